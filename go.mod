@@ -1,0 +1,3 @@
+module certctl-agent
+
+go 1.26

@@ -1,0 +1,205 @@
+// Package api holds what the agent and its control plane say to each other:
+// the JSON bodies, the paths, and what each refusal means. It has no network
+// code; internal/controlplane speaks it and internal/devplane answers it.
+package api
+
+import (
+	"encoding/json"
+	"net/url"
+	"regexp"
+)
+
+// Job types and statuses the agent acts on. Others exist and are ignored.
+const (
+	TypeIssuance   = "Issuance"
+	TypeRenewal    = "Renewal"
+	TypeDeployment = "Deployment"
+
+	StatusAwaitingCSR = "AwaitingCSR"
+	StatusRunning     = "Running"
+	StatusCompleted   = "Completed"
+	StatusFailed      = "Failed"
+)
+
+// Paths of the control plane. Every identifier is escaped as one path segment.
+const (
+	HealthPath   = "/health"
+	RegisterPath = "/api/v1/agents"
+)
+
+// HeartbeatPath is where an agent says that it is alive.
+func HeartbeatPath(agent string) string { return agentPath(agent) + "/heartbeat" }
+
+// WorkPath is where an agent claims work.
+func WorkPath(agent string) string { return agentPath(agent) + "/work" }
+
+// CSRPath is where an agent submits certificate signing requests.
+func CSRPath(agent string) string { return agentPath(agent) + "/csr" }
+
+// DiscoveriesPath is where an agent reports certificates found on disk.
+func DiscoveriesPath(agent string) string { return agentPath(agent) + "/discoveries" }
+
+// CertificatePath is the latest version of a certificate.
+func CertificatePath(agent, certificate string) string {
+	return agentPath(agent) + "/certificates/" + url.PathEscape(certificate)
+}
+
+// JobStatusPath takes a job's progress.
+func JobStatusPath(agent, job string) string {
+	return agentPath(agent) + "/jobs/" + url.PathEscape(job) + "/status"
+}
+
+// VerifyPath takes the outcome of a live check. It is not below the agent.
+func VerifyPath(job string) string { return "/api/v1/jobs/" + url.PathEscape(job) + "/verify" }
+
+func agentPath(agent string) string { return "/api/v1/agents/" + url.PathEscape(agent) }
+
+var idPattern = regexp.MustCompile(`^[A-Za-z0-9._-]{1,128}$`)
+
+// ValidID reports whether id can name a file and a path segment without
+// surprises: 1 to 128 of A-Z a-z 0-9 . _ - and neither "." nor "..". The
+// control plane accepts any string, "../../evil" included.
+func ValidID(id string) bool { return id != "." && id != ".." && idPattern.MatchString(id) }
+
+// Heartbeat says that the agent is alive, and on what. OS and Architecture are
+// Go's GOOS and GOARCH.
+type Heartbeat struct {
+	Version      string `json:"version"`
+	Hostname     string `json:"hostname"`
+	OS           string `json:"os"`
+	Architecture string `json:"architecture"`
+	IPAddress    string `json:"ip_address"`
+}
+
+// Work is the answer to a poll. A nil Jobs means the same as an empty one.
+type Work struct {
+	Jobs  []Job `json:"jobs"`
+	Count int   `json:"count"`
+
+	// Malformed are the jobs that could not be decoded. Each was claimed all
+	// the same, so it is kept apart and does not take the others with it.
+	Malformed []MalformedJob `json:"-"`
+}
+
+// MalformedJob is a job whose fields have other types than they should.
+type MalformedJob struct {
+	ID   string // empty where not even that could be read
+	Type string
+	Err  error
+}
+
+// UnmarshalJSON decodes job by job: the control plane counts every job of the
+// answer as handed out, so one that is damaged must not cost the others.
+func (w *Work) UnmarshalJSON(data []byte) error {
+	var raw struct {
+		Jobs  []json.RawMessage `json:"jobs"`
+		Count int               `json:"count"`
+	}
+	if err := json.Unmarshal(data, &raw); err != nil {
+		return err
+	}
+	*w = Work{Count: raw.Count}
+	for _, data := range raw.Jobs {
+		var job Job
+		if err := json.Unmarshal(data, &job); err != nil {
+			// Decoding goes on past a field of the wrong type, so what
+			// names the job is usually there.
+			w.Malformed = append(w.Malformed, MalformedJob{ID: job.ID, Type: job.Type, Err: err})
+			continue
+		}
+		w.Jobs = append(w.Jobs, job)
+	}
+	return nil
+}
+
+// Job is a piece of work as the control plane hands it out.
+type Job struct {
+	ID            string          `json:"id"`
+	Type          string          `json:"type"`
+	Status        string          `json:"status"`
+	CertificateID string          `json:"certificate_id"`
+	CommonName    string          `json:"common_name,omitempty"`
+	SANs          []string        `json:"sans,omitempty"`
+	TargetID      string          `json:"target_id,omitempty"`
+	TargetType    string          `json:"target_type,omitempty"`
+	TargetConfig  json.RawMessage `json:"target_config,omitempty"`
+}
+
+// AwaitsCSR reports whether the agent has to make a key and submit a CSR.
+func (j Job) AwaitsCSR() bool { return j.Status == StatusAwaitingCSR }
+
+// IsDeployment reports whether the agent has to install a certificate. A job
+// that awaits a CSR is none, whatever its type.
+func (j Job) IsDeployment() bool { return !j.AwaitsCSR() && j.Type == TypeDeployment }
+
+// CSR asks for a certificate.
+type CSR struct {
+	PEM           string `json:"csr_pem"`
+	CertificateID string `json:"certificate_id"`
+}
+
+// Certificate is the latest version of a certificate: the leaf, then its
+// chain, concatenated PEM. It never holds a private key.
+type Certificate struct {
+	PEM string `json:"certificate_pem"`
+}
+
+// JobStatus reports a job's progress. Error is absent unless Status is Failed.
+type JobStatus struct {
+	Status string `json:"status"`
+	Error  string `json:"error,omitempty"`
+}
+
+// Verification reports what a live endpoint serves. The control plane refuses
+// it with 400 when the target or a fingerprint is empty; a non-empty Error
+// marks the verification failed.
+type Verification struct {
+	TargetID            string `json:"target_id"`
+	ExpectedFingerprint string `json:"expected_fingerprint"`
+	ActualFingerprint   string `json:"actual_fingerprint"`
+	Verified            bool   `json:"verified"`
+	Error               string `json:"error"`
+}
+
+// Unreachable stands for the fingerprint of an endpoint that did not answer.
+const Unreachable = "unreachable"
+
+// DiscoveryReport lists certificates found on this host. Certificates is never
+// nil: one field of a wrong type, null included, has the whole report refused.
+type DiscoveryReport struct {
+	AgentID        string                  `json:"agent_id"`
+	Directories    []string                `json:"directories"`
+	Certificates   []DiscoveredCertificate `json:"certificates"`
+	Errors         []string                `json:"errors"`
+	ScanDurationMS int64                   `json:"scan_duration_ms"`
+}
+
+// DiscoveredCertificate is one certificate in one file.
+type DiscoveredCertificate struct {
+	FingerprintSHA256 string   `json:"fingerprint_sha256"` // lower-case hex of the DER's digest
+	CommonName        string   `json:"common_name"`
+	SANs              []string `json:"sans"`          // DNS names, e-mail addresses, IP addresses, URIs; never nil
+	SerialNumber      string   `json:"serial_number"` // lower-case hex, no leading zeros
+	IssuerDN          string   `json:"issuer_dn"`     // RFC 2253, as pkix.Name.String
+	SubjectDN         string   `json:"subject_dn"`
+	NotBefore         string   `json:"not_before"` // RFC 3339, UTC
+	NotAfter          string   `json:"not_after"`
+	KeyAlgorithm      string   `json:"key_algorithm"`
+	KeySize           int      `json:"key_size"`
+	IsCA              bool     `json:"is_ca"`
+	PEMData           string   `json:"pem_data"`
+	SourcePath        string   `json:"source_path"`
+	SourceFormat      string   `json:"source_format"`
+}
+
+// Registration asks for an agent record.
+type Registration struct {
+	Name     string `json:"name"` // 1 to 128 characters
+	Hostname string `json:"hostname"`
+}
+
+// Agent is what registration answers; ID is the agent id.
+type Agent struct {
+	ID   string `json:"id"`
+	Name string `json:"name,omitempty"`
+}

@@ -1,0 +1,98 @@
+// Package target is the contract between a Deployment job and the connector
+// that carries it out: what is installed, how a target's configuration is
+// decoded, and what the control plane may make this host write and run.
+package target
+
+import (
+	"context"
+	"crypto/x509"
+	"io/fs"
+	"log/slog"
+)
+
+// A Connector installs certificates on one target. One is made for each job
+// and used once.
+type Connector interface {
+	// Deploy installs m as one transaction. When it returns an error, the
+	// target is as it was before, unless the error says that it needs a person
+	// (BrokenError). A cancelled context rolls back.
+	Deploy(ctx context.Context, m *Material) (Result, error)
+}
+
+// A Factory makes the connector of one target type. It checks the whole
+// configuration and touches nothing.
+type Factory func(Params) (Connector, error)
+
+// Params is what every connector is made from.
+type Params struct {
+	TargetID string
+	Config   *Config // the job's configuration under the host's overlays
+	Common   Common  // the part of it that all types share
+	Policy   *Policy // what may be written and run here
+	Log      *slog.Logger
+}
+
+// Result says what a successful deployment did.
+type Result struct {
+	Unchanged bool     // everything was in place: nothing written, nothing reloaded
+	Warnings  []string // for the log, one line each
+}
+
+// Material is what a deployment installs.
+type Material struct {
+	CertificateID string
+	Leaf          *x509.Certificate
+	Chain         []*x509.Certificate // in issuing order, without the leaf; may be empty
+	KeyPEM        []byte              // the private key of Leaf, as the key store holds it
+
+	// KeyPath is the file in the agent's own key store that holds the key once
+	// this transaction is done. Servers may read it directly.
+	KeyPath string
+
+	// KeyFiles make a pending key the current one. They are part of the
+	// transaction that installs its certificate and are undone with it. Empty
+	// when the key is current already.
+	KeyFiles []File
+}
+
+// A Kind says what a file holds.
+type Kind int
+
+// The kinds of File.
+const (
+	CertificateFile Kind = iota // public
+	KeyFile                     // holds a private key, perhaps beside certificates
+	ConfigFile                  // written for a server to read, such as Envoy's sds.json
+	StoreFile                   // a file of the agent's own key store, exempt from Policy
+)
+
+// Secret reports whether a file of this kind holds a private key.
+func (k Kind) Secret() bool { return k == KeyFile || k == StoreFile }
+
+// File is one destination of a transaction. Mode, owner and group come from
+// the configuration when set, else from the file that is there, else from
+// DefaultMode and the agent's own user.
+type File struct {
+	Path        string // absolute
+	Kind        Kind
+	Data        []byte
+	Mode        *fs.FileMode // nil: not configured
+	DefaultMode fs.FileMode
+	Owner       string // user name or number; "": not configured
+	Group       string
+}
+
+// BrokenError is a failed rollback: the target needs a person.
+type BrokenError struct {
+	Cause    error  // what failed first
+	Rollback error  // what failed while undoing it
+	Backups  string // directory that holds the old files
+}
+
+func (e *BrokenError) Error() string {
+	return e.Cause.Error() + "; putting the old files back failed as well, so this target needs a person: " +
+		e.Rollback.Error() + "; the old files are in " + e.Backups
+}
+
+// Unwrap gives both failures.
+func (e *BrokenError) Unwrap() []error { return []error{e.Cause, e.Rollback} }
