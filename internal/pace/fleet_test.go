@@ -1,0 +1,174 @@
+package pace_test
+
+import (
+	"container/heap"
+	"math/rand/v2"
+	"testing"
+	"time"
+
+	"certctl-agent/internal/pace"
+)
+
+// A fleet is simulated with the real pacing code: each agent has a heartbeat
+// and a poll, started in the order of the agent's loop. Requests take no time.
+const (
+	fleetSize  = 10_000
+	heartbeats = 60 * time.Second
+	polls      = 30 * time.Second
+	fleetRate  = float64(fleetSize)/60 + float64(fleetSize)/30 // requests a second when all is well
+)
+
+type activity struct {
+	due       time.Duration
+	pacer     *pace.Pacer
+	poll      *activity // a heartbeat's: the poll of the same agent
+	started   bool      // a heartbeat's: the poll has been scheduled
+	lastGood  time.Duration
+	heartbeat bool
+}
+
+type schedule []*activity
+
+func (s schedule) Len() int           { return len(s) }
+func (s schedule) Less(i, j int) bool { return s[i].due < s[j].due }
+func (s schedule) Swap(i, j int)      { s[i], s[j] = s[j], s[i] }
+func (s *schedule) Push(x any)        { *s = append(*s, x.(*activity)) }
+func (s *schedule) Pop() any {
+	old := *s
+	last := old[len(old)-1]
+	*s = old[:len(old)-1]
+	return last
+}
+
+// simulate runs the fleet until the given time. answer decides each request;
+// seen is told of it.
+func simulate(seed uint64, until time.Duration, answer func(now time.Duration) pace.Outcome,
+	seen func(now time.Duration, a *activity, o pace.Outcome)) {
+	rnd := rand.New(rand.NewPCG(seed, seed))
+	var queue schedule
+	for range fleetSize {
+		poll := &activity{pacer: pace.New(polls, true, rnd.Int64N)}
+		beat := &activity{pacer: pace.New(heartbeats, false, rnd.Int64N), poll: poll, heartbeat: true}
+		beat.due = beat.pacer.First()
+		queue = append(queue, beat)
+	}
+	heap.Init(&queue)
+	for queue[0].due < until {
+		a := queue[0]
+		now := a.due
+		outcome := answer(now)
+		seen(now, a, outcome)
+		a.due = now + a.pacer.Next(outcome)
+		heap.Fix(&queue, 0)
+		if !a.heartbeat {
+			continue
+		}
+		if outcome.RateLimited {
+			a.poll.pacer.Yield()
+		}
+		if !a.started {
+			a.started = true
+			a.poll.due = now + a.poll.pacer.First()
+			heap.Push(&queue, a.poll)
+		}
+	}
+}
+
+// busiestSecond counts requests by second.
+type busiestSecond []int
+
+func (b *busiestSecond) count(now time.Duration) {
+	for len(*b) <= int(now/time.Second) {
+		*b = append(*b, 0)
+	}
+	(*b)[now/time.Second]++
+}
+
+// ratio is the busiest second from a time on, in units of the healthy rate.
+func (b busiestSecond) ratio(from time.Duration) float64 {
+	most := 0
+	for _, n := range b[from/time.Second:] {
+		most = max(most, n)
+	}
+	return float64(most) / fleetRate
+}
+
+func TestFleetMassRestart(t *testing.T) {
+	var load busiestSecond
+	simulate(1, 10*time.Minute,
+		func(time.Duration) pace.Outcome { return pace.Outcome{} },
+		func(now time.Duration, _ *activity, _ pace.Outcome) { load.count(now) })
+	got := load.ratio(0)
+	t.Logf("mass restart of %d agents: busiest second %.2f times the steady rate", fleetSize, got)
+	if got > 1.25 {
+		t.Errorf("busiest second = %.2f times the steady rate, want at most 1.25", got)
+	}
+}
+
+func TestFleetAfterOutage(t *testing.T) {
+	const down, up = 10 * time.Minute, 40 * time.Minute
+	var load busiestSecond
+	back := make(map[*activity]time.Duration)
+	simulate(2, up+20*time.Minute,
+		func(now time.Duration) pace.Outcome { return pace.Outcome{Failed: now >= down && now < up} },
+		func(now time.Duration, a *activity, _ pace.Outcome) {
+			load.count(now)
+			if _, seen := back[a]; a.heartbeat && now >= up && !seen {
+				back[a] = now - up
+			}
+		})
+	if got := load.ratio(up); got > 1.25 {
+		t.Errorf("busiest second after the outage = %.2f times the steady rate, want at most 1.25", got)
+	}
+	inTime := 0
+	for _, after := range back {
+		if after <= 6*time.Minute {
+			inTime++
+		}
+	}
+	share := float64(inTime) / fleetSize
+	t.Logf("30 min outage: busiest second after it %.2f times the steady rate, %.2f %% back within 6 min", load.ratio(up), 100*share)
+	if share < 0.99 {
+		t.Errorf("%.2f %% of the agents are back within 6 minutes, want 99 %%", 100*share)
+	}
+}
+
+// TestFleetShortOfCapacity: the control plane serves 80 % of what the fleet
+// asks for and answers the rest 429 with Retry-After: 1.
+func TestFleetShortOfCapacity(t *testing.T) {
+	const capacity, until = 0.8 * fleetRate, 90 * time.Minute
+	tokens, filled := capacity, time.Duration(0)
+	var longest time.Duration
+	refused, asked := 0, 0
+	agents := make(map[*activity]bool, fleetSize)
+	simulate(3, until,
+		func(now time.Duration) pace.Outcome {
+			tokens = min(capacity, tokens+(now-filled).Seconds()*capacity)
+			filled = now
+			if tokens < 1 {
+				return pace.Outcome{RateLimited: true, RetryAfter: time.Second}
+			}
+			tokens--
+			return pace.Outcome{}
+		},
+		func(now time.Duration, a *activity, o pace.Outcome) {
+			asked++
+			if o.RateLimited {
+				refused++
+			}
+			if a.heartbeat {
+				agents[a] = true
+				longest = max(longest, now-a.lastGood)
+				if !o.RateLimited {
+					a.lastGood = now
+				}
+			}
+		})
+	for a := range agents {
+		longest = max(longest, until-a.lastGood)
+	}
+	t.Logf("80 %% capacity: longest time without a heartbeat %v, %.1f %% of the requests refused", longest.Round(time.Second), 100*float64(refused)/float64(asked))
+	if longest >= 5*time.Minute {
+		t.Errorf("an agent went without a heartbeat for %v, want less than 5 minutes", longest)
+	}
+}

@@ -1,0 +1,108 @@
+// Package pace decides how long to wait: jitter, back-off, and manners towards
+// a control plane that is short of capacity. It is arithmetic only; whoever
+// owns the timer owns the Pacer.
+package pace
+
+import (
+	"math/rand/v2"
+	"time"
+)
+
+const (
+	// maxBackoff bounds the draw that failures add to an interval.
+	maxBackoff = 5 * time.Minute
+
+	// yieldFor is how many tries a yielding activity stays slow after the
+	// control plane asked for fewer requests. It must outlast the moment: if
+	// every agent sped up again at its first success, a control plane with
+	// 80 % of the capacity needed would refuse for ever, and refuse heartbeats
+	// as often as polls.
+	yieldFor = 16
+)
+
+// Rand is the source of randomness, uniform in [0, n). The global generator of
+// math/rand/v2 serves; a test injects its own.
+type Rand func(n int64) int64
+
+// Global draws from the runtime's generator.
+func Global(n int64) int64 { return rand.Int64N(n) }
+
+// Outcome is how a try ended, as far as the next one cares. The zero value is
+// a success.
+type Outcome struct {
+	Failed      bool
+	RateLimited bool          // 429: not a failure, the fleet as a whole is too fast
+	RetryAfter  time.Duration // the control plane's floor for the next wait, or 0
+}
+
+// Pacer times one activity. It is not safe for concurrent use.
+type Pacer struct {
+	interval time.Duration
+	draw     Rand
+	yields   bool
+
+	failures int // in a row
+	slow     int // tries still to be spread over one more interval
+}
+
+// New returns the Pacer of an activity that is due every interval. One that
+// yields gives way when the control plane is short of capacity: a host whose
+// work comes a little later is well, one whose heartbeat is missing is not.
+func New(interval time.Duration, yields bool, draw Rand) *Pacer {
+	return &Pacer{interval: interval, yields: yields, draw: draw}
+}
+
+// Failures is the number of failures in a row.
+func (p *Pacer) Failures() int { return p.failures }
+
+// First is a delay uniform in [0, interval), so that a fleet that starts at
+// once does not arrive at once.
+func (p *Pacer) First() time.Duration { return p.upTo(p.interval) }
+
+// Yield tells that another activity of this agent was asked to come less often.
+func (p *Pacer) Yield() {
+	if p.yields {
+		p.slow = yieldFor
+	}
+}
+
+// Next is the wait before the next try.
+//
+// A success waits for the interval, uniform in ±10 %. The nth failure in a row
+// adds a draw from [0, min(n × interval, 5 min)): never sooner than a healthy
+// try, and spread at the cap too. After a 429 the next try is spread over one
+// more interval, and a yielding activity stays slow for a while.
+func (p *Pacer) Next(o Outcome) time.Duration {
+	wait := p.Interval()
+	switch {
+	case o.RateLimited:
+		p.Yield()
+		if !p.yields {
+			wait = 0 // its turn has come already: anywhere in the interval that follows
+		}
+		wait += p.upTo(p.interval)
+	case o.Failed:
+		p.failures++
+		wait += p.upTo(min(time.Duration(p.failures)*p.interval, maxBackoff))
+	default:
+		p.failures = 0
+		if p.slow > 0 {
+			p.slow--
+			wait += p.upTo(p.interval)
+		}
+	}
+	if wait < o.RetryAfter {
+		// Not the floor itself: one that is a date would gather the fleet there.
+		wait = o.RetryAfter + p.upTo(p.interval)
+	}
+	return wait
+}
+
+// Interval is the interval, uniform in ±10 %.
+func (p *Pacer) Interval() time.Duration {
+	return p.interval - p.interval/10 + p.upTo(p.interval/5)
+}
+
+func (p *Pacer) upTo(d time.Duration) time.Duration {
+	return time.Duration(p.draw(max(int64(d), 1)))
+}
