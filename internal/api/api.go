@@ -4,7 +4,9 @@
 package api
 
 import (
+	"bytes"
 	"encoding/json"
+	"errors"
 	"net/url"
 	"regexp"
 )
@@ -79,7 +81,16 @@ type Work struct {
 	// Malformed are the jobs that could not be decoded. Each was claimed all
 	// the same, so it is kept apart and does not take the others with it.
 	Malformed []MalformedJob `json:"-"`
+
+	// Excess is how many jobs were left out because the answer held more than
+	// MaxJobs.
+	Excess int `json:"-"`
 }
+
+// MaxJobs is how many jobs of one poll are looked at. No host has as many
+// targets; a control plane that sends more is broken or hostile, and must not
+// fill this host's memory.
+const MaxJobs = 10_000
 
 // MalformedJob is a job whose fields have other types than they should.
 type MalformedJob struct {
@@ -92,14 +103,29 @@ type MalformedJob struct {
 // answer as handed out, so one that is damaged must not cost the others.
 func (w *Work) UnmarshalJSON(data []byte) error {
 	var raw struct {
-		Jobs  []json.RawMessage `json:"jobs"`
-		Count int               `json:"count"`
+		Jobs  json.RawMessage `json:"jobs"`
+		Count int             `json:"count"`
 	}
 	if err := json.Unmarshal(data, &raw); err != nil {
 		return err
 	}
 	*w = Work{Count: raw.Count}
-	for _, data := range raw.Jobs {
+	if len(raw.Jobs) == 0 || string(raw.Jobs) == "null" {
+		return nil
+	}
+	list := json.NewDecoder(bytes.NewReader(raw.Jobs))
+	if start, err := list.Token(); err != nil || start != json.Delim('[') {
+		return errors.New("jobs is not a list")
+	}
+	for list.More() {
+		var data json.RawMessage
+		if err := list.Decode(&data); err != nil {
+			return err
+		}
+		if len(w.Jobs)+len(w.Malformed) >= MaxJobs {
+			w.Excess++
+			continue
+		}
 		var job Job
 		if err := json.Unmarshal(data, &job); err != nil {
 			// Decoding goes on past a field of the wrong type, so what
