@@ -1,0 +1,209 @@
+// Package architecture_test holds the structure of the project to
+// docs/architecture.md: who may import whom, and who may touch the process.
+package architecture_test
+
+import (
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"maps"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+const module = "certctl-agent"
+
+// layers lists the packages from the top down. Imports point down; packages of
+// one layer do not know each other. A pattern with a star stands for one
+// element of a path.
+var layers = [][]string{
+	{"cmd/*"},
+	{"internal/agent"},
+	{"internal/deploy", "internal/enroll", "internal/survey", "internal/target/all"},
+	{"internal/target/*"},
+	{"internal/target/fileset"},
+	{"internal/target"},
+	{"internal/config", "internal/controlplane", "internal/discovery", "internal/inventory", "internal/keystore", "internal/ledger", "internal/status"},
+	{"internal/tlsprobe"},
+	{"internal/api", "internal/atomicfile", "internal/buildinfo", "internal/command", "internal/csr", "internal/pace",
+		"internal/pemutil", "internal/printable", "internal/proxy", "internal/sdnotify", "internal/secret"},
+}
+
+// leaves may import one another where one clearly serves the other.
+const leafLayer = 8
+
+// testOnly packages serve tests and the demo, never the agent.
+var testOnly = []string{"internal/devplane", "internal/testca", "internal/e2e", "internal/netfault",
+	"internal/target/targettest", "internal/discovery/corpus"}
+
+// mayTouchProcess are the packages that may read the environment or end the
+// process.
+var mayTouchProcess = []string{"cmd/certctl-agent", "cmd/certctl-demo", "internal/e2e"}
+
+type source struct {
+	dir     string // of the package, below the module
+	name    string
+	test    bool
+	file    *ast.File
+	imports []string
+}
+
+func sources(t *testing.T) []source {
+	t.Helper()
+	root := filepath.Join("..", "..")
+	var all []source
+	set := token.NewFileSet()
+	err := filepath.WalkDir(root, func(name string, entry fs.DirEntry, err error) error {
+		if err != nil || entry.IsDir() || !strings.HasSuffix(name, ".go") {
+			return err
+		}
+		rel, err := filepath.Rel(root, name)
+		if err != nil {
+			return err
+		}
+		file, err := parser.ParseFile(set, name, nil, parser.ParseComments)
+		if err != nil {
+			return err
+		}
+		s := source{dir: filepath.ToSlash(filepath.Dir(rel)), name: filepath.ToSlash(rel), test: strings.HasSuffix(rel, "_test.go"), file: file}
+		for _, spec := range file.Imports {
+			imported, err := strconv.Unquote(spec.Path.Value)
+			if err != nil {
+				return err
+			}
+			s.imports = append(s.imports, imported)
+		}
+		all = append(all, s)
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(all) < 20 {
+		t.Fatalf("found %d Go files: the test looks at the wrong tree", len(all))
+	}
+	return all
+}
+
+func layerOf(pkg string) int {
+	for i := len(layers) - 1; i >= 0; i-- {
+		for _, pattern := range layers[i] {
+			if ok, _ := path.Match(pattern, pkg); ok {
+				return i
+			}
+		}
+	}
+	return -1
+}
+
+func TestImportsPointDown(t *testing.T) {
+	for _, s := range sources(t) {
+		if s.test || slices.Contains(testOnly, s.dir) {
+			continue
+		}
+		from := layerOf(s.dir)
+		if from < 0 {
+			t.Errorf("%s: package %s is in no layer: add it to docs/architecture.md and to this test", s.name, s.dir)
+			continue
+		}
+		for _, imported := range s.imports {
+			pkg, ours := strings.CutPrefix(imported, module+"/")
+			if !ours {
+				continue
+			}
+			if slices.Contains(testOnly, pkg) {
+				if s.dir != "cmd/certctl-demo" {
+					t.Errorf("%s imports %s, which is for tests and the demo", s.name, pkg)
+				}
+				continue
+			}
+			to := layerOf(pkg)
+			if to < from || to == from && from != leafLayer {
+				t.Errorf("%s (layer of %s) imports %s, which is not below it", s.name, layers[from][0], pkg)
+			}
+		}
+	}
+}
+
+func TestStandardLibraryOnly(t *testing.T) {
+	for _, s := range sources(t) {
+		for _, imported := range s.imports {
+			first, _, _ := strings.Cut(imported, "/")
+			if strings.Contains(first, ".") || imported == "C" {
+				t.Errorf("%s imports %s: only the standard library and this module", s.name, imported)
+			}
+		}
+	}
+}
+
+func TestProcessIsTouchedInOnePlace(t *testing.T) {
+	forbidden := map[string][]string{
+		"os":      {"Exit", "Getenv", "LookupEnv", "Environ", "Setenv", "Unsetenv", "ExpandEnv"},
+		"log":     {"Fatal", "Fatalf", "Fatalln", "Panic", "Panicf"},
+		"syscall": {"Exit", "Getenv", "Environ", "Setenv"},
+	}
+	for _, s := range sources(t) {
+		if s.test || slices.Contains(mayTouchProcess, s.dir) {
+			continue
+		}
+		ast.Inspect(s.file, func(n ast.Node) bool {
+			selector, ok := n.(*ast.SelectorExpr)
+			if !ok {
+				return true
+			}
+			if pkg, ok := selector.X.(*ast.Ident); ok && slices.Contains(forbidden[pkg.Name], selector.Sel.Name) {
+				t.Errorf("%s uses %s.%s: only cmd/ touches the environment or ends the process", s.name, pkg.Name, selector.Sel.Name)
+			}
+			return true
+		})
+	}
+}
+
+func TestOnePackageComment(t *testing.T) {
+	comments := make(map[string][]string)
+	for _, s := range sources(t) {
+		if s.test {
+			continue
+		}
+		if _, seen := comments[s.dir]; !seen {
+			comments[s.dir] = nil
+		}
+		if s.file.Doc != nil {
+			comments[s.dir] = append(comments[s.dir], s.name)
+		}
+	}
+	for _, dir := range slices.Sorted(maps.Keys(comments)) {
+		if n := len(comments[dir]); n != 1 {
+			t.Errorf("package %s has %d package comments, want exactly one (%s)", dir, n, strings.Join(comments[dir], ", "))
+		}
+	}
+}
+
+// TestNoInit: a package that does something by being imported cannot be read
+// alone.
+func TestNoInit(t *testing.T) {
+	for _, s := range sources(t) {
+		for _, declaration := range s.file.Decls {
+			if function, ok := declaration.(*ast.FuncDecl); ok && function.Recv == nil && function.Name.Name == "init" {
+				t.Errorf("%s has an init function", s.name)
+			}
+		}
+	}
+}
+
+// TestModuleRequiresNothing: tools are run at a pinned version, not required.
+func TestModuleRequiresNothing(t *testing.T) {
+	data, err := os.ReadFile(filepath.Join("..", "..", "go.mod"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if strings.Contains(string(data), "require") {
+		t.Errorf("go.mod requires something:\n%s", data)
+	}
+}
