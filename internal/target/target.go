@@ -30,6 +30,11 @@ type Params struct {
 	Common   Common  // the part of it that all types share
 	Policy   *Policy // what may be written and run here
 	Log      *slog.Logger
+
+	// Query runs a command that only reads and returns what it printed, of
+	// which stderr is no part. A connector asks the server itself with it when
+	// the control plane masked a path. Nil: nobody can be asked.
+	Query func(ctx context.Context, c Command) (stdout []byte, err error)
 }
 
 // Result says what a successful deployment did.

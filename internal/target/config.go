@@ -1,0 +1,371 @@
+package target
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"reflect"
+	"slices"
+	"strings"
+	"unicode"
+
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/secret"
+)
+
+// Config is a target's configuration: the job's own under the host's overlays.
+// Decode turns it into a connector's struct.
+type Config struct {
+	typ      string
+	overlays *Overlays
+	targetID string
+	prefix   string            // of a nested object: "post_deploy_verify."
+	values   map[string]*value // by folded main name
+}
+
+type value struct {
+	key    string // as it was written
+	raw    json.RawMessage
+	masked bool // the control plane withheld it
+	local  bool // an overlay supplied it
+	used   bool // some struct has a field for it
+}
+
+// ConfigError is one thing wrong with a target's configuration.
+type ConfigError struct {
+	Key     string
+	Problem string // what was expected, or what to do
+}
+
+func (e *ConfigError) Error() string { return "target config: " + e.Key + ": " + e.Problem }
+
+// Invalid makes a ConfigError.
+func Invalid(key, format string, args ...any) error {
+	return &ConfigError{Key: key, Problem: fmt.Sprintf(format, args...)}
+}
+
+// pinKey in an overlay says which type the target must have.
+const pinKey = "target_type"
+
+// Merge lays the host's overlays over a job's configuration: the job without
+// its masked values, then default.json, then the target's own file. overlays
+// may be nil.
+func Merge(job json.RawMessage, typ, targetID string, overlays *Overlays) (*Config, error) {
+	if !api.ValidID(targetID) {
+		return nil, fmt.Errorf("target id %s cannot name a file: 1 to 128 of A-Z a-z 0-9 . _ - are allowed", clip(targetID))
+	}
+	c := &Config{typ: typ, targetID: targetID, overlays: overlays}
+	var err error
+	if c.values, err = parseObject(job); err != nil {
+		return nil, fmt.Errorf("target config: %w", err)
+	}
+	for _, v := range c.values {
+		v.masked = isMask(v.raw)
+	}
+	delete(c.values, fold(pinKey)) // only this host's word counts
+	for _, name := range []string{defaultOverlay, targetID + overlaySuffix} {
+		layer, err := overlays.read(name)
+		if err != nil {
+			return nil, err
+		}
+		for key, v := range layer {
+			v.local = true
+			c.values[key] = v
+		}
+		if targetID+overlaySuffix == defaultOverlay {
+			break
+		}
+	}
+	if pin := c.values[fold(pinKey)]; pin != nil {
+		pin.used = true
+		var want string
+		if json.Unmarshal(pin.raw, &want) != nil {
+			return nil, Invalid(pinKey, "expected a string in the overlay")
+		}
+		if want != typ {
+			return nil, Invalid(pinKey, "the job is for a target of type %s, and this host allows only %s for target %s (%s)",
+				clip(typ), clip(want), targetID, overlays.path(targetID))
+		}
+	}
+	return c, nil
+}
+
+// parseObject reads one JSON object. A key that is there twice, in whatever
+// spelling encoding/json takes for the same, counts where it comes last; null
+// is no value. A main name goes before its alias.
+func parseObject(data []byte) (map[string]*value, error) {
+	values := make(map[string]*value)
+	if len(bytes.TrimSpace(data)) == 0 {
+		return values, nil
+	}
+	decoder := json.NewDecoder(bytes.NewReader(data))
+	start, err := decoder.Token()
+	if err != nil {
+		return nil, err
+	}
+	if start != json.Delim('{') {
+		return nil, errors.New("expected a JSON object, got " + kindOf(data))
+	}
+	main := make(map[string]bool)
+	for decoder.More() {
+		token, err := decoder.Token()
+		if err != nil {
+			return nil, err
+		}
+		key, _ := token.(string)
+		var raw json.RawMessage
+		if err := decoder.Decode(&raw); err != nil {
+			return nil, err
+		}
+		if string(raw) == "null" {
+			continue
+		}
+		name, isAlias := mainName(key)
+		if isAlias && main[name] {
+			continue
+		}
+		main[name] = !isAlias && string(raw) != `""`
+		values[name] = &value{key: key, raw: raw}
+	}
+	if _, err := decoder.Token(); err != nil {
+		return nil, err
+	}
+	if _, err := decoder.Token(); !errors.Is(err, io.EOF) {
+		return nil, errors.New("there is something after the JSON object")
+	}
+	return values, nil
+}
+
+// mainName is the folded name under which key is kept. Some keys have two.
+func mainName(key string) (name string, isAlias bool) {
+	switch name := fold(key); name {
+	case fold("combined_pem_path"):
+		return fold("pem_path"), true
+	case fold("watch_dir"):
+		return fold("cert_dir"), true
+	case fold("admin_url"):
+		return fold("admin_api"), true
+	default:
+		return name, false
+	}
+}
+
+// fold maps the spellings that encoding/json takes for one key to one string:
+// upper and lower case, and the look-alikes that Unicode folds to a letter
+// (U+212A KELVIN SIGN for k, U+017F LONG S for s). An overlay would otherwise
+// be slipped past by a key that it does not know and the decoder does.
+func fold(key string) string {
+	return strings.Map(func(r rune) rune {
+		for {
+			next := unicode.SimpleFold(r)
+			if next <= r { // the smallest of the orbit
+				return next
+			}
+			r = next
+		}
+	}, key)
+}
+
+// minMask is the length from which a string of nothing but asterisks is taken
+// for a mask. Control planes send exactly this many.
+const minMask = 8
+
+func isMask(raw json.RawMessage) bool {
+	var s string
+	return json.Unmarshal(raw, &s) == nil && len(s) >= minMask && strings.Trim(s, "*") == ""
+}
+
+// Masked reports whether the control plane withheld key and no overlay
+// supplies it.
+func (c *Config) Masked(key string) bool {
+	name, _ := mainName(key)
+	v := c.values[name]
+	return v != nil && v.masked
+}
+
+// Local reports whether an overlay supplied key, which makes it the word of
+// this host's owner.
+func (c *Config) Local(key string) bool {
+	name, _ := mainName(key)
+	v := c.values[name]
+	return v != nil && v.local
+}
+
+// MaskedError says that key is masked and what supplies it. why says what
+// other source was tried; it may be nil.
+func (c *Config) MaskedError(key string, why error) error {
+	tried := ""
+	if why != nil {
+		tried = "; " + why.Error()
+	}
+	return Invalid(key, "the control plane sent it masked, so this host has to supply it: put {%q: ...} into %s%s",
+		key, c.overlays.path(c.targetID), tried)
+}
+
+// Unknown lists the keys that nothing decoded, sorted. They are ignored.
+func (c *Config) Unknown() []string {
+	var unknown []string
+	for _, v := range c.values {
+		if !v.used {
+			unknown = append(unknown, v.key)
+		}
+	}
+	slices.Sort(unknown)
+	return unknown
+}
+
+// Decode fills the struct that v points to. Fields are named by their json
+// tag; `required` as its option refuses an absent or empty value. Fields may
+// be strings, integers, booleans (both also accepted as JSON strings),
+// secret.String, structs, the types of this package, whatever else
+// encoding/json decodes, and embedded structs. A field of type FileOptions
+// with the tag "cert_file" takes cert_file_mode, cert_file_owner and
+// cert_file_group.
+//
+// A masked key that has a field is an error unless resolvable names it: then
+// the field stays as it is, and the connector asks Masked.
+func (c *Config) Decode(v any, resolvable ...string) error {
+	return c.decode(reflect.ValueOf(v).Elem(), resolvable)
+}
+
+func (c *Config) decode(v reflect.Value, resolvable []string) error {
+	for i := range v.NumField() {
+		field := v.Type().Field(i)
+		tag, hasTag := field.Tag.Lookup("json")
+		if field.Anonymous && !hasTag {
+			if err := c.decode(v.Field(i), resolvable); err != nil {
+				return err
+			}
+			continue
+		}
+		if !hasTag {
+			continue
+		}
+		key, option, _ := strings.Cut(tag, ",")
+		if options, ok := v.Field(i).Addr().Interface().(*FileOptions); ok {
+			if err := c.decodeFileOptions(key, option == optionSecret, options); err != nil {
+				return err
+			}
+			continue
+		}
+		if err := c.decodeKey(key, v.Field(i), resolvable); err != nil {
+			return err
+		}
+		if option == optionRequired && v.Field(i).IsZero() && !c.Masked(key) {
+			return Invalid(c.prefix+key, "is required")
+		}
+	}
+	return nil
+}
+
+// Options of a json tag.
+const (
+	optionRequired = "required"
+	optionSecret   = "secret" // of FileOptions: the file holds a private key
+)
+
+func (c *Config) decodeKey(key string, dst reflect.Value, resolvable []string) error {
+	name, _ := mainName(key)
+	val := c.values[name]
+	if val == nil {
+		return nil
+	}
+	val.used = true
+	if val.masked {
+		if slices.Contains(resolvable, key) {
+			return nil
+		}
+		return c.MaskedError(key, nil)
+	}
+	err := c.decodeValue(key, dst, val.raw)
+	if _, ok := errors.AsType[*ConfigError](err); ok || err == nil {
+		return err
+	}
+	return &ConfigError{Key: c.prefix + key, Problem: err.Error()}
+}
+
+// decodeValue never quotes what it was given unless the type says that it is
+// no secret.
+func (c *Config) decodeValue(key string, dst reflect.Value, raw json.RawMessage) error {
+	switch p := dst.Addr().Interface().(type) {
+	case json.Unmarshaler:
+		return p.UnmarshalJSON(raw)
+	case *secret.String:
+		var s string
+		if json.Unmarshal(raw, &s) != nil {
+			return errors.New("expected a string, got " + kindOf(raw))
+		}
+		*p = secret.New(s)
+		return nil
+	}
+	switch dst.Kind() {
+	case reflect.String:
+		if json.Unmarshal(raw, dst.Addr().Interface()) != nil {
+			return errors.New("expected a string, got " + kindOf(raw))
+		}
+	case reflect.Bool:
+		b, err := parseBool(raw)
+		if err != nil {
+			return err
+		}
+		dst.SetBool(b)
+	case reflect.Int:
+		n, err := parseInt(raw)
+		if err != nil {
+			return err
+		}
+		dst.SetInt(n)
+	case reflect.Struct:
+		values, err := parseObject(raw)
+		if err != nil {
+			return err
+		}
+		nested := &Config{typ: c.typ, targetID: c.targetID, overlays: c.overlays, prefix: c.prefix + key + ".", values: values}
+		return nested.decode(dst, nil)
+	default:
+		if json.Unmarshal(raw, dst.Addr().Interface()) != nil {
+			return fmt.Errorf("expected %s, got %s", dst.Type(), kindOf(raw))
+		}
+	}
+	return nil
+}
+
+func (c *Config) decodeFileOptions(key string, secret bool, options *FileOptions) error {
+	parts := []struct {
+		key string
+		dst any
+	}{{key + "_mode", &options.Mode}, {key + "_owner", &options.Owner}, {key + "_group", &options.Group}}
+	for _, part := range parts {
+		if err := c.decodeKey(part.key, reflect.ValueOf(part.dst).Elem(), nil); err != nil {
+			return err
+		}
+	}
+	if secret && options.Mode&0o007 != 0 {
+		return Invalid(key+"_mode", "%#o would let every user of this host at a private key: the most that a key file may grant is %#o",
+			options.Mode, maxKeyMode)
+	}
+	return nil
+}
+
+// kindOf names the kind of a JSON value, for errors that must not show it.
+func kindOf(raw []byte) string {
+	raw = bytes.TrimSpace(raw)
+	if len(raw) == 0 {
+		return "nothing"
+	}
+	switch raw[0] {
+	case '{':
+		return "an object"
+	case '[':
+		return "a list"
+	case '"':
+		return "a string"
+	case 't', 'f':
+		return "a boolean"
+	case 'n':
+		return "null"
+	}
+	return "a number"
+}

@@ -1,0 +1,263 @@
+package target
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Mode is the permission bits of a file; 0 is "not configured". In JSON it is
+// a number that holds the bits in decimal (416 is 0640), or an octal string
+// ("0640", "640").
+type Mode fs.FileMode
+
+// maxKeyMode is the most that a private key's file may grant.
+const maxKeyMode Mode = 0o770
+
+// UnmarshalJSON implements json.Unmarshaler.
+func (m *Mode) UnmarshalJSON(raw []byte) error {
+	var text string
+	if json.Unmarshal(raw, &text) == nil {
+		return m.parseOctal(text)
+	}
+	bits, err := strconv.ParseUint(string(raw), 10, 32)
+	if err != nil {
+		return fmt.Errorf("expected a file mode: an octal string such as \"0640\", or its bits as a decimal number (416), got %s", shown(raw))
+	}
+	if Mode(bits).plausible() {
+		*m = Mode(bits)
+		return nil
+	}
+	hint := ""
+	if meant, err := strconv.ParseUint(string(raw), 8, 32); err == nil && Mode(meant).plausible() {
+		hint = fmt.Sprintf(", so \"%04o\" was probably meant (%d as a number)", meant, meant)
+	}
+	return fmt.Errorf("a number holds the bits in decimal, and %d is %#o, which is no plausible file mode%s", bits, bits, hint)
+}
+
+func (m *Mode) parseOctal(text string) error {
+	if text == "" {
+		*m = 0
+		return nil
+	}
+	bits, err := strconv.ParseUint(strings.TrimPrefix(text, "0o"), 8, 32)
+	if err == nil && Mode(bits).plausible() {
+		*m = Mode(bits)
+		return nil
+	}
+	hint := ""
+	if meant, err := strconv.ParseUint(text, 10, 32); err == nil && Mode(meant).plausible() {
+		hint = fmt.Sprintf(", so \"%04o\" (or the number %d) was probably meant", meant, meant)
+	}
+	return fmt.Errorf("a string holds the mode in octal, such as \"0640\", and %s is no plausible one%s", clip(text), hint)
+}
+
+// plausible reports whether some file could sensibly have these bits: the
+// owner can read, no class may do what the one before it may not, and nothing
+// is written or executed unread. Set-user-id and its kin are never plausible.
+// 0 passes: it stands for "not configured".
+func (m Mode) plausible() bool {
+	if m == 0 {
+		return true
+	}
+	owner, group, others := m>>6, m>>3&7, m&7
+	for _, bits := range []Mode{owner, group, others} {
+		if bits != 0 && bits&4 == 0 {
+			return false
+		}
+	}
+	return m <= 0o777 && owner&4 != 0 && group&^owner == 0 && others&^group == 0
+}
+
+// Duration is a time span: in JSON a number of nanoseconds or a Go duration
+// string ("10s"). 0 is "not configured".
+type Duration time.Duration
+
+// maxDuration bounds what a configuration may make a deployment wait for; a
+// job slot is held all the while.
+const maxDuration = Duration(time.Hour)
+
+// UnmarshalJSON implements json.Unmarshaler.
+func (d *Duration) UnmarshalJSON(raw []byte) error {
+	text := string(raw)
+	_ = json.Unmarshal(raw, &text)
+	if text == "" || text == "0" {
+		*d = 0
+		return nil
+	}
+	span, err := time.ParseDuration(text)
+	if nanoseconds, numErr := strconv.ParseInt(text, 10, 64); numErr == nil {
+		span, err = time.Duration(nanoseconds), nil
+		if span < time.Millisecond && span > 0 {
+			return fmt.Errorf("a number is taken for nanoseconds, and %d of them is next to nothing: \"%ds\" was probably meant", span, span)
+		}
+	}
+	switch {
+	case err != nil:
+		return fmt.Errorf("expected a duration such as \"10s\" or a number of nanoseconds, got %s", shown(raw))
+	case span < 0 || Duration(span) > maxDuration:
+		return fmt.Errorf("expected a duration of 0 to %v, got %v", time.Duration(maxDuration), span)
+	}
+	*d = Duration(span)
+	return nil
+}
+
+// Or is d, or def when d is not configured.
+func (d Duration) Or(def time.Duration) time.Duration {
+	if d == 0 {
+		return def
+	}
+	return time.Duration(d)
+}
+
+// Path is an absolute path without "..", cleaned.
+type Path string
+
+// UnmarshalJSON implements json.Unmarshaler.
+func (p *Path) UnmarshalJSON(raw []byte) error {
+	var text string
+	if json.Unmarshal(raw, &text) != nil {
+		return errors.New("expected an absolute path, got " + kindOf(raw))
+	}
+	path, err := ParsePath(text)
+	if err != nil {
+		return err
+	}
+	*p = path
+	return nil
+}
+
+// ParsePath checks a path that comes from outside. "" is none. A ".." is
+// refused: what it means depends on which elements are symlinks.
+func ParsePath(text string) (Path, error) {
+	if text == "" {
+		return "", nil
+	}
+	if !filepath.IsAbs(text) || strings.ContainsFunc(text, isControl) {
+		return "", fmt.Errorf("expected an absolute path, got %s", clip(text))
+	}
+	for element := range strings.SplitSeq(filepath.ToSlash(text), "/") {
+		if element == ".." {
+			return "", fmt.Errorf("expected a path without \"..\", got %s", clip(text))
+		}
+	}
+	return Path(filepath.Clean(text)), nil
+}
+
+// FileName is the plain name of a file: no directory in it, no dot in front.
+type FileName string
+
+// UnmarshalJSON implements json.Unmarshaler.
+func (n *FileName) UnmarshalJSON(raw []byte) error {
+	var text string
+	if json.Unmarshal(raw, &text) != nil {
+		return errors.New("expected a file name, got " + kindOf(raw))
+	}
+	if strings.HasPrefix(text, ".") || strings.ContainsAny(text, `/\`) || strings.ContainsFunc(text, isControl) || len(text) > 200 {
+		return fmt.Errorf("expected a plain file name, without a directory and not starting with a dot, got %s", clip(text))
+	}
+	*n = FileName(text)
+	return nil
+}
+
+// Or is n, or def when n is not configured.
+func (n FileName) Or(def FileName) FileName {
+	if n == "" {
+		return def
+	}
+	return n
+}
+
+// Account is a user or a group: its name, or its number.
+type Account string
+
+// UnmarshalJSON implements json.Unmarshaler.
+func (a *Account) UnmarshalJSON(raw []byte) error {
+	var text string
+	if json.Unmarshal(raw, &text) != nil {
+		if _, err := strconv.ParseUint(string(raw), 10, 31); err != nil {
+			return errors.New("expected a name or a number of an account, got " + kindOf(raw))
+		}
+		text = string(raw)
+	}
+	if strings.ContainsFunc(text, isControl) || strings.ContainsAny(text, ":/ ") || len(text) > 256 {
+		return fmt.Errorf("expected a name or a number of an account, got %s", clip(text))
+	}
+	*a = Account(text)
+	return nil
+}
+
+// FileOptions is what can be configured of a file's mode and owner.
+type FileOptions struct {
+	Mode  Mode
+	Owner Account
+	Group Account
+}
+
+// File is the destination at path under these options.
+func (o FileOptions) File(path Path, kind Kind, data []byte) File {
+	f := File{Path: string(path), Kind: kind, Data: data, DefaultMode: 0o644, Owner: string(o.Owner), Group: string(o.Group)}
+	if kind.Secret() {
+		f.DefaultMode = 0o600
+	}
+	if o.Mode != 0 {
+		f.Mode = new(fs.FileMode(o.Mode))
+	}
+	return f
+}
+
+// parseBool takes true, false, and what operators write for them in a form
+// that sends strings. "" is false.
+func parseBool(raw []byte) (bool, error) {
+	text := string(raw)
+	_ = json.Unmarshal(raw, &text)
+	switch strings.ToLower(text) {
+	case "1", "t", "true", "yes", "on":
+		return true, nil
+	case "", "0", "f", "false", "no", "off":
+		return false, nil
+	}
+	return false, errors.New("expected true or false, got " + shown(raw))
+}
+
+// parseInt takes a whole number, also as a string. "" is 0.
+func parseInt(raw []byte) (int64, error) {
+	text := string(raw)
+	_ = json.Unmarshal(raw, &text)
+	if text == "" {
+		return 0, nil
+	}
+	n, err := strconv.ParseInt(text, 10, 32)
+	if err != nil {
+		return 0, errors.New("expected a whole number, got " + shown(raw))
+	}
+	return n, nil
+}
+
+func isControl(r rune) bool { return r < ' ' || r == 0x7f }
+
+// shown is a JSON value for an error: scalars as they are, others by kind.
+func shown(raw []byte) string {
+	var text string
+	switch {
+	case json.Unmarshal(raw, &text) == nil:
+		return clip(text)
+	case raw[0] == '{' || raw[0] == '[':
+		return kindOf(raw)
+	}
+	return strings.Trim(clip(string(raw)), `"`)
+}
+
+// clip quotes a text from outside for an error: one line, of bounded length.
+func clip(text string) string {
+	const most = 120
+	if len(text) > most {
+		text = strings.ToValidUTF8(text[:most], "") + "..."
+	}
+	return strconv.QuoteToASCII(text)
+}
