@@ -100,16 +100,18 @@ type MalformedJob struct {
 }
 
 // UnmarshalJSON decodes job by job: the control plane counts every job of the
-// answer as handed out, so one that is damaged must not cost the others.
+// answer as handed out, so one that is damaged must not cost the others. Nor
+// does a count of another type, which nothing depends on.
 func (w *Work) UnmarshalJSON(data []byte) error {
 	var raw struct {
 		Jobs  json.RawMessage `json:"jobs"`
-		Count int             `json:"count"`
+		Count json.RawMessage `json:"count"`
 	}
 	if err := json.Unmarshal(data, &raw); err != nil {
 		return err
 	}
-	*w = Work{Count: raw.Count}
+	*w = Work{}
+	_ = json.Unmarshal(raw.Count, &w.Count) // 0 where it is no number
 	if len(raw.Jobs) == 0 || string(raw.Jobs) == "null" {
 		return nil
 	}

@@ -23,6 +23,13 @@ var (
 
 	// ErrTooLarge is an answer longer than the call allows.
 	ErrTooLarge = errors.New("the answer is larger than allowed")
+
+	// ErrUnreadable is a success whose body is not what the call answers.
+	ErrUnreadable = errors.New("the answer cannot be read")
+
+	// ErrBadID is an identifier that cannot be a path segment: the request was
+	// not sent.
+	ErrBadID = errors.New("the identifier cannot stand in a path")
 )
 
 // StatusError is an answer other than the one that means success.
@@ -36,7 +43,10 @@ type StatusError struct {
 
 // Error says in plain words what the operator should look at.
 func (e *StatusError) Error() string {
-	text := fmt.Sprintf("%s: the control plane answered %d %s", e.Call, e.Status, http.StatusText(e.Status))
+	text := fmt.Sprintf("%s: the control plane answered %d", e.Call, e.Status)
+	if name := http.StatusText(e.Status); name != "" {
+		text += " " + name
+	}
 	switch {
 	case e.Status == http.StatusUnauthorized:
 		text += ": the API key is wrong or expired"
@@ -44,6 +54,8 @@ func (e *StatusError) Error() string {
 		text += ": the API key lacks the permission"
 	case e.Status == http.StatusNotFound && e.Decides:
 		text += ": the control plane does not know this agent id"
+	case e.Is(ErrRedirected):
+		text += ": a redirect is never followed: check the server URL"
 	}
 	if e.Body != "" {
 		text += ": " + e.Body
@@ -69,11 +81,11 @@ func (e *StatusError) Is(target error) bool {
 // is no answer from the control plane (no route, time-out, TLS) may; so may an
 // answer that blames the moment, the key or the agent's record, which a person
 // can put right meanwhile. A cancelled request was not refused either. An answer
-// that is too large will be so again.
+// that is too large will be so again, and an identifier that cannot be sent too.
 func Temporary(err error) bool {
 	status, ok := errors.AsType[*StatusError](err)
 	if !ok {
-		return err != nil && !errors.Is(err, ErrTooLarge)
+		return err != nil && !errors.Is(err, ErrTooLarge) && !errors.Is(err, ErrBadID)
 	}
 	switch status.Status {
 	case http.StatusUnauthorized, http.StatusForbidden, http.StatusRequestTimeout, http.StatusGone,
@@ -123,6 +135,10 @@ func Kind(err error) string {
 	case ok && status.Status >= 500:
 		return "server"
 	case ok:
+		return "refused"
+	case errors.Is(err, ErrTooLarge), errors.Is(err, ErrUnreadable):
+		return "answer"
+	case errors.Is(err, ErrBadID):
 		return "refused"
 	case errors.Is(err, context.DeadlineExceeded):
 		return "timeout"

@@ -1,0 +1,179 @@
+package controlplane
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/printable"
+	"certctl-agent/internal/secret"
+)
+
+// maxRetryAfter caps what an answer can ask for: a wrong header must not
+// silence an agent for a day.
+const maxRetryAfter = 15 * time.Minute
+
+// decode reads a success. Where nothing is decoded, the status line has said
+// all there is, and an answer cut short after it changes nothing.
+func decode(resp *http.Response, call call, answer any) error {
+	// A web server that answers every path with its front page would
+	// otherwise swallow reports.
+	if kind, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type")); kind == "text/html" {
+		return fmt.Errorf("%w: it is a web page: check the server URL", api.ErrUnreadable)
+	}
+	limit := call.limit
+	if limit == 0 {
+		limit = maxAnswer
+	}
+	body, err := io.ReadAll(io.LimitReader(resp.Body, limit+1))
+	if int64(len(body)) > limit {
+		return fmt.Errorf("%w: over %d KiB", api.ErrTooLarge, limit>>10)
+	}
+	if answer == nil {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("read the answer: %w", err)
+	}
+	if err := json.Unmarshal(body, answer); err != nil {
+		return fmt.Errorf("%w: %w", api.ErrUnreadable, err)
+	}
+	return nil
+}
+
+// refusal is the error for an answer that is no success.
+func refusal(call call, resp *http.Response, key secret.String, now time.Time) error {
+	// A read error leaves what came before it, which is all that is known.
+	body, _ := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	text := message(body)
+	if resp.StatusCode < 400 {
+		text = location(resp)
+	}
+	return &api.StatusError{
+		Call:       call.name,
+		Status:     resp.StatusCode,
+		Body:       clip(text, key),
+		RetryAfter: retryAfter(resp.Header.Get("Retry-After"), now),
+		Decides:    call.decides,
+	}
+}
+
+// message is what an error body says: the message or error field of a JSON
+// object with the request id, by which the server's own log is searched, or the
+// text as it is.
+func message(body []byte) string {
+	var fields struct {
+		Message   string `json:"message"`
+		Error     string `json:"error"`
+		RequestID string `json:"request_id"`
+	}
+	// Fields of other types are left out, the rest is decoded all the same.
+	if err := json.Unmarshal(body, &fields); err != nil {
+		if _, wrongType := errors.AsType[*json.UnmarshalTypeError](err); !wrongType {
+			return string(body)
+		}
+	}
+	text := fields.Message
+	if text == "" {
+		text = fields.Error
+	}
+	if text == "" {
+		return string(body)
+	}
+	if fields.RequestID != "" {
+		text += " (request " + fields.RequestID + ")"
+	}
+	return text
+}
+
+// location is where a redirect points, without the parts that may be secret.
+func location(resp *http.Response) string {
+	u, err := url.Parse(resp.Header.Get("Location"))
+	if err != nil || u.Path == "" && u.Host == "" {
+		return ""
+	}
+	u.User, u.RawQuery, u.Fragment = nil, "", ""
+	return "it points to " + u.String()
+}
+
+// retryAfter parses RFC 9110, section 10.2.3: seconds or a date. What is
+// neither, or in the past, counts as absent. A date is taken relative to now,
+// the server's own clock where it told it.
+func retryAfter(value string, now time.Time) time.Duration {
+	value = strings.TrimSpace(value)
+	var wait time.Duration
+	if seconds, err := strconv.ParseUint(value, 10, 64); err == nil || errors.Is(err, strconv.ErrRange) {
+		// Capped before it is multiplied, which could overflow.
+		wait = time.Duration(min(seconds, uint64(maxRetryAfter/time.Second))) * time.Second
+	} else if date, err := http.ParseTime(value); err == nil {
+		wait = date.Sub(now)
+	}
+	return min(max(wait, 0), maxRetryAfter)
+}
+
+// failure is the error for a request that got no usable answer.
+func (c *Client) failure(ctx context.Context, call call, key secret.String, err error) error {
+	if cause, ok := errors.AsType[*timeoutError](context.Cause(ctx)); ok {
+		err = cause
+	}
+	text := fmt.Sprintf("%s: %s: %v", call.name, c.address, err)
+	if advice := advice(err); advice != "" {
+		text += ": " + advice
+	}
+	return &callError{text: clip(text, key), err: err}
+}
+
+// advice says what to look at when the connection could not be secured.
+func advice(err error) string {
+	if _, ok := errors.AsType[x509.HostnameError](err); ok {
+		return "the certificate is for another host: check CERTCTL_SERVER_URL (-server)"
+	}
+	if invalid, ok := errors.AsType[x509.CertificateInvalidError](err); ok && invalid.Reason == x509.Expired {
+		return "check the clock of this host and the certificate of the control plane"
+	}
+	if _, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
+		return "check that CERTCTL_SERVER_CA_BUNDLE_PATH (-ca-bundle) names the CA that signed the control plane's certificate"
+	}
+	// crypto/tls does not export its alerts.
+	if strings.Contains(err.Error(), "protocol version") {
+		return "the control plane must offer TLS 1.3"
+	}
+	return ""
+}
+
+// clip makes what may come from elsewhere fit for a log. An answer may quote
+// the request, key included.
+func clip(text string, key secret.String) string {
+	if !key.IsZero() {
+		text = strings.ReplaceAll(text, key.Reveal(), key.String())
+	}
+	return printable.Clip(text, maxErrorText)
+}
+
+// callError is a failure whose text is safe and whose cause can be asked for.
+type callError struct {
+	text string
+	err  error
+}
+
+func (e *callError) Error() string { return e.text }
+func (e *callError) Unwrap() error { return e.err }
+
+// timeoutError is context.DeadlineExceeded with the time that was not enough.
+type timeoutError struct{ after time.Duration }
+
+func (e *timeoutError) Error() string   { return fmt.Sprintf("no answer within %v", e.after) }
+func (e *timeoutError) Timeout() bool   { return true }
+func (e *timeoutError) Temporary() bool { return true }
+func (e *timeoutError) Unwrap() error   { return context.DeadlineExceeded }

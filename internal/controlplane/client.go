@@ -1,0 +1,282 @@
+// Package controlplane speaks to the control plane: HTTPS with TLS 1.3, one
+// method for each call of its API. What an answer means is internal/api's to
+// say; when to try again is the caller's.
+package controlplane
+
+import (
+	"bytes"
+	"context"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/secret"
+)
+
+// DefaultTimeout bounds one request from dialling to the last byte of the
+// answer. Signing a CSR is the slowest call, and takes seconds.
+const DefaultTimeout = 30 * time.Second
+
+// Bounds of an answer. Longer ones are api.ErrTooLarge.
+const (
+	// maxWork holds api.MaxJobs jobs of the usual size.
+	maxWork = 8 << 20
+	// maxCertificate holds a chain of some hundred certificates.
+	maxCertificate = 1 << 20
+	// maxAnswer is for the calls whose answer is a word or two, and for errors.
+	maxAnswer = 64 << 10
+	// maxErrorText is how much of an answer gets into an error.
+	maxErrorText = 1 << 10
+	// maxID is how long an identifier in a path may be. Servers refuse paths
+	// and HTTP/2 header lists of some KiB without an answer that says why.
+	maxID = 1 << 10
+)
+
+// Options say where the control plane is and who asks.
+type Options struct {
+	// Server is the base URL. A path prefix is kept; the scheme is https.
+	Server *url.URL
+
+	// AgentID names this agent in the paths. Register and Health need none.
+	AgentID string
+
+	// APIKey authorizes every call but Health. Registration takes the
+	// bootstrap token in its place.
+	APIKey secret.String
+
+	// KeyFunc, when set, is asked for the key before every request, so that a
+	// key file can change under a running agent. The zero secret means APIKey.
+	KeyFunc func() secret.String
+
+	// Roots verify the control plane and an HTTPS proxy; nil means the
+	// system's.
+	Roots *x509.CertPool
+
+	// InsecureSkipVerify accepts any certificate.
+	InsecureSkipVerify bool
+
+	// Proxy chooses the proxy, as http.Transport's field does; nil means none.
+	Proxy func(*http.Request) (*url.URL, error)
+
+	// UserAgent goes with every request.
+	UserAgent string
+
+	// Timeout bounds one request; 0 means DefaultTimeout.
+	Timeout time.Duration
+
+	// OnDate, when set, gets the Date of each answer, from which the caller
+	// tells how far this host's clock is off. It must not block.
+	OnDate func(server time.Time)
+
+	// Dial makes connections; nil means the network. Tests give an in-memory
+	// one. The network is "tcp", or "udp" for LocalAddr.
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+}
+
+// Client is an agent's connection to its control plane. Its methods may be
+// used at the same time.
+//
+// Their errors are api.StatusError for an answer that is no success, else wrap
+// what the network said. They hold no request body, no header and no key.
+type Client struct {
+	opts    Options
+	base    string // the server URL without trailing slash
+	address string // host:port of the server
+	session atomic.Pointer[session]
+}
+
+// session is what Reload replaces.
+type session struct {
+	key       secret.String
+	roots     *x509.CertPool
+	transport *http.Transport
+}
+
+// New returns a client; it does not connect.
+func New(opts Options) *Client {
+	if opts.Timeout == 0 {
+		opts.Timeout = DefaultTimeout
+	}
+	if opts.Dial == nil {
+		opts.Dial = (&net.Dialer{Timeout: dialTimeout}).DialContext
+	}
+	base := url.URL{Scheme: opts.Server.Scheme, Host: opts.Server.Host, Path: opts.Server.Path, RawPath: opts.Server.RawPath}
+	c := &Client{opts: opts, base: strings.TrimRight(base.String(), "/"), address: hostPort(&base)}
+	c.session.Store(&session{key: opts.APIKey, roots: opts.Roots, transport: c.newTransport(opts.Roots)})
+	return c
+}
+
+// Reload replaces the API key and the trusted roots for requests that begin
+// from here on; those under way end as they began.
+func (c *Client) Reload(apiKey secret.String, roots *x509.CertPool) {
+	next := &session{key: apiKey, roots: roots}
+	for {
+		old := c.session.Load()
+		// A connection stays good for another key, but not for other roots.
+		if next.transport = old.transport; !roots.Equal(old.roots) {
+			next.transport = c.newTransport(roots)
+		}
+		if c.session.CompareAndSwap(old, next) {
+			if next.transport != old.transport {
+				old.transport.CloseIdleConnections()
+			}
+			return
+		}
+	}
+}
+
+// Close closes connections that are not in use. The client can still be used,
+// and would connect again.
+func (c *Client) Close() { c.session.Load().transport.CloseIdleConnections() }
+
+// Heartbeat says that the agent is alive. Its 410 is api.ErrRetired.
+func (c *Client) Heartbeat(ctx context.Context, beat api.Heartbeat) error {
+	return c.do(ctx, call{name: "heartbeat", method: http.MethodPost, path: api.HeartbeatPath(c.opts.AgentID),
+		ids: []string{c.opts.AgentID}, body: beat, decides: true}, nil)
+}
+
+// Work polls. Deployment jobs in the answer are claimed by it and do not come
+// again. Its 410 is api.ErrRetired.
+func (c *Client) Work(ctx context.Context) (api.Work, error) {
+	var work api.Work
+	err := c.do(ctx, call{name: "poll", method: http.MethodGet, path: api.WorkPath(c.opts.AgentID),
+		ids: []string{c.opts.AgentID}, limit: maxWork, decides: true}, &work)
+	return work, err
+}
+
+// SubmitCSR has a CSR signed for a certificate. A nil error means that the
+// certificate has a new version.
+func (c *Client) SubmitCSR(ctx context.Context, certID string, csrPEM []byte) error {
+	return c.do(ctx, call{name: "CSR", method: http.MethodPost, path: api.CSRPath(c.opts.AgentID),
+		ids: []string{c.opts.AgentID}, body: api.CSR{PEM: string(csrPEM), CertificateID: certID}}, nil)
+}
+
+// Certificate fetches the latest version of a certificate: leaf and chain, PEM.
+func (c *Client) Certificate(ctx context.Context, certID string) ([]byte, error) {
+	var answer api.Certificate
+	err := c.do(ctx, call{name: "certificate", method: http.MethodGet, path: api.CertificatePath(c.opts.AgentID, certID),
+		ids: []string{c.opts.AgentID, certID}, limit: maxCertificate}, &answer)
+	if err == nil && answer.PEM == "" {
+		err = fmt.Errorf("certificate: %w: it holds no certificate_pem", api.ErrUnreadable)
+	}
+	return []byte(answer.PEM), err
+}
+
+// ReportStatus reports a job's progress.
+func (c *Client) ReportStatus(ctx context.Context, jobID string, status api.JobStatus) error {
+	return c.do(ctx, call{name: "status report", method: http.MethodPost, path: api.JobStatusPath(c.opts.AgentID, jobID),
+		ids: []string{c.opts.AgentID, jobID}, body: status}, nil)
+}
+
+// ReportVerification reports what a live endpoint serves.
+func (c *Client) ReportVerification(ctx context.Context, jobID string, verification api.Verification) error {
+	return c.do(ctx, call{name: "verification", method: http.MethodPost, path: api.VerifyPath(jobID),
+		ids: []string{jobID}, body: verification}, nil)
+}
+
+// ReportDiscovery reports certificates found on this host.
+func (c *Client) ReportDiscovery(ctx context.Context, report api.DiscoveryReport) error {
+	return c.do(ctx, call{name: "discovery report", method: http.MethodPost, path: api.DiscoveriesPath(c.opts.AgentID),
+		ids: []string{c.opts.AgentID}, body: report}, nil)
+}
+
+// Register makes a new agent record and returns it; APIKey is the bootstrap
+// token here.
+func (c *Client) Register(ctx context.Context, registration api.Registration) (api.Agent, error) {
+	var agent api.Agent
+	err := c.do(ctx, call{name: "registration", method: http.MethodPost, path: api.RegisterPath, body: registration}, &agent)
+	if err == nil && agent.ID == "" {
+		err = fmt.Errorf("registration: %w: it holds no id", api.ErrUnreadable)
+	}
+	return agent, err
+}
+
+// Health asks whether the control plane can be reached. It sends no key.
+func (c *Client) Health(ctx context.Context) error {
+	return c.do(ctx, call{name: "health", method: http.MethodGet, path: api.HealthPath, public: true}, nil)
+}
+
+// call is one request.
+type call struct {
+	name    string // for messages
+	method  string
+	path    string
+	ids     []string // what path was made from
+	body    any      // nil: none
+	limit   int64    // of the answer; 0 means maxAnswer
+	decides bool     // a 410 is final
+	public  bool     // no key
+}
+
+// do sends a request and decodes a success into answer, if there is one.
+func (c *Client) do(ctx context.Context, call call, answer any) error {
+	session := c.session.Load()
+	key := session.key
+	if c.opts.KeyFunc != nil {
+		if latest := c.opts.KeyFunc(); !latest.IsZero() {
+			key = latest
+		}
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, c.opts.Timeout, &timeoutError{c.opts.Timeout})
+	defer cancel()
+	req, err := c.request(ctx, call, key)
+	if err != nil {
+		return fmt.Errorf("%s: %w", call.name, err)
+	}
+	// RoundTrip in place of an http.Client: it follows no redirect, keeps no
+	// cookie, and its errors quote no URL.
+	resp, err := session.transport.RoundTrip(req)
+	if err != nil {
+		return c.failure(ctx, call, key, err)
+	}
+	defer resp.Body.Close()
+	date, err := http.ParseTime(resp.Header.Get("Date"))
+	if err != nil {
+		date = time.Now()
+	} else if c.opts.OnDate != nil {
+		c.opts.OnDate(date)
+	}
+	if resp.StatusCode < 200 || resp.StatusCode > 299 {
+		return refusal(call, resp, key, date)
+	}
+	if err := decode(resp, call, answer); err != nil {
+		return c.failure(ctx, call, key, err)
+	}
+	return nil
+}
+
+func (c *Client) request(ctx context.Context, call call, key secret.String) (*http.Request, error) {
+	for _, id := range call.ids {
+		// A server cleans "." and ".." out of a path, and an empty segment too.
+		if id == "" || id == "." || id == ".." || len(id) > maxID {
+			return nil, fmt.Errorf("%w: %.64q", api.ErrBadID, id)
+		}
+	}
+	var body []byte
+	if call.body != nil {
+		var err error
+		if body, err = json.Marshal(call.body); err != nil {
+			return nil, errors.New("encode the request") // the cause may quote it
+		}
+	}
+	// Parsed from its escaped form, so that an escaped slash stays one.
+	req, err := http.NewRequestWithContext(ctx, call.method, c.base+call.path, bytes.NewReader(body))
+	if err != nil {
+		return nil, errors.New("the server URL is no URL")
+	}
+	if !call.public && !key.IsZero() {
+		req.Header.Set("Authorization", "Bearer "+key.Reveal())
+	}
+	req.Header.Set("Content-Type", "application/json")
+	req.Header.Set("Accept", "application/json")
+	req.Header.Set("User-Agent", c.opts.UserAgent)
+	return req, nil
+}

@@ -1,0 +1,154 @@
+package controlplane
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"time"
+
+	"certctl-agent/internal/printable"
+)
+
+const (
+	// dialTimeout and handshakeTimeout leave time for a second try within one
+	// request: a name may have several addresses.
+	dialTimeout      = 10 * time.Second
+	handshakeTimeout = 10 * time.Second
+
+	// pingAfter is how long an HTTP/2 connection may be silent before it is
+	// asked whether it lives, and pingTimeout how long it has to answer:
+	// together less than a request's timeout, so that a dead connection costs
+	// one request at most.
+	pingAfter   = 15 * time.Second
+	pingTimeout = 10 * time.Second
+
+	// idleTimeout is longer than the usual pauses between two calls, so that
+	// the connection outlives them, and ends those that Reload left behind.
+	idleTimeout = 5 * time.Minute
+
+	// maxHeader bounds an answer's header; real ones are under 1 KiB.
+	maxHeader = 64 << 10
+
+	// localAddrTimeout bounds the look-up of the server's name.
+	localAddrTimeout = 5 * time.Second
+)
+
+// newTransport returns a transport that keeps one connection.
+func (c *Client) newTransport(roots *x509.CertPool) *http.Transport {
+	config := &tls.Config{
+		MinVersion:         tls.VersionTLS13,
+		RootCAs:            roots,
+		InsecureSkipVerify: c.opts.InsecureSkipVerify,
+		NextProtos:         []string{"h2", "http/1.1"},
+	}
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(true)
+	protocols.SetHTTP2(true)
+	return &http.Transport{
+		Proxy:                  c.proxy,
+		DialContext:            c.opts.Dial,
+		DialTLSContext:         c.dialTLS(config),
+		TLSClientConfig:        config.Clone(),
+		TLSHandshakeTimeout:    handshakeTimeout,
+		Protocols:              protocols,
+		HTTP2:                  &http.HTTP2Config{SendPingTimeout: pingAfter, PingTimeout: pingTimeout},
+		MaxIdleConnsPerHost:    1,
+		IdleConnTimeout:        idleTimeout,
+		MaxResponseHeaderBytes: maxHeader,
+		OnProxyConnectResponse: proxyAnswer,
+		// The bounds of an answer are bounds of what it unpacks to.
+		DisableCompression: true,
+	}
+}
+
+// dialTLS dials the control plane or an HTTPS proxy. The transport would offer
+// HTTP/2 to a proxy as well, and then send it a CONNECT of HTTP/1.1.
+func (c *Client) dialTLS(config *tls.Config) func(ctx context.Context, network, address string) (net.Conn, error) {
+	return func(ctx context.Context, network, address string) (net.Conn, error) {
+		host, _, err := net.SplitHostPort(address)
+		if err != nil {
+			return nil, err
+		}
+		config := config.Clone()
+		config.ServerName = host
+		if address != c.address {
+			config.NextProtos = nil
+		}
+		conn, err := c.opts.Dial(ctx, network, address)
+		if err != nil {
+			return nil, err
+		}
+		ctx, cancel := context.WithTimeoutCause(ctx, handshakeTimeout, &timeoutError{handshakeTimeout})
+		defer cancel()
+		secured := tls.Client(conn, config)
+		if err := secured.HandshakeContext(ctx); err != nil {
+			conn.Close()
+			return nil, err
+		}
+		return secured, nil
+	}
+}
+
+// proxy is the caller's choice, without its error: that quotes the proxy's
+// URL, password included.
+func (c *Client) proxy(req *http.Request) (*url.URL, error) {
+	if c.opts.Proxy == nil {
+		return nil, nil
+	}
+	proxy, err := c.opts.Proxy(req)
+	if err != nil {
+		return nil, errors.New("the proxy setting is no URL: check HTTPS_PROXY")
+	}
+	return proxy, nil
+}
+
+// proxyAnswer says who refused to connect. Without it the error is the bare
+// text of the proxy's status line.
+func proxyAnswer(_ context.Context, proxy *url.URL, _ *http.Request, resp *http.Response) error {
+	if resp.StatusCode == http.StatusOK {
+		return nil
+	}
+	return fmt.Errorf("the proxy %s answered %s", proxy.Host, printable.Clip(resp.Status, 100))
+}
+
+// LocalAddr returns the local IP address of the route to the control plane, or
+// to the proxy before it, and "" where there is none. A connected UDP socket
+// knows it; nothing is sent.
+func (c *Client) LocalAddr(ctx context.Context) string {
+	address := c.address
+	if req, err := http.NewRequest(http.MethodGet, c.base, nil); err == nil {
+		if proxy, err := c.proxy(req); err == nil && proxy != nil {
+			address = hostPort(proxy)
+		}
+	}
+	ctx, cancel := context.WithTimeout(ctx, localAddrTimeout)
+	defer cancel()
+	conn, err := c.opts.Dial(ctx, "udp", address)
+	if err != nil {
+		return ""
+	}
+	defer conn.Close()
+	local, err := netip.ParseAddrPort(conn.LocalAddr().String())
+	if err != nil {
+		return ""
+	}
+	return local.Addr().Unmap().WithZone("").String()
+}
+
+// hostPort is where to connect for a URL.
+func hostPort(u *url.URL) string {
+	port := u.Port()
+	if port == "" {
+		port = map[string]string{"http": "80", "socks5": "1080", "socks5h": "1080"}[u.Scheme]
+	}
+	if port == "" {
+		port = "443"
+	}
+	return net.JoinHostPort(u.Hostname(), port)
+}
