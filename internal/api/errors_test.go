@@ -1,0 +1,111 @@
+package api_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"testing"
+	"time"
+
+	"certctl-agent/internal/api"
+)
+
+// TestVerdicts is the table "Errors" of docs/protocol.md.
+func TestVerdicts(t *testing.T) {
+	call := func(status int) error { return &api.StatusError{Call: "status report", Status: status} }
+	poll := func(status int) error { return &api.StatusError{Call: "poll", Status: status, Decides: true} }
+	for _, test := range []struct {
+		err       error
+		temporary bool
+		denied    bool
+		kind      string
+	}{
+		{nil, false, false, ""},
+		{call(400), false, false, "refused"},
+		{call(401), true, true, "denied"},
+		{call(403), true, true, "denied"},
+		{call(404), false, false, "refused"},
+		{poll(404), true, true, "denied"},
+		{call(408), true, false, "refused"},
+		{call(409), false, false, "refused"},
+		{call(410), true, false, "gone"},
+		{poll(410), true, false, "gone"},
+		{call(413), false, false, "refused"},
+		{call(422), false, false, "refused"},
+		{call(425), true, false, "refused"},
+		{call(429), true, false, "rate_limited"},
+		{call(301), true, false, "refused"},
+		{call(500), true, false, "server"},
+		{call(503), true, false, "server"},
+		{call(599), true, false, "server"},
+		{api.ErrTooLarge, false, false, "answer"},
+		{api.ErrUnreadable, true, false, "answer"},
+		{api.ErrBadID, false, false, "refused"},
+		{context.DeadlineExceeded, true, false, "timeout"},
+		{context.Canceled, true, false, "cancelled"},
+		{io.ErrUnexpectedEOF, true, false, "network"},
+	} {
+		err := test.err
+		if err != nil {
+			err = fmt.Errorf("report: %w", err)
+		}
+		if got := api.Temporary(err); got != test.temporary {
+			t.Errorf("Temporary(%v) = %v, want %v", err, got, test.temporary)
+		}
+		if got := api.Denied(err); got != test.denied {
+			t.Errorf("Denied(%v) = %v, want %v", err, got, test.denied)
+		}
+		if got := api.Kind(err); got != test.kind {
+			t.Errorf("Kind(%v) = %q, want %q", err, got, test.kind)
+		}
+	}
+}
+
+func TestSentinels(t *testing.T) {
+	for _, test := range []struct {
+		err                       api.StatusError
+		retired, gone, redirected bool
+	}{
+		{api.StatusError{Status: 410, Decides: true}, true, false, false},
+		{api.StatusError{Status: 410}, false, true, false},
+		{api.StatusError{Status: 308}, false, false, true},
+		{api.StatusError{Status: 404, Decides: true}, false, false, false},
+	} {
+		err := fmt.Errorf("heartbeat: %w", &test.err)
+		if errors.Is(err, api.ErrRetired) != test.retired || errors.Is(err, api.ErrGone) != test.gone ||
+			errors.Is(err, api.ErrRedirected) != test.redirected {
+			t.Errorf("%v (decides: %v): retired %v, gone %v, redirected %v", err, test.err.Decides,
+				errors.Is(err, api.ErrRetired), errors.Is(err, api.ErrGone), errors.Is(err, api.ErrRedirected))
+		}
+	}
+}
+
+func TestStatusErrorText(t *testing.T) {
+	for _, test := range []struct {
+		err  api.StatusError
+		want string
+	}{
+		{api.StatusError{Call: "poll", Status: 503, Body: "busy"}, "poll: the control plane answered 503 Service Unavailable: busy"},
+		{api.StatusError{Call: "poll", Status: 599}, "poll: the control plane answered 599"},
+		{api.StatusError{Call: "poll", Status: 401}, "the API key is wrong"},
+		{api.StatusError{Call: "poll", Status: 403}, "lacks the permission"},
+		{api.StatusError{Call: "poll", Status: 404, Decides: true}, "does not know this agent id"},
+		{api.StatusError{Call: "poll", Status: 302}, "never followed"},
+	} {
+		if got := test.err.Error(); !strings.Contains(got, test.want) || strings.HasSuffix(got, " ") {
+			t.Errorf("got %q, want %q in it", got, test.want)
+		}
+	}
+}
+
+func TestRetryAfter(t *testing.T) {
+	limited := fmt.Errorf("poll: %w", &api.StatusError{Status: 429, RetryAfter: 7 * time.Second})
+	if got := api.RetryAfter(limited); got != 7*time.Second {
+		t.Errorf("RetryAfter = %v, want 7s", got)
+	}
+	if !api.RateLimited(limited) || api.RateLimited(io.EOF) || api.RetryAfter(io.EOF) != 0 {
+		t.Error("RateLimited or RetryAfter of other errors")
+	}
+}
