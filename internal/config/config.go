@@ -1,0 +1,535 @@
+// Package config makes one Config out of flags, environment and configuration
+// file. It is the only place that knows the names of variables, and it checks
+// everything before the first packet is sent.
+package config
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net/url"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"certctl-agent/internal/proxy"
+	"certctl-agent/internal/secret"
+)
+
+// DefaultFile is the configuration file where none is named.
+const DefaultFile = "/etc/certctl/agent.env"
+
+// DefaultBackupRetention is how many sets of replaced files a target keeps.
+const DefaultBackupRetention = 3
+
+// Config is everything that an operator can choose. It does not change: Reload
+// makes another one. It can be printed; secrets in it redact themselves.
+type Config struct {
+	// Server is the control plane's base URL: https, a host in lower case, no
+	// trailing slash, the default port left out.
+	Server *url.URL
+
+	// APIKey is the key as it was when the configuration was loaded. Whoever
+	// runs for longer asks KeyFunc, which notices a changed key file.
+	APIKey secret.String
+
+	// APIKeyFile is where the key comes from, or "" where it was given
+	// directly.
+	APIKeyFile string
+
+	// Name of the agent, for people. It is sent at registration only.
+	Name string
+
+	// AgentID names this agent in every path of the API.
+	AgentID string
+
+	// KeyDir holds the private keys. Absolute, like every path here.
+	KeyDir string
+
+	// StateDir holds what must outlive a restart. One process at a time uses
+	// it. What belongs to an agent id and a server is in InstanceStateDir.
+	StateDir string
+
+	// CABundle is the file that Roots come from, or "".
+	CABundle string
+
+	// Roots verify the control plane's certificate; nil means the system's.
+	Roots *x509.CertPool
+
+	// InsecureSkipVerify accepts any certificate of the control plane.
+	InsecureSkipVerify bool
+
+	// Proxy chooses the proxy for requests to the control plane, from
+	// HTTPS_PROXY and NO_PROXY of the environment or the configuration file.
+	Proxy *proxy.Rules
+
+	// DiscoveryDirs are searched for certificates; none means that discovery
+	// is off.
+	DiscoveryDirs []string
+
+	// DiscoveryExclude are patterns of paths that are not searched.
+	DiscoveryExclude []string
+
+	// DiscoveryMaxRate bounds the files looked at in a second; 0 means no
+	// limit.
+	DiscoveryMaxRate int
+
+	// DiscoveryPasswords are tried on PKCS#12 files, after the empty one.
+	DiscoveryPasswords []secret.String
+
+	// HeartbeatInterval, PollInterval and DiscoveryInterval pace the three
+	// activities. The control plane takes an agent for dead after five minutes
+	// without a heartbeat.
+	HeartbeatInterval time.Duration
+	PollInterval      time.Duration
+	DiscoveryInterval time.Duration
+
+	// StartupJitter delays the first heartbeat, poll and scan.
+	StartupJitter bool
+
+	// MaxDeploys bounds the deployments at once; at least 1.
+	MaxDeploys int
+
+	// ShutdownGrace is for running deployments when the agent stops.
+	ShutdownGrace time.Duration
+
+	// KeyAlgorithm is the kind of key that is made, such as "ecdsa-p256".
+	KeyAlgorithm string
+
+	// TargetsDir holds the overlays. It need not exist.
+	TargetsDir string
+
+	// AllowedPaths are the directories below which deployments may write; nil
+	// means anywhere that is not protected.
+	AllowedPaths []string
+
+	// AllowedCommands are the command lines that deployments may run, each
+	// split into words; a last word "*" stands for any further words. Nil
+	// means any.
+	AllowedCommands [][]string
+
+	// BackupRetention is how many sets of replaced files a target keeps; -1
+	// means none after a success. Never 0.
+	BackupRetention int
+
+	// VerifyDeployment reports what the live endpoint serves afterwards.
+	VerifyDeployment bool
+
+	// MetricsFile is written for node_exporter's textfile collector, unless
+	// it is "".
+	MetricsFile string
+
+	// LogLevel and LogFormat ("json" or "text") shape the log.
+	LogLevel  slog.Level
+	LogFormat string
+
+	// File is the configuration file that was read, or "" for none.
+	File string
+
+	// Args are what follows the flags, for commands that take arguments.
+	Args []string
+
+	// Warnings are what an operator should know about the configuration, one
+	// sentence each, to be logged at start and after each reload.
+	Warnings []string
+
+	values []Value
+	again  func() (*Config, error)
+}
+
+// Options adapt Load to a command. The zero value is the daemon's.
+type Options struct {
+	// Flags adds flags that are the command's own.
+	Flags func(*flag.FlagSet)
+
+	// Args lets arguments follow the flags.
+	Args bool
+
+	// Ignore reports, by the flag's name, whether a problem with a setting
+	// does not matter to the command: one that needs the state directory only
+	// must run without an API key.
+	Ignore func(setting string) bool
+
+	// DefaultFile is read if it exists and no other file is named; "" means
+	// the constant of that name.
+	DefaultFile string
+}
+
+// UsageError is a command line that cannot be understood, in contrast to
+// values that cannot be used: exit code 2.
+type UsageError struct{ reason string }
+
+// Error says what is wrong with the command line.
+func (e *UsageError) Error() string { return e.reason }
+
+// Problems are all that is wrong with a configuration, one error each.
+type Problems []error
+
+// Error is one line for each problem.
+func (p Problems) Error() string {
+	lines := make([]string, len(p))
+	for i, problem := range p {
+		lines[i] = problem.Error()
+	}
+	return strings.Join(lines, "\n")
+}
+
+// Unwrap returns the problems.
+func (p Problems) Unwrap() []error { return p }
+
+// Load reads the configuration: a flag beats the environment beats the
+// configuration file beats the default, and an empty variable counts as unset.
+//
+// The error is flag.ErrHelp when help is asked for (see Usage), a *UsageError,
+// or Problems. With Problems comes what could be read, for showing it to the
+// operator and for nothing else.
+func Load(args []string, getenv func(string) string, options Options) (*Config, error) {
+	flags := newFlagSet(options)
+	if err := flags.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			return nil, err
+		}
+		return nil, &UsageError{err.Error()}
+	}
+	if flags.NArg() > 0 && !options.Args {
+		return nil, &UsageError{fmt.Sprintf("unexpected argument %q", flags.Arg(0))}
+	}
+	l := loader{
+		config:  &Config{Args: flags.Args()},
+		getenv:  getenv,
+		ignore:  options.Ignore,
+		given:   make(map[string]string),
+		sources: make(map[string]source),
+	}
+	flags.Visit(func(f *flag.Flag) {
+		if value, ok := f.Value.(*text); ok {
+			l.given[f.Name] = value.value
+		}
+	})
+	l.readFile(cmp.Or(options.DefaultFile, DefaultFile))
+	for _, s := range settings() {
+		l.apply(s)
+	}
+	l.finish()
+	l.config.again = func() (*Config, error) { return Load(args, getenv, options) }
+	if len(l.problems) > 0 {
+		return l.config, l.problems
+	}
+	return l.config, nil
+}
+
+// Reload loads the configuration anew from the same flags and environment:
+// configuration file, API key file and CA bundle are read again. On an error
+// the old one stays in use.
+func (c *Config) Reload() (*Config, error) {
+	fresh, err := c.again()
+	if err != nil {
+		return nil, err
+	}
+	return fresh, nil
+}
+
+// InstanceStateDir is the part of the state directory that belongs to this
+// agent id and this server: work claimed from one control plane is nothing
+// that another one knows.
+func (c *Config) InstanceStateDir() string {
+	sum := sha256.Sum256(fmt.Appendf(nil, "%s\x00%v", c.AgentID, c.Server))
+	return filepath.Join(c.StateDir, hex.EncodeToString(sum[:8]))
+}
+
+// text is a flag whose value is kept as it is, so that problems of all
+// settings are reported at once, wherever they come from.
+type text struct {
+	value   string
+	boolean bool
+}
+
+func (t *text) String() string         { return "" }
+func (t *text) Set(value string) error { t.value = value; return nil }
+func (t *text) IsBoolFlag() bool       { return t.boolean }
+
+func newFlagSet(options Options) *flag.FlagSet {
+	flags := flag.NewFlagSet("", flag.ContinueOnError)
+	flags.SetOutput(io.Discard) // errors are the caller's to print
+	for _, s := range settings() {
+		flags.Var(&text{boolean: s.boolean}, s.flag, s.doc)
+	}
+	if options.Flags != nil {
+		options.Flags(flags)
+	}
+	return flags
+}
+
+// source says where a value comes from, the strongest first.
+type source int
+
+const (
+	fromFlag source = iota
+	fromEnvironment
+	fromFile
+	fromDefault
+)
+
+// loader is the state of one Load.
+type loader struct {
+	config   *Config
+	getenv   func(string) string
+	ignore   func(string) bool
+	given    map[string]string // flags
+	file     *envFile
+	sources  map[string]source // by flag
+	problems Problems
+}
+
+// lookup finds the value of a setting.
+func (l *loader) lookup(flag, variable, fallback string) (string, source) {
+	if value, ok := l.given[flag]; ok {
+		return strings.TrimSpace(value), fromFlag
+	}
+	if value := strings.TrimSpace(l.getenv(variable)); value != "" {
+		return value, fromEnvironment
+	}
+	if l.file != nil {
+		if value := strings.TrimSpace(l.file.get(variable)); value != "" {
+			return value, fromFile
+		}
+	}
+	return fallback, fromDefault
+}
+
+// describe names a source.
+func (l *loader) describe(from source) string {
+	switch from {
+	case fromFlag:
+		return "flag"
+	case fromEnvironment:
+		return "environment"
+	case fromFile:
+		return l.config.File
+	}
+	return "default"
+}
+
+func (l *loader) problem(s setting, err error) {
+	if l.ignore == nil || !l.ignore(s.flag) {
+		l.problems = append(l.problems, l.explain(s, err))
+	}
+}
+
+// explain puts a setting's names before what is wrong with it.
+func (l *loader) explain(s setting, err error) error {
+	if from, ok := l.sources[s.flag]; ok && from != fromDefault {
+		return fmt.Errorf("-%s (%s, from %s): %w", s.flag, s.variable, l.describe(from), err)
+	}
+	return fmt.Errorf("-%s (%s): %w", s.flag, s.variable, err)
+}
+
+// readFile reads the configuration file: the one that is named, which must be
+// there, or else the default one.
+func (l *loader) readFile(fallback string) {
+	s := settings()[0]
+	path, from := l.lookup(s.flag, s.variable, fallback)
+	l.sources[s.flag] = from
+	if path == "" {
+		return
+	}
+	path, err := parsePath(path)
+	if err != nil {
+		l.problem(s, err)
+		return
+	}
+	data, _, warning, err := readTrusted(path, maxEnvFile)
+	switch {
+	case err == nil:
+	case from == fromDefault && errors.Is(err, fs.ErrNotExist):
+		return
+	case from == fromDefault && errors.Is(err, fs.ErrPermission):
+		// A service manager may have read it on the agent's behalf.
+		l.config.warn(fmt.Sprintf("%s may not be read by this user: only flags and environment count", path))
+		return
+	default:
+		l.problem(s, err)
+		return
+	}
+	l.config.warn(warning)
+	if l.file, err = parseEnvFile(data); err != nil {
+		l.problem(s, fmt.Errorf("%s: %w", path, err))
+		return
+	}
+	l.config.File = path
+	for _, warning := range l.file.warnings {
+		l.config.warn(path + ": " + warning)
+	}
+	l.warnUnknown()
+}
+
+// warnUnknown names the keys of the file that mean nothing to the agent: most
+// are slips of the pen.
+func (l *loader) warnUnknown() {
+	known := slices.Clone(proxyVariables)
+	for _, s := range settings()[1:] {
+		known = append(known, s.variable)
+	}
+	var unknown []string
+	for _, a := range l.file.assignments {
+		if !slices.Contains(known, a.key) && !slices.Contains(unknown, a.key) {
+			unknown = append(unknown, a.key)
+		}
+	}
+	if len(unknown) > 0 {
+		l.config.warn(fmt.Sprintf("%s sets what the agent does not know: %s", l.config.File, strings.Join(unknown, ", ")))
+	}
+}
+
+// apply finds, parses and records the value of one setting.
+func (l *loader) apply(s setting) {
+	value, from := l.lookup(s.flag, s.variable, s.value)
+	l.sources[s.flag] = from
+	if s.parse != nil && (value != "" || from == fromFlag) {
+		err := s.parse(l.config, value)
+		if err != nil && s.lenient {
+			l.config.warn(fmt.Sprintf("%v: the default, %s, is used", l.explain(s, err), s.value))
+			value, from, err = s.value, fromDefault, s.parse(l.config, s.value)
+		}
+		if err != nil {
+			l.problem(s, err)
+		}
+	}
+	if s.flag == "config" {
+		value = l.config.File
+	}
+	if s.secret && value != "" {
+		value = secret.New(value).String()
+	}
+	l.config.values = append(l.config.values, Value{Flag: s.flag, Variable: s.variable, Text: value, Origin: l.describe(from)})
+}
+
+// proxyVariables are those that curl and most other programs honour too, in
+// the order in which the first that is set counts.
+var proxyVariables = []string{"HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy"}
+
+// lookupProxy finds the value of a variable that is spelled in two ways and
+// has no flag.
+func (l *loader) lookupProxy(upper, lower string) string {
+	value, from := l.lookup("", upper, "")
+	name := upper
+	if other, otherFrom := l.lookup("", lower, ""); otherFrom < from {
+		value, from, name = other, otherFrom, lower
+	}
+	shown := value
+	if upper == proxyVariables[0] && value != "" {
+		shown = secret.New(value).String() // until it is known to be a URL
+	}
+	l.config.values = append(l.config.values, Value{Variable: name, Text: shown, Origin: l.describe(from)})
+	return value
+}
+
+// finish checks what depends on more than one setting.
+func (l *loader) finish() {
+	c := l.config
+	l.finishKey()
+	if c.AgentID == "" {
+		l.problem(setting{flag: "agent-id", variable: "CERTCTL_AGENT_ID"},
+			errors.New("is required: register an agent first, with certctl-agent register or POST /api/v1/agents"))
+	}
+	if c.StateDir == "" && c.KeyDir != "" {
+		c.StateDir = filepath.Join(c.KeyDir, ".state")
+		c.show("state-dir", c.StateDir)
+	}
+	l.finishProxy()
+	if c.InsecureSkipVerify {
+		c.warn("insecure-skip-verify is on: the control plane's certificate is not checked, and whoever is in between gets the API key")
+	}
+	if c.AllowedPaths == nil {
+		c.warn("CERTCTL_ALLOWED_PATHS is not set: whoever holds the control plane can write nearly any file of this host")
+	}
+	if c.AllowedCommands == nil {
+		c.warn("CERTCTL_ALLOWED_COMMANDS is not set: whoever holds the control plane can run any program on this host")
+	}
+	if c.MetricsFile != "" && filepath.Ext(c.MetricsFile) != ".prom" {
+		c.warn("CERTCTL_METRICS_FILE does not end in .prom: node_exporter's textfile collector reads no other files")
+	}
+	// Well before the five minutes after which the control plane takes an
+	// agent for dead and hands its deployments out again.
+	if c.HeartbeatInterval > 4*time.Minute {
+		c.warn("CERTCTL_HEARTBEAT_INTERVAL is too long: the control plane takes an agent for dead after five minutes")
+	}
+}
+
+// finishKey settles where the API key comes from. Between a key and a key file
+// the stronger source counts, and in the same source the file.
+func (l *loader) finishKey() {
+	c := l.config
+	if l.sources["api-key"] == fromFlag && !c.APIKey.IsZero() {
+		c.warn("-api-key on the command line shows the key in the process list: use CERTCTL_API_KEY_FILE")
+	}
+	if c.APIKeyFile != "" && !c.APIKey.IsZero() {
+		if l.sources["api-key"] < l.sources["api-key-file"] {
+			c.APIKeyFile = ""
+			c.warn("CERTCTL_API_KEY_FILE is not used: the API key itself comes from a stronger source")
+		} else if l.sources["api-key"] == l.sources["api-key-file"] {
+			c.warn("CERTCTL_API_KEY is not used: CERTCTL_API_KEY_FILE is set beside it")
+		}
+	}
+	if c.APIKeyFile != "" {
+		file := setting{flag: "api-key-file", variable: "CERTCTL_API_KEY_FILE"}
+		key, _, warning, err := readKey(c.APIKeyFile)
+		if err != nil {
+			l.problem(file, err)
+		}
+		c.APIKey = key
+		c.warn(warning)
+		return
+	}
+	if c.APIKey.IsZero() {
+		l.problem(setting{flag: "api-key", variable: "CERTCTL_API_KEY"},
+			errors.New("is required: set it, or CERTCTL_API_KEY_FILE to a file that holds it"))
+	}
+}
+
+func (l *loader) finishProxy() {
+	httpsProxy := l.lookupProxy("HTTPS_PROXY", "https_proxy")
+	noProxy := l.lookupProxy("NO_PROXY", "no_proxy")
+	rules, err := proxy.Parse(httpsProxy, noProxy)
+	if err != nil {
+		l.problems = append(l.problems, fmt.Errorf("HTTPS_PROXY: %w", err))
+		return
+	}
+	l.config.Proxy = rules
+	if u := rules.URL(); u != nil {
+		values := l.config.values
+		values[len(values)-2].Text = u.Redacted()
+	}
+}
+
+// setKey takes an API key that is given directly.
+func (c *Config) setKey(key string) error {
+	if err := checkKey(key); err != nil {
+		return err
+	}
+	c.APIKey = secret.New(key)
+	return nil
+}
+
+func (c *Config) warn(text string) {
+	if text != "" {
+		c.Warnings = append(c.Warnings, text)
+	}
+}
+
+// show replaces the text of a value whose default depends on another.
+func (c *Config) show(flag, text string) {
+	for i := range c.values {
+		if c.values[i].Flag == flag {
+			c.values[i].Text = text
+		}
+	}
+}

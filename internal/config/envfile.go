@@ -1,0 +1,214 @@
+package config
+
+import (
+	"bytes"
+	"fmt"
+	"regexp"
+	"strings"
+	"unicode/utf8"
+)
+
+// assignment is one KEY=VALUE of an environment file.
+type assignment struct {
+	key, value string
+	line       int // where it begins, from 1
+	start, end int // its bytes, with the line end that closes it
+}
+
+// envFile is a file in the syntax of systemd's EnvironmentFile=,
+// systemd.exec(5).
+type envFile struct {
+	assignments []assignment
+	warnings    []string // what systemd ignores without a word, or reads differently by version
+}
+
+// get returns the value of key: the last assignment counts.
+func (f *envFile) get(key string) string {
+	for i := len(f.assignments) - 1; i >= 0; i-- {
+		if f.assignments[i].key == key {
+			return f.assignments[i].value
+		}
+	}
+	return ""
+}
+
+var validKey = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
+
+// parseEnvFile reads an environment file as systemd does:
+//
+//   - Empty lines, and lines that begin with # or ;, are skipped.
+//   - A value may consist of several parts in quotes, which are joined, and
+//     then one without quotes, which goes to the end of the line.
+//   - In single quotes every character stands for itself, a line end too.
+//   - In double quotes a backslash escapes " \ ` and $, and hides a line end;
+//     before any other character it stands for itself.
+//   - Without quotes a backslash makes the next character literal, and hides a
+//     line end; blanks at both ends go. A quote within is an ordinary
+//     character.
+//   - Nothing is expanded.
+//
+// Three things that systemd lets pass are errors here, since no operator means
+// them: a quote that is never closed (it swallows the rest of the file), a NUL,
+// and a line that begins with export (systemd ignores it).
+func parseEnvFile(data []byte) (*envFile, error) {
+	if i := bytes.IndexByte(data, 0); i >= 0 {
+		return nil, fmt.Errorf("line %d holds a NUL", lineAt(data, i))
+	}
+	if !utf8.Valid(data) {
+		return nil, fmt.Errorf("line %d is not UTF-8", lineAt(data, invalidAt(data)))
+	}
+	s := envScanner{text: string(data)}
+	f := &envFile{}
+	for s.skipBlank(); s.pos < len(s.text); s.skipBlank() {
+		start, line := s.pos, s.line()
+		if s.text[s.pos] == '#' || s.text[s.pos] == ';' {
+			if comment := s.untilLineEnd(""); strings.HasSuffix(comment, `\`) {
+				f.warnings = append(f.warnings, fmt.Sprintf(
+					"line %d is a comment that ends in a backslash: systemd before version 254 takes the next line for a part of it", line))
+			}
+			continue
+		}
+		key := s.untilLineEnd("=")
+		if s.pos == len(s.text) || s.text[s.pos] != '=' {
+			f.warnings = append(f.warnings, fmt.Sprintf("line %d is ignored: it has no equals sign", line))
+			continue
+		}
+		s.pos++
+		key = strings.TrimRight(key, " \t")
+		value, err := s.value()
+		if err != nil {
+			return nil, err
+		}
+		if rest, ok := strings.CutPrefix(key, "export"); ok && strings.TrimLeft(rest, " \t") != rest {
+			return nil, fmt.Errorf("line %d begins with export, which is for shells and which systemd does not know: remove that word", line)
+		}
+		if !validKey.MatchString(key) {
+			f.warnings = append(f.warnings, fmt.Sprintf("line %d is ignored: %.64q is no name of a variable", line, key))
+			continue
+		}
+		f.assignments = append(f.assignments, assignment{key: key, value: value, line: line, start: start, end: s.pos})
+	}
+	return f, nil
+}
+
+// lineAt returns the number of the line of the byte at pos.
+func lineAt(data []byte, pos int) int { return 1 + bytes.Count(data[:pos], []byte("\n")) }
+
+func invalidAt(data []byte) int {
+	for i := 0; i < len(data); {
+		r, size := utf8.DecodeRune(data[i:])
+		if r == utf8.RuneError && size == 1 {
+			return i
+		}
+		i += size
+	}
+	return len(data)
+}
+
+// envScanner is a position in an environment file.
+type envScanner struct {
+	text    string
+	pos     int
+	counted int // line ends were counted up to here
+	lines   int // and there are so many
+}
+
+func isLineEnd(c byte) bool { return c == '\n' || c == '\r' }
+func isBlank(c byte) bool   { return c == ' ' || c == '\t' }
+
+func (s *envScanner) line() int {
+	s.lines += strings.Count(s.text[s.counted:s.pos], "\n")
+	s.counted = s.pos
+	return s.lines + 1
+}
+
+// skipBlank skips blanks and line ends.
+func (s *envScanner) skipBlank() {
+	for s.pos < len(s.text) && (isBlank(s.text[s.pos]) || isLineEnd(s.text[s.pos])) {
+		s.pos++
+	}
+}
+
+// untilLineEnd returns what comes before the line end, or before any of stop.
+func (s *envScanner) untilLineEnd(stop string) string {
+	start := s.pos
+	if i := strings.IndexAny(s.text[s.pos:], "\r\n"+stop); i >= 0 {
+		s.pos += i
+	} else {
+		s.pos = len(s.text)
+	}
+	return s.text[start:s.pos]
+}
+
+// value reads a value and the line end that closes it.
+func (s *envScanner) value() (string, error) {
+	var value strings.Builder
+	for s.pos < len(s.text) {
+		c := s.text[s.pos]
+		switch {
+		case isLineEnd(c):
+			s.pos++
+			if c == '\r' && strings.HasPrefix(s.text[s.pos:], "\n") {
+				s.pos++
+			}
+			return value.String(), nil
+		case isBlank(c):
+			s.pos++
+		case c == '\'' || c == '"':
+			if err := s.quoted(&value, c); err != nil {
+				return "", err
+			}
+		default:
+			s.unquoted(&value)
+		}
+	}
+	return value.String(), nil
+}
+
+func (s *envScanner) quoted(value *strings.Builder, quote byte) error {
+	line := s.line()
+	for s.pos++; s.pos < len(s.text); s.pos++ {
+		c := s.text[s.pos]
+		if c == quote {
+			s.pos++
+			return nil
+		}
+		if c == '\\' && quote == '"' && s.pos+1 < len(s.text) {
+			s.pos++
+			c = s.text[s.pos]
+			if c == '\n' {
+				continue
+			}
+			if !strings.ContainsRune("\"\\`$", rune(c)) {
+				value.WriteByte('\\')
+			}
+		}
+		value.WriteByte(c)
+	}
+	return fmt.Errorf("line %d opens a quote that is never closed", line)
+}
+
+// unquoted reads to the line end, which it leaves.
+func (s *envScanner) unquoted(value *strings.Builder) {
+	var part strings.Builder
+	keep := 0
+	for ; s.pos < len(s.text) && !isLineEnd(s.text[s.pos]); s.pos++ {
+		c := s.text[s.pos]
+		if c == '\\' {
+			s.pos++
+			if s.pos == len(s.text) {
+				break
+			}
+			if c = s.text[s.pos]; !isLineEnd(c) {
+				part.WriteByte(c)
+			}
+			keep = part.Len()
+			continue
+		}
+		part.WriteByte(c)
+		if !isBlank(c) {
+			keep = part.Len()
+		}
+	}
+	value.WriteString(part.String()[:keep])
+}

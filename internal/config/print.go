@@ -1,0 +1,87 @@
+package config
+
+import (
+	"fmt"
+	"io"
+	"log/slog"
+	"strings"
+)
+
+// Value is one setting as it was resolved.
+type Value struct {
+	Flag     string // without the dash; "" where there is none
+	Variable string
+	Text     string // a secret is redacted; "" where nothing is set
+	Origin   string // "flag", "environment", "default", or the file's path
+}
+
+// Values are all settings, in the order of the reference.
+func (c *Config) Values() []Value { return c.values }
+
+// Origin says where the value of a setting comes from, by the flag's name:
+// "flag", "environment", the path of the configuration file, or "default".
+func (c *Config) Origin(flag string) string {
+	for _, v := range c.values {
+		if v.Flag == flag {
+			return v.Origin
+		}
+	}
+	return ""
+}
+
+// Changed names, by their variables, the settings that differ from those of
+// another Config. A changed content of a file that a setting names does not
+// count.
+func (c *Config) Changed(other *Config) []string {
+	var names []string
+	for i, v := range c.values {
+		if i < len(other.values) && v.Text != other.values[i].Text {
+			names = append(names, v.Variable)
+		}
+	}
+	return names
+}
+
+// String is the settings that are not at their defaults.
+func (c Config) String() string {
+	var words []string
+	for _, v := range c.values {
+		if v.Origin != "default" {
+			words = append(words, fmt.Sprintf("%s=%q", v.Variable, v.Text))
+		}
+	}
+	return strings.Join(words, " ")
+}
+
+// GoString is String, for %#v.
+func (c Config) GoString() string { return "config.Config{" + c.String() + "}" }
+
+// LogValue is String as attributes, for log/slog.
+func (c Config) LogValue() slog.Value {
+	var attributes []slog.Attr
+	for _, v := range c.values {
+		if v.Origin != "default" {
+			attributes = append(attributes, slog.String(v.Variable, v.Text))
+		}
+	}
+	return slog.GroupValue(attributes...)
+}
+
+// Usage writes what the flags are. It shows the defaults, never a value that
+// is set.
+func Usage(w io.Writer) {
+	var text strings.Builder
+	for _, s := range settings() {
+		fmt.Fprintf(&text, "  -%s (%s)\n", s.flag, s.variable)
+		fmt.Fprintf(&text, "        %s.\n", strings.ReplaceAll(s.doc, "`", ""))
+		fmt.Fprintf(&text, "        Default: %s.\n", strings.ReplaceAll(s.shownDefault(), "`", ""))
+	}
+	io.WriteString(w, text.String())
+}
+
+func (s setting) shownDefault() string {
+	if s.defaults != "" {
+		return s.defaults
+	}
+	return s.value
+}

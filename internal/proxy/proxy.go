@@ -1,0 +1,137 @@
+// Package proxy decides which proxy a request goes through. It follows the
+// rules of net/http.ProxyFromEnvironment for HTTPS_PROXY and NO_PROXY, on
+// values that may come from a configuration file: net/http knows the process
+// environment only.
+package proxy
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"strings"
+)
+
+// Rules choose a proxy. The zero value means none.
+type Rules struct {
+	proxy      *url.URL
+	everything bool // NO_PROXY holds "*"
+	exceptions []exception
+}
+
+// exception is one entry of NO_PROXY: a network, or else a host with all the
+// hosts below it.
+type exception struct {
+	network netip.Prefix
+	host    string // lower case, without a leading dot; "" for a network
+	below   bool   // only the hosts below host: the entry has a leading dot
+	port    string // "" means any
+}
+
+// schemes are those that net/http can speak to a proxy.
+const schemes = "http, https, socks5, socks5h"
+
+// Parse takes the values of HTTPS_PROXY and NO_PROXY; either may be empty. The
+// error does not quote the proxy's URL, which may hold a password.
+func Parse(httpsProxy, noProxy string) (*Rules, error) {
+	r := &Rules{}
+	if httpsProxy != "" {
+		proxy, err := parseURL(httpsProxy)
+		if err != nil {
+			return nil, err
+		}
+		r.proxy = proxy
+	}
+	for entry := range strings.SplitSeq(noProxy, ",") {
+		entry = strings.ToLower(strings.TrimSpace(entry))
+		switch entry {
+		case "":
+		case "*":
+			r.everything = true
+		default:
+			r.exceptions = append(r.exceptions, parseException(entry))
+		}
+	}
+	return r, nil
+}
+
+func parseURL(value string) (*url.URL, error) {
+	// "proxy.example:3128" is the usual way to write it.
+	if !strings.Contains(value, "://") {
+		value = "http://" + value
+	}
+	u, err := url.Parse(value)
+	if err != nil || u.Hostname() == "" {
+		return nil, errors.New("is no URL of a proxy, such as http://proxy.example:3128")
+	}
+	switch u.Scheme {
+	case "http", "https", "socks5", "socks5h":
+		return u, nil
+	}
+	return nil, fmt.Errorf("has scheme %q: a proxy's is one of %s", u.Scheme, schemes)
+}
+
+func parseException(entry string) exception {
+	if network, err := netip.ParsePrefix(entry); err == nil {
+		return exception{network: network.Masked()}
+	}
+	host, port := splitPort(entry)
+	if address, err := netip.ParseAddr(host); err == nil {
+		address = address.Unmap()
+		return exception{network: netip.PrefixFrom(address, address.BitLen()), port: port}
+	}
+	host = strings.TrimPrefix(host, "*") // "*.example.org" is ".example.org"
+	name, below := strings.CutPrefix(host, ".")
+	return exception{host: name, below: below, port: port}
+}
+
+// splitPort splits "host:port"; an IPv6 address without brackets is a host.
+func splitPort(entry string) (host, port string) {
+	if inside, ok := strings.CutPrefix(entry, "["); ok {
+		host, rest, _ := strings.Cut(inside, "]")
+		return host, strings.TrimPrefix(rest, ":")
+	}
+	if host, port, ok := strings.Cut(entry, ":"); ok && !strings.Contains(port, ":") {
+		return host, port
+	}
+	return entry, ""
+}
+
+// URL returns the proxy, or nil; for display use its Redacted method.
+func (r *Rules) URL() *url.URL { return r.proxy }
+
+// ForRequest returns the proxy of a request, or nil for a direct connection.
+// It fits http.Transport's Proxy field; its error is always nil.
+func (r *Rules) ForRequest(req *http.Request) (*url.URL, error) { return r.For(req.URL), nil }
+
+// For returns the proxy for an https URL, or nil for a direct connection.
+// Loopback is never proxied.
+func (r *Rules) For(u *url.URL) *url.URL {
+	if r.proxy == nil || r.everything {
+		return nil
+	}
+	host := strings.TrimSuffix(strings.ToLower(u.Hostname()), ".")
+	port := u.Port()
+	if port == "" {
+		port = "443"
+	}
+	address, err := netip.ParseAddr(host)
+	address = address.Unmap()
+	if host == "localhost" || err == nil && address.IsLoopback() {
+		return nil
+	}
+	for _, e := range r.exceptions {
+		if e.port != "" && e.port != port {
+			continue
+		}
+		if err == nil && e.network.Contains(address) || e.host != "" && e.matches(host) {
+			return nil
+		}
+	}
+	return r.proxy
+}
+
+func (e exception) matches(host string) bool {
+	return host == e.host && !e.below || strings.HasSuffix(host, "."+e.host)
+}
