@@ -1,0 +1,201 @@
+package discovery
+
+import (
+	"bytes"
+	"crypto/x509"
+	"errors"
+	"path"
+	"strings"
+	"unicode/utf8"
+)
+
+// Source formats of a report.
+const (
+	formatPEM    = "PEM"
+	formatDER    = "DER"
+	formatPKCS7  = "PKCS7"
+	formatPKCS12 = "PKCS12"
+	formatJKS    = "JKS"
+)
+
+// promise is what the name of a file says about its content.
+type promise int
+
+const (
+	promisesNothing     promise = iota // PEM, if anything
+	promisesCertificate                // .pem .crt .cer .cert: PEM, or DER
+	promisesDER                        // .der
+	promisesStore                      // a key store or a PKCS#7 bundle
+	promisesKey                        // .key: never read
+)
+
+func promiseOf(name string) promise {
+	switch strings.ToLower(path.Ext(name)) {
+	case ".pem", ".crt", ".cer", ".cert":
+		return promisesCertificate
+	case ".der":
+		return promisesDER
+	case ".p7b", ".p7c", ".p12", ".pfx", ".jks", ".keystore", ".ks":
+		return promisesStore
+	case ".key":
+		return promisesKey
+	}
+	return promisesNothing
+}
+
+// headSize is how much of a file is looked at before the rest is read.
+const headSize = 4096
+
+// worthReading reports whether a file that begins with head can hold a
+// certificate. A name that promises one is believed, and so is the signature
+// of a key store under any name. Beyond those only text can hold one, as PEM,
+// anywhere in it; text has no NUL. (Text in UTF-16 has; no tool writes PEM so.)
+func worthReading(name string, head []byte) bool {
+	return promiseOf(name) != promisesNothing || isJKS(head) || looksLikePKCS12(head) ||
+		bytes.IndexByte(head, 0) < 0
+}
+
+// found is one certificate in a file. der may alias the file's bytes.
+type found struct {
+	der    []byte
+	format string
+}
+
+// content is what a file holds.
+type content struct {
+	certs  []found
+	causes []string // of damage
+
+	// locked: a password that is not configured would show more.
+	locked bool
+}
+
+func (c *content) add(der []byte, format string) {
+	c.certs = append(c.certs, found{der, format})
+}
+
+func (c *content) fail(err error) {
+	// A file of damaged blocks must not fill the report alone.
+	const maxCauses = 8
+	switch {
+	case len(c.causes) > 0 && c.causes[len(c.causes)-1] == err.Error():
+	case len(c.causes) < maxCauses:
+		c.causes = append(c.causes, err.Error())
+	case len(c.causes) == maxCauses:
+		c.causes = append(c.causes, "further damage in this file is not listed")
+	}
+}
+
+// parse finds the certificates in data, the bytes of a file of that name.
+func parse(name string, data []byte, passwords []string) content {
+	var c content
+	switch promised := promiseOf(name); {
+	case len(data) == 0 || promised == promisesKey:
+	case isJKS(data):
+		c.jks(data)
+	case looksLikePKCS12(data):
+		c.pkcs12(data, passwords)
+	case c.pem(data):
+	case promised == promisesNothing:
+	default:
+		c.binary(data, promised)
+	}
+	return c
+}
+
+// pem reads PEM blocks and reports whether there were any that can hold
+// certificates.
+func (c *content) pem(data []byte) bool {
+	any := false
+	pemBlocks(data, func(block pemBlock) {
+		if block.err == nil {
+			err := c.block(block.der)
+			if err == nil {
+				any = true
+				return
+			}
+			block.err = err
+		}
+		if !block.embedded {
+			any = true
+			c.fail(block.err)
+		}
+	})
+	return any
+}
+
+// block adds the certificates of one PEM block, whose label is not to be
+// trusted: PKCS#7 is found in CERTIFICATE blocks too.
+func (c *content) block(der []byte) error {
+	if isSignedData(der) {
+		return c.pkcs7(der)
+	}
+	cert, _, err := firstCertificate(der)
+	if err != nil {
+		return err
+	}
+	c.add(cert, formatPEM)
+	return nil
+}
+
+// binary reads what a name promised and PEM is not.
+func (c *content) binary(data []byte, promised promise) {
+	if isSignedData(data) {
+		if err := c.pkcs7(data); err != nil {
+			c.fail(err)
+		}
+		return
+	}
+	if promised != promisesDER && isText(data[:min(len(data), headSize)]) {
+		return
+	}
+	der, rest, err := firstCertificate(data)
+	switch {
+	case err == nil:
+		c.add(der, formatDER)
+		c.more(rest)
+	case !errors.Is(err, errNoCertificate):
+		c.fail(err)
+	case data[0] != tagSequence:
+		c.fail(errUnknown)
+	}
+}
+
+// errUnknown: the name promised something that is not there. DER of another
+// kind, such as a key, is no error.
+var errUnknown = errors.New("neither PEM nor any other format that is known here")
+
+// more adds the certificates that follow the first one directly. Anything else
+// there is trailing garbage, as to OpenSSL.
+func (c *content) more(rest []byte) {
+	for len(rest) > 0 && rest[0] == tagSequence {
+		der, after, err := firstCertificate(rest)
+		if err != nil {
+			return
+		}
+		c.add(der, formatDER)
+		rest = after
+	}
+}
+
+// isOtherSigned reports whether der is a signed object of another kind: a
+// request and a revocation list have a certificate's outer shape.
+func isOtherSigned(der []byte) bool {
+	if _, err := x509.ParseCertificateRequest(der); err == nil {
+		return true
+	}
+	_, err := x509.ParseRevocationList(der)
+	return err == nil
+}
+
+// isText reports whether head looks like text in ASCII or UTF-8.
+func isText(head []byte) bool {
+	for len(head) > 0 {
+		r, size := utf8.DecodeRune(head)
+		if r == utf8.RuneError && size == 1 && len(head) >= utf8.UTFMax || r < ' ' && !strings.ContainsRune("\t\n\v\f\r\x1b", r) {
+			return false
+		}
+		head = head[size:]
+	}
+	return true
+}

@@ -1,0 +1,96 @@
+package discovery
+
+import (
+	"bytes"
+	"encoding/base64"
+	"errors"
+)
+
+const (
+	pemBegin = "-----BEGIN "
+	pemEnd   = "-----END "
+	pemDash  = "-----"
+
+	// maxLabel bounds the search for the end of a BEGIN line.
+	maxLabel = 64
+)
+
+// Labels of blocks that hold certificates. Blocks with any other label are
+// passed over, private keys first of all.
+var pemLabels = map[string]bool{
+	"CERTIFICATE":         true,
+	"X509 CERTIFICATE":    true, // older OpenSSL
+	"TRUSTED CERTIFICATE": true, // OpenSSL: the certificate, then trust settings
+	"PKCS7":               true,
+	"PKCS #7 SIGNED DATA": true,
+	"CMS":                 true,
+}
+
+var errPEM = errors.New("the PEM block is damaged")
+
+// pemBlock is one block of a label that can hold certificates.
+type pemBlock struct {
+	der []byte
+	err error
+
+	// embedded: the block does not begin a line, as inside indented YAML, a
+	// JSON string or source code. It may be an example in a text, so damage to
+	// it means nothing.
+	embedded bool
+}
+
+// pemBlocks finds the blocks in data. It accepts what encoding/pem accepts and
+// more: text before and after the markers on the same line, blocks without a
+// line feed between them, indentation, and line feeds written as \n.
+func pemBlocks(data []byte, found func(pemBlock)) {
+	for {
+		start := bytes.Index(data, []byte(pemBegin))
+		if start < 0 {
+			return
+		}
+		embedded := start > 0 && data[start-1] != '\n' && data[start-1] != '\r' && data[start-1] != '-'
+		data = data[start+len(pemBegin):]
+		end := bytes.Index(data[:min(len(data), maxLabel)], []byte(pemDash))
+		if end < 0 || !pemLabels[string(data[:end])] {
+			continue
+		}
+		closing := pemEnd + string(data[:end]) + pemDash
+		body := data[end+len(pemDash):]
+		if next := bytes.Index(body, []byte(pemBegin)); next >= 0 {
+			body = body[:next]
+		}
+		data = data[end+len(pemDash)+len(body):]
+		body, _, closed := bytes.Cut(body, []byte(closing))
+		if !closed {
+			found(pemBlock{err: errPEM, embedded: embedded})
+			continue
+		}
+		der, err := decodePEM(body)
+		found(pemBlock{der: der, err: err, embedded: embedded})
+	}
+}
+
+// decodePEM decodes what is between the markers. Headers (RFC 1421, 4.4) are
+// passed over: base64 has no colon.
+func decodePEM(body []byte) ([]byte, error) {
+	text := make([]byte, 0, len(body))
+	for line := range bytes.Lines(body) {
+		if bytes.IndexByte(line, ':') >= 0 {
+			continue
+		}
+		for i := 0; i < len(line); i++ {
+			switch c := line[i]; {
+			case c == ' ', c == '\t', c == '\r', c == '\n':
+			case c == '\\' && i+1 < len(line) && (line[i+1] == 'n' || line[i+1] == 'r' || line[i+1] == 't'):
+				i++
+			default:
+				text = append(text, c)
+			}
+		}
+	}
+	n, err := base64.StdEncoding.Decode(text, text)
+	if err != nil || n == 0 {
+		return nil, errPEM
+	}
+	return text[:n], nil
+}

@@ -1,0 +1,345 @@
+package discovery
+
+import (
+	"bytes"
+	"cmp"
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/des"
+	"crypto/pbkdf2"
+	"crypto/sha1"
+	"crypto/sha256"
+	"crypto/sha512"
+	"errors"
+	"fmt"
+	"hash"
+	"slices"
+	"unicode/utf16"
+)
+
+// PKCS#12 (RFC 7292), PBES2 (RFC 8018) and the object identifiers of both, as
+// their content octets.
+const (
+	oidCertBag         = "\x2a\x86\x48\x86\xf7\x0d\x01\x0c\x0a\x01\x03"
+	oidSafeContentsBag = "\x2a\x86\x48\x86\xf7\x0d\x01\x0c\x0a\x01\x06"
+	oidX509Certificate = "\x2a\x86\x48\x86\xf7\x0d\x01\x09\x16\x01"
+
+	oidPBES2  = "\x2a\x86\x48\x86\xf7\x0d\x01\x05\x0d"
+	oidPBKDF2 = "\x2a\x86\x48\x86\xf7\x0d\x01\x05\x0c"
+	oidPBE    = "\x2a\x86\x48\x86\xf7\x0d\x01\x0c\x01" // and one more octet: the cipher
+
+	// maxIterations bounds the work that a file can ask for. Firefox and
+	// Windows write up to a million.
+	maxIterations = 2_000_000
+
+	// maxBagDepth bounds how deep bags nest; no tool nests them at all.
+	maxBagDepth = 8
+)
+
+// looksLikePKCS12 reports whether b begins as a PFX does: a SEQUENCE with
+// version 3 and a ContentInfo with data or signedData.
+func looksLikePKCS12(b []byte) bool {
+	if !hasContentType(b, "\x02\x01\x03\x30") {
+		return false
+	}
+	at := bytes.Index(b[:min(len(b), 32)], []byte("\x06\x09"+oidData[:8]))
+	return at > 0
+}
+
+var (
+	errPKCS12Locked = errors.New("PKCS#12: no configured password opens the certificates")
+	errPKCS12Signed = errors.New("PKCS#12: the contents are signed or enveloped with a public key, which is not supported")
+)
+
+// pkcs12 adds the certificates of a PFX. Keys stay encrypted: their bags are
+// not looked into. The MAC is not checked: a wrong password shows in the
+// padding and in what comes out, and a report needs no proof of origin.
+func (c *content) pkcs12(b []byte, passwords []string) {
+	pfx := sequence(b)
+	pfx.integer()
+	info := pfx.inside(tagSequence)
+	if kind := info.oid(); info.err == nil && kind != oidData {
+		c.fail(errPKCS12Signed)
+		return
+	}
+	safes := sequence(info.inside(tagExplicit0).octets(tagOctetString))
+	if info.err != nil {
+		safes.err = info.err
+	}
+	for safes.err == nil && len(safes.rest) > 0 {
+		safe := safes.inside(tagSequence)
+		kind := safe.oid()
+		content := safe.inside(tagExplicit0)
+		switch {
+		case content.err != nil:
+			c.fail(fmt.Errorf("damaged PKCS#12: %w", content.err))
+		case kind == oidData:
+			c.damaged(c.bags(content.octets(tagOctetString), 0))
+		case kind == oidEncryptedData:
+			c.encryptedBags(content, passwords)
+		case kind == oidEnvelopedData:
+			c.fail(errPKCS12Signed)
+		}
+	}
+	c.damaged(safes.err)
+}
+
+func (c *content) damaged(err error) {
+	if err != nil {
+		c.fail(fmt.Errorf("damaged PKCS#12: %w", err))
+	}
+}
+
+// bags adds the certificates of a SafeContents.
+func (c *content) bags(b []byte, depth int) error {
+	if depth > maxBagDepth {
+		return errBER
+	}
+	contents := sequence(b)
+	for contents.err == nil && len(contents.rest) > 0 {
+		bag := contents.inside(tagSequence)
+		kind := bag.oid()
+		v := bag.inside(tagExplicit0)
+		switch {
+		case v.err != nil:
+			return v.err
+		case kind == oidSafeContentsBag:
+			if err := c.bags(v.rest, depth+1); err != nil {
+				return err
+			}
+		case kind == oidCertBag:
+			cert := v.inside(tagSequence)
+			if cert.oid() != oidX509Certificate {
+				continue // an SDSI certificate
+			}
+			der := cert.inside(tagExplicit0).octets(tagOctetString)
+			der, _, err := firstCertificate(der)
+			if err != nil {
+				return cmp.Or(cert.err, err)
+			}
+			c.add(der, formatPKCS12)
+		}
+	}
+	return contents.err
+}
+
+// encryptedBags tries the passwords, the empty one first.
+func (c *content) encryptedBags(data *fields, passwords []string) {
+	encrypted := data.inside(tagSequence)
+	encrypted.integer()
+	info := encrypted.inside(tagSequence)
+	info.oid()
+	algorithm := info.inside(tagSequence)
+	ciphertext := info.octets(tagContext0)
+	if info.err != nil {
+		c.damaged(info.err)
+		return
+	}
+	scheme, err := encryptionScheme(algorithm)
+	if err != nil {
+		c.fail(fmt.Errorf("PKCS#12: %w", err))
+		return
+	}
+	for _, password := range slices.Concat([]string{""}, passwords) {
+		for _, form := range scheme.forms(password) {
+			plain, err := scheme.open(form, ciphertext)
+			if err != nil {
+				continue
+			}
+			var opened content
+			if opened.bags(plain, 0) == nil {
+				c.certs = append(c.certs, opened.certs...)
+				return
+			}
+		}
+	}
+	c.locked = true
+	c.fail(errPKCS12Locked)
+}
+
+// scheme is a password-based encryption with its parameters.
+type scheme struct {
+	block   func(key []byte) (cipher.Block, error)
+	keySize int
+	salt    []byte
+	rounds  int
+	iv      []byte           // nil: derived from the password (RFC 7292, appendix B)
+	prf     func() hash.Hash // of PBKDF2
+	isPBES2 bool
+}
+
+// unsupportedPBE names the ciphers of RFC 7292, appendix C, that crypto has
+// not. OpenSSL before 3 and Java before 17 encrypt certificates with RC2-40.
+var unsupportedPBE = map[byte]string{1: "128-bit RC4", 2: "40-bit RC4", 5: "128-bit RC2", 6: "40-bit RC2"}
+
+func encryptionScheme(algorithm *fields) (scheme, error) {
+	id := algorithm.oid()
+	if algorithm.err != nil {
+		return scheme{}, algorithm.err
+	}
+	if id == oidPBES2 {
+		return pbes2(algorithm.inside(tagSequence))
+	}
+	if len(id) != len(oidPBE)+1 || id[:len(oidPBE)] != oidPBE {
+		return scheme{}, fmt.Errorf("the certificates are encrypted by an unknown method (OID %x)", id)
+	}
+	var s scheme
+	switch which := id[len(oidPBE)]; which {
+	case 3:
+		s = scheme{block: des.NewTripleDESCipher, keySize: 24}
+	case 4:
+		s = scheme{block: twoKeyTripleDES, keySize: 16}
+	default:
+		return s, fmt.Errorf("the certificates are encrypted with %s, which is not supported; writing the file anew with OpenSSL 3 or Java 17 helps",
+			cmp.Or(unsupportedPBE[which], fmt.Sprintf("cipher %d of PKCS#12", which)))
+	}
+	parameters := algorithm.inside(tagSequence)
+	s.salt = parameters.octets(tagOctetString)
+	s.rounds = parameters.integer()
+	return s, s.check(parameters.err)
+}
+
+func twoKeyTripleDES(key []byte) (cipher.Block, error) {
+	return des.NewTripleDESCipher(slices.Concat(key, key[:8]))
+}
+
+var pbes2Hashes = map[string]func() hash.Hash{
+	"\x2a\x86\x48\x86\xf7\x0d\x02\x07": sha1.New,
+	"\x2a\x86\x48\x86\xf7\x0d\x02\x08": sha256.New224,
+	"\x2a\x86\x48\x86\xf7\x0d\x02\x09": sha256.New,
+	"\x2a\x86\x48\x86\xf7\x0d\x02\x0a": sha512.New384,
+	"\x2a\x86\x48\x86\xf7\x0d\x02\x0b": sha512.New,
+}
+
+var pbes2Ciphers = map[string]scheme{
+	"\x60\x86\x48\x01\x65\x03\x04\x01\x02": {block: aes.NewCipher, keySize: 16},
+	"\x60\x86\x48\x01\x65\x03\x04\x01\x16": {block: aes.NewCipher, keySize: 24},
+	"\x60\x86\x48\x01\x65\x03\x04\x01\x2a": {block: aes.NewCipher, keySize: 32},
+	"\x2a\x86\x48\x86\xf7\x0d\x03\x07":     {block: des.NewTripleDESCipher, keySize: 24},
+}
+
+// pbes2 reads the parameters of RFC 8018, appendix A.4.
+func pbes2(parameters *fields) (scheme, error) {
+	kdf := parameters.inside(tagSequence)
+	if id := kdf.oid(); kdf.err == nil && id != oidPBKDF2 {
+		return scheme{}, fmt.Errorf("the key is derived by an unknown method (OID %x)", id)
+	}
+	derivation := kdf.inside(tagSequence)
+	salt := derivation.octets(tagOctetString)
+	rounds := derivation.integer()
+	if derivation.at(tagInteger) {
+		derivation.integer() // keyLength: the cipher has only one
+	}
+	prf := sha1.New
+	if derivation.at(tagSequence) {
+		id := derivation.inside(tagSequence).oid()
+		if prf = pbes2Hashes[id]; prf == nil {
+			return scheme{}, fmt.Errorf("the key is derived with an unknown hash (OID %x)", id)
+		}
+	}
+	encryption := parameters.inside(tagSequence)
+	id := encryption.oid()
+	s, ok := pbes2Ciphers[id]
+	if encryption.err == nil && !ok {
+		return s, fmt.Errorf("the certificates are encrypted with an unknown cipher (OID %x)", id)
+	}
+	s.iv = encryption.octets(tagOctetString)
+	s.salt, s.rounds, s.prf, s.isPBES2 = salt, rounds, prf, true
+	return s, s.check(cmp.Or(kdf.err, derivation.err, encryption.err))
+}
+
+func (s scheme) check(err error) error {
+	switch {
+	case err != nil:
+		return err
+	case s.rounds < 1 || s.rounds > maxIterations:
+		return fmt.Errorf("%d iterations of the key derivation are not in 1 to %d", s.rounds, maxIterations)
+	}
+	return nil
+}
+
+// forms are the byte strings that a password can stand for. PBES2 takes UTF-8.
+// The older schemes take UTF-16 with two zero octets behind, but for an empty
+// password some tools leave those out too.
+func (s scheme) forms(password string) [][]byte {
+	if s.isPBES2 {
+		return [][]byte{[]byte(password)}
+	}
+	var form []byte
+	for _, unit := range utf16.Encode([]rune(password + "\x00")) {
+		form = append(form, byte(unit>>8), byte(unit))
+	}
+	if password == "" {
+		return [][]byte{form, nil}
+	}
+	return [][]byte{form}
+}
+
+var errPassword = errors.New("wrong password")
+
+// open decrypts in CBC mode and removes the padding (RFC 8018, 6.1.1).
+func (s scheme) open(password, ciphertext []byte) ([]byte, error) {
+	var key []byte
+	if s.isPBES2 {
+		derived, err := pbkdf2.Key(s.prf, string(password), s.salt, s.rounds, s.keySize)
+		if err != nil {
+			return nil, err
+		}
+		key = derived
+	} else {
+		key = pkcs12KDF(password, s.salt, s.rounds, 1, s.keySize)
+	}
+	block, err := s.block(key)
+	if err != nil {
+		return nil, err
+	}
+	size := block.BlockSize()
+	if s.iv == nil {
+		s.iv = pkcs12KDF(password, s.salt, s.rounds, 2, size)
+	}
+	if len(s.iv) != size || len(ciphertext) == 0 || len(ciphertext)%size != 0 {
+		return nil, errBER
+	}
+	plain := make([]byte, len(ciphertext))
+	cipher.NewCBCDecrypter(block, s.iv).CryptBlocks(plain, ciphertext)
+	padding := int(plain[len(plain)-1])
+	if padding < 1 || padding > size || !bytes.HasSuffix(plain, bytes.Repeat([]byte{byte(padding)}, padding)) {
+		return nil, errPassword
+	}
+	return plain[:len(plain)-padding], nil
+}
+
+// pkcs12KDF is the key derivation of RFC 7292, appendix B.2, with SHA-1. id is
+// 1 for a key and 2 for an initialisation vector.
+func pkcs12KDF(password, salt []byte, rounds int, id byte, size int) []byte {
+	const v = sha1.BlockSize
+	fill := func(b []byte) []byte {
+		filled := make([]byte, 0, (len(b)+v-1)/v*v)
+		for len(filled) < cap(filled) {
+			filled = append(filled, b[:min(len(b), cap(filled)-len(filled))]...)
+		}
+		return filled
+	}
+	diversifier := bytes.Repeat([]byte{id}, v)
+	input := slices.Concat(fill(salt), fill(password))
+	var out []byte
+	for {
+		a := sha1.Sum(slices.Concat(diversifier, input))
+		for range rounds - 1 {
+			a = sha1.Sum(a[:])
+		}
+		if out = append(out, a[:]...); len(out) >= size {
+			return out[:size]
+		}
+		// Each block of the input becomes itself + B + 1 modulo 2^(8v).
+		b := fill(a[:])[:v]
+		for block := range slices.Chunk(input, v) {
+			carry := 1
+			for i := v - 1; i >= 0; i-- {
+				carry += int(block[i]) + int(b[i])
+				block[i] = byte(carry)
+				carry >>= 8
+			}
+		}
+	}
+}

@@ -1,0 +1,563 @@
+package discovery
+
+import (
+	"cmp"
+	"context"
+	"encoding/binary"
+	"errors"
+	"io"
+	"io/fs"
+	"sync"
+	"syscall"
+	"time"
+
+	"certctl-agent/internal/api"
+)
+
+const (
+	// segmentFiles and segmentBytes are how much is read in one task.
+	segmentFiles = 512
+	segmentBytes = 256 << 10
+
+	// readAhead bounds the files that are read, or wait to be emitted, in
+	// bytes, in units of readUnit. It decides how much memory a scan takes.
+	readAhead = 2 << 20
+	readUnit  = 32 << 10
+
+	// emitAtOnce is how many certificates are handed out at a time.
+	emitAtOnce = 64
+
+	// racyWindow is how long a file must have been left alone before what was
+	// read of it is believed later. A file system's clock may tick as slowly as
+	// every two seconds, and a change within one tick leaves all times as they
+	// are.
+	racyWindow = 2 * time.Second
+)
+
+type identity struct{ dev, ino uint64 }
+
+// run is one scan. Fields without a remark are set before its goroutines start.
+//
+// The walk (one goroutine) goes through the directories in order, beside it
+// the old index; it hands segments to the goroutine that emits, and what has
+// to be read to the workers.
+type run struct {
+	s      *Scanner
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	emit   func([]api.DiscoveredCertificate) error
+	began  time.Time
+
+	roots       []root
+	own         []identity
+	mounts      mounts
+	retryLocked bool
+	words       []string // passwords
+
+	tasks    chan *task
+	segments chan *segment
+	budget   chan struct{} // a token for each readUnit in flight
+	workers  sync.WaitGroup
+
+	named    map[string]bool // hung file systems already named; owned by the walk
+	linked   map[identity]bool
+	open     *segment // being filled; owned by the walk
+	old      *indexReader
+	oldFile  indexed // next of the old index, when haveOld; owned by the walk
+	haveOld  bool
+	problems problems
+
+	rateMu   sync.Mutex
+	nextFile time.Time // guarded by rateMu
+
+	summary Summary // Skipped: owned by the walk; Read, Formats: by the emitter
+	writer  *indexWriter
+	batch   []api.DiscoveredCertificate // owned by the emitter
+}
+
+// segment is a number of files in the order of the walk, of which those that
+// are not in the index are read by one task.
+type segment struct {
+	*task   // nil: nothing to read
+	entries []entry
+	units   int   // of the budget
+	gone    bool  // a file of the old index is not there any more
+	bytes   int64 // to read, all on task.mount
+}
+
+type entry struct {
+	dir  *node
+	file file
+	kept indexed // when the file is unchanged
+	hit  bool
+
+	// Set by the task.
+	outcome []byte // nil: not read
+	stamp   []byte // nil: not to be remembered
+	problem string
+	read    bool
+}
+
+func newRun(ctx context.Context, s *Scanner, emit func([]api.DiscoveredCertificate) error) *run {
+	r := &run{
+		s: s, emit: emit, began: time.Now(),
+		roots:    make([]root, len(s.opts.Dirs)),
+		tasks:    make(chan *task, 64),
+		segments: make(chan *segment, 4),
+		budget:   make(chan struct{}, readAhead/readUnit),
+		named:    make(map[string]bool),
+		linked:   make(map[identity]bool),
+		summary:  Summary{Formats: make(map[string]int), Skipped: make(map[string]int)},
+	}
+	r.ctx, r.cancel = context.WithCancelCause(ctx)
+	return r
+}
+
+// scan runs the goroutines of a scan and waits for them.
+func (r *run) scan() error {
+	defer r.cancel(nil)
+	table, err := mountTable()
+	if err != nil {
+		r.s.opts.Log.Warn("mounted file systems are not known: all count as local", "error", err.Error())
+	}
+	r.mounts = mounts{table}
+	for _, dir := range r.s.opts.Skip {
+		var st syscall.Stat_t
+		if retry(func() error { return syscall.Stat(dir, &st) }) == nil {
+			r.own = append(r.own, identity{uint64(st.Dev), st.Ino})
+		}
+	}
+	closeIndex := r.openIndex()
+	defer closeIndex()
+
+	pool := make([]*worker, workers())
+	for i := range pool {
+		pool[i] = r.newWorker()
+	}
+	var group sync.WaitGroup
+	group.Go(func() { r.watch(pool) })
+	var walked, emitted error
+	group.Go(func() {
+		runUnnoticed(func() {
+			defer close(r.segments)
+			walked = r.walkAll()
+		})
+	})
+	group.Go(func() {
+		runUnnoticed(func() {
+			if emitted = r.emitAll(); emitted != nil {
+				r.cancel(emitted)
+			}
+			r.finishIndex(emitted == nil && walked == nil)
+			r.cancel(nil) // ends workers and watch
+		})
+	})
+	group.Wait()
+	r.awaitWorkers()
+	return cmp.Or(emitted, walked)
+}
+
+// awaitWorkers leaves behind only workers that hang.
+func (r *run) awaitWorkers() {
+	ended := make(chan struct{})
+	go func() {
+		r.workers.Wait()
+		close(ended)
+	}()
+	select {
+	case <-ended:
+	case <-time.After(cancelGrace):
+	}
+}
+
+func (r *run) newWorker() *worker {
+	w := &worker{r: r}
+	r.workers.Go(func() { runUnnoticed(func() { r.work(w) }) })
+	return w
+}
+
+func (r *run) walkAll() error {
+	if err := r.resolveRoots(); err != nil {
+		return err
+	}
+	if err := r.walk(); err != nil {
+		return err
+	}
+	return r.flush()
+}
+
+// join compares the files of a directory, or of a part, with the old index.
+func (r *run) join(n *node) error {
+	for i := range n.files {
+		f := &n.files[i]
+		if f.link {
+			// A file that several links lead to counts once.
+			const maxLinked = 1 << 16
+			if id := (identity{f.dev, f.ino}); r.linked[id] {
+				r.summary.Skipped[skipAgain]++
+				continue
+			} else if len(r.linked) < maxLinked {
+				r.linked[id] = true
+			}
+		}
+		e := entry{dir: n, file: *f}
+		e.kept, e.hit = r.lookUp(n, f)
+		if err := r.put(e, n.mount); err != nil {
+			return err
+		}
+	}
+	n.files = nil
+	return nil
+}
+
+// put adds a file to the open segment.
+func (r *run) put(e entry, mount string) error {
+	s := r.open
+	if s != nil && !e.hit && (s.bytes+e.file.size > segmentBytes || s.on != "" && s.on != mount) {
+		if err := r.flush(); err != nil {
+			return err
+		}
+		s = nil
+	}
+	if s == nil {
+		s = &segment{}
+		r.open = s
+	}
+	if !e.hit {
+		s.bytes += max(e.file.size, headSize/8)
+		s.on = mount
+	}
+	s.entries = append(s.entries, e)
+	if len(s.entries) >= segmentFiles {
+		return r.flush()
+	}
+	return nil
+}
+
+// flush hands the open segment on.
+func (r *run) flush() error {
+	s := r.open
+	r.open = nil
+	if s == nil {
+		return nil
+	}
+	if s.bytes > 0 {
+		s.units = min(int(s.bytes/readUnit)+1, cap(r.budget))
+		for range s.units {
+			select {
+			case r.budget <- struct{}{}:
+			case <-r.ctx.Done():
+				return r.ctx.Err()
+			}
+		}
+		s.task = newTask(s.on, r.readSegment(s.entries))
+		r.queue(s.task)
+	}
+	select {
+	case r.segments <- s:
+		return nil
+	case <-r.ctx.Done():
+		return r.ctx.Err()
+	}
+}
+
+// readSegment reads the files that are not in the index.
+func (r *run) readSegment(entries []entry) func(*worker) func() {
+	return func(w *worker) func() {
+		var done []entry
+		for _, e := range entries {
+			if e.hit {
+				continue
+			}
+			if r.ctx.Err() != nil {
+				break
+			}
+			r.readFile(w, &e)
+			done = append(done, e)
+		}
+		return func() {
+			next := 0
+			for i := range entries {
+				if !entries[i].hit && next < len(done) {
+					entries[i] = done[next]
+					next++
+				}
+			}
+		}
+	}
+}
+
+var errChanged = errors.New("the file changed while it was looked at")
+
+// readFile looks into one file.
+func (r *run) readFile(w *worker, e *entry) {
+	w.tick()
+	full := join(e.dir.path, e.file.name)
+	st, data, err := w.read(full, e.file)
+	defer w.forget()
+	if errors.Is(err, fs.ErrNotExist) {
+		return
+	}
+	e.read = true
+	if err != nil {
+		e.problem = cause(err)
+		return
+	}
+	w.rest() // what follows is no call: a slow key derivation is no hung disk
+	e.outcome = appendOutcome(nil, parse(e.file.name, data, r.words), &r.s.known)
+	if oldest := time.Now().Add(-racyWindow).UnixNano(); st.modified < oldest && st.changed < oldest {
+		e.stamp = appendStamp(nil, st)
+	}
+}
+
+// read returns the bytes of a file, or none when its head tells that there is
+// nothing in it. They are valid until the next call.
+func (w *worker) read(full string, f file) (status, []byte, error) {
+	// It was a regular file a moment ago; should it be a pipe now, opening it
+	// must not wait.
+	flags := syscall.O_RDONLY | syscall.O_NONBLOCK | syscall.O_NOCTTY | syscall.O_CLOEXEC
+	if !f.link {
+		flags |= syscall.O_NOFOLLOW
+	}
+	var fd int
+	err := retry(func() (err error) {
+		fd, err = openQuietly(full, flags)
+		return err
+	})
+	if err != nil {
+		return status{}, nil, err
+	}
+	defer syscall.Close(fd)
+	var st syscall.Stat_t
+	if err := retry(func() error { return syscall.Fstat(fd, &st) }); err != nil {
+		return status{}, nil, err
+	}
+	now := statusOf(&st)
+	if !now.isRegular() || now.size > MaxFileSize {
+		return now, nil, errChanged
+	}
+	head, err := w.fill(fd, 0, headSize)
+	if err != nil || len(head) < headSize || !worthReading(f.name, head) {
+		if !worthReading(f.name, head) {
+			head = nil
+		}
+		return now, head, err
+	}
+	data, err := w.fill(fd, len(head), MaxFileSize+1)
+	if err == nil && len(data) > MaxFileSize {
+		err = errChanged
+	}
+	return now, data, err
+}
+
+// fill reads into the buffer from have on, up to size bytes in all.
+func (w *worker) fill(fd, have, size int) ([]byte, error) {
+	for have < size {
+		if have == len(w.buffer) {
+			grown := make([]byte, min(max(4*len(w.buffer), 16<<10), MaxFileSize+1))
+			copy(grown, w.buffer[:have])
+			w.forget()
+			w.buffer = grown
+		}
+		n, err := 0, error(nil)
+		err = retry(func() (err error) {
+			n, err = syscall.Read(fd, w.buffer[have:min(size, len(w.buffer))])
+			return err
+		})
+		if err != nil {
+			return nil, err
+		}
+		if n == 0 {
+			break
+		}
+		have += n
+		w.used = have
+	}
+	return w.buffer[:have], nil
+}
+
+// forget clears what was read: it may have been a private key.
+func (w *worker) forget() {
+	clear(w.buffer[:w.used])
+	w.used = 0
+}
+
+// appendStamp is what tells that a file is unchanged.
+func appendStamp(b []byte, s status) []byte {
+	b = binary.AppendUvarint(b, s.dev)
+	b = binary.AppendUvarint(b, s.ino)
+	b = binary.AppendUvarint(b, uint64(s.size))
+	b = binary.LittleEndian.AppendUint64(b, uint64(s.modified))
+	return binary.LittleEndian.AppendUint64(b, uint64(s.changed))
+}
+
+// openIndex opens the index of the last scan and prepares the next one.
+func (r *run) openIndex() (closeOld func()) {
+	o := r.s.opts
+	if o.State == nil {
+		return func() {}
+	}
+	r.writer = &indexWriter{root: o.State, name: o.Index, header: indexHeader(o.Dirs)}
+	old, err := o.State.Open(o.Index)
+	if err != nil {
+		if !errors.Is(err, fs.ErrNotExist) {
+			o.Log.Warn("index of the last scan not read: every file is read again", "error", err.Error())
+		}
+		return func() {}
+	}
+	r.old, err = newIndexReader(old, r.writer.header)
+	if err != nil {
+		o.Log.Info("index of the last scan thrown away: every file is read again", "reason", err.Error())
+		r.old = nil
+	} else {
+		r.writer.old = old
+	}
+	return func() { old.Close() }
+}
+
+// lookUp finds a file in the old index, which is read on up to there.
+func (r *run) lookUp(n *node, f *file) (indexed, bool) {
+	for r.advance() {
+		order := cmp.Or(cmp.Compare(r.oldFile.root, n.root), comparePaths(r.oldFile.dir, n.path), cmp.Compare(string(r.oldFile.name), f.name))
+		if order > 0 {
+			break
+		}
+		r.haveOld = false
+		if order == 0 {
+			unchanged := string(appendStamp(make([]byte, 0, 64), f.status)) == string(r.oldFile.stamp)
+			return r.oldFile, unchanged && !(r.retryLocked && isLocked(r.oldFile.outcome))
+		}
+		r.noteGone()
+	}
+	return indexed{}, false
+}
+
+// noteGone: the new index differs from here on.
+func (r *run) noteGone() {
+	if r.open == nil {
+		r.open = &segment{}
+	}
+	r.open.gone = true
+}
+
+// advance makes oldFile the next of the old index.
+func (r *run) advance() bool {
+	if r.haveOld || r.old == nil {
+		return r.haveOld
+	}
+	var err error
+	r.oldFile, err = r.old.next()
+	switch {
+	case err == nil:
+		r.haveOld = true
+	case err != io.EOF:
+		r.s.opts.Log.Warn("index of the last scan thrown away from here on", "error", err.Error())
+		r.noteGone()
+		r.old = nil
+	default:
+		r.old = nil
+	}
+	return r.haveOld
+}
+
+// emitAll hands out what the segments hold, in order.
+func (r *run) emitAll() error {
+	for {
+		select {
+		case <-r.ctx.Done():
+			return context.Cause(r.ctx)
+		case s, more := <-r.segments:
+			if !more {
+				return r.emitBatch()
+			}
+			if err := r.emitSegment(s); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+func (r *run) emitSegment(s *segment) error {
+	if s.task != nil {
+		select {
+		case <-s.done:
+		case <-r.ctx.Done():
+			return context.Cause(r.ctx)
+		}
+	}
+	if s.gone && r.writer != nil {
+		r.writer.differ()
+	}
+	for i := range s.entries {
+		if err := r.emitEntry(&s.entries[i]); err != nil {
+			return err
+		}
+	}
+	for range s.units {
+		<-r.budget
+	}
+	return nil
+}
+
+func (r *run) emitEntry(e *entry) error {
+	outcome := e.outcome
+	if e.hit {
+		outcome = e.kept.outcome
+	}
+	if e.read {
+		r.summary.Read++
+	}
+	if r.writer != nil {
+		switch {
+		case e.hit:
+			r.writer.keep(e.kept)
+		case e.stamp != nil:
+			r.writer.add(e.dir.root, e.dir.path, []byte(e.file.name), e.stamp, outcome)
+		}
+	}
+	if e.problem == "" && (outcome == nil || holdsNothing(outcome)) {
+		return nil
+	}
+	source := printablePath(join(e.dir.path, e.file.name))
+	if e.problem != "" {
+		r.problems.add(source + ": " + e.problem)
+		return nil
+	}
+	return emitOutcome(outcome, source,
+		func(cert api.DiscoveredCertificate) error {
+			r.summary.Formats[cert.SourceFormat]++
+			r.s.found.Add(1)
+			if r.batch = append(r.batch, cert); len(r.batch) < emitAtOnce {
+				return nil
+			}
+			return r.emitBatch()
+		},
+		func(cause string) { r.problems.add(source + ": " + cause) })
+}
+
+func (r *run) emitBatch() error {
+	if len(r.batch) == 0 {
+		return nil
+	}
+	err := r.emit(r.batch)
+	clear(r.batch)
+	r.batch = r.batch[:0]
+	return err
+}
+
+// finishIndex puts the new index in place, unless the scan is incomplete.
+func (r *run) finishIndex(complete bool) {
+	if r.writer == nil {
+		return
+	}
+	if !complete {
+		r.writer.abandon()
+		return
+	}
+	if r.advance() {
+		r.writer.differ() // what is left of the old one is gone
+	}
+	if err := r.writer.commit(); err != nil {
+		r.s.opts.Log.Warn("index not written: the next scan reads every file", "error", err.Error())
+	}
+}

@@ -1,0 +1,79 @@
+package discovery
+
+import (
+	"os"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+)
+
+// localFileSystems are entered where they are mounted below a root. All others
+// are not: network file systems, FUSE, automounts, and what the kernel makes up.
+var localFileSystems = map[string]bool{
+	"aufs": true, "bcachefs": true, "btrfs": true, "cramfs": true, "ecryptfs": true, "erofs": true,
+	"exfat": true, "ext2": true, "ext3": true, "ext4": true, "f2fs": true, "hfs": true, "hfsplus": true,
+	"iso9660": true, "jffs2": true, "jfs": true, "minix": true, "msdos": true, "nilfs2": true, "ntfs": true,
+	"ntfs3": true, "overlay": true, "ramfs": true, "reiserfs": true, "rootfs": true, "romfs": true,
+	"squashfs": true, "tmpfs": true, "ubifs": true, "udf": true, "ufs": true, "vfat": true, "xfs": true, "zfs": true,
+}
+
+// mountTable maps every mount point to what is mounted there. It touches none
+// of them, so a dead server cannot make it wait.
+func mountTable() (map[string]mount, error) {
+	// proc(5): id parent device root MOUNT-POINT options [tags ...] - TYPE source options
+	data, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil, err
+	}
+	table := make(map[string]mount)
+	for line := range strings.Lines(string(data)) {
+		before, after, _ := strings.Cut(line, " - ")
+		fields, kind := strings.Fields(before), strings.Fields(after)
+		if len(fields) < 5 || len(kind) == 0 {
+			continue
+		}
+		point := unescapeMount(fields[4])
+		table[point] = mount{point: point, kind: kind[0], local: localFileSystems[kind[0]] && point != "/dev"}
+	}
+	return table, nil
+}
+
+// unescapeMount replaces \NNN, octal, which stands for blanks and backslashes.
+func unescapeMount(s string) string {
+	for i := 0; i+3 < len(s); i++ {
+		if s[i] != '\\' {
+			continue
+		}
+		if n, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
+			s = s[:i] + string([]byte{byte(n)}) + s[i+4:]
+		}
+	}
+	return s
+}
+
+func changeTimes(st *syscall.Stat_t) (modified, changed int64) { return st.Mtim.Nano(), st.Ctim.Nano() }
+
+// openQuietly leaves the access time alone, where this user may ask for it.
+func openQuietly(path string, flags int) (int, error) {
+	fd, err := syscall.Open(path, flags|syscall.O_NOATIME, 0)
+	if err == syscall.EPERM {
+		fd, err = syscall.Open(path, flags, 0)
+	}
+	return fd, err
+}
+
+// runUnnoticed runs f on a thread of its own that has the lowest CPU priority
+// and gets the disk when nobody else wants it. The thread ends with f: the
+// goroutine that calls this must end then. That a priority cannot be set is no
+// reason not to scan.
+func runUnnoticed(f func()) {
+	const (
+		whoProcess = 1       // IOPRIO_WHO_PROCESS: of 0, this thread
+		idle       = 3 << 13 // IOPRIO_CLASS_IDLE
+	)
+	runtime.LockOSThread() // never unlocked: the priority must not stay on a shared thread
+	_ = syscall.Setpriority(syscall.PRIO_PROCESS, 0, 19)
+	_, _, _ = syscall.RawSyscall(syscall.SYS_IOPRIO_SET, whoProcess, 0, idle)
+	f()
+}

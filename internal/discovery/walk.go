@@ -1,0 +1,535 @@
+package discovery
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+)
+
+const (
+	// partSize is how many files one task looks at.
+	partSize = 512
+
+	// lookAhead is how many directories beside each other are read ahead of
+	// the walk.
+	lookAhead = 8
+
+	// readDirSize is how many entries of a directory are read at once.
+	readDirSize = 1024
+)
+
+// Reasons why something was passed over, for people.
+const (
+	skipKey      = "private key files (.key)"
+	skipSize     = "files over 1 MiB"
+	skipEmpty    = "empty files"
+	skipSpecial  = "devices, sockets and pipes"
+	skipExcluded = "excluded by a pattern"
+	skipOwn      = "directories of this agent"
+	skipMount    = "file systems that are not local"
+	skipDirLink  = "links to directories"
+	skipInside   = "links to files that are scanned anyway"
+	skipAgain    = "further links to one file"
+	skipDangling = "links to nothing"
+)
+
+// root is a configured directory.
+type root struct {
+	path string
+	real string // without symbolic links
+	err  error
+}
+
+// nameList holds the names of a directory in one piece of memory: a directory
+// can have a million.
+type nameList struct {
+	text []byte
+	refs []nameRef
+}
+
+type nameRef struct {
+	at   uint32
+	size uint16
+	link bool
+}
+
+func (l *nameList) add(name string, link bool) {
+	l.refs = append(l.refs, nameRef{uint32(len(l.text)), uint16(len(name)), link})
+	l.text = append(l.text, name...)
+}
+
+func (l *nameList) name(i int) []byte {
+	ref := l.refs[i]
+	return l.text[ref.at : ref.at+uint32(ref.size)]
+}
+
+func (l *nameList) sort() {
+	slices.SortFunc(l.refs, func(a, b nameRef) int {
+		return bytes.Compare(l.text[a.at:a.at+uint32(a.size)], l.text[b.at:b.at+uint32(b.size)])
+	})
+}
+
+// status is what stat says about a file.
+type status struct {
+	dev, ino          uint64
+	size              int64
+	modified, changed int64 // ns since 1970
+	mode              uint32
+}
+
+func (s status) isRegular() bool { return s.mode&syscall.S_IFMT == syscall.S_IFREG }
+
+func statusOf(st *syscall.Stat_t) status {
+	s := status{dev: uint64(st.Dev), ino: st.Ino, size: st.Size, mode: uint32(st.Mode)}
+	s.modified, s.changed = changeTimes(st)
+	return s
+}
+
+// file is a regular file to look into.
+type file struct {
+	name string
+	status
+	link bool // a symbolic link to a file outside the tree
+}
+
+// node is a directory, or a part of the files of a large one.
+type node struct {
+	*task
+	root int
+	path string // as reported
+	real string // without symbolic links above it
+	dev  uint64 // of the directory above
+
+	all    *nameList // of a part: the files of the directory, from lo to hi
+	lo, hi int
+
+	// Set when the task is done.
+	files    []file
+	rest     *nameList // files to be looked at in parts
+	dirs     *nameList
+	self     status
+	own      bool // a directory of this agent
+	problems []string
+	skipped  map[string]int
+	seen     int
+}
+
+func (n *node) skip(reason string) {
+	if n.skipped == nil {
+		n.skipped = make(map[string]int)
+	}
+	n.skipped[reason]++
+}
+
+func (n *node) problem(name string, err error) {
+	n.problems = append(n.problems, printablePath(name)+": "+cause(err))
+}
+
+// frame is a directory whose subdirectories are being walked.
+type frame struct {
+	parent *node
+	names  *nameList
+	next   int
+	ahead  []*node // read ahead, from next on
+}
+
+// walk visits the directories in order and hands their files to join. Workers
+// read directories ahead of it.
+func (r *run) walk() error {
+	for i := range r.roots {
+		root := &r.roots[i]
+		if root.err != nil {
+			r.problems.add(printablePath(root.path) + ": " + cause(root.err))
+			continue
+		}
+		top := &node{root: i, path: root.path, real: root.real}
+		top.task = newTask(r.mounts.of(root.real).point, r.list(top, true))
+		r.queue(top.task)
+		if err := r.walkFrom(top); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (r *run) walkFrom(top *node) error {
+	var stack []*frame
+	visit := func(n *node) error {
+		if err := r.visit(n); err != nil {
+			return err
+		}
+		if n.dirs != nil {
+			stack = append(stack, &frame{parent: n, names: n.dirs})
+		}
+		return nil
+	}
+	if err := visit(top); err != nil {
+		return err
+	}
+	for len(stack) > 0 {
+		f := stack[len(stack)-1]
+		if f.next == len(f.names.refs) {
+			stack = stack[:len(stack)-1]
+			continue
+		}
+		for len(f.ahead) < lookAhead && f.next+len(f.ahead) < len(f.names.refs) {
+			f.ahead = append(f.ahead, r.startChild(f.parent, string(f.names.name(f.next+len(f.ahead)))))
+		}
+		n := f.ahead[0]
+		f.ahead = append(f.ahead[:0:0], f.ahead[1:]...)
+		f.next++
+		if err := visit(n); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func join(dir, name string) string {
+	if dir == "/" {
+		return dir + name
+	}
+	return dir + "/" + name
+}
+
+func (r *run) startChild(parent *node, name string) *node {
+	n := &node{root: parent.root, path: join(parent.path, name), real: join(parent.real, name), dev: parent.self.dev}
+	mount := parent.mount
+	if m, ok := r.mounts.at(n.real); ok {
+		mount = m.point
+	}
+	n.task = newTask(mount, r.list(n, false))
+	r.queue(n.task)
+	return n
+}
+
+// visit waits for a directory and passes its files on.
+func (r *run) visit(n *node) error {
+	if err := r.wait(n.task, n.path); err != nil {
+		return err
+	}
+	r.absorb(n)
+	if err := r.join(n); err != nil || n.rest == nil {
+		return err
+	}
+	var parts []*node
+	total := len(n.rest.refs)
+	for lo := 0; lo < total || len(parts) > 0; {
+		for ; lo < total && len(parts) < lookAhead; lo += partSize {
+			part := &node{root: n.root, path: n.path, real: n.real, all: n.rest, lo: lo, hi: min(lo+partSize, total)}
+			part.task = newTask(n.mount, func(w *worker) func() {
+				done := *part
+				r.examine(w, &done)
+				return func() { part.take(&done) }
+			})
+			r.queue(part.task)
+			parts = append(parts, part)
+		}
+		part := parts[0]
+		parts = parts[1:]
+		if err := r.wait(part.task, part.path); err != nil {
+			return err
+		}
+		r.absorb(part)
+		if err := r.join(part); err != nil {
+			return err
+		}
+	}
+	n.rest = nil
+	return nil
+}
+
+// take sets the outcome of a task, which worked on a copy.
+func (n *node) take(done *node) {
+	n.files, n.rest, n.dirs, n.self, n.own = done.files, done.rest, done.dirs, done.self, done.own
+	n.problems, n.skipped, n.seen = done.problems, done.skipped, done.seen
+}
+
+// absorb adds what a task counted to the summary.
+func (r *run) absorb(n *node) {
+	r.s.files.Add(int64(n.seen))
+	for _, problem := range n.problems {
+		r.problems.add(problem)
+	}
+	for reason, count := range n.skipped {
+		r.summary.Skipped[reason] += count
+	}
+	n.problems, n.skipped = nil, nil
+}
+
+// list reads a directory, and looks at its files when they are few.
+func (r *run) list(n *node, isRoot bool) func(*worker) func() {
+	return func(w *worker) func() {
+		done := *n
+		if err := r.readDirectory(w, &done, isRoot); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			done.problem(done.path, err)
+		}
+		return func() { n.take(&done) }
+	}
+}
+
+func (r *run) readDirectory(w *worker, n *node, isRoot bool) error {
+	w.tick()
+	flags := os.O_RDONLY | syscall.O_DIRECTORY | syscall.O_NONBLOCK
+	if !isRoot {
+		flags |= syscall.O_NOFOLLOW // it was no link a moment ago
+	}
+	dir, err := os.OpenFile(n.path, flags, 0)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	info, err := dir.Stat()
+	if err != nil {
+		return err
+	}
+	n.self = statusOf(info.Sys().(*syscall.Stat_t))
+	if slices.Contains(r.own, identity{n.self.dev, n.self.ino}) {
+		n.skip(skipOwn)
+		return nil
+	}
+	if !isRoot && n.self.dev != n.dev && !r.mounts.mayEnter(n.real) {
+		n.skip(skipMount) // mounted since the scan began
+		return nil
+	}
+	files := &nameList{}
+	n.dirs = &nameList{}
+	for {
+		w.tick()
+		entries, err := dir.ReadDir(readDirSize)
+		for _, entry := range entries {
+			r.sortOut(n, files, entry.Name(), entry.Type())
+		}
+		if r.ctx.Err() != nil {
+			return nil
+		}
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			n.problem(n.path, err) // what was read of it is looked at
+			break
+		}
+	}
+	files.sort()
+	n.dirs.sort()
+	if len(files.refs) > partSize {
+		n.rest = files
+		return nil
+	}
+	n.all, n.lo, n.hi = files, 0, len(files.refs)
+	r.examine(w, n)
+	return nil
+}
+
+// sortOut decides by name and type alone what becomes of an entry.
+func (r *run) sortOut(n *node, files *nameList, name string, mode fs.FileMode) {
+	switch {
+	case mode.IsDir():
+		if reason := r.passOver(n, name); reason != "" {
+			n.skip(reason)
+			return
+		}
+		n.dirs.add(name, false)
+	case mode.IsRegular(), mode&fs.ModeSymlink != 0:
+		switch {
+		case r.excluded(n.path, name):
+			n.skip(skipExcluded)
+		case promiseOf(name) == promisesKey:
+			n.skip(skipKey)
+		default:
+			files.add(name, !mode.IsRegular())
+		}
+	default:
+		n.skip(skipSpecial)
+	}
+}
+
+// passOver is the reason why a directory is not entered, or "".
+func (r *run) passOver(n *node, name string) string {
+	if r.excluded(n.path, name) {
+		return skipExcluded
+	}
+	full := join(n.path, name)
+	if slices.Contains(r.s.opts.Dirs, full) {
+		return "directories named themselves" // it is walked as a root of its own
+	}
+	if m, ok := r.mounts.at(join(n.real, name)); ok && !m.local {
+		return skipMount
+	}
+	switch join(n.real, name) {
+	case "/proc", "/sys", "/dev":
+		return skipMount
+	}
+	return ""
+}
+
+// excluded reports whether a pattern matches.
+func (r *run) excluded(dir, name string) bool {
+	for _, pattern := range r.s.opts.Exclude {
+		subject := name
+		if strings.Contains(pattern, "/") {
+			subject = join(dir, name)
+		}
+		if ok, _ := path.Match(pattern, subject); ok {
+			return true
+		}
+	}
+	return false
+}
+
+// examine looks at the files of a node from lo to hi, without opening them.
+func (r *run) examine(w *worker, n *node) {
+	n.files = make([]file, 0, n.hi-n.lo)
+	for i := n.lo; i < n.hi; i++ {
+		if r.ctx.Err() != nil {
+			return
+		}
+		r.limit(w)
+		w.tick()
+		name := string(n.all.name(i))
+		f := file{name: name, link: n.all.refs[i].link}
+		full := join(n.path, name)
+		n.seen++
+		var st syscall.Stat_t
+		if err := retry(func() error { return syscall.Lstat(full, &st) }); err != nil {
+			if err != syscall.ENOENT {
+				n.problem(full, err)
+			}
+			continue
+		}
+		f.status = statusOf(&st)
+		if f.mode&syscall.S_IFMT == syscall.S_IFLNK {
+			f.link = true
+			if !r.follow(n, &f) {
+				continue
+			}
+		}
+		switch {
+		case !f.isRegular():
+			n.skip(skipSpecial)
+		case f.size == 0:
+			n.skip(skipEmpty)
+		case f.size > MaxFileSize:
+			n.skip(skipSize)
+		default:
+			n.files = append(n.files, f)
+		}
+	}
+}
+
+// follow resolves a symbolic link and reports whether its file is to be looked
+// into under the name of the link.
+func (r *run) follow(n *node, f *file) bool {
+	full := join(n.path, f.name)
+	target, err := os.Readlink(full)
+	if err == nil {
+		if !filepath.IsAbs(target) {
+			target = filepath.Join(n.real, target)
+		}
+		// Looking at something on a dead server would wait for it.
+		if !r.mounts.of(filepath.Clean(target)).local && !r.inTree(target) {
+			n.skip(skipMount)
+			return false
+		}
+		target, err = filepath.EvalSymlinks(full)
+	}
+	var st syscall.Stat_t
+	if err == nil {
+		err = retry(func() error { return syscall.Stat(target, &st) })
+	}
+	if err != nil {
+		if promiseOf(f.name) != promisesNothing {
+			n.problem(full, fmt.Errorf("the link leads nowhere: %s", cause(err)))
+		} else {
+			n.skip(skipDangling)
+		}
+		return false
+	}
+	f.status = statusOf(&st)
+	switch {
+	case f.mode&syscall.S_IFMT == syscall.S_IFDIR:
+		n.skip(skipDirLink)
+		return false
+	case !f.isRegular():
+		return true
+	case r.inTree(target):
+		n.skip(skipInside)
+		return false
+	case !r.mounts.of(target).local:
+		n.skip(skipMount)
+		return false
+	}
+	return true
+}
+
+// inTree reports whether the walk comes by a real path on its own.
+func (r *run) inTree(real string) bool {
+	for _, root := range r.roots {
+		if root.err == nil && (root.real == "/" || strings.HasPrefix(real, root.real+"/")) {
+			return true
+		}
+	}
+	return false
+}
+
+func retry(f func() error) error {
+	for {
+		if err := f(); err != syscall.EINTR {
+			return err
+		}
+	}
+}
+
+// limit waits until the next file may be looked at.
+func (r *run) limit(w *worker) {
+	if r.s.opts.MaxRate <= 0 {
+		return
+	}
+	w.rest()
+	r.rateMu.Lock()
+	now := time.Now()
+	if r.nextFile.Before(now) {
+		r.nextFile = now
+	}
+	wait := r.nextFile.Sub(now)
+	r.nextFile = r.nextFile.Add(time.Second / time.Duration(r.s.opts.MaxRate))
+	r.rateMu.Unlock()
+	if wait < time.Millisecond {
+		return
+	}
+	select {
+	case <-time.After(wait):
+	case <-r.ctx.Done():
+	}
+}
+
+// resolveRoots resolves the configured directories.
+func (r *run) resolveRoots() error {
+	for i, dir := range r.s.opts.Dirs {
+		root := &r.roots[i]
+		root.path = dir
+		t := newTask(r.mounts.of(dir).point, func(w *worker) func() {
+			w.tick()
+			real, err := filepath.EvalSymlinks(dir)
+			return func() { root.real, root.err = real, err }
+		})
+		r.queue(t)
+		switch err := r.wait(t, dir); {
+		case err != nil:
+			return err
+		case t.err != nil:
+			root.err = t.err
+		}
+	}
+	return nil
+}
