@@ -1,0 +1,76 @@
+package pemutil
+
+import (
+	"bytes"
+	"crypto/x509"
+	"fmt"
+	"slices"
+	"strings"
+
+	"certctl-agent/internal/printable"
+)
+
+// maxChain bounds the work that OrderChain does for a chain that came from
+// elsewhere. Chains in use have up to five certificates.
+const maxChain = 32
+
+// OrderChain returns rest in issuing order, without leaf: each certificate
+// issued the one before it, which is the order that TLS asks for (RFC 5246,
+// section 7.4.2). A self-signed root ends it, where there is one. Repeated
+// certificates are dropped. Where an issuer is there more than once, as with
+// cross-signed ones, the path through the first of them comes first. A
+// certificate that issued none of the others is an error.
+func OrderChain(leaf *x509.Certificate, rest []*x509.Certificate) ([]*x509.Certificate, error) {
+	if len(rest) > maxChain {
+		return nil, fmt.Errorf("the chain has %d certificates, more than %d", len(rest), maxChain)
+	}
+	var unused []*x509.Certificate
+	for _, cert := range rest {
+		if !cert.Equal(leaf) && !slices.ContainsFunc(unused, cert.Equal) {
+			unused = append(unused, cert)
+		}
+	}
+	ordered := make([]*x509.Certificate, 0, len(unused))
+	var follow func(child *x509.Certificate)
+	follow = func(child *x509.Certificate) {
+		for {
+			i := slices.IndexFunc(unused, func(c *x509.Certificate) bool { return issued(c, child) })
+			if i < 0 {
+				return
+			}
+			parent := unused[i]
+			unused = slices.Delete(unused, i, i+1)
+			ordered = append(ordered, parent)
+			follow(parent)
+		}
+	}
+	follow(leaf)
+	if len(unused) > 0 {
+		return nil, fmt.Errorf("certificate %q in the chain issued neither the leaf nor another certificate of it",
+			printable.Clip(unused[0].Subject.String(), 200))
+	}
+	return ordered, nil
+}
+
+// IsSelfSigned reports whether cert is signed with its own key, as roots are.
+func IsSelfSigned(cert *x509.Certificate) bool { return issued(cert, cert) }
+
+// issued reports whether child was signed with the key of parent, under its
+// name.
+func issued(parent, child *x509.Certificate) bool {
+	// RFC 5280, section 7.1: names match without regard to case, and some CAs
+	// encode the same name in two string types.
+	if !bytes.Equal(parent.RawSubject, child.RawIssuer) &&
+		!strings.EqualFold(parent.Subject.String(), child.Issuer.String()) {
+		return false
+	}
+	err := parent.CheckSignature(child.SignatureAlgorithm, child.RawTBSCertificate, child.Signature)
+	if err == nil {
+		return true
+	}
+	// What cannot be checked (MD5, DSA, algorithms of tomorrow) is believed when the
+	// key identifiers agree: the order of a chain is no question of trust.
+	_, insecure := err.(x509.InsecureAlgorithmError)
+	return (insecure || err == x509.ErrUnsupportedAlgorithm) &&
+		(len(child.AuthorityKeyId) == 0 || bytes.Equal(parent.SubjectKeyId, child.AuthorityKeyId))
+}

@@ -1,0 +1,139 @@
+package pemutil_test
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"math/big"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/testca"
+)
+
+func TestOrderChain(t *testing.T) {
+	ca := testca.Must(t)
+	issued := issue(t, ca, testca.Template{Intermediates: 2})
+	leaf, low, high, root := issued.Chain[0], issued.Chain[1], issued.Chain[2], issued.Chain[3]
+	stranger := issue(t, testca.Must(t), testca.Template{}).Chain[1]
+
+	type chain []*x509.Certificate
+	tests := []struct {
+		name string
+		rest chain
+		want chain
+		err  string
+	}{
+		{"empty", nil, chain{}, ""},
+		{"in order", chain{low, high, root}, chain{low, high, root}, ""},
+		{"reversed", chain{root, high, low}, chain{low, high, root}, ""},
+		{"without root", chain{high, low}, chain{low, high}, ""},
+		{"repeated", chain{low, low, high, root, low}, chain{low, high, root}, ""},
+		{"leaf repeated", chain{leaf, low, high}, chain{low, high}, ""},
+		{"stranger", chain{low, stranger, high}, nil, "issued neither"},
+		{"gap", chain{low, root}, nil, "issued neither"},
+		{"another leaf", chain{low, high, issue(t, ca, testca.Template{}).Leaf}, nil, "issued neither"},
+		{"too long", slices.Repeat(chain{low}, 33), nil, "more than 32"},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			got, err := pemutil.OrderChain(leaf, test.rest)
+			if test.err != "" {
+				if err == nil || !strings.Contains(err.Error(), test.err) {
+					t.Errorf("error = %v, want one with %q", err, test.err)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !slices.EqualFunc(got, test.want, (*x509.Certificate).Equal) {
+				t.Errorf("order = %v, want %v", subjects(got), subjects(test.want))
+			}
+		})
+	}
+}
+
+func subjects(certs []*x509.Certificate) (names []string) {
+	for _, c := range certs {
+		names = append(names, c.Subject.CommonName)
+	}
+	return names
+}
+
+// TestOrderChainCrossSigned: one key has certificates of two issuers.
+func TestOrderChainCrossSigned(t *testing.T) {
+	newKey := func() *ecdsa.PrivateKey { return must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)) }
+	serial := int64(0)
+	sign := func(subject string, key *ecdsa.PrivateKey, issuer string, issuerKey *ecdsa.PrivateKey) *x509.Certificate {
+		serial++
+		template := &x509.Certificate{SerialNumber: big.NewInt(serial), Subject: pkix.Name{CommonName: subject},
+			NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true}
+		parent := &x509.Certificate{Subject: pkix.Name{CommonName: issuer}}
+		return must(x509.ParseCertificate(must(x509.CreateCertificate(rand.Reader, template, parent, key.Public(), issuerKey))))
+	}
+	oldRoot, newRoot, middle := newKey(), newKey(), newKey()
+	leaf := sign("leaf", newKey(), "Middle CA", middle)
+	byNew := sign("Middle CA", middle, "New Root", newRoot)
+	newSelf := sign("New Root", newRoot, "New Root", newRoot)
+	newByOld := sign("New Root", newRoot, "Old Root", oldRoot)
+	oldSelf := sign("Old Root", oldRoot, "Old Root", oldRoot)
+
+	got, err := pemutil.OrderChain(leaf, []*x509.Certificate{oldSelf, newByOld, byNew})
+	if err != nil || !slices.Equal(got, []*x509.Certificate{byNew, newByOld, oldSelf}) {
+		t.Errorf("one path: %v, %v", subjects(got), err)
+	}
+	got, err = pemutil.OrderChain(leaf, []*x509.Certificate{newSelf, byNew, newByOld, oldSelf})
+	if err != nil || !slices.Equal(got, []*x509.Certificate{byNew, newSelf, newByOld, oldSelf}) {
+		t.Errorf("two paths: %v, %v", subjects(got), err)
+	}
+
+	// The name alone does not make an issuer.
+	impostor := sign("Middle CA", newKey(), "New Root", newRoot)
+	if _, err := pemutil.OrderChain(leaf, []*x509.Certificate{impostor}); err == nil {
+		t.Error("a certificate with the issuer's name and another key was taken")
+	}
+	// Names differ in case only, as RFC 5280 allows.
+	other := sign("leaf", newKey(), "MIDDLE ca", middle)
+	if _, err := pemutil.OrderChain(other, []*x509.Certificate{byNew}); err != nil {
+		t.Errorf("issuer in another case: %v", err)
+	}
+}
+
+func TestIsSelfSigned(t *testing.T) {
+	issued := issue(t, testca.Must(t), testca.Template{Intermediates: 1})
+	for i, want := range []bool{false, false, true} {
+		if got := pemutil.IsSelfSigned(issued.Chain[i]); got != want {
+			t.Errorf("%s: %v, want %v", issued.Chain[i].Subject, got, want)
+		}
+	}
+}
+
+// FuzzOrderChain drops, repeats and reorders the certificates of two CAs:
+// what comes back is in issuing order, or nothing does.
+func FuzzOrderChain(f *testing.F) {
+	chain := issue(f, testca.Must(f), testca.Template{Intermediates: 3}).Chain
+	pool := append(chain[1:], issue(f, testca.Must(f), testca.Template{}).Chain[1])
+	f.Add([]byte{3, 2, 1, 0})
+	f.Add([]byte{0, 0, 1, 4})
+	f.Fuzz(func(t *testing.T, order []byte) {
+		rest := make([]*x509.Certificate, len(order))
+		for i, b := range order {
+			rest[i] = pool[int(b)%len(pool)]
+		}
+		got, err := pemutil.OrderChain(chain[0], rest)
+		if err != nil {
+			return
+		}
+		for i, c := range append([]*x509.Certificate{chain[0]}, got...)[:len(got)] {
+			if err := c.CheckSignatureFrom(got[i]); err != nil {
+				t.Errorf("%v: certificate %d was not issued by the next: %v", subjects(got), i, err)
+			}
+		}
+	})
+}

@@ -1,0 +1,105 @@
+package pemutil
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"strings"
+)
+
+const (
+	pkcs8Type        = "PRIVATE KEY"
+	pkcs1Type        = "RSA PRIVATE KEY"
+	sec1Type         = "EC PRIVATE KEY"
+	encryptedType    = "ENCRYPTED PRIVATE KEY"
+	privateKeySuffix = "PRIVATE KEY"
+)
+
+var (
+	// ErrNoKey means that there is no private key block.
+	ErrNoKey = errors.New("there is no PRIVATE KEY block in it")
+
+	// ErrEncrypted means that the private key is under a passphrase, which
+	// nobody could type when a server restarts at night.
+	ErrEncrypted = errors.New("the private key is encrypted: store it without a passphrase (openssl pkey -in FILE -out FILE)")
+)
+
+// ParseKey returns the first private key in data: PKCS#8, PKCS#1 (RSA PRIVATE
+// KEY) or SEC 1 (EC PRIVATE KEY). Blocks of other types, such as the EC
+// PARAMETERS that openssl writes before a key, are passed over. Errors say
+// nothing about the key itself.
+func ParseKey(data []byte) (crypto.Signer, error) {
+	for {
+		var block *pem.Block
+		block, data = pem.Decode(data)
+		if block == nil {
+			return nil, ErrNoKey
+		}
+		if !strings.HasSuffix(block.Type, privateKeySuffix) {
+			continue
+		}
+		defer clear(block.Bytes)
+		// RFC 1421, section 4.6.1.1: how encryption shows before PKCS#8.
+		if block.Type == encryptedType || strings.Contains(block.Headers["Proc-Type"], "ENCRYPTED") {
+			return nil, ErrEncrypted
+		}
+		return parseKeyBlock(block)
+	}
+}
+
+func parseKeyBlock(block *pem.Block) (crypto.Signer, error) {
+	var key any
+	var err error
+	switch block.Type {
+	case pkcs8Type:
+		key, err = x509.ParsePKCS8PrivateKey(block.Bytes)
+	case pkcs1Type:
+		key, err = x509.ParsePKCS1PrivateKey(block.Bytes)
+	case sec1Type:
+		key, err = x509.ParseECPrivateKey(block.Bytes)
+	default:
+		return nil, fmt.Errorf("a %s block is not supported: expected %s, %s or %s", block.Type, pkcs8Type, sec1Type, pkcs1Type)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("the %s block is damaged: %w", block.Type, err)
+	}
+	switch key := key.(type) {
+	case *ecdsa.PrivateKey:
+		return key, nil
+	case *rsa.PrivateKey:
+		return key, nil
+	case ed25519.PrivateKey:
+		return key, nil
+	}
+	return nil, fmt.Errorf("a key of type %T cannot sign: expected ECDSA, RSA or Ed25519", key)
+}
+
+// EncodeKey returns the PEM of a private key: ECDSA as SEC 1, which is what
+// existing fleets have on disk, RSA and Ed25519 as PKCS#8. The caller clears it
+// after use.
+func EncodeKey(key crypto.Signer) ([]byte, error) {
+	block := pem.Block{Type: pkcs8Type}
+	var err error
+	if ec, ok := key.(*ecdsa.PrivateKey); ok {
+		block.Type = sec1Type
+		block.Bytes, err = x509.MarshalECPrivateKey(ec)
+	} else {
+		block.Bytes, err = x509.MarshalPKCS8PrivateKey(key)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("encode private key: %w", err)
+	}
+	defer clear(block.Bytes)
+	return pem.EncodeToMemory(&block), nil
+}
+
+// SamePublicKey reports whether a and b are the same key.
+func SamePublicKey(a, b crypto.PublicKey) bool {
+	key, ok := a.(interface{ Equal(crypto.PublicKey) bool })
+	return ok && b != nil && key.Equal(b)
+}

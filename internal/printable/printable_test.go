@@ -1,0 +1,72 @@
+package printable_test
+
+import (
+	"strings"
+	"testing"
+	"unicode"
+	"unicode/utf8"
+
+	"certctl-agent/internal/printable"
+)
+
+func TestClip(t *testing.T) {
+	tests := []struct {
+		name  string
+		text  string
+		limit int
+		want  string
+	}{
+		{"plain", "reload failed", 100, "reload failed"},
+		{"empty", "", 100, ""},
+		{"only white space", " \r\n\t ", 100, ""},
+		{"trimmed", "  a\n", 100, "a"},
+		{"lines become one", "nginx: [emerg] x\r\n\tnginx: test failed\n", 100, "nginx: [emerg] x nginx: test failed"},
+		{"exactly the limit", "abcdef", 6, "abcdef"},
+		{"trailing white space does not count", "abcdef\n\n", 6, "abcdef"},
+		{"cut", "abcdefg", 6, "abc…"},
+		{"cut after a space", "ab cdefg", 6, "ab…"},
+		{"cut never splits a character", "ééééé", 8, "éé…"},
+		{"no room for the ellipsis", "abcd", 2, ""},
+		{"no room at all", "abcd", 0, ""},
+		{"negative limit", "abcd", -1, ""},
+		{"terminal escape", "\x1b[31mred\x1b]0;title\x07", 100, "\ufffd[31mred\ufffd]0;title\ufffd"},
+		{"C1 control", "a\u009b31m", 100, "a\ufffd31m"},
+		{"NUL and DEL", "a\x00b\x7f", 100, "a\ufffdb\ufffd"},
+		{"invalid UTF-8", "a\xff\xfeb", 100, "a\ufffd\ufffdb"},
+		{"bidirectional override", "a\u202egnp.exe\u2066", 100, "a\ufffdgnp.exe\ufffd"},
+		{"zero width", "pay\u200bpal\ufeff", 100, "pay\ufffdpal\ufffd"},
+		{"line separator", "a\u2028b\u0085c", 100, "a b c"},
+		{"other scripts stay", "證書 сертификат ✓", 100, "證書 сертификат ✓"},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			if got := printable.Clip(test.text, test.limit); got != test.want {
+				t.Errorf("Clip(%q, %d) = %q, want %q", test.text, test.limit, got, test.want)
+			}
+			if got := printable.Clip([]byte(test.text), test.limit); got != test.want {
+				t.Errorf("Clip([]byte(%q), %d) = %q, want %q", test.text, test.limit, got, test.want)
+			}
+		})
+	}
+}
+
+func FuzzClip(f *testing.F) {
+	f.Add("plain text", 100)
+	f.Add("\x1b[2J\x1b[H \u202e é\xff\n", 7)
+	f.Add(strings.Repeat("é ", 50), 20)
+	f.Fuzz(func(t *testing.T, text string, limit int) {
+		got := printable.Clip(text, limit)
+		if len(got) > max(limit, 0) {
+			t.Errorf("Clip(%q, %d) has %d bytes", text, limit, len(got))
+		}
+		if !utf8.ValidString(got) || strings.ContainsFunc(got, func(r rune) bool { return !unicode.IsPrint(r) }) {
+			t.Errorf("Clip(%q, %d) = %q does not print", text, limit, got)
+		}
+		if strings.TrimSpace(got) != got || strings.Contains(got, "  ") {
+			t.Errorf("Clip(%q, %d) = %q has white space left", text, limit, got)
+		}
+		if again := printable.Clip(got, limit); again != got {
+			t.Errorf("Clip(%q, %d) = %q, and of that %q", text, limit, got, again)
+		}
+	})
+}
