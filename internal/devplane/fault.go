@@ -28,8 +28,8 @@ type Fault struct {
 	// What it happens to. Empty fields match everything.
 	Call  string
 	Agent string
-	Path  string // pattern of path.Match for the escaped path
-	Match func(r *http.Request, body []byte) bool
+	Path  string                                  // pattern of path.Match for the escaped path
+	Match func(r *http.Request, body []byte) bool // must not call the Plane
 
 	Skip  int // matching requests that go through first
 	Times int // requests it happens to; 0 means until it is removed

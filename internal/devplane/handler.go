@@ -17,7 +17,6 @@ import (
 	"unicode/utf8"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/testca"
 )
 
 const (
@@ -107,7 +106,7 @@ func (p *Plane) answer(w http.ResponseWriter, call *request, carry func(*request
 
 	fault := cmp.Or(p.fault(call), &Fault{})
 	if !fault.LoseAnswer && !p.pause(call.http, fault.Delay) {
-		cut(call.http)
+		panic(http.ErrAbortHandler) // nobody waits for an answer
 	}
 	switch {
 	case fault.Handler != nil:
@@ -334,7 +333,7 @@ func (p *Plane) csr(call *request) answer {
 	sign := certificate.Sign
 	if sign == nil {
 		sign = func(csrPEM []byte) ([]*x509.Certificate, error) {
-			return p.ca.SignCSR(csrPEM, testca.CSROptions{})
+			return p.ca.SignCSR(csrPEM, certificate.Signing)
 		}
 	}
 	chain, err := sign([]byte(body.PEM))

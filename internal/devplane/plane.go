@@ -163,7 +163,9 @@ func Start(t TB, opts Options) *Plane {
 type connKey struct{}
 
 func (p *Plane) serve() error {
-	certificate, err := p.ca.TLSCertificate(memoryHost, "localhost", "127.0.0.1", "::1")
+	// As long as the CA, so that months can pass in virtual time.
+	certificate, err := p.ca.Issue(testca.Template{Names: []string{memoryHost, "localhost", "127.0.0.1", "::1"},
+		NotAfter: p.ca.Root.NotAfter})
 	if err != nil {
 		return err
 	}
@@ -173,7 +175,7 @@ func (p *Plane) serve() error {
 	p.server = &http.Server{
 		Handler:   p,
 		Protocols: protocols,
-		TLSConfig: &tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{certificate}},
+		TLSConfig: &tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{certificate.TLS()}},
 		ErrorLog:  log.New(io.Discard, "", 0),
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
 			return context.WithValue(ctx, connKey{}, conn)

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/testca"
 )
 
 // StatusPending is a job that nobody was handed.
@@ -80,7 +81,11 @@ type Certificate struct {
 	Agents     []string // asked for the CSR without having a target
 
 	// Profile, when set, can refuse a CSR: 500, with the job already failed.
+	// Like Sign, it must not call a method of the Plane that locks.
 	Profile func(*x509.CertificateRequest) error
+
+	// Signing says how the CA signs: validity and length of the chain.
+	Signing testca.CSROptions
 
 	// Sign, when set, makes the chain in place of the CA, leaf first.
 	Sign func(csrPEM []byte) ([]*x509.Certificate, error)
