@@ -1,0 +1,116 @@
+// Package atomicfile replaces files so that a reader, and a host that loses its
+// power, finds either all of the old content or all of the new.
+package atomicfile
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path"
+	"regexp"
+	"syscall"
+)
+
+// WriteFile replaces the file name in root, or makes it, with data and exactly
+// the given mode, whatever the umask. When it returns nil, the new content is
+// on the disk. When it returns an error, the old file is still there, unless
+// the error came from the last step: then the new file is in place but may not
+// survive a power cut. No temporary is left in either case.
+func WriteFile(root *os.Root, name string, data []byte, mode fs.FileMode) error {
+	if err := Replace(root, name, data, mode); err != nil {
+		return err
+	}
+	return SyncDir(root, path.Dir(name))
+}
+
+// Replace is WriteFile without its last step: until SyncDir has returned, a
+// power cut may bring the old file back. It serves to write many files with
+// one sync of their directory.
+func Replace(root *os.Root, name string, data []byte, mode fs.FileMode) error {
+	temporary, err := writeTemporary(root, name, data, mode)
+	if err != nil {
+		return fmt.Errorf("write %s: %w", name, err)
+	}
+	if err := root.Rename(temporary, name); err != nil {
+		return errors.Join(fmt.Errorf("replace %s: %w", name, err), root.Remove(temporary))
+	}
+	return nil
+}
+
+// writeTemporary makes a complete, synced file beside name, since a rename is
+// atomic only within one file system.
+func writeTemporary(root *os.Root, name string, data []byte, mode fs.FileMode) (temporary string, err error) {
+	temporary = temporaryName(name)
+	// The content may be a key: nobody else may open the file before it has its
+	// mode, which Chmod then sets without regard to the umask.
+	file, err := root.OpenFile(temporary, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return "", err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, root.Remove(temporary))
+		}
+	}()
+	err = file.Chmod(mode)
+	if err == nil {
+		_, err = file.Write(data)
+	}
+	if err == nil {
+		err = file.Sync()
+	}
+	if closeErr := file.Close(); err == nil {
+		err = closeErr
+	}
+	return temporary, err
+}
+
+// temporaryName is dot-first, so that a server which loads a whole directory
+// passes over it.
+func temporaryName(name string) string {
+	return path.Join(path.Dir(name), "."+path.Base(name)+"."+rand.Text()+".tmp")
+}
+
+var temporaryPattern = regexp.MustCompile(`^\..+\.[A-Z2-7]{26}\.tmp$`)
+
+// Sweep removes the temporaries that a killed process left in root itself, not
+// in directories below it. Nothing may be writing there meanwhile.
+func Sweep(root *os.Root) error {
+	entries, err := fs.ReadDir(root.FS(), ".")
+	if err != nil {
+		return fmt.Errorf("look for left-over temporary files: %w", err)
+	}
+	for _, entry := range entries {
+		if entry.Type().IsRegular() && temporaryPattern.MatchString(entry.Name()) {
+			err = errors.Join(err, root.Remove(entry.Name()))
+		}
+	}
+	return err
+}
+
+// Remove removes a file for good: it does not come back after a power cut. A
+// file that is not there is an error (fs.ErrNotExist).
+func Remove(root *os.Root, name string) error {
+	if err := root.Remove(name); err != nil {
+		return err
+	}
+	return SyncDir(root, path.Dir(name))
+}
+
+// SyncDir makes what was created, renamed or removed in a directory durable.
+func SyncDir(root *os.Root, name string) error {
+	dir, err := root.Open(name)
+	if err != nil {
+		return fmt.Errorf("sync directory: %w", err)
+	}
+	defer dir.Close()
+	err = dir.Sync()
+	// Some network and FUSE file systems cannot sync a directory (fsync(2):
+	// EINVAL). They order such changes themselves, or nobody can.
+	if err != nil && !errors.Is(err, syscall.EINVAL) && !errors.Is(err, errors.ErrUnsupported) {
+		return fmt.Errorf("sync directory: %w", err)
+	}
+	return nil
+}
