@@ -29,17 +29,17 @@ var layers = [][]string{
 	{"internal/target/*"},
 	{"internal/target/fileset"},
 	{"internal/target"},
-	{"internal/config", "internal/controlplane", "internal/discovery", "internal/inventory", "internal/keystore", "internal/ledger", "internal/status"},
+	{"internal/config", "internal/controlplane", "internal/discovery", "internal/inventory", "internal/keystore", "internal/ledger", "internal/statedir", "internal/status"},
 	{"internal/tlsprobe"},
 	{"internal/api", "internal/atomicfile", "internal/buildinfo", "internal/command", "internal/csr", "internal/pace",
-		"internal/pemutil", "internal/printable", "internal/proxy", "internal/sdnotify", "internal/secret"},
+		"internal/pemutil", "internal/printable", "internal/proxy", "internal/sdnotify", "internal/secret", "internal/slot"},
 }
 
 // leaves may import one another where one clearly serves the other.
 const leafLayer = 8
 
 // testOnly packages serve tests and the demo, never the agent.
-var testOnly = []string{"internal/devplane", "internal/testca", "internal/e2e", "internal/netfault",
+var testOnly = []string{"internal/devplane", "internal/testca", "internal/e2e", "internal/liveserver", "internal/netfault",
 	"internal/target/targettest", "internal/discovery/corpus"}
 
 // mayTouchProcess are the packages that may read the environment or end the

@@ -1,0 +1,125 @@
+// Package statedir opens the directory in which one agent keeps its state, and
+// makes sure that it is the only one there and on the machine that it was.
+package statedir
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
+	"syscall"
+
+	"certctl-agent/internal/atomicfile"
+)
+
+const (
+	lockFile    = "lock"
+	machineFile = "machine"
+)
+
+// ErrLocked means that another process runs with the same state.
+var ErrLocked = errors.New("another agent is running with this state directory")
+
+// Dir is an open, locked state directory.
+type Dir struct {
+	Path string
+	Root *os.Root
+
+	// Cloned tells that the state was written on another machine: this one is
+	// probably a copy of that one, and both now act as the same agent.
+	Cloned bool
+
+	lock *os.File
+}
+
+// Open makes path and everything above it that is missing, 0700, and locks it.
+// The error is ErrLocked when another process holds the lock; the lock ends
+// with the process, however it ends.
+//
+// machineID identifies this machine, such as the content of /etc/machine-id;
+// it is kept only as a hash together with agentID. Empty: not known, and the
+// state is not tied to a machine.
+func Open(path, agentID, machineID string) (*Dir, error) {
+	if err := os.MkdirAll(path, 0o700); err != nil {
+		return nil, fmt.Errorf("make the state directory: %w", err)
+	}
+	if err := tighten(path); err != nil {
+		return nil, err
+	}
+	root, err := os.OpenRoot(path)
+	if err != nil {
+		return nil, fmt.Errorf("open the state directory: %w", err)
+	}
+	d := &Dir{Path: path, Root: root}
+	if err := d.acquire(); err != nil {
+		root.Close()
+		return nil, err
+	}
+	if err := d.identify(agentID, machineID); err != nil {
+		d.Close()
+		return nil, err
+	}
+	return d, nil
+}
+
+// tighten takes access from everybody else: backups hold private keys.
+func tighten(path string) error {
+	info, err := os.Stat(path)
+	if err != nil {
+		return fmt.Errorf("look at the state directory: %w", err)
+	}
+	if info.Mode().Perm()&0o077 == 0 {
+		return nil
+	}
+	if err := os.Chmod(path, 0o700); err != nil {
+		return fmt.Errorf("the state directory %s is open to others (%v) and cannot be closed: %w", path, info.Mode().Perm(), err)
+	}
+	return nil
+}
+
+func (d *Dir) acquire() error {
+	file, err := d.Root.OpenFile(lockFile, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return fmt.Errorf("open the lock of the state directory %s: %w", d.Path, err)
+	}
+	err = syscall.Flock(int(file.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	if err == nil {
+		d.lock = file
+		return nil
+	}
+	file.Close()
+	if errors.Is(err, syscall.EWOULDBLOCK) {
+		return fmt.Errorf("%w: %s; stop it first, or give this one a state directory of its own (CERTCTL_STATE_DIR)", ErrLocked, d.Path)
+	}
+	return fmt.Errorf("lock the state directory %s: %w", d.Path, err)
+}
+
+// identify compares the machine with the one that wrote the state.
+func (d *Dir) identify(agentID, machineID string) error {
+	machineID = strings.TrimSpace(machineID)
+	if machineID == "" {
+		return nil
+	}
+	sum := sha256.Sum256([]byte(machineID + "\n" + agentID))
+	want := hex.EncodeToString(sum[:])
+	was, err := d.Root.ReadFile(machineFile)
+	switch {
+	case errors.Is(err, fs.ErrNotExist), err == nil && len(was) == 0:
+		return atomicfile.WriteFile(d.Root, machineFile, []byte(want+"\n"), 0o600)
+	case err != nil:
+		return fmt.Errorf("read whose state this is: %w", err)
+	}
+	d.Cloned = strings.TrimSpace(string(was)) != want
+	return nil
+}
+
+// Close gives up the lock.
+func (d *Dir) Close() {
+	if d.lock != nil {
+		d.lock.Close()
+	}
+	d.Root.Close()
+}
