@@ -80,9 +80,10 @@ type run struct {
 type segment struct {
 	*task   // nil: nothing to read
 	entries []entry
-	units   int   // of the budget
-	gone    bool  // a file of the old index is not there any more
-	bytes   int64 // to read, all on task.mount
+	units   int    // of the budget
+	gone    bool   // a file of the old index is not there any more
+	bytes   int64  // to read
+	on      string // mount point of all that is to be read
 }
 
 type entry struct {

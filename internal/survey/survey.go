@@ -1,0 +1,275 @@
+// Package survey carries one scan of the disks from the walk to reports that
+// the control plane has accepted.
+package survey
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"time"
+
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/discovery"
+	"certctl-agent/internal/pace"
+)
+
+const (
+	// maxBody is the size that no report reaches, half of what control planes
+	// take by default.
+	maxBody = 512 << 10
+
+	// gap is the mean pause between the reports of one scan. A fleet shares
+	// its control plane's rate limit, and nobody waits for an inventory.
+	gap = 500 * time.Millisecond
+
+	// retryInterval is the unit of the back-off between tries of one report.
+	retryInterval = 30 * time.Second
+
+	// maxRefused bounds how many entries are refused one by one before a
+	// single report was accepted: a control plane that takes none of them must
+	// not be asked about fifty thousand.
+	maxRefused = 20
+)
+
+// ErrOverdue ends a scan whose reports did not arrive before the next one is
+// due.
+var ErrOverdue = errors.New("the reports of this scan were not accepted before the next scan is due")
+
+// Scanner finds certificates; see discovery.Scanner.
+type Scanner interface {
+	Scan(ctx context.Context, emit func([]api.DiscoveredCertificate) error) (discovery.Summary, error)
+}
+
+// Plane takes reports. Its errors are those of package api.
+type Plane interface {
+	ReportDiscovery(ctx context.Context, report api.DiscoveryReport) error
+}
+
+// Options is what a survey needs.
+type Options struct {
+	Scanner  Scanner
+	Plane    Plane
+	AgentID  string
+	Dirs     []string      // as configured
+	Interval time.Duration // between scans: what is not accepted by then is given up
+	Log      *slog.Logger
+}
+
+// Survey scans and reports. Run is not to be called twice at a time.
+type Survey struct {
+	opts Options
+	gap  time.Duration
+	draw pace.Rand
+}
+
+// New returns a Survey.
+func New(o Options) *Survey { return &Survey{opts: o, gap: gap, draw: pace.Global} }
+
+// Stats says what a survey saw and what became of it.
+type Stats struct {
+	Files        int
+	Certificates int // found; the same one at two paths counts twice
+	Reported     int // of these, accepted by the control plane
+	Refused      int // of these, refused one by one and left out
+	Reports      int // accepted
+	Errors       int // files and directories that could not be read or parsed
+	Skipped      map[string]int
+	Formats      map[string]int
+	Duration     time.Duration // of the scan, without waiting for the control plane
+}
+
+// Run scans once and returns when everything that was found has been accepted
+// or refused for good. Nothing found and no errors: nothing is sent. After an
+// error the next scan reports it all again.
+func (s *Survey) Run(ctx context.Context) (Stats, error) {
+	if s.opts.Interval > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, s.opts.Interval, ErrOverdue)
+		defer cancel()
+	}
+	run := &run{Survey: s, ctx: ctx, began: time.Now(), pacer: pace.New(retryInterval, false, s.draw)}
+	summary, err := s.opts.Scanner.Scan(ctx, run.collect)
+	run.stats.Files, run.stats.Certificates, run.stats.Errors = summary.Files, summary.Certificates, len(summary.Errors)
+	run.stats.Skipped, run.stats.Formats = summary.Skipped, summary.Formats
+	run.stats.Duration = time.Since(run.began) - run.sending
+	if run.failed == nil && ctx.Err() == nil {
+		// What was found before a scan broke off is true all the same.
+		err = errors.Join(err, run.finish(summary.Errors))
+	}
+	if err != nil && ctx.Err() != nil {
+		if cause := context.Cause(ctx); !errors.Is(err, cause) {
+			err = fmt.Errorf("%w: %w", cause, err)
+		}
+	}
+	return run.stats, err
+}
+
+// run is one survey.
+type run struct {
+	*Survey
+	ctx     context.Context
+	began   time.Time
+	sending time.Duration // spent on reports
+	pacer   *pace.Pacer
+	stats   Stats
+	failed  error // of a report, which ended the scan
+
+	pending []api.DiscoveredCertificate
+	size    int // of pending in the body
+}
+
+// collect gathers certificates until a report is full.
+func (r *run) collect(found []api.DiscoveredCertificate) error {
+	for _, cert := range found {
+		encoded, err := json.Marshal(cert)
+		if err != nil {
+			return err
+		}
+		size := len(encoded) + len(",")
+		if len(r.pending) > 0 && r.envelope(nil)+r.size+size >= maxBody {
+			if err := r.flush(nil); err != nil {
+				return err
+			}
+		}
+		r.pending = append(r.pending, cert)
+		r.size += size
+	}
+	return nil
+}
+
+// envelope is the size of a report without certificates.
+func (r *run) envelope(problems []string) int {
+	encoded, err := json.Marshal(r.report(nil, problems))
+	if err != nil {
+		return maxBody
+	}
+	return len(encoded)
+}
+
+// finish sends what is left, with the errors of the scan.
+func (r *run) finish(problems []string) error {
+	if len(r.pending) > 0 && r.envelope(problems)+r.size >= maxBody {
+		if err := r.flush(nil); err != nil {
+			return err
+		}
+	}
+	if len(r.pending) == 0 && len(problems) == 0 {
+		return nil
+	}
+	return r.flush(problems)
+}
+
+func (r *run) flush(problems []string) error {
+	began := time.Now()
+	r.failed = r.send(r.pending, problems, r.envelope(problems)+r.size)
+	r.sending += time.Since(began)
+	clear(r.pending)
+	r.pending, r.size = r.pending[:0], 0
+	return r.failed
+}
+
+func (r *run) report(certs []api.DiscoveredCertificate, problems []string) api.DiscoveryReport {
+	report := api.DiscoveryReport{
+		AgentID:        r.opts.AgentID,
+		Directories:    r.opts.Dirs,
+		Certificates:   certs,
+		Errors:         problems,
+		ScanDurationMS: (time.Since(r.began) - r.sending).Milliseconds(),
+	}
+	if certs == nil {
+		report.Certificates = []api.DiscoveredCertificate{}
+	}
+	if problems == nil {
+		report.Errors = []string{}
+	}
+	return report
+}
+
+// send delivers one report, in halves where it is refused as a whole: for its
+// size, or for one entry that the control plane does not like.
+func (r *run) send(certs []api.DiscoveredCertificate, problems []string, size int) error {
+	err := r.deliver(r.report(certs, problems))
+	switch {
+	case err == nil:
+		r.stats.Reports++
+		r.stats.Reported += len(certs)
+		return nil
+	case !refusesContent(err):
+		return err
+	case len(certs) > 1:
+		r.opts.Log.Debug("discovery report refused: sending halves", "certificates", len(certs), "bytes", size, "error", err.Error())
+		half := len(certs) / 2
+		if err := r.send(certs[:half], nil, size/2); err != nil {
+			return err
+		}
+		return r.send(certs[half:], problems, size/2)
+	case len(certs) == 1 && len(problems) > 0:
+		if err := r.send(certs, nil, size); err != nil {
+			return err
+		}
+		return r.send(nil, problems, size)
+	case len(certs) == 0:
+		r.opts.Log.Warn("errors of the scan not reported: the control plane refuses them", "errors", len(problems), "error", err.Error())
+		return nil
+	}
+	r.stats.Refused++
+	r.opts.Log.Warn("certificate left out: the control plane refuses it", "path", certs[0].SourcePath,
+		"fingerprint", certs[0].FingerprintSHA256, "error", err.Error())
+	if r.stats.Reports == 0 && r.stats.Refused >= maxRefused {
+		return fmt.Errorf("the control plane refused each of %d certificates: %w", r.stats.Refused, err)
+	}
+	return nil
+}
+
+// refusesContent reports whether another body may be accepted. 400 is also
+// what a body over the limit gets.
+func refusesContent(err error) bool {
+	status, ok := errors.AsType[*api.StatusError](err)
+	if !ok {
+		return false
+	}
+	switch status.Status {
+	case http.StatusBadRequest, http.StatusRequestEntityTooLarge, http.StatusUnprocessableEntity:
+		return true
+	}
+	return false
+}
+
+// deliver sends a report until it is answered for good.
+func (r *run) deliver(report api.DiscoveryReport) error {
+	if r.stats.Reports > 0 && r.gap > 0 {
+		if err := r.pause(r.gap/2 + time.Duration(r.draw(int64(r.gap)))); err != nil {
+			return err
+		}
+	}
+	for {
+		err := r.opts.Plane.ReportDiscovery(r.ctx, report)
+		switch {
+		case err == nil:
+			r.pacer.Next(pace.Outcome{})
+			return nil
+		case errors.Is(err, api.ErrRetired) || errors.Is(err, api.ErrGone) || !api.Temporary(err) || r.ctx.Err() != nil:
+			return err
+		}
+		wait := r.pacer.Next(pace.Outcome{Failed: true, RateLimited: api.RateLimited(err), RetryAfter: api.RetryAfter(err)})
+		r.opts.Log.Warn("discovery report not delivered: trying again", "certificates", len(report.Certificates),
+			"wait", wait.Round(time.Second).String(), "error", err.Error())
+		if err := r.pause(wait); err != nil {
+			return err
+		}
+	}
+}
+
+func (r *run) pause(d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-r.ctx.Done():
+		return r.ctx.Err()
+	}
+}

@@ -1,0 +1,263 @@
+package survey
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/discovery"
+)
+
+// fakeScanner finds n certificates.
+type fakeScanner struct {
+	n      int
+	pad    int // bytes of each certificate's PEM
+	errors []string
+	err    error
+}
+
+func fakeCertificate(i, pad int) api.DiscoveredCertificate {
+	return api.DiscoveredCertificate{
+		FingerprintSHA256: fmt.Sprintf("%064x", i), SANs: []string{}, SourcePath: fmt.Sprintf("/srv/%05d.pem", i),
+		SourceFormat: "PEM", PEMData: strings.Repeat("A", pad),
+	}
+}
+
+func (f fakeScanner) Scan(ctx context.Context, emit func([]api.DiscoveredCertificate) error) (discovery.Summary, error) {
+	batch := make([]api.DiscoveredCertificate, 0, 10)
+	for i := range f.n {
+		batch = append(batch, fakeCertificate(i, f.pad))
+		if len(batch) == cap(batch) || i == f.n-1 {
+			if err := emit(batch); err != nil {
+				return discovery.Summary{Certificates: i + 1}, err
+			}
+			clear(batch) // as the real one does
+			batch = batch[:0]
+		}
+	}
+	return discovery.Summary{Files: 2 * f.n, Certificates: f.n, Errors: f.errors}, f.err
+}
+
+// fakePlane answers as told and remembers what it accepted.
+type fakePlane struct {
+	t       *testing.T
+	answer  func(n int, body []byte, report api.DiscoveryReport) error
+	calls   int
+	paths   []string
+	bodies  []int
+	reports []api.DiscoveryReport
+}
+
+func (p *fakePlane) ReportDiscovery(ctx context.Context, report api.DiscoveryReport) error {
+	body, err := json.Marshal(report)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	p.calls++
+	p.bodies = append(p.bodies, len(body))
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if p.answer != nil {
+		if err := p.answer(p.calls, body, report); err != nil {
+			return err
+		}
+	}
+	report.Certificates = slices.Clone(report.Certificates)
+	p.reports = append(p.reports, report)
+	for _, cert := range report.Certificates {
+		p.paths = append(p.paths, cert.SourcePath)
+	}
+	return nil
+}
+
+func status(code int, after time.Duration) error {
+	return &api.StatusError{Call: "discovery report", Status: code, RetryAfter: after}
+}
+
+func newSurvey(scanner fakeScanner, plane *fakePlane, log *slog.Logger) *Survey {
+	return New(Options{Scanner: scanner, Plane: plane, AgentID: "agent-1", Dirs: []string{"/srv"}, Interval: 6 * time.Hour, Log: log})
+}
+
+func TestReportsAreCompleteAndInOrder(t *testing.T) {
+	for _, n := range []int{1, 1200, 50_000} {
+		t.Run(fmt.Sprint(n), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				plane := &fakePlane{t: t}
+				s := newSurvey(fakeScanner{n: n, pad: 300, errors: []string{"/srv/broken.pem: damaged"}}, plane, slog.New(slog.DiscardHandler))
+				stats, err := s.Run(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				if stats.Certificates != n || stats.Reported != n || stats.Errors != 1 || stats.Reports != plane.calls {
+					t.Errorf("stats = %+v after %d calls, want %d certificates in as many reports", stats, plane.calls, n)
+				}
+				if len(plane.paths) != n || !slices.IsSorted(plane.paths) || len(slices.Compact(plane.paths)) != n {
+					t.Errorf("%d paths arrived, want %d, each once, in the order of the walk", len(plane.paths), n)
+				}
+				for i, size := range plane.bodies {
+					if size >= maxBody {
+						t.Errorf("body %d has %d bytes, want under %d", i, size, maxBody)
+					}
+				}
+				for i, report := range plane.reports {
+					last := i == len(plane.reports)-1
+					if (len(report.Errors) == 1) != last || report.Errors == nil || report.AgentID != "agent-1" || report.Directories[0] != "/srv" {
+						t.Errorf("report %d: errors %v, agent %q, directories %v", i, report.Errors, report.AgentID, report.Directories)
+					}
+				}
+			})
+		})
+	}
+}
+
+func TestEmptyScan(t *testing.T) {
+	plane := &fakePlane{t: t}
+	if _, err := newSurvey(fakeScanner{}, plane, slog.New(slog.DiscardHandler)).Run(t.Context()); err != nil || plane.calls != 0 {
+		t.Errorf("nothing found: %d reports, error %v, want none", plane.calls, err)
+	}
+	if _, err := newSurvey(fakeScanner{errors: []string{"/x: y"}}, plane, slog.New(slog.DiscardHandler)).Run(t.Context()); err != nil || plane.calls != 1 {
+		t.Fatalf("errors only: %d reports, error %v, want one", plane.calls, err)
+	}
+	body, _ := json.Marshal(plane.reports[0])
+	if !bytes.Contains(body, []byte(`"certificates":[],"errors":["/x: y"]`)) {
+		t.Errorf("body of a report of errors only: %s", body)
+	}
+}
+
+// TestSizeLimit: control planes answer 400 or 413 to a body over their limit.
+func TestSizeLimit(t *testing.T) {
+	for _, code := range []int{http.StatusBadRequest, http.StatusRequestEntityTooLarge} {
+		synctest.Test(t, func(t *testing.T) {
+			plane := &fakePlane{t: t, answer: func(_ int, body []byte, _ api.DiscoveryReport) error {
+				if len(body) > 100<<10 {
+					return status(code, 0)
+				}
+				return nil
+			}}
+			stats, err := newSurvey(fakeScanner{n: 1000, pad: 1500}, plane, slog.New(slog.DiscardHandler)).Run(t.Context())
+			if err != nil || stats.Reported != 1000 || len(plane.paths) != 1000 || !slices.IsSorted(plane.paths) {
+				t.Errorf("%d: reported %d, arrived %d, error %v; want 1000 in order", code, stats.Reported, len(plane.paths), err)
+			}
+		})
+	}
+}
+
+func TestOneBadEntryIsLeftOutAndNamed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const bad = "/srv/00077.pem"
+		plane := &fakePlane{t: t, answer: func(_ int, _ []byte, report api.DiscoveryReport) error {
+			for _, cert := range report.Certificates {
+				if cert.SourcePath == bad {
+					return status(http.StatusBadRequest, 0)
+				}
+			}
+			return nil
+		}}
+		var log bytes.Buffer
+		stats, err := newSurvey(fakeScanner{n: 300, errors: []string{"/x: y"}}, plane, slog.New(slog.NewTextHandler(&log, nil))).Run(t.Context())
+		if err != nil || stats.Reported != 299 || stats.Refused != 1 || slices.Contains(plane.paths, bad) {
+			t.Errorf("stats %+v, error %v; want 299 reported and one refused", stats, err)
+		}
+		if !strings.Contains(log.String(), bad) {
+			t.Errorf("the log does not name %s:\n%s", bad, &log)
+		}
+	})
+}
+
+func TestPlaneThatRefusesEverythingIsLeftAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		plane := &fakePlane{t: t, answer: func(int, []byte, api.DiscoveryReport) error { return status(http.StatusBadRequest, 0) }}
+		_, err := newSurvey(fakeScanner{n: 5000}, plane, slog.New(slog.DiscardHandler)).Run(t.Context())
+		if err == nil || plane.calls > 100 {
+			t.Errorf("%d calls, error %v; want an error after a few", plane.calls, err)
+		}
+	})
+}
+
+func TestRetries(t *testing.T) {
+	tests := []struct {
+		name     string
+		failures []error
+		wantErr  bool
+		min, max time.Duration
+	}{
+		{"rate limited", []error{status(429, time.Second)}, false, time.Second, 31 * time.Second},
+		{"unavailable", []error{status(503, 0), status(503, 0)}, false, 54 * time.Second, 200 * time.Second},
+		{"floor", []error{status(503, 10*time.Minute)}, false, 10 * time.Minute, 11 * time.Minute},
+		{"network", []error{errors.New("no route to host")}, false, 27 * time.Second, 63 * time.Second},
+		{"unknown agent today", []error{status(500, 0)}, false, 27 * time.Second, 63 * time.Second},
+		{"retired", []error{status(410, 0)}, true, 0, 1},
+		{"permanent", []error{status(404, 0)}, true, 0, 1},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				plane := &fakePlane{t: t, answer: func(n int, _ []byte, _ api.DiscoveryReport) error {
+					if n <= len(test.failures) {
+						return test.failures[n-1]
+					}
+					return nil
+				}}
+				began := time.Now()
+				stats, err := newSurvey(fakeScanner{n: 3}, plane, slog.New(slog.DiscardHandler)).Run(t.Context())
+				if (err != nil) != test.wantErr || !test.wantErr && stats.Reported != 3 {
+					t.Errorf("reported %d, error %v, want error: %v", stats.Reported, err, test.wantErr)
+				}
+				if took := time.Since(began); took < test.min || took >= test.max {
+					t.Errorf("took %v, want [%v, %v)", took, test.min, test.max)
+				}
+				if stats.Duration != 0 {
+					t.Errorf("duration of the scan = %v, want 0: waiting for the control plane does not count", stats.Duration)
+				}
+			})
+		})
+	}
+}
+
+func TestGivesUpWhenTheNextScanIsDue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		plane := &fakePlane{t: t, answer: func(int, []byte, api.DiscoveryReport) error { return status(503, 0) }}
+		began := time.Now()
+		_, err := newSurvey(fakeScanner{n: 3}, plane, slog.New(slog.DiscardHandler)).Run(t.Context())
+		if !errors.Is(err, ErrOverdue) || time.Since(began) != 6*time.Hour {
+			t.Errorf("error %v after %v, want ErrOverdue after 6h", err, time.Since(began))
+		}
+	})
+}
+
+func TestCancelled(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		plane := &fakePlane{t: t, answer: func(int, []byte, api.DiscoveryReport) error {
+			time.AfterFunc(time.Second, cancel)
+			return status(503, 0)
+		}}
+		began := time.Now()
+		_, err := newSurvey(fakeScanner{n: 3}, plane, slog.New(slog.DiscardHandler)).Run(ctx)
+		if !errors.Is(err, context.Canceled) || time.Since(began) != time.Second {
+			t.Errorf("error %v after %v, want context.Canceled at once", err, time.Since(began))
+		}
+	})
+}
+
+func TestBrokenScanReportsWhatItFound(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		broken := errors.New("too many file systems do not answer")
+		plane := &fakePlane{t: t}
+		stats, err := newSurvey(fakeScanner{n: 3, err: broken}, plane, slog.New(slog.DiscardHandler)).Run(t.Context())
+		if !errors.Is(err, broken) || stats.Reported != 3 {
+			t.Errorf("reported %d, error %v; want 3 and the scan's error", stats.Reported, err)
+		}
+	})
+}
