@@ -167,6 +167,11 @@ type Options struct {
 // values that cannot be used: exit code 2.
 type UsageError struct{ reason string }
 
+// NewUsageError is for the commands that have arguments of their own.
+func NewUsageError(format string, args ...any) error {
+	return &UsageError{fmt.Sprintf(format, args...)}
+}
+
 // Error says what is wrong with the command line.
 func (e *UsageError) Error() string { return e.reason }
 
@@ -508,15 +513,6 @@ func (l *loader) finishProxy() {
 		values := l.config.values
 		values[len(values)-2].Text = u.Redacted()
 	}
-}
-
-// setKey takes an API key that is given directly.
-func (c *Config) setKey(key string) error {
-	if err := checkKey(key); err != nil {
-		return err
-	}
-	c.APIKey = secret.New(key)
-	return nil
 }
 
 func (c *Config) warn(text string) {

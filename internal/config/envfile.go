@@ -68,7 +68,9 @@ func parseEnvFile(data []byte) (*envFile, error) {
 			}
 			continue
 		}
-		key := s.untilLineEnd("=")
+		s.pos++ // an equals sign that comes first is a part of the name
+		s.untilLineEnd("=")
+		key := s.text[start:s.pos]
 		if s.pos == len(s.text) || s.text[s.pos] != '=' {
 			f.warnings = append(f.warnings, fmt.Sprintf("line %d is ignored: it has no equals sign", line))
 			continue
@@ -191,22 +193,23 @@ func (s *envScanner) quoted(value *strings.Builder, quote byte) error {
 // unquoted reads to the line end, which it leaves.
 func (s *envScanner) unquoted(value *strings.Builder) {
 	var part strings.Builder
-	keep := 0
-	for ; s.pos < len(s.text) && !isLineEnd(s.text[s.pos]); s.pos++ {
+	keep := 0 // what comes after is blanks, which go if nothing follows
+	for s.pos < len(s.text) && !isLineEnd(s.text[s.pos]) {
 		c := s.text[s.pos]
-		if c == '\\' {
-			s.pos++
+		s.pos++
+		escaped := c == '\\'
+		if escaped {
 			if s.pos == len(s.text) {
+				keep = part.Len()
 				break
 			}
-			if c = s.text[s.pos]; !isLineEnd(c) {
-				part.WriteByte(c)
-			}
-			keep = part.Len()
-			continue
+			c = s.text[s.pos]
+			s.pos++
 		}
-		part.WriteByte(c)
-		if !isBlank(c) {
+		if !escaped || !isLineEnd(c) {
+			part.WriteByte(c)
+		}
+		if escaped || !isBlank(c) {
 			keep = part.Len()
 		}
 	}

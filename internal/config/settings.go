@@ -2,6 +2,8 @@ package config
 
 import (
 	"time"
+
+	"certctl-agent/internal/secret"
 )
 
 const (
@@ -52,10 +54,8 @@ func settings() []setting {
 				return err
 			}},
 		{flag: "api-key", variable: "CERTCTL_API_KEY", defaults: "none, required", secret: true,
-			doc: "API key. On the command line it shows in ps: prefer a file",
-			parse: func(c *Config, value string) error {
-				return c.setKey(value)
-			}},
+			doc:   "API key. On the command line it shows in ps: prefer a file",
+			parse: func(c *Config, value string) error { c.APIKey = secret.New(value); return checkKey(value) }},
 		{flag: "api-key-file", variable: "CERTCTL_API_KEY_FILE", defaults: "none",
 			doc:   "File with the API key, such as a Docker secret or a systemd credential, in place of the key itself. Read again when it changes",
 			parse: func(c *Config, value string) (err error) { c.APIKeyFile, err = parsePath(value); return err }},

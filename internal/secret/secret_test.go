@@ -17,12 +17,14 @@ func TestNeverPrinted(t *testing.T) {
 		Key     secret.String
 		Pointer *secret.String
 	}{s, &s}
+	hidden := struct{ key secret.String }{s}
 
 	var out bytes.Buffer
 	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q"} {
 		fmt.Fprintf(&out, verb+"\n", s)
 		fmt.Fprintf(&out, verb+"\n", &s)
 		fmt.Fprintf(&out, verb+"\n", holder)
+		fmt.Fprintf(&out, verb+verb+"\n", hidden, &hidden)
 		fmt.Fprintf(&out, verb+"\n", []secret.String{s})
 	}
 	for _, handler := range []slog.Handler{slog.NewJSONHandler(&out, nil), slog.NewTextHandler(&out, nil)} {
