@@ -25,9 +25,9 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"sync"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/slot"
 	"certctl-agent/internal/target"
 )
 
@@ -55,9 +55,7 @@ type Store struct {
 	disk    disk
 	journal *dir
 	backups *dir
-
-	mu      sync.Mutex
-	targets map[string]chan struct{} // guarded by mu; a full slot is a target in use
+	targets slot.Table // by target id
 }
 
 // Transaction is one deployment.
@@ -88,7 +86,7 @@ func Open(opts Options) (*Store, error) {
 	if opts.Retention == 0 {
 		opts.Retention = DefaultRetention
 	}
-	s := &Store{opts: opts, targets: make(map[string]chan struct{})}
+	s := &Store{opts: opts}
 	state := &dir{Root: opts.State, path: opts.StatePath}
 	var err error
 	if s.backups, err = s.disk.subdir(state, "backups"); err != nil {
@@ -108,45 +106,9 @@ func (s *Store) acquire(ctx context.Context, id string) (release func(), err err
 	if !api.ValidID(id) {
 		return nil, fmt.Errorf("target id %q is not valid", id)
 	}
-	s.mu.Lock()
-	slot := s.targets[id]
-	if slot == nil {
-		slot = make(chan struct{}, 1)
-		s.targets[id] = slot
-	}
-	s.mu.Unlock()
-	select {
-	case slot <- struct{}{}:
-		return func() { <-slot }, nil
-	case <-ctx.Done():
-		return nil, fmt.Errorf("wait for another transaction of target %s: %w", id, context.Cause(ctx))
-	}
-}
-
-// Recovery is what Recover found.
-type Recovery struct {
-	RolledBack []string // targets whose old files are in place again
-	Finished   []string // targets whose new files were in place already
-	SetAside   []string // targets whose record could not be followed: a person should look
-	Failed     []string // targets to be tried again, by the next Recover or Deploy
-}
-
-// Recover undoes or finishes every transaction that a crash interrupted. It
-// must run before the first Deploy. What it finds in a single target is logged
-// and never an error, since that must not keep the agent from serving others.
-func (s *Store) Recover(ctx context.Context) (Recovery, error) { return Recovery{}, ctx.Err() }
-
-// ReloadRecovered runs the reloads that recovery made necessary. Those that
-// fail are in the error and are tried again by the next call.
-func (s *Store) ReloadRecovered(ctx context.Context) error { return ctx.Err() }
-
-// Deploy runs one transaction. When it fails, the target is as it was before,
-// unless the error is a target.BrokenError.
-func (s *Store) Deploy(ctx context.Context, tx Transaction) (target.Result, error) {
-	release, err := s.acquire(ctx, tx.Target)
+	release, err = s.targets.Acquire(ctx, id)
 	if err != nil {
-		return target.Result{}, err
+		return nil, fmt.Errorf("wait for another deployment of target %s: %w", id, err)
 	}
-	defer release()
-	return target.Result{}, errors.ErrUnsupported
+	return release, nil
 }
