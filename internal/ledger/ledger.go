@@ -1,14 +1,50 @@
-// Package ledger keeps claimed jobs and undelivered reports on disk.
+// Package ledger remembers, across crashes, which jobs this agent has claimed
+// and which of its reports the control plane has not taken yet.
+//
+// The control plane hands a deployment out once. So each claimed job has a
+// record on disk before anything is done with it, and keeps one until its last
+// report has been delivered or given up:
+//
+//	claimed -> running -> finished, with its reports -> delivered, and gone
+//
+// After a restart a job that is not finished is carried out again, which is
+// harmless, and one that is finished is only reported. A record holds the job
+// as it came from the control plane, never what the host's overlays add to it.
 package ledger
 
 import (
 	"errors"
+	"fmt"
+	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
+	"path"
+	"slices"
+	"sync"
 	"time"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/atomicfile"
 )
+
+const (
+	dir = "jobs"
+
+	// maxRecords bounds the jobs that can be in hand at once. No host has as
+	// many targets. At the bound new jobs are refused, not old ones forgotten.
+	maxRecords = 4096
+
+	// maxRefusals is what may come on top for reports on jobs that were never
+	// begun, so that a full ledger can still say that it is full.
+	maxRefusals = 4096
+
+	// maxBytes bounds all records together: memory holds them too.
+	maxBytes = 64 << 20
+)
+
+// ErrUnknown means that the ledger has no unfinished job of that id.
+var ErrUnknown = errors.New("the ledger holds no such unfinished job")
 
 // Report is one report on a job: exactly one of its fields is set.
 type Report struct {
@@ -27,44 +63,385 @@ type Delivery struct {
 	Job      string // job id
 	Report   Report
 	Recorded time.Time
+
+	seq, n uint64 // which claim of the job, and which of its reports
 }
 
-// Ledger is the directory of records.
-type Ledger struct{}
+// Ledger is safe for concurrent use. What only reads never waits for the disk.
+type Ledger struct {
+	root *os.Root
+	log  *slog.Logger
 
-var errTodo = errors.New("not there yet")
+	// busy is held by whoever changes records, on disk and then in memory. It
+	// is a 1-slot channel because disks are slow.
+	busy chan struct{}
 
-// Open reads the records below the state directory.
-func Open(root *os.Root, log *slog.Logger) (*Ledger, error) { return nil, errTodo }
+	mu      sync.Mutex // guards what follows; held for memory only
+	records map[string]*record
+	bytes   int // of all records as they are on disk
+	lastSeq uint64
+}
+
+// Open reads the records below the state directory. One that is damaged is set
+// aside and logged; its job is reported Failed where its id can still be told.
+func Open(state *os.Root, log *slog.Logger) (*Ledger, error) {
+	root, err := openDir(state)
+	if err != nil {
+		return nil, fmt.Errorf("open the ledger: %w", err)
+	}
+	l := &Ledger{root: root, log: log, busy: make(chan struct{}, 1), records: make(map[string]*record)}
+	if err := l.load(); err != nil {
+		root.Close()
+		return nil, fmt.Errorf("read the ledger: %w", err)
+	}
+	return l, nil
+}
+
+func openDir(state *os.Root) (*os.Root, error) {
+	err := state.Mkdir(dir, 0o700)
+	switch {
+	case err == nil:
+		if err := atomicfile.SyncDir(state, "."); err != nil {
+			return nil, err
+		}
+	case !errors.Is(err, fs.ErrExist):
+		return nil, err
+	}
+	return state.OpenRoot(dir)
+}
 
 // Close releases the directory.
-func (l *Ledger) Close() error { return nil }
+func (l *Ledger) Close() error { return l.root.Close() }
 
-// Claim records deployments.
+// hold waits until nobody else changes records.
+func (l *Ledger) hold() (release func()) {
+	l.busy <- struct{}{}
+	return func() { <-l.busy }
+}
+
+// Claim records deployments. Those accepted are on disk when it returns, and
+// are to be carried out now. Left out of both lists is a job that is in hand
+// already: it is not started twice, but one that has not begun takes on its
+// new form, which Job returns. A job that is finished here and claimed again is
+// new work: what was still to be reported of it is superseded.
 func (l *Ledger) Claim(jobs []api.Job, now time.Time) (accepted []api.Job, refused []Refusal) {
-	return nil, nil
+	defer l.hold()()
+	var staged []*record
+	size := 0
+	seen := make(map[string]bool)
+	for _, job := range jobs {
+		if seen[job.ID] {
+			continue
+		}
+		seen[job.ID] = true
+		r, err := l.admit(job, now)
+		if err == nil && r != nil {
+			size += len(r.data)
+			if err = l.room(len(staged)+1, size); err == nil {
+				err = atomicfile.Replace(l.root, fileName(r.Job.ID), r.data, 0o600)
+			}
+		}
+		switch {
+		case err != nil:
+			refused = append(refused, Refusal{job, err})
+		case r != nil:
+			staged = append(staged, r)
+		}
+	}
+	if len(staged) == 0 {
+		return nil, refused
+	}
+	if err := atomicfile.SyncDir(l.root, "."); err != nil {
+		for _, r := range staged {
+			_ = l.root.Remove(fileName(r.Job.ID)) // it is reported as refused
+			refused = append(refused, Refusal{r.Job, err})
+		}
+		return nil, refused
+	}
+	for _, r := range staged {
+		old := l.get(r.Job.ID)
+		l.put(r)
+		switch {
+		case old == nil:
+		case old.State != finished:
+			l.log.Info("a job that waits here was handed out again: its new form replaces the old one", "job", r.Job.ID)
+			continue
+		default:
+			l.log.Warn("a finished job was handed out again: it is carried out again, and what was not delivered of it is dropped",
+				"job", r.Job.ID, "undelivered", len(old.Reports))
+		}
+		accepted = append(accepted, r.Job)
+	}
+	return accepted, refused
+}
+
+// admit makes the record of a claimed job, or none when it is in hand already
+// and nothing changes.
+func (l *Ledger) admit(job api.Job, now time.Time) (*record, error) {
+	if !api.ValidID(job.ID) {
+		return nil, fmt.Errorf("job id %.200q is not valid", job.ID)
+	}
+	r := &record{State: claimed, Claimed: now, Job: job}
+	if old := l.get(job.ID); old != nil && old.State != finished {
+		if old.begun || sameJob(old.Job, job) {
+			return nil, nil
+		}
+		r.Seq, r.Claimed = old.Seq, old.Claimed
+	} else {
+		r.Seq = l.nextSeq()
+	}
+	return r, r.encode()
+}
+
+// room reports whether the ledger can take more records and bytes.
+func (l *Ledger) room(more, size int) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.records)+more > maxRecords {
+		return fmt.Errorf("the agent has %d jobs in hand, its limit", maxRecords)
+	}
+	if l.bytes+size > maxBytes {
+		return fmt.Errorf("the jobs that the agent has in hand take %d bytes, its limit is %d", l.bytes, maxBytes)
+	}
+	return nil
 }
 
 // Start notes that a job has begun.
-func (l *Ledger) Start(job string) error { return errTodo }
+func (l *Ledger) Start(job string) error {
+	return l.change("start", job, func(r *record) { r.State, r.begun = running, true })
+}
 
-// Finish records the outcome of a job.
-func (l *Ledger) Finish(job string, reports []Report) error { return errTodo }
+// Job returns an unfinished job in its newest form.
+func (l *Ledger) Job(id string) (job api.Job, ok bool) {
+	if r := l.get(id); r != nil && r.State != finished {
+		return r.Job, true
+	}
+	return api.Job{}, false
+}
 
-// Report records a terminal report for a job that was never begun.
-func (l *Ledger) Report(job string, status api.JobStatus) error { return errTodo }
+// Finish records the outcome of a job: the reports to deliver, in order. When
+// it returns an error the outcome is known to this process only: the reports
+// are delivered all the same, but after a crash the job is carried out again.
+func (l *Ledger) Finish(job string, reports []Report) error {
+	if len(reports) == 0 {
+		return fmt.Errorf("finish job %s: an outcome has at least one report", job)
+	}
+	now := time.Now()
+	return l.change("finish", job, func(r *record) {
+		r.State = finished
+		// The reports need no more of the job; a configuration may hold secrets.
+		r.Job = api.Job{ID: r.Job.ID, Type: r.Job.Type, CertificateID: r.Job.CertificateID, TargetID: r.Job.TargetID}
+		r.Reports = entries(reports, now)
+	})
+}
+
+// change applies one step to an unfinished job, in memory also when the disk
+// refuses it.
+func (l *Ledger) change(step, job string, apply func(*record)) error {
+	defer l.hold()()
+	old := l.get(job)
+	if old == nil || old.State == finished {
+		return fmt.Errorf("%s job %s: %w", step, job, ErrUnknown)
+	}
+	r := *old
+	apply(&r)
+	if err := l.save(&r); err != nil {
+		return fmt.Errorf("%s job %s: %w", step, job, err)
+	}
+	return nil
+}
+
+// Report records the terminal report on a job that was never begun. It
+// supersedes the undelivered reports of an earlier claim. A job that is in hand
+// is left alone: it ends with a report of its own.
+func (l *Ledger) Report(job string, status api.JobStatus) error {
+	defer l.hold()()
+	if !api.ValidID(job) {
+		return fmt.Errorf("record a report: job id %.200q is not valid", job)
+	}
+	switch old := l.get(job); {
+	case old == nil && l.count() >= maxRecords+maxRefusals:
+		return fmt.Errorf("record a report on job %s: the ledger holds %d records already, its limit", job, l.count())
+	case old == nil:
+	case old.State != finished:
+		l.log.Warn("a refusal was not recorded because the job is in hand", "job", job)
+		return nil
+	default:
+		l.log.Warn("a newer report on a job supersedes what was not delivered of it", "job", job, "undelivered", len(old.Reports))
+	}
+	now := time.Now()
+	r := &record{Seq: l.nextSeq(), State: finished, Claimed: now, Job: api.Job{ID: job},
+		Reports: entries([]Report{{Status: &status}}, now)}
+	if err := l.save(r); err != nil {
+		return fmt.Errorf("record a report on job %s: %w", job, err)
+	}
+	return nil
+}
 
 // Unfinished lists the jobs to carry out, in order of claim.
-func (l *Ledger) Unfinished() []api.Job { return nil }
+func (l *Ledger) Unfinished() []api.Job {
+	var jobs []api.Job
+	for _, r := range l.sorted() {
+		if r.State != finished {
+			jobs = append(jobs, r.Job)
+		}
+	}
+	return jobs
+}
 
-// Undelivered lists the reports to deliver, per job in order.
-func (l *Ledger) Undelivered() []Delivery { return nil }
+// Undelivered lists the reports to deliver. Those of one job stand in the order
+// in which they are to arrive.
+func (l *Ledger) Undelivered() []Delivery {
+	var all []Delivery
+	for _, r := range l.sorted() {
+		for _, e := range r.Reports {
+			all = append(all, Delivery{Job: r.Job.ID, Report: e.Report, Recorded: e.Recorded, seq: r.Seq, n: e.N})
+		}
+	}
+	return all
+}
 
-// Delivered notes that the control plane has taken a report.
-func (l *Ledger) Delivered(d Delivery) error { return errTodo }
+// Delivered notes that the control plane has taken a report. The last one of a
+// job removes its record. A delivery that a newer claim has superseded is none
+// of the job's any more, and changes nothing.
+func (l *Ledger) Delivered(d Delivery) error {
+	if err := l.settle(d); err != nil {
+		return fmt.Errorf("note the delivery of a report on job %s: %w", d.Job, err)
+	}
+	return nil
+}
 
-// Drop gives a report up.
-func (l *Ledger) Drop(d Delivery, reason string) error { return errTodo }
+// Drop gives a report up, for the reason given. Logging that is the caller's.
+func (l *Ledger) Drop(d Delivery, reason string) error {
+	if err := l.settle(d); err != nil {
+		return fmt.Errorf("drop a report on job %s (%s): %w", d.Job, reason, err)
+	}
+	return nil
+}
 
-// Counts returns how many jobs are unfinished and reports undelivered.
-func (l *Ledger) Counts() (unfinished, undelivered int) { return 0, 0 }
+func (l *Ledger) settle(d Delivery) error {
+	defer l.hold()()
+	old := l.get(d.Job)
+	if old == nil || old.Seq != d.seq {
+		return nil
+	}
+	r := *old
+	r.Reports = slices.DeleteFunc(slices.Clone(old.Reports), func(e entry) bool { return e.N == d.n })
+	if len(r.Reports) > 0 {
+		return l.save(&r)
+	}
+	l.drop(d.Job)
+	return atomicfile.Remove(l.root, fileName(d.Job))
+}
+
+// Counts returns how many jobs are unfinished and how many reports undelivered.
+func (l *Ledger) Counts() (unfinished, undelivered int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, r := range l.records {
+		if r.State != finished {
+			unfinished++
+		}
+		undelivered += len(r.Reports)
+	}
+	return unfinished, undelivered
+}
+
+// save takes a record over in memory and makes it durable. Memory comes first
+// in effect: what the disk refuses still holds for this process.
+func (l *Ledger) save(r *record) error {
+	err := r.encode()
+	if err == nil {
+		err = atomicfile.WriteFile(l.root, fileName(r.Job.ID), r.data, 0o600)
+	}
+	l.put(r)
+	return err
+}
+
+func (l *Ledger) get(id string) *record {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.records[id]
+}
+
+// put takes a record over. Records are never changed in place, so whoever holds
+// an older one can go on reading it.
+func (l *Ledger) put(r *record) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if old := l.records[r.Job.ID]; old != nil {
+		l.bytes -= old.size
+	}
+	r.size, r.data = len(r.data), nil
+	l.bytes += r.size
+	l.records[r.Job.ID] = r
+	l.lastSeq = max(l.lastSeq, r.Seq)
+}
+
+func (l *Ledger) drop(id string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.bytes -= l.records[id].size
+	delete(l.records, id)
+}
+
+func (l *Ledger) count() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.records)
+}
+
+func (l *Ledger) nextSeq() uint64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.lastSeq++
+	return l.lastSeq
+}
+
+func (l *Ledger) sorted() []*record {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.SortedFunc(maps.Values(l.records), bySeq)
+}
+
+// load reads the directory, once, when it is opened.
+func (l *Ledger) load() error {
+	if err := atomicfile.Sweep(l.root); err != nil {
+		return err
+	}
+	list, err := fs.ReadDir(l.root.FS(), ".")
+	if err != nil {
+		return err
+	}
+	for _, file := range list {
+		name := file.Name()
+		switch {
+		case path.Ext(name) == damagedExt:
+		case !isFileName(name) || !file.Type().IsRegular():
+			l.log.Warn("a file in the ledger's directory is no record of it and is left alone", "file", path.Join(dir, name))
+		default:
+			l.loadFile(name)
+		}
+	}
+	return l.pruneDamaged()
+}
+
+// loadFile takes one record over, or sets it aside. One that the disk does not
+// give is left there: the others must not wait for it.
+func (l *Ledger) loadFile(name string) {
+	data, err := readBounded(l.root, name)
+	if err != nil {
+		l.log.Error("a record of the ledger cannot be read: its job is neither carried out nor reported", "file", path.Join(dir, name), "error", err)
+		return
+	}
+	r, err := decode(data)
+	if err == nil && fileName(r.Job.ID) != name {
+		err = fmt.Errorf("it is the record of another job, %s", r.Job.ID)
+	}
+	if err != nil {
+		l.setAside(name, data, err)
+		return
+	}
+	r.data = data
+	l.put(r)
+}

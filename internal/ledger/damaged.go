@@ -1,0 +1,84 @@
+package ledger
+
+import (
+	"fmt"
+	"io/fs"
+	"path"
+	"regexp"
+	"slices"
+	"time"
+
+	"certctl-agent/internal/api"
+)
+
+const (
+	damagedExt = ".damaged"
+
+	// maxDamaged bounds the damaged records that are kept for a look at them.
+	// The oldest go.
+	maxDamaged = 16
+)
+
+// idPattern finds what may be a job's id in a damaged record.
+var idPattern = regexp.MustCompile(`"id":"([A-Za-z0-9._-]{1,128})"`)
+
+// setAside takes a damaged record out of the way. The name of its file is the
+// hash of the job's id, so an id that is still found in it is certain. Then the
+// job is reported Failed: how far it came is not known, and the control plane
+// would wait for it without end.
+func (l *Ledger) setAside(name string, data []byte, cause error) {
+	id := salvageID(name, data)
+	l.log.Error("a record of the ledger is damaged and set aside",
+		"file", path.Join(dir, name+damagedExt), "error", cause, "job", id)
+	if err := l.root.Rename(name, name+damagedExt); err != nil {
+		l.log.Error("a damaged record could not be set aside", "file", path.Join(dir, name), "error", err)
+	}
+	if id == "" {
+		return
+	}
+	now := time.Now()
+	failed := &api.JobStatus{Status: api.StatusFailed,
+		Error: fmt.Sprintf("the agent's record of this job was damaged on its disk (%v): how far the job came is not known", cause)}
+	r := &record{Seq: l.nextSeq(), State: finished, Claimed: now, Job: api.Job{ID: id},
+		Reports: entries([]Report{{Status: failed}}, now)}
+	if err := l.save(r); err != nil {
+		l.log.Error("the failure of a job could not be recorded: it is reported only if it arrives before the agent ends", "job", id, "error", err)
+	}
+}
+
+// salvageID returns the id of the job whose record data was, or "".
+func salvageID(name string, data []byte) string {
+	for _, match := range idPattern.FindAllSubmatch(data, -1) {
+		if id := string(match[1]); fileName(id) == name {
+			return id
+		}
+	}
+	return ""
+}
+
+// pruneDamaged removes the oldest damaged records beyond maxDamaged.
+func (l *Ledger) pruneDamaged() error {
+	list, err := fs.ReadDir(l.root.FS(), ".")
+	if err != nil {
+		return err
+	}
+	var damaged []fs.FileInfo
+	for _, file := range list {
+		if path.Ext(file.Name()) != damagedExt || !file.Type().IsRegular() {
+			continue
+		}
+		info, err := file.Info()
+		if err != nil {
+			return err
+		}
+		damaged = append(damaged, info)
+	}
+	slices.SortFunc(damaged, func(a, b fs.FileInfo) int { return b.ModTime().Compare(a.ModTime()) })
+	for _, info := range damaged[min(len(damaged), maxDamaged):] {
+		if err := l.root.Remove(info.Name()); err != nil {
+			return err
+		}
+		l.log.Warn("an old damaged record was removed", "file", path.Join(dir, info.Name()), "limit", maxDamaged)
+	}
+	return nil
+}
