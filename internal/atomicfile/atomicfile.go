@@ -25,9 +25,9 @@ func WriteFile(root *os.Root, name string, data []byte, mode fs.FileMode) error 
 	return SyncDir(root, path.Dir(name))
 }
 
-// Replace is WriteFile without its last step: until SyncDir has returned, a
-// power cut may bring the old file back. It serves to write many files with
-// one sync of their directory.
+// Replace is WriteFile without its last step: until SyncDir of the directory,
+// a power cut may bring the old file back, whole. It is for many files whose
+// directory is then synced once.
 func Replace(root *os.Root, name string, data []byte, mode fs.FileMode) error {
 	temporary, err := writeTemporary(root, name, data, mode)
 	if err != nil {
