@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -118,9 +119,7 @@ func (p *Plane) answer(w http.ResponseWriter, call *request, carry func(*request
 		p.pause(call.http, fault.Delay)
 		cut(call.http)
 	case fault.Status != 0:
-		for name, values := range fault.Header {
-			recorder.Header()[name] = values
-		}
+		maps.Copy(recorder.Header(), fault.Header)
 		if fault.RetryAfter != "" {
 			recorder.Header().Set("Retry-After", fault.RetryAfter)
 		}

@@ -16,6 +16,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -290,12 +291,7 @@ func (p *Plane) WaitJob(ctx context.Context, id string, statuses ...string) (Job
 	var job Job
 	err := p.Wait(ctx, func() bool {
 		job, _ = p.Job(id)
-		for _, status := range statuses {
-			if job.Status == status {
-				return true
-			}
-		}
-		return false
+		return slices.Contains(statuses, job.Status)
 	})
 	if err != nil {
 		return job, fmt.Errorf("job %s has status %q, waited for %v: %w", id, job.Status, statuses, err)
