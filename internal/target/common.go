@@ -1,7 +1,16 @@
 package target
 
 import (
+	"cmp"
+	"context"
+	"fmt"
+	"net"
+	"slices"
+	"strconv"
+	"strings"
 	"time"
+
+	"certctl-agent/internal/tlsprobe"
 )
 
 // Common is the part of a target's configuration that all types share.
@@ -59,7 +68,80 @@ func (c *Common) check() error {
 		return Invalid("post_deploy_verify_attempts", "expected 1 to %d, got %d", maxAttempts, c.CheckAttempts)
 	case c.Retention < -1 || c.Retention > maxRetention:
 		return Invalid("backup_retention", "expected -1 (none), 0 (the default) or up to %d, got %d", maxRetention, c.Retention)
+	case c.Check.StartTLS != "" && !slices.Contains([]string{"smtp", "imap", "pop3"}, c.Check.StartTLS):
+		return Invalid("post_deploy_verify.starttls", "expected smtp, imap or pop3, got %s", clip(c.Check.StartTLS))
+	case !c.Check.Enabled:
+		return nil
+	case c.Check.Endpoint == "":
+		if _, ok := c.Endpoint(); !ok {
+			return Invalid("post_deploy_verify.endpoint", "is required when enabled is true: host:port")
+		}
+		return nil
 	}
-	c.CommandTimeout = Duration(c.CommandTimeout.Or(defaultCommandTimeout))
+	host, port, err := net.SplitHostPort(c.Check.Endpoint)
+	if n, portErr := strconv.ParseUint(port, 10, 16); err != nil || portErr != nil || n == 0 || host == "" {
+		return Invalid("post_deploy_verify.endpoint", "expected host:port, got %s", clip(c.Check.Endpoint))
+	}
+	return nil
+}
+
+// Endpoint is what the target serves its certificate at, for the report to the
+// control plane; false when the configuration does not say.
+func (c *Common) Endpoint() (tlsprobe.Endpoint, bool) {
+	host := cmp.Or(c.Host, c.Hostname, c.Target, c.Address)
+	if host == "" {
+		return tlsprobe.Endpoint{}, false
+	}
+	host = strings.Trim(host, "[]") // of a literal IPv6 address
+	port := strconv.Itoa(cmp.Or(c.Port, 443))
+	return tlsprobe.Endpoint{
+		Address:    net.JoinHostPort(host, port),
+		ServerName: host,
+		StartTLS:   cmp.Or(c.Check.StartTLS, tlsprobe.GuessStartTLS(port)),
+	}, true
+}
+
+// Verify is the check that is part of the transaction: the endpoint must serve
+// the certificate with this fingerprint. Nil when it is off.
+func (c *Common) Verify(fingerprint string) func(context.Context) error {
+	if !c.Check.Enabled {
+		return nil
+	}
+	endpoint, _ := c.Endpoint()
+	if c.Check.Endpoint != "" {
+		host, port, _ := net.SplitHostPort(c.Check.Endpoint)
+		endpoint = tlsprobe.Endpoint{Address: c.Check.Endpoint, ServerName: host, StartTLS: cmp.Or(c.Check.StartTLS, tlsprobe.GuessStartTLS(port))}
+	}
+	endpoint.ServerName = cmp.Or(c.Check.ServerName, endpoint.ServerName)
+	return func(ctx context.Context) error {
+		attempts := cmp.Or(c.CheckAttempts, defaultAttempts)
+		pause, most := c.CheckBackoff.Or(defaultBackoff), c.CheckMaxBackoff.Or(defaultMaxBackoff)
+		for attempt := 1; ; attempt++ {
+			err := c.probe(ctx, endpoint, fingerprint)
+			if err == nil {
+				return nil
+			}
+			if attempt == attempts || ctx.Err() != nil {
+				return fmt.Errorf("verify %s, attempt %d of %d: %w", endpoint.Address, attempt, attempts, err)
+			}
+			select {
+			case <-ctx.Done():
+			case <-time.After(min(pause, most)):
+			}
+			pause = min(2*pause, most)
+		}
+	}
+}
+
+func (c *Common) probe(ctx context.Context, endpoint tlsprobe.Endpoint, fingerprint string) error {
+	ctx, cancel := context.WithTimeout(ctx, c.Check.Timeout.Or(defaultVerifyTimeout))
+	defer cancel()
+	result, err := tlsprobe.Probe(ctx, endpoint)
+	if err != nil {
+		return err
+	}
+	if result.Fingerprint != fingerprint {
+		return fmt.Errorf("it serves the certificate %s, not %s", result.Fingerprint, fingerprint)
+	}
 	return nil
 }

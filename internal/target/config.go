@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"reflect"
 	"slices"
 	"strings"
@@ -100,12 +99,12 @@ func parseObject(data []byte) (map[string]*value, error) {
 	if len(bytes.TrimSpace(data)) == 0 {
 		return values, nil
 	}
-	decoder := json.NewDecoder(bytes.NewReader(data))
-	start, err := decoder.Token()
-	if err != nil {
+	var whole json.RawMessage
+	if err := json.Unmarshal(data, &whole); err != nil {
 		return nil, err
 	}
-	if start != json.Delim('{') {
+	decoder := json.NewDecoder(bytes.NewReader(whole))
+	if start, err := decoder.Token(); err != nil || start != json.Delim('{') {
 		return nil, errors.New("expected a JSON object, got " + kindOf(data))
 	}
 	main := make(map[string]bool)
@@ -128,12 +127,6 @@ func parseObject(data []byte) (map[string]*value, error) {
 		}
 		main[name] = !isAlias && string(raw) != `""`
 		values[name] = &value{key: key, raw: raw}
-	}
-	if _, err := decoder.Token(); err != nil {
-		return nil, err
-	}
-	if _, err := decoder.Token(); !errors.Is(err, io.EOF) {
-		return nil, errors.New("there is something after the JSON object")
 	}
 	return values, nil
 }

@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"certctl-agent/internal/command"
 )
 
 // Policy is what the control plane may make this host write and run. It comes
@@ -33,6 +35,18 @@ type Policy struct {
 type Command struct {
 	Argv    []string
 	Timeout time.Duration
+}
+
+// Command splits a command line and checks it.
+func (p *Policy) Command(line string, timeout time.Duration) (Command, error) {
+	argv, err := command.Split(line)
+	if err != nil {
+		return Command{}, err
+	}
+	if p.Commands != nil && !slices.ContainsFunc(p.Commands, func(allowed []string) bool { return matches(allowed, argv) }) {
+		return Command{}, fmt.Errorf("%s is not among the commands that CERTCTL_ALLOWED_COMMANDS allows", clip(line))
+	}
+	return Command{Argv: argv, Timeout: timeout}, nil
 }
 
 func matches(allowed, argv []string) bool {

@@ -31,9 +31,9 @@ type Params struct {
 	Policy   *Policy // what may be written and run here
 	Log      *slog.Logger
 
-	// Query runs a command that only reads and returns what it printed, of
-	// which stderr is no part. A connector asks the server itself with it when
-	// the control plane masked a path. Nil: nobody can be asked.
+	// Query runs a command that changes nothing and returns what it printed.
+	// A connector asks the server itself with it when the control plane masked
+	// a path. Nil: nobody can be asked.
 	Query func(ctx context.Context, c Command) (stdout []byte, err error)
 }
 

@@ -1,0 +1,31 @@
+// Package all is the table of connectors: a new one is added here, one line.
+package all
+
+import (
+	"certctl-agent/internal/target"
+	"certctl-agent/internal/target/apache"
+	"certctl-agent/internal/target/fileset"
+	"certctl-agent/internal/target/haproxy"
+	"certctl-agent/internal/target/nginx"
+)
+
+// Connectors are the supported target types, by the names that the control
+// plane uses. The file-based ones share one Store.
+func Connectors(files *fileset.Store) map[string]target.Factory {
+	return map[string]target.Factory{
+		"NGINX":   onFiles(files, nginx.New),
+		"Apache":  onFiles(files, apache.New),
+		"HAProxy": onFiles(files, haproxy.New),
+	}
+}
+
+// onFiles makes a Factory of a connector's constructor.
+func onFiles[C target.Connector](files *fileset.Store, build func(target.Params, *fileset.Store) (C, error)) target.Factory {
+	return func(p target.Params) (target.Connector, error) {
+		c, err := build(p, files)
+		if err != nil {
+			return nil, err // and not a C that is nil in an interface that is not
+		}
+		return c, nil
+	}
+}

@@ -1,0 +1,71 @@
+// Package apache installs certificates for the Apache HTTP server: a
+// certificate file, a key file and perhaps a chain file, put in place together
+// and taken up by a graceful restart.
+package apache
+
+import (
+	"context"
+
+	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/target"
+	"certctl-agent/internal/target/fileset"
+)
+
+// Config is what can be set for a target of type Apache. cert_path and both
+// commands are required.
+type Config struct {
+	target.Pair
+}
+
+// Connector is one deployment to httpd.
+type Connector struct {
+	params   target.Params
+	files    *fileset.Store
+	config   Config
+	validate *target.Command
+	reload   *target.Command
+}
+
+var _ target.Connector = (*Connector)(nil)
+
+// New checks the configuration.
+func New(p target.Params, files *fileset.Store) (*Connector, error) {
+	c := &Connector{params: p, files: files}
+	if err := p.Config.Decode(&c.config, "key_path"); err != nil {
+		return nil, err
+	}
+	if err := c.config.Check("cert_path", "validate_command", "reload_command"); err != nil {
+		return nil, err
+	}
+	var err error
+	c.validate, c.reload, err = c.config.Commands(p)
+	return c, err
+}
+
+// Deploy implements target.Connector.
+func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Result, error) {
+	pair := c.config.Pair
+	if c.params.Config.Masked("key_path") {
+		found, err := c.askServer(ctx)
+		if err != nil {
+			return target.Result{}, c.params.Config.MaskedError("key_path", err)
+		}
+		c.params.Log.Info("key path taken from the configuration of httpd", "key_path", found.Key, "where", found.Where)
+		pair.KeyPath = target.Path(found.Key)
+		if err := pair.Check(); err != nil {
+			return target.Result{}, err
+		}
+	}
+	files, warnings := pair.Files(m)
+	result, err := c.files.Deploy(ctx, fileset.Transaction{
+		Target:   c.params.TargetID,
+		Material: m,
+		Files:    files,
+		Validate: c.validate,
+		Reload:   c.reload,
+		Verify:   c.params.Common.Verify(pemutil.Fingerprint(m.Leaf)),
+		Backups:  c.params.Common.Retention,
+	})
+	result.Warnings = append(warnings, result.Warnings...)
+	return result, err
+}

@@ -1,0 +1,62 @@
+// Package haproxy installs certificates for HAProxy: leaf, chain and key in
+// one file, which a `bind ... crt` line names or finds in its directory.
+package haproxy
+
+import (
+	"context"
+
+	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/target"
+	"certctl-agent/internal/target/fileset"
+)
+
+// Config is what can be set for a target of type HAProxy.
+type Config struct {
+	PEMPath target.Path        `json:"pem_path,required"`
+	PEMFile target.FileOptions `json:"pem_file,secret"`
+
+	ValidateCommand string `json:"validate_command"`
+	ReloadCommand   string `json:"reload_command,required"`
+}
+
+// Connector is one deployment to HAProxy.
+type Connector struct {
+	params   target.Params
+	files    *fileset.Store
+	config   Config
+	validate *target.Command
+	reload   *target.Command
+}
+
+var _ target.Connector = (*Connector)(nil)
+
+// New checks the configuration.
+func New(p target.Params, files *fileset.Store) (*Connector, error) {
+	c := &Connector{params: p, files: files}
+	err := p.Config.Decode(&c.config)
+	if err != nil {
+		return nil, err
+	}
+	if c.validate, err = p.Command("validate_command", c.config.ValidateCommand); err != nil {
+		return nil, err
+	}
+	if c.reload, err = p.Command("reload_command", c.config.ReloadCommand); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// Deploy implements target.Connector.
+func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Result, error) {
+	data := append(pemutil.EncodeCertificates(m.Leaf), pemutil.EncodeCertificates(m.Chain...)...)
+	data = append(data, m.Key()...)
+	return c.files.Deploy(ctx, fileset.Transaction{
+		Target:   c.params.TargetID,
+		Material: m,
+		Files:    []target.File{c.config.PEMFile.File(c.config.PEMPath, target.KeyFile, data)},
+		Validate: c.validate,
+		Reload:   c.reload,
+		Verify:   c.params.Common.Verify(pemutil.Fingerprint(m.Leaf)),
+		Backups:  c.params.Common.Retention,
+	})
+}

@@ -1,0 +1,289 @@
+package nginx
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+
+	"certctl-agent/internal/target"
+)
+
+// askServer finds the key of cert_path in nginx's own configuration, as the
+// nginx that the job's commands name prints it (nginx -T). It refuses to while
+// the files of a first deployment are missing, and names the configuration
+// file that it tested; that one is then read from disk.
+func (c *Connector) askServer(ctx context.Context) (target.ServerPair, error) {
+	argv, err := findCall(c.validate.Argv, c.reload.Argv)
+	if err != nil {
+		return target.ServerPair{}, err
+	}
+	if c.params.Query == nil {
+		return target.ServerPair{}, errors.New("nginx cannot be asked here")
+	}
+	var pairs []target.ServerPair
+	dump, err := c.params.Query(ctx, target.Command{Argv: append(argv, "-T", "-q"), Timeout: c.validate.Timeout})
+	if err == nil {
+		pairs, err = pairsInDump(string(dump))
+	} else if tested := testedFile.FindStringSubmatch(err.Error()); tested != nil {
+		pairs, err = pairsOnDisk(tested[1])
+	}
+	if err != nil {
+		return target.ServerPair{}, fmt.Errorf("ask nginx for its configuration: %w", err)
+	}
+	return target.KeyFor(c.config.CertPath, pairs)
+}
+
+// testedFile is in what nginx says when a test has failed.
+var testedFile = regexp.MustCompile(`configuration file (/\S+) test failed`)
+
+// findCall looks for nginx itself in the commands of a job.
+func findCall(commands ...[]string) ([]string, error) {
+	for _, argv := range commands {
+		if at := target.Program(argv, "nginx", "openresty", "angie", "freenginx", "tengine"); at >= 0 {
+			return append(slices.Clone(argv[:at+1]), configFlags(argv[at+1:])...), nil
+		}
+	}
+	return nil, errors.New("neither validate_command nor reload_command starts nginx itself, so it cannot be asked")
+}
+
+// configFlags are those of nginx's flags that choose its configuration. As in
+// nginx, one word may hold several flags, and a value may follow its flag in
+// the same word.
+func configFlags(words []string) []string {
+	var kept []string
+	for i := 0; i < len(words); i++ {
+		flags, _ := strings.CutPrefix(words[i], "-")
+		at := strings.IndexAny(flags, "cpges")
+		if at < 0 || flags == words[i] {
+			continue
+		}
+		flag, value := flags[at], flags[at+1:]
+		if value == "" && i+1 < len(words) {
+			i++
+			value = words[i]
+		}
+		if flag != 's' { // the signal to send
+			kept = append(kept, "-"+string(flag), value)
+		}
+	}
+	return kept
+}
+
+// section is one configuration file.
+type section struct {
+	path string
+	text string
+}
+
+// dumpHeader comes before each file in the output of nginx -T.
+const dumpHeader = "# configuration file "
+
+// pairsInDump reads the output of nginx -T.
+func pairsInDump(dump string) ([]target.ServerPair, error) {
+	var sections []section
+	start, at := 0, 0 // of the section's text, and of the line
+	end := func() {
+		if len(sections) > 0 {
+			sections[len(sections)-1].text = dump[start:at]
+		}
+	}
+	for line := range strings.Lines(dump) {
+		path, ok := strings.CutPrefix(strings.TrimRight(line, "\r\n"), dumpHeader)
+		if path, isHeader := strings.CutSuffix(path, ":"); ok && isHeader {
+			end()
+			sections = append(sections, section{path: filepath.Clean(path)})
+			start = at + len(line)
+		}
+		at += len(line)
+	}
+	if end(); len(sections) == 0 {
+		return nil, errors.New("nginx -T printed no configuration")
+	}
+	// Each file is printed once. A second one is a comment of somebody's that
+	// looks like a header, and what belongs where is anybody's guess.
+	seen := make(map[string]bool)
+	for _, s := range sections {
+		if seen[s.path] {
+			return nil, fmt.Errorf("nginx -T seems to print %s twice", s.path)
+		}
+		seen[s.path] = true
+	}
+	return pairs(sections[0].path, func(pattern string) ([]section, error) {
+		var found []section
+		for _, s := range sections {
+			if included(pattern, s.path) {
+				found = append(found, s)
+			}
+		}
+		return found, nil
+	})
+}
+
+// included reports whether an include of pattern takes path, by the rules of
+// glob(3): a wildcard does not stand for a dot in front.
+func included(pattern, path string) bool {
+	if pattern == path {
+		return true
+	}
+	if hidden := strings.HasPrefix(filepath.Base(path), "."); hidden && !strings.HasPrefix(filepath.Base(pattern), ".") {
+		return false
+	}
+	ok, err := filepath.Match(pattern, path)
+	return ok && err == nil
+}
+
+// maxFiles bounds how many files one configuration is made of, a file that is
+// included twice counting twice.
+const maxFiles = 4096
+
+// pairsOnDisk reads a configuration from its files.
+func pairsOnDisk(main string) ([]target.ServerPair, error) {
+	return pairs(filepath.Clean(main), func(pattern string) ([]section, error) {
+		paths := []string{pattern}
+		if strings.ContainsAny(pattern, "*?[") {
+			var err error
+			if paths, err = filepath.Glob(pattern); err != nil {
+				return nil, err
+			}
+		}
+		var found []section
+		for _, path := range paths {
+			if !included(pattern, path) {
+				continue
+			}
+			text, err := target.ReadServerFile(path)
+			if err != nil {
+				return nil, err
+			}
+			found = append(found, section{path, text})
+		}
+		return found, nil
+	})
+}
+
+// pairs lists the certificates and keys of all server blocks.
+func pairs(main string, open func(pattern string) ([]section, error)) ([]target.ServerPair, error) {
+	w := &walker{dir: filepath.Dir(main), open: open}
+	list, err := w.include(main, 0)
+	if err != nil {
+		return nil, err
+	}
+	w.walk("", list, scope{})
+	return w.pairs, nil
+}
+
+type walker struct {
+	dir   string // what relative paths are relative to: where the main file is
+	open  func(pattern string) ([]section, error)
+	files int
+	pairs []target.ServerPair
+}
+
+func (w *walker) full(path string) string {
+	if filepath.IsAbs(path) {
+		return filepath.Clean(path)
+	}
+	return filepath.Join(w.dir, path)
+}
+
+// include parses the files that an include of path takes.
+func (w *walker) include(path string, depth int) ([]directive, error) {
+	if depth > maxDepth {
+		return nil, errors.New("includes nest too deep")
+	}
+	sections, err := w.open(w.full(path))
+	if err != nil {
+		return nil, err
+	}
+	if w.files += len(sections); w.files > maxFiles {
+		return nil, errors.New("there are too many includes")
+	}
+	var all []directive
+	for _, s := range sections {
+		list, err := parse(s.path, s.text)
+		if err != nil {
+			return nil, err
+		}
+		if list, err = w.expand(list, depth); err != nil {
+			return nil, err
+		}
+		all = append(all, list...)
+	}
+	return all, nil
+}
+
+// expand puts the content of included files where their include is.
+func (w *walker) expand(list []directive, depth int) ([]directive, error) {
+	var all []directive
+	for _, d := range list {
+		var err error
+		switch {
+		case d.name == "include" && len(d.args) == 1 && d.block == nil:
+			var included []directive
+			if included, err = w.include(d.args[0], depth+1); err == nil {
+				all = append(all, included...)
+			}
+		default:
+			d.block, err = w.expand(d.block, depth)
+			all = append(all, d)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	return all, nil
+}
+
+// scope is what a block has of certificates and keys. A block that sets none
+// of one kind has those of the block around it.
+type scope struct {
+	certs, keys []directive
+}
+
+func (w *walker) walk(name string, list []directive, outer scope) {
+	var own scope
+	for _, d := range list {
+		switch {
+		case len(d.args) != 1:
+		case d.name == "ssl_certificate":
+			own.certs = append(own.certs, d)
+		case d.name == "ssl_certificate_key":
+			own.keys = append(own.keys, d)
+		}
+	}
+	if own.certs == nil {
+		own.certs = outer.certs
+	}
+	if own.keys == nil {
+		own.keys = outer.keys
+	}
+	if name == "server" {
+		// The first certificate goes with the first key, and so on.
+		for i := range min(len(own.certs), len(own.keys)) {
+			key := own.keys[i]
+			w.pairs = append(w.pairs, target.ServerPair{Cert: w.full(own.certs[i].args[0]), Key: w.keyFile(key.args[0]), Where: key.where})
+		}
+	}
+	for _, d := range list {
+		w.walk(d.name, d.block, own)
+	}
+}
+
+// keyFile is the file of an ssl_certificate_key, which need not be one: of a
+// key that the value itself, an engine or a provider holds only the scheme is
+// kept, and a variable stays what it is. Neither is taken for a path.
+func (w *walker) keyFile(value string) string {
+	for _, scheme := range []string{"data:", "engine:", "store:"} {
+		if strings.HasPrefix(value, scheme) {
+			return scheme
+		}
+	}
+	if strings.Contains(value, "$") {
+		return value
+	}
+	return w.full(value)
+}

@@ -1,0 +1,208 @@
+package nginx
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+)
+
+// directive is one directive of a configuration, with its block if it has one.
+type directive struct {
+	name  string
+	args  []string
+	block []directive
+	where string // file:line
+}
+
+// maxDepth bounds how deep blocks and includes nest; real configurations stay
+// below ten.
+const maxDepth = 32
+
+// parse reads one configuration file by the rules of nginx's own reader
+// (ngx_conf_read_token): words are parted by white space and end at a ; or {;
+// a quote, or a # for a comment, counts only where a word begins.
+func parse(file, text string) ([]directive, error) {
+	p := &parser{file: file, text: text, line: 1}
+	block, err := p.block(0)
+	if err != nil {
+		return nil, fmt.Errorf("%s:%d: %w", file, p.line, err)
+	}
+	return block, nil
+}
+
+type parser struct {
+	file string
+	text string // what is left
+	line int
+}
+
+var (
+	errEnd   = errors.New("unexpected end of file")
+	errQuote = errors.New("a closing quote is followed by something")
+)
+
+func (p *parser) block(depth int) ([]directive, error) {
+	if depth > maxDepth {
+		return nil, errors.New("blocks nest too deep")
+	}
+	var list []directive
+	for {
+		word, mark, err := p.next()
+		switch {
+		case err != nil:
+			return nil, err
+		case mark == 0 && depth > 0:
+			return nil, errEnd
+		case mark == '}' && depth > 0, mark == 0:
+			return list, nil
+		case mark != 'w':
+			return nil, fmt.Errorf("unexpected %q", mark)
+		}
+		d := directive{name: word, where: fmt.Sprintf("%s:%d", p.file, p.line)}
+		if mark, err = p.rest(&d); err != nil {
+			return nil, err
+		}
+		if mark == '{' {
+			if strings.HasSuffix(d.name, "_by_lua_block") {
+				err = p.skipLua()
+			} else {
+				d.block, err = p.block(depth + 1)
+			}
+			if err != nil {
+				return nil, err
+			}
+		}
+		list = append(list, d)
+	}
+}
+
+// rest reads a directive's arguments and the mark that ends them.
+func (p *parser) rest(d *directive) (mark rune, err error) {
+	for {
+		word, mark, err := p.next()
+		switch {
+		case err != nil:
+			return 0, err
+		case mark == 'w':
+			d.args = append(d.args, word)
+		case mark == ';', mark == '{':
+			return mark, nil
+		case mark == 0:
+			return 0, errEnd
+		default:
+			return 0, fmt.Errorf("unexpected %q", mark)
+		}
+	}
+}
+
+// next returns the next word (mark 'w'), one of ; { } as the mark, or 0 at the
+// end.
+func (p *parser) next() (word string, mark rune, err error) {
+	for p.text != "" {
+		switch c := p.text[0]; c {
+		case ' ', '\t', '\r', '\n':
+			p.skip(1)
+		case '#':
+			end := strings.IndexByte(p.text, '\n')
+			if end < 0 {
+				end = len(p.text)
+			}
+			p.skip(end)
+		case ';', '{', '}':
+			p.skip(1)
+			return "", rune(c), nil
+		case '"', '\'':
+			word, err = p.quoted(c)
+			return word, 'w', err
+		default:
+			word, err = p.bare()
+			return word, 'w', err
+		}
+	}
+	return "", 0, nil
+}
+
+func (p *parser) skip(n int) {
+	p.line += strings.Count(p.text[:n], "\n")
+	p.text = p.text[n:]
+}
+
+func (p *parser) quoted(quote byte) (string, error) {
+	for i := 1; i < len(p.text); i++ {
+		switch p.text[i] {
+		case '\\':
+			i++
+		case quote:
+			word := unescape(p.text[1:i])
+			p.skip(i + 1)
+			if p.text != "" && !strings.ContainsRune(" \t\r\n;{)", rune(p.text[0])) {
+				return "", errQuote
+			}
+			return word, nil
+		}
+	}
+	return "", errEnd
+}
+
+func (p *parser) bare() (string, error) {
+	for i := 0; i < len(p.text); i++ {
+		switch p.text[i] {
+		case '\\':
+			i++
+		case '$':
+			if strings.HasPrefix(p.text[i+1:], "{") { // ${name} is part of the word
+				i++
+			}
+		case ' ', '\t', '\r', '\n', ';', '{':
+			word := unescape(p.text[:i])
+			p.skip(i)
+			return word, nil
+		}
+	}
+	return "", errEnd
+}
+
+// unescape undoes the escapes that nginx knows; any other backslash stays.
+func unescape(word string) string {
+	if !strings.Contains(word, `\`) {
+		return word
+	}
+	return strings.NewReplacer(`\"`, `"`, `\'`, `'`, `\\`, `\`, `\t`, "\t", `\r`, "\r", `\n`, "\n").Replace(word)
+}
+
+// skipLua passes over a block of Lua, in which braces, quotes and comments
+// follow Lua's rules.
+func (p *parser) skipLua() error {
+	depth := 1
+	for i := 0; i < len(p.text); i++ {
+		switch rest := p.text[i:]; {
+		case strings.HasPrefix(rest, "--[["), strings.HasPrefix(rest, "[["):
+			end := strings.Index(rest, "]]")
+			if end < 0 {
+				return errEnd
+			}
+			i += end + 1
+		case strings.HasPrefix(rest, "--"):
+			end := strings.IndexByte(rest, '\n')
+			if end < 0 {
+				return errEnd
+			}
+			i += end
+		case rest[0] == '"', rest[0] == '\'':
+			quote := rest[0]
+			for i++; i < len(p.text) && p.text[i] != quote; i++ {
+				if p.text[i] == '\\' {
+					i++
+				}
+			}
+		case rest[0] == '{':
+			depth++
+		case rest[0] == '}':
+			if depth--; depth == 0 {
+				p.skip(i + 1)
+				return nil
+			}
+		}
+	}
+	return errEnd
+}

@@ -1,0 +1,86 @@
+package target
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+func TestOverlayTrust(t *testing.T) {
+	tests := []struct {
+		name   string
+		damage func(t *testing.T, dir, file string)
+		says   string
+	}{
+		{"writable by group", func(t *testing.T, _, file string) { must(t, os.Chmod(file, 0o620)) }, "chmod go-w"},
+		{"writable by others", func(t *testing.T, _, file string) { must(t, os.Chmod(file, 0o602)) }, "chmod go-w"},
+		{"directory writable by others", func(t *testing.T, dir, _ string) { must(t, os.Chmod(dir, 0o777)) }, "chmod go-w"},
+		{"another user's", func(t *testing.T, _, file string) {
+			if os.Geteuid() != 0 {
+				t.Skip("needs root to give a file away")
+			}
+			must(t, os.Chown(file, 4242, -1))
+		}, "chown root"},
+		{"another user's directory", func(t *testing.T, dir, _ string) {
+			if os.Geteuid() != 0 {
+				t.Skip("needs root to give a directory away")
+			}
+			must(t, os.Chown(dir, 4242, -1))
+		}, "chown root"},
+		{"too large", func(t *testing.T, _, file string) { must(t, os.WriteFile(file, make([]byte, maxOverlay+1), 0o600)) }, "larger than 64 KiB"},
+		{"no JSON", func(t *testing.T, _, file string) { must(t, os.WriteFile(file, []byte("{hunter2"), 0o600)) }, "invalid character"},
+		{"a pipe", func(t *testing.T, _, file string) {
+			must(t, os.Remove(file))
+			must(t, syscall.Mkfifo(file, 0o600))
+		}, "no regular file"},
+		{"a directory", func(t *testing.T, _, file string) {
+			must(t, os.Remove(file))
+			must(t, os.Mkdir(file, 0o700))
+		}, "no regular file"},
+		{"a link that leads out", func(t *testing.T, _, file string) {
+			must(t, os.Remove(file))
+			must(t, os.Symlink("/etc/hostname", file))
+		}, "escapes"},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			o := overlays(t, "t-1.json", `{"key_path":"/k"}`)
+			file := filepath.Join(o.dir, "t-1.json")
+			test.damage(t, o.dir, file)
+			_, err := Merge(nil, "NGINX", "t-1", o)
+			if err == nil || !strings.Contains(err.Error(), test.says) || !strings.Contains(err.Error(), o.dir) {
+				t.Errorf("got %v, want %q and the file's name in it", err, test.says)
+			}
+			if err != nil && strings.Contains(err.Error(), "hunter2") {
+				t.Errorf("the error shows the file: %v", err)
+			}
+		})
+	}
+}
+
+func TestNoOverlays(t *testing.T) {
+	for name, o := range map[string]*Overlays{"nil": nil, "no directory named": OpenOverlays(""), "no directory there": OpenOverlays(filepath.Join(t.TempDir(), "x"))} {
+		if _, err := Merge(nil, "NGINX", "t-1", o); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// A Kubernetes volume serves its files through links inside of it.
+func TestOverlayLinkInside(t *testing.T) {
+	o := overlays(t, "data.json", `{"key_path":"/k"}`)
+	must(t, os.Symlink("data.json", filepath.Join(o.dir, "t-1.json")))
+	c, err := Merge(nil, "NGINX", "t-1", o)
+	if err != nil || !c.Local("key_path") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}

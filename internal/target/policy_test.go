@@ -1,0 +1,136 @@
+package target
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestCommandAllowList(t *testing.T) {
+	allowed := [][]string{{"nginx", "-t"}, {"systemctl", "reload", "*"}}
+	tests := []struct {
+		line    string
+		allowed [][]string
+		ok      bool
+	}{
+		{"nginx -t", allowed, true},
+		{"nginx  -t ", allowed, true},
+		{"nginx -t -c /evil", allowed, false},
+		{"nginx", allowed, false},
+		{"systemctl reload nginx", allowed, true},
+		{"systemctl reload", allowed, true},
+		{"systemctl stop nginx", allowed, false},
+		{"systemctl reload-or-restart x", allowed, false},
+		{"anything at all", nil, true},
+		{"nginx -t", [][]string{}, false},
+		{"nginx -t", [][]string{{}}, false},
+		{"nginx * x", [][]string{{"nginx", "*", "y"}}, false},
+		{"a b", [][]string{{"*"}}, true},
+	}
+	for _, test := range tests {
+		p := &Policy{Commands: test.allowed}
+		c, err := p.Command(test.line, time.Second)
+		if (err == nil) != test.ok {
+			t.Errorf("%q under %q: got %v", test.line, test.allowed, err)
+		}
+		if err != nil && !strings.Contains(err.Error(), "CERTCTL_ALLOWED_COMMANDS") {
+			t.Errorf("%q: %v does not name the setting", test.line, err)
+		}
+		if err == nil && c.Timeout != time.Second {
+			t.Errorf("%q: timeout %v", test.line, c.Timeout)
+		}
+	}
+	if _, err := (&Policy{}).Command("nginx; reboot", 0); err == nil {
+		t.Error("a shell's semicolon: got no error")
+	}
+}
+
+func TestAllowedPaths(t *testing.T) {
+	base, err := filepath.EvalSymlinks(t.TempDir())
+	must(t, err)
+	must(t, os.MkdirAll(filepath.Join(base, "real/tls"), 0o755))
+	must(t, os.MkdirAll(filepath.Join(base, "real/keys"), 0o755))
+	must(t, os.Symlink("real", filepath.Join(base, "link")))
+	p := &Policy{
+		Paths:     []string{filepath.Join(base, "link"), filepath.Join(base, "later")},
+		Protected: []string{filepath.Join(base, "link/keys"), filepath.Join(base, "real/agent.env")},
+	}
+	tests := []struct {
+		path string
+		says string // "" is allowed
+	}{
+		{base + "/real/tls/cert.pem", ""},
+		{base + "/later/not/there/yet", ""},
+		{base + "/link/tls/cert.pem", "CERTCTL_ALLOWED_PATHS"}, // not resolved, so not what the caller writes to
+		{base + "/realm/cert.pem", "CERTCTL_ALLOWED_PATHS"},
+		{base + "/real", ""},
+		{"/etc/passwd", "CERTCTL_ALLOWED_PATHS"},
+		{base + "/real/keys/x.key", "the agent's own"},
+		{base + "/real/KEYS/x.key", "the agent's own"},
+		{base + "/real/agent.env", "the agent's own"},
+		{base + "/real/../x", "shortest form"},
+		{"real/tls", "shortest form"},
+		{base + "/real//tls", "shortest form"},
+		{base + "/real/tls/", "shortest form"},
+		{base + "/real/a\nb", "shortest form"},
+	}
+	for _, test := range tests {
+		err := p.CheckPath(test.path)
+		if test.says == "" && err != nil || test.says != "" && (err == nil || !strings.Contains(err.Error(), test.says)) {
+			t.Errorf("%s: got %v, want %q", test.path, err, test.says)
+		}
+	}
+	if err := (&Policy{Paths: []string{}}).CheckPath("/srv/x"); err == nil {
+		t.Error("an empty list allows a path")
+	}
+	if err := (&Policy{Paths: []string{"/"}}).CheckPath("/srv/x"); err != nil {
+		t.Errorf("everything is allowed, and yet: %v", err)
+	}
+}
+
+func TestFatalPaths(t *testing.T) {
+	p := &Policy{}
+	for _, path := range []string{"/etc/certctl/agent.env", "/etc/passwd", "/etc/PASSWD", "/etc/shadow-", "/proc/sys/kernel/core_pattern", "/sys/x", "/dev/sda", "/boot/x",
+		"/etc/systemd/system/x.service", "/usr/lib/systemd/system/x", "/etc/cron.d/x", "/var/spool/cron/crontabs/root", "/etc/sudoers.d/x", "/etc/sudoers",
+		"/etc/profile.d/x.sh", "/home/joe/.bashrc", "/root/.ssh/authorized_keys", "/home/joe/.SSH/x", "/srv/authorized_keys", "/etc/ld.so.preload", "/usr/bin/x"} {
+		if err := p.CheckPath(path); err == nil || !strings.Contains(err.Error(), "CERTCTL_ALLOWED_PATHS") {
+			t.Errorf("%s: got %v", path, err)
+		}
+	}
+	for _, path := range []string{"/etc/nginx/tls/cert.pem", "/etc/ssl/private/key.pem", "/srv/x", "/etc/certctl2/x", "/etc/passwords", "/home/joe/ssh/x"} {
+		if err := p.CheckPath(path); err != nil {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+	if err := (&Policy{Paths: []string{"/etc"}}).CheckPath("/etc/certctl/tls/cert.pem"); err != nil {
+		t.Errorf("the host's owner has said so, and yet: %v", err)
+	}
+}
+
+func TestResolve(t *testing.T) {
+	base, err := filepath.EvalSymlinks(t.TempDir())
+	must(t, err)
+	for _, dir := range []string{"a/b/c", "d"} {
+		must(t, os.MkdirAll(filepath.Join(base, dir), 0o755))
+	}
+	for name, to := range map[string]string{
+		"l": "a/b", "abs": base + "/a", "dangling": "nowhere/x", "chain": "l/c", "d/up": "../l/../x", "loop": "loop",
+	} {
+		must(t, os.Symlink(to, filepath.Join(base, name)))
+	}
+	for path, want := range map[string]string{
+		"l/c/f": "a/b/c/f", "abs/b": "a/b", "dangling": "nowhere/x", "chain/f": "a/b/c/f", "not/there": "not/there",
+		"d/up": "a/x", // the parent of where l leads, as the kernel has it
+		"":     "",
+	} {
+		got, err := Resolve(filepath.Join(base, path))
+		if err != nil || got != filepath.Join(base, want) {
+			t.Errorf("%s: got %s, %v, want %s", path, got, err, want)
+		}
+	}
+	if got, err := Resolve(filepath.Join(base, "loop")); err == nil {
+		t.Errorf("a loop: got %s and no error", got)
+	}
+}

@@ -1,0 +1,166 @@
+package targettest
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/target"
+	"certctl-agent/internal/tlsprobe"
+)
+
+// Rotation is a live server that gets one certificate after another while
+// clients connect to it as fast as they can.
+type Rotation struct {
+	Endpoint tlsprobe.Endpoint
+	Rounds   int // certificates after the first; 0: 50
+	Clients  int // 0: 2
+
+	// Material makes the next certificate.
+	Material func() *target.Material
+
+	// Deploy installs it. It returns once a verification has met it.
+	Deploy func(ctx context.Context, m *target.Material) error
+
+	// Drain is how long after that the server's old workers may still answer
+	// with the certificate before it.
+	Drain time.Duration
+}
+
+// Figures is what a Rotation came to.
+type Figures struct {
+	Rotations  int
+	Handshakes int           // completed by the clients
+	Failed     int           // not completed, for whatever reason
+	Mismatched int           // of these: the key did not belong to the certificate
+	Stale      int           // answered with an old certificate, begun after Drain
+	Drained    time.Duration // the longest after a verification that an old one was met
+	Elapsed    time.Duration
+}
+
+func (f Figures) String() string {
+	return fmt.Sprintf("%d rotations in %v, %d handshakes: %d failed, %d with a mismatched pair, %d with an old certificate; old workers drained within %v",
+		f.Rotations, f.Elapsed.Round(time.Millisecond), f.Handshakes, f.Failed, f.Mismatched, f.Stale, f.Drained.Round(time.Millisecond))
+}
+
+// rotation is the state that clients and the deployer share.
+type rotation struct {
+	Rotation
+
+	mu       sync.Mutex
+	round    map[string]int // of each certificate's fingerprint; guarded by mu
+	verified []time.Time    // when the certificate of each round was; guarded by mu
+	figures  Figures        // guarded by mu
+	errs     []string       // guarded by mu
+}
+
+// Rotate runs r and fails the test unless every handshake got a certificate of
+// its time, with the key that belongs to it.
+func Rotate(t testing.TB, r Rotation) Figures {
+	t.Helper()
+	if r.Rounds == 0 {
+		r.Rounds = 50
+	}
+	if r.Clients == 0 {
+		r.Clients = 2
+	}
+	run := &rotation{Rotation: r, round: make(map[string]int)}
+	if err := run.next(t.Context()); err != nil {
+		t.Fatalf("first deployment: %v", err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	var clients sync.WaitGroup
+	for range r.Clients {
+		clients.Go(func() {
+			for ctx.Err() == nil {
+				run.connect(ctx)
+			}
+		})
+	}
+	start := time.Now()
+	for round := range r.Rounds {
+		if err := run.next(t.Context()); err != nil {
+			t.Errorf("rotation %d: %v", round+1, err)
+			break
+		}
+	}
+	// Whoever still serves an old certificate gets the chance to be caught.
+	time.Sleep(r.Drain + 100*time.Millisecond)
+	stop()
+	clients.Wait()
+
+	run.mu.Lock()
+	defer run.mu.Unlock()
+	figures := run.figures
+	figures.Rotations, figures.Elapsed = len(run.verified)-1, time.Since(start)
+	t.Log(figures)
+	if figures.Failed > 0 || figures.Stale > 0 || figures.Rotations != r.Rounds {
+		t.Errorf("a rotation was noticed: %v\n%s", figures, strings.Join(run.errs, "\n"))
+	}
+	if figures.Handshakes < r.Rounds {
+		t.Errorf("%d handshakes are too few to say anything about %d rotations", figures.Handshakes, r.Rounds)
+	}
+	return figures
+}
+
+func (r *rotation) next(ctx context.Context) error {
+	m := r.Material()
+	r.mu.Lock()
+	r.round[pemutil.Fingerprint(m.Leaf)] = len(r.round)
+	r.mu.Unlock()
+	if err := r.Deploy(ctx, m); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.verified = append(r.verified, time.Now())
+	return nil
+}
+
+func (r *rotation) connect(ctx context.Context) {
+	start := time.Now()
+	attempt, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	result, err := tlsprobe.Probe(attempt, r.Endpoint)
+	if ctx.Err() != nil {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err != nil {
+		r.figures.Failed++
+		if strings.Contains(err.Error(), "signature") {
+			r.figures.Mismatched++
+		}
+		r.note(err.Error())
+		return
+	}
+	r.figures.Handshakes++
+	round, known := r.round[result.Fingerprint]
+	if !known {
+		r.figures.Failed++
+		r.note("a certificate that was never deployed: " + result.Fingerprint)
+		return
+	}
+	if round+1 >= len(r.verified) {
+		return // no newer one has been verified
+	}
+	late := start.Sub(r.verified[round+1])
+	r.figures.Drained = max(r.figures.Drained, late)
+	if late > r.Drain {
+		r.figures.Stale++
+		r.note(fmt.Sprintf("the certificate of round %d, %v after that of round %d was verified", round, late, round+1))
+	}
+}
+
+// note keeps the first few mistakes for the test's output.
+func (r *rotation) note(mistake string) {
+	if len(r.errs) < 10 {
+		r.errs = append(r.errs, mistake)
+	}
+}
