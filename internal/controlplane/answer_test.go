@@ -156,8 +156,7 @@ func TestErrorBodies(t *testing.T) {
 
 func TestRedirectIsRefused(t *testing.T) {
 	followed := false
-	var elsewhere *httptest.Server
-	elsewhere = httptest.NewTLSServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { followed = true }))
+	elsewhere := httptest.NewTLSServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { followed = true }))
 	defer elsewhere.Close()
 	for _, status := range []int{301, 302, 303, 307, 308} {
 		c := hostile(t, func(w http.ResponseWriter, r *http.Request) {

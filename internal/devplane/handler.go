@@ -12,7 +12,6 @@ import (
 	"io"
 	"maps"
 	"net/http"
-	"net/http/httptest"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -115,7 +114,7 @@ func (p *Plane) answer(w http.ResponseWriter, call *request, carry func(*request
 	case fault.Drop:
 		cut(call.http)
 	case fault.LoseAnswer:
-		p.carryOut(httptest.NewRecorder(), call, carry)
+		p.carryOut(lostAnswer{}, call, carry)
 		p.pause(call.http, fault.Delay)
 		cut(call.http)
 	case fault.Status != 0:
@@ -246,6 +245,13 @@ func (r *statusRecorder) Write(b []byte) (int, error) {
 
 // Unwrap lets a Fault's handler flush and hijack by http.ResponseController.
 func (r *statusRecorder) Unwrap() http.ResponseWriter { return r.ResponseWriter }
+
+// lostAnswer is an answer that goes nowhere.
+type lostAnswer struct{}
+
+func (lostAnswer) Header() http.Header         { return http.Header{} }
+func (lostAnswer) Write(b []byte) (int, error) { return len(b), nil }
+func (lostAnswer) WriteHeader(int)             {}
 
 // The calls follow. Each runs under Plane.mu.
 

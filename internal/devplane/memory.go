@@ -12,10 +12,17 @@ import (
 // memoryHost is in the URL of a control plane without a socket.
 const memoryHost = "plane.test"
 
-var (
-	memoryServer = &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 443}
-	memoryClient = &net.TCPAddr{IP: net.IPv4(192, 0, 2, 2), Port: 50000}
+// memoryAddr is an address of that network.
+type memoryAddr string
+
+const (
+	memoryServer memoryAddr = "192.0.2.1:443"
+	memoryClient memoryAddr = "192.0.2.2:50000"
 )
+
+// Network is "tcp", as what is copied.
+func (memoryAddr) Network() string  { return "tcp" }
+func (a memoryAddr) String() string { return string(a) }
 
 // memoryListener is a network of one server. Unlike net.Pipe its connections
 // buffer: the peers may write to each other at once, and, since nothing blocks

@@ -102,8 +102,13 @@ type Version struct {
 	Time    time.Time
 }
 
-// PublicKey is the version's key.
-func (v Version) PublicKey() crypto.PublicKey { return v.Leaf.PublicKey }
+// PublicKey is the version's key; nil where PEM is no certificate.
+func (v Version) PublicKey() crypto.PublicKey {
+	if v.Leaf == nil {
+		return nil
+	}
+	return v.Leaf.PublicKey
+}
 
 // Job is a job with what became of it.
 type Job struct {
