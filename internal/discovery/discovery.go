@@ -65,7 +65,8 @@ type Options struct {
 // Scanner scans the same directories again and again.
 type Scanner struct {
 	opts  Options
-	stall time.Duration
+	stall time.Duration // stallAfter
+	racy  time.Duration // racyWindow
 	known certificates
 
 	files, found atomic.Int64 // of the scan that runs, or of the last one
@@ -104,7 +105,7 @@ func New(o Options) (*Scanner, error) {
 	if err := errors.Join(problems...); err != nil {
 		return nil, err
 	}
-	return &Scanner{opts: o, stall: stallAfter, hung: make(map[string]int)}, nil
+	return &Scanner{opts: o, stall: stallAfter, racy: racyWindow, hung: make(map[string]int)}, nil
 }
 
 // Dirs are the directories that are scanned, sorted.

@@ -306,7 +306,7 @@ func (r *run) readFile(w *worker, e *entry) {
 	}
 	w.rest() // what follows is no call: a slow key derivation is no hung disk
 	e.outcome = appendOutcome(nil, parse(e.file.name, data, r.words), &r.s.known)
-	if oldest := time.Now().Add(-racyWindow).UnixNano(); st.modified < oldest && st.changed < oldest {
+	if oldest := time.Now().Add(-r.s.racy).UnixNano(); st.modified < oldest && st.changed < oldest {
 		e.stamp = appendStamp(nil, st)
 	}
 }

@@ -1,0 +1,137 @@
+package discovery
+
+import (
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/pem"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"testing"
+	"time"
+
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/discovery/corpus"
+)
+
+var treeSize = flag.Int("tree", 100_000, "files of the tree that BenchmarkScan scans; a tenth are certificates")
+
+// BenchmarkScan compares, over one tree: this scan without and with its index,
+// the plain way to do it, and find. One run measures all, in turns, so that a
+// busy host slows all of them down alike; the ratios are the result. The page
+// cache is warm throughout.
+func BenchmarkScan(b *testing.B) {
+	n := *treeSize
+	if testing.Short() {
+		n = min(n, 2000)
+	}
+	dir := b.TempDir()
+	tree, err := corpus.Write(dir, corpus.Options{Seed: 1, Files: n, Certificates: n / 10})
+	if err != nil {
+		b.Fatal(err)
+	}
+	ways := []struct {
+		name string
+		run  func(b *testing.B, warm *Scanner) int
+	}{
+		{"find", func(b *testing.B, _ *Scanner) int { return find(b, dir) }},
+		{"plain", func(b *testing.B, _ *Scanner) int { return plain(b, dir) }},
+		{"cold", func(b *testing.B, _ *Scanner) int { return count(b, newScanner(b, Options{Dirs: []string{dir}})) }},
+		{"warm", func(b *testing.B, warm *Scanner) int { return count(b, warm) }},
+	}
+	warm := newScanner(b, Options{Dirs: []string{dir}})
+	if got := count(b, warm); got != len(tree.Certificates) {
+		b.Fatalf("the scan finds %d certificates, want %d", got, len(tree.Certificates))
+	}
+	times := make(map[string][]time.Duration)
+	for b.Loop() {
+		for range 5 {
+			for _, way := range ways {
+				runtime.GC()
+				began := time.Now()
+				got := way.run(b, warm)
+				times[way.name] = append(times[way.name], time.Since(began))
+				if want := len(tree.Certificates); got != want && way.name != "find" {
+					b.Fatalf("%s finds %d certificates, want %d", way.name, got, want)
+				}
+			}
+		}
+	}
+	median := make(map[string]float64)
+	for _, way := range ways {
+		slices.Sort(times[way.name])
+		median[way.name] = times[way.name][len(times[way.name])/2].Seconds()
+		b.ReportMetric(1000*median[way.name], "ms-"+way.name)
+	}
+	b.ReportMetric(0, "ns/op") // of all of them together: it says nothing
+	b.ReportMetric(median["plain"]/median["warm"], "plain/warm")
+	b.ReportMetric(median["plain"]/median["cold"], "plain/cold")
+	b.ReportMetric(median["warm"]/median["find"], "warm/find")
+}
+
+func count(b *testing.B, s *Scanner) int {
+	summary, err := s.Scan(b.Context(), func([]api.DiscoveredCertificate) error { return nil })
+	if err != nil {
+		b.Fatal(err)
+	}
+	return summary.Certificates
+}
+
+func find(b *testing.B, dir string) int {
+	command := exec.CommandContext(b.Context(), "find", dir)
+	command.Stdout = io.Discard
+	if err := command.Run(); err != nil {
+		b.Skipf("find: %v", err)
+	}
+	return 0
+}
+
+// plain is the scan that one writes first: walk, read, parse.
+func plain(b *testing.B, dir string) int {
+	var found []api.DiscoveredCertificate
+	err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || !entry.Type().IsRegular() || filepath.Ext(path) == ".key" {
+			return err
+		}
+		data, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		add := func(der []byte, format string) {
+			cert, err := x509.ParseCertificate(der)
+			if err != nil {
+				return
+			}
+			found = append(found, api.DiscoveredCertificate{
+				FingerprintSHA256: fmt.Sprintf("%x", sha256.Sum256(der)), CommonName: cert.Subject.CommonName,
+				SANs: cert.DNSNames, SerialNumber: fmt.Sprintf("%x", cert.SerialNumber),
+				SubjectDN: cert.Subject.String(), IssuerDN: cert.Issuer.String(),
+				NotBefore: cert.NotBefore.UTC().Format(time.RFC3339), NotAfter: cert.NotAfter.UTC().Format(time.RFC3339),
+				KeyAlgorithm: cert.PublicKeyAlgorithm.String(), IsCA: cert.IsCA,
+				PEMData:    string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})),
+				SourcePath: path, SourceFormat: format,
+			})
+		}
+		any := false
+		for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) {
+			if block.Type == "CERTIFICATE" {
+				any = true
+				add(block.Bytes, "PEM")
+			}
+		}
+		if ext := filepath.Ext(path); !any && slices.Contains([]string{".pem", ".crt", ".cer", ".cert", ".der"}, ext) {
+			add(data, "DER")
+		}
+		return nil
+	})
+	if err != nil {
+		b.Fatal(err)
+	}
+	return len(found)
+}
