@@ -1,17 +1,28 @@
-// Package deploy carries out one Deployment job, from fetch to verdict.
+// Package deploy carries out one Deployment job, from fetch to verdict: it
+// decides in what order things happen. How a product takes its certificate is
+// its connector's business, and how keys are kept the key store's.
 package deploy
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"errors"
+	"fmt"
 	"log/slog"
+	"runtime/debug"
 	"time"
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/keystore"
+	"certctl-agent/internal/printable"
+	"certctl-agent/internal/slot"
 	"certctl-agent/internal/target"
+	"certctl-agent/internal/tlsprobe"
 )
+
+// maxError bounds what the control plane is told of a failure, in bytes.
+const maxError = 2 << 10
 
 // Plane is the control plane as a deployment uses it. Errors mean what package
 // api says of them.
@@ -20,7 +31,8 @@ type Plane interface {
 	ReportStatus(ctx context.Context, jobID string, status api.JobStatus) error
 }
 
-// Keys is the key store as a deployment uses it.
+// Keys is the key store as a deployment uses it. Find fails with
+// keystore.ErrNoKey where none of the keys belongs to the certificate.
 type Keys interface {
 	Path(certID string) string
 	Find(certID string, public crypto.PublicKey) (keystore.Key, error)
@@ -39,8 +51,11 @@ type Options struct {
 	Verify     bool // report what the live endpoint serves
 	Log        *slog.Logger
 
-	// Heard is told each error of a report that Deploy itself does not act on,
-	// so that a 410 is not lost. Nil: nobody listens.
+	// Probe asks an endpoint for its certificate. Nil: tlsprobe.Probe.
+	Probe func(context.Context, tlsprobe.Endpoint) (tlsprobe.Result, error)
+
+	// Heard is told of each report that failed and that Deploy itself does not
+	// act on, so that a 410 is not lost. Nil: nobody listens.
 	Heard func(call string, err error)
 }
 
@@ -52,22 +67,161 @@ type Outcome struct {
 	Unchanged    bool              // everything was in place
 	Verification *api.Verification // what the live endpoint serves; nil: no report
 
-	CommonName  string // of the certificate, as far as it got
+	// Of the certificate; zero where the job ended before it was known.
+	CommonName  string
 	NotAfter    time.Time
-	Fingerprint string
-	Duration    time.Duration
+	Fingerprint string // lower-case hex SHA-256 of the leaf
+
+	Duration time.Duration
 }
 
-// Deployer carries out Deployment jobs.
-type Deployer struct{ o Options }
+// Deployer carries out Deployment jobs. It is safe for concurrent use.
+type Deployer struct {
+	o       Options
+	targets slot.Table // by target id
+	certs   slot.Table // by certificate id: held while its key is being promoted
+}
 
 // New returns a Deployer.
-func New(o Options) *Deployer { return &Deployer{o: o} }
+func New(o Options) *Deployer {
+	if o.Probe == nil {
+		o.Probe = tlsprobe.Probe
+	}
+	return &Deployer{o: o}
+}
+
+// temporaryError leaves a job as it was, to be tried again.
+type temporaryError struct{ error }
+
+func (e temporaryError) Unwrap() error { return e.error }
+
+// panicError is a panic in this package or in a connector.
+type panicError struct{ value any }
+
+func (e *panicError) Error() string { return fmt.Sprintf("internal error of the agent: %v", e.value) }
 
 // Deploy carries out one job. Calls ends when the agent stops: it bounds
 // requests and waiting. Work bounds the transaction, which is rolled back when
-// it ends. An error is temporary: nothing was begun, and the job is to be tried
-// again.
+// it ends. An error is temporary: nothing was touched, and the job is to be
+// tried again.
 func (d *Deployer) Deploy(calls, work context.Context, job api.Job) (Outcome, error) {
-	return Outcome{}, errors.New("not there yet")
+	began := time.Now()
+	log := d.o.Log.With("job", job.ID, "certificate", job.CertificateID, "target", job.TargetID)
+	a := &attempt{Deployer: d, job: job, log: log}
+	err := a.run(calls, work)
+	if temporary, ok := errors.AsType[temporaryError](err); ok {
+		return Outcome{}, temporary.error
+	}
+	a.outcome.Duration = time.Since(began)
+	a.outcome.Status = api.StatusCompleted
+	if err != nil {
+		_, broken := errors.AsType[*target.BrokenError](err)
+		_, panicked := errors.AsType[*panicError](err)
+		a.outcome.Status = api.StatusFailed
+		a.outcome.Broken = broken || panicked
+		a.outcome.Error = printable.Clip(err.Error(), maxError)
+	}
+	return a.outcome, nil
+}
+
+// attempt is one run of one job.
+type attempt struct {
+	*Deployer
+	job       api.Job
+	log       *slog.Logger
+	config    *target.Config
+	common    target.Common
+	connector target.Connector // nil: nothing to install
+	outcome   Outcome
+}
+
+// run is Deploy in its order. Nothing is touched before install.
+func (a *attempt) run(calls, work context.Context) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			a.log.Error("panic contained; please report it", "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
+			err = &panicError{p}
+		}
+	}()
+	// A job without a target has nothing to wait for but itself.
+	release, err := a.targets.Acquire(calls, cmp.Or(a.job.TargetID, a.job.ID))
+	if err != nil {
+		return temporaryError{err}
+	}
+	defer release()
+	a.reportRunning(calls)
+	if err := a.plan(); err != nil {
+		return err
+	}
+
+	// The certificate is fetched under the lock: a version fetched before
+	// another target's newer one was promoted would take the promotion back.
+	releaseCert, err := a.certs.Acquire(calls, a.job.CertificateID)
+	if err != nil {
+		return temporaryError{err}
+	}
+	defer releaseCert()
+	m, err := a.fetch(calls)
+	if err != nil {
+		return err
+	}
+	key, err := a.findKey(m)
+	if err != nil {
+		return err
+	}
+	defer key.Clear()
+	if key.Role == keystore.Current {
+		releaseCert()
+	}
+	if err := checkValidity(calls, m.Leaf); err != nil {
+		return err
+	}
+	if calls.Err() != nil {
+		return temporaryError{context.Cause(calls)}
+	}
+	if err := a.install(work, m, key); err != nil {
+		return err
+	}
+	if err := a.o.Keys.Prune(a.job.CertificateID, key); err != nil {
+		a.log.Warn("keys that are no longer needed could not be removed", "error", err)
+	}
+	releaseCert()
+	a.outcome.Verification = a.verify(work)
+	return nil
+}
+
+// reportRunning tells the control plane, once: it has set the job to Running
+// itself, so nothing depends on it.
+func (a *attempt) reportRunning(ctx context.Context) {
+	err := a.o.Plane.ReportStatus(ctx, a.job.ID, api.JobStatus{Status: api.StatusRunning})
+	if err == nil {
+		return
+	}
+	a.log.Debug("the control plane was not told that the job runs", "error", err)
+	if a.o.Heard != nil {
+		a.o.Heard("job status", err)
+	}
+}
+
+// install runs the connector's transaction, of which the promotion of the key
+// is a part.
+func (a *attempt) install(ctx context.Context, m *target.Material, key keystore.Key) error {
+	if a.connector == nil {
+		return a.o.Keys.Promote(a.job.CertificateID, key)
+	}
+	changes, err := a.o.Keys.Promotion(a.job.CertificateID, key)
+	if err != nil {
+		return err
+	}
+	for _, change := range changes {
+		defer clear(change.Data)
+		m.KeyFiles = append(m.KeyFiles, target.File{Path: change.Path, Kind: target.StoreFile, Data: change.Data,
+			Mode: new(keystore.FileMode), DefaultMode: keystore.FileMode})
+	}
+	result, err := a.connector.Deploy(ctx, m)
+	for _, warning := range result.Warnings {
+		a.log.Warn("the deployment has a warning", "warning", warning)
+	}
+	a.outcome.Unchanged = err == nil && result.Unchanged
+	return err
 }

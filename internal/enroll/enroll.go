@@ -4,11 +4,19 @@ package enroll
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
+	"runtime/debug"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/csr"
 	"certctl-agent/internal/keystore"
+	"certctl-agent/internal/printable"
+	"certctl-agent/internal/slot"
 )
+
+// maxReason bounds what the control plane is told, in bytes.
+const maxReason = 2 << 10
 
 // Keys is the key store as enrolment uses it.
 type Keys interface {
@@ -16,7 +24,7 @@ type Keys interface {
 	Discard(certID, jobID string) error
 }
 
-// Plane signs CSRs. Errors mean what package api says of them.
+// Plane has CSRs signed. Errors mean what package api says of them.
 type Plane interface {
 	SubmitCSR(ctx context.Context, certID string, csrPEM []byte) error
 }
@@ -24,9 +32,17 @@ type Plane interface {
 // RefusedError is the end of a job: trying again cannot help.
 type RefusedError struct {
 	Reason string // for the control plane: printable, bounded
+	Err    error
 }
 
 func (e *RefusedError) Error() string { return e.Reason }
+
+// Unwrap gives the cause.
+func (e *RefusedError) Unwrap() error { return e.Err }
+
+func refused(err error) *RefusedError {
+	return &RefusedError{Reason: printable.Clip(err.Error(), maxReason), Err: err}
+}
 
 // Options is what an Enroller needs.
 type Options struct {
@@ -36,14 +52,76 @@ type Options struct {
 	Log       *slog.Logger
 }
 
-// Enroller handles AwaitingCSR jobs.
-type Enroller struct{ o Options }
+// Enroller handles AwaitingCSR jobs. It is safe for concurrent use.
+type Enroller struct {
+	o     Options
+	certs slot.Table // by certificate id: the first CSR wins, so they must not race
+}
 
 // New returns an Enroller.
 func New(o Options) *Enroller { return &Enroller{o: o} }
 
 // Enroll submits the CSR of one job. Nil means that it was accepted, a
-// RefusedError that it never will be; any other error is temporary.
-func (e *Enroller) Enroll(ctx context.Context, job api.Job) error {
-	return errors.New("not there yet")
+// RefusedError that it never will be. Any other error is temporary: the job
+// stays as it is, the control plane shows it again, and the same key is used.
+func (e *Enroller) Enroll(ctx context.Context, job api.Job) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			e.o.Log.Error("panic contained; please report it", "job", job.ID, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
+			err = refused(fmt.Errorf("internal error of the agent: %v", p))
+		}
+	}()
+	if err := check(job); err != nil {
+		return refused(err)
+	}
+	release, err := e.certs.Acquire(ctx, job.CertificateID)
+	if err != nil {
+		return err
+	}
+	defer release()
+
+	key, err := e.o.Keys.Pending(job.CertificateID, job.ID, e.o.Algorithm)
+	if err != nil {
+		return err
+	}
+	key.Clear() // the signer is all that is needed
+	request, err := csr.New(key.Signer, job.CommonName, job.SANs)
+	if err != nil {
+		return e.refuse(job, key, err)
+	}
+	err = e.o.Plane.SubmitCSR(ctx, job.CertificateID, request)
+	if err != nil && final(err) {
+		return e.refuse(job, key, err)
+	}
+	return err
+}
+
+// refuse ends a job whose CSR was not signed.
+func (e *Enroller) refuse(job api.Job, key keystore.Key, cause error) error {
+	// The key of an earlier try may have been signed: its answer may have been
+	// lost. Only one that this very request was the first to use was not.
+	if key.Fresh {
+		if err := e.o.Keys.Discard(job.CertificateID, job.ID); err != nil {
+			e.o.Log.Warn("the key of a refused CSR could not be removed", "job", job.ID, "certificate", job.CertificateID, "error", err)
+		}
+	}
+	return refused(cause)
+}
+
+// check finds out whether a job can ever succeed, before any key is made.
+func check(job api.Job) error {
+	if !api.ValidID(job.ID) {
+		return fmt.Errorf("the job id %.200q is not valid: expected 1 to 128 of A-Z a-z 0-9 . _ -", job.ID)
+	}
+	if !api.ValidID(job.CertificateID) {
+		return fmt.Errorf("the certificate id %.200q is not valid: expected 1 to 128 of A-Z a-z 0-9 . _ -", job.CertificateID)
+	}
+	return csr.Check(job.CommonName, job.SANs)
+}
+
+// final reports whether the control plane certainly did not sign, and will not.
+// An answer that is too large may have been a success.
+func final(err error) bool {
+	_, answered := errors.AsType[*api.StatusError](err)
+	return (answered || errors.Is(err, api.ErrBadID)) && !api.Temporary(err)
 }

@@ -1,14 +1,57 @@
-// Package keystore keeps the private keys of certificates on disk.
+// Package keystore keeps the private keys of certificates on disk, each one
+// until it is certain that nothing needs it any more.
+//
+// A certificate has one current key, which servers may read themselves; a
+// pending key for each job whose CSR may have been signed; and the previous
+// key. Files are named
+//
+//	<certificate>.key                current
+//	<certificate>.<job tag>.pending  made for the CSR of one job
+//	<certificate>.previous           current until the last promotion
+//
+// An attempt to renew never touches the current key. A pending key becomes
+// current only with the certificate that was issued for it, as part of the
+// transaction that installs it.
 package keystore
 
 import (
+	"bytes"
 	"crypto"
 	"errors"
+	"fmt"
+	"io"
+	"io/fs"
 	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/atomicfile"
+	"certctl-agent/internal/csr"
+	"certctl-agent/internal/pemutil"
 )
 
-// ErrNoKey means that no key of the certificate is the one asked for.
-var ErrNoKey = errors.New("no private key matches")
+const (
+	// maxFile bounds what is read as a key. An RSA-16384 key takes 13 KiB.
+	maxFile = 64 << 10
+
+	// maxPending bounds the pending keys of one certificate. A CSR that fails
+	// again and again under new job ids leaves one each time; the one that was
+	// submitted the longest ago goes.
+	maxPending = 32
+
+	// maxPendingTotal bounds those of all certificates: certificate ids come
+	// from the control plane. At the bound no new key is made.
+	maxPendingTotal = 4096
+
+	// FileMode is that of every file with a key, from its creation.
+	FileMode fs.FileMode = 0o600
+)
+
+// ErrNoKey means that the certificate's key is none of those that this agent
+// holds for it.
+var ErrNoKey = errors.New("none of this agent's private keys belongs to the certificate")
 
 // Role says what a key is to its certificate.
 type Role string
@@ -24,45 +67,397 @@ const (
 type Key struct {
 	Role   Role
 	Name   string // of its file
-	PEM    []byte
+	PEM    []byte // in the form that fleets have: SEC1 for ECDSA, PKCS #8 for others
 	Signer crypto.Signer
 	Fresh  bool // made by this very call: no CSR for it has been sent
 }
 
+// Clear overwrites the encoded copy.
+func (k *Key) Clear() { clear(k.PEM) }
+
 // Change is a file of the store and what it is to hold.
 type Change struct {
 	Path string // absolute
-	Data []byte
+	Data []byte // the caller clears it after use
 }
 
-// Store is a key directory.
-type Store struct{}
+// Store is a key directory. It is safe for concurrent use. Names from outside
+// resolve below the directory or not at all.
+type Store struct {
+	dir  string // absolute
+	root *os.Root
+	log  *slog.Logger
+	busy chan struct{} // 1 slot: held by whoever lists and changes pending keys
+}
 
-var errTodo = errors.New("not there yet")
-
-// Open opens the key directory.
-func Open(dir string, log *slog.Logger) (*Store, error) { return nil, errTodo }
+// Open opens the key directory, made if missing, and closes it to others. Only
+// the process that holds the agent's lock may open it: it removes temporary
+// files that a crash left.
+func Open(dir string, log *slog.Logger) (*Store, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, fmt.Errorf("open the key directory: %w", err)
+	}
+	if err := makeDir(dir); err != nil {
+		return nil, fmt.Errorf("make the key directory: %w", err)
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, fmt.Errorf("open the key directory: %w", err)
+	}
+	s := &Store{dir: dir, root: root, log: log, busy: make(chan struct{}, 1)}
+	if err := s.tighten(); err != nil {
+		root.Close()
+		return nil, err
+	}
+	if err := atomicfile.Sweep(root); err != nil {
+		root.Close()
+		return nil, fmt.Errorf("remove temporary files from the key directory: %w", err)
+	}
+	return s, nil
+}
 
 // Close releases the directory.
-func (s *Store) Close() error { return nil }
+func (s *Store) Close() error { return s.root.Close() }
+
+// makeDir makes dir and what is missing above it, durably: a directory that a
+// power failure takes away takes the keys in it along.
+func makeDir(dir string) error {
+	if _, err := os.Stat(dir); err == nil || !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	parent := filepath.Dir(dir)
+	if parent != dir {
+		if err := makeDir(parent); err != nil {
+			return err
+		}
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	root, err := os.OpenRoot(parent)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	return atomicfile.SyncDir(root, ".")
+}
+
+// tighten takes access to the directory from everybody else. A volume whose
+// group is set from outside, as Kubernetes does, may refuse that.
+func (s *Store) tighten() error {
+	info, err := s.root.Stat(".")
+	if err != nil {
+		return fmt.Errorf("look at the key directory: %w", err)
+	}
+	was := info.Mode().Perm()
+	if was&0o077 == 0 {
+		return nil
+	}
+	refusal := s.root.Chmod(".", 0o700)
+	if info, err = s.root.Stat("."); err != nil {
+		return fmt.Errorf("look at the key directory: %w", err)
+	}
+	// Some file systems accept the change and ignore it.
+	is := info.Mode().Perm()
+	if refusal == nil {
+		refusal = errors.New("the file system ignores it")
+	}
+	switch {
+	case is&0o077 == 0:
+		s.log.Warn("the key directory was open to others and has been closed", "dir", s.dir, "was", was.String(), "is", is.String())
+	case is&0o007 == 0:
+		s.log.Warn("the group has access to the key directory, and that cannot be changed", "dir", s.dir, "mode", is.String(), "error", refusal)
+	default:
+		return fmt.Errorf("everybody has access to the key directory %s (%v), and that cannot be changed: %w; run chmod 0700 on it", s.dir, is, refusal)
+	}
+	return nil
+}
+
+// hold waits until nobody else changes pending keys.
+func (s *Store) hold() (release func()) {
+	s.busy <- struct{}{}
+	return func() { <-s.busy }
+}
 
 // Path is where the current key of a certificate is.
-func (s *Store) Path(certID string) string { return "" }
+func (s *Store) Path(certID string) string { return filepath.Join(s.dir, certID+currentExt) }
 
-// Pending returns the key for the CSR of one job.
-func (s *Store) Pending(certID, jobID, algorithm string) (Key, error) { return Key{}, errTodo }
+// Pending returns the key for the CSR of one job: the one made for it before,
+// or else a new one of the given algorithm. It is on disk, and the one of its
+// certificate that was submitted last, when Pending returns.
+func (s *Store) Pending(certID, jobID, algorithm string) (Key, error) {
+	if err := checkIDs(certID, jobID); err != nil {
+		return Key{}, err
+	}
+	key, err := s.reuse(certID, jobID)
+	if err == nil || !errors.Is(err, fs.ErrNotExist) {
+		return key, err
+	}
+	// Not under the lock: an RSA key can take seconds to make.
+	signer, err := csr.GenerateKey(algorithm)
+	if err != nil {
+		return Key{}, fmt.Errorf("make a private key: %w", err)
+	}
+	return s.keep(certID, jobID, signer)
+}
 
-// Discard removes a key that was never signed.
-func (s *Store) Discard(certID, jobID string) error { return errTodo }
+// reuse returns the key that a job has already. fs.ErrNotExist: none.
+func (s *Store) reuse(certID, jobID string) (Key, error) {
+	defer s.hold()()
+	name := pendingName(certID, jobID)
+	p, err := s.readPending(name)
+	if errors.Is(err, errDamaged) {
+		// It was whole when its CSR was sent, so no crash of ours did this. The
+		// key is lost whether or not it was signed; the job is here again, so
+		// the control plane waits for a CSR, and only a new key can make one.
+		s.log.Error("a pending key is damaged: it is set aside and a new one is made; a certificate issued for it cannot be deployed",
+			"file", name, "error", err)
+		if err := s.root.Rename(name, name+damagedExt); err != nil {
+			return Key{}, fmt.Errorf("set aside the damaged key %s: %w", name, err)
+		}
+		return Key{}, fs.ErrNotExist
+	}
+	if err != nil {
+		return Key{}, err
+	}
+	all, _, err := s.pending(certID)
+	if err != nil {
+		return Key{}, err
+	}
+	if all[len(all)-1].name != name {
+		if p.sequence, err = nextSequence(all); err != nil {
+			return Key{}, err
+		}
+		if err := s.writePending(p); err != nil {
+			return Key{}, err
+		}
+	}
+	return p.key()
+}
 
-// Find returns the key of a certificate by its public key.
-func (s *Store) Find(certID string, public crypto.PublicKey) (Key, error) { return Key{}, errTodo }
+// keep writes a new pending key.
+func (s *Store) keep(certID, jobID string, signer crypto.Signer) (Key, error) {
+	defer s.hold()()
+	others, total, err := s.pending(certID)
+	if err != nil {
+		return Key{}, err
+	}
+	if total >= maxPendingTotal && len(others) == 0 {
+		return Key{}, fmt.Errorf("the key directory %s holds %d pending keys, its limit: find out why so many CSRs are not signed, then remove *%s files", s.dir, total, pendingExt)
+	}
+	p := pendingKey{name: pendingName(certID, jobID), signer: signer}
+	if p.sequence, err = nextSequence(others); err != nil {
+		return Key{}, err
+	}
+	if err := s.writePending(p); err != nil {
+		return Key{}, err
+	}
+	surplus := len(others) + 1 - maxPending
+	if total >= maxPendingTotal {
+		surplus = max(surplus, 1)
+	}
+	for _, old := range others[:max(surplus, 0)] {
+		s.log.Warn("there are too many pending keys: of this certificate, the one whose CSR was sent the longest ago is removed",
+			"certificate", certID, "file", old.name, "limit", maxPending, "limit_in_all", maxPendingTotal)
+		if err := s.remove(old.name); err != nil {
+			return Key{}, fmt.Errorf("remove a pending key: %w", err)
+		}
+	}
+	key, err := p.key()
+	key.Fresh = true
+	return key, err
+}
 
-// Promotion lists what makes key the current one.
-func (s *Store) Promotion(certID string, key Key) ([]Change, error) { return nil, errTodo }
+// Discard removes the pending key of a job. Only for a key whose CSR was
+// certainly not signed.
+func (s *Store) Discard(certID, jobID string) error {
+	if err := checkIDs(certID, jobID); err != nil {
+		return err
+	}
+	defer s.hold()()
+	if err := s.remove(pendingName(certID, jobID)); err != nil {
+		return fmt.Errorf("discard a pending key: %w", err)
+	}
+	return nil
+}
 
-// Promote makes key the current one.
-func (s *Store) Promote(certID string, key Key) error { return errTodo }
+// Find returns the key of a certificate that has the given public key. The
+// error is ErrNoKey when every key could be read and none has.
+func (s *Store) Find(certID string, public crypto.PublicKey) (Key, error) {
+	if !api.ValidID(certID) {
+		return Key{}, fmt.Errorf("certificate id %.200q is not valid", certID)
+	}
+	defer s.hold()()
+	var looked []string
+	var unreadable []error
+	for _, role := range []Role{Current, Previous} {
+		key, err := s.read(certID, role)
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			continue
+		case err != nil:
+			unreadable = append(unreadable, err)
+			continue
+		case pemutil.SamePublicKey(key.Signer.Public(), public):
+			return key, nil
+		}
+		key.Clear()
+		looked = append(looked, "the "+string(role)+" one")
+	}
+	pending, _, err := s.pending(certID)
+	if err != nil {
+		return Key{}, err
+	}
+	for _, p := range pending {
+		if p.err != nil {
+			unreadable = append(unreadable, p.err)
+		} else if pemutil.SamePublicKey(p.signer.Public(), public) {
+			return p.key()
+		}
+	}
+	if len(pending) > 0 {
+		looked = append(looked, fmt.Sprintf("%d pending", len(pending)))
+	}
+	if len(unreadable) > 0 {
+		return Key{}, fmt.Errorf("look for the private key of certificate %s: %w", certID, errors.Join(unreadable...))
+	}
+	if len(looked) == 0 {
+		return Key{}, fmt.Errorf("%w: it holds none for this certificate id", ErrNoKey)
+	}
+	return Key{}, fmt.Errorf("%w: compared with %s", ErrNoKey, strings.Join(looked, ", "))
+}
 
-// Prune removes keys that nothing needs any more.
-func (s *Store) Prune(certID string, deployed Key) error { return errTodo }
+// Promotion lists the files that make key the current one, the old current key
+// becoming the previous one, in the order in which they are to be written.
+// Nothing for a key that is current.
+func (s *Store) Promotion(certID string, key Key) ([]Change, error) {
+	if key.Role == Current {
+		return nil, nil
+	}
+	current := Change{Path: s.Path(certID), Data: bytes.Clone(key.PEM)}
+	old, err := s.read(certID, Current)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return []Change{current}, nil
+	case err != nil:
+		// Damaged: it must not push out a previous key that is whole.
+		s.log.Error("the current key cannot be read: it is replaced and not kept as the previous one", "certificate", certID, "error", err)
+		return []Change{current}, nil
+	}
+	previous := Change{Path: filepath.Join(s.dir, certID+previousExt), Data: old.PEM}
+	return []Change{previous, current}, nil
+}
+
+// Promote makes key the current one at once, for a certificate that this agent
+// installs nowhere. A crash at any point loses no key.
+func (s *Store) Promote(certID string, key Key) error {
+	if key.Role == Previous {
+		// Its file is about to hold the current key. Prune removes the copy;
+		// no CSR was sent before that of sequence 0, so it removes nothing else.
+		copied := pendingKey{name: pendingName(certID, ""), signer: key.Signer}
+		if err := s.writePending(copied); err != nil {
+			return err
+		}
+	}
+	changes, err := s.Promotion(certID, key)
+	if err != nil {
+		return err
+	}
+	for _, change := range changes {
+		err := atomicfile.WriteFile(s.root, filepath.Base(change.Path), change.Data, FileMode)
+		clear(change.Data)
+		if err != nil {
+			return fmt.Errorf("make the %s key of certificate %s the current one: %w", key.Role, certID, err)
+		}
+	}
+	return nil
+}
+
+// Prune removes what a deployed certificate makes superfluous: its own key from
+// among the pending ones, now that it is current, and every pending key whose
+// CSR was sent before its.
+func (s *Store) Prune(certID string, deployed Key) error {
+	defer s.hold()()
+	pending, _, err := s.pending(certID)
+	if err != nil {
+		return err
+	}
+	var done *pendingKey
+	for i, p := range pending {
+		if p.err == nil && pemutil.SamePublicKey(p.signer.Public(), deployed.Signer.Public()) {
+			done = &pending[i]
+		}
+	}
+	if done == nil {
+		return nil
+	}
+	// Its own goes last: as long as it is there, a crash leaves something to
+	// find the others by.
+	for _, p := range pending {
+		if p.sequence < done.sequence && (p.err == nil || errors.Is(p.err, errDamaged)) {
+			err = errors.Join(err, s.remove(p.name))
+		}
+	}
+	if err == nil {
+		err = s.remove(done.name)
+	}
+	if err != nil {
+		return fmt.Errorf("remove pending keys of certificate %s: %w", certID, err)
+	}
+	return nil
+}
+
+// remove removes a pending key and what was set aside under its name.
+func (s *Store) remove(name string) error {
+	for _, name := range []string{name + damagedExt, name} {
+		if err := atomicfile.Remove(s.root, name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+// read reads the current or the previous key, whatever its form.
+func (s *Store) read(certID string, role Role) (Key, error) {
+	name := certID + currentExt
+	if role == Previous {
+		name = certID + previousExt
+	}
+	data, err := s.readFile(name)
+	if err != nil {
+		return Key{}, fmt.Errorf("read the %s key: %w", role, err)
+	}
+	signer, err := pemutil.ParseKey(data)
+	if err != nil {
+		clear(data)
+		return Key{}, fmt.Errorf("read the %s key %s: %w", role, filepath.Join(s.dir, name), err)
+	}
+	return Key{Role: role, Name: name, PEM: data, Signer: signer}, nil
+}
+
+// readFile reads a regular file: a pipe in its place would hang the agent.
+func (s *Store) readFile(name string) ([]byte, error) {
+	info, err := s.root.Stat(name)
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() || info.Size() > maxFile {
+		return nil, fmt.Errorf("%s is no regular file of at most %d bytes", filepath.Join(s.dir, name), maxFile)
+	}
+	file, err := s.root.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	return io.ReadAll(io.LimitReader(file, maxFile))
+}
+
+func checkIDs(certID, jobID string) error {
+	for _, id := range []string{certID, jobID} {
+		if !api.ValidID(id) {
+			return fmt.Errorf("id %.200q is not valid", id)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,651 @@
+package deploy
+
+import (
+	"bytes"
+	"context"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/keystore"
+	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/target"
+	"certctl-agent/internal/testca"
+	"certctl-agent/internal/tlsprobe"
+)
+
+// world is everything that a Deployer meets, faked but for the key store.
+type world struct {
+	t       *testing.T
+	options Options
+	keys    *keystore.Store
+	ca      *testca.CA
+	log     bytes.Buffer
+
+	mu        sync.Mutex
+	certs     map[string][]byte // by certificate id: what the control plane has
+	fetchErr  error
+	statusErr error
+	statuses  []string // reported, as job=status
+
+	deploy    func(ctx context.Context, m *target.Material) (target.Result, error)
+	installed []string // targets, in order
+	material  *target.Material
+}
+
+func newWorld(t *testing.T) *world {
+	t.Helper()
+	w := &world{t: t, ca: testca.Must(t), certs: make(map[string][]byte)}
+	log := slog.New(slog.NewTextHandler(&w.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	var err error
+	if w.keys, err = keystore.Open(t.TempDir(), log); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { w.keys.Close() })
+	w.deploy = func(context.Context, *target.Material) (target.Result, error) { return target.Result{}, nil }
+	w.options = Options{
+		Plane:      w,
+		Keys:       w.keys,
+		Connectors: map[string]target.Factory{"NGINX": w.connector, "Apache": w.connector},
+		Overlays:   target.OpenOverlays(t.TempDir()),
+		Policy:     &target.Policy{},
+		Log:        log,
+	}
+	return w
+}
+
+// Certificate is the control plane's.
+func (w *world) Certificate(ctx context.Context, certID string) ([]byte, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.certs[certID], w.fetchErr
+}
+
+// ReportStatus is the control plane's.
+func (w *world) ReportStatus(ctx context.Context, job string, s api.JobStatus) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.statuses = append(w.statuses, job+"="+s.Status)
+	return w.statusErr
+}
+
+func (w *world) connector(p target.Params) (target.Connector, error) {
+	var config struct {
+		Path string `json:"cert_path"`
+	}
+	if err := p.Config.Decode(&config); err != nil {
+		return nil, err
+	}
+	return &connector{w, p.TargetID}, nil
+}
+
+// connector puts the key files in place, as a transaction does, and leaves the
+// rest to world.deploy.
+type connector struct {
+	w  *world
+	id string
+}
+
+func (c *connector) Deploy(ctx context.Context, m *target.Material) (target.Result, error) {
+	c.w.mu.Lock()
+	c.w.material = m
+	c.w.installed = append(c.w.installed, c.id)
+	c.w.mu.Unlock()
+	result, err := c.w.deploy(ctx, m)
+	for _, file := range m.KeyFiles {
+		if err == nil {
+			err = os.WriteFile(file.Path, file.Data, *file.Mode)
+		}
+	}
+	return result, err
+}
+
+// renew makes a new key and a certificate for it.
+func (w *world) renew(certID string, template testca.Template) *testca.Issued {
+	w.t.Helper()
+	key, err := w.keys.Pending(certID, fmt.Sprint("csr-", time.Now().UnixNano()), "ecdsa-p256")
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	template.PublicKey = key.Signer.Public()
+	return w.issue(certID, template)
+}
+
+func (w *world) issue(certID string, template testca.Template) *testca.Issued {
+	w.t.Helper()
+	issued, err := w.ca.Issue(template)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.certs[certID] = issued.PEM()
+	return issued
+}
+
+func job(config string) api.Job {
+	return api.Job{ID: "job-1", Type: api.TypeDeployment, Status: api.StatusRunning, CertificateID: "cert-1",
+		TargetID: "target-1", TargetType: "NGINX", TargetConfig: json.RawMessage(config)}
+}
+
+func (w *world) run(j api.Job) Outcome {
+	w.t.Helper()
+	outcome, err := New(w.options).Deploy(w.t.Context(), w.t.Context(), j)
+	if err != nil {
+		w.t.Fatalf("temporary error: %v", err)
+	}
+	return outcome
+}
+
+// role is that of the certificate's key now.
+func (w *world) role(leaf *x509.Certificate) keystore.Role {
+	key, _ := w.keys.Find("cert-1", leaf.PublicKey)
+	return key.Role
+}
+
+func TestCompleted(t *testing.T) {
+	w := newWorld(t)
+	first := w.renew("cert-1", testca.Template{CommonName: "web.example.org", Intermediates: 1})
+	w.deploy = func(context.Context, *target.Material) (target.Result, error) {
+		return target.Result{Warnings: []string{"a chain file was left"}}, nil
+	}
+	got := w.run(job(`{"cert_path":"/x","surprise":1}`))
+	if got.Status != api.StatusCompleted || got.Error != "" || got.Unchanged || got.Broken || got.Verification != nil {
+		t.Errorf("outcome %+v", got)
+	}
+	if got.CommonName != "web.example.org" || !got.NotAfter.Equal(first.Leaf.NotAfter) || got.Fingerprint != pemutil.Fingerprint(first.Leaf) {
+		t.Errorf("certificate in the outcome: %+v", got)
+	}
+	m := w.material
+	if !m.Leaf.Equal(first.Leaf) || len(m.Chain) != 2 || m.KeyPath != w.keys.Path("cert-1") || len(m.KeyFiles) != 1 || m.KeyFiles[0].Kind != target.StoreFile {
+		t.Errorf("material %+v", m)
+	}
+	if bytes.ContainsFunc(m.KeyPEM, func(r rune) bool { return r != 0 }) {
+		t.Error("the key was not cleared after use")
+	}
+	if got := w.role(first.Leaf); got != keystore.Current {
+		t.Errorf("the key is %q, want current", got)
+	}
+	if want := []string{"job-1=Running"}; !slices.Equal(w.statuses, want) {
+		t.Errorf("reported %v, want %v", w.statuses, want)
+	}
+	for _, want := range []string{"a chain file was left", "surprise"} {
+		if !strings.Contains(w.log.String(), want) {
+			t.Errorf("the log lacks %q: %s", want, &w.log)
+		}
+	}
+
+	// The next round keeps the key before as the previous one.
+	second := w.renew("cert-1", testca.Template{})
+	w.run(job(`{}`))
+	if len(w.material.KeyFiles) != 2 {
+		t.Errorf("key files: %+v", w.material.KeyFiles)
+	}
+	if a, b := w.role(first.Leaf), w.role(second.Leaf); a != keystore.Previous || b != keystore.Current {
+		t.Errorf("roles %q, %q, want previous, current", a, b)
+	}
+
+	w.deploy = func(context.Context, *target.Material) (target.Result, error) {
+		return target.Result{Unchanged: true}, nil
+	}
+	if got := w.run(job(`{}`)); !got.Unchanged || got.Status != api.StatusCompleted || len(w.material.KeyFiles) != 0 {
+		t.Errorf("the same once more: %+v, key files %v", got, w.material.KeyFiles)
+	}
+}
+
+// TestRefusedBeforeTouching lists what ends a job without any change.
+func TestRefusedBeforeTouching(t *testing.T) {
+	tests := []struct {
+		name   string
+		change func(*world, *api.Job)
+		want   string
+	}{
+		{"certificate id", func(w *world, j *api.Job) { j.CertificateID = "../../evil" }, "certificate id"},
+		{"target id", func(w *world, j *api.Job) { j.TargetID = "a/b" }, "target id"},
+		{"no target", func(w *world, j *api.Job) { j.TargetID = "" }, "target id"},
+		{"unknown type", func(w *world, j *api.Job) { j.TargetType = "nginx" }, `"nginx" is unknown (case matters); this agent version supports Apache, NGINX`},
+		{"remote type", func(w *world, j *api.Job) { j.TargetType = "F5" }, "target type F5 is not supported by this agent version"},
+		{"config", func(w *world, j *api.Job) { j.TargetConfig = json.RawMessage(`[]`) }, "object"},
+		{"common key", func(w *world, j *api.Job) { j.TargetConfig = json.RawMessage(`{"port":99999}`) }, "port"},
+		{"masked", func(w *world, j *api.Job) { j.TargetConfig = json.RawMessage(`{"cert_path":["x"]}`) }, "cert_path"},
+		{"pinned type", func(w *world, j *api.Job) {
+			dir := w.t.TempDir()
+			if err := os.WriteFile(filepath.Join(dir, "target-1.json"), []byte(`{"target_type":"Apache"}`), 0o600); err != nil {
+				w.t.Fatal(err)
+			}
+			w.options.Overlays = target.OpenOverlays(dir)
+		}, "Apache"},
+		{"pinned type, empty type", func(w *world, j *api.Job) {
+			dir := w.t.TempDir()
+			if err := os.WriteFile(filepath.Join(dir, "target-1.json"), []byte(`{"target_type":"Apache"}`), 0o600); err != nil {
+				w.t.Fatal(err)
+			}
+			w.options.Overlays = target.OpenOverlays(dir)
+			j.TargetType = ""
+		}, "Apache"},
+		{"not found", func(w *world, j *api.Job) {
+			w.fetchErr = &api.StatusError{Call: "certificate", Status: http.StatusNotFound, Body: "no such certificate"}
+		}, "no such certificate"},
+		{"too large", func(w *world, j *api.Job) { w.fetchErr = api.ErrTooLarge }, "larger"},
+		{"no PEM", func(w *world, j *api.Job) { w.certs["cert-1"] = []byte("hello") }, "CERTIFICATE"},
+		{"a key in it", func(w *world, j *api.Job) {
+			other := w.issue("other", testca.Template{})
+			w.certs["cert-1"] = append(w.certs["cert-1"], other.KeyPEM()...)
+		}, "PRIVATE KEY"},
+		{"unrelated chain", func(w *world, j *api.Job) {
+			w.certs["cert-1"] = append(w.certs["cert-1"], testca.Must(w.t).PEM()...)
+		}, "chain"},
+		{"another agent's", func(w *world, j *api.Job) { w.issue("cert-1", testca.Template{}) },
+			"certificate cert-1 cannot be deployed here, and nothing was touched"},
+		{"expired", func(w *world, j *api.Job) {
+			w.renew("cert-1", testca.Template{NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(-time.Second)})
+		}, "expired"},
+		{"long ahead", func(w *world, j *api.Job) {
+			w.renew("cert-1", testca.Template{NotBefore: time.Now().Add(6 * time.Minute)})
+		}, "not valid before"},
+		{"long text", func(w *world, j *api.Job) {
+			w.fetchErr = &api.StatusError{Call: "certificate", Status: 400, Body: strings.Repeat("\x1b[31m", 2000)}
+		}, "answered 400"},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			w := newWorld(t)
+			w.renew("cert-1", testca.Template{})
+			j := job(`{}`)
+			test.change(w, &j)
+			before := files(t, w)
+			got := w.run(j)
+			if got.Status != api.StatusFailed || got.Broken || !strings.Contains(got.Error, test.want) {
+				t.Errorf("outcome %+v, want an error with %q", got, test.want)
+			}
+			if len(got.Error) > maxError || strings.ContainsRune(got.Error, 0x1b) || strings.Contains(got.Error, "BEGIN") {
+				t.Errorf("the error is not fit to be sent: %q", got.Error)
+			}
+			if len(w.installed) > 0 || !slices.Equal(files(t, w), before) {
+				t.Errorf("touched: targets %v, keys %v, before %v", w.installed, files(t, w), before)
+			}
+		})
+	}
+}
+
+func files(t *testing.T, w *world) []string {
+	t.Helper()
+	list, err := filepath.Glob(filepath.Dir(w.keys.Path("x")) + "/*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return list
+}
+
+func TestAnotherAgentsCertificate(t *testing.T) {
+	w := newWorld(t)
+	w.issue("cert-1", testca.Template{})
+	got := w.run(job(`{}`))
+	for _, want := range []string{"cert-1", "another agent", "none"} {
+		if !strings.Contains(got.Error, want) {
+			t.Errorf("the error %q lacks %q", got.Error, want)
+		}
+	}
+}
+
+func TestTemporary(t *testing.T) {
+	for name, cause := range map[string]error{
+		"network": errors.New("connection reset"),
+		"server":  &api.StatusError{Status: 503},
+		"limit":   &api.StatusError{Status: 429, RetryAfter: time.Second},
+		"gone":    &api.StatusError{Status: 410},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			w.renew("cert-1", testca.Template{})
+			w.fetchErr = cause
+			outcome, err := New(w.options).Deploy(t.Context(), t.Context(), job(`{}`))
+			if !errors.Is(err, cause) || outcome.Status != "" {
+				t.Errorf("got %+v, %v, want the error", outcome, err)
+			}
+			if api.RetryAfter(err) != api.RetryAfter(cause) {
+				t.Errorf("Retry-After is lost: %v", err)
+			}
+		})
+	}
+}
+
+func TestStopping(t *testing.T) {
+	w := newWorld(t)
+	w.renew("cert-1", testca.Template{})
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := New(w.options).Deploy(ctx, t.Context(), job(`{}`)); !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v, want cancelled", err)
+	}
+	if len(w.installed) > 0 {
+		t.Error("a transaction was begun by an agent that stops")
+	}
+	// Once begun, the transaction does not end with the calls.
+	ctx, cancel = context.WithCancel(t.Context())
+	w.deploy = func(work context.Context, m *target.Material) (target.Result, error) {
+		cancel()
+		return target.Result{}, work.Err()
+	}
+	if got, err := New(w.options).Deploy(ctx, t.Context(), job(`{}`)); err != nil || got.Status != api.StatusCompleted {
+		t.Errorf("got %+v, %v", got, err)
+	}
+}
+
+// TestNotYetValid waits for a certificate that a clock slightly ahead of this
+// one has stamped.
+func TestNotYetValid(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		began := time.Now()
+		w.renew("cert-1", testca.Template{NotBefore: began.Add(3 * time.Minute)})
+
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		if _, err := New(w.options).Deploy(ctx, t.Context(), job(`{}`)); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("got %v, want an end of the wait", err)
+		}
+		if got := w.run(job(`{}`)); got.Status != api.StatusCompleted || got.Duration != 2*time.Minute {
+			t.Errorf("outcome %+v", got)
+		}
+		if got, want := time.Since(began), 3*time.Minute; got != want {
+			t.Errorf("took %v, want %v", got, want)
+		}
+	})
+}
+
+func TestChain(t *testing.T) {
+	for _, drop := range []bool{false, true} {
+		w := newWorld(t)
+		issued := w.renew("cert-1", testca.Template{Intermediates: 2})
+		chain := issued.Chain
+		w.certs["cert-1"] = pemutil.EncodeCertificates(chain[0], chain[3], chain[2], chain[1])
+		w.run(job(fmt.Sprintf(`{"drop_root":%v}`, drop)))
+		want := chain[1:]
+		if drop {
+			want = chain[1:3]
+		}
+		if !slices.EqualFunc(w.material.Chain, want, (*x509.Certificate).Equal) {
+			t.Errorf("drop_root %v: the chain has %d certificates in another order, want %d", drop, len(w.material.Chain), len(want))
+		}
+	}
+}
+
+func TestNothingToInstall(t *testing.T) {
+	for _, id := range []string{"", "target-1"} {
+		w := newWorld(t)
+		w.options.Verify = true
+		old := w.renew("cert-1", testca.Template{})
+		w.run(job(`{}`))
+		issued := w.renew("cert-1", testca.Template{})
+		j := job(`{"host":"localhost"}`)
+		j.TargetType, j.TargetID = "", id
+		if got := w.run(j); got.Status != api.StatusCompleted || got.Verification != nil || got.Fingerprint != pemutil.Fingerprint(issued.Leaf) {
+			t.Errorf("outcome %+v", got)
+		}
+		if len(w.installed) != 1 {
+			t.Errorf("installed on %v", w.installed[1:])
+		}
+		if a, b := w.role(old.Leaf), w.role(issued.Leaf); a != keystore.Previous || b != keystore.Current {
+			t.Errorf("roles %q, %q, want previous, current", a, b)
+		}
+	}
+}
+
+func TestConnectorFails(t *testing.T) {
+	tests := []struct {
+		name   string
+		deploy func(context.Context, *target.Material) (target.Result, error)
+		want   string
+		broken bool
+	}{
+		{"rolled back", func(context.Context, *target.Material) (target.Result, error) {
+			return target.Result{}, errors.New("reload failed: exit status 1; the previous certificate is back in place")
+		}, "reload failed", false},
+		{"not rolled back", func(context.Context, *target.Material) (target.Result, error) {
+			return target.Result{}, &target.BrokenError{Cause: errors.New("reload"), Rollback: errors.New("disk"), Backups: "/b"}
+		}, "needs a person", true},
+		{"panic", func(context.Context, *target.Material) (target.Result, error) {
+			var m map[string]int
+			m["x"] = 1
+			return target.Result{}, nil
+		}, "internal error", true},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			w := newWorld(t)
+			issued := w.renew("cert-1", testca.Template{})
+			w.deploy = test.deploy
+			d := New(w.options)
+			for range 2 { // the second shows that the locks are free
+				got, err := d.Deploy(t.Context(), t.Context(), job(`{}`))
+				if err != nil || got.Status != api.StatusFailed || got.Broken != test.broken || !strings.Contains(got.Error, test.want) {
+					t.Errorf("outcome %+v, %v", got, err)
+				}
+			}
+			if got := w.role(issued.Leaf); got != keystore.Pending {
+				t.Errorf("the key is %q, want still pending", got)
+			}
+			if test.name == "panic" && !strings.Contains(w.log.String(), "deploy_test.go") {
+				t.Errorf("no stack in the log: %s", &w.log)
+			}
+		})
+	}
+}
+
+// TestTargetsOfOneCertificate deploys to three at once: one promotes the key
+// alone, the others then run beside each other.
+func TestTargetsOfOneCertificate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		old := w.renew("cert-1", testca.Template{})
+		w.run(job(`{}`))
+		issued := w.renew("cert-1", testca.Template{})
+		w.installed = nil
+		promotions := 0
+		w.deploy = func(ctx context.Context, m *target.Material) (target.Result, error) {
+			w.mu.Lock()
+			if len(m.KeyFiles) > 0 {
+				promotions++
+			}
+			w.mu.Unlock()
+			time.Sleep(time.Minute)
+			return target.Result{}, nil
+		}
+		d := New(w.options)
+		began := time.Now()
+		var group sync.WaitGroup
+		for i := range 3 {
+			group.Go(func() {
+				j := job(`{}`)
+				j.ID, j.TargetID = fmt.Sprint("job-", i), fmt.Sprint("target-", i)
+				if got, err := d.Deploy(t.Context(), t.Context(), j); err != nil || got.Status != api.StatusCompleted {
+					t.Errorf("%s: %+v, %v", j.ID, got, err)
+				}
+			})
+		}
+		group.Wait()
+		if got, want := time.Since(began), 2*time.Minute; got != want {
+			t.Errorf("took %v, want %v", got, want)
+		}
+		if promotions != 1 || len(w.installed) != 3 {
+			t.Errorf("%d promotions on %v, want 1 on three", promotions, w.installed)
+		}
+		if a, b := w.role(old.Leaf), w.role(issued.Leaf); a != keystore.Previous || b != keystore.Current {
+			t.Errorf("roles %q, %q, want previous, current", a, b)
+		}
+	})
+}
+
+func TestOneAtATimeForEachTarget(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.deploy = func(ctx context.Context, m *target.Material) (target.Result, error) {
+			time.Sleep(time.Minute)
+			return target.Result{}, nil
+		}
+		d := New(w.options)
+		began := time.Now()
+		var group sync.WaitGroup
+		for i, id := range []string{"target-1", "target-1", "target-2"} {
+			j := job(`{}`)
+			j.ID, j.CertificateID, j.TargetID = fmt.Sprint("job-", i), fmt.Sprint("cert-", i), id
+			w.renew(j.CertificateID, testca.Template{})
+			group.Go(func() {
+				if got, err := d.Deploy(t.Context(), t.Context(), j); err != nil || got.Status != api.StatusCompleted {
+					t.Errorf("%s: %+v, %v", j.ID, got, err)
+				}
+			})
+		}
+		group.Wait()
+		if got, want := time.Since(began), 2*time.Minute; got != want {
+			t.Errorf("took %v, want %v", got, want)
+		}
+	})
+}
+
+func TestRunningIsRefused(t *testing.T) {
+	w := newWorld(t)
+	w.renew("cert-1", testca.Template{})
+	w.statusErr = &api.StatusError{Call: "job status", Status: http.StatusGone}
+	var heard error
+	w.options.Heard = func(call string, err error) { heard = err }
+	if got := w.run(job(`{}`)); got.Status != api.StatusCompleted {
+		t.Errorf("outcome %+v", got)
+	}
+	if !errors.Is(heard, api.ErrGone) {
+		t.Errorf("heard %v, want ErrGone", heard)
+	}
+	w.options.Heard = nil
+	if got := w.run(job(`{}`)); got.Status != api.StatusCompleted {
+		t.Errorf("with nobody listening: %+v", got)
+	}
+}
+
+func TestVerification(t *testing.T) {
+	unreachable := errors.New("connection refused \x1b[31m")
+	tests := []struct {
+		name   string
+		config string
+		off    bool
+		// serves answers for the moment after the deployment; "new" stands for
+		// the deployed certificate.
+		serves func(after time.Duration) (string, error)
+		took   time.Duration
+		want   *api.Verification // without the target and the expected one
+	}{
+		{name: "no host", config: `{"port":443}`},
+		{name: "off", config: `{"host":"localhost"}`, off: true},
+		{name: "at once", config: `{"host":"localhost"}`,
+			serves: func(time.Duration) (string, error) { return "new", nil },
+			want:   &api.Verification{ActualFingerprint: "new", Verified: true}},
+		{name: "after a while", config: `{"address":"localhost"}`,
+			serves: func(after time.Duration) (string, error) {
+				switch {
+				case after < time.Second:
+					return "old", nil
+				case after < 2*time.Second:
+					return "", unreachable
+				}
+				return "new", nil
+			},
+			took: 2 * time.Second,
+			want: &api.Verification{ActualFingerprint: "new", Verified: true}},
+		{name: "another one", config: `{"host":"localhost"}`,
+			serves: func(time.Duration) (string, error) { return "old", nil },
+			took:   verifyBudget,
+			want:   &api.Verification{ActualFingerprint: "old"}},
+		{name: "gone in the end", config: `{"host":"localhost"}`,
+			serves: func(after time.Duration) (string, error) {
+				if after < 3*time.Second {
+					return "old", nil
+				}
+				return "", unreachable
+			},
+			took: verifyBudget,
+			want: &api.Verification{ActualFingerprint: "unreachable", Error: "connection refused \uFFFD[31m"}},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				issued := w.renew("cert-1", testca.Template{})
+				fingerprint := pemutil.Fingerprint(issued.Leaf)
+				var began time.Time
+				w.deploy = func(context.Context, *target.Material) (target.Result, error) {
+					began = time.Now()
+					return target.Result{}, nil
+				}
+				w.options.Verify = !test.off
+				w.options.Probe = func(ctx context.Context, endpoint tlsprobe.Endpoint) (tlsprobe.Result, error) {
+					if endpoint.Address != "localhost:443" || endpoint.ServerName != "localhost" {
+						t.Errorf("probed %+v", endpoint)
+					}
+					got, err := test.serves(time.Since(began))
+					return tlsprobe.Result{Fingerprint: strings.Replace(got, "new", fingerprint, 1)}, err
+				}
+				got := w.run(job(test.config))
+				if got.Status != api.StatusCompleted {
+					t.Errorf("outcome %+v", got)
+				}
+				if took := time.Since(began); took != test.took {
+					t.Errorf("took %v, want %v", took, test.took)
+				}
+				if (got.Verification == nil) != (test.want == nil) {
+					t.Fatalf("got %+v, want %+v", got.Verification, test.want)
+				}
+				if test.want == nil {
+					return
+				}
+				test.want.TargetID, test.want.ExpectedFingerprint = "target-1", fingerprint
+				test.want.ActualFingerprint = strings.Replace(test.want.ActualFingerprint, "new", fingerprint, 1)
+				if *got.Verification != *test.want {
+					t.Errorf("got %+v, want %+v", got.Verification, test.want)
+				}
+			})
+		})
+	}
+}
+
+// TestVerificationIsCut ends a look that hangs, and has nothing to say when the
+// agent stops meanwhile.
+func TestVerificationIsCut(t *testing.T) {
+	for _, stops := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(t)
+			w.renew("cert-1", testca.Template{})
+			w.options.Verify = true
+			work, stop := context.WithCancel(t.Context())
+			defer stop()
+			w.options.Probe = func(ctx context.Context, _ tlsprobe.Endpoint) (tlsprobe.Result, error) {
+				if stops {
+					stop()
+				}
+				<-ctx.Done()
+				return tlsprobe.Result{}, ctx.Err()
+			}
+			got, err := New(w.options).Deploy(t.Context(), work, job(`{"host":"localhost"}`))
+			if err != nil || got.Status != api.StatusCompleted {
+				t.Fatalf("got %+v, %v", got, err)
+			}
+			if v := got.Verification; stops != (v == nil) || v != nil && (v.ActualFingerprint != api.Unreachable || v.Error == "") {
+				t.Errorf("agent stops: %v, report %+v", stops, v)
+			}
+		})
+	}
+}

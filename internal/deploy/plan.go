@@ -1,0 +1,138 @@
+package deploy
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/keystore"
+	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/target"
+)
+
+// maxSkew is how far ahead a certificate's not-before may be: a signer stamps
+// the present, and this host's clock may be late by that much.
+const maxSkew = 5 * time.Minute
+
+// remoteTypes exist on the control plane. An agent that has no connector for
+// one says so, which is another thing than a name that nobody knows.
+var remoteTypes = []string{"F5", "SSH", "JavaKeystore", "KubernetesSecrets", "AWSACM", "AzureKeyVault", "IIS", "WinCertStore"}
+
+// plan checks the job and makes its connector. It touches nothing.
+func (a *attempt) plan() error {
+	if !api.ValidID(a.job.CertificateID) {
+		return fmt.Errorf("the certificate id %.200q is not valid: expected 1 to 128 of A-Z a-z 0-9 . _ -", a.job.CertificateID)
+	}
+	if a.job.TargetID == "" && a.job.TargetType == "" {
+		return nil
+	}
+	if !api.ValidID(a.job.TargetID) {
+		return fmt.Errorf("the target id %.200q is not valid: expected 1 to 128 of A-Z a-z 0-9 . _ -", a.job.TargetID)
+	}
+	make, err := a.factory()
+	if err != nil {
+		return err
+	}
+	// Also for an empty type: an overlay may say that it must be another.
+	a.config, err = target.Merge(a.job.TargetConfig, a.job.TargetType, a.job.TargetID, a.o.Overlays)
+	if err != nil || make == nil {
+		return err
+	}
+	a.common, err = target.DecodeCommon(a.config)
+	if err != nil {
+		return err
+	}
+	a.connector, err = make(target.Params{
+		TargetID: a.job.TargetID, Config: a.config, Common: a.common, Policy: a.o.Policy, Log: a.log})
+	if err != nil {
+		return err
+	}
+	if unknown := a.config.Unknown(); len(unknown) > 0 {
+		a.log.Debug("keys of the target config are unknown to this type and ignored", "keys", unknown)
+	}
+	return nil
+}
+
+// factory returns the one of the job's type, nil for the empty type.
+func (a *attempt) factory() (target.Factory, error) {
+	typ := a.job.TargetType
+	if typ == "" || a.o.Connectors[typ] != nil {
+		return a.o.Connectors[typ], nil
+	}
+	if slices.Contains(remoteTypes, typ) {
+		return nil, fmt.Errorf("target type %s is not supported by this agent version", typ)
+	}
+	return nil, fmt.Errorf("target type %.100q is unknown (case matters); this agent version supports %s",
+		typ, strings.Join(slices.Sorted(maps.Keys(a.o.Connectors)), ", "))
+}
+
+// fetch gets the certificate and its chain in order.
+func (a *attempt) fetch(ctx context.Context) (*target.Material, error) {
+	id := a.job.CertificateID
+	data, err := a.o.Plane.Certificate(ctx, id)
+	if err != nil {
+		err = fmt.Errorf("fetch certificate %s: %w", id, err)
+		if api.Temporary(err) {
+			return nil, temporaryError{err}
+		}
+		return nil, err
+	}
+	certs, err := pemutil.ParseCertificates(data)
+	if err != nil {
+		return nil, fmt.Errorf("certificate %s as the control plane sent it: %w", id, err)
+	}
+	leaf := certs[0]
+	chain, err := pemutil.OrderChain(leaf, certs[1:])
+	if err != nil {
+		return nil, fmt.Errorf("the chain of certificate %s: %w", id, err)
+	}
+	if last := len(chain) - 1; a.common.DropRoot && last >= 0 && pemutil.IsSelfSigned(chain[last]) {
+		chain = chain[:last]
+	}
+	a.outcome.CommonName = leaf.Subject.CommonName
+	a.outcome.NotAfter = leaf.NotAfter
+	a.outcome.Fingerprint = pemutil.Fingerprint(leaf)
+	return &target.Material{CertificateID: id, Leaf: leaf, Chain: chain, KeyPath: a.o.Keys.Path(id)}, nil
+}
+
+// findKey finds the private key of the certificate and adds it to m.
+func (a *attempt) findKey(m *target.Material) (keystore.Key, error) {
+	key, err := a.o.Keys.Find(m.CertificateID, m.Leaf.PublicKey)
+	if errors.Is(err, keystore.ErrNoKey) {
+		return key, fmt.Errorf("certificate %s cannot be deployed here, and nothing was touched: %w; it was probably requested by another agent",
+			m.CertificateID, err)
+	}
+	if err != nil {
+		return key, fmt.Errorf("nothing was touched: %w", err)
+	}
+	m.KeyPEM = key.PEM
+	return key, nil
+}
+
+// checkValidity waits for a certificate that is about to become valid.
+func checkValidity(ctx context.Context, leaf *x509.Certificate) error {
+	now := time.Now()
+	if now.After(leaf.NotAfter) {
+		return fmt.Errorf("the certificate expired at %s; nothing was touched", leaf.NotAfter.UTC().Format(time.RFC3339))
+	}
+	wait := leaf.NotBefore.Sub(now)
+	if wait > maxSkew {
+		return fmt.Errorf("the certificate is not valid before %s, which is %s ahead: check this host's clock and the control plane's; nothing was touched",
+			leaf.NotBefore.UTC().Format(time.RFC3339), wait.Round(time.Second))
+	}
+	if wait <= 0 {
+		return nil
+	}
+	select {
+	case <-time.After(wait):
+		return nil
+	case <-ctx.Done():
+		return temporaryError{context.Cause(ctx)}
+	}
+}

@@ -1,0 +1,217 @@
+package enroll
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+	"unicode/utf8"
+
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/keystore"
+	"certctl-agent/internal/pemutil"
+)
+
+// plane answers CSRs with what answer says and remembers their keys.
+type plane struct {
+	mu     sync.Mutex
+	keys   []crypto.PublicKey
+	answer func(ctx context.Context) error
+}
+
+func (p *plane) SubmitCSR(ctx context.Context, certID string, csrPEM []byte) error {
+	block, _ := pem.Decode(csrPEM)
+	request, err := x509.ParseCertificateRequest(block.Bytes)
+	if err != nil {
+		return err
+	}
+	p.mu.Lock()
+	p.keys = append(p.keys, request.PublicKey)
+	p.mu.Unlock()
+	if p.answer == nil {
+		return nil
+	}
+	return p.answer(ctx)
+}
+
+func answers(errs ...error) func(context.Context) error {
+	return func(context.Context) error {
+		err := errs[0]
+		errs = errs[1:]
+		return err
+	}
+}
+
+func newKeys(t *testing.T) *keystore.Store {
+	t.Helper()
+	keys, err := keystore.Open(t.TempDir(), slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { keys.Close() })
+	return keys
+}
+
+func newEnroller(keys Keys, p Plane) *Enroller {
+	return New(Options{Keys: keys, Plane: p, Algorithm: "ecdsa-p256", Log: slog.New(slog.DiscardHandler)})
+}
+
+var job = api.Job{ID: "job-1", Type: api.TypeIssuance, Status: api.StatusAwaitingCSR, CertificateID: "cert-1",
+	CommonName: "web.example.org", SANs: []string{"web.example.org", "127.0.0.1"}}
+
+func TestAnswers(t *testing.T) {
+	network := errors.New("connection reset")
+	status := func(code int) error { return &api.StatusError{Call: "CSR", Status: code, Body: "because"} }
+	tests := []struct {
+		name    string
+		answers []error // to the same job, one after the other
+		refused bool    // by the last
+		kept    bool    // the key
+	}{
+		{"accepted", []error{nil}, false, true},
+		{"refused", []error{status(400)}, true, false},
+		{"unsendable id", []error{api.ErrBadID}, true, false},
+		{"network", []error{network}, false, true},
+		{"server", []error{status(503)}, false, true},
+		{"rate limit", []error{status(429)}, false, true},
+		{"wrong key", []error{status(401)}, false, true},
+		{"gone", []error{status(410)}, false, true},
+		{"answer too large", []error{api.ErrTooLarge}, false, true},
+		{"answer lost, then refused: it may have been signed", []error{network, status(409)}, true, true},
+		{"answer lost, then accepted", []error{network, network, nil}, false, true},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			keys := newKeys(t)
+			p := &plane{answer: answers(test.answers...)}
+			var err error
+			for range test.answers {
+				err = newEnroller(keys, p).Enroll(t.Context(), job)
+			}
+			last := test.answers[len(test.answers)-1]
+			refused, ok := errors.AsType[*RefusedError](err)
+			if ok != test.refused || !errors.Is(err, last) {
+				t.Errorf("got %v, want %v (refused: %v)", err, last, test.refused)
+			}
+			if ok && !strings.Contains(refused.Reason, last.Error()) {
+				t.Errorf("the reason %q lacks the control plane's words %q", refused.Reason, last)
+			}
+			for _, key := range p.keys[1:] {
+				if !pemutil.SamePublicKey(p.keys[0], key) {
+					t.Error("the same job sent CSRs of two keys")
+				}
+			}
+			if _, err := keys.Find("cert-1", p.keys[0]); (err == nil) != test.kept {
+				t.Errorf("the key: %v, want kept: %v", err, test.kept)
+			}
+		})
+	}
+}
+
+// noKeys fails a test in which a key is made.
+type noKeys struct{ t *testing.T }
+
+func (k noKeys) Pending(certID, jobID, algorithm string) (keystore.Key, error) {
+	k.t.Errorf("a key was made for %q, %q", certID, jobID)
+	return keystore.Key{}, errors.New("no")
+}
+
+func (k noKeys) Discard(certID, jobID string) error { return nil }
+
+func TestChecksComeBeforeTheKey(t *testing.T) {
+	tests := map[string]func(*api.Job){
+		"certificate id": func(j *api.Job) { j.CertificateID = "../../evil" },
+		"job id":         func(j *api.Job) { j.ID = "a\x00b" },
+		"common name":    func(j *api.Job) { j.CommonName = "" },
+		"long":           func(j *api.Job) { j.CertificateID = strings.Repeat("é\x1b", 5000) },
+	}
+	for name, change := range tests {
+		t.Run(name, func(t *testing.T) {
+			bad := job
+			change(&bad)
+			refused, ok := errors.AsType[*RefusedError](newEnroller(noKeys{t}, &plane{}).Enroll(t.Context(), bad))
+			if !ok {
+				t.Fatalf("got %v, want a RefusedError", refused)
+			}
+			if len(refused.Reason) > maxReason || !utf8.ValidString(refused.Reason) || strings.ContainsAny(refused.Reason, "\x00\x1b") {
+				t.Errorf("the reason is not fit to be sent: %q", refused.Reason)
+			}
+		})
+	}
+}
+
+// brokenKeys cannot make a key.
+type brokenKeys struct{ err error }
+
+func (k brokenKeys) Pending(string, string, string) (keystore.Key, error) {
+	if k.err == nil {
+		panic("boom")
+	}
+	return keystore.Key{}, k.err
+}
+
+func (k brokenKeys) Discard(string, string) error { return nil }
+
+func TestDiskError(t *testing.T) {
+	full := errors.New("no space left on device")
+	err := newEnroller(brokenKeys{full}, &plane{}).Enroll(t.Context(), job)
+	if _, refused := errors.AsType[*RefusedError](err); refused || !errors.Is(err, full) {
+		t.Errorf("got %v, want the temporary error %v", err, full)
+	}
+}
+
+func TestPanicIsTheJobsFailure(t *testing.T) {
+	var text bytes.Buffer
+	e := New(Options{Keys: brokenKeys{}, Plane: &plane{}, Log: slog.New(slog.NewTextHandler(&text, nil))})
+	for range 2 { // the second shows that the lock is free
+		refused, ok := errors.AsType[*RefusedError](e.Enroll(t.Context(), job))
+		if !ok || !strings.Contains(refused.Reason, "internal error") {
+			t.Errorf("got %v, want a refusal", refused)
+		}
+	}
+	if !strings.Contains(text.String(), "boom") || !strings.Contains(text.String(), "enroll.go") {
+		t.Errorf("no stack in the log: %s", &text)
+	}
+}
+
+func TestOneAtATimeForEachCertificate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := &plane{answer: func(ctx context.Context) error {
+			time.Sleep(time.Minute)
+			return nil
+		}}
+		e := newEnroller(newKeys(t), p)
+		began := time.Now()
+		var group sync.WaitGroup
+		for i := range 2 {
+			for _, cert := range []string{"cert-1", "cert-2"} {
+				group.Go(func() {
+					j := job
+					j.ID, j.CertificateID = fmt.Sprint("job-", cert, i), cert
+					if err := e.Enroll(t.Context(), j); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+		}
+		synctest.Wait()
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if err := e.Enroll(ctx, job); !errors.Is(err, context.Canceled) {
+			t.Errorf("got %v, want cancelled", err)
+		}
+		group.Wait()
+		if got, want := time.Since(began), 2*time.Minute; got != want {
+			t.Errorf("took %v, want %v", got, want)
+		}
+	})
+}

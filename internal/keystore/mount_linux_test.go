@@ -1,0 +1,66 @@
+package keystore
+
+import (
+	"bytes"
+	"errors"
+	"log/slog"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// mount puts a small file system at dir.
+func mount(t *testing.T, dir, options string) {
+	t.Helper()
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, options); err != nil {
+		t.Skipf("needs the right to mount a tmpfs: %v", err)
+	}
+	t.Cleanup(func() { syscall.Unmount(dir, syscall.MNT_DETACH) })
+}
+
+// TestCannotTighten opens directories whose mode cannot be changed.
+func TestCannotTighten(t *testing.T) {
+	for mode, want := range map[string]string{"0700": "", "0750": "the group has access", "0701": "everybody has access"} {
+		t.Run(mode, func(t *testing.T) {
+			dir := t.TempDir()
+			mount(t, dir, "size=64k,mode="+mode)
+			do(t, syscall.Mount("", dir, "", syscall.MS_REMOUNT|syscall.MS_RDONLY, ""))
+			var text bytes.Buffer
+			s, err := Open(dir, slog.New(slog.NewTextHandler(&text, nil)))
+			if refused := mode == "0701"; (err != nil) != refused {
+				t.Fatalf("got %v, want an error: %v", err, refused)
+			}
+			if err == nil {
+				s.Close()
+			} else {
+				text.WriteString(err.Error())
+			}
+			if !strings.Contains(text.String(), want) || want == "" && text.Len() > 0 {
+				t.Errorf("said %q, want %q", &text, want)
+			}
+		})
+	}
+}
+
+func TestDiskFull(t *testing.T) {
+	dir := t.TempDir()
+	mount(t, dir, "size=32k,mode=0700")
+	s := open(t, dir)
+	first := pending(t, s, "cert-1", "a")
+	deploy(t, s, "cert-1", first)
+	var err error
+	made := 0
+	for err == nil {
+		_, err = s.Pending("cert-1", strings.Repeat("b", made+1), algorithm)
+		made++
+	}
+	if !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("got %v, want ENOSPC", err)
+	}
+	if got := len(files(t, dir)); got != made {
+		t.Errorf("files: %v, want the current key and %d pending ones", files(t, dir), made-1)
+	}
+	if got := find(t, s, "cert-1", first); got.Role != Current {
+		t.Errorf("role %v, want current", got.Role)
+	}
+}

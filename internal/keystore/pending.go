@@ -1,0 +1,143 @@
+package keystore
+
+import (
+	"cmp"
+	"crypto"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io/fs"
+	"slices"
+	"strconv"
+	"strings"
+
+	"certctl-agent/internal/atomicfile"
+	"certctl-agent/internal/pemutil"
+)
+
+const (
+	currentExt  = ".key"
+	previousExt = ".previous"
+	pendingExt  = ".pending"
+	damagedExt  = ".damaged"
+
+	// tagLength is that of the part of a pending key's name that stands for
+	// its job, in hexadecimal digits.
+	tagLength = 16
+
+	// sequenceHeader is a PEM header of pending keys: the order in which their
+	// CSRs were last sent. Time stamps would depend on the clock never going
+	// back, and on nobody copying the directory.
+	sequenceHeader = "Sequence"
+)
+
+// errDamaged means that a file is there and is no private key.
+var errDamaged = errors.New("it is no private key")
+
+// pendingKey is a file of a pending key.
+type pendingKey struct {
+	name     string
+	sequence uint64
+	signer   crypto.Signer
+	err      error // why it could not be read; then only name is set
+}
+
+// key returns the key in the form that it has once it is current.
+func (p pendingKey) key() (Key, error) {
+	data, err := pemutil.EncodeKey(p.signer)
+	return Key{Role: Pending, Name: p.name, PEM: data, Signer: p.signer}, err
+}
+
+// pendingName is a function of the job's id alone, so that a restarted agent
+// finds the key again.
+func pendingName(certID, jobID string) string {
+	sum := sha256.Sum256([]byte(jobID))
+	return certID + "." + hex.EncodeToString(sum[:])[:tagLength] + pendingExt
+}
+
+// pendingOwner returns the certificate whose pending key has that name. Names
+// are read from the right: a certificate id may hold dots.
+func pendingOwner(name string) (certID string, ok bool) {
+	rest, ok := strings.CutSuffix(name, pendingExt)
+	cut := len(rest) - tagLength - 1
+	if !ok || cut < 1 || rest[cut] != '.' {
+		return "", false
+	}
+	return rest[:cut], true
+}
+
+// pending returns the pending keys of a certificate in the order in which their
+// CSRs were last sent, those that cannot be read first; and how many pending
+// keys there are of all certificates.
+func (s *Store) pending(certID string) (keys []pendingKey, total int, err error) {
+	list, err := fs.ReadDir(s.root.FS(), ".")
+	if err != nil {
+		return nil, 0, fmt.Errorf("list the key directory: %w", err)
+	}
+	for _, file := range list {
+		owner, ok := pendingOwner(file.Name())
+		if !ok {
+			continue
+		}
+		total++
+		if owner != certID {
+			continue
+		}
+		p, err := s.readPending(file.Name())
+		if err != nil {
+			p = pendingKey{name: file.Name(), err: err}
+		}
+		keys = append(keys, p)
+	}
+	slices.SortFunc(keys, func(a, b pendingKey) int { return cmp.Compare(a.sequence, b.sequence) })
+	return keys, total, nil
+}
+
+// nextSequence returns a number above those of all keys given. A key that the
+// disk does not give right now could have any.
+func nextSequence(all []pendingKey) (uint64, error) {
+	last := uint64(0)
+	for _, p := range all {
+		if p.err != nil && !errors.Is(p.err, errDamaged) {
+			return 0, p.err
+		}
+		last = max(last, p.sequence)
+	}
+	return last + 1, nil
+}
+
+func (s *Store) readPending(name string) (pendingKey, error) {
+	data, err := s.readFile(name)
+	if err != nil {
+		return pendingKey{}, fmt.Errorf("read the pending key %s: %w", name, err)
+	}
+	defer clear(data)
+	signer, err := pemutil.ParseKey(data)
+	if err != nil {
+		return pendingKey{}, fmt.Errorf("read the pending key %s: %w: %w", name, errDamaged, err)
+	}
+	block, _ := pem.Decode(data)
+	defer clear(block.Bytes)
+	// 0 where there is no number: older than all others.
+	sequence, _ := strconv.ParseUint(block.Headers[sequenceHeader], 10, 64)
+	return pendingKey{name: name, sequence: sequence, signer: signer}, nil
+}
+
+func (s *Store) writePending(p pendingKey) error {
+	plain, err := pemutil.EncodeKey(p.signer)
+	if err != nil {
+		return fmt.Errorf("keep the pending key %s: %w", p.name, err)
+	}
+	defer clear(plain)
+	block, _ := pem.Decode(plain)
+	defer clear(block.Bytes)
+	block.Headers = map[string]string{sequenceHeader: strconv.FormatUint(p.sequence, 10)}
+	data := pem.EncodeToMemory(block)
+	defer clear(data)
+	if err := atomicfile.WriteFile(s.root, p.name, data, FileMode); err != nil {
+		return fmt.Errorf("keep the pending key %s: %w", p.name, err)
+	}
+	return nil
+}
