@@ -4,6 +4,13 @@ GO       ?= go
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 COMMIT   ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null)
 PKG      := certctl-agent
+BIN      ?= bin/certctl-agent
+DIST     ?= dist
+# Of deb and docker: the platform is linux/$(ARCH).
+ARCH     ?= $(shell $(GO) env GOARCH)
+PLATFORMS ?= linux/amd64 linux/arm64 darwin/amd64 darwin/arm64
+# What packages and images hold is dated by the commit, not by the clock.
+export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 LDFLAGS  := -s -w -buildid= -X $(PKG)/internal/buildinfo.version=$(VERSION) -X $(PKG)/internal/buildinfo.commit=$(COMMIT)
 # Same bytes whatever the folder: no paths, no build id, no stamp of the clone.
 BUILD    := CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
@@ -18,8 +25,8 @@ help: ## list the targets
 
 .PHONY: build
 build: ## build bin/certctl-agent: static, stripped, reproducible
-	@mkdir -p bin
-	$(BUILD) -o bin/certctl-agent ./cmd/certctl-agent
+	@mkdir -p $(dir $(BIN))
+	$(BUILD) -o $(BIN) ./cmd/certctl-agent
 
 .PHONY: demo
 demo: build ## show the main job end to end (TARGET=nginx|apache|haproxy|caddy|postfix|dovecot)
@@ -43,6 +50,24 @@ lint: ## gofmt, vet, go fix, staticcheck, the architecture test
 cover: ## test coverage of internal/
 	$(GO) test -coverpkg=./internal/... -coverprofile=cover.out ./...
 	@$(GO) tool cover -func=cover.out | tail -1
+
+.PHONY: linux
+linux:
+	GOOS=linux GOARCH=$(ARCH) $(MAKE) -s build BIN=$(DIST)/linux-$(ARCH)/certctl-agent
+
+.PHONY: deb
+deb: linux ## the Debian package in dist/ (ARCH=amd64|arm64)
+	deploy/deb/build.sh $(DIST)/linux-$(ARCH)/certctl-agent $(ARCH) '$(VERSION)' $(DIST)
+
+.PHONY: docker
+docker: linux ## the image certctl-agent:VERSION (BASE=image; ARCH other than the engine's needs BuildKit)
+	deploy/docker/context.sh $(DIST)/linux-$(ARCH)/certctl-agent $(ARCH) $(DIST)/docker
+	docker build --platform linux/$(ARCH) --build-arg TARGETARCH=$(ARCH) --build-arg VERSION=$(VERSION) \
+		$(if $(BASE),--build-arg BASE=$(BASE)) -t certctl-agent:$(VERSION) $(DIST)/docker
+
+.PHONY: release
+release: ## tarballs, SBOMs and SHA256SUMS in dist/release, every binary built twice and compared
+	GO='$(GO)' deploy/release.sh '$(VERSION)' '$(COMMIT)' $(DIST)/release $(PLATFORMS)
 
 .PHONY: clean
 clean: ## remove what make made
