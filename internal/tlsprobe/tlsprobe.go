@@ -124,11 +124,13 @@ func handshake(ctx context.Context, conn net.Conn, serverName string) (Result, e
 		},
 	})
 	err := client.HandshakeContext(ctx)
-	// A server that insists on a client's certificate ends the handshake for want
-	// of one. In every version the client is asked only after it has checked the
-	// server's signature, so what was served is known all the same.
-	refused := asked && isAlert(err)
-	if err != nil && !refused {
+	// A server that insists on a client's certificate ends a handshake below TLS
+	// 1.3 for want of one. By then crypto/tls has checked the server's signature,
+	// so that what is served is known all the same.
+	switch refused := asked && isAlert(err); {
+	case err == nil:
+		served = client.ConnectionState()
+	case !refused:
 		return Result{}, fmt.Errorf("TLS handshake: %w", err)
 	}
 	if len(served.PeerCertificates) == 0 {
