@@ -28,9 +28,9 @@ const maxFile = 4 << 20
 type step struct {
 	op   string // create, write, chmod, chown, setxattr, removexattr, truncate, sync, rename, remove, mkdir, syncdir, run
 	path string
-	to   string      // rename: the new path
-	data []byte      // write: the bytes
-	mode fs.FileMode // chmod
+	to   string     // rename: the new path
+	data []byte     // write, truncate: the bytes
+	attr attributes // chown, chmod
 }
 
 // disk makes every change that this package makes to a disk, one step at a
@@ -117,7 +117,7 @@ func (d disk) overwrite(at *dir, name string, info fs.FileInfo, data []byte, a a
 	if _, err := f.WriteAt(data, 0); err != nil {
 		return err
 	}
-	if err := d.step(step{op: "truncate", path: path}); err != nil {
+	if err := d.step(step{op: "truncate", path: path, data: data}); err != nil {
 		return err
 	}
 	if err := f.Truncate(int64(len(data))); err != nil {
@@ -146,7 +146,7 @@ func (d disk) setAttributes(f *os.File, path string, a attributes) error {
 		gid = -1
 	}
 	if uid != -1 || gid != -1 {
-		if err := d.step(step{op: "chown", path: path}); err != nil {
+		if err := d.step(step{op: "chown", path: path, attr: a}); err != nil {
 			return err
 		}
 		if err := f.Chown(uid, gid); err != nil {
@@ -156,7 +156,7 @@ func (d disk) setAttributes(f *os.File, path string, a attributes) error {
 	if err := d.setXattrs(f, path, a.Xattrs); err != nil {
 		return err
 	}
-	if err := d.step(step{op: "chmod", path: path, mode: a.Mode}); err != nil {
+	if err := d.step(step{op: "chmod", path: path, attr: a}); err != nil {
 		return err
 	}
 	return f.Chmod(a.Mode)

@@ -87,15 +87,18 @@ func Open(opts Options) (*Store, error) {
 		opts.Retention = DefaultRetention
 	}
 	s := &Store{opts: opts}
-	state := &dir{Root: opts.State, path: opts.StatePath}
-	var err error
+	return s, s.openDirs()
+}
+
+func (s *Store) openDirs() (err error) {
+	state := &dir{Root: s.opts.State, path: s.opts.StatePath}
 	if s.backups, err = s.disk.subdir(state, "backups"); err != nil {
-		return nil, err
+		return err
 	}
 	if s.journal, err = s.disk.subdir(state, "journal"); err != nil {
-		return nil, errors.Join(err, s.backups.Close())
+		s.backups.Close()
 	}
-	return s, nil
+	return err
 }
 
 // Close releases the Store's directory handles.
