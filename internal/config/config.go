@@ -167,7 +167,8 @@ type Options struct {
 // values that cannot be used: exit code 2.
 type UsageError struct{ reason string }
 
-// NewUsageError is for the commands that have arguments of their own.
+// NewUsageError returns one, for what a command finds wrong with its own flags
+// and arguments.
 func NewUsageError(format string, args ...any) error {
 	return &UsageError{fmt.Sprintf(format, args...)}
 }
@@ -202,10 +203,10 @@ func Load(args []string, getenv func(string) string, options Options) (*Config, 
 		if errors.Is(err, flag.ErrHelp) {
 			return nil, err
 		}
-		return nil, &UsageError{err.Error()}
+		return nil, NewUsageError("%v", err)
 	}
 	if flags.NArg() > 0 && !options.Args {
-		return nil, &UsageError{fmt.Sprintf("unexpected argument %q", flags.Arg(0))}
+		return nil, NewUsageError("unexpected argument %q", flags.Arg(0))
 	}
 	l := loader{
 		config:  &Config{Args: flags.Args()},

@@ -280,7 +280,7 @@ func TestBadValues(t *testing.T) {
 		{"allowed-paths", ",", "names no directory"},
 		{"allowed-commands", ";", "names no command"},
 		{"allowed-commands", "*", "names no program"},
-		{"allowed-commands", "nginx -t && nginx -s reload", `holds '&'`},
+		{"allowed-commands", "nginx -t && nginx -s reload", `character '&'`},
 		{"deploy-backup-retention", "-2", "out of range"},
 		{"log-format", "xml", "is none of json, text"},
 	} {

@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+
+	"certctl-agent/internal/atomicfile"
 )
 
 // SetInFile sets one key of an environment file and leaves everything else as
@@ -101,8 +103,9 @@ func quote(value string) (string, error) {
 }
 
 // replace puts data in place of a file, with the mode and the owner that it
-// had: exclusive temporary, final owner and mode, data, sync, rename, sync of
-// the directory. info is nil where there was none.
+// had; info is nil where there was none. It is atomicfile.WriteFile but for the
+// owner, which the file must have before it gets its name: an agent that is not
+// root could not read it else.
 func replace(path string, data []byte, info fs.FileInfo) error {
 	dir, err := os.OpenRoot(filepath.Dir(path))
 	if err != nil {
@@ -123,11 +126,7 @@ func replace(path string, data []byte, info fs.FileInfo) error {
 		dir.Remove(temporary)
 		return err
 	}
-	d, err := dir.Open(".")
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return atomicfile.SyncDir(dir, ".")
 }
 
 func fill(f *os.File, data []byte, info fs.FileInfo) error {

@@ -28,6 +28,13 @@ func readKey(path string) (key secret.String, info fs.FileInfo, warning string, 
 	return secret.New(text), info, warning, nil
 }
 
+// ReadKeyFile reads a secret that is sent as API keys are, from a file that is
+// held to the same rules: the bootstrap token of a registration.
+func ReadKeyFile(path string) (secret.String, error) {
+	key, _, _, err := readKey(path)
+	return key, err
+}
+
 // KeyFunc returns a function that returns the API key, for any number of
 // goroutines. Where the key comes from a file, each call looks whether that
 // has changed, which costs one stat. While the file cannot be read, or cannot

@@ -16,6 +16,7 @@ import (
 	"strings"
 	"time"
 
+	"certctl-agent/internal/command"
 	"certctl-agent/internal/secret"
 )
 
@@ -259,14 +260,14 @@ func parseAllowedPaths(value string) ([]string, error) {
 }
 
 // parseAllowedCommands splits command lines into words. One that could never
-// run, since commands hold no quotes or operators of a shell, is an error.
+// run, since it breaks the rules for commands, is an error.
 func parseAllowedCommands(value string) ([][]string, error) {
 	var commands [][]string
 	for _, line := range parseList(value, ";") {
-		if i := strings.IndexAny(line, "|&$(){}<>\\\"'`\r\n\x00"); i >= 0 {
-			return nil, fmt.Errorf("command %q holds %q: commands are run without a shell, and no such command is ever run", line, line[i])
+		words, err := command.Split(line)
+		if err != nil {
+			return nil, fmt.Errorf("command %q: %w", line, err)
 		}
-		words := strings.Fields(line)
 		if words[0] == "*" {
 			return nil, fmt.Errorf("command %q names no program: unset the list to allow any command", line)
 		}

@@ -1,0 +1,135 @@
+package proxy_test
+
+import (
+	"encoding/json"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+
+	"certctl-agent/internal/proxy"
+)
+
+const through = "http://proxy.example:3128"
+
+// hosts are asked for under every NO_PROXY below.
+var hosts = []string{
+	"example.org", "www.example.org", "a.www.example.org", "badexample.org", "EXAMPLE.org", "example.org:8443", "www.example.org:8443",
+	"10.1.2.3", "10.1.2.3:8443", "192.0.2.1", "[2001:db8::1]", "[2001:db8::1]:8443", "[2001:db9::1]",
+	"localhost", "localhost:8443", "127.0.0.1", "127.8.9.10:8443", "[::1]:8443", "notlocalhost", "host", "example.com",
+}
+
+var noProxies = []string{
+	"", "*", "example.org", ".example.org", "*.example.org", "EXAMPLE.ORG", "www.example.org", "example.org:8443", ".example.org:8443",
+	"example.org:443", "10.1.2.3", "10.1.2.3:8443", "10.0.0.0/8", "10.0.0.0/8,192.0.2.1", "0.0.0.0/0", "2001:db8::1",
+	"[2001:db8::1]:8443", "2001:db8::/32", " example.org , host ,,", "org", "ample.org", "x,*", "10.1.2", "10.1.2.3/99",
+}
+
+// TestLikeNetHTTP compares with what the standard library makes of the same
+// values. It reads the environment once in a process, so each value has one.
+func TestLikeNetHTTP(t *testing.T) {
+	if noProxy, child := os.LookupEnv("TEST_NO_PROXY"); child {
+		os.Setenv("HTTPS_PROXY", through)
+		os.Setenv("NO_PROXY", noProxy)
+		var answers []string
+		for _, host := range hosts {
+			u, err := http.ProxyFromEnvironment(&http.Request{URL: &url.URL{Scheme: "https", Host: host}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			answers = append(answers, text(u))
+		}
+		if err := json.NewEncoder(os.Stdout).Encode(answers); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	for _, noProxy := range noProxies {
+		t.Run(noProxy, func(t *testing.T) {
+			child := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestLikeNetHTTP$")
+			child.Env = []string{"TEST_NO_PROXY=" + noProxy, "GORACE=atexit_sleep_ms=0"}
+			out, err := child.Output()
+			if err != nil {
+				t.Fatal(err)
+			}
+			var want []string
+			if err := json.NewDecoder(strings.NewReader(string(out))).Decode(&want); err != nil {
+				t.Fatal(err)
+			}
+			rules, err := proxy.Parse(through, noProxy)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for i, host := range hosts {
+				got, err := rules.ForRequest(&http.Request{URL: &url.URL{Scheme: "https", Host: host}})
+				if err != nil || text(got) != want[i] {
+					t.Errorf("NO_PROXY=%q: proxy for %s is %q, %v; net/http says %q", noProxy, host, text(got), err, want[i])
+				}
+			}
+		})
+	}
+}
+
+func text(u *url.URL) string {
+	if u == nil {
+		return ""
+	}
+	return u.String()
+}
+
+func TestParse(t *testing.T) {
+	for _, test := range []struct{ value, want string }{
+		{"", ""},
+		{"proxy.example:3128", "http://proxy.example:3128"},
+		{"proxy.example", "http://proxy.example"},
+		{"https://proxy.example", "https://proxy.example"},
+		{"socks5h://user:pw@proxy.example:1080", "socks5h://user:pw@proxy.example:1080"},
+	} {
+		rules, err := proxy.Parse(test.value, "")
+		if err != nil || text(rules.URL()) != test.want {
+			t.Errorf("Parse(%q) = %v, %v, want %s", test.value, rules.URL(), err, test.want)
+		}
+	}
+	for _, value := range []string{"ftp://proxy.example", "http://", "http://user:hunter2@[::1", "://hunter2", "http://u:hunter2%@proxy"} {
+		rules, err := proxy.Parse(value, "")
+		if err == nil {
+			t.Errorf("Parse(%q) = %v, want an error", value, rules.URL())
+		} else if strings.Contains(err.Error(), "hunter2") {
+			t.Errorf("the error quotes the URL: %v", err)
+		}
+	}
+}
+
+// TestBrackets: net/http takes an IPv6 address in brackets only with a port.
+func TestBrackets(t *testing.T) {
+	rules, err := proxy.Parse(through, "[2001:db8::1]")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := rules.For(&url.URL{Scheme: "https", Host: "[2001:db8::1]:8443"}); got != nil {
+		t.Errorf("proxy %v, want none", got)
+	}
+}
+
+func TestZeroValueIsDirect(t *testing.T) {
+	if got := new(proxy.Rules).For(&url.URL{Scheme: "https", Host: "example.org"}); got != nil {
+		t.Errorf("proxy %v, want none", got)
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	for _, noProxy := range noProxies {
+		f.Add(through, noProxy, "www.example.org:8443")
+	}
+	f.Fuzz(func(t *testing.T, httpsProxy, noProxy, host string) {
+		rules, err := proxy.Parse(httpsProxy, noProxy)
+		if err != nil {
+			return
+		}
+		if got := rules.For(&url.URL{Scheme: "https", Host: host}); got != nil && got != rules.URL() {
+			t.Errorf("proxy %v is not the one of %q", got, httpsProxy)
+		}
+	})
+}
