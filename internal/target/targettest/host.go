@@ -54,7 +54,7 @@ func NewHost(t testing.TB, run func(ctx context.Context, c target.Command) error
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := &Host{log: new(output)}
+	h := &Host{log: new(output), Query: QueryCommand}
 	for path, name := range map[*string]string{&h.Dir: "target", &h.KeyDir: "keys", &h.StateDir: "state", &h.Overlays: "overlays"} {
 		*path = filepath.Join(base, name)
 		mode := os.FileMode(0o700)

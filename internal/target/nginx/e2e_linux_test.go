@@ -1,0 +1,61 @@
+package nginx
+
+import (
+	"os"
+	"path/filepath"
+	"syscall"
+	"testing"
+)
+
+// tmpfs mounts a file system of its own at dir.
+func tmpfs(t *testing.T, dir, size string) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root to mount a small file system")
+	}
+	must(t, os.Mkdir(dir, 0o755))
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size="+size); err != nil {
+		t.Skipf("this machine lets nobody mount a small file system: %v", err)
+	}
+	t.Cleanup(func() { must(t, syscall.Unmount(dir, syscall.MNT_DETACH)) })
+}
+
+// The disk of the second file is full: the first one is not installed either.
+func TestDiskFull(t *testing.T) {
+	l, _ := start(t)
+	small := filepath.Join(l.Dir, "small")
+	tmpfs(t, small, "8k")
+	l.MustDeploy(t, l.NewMaterial(t))
+	must(t, os.WriteFile(filepath.Join(small, "ballast"), make([]byte, 8192), 0o644))
+	l.Refuses(t, l.NewMaterial(t), "no space left", "key_path", filepath.Join(small, "key.pem"))
+	if entries, err := os.ReadDir(small); err != nil || len(entries) != 1 {
+		t.Errorf("left behind beside the ballast: %v, %v", entries, err)
+	}
+}
+
+func TestReadOnlyDirectory(t *testing.T) {
+	l, _ := start(t)
+	fixed := filepath.Join(l.Dir, "fixed")
+	tmpfs(t, fixed, "64k")
+	l.MustDeploy(t, l.NewMaterial(t))
+	must(t, syscall.Mount("tmpfs", fixed, "tmpfs", syscall.MS_REMOUNT|syscall.MS_RDONLY, ""))
+	l.Refuses(t, l.NewMaterial(t), "read-only file system", "key_path", filepath.Join(fixed, "key.pem"))
+}
+
+// Not even root's deployment may leave the allowed directories through a
+// symlink.
+func TestLinkOutOfAllowed(t *testing.T) {
+	l, _ := start(t)
+	l.Policy.Paths = []string{l.Watched}
+	l.MustDeploy(t, l.NewMaterial(t))
+	link := filepath.Join(l.Watched, "link")
+	must(t, os.Symlink(l.StateDir, link))
+	defer os.Remove(link)
+	m := l.NewMaterial(t)
+	if _, err := l.Deploy(t.Context(), m, "key_path", filepath.Join(link, "key.pem")); err == nil {
+		t.Error("a key was written through a symlink")
+	}
+	if _, err := os.Lstat(filepath.Join(l.StateDir, "key.pem")); err == nil {
+		t.Error("the key is in the state directory")
+	}
+}
