@@ -182,6 +182,11 @@ func (a *attempt) run(calls, work context.Context) (err error) {
 	if err := a.install(work, m, key); err != nil {
 		return err
 	}
+	if key.Role == keystore.Current {
+		if err := a.recheck(work, m); err != nil {
+			a.log.Error("the certificate is deployed, but its key is not the current one of the key directory", "error", err)
+		}
+	}
 	if err := a.o.Keys.Prune(a.job.CertificateID, key); err != nil {
 		a.log.Warn("keys that are no longer needed could not be removed", "error", err)
 	}
@@ -224,4 +229,31 @@ func (a *attempt) install(ctx context.Context, m *target.Material, key keystore.
 	}
 	a.outcome.Unchanged = err == nil && result.Unchanged
 	return err
+}
+
+// recheck makes the key of a deployed certificate current again. A connector
+// first undoes what an interrupted transaction of its target left behind; had
+// another target of the certificate promoted the key meanwhile, that takes it
+// back. A key that became the previous one instead has made way for a newer.
+func (a *attempt) recheck(ctx context.Context, m *target.Material) error {
+	find := func() keystore.Key {
+		key, _ := a.o.Keys.Find(m.CertificateID, m.Leaf.PublicKey)
+		return key
+	}
+	key := find()
+	key.Clear()
+	if key.Role != keystore.Pending {
+		return nil
+	}
+	release, err := a.certs.Acquire(ctx, m.CertificateID)
+	if err != nil {
+		return err
+	}
+	defer release()
+	key = find()
+	defer key.Clear()
+	if key.Role != keystore.Pending {
+		return nil
+	}
+	return a.o.Keys.Promote(m.CertificateID, key)
 }

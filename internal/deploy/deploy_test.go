@@ -34,6 +34,8 @@ type world struct {
 	ca      *testca.CA
 	log     bytes.Buffer
 
+	renewals int
+
 	mu        sync.Mutex
 	certs     map[string][]byte // by certificate id: what the control plane has
 	fetchErr  error
@@ -118,7 +120,8 @@ func (c *connector) Deploy(ctx context.Context, m *target.Material) (target.Resu
 // renew makes a new key and a certificate for it.
 func (w *world) renew(certID string, template testca.Template) *testca.Issued {
 	w.t.Helper()
-	key, err := w.keys.Pending(certID, fmt.Sprint("csr-", time.Now().UnixNano()), "ecdsa-p256")
+	w.renewals++
+	key, err := w.keys.Pending(certID, fmt.Sprint("csr-", w.renewals), "ecdsa-p256")
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -421,9 +424,7 @@ func TestConnectorFails(t *testing.T) {
 			return target.Result{}, &target.BrokenError{Cause: errors.New("reload"), Rollback: errors.New("disk"), Backups: "/b"}
 		}, "needs a person", true},
 		{"panic", func(context.Context, *target.Material) (target.Result, error) {
-			var m map[string]int
-			m["x"] = 1
-			return target.Result{}, nil
+			panic("boom")
 		}, "internal error", true},
 	}
 	for _, test := range tests {
@@ -490,6 +491,55 @@ func TestTargetsOfOneCertificate(t *testing.T) {
 			t.Errorf("roles %q, %q, want previous, current", a, b)
 		}
 	})
+}
+
+// TestRecheck undoes, in the middle of a deployment, what another target's has
+// promoted.
+func TestRecheck(t *testing.T) {
+	tests := []struct {
+		name string
+		undo func(w *world, old []byte)
+		want keystore.Role // of the deployed key
+	}{
+		{"promotion undone", func(w *world, old []byte) {
+			if err := os.WriteFile(w.keys.Path("cert-1"), old, 0o600); err != nil {
+				w.t.Fatal(err)
+			}
+		}, keystore.Current},
+		{"newer promoted", func(w *world, old []byte) {
+			newer := w.renew("cert-1", testca.Template{})
+			key, err := w.keys.Find("cert-1", newer.Leaf.PublicKey)
+			if err == nil {
+				err = errors.Join(w.keys.Promote("cert-1", key), w.keys.Prune("cert-1", key))
+			}
+			if err != nil {
+				w.t.Fatal(err)
+			}
+		}, keystore.Previous},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			w := newWorld(t)
+			w.renew("cert-1", testca.Template{})
+			w.run(job(`{}`))
+			old, err := os.ReadFile(w.keys.Path("cert-1"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			issued := w.renew("cert-1", testca.Template{})
+			w.run(job(`{}`))
+			w.deploy = func(context.Context, *target.Material) (target.Result, error) {
+				test.undo(w, old)
+				return target.Result{}, nil
+			}
+			if got := w.run(job(`{}`)); got.Status != api.StatusCompleted {
+				t.Errorf("outcome %+v", got)
+			}
+			if got := w.role(issued.Leaf); got != test.want {
+				t.Errorf("the deployed key is %q, want %q", got, test.want)
+			}
+		})
+	}
 }
 
 func TestOneAtATimeForEachTarget(t *testing.T) {

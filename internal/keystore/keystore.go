@@ -11,7 +11,8 @@
 //
 // An attempt to renew never touches the current key. A pending key becomes
 // current only with the certificate that was issued for it, as part of the
-// transaction that installs it.
+// transaction that installs it. Its pending file goes when the certificate of a
+// later CSR has been deployed.
 package keystore
 
 import (
@@ -24,6 +25,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"certctl-agent/internal/api"
@@ -42,8 +44,9 @@ const (
 	maxPending = 32
 
 	// maxPendingTotal bounds those of all certificates: certificate ids come
-	// from the control plane. At the bound no new key is made.
-	maxPendingTotal = 4096
+	// from the control plane. At the bound a certificate gets a new one only in
+	// exchange for an older one of its own.
+	maxPendingTotal = 32768
 
 	// FileMode is that of every file with a key, from its creation.
 	FileMode fs.FileMode = 0o600
@@ -88,6 +91,8 @@ type Store struct {
 	root *os.Root
 	log  *slog.Logger
 	busy chan struct{} // 1 slot: held by whoever lists and changes pending keys
+
+	totalLimit int // maxPendingTotal
 }
 
 // Open opens the key directory, made if missing, and closes it to others. Only
@@ -105,7 +110,7 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open the key directory: %w", err)
 	}
-	s := &Store{dir: dir, root: root, log: log, busy: make(chan struct{}, 1)}
+	s := &Store{dir: dir, root: root, log: log, busy: make(chan struct{}, 1), totalLimit: maxPendingTotal}
 	if err := s.tighten(); err != nil {
 		root.Close()
 		return nil, err
@@ -243,7 +248,7 @@ func (s *Store) keep(certID, jobID string, signer crypto.Signer) (Key, error) {
 	if err != nil {
 		return Key{}, err
 	}
-	if total >= maxPendingTotal && len(others) == 0 {
+	if total >= s.totalLimit && len(others) == 0 {
 		return Key{}, fmt.Errorf("the key directory %s holds %d pending keys, its limit: find out why so many CSRs are not signed, then remove *%s files", s.dir, total, pendingExt)
 	}
 	p := pendingKey{name: pendingName(certID, jobID), signer: signer}
@@ -254,12 +259,12 @@ func (s *Store) keep(certID, jobID string, signer crypto.Signer) (Key, error) {
 		return Key{}, err
 	}
 	surplus := len(others) + 1 - maxPending
-	if total >= maxPendingTotal {
+	if total >= s.totalLimit {
 		surplus = max(surplus, 1)
 	}
 	for _, old := range others[:max(surplus, 0)] {
 		s.log.Warn("there are too many pending keys: of this certificate, the one whose CSR was sent the longest ago is removed",
-			"certificate", certID, "file", old.name, "limit", maxPending, "limit_in_all", maxPendingTotal)
+			"certificate", certID, "file", old.name, "limit", maxPending, "limit_in_all", s.totalLimit)
 		if err := s.remove(old.name); err != nil {
 			return Key{}, fmt.Errorf("remove a pending key: %w", err)
 		}
@@ -353,8 +358,8 @@ func (s *Store) Promotion(certID string, key Key) ([]Change, error) {
 // installs nowhere. A crash at any point loses no key.
 func (s *Store) Promote(certID string, key Key) error {
 	if key.Role == Previous {
-		// Its file is about to hold the current key. Prune removes the copy;
-		// no CSR was sent before that of sequence 0, so it removes nothing else.
+		// Its file is about to hold the current key. The copy counts as the
+		// oldest pending key, which the next round removes.
 		copied := pendingKey{name: pendingName(certID, ""), signer: key.Signer}
 		if err := s.writePending(copied); err != nil {
 			return err
@@ -374,33 +379,26 @@ func (s *Store) Promote(certID string, key Key) error {
 	return nil
 }
 
-// Prune removes what a deployed certificate makes superfluous: its own key from
-// among the pending ones, now that it is current, and every pending key whose
-// CSR was sent before its.
+// Prune removes what a deployed certificate makes superfluous: every pending key
+// whose CSR was sent before its own. The pending copy of its own key stays until
+// the next round: should an interrupted transaction of another target of this
+// certificate be undone later, that takes the old current key back.
 func (s *Store) Prune(certID string, deployed Key) error {
 	defer s.hold()()
 	pending, _, err := s.pending(certID)
 	if err != nil {
 		return err
 	}
-	var done *pendingKey
-	for i, p := range pending {
-		if p.err == nil && pemutil.SamePublicKey(p.signer.Public(), deployed.Signer.Public()) {
-			done = &pending[i]
-		}
-	}
-	if done == nil {
+	own := slices.IndexFunc(pending, func(p pendingKey) bool {
+		return p.err == nil && pemutil.SamePublicKey(p.signer.Public(), deployed.Signer.Public())
+	})
+	if own < 0 {
 		return nil
 	}
-	// Its own goes last: as long as it is there, a crash leaves something to
-	// find the others by.
 	for _, p := range pending {
-		if p.sequence < done.sequence && (p.err == nil || errors.Is(p.err, errDamaged)) {
+		if p.sequence < pending[own].sequence && (p.err == nil || errors.Is(p.err, errDamaged)) {
 			err = errors.Join(err, s.remove(p.name))
 		}
-	}
-	if err == nil {
-		err = s.remove(done.name)
 	}
 	if err != nil {
 		return fmt.Errorf("remove pending keys of certificate %s: %w", certID, err)

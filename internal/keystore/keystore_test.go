@@ -1,25 +1,31 @@
 package keystore
 
 import (
+	"bufio"
 	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
+	"crypto/sha256"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
+	"flag"
 	"fmt"
 	"io/fs"
 	"log/slog"
+	mathrand "math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"certctl-agent/internal/pemutil"
 )
@@ -199,7 +205,7 @@ func TestRounds(t *testing.T) {
 	if _, err := s.Find("cert-1", keys[0].Signer.Public()); !errors.Is(err, ErrNoKey) {
 		t.Errorf("the key of two rounds ago: %v, want ErrNoKey", err)
 	}
-	if got, want := files(t, dir), []string{"cert-1.key", "cert-1.previous"}; !slices.Equal(got, want) {
+	if got, want := files(t, dir), []string{keys[2].Name, "cert-1.key", "cert-1.previous"}; !slices.Equal(got, want) {
 		t.Errorf("files %v, want %v", got, want)
 	}
 }
@@ -251,7 +257,7 @@ func TestPruneAfterCrash(t *testing.T) {
 		t.Fatalf("role %v, want current", got.Role)
 	}
 	deploy(t, s, "cert-1", key)
-	if got, want := files(t, dir), []string{"cert-1.key"}; !slices.Equal(got, want) {
+	if got, want := files(t, dir), []string{key.Name, "cert-1.key"}; !slices.Equal(got, want) {
 		t.Errorf("files %v, want %v", got, want)
 	}
 	if _, err := s.Find("cert-1", old.Signer.Public()); !errors.Is(err, ErrNoKey) {
@@ -280,8 +286,9 @@ func TestPromotePrevious(t *testing.T) {
 			t.Errorf("role %v, want %v", got.Role, test.role)
 		}
 	}
-	if got := files(t, dir); len(got) != 3 {
-		t.Errorf("files %v, want three", got)
+	deploy(t, s, "cert-1", waiting)
+	if got, want := files(t, dir), []string{waiting.Name, "cert-1.key", "cert-1.previous"}; !slices.Equal(got, want) {
+		t.Errorf("files %v, want %v", got, want)
 	}
 }
 
@@ -320,8 +327,9 @@ func TestDamagedPending(t *testing.T) {
 	if !strings.Contains(text.String(), "level=ERROR") || !strings.Contains(text.String(), key.Name) {
 		t.Errorf("log: %s", &text)
 	}
-	deploy(t, s, "cert-1", key)
-	if got, want := files(t, dir), []string{"cert-1.key"}; !slices.Equal(got, want) {
+	later := pending(t, s, "cert-1", "b")
+	deploy(t, s, "cert-1", later)
+	if got, want := files(t, dir), []string{later.Name, "cert-1.key"}; !slices.Equal(got, want) {
 		t.Errorf("files %v, want %v", got, want)
 	}
 }
@@ -333,7 +341,6 @@ func TestFindNothing(t *testing.T) {
 	do(t, err)
 	deploy(t, s, "full", pending(t, s, "full", "a"))
 	deploy(t, s, "full", pending(t, s, "full", "b"))
-	pending(t, s, "full", "c")
 	do(t, os.WriteFile(filepath.Join(outside, "key"), pending(t, s, "outside", "a").PEM, 0o600))
 	do(t, os.Symlink(filepath.Join(outside, "key"), s.Path("link")))
 	do(t, syscall.Mkfifo(s.Path("pipe"), 0o600))
@@ -383,15 +390,16 @@ func TestPendingAreBounded(t *testing.T) {
 	}
 	find(t, s, "cert-1", second)
 
-	for i := len(files(t, dir)); i < maxPendingTotal; i++ {
+	s.totalLimit = 100
+	for i := len(files(t, dir)); i < s.totalLimit; i++ {
 		do(t, os.WriteFile(filepath.Join(dir, pendingName(fmt.Sprint("other-", i), "x")), nil, 0o600))
 	}
 	if _, err := s.Pending("cert-2", "a", algorithm); err == nil || !strings.Contains(err.Error(), "its limit") {
 		t.Errorf("a certificate without pending keys: %v, want a refusal", err)
 	}
 	pending(t, s, "cert-1", "last")
-	if got := len(files(t, dir)); got != maxPendingTotal {
-		t.Errorf("%d pending keys, want %d", got, maxPendingTotal)
+	if got := len(files(t, dir)); got != s.totalLimit {
+		t.Errorf("%d pending keys, want %d", got, s.totalLimit)
 	}
 }
 
@@ -439,6 +447,66 @@ func TestOpen(t *testing.T) {
 	do(t, os.WriteFile(filepath.Join(dir, "file"), nil, 0o600))
 	if _, err := Open(filepath.Join(dir, "file"), slog.New(slog.DiscardHandler)); err == nil {
 		t.Error("a file was opened as a key directory")
+	}
+}
+
+// TestUndone has an interrupted transaction undone after another target of the
+// same certificate promoted the key for good.
+func TestUndone(t *testing.T) {
+	s := open(t, t.TempDir())
+	old, key := pending(t, s, "cert-1", "a"), pending(t, s, "cert-1", "b")
+	deploy(t, s, "cert-1", old)
+	deploy(t, s, "cert-1", key)
+	do(t, os.WriteFile(s.Path("cert-1"), old.PEM, 0o600))
+	if got := find(t, s, "cert-1", key); got.Role != Pending {
+		t.Errorf("role %v, want pending", got.Role)
+	}
+}
+
+// crashDir makes this binary the child of TestKilled.
+var crashDir = flag.String("crash-dir", "", "internal to TestKilled")
+
+// TestKilled kills a process at random moments while it makes keys: each that
+// it was given is there, and the job's again.
+func TestKilled(t *testing.T) {
+	if *crashDir != "" {
+		s := open(t, *crashDir)
+		for i := 0; ; i++ {
+			job := fmt.Sprintf("job-%d-%d", os.Getpid(), i)
+			key := pending(t, s, job, job)
+			fmt.Println(job, fmt.Sprintf("%x", sha256.Sum256(key.PEM)))
+		}
+	}
+	dir := t.TempDir()
+	for round := range 5 {
+		cmd := exec.Command(os.Args[0], "-test.run=^TestKilled$", "-crash-dir="+dir)
+		out, err := cmd.StdoutPipe()
+		do(t, err)
+		do(t, cmd.Start())
+		said := make(map[string]string)
+		rest := 1 + mathrand.IntN(20)
+		for lines := bufio.NewScanner(out); lines.Scan(); rest-- {
+			if job, sum, ok := strings.Cut(lines.Text(), " "); ok {
+				said[job] = sum
+			}
+			if rest == 0 {
+				time.Sleep(mathrand.N(time.Millisecond))
+				do(t, cmd.Process.Kill())
+			}
+		}
+		cmd.Wait()
+		s := open(t, dir)
+		for job, sum := range said {
+			if key := pending(t, s, job, job); key.Fresh || fmt.Sprintf("%x", sha256.Sum256(key.PEM)) != sum {
+				t.Errorf("round %d: %s has another key", round, job)
+			}
+		}
+		for _, name := range files(t, dir) {
+			if _, ok := pendingOwner(name); !ok {
+				t.Errorf("round %d: left over: %s", round, name)
+			}
+		}
+		s.Close()
 	}
 }
 

@@ -57,8 +57,8 @@ func TestDiskFull(t *testing.T) {
 	if !errors.Is(err, syscall.ENOSPC) {
 		t.Fatalf("got %v, want ENOSPC", err)
 	}
-	if got := len(files(t, dir)); got != made {
-		t.Errorf("files: %v, want the current key and %d pending ones", files(t, dir), made-1)
+	if got := len(files(t, dir)); got != made+1 {
+		t.Errorf("files: %v, want the current key and %d pending ones", files(t, dir), made)
 	}
 	if got := find(t, s, "cert-1", first); got.Role != Current {
 		t.Errorf("role %v, want current", got.Role)
