@@ -2,10 +2,11 @@ package discovery
 
 import (
 	"crypto/sha256"
+	"encoding/base64"
 	"encoding/binary"
 	"encoding/hex"
-	"encoding/pem"
 	"errors"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -131,8 +132,24 @@ func decodeCertificate(b []byte) api.DiscoveredCertificate {
 	for i := range c.SANs {
 		c.SANs[i] = d.string()
 	}
-	c.PEMData = string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: d.bytes()}))
+	c.PEMData = encodePEM(d.bytes())
 	return c
+}
+
+// encodePEM is pem.EncodeToMemory for a certificate, at a third of the cost:
+// it is most of what an unchanged certificate costs.
+func encodePEM(der []byte) string {
+	const (
+		begin = "-----BEGIN CERTIFICATE-----\n"
+		end   = "-----END CERTIFICATE-----\n"
+		line  = 48 // bytes that make 64 characters (RFC 7468, 2)
+	)
+	b := make([]byte, 0, len(begin)+len(der)*65/48+5+len(end))
+	b = append(b, begin...)
+	for part := range slices.Chunk(der, line) {
+		b = append(base64.StdEncoding.AppendEncode(b, part), '\n')
+	}
+	return string(append(b, end...))
 }
 
 // decoder reads what the functions above append. Damage makes it return zeros.

@@ -1,6 +1,7 @@
 package discovery
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/binary"
@@ -86,17 +87,23 @@ type segment struct {
 	on      string // mount point of all that is to be read
 }
 
+// entry is a file in a segment: as the index has it, or to be read.
 type entry struct {
 	dir  *node
-	file file
-	kept indexed // when the file is unchanged
+	name []byte
+	size int64
+	link bool
 	hit  bool
+	kept indexed // when hit
 
-	// Set by the task.
-	outcome []byte // nil: not read
+	*reading // when read
+}
+
+// reading is what came of a file that was opened.
+type reading struct {
+	outcome []byte
 	stamp   []byte // nil: not to be remembered
 	problem string
-	read    bool
 }
 
 func newRun(ctx context.Context, s *Scanner, emit func([]api.DiscoveredCertificate) error) *run {
@@ -201,7 +208,7 @@ func (r *run) join(n *node) error {
 				r.linked[id] = true
 			}
 		}
-		e := entry{dir: n, file: *f}
+		e := entry{dir: n, name: f.name, size: f.size, link: f.link}
 		e.kept, e.hit = r.lookUp(n, f)
 		if err := r.put(e, n.mount); err != nil {
 			return err
@@ -214,7 +221,7 @@ func (r *run) join(n *node) error {
 // put adds a file to the open segment.
 func (r *run) put(e entry, mount string) error {
 	s := r.open
-	if s != nil && !e.hit && (s.bytes+e.file.size > segmentBytes || s.on != "" && s.on != mount) {
+	if s != nil && !e.hit && (s.bytes+e.size > segmentBytes || s.on != "" && s.on != mount) {
 		if err := r.flush(); err != nil {
 			return err
 		}
@@ -225,7 +232,7 @@ func (r *run) put(e entry, mount string) error {
 		r.open = s
 	}
 	if !e.hit {
-		s.bytes += max(e.file.size, headSize/8)
+		s.bytes += max(e.size, headSize/8)
 		s.on = mount
 	}
 	s.entries = append(s.entries, e)
@@ -265,24 +272,15 @@ func (r *run) flush() error {
 // readSegment reads the files that are not in the index.
 func (r *run) readSegment(entries []entry) func(*worker) func() {
 	return func(w *worker) func() {
-		var done []entry
-		for _, e := range entries {
-			if e.hit {
-				continue
+		done := make([]*reading, len(entries))
+		for i := range entries {
+			if e := &entries[i]; !e.hit && r.ctx.Err() == nil {
+				done[i] = r.readFile(w, e)
 			}
-			if r.ctx.Err() != nil {
-				break
-			}
-			r.readFile(w, &e)
-			done = append(done, e)
 		}
 		return func() {
-			next := 0
-			for i := range entries {
-				if !entries[i].hit && next < len(done) {
-					entries[i] = done[next]
-					next++
-				}
+			for i, result := range done {
+				entries[i].reading = result
 			}
 		}
 	}
@@ -290,34 +288,33 @@ func (r *run) readSegment(entries []entry) func(*worker) func() {
 
 var errChanged = errors.New("the file changed while it was looked at")
 
-// readFile looks into one file.
-func (r *run) readFile(w *worker, e *entry) {
+// readFile looks into one file. It returns nil when the file is gone.
+func (r *run) readFile(w *worker, e *entry) *reading {
 	w.tick()
-	full := join(e.dir.path, e.file.name)
-	st, data, err := w.read(full, e.file)
+	name := string(e.name)
+	st, data, err := w.read(join(e.dir.path, name), name, e.link)
 	defer w.forget()
 	if errors.Is(err, fs.ErrNotExist) {
-		return
+		return nil
 	}
-	e.read = true
 	if err != nil {
-		e.problem = cause(err)
-		return
+		return &reading{problem: cause(err)}
 	}
 	w.rest() // what follows is no call: a slow key derivation is no hung disk
-	e.outcome = appendOutcome(nil, parse(e.file.name, data, r.words), &r.s.known)
+	result := &reading{outcome: appendOutcome(nil, parse(name, data, r.words), &r.s.known)}
 	if oldest := time.Now().Add(-r.s.racy).UnixNano(); st.modified < oldest && st.changed < oldest {
-		e.stamp = appendStamp(nil, st)
+		result.stamp = appendStamp(nil, st)
 	}
+	return result
 }
 
 // read returns the bytes of a file, or none when its head tells that there is
 // nothing in it. They are valid until the next call.
-func (w *worker) read(full string, f file) (status, []byte, error) {
+func (w *worker) read(full, name string, link bool) (status, []byte, error) {
 	// It was a regular file a moment ago; should it be a pipe now, opening it
 	// must not wait.
 	flags := syscall.O_RDONLY | syscall.O_NONBLOCK | syscall.O_NOCTTY | syscall.O_CLOEXEC
-	if !f.link {
+	if !link {
 		flags |= syscall.O_NOFOLLOW
 	}
 	var fd int
@@ -338,8 +335,8 @@ func (w *worker) read(full string, f file) (status, []byte, error) {
 		return now, nil, errChanged
 	}
 	head, err := w.fill(fd, 0, headSize)
-	if err != nil || len(head) < headSize || !worthReading(f.name, head) {
-		if !worthReading(f.name, head) {
+	if err != nil || len(head) < headSize || !worthReading(name, head) {
+		if !worthReading(name, head) {
 			head = nil
 		}
 		return now, head, err
@@ -419,13 +416,13 @@ func (r *run) openIndex() (closeOld func()) {
 // lookUp finds a file in the old index, which is read on up to there.
 func (r *run) lookUp(n *node, f *file) (indexed, bool) {
 	for r.advance() {
-		order := cmp.Or(cmp.Compare(r.oldFile.root, n.root), comparePaths(r.oldFile.dir, n.path), cmp.Compare(string(r.oldFile.name), f.name))
+		order := cmp.Or(cmp.Compare(r.oldFile.root, n.root), comparePaths(r.oldFile.dir, n.path), bytes.Compare(r.oldFile.name, f.name))
 		if order > 0 {
 			break
 		}
 		r.haveOld = false
 		if order == 0 {
-			unchanged := string(appendStamp(make([]byte, 0, 64), f.status)) == string(r.oldFile.stamp)
+			unchanged := bytes.Equal(appendStamp(make([]byte, 0, 64), f.status), r.oldFile.stamp)
 			return r.oldFile, unchanged && !(r.retryLocked && isLocked(r.oldFile.outcome))
 		}
 		r.noteGone()
@@ -501,29 +498,30 @@ func (r *run) emitSegment(s *segment) error {
 }
 
 func (r *run) emitEntry(e *entry) error {
-	outcome := e.outcome
-	if e.hit {
+	var outcome []byte
+	switch {
+	case e.hit:
 		outcome = e.kept.outcome
-	}
-	if e.read {
-		r.summary.Read++
-	}
-	if r.writer != nil {
-		switch {
-		case e.hit:
+		if r.writer != nil {
 			r.writer.keep(e.kept)
-		case e.stamp != nil:
-			r.writer.add(e.dir.root, e.dir.path, []byte(e.file.name), e.stamp, outcome)
+		}
+	case e.reading == nil:
+		return nil
+	default:
+		r.summary.Read++
+		outcome = e.outcome
+		if r.writer != nil && e.stamp != nil {
+			r.writer.add(e.dir.root, e.dir.path, e.name, e.stamp, outcome)
+		}
+		if e.problem != "" {
+			r.problems.add(printablePath(join(e.dir.path, string(e.name))) + ": " + e.problem)
+			return nil
 		}
 	}
-	if e.problem == "" && (outcome == nil || holdsNothing(outcome)) {
+	if holdsNothing(outcome) {
 		return nil
 	}
-	source := printablePath(join(e.dir.path, e.file.name))
-	if e.problem != "" {
-		r.problems.add(source + ": " + e.problem)
-		return nil
-	}
+	source := printablePath(join(e.dir.path, string(e.name)))
 	return emitOutcome(outcome, source,
 		func(cert api.DiscoveredCertificate) error {
 			r.summary.Formats[cert.SourceFormat]++

@@ -64,9 +64,10 @@ type nameRef struct {
 
 func (l *nameList) add(name string, link bool) {
 	l.refs = append(l.refs, nameRef{uint32(len(l.text)), uint16(len(name)), link})
-	l.text = append(l.text, name...)
+	l.text = append(append(l.text, name...), 0)
 }
 
+// name is the name at i; the byte behind it is a NUL.
 func (l *nameList) name(i int) []byte {
 	ref := l.refs[i]
 	return l.text[ref.at : ref.at+uint32(ref.size)]
@@ -96,7 +97,7 @@ func statusOf(st *syscall.Stat_t) status {
 
 // file is a regular file to look into.
 type file struct {
-	name string
+	name []byte
 	status
 	link bool // a symbolic link to a file outside the tree
 }
@@ -228,7 +229,12 @@ func (r *run) visit(n *node) error {
 			part := &node{root: n.root, path: n.path, real: n.real, all: n.rest, lo: lo, hi: min(lo+partSize, total)}
 			part.task = newTask(n.mount, func(w *worker) func() {
 				done := *part
-				r.examine(w, &done)
+				if dir, err := openDirectory(done.path, false); err != nil {
+					done.problem(done.path, err)
+				} else {
+					r.examine(w, &done, dir)
+					dir.Close()
+				}
 				return func() { part.take(&done) }
 			})
 			r.queue(part.task)
@@ -279,11 +285,7 @@ func (r *run) list(n *node, isRoot bool) func(*worker) func() {
 
 func (r *run) readDirectory(w *worker, n *node, isRoot bool) error {
 	w.tick()
-	flags := os.O_RDONLY | syscall.O_DIRECTORY | syscall.O_NONBLOCK
-	if !isRoot {
-		flags |= syscall.O_NOFOLLOW // it was no link a moment ago
-	}
-	dir, err := os.OpenFile(n.path, flags, 0)
+	dir, err := openDirectory(n.path, isRoot)
 	if err != nil {
 		return err
 	}
@@ -327,8 +329,17 @@ func (r *run) readDirectory(w *worker, n *node, isRoot bool) error {
 		return nil
 	}
 	n.all, n.lo, n.hi = files, 0, len(files.refs)
-	r.examine(w, n)
+	r.examine(w, n, dir)
 	return nil
+}
+
+// openDirectory opens a directory, which is no link unless it is a root.
+func openDirectory(path string, isRoot bool) (*os.File, error) {
+	flags := os.O_RDONLY | syscall.O_DIRECTORY
+	if !isRoot {
+		flags |= syscall.O_NOFOLLOW
+	}
+	return os.OpenFile(path, flags, 0)
 }
 
 // sortOut decides by name and type alone what becomes of an entry.
@@ -388,22 +399,20 @@ func (r *run) excluded(dir, name string) bool {
 }
 
 // examine looks at the files of a node from lo to hi, without opening them.
-func (r *run) examine(w *worker, n *node) {
+func (r *run) examine(w *worker, n *node, dir *os.File) {
 	n.files = make([]file, 0, n.hi-n.lo)
+	var st syscall.Stat_t
 	for i := n.lo; i < n.hi; i++ {
 		if r.ctx.Err() != nil {
 			return
 		}
 		r.limit(w)
 		w.tick()
-		name := string(n.all.name(i))
-		f := file{name: name, link: n.all.refs[i].link}
-		full := join(n.path, name)
+		f := file{name: n.all.name(i), link: n.all.refs[i].link}
 		n.seen++
-		var st syscall.Stat_t
-		if err := retry(func() error { return syscall.Lstat(full, &st) }); err != nil {
+		if err := retry(func() error { return lstatIn(dir, n.path, f.name[:len(f.name)+1], &st) }); err != nil {
 			if err != syscall.ENOENT {
-				n.problem(full, err)
+				n.problem(join(n.path, string(f.name)), err)
 			}
 			continue
 		}
@@ -430,7 +439,7 @@ func (r *run) examine(w *worker, n *node) {
 // follow resolves a symbolic link and reports whether its file is to be looked
 // into under the name of the link.
 func (r *run) follow(n *node, f *file) bool {
-	full := join(n.path, f.name)
+	full := join(n.path, string(f.name))
 	target, err := os.Readlink(full)
 	if err == nil {
 		if !filepath.IsAbs(target) {
@@ -448,7 +457,7 @@ func (r *run) follow(n *node, f *file) bool {
 		err = retry(func() error { return syscall.Stat(target, &st) })
 	}
 	if err != nil {
-		if promiseOf(f.name) != promisesNothing {
+		if promiseOf(string(f.name)) != promisesNothing {
 			n.problem(full, fmt.Errorf("the link leads nowhere: %s", cause(err)))
 		} else {
 			n.skip(skipDangling)

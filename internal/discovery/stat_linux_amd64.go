@@ -1,0 +1,5 @@
+package discovery
+
+import "syscall"
+
+const sysStatAt = syscall.SYS_NEWFSTATAT

@@ -1,0 +1,13 @@
+//go:build !linux || !(amd64 || arm64)
+
+package discovery
+
+import (
+	"os"
+	"syscall"
+)
+
+// lstatIn is lstat of a name in a directory. name ends in a NUL.
+func lstatIn(_ *os.File, dir string, name []byte, st *syscall.Stat_t) error {
+	return syscall.Lstat(join(dir, string(name[:len(name)-1])), st)
+}
