@@ -230,13 +230,18 @@ func (s *Store) reuse(certID, jobID string) (Key, error) {
 	if err != nil {
 		return Key{}, err
 	}
-	if all[len(all)-1].name != name {
-		if p.sequence, err = nextSequence(all); err != nil {
-			return Key{}, err
+	if all[len(all)-1].name == name {
+		// The process that wrote it may have been killed before this step.
+		if err := atomicfile.SyncDir(s.root, "."); err != nil {
+			return Key{}, fmt.Errorf("keep the pending key %s: %w", name, err)
 		}
-		if err := s.writePending(p); err != nil {
-			return Key{}, err
-		}
+		return p.key()
+	}
+	if p.sequence, err = nextSequence(all); err != nil {
+		return Key{}, err
+	}
+	if err := s.writePending(p); err != nil {
+		return Key{}, err
 	}
 	return p.key()
 }
@@ -345,10 +350,12 @@ func (s *Store) Promotion(certID string, key Key) ([]Change, error) {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return []Change{current}, nil
-	case err != nil:
-		// Damaged: it must not push out a previous key that is whole.
-		s.log.Error("the current key cannot be read: it is replaced and not kept as the previous one", "certificate", certID, "error", err)
+	case errors.Is(err, errDamaged):
+		// It must not push out a previous key that is whole.
+		s.log.Error("the current key is damaged: it is replaced and not kept as the previous one", "certificate", certID, "error", err)
 		return []Change{current}, nil
+	case err != nil:
+		return nil, err
 	}
 	previous := Change{Path: filepath.Join(s.dir, certID+previousExt), Data: old.PEM}
 	return []Change{previous, current}, nil
@@ -429,7 +436,7 @@ func (s *Store) read(certID string, role Role) (Key, error) {
 	signer, err := pemutil.ParseKey(data)
 	if err != nil {
 		clear(data)
-		return Key{}, fmt.Errorf("read the %s key %s: %w", role, filepath.Join(s.dir, name), err)
+		return Key{}, fmt.Errorf("read the %s key %s: %w: %w", role, filepath.Join(s.dir, name), errDamaged, err)
 	}
 	return Key{Role: role, Name: name, PEM: data, Signer: signer}, nil
 }

@@ -41,6 +41,9 @@ func TestDiskFull(t *testing.T) {
 	if got := len(l.Undelivered()); got != len(refused) {
 		t.Errorf("%d reports to deliver, want %d", got, len(refused))
 	}
+	for _, d := range l.Undelivered() {
+		do(t, l.Delivered(d))
+	}
 	list, err := os.ReadDir(filepath.Join(dir, "jobs"))
 	do(t, err)
 	if len(list) != len(accepted) {

@@ -331,7 +331,11 @@ func (l *Ledger) settle(d Delivery) error {
 		return l.save(&r)
 	}
 	l.drop(d.Job)
-	return atomicfile.Remove(l.root, fileName(d.Job))
+	err := atomicfile.Remove(l.root, fileName(d.Job))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // the disk was full when it was to be written
+	}
+	return err
 }
 
 // Counts returns how many jobs are unfinished and how many reports undelivered.
@@ -347,8 +351,8 @@ func (l *Ledger) Counts() (unfinished, undelivered int) {
 	return unfinished, undelivered
 }
 
-// save takes a record over in memory and makes it durable. Memory comes first
-// in effect: what the disk refuses still holds for this process.
+// save makes a record durable and takes it over in memory. What the disk
+// refuses still holds there, for as long as the process lives.
 func (l *Ledger) save(r *record) error {
 	err := r.encode()
 	if err == nil {
@@ -423,7 +427,12 @@ func (l *Ledger) load() error {
 			l.loadFile(name)
 		}
 	}
-	return l.pruneDamaged()
+	if err := l.pruneDamaged(); err != nil {
+		return err
+	}
+	// A process that was killed may not have come as far as this with a record
+	// that is about to be relied on.
+	return atomicfile.SyncDir(l.root, ".")
 }
 
 // loadFile takes one record over, or sets it aside. One that the disk does not
