@@ -1,0 +1,204 @@
+package status
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"certctl-agent/internal/atomicfile"
+	"certctl-agent/internal/printable"
+)
+
+// contentType is that of Prometheus' text format.
+const contentType = "text/plain; version=0.0.4; charset=utf-8"
+
+// WriteMetrics writes a snapshot in Prometheus' text format.
+func WriteMetrics(w io.Writer, s Snapshot) error {
+	var m metrics
+	m.agent(s)
+	m.activities(s)
+	m.jobs(s)
+	m.deployments(s.Counters.Deployments)
+	m.certificates(s)
+	m.scan(s.LastScan)
+	_, err := w.Write(m.Bytes())
+	return err
+}
+
+// WriteMetricsFile replaces a file for node_exporter's textfile collector. The
+// temporary beside it has a name that the collector does not read.
+func WriteMetricsFile(path string, s Snapshot) error {
+	var text bytes.Buffer
+	if err := WriteMetrics(&text, s); err != nil {
+		return err
+	}
+	dir, err := os.OpenRoot(filepath.Dir(path))
+	if err != nil {
+		return fmt.Errorf("write metrics: %w", err)
+	}
+	defer dir.Close()
+	if err := atomicfile.WriteFile(dir, filepath.Base(path), text.Bytes(), 0o644); err != nil {
+		return fmt.Errorf("write metrics: %w", err)
+	}
+	return nil
+}
+
+// metrics is a text in the making.
+type metrics struct{ bytes.Buffer }
+
+func (m *metrics) agent(s Snapshot) {
+	m.family("build_info", "gauge", "Version of the agent; the value is always 1.")
+	m.sample("build_info", 1, "version", s.Version, "commit", s.Commit, "goversion", runtime.Version())
+	m.family("start_time_seconds", "gauge", "Start of the agent, as Unix time.")
+	m.sample("start_time_seconds", unix(s.Started))
+	m.family("last_contact_timestamp_seconds", "gauge", "When the control plane last accepted a heartbeat or a poll, as Unix time; 0 if never.")
+	m.sample("last_contact_timestamp_seconds", unix(s.Contact()))
+	m.family("clock_skew_seconds", "gauge", "How far the control plane's clock is ahead of this host's.")
+	m.sample("clock_skew_seconds", s.ClockSkewSeconds)
+	m.family("warnings", "gauge", "Standing warnings; certctl-agent status names them.")
+	m.sample("warnings", float64(len(s.Warnings)))
+}
+
+func (m *metrics) activities(s Snapshot) {
+	names := slices.Sorted(maps.Keys(s.Activities))
+	each := func(metric, help string, value func(Activity) float64) {
+		m.family(metric, "gauge", help)
+		for _, name := range names {
+			m.sample(metric, value(s.Activities[name]), "activity", name)
+		}
+	}
+	each("last_attempt_timestamp_seconds", "When an activity was last begun, as Unix time; 0 if never.",
+		func(a Activity) float64 { return unix(a.LastAttempt) })
+	each("last_success_timestamp_seconds", "When an activity last succeeded, as Unix time; 0 if never.",
+		func(a Activity) float64 { return unix(a.LastSuccess) })
+	each("consecutive_failures", "Failures of an activity in a row.",
+		func(a Activity) float64 { return float64(a.Failures) })
+
+	m.family("failures_total", "counter", "Failed tries, by activity and kind of failure.")
+	for _, activity := range slices.Sorted(maps.Keys(s.Counters.Failures)) {
+		kinds := s.Counters.Failures[activity]
+		for _, kind := range slices.Sorted(maps.Keys(kinds)) {
+			m.sample("failures_total", float64(kinds[kind]), "activity", activity, "kind", kind)
+		}
+	}
+	m.counts("rate_limited_total", "Answers of 429, by activity.", "activity", s.Counters.RateLimited)
+}
+
+func (m *metrics) jobs(s Snapshot) {
+	m.family("jobs", "gauge", "Deployments in hand, by state; undelivered ones are done, but not reported.")
+	m.sample("jobs", float64(s.Jobs.Running), "state", "running")
+	m.sample("jobs", float64(s.Jobs.Waiting), "state", "waiting")
+	m.sample("jobs", float64(s.Jobs.Undelivered), "state", "undelivered")
+	m.counts("csrs_total", "Certificate requests, by result.", "result", s.Counters.CSRs)
+}
+
+func (m *metrics) deployments(byType map[string]Deployments) {
+	types := slices.Sorted(maps.Keys(byType))
+	m.family("deployments_total", "counter", "Deployments that ended, by target type and outcome.")
+	for _, targetType := range types {
+		outcomes := byType[targetType].Outcomes
+		for _, outcome := range slices.Sorted(maps.Keys(outcomes)) {
+			m.sample("deployments_total", float64(outcomes[outcome]), "target_type", targetType, "outcome", outcome)
+		}
+	}
+	m.family("deployment_duration_seconds", "histogram", "Time that deployments took, by target type.")
+	for _, targetType := range types {
+		h := byType[targetType].Seconds
+		for _, bucket := range h.Buckets {
+			m.sample("deployment_duration_seconds_bucket", float64(bucket.Count), "target_type", targetType, "le", number(bucket.LE))
+		}
+		m.sample("deployment_duration_seconds_bucket", float64(h.Count), "target_type", targetType, "le", "+Inf")
+		m.sample("deployment_duration_seconds_sum", h.Sum, "target_type", targetType)
+		m.sample("deployment_duration_seconds_count", float64(h.Count), "target_type", targetType)
+	}
+}
+
+func (m *metrics) certificates(s Snapshot) {
+	each := func(metric, help string, value func(Certificate) time.Time) {
+		m.family(metric, "gauge", help)
+		for _, c := range s.Certificates {
+			m.sample(metric, unix(value(c)), "target_id", c.TargetID, "target_type", c.TargetType,
+				"certificate_id", c.CertificateID, "common_name", c.CommonName)
+		}
+	}
+	each("certificate_not_after_timestamp_seconds", "Expiry of the certificate that was installed on a target, as Unix time.",
+		func(c Certificate) time.Time { return c.NotAfter })
+	each("certificate_deployed_timestamp_seconds", "When the certificate of a target was installed, as Unix time.",
+		func(c Certificate) time.Time { return c.DeployedAt })
+}
+
+func (m *metrics) scan(s Scan) {
+	if s.Ended.IsZero() {
+		return
+	}
+	gauge := func(metric, help string, value float64) {
+		m.family(metric, "gauge", help)
+		m.sample(metric, value)
+	}
+	gauge("scan_timestamp_seconds", "End of the last search for certificates, as Unix time.", unix(s.Ended))
+	gauge("scan_duration_seconds", "Time that the last search took.", s.DurationSeconds)
+	gauge("scan_files", "Files that the last search looked at.", float64(s.Files))
+	gauge("scan_certificates", "Certificates that the last search found.", float64(s.Certificates))
+	gauge("scan_refused", "Certificates of the last search that the control plane refused.", float64(s.Refused))
+	gauge("scan_errors", "Files that the last search could not read or parse.", float64(s.Errors))
+}
+
+// prefix is before every name.
+const prefix = "certctl_agent_"
+
+// maxLabel is longer than any identifier or name of a host.
+const maxLabel = 256
+
+// family begins a metric. Every sample of it must follow before the next one
+// begins.
+func (m *metrics) family(name, kind, help string) {
+	fmt.Fprintf(m, "# HELP %s%s %s\n# TYPE %s%s %s\n", prefix, name, help, prefix, name, kind)
+}
+
+// counts writes a family of counters with one label.
+func (m *metrics) counts(name, help, label string, counts map[string]uint64) {
+	m.family(name, "counter", help)
+	for _, value := range slices.Sorted(maps.Keys(counts)) {
+		m.sample(name, float64(counts[value]), label, value)
+	}
+}
+
+// sample writes one value; labels are names and values in turn.
+func (m *metrics) sample(name string, value float64, labels ...string) {
+	m.WriteString(prefix + name)
+	for i := 0; i+1 < len(labels); i += 2 {
+		separator := ","
+		if i == 0 {
+			separator = "{"
+		}
+		m.WriteString(separator + labels[i] + `="` + escape(labels[i+1]) + `"`)
+	}
+	if len(labels) > 0 {
+		m.WriteByte('}')
+	}
+	m.WriteString(" " + number(value) + "\n")
+}
+
+// escape makes a label value of a string that may come from anywhere: one bad
+// byte would have the whole text refused, and people read it on terminals.
+func escape(value string) string {
+	return strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(printable.Clip(value, maxLabel))
+}
+
+func number(v float64) string { return strconv.FormatFloat(v, 'f', -1, 64) }
+
+// unix is a time in seconds, to the millisecond; 0 for none.
+func unix(t time.Time) float64 {
+	if t.IsZero() {
+		return 0
+	}
+	return float64(t.UnixMilli()) / 1000
+}

@@ -1,0 +1,220 @@
+package status
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+)
+
+// SocketName is the socket's name in the state directory.
+const SocketName = "agent.sock"
+
+const (
+	// askTimeout is how long the loop has for an answer. It never blocks: one
+	// that needs seconds is stuck, or the host is out of processor time.
+	askTimeout = 5 * time.Second
+
+	// getTimeout leaves the daemon time to say that its loop is stuck.
+	getTimeout = askTimeout + 3*time.Second
+
+	// ioTimeout is for requests and answers on the local socket.
+	ioTimeout = 5 * time.Second
+
+	maxRequest = 8 << 10
+	maxAnswer  = 16 << 20 // some thousand certificates are 2 MiB
+
+	// maxPath is the longest name of a socket on macOS; Linux allows 107.
+	maxPath = 103
+)
+
+var (
+	// ErrNotRunning means that no daemon listens in the state directory.
+	ErrNotRunning = errors.New("no agent is running")
+
+	// ErrStuck means that there is a daemon whose loop does not answer.
+	ErrStuck = errors.New("the agent's loop is stuck")
+
+	// ErrRunning means that another daemon listens already.
+	ErrRunning = errors.New("another agent is running")
+)
+
+// Source asks the loop for a snapshot. It returns an error when ctx ends before
+// the loop has answered.
+type Source func(ctx context.Context) (Snapshot, error)
+
+// Server answers on the socket: GET /status with the snapshot as JSON, GET
+// /metrics with Prometheus' text format.
+type Server struct {
+	http     *http.Server
+	listener *net.UnixListener
+	path     string
+	log      *slog.Logger
+}
+
+// Listen makes the socket in a state directory, 0600 from the moment that it
+// exists. It replaces the socket of a process that is gone; with one that lives
+// it returns ErrRunning.
+func Listen(dir string, source Source, log *slog.Logger) (*Server, error) {
+	path := filepath.Join(dir, SocketName)
+	switch conn, err := dial(context.Background(), dir); {
+	case err == nil:
+		conn.Close()
+		return nil, fmt.Errorf("listen on %s: %w", path, ErrRunning)
+	case !errors.Is(err, ErrNotRunning):
+		return nil, fmt.Errorf("listen on %s: %w", path, err)
+	}
+	listener, err := bind(dir)
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", path, err)
+	}
+	s := &Server{listener: listener, path: path, log: log}
+	s.http = &http.Server{
+		Handler:           handler(source, log),
+		ReadTimeout:       ioTimeout,
+		ReadHeaderTimeout: ioTimeout,
+		WriteTimeout:      askTimeout + ioTimeout,
+		IdleTimeout:       ioTimeout,
+		MaxHeaderBytes:    maxRequest,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+	return s, nil
+}
+
+// Serve answers until Close.
+func (s *Server) Serve() {
+	if err := s.http.Serve(s.listener); err != nil && !errors.Is(err, http.ErrServerClosed) {
+		s.log.Error("the status socket has failed: status, probes and its metrics are gone until the next start", "error", err)
+	}
+}
+
+// Close stops answering and removes the socket.
+func (s *Server) Close() {
+	s.http.Close()
+	s.listener.Close()
+	os.Remove(s.path)
+}
+
+// bind makes the socket in a directory that is closed to others, since it gets
+// a mode from the umask, and moves it to its place when it has its own mode.
+func bind(dir string) (*net.UnixListener, error) {
+	closed := filepath.Join(dir, ".socket")
+	if err := os.RemoveAll(closed); err != nil {
+		return nil, err
+	}
+	if err := os.Mkdir(closed, 0o700); err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(closed)
+	address, release, err := address(closed)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: address, Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	listener.SetUnlinkOnClose(false)
+	made := filepath.Join(closed, SocketName)
+	if err := errors.Join(os.Chmod(made, 0o600), os.Rename(made, filepath.Join(dir, SocketName))); err != nil {
+		listener.Close()
+		return nil, err
+	}
+	return listener, nil
+}
+
+// dial connects to the daemon of a state directory.
+func dial(ctx context.Context, dir string) (net.Conn, error) {
+	address, release, err := address(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w with the state directory %s", ErrNotRunning, dir)
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	conn, err := (&net.Dialer{Timeout: ioTimeout}).DialContext(ctx, "unix", address)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
+		return nil, fmt.Errorf("%w with the state directory %s", ErrNotRunning, dir)
+	}
+	return conn, err
+}
+
+func handler(source Source, log *slog.Logger) http.Handler {
+	answer := func(contentType string, write func(io.Writer, Snapshot) error) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			ctx, cancel := context.WithTimeout(r.Context(), askTimeout)
+			defer cancel()
+			snapshot, err := source(ctx)
+			if err != nil {
+				http.Error(w, "the agent's loop does not answer: "+err.Error(), http.StatusServiceUnavailable)
+				return
+			}
+			if snapshot.Certificates == nil {
+				snapshot.Certificates = []Certificate{} // a list in JSON too
+			}
+			w.Header().Set("Content-Type", contentType)
+			if err := write(w, snapshot); err != nil {
+				log.Debug("status not delivered", "error", err)
+			}
+		}
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /status", answer("application/json", func(w io.Writer, s Snapshot) error { return json.NewEncoder(w).Encode(s) }))
+	mux.HandleFunc("GET /metrics", answer(contentType, WriteMetrics))
+	return mux
+}
+
+// Get asks the daemon of a state directory. The error is ErrNotRunning where
+// there is none, and ErrStuck where its loop does not answer.
+func Get(ctx context.Context, dir string) (Snapshot, error) {
+	ctx, cancel := context.WithTimeout(ctx, getTimeout)
+	defer cancel()
+	transport := &http.Transport{
+		DisableKeepAlives: true,
+		DialContext:       func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx, dir) },
+	}
+	// The host's name is of no meaning on a socket.
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agent/status", nil)
+	if err != nil {
+		return Snapshot{}, err
+	}
+	resp, err := transport.RoundTrip(req)
+	if err != nil {
+		return Snapshot{}, asked(dir, err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	if err != nil {
+		return Snapshot{}, asked(dir, err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		return Snapshot{}, fmt.Errorf("%w: it answers %s", ErrStuck, resp.Status)
+	}
+	var s Snapshot
+	if err := json.Unmarshal(body, &s); err != nil {
+		return Snapshot{}, fmt.Errorf("the answer of the agent in %s cannot be read: %w", dir, err)
+	}
+	return s, nil
+}
+
+// asked explains why there is no answer.
+func asked(dir string, err error) error {
+	switch {
+	case errors.Is(err, ErrNotRunning):
+		return err
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded):
+		return fmt.Errorf("%w: no answer within %v in %s", ErrStuck, getTimeout, dir)
+	}
+	return fmt.Errorf("ask the agent in %s: %w", dir, err)
+}

@@ -1,0 +1,129 @@
+// Package status tells what a running agent does: a snapshot of its loop,
+// served over a unix socket and as metrics, and what the probes of a service
+// manager make of it.
+package status
+
+import (
+	"errors"
+	"fmt"
+	"time"
+)
+
+// Snapshot is the state of the agent at one moment, as its loop sees it. Times
+// are zero for what has not happened. It holds no secret.
+type Snapshot struct {
+	Version string    `json:"version"`
+	Commit  string    `json:"commit,omitempty"`
+	AgentID string    `json:"agent_id"`
+	Server  string    `json:"server"`
+	Started time.Time `json:"started"`
+	Taken   time.Time `json:"taken"` // when the loop answered
+
+	// Activities by name; the first three are the loop's own.
+	Activities map[string]Activity `json:"activities"`
+
+	Jobs Jobs `json:"jobs"`
+
+	// Certificates are what was installed here, one for each target.
+	Certificates []Certificate `json:"certificates"`
+
+	LastScan Scan     `json:"last_scan,omitzero"`
+	Counters Counters `json:"counters"`
+
+	// ClockSkewSeconds is how far the control plane's clock is ahead of this
+	// host's.
+	ClockSkewSeconds float64 `json:"clock_skew_seconds"`
+
+	// Warnings are sentences for the operator that hold now.
+	Warnings []string `json:"warnings,omitempty"`
+}
+
+// Names of activities.
+const (
+	Heartbeat = "heartbeat"
+	Poll      = "poll"
+	Discovery = "discovery"
+	Delivery  = "delivery" // of reports to the control plane
+)
+
+// Activity is something the agent does again and again.
+type Activity struct {
+	Running         bool      `json:"running,omitempty"`
+	LastAttempt     time.Time `json:"last_attempt,omitzero"`
+	LastSuccess     time.Time `json:"last_success,omitzero"`
+	LastError       string    `json:"last_error,omitempty"`      // "" after a success
+	LastErrorKind   string    `json:"last_error_kind,omitempty"` // in one word
+	Failures        int       `json:"consecutive_failures"`
+	NextDue         time.Time `json:"next_due,omitzero"`
+	IntervalSeconds float64   `json:"interval_seconds,omitempty"` // as configured
+}
+
+// Jobs counts what the agent has in hand.
+type Jobs struct {
+	Running     int `json:"running"`     // deployments under way
+	Waiting     int `json:"waiting"`     // deployments claimed, not begun
+	CSRs        int `json:"csrs"`        // certificate requests under way
+	Undelivered int `json:"undelivered"` // jobs whose outcome the control plane does not know yet
+}
+
+// Certificate is what the last successful deployment left on a target.
+type Certificate struct {
+	TargetID      string    `json:"target_id"`
+	TargetType    string    `json:"target_type"`
+	CertificateID string    `json:"certificate_id"`
+	CommonName    string    `json:"common_name"`
+	Fingerprint   string    `json:"fingerprint_sha256"` // lower-case hex
+	NotAfter      time.Time `json:"not_after"`
+	DeployedAt    time.Time `json:"deployed_at"`
+}
+
+// Scan is the last search for certificates on this host's disks.
+type Scan struct {
+	Ended           time.Time `json:"ended"`
+	DurationSeconds float64   `json:"duration_seconds"`
+	Files           int       `json:"files"`
+	Certificates    int       `json:"certificates"` // found; the same one at two paths counts twice
+	Reported        int       `json:"reported"`     // of these, accepted by the control plane
+	Refused         int       `json:"refused"`      // of these, refused for good
+	Errors          int       `json:"errors"`       // files that could not be read or parsed
+	Error           string    `json:"error,omitempty"`
+}
+
+// Contact is when the control plane last accepted a heartbeat or a poll.
+func (s Snapshot) Contact() time.Time {
+	contact := s.Activities[Heartbeat].LastSuccess
+	if poll := s.Activities[Poll].LastSuccess; poll.After(contact) {
+		return poll
+	}
+	return contact
+}
+
+// missedIntervals is how many heartbeats may fail before an agent is not ready.
+const missedIntervals = 5
+
+// ErrNotReady is an agent that runs but is not in contact with its control
+// plane.
+var ErrNotReady = errors.New("not ready")
+
+// Ready judges for a readiness probe: nil, or an ErrNotReady with the reason.
+// For a liveness probe it is enough that Get has got an answer: an outage of
+// the control plane must not restart a fleet.
+func Ready(s Snapshot) error {
+	contact := s.Contact()
+	beat := s.Activities[Heartbeat]
+	if contact.IsZero() {
+		return fmt.Errorf("%w: no contact with %s since the start%s", ErrNotReady, s.Server, because(beat.LastError))
+	}
+	interval := time.Duration(beat.IntervalSeconds * float64(time.Second))
+	if age := s.Taken.Sub(contact); age > missedIntervals*interval {
+		return fmt.Errorf("%w: no contact with %s for %v%s", ErrNotReady, s.Server, age.Round(time.Second), because(beat.LastError))
+	}
+	return nil
+}
+
+func because(reason string) string {
+	if reason == "" {
+		return ""
+	}
+	return ": " + reason
+}
