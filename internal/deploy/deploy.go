@@ -63,7 +63,7 @@ type Options struct {
 type Outcome struct {
 	Status       string            // api.StatusCompleted or api.StatusFailed
 	Error        string            // what failed, printable and bounded
-	Broken       bool              // failed and not rolled back: the target needs a person
+	Broken       bool              // failed, and the target may not be as it was: it needs a person
 	Unchanged    bool              // everything was in place
 	Verification *api.Verification // what the live endpoint serves; nil: no report
 

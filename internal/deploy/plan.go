@@ -35,20 +35,20 @@ func (a *attempt) plan() error {
 	if !api.ValidID(a.job.TargetID) {
 		return fmt.Errorf("the target id %.200q is not valid: expected 1 to 128 of A-Z a-z 0-9 . _ -", a.job.TargetID)
 	}
-	make, err := a.factory()
+	build, err := a.factory()
 	if err != nil {
 		return err
 	}
 	// Also for an empty type: an overlay may say that it must be another.
 	a.config, err = target.Merge(a.job.TargetConfig, a.job.TargetType, a.job.TargetID, a.o.Overlays)
-	if err != nil || make == nil {
+	if err != nil || build == nil {
 		return err
 	}
 	a.common, err = target.DecodeCommon(a.config)
 	if err != nil {
 		return err
 	}
-	a.connector, err = make(target.Params{
+	a.connector, err = build(target.Params{
 		TargetID: a.job.TargetID, Config: a.config, Common: a.common, Policy: a.o.Policy, Log: a.log})
 	if err != nil {
 		return err
