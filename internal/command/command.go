@@ -42,8 +42,8 @@ const (
 	// reload may leave a daemon behind that never closes it.
 	drainDelay = time.Second
 
-	// searchPath is the PATH of commands, and where a plain name is looked for.
-	// The agent's own may be anybody's.
+	// searchPath is the PATH of commands, and where a plain name is looked for:
+	// the agent's own PATH may have been anybody's.
 	searchPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 )
 
@@ -94,7 +94,10 @@ func Query(ctx context.Context, argv []string, timeout time.Duration) ([]byte, e
 }
 
 func run(ctx context.Context, argv []string, timeout time.Duration, stdout, stderr io.Writer) error {
-	path, err := lookUp(argv)
+	if len(argv) == 0 {
+		return errors.New("there is no command")
+	}
+	path, err := Find(argv[0])
 	if err != nil {
 		return err
 	}
@@ -133,16 +136,19 @@ func run(ctx context.Context, argv []string, timeout time.Duration, stdout, stde
 	return fmt.Errorf("killed: %w", context.Cause(ctx))
 }
 
-// lookUp finds the program as a shell with our PATH would.
-func lookUp(argv []string) (string, error) {
-	if len(argv) == 0 || argv[0] == "" {
+// Find returns the path of the program that Run would run under this name: an
+// absolute path, or a plain name that is looked for in the system's directories.
+func Find(name string) (string, error) {
+	switch {
+	case name == "":
 		return "", errors.New("there is no command")
-	}
-	name := argv[0]
-	if filepath.IsAbs(name) {
-		return name, nil
-	}
-	if strings.Contains(name, "/") {
+	case filepath.IsAbs(name):
+		path, err := exec.LookPath(name)
+		if wrapped, ok := errors.AsType[*exec.Error](err); ok {
+			err = wrapped.Err // callers name the program
+		}
+		return path, err
+	case strings.Contains(name, "/"):
 		return "", errors.New("expected an absolute path or a plain name")
 	}
 	for _, dir := range filepath.SplitList(searchPath) {

@@ -94,7 +94,8 @@ func TestRun(t *testing.T) {
 		{"signal", sh("kill -TERM $$"), "", []string{"signal: terminated"}},
 		{"not found", []string{"no-such-program"}, "", []string{"no-such-program: ", "not found in /usr/local/sbin", "absolute path"}},
 		{"absolute and not found", []string{"/no/such/program"}, "", []string{"/no/such/program: ", "no such file"}},
-		{"a directory", []string{"/etc"}, "", []string{"permission denied"}},
+		{"a directory", []string{"/etc"}, "", []string{"/etc: is a directory"}},
+		{"not executable", []string{"/etc/passwd"}, "", []string{"/etc/passwd: permission denied"}},
 		{"relative path", []string{"./program"}, "", []string{"absolute path or a plain name"}},
 		{"dot dot", []string{"../bin/sh"}, "", []string{"absolute path or a plain name"}},
 		{"nothing", nil, "", []string{"no command"}},
@@ -115,6 +116,22 @@ func TestRun(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+func TestFind(t *testing.T) {
+	t.Setenv("PATH", "") // is not looked at
+	path, err := command.Find("sh")
+	if err != nil || !filepath.IsAbs(path) {
+		t.Errorf("Find(sh) = %q, %v, want an absolute path", path, err)
+	}
+	if again, err := command.Find(path); err != nil || again != path {
+		t.Errorf("Find(%s) = %q, %v, want it as it is", path, again, err)
+	}
+	for _, name := range []string{"", "no-such-program", "bin/sh", "/no/such/program", "/etc"} {
+		if path, err := command.Find(name); err == nil {
+			t.Errorf("Find(%q) = %q, want an error", name, path)
+		}
 	}
 }
 

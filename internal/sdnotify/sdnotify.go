@@ -10,9 +10,14 @@ import (
 	"time"
 )
 
-// sendTimeout bounds a notice: the select loop sends some, and a service
-// manager that does not read must not hold it up.
-const sendTimeout = 200 * time.Millisecond
+const (
+	// sendTimeout bounds a notice: the select loop sends some, and a service
+	// manager that does not read must not hold it up.
+	sendTimeout = 200 * time.Millisecond
+
+	// maxWatchdog is a limit that means none, well within a time.Duration.
+	maxWatchdog = 365 * 24 * time.Hour
+)
 
 // Notifier sends notices. One that cannot be sent is dropped, since the service
 // manager is the one who acts on its absence. A nil Notifier sends none.
@@ -76,6 +81,3 @@ func WatchdogInterval(usec, pid string) time.Duration {
 	}
 	return time.Duration(limit) * time.Microsecond / 2
 }
-
-// maxWatchdog is a limit that nobody waits for, well within a time.Duration.
-const maxWatchdog = 365 * 24 * time.Hour

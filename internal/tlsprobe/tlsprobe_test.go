@@ -1,0 +1,223 @@
+package tlsprobe_test
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"io"
+	"net"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/testca"
+	"certctl-agent/internal/tlsprobe"
+)
+
+// serve runs handle for each connection and returns the address. Connections
+// are closed when handle returns and when the test ends, which waits for both.
+func serve(t *testing.T, handle func(net.Conn)) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	var all sync.WaitGroup
+	all.Go(func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			all.Go(func() {
+				defer conn.Close()
+				defer context.AfterFunc(ctx, func() { conn.Close() })()
+				handle(conn)
+			})
+		}
+	})
+	t.Cleanup(func() {
+		listener.Close()
+		stop()
+		all.Wait()
+	})
+	return listener.Addr().String()
+}
+
+func serveTLS(t *testing.T, config *tls.Config) string {
+	return serve(t, func(conn net.Conn) { tls.Server(conn, config).Handshake() })
+}
+
+func issue(t *testing.T, ca *testca.CA, template testca.Template) *testca.Issued {
+	t.Helper()
+	issued, err := ca.Issue(template)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return issued
+}
+
+func TestProbe(t *testing.T) {
+	ca := testca.Must(t)
+	issued := issue(t, ca, testca.Template{Intermediates: 1})
+	expired := issue(t, ca, testca.Template{NotBefore: time.Now().Add(-48 * time.Hour), NotAfter: time.Now().Add(-24 * time.Hour)})
+	tests := []struct {
+		name    string
+		config  *tls.Config
+		want    *testca.Issued
+		version string
+	}{
+		{"newest", &tls.Config{}, issued, "TLS 1.3"},
+		{"TLS 1.2", &tls.Config{MaxVersion: tls.VersionTLS12}, issued, "TLS 1.2"},
+		{"TLS 1.0", &tls.Config{MinVersion: tls.VersionTLS10, MaxVersion: tls.VersionTLS10}, issued, "TLS 1.0"},
+		{"expired", &tls.Config{}, expired, "TLS 1.3"},
+		{"asks for a client certificate", &tls.Config{ClientAuth: tls.RequestClientCert}, issued, "TLS 1.3"},
+		{"insists on a client certificate", &tls.Config{ClientAuth: tls.RequireAnyClientCert}, issued, "TLS 1.3"},
+		{"insists on a client certificate, TLS 1.2", &tls.Config{ClientAuth: tls.RequireAnyClientCert, MaxVersion: tls.VersionTLS12}, issued, "TLS 1.2"},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			test.config.Certificates = []tls.Certificate{test.want.TLS()}
+			address := serveTLS(t, test.config)
+			result, err := tlsprobe.Probe(t.Context(), tlsprobe.Endpoint{Address: address, ServerName: "localhost"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if want := pemutil.Fingerprint(test.want.Leaf); result.Fingerprint != want || !result.Leaf.Equal(test.want.Leaf) {
+				t.Errorf("fingerprint = %s, want %s", result.Fingerprint, want)
+			}
+			if !slices.EqualFunc(result.Chain, test.want.Chain, (*x509.Certificate).Equal) {
+				t.Errorf("the chain has %d certificates, want the %d that were sent", len(result.Chain), len(test.want.Chain))
+			}
+			if result.Version != test.version {
+				t.Errorf("version = %s, want %s", result.Version, test.version)
+			}
+			if test.version == "TLS 1.3" && result.Group != "X25519MLKEM768" {
+				t.Errorf("group = %q, want X25519MLKEM768", result.Group)
+			}
+		})
+	}
+}
+
+func TestServerName(t *testing.T) {
+	certificate := issue(t, testca.Must(t), testca.Template{}).TLS()
+	for _, test := range []struct{ name, want string }{
+		{"www.example.org", "www.example.org"},
+		{"www.example.org.", "www.example.org"},
+		{"", ""},
+		{"192.0.2.1", ""},
+		{"2001:db8::1", ""},
+		{"fe80::1%eth0", ""},
+	} {
+		got := make(chan string, 1)
+		address := serveTLS(t, &tls.Config{GetCertificate: func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
+			got <- hello.ServerName
+			return &certificate, nil
+		}})
+		if _, err := tlsprobe.Probe(t.Context(), tlsprobe.Endpoint{Address: address, ServerName: test.name}); err != nil {
+			t.Errorf("%q: %v", test.name, err)
+			continue
+		}
+		if sent := <-got; sent != test.want {
+			t.Errorf("%q is sent as %q, want %q", test.name, sent, test.want)
+		}
+	}
+}
+
+// TestMismatchedPair: a server that does not hold the key of its certificate
+// has not shown that it serves it.
+func TestMismatchedPair(t *testing.T) {
+	ca := testca.Must(t)
+	pair := issue(t, ca, testca.Template{}).TLS()
+	pair.PrivateKey = issue(t, ca, testca.Template{}).Key
+	for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
+		for _, auth := range []tls.ClientAuthType{tls.NoClientCert, tls.RequireAnyClientCert} {
+			address := serveTLS(t, &tls.Config{Certificates: []tls.Certificate{pair}, MaxVersion: version, ClientAuth: auth})
+			result, err := tlsprobe.Probe(t.Context(), tlsprobe.Endpoint{Address: address})
+			if err == nil || !strings.Contains(err.Error(), "signature") {
+				t.Errorf("%s, %v: result %q, error %v, want an invalid signature", tls.VersionName(version), auth, result.Fingerprint, err)
+			}
+		}
+	}
+}
+
+func TestNoAnswer(t *testing.T) {
+	closed := serve(t, func(net.Conn) {})
+	silent := func(conn net.Conn) { io.Copy(io.Discard, conn) }
+	tests := []struct {
+		name     string
+		endpoint tlsprobe.Endpoint
+		want     string
+	}{
+		{"no server", tlsprobe.Endpoint{Address: unusedAddress(t)}, "connection refused"},
+		{"no port", tlsprobe.Endpoint{Address: "127.0.0.1"}, "missing port"},
+		{"closes at once", tlsprobe.Endpoint{Address: closed}, "TLS handshake"},
+		{"closes at once, STARTTLS", tlsprobe.Endpoint{Address: closed, StartTLS: "smtp"}, "smtp: "},
+		{"no TLS", tlsprobe.Endpoint{Address: serve(t, func(conn net.Conn) {
+			io.WriteString(conn, "HTTP/1.1 400 Bad Request\r\n\r\n")
+			silent(conn)
+		})}, "TLS handshake"},
+		{"silent", tlsprobe.Endpoint{Address: serve(t, silent)}, "not done in time"},
+		{"silent, STARTTLS", tlsprobe.Endpoint{Address: serve(t, silent), StartTLS: "imap"}, "not done in time"},
+		{"an unknown protocol", tlsprobe.Endpoint{Address: closed, StartTLS: "ldap"}, `"ldap" is not supported`},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+			defer cancel()
+			began := time.Now()
+			_, err := tlsprobe.Probe(ctx, test.endpoint)
+			if err == nil || !strings.Contains(err.Error(), test.want) || !strings.Contains(err.Error(), "probe "+test.endpoint.Address) {
+				t.Errorf("error = %v, want one with %q and the address", err, test.want)
+			}
+			if took := time.Since(began); took > 3*time.Second {
+				t.Errorf("took %v", took)
+			}
+		})
+	}
+}
+
+func unusedAddress(t *testing.T) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	return listener.Addr().String()
+}
+
+func TestCancel(t *testing.T) {
+	cause := errors.New("the agent stops")
+	for _, protocol := range []string{"", "smtp"} {
+		connected := make(chan struct{})
+		address := serve(t, func(conn net.Conn) {
+			close(connected)
+			io.Copy(io.Discard, conn)
+		})
+		ctx, cancel := context.WithCancelCause(t.Context())
+		go func() {
+			<-connected
+			cancel(cause)
+		}()
+		if _, err := tlsprobe.Probe(ctx, tlsprobe.Endpoint{Address: address, StartTLS: protocol}); !errors.Is(err, cause) {
+			t.Errorf("%q: error = %v, want the cause of the cancellation", protocol, err)
+		}
+	}
+}
+
+func TestGuessStartTLS(t *testing.T) {
+	for port, want := range map[string]string{
+		"25": "smtp", "587": "smtp", "143": "imap", "110": "pop3", "465": "", "993": "", "995": "", "443": "", "": "",
+	} {
+		if got := tlsprobe.GuessStartTLS(port); got != want {
+			t.Errorf("GuessStartTLS(%q) = %q, want %q", port, got, want)
+		}
+	}
+}
