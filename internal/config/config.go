@@ -332,7 +332,11 @@ func (l *loader) problem(s setting, err error) {
 
 // explain puts a setting's names before what is wrong with it.
 func (l *loader) explain(s setting, err error) error {
-	if from, ok := l.sources[s.flag]; ok && from != fromDefault {
+	from, known := l.sources[s.flag]
+	switch {
+	case s.flag == "":
+		return fmt.Errorf("%s: %w", s.variable, err)
+	case known && from != fromDefault:
 		return fmt.Errorf("-%s (%s, from %s): %w", s.flag, s.variable, l.describe(from), err)
 	}
 	return fmt.Errorf("-%s (%s): %w", s.flag, s.variable, err)
@@ -418,24 +422,18 @@ func (l *loader) apply(s setting) {
 	l.config.values = append(l.config.values, Value{Flag: s.flag, Variable: s.variable, Text: value, Origin: l.describe(from)})
 }
 
-// proxyVariables are those that curl and most other programs honour too, in
-// the order in which the first that is set counts.
+// proxyVariables are those that curl and most other programs honour too.
 var proxyVariables = []string{"HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy"}
 
 // lookupProxy finds the value of a variable that is spelled in two ways and
-// has no flag.
-func (l *loader) lookupProxy(upper, lower string) string {
-	value, from := l.lookup("", upper, "")
+// has no flag. Within one source the first spelling counts.
+func (l *loader) lookupProxy(upper, lower string) Value {
+	text, from := l.lookup("", upper, "")
 	name := upper
 	if other, otherFrom := l.lookup("", lower, ""); otherFrom < from {
-		value, from, name = other, otherFrom, lower
+		text, from, name = other, otherFrom, lower
 	}
-	shown := value
-	if upper == proxyVariables[0] && value != "" {
-		shown = secret.New(value).String() // until it is known to be a URL
-	}
-	l.config.values = append(l.config.values, Value{Variable: name, Text: shown, Origin: l.describe(from)})
-	return value
+	return Value{Variable: name, Text: text, Origin: l.describe(from)}
 }
 
 // finish checks what depends on more than one setting.
@@ -502,18 +500,19 @@ func (l *loader) finishKey() {
 }
 
 func (l *loader) finishProxy() {
-	httpsProxy := l.lookupProxy("HTTPS_PROXY", "https_proxy")
-	noProxy := l.lookupProxy("NO_PROXY", "no_proxy")
-	rules, err := proxy.Parse(httpsProxy, noProxy)
+	through := l.lookupProxy("HTTPS_PROXY", "https_proxy")
+	except := l.lookupProxy("NO_PROXY", "no_proxy")
+	rules, err := proxy.Parse(through.Text, except.Text)
 	if err != nil {
-		l.problems = append(l.problems, fmt.Errorf("HTTPS_PROXY: %w", err))
-		return
+		l.problem(setting{variable: through.Variable}, err)
+		rules = &proxy.Rules{}
 	}
 	l.config.Proxy = rules
+	through.Text = ""
 	if u := rules.URL(); u != nil {
-		values := l.config.values
-		values[len(values)-2].Text = u.Redacted()
+		through.Text = u.Redacted()
 	}
+	l.config.values = append(l.config.values, through, except)
 }
 
 func (c *Config) warn(text string) {

@@ -76,6 +76,7 @@ func Usage(w io.Writer) {
 		fmt.Fprintf(&text, "        %s.\n", strings.ReplaceAll(s.doc, "`", ""))
 		fmt.Fprintf(&text, "        Default: %s.\n", strings.ReplaceAll(s.shownDefault(), "`", ""))
 	}
+	text.WriteString("HTTPS_PROXY and NO_PROXY count too, from the environment or the configuration file.\n")
 	io.WriteString(w, text.String())
 }
 

@@ -1,8 +1,10 @@
 package config
 
 import (
+	"strings"
 	"time"
 
+	"certctl-agent/internal/csr"
 	"certctl-agent/internal/secret"
 )
 
@@ -18,9 +20,6 @@ const (
 	maxRetention    = 1000
 	maxRate         = 1_000_000
 )
-
-// keyAlgorithms are the kinds of keys that can be made, the default first.
-var keyAlgorithms = []string{"ecdsa-p256", "ecdsa-p384", "rsa-2048", "rsa-3072", "rsa-4096", "ed25519"}
 
 // setting is one row of the table that everything about settings is made
 // from: flags, variables, help, the reference in docs/configuration.md, and
@@ -139,10 +138,10 @@ func settings() []setting {
 				c.ShutdownGrace, err = parseDuration(value, 0, maxGrace)
 				return err
 			}},
-		{flag: "key-algorithm", variable: "CERTCTL_KEY_ALGORITHM", value: keyAlgorithms[0],
-			doc: "Kind of the keys that are made: `ecdsa-p256`, `ecdsa-p384`, `rsa-2048`, `rsa-3072`, `rsa-4096` or `ed25519`",
+		{flag: "key-algorithm", variable: "CERTCTL_KEY_ALGORITHM", value: csr.DefaultAlgorithm,
+			doc: "Kind of the keys that are made: one of `" + strings.Join(csr.Algorithms(), "`, `") + "`",
 			parse: func(c *Config, value string) (err error) {
-				c.KeyAlgorithm, err = parseWord(value, keyAlgorithms...)
+				c.KeyAlgorithm, err = parseWord(value, csr.Algorithms()...)
 				return err
 			}},
 		{flag: "targets-dir", variable: "CERTCTL_TARGETS_DIR", value: "/etc/certctl/targets.d",

@@ -41,7 +41,8 @@ func readTrusted(path string, limit int64) (data []byte, info fs.FileInfo, warni
 
 // trust judges a file by its owner and mode. A group that the agent itself is
 // in may read it: that is how an agent that is not root gets at a file that it
-// must not own. The directory is not looked at: who can replace the file would
+// must not own. So may root's: a systemd credential looks as if it did, its
+// group bits being the mask of an access list. The directory is not looked at: who can replace the file would
 // have to be its owner.
 func trust(info fs.FileInfo, euid int) (warning string, err error) {
 	if !info.Mode().IsRegular() {
@@ -58,14 +59,14 @@ func trust(info fs.FileInfo, euid int) (warning string, err error) {
 		return "", fmt.Errorf("belongs to user %d, neither root nor the agent's own (%d): chown it", owner.Uid, euid)
 	}
 	world := info.Mode().Perm()&0o004 != 0
-	group := info.Mode().Perm()&0o040 != 0 && !inGroup(int(owner.Gid))
+	group := info.Mode().Perm()&0o040 != 0 && !trustedGroup(int(owner.Gid))
 	if world || group {
 		return fmt.Sprintf("can be read by others (mode %04o): chmod it to 0600", info.Mode().Perm()), nil
 	}
 	return "", nil
 }
 
-func inGroup(gid int) bool {
+func trustedGroup(gid int) bool {
 	groups, err := os.Getgroups()
-	return gid == os.Getegid() || err == nil && slices.Contains(groups, gid)
+	return gid == 0 || gid == os.Getegid() || err == nil && slices.Contains(groups, gid)
 }

@@ -33,6 +33,7 @@ func TestTrust(t *testing.T) {
 		{"root's", fileInfo{0o600, 0, 0}, "", ""},
 		{"the agent's", fileInfo{0o400, euid, stranger}, "", ""},
 		{"a stranger's", fileInfo{0o600, stranger, 0}, "", "belongs to user 991"},
+		{"a systemd credential", fileInfo{0o440, 0, 0}, "", ""},
 		{"group-writable", fileInfo{0o620, 0, own}, "", "can be written by others"},
 		{"world-writable", fileInfo{0o602, euid, own}, "", "can be written by others"},
 		{"world-readable", fileInfo{0o604, 0, 0}, "can be read by others", ""},
