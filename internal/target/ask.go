@@ -17,6 +17,12 @@ type ServerPair struct {
 	Where     string // file and line
 }
 
+// Uses reports whether the server reads the key of m once m is installed with
+// its key at keyPath, or only in the key store.
+func (p ServerPair) Uses(keyPath Path, m *Material) bool {
+	return keyPath != "" && resolved(p.Key) == resolved(string(keyPath)) || m.InKeyStore(Path(p.Key))
+}
+
 // KeyFor finds the key that belongs to cert. Only one answer is an answer.
 func KeyFor(cert Path, pairs []ServerPair) (ServerPair, error) {
 	var found []ServerPair
@@ -41,8 +47,12 @@ func KeyFor(cert Path, pairs []ServerPair) (ServerPair, error) {
 		return ServerPair{}, fmt.Errorf("the server's own configuration names several keys for %s: %s", cert, strings.Join(keys, ", "))
 	}
 	key, err := ParsePath(found[0].Key)
-	if err == nil && (key == "" || key == cert) {
+	switch {
+	case err != nil:
+	case key == "" || key == cert:
 		err = errors.New("it is no file of its own")
+	case strings.Contains(string(key), "$"):
+		err = fmt.Errorf("%s holds a variable", clip(string(key)))
 	}
 	if err != nil {
 		return ServerPair{}, fmt.Errorf("the key that the server's own configuration names for %s (%s) cannot be used: %w", cert, found[0].Where, err)

@@ -26,6 +26,7 @@ type Config struct {
 
 type value struct {
 	key    string // as it was written
+	alias  bool   // that is not the main name
 	raw    json.RawMessage
 	masked bool // the control plane withheld it
 	local  bool // an overlay supplied it
@@ -93,7 +94,7 @@ func Merge(job json.RawMessage, typ, targetID string, overlays *Overlays) (*Conf
 
 // parseObject reads one JSON object. A key that is there twice, in whatever
 // spelling encoding/json takes for the same, counts where it comes last; null
-// is no value. A main name goes before its alias.
+// is no value. A main name goes before its alias, unless it is empty.
 func parseObject(data []byte) (map[string]*value, error) {
 	values := make(map[string]*value)
 	if len(bytes.TrimSpace(data)) == 0 {
@@ -107,7 +108,6 @@ func parseObject(data []byte) (map[string]*value, error) {
 	if start, err := decoder.Token(); err != nil || start != json.Delim('{') {
 		return nil, errors.New("expected a JSON object, got " + kindOf(data))
 	}
-	main := make(map[string]bool)
 	for decoder.More() {
 		token, err := decoder.Token()
 		if err != nil {
@@ -122,11 +122,17 @@ func parseObject(data []byte) (map[string]*value, error) {
 			continue
 		}
 		name, isAlias := mainName(key)
-		if isAlias && main[name] {
-			continue
+		next := &value{key: key, raw: raw, alias: isAlias}
+		if before := values[name]; before != nil && before.alias != isAlias {
+			main, alias := next, before
+			if isAlias {
+				main, alias = before, next
+			}
+			if next = main; string(main.raw) == `""` {
+				next = alias
+			}
 		}
-		main[name] = !isAlias && string(raw) != `""`
-		values[name] = &value{key: key, raw: raw}
+		values[name] = next
 	}
 	return values, nil
 }
@@ -275,6 +281,9 @@ func (c *Config) decodeKey(key string, dst reflect.Value, resolvable []string) e
 	err := c.decodeValue(key, dst, val.raw)
 	if _, ok := errors.AsType[*ConfigError](err); ok || err == nil {
 		return err
+	}
+	if val.alias {
+		key = strings.ToLower(val.key)
 	}
 	return &ConfigError{Key: c.prefix + key, Problem: err.Error()}
 }

@@ -99,6 +99,7 @@ func TestAliases(t *testing.T) {
 		{`{"pem_path":"/main","combined_pem_path":"/a"}`, `{}`, "/main"},
 		{`{"combined_pem_path":"/a","pem_path":"/main"}`, `{}`, "/main"},
 		{`{"pem_path":"","combined_pem_path":"/a"}`, `{}`, "/a"},
+		{`{"combined_pem_path":"/a","pem_path":""}`, `{}`, "/a"},
 	}
 	for _, test := range tests {
 		job := strings.Replace(test.job, "{", `{"cert_path":"/c",`, 1)

@@ -85,6 +85,10 @@ type File struct {
 	DefaultMode fs.FileMode
 	Owner       string // user name or number; "": not configured
 	Group       string
+
+	// Keep puts a file that is there in place once more with the bytes that it
+	// has, for a server that watches it. Data is not used.
+	Keep bool
 }
 
 // BrokenError is a failed rollback: the target needs a person.

@@ -45,8 +45,9 @@ func New(p target.Params, files *fileset.Store) (*Connector, error) {
 // Deploy implements target.Connector.
 func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Result, error) {
 	pair := c.config.Pair
-	if c.params.Config.Masked("key_path") {
-		found, err := c.askServer(ctx)
+	found, err := c.askServer(ctx)
+	switch {
+	case c.params.Config.Masked("key_path"):
 		if err != nil {
 			return target.Result{}, c.params.Config.MaskedError("key_path", err)
 		}
@@ -55,6 +56,11 @@ func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Resu
 		if err := pair.Check(); err != nil {
 			return target.Result{}, err
 		}
+	case err == nil && !found.Uses(pair.KeyPath, m):
+		// httpd finds the mismatch not when it tests its configuration but
+		// when it restarts, and then ends.
+		return target.Result{}, target.Invalid("key_path", "httpd reads the key of %s from %s (%s), so the new certificate would meet another key there and httpd would end: name that file",
+			pair.CertPath, found.Key, found.Where)
 	}
 	files, warnings := pair.Files(m)
 	result, err := c.files.Deploy(ctx, fileset.Transaction{

@@ -46,12 +46,10 @@ func (c *Connector) askServer(ctx context.Context) (target.ServerPair, error) {
 	r := newReader(run)
 	for _, file := range includedFiles(includes) {
 		text, err := target.ReadServerFile(file)
-		if err == nil {
-			err = r.read(file, text)
-		}
 		if err != nil {
 			return target.ServerPair{}, fmt.Errorf("read the configuration of httpd: %w", err)
 		}
+		r.read(file, text)
 	}
 	return target.KeyFor(c.config.CertPath, r.pairs)
 }

@@ -30,9 +30,9 @@ type reader struct {
 // read takes one file. Sections that choose by <IfDefine> are decided as httpd
 // decides them; what <IfModule> and its like hold always counts. So more may
 // be found than is in force, never less, and target.KeyFor wants one answer.
-func (r *reader) read(file, text string) error {
+func (r *reader) read(file, text string) {
 	scopes := []*scope{{}}
-	var skipping []string // open sections, from the one that is not in force
+	skipping := 0 // open sections, from the one that is not in force
 	number := 0
 	for line, lines := range logicalLines(text) {
 		number += lines
@@ -45,13 +45,11 @@ func (r *reader) read(file, text string) error {
 		closed, closes := strings.CutPrefix(section, "/")
 		closed = strings.TrimSuffix(closed, ">")
 		switch {
-		case len(skipping) > 0 && closes:
-			if skipping = skipping[:len(skipping)-1]; closed == "" {
-				return fmt.Errorf("%s:%d: a section is closed without a name", file, number)
-			}
-		case len(skipping) > 0 && opens:
-			skipping = append(skipping, section)
-		case len(skipping) > 0:
+		case skipping > 0 && closes:
+			skipping--
+		case skipping > 0 && opens:
+			skipping++
+		case skipping > 0:
 		case closes:
 			if current := scopes[len(scopes)-1]; current.name == closed {
 				r.finish(current)
@@ -60,7 +58,7 @@ func (r *reader) read(file, text string) error {
 		case opens && (section == "virtualhost" || section == "macro"):
 			scopes = append(scopes, &scope{name: section})
 		case opens && section == "ifdefine" && len(words) > 1 && !r.defined(words[1]):
-			skipping = append(skipping, section)
+			skipping++
 		case name == "sslcertificatefile" && len(words) == 2:
 			current := scopes[len(scopes)-1]
 			current.certs = append(current.certs, setting{r.full(words[1]), fmt.Sprintf("%s:%d", file, number)})
@@ -72,7 +70,6 @@ func (r *reader) read(file, text string) error {
 	for _, open := range scopes {
 		r.finish(open)
 	}
-	return nil
 }
 
 // finish pairs the first certificate of a scope with its first key, and so on.
@@ -95,14 +92,17 @@ func (r *reader) defined(condition string) bool {
 	return ok != negated
 }
 
-// full resolves ${name} and makes a path absolute. What holds a variable that
-// is not known, or names no file, is returned as it is.
+// full resolves ${name} and makes a path absolute. Of a key that a token holds
+// only the scheme is kept, which nobody takes for a path.
 func (r *reader) full(value string) string {
 	for name, defined := range r.defines {
 		value = strings.ReplaceAll(value, "${"+name+"}", defined)
 	}
-	if strings.Contains(value, "$") || strings.HasPrefix(value, "pkcs11:") || filepath.IsAbs(value) {
-		return value
+	if scheme := "pkcs11:"; strings.HasPrefix(value, scheme) {
+		return scheme
+	}
+	if filepath.IsAbs(value) {
+		return filepath.Clean(value)
 	}
 	return filepath.Join(r.root, value)
 }

@@ -18,7 +18,7 @@ import (
 type Rotation struct {
 	Endpoint tlsprobe.Endpoint
 	Rounds   int // certificates after the first; 0: 50
-	Clients  int // 0: 2
+	Clients  int // 0: 1
 
 	// Material makes the next certificate.
 	Material func() *target.Material
@@ -66,7 +66,7 @@ func Rotate(t testing.TB, r Rotation) Figures {
 		r.Rounds = 50
 	}
 	if r.Clients == 0 {
-		r.Clients = 2
+		r.Clients = 1
 	}
 	run := &rotation{Rotation: r, round: make(map[string]int)}
 	if err := run.next(t.Context()); err != nil {

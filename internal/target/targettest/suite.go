@@ -73,6 +73,7 @@ type rig struct {
 func (s *suite) rig(t *testing.T) *rig {
 	r := &rig{suite: s, t: t, commands: new(commands)}
 	r.Host = NewHost(t, func(ctx context.Context, c target.Command) error { return r.commands.run(ctx, c) })
+	r.Host.Query = nil
 	return r
 }
 
