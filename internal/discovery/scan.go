@@ -57,12 +57,13 @@ type run struct {
 
 	tasks    chan *task
 	segments chan *segment
+	free     chan *segment // emitted, to be filled again
 	budget   chan struct{} // a token for each readUnit in flight
 	workers  sync.WaitGroup
 
-	named    map[string]bool // hung file systems already named; owned by the walk
-	linked   map[identity]bool
-	open     *segment // being filled; owned by the walk
+	named    sync.Map          // mount points of hung file systems already named
+	linked   map[identity]bool // files reached by links; owned by the walk
+	open     *segment          // being filled; owned by the walk
 	old      *indexReader
 	oldFile  indexed // next of the old index, when haveOld; owned by the walk
 	haveOld  bool
@@ -112,8 +113,8 @@ func newRun(ctx context.Context, s *Scanner, emit func([]api.DiscoveredCertifica
 		roots:    make([]root, len(s.opts.Dirs)),
 		tasks:    make(chan *task, 64),
 		segments: make(chan *segment, 4),
+		free:     make(chan *segment, 8),
 		budget:   make(chan struct{}, readAhead/readUnit),
-		named:    make(map[string]bool),
 		linked:   make(map[identity]bool),
 		summary:  Summary{Formats: make(map[string]int), Skipped: make(map[string]int)},
 	}
@@ -228,8 +229,7 @@ func (r *run) put(e entry, mount string) error {
 		s = nil
 	}
 	if s == nil {
-		s = &segment{}
-		r.open = s
+		s = r.newSegment()
 	}
 	if !e.hit {
 		s.bytes += max(e.size, headSize/8)
@@ -240,6 +240,29 @@ func (r *run) put(e entry, mount string) error {
 		return r.flush()
 	}
 	return nil
+}
+
+// newSegment opens a segment.
+func (r *run) newSegment() *segment {
+	select {
+	case r.open = <-r.free:
+	default:
+		r.open = &segment{entries: make([]entry, 0, segmentFiles)}
+	}
+	return r.open
+}
+
+// recycle gives a segment back, unless a worker that hangs may yet look at it.
+func (r *run) recycle(s *segment) {
+	if s.task != nil && s.task.tried {
+		return
+	}
+	clear(s.entries)
+	*s = segment{entries: s.entries[:0]}
+	select {
+	case r.free <- s:
+	default:
+	}
 }
 
 // flush hands the open segment on.
@@ -255,7 +278,7 @@ func (r *run) flush() error {
 			select {
 			case r.budget <- struct{}{}:
 			case <-r.ctx.Done():
-				return r.ctx.Err()
+				return context.Cause(r.ctx)
 			}
 		}
 		s.task = newTask(s.on, r.readSegment(s.entries))
@@ -265,7 +288,7 @@ func (r *run) flush() error {
 	case r.segments <- s:
 		return nil
 	case <-r.ctx.Done():
-		return r.ctx.Err()
+		return context.Cause(r.ctx)
 	}
 }
 
@@ -292,7 +315,19 @@ var errChanged = errors.New("the file changed while it was looked at")
 func (r *run) readFile(w *worker, e *entry) *reading {
 	w.tick()
 	name := string(e.name)
-	st, data, err := w.read(join(e.dir.path, name), name, e.link)
+	full := join(e.dir.path, name)
+	var st status
+	var data []byte
+	read := func() (err error) {
+		st, data, err = w.read(full, name, e.link)
+		return err
+	}
+	var err error
+	if e.link {
+		err = w.following(full, read)
+	} else {
+		err = read()
+	}
 	defer w.forget()
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -433,7 +468,7 @@ func (r *run) lookUp(n *node, f *file) (indexed, bool) {
 // noteGone: the new index differs from here on.
 func (r *run) noteGone() {
 	if r.open == nil {
-		r.open = &segment{}
+		r.newSegment()
 	}
 	r.open.gone = true
 }
@@ -477,10 +512,8 @@ func (r *run) emitAll() error {
 
 func (r *run) emitSegment(s *segment) error {
 	if s.task != nil {
-		select {
-		case <-s.done:
-		case <-r.ctx.Done():
-			return context.Cause(r.ctx)
+		if err := r.wait(s.task, s.entries[0].dir.path); err != nil {
+			return err
 		}
 	}
 	if s.gone && r.writer != nil {
@@ -494,6 +527,7 @@ func (r *run) emitSegment(s *segment) error {
 	for range s.units {
 		<-r.budget
 	}
+	r.recycle(s)
 	return nil
 }
 

@@ -419,7 +419,7 @@ func (r *run) examine(w *worker, n *node, dir *os.File) {
 		f.status = statusOf(&st)
 		if f.mode&syscall.S_IFMT == syscall.S_IFLNK {
 			f.link = true
-			if !r.follow(n, &f) {
+			if !r.follow(w, n, &f) {
 				continue
 			}
 		}
@@ -438,26 +438,28 @@ func (r *run) examine(w *worker, n *node, dir *os.File) {
 
 // follow resolves a symbolic link and reports whether its file is to be looked
 // into under the name of the link.
-func (r *run) follow(n *node, f *file) bool {
+func (r *run) follow(w *worker, n *node, f *file) bool {
 	full := join(n.path, string(f.name))
+	var st syscall.Stat_t
 	target, err := os.Readlink(full)
 	if err == nil {
 		if !filepath.IsAbs(target) {
 			target = filepath.Join(n.real, target)
 		}
-		// Looking at something on a dead server would wait for it.
-		if !r.mounts.of(filepath.Clean(target)).local && !r.inTree(target) {
+		// What is on a server is not touched: it may be gone.
+		if target = filepath.Clean(target); !r.mounts.of(target).local {
 			n.skip(skipMount)
 			return false
 		}
-		target, err = filepath.EvalSymlinks(full)
-	}
-	var st syscall.Stat_t
-	if err == nil {
-		err = retry(func() error { return syscall.Stat(target, &st) })
+		err = w.following(full, func() (err error) {
+			if target, err = filepath.EvalSymlinks(full); err != nil {
+				return err
+			}
+			return retry(func() error { return syscall.Stat(target, &st) })
+		})
 	}
 	if err != nil {
-		if promiseOf(string(f.name)) != promisesNothing {
+		if promiseOf(string(f.name)) != promisesNothing || err == errHung {
 			n.problem(full, fmt.Errorf("the link leads nowhere: %s", cause(err)))
 		} else {
 			n.skip(skipDangling)
@@ -522,22 +524,27 @@ func (r *run) limit(w *worker) {
 	}
 }
 
-// resolveRoots resolves the configured directories.
+// resolveRoots resolves the configured directories. One may be a link to
+// something that hangs.
 func (r *run) resolveRoots() error {
+	var tasks []*task
 	for i, dir := range r.s.opts.Dirs {
 		root := &r.roots[i]
 		root.path = dir
-		t := newTask(r.mounts.of(dir).point, func(w *worker) func() {
-			w.tick()
-			real, err := filepath.EvalSymlinks(dir)
+		t := newTask("", func(w *worker) func() {
+			var real string
+			err := w.following(dir, func() (err error) {
+				real, err = filepath.EvalSymlinks(dir)
+				return err
+			})
 			return func() { root.real, root.err = real, err }
 		})
 		r.queue(t)
-		switch err := r.wait(t, dir); {
-		case err != nil:
+		tasks = append(tasks, t)
+	}
+	for i, t := range tasks {
+		if err := r.wait(t, r.roots[i].path); err != nil {
 			return err
-		case t.err != nil:
-			root.err = t.err
 		}
 	}
 	return nil

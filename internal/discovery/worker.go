@@ -1,6 +1,7 @@
 package discovery
 
 import (
+	"context"
 	"errors"
 	"path"
 	"sync/atomic"
@@ -26,22 +27,28 @@ var (
 	errManyHung = errors.New("too many file systems do not answer: the scan was given up")
 )
 
-// task is one piece of work on a file system.
+// task is one piece of work on a file system. What do has found takes effect
+// by commit, so that a worker that was given up changes nothing when it comes
+// back.
 type task struct {
-	mount   string
-	do      func(*worker) (commit func())
-	claimed atomic.Bool // by the worker with a result, or by who gave it up
-	done    chan struct{}
-	err     error // errHung, or nil; set before done is closed
+	mount string
+	do    func(*worker) (commit func())
+	done  chan struct{}
+
+	// Set before done is closed.
+	err   error // errHung, or nil
+	tried bool  // a worker was given up over it, and may still look at it
 }
 
 // worker is one thread of a scan.
 type worker struct {
 	r      *run
-	active atomic.Int64         // when its last call began, ns since the scan began; 0: none
-	task   atomic.Pointer[task] // what it works on
-	buffer []byte               // of the file that is read
-	used   int                  // bytes of buffer that hold some of it
+	active atomic.Int64           // when its last call began, ns since the scan began; 0: none
+	task   atomic.Pointer[task]   // what it works on; whoever takes it away decides what becomes of it
+	link   atomic.Pointer[string] // the symbolic link it follows, or nil
+	blamed string                 // what hangs; set before task is taken away
+	buffer []byte                 // of the file that is read
+	used   int                    // bytes of buffer that hold some of it
 }
 
 // tick says that a call on a file system begins.
@@ -68,10 +75,12 @@ func (r *run) wait(t *task, path string) error {
 	select {
 	case <-t.done:
 	case <-r.ctx.Done():
-		return r.ctx.Err()
+		return context.Cause(r.ctx)
 	}
-	if t.err != nil && !r.named[t.mount] {
-		r.named[t.mount] = true
+	if t.err == nil {
+		return nil
+	}
+	if _, named := r.named.LoadOrStore(t.mount, true); !named {
 		r.problems.add(printablePath(path) + ": " + t.err.Error() + "; everything on " + printablePath(t.mount) + " is skipped")
 	}
 	return nil
@@ -94,15 +103,16 @@ func (r *run) work(w *worker) {
 // carryOut does a task and reports whether the worker is still wanted.
 func (r *run) carryOut(w *worker, t *task) bool {
 	if r.s.isHung(t.mount) {
-		t.giveUp()
+		t.err = errHung
+		close(t.done)
 		return true
 	}
 	w.task.Store(t)
 	w.tick()
 	commit := t.do(w)
 	w.rest()
-	if !t.claimed.CompareAndSwap(false, true) {
-		r.s.countHung(t.mount, -1)
+	if !w.task.CompareAndSwap(t, nil) {
+		r.s.countHung(w.blamed, -1)
 		return false
 	}
 	commit()
@@ -110,14 +120,16 @@ func (r *run) carryOut(w *worker, t *task) bool {
 	return true
 }
 
-// giveUp ends a task without a result, unless it has one.
-func (t *task) giveUp() bool {
-	if !t.claimed.CompareAndSwap(false, true) {
-		return false
+// following does f, which follows a symbolic link. Where that leads may hang when
+// the file system of the link does not, so it is the link that is blamed.
+func (w *worker) following(link string, f func() error) error {
+	if w.r.s.isHung(link) {
+		return errHung
 	}
-	t.err = errHung
-	close(t.done)
-	return true
+	w.link.Store(&link)
+	defer w.link.Store(nil)
+	w.tick()
+	return f()
 }
 
 // watch replaces workers that hang, until the scan ends.
@@ -131,26 +143,34 @@ func (r *run) watch(workers []*worker) {
 		case <-ticker.C:
 		}
 		for i, w := range workers {
+			t, link := w.task.Load(), w.link.Load()
 			active := w.active.Load()
-			if active == 0 || time.Since(r.began)-time.Duration(active) < r.s.stall {
+			if t == nil || active == 0 || time.Since(r.began)-time.Duration(active) < r.s.stall {
 				continue
 			}
-			t := w.task.Load()
-			if w.active.Load() != active {
-				continue // it came back, and t may be another task
+			w.blamed = t.mount
+			if link != nil {
+				w.blamed = *link
 			}
 			// Counted first: the worker may come back at any moment.
-			total := r.s.countHung(t.mount, 1)
-			if !t.giveUp() {
-				r.s.countHung(t.mount, -1)
+			total := r.s.countHung(w.blamed, 1)
+			if !w.task.CompareAndSwap(t, nil) {
+				r.s.countHung(w.blamed, -1)
 				continue
 			}
-			r.s.opts.Log.Warn("file system does not answer", "mount", t.mount)
+			r.s.opts.Log.Warn("file system does not answer", "path", w.blamed)
 			if total >= maxHung {
 				r.cancel(errManyHung)
 				return
 			}
 			workers[i] = r.newWorker()
+			t.tried = true
+			if link != nil {
+				r.queue(t) // without the link, this time
+				continue
+			}
+			t.err = errHung
+			close(t.done)
 		}
 	}
 }

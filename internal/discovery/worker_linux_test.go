@@ -1,0 +1,235 @@
+package discovery
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"certctl-agent/internal/api"
+)
+
+// mountDead mounts a FUSE file system that answers nothing, as a network file
+// system does when its server is gone: whoever looks at it waits, until the
+// test revives it, with an error.
+func mountDead(t *testing.T, point string) (revive func()) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("mounting needs root")
+	}
+	fd, err := syscall.Open("/dev/fuse", syscall.O_RDWR|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		t.Skipf("no FUSE here: %v", err)
+	}
+	options := fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0", fd)
+	if err := syscall.Mount("dead", point, "fuse", syscall.MS_NOSUID|syscall.MS_NODEV, options); err != nil {
+		syscall.Close(fd)
+		t.Skipf("cannot mount FUSE here: %v", err)
+	}
+	closed := false
+	revive = func() {
+		if !closed {
+			closed = true
+			syscall.Close(fd)
+		}
+	}
+	t.Cleanup(func() {
+		revive()
+		if err := syscall.Unmount(point, syscall.MNT_DETACH); err != nil {
+			t.Errorf("unmount: %v", err)
+		}
+	})
+	return revive
+}
+
+func TestHungMount(t *testing.T) {
+	dir := t.TempDir()
+	cert, err := os.ReadFile("testdata/ed25519.pem")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dead := filepath.Join(dir, "b", "dead")
+	if err := os.MkdirAll(dead, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	write(t, filepath.Join(dir, "a", "1.pem"), cert)
+	write(t, filepath.Join(dir, "c", "2.pem"), cert)
+	if err := os.Symlink(filepath.Join(dead, "cert.pem"), filepath.Join(dir, "link.pem")); err != nil {
+		t.Fatal(err)
+	}
+	revive := mountDead(t, dead)
+
+	t.Run("below a root it is not touched", func(t *testing.T) {
+		found, summary := scanAll(t, newScanner(t, Options{Dirs: []string{filepath.Join(dir, "b"), filepath.Join(dir, "c")}}))
+		if len(found) != 1 || len(summary.Errors) != 0 || summary.Skipped[skipMount] != 1 {
+			t.Errorf("found %d, errors %q, skipped %v; want the mount skipped", len(found), summary.Errors, summary.Skipped)
+		}
+	})
+	t.Run("named as a root it is given up", func(t *testing.T) {
+		s := newScanner(t, Options{Dirs: []string{dir, dead}})
+		s.stall = 100 * time.Millisecond
+		goroutines := runtime.NumGoroutine()
+		for i := range 3 {
+			began := time.Now()
+			found, summary := scanAll(t, s)
+			if took := time.Since(began); took > 2*time.Second {
+				t.Errorf("scan took %v", took)
+			}
+			if len(found) != 2 {
+				t.Errorf("found %d certificates, want those elsewhere", len(found))
+			}
+			hung := slices.DeleteFunc(slices.Clone(summary.Errors), func(problem string) bool { return !strings.Contains(problem, errHung.Error()) })
+			if len(hung) != 1 || !strings.Contains(hung[0], dead) {
+				t.Errorf("scan %d: errors %q, want one that names the mount", i, summary.Errors)
+			}
+		}
+		if left := runtime.NumGoroutine() - goroutines; left > 8 {
+			t.Errorf("%d goroutines were left behind by three scans", left)
+		}
+		// When the server is back, so are the workers.
+		revive()
+		for range 100 {
+			if !s.isHung(dead) {
+				break
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		if s.isHung(dead) {
+			t.Error("the mount still counts as hung")
+		}
+	})
+}
+
+// TestLinkToHungMount: a link, by way of another, leads to something that
+// hangs. Everything but the link is found.
+func TestLinkToHungMount(t *testing.T) {
+	outside, dir := t.TempDir(), t.TempDir()
+	cert, err := os.ReadFile("testdata/ed25519.pem")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dead := filepath.Join(outside, "dead")
+	if err := os.Mkdir(dead, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	link := filepath.Join(dir, "b.pem")
+	write(t, filepath.Join(dir, "a.pem"), cert)
+	write(t, filepath.Join(dir, "c.pem"), cert)
+	if err := errors.Join(os.Symlink(filepath.Join(outside, "hop"), link), os.Symlink(filepath.Join(dead, "x.pem"), filepath.Join(outside, "hop"))); err != nil {
+		t.Fatal(err)
+	}
+	mountDead(t, dead)
+	s := newScanner(t, Options{Dirs: []string{dir}})
+	s.stall = 100 * time.Millisecond
+	for range 2 {
+		found, summary := scanAll(t, s)
+		if len(found) != 2 || len(summary.Errors) != 1 || !strings.HasPrefix(summary.Errors[0], link+": ") {
+			t.Errorf("found %d, errors %q; want 2 and one that names %s", len(found), summary.Errors, link)
+		}
+	}
+}
+
+func TestManyHungMountsEndTheScan(t *testing.T) {
+	dir := t.TempDir()
+	dead := filepath.Join(dir, "dead")
+	if err := os.Mkdir(dead, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	mountDead(t, dead)
+	s := newScanner(t, Options{Dirs: []string{dead}})
+	s.stall = 50 * time.Millisecond
+	s.countHung("/elsewhere", maxHung-1)
+	_, err := s.Scan(t.Context(), func([]api.DiscoveredCertificate) error { return nil })
+	if err != errManyHung {
+		t.Errorf("error %v, want %v", err, errManyHung)
+	}
+}
+
+func TestCancelWhileAMountHangs(t *testing.T) {
+	dead := t.TempDir()
+	mountDead(t, dead)
+	s := newScanner(t, Options{Dirs: []string{dead}})
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	began := time.Now()
+	if _, err := s.Scan(ctx, nil); err == nil {
+		t.Error("no error")
+	}
+	if took := time.Since(began); took > 150*time.Millisecond {
+		t.Errorf("returned %v after it was cancelled, want at most 100ms", took-50*time.Millisecond)
+	}
+}
+
+func TestLowestPriority(t *testing.T) {
+	dir := t.TempDir()
+	cert, err := os.ReadFile("testdata/ed25519.pem")
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, filepath.Join(dir, "a.pem"), cert)
+	s, err := New(Options{Dirs: []string{dir}, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	lowest := func() (n int) {
+		tasks, err := filepath.Glob("/proc/self/task/*/stat")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, task := range tasks {
+			data, err := os.ReadFile(task)
+			if err != nil {
+				continue // a thread that has ended
+			}
+			// proc(5): the nice value is field 19; field 2 ends in ")".
+			_, after, _ := strings.Cut(string(data), ") ")
+			if fields := strings.Fields(after); len(fields) > 16 && fields[16] == "19" {
+				n++
+			}
+		}
+		return n
+	}
+	none := func() bool {
+		for range 200 {
+			if lowest() == 0 {
+				return true
+			}
+			time.Sleep(5 * time.Millisecond)
+		}
+		return false
+	}
+	if !none() {
+		t.Skip("threads have the lowest priority before the scan: all of this process may")
+	}
+	during := 0
+	if _, err := s.Scan(t.Context(), func([]api.DiscoveredCertificate) error {
+		during = lowest()
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if want := workers() + 1; during < want { // the walk may have ended
+		t.Errorf("%d threads have the lowest priority during a scan, want at least %d", during, want)
+	}
+	if !none() {
+		t.Errorf("%d threads of the scan are still there", lowest())
+	}
+}
+
+func TestUnescapeMount(t *testing.T) {
+	for in, want := range map[string]string{
+		`/plain`: "/plain", `/with\040blank`: "/with blank", `/a\134b\011`: "/a\\b\t", `/end\04`: `/end\04`, `/no\999`: `/no\999`,
+	} {
+		if got := unescapeMount(in); got != want {
+			t.Errorf("unescapeMount(%q) = %q, want %q", in, got, want)
+		}
+	}
+}
