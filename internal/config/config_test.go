@@ -457,6 +457,25 @@ func TestConfigFile(t *testing.T) {
 	}
 }
 
+// TestUnreadableDefaultFile: systemd may have read the file for an agent that
+// may not. One that was named is an error.
+func TestUnreadableDefaultFile(t *testing.T) {
+	if os.Geteuid() == 0 {
+		t.Skip("root may read everything")
+	}
+	path := write(t, "agent.env", "CERTCTL_AGENT_NAME=x\n")
+	if err := os.Chmod(path, 0); err != nil {
+		t.Fatal(err)
+	}
+	c, err := Load(nil, required().get, Options{DefaultFile: path})
+	if err != nil || !strings.Contains(strings.Join(c.Warnings, "\n"), "may not be read by this user") {
+		t.Errorf("default file: %v, warnings %q", err, c.Warnings)
+	}
+	if _, err := Load(nil, with("CERTCTL_CONFIG", path).get, Options{}); !errors.Is(err, fs.ErrPermission) {
+		t.Errorf("named file: %v, want permission denied", err)
+	}
+}
+
 func TestReload(t *testing.T) {
 	bundle := writeBundle(t)
 	path := write(t, "agent.env", "CERTCTL_API_KEY=one\nCERTCTL_AGENT_ID=a\n")
