@@ -126,7 +126,11 @@ func bind(dir string) (*net.UnixListener, error) {
 	}
 	listener.SetUnlinkOnClose(false)
 	made := filepath.Join(closed, SocketName)
-	if err := errors.Join(os.Chmod(made, 0o600), os.Rename(made, filepath.Join(dir, SocketName))); err != nil {
+	err = os.Chmod(made, 0o600)
+	if err == nil {
+		err = os.Rename(made, filepath.Join(dir, SocketName))
+	}
+	if err != nil {
 		listener.Close()
 		return nil, err
 	}
