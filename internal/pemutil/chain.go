@@ -3,6 +3,7 @@ package pemutil
 import (
 	"bytes"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -70,7 +71,7 @@ func issued(parent, child *x509.Certificate) bool {
 	}
 	// What cannot be checked (MD5, DSA, algorithms of tomorrow) is believed when the
 	// key identifiers agree: the order of a chain is no question of trust.
-	_, insecure := err.(x509.InsecureAlgorithmError)
-	return (insecure || err == x509.ErrUnsupportedAlgorithm) &&
+	_, insecure := errors.AsType[x509.InsecureAlgorithmError](err)
+	return (insecure || errors.Is(err, x509.ErrUnsupportedAlgorithm)) &&
 		(len(child.AuthorityKeyId) == 0 || bytes.Equal(parent.SubjectKeyId, child.AuthorityKeyId))
 }

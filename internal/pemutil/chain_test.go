@@ -105,6 +105,23 @@ func TestOrderChainCrossSigned(t *testing.T) {
 	}
 }
 
+// TestOrderChainUnknownAlgorithm: a signature that cannot be checked is believed
+// where names and key identifiers agree.
+func TestOrderChainUnknownAlgorithm(t *testing.T) {
+	issued := issue(t, testca.Must(t), testca.Template{Intermediates: 1})
+	for _, algorithm := range []x509.SignatureAlgorithm{x509.UnknownSignatureAlgorithm, x509.MD5WithRSA} {
+		leaf := *issued.Leaf
+		leaf.SignatureAlgorithm = algorithm
+		if _, err := pemutil.OrderChain(&leaf, issued.Chain[1:]); err != nil {
+			t.Errorf("%v: %v", algorithm, err)
+		}
+		leaf.AuthorityKeyId = []byte("of another key")
+		if _, err := pemutil.OrderChain(&leaf, issued.Chain[1:]); err == nil {
+			t.Errorf("%v: an issuer with another key identifier was taken", algorithm)
+		}
+	}
+}
+
 func TestIsSelfSigned(t *testing.T) {
 	issued := issue(t, testca.Must(t), testca.Template{Intermediates: 1})
 	for i, want := range []bool{false, false, true} {
