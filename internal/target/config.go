@@ -220,7 +220,7 @@ func (c *Config) Unknown() []string {
 // be strings, integers, booleans (both also accepted as JSON strings),
 // secret.String, structs, the types of this package, whatever else
 // encoding/json decodes, and embedded structs. A field of type FileOptions
-// with the tag "cert_file" takes cert_file_mode, cert_file_owner and
+// with the tag "cert_file_*" takes cert_file_mode, cert_file_owner and
 // cert_file_group.
 //
 // A masked key that has a field is an error unless resolvable names it: then
@@ -244,7 +244,7 @@ func (c *Config) decode(v reflect.Value, resolvable []string) error {
 		}
 		key, option, _ := strings.Cut(tag, ",")
 		if options, ok := v.Field(i).Addr().Interface().(*FileOptions); ok {
-			if err := c.decodeFileOptions(key, option == optionSecret, options); err != nil {
+			if err := c.decodeFileOptions(strings.TrimSuffix(key, "*"), option == optionSecret, options); err != nil {
 				return err
 			}
 			continue
@@ -334,18 +334,18 @@ func (c *Config) decodeValue(key string, dst reflect.Value, raw json.RawMessage)
 	return nil
 }
 
-func (c *Config) decodeFileOptions(key string, secret bool, options *FileOptions) error {
+func (c *Config) decodeFileOptions(prefix string, secret bool, options *FileOptions) error {
 	parts := []struct {
 		key string
 		dst any
-	}{{key + "_mode", &options.Mode}, {key + "_owner", &options.Owner}, {key + "_group", &options.Group}}
+	}{{prefix + "mode", &options.Mode}, {prefix + "owner", &options.Owner}, {prefix + "group", &options.Group}}
 	for _, part := range parts {
 		if err := c.decodeKey(part.key, reflect.ValueOf(part.dst).Elem(), nil); err != nil {
 			return err
 		}
 	}
 	if secret && options.Mode&0o007 != 0 {
-		return Invalid(key+"_mode", "%#o would let every user of this host at a private key: the most that a key file may grant is %#o",
+		return Invalid(prefix+"mode", "%#o would let every user of this host at a private key: the most that a key file may grant is %#o",
 			options.Mode, maxKeyMode)
 	}
 	return nil

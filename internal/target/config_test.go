@@ -37,8 +37,8 @@ type sample struct {
 	Port     int            `json:"port"`
 	Enabled  bool           `json:"enabled"`
 	Tags     map[string]int `json:"tags"`
-	KeyFile  FileOptions    `json:"key_file,secret"`
-	CertFile FileOptions    `json:"cert_file"`
+	KeyFile  FileOptions    `json:"key_file_*,secret"`
+	CertFile FileOptions    `json:"cert_file_*"`
 	Name     FileName       `json:"name"`
 	Timeout  Duration       `json:"timeout"`
 	Nested   struct {
@@ -274,7 +274,7 @@ func ExampleConfig_Decode() {
 	c, _ := Merge(json.RawMessage(`{"cert_path": "/etc/nginx/tls/cert.pem", "cert_file_mode": 640}`), "NGINX", "web", nil)
 	var config struct {
 		CertPath Path        `json:"cert_path,required"`
-		CertFile FileOptions `json:"cert_file"`
+		CertFile FileOptions `json:"cert_file_*"`
 	}
 	fmt.Println(c.Decode(&config))
 	// Output: target config: cert_file_mode: a number holds the bits in decimal, and 640 is 01200, which is no plausible file mode, so "0640" was probably meant (416 as a number)

@@ -9,8 +9,8 @@ type DirPair struct {
 	CertName FileName `json:"cert_file"` // cert.pem
 	KeyName  FileName `json:"key_file"`  // key.pem
 
-	CertFile FileOptions `json:"cert_file"`
-	KeyFile  FileOptions `json:"key_file,secret"`
+	CertFile FileOptions `json:"cert_file_*"`
+	KeyFile  FileOptions `json:"key_file_*,secret"`
 }
 
 // Pair is the same as paths.

@@ -15,9 +15,9 @@ type Pair struct {
 	KeyPath   Path `json:"key_path"`   // none: the key is not installed, the server reads the key store
 	ChainPath Path `json:"chain_path"` // none: the chain follows the leaf in CertPath
 
-	CertFile  FileOptions `json:"cert_file"`
-	KeyFile   FileOptions `json:"key_file,secret"`
-	ChainFile FileOptions `json:"chain_file"`
+	CertFile  FileOptions `json:"cert_file_*"`
+	KeyFile   FileOptions `json:"key_file_*,secret"`
+	ChainFile FileOptions `json:"chain_file_*"`
 
 	ValidateCommand string `json:"validate_command"`
 	ReloadCommand   string `json:"reload_command"`

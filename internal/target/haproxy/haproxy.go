@@ -13,7 +13,7 @@ import (
 // Config is what can be set for a target of type HAProxy.
 type Config struct {
 	PEMPath target.Path        `json:"pem_path,required"`
-	PEMFile target.FileOptions `json:"pem_file,secret"`
+	PEMFile target.FileOptions `json:"pem_file_*,secret"`
 
 	ValidateCommand string `json:"validate_command"`
 	ReloadCommand   string `json:"reload_command,required"`

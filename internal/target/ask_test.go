@@ -1,0 +1,71 @@
+package target
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func TestKeyFor(t *testing.T) {
+	dir := t.TempDir()
+	must(t, os.Mkdir(filepath.Join(dir, "real"), 0o755))
+	must(t, os.Symlink("real", filepath.Join(dir, "link")))
+	linked, direct := filepath.Join(dir, "link/c.pem"), filepath.Join(dir, "real/c.pem")
+
+	found, err := KeyFor(Path(linked), []ServerPair{{"/x", "/y", "f:1"}, {direct, "/k//k.pem", "f:2"}})
+	if err != nil || found.Key != "/k/k.pem" || found.Where != "f:2" {
+		t.Errorf("through a symlink: got %+v, %v", found, err)
+	}
+	for says, pairs := range map[string][]ServerPair{
+		"names no key":       {{"/x", "/k", ""}},
+		"several keys":       {{linked, "/k1", ""}, {direct, "/k2", ""}},
+		"no file of its own": {{linked, linked, ""}},
+		"a variable":         {{linked, "/k/$name", ""}},
+		"absolute path":      {{linked, "engine:", ""}},
+		`".."`:               {{linked, "/k/../x", ""}},
+	} {
+		if found, err := KeyFor(Path(linked), pairs); err == nil || !strings.Contains(err.Error(), says) {
+			t.Errorf("%v: got %+v, %v, want an error with %q", pairs, found, err, says)
+		}
+	}
+}
+
+func TestUses(t *testing.T) {
+	m := &Material{KeyPath: "/store/c.key"}
+	for _, test := range []struct {
+		server  string
+		keyPath Path
+		want    bool
+	}{
+		{"/k", "/k", true}, {"/k", "/other", false}, {"/k", "", false}, {"/store/c.key", "", true}, {"/store/c.key", "/k", true},
+	} {
+		if got := (ServerPair{Key: test.server}).Uses(test.keyPath, m); got != test.want {
+			t.Errorf("server reads %s, key_path is %q: got %v", test.server, test.keyPath, got)
+		}
+	}
+}
+
+func TestProgram(t *testing.T) {
+	for line, want := range map[string]int{
+		"nginx -t": 0, "/usr/sbin/nginx-debug": 0, "sudo -n /usr/sbin/nginx -t": 2, "doas nginx": 1, "systemctl reload nginx": -1, "true": -1,
+	} {
+		if got := Program(strings.Fields(line), "nginx"); got != want {
+			t.Errorf("%s: got %d, want %d", line, got, want)
+		}
+	}
+}
+
+func TestReadServerFile(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "f")
+	must(t, os.WriteFile(file, []byte("x"), 0o600))
+	if text, err := ReadServerFile(file); text != "x" || err != nil {
+		t.Errorf("got %q, %v", text, err)
+	}
+	must(t, os.Truncate(file, maxServerFile+1))
+	for _, path := range []string{file, filepath.Dir(file), file + ".missing"} {
+		if _, err := ReadServerFile(path); err == nil {
+			t.Errorf("%s: got no error", path)
+		}
+	}
+}

@@ -1,0 +1,134 @@
+package target
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"net"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/testca"
+	"certctl-agent/internal/tlsprobe"
+)
+
+func common(t *testing.T, config string) (Common, error) {
+	t.Helper()
+	c, err := Merge(json.RawMessage(config), "NGINX", "t-1", nil)
+	must(t, err)
+	return DecodeCommon(c)
+}
+
+func TestEndpoint(t *testing.T) {
+	tests := []struct {
+		config string
+		want   tlsprobe.Endpoint
+	}{
+		{`{"host":"a","hostname":"b"}`, tlsprobe.Endpoint{Address: "a:443", ServerName: "a"}},
+		{`{"host":"","hostname":"b","port":"8443"}`, tlsprobe.Endpoint{Address: "b:8443", ServerName: "b"}},
+		{`{"target":"c","address":"d"}`, tlsprobe.Endpoint{Address: "c:443", ServerName: "c"}},
+		{`{"address":"::1"}`, tlsprobe.Endpoint{Address: "[::1]:443", ServerName: "::1"}},
+		{`{"address":"[::1]"}`, tlsprobe.Endpoint{Address: "[::1]:443", ServerName: "::1"}},
+		{`{"host":"m","port":587}`, tlsprobe.Endpoint{Address: "m:587", ServerName: "m", StartTLS: "smtp"}},
+		{`{"host":"m","port":2525,"post_deploy_verify":{"starttls":"smtp"}}`, tlsprobe.Endpoint{Address: "m:2525", ServerName: "m", StartTLS: "smtp"}},
+		{`{}`, tlsprobe.Endpoint{}},
+	}
+	for _, test := range tests {
+		c, err := common(t, test.config)
+		must(t, err)
+		if got, ok := c.Endpoint(); got != test.want || ok != (test.want.Address != "") {
+			t.Errorf("%s: got %+v, %v, want %+v", test.config, got, ok, test.want)
+		}
+	}
+}
+
+func TestCommonMistakes(t *testing.T) {
+	for config, key := range map[string]string{
+		`{"port":65536}`:                          "port",
+		`{"port":-1}`:                             "port",
+		`{"port":"https"}`:                        "port",
+		`{"post_deploy_verify_attempts":1000}`:    "post_deploy_verify_attempts",
+		`{"backup_retention":-2}`:                 "backup_retention",
+		`{"command_timeout":30}`:                  "command_timeout",
+		`{"post_deploy_verify":{"enabled":true}}`: "post_deploy_verify.endpoint",
+		`{"post_deploy_verify":{"enabled":true,"endpoint":"host"}}`:   "post_deploy_verify.endpoint",
+		`{"post_deploy_verify":{"enabled":true,"endpoint":"host:0"}}`: "post_deploy_verify.endpoint",
+		`{"post_deploy_verify":{"enabled":true,"endpoint":":443"}}`:   "post_deploy_verify.endpoint",
+		`{"post_deploy_verify":{"starttls":"ftp"}}`:                   "post_deploy_verify.starttls",
+		`{"post_deploy_verify":{"timeout":"x"}}`:                      "post_deploy_verify.timeout",
+	} {
+		if _, err := common(t, config); err == nil || !strings.Contains(err.Error(), key+": ") {
+			t.Errorf("%s: got %v, want an error that names %s", config, err, key)
+		}
+	}
+	if _, err := common(t, `{"post_deploy_verify":{"enabled":true},"host":"h","backup_retention":-1,"drop_root":"yes"}`); err != nil {
+		t.Errorf("the endpoint of the report serves for the verification too: %v", err)
+	}
+}
+
+// server serves one certificate after the other, one for each connection, the
+// last one for ever.
+func server(t *testing.T, certificates ...tls.Certificate) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	var serving sync.WaitGroup
+	serving.Go(func() {
+		for i := 0; ; i++ {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			served := certificates[min(i, len(certificates)-1)]
+			_ = tls.Server(conn, &tls.Config{Certificates: []tls.Certificate{served}}).HandshakeContext(context.Background())
+			conn.Close()
+		}
+	})
+	t.Cleanup(func() { listener.Close(); serving.Wait() })
+	return listener.Addr().String()
+}
+
+func TestVerify(t *testing.T) {
+	ca := testca.Must(t)
+	certificate := func() (tls.Certificate, string) {
+		issued, err := ca.Issue(testca.Template{})
+		must(t, err)
+		return issued.TLS(), pemutil.Fingerprint(issued.Leaf)
+	}
+	before, was := certificate()
+	after, want := certificate()
+
+	config := func(endpoint, more string) Common {
+		c, err := common(t, `{"post_deploy_verify":{"enabled":true,"endpoint":"`+endpoint+`","timeout":"5s"},"post_deploy_verify_backoff":"1ms"`+more+`}`)
+		must(t, err)
+		return c
+	}
+	c := config(server(t, before, before, after), "")
+	if err := c.Verify(want)(t.Context()); err != nil {
+		t.Errorf("served at the third attempt: %v", err)
+	}
+	c = config(server(t, before), `,"post_deploy_verify_attempts":2`)
+	err := c.Verify(want)(t.Context())
+	if err == nil || !strings.Contains(err.Error(), "attempt 2 of 2") || !strings.Contains(err.Error(), was) || !strings.Contains(err.Error(), want) {
+		t.Errorf("never served: got %v, want both fingerprints", err)
+	}
+	c = config("127.0.0.1:1", `,"post_deploy_verify_attempts":"1"`)
+	if err := c.Verify(want)(t.Context()); err == nil || !strings.Contains(err.Error(), "127.0.0.1:1") {
+		t.Errorf("nobody there: got %v", err)
+	}
+	c = config("127.0.0.1:1", "")
+	c.CheckBackoff = Duration(time.Hour)
+	ctx, cancel := context.WithCancelCause(t.Context())
+	time.AfterFunc(5*time.Millisecond, func() { cancel(errors.New("shutting down")) })
+	if err := c.Verify(want)(ctx); err == nil {
+		t.Error("cancelled: got no error")
+	}
+	c, err = common(t, `{"post_deploy_verify":{"endpoint":"127.0.0.1:1"}}`)
+	if err != nil || c.Verify(want) != nil {
+		t.Errorf("without enabled it is on: %v", err)
+	}
+}
