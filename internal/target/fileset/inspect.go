@@ -71,13 +71,16 @@ func distinct(files []*dest) error {
 func (f *dest) inspect(file target.File, index int) (warning string, err error) {
 	data, info, has, err := read(f.at, f.Name)
 	switch {
-	case errors.Is(err, fs.ErrNotExist):
+	case errors.Is(err, fs.ErrNotExist) && !file.Keep:
 	case errors.Is(err, fs.ErrPermission):
 		return "", fmt.Errorf("%s: the agent's user cannot read the file that is there, so it could not put it back: %w", f.Path, reason(err))
 	case err != nil:
 		return "", fmt.Errorf("%s: %w", f.Path, reason(err))
 	default:
 		f.old, f.now = data, info
+		if file.Keep {
+			f.data, f.New = data, digestOf(data)
+		}
 		f.Old = &saved{Backup: backupName(index, f.Name), Digest: digestOf(data), attributes: has}
 		if owner := has.UID; f.at.anyone() && !ours(info) {
 			return "", fmt.Errorf("%s belongs to user %d, in a directory where every user can create files: anyone could have put it there to get at the new one", f.Path, owner)

@@ -11,8 +11,9 @@ import (
 )
 
 // stage writes the new files beside their destinations, and the old ones to
-// the backup directory. Nothing is in place when it returns, and everything
-// that is needed to go on or to go back is durable.
+// the backup directory. Nothing is in place when it returns, and the bytes
+// that are needed to go on or to go back are durable. (The names of the new
+// files become so with the renames.)
 func (t *transaction) stage(ctx context.Context) error {
 	if err := t.mark(staging); err != nil {
 		return err
@@ -30,9 +31,6 @@ func (t *transaction) stage(ctx context.Context) error {
 		if f.staged, err = t.disk.put(f.at, f.Stage, f.data, f.want); err != nil {
 			return fmt.Errorf("write the new %s: %w", f.Path, reason(err))
 		}
-	}
-	if err := t.syncAll(t.files); err != nil {
-		return err
 	}
 	if err := t.backUp(&t.record, t.files); err != nil {
 		return err
@@ -209,11 +207,12 @@ func (f *dest) isInPlace() error {
 	return err
 }
 
-// putAllBack puts the old files back, last one first, durably. It goes on
-// after an error, so that as much as possible is right.
+// putAllBack puts the old files back, durably, in the order in which the new
+// ones were put in place: the file that a server watches is the last in both
+// directions. It goes on after an error, so that as much as possible is right.
 func (s *Store) putAllBack(r *record, files []*dest) error {
 	var errs []error
-	for _, f := range slices.Backward(files) {
+	for _, f := range files {
 		if !f.placed {
 			continue
 		}
