@@ -91,15 +91,21 @@ func sources(t *testing.T) []source {
 	return all
 }
 
+// layerOf is the index of a package's layer, or -1. A package that is named
+// belongs where it is named, whatever pattern it matches besides.
 func layerOf(pkg string) int {
-	for i := len(layers) - 1; i >= 0; i-- {
-		for _, pattern := range layers[i] {
+	byPattern := -1
+	for i, layer := range layers {
+		if slices.Contains(layer, pkg) {
+			return i
+		}
+		for _, pattern := range layer {
 			if ok, _ := path.Match(pattern, pkg); ok {
-				return i
+				byPattern = i
 			}
 		}
 	}
-	return -1
+	return byPattern
 }
 
 func TestImportsPointDown(t *testing.T) {

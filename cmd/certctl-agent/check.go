@@ -1,0 +1,168 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"strings"
+	"time"
+
+	"certctl-agent/internal/config"
+)
+
+const checkHelp = `Usage: certctl-agent check [-json] [flags of the daemon]
+
+Looks at what the daemon would start with: configuration, directories, control
+plane, API key and agent id, overlays, the programs that reload commands need.
+It writes nothing on this host and claims no work. To learn whether the agent id
+is known it sends one heartbeat, as the daemon would.
+
+Examples:
+  certctl-agent check
+  certctl-agent check -config /etc/certctl/agent.env -json
+
+Exit status: 0 nothing failed, 1 a failure, 2 usage.
+
+`
+
+// checkTimeout bounds each step that uses the network.
+const checkTimeout = 15 * time.Second
+
+// Levels of a finding.
+const (
+	levelOK      = "ok"
+	levelWarning = "warning"
+	levelFailure = "failure"
+)
+
+// result is one line of check.
+type result struct {
+	Check  string `json:"check"`
+	Level  string `json:"level"`
+	Detail string `json:"detail"`
+	Remedy string `json:"remedy,omitempty"`
+}
+
+// checker collects results.
+type checker struct {
+	config  *config.Config
+	results []result
+}
+
+func (c *checker) ok(check, format string, args ...any) {
+	c.results = append(c.results, result{Check: check, Level: levelOK, Detail: fmt.Sprintf(format, args...)})
+}
+
+func (c *checker) warn(check, remedy, format string, args ...any) {
+	c.results = append(c.results, result{check, levelWarning, fmt.Sprintf(format, args...), remedy})
+}
+
+func (c *checker) fail(check, remedy, format string, args ...any) {
+	c.results = append(c.results, result{check, levelFailure, fmt.Sprintf(format, args...), remedy})
+}
+
+func (c *checker) failed() bool {
+	for _, r := range c.results {
+		if r.Level == levelFailure {
+			return true
+		}
+	}
+	return false
+}
+
+func runCheck(ctx context.Context, p process) error {
+	var asJSON bool
+	cfg, err := config.Load(p.args, p.getenv, config.Options{Flags: func(f *flag.FlagSet) {
+		f.BoolVar(&asJSON, "json", false, "print one JSON document")
+	}})
+	if errors.Is(err, flag.ErrHelp) {
+		fmt.Fprint(p.stdout, checkHelp)
+		config.Usage(p.stdout)
+		return err
+	}
+	c := &checker{config: cfg}
+	if err != nil {
+		problems, ok := errors.AsType[config.Problems](err)
+		if !ok {
+			return err
+		}
+		for _, problem := range problems {
+			c.fail("configuration", "", "%v", problem)
+		}
+	} else {
+		c.ok("configuration", "%s", sourceOf(cfg))
+	}
+	for _, warning := range cfg.Warnings {
+		c.warn("configuration", "", "%s", warning)
+	}
+	c.disk()
+	c.overlays()
+	c.programs()
+	c.discovery()
+	if cfg.Server != nil {
+		c.controlPlane(ctx)
+	}
+
+	if asJSON {
+		err = c.printJSON(p.stdout)
+	} else {
+		err = c.print(p.stdout)
+	}
+	if err == nil && c.failed() {
+		return finding{}
+	}
+	return err
+}
+
+func sourceOf(cfg *config.Config) string {
+	if cfg.File == "" {
+		return "complete, from flags and environment"
+	}
+	return "complete, with " + cfg.File
+}
+
+// print shows the settings and one line for each result.
+func (c *checker) print(w io.Writer) error {
+	var text strings.Builder
+	text.WriteString("settings\n")
+	for _, v := range c.config.Values() {
+		if v.Text != "" {
+			fmt.Fprintf(&text, "  %-42s %s (%s)\n", v.Variable, v.Text, v.Origin)
+		}
+	}
+	text.WriteString("checks\n")
+	for _, r := range c.results {
+		fmt.Fprintf(&text, "  %-8s %-14s %s\n", r.Level, r.Check, r.Detail)
+		if r.Remedy != "" {
+			fmt.Fprintf(&text, "  %-8s %-14s → %s\n", "", "", r.Remedy)
+		}
+	}
+	_, err := io.WriteString(w, text.String())
+	return err
+}
+
+func (c *checker) printJSON(w io.Writer) error {
+	type setting struct {
+		Variable string `json:"variable"`
+		Value    string `json:"value"`
+		Origin   string `json:"origin"`
+	}
+	document := struct {
+		Settings []setting `json:"settings"`
+		Checks   []result  `json:"checks"`
+		Failed   bool      `json:"failed"`
+	}{Checks: c.results, Failed: c.failed()}
+	for _, v := range c.config.Values() {
+		document.Settings = append(document.Settings, setting{v.Variable, v.Text, v.Origin})
+	}
+	encoder := json.NewEncoder(w)
+	encoder.SetIndent("", "  ")
+	return encoder.Encode(document)
+}
+
+// quiet is for parts that log what check says in its own words.
+func quiet() *slog.Logger { return slog.New(slog.DiscardHandler) }

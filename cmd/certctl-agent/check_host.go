@@ -1,0 +1,152 @@
+package main
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+
+	"certctl-agent/internal/command"
+	"certctl-agent/internal/target"
+)
+
+// minSpace is what backups, ledger and a scan's index want at the least.
+const minSpace = 64 << 20
+
+// disk looks at the key and state directories.
+func (c *checker) disk() {
+	c.directory("key directory", c.config.KeyDir)
+	if c.config.StateDir != "" {
+		c.directory("state directory", c.config.StateDir)
+	}
+}
+
+func (c *checker) directory(check, path string) {
+	if path == "" {
+		return
+	}
+	info, err := os.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		parent := nearest(path)
+		if !writable(parent) {
+			c.fail(check, "make it and give it to the agent's user", "%s does not exist, and %s cannot be written by this user", path, parent)
+			return
+		}
+		c.ok(check, "%s does not exist: the agent makes it", path)
+		return
+	}
+	switch {
+	case err != nil:
+		c.fail(check, "", "%v", err)
+		return
+	case !info.IsDir():
+		c.fail(check, "name a directory", "%s is no directory", path)
+		return
+	case !writable(path):
+		c.fail(check, "run check as the agent's user, or give it the directory", "%s cannot be written by this user", path)
+		return
+	}
+	var stat syscall.Statfs_t
+	if err := syscall.Statfs(path, &stat); err == nil {
+		free := uint64(stat.Bavail) * uint64(stat.Bsize)
+		if free < minSpace {
+			c.warn(check, "free some space: a deployment needs room for the new files and for backups", "%s has %d MiB left", path, free>>20)
+			return
+		}
+	}
+	if mode := info.Mode().Perm(); mode&0o077 != 0 {
+		c.warn(check, "the agent sets it to 0700 at its start", "%s has mode %#o: others can see into it", path, mode)
+		return
+	}
+	c.ok(check, "%s, mode %#o, writable", path, info.Mode().Perm())
+}
+
+// nearest is the closest ancestor that exists.
+func nearest(path string) string {
+	for {
+		if _, err := os.Stat(path); err == nil || path == filepath.Dir(path) {
+			return path
+		}
+		path = filepath.Dir(path)
+	}
+}
+
+// writable asks the kernel, access(2), and writes nothing.
+func writable(path string) bool {
+	const writeAndSearch = 0o3 // W_OK | X_OK
+	return syscall.Access(path, writeAndSearch) == nil
+}
+
+// overlays reads every overlay as a deployment would.
+func (c *checker) overlays() {
+	dir := c.config.TargetsDir
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		c.ok("overlays", "none: %s does not exist", dir)
+		return
+	}
+	if err != nil {
+		c.fail("overlays", "", "%v", err)
+		return
+	}
+	overlays := target.OpenOverlays(dir)
+	bad, good := 0, 0
+	for _, entry := range entries {
+		name, isOverlay := strings.CutSuffix(entry.Name(), ".json")
+		if !isOverlay {
+			continue
+		}
+		if _, err := target.Merge(nil, "", name, overlays); err != nil {
+			c.fail("overlays", "", "%s: %v", entry.Name(), err)
+			bad++
+			continue
+		}
+		good++
+	}
+	if bad == 0 {
+		c.ok("overlays", "%d in %s", good, dir)
+	}
+}
+
+// programs looks for what the allowed commands start.
+func (c *checker) programs() {
+	allowed := c.config.AllowedCommands
+	if allowed == nil {
+		return // a warning of the configuration says what that means
+	}
+	seen := make(map[string]bool)
+	var missing []string
+	for _, argv := range allowed {
+		if len(argv) == 0 || seen[argv[0]] {
+			continue
+		}
+		seen[argv[0]] = true
+		if _, err := command.Find(argv[0]); err != nil {
+			missing = append(missing, argv[0])
+		}
+	}
+	if len(missing) > 0 {
+		slices.Sort(missing)
+		c.warn("programs", "install them, or take them out of CERTCTL_ALLOWED_COMMANDS", "not found: %s", strings.Join(missing, ", "))
+		return
+	}
+	c.ok("programs", "%d in CERTCTL_ALLOWED_COMMANDS, all found", len(seen))
+}
+
+// discovery looks whether the configured directories can be read.
+func (c *checker) discovery() {
+	if len(c.config.DiscoveryDirs) == 0 {
+		c.ok("discovery", "off: CERTCTL_DISCOVERY_DIRS is not set")
+		return
+	}
+	for _, dir := range c.config.DiscoveryDirs {
+		if _, err := os.ReadDir(dir); err != nil {
+			c.warn("discovery", "a scan reports it as an error and goes on", "%v", err)
+			continue
+		}
+		c.ok("discovery", "%s can be read", dir)
+	}
+}

@@ -1,0 +1,90 @@
+// Command certctl-agent runs on a server, keeps its private keys, and installs
+// the certificates that its certctl control plane issues for them.
+//
+// Without a subcommand it is the daemon. The subcommands look at it, prepare
+// it, or do one of its parts by hand; see `certctl-agent -h`.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+
+	"certctl-agent/internal/config"
+)
+
+// Exit codes.
+const (
+	exitOK      = 0 // stopped, retired, or nothing wrong
+	exitFailure = 1 // configuration or runtime failure, or a finding
+	exitUsage   = 2 // the command line is wrong
+)
+
+// process is what a command may touch of the process that it runs in.
+type process struct {
+	args   []string
+	getenv func(string) string
+	stdin  io.Reader
+	stdout io.Writer
+	stderr io.Writer
+}
+
+// subcommand is what the first argument can name.
+type subcommand struct {
+	name    string
+	summary string
+	run     func(ctx context.Context, p process) error
+}
+
+func subcommands() []subcommand {
+	return []subcommand{
+		{"check", "look at the configuration, the disk and the control plane, changing nothing", runCheck},
+		{"register", "register this host with the control plane and print its agent id", runRegister},
+		{"scan", "list the certificates on this host's disks", runScan},
+		{"status", "ask the running daemon how it is", runStatus},
+		{"version", "print version, commit, Go and platform", runVersion},
+	}
+}
+
+func main() {
+	p := process{args: os.Args[1:], getenv: os.Getenv, stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr}
+	os.Exit(run(context.Background(), p))
+}
+
+// run runs the daemon or a subcommand and returns the exit code.
+func run(ctx context.Context, p process) int {
+	err := dispatch(ctx, p)
+	if err == nil || errors.Is(err, flag.ErrHelp) {
+		return exitOK
+	}
+	if text := err.Error(); text != "" {
+		fmt.Fprintln(p.stderr, "certctl-agent: "+text)
+	}
+	if _, usage := errors.AsType[*config.UsageError](err); usage {
+		return exitUsage
+	}
+	return exitFailure
+}
+
+func dispatch(ctx context.Context, p process) error {
+	if len(p.args) == 0 || len(p.args[0]) > 0 && p.args[0][0] == '-' {
+		return runDaemon(ctx, p)
+	}
+	name := p.args[0]
+	for _, c := range subcommands() {
+		if c.name == name {
+			p.args = p.args[1:]
+			return c.run(ctx, p)
+		}
+	}
+	return config.NewUsageError("there is no command %q; see certctl-agent -h", name)
+}
+
+// finding is an error whose text has been printed already; only the exit code
+// is left to say.
+type finding struct{}
+
+func (finding) Error() string { return "" }

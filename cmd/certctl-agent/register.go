@@ -1,0 +1,102 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"net/http"
+	"os"
+	"unicode/utf8"
+
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/config"
+)
+
+const registerHelp = `Usage: certctl-agent register -name NAME [-bootstrap-token-file FILE] [-write FILE] [flags of the daemon]
+
+Registers this host with the control plane and prints the agent id. With -write
+the id is also set in a configuration file, whose other lines stay as they are.
+
+The bootstrap token is read from the file; without one the API key is sent, which
+is the same value on control planes that have no token of their own.
+
+Examples:
+  certctl-agent register -server https://certctl.example.org:8443 -name web1 -bootstrap-token-file token
+  certctl-agent register -name web1 -write /etc/certctl/agent.env
+
+Exit status: 0 registered, 1 refused or failed, 2 usage.
+
+`
+
+// maxName is how long an agent's name may be.
+const maxName = 128
+
+func runRegister(ctx context.Context, p process) error {
+	var tokenFile, write string
+	cfg, err := config.Load(p.args, p.getenv, config.Options{
+		Flags: func(f *flag.FlagSet) {
+			f.StringVar(&tokenFile, "bootstrap-token-file", "", "file with the bootstrap token")
+			f.StringVar(&write, "write", "", "configuration file to set CERTCTL_AGENT_ID in")
+		},
+		// What registration is there to provide need not be there yet.
+		Ignore: func(setting string) bool { return setting == "api-key" || setting == "agent-id" },
+	})
+	if errors.Is(err, flag.ErrHelp) {
+		fmt.Fprint(p.stdout, registerHelp)
+		config.Usage(p.stdout)
+		return err
+	}
+	if err != nil {
+		return err
+	}
+	if n := utf8.RuneCountInString(cfg.Name); n > maxName {
+		return config.NewUsageError("-name has %d characters, %d are allowed", n, maxName)
+	}
+	if tokenFile != "" {
+		if cfg.APIKey, err = config.ReadKeyFile(tokenFile); err != nil {
+			return fmt.Errorf("read the bootstrap token: %w", err)
+		}
+		cfg.APIKeyFile = "" // the token is sent, not the key
+	}
+	hostname, err := os.Hostname()
+	if err != nil {
+		return fmt.Errorf("find out this host's name: %w", err)
+	}
+	client := newClient(cfg, nil, nil)
+	defer client.Close()
+	agent, err := client.Register(ctx, api.Registration{Name: cfg.Name, Hostname: hostname})
+	if err != nil {
+		return explainRegistration(err, cfg.Name)
+	}
+	if !api.ValidID(agent.ID) {
+		return fmt.Errorf("the control plane registered this host under an id that cannot be used: %q", agent.ID)
+	}
+	// The id first: should the file not be writable, it is not lost.
+	if _, err := fmt.Fprintln(p.stdout, agent.ID); err != nil {
+		return err
+	}
+	if write == "" {
+		return nil
+	}
+	if err := config.SetInFile(write, "CERTCTL_AGENT_ID", agent.ID); err != nil {
+		return fmt.Errorf("registered as %s, but the id was not written: %w; set CERTCTL_AGENT_ID=%s by hand", agent.ID, err, agent.ID)
+	}
+	fmt.Fprintf(p.stderr, "CERTCTL_AGENT_ID set in %s\n", write)
+	return nil
+}
+
+// explainRegistration says what an answer means to this call alone.
+func explainRegistration(err error, name string) error {
+	status, ok := errors.AsType[*api.StatusError](err)
+	if !ok {
+		return err
+	}
+	switch status.Status {
+	case http.StatusUnauthorized:
+		return fmt.Errorf("%w; the bootstrap token is wrong: see -bootstrap-token-file", err)
+	case http.StatusConflict:
+		return fmt.Errorf("%w; another agent is registered as %q: choose another -name, or use that agent's id", err, name)
+	}
+	return err
+}

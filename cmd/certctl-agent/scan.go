@@ -1,0 +1,282 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/config"
+	"certctl-agent/internal/discovery"
+	"certctl-agent/internal/printable"
+)
+
+const scanHelp = `Usage: certctl-agent scan [-json] [-soon DAYS] [flags of the daemon] [DIR…]
+
+Lists the certificates that discovery would report, by expiry. It needs no server
+and no configuration, writes nothing, and leaves the daemon's state alone. Without
+DIR it scans the directories that the daemon is configured to scan.
+
+  -json       print one document: {"certificates": […], "errors": […]}
+  -soon DAYS  mark certificates that expire within so many days (30)
+
+Examples:
+  certctl-agent scan /etc/ssl /etc/letsencrypt
+  certctl-agent scan -json /srv | jq -r '.certificates[].common_name'
+
+Exit status: 0 scanned (errors of single files are listed), 1 failed, 2 usage.
+
+`
+
+// progressAfter is when a scan counts as long, and says how far it is.
+const progressAfter = 2 * time.Second
+
+func runScan(ctx context.Context, p process) error {
+	var asJSON bool
+	soon := 30
+	cfg, err := config.Load(p.args, p.getenv, config.Options{
+		Args: true,
+		Flags: func(f *flag.FlagSet) {
+			f.BoolVar(&asJSON, "json", false, "print JSON")
+			f.IntVar(&soon, "soon", soon, "days")
+		},
+		Ignore: func(setting string) bool { return !strings.HasPrefix(setting, "discovery-") },
+	})
+	if errors.Is(err, flag.ErrHelp) {
+		fmt.Fprint(p.stdout, scanHelp)
+		return err
+	}
+	if err != nil {
+		return err
+	}
+	dirs, err := scanDirs(cfg)
+	if err != nil {
+		return err
+	}
+	scanner, err := discovery.New(discovery.Options{
+		Dirs:      dirs,
+		Exclude:   cfg.DiscoveryExclude,
+		Passwords: passwords(cfg),
+		MaxRate:   cfg.DiscoveryMaxRate,
+		Log:       quiet(),
+	})
+	if err != nil {
+		return err
+	}
+	found := []api.DiscoveredCertificate{}
+	stop := showProgress(p.stderr, scanner)
+	summary, err := scanner.Scan(ctx, func(batch []api.DiscoveredCertificate) error {
+		found = append(found, batch...)
+		return nil
+	})
+	stop()
+	if err != nil {
+		return err
+	}
+	slices.SortStableFunc(found, func(a, b api.DiscoveredCertificate) int {
+		return cmp.Or(strings.Compare(a.NotAfter, b.NotAfter), strings.Compare(a.SourcePath, b.SourcePath))
+	})
+	if asJSON {
+		failures := summary.Errors
+		if failures == nil {
+			failures = []string{}
+		}
+		encoder := json.NewEncoder(p.stdout)
+		encoder.SetIndent("", "  ")
+		return encoder.Encode(struct {
+			Certificates []api.DiscoveredCertificate `json:"certificates"`
+			Errors       []string                    `json:"errors"`
+		}{found, failures})
+	}
+	table := scanTable{out: p.stdout, now: time.Now(), soon: time.Duration(soon) * 24 * time.Hour, colour: isTerminal(p.stdout)}
+	return table.print(found, summary)
+}
+
+// scanDirs are the directories to scan, absolute.
+func scanDirs(cfg *config.Config) ([]string, error) {
+	if len(cfg.Args) == 0 {
+		if len(cfg.DiscoveryDirs) == 0 {
+			return nil, config.NewUsageError("name a directory to scan, or set CERTCTL_DISCOVERY_DIRS")
+		}
+		return cfg.DiscoveryDirs, nil
+	}
+	var dirs []string
+	for _, dir := range cfg.Args {
+		absolute, err := filepath.Abs(dir)
+		if err != nil {
+			return nil, err
+		}
+		if _, err := os.Stat(absolute); err != nil {
+			return nil, fmt.Errorf("scan: %w", err)
+		}
+		dirs = append(dirs, absolute)
+	}
+	return dirs, nil
+}
+
+// showProgress tells on a terminal how far a long scan is. The function that it
+// returns ends that.
+func showProgress(w io.Writer, scanner *discovery.Scanner) (stop func()) {
+	if !isTerminal(w) {
+		return func() {}
+	}
+	done, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		wait := time.NewTimer(progressAfter)
+		defer wait.Stop()
+		shown := false
+		for {
+			select {
+			case <-wait.C:
+				files, certificates := scanner.Progress()
+				fmt.Fprintf(w, "\r%d files, %d certificates …", files, certificates)
+				shown = true
+				wait.Reset(progressAfter / 10)
+			case <-done:
+				if shown {
+					fmt.Fprint(w, "\r\x1b[K")
+				}
+				return
+			}
+		}
+	}()
+	return func() {
+		close(done)
+		<-ended
+	}
+}
+
+// isTerminal reports whether a person reads w.
+func isTerminal(w io.Writer) bool {
+	file, ok := w.(*os.File)
+	if !ok {
+		return false
+	}
+	info, err := file.Stat()
+	return err == nil && info.Mode()&os.ModeCharDevice != 0
+}
+
+// scanTable prints what was found for a person.
+type scanTable struct {
+	out    io.Writer
+	now    time.Time
+	soon   time.Duration
+	colour bool
+}
+
+// maxColumn keeps a name of a thousand characters from widening the table.
+const maxColumn = 40
+
+func (t scanTable) print(found []api.DiscoveredCertificate, summary discovery.Summary) error {
+	var text strings.Builder
+	table := tabwriter.NewWriter(&text, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(table, "DAYS\tSTATE\tNAME\tISSUER\tKEY\tPATH")
+	counts := make(map[string]int)
+	for _, c := range found {
+		days, state := t.expiry(c.NotAfter)
+		counts[state]++
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\n", days, state, clip(nameOf(c)), clip(c.IssuerDN), keyOf(c), printable.Clip(c.SourcePath, 4096))
+	}
+	if err := table.Flush(); err != nil {
+		return err
+	}
+	lines := text.String()
+	if t.colour {
+		lines = colourise(lines)
+	}
+	var end strings.Builder
+	fmt.Fprintf(&end, "\n%d certificates in %d files, %v: %d expired, %d soon\n", len(found), summary.Files,
+		summary.Duration.Round(time.Millisecond), counts[stateExpired], counts[stateSoon])
+	fmt.Fprintf(&end, "formats: %s\n", tally(summary.Formats))
+	if len(summary.Skipped) > 0 {
+		fmt.Fprintf(&end, "passed over: %s\n", tally(summary.Skipped))
+	}
+	for _, failure := range summary.Errors {
+		fmt.Fprintf(&end, "error: %s\n", printable.Clip(failure, 4096))
+	}
+	_, err := io.WriteString(t.out, lines+end.String())
+	return err
+}
+
+const (
+	stateExpired = "expired"
+	stateSoon    = "soon"
+)
+
+func (t scanTable) expiry(notAfter string) (days, state string) {
+	at, err := time.Parse(time.RFC3339, notAfter)
+	if err != nil {
+		return "?", "?"
+	}
+	left := at.Sub(t.now)
+	days = fmt.Sprint(int(left.Hours() / 24))
+	switch {
+	case left < 0:
+		return days, stateExpired
+	case left < t.soon:
+		return days, stateSoon
+	}
+	return days, ""
+}
+
+func nameOf(c api.DiscoveredCertificate) string {
+	if c.CommonName == "" && len(c.SANs) > 0 {
+		return c.SANs[0]
+	}
+	return cmp.Or(c.CommonName, c.SubjectDN)
+}
+
+func keyOf(c api.DiscoveredCertificate) string {
+	if c.KeySize == 0 {
+		return c.KeyAlgorithm
+	}
+	return fmt.Sprintf("%s %d", c.KeyAlgorithm, c.KeySize)
+}
+
+func clip(text string) string { return printable.Clip(text, maxColumn) }
+
+// colourise marks whole lines, so that the columns stay where they are.
+func colourise(lines string) string {
+	const red, yellow, reset = "\x1b[31m", "\x1b[33m", "\x1b[0m"
+	var out strings.Builder
+	for line := range strings.Lines(lines) {
+		colour := ""
+		if fields := strings.Fields(line); len(fields) > 1 {
+			switch fields[1] {
+			case stateExpired:
+				colour = red
+			case stateSoon:
+				colour = yellow
+			}
+		}
+		if colour == "" {
+			out.WriteString(line)
+			continue
+		}
+		out.WriteString(colour + strings.TrimSuffix(line, "\n") + reset + "\n")
+	}
+	return out.String()
+}
+
+func tally(counts map[string]int) string {
+	var parts []string
+	for _, what := range slices.Sorted(maps.Keys(counts)) {
+		parts = append(parts, fmt.Sprintf("%s %d", what, counts[what]))
+	}
+	if len(parts) == 0 {
+		return "none"
+	}
+	return strings.Join(parts, ", ")
+}

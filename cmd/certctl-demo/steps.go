@@ -1,0 +1,284 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/devplane"
+	"certctl-agent/internal/pemutil"
+)
+
+// brokenReload stands for a reload that fails.
+const brokenReload = "/bin/false"
+
+func (d *demo) firstHeartbeat(ctx context.Context) error {
+	if err := d.startAgent(); err != nil {
+		return err
+	}
+	d.say("agent", "%s, pid %d", d.agentPath, d.agent.Process.Pid)
+	if err := d.wait(ctx, "a heartbeat", func() bool { return len(d.plane.Heartbeats()) > 0 }); err != nil {
+		return err
+	}
+	beat := d.plane.Heartbeats()[0]
+	d.say("heartbeat", "%s: version %s on %s/%s, %s", beat.Hostname, beat.Version, beat.OS, beat.Architecture, beat.IPAddress)
+	return nil
+}
+
+func (d *demo) enrol(ctx context.Context) error {
+	job := d.plane.StartIssuance(certificateID)
+	d.say("job", "%s awaits a CSR for %s", job, commonName)
+	accepted := func() bool {
+		j, _ := d.plane.Job(job)
+		return j.Status == api.StatusCompleted
+	}
+	if err := d.wait(ctx, "the CSR", accepted); err != nil {
+		return err
+	}
+	key, err := d.newestKey()
+	if err != nil {
+		return err
+	}
+	info, err := os.Stat(key)
+	if err != nil {
+		return err
+	}
+	if got := info.Mode().Perm(); got != 0o600 {
+		return fmt.Errorf("the key %s has mode %v, not 0600", key, got)
+	}
+	d.say("key", "made here: %s, mode %v", key, info.Mode().Perm())
+	d.say("CSR", "accepted; the key never left this host")
+	return nil
+}
+
+// newestKey is the pending key, or the current one when the deployment was
+// quicker than this program.
+func (d *demo) newestKey() (string, error) {
+	for _, pattern := range []string{certificateID + ".*.pending", certificateID + ".key"} {
+		if found, _ := filepath.Glob(filepath.Join(d.keyDir(), pattern)); len(found) > 0 {
+			return found[0], nil
+		}
+	}
+	return "", fmt.Errorf("no key of %s in %s", certificateID, d.keyDir())
+}
+
+func (d *demo) deployment(ctx context.Context) error {
+	job, err := d.waitDeployment(ctx, 1)
+	if err != nil {
+		return err
+	}
+	if job.Status != api.StatusCompleted {
+		return fmt.Errorf("job %s ended %s: %s", job.ID, job.Status, job.Error)
+	}
+	d.say("deployment", "%s to %s: %s", job.ID, d.server.Name, job.Status)
+	if err := d.servesLatest(ctx); err != nil {
+		return err
+	}
+	d.say("", "after   sha256 %s", d.served)
+	if err := d.wait(ctx, "the verification", func() bool { return len(d.plane.Verifications()) > 0 }); err != nil {
+		return err
+	}
+	v := d.plane.Verifications()[0]
+	if !v.Verified || v.ActualFingerprint != d.served {
+		return fmt.Errorf("verification reported: %+v", v.Verification)
+	}
+	d.say("verification", "reported: the live endpoint serves it")
+	return nil
+}
+
+// servesLatest checks that the server serves the latest version, and notes it.
+func (d *demo) servesLatest(ctx context.Context) error {
+	versions := d.plane.Versions(certificateID)
+	want := pemutil.Fingerprint(versions[len(versions)-1].Leaf)
+	deadline := time.Now().Add(10 * time.Second)
+	for {
+		got, err := d.fingerprint(ctx)
+		if err == nil && got == want {
+			break
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("the server serves %q (%v), not %s", got, err, want)
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	d.served = want
+	return nil
+}
+
+func (d *demo) discovery(ctx context.Context) error {
+	if err := d.wait(ctx, "the discovery report", func() bool { return len(d.plane.Discoveries()) >= 2 }); err != nil {
+		return err
+	}
+	for _, found := range d.plane.Discoveries() {
+		d.say("discovered", "%s, %s, until %s", found.SourcePath, found.CommonName, found.NotAfter[:10])
+	}
+	return nil
+}
+
+func (d *demo) renewal(ctx context.Context) error {
+	before := d.served
+	load := startLoad(d.server.Endpoint.Address, d.server.Endpoint.StartTLS == "")
+	d.plane.StartRenewal(certificateID)
+	d.say("renewal", "a new key, a new certificate, while clients keep connecting")
+	job, err := d.waitDeployment(ctx, 2)
+	if err == nil && job.Status != api.StatusCompleted {
+		err = fmt.Errorf("job %s ended %s: %s", job.ID, job.Status, job.Error)
+	}
+	if err == nil {
+		err = d.servesLatest(ctx)
+	}
+	done, failed, first := load.stop()
+	if err != nil {
+		return err
+	}
+	if d.served == before {
+		return errors.New("the renewed certificate is the old one")
+	}
+	d.say("", "now     sha256 %s", d.served)
+	d.say("", "%d handshakes meanwhile, %d failed", done, failed)
+	if failed > 0 {
+		return fmt.Errorf("%d of %d handshakes failed, the first one: %w", failed, done, first)
+	}
+	if done == 0 && d.server.Endpoint.StartTLS == "" {
+		return errors.New("no handshake was made: the load tested nothing")
+	}
+	return nil
+}
+
+// load is clients that complete handshakes as fast as they can.
+type load struct {
+	done    chan struct{}
+	clients sync.WaitGroup
+
+	mu     sync.Mutex // guards what follows
+	count  int
+	failed int
+	first  error
+}
+
+func startLoad(address string, implicitTLS bool) *load {
+	l := &load{done: make(chan struct{})}
+	if !implicitTLS {
+		return l // the mail servers' load test is in the test suite
+	}
+	for range 2 {
+		l.clients.Go(func() {
+			for {
+				select {
+				case <-l.done:
+					return
+				default:
+					l.handshake(address)
+				}
+			}
+		})
+	}
+	return l
+}
+
+func (l *load) handshake(address string) {
+	dialer := tls.Dialer{
+		NetDialer: &net.Dialer{Timeout: 5 * time.Second},
+		// The demo compares fingerprints; here only completion counts.
+		Config: &tls.Config{InsecureSkipVerify: true},
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	conn, err := dialer.DialContext(ctx, "tcp", address)
+	if err == nil {
+		conn.Close()
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.count++
+	if err != nil {
+		l.failed++
+		if l.first == nil {
+			l.first = err
+		}
+	}
+}
+
+func (l *load) stop() (count, failed int, first error) {
+	close(l.done)
+	l.clients.Wait()
+	return l.count, l.failed, l.first
+}
+
+func (d *demo) rollback(ctx context.Context) error {
+	before := d.served
+	broken := maps.Clone(d.server.Config)
+	broken["reload_command"] = brokenReload
+	d.plane.AddTarget(devplane.Target{ID: targetID, Agent: d.agentID, Type: d.server.Type, Config: broken})
+	d.plane.StartRenewal(certificateID)
+	job, err := d.waitDeployment(ctx, 3)
+	if err != nil {
+		return err
+	}
+	if job.Status != api.StatusFailed {
+		return fmt.Errorf("job %s with a reload that fails ended %s", job.ID, job.Status)
+	}
+	d.say("bad reload", "%s: %s", job.Status, job.Error)
+	got, err := d.fingerprint(ctx)
+	if err != nil {
+		return err
+	}
+	if got != before {
+		return fmt.Errorf("after the failed deployment the server serves %s, not %s", got, before)
+	}
+	onDisk, err := os.ReadFile(d.server.CertPath)
+	if err != nil {
+		return err
+	}
+	chain, err := pemutil.ParseCertificates(onDisk)
+	if err != nil {
+		return err
+	}
+	if pemutil.Fingerprint(chain[0]) != before {
+		return errors.New("after the failed deployment the old certificate is not back on disk")
+	}
+	d.say("rolled back", "the old certificate is on disk and served: %s…", before[:16])
+	return nil
+}
+
+func (d *demo) retirement(ctx context.Context) error {
+	d.plane.Retire(d.agentID)
+	d.say("retirement", "the next heartbeat is answered 410")
+	select {
+	case err := <-d.exited:
+		d.exited <- err
+		if err != nil {
+			return fmt.Errorf("the agent ended with %w, not with status 0", err)
+		}
+	case <-time.After(20 * time.Second):
+		return errors.New("the agent has not ended after 20 s")
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	d.say("agent", "ended with status %d", d.agent.ProcessState.ExitCode())
+	return nil
+}
+
+// secrets checks that no key material was in any request or in the log.
+func (d *demo) secrets(context.Context) error {
+	requests := d.plane.Requests()
+	for _, request := range requests {
+		if strings.Contains(string(request.Body), "PRIVATE KEY") {
+			return fmt.Errorf("a %s request held a private key", request.Path)
+		}
+	}
+	if log := d.log.String(); strings.Contains(log, "PRIVATE KEY") || strings.Contains(log, d.plane.APIKey) {
+		return errors.New("the agent's log holds a private key or the API key")
+	}
+	d.say("secrets", "%d requests and the agent's log: no private key, no API key", len(requests))
+	return nil
+}

@@ -1,0 +1,378 @@
+// Package agent is the select loop of the daemon. It decides when: it owns the
+// timers, the retirement channel, the job slots and every goroutine. What is
+// done, and how, is decided by the packages it is handed.
+//
+// All state of the loop belongs to the goroutine of Run. Whatever takes time
+// runs in a goroutine of its own and comes back as an event, a function that
+// the loop calls; so there are no locks here, and a deployment that hangs, a
+// control plane that is gone or a scan that takes an hour cannot delay a
+// heartbeat.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/deploy"
+	"certctl-agent/internal/inventory"
+	"certctl-agent/internal/ledger"
+	"certctl-agent/internal/pace"
+	"certctl-agent/internal/status"
+	"certctl-agent/internal/survey"
+)
+
+// Plane is the control plane as the loop uses it. Errors mean what package api
+// says of them.
+type Plane interface {
+	Heartbeat(ctx context.Context, h api.Heartbeat) error
+	Work(ctx context.Context) (api.Work, error)
+	ReportStatus(ctx context.Context, job string, s api.JobStatus) error
+	ReportVerification(ctx context.Context, job string, v api.Verification) error
+}
+
+// Enroller takes one job from key to accepted CSR. An error that is an
+// enroll.RefusedError is final; any other leaves the job as it is.
+type Enroller interface {
+	Enroll(ctx context.Context, job api.Job) error
+}
+
+// Deployer carries out one Deployment job. Calls ends when the agent stops, work
+// with the shutdown grace. An error is temporary: nothing was touched, and the
+// job is tried again.
+type Deployer interface {
+	Deploy(calls, work context.Context, job api.Job) (deploy.Outcome, error)
+}
+
+// Surveyor scans the disks once and reports what it found.
+type Surveyor interface {
+	Run(ctx context.Context) (survey.Stats, error)
+}
+
+// Ledger keeps claimed jobs and undelivered reports on disk; see package ledger.
+type Ledger interface {
+	Claim(jobs []api.Job, now time.Time) (accepted []api.Job, refused []ledger.Refusal)
+	Start(job string) error
+	Finish(job string, reports []ledger.Report) error
+	Report(job string, s api.JobStatus) error
+	Unfinished() []api.Job
+	Job(id string) (job api.Job, ok bool)
+	Undelivered() []ledger.Delivery
+	Delivered(d ledger.Delivery) error
+	Drop(d ledger.Delivery, reason string) error
+}
+
+// Inventory remembers what was installed where, across restarts.
+type Inventory interface {
+	Put(inventory.Entry) error
+	All() []inventory.Entry
+}
+
+// Notifier tells the service manager.
+type Notifier interface {
+	Status(text string)
+	Watchdog()
+}
+
+// Options is what the loop needs.
+type Options struct {
+	AgentID  string
+	Plane    Plane
+	Enroller Enroller
+	Deployer Deployer
+	Surveyor Surveyor // nil: discovery is off
+	Ledger   Ledger
+	Served   Inventory
+	Notify   Notifier
+	Log      *slog.Logger
+
+	// Describe says what the next heartbeat reports. It may look up names.
+	Describe func(ctx context.Context) api.Heartbeat
+
+	// Repair retries what the recovery of a crashed transaction still needs
+	// (a reload), and reports whether there is anything left. Nil: nothing.
+	Repair func(ctx context.Context) error
+
+	HeartbeatInterval time.Duration // 60 s by default
+	PollInterval      time.Duration // 30 s
+	DiscoveryInterval time.Duration // 6 h
+	StartupJitter     bool          // delay the first heartbeat, poll and scan
+	MaxDeploys        int           // deployments at once, at least 1
+	ShutdownGrace     time.Duration // for running transactions, then they are rolled back
+	WatchdogInterval  time.Duration // 0: no watchdog
+	Rand              pace.Rand
+
+	// Base is what the snapshot says that the loop does not know: version,
+	// server, configuration warnings.
+	Base status.Snapshot
+}
+
+const (
+	// maxEnrolling bounds the CSRs under way at once: making an RSA key is
+	// seconds of a core.
+	maxEnrolling = 2
+
+	// maxWaitingCSRs bounds the jobs that wait for that. Those left out come
+	// again with the next poll.
+	maxWaitingCSRs = 256
+
+	// finalDelivery bounds the last try to deliver reports when the agent
+	// stops. What is not delivered is kept.
+	finalDelivery = 5 * time.Second
+
+	// maxSkew is how far this host's clock may be from the control plane's
+	// before certificates are judged wrongly.
+	maxSkew = 5 * time.Minute
+)
+
+// errStopping is the cause with which work is cancelled at the end of the
+// shutdown grace.
+var errStopping = errors.New("the agent is stopping")
+
+// Agent is the loop. Make one with New, run it once.
+type Agent struct {
+	o   Options
+	log *slog.Logger
+
+	events  chan func()   // to the loop, from its goroutines
+	asks    chan struct{} // "send a heartbeat at once", from any goroutine
+	rescans chan struct{} // "scan now", from outside
+
+	retireOnce sync.Once
+	retired    chan struct{} // closed when the control plane retired this agent
+	skewNanos  atomic.Int64
+	skewOnce   sync.Once
+
+	// What follows belongs to the goroutine of Run.
+
+	started   time.Time
+	goroutine sync.WaitGroup
+	stopping  bool
+
+	calls      context.Context // ends when the agent stops: heartbeats, scans, deliveries
+	stopCalls  context.CancelFunc
+	work       context.Context // ends with the shutdown grace: transactions
+	stopWork   context.CancelCauseFunc
+	claims     context.Context // as work, but ends at once when retired: polls and CSRs
+	stopClaims context.CancelFunc
+
+	beat, poll, scan *activity
+	resumed          bool // unfinished jobs have been taken up
+	polled           bool // the first poll has been tried
+	watchdog         *time.Ticker
+
+	jobs     jobTable
+	delivery deliveryTable
+	repair   *activity
+	counters status.Counters
+	lastScan status.Scan
+	told     string // to the service manager
+}
+
+// New returns an agent that has not started.
+func New(o Options) *Agent {
+	a := &Agent{
+		o:       o,
+		log:     o.Log,
+		events:  make(chan func()),
+		asks:    make(chan struct{}, 1),
+		rescans: make(chan struct{}, 1),
+		retired: make(chan struct{}),
+	}
+	a.beat = a.newActivity(status.Heartbeat, o.HeartbeatInterval, false)
+	a.poll = a.newActivity(status.Poll, o.PollInterval, true)
+	a.scan = a.newActivity(status.Discovery, o.DiscoveryInterval, true)
+	a.repair = a.newActivity("repair", o.PollInterval, true)
+	a.jobs = newJobTable(o.MaxDeploys)
+	a.delivery = newDeliveryTable()
+	return a
+}
+
+// Retired is closed, once, when the control plane has retired this agent.
+func (a *Agent) Retired() <-chan struct{} { return a.retired }
+
+// Rescan asks for a scan now. It never blocks.
+func (a *Agent) Rescan() { poke(a.rescans) }
+
+// ObserveDate is told the control plane's clock with every answer.
+func (a *Agent) ObserveDate(server time.Time) {
+	skew := time.Until(server).Round(time.Second)
+	a.skewNanos.Store(int64(skew))
+	if skew.Abs() <= maxSkew {
+		return
+	}
+	a.skewOnce.Do(func() {
+		a.log.Warn("this host's clock and the control plane's differ: certificates may be judged expired or not yet valid; check time synchronisation",
+			"control_plane_is_ahead_by", skew.String())
+	})
+}
+
+// Run runs the agent until ctx ends or the control plane retires it. It
+// returns nil in the first case and api.ErrRetired in the second, when every
+// goroutine that it started has ended.
+func (a *Agent) Run(ctx context.Context) error {
+	a.started = time.Now()
+	a.calls, a.stopCalls = context.WithCancel(ctx)
+	defer a.stopCalls()
+	a.work, a.stopWork = context.WithCancelCause(context.WithoutCancel(ctx))
+	defer a.stopWork(nil)
+	a.claims, a.stopClaims = context.WithCancel(a.work)
+	defer a.stopClaims()
+	a.jobs.unfinished = a.o.Ledger.Unfinished()
+	a.loadDeliveries()
+
+	var watchdog <-chan time.Time
+	if a.o.WatchdogInterval > 0 {
+		a.watchdog = time.NewTicker(a.o.WatchdogInterval)
+		defer a.watchdog.Stop()
+		watchdog = a.watchdog.C
+	}
+	a.beat.after(a.firstDelay(a.beat))
+	if a.o.Repair != nil {
+		a.repair.after(0)
+	}
+
+	for {
+		select {
+		case <-ctx.Done():
+			a.log.Info("stopping", "cause", context.Cause(ctx).Error(), "grace", a.o.ShutdownGrace.String())
+			return a.stop(watchdog, nil)
+		case <-a.retired:
+			return a.stop(watchdog, api.ErrRetired)
+		case event := <-a.events:
+			event()
+		case <-a.asks:
+			a.begin(a.beat)
+		case <-a.rescans:
+			a.begin(a.scan)
+		case <-a.beat.timer.C:
+			a.begin(a.beat)
+		case <-a.poll.timer.C:
+			a.begin(a.poll)
+		case <-a.scan.timer.C:
+			a.begin(a.scan)
+		case <-a.repair.timer.C:
+			a.begin(a.repair)
+		case <-a.jobs.timer.C:
+			a.startJobs()
+		case <-a.delivery.timer.C:
+			a.deliver()
+		case <-watchdog:
+			a.o.Notify.Watchdog()
+		}
+	}
+}
+
+// stop ends the agent: nothing new is started, calls are cut, transactions get
+// the grace and are rolled back after it.
+func (a *Agent) stop(watchdog <-chan time.Time, cause error) error {
+	a.stopping = true
+	a.stopCalls()
+	if cause != nil {
+		a.stopClaims()
+	}
+	for _, activity := range []*activity{a.beat, a.poll, a.scan, a.repair} {
+		activity.timer.Stop()
+	}
+	a.jobs.timer.Stop()
+	a.delivery.timer.Stop()
+
+	done := make(chan struct{})
+	go func() {
+		a.goroutine.Wait()
+		close(done)
+	}()
+	grace := time.NewTimer(a.o.ShutdownGrace)
+	defer grace.Stop()
+	for {
+		select {
+		case event := <-a.events:
+			event()
+		case <-a.asks:
+		case <-a.rescans:
+		case <-grace.C:
+			a.log.Warn("the shutdown grace is over: running transactions are rolled back", "grace", a.o.ShutdownGrace.String())
+			a.stopWork(errStopping)
+		case <-watchdog:
+			a.o.Notify.Watchdog()
+		case <-done:
+			if cause == nil && !a.isRetired() {
+				a.deliverLast()
+				return nil
+			}
+			return api.ErrRetired
+		}
+	}
+}
+
+// spawn runs work in a goroutine. The function that it returns is called by
+// the loop; when work panics, failed is called instead, with the panic as an
+// error. Everything the agent does runs through here, so one panic costs one
+// job or one try, never the agent.
+func (a *Agent) spawn(work func() (event func()), failed func(error)) {
+	a.goroutine.Go(func() {
+		var event func()
+		err := a.contain(func() { event = work() })
+		if err != nil {
+			event = func() { failed(err) }
+		}
+		a.events <- event
+	})
+}
+
+// contain turns a panic into an error and logs its stack.
+func (a *Agent) contain(work func()) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("internal error: %v", p)
+			a.log.Error("panic contained; please report it", "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
+		}
+	}()
+	work()
+	return nil
+}
+
+// Heard is told how a call ended, by whoever made it and from any goroutine: a
+// 410 may be this agent's retirement.
+func (a *Agent) Heard(call string, err error) {
+	switch {
+	case errors.Is(err, api.ErrRetired):
+		a.retireOnce.Do(func() {
+			status, _ := errors.AsType[*api.StatusError](err)
+			a.log.Error("the control plane has retired this agent: it stops for good",
+				"call", call, "status", status.Status, "body", status.Body, "agent_id", a.o.AgentID)
+			close(a.retired)
+		})
+	case errors.Is(err, api.ErrGone):
+		poke(a.asks)
+	}
+}
+
+func (a *Agent) isRetired() bool {
+	select {
+	case <-a.retired:
+		return true
+	default:
+		return false
+	}
+}
+
+func (a *Agent) firstDelay(act *activity) time.Duration {
+	if !a.o.StartupJitter {
+		return 0
+	}
+	return act.pacer.First()
+}
+
+func poke(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}

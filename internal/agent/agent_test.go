@@ -1,0 +1,667 @@
+package agent_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"certctl-agent/internal/agent"
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/deploy"
+	"certctl-agent/internal/inventory"
+	"certctl-agent/internal/ledger"
+	"certctl-agent/internal/pace"
+	"certctl-agent/internal/survey"
+)
+
+const (
+	heartbeatEvery = time.Minute
+	pollEvery      = 30 * time.Second
+)
+
+// world is an agent with fakes around it, in a synctest bubble.
+type world struct {
+	t       *testing.T
+	options agent.Options
+	agent   *agent.Agent
+	ledger  *ledger.Ledger
+	log     *lockedBuffer
+
+	cancel context.CancelFunc
+	result chan error
+
+	mu    sync.Mutex // guards calls
+	calls []call
+
+	// What the fakes answer; nil means success, or no work.
+	heartbeat func(ctx context.Context, n int) error
+	work      func(ctx context.Context, n int) (api.Work, error)
+	enroll    func(ctx context.Context, job api.Job) error
+	deploy    func(calls, work context.Context, job api.Job) (deploy.Outcome, error)
+	report    func(job string, s api.JobStatus) error
+	verify    func(job string, v api.Verification) error
+	survey    func(ctx context.Context) (survey.Stats, error)
+}
+
+// call is one thing the agent did.
+type call struct {
+	at   time.Duration // since the start
+	name string
+	what string
+}
+
+type lockedBuffer struct {
+	mu   sync.Mutex
+	data bytes.Buffer
+}
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.data.Write(p)
+}
+
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.data.String()
+}
+
+// newWorld prepares an agent whose draws are all the middle of their range, so
+// that every interval is exactly what is configured.
+func newWorld(t *testing.T) *world {
+	t.Helper()
+	dir := t.TempDir()
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { root.Close() })
+	w := &world{t: t, log: new(lockedBuffer), result: make(chan error, 1)}
+	log := slog.New(slog.NewJSONHandler(w.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	if w.ledger, err = ledger.Open(root, log); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { w.ledger.Close() })
+	served, err := inventory.Open(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.options = agent.Options{
+		AgentID:           "agent-1",
+		Plane:             plane{w},
+		Enroller:          enroller{w},
+		Deployer:          deployer{w},
+		Ledger:            w.ledger,
+		Served:            served,
+		Notify:            notifier{},
+		Log:               log,
+		Describe:          func(context.Context) api.Heartbeat { return api.Heartbeat{Version: "1"} },
+		HeartbeatInterval: heartbeatEvery,
+		PollInterval:      pollEvery,
+		DiscoveryInterval: time.Hour,
+		MaxDeploys:        2,
+		ShutdownGrace:     20 * time.Second,
+		Rand:              func(n int64) int64 { return n / 2 },
+	}
+	return w
+}
+
+// start runs the agent. The bubble's clock is the only one.
+func (w *world) start() {
+	w.t.Helper()
+	w.agent = agent.New(w.options)
+	ctx, cancel := context.WithCancel(w.t.Context())
+	w.cancel = cancel
+	begun := time.Now()
+	w.mu.Lock()
+	w.calls = nil
+	w.mu.Unlock()
+	w.begun(begun)
+	go func() { w.result <- w.agent.Run(ctx) }()
+}
+
+// stop stops the agent as SIGTERM does, and returns what Run returned.
+func (w *world) stop() error {
+	w.cancel()
+	return <-w.result
+}
+
+var errTest = errors.New("no route to host")
+
+func gone(call string, decides bool) error {
+	return &api.StatusError{Call: call, Status: http.StatusGone, Body: "Agent has been retired", Decides: decides}
+}
+
+func (w *world) begun(at time.Time) { w.note(at, "start", "") }
+
+func (w *world) note(now time.Time, name, what string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	c := call{name: name, what: what}
+	if len(w.calls) > 0 {
+		c.at = now.Sub(epoch(w.calls[0]))
+	} else {
+		c.at = time.Duration(now.UnixNano())
+	}
+	w.calls = append(w.calls, c)
+}
+
+func epoch(first call) time.Time { return time.Unix(0, int64(first.at)) }
+
+// times are when something was done.
+func (w *world) times(name string) []time.Duration {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var at []time.Duration
+	for _, c := range w.calls {
+		if c.name == name {
+			at = append(at, c.at)
+		}
+	}
+	return at
+}
+
+// done lists what was done, in order, of the given names.
+func (w *world) done(names ...string) string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var all []string
+	for _, c := range w.calls {
+		for _, name := range names {
+			if c.name == name {
+				all = append(all, strings.TrimSpace(c.name+" "+c.what))
+			}
+		}
+	}
+	return strings.Join(all, ", ")
+}
+
+func (w *world) count(name string) int { return len(w.times(name)) }
+
+type plane struct{ w *world }
+
+func (p plane) Heartbeat(ctx context.Context, _ api.Heartbeat) error {
+	p.w.note(time.Now(), "heartbeat", "")
+	if p.w.heartbeat == nil {
+		return nil
+	}
+	return p.w.heartbeat(ctx, p.w.count("heartbeat"))
+}
+
+func (p plane) Work(ctx context.Context) (api.Work, error) {
+	p.w.note(time.Now(), "poll", "")
+	if p.w.work == nil {
+		return api.Work{}, nil
+	}
+	return p.w.work(ctx, p.w.count("poll"))
+}
+
+func (p plane) ReportStatus(_ context.Context, job string, s api.JobStatus) error {
+	p.w.note(time.Now(), "report", job+" "+s.Status)
+	if p.w.report == nil {
+		return nil
+	}
+	return p.w.report(job, s)
+}
+
+func (p plane) ReportVerification(_ context.Context, job string, v api.Verification) error {
+	p.w.note(time.Now(), "verify", job)
+	if p.w.verify == nil {
+		return nil
+	}
+	return p.w.verify(job, v)
+}
+
+type enroller struct{ w *world }
+
+func (e enroller) Enroll(ctx context.Context, job api.Job) error {
+	e.w.note(time.Now(), "enroll", job.ID)
+	if e.w.enroll == nil {
+		return nil
+	}
+	return e.w.enroll(ctx, job)
+}
+
+type deployer struct{ w *world }
+
+func (d deployer) Deploy(calls, work context.Context, job api.Job) (deploy.Outcome, error) {
+	d.w.note(time.Now(), "deploy", job.ID)
+	if d.w.deploy == nil {
+		return deploy.Outcome{Status: api.StatusCompleted}, nil
+	}
+	return d.w.deploy(calls, work, job)
+}
+
+type surveyor struct{ w *world }
+
+func (s surveyor) Run(ctx context.Context) (survey.Stats, error) {
+	s.w.note(time.Now(), "scan", "")
+	if s.w.survey == nil {
+		return survey.Stats{}, nil
+	}
+	return s.w.survey(ctx)
+}
+
+type notifier struct{}
+
+func (notifier) Status(string) {}
+func (notifier) Watchdog()     {}
+
+// sleep is context-aware, as all I/O of the agent is.
+func sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-time.After(d):
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// once hands work out with the nth poll only.
+func once(n int, jobs ...api.Job) func(context.Context, int) (api.Work, error) {
+	return func(_ context.Context, poll int) (api.Work, error) {
+		if poll != n {
+			return api.Work{}, nil
+		}
+		return api.Work{Jobs: jobs, Count: len(jobs)}, nil
+	}
+}
+
+func deployment(id, target string) api.Job {
+	return api.Job{ID: id, Type: api.TypeDeployment, Status: api.StatusRunning, CertificateID: "cert-1",
+		TargetID: target, TargetType: "NGINX", TargetConfig: json.RawMessage(`{}`)}
+}
+
+func csrJob(id string) api.Job {
+	return api.Job{ID: id, Type: api.TypeRenewal, Status: api.StatusAwaitingCSR, CertificateID: "cert-1", CommonName: "www.example.org"}
+}
+
+// everyMinute checks that heartbeats kept their rhythm for a while.
+func (w *world) everyMinute(minutes int) {
+	w.t.Helper()
+	got := w.times("heartbeat")
+	if len(got) < minutes {
+		w.t.Errorf("%d heartbeats in %d minutes", len(got), minutes)
+	}
+	for i := 1; i < len(got); i++ {
+		if gap := got[i] - got[i-1]; gap > heartbeatEvery*11/10 {
+			w.t.Errorf("heartbeat %d came %v after the one before, want at most %v", i+1, gap, heartbeatEvery*11/10)
+		}
+	}
+}
+
+func TestHeartbeatsKeepTheirRhythm(t *testing.T) {
+	forever := func(ctx context.Context) error { return sleep(ctx, 24*time.Hour) }
+	tests := []struct {
+		name  string
+		setUp func(w *world)
+	}{
+		{"a deployment that hangs", func(w *world) {
+			w.work = once(1, deployment("j1", "t1"), deployment("j2", "t2"), deployment("j3", "t3"))
+			w.deploy = func(_, work context.Context, _ api.Job) (deploy.Outcome, error) {
+				return deploy.Outcome{}, forever(work)
+			}
+		}},
+		{"a poll that hangs", func(w *world) {
+			w.work = func(ctx context.Context, _ int) (api.Work, error) { return api.Work{}, forever(ctx) }
+		}},
+		{"a CSR that hangs", func(w *world) {
+			w.work = once(1, csrJob("j1"))
+			w.enroll = func(ctx context.Context, _ api.Job) error { return forever(ctx) }
+		}},
+		{"a scan that takes an hour", func(w *world) {
+			w.options.Surveyor = surveyor{w}
+			w.survey = func(ctx context.Context) (survey.Stats, error) { return survey.Stats{}, forever(ctx) }
+		}},
+		{"reports that nobody takes", func(w *world) {
+			w.work = once(1, deployment("j1", "t1"))
+			w.report = func(string, api.JobStatus) error { return errTest }
+		}},
+		{"panics everywhere", func(w *world) {
+			w.options.Surveyor = surveyor{w}
+			w.work = func(ctx context.Context, n int) (api.Work, error) {
+				if n%2 == 0 {
+					panic("poll")
+				}
+				return api.Work{Jobs: []api.Job{csrJob(fmt.Sprint("c", n)), deployment(fmt.Sprint("d", n), "t")}}, nil
+			}
+			w.enroll = func(context.Context, api.Job) error { panic("enroll") }
+			w.deploy = func(_, _ context.Context, _ api.Job) (deploy.Outcome, error) { panic("deploy") }
+			w.survey = func(context.Context) (survey.Stats, error) { panic("survey") }
+		}},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				test.setUp(w)
+				w.start()
+				time.Sleep(30 * time.Minute)
+				w.everyMinute(30)
+				if err := w.stop(); err != nil {
+					t.Errorf("Run: %v", err)
+				}
+			})
+		})
+	}
+}
+
+func TestDeadControlPlane(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.heartbeat = func(context.Context, int) error { return errTest }
+		w.work = func(context.Context, int) (api.Work, error) { return api.Work{}, errTest }
+		w.start()
+		time.Sleep(2 * time.Hour)
+		beats := w.times("heartbeat")
+		for i := 1; i < len(beats); i++ {
+			if gap := beats[i] - beats[i-1]; gap < heartbeatEvery*9/10 || gap > heartbeatEvery+5*time.Minute {
+				t.Errorf("try %d came after %v", i+1, gap)
+			}
+		}
+		if len(beats) < 2*60/6 {
+			t.Errorf("%d heartbeats tried in two hours: it gave up", len(beats))
+		}
+		if w.count("poll") == 0 {
+			t.Error("no poll was tried: the first one follows a heartbeat that was tried, not one that succeeded")
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
+func TestOrderOfTheStart(t *testing.T) {
+	for _, jitter := range []bool{true, false} {
+		t.Run(fmt.Sprintf("jitter %v", jitter), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				w.options.Surveyor = surveyor{w}
+				w.options.StartupJitter = jitter
+				w.options.Rand = pace.Global
+				// Heartbeats fail: trying one is enough for the first poll.
+				w.heartbeat = func(ctx context.Context, _ int) error { return errors.Join(sleep(ctx, time.Second), errTest) }
+				w.start()
+				time.Sleep(10 * time.Minute)
+				beat, poll, scan := w.times("heartbeat")[0], w.times("poll")[0], w.times("scan")[0]
+				if poll < beat+time.Second || scan < poll {
+					t.Errorf("heartbeat at %v, poll at %v, scan at %v: want that order, the poll after the heartbeat's end", beat, poll, scan)
+				}
+				if !jitter && (beat > 0 || poll > time.Second || scan > time.Second) {
+					t.Errorf("without jitter: heartbeat at %v, poll at %v, scan at %v", beat, poll, scan)
+				}
+				if jitter && (beat == 0 || beat >= heartbeatEvery || poll-beat-time.Second >= pollEvery) {
+					t.Errorf("with jitter: heartbeat at %v, poll %v later", beat, poll-beat-time.Second)
+				}
+				if err := w.stop(); err != nil {
+					t.Errorf("Run: %v", err)
+				}
+			})
+		})
+	}
+}
+
+func TestRetirement(t *testing.T) {
+	tests := []struct {
+		name    string
+		setUp   func(w *world)
+		unborn  []string // what must never happen
+		minimum map[string]int
+		log     string
+	}{
+		{
+			name: "first heartbeat",
+			setUp: func(w *world) {
+				w.heartbeat = func(context.Context, int) error { return gone("heartbeat", true) }
+				accepted, refused := w.ledger.Claim([]api.Job{deployment("old", "t1")}, time.Now())
+				if len(accepted) != 1 || len(refused) != 0 {
+					w.t.Fatal("the ledger did not take the job of an earlier run")
+				}
+			},
+			unborn: []string{"poll", "deploy", "report", "enroll", "scan"},
+		},
+		{
+			name: "first poll",
+			setUp: func(w *world) {
+				w.work = func(context.Context, int) (api.Work, error) { return api.Work{}, gone("poll", true) }
+			},
+			unborn: []string{"deploy", "report", "enroll", "scan"},
+		},
+		{
+			name: "in the middle of a deployment",
+			setUp: func(w *world) {
+				w.work = once(1, deployment("j1", "t1"), deployment("j2", "t1"))
+				w.deploy = func(_, work context.Context, _ api.Job) (deploy.Outcome, error) {
+					if err := sleep(work, 70*time.Second); err != nil {
+						return deploy.Outcome{Status: api.StatusFailed, Error: "rolled back"}, nil
+					}
+					return deploy.Outcome{Status: api.StatusCompleted}, nil
+				}
+				w.heartbeat = func(_ context.Context, n int) error {
+					if n == 2 {
+						return gone("heartbeat", true)
+					}
+					return nil
+				}
+			},
+			unborn:  []string{"report", "deploy j2"},
+			minimum: map[string]int{"deploy": 1},
+		},
+		{
+			name: "a status report, confirmed by a heartbeat",
+			setUp: func(w *world) {
+				w.work = once(1, deployment("j1", "t1"))
+				w.report = func(string, api.JobStatus) error { return gone("job status", false) }
+				w.heartbeat = func(_ context.Context, n int) error {
+					if n == 2 {
+						return gone("heartbeat", true)
+					}
+					return nil
+				}
+			},
+			minimum: map[string]int{"heartbeat": 2, "report": 1},
+		},
+		{
+			name: "a CSR, confirmed by a heartbeat",
+			setUp: func(w *world) {
+				w.work = once(1, csrJob("j1"))
+				w.enroll = func(context.Context, api.Job) error { return gone("csr", false) }
+				w.heartbeat = func(_ context.Context, n int) error {
+					if n == 2 {
+						return gone("heartbeat", true)
+					}
+					return nil
+				}
+			},
+			minimum: map[string]int{"heartbeat": 2},
+		},
+		{
+			name: "several calls at once",
+			setUp: func(w *world) {
+				w.heartbeat = func(ctx context.Context, n int) error {
+					if n == 1 {
+						return nil
+					}
+					_ = sleep(ctx, time.Second)
+					return gone("heartbeat", true)
+				}
+				w.work = func(ctx context.Context, n int) (api.Work, error) {
+					if n == 3 {
+						_ = sleep(ctx, time.Second)
+						return api.Work{}, gone("poll", true)
+					}
+					return api.Work{}, nil
+				}
+			},
+		},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				w.options.Surveyor = nil
+				test.setUp(w)
+				w.start()
+				begun := time.Now()
+				if err := <-w.result; !errors.Is(err, api.ErrRetired) {
+					t.Fatalf("Run: %v, want ErrRetired", err)
+				}
+				if took := time.Since(begun); took > 5*time.Minute {
+					t.Errorf("it took %v to stop", took)
+				}
+				for _, name := range test.unborn {
+					if name, what, ok := strings.Cut(name, " "); ok {
+						if strings.Contains(w.done(name), what) {
+							t.Errorf("%s %s happened", name, what)
+						}
+					} else if w.count(name) > 0 {
+						t.Errorf("after retirement: %s", w.done(name))
+					}
+				}
+				for name, n := range test.minimum {
+					if w.count(name) < n {
+						t.Errorf("%d calls of %s, want %d: the test shows nothing", w.count(name), name, n)
+					}
+				}
+				if got := strings.Count(w.log.String(), "has retired this agent"); got != 1 {
+					t.Errorf("%d lines about the retirement, want one", got)
+				}
+				for _, part := range []string{`"status":410`, `"agent_id":"agent-1"`, "Agent has been retired"} {
+					if !strings.Contains(w.log.String(), part) {
+						t.Errorf("the log does not say %s", part)
+					}
+				}
+				select {
+				case <-w.agent.Retired():
+				default:
+					t.Error("the retirement channel is open")
+				}
+			})
+		})
+	}
+}
+
+func TestGoneElsewhereIsNotRetirement(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.work = once(1, deployment("j1", "t1"))
+		refusals := 0
+		w.report = func(string, api.JobStatus) error {
+			if refusals++; refusals < 3 {
+				return gone("job status", false)
+			}
+			return nil
+		}
+		w.start()
+		time.Sleep(time.Second)
+		if got := w.count("heartbeat"); got != 2 {
+			t.Errorf("%d heartbeats right after a 410 on a status report, want the first one and one that asks", got)
+		}
+		time.Sleep(10 * time.Minute)
+		if got := w.done("report"); !strings.HasSuffix(got, "report j1 Completed") || w.count("report") != 3 {
+			t.Errorf("reports: %s, want three tries of j1 Completed", got)
+		}
+		w.everyMinute(10)
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
+func TestWorkThatComesAfterRetirementIsNotTouched(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.heartbeat = func(_ context.Context, n int) error {
+			if n == 2 {
+				return gone("heartbeat", true)
+			}
+			return nil
+		}
+		// The poll ignores its context: its answer is on the wire already.
+		w.work = func(_ context.Context, n int) (api.Work, error) {
+			if n == 2 {
+				time.Sleep(35 * time.Second)
+				return api.Work{Jobs: []api.Job{deployment("late", "t1"), csrJob("late-csr")}}, nil
+			}
+			return api.Work{}, nil
+		}
+		w.start()
+		if err := <-w.result; !errors.Is(err, api.ErrRetired) {
+			t.Fatalf("Run: %v, want ErrRetired", err)
+		}
+		if w.count("poll") != 2 {
+			t.Fatalf("%d polls, want 2: the test shows nothing", w.count("poll"))
+		}
+		if got := w.done("deploy", "enroll", "report"); got != "" {
+			t.Errorf("work of a retired agent was begun: %s", got)
+		}
+		if jobs := w.ledger.Unfinished(); len(jobs) != 0 {
+			t.Errorf("it was recorded: %v", jobs)
+		}
+	})
+}
+
+func TestRescanAndRefusedJobs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.options.Surveyor = surveyor{w}
+		w.work = func(_ context.Context, n int) (api.Work, error) {
+			if n != 1 {
+				return api.Work{}, nil
+			}
+			return api.Work{
+				Jobs: []api.Job{
+					{ID: "../evil", Type: api.TypeDeployment, Status: api.StatusRunning},
+					{ID: "other", Type: "Revocation", Status: "Running"},
+				},
+				Malformed: []api.MalformedJob{{ID: "odd", Type: api.TypeDeployment, Err: errors.New("sans is no list")}},
+				Excess:    7,
+			}, nil
+		}
+		w.start()
+		time.Sleep(time.Minute)
+		if got := w.done("report", "deploy", "enroll"); got != "report odd Failed" {
+			t.Errorf("done: %q, want only the malformed job reported Failed", got)
+		}
+		for _, part := range []string{"its id is not one", "could not be decoded", "more jobs than any host has targets"} {
+			if !strings.Contains(w.log.String(), part) {
+				t.Errorf("the log does not say %q", part)
+			}
+		}
+		scans := w.count("scan")
+		w.agent.Rescan()
+		time.Sleep(time.Second)
+		if got := w.count("scan"); got != scans+1 {
+			t.Errorf("%d scans after Rescan, want %d", got, scans+1)
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
+func TestClockSkewIsSaidOnce(t *testing.T) {
+	w := newWorld(t)
+	a := agent.New(w.options)
+	a.ObserveDate(time.Now())
+	if strings.Contains(w.log.String(), "clock") {
+		t.Error("warned about a clock that agrees")
+	}
+	for range 3 {
+		a.ObserveDate(time.Now().Add(10 * time.Minute))
+	}
+	if got := strings.Count(w.log.String(), "time synchronisation"); got != 1 {
+		t.Errorf("%d warnings about the clock, want one", got)
+	}
+}

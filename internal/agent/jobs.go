@@ -1,0 +1,301 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/deploy"
+	"certctl-agent/internal/enroll"
+	"certctl-agent/internal/inventory"
+	"certctl-agent/internal/ledger"
+	"certctl-agent/internal/pace"
+)
+
+// jobTable is what the loop has in hand: deployments that wait or run, and
+// CSRs under way.
+type jobTable struct {
+	slots      int // deployments that may run at once
+	unfinished []api.Job
+	waiting    []*waitingJob
+	running    map[string]api.Job // by job id
+	targets    map[string]bool    // target ids a running deployment is for
+	timer      *time.Timer        // the earliest retry of a waiting job
+
+	csrs     []api.Job // wait for a free place
+	enrols   map[string]bool
+	accepted map[string]time.Time // CSRs accepted, by job id, until a later poll began
+}
+
+// waitingJob is a deployment that has not begun: no slot, its target busy, or
+// its certificate could not be fetched yet.
+type waitingJob struct {
+	job   api.Job
+	since time.Time // claimed or taken up
+	pacer *pace.Pacer
+	due   time.Time
+}
+
+func newJobTable(slots int) jobTable {
+	return jobTable{
+		slots:    slots,
+		running:  make(map[string]api.Job),
+		targets:  make(map[string]bool),
+		timer:    stoppedTimer(),
+		enrols:   make(map[string]bool),
+		accepted: make(map[string]time.Time),
+	}
+}
+
+func (t *jobTable) add(job api.Job) {
+	t.waiting = append(t.waiting, &waitingJob{job: job, since: time.Now()})
+}
+
+// claimed is what a poll brought, recorded.
+type claimed struct {
+	csrs        []api.Job
+	deployments []api.Job
+}
+
+// record makes what a poll brought durable. It runs in the poll's goroutine:
+// the loop does not wait for a disk.
+func (a *Agent) record(work api.Work) claimed {
+	var c claimed
+	var deployments []api.Job
+	for _, job := range work.Jobs {
+		switch {
+		case !api.ValidID(job.ID):
+			a.log.Error("job ignored: its id is not one", "job", job.ID, "type", job.Type)
+		case job.AwaitsCSR():
+			c.csrs = append(c.csrs, job)
+		case job.IsDeployment():
+			deployments = append(deployments, job)
+		default:
+			a.log.Debug("job ignored: not for agents", "job", job.ID, "type", job.Type, "status", job.Status)
+		}
+	}
+	if work.Excess > 0 {
+		a.log.Error("a poll brought more jobs than any host has targets: the rest was left out", "limit", api.MaxJobs, "left_out", work.Excess)
+	}
+	for _, m := range work.Malformed {
+		a.refuse(m.ID, fmt.Sprintf("the job could not be decoded: %v", m.Err))
+	}
+	accepted, refused := a.o.Ledger.Claim(deployments, time.Now())
+	for _, r := range refused {
+		a.refuse(r.Job.ID, "the job could not be recorded on the agent's disk, so it was not begun: "+r.Err.Error())
+	}
+	c.deployments = accepted
+	return c
+}
+
+// refuse reports a job Failed that was never begun.
+func (a *Agent) refuse(job, reason string) {
+	a.log.Error("job refused", "job", job, "reason", reason)
+	if !api.ValidID(job) {
+		return
+	}
+	if err := a.o.Ledger.Report(job, api.JobStatus{Status: api.StatusFailed, Error: reason}); err != nil {
+		a.log.Error("the refusal of a job could not be recorded and may not reach the control plane", "job", job, "error", err)
+	}
+}
+
+// take starts what a poll brought that began at the given time.
+func (a *Agent) take(c claimed, begun time.Time) {
+	// An answer that was on its way while a CSR was accepted still shows that
+	// job; handling it again would make a second version of the certificate.
+	for id, at := range a.jobs.accepted {
+		if at.Before(begun) {
+			delete(a.jobs.accepted, id)
+		}
+	}
+	for _, job := range c.csrs {
+		_, done := a.jobs.accepted[job.ID]
+		if done || a.jobs.enrols[job.ID] || len(a.jobs.csrs) >= maxWaitingCSRs {
+			continue
+		}
+		a.jobs.enrols[job.ID] = true
+		a.jobs.csrs = append(a.jobs.csrs, job)
+	}
+	for _, job := range c.deployments {
+		a.log.Info("deployment claimed", "job", job.ID, "certificate", job.CertificateID, "target", job.TargetID, "target_type", job.TargetType)
+		a.jobs.add(job)
+	}
+	a.startJobs()
+	a.loadDeliveries()
+	a.deliver()
+}
+
+// startJobs fills the free slots.
+func (a *Agent) startJobs() {
+	if a.stopping {
+		return
+	}
+	for len(a.jobs.csrs) > 0 && len(a.jobs.enrols)-len(a.jobs.csrs) < maxEnrolling {
+		job := a.jobs.csrs[0]
+		a.jobs.csrs = a.jobs.csrs[1:]
+		a.startEnrol(job)
+	}
+	now := time.Now()
+	var later []*waitingJob
+	for _, w := range a.jobs.waiting {
+		busy := w.job.TargetID != "" && a.jobs.targets[w.job.TargetID]
+		if busy || w.due.After(now) || len(a.jobs.running) >= a.jobs.slots {
+			later = append(later, w)
+			continue
+		}
+		a.startDeployment(w)
+	}
+	a.jobs.waiting = later
+	a.setJobTimer(now)
+}
+
+// setJobTimer wakes the loop for the earliest retry. Jobs that wait for a slot
+// or a target are started when one becomes free.
+func (a *Agent) setJobTimer(now time.Time) {
+	var earliest time.Time
+	for _, w := range a.jobs.waiting {
+		if w.due.After(now) && (earliest.IsZero() || w.due.Before(earliest)) {
+			earliest = w.due
+		}
+	}
+	if !earliest.IsZero() {
+		a.jobs.timer.Reset(earliest.Sub(now))
+	}
+}
+
+func (a *Agent) startEnrol(job api.Job) {
+	a.spawn(func() func() {
+		err := a.o.Enroller.Enroll(a.claims, job)
+		a.Heard("csr", err)
+		if refused, ok := errors.AsType[*enroll.RefusedError](err); ok {
+			a.refuse(job.ID, refused.Error())
+		}
+		return func() { a.enrolled(job, err) }
+	}, func(err error) {
+		a.refuse(job.ID, err.Error())
+		a.enrolled(job, err)
+	})
+}
+
+func (a *Agent) enrolled(job api.Job, err error) {
+	delete(a.jobs.enrols, job.ID)
+	_, refused := errors.AsType[*enroll.RefusedError](err)
+	switch {
+	case err == nil:
+		a.jobs.accepted[job.ID] = time.Now()
+		a.counters.CSR("accepted")
+		a.log.Info("CSR accepted", "job", job.ID, "certificate", job.CertificateID, "common_name", job.CommonName)
+	case refused:
+		a.counters.CSR("refused")
+	case !a.stopping:
+		a.counters.CSR("deferred")
+		a.log.Warn("CSR not accepted yet: the job comes again with the next poll", "job", job.ID, "certificate", job.CertificateID, "error", err)
+	}
+	a.loadDeliveries()
+	a.deliver()
+	a.startJobs()
+}
+
+func (a *Agent) startDeployment(w *waitingJob) {
+	job := w.job
+	a.jobs.running[job.ID] = job
+	if job.TargetID != "" {
+		a.jobs.targets[job.TargetID] = true
+	}
+	a.spawn(func() func() {
+		outcome, err := a.deploy(job, w.since)
+		return func() { a.deployed(w, outcome, err) }
+	}, func(err error) {
+		a.deployed(w, deploy.Outcome{Status: api.StatusFailed, Error: err.Error()}, nil)
+	})
+}
+
+// deploy carries out one deployment and makes its outcome durable.
+func (a *Agent) deploy(job api.Job, since time.Time) (deploy.Outcome, error) {
+	if newer, ok := a.o.Ledger.Job(job.ID); ok {
+		job = newer // handed out again while it waited
+	}
+	if err := a.o.Ledger.Start(job.ID); err != nil {
+		a.log.Warn("the ledger could not note that a job has begun", "job", job.ID, "error", err)
+	}
+	var outcome deploy.Outcome
+	var err error
+	if panicked := a.contain(func() { outcome, err = a.o.Deployer.Deploy(a.calls, a.work, job) }); panicked != nil {
+		outcome, err = deploy.Outcome{Status: api.StatusFailed, Error: panicked.Error(), Broken: true}, nil
+	}
+	a.Heard("deployment", err)
+	if err != nil && context.Cause(a.calls) == nil && time.Since(since) > reportTTL {
+		outcome, err = deploy.Outcome{Status: api.StatusFailed, Error: "given up after a week: " + err.Error()}, nil
+	}
+	if err != nil {
+		return outcome, err
+	}
+	if outcome.Status == api.StatusFailed && !outcome.Broken && context.Cause(a.work) != nil {
+		// Rolled back because the agent stops: not the job's failure. It is
+		// taken up again by the next start.
+		return outcome, errStopping
+	}
+	if err := a.o.Ledger.Finish(job.ID, reports(outcome)); err != nil {
+		a.log.Error("the outcome of a job could not be recorded: after a restart it would run again", "job", job.ID, "error", err)
+	}
+	if outcome.Status == api.StatusCompleted && job.TargetID != "" {
+		if err := a.o.Served.Put(servedBy(job, outcome)); err != nil {
+			a.log.Warn("the list of served certificates could not be written", "error", err)
+		}
+	}
+	return outcome, nil
+}
+
+// reports are what the control plane is told of an outcome, in order.
+func reports(o deploy.Outcome) []ledger.Report {
+	var all []ledger.Report
+	if o.Verification != nil {
+		all = append(all, ledger.Report{Verification: o.Verification})
+	}
+	return append(all, ledger.Report{Status: &api.JobStatus{Status: o.Status, Error: o.Error}})
+}
+
+func servedBy(job api.Job, o deploy.Outcome) inventory.Entry {
+	return inventory.Entry{
+		CertificateID: job.CertificateID,
+		CommonName:    o.CommonName,
+		TargetID:      job.TargetID,
+		TargetType:    job.TargetType,
+		Fingerprint:   o.Fingerprint,
+		NotAfter:      o.NotAfter,
+		DeployedAt:    time.Now(),
+	}
+}
+
+// deployed takes the end of a deployment: its outcome, or err when it did not
+// begin and has to be tried again.
+func (a *Agent) deployed(w *waitingJob, o deploy.Outcome, err error) {
+	job := w.job
+	delete(a.jobs.running, job.ID)
+	delete(a.jobs.targets, job.TargetID)
+	switch {
+	case err != nil && a.stopping:
+		a.log.Info("deployment left for the next start", "job", job.ID, "target", job.TargetID, "error", err)
+	case err != nil:
+		if w.pacer == nil {
+			w.pacer = pace.New(a.o.PollInterval, true, a.o.Rand)
+		}
+		wait := w.pacer.Next(pace.Outcome{Failed: !api.RateLimited(err), RateLimited: api.RateLimited(err), RetryAfter: api.RetryAfter(err)})
+		w.due = time.Now().Add(wait)
+		a.jobs.waiting = append(a.jobs.waiting, w)
+		a.log.Warn("deployment not begun: it is tried again", "job", job.ID, "target", job.TargetID, "error", err, "next_try_in", wait.Round(time.Millisecond).String())
+	case o.Status == api.StatusCompleted:
+		a.counters.Job(job.TargetType, o.Status, o.Duration)
+		a.log.Info("deployment completed", "job", job.ID, "certificate", job.CertificateID, "target", job.TargetID,
+			"target_type", job.TargetType, "fingerprint", o.Fingerprint, "unchanged", o.Unchanged, "took", o.Duration.Round(time.Millisecond).String())
+	default:
+		a.counters.Job(job.TargetType, o.Status, o.Duration)
+		a.log.Error("deployment failed", "job", job.ID, "certificate", job.CertificateID, "target", job.TargetID,
+			"target_type", job.TargetType, "error", o.Error, "took", o.Duration.Round(time.Millisecond).String())
+	}
+	a.loadDeliveries()
+	a.deliver()
+	a.startJobs()
+}

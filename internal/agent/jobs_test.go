@@ -1,0 +1,417 @@
+package agent_test
+
+import (
+	"context"
+	"net/http"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/deploy"
+	"certctl-agent/internal/enroll"
+)
+
+func TestCSRIsNotStartedTwice(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		var accepted atomic.Bool
+		w.work = func(context.Context, int) (api.Work, error) {
+			if accepted.Load() {
+				return api.Work{}, nil
+			}
+			return api.Work{Jobs: []api.Job{csrJob("j1")}}, nil
+		}
+		w.enroll = func(ctx context.Context, _ api.Job) error {
+			err := sleep(ctx, 100*time.Second) // three polls show the job meanwhile
+			accepted.Store(true)
+			return err
+		}
+		w.start()
+		time.Sleep(10 * time.Minute)
+		if got := w.done("enroll"); got != "enroll j1" {
+			t.Errorf("%s: want it once", got)
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
+// TestAnswerFromBeforeTheCSR: a poll that was under way while the CSR was
+// accepted still shows the job.
+func TestAnswerFromBeforeTheCSR(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.work = func(ctx context.Context, n int) (api.Work, error) {
+			switch n {
+			case 1:
+				return api.Work{Jobs: []api.Job{csrJob("j1")}}, nil
+			case 2: // asked before the CSR is accepted, answered after
+				return api.Work{Jobs: []api.Job{csrJob("j1")}}, sleep(ctx, 20*time.Second)
+			case 5: // the same id as new work
+				return api.Work{Jobs: []api.Job{csrJob("j1")}}, nil
+			}
+			return api.Work{}, nil
+		}
+		w.enroll = func(ctx context.Context, _ api.Job) error { return sleep(ctx, 35*time.Second) }
+		w.start()
+		time.Sleep(75 * time.Second)
+		if got := w.count("enroll"); got != 1 {
+			t.Errorf("%d CSRs, want 1: a stale answer made another certificate version", got)
+		}
+		time.Sleep(5 * time.Minute)
+		if got := w.count("enroll"); got != 2 {
+			t.Errorf("%d CSRs, want 2: the job that came again was ignored", got)
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
+func TestRefusedCSRIsReported(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.work = once(1, csrJob("refused"), csrJob("deferred"))
+		w.enroll = func(_ context.Context, job api.Job) error {
+			if job.ID == "refused" {
+				return &enroll.RefusedError{Reason: "the name is forbidden"}
+			}
+			return errTest
+		}
+		var reason string
+		w.report = func(_ string, s api.JobStatus) error { reason = s.Error; return nil }
+		w.start()
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if got := w.done("report"); got != "report refused Failed" || !strings.Contains(reason, "the name is forbidden") {
+			t.Errorf("reports: %q, reason %q: want only the refused job Failed, with the reason", got, reason)
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
+func TestOneDeploymentPerTarget(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.work = once(1, deployment("a1", "a"), deployment("a2", "a"), deployment("b1", "b"), deployment("c1", "c"))
+		running := make(map[string]int)
+		most, all := 0, 0
+		w.deploy = func(_, work context.Context, job api.Job) (deploy.Outcome, error) {
+			w.mu.Lock()
+			running[job.TargetID]++
+			all++
+			if running[job.TargetID] > 1 {
+				t.Errorf("two deployments of target %s at once", job.TargetID)
+			}
+			most = max(most, all)
+			w.mu.Unlock()
+			_ = sleep(work, 10*time.Second)
+			w.mu.Lock()
+			running[job.TargetID]--
+			all--
+			w.mu.Unlock()
+			return deploy.Outcome{Status: api.StatusCompleted}, nil
+		}
+		w.start()
+		time.Sleep(5 * time.Minute)
+		synctest.Wait()
+		if most != 2 {
+			t.Errorf("at most %d deployments at once, want MaxDeploys = 2", most)
+		}
+		if got := w.count("report"); got != 4 {
+			t.Errorf("%d reports (%s), want 4", got, w.done("report"))
+		}
+		if got := w.done("deploy"); strings.Index(got, "a1") > strings.Index(got, "a2") {
+			t.Errorf("order of one target: %s", got)
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
+func TestDeploymentThatCannotBeginIsTriedAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.work = once(1, deployment("j1", "t1"))
+		w.deploy = func(_, _ context.Context, _ api.Job) (deploy.Outcome, error) {
+			if w.count("deploy") < 4 {
+				return deploy.Outcome{}, errTest
+			}
+			return deploy.Outcome{Status: api.StatusCompleted, Verification: &api.Verification{TargetID: "t1"}}, nil
+		}
+		w.start()
+		time.Sleep(30 * time.Minute)
+		if got := w.done("deploy", "verify", "report"); got != "deploy j1, deploy j1, deploy j1, deploy j1, verify j1, report j1 Completed" {
+			t.Errorf("done: %s", got)
+		}
+		for i, at := range w.times("deploy")[1:] {
+			if gap := at - w.times("deploy")[i]; gap < pollEvery*9/10 {
+				t.Errorf("try %d came after only %v", i+2, gap)
+			}
+		}
+		if got := w.ledger.Unfinished(); len(got) != 0 {
+			t.Errorf("unfinished: %v", got)
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
+func TestDeploymentThatNeverBeginsIsGivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.work = once(1, deployment("j1", "t1"))
+		w.deploy = func(_, _ context.Context, _ api.Job) (deploy.Outcome, error) { return deploy.Outcome{}, errTest }
+		w.start()
+		time.Sleep(7*24*time.Hour - time.Minute)
+		if got := w.done("report"); got != "" {
+			t.Errorf("%s, before a week has passed", got)
+		}
+		time.Sleep(15 * time.Minute)
+		if got := w.done("report"); got != "report j1 Failed" {
+			t.Errorf("reports after a week: %q, want j1 Failed", got)
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
+func TestUnfinishedJobsAreTakenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.ledger.Claim([]api.Job{deployment("old", "t1")}, time.Now())
+		w.options.StartupJitter = true
+		w.start()
+		time.Sleep(5 * time.Minute)
+		if got := w.done("deploy", "report"); got != "deploy old, report old Completed" {
+			t.Errorf("done: %q", got)
+		}
+		if beat, job := w.times("heartbeat")[0], w.times("deploy")[0]; job <= beat {
+			t.Errorf("job at %v, first heartbeat at %v: want the heartbeat first", job, beat)
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
+func TestShutdown(t *testing.T) {
+	tests := []struct {
+		name       string
+		takes      time.Duration
+		want       string // reports
+		unfinished int
+		most       time.Duration
+	}{
+		{"a transaction that ends within the grace", 10 * time.Second, "report j1 Completed", 0, 11 * time.Second},
+		{"one that does not is rolled back and kept", time.Hour, "", 1, 22 * time.Second},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				w.work = once(1, deployment("j1", "t1"), deployment("j2", "t1"))
+				w.deploy = func(_, work context.Context, _ api.Job) (deploy.Outcome, error) {
+					if err := sleep(work, test.takes); err != nil {
+						_ = sleep(context.WithoutCancel(work), time.Second) // the rollback
+						return deploy.Outcome{Status: api.StatusFailed, Error: "rolled back: " + err.Error()}, nil
+					}
+					return deploy.Outcome{Status: api.StatusCompleted}, nil
+				}
+				w.start()
+				time.Sleep(time.Second)
+				begun := time.Now()
+				if err := w.stop(); err != nil {
+					t.Errorf("Run: %v", err)
+				}
+				if took := time.Since(begun); took > test.most {
+					t.Errorf("stopping took %v, want at most %v", took, test.most)
+				}
+				if got := w.done("report"); got != test.want {
+					t.Errorf("reports: %q, want %q", got, test.want)
+				}
+				if got := w.done("deploy"); got != "deploy j1" {
+					t.Errorf("%s: nothing new is begun while stopping", got)
+				}
+				// j2 was never begun and waits for the next start, too.
+				if got := len(w.ledger.Unfinished()); got != test.unfinished+1 {
+					t.Errorf("%d unfinished jobs, want %d", got, test.unfinished+1)
+				}
+			})
+		})
+	}
+}
+
+// TestPollUnderWayAtShutdown: its answer holds jobs that nobody else will get.
+func TestPollUnderWayAtShutdown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.work = func(ctx context.Context, _ int) (api.Work, error) {
+			return api.Work{Jobs: []api.Job{deployment("j1", "t1")}}, sleep(ctx, 5*time.Second)
+		}
+		w.start()
+		time.Sleep(time.Second)
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+		if got := w.ledger.Unfinished(); len(got) != 1 || w.count("deploy") != 0 {
+			t.Errorf("recorded %v, begun %q: want the job recorded and not begun", got, w.done("deploy"))
+		}
+	})
+}
+
+func TestPanicIsTheJobsFailure(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.work = once(1, deployment("j1", "t1"), deployment("j2", "t2"))
+		w.deploy = func(_, _ context.Context, job api.Job) (deploy.Outcome, error) {
+			if job.ID == "j1" {
+				panic("connector bug")
+			}
+			return deploy.Outcome{Status: api.StatusCompleted}, nil
+		}
+		var reason string
+		w.report = func(job string, s api.JobStatus) error {
+			if job == "j1" {
+				reason = s.Error
+			}
+			return nil
+		}
+		w.start()
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		got := w.done("report")
+		if !strings.Contains(got, "report j1 Failed") || !strings.Contains(got, "report j2 Completed") {
+			t.Errorf("reports: %s", got)
+		}
+		if !strings.Contains(reason, "connector bug") {
+			t.Errorf("reason: %q", reason)
+		}
+		if !strings.Contains(w.log.String(), "agent_test.deployer.Deploy") {
+			t.Error("the log has no stack")
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
+func TestDelivery(t *testing.T) {
+	refused := func(status int) error { return &api.StatusError{Call: "job status", Status: status} }
+	tests := []struct {
+		name   string
+		answer func(n int) error
+		after  time.Duration
+		want   int // tries
+		left   int // undelivered
+	}{
+		{"taken at once", func(int) error { return nil }, time.Minute, 1, 0},
+		{"taken at the third try", func(n int) error {
+			if n < 3 {
+				return errTest
+			}
+			return nil
+		}, 10 * time.Minute, 3, 0},
+		{"refused for good", func(int) error { return refused(http.StatusNotFound) }, time.Hour, 1, 0},
+		{"429 is not the end", func(n int) error {
+			if n == 1 {
+				return &api.StatusError{Status: http.StatusTooManyRequests, RetryAfter: time.Second}
+			}
+			return nil
+		}, 10 * time.Minute, 2, 0},
+		{"Retry-After is a floor", func(int) error {
+			return &api.StatusError{Status: http.StatusServiceUnavailable, RetryAfter: 10 * time.Minute}
+		}, 9 * time.Minute, 1, 1},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				w.work = once(1, deployment("j1", "t1"))
+				var last atomic.Bool
+				w.report = func(string, api.JobStatus) error {
+					if last.Load() {
+						return nil
+					}
+					return test.answer(w.count("report"))
+				}
+				w.start()
+				time.Sleep(test.after)
+				if got := w.count("report"); got != test.want {
+					t.Errorf("%d tries, want %d", got, test.want)
+				}
+				if got := len(w.ledger.Undelivered()); got != test.left {
+					t.Errorf("%d undelivered, want %d", got, test.left)
+				}
+				last.Store(true)
+				if err := w.stop(); err != nil {
+					t.Errorf("Run: %v", err)
+				}
+				if got := len(w.ledger.Undelivered()); got != 0 {
+					t.Errorf("%d undelivered after the last try", got)
+				}
+			})
+		})
+	}
+}
+
+func TestReportsAreGivenUpAfterAWeek(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.work = once(1, deployment("j1", "t1"))
+		w.report = func(string, api.JobStatus) error { return errTest }
+		w.start()
+		time.Sleep(7*24*time.Hour - time.Minute)
+		if len(w.ledger.Undelivered()) != 1 {
+			t.Error("given up before a week has passed")
+		}
+		time.Sleep(10 * time.Minute)
+		if len(w.ledger.Undelivered()) != 0 || !strings.Contains(w.log.String(), "a week has passed") {
+			t.Error("not given up after a week, or not said")
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
+// TestOneRefusedReportDoesNotHoldUpTheOthers: an unknown job id is answered
+// 500, for ever.
+func TestOneRefusedReportDoesNotHoldUpTheOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.work = func(_ context.Context, n int) (api.Work, error) {
+			switch n {
+			case 1:
+				return api.Work{Jobs: []api.Job{deployment("unknown", "t1")}}, nil
+			case 20:
+				return api.Work{Jobs: []api.Job{deployment("good", "t2")}}, nil
+			}
+			return api.Work{}, nil
+		}
+		w.report = func(job string, _ api.JobStatus) error {
+			if job == "unknown" {
+				return &api.StatusError{Call: "job status", Status: http.StatusInternalServerError}
+			}
+			return nil
+		}
+		w.start()
+		time.Sleep(20 * pollEvery)
+		claimed := w.times("deploy")
+		if len(claimed) != 2 || !strings.Contains(w.done("report"), "report good Completed") {
+			t.Errorf("deployments at %v, reports %s: want good reported at once", claimed, w.done("report"))
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}

@@ -1,0 +1,108 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"certctl-agent/internal/inventory"
+	"certctl-agent/internal/status"
+	"certctl-agent/internal/survey"
+)
+
+// Snapshot asks the loop how it is. An answer proves that the loop turns.
+func (a *Agent) Snapshot(ctx context.Context) (status.Snapshot, error) {
+	reply := make(chan status.Snapshot, 1)
+	select {
+	case a.events <- func() { reply <- a.snapshot() }:
+	case <-ctx.Done():
+		return status.Snapshot{}, context.Cause(ctx)
+	}
+	s := <-reply
+	for _, entry := range a.o.Served.All() {
+		s.Certificates = append(s.Certificates, served(entry))
+	}
+	return s, nil
+}
+
+// snapshot runs in the loop.
+func (a *Agent) snapshot() status.Snapshot {
+	s := a.o.Base
+	s.Started = a.started
+	s.Taken = time.Now()
+	s.Activities = map[string]status.Activity{
+		status.Heartbeat: a.beat.state(),
+		status.Poll:      a.poll.state(),
+		status.Delivery:  a.delivery.state(),
+	}
+	if a.o.Surveyor != nil {
+		s.Activities[status.Discovery] = a.scan.state()
+	}
+	s.Jobs = status.Jobs{
+		Running:     len(a.jobs.running),
+		Waiting:     len(a.jobs.waiting) + len(a.jobs.unfinished),
+		CSRs:        len(a.jobs.enrols),
+		Undelivered: len(a.delivery.jobs),
+	}
+	s.Certificates = []status.Certificate{}
+	s.LastScan = a.lastScan
+	s.Counters = a.counters.Clone()
+	s.ClockSkewSeconds = time.Duration(a.skewNanos.Load()).Seconds()
+	return s
+}
+
+func (act *activity) state() status.Activity {
+	s := act.stats
+	s.Running = act.running
+	s.IntervalSeconds = act.interval.Seconds()
+	return s
+}
+
+func (t *deliveryTable) state() status.Activity {
+	s := t.stats
+	s.Running = t.running
+	return s
+}
+
+func served(e inventory.Entry) status.Certificate {
+	return status.Certificate{
+		TargetID:      e.TargetID,
+		TargetType:    e.TargetType,
+		CertificateID: e.CertificateID,
+		CommonName:    e.CommonName,
+		Fingerprint:   e.Fingerprint,
+		NotAfter:      e.NotAfter,
+		DeployedAt:    e.DeployedAt,
+	}
+}
+
+// scanStatus is what the snapshot keeps of a scan.
+func scanStatus(s survey.Stats, err error) status.Scan {
+	last := status.Scan{
+		Ended:           time.Now(),
+		DurationSeconds: s.Duration.Seconds(),
+		Files:           s.Files,
+		Certificates:    s.Certificates,
+		Reported:        s.Reported,
+		Refused:         s.Refused,
+		Errors:          s.Errors,
+	}
+	if err != nil {
+		last.Error = err.Error()
+	}
+	return last
+}
+
+// tellServiceManager updates the line that the service manager shows, when it
+// has changed.
+func (a *Agent) tellServiceManager() {
+	line := fmt.Sprintf("in contact; %d deployments running, %d waiting, %d reports to deliver",
+		len(a.jobs.running), len(a.jobs.waiting), len(a.delivery.jobs))
+	if n := a.beat.pacer.Failures(); n > 0 {
+		line = fmt.Sprintf("no contact, %d heartbeats failed in a row: %s", n, a.beat.stats.LastError)
+	}
+	if line != a.told {
+		a.told = line
+		a.o.Notify.Status(line)
+	}
+}

@@ -1,0 +1,181 @@
+// Package liveserver runs real TLS servers on loopback, each with a
+// configuration of its own in a directory of its own, for tests and the demo.
+// Nothing of a server that the host runs already is touched.
+package liveserver
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"time"
+
+	"certctl-agent/internal/tlsprobe"
+)
+
+// startTimeout is how long a server may take to accept its first connection.
+const startTimeout = 20 * time.Second
+
+// ErrMissing means that the server's program is not installed.
+var ErrMissing = errors.New("not installed")
+
+// Server is a running server.
+type Server struct {
+	Name     string // of the product
+	Type     string // target type that deploys to it
+	Config   map[string]any
+	Endpoint tlsprobe.Endpoint
+	CertPath string // what it serves is the first certificate of this file
+
+	// Drain is how long old workers may still serve the old certificate on
+	// new connections after a reload has returned.
+	Drain time.Duration
+
+	commands []*exec.Cmd
+	stop     func() error // in place of a signal to the process; may be nil
+	log      *lockedBuffer
+	ended    sync.WaitGroup
+}
+
+// Pair is the certificate and key that a server starts with, as PEM. The
+// certificate has its chain behind it.
+type Pair struct {
+	Certificate, Key []byte
+}
+
+// Starter starts one product in dir, which is empty.
+type Starter func(ctx context.Context, dir string, pair Pair) (*Server, error)
+
+// Starters are the products by name.
+func Starters() map[string]Starter {
+	return map[string]Starter{
+		"nginx": StartNGINX,
+	}
+}
+
+// run starts a program that stays in the foreground.
+func (s *Server) run(name string, args ...string) error {
+	return s.start(exec.Command(name, args...))
+}
+
+func (s *Server) start(command *exec.Cmd) error {
+	if s.log == nil {
+		s.log = new(lockedBuffer)
+	}
+	command.Stdout, command.Stderr = s.log, s.log
+	if err := command.Start(); err != nil {
+		return fmt.Errorf("start %s: %w", s.Name, err)
+	}
+	s.commands = append(s.commands, command)
+	s.ended.Go(func() { _ = command.Wait() })
+	return nil
+}
+
+// ready waits until the endpoint completes a handshake.
+func (s *Server) ready(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	for {
+		_, err := tlsprobe.Probe(ctx, s.Endpoint)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-time.After(20 * time.Millisecond):
+		case <-ctx.Done():
+			s.Stop()
+			return fmt.Errorf("%s does not answer on %s: %w; it printed: %s", s.Name, s.Endpoint.Address, err, s.Log())
+		}
+	}
+}
+
+// Log is what the server printed.
+func (s *Server) Log() string {
+	if s.log == nil {
+		return ""
+	}
+	return s.log.String()
+}
+
+// Stop ends the server's processes, and only those, and waits for them.
+func (s *Server) Stop() {
+	if s.stop != nil {
+		_ = s.stop()
+	}
+	for _, command := range s.commands {
+		_ = command.Process.Signal(os.Interrupt)
+	}
+	killer := time.AfterFunc(5*time.Second, func() {
+		for _, command := range s.commands {
+			_ = command.Process.Kill()
+		}
+	})
+	defer killer.Stop()
+	s.ended.Wait()
+}
+
+// FreePort returns a loopback port that nobody listens on.
+func FreePort() (string, error) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	defer listener.Close()
+	return strconv.Itoa(listener.Addr().(*net.TCPAddr).Port), nil
+}
+
+// program finds an installed program; servers are often outside a user's PATH.
+func program(name string) (string, error) {
+	if path, err := exec.LookPath(name); err == nil {
+		return path, nil
+	}
+	for _, dir := range []string{"/usr/sbin", "/usr/local/sbin", "/sbin"} {
+		if path, err := exec.LookPath(filepath.Join(dir, name)); err == nil {
+			return path, nil
+		}
+	}
+	return "", fmt.Errorf("%s: %w", name, ErrMissing)
+}
+
+// writePair writes the first pair beside each other, and returns the paths.
+func writePair(dir string, pair Pair) (certPath, keyPath string, err error) {
+	certPath, keyPath = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	if _, err := tls.X509KeyPair(pair.Certificate, pair.Key); err != nil {
+		return "", "", fmt.Errorf("the first pair does not match: %w", err)
+	}
+	if err := os.WriteFile(certPath, pair.Certificate, 0o644); err != nil {
+		return "", "", err
+	}
+	return certPath, keyPath, os.WriteFile(keyPath, pair.Key, 0o600)
+}
+
+// lockedBuffer keeps the last of what a server prints.
+type lockedBuffer struct {
+	mu   sync.Mutex // guards data
+	data bytes.Buffer
+}
+
+const maxLog = 64 << 10
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.data.Write(p)
+	if over := b.data.Len() - maxLog; over > 0 {
+		b.data.Next(over)
+	}
+	return len(p), nil
+}
+
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.data.String()
+}
