@@ -16,7 +16,7 @@ import (
 
 // Config is what can be set for a target of type Envoy.
 type Config struct {
-	CertDir   target.Path     `json:"cert_dir,required"`
+	CertDir   target.Path     `json:"cert_dir" config:"required"`
 	CertName  target.FileName `json:"cert_filename"`  // cert.pem
 	KeyName   target.FileName `json:"key_filename"`   // key.pem
 	ChainName target.FileName `json:"chain_filename"` // none: the chain follows the leaf in the certificate's file
