@@ -95,9 +95,12 @@ func parse(name string, data []byte, passwords []string) content {
 		c.jks(data)
 	case looksLikePKCS12(data):
 		c.pkcs12(data, passwords)
+	case promised != promisesNothing && isSignedData(data):
+		if err := c.pkcs7(data); err != nil {
+			c.fail(err)
+		}
 	case c.pem(data):
-	case promised == promisesNothing:
-	default:
+	case promised != promisesNothing:
 		c.binary(data, promised)
 	}
 	return c
@@ -140,12 +143,6 @@ func (c *content) block(der []byte) error {
 
 // binary reads what a name promised and PEM is not.
 func (c *content) binary(data []byte, promised promise) {
-	if isSignedData(data) {
-		if err := c.pkcs7(data); err != nil {
-			c.fail(err)
-		}
-		return
-	}
 	if promised != promisesDER && isText(data[:min(len(data), headSize)]) {
 		return
 	}

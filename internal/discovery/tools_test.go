@@ -1,0 +1,352 @@
+package discovery
+
+import (
+	"bytes"
+	"encoding/hex"
+	"encoding/pem"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/e2e"
+	"certctl-agent/internal/secret"
+)
+
+// tool runs a program in a directory and returns what it prints.
+func tool(t *testing.T, dir, program string, args ...string) string {
+	t.Helper()
+	command := exec.CommandContext(t.Context(), program, args...)
+	command.Dir = dir
+	output, err := command.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s %s: %v\n%s", filepath.Base(program), strings.Join(args, " "), err, output)
+	}
+	return string(output)
+}
+
+// selfSigned makes name.pem and name.key.
+func selfSigned(t *testing.T, dir, name string, args ...string) {
+	t.Helper()
+	tool(t, dir, e2e.Need(t, "openssl"), append([]string{"req", "-x509", "-nodes", "-days", "30", "-keyout", name + ".key", "-out", name + ".pem"}, args...)...)
+}
+
+var certificateText = regexp.MustCompile(`(?s)-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----\n`)
+
+// TestAgainstOpenSSL compares every field with what openssl says.
+func TestAgainstOpenSSL(t *testing.T) {
+	t.Parallel()
+	openssl := e2e.Need(t, "openssl")
+	dir := t.TempDir()
+	names := make([]string, 0, 3000)
+	for i := range cap(names) {
+		names = append(names, fmt.Sprintf("DNS:host%d.example.org", i))
+	}
+	tests := []struct {
+		name      string
+		algorithm string
+		size      int
+		args      []string
+	}{
+		{"rsa1024", "RSA", 1024, []string{"-newkey", "rsa:1024", "-subj", "/C=CH/O=A, \"B\" + C;/CN=rsa"}},
+		{"rsa2048", "RSA", 2048, []string{"-newkey", "rsa:2048", "-subj", "/CN=many", "-addext", "subjectAltName=" + strings.Join(names, ",")}},
+		{"p192", "ECDSA", 192, []string{"-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime192v1", "-subj", "/CN=p192"}},
+		{"p224", "ECDSA", 224, []string{"-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:secp224r1", "-subj", "/CN=p224"}},
+		{"p256", "ECDSA", 256, []string{"-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-subj", "/C=CH/O=Example/OU=One/CN=p256",
+			"-addext", "subjectAltName=DNS:*.example.org,email:a@example.org,IP:192.0.2.1,IP:2001:db8::1,URI:spiffe://example.org/a"}},
+		{"p384", "ECDSA", 384, []string{"-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:secp384r1", "-subj", "/CN=p384", "-set_serial", "0x00ff00"}},
+		{"p521", "ECDSA", 521, []string{"-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:secp521r1", "-subj", "/O=no common name"}},
+		{"secp256k1", "ECDSA", 256, []string{"-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:secp256k1", "-subj", "/O=K/CN=k1",
+			"-addext", "subjectAltName=DNS:k.example.org,email:k@example.org,IP:192.0.2.2,URI:urn:k"}},
+		{"brainpool", "ECDSA", 384, []string{"-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:brainpoolP384r1", "-subj", "/CN=bp"}},
+		{"ed25519", "Ed25519", 256, []string{"-newkey", "ed25519", "-subj", "/CN=gr\xc3\xbcezi", "-utf8"}},
+		{"ed448", "0", 0, []string{"-newkey", "ed448", "-subj", "/CN=ed448"}},
+		{"negative", "Ed25519", 256, []string{"-newkey", "ed25519", "-subj", "/CN=negative", "-set_serial", "-5"}},
+		{"leaf", "Ed25519", 256, []string{"-newkey", "ed25519", "-subj", "/CN=leaf", "-addext", "basicConstraints=CA:FALSE", "-set_serial", "0"}},
+	}
+	made := make(map[string]int)
+	for i, test := range tests {
+		selfSigned(t, dir, test.name, test.args...)
+		made[test.name+".pem"] = i
+		tool(t, dir, openssl, "x509", "-in", test.name+".pem", "-outform", "DER", "-out", test.name+".der")
+		made[test.name+".der"] = i
+	}
+	found, summary := scanAll(t, newScanner(t, Options{Dirs: []string{dir}}))
+	if len(found) != len(made) || len(summary.Errors) > 0 {
+		t.Errorf("found %d, want %d; errors %q", len(found), len(made), summary.Errors)
+	}
+	for _, cert := range found {
+		base := filepath.Base(cert.SourcePath)
+		test := tests[made[base]]
+		said := tool(t, dir, openssl, "x509", "-in", cert.SourcePath, "-noout", "-fingerprint", "-sha256", "-serial", "-subject", "-issuer",
+			"-startdate", "-enddate", "-dateopt", "iso_8601", "-nameopt", "RFC2253,-esc_msb", "-ext", "basicConstraints,subjectAltName")
+		line := func(prefix string) string {
+			for text := range strings.Lines(said) {
+				if rest, ok := strings.CutPrefix(text, prefix); ok {
+					return strings.TrimSpace(rest)
+				}
+			}
+			return ""
+		}
+		serial := strings.ToLower(line("serial="))
+		sign := ""
+		if rest, negative := strings.CutPrefix(serial, "-"); negative {
+			sign, serial = "-", rest
+		}
+		if serial = strings.TrimLeft(serial, "0"); serial == "" {
+			serial = "0"
+		}
+		want := api.DiscoveredCertificate{
+			FingerprintSHA256: strings.ToLower(strings.ReplaceAll(line("sha256 Fingerprint="), ":", "")),
+			SerialNumber:      sign + serial,
+			SubjectDN:         line("subject="),
+			IssuerDN:          line("issuer="),
+			NotBefore:         strings.Replace(line("notBefore="), " ", "T", 1),
+			NotAfter:          strings.Replace(line("notAfter="), " ", "T", 1),
+			IsCA:              strings.Contains(said, "CA:TRUE"),
+			KeyAlgorithm:      test.algorithm, KeySize: test.size,
+			SourcePath: cert.SourcePath, SourceFormat: strings.ToUpper(strings.TrimPrefix(filepath.Ext(base), ".")),
+			PEMData: certificateText.FindString(tool(t, dir, openssl, "x509", "-in", cert.SourcePath)),
+		}
+		want.CommonName = commonName(want.SubjectDN)
+		var sans []string
+		for name := range strings.SplitSeq(lastLine(said), ", ") {
+			if _, value, ok := strings.Cut(strings.TrimSpace(name), ":"); ok && strings.Contains(said, "Subject Alternative Name") {
+				sans = append(sans, value)
+			}
+		}
+		cert.SANs = slices.Clone(cert.SANs)
+		for i, san := range cert.SANs {
+			if san == "2001:db8::1" {
+				cert.SANs[i] = "2001:DB8:0:0:0:0:0:1" // as openssl writes it
+			}
+		}
+		slices.Sort(sans)
+		slices.Sort(cert.SANs)
+		if !slices.Equal(sans, cert.SANs) {
+			t.Errorf("%s: names %q, openssl says %q", base, cert.SANs, sans)
+		}
+		cert.SANs = nil
+		if got, want := fmt.Sprintf("%+v", cert), fmt.Sprintf("%+v", want); got != want {
+			t.Errorf("%s:\n got %s\nwant %s", base, got, want)
+		}
+	}
+}
+
+// commonName is the one that Go takes where there are several.
+func commonName(dn string) string {
+	if cn, ok := strings.CutPrefix(dn, "CN="); ok {
+		cn, _, _ = strings.Cut(cn, ",")
+		return cn
+	}
+	return ""
+}
+
+func lastLine(s string) string {
+	lines := strings.Split(strings.TrimSpace(s), "\n")
+	return lines[len(lines)-1]
+}
+
+func fingerprints(found []api.DiscoveredCertificate) []string {
+	var list []string
+	for _, cert := range found {
+		list = append(list, cert.FingerprintSHA256)
+	}
+	slices.Sort(list)
+	return list
+}
+
+// TestOpenSSLBundles: PKCS#7 and PKCS#12 as openssl writes them.
+func TestOpenSSLBundles(t *testing.T) {
+	t.Parallel()
+	openssl := e2e.Need(t, "openssl")
+	made := t.TempDir()
+	for _, name := range []string{"one", "two"} {
+		selfSigned(t, made, name, "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-subj", "/CN="+name)
+	}
+	export := func(password string, args ...string) []string {
+		return append([]string{"pkcs12", "-export", "-in", "one.pem", "-inkey", "one.key", "-certfile", "two.pem", "-passout", "pass:" + password, "-out", "OUT"}, args...)
+	}
+	tests := []struct {
+		name   string // of the file
+		args   []string
+		format string
+		cause  string // instead of the certificates
+	}{
+		{"der.p7b", []string{"crl2pkcs7", "-nocrl", "-certfile", "one.pem", "-certfile", "two.pem", "-outform", "DER", "-out", "OUT"}, "PKCS7", ""},
+		{"pem.p7c", []string{"crl2pkcs7", "-nocrl", "-certfile", "one.pem", "-certfile", "two.pem", "-out", "OUT"}, "PKCS7", ""},
+		{"pem.txt", []string{"crl2pkcs7", "-nocrl", "-certfile", "one.pem", "-certfile", "two.pem", "-out", "OUT"}, "PKCS7", ""},
+		{"stream.p7b", []string{"cms", "-sign", "-signer", "one.pem", "-inkey", "one.key", "-certfile", "two.pem", "-in", "one.pem", "-nodetach", "-binary", "-stream", "-outform", "DER", "-out", "OUT"}, "PKCS7", ""},
+		{"default.p12", export("secret"), "PKCS12", ""},
+		{"empty.pfx", export(""), "PKCS12", ""},
+		{"unicode.p12", export("p\xc3\xa4ssw\xc3\xb6rd"), "PKCS12", ""},
+		{"unicode3des.p12", export("p\xc3\xa4ssw\xc3\xb6rd", "-legacy", "-certpbe", "PBE-SHA1-3DES"), "PKCS12", ""},
+		{"aes128.p12", export("secret", "-certpbe", "AES-128-CBC"), "PKCS12", ""},
+		{"aes192.p12", export("secret", "-certpbe", "AES-192-CBC", "-iter", "10000"), "PKCS12", ""},
+		{"des3pbes2.p12", export("secret", "-certpbe", "DES-EDE3-CBC"), "PKCS12", ""},
+		{"clear.p12", export("unknown", "-certpbe", "NONE"), "PKCS12", ""},
+		{"nomac.p12", export("secret", "-nomac"), "PKCS12", ""},
+		{"3des.p12", export("secret", "-legacy", "-certpbe", "PBE-SHA1-3DES"), "PKCS12", ""},
+		{"3desempty.p12", export("", "-legacy", "-certpbe", "PBE-SHA1-3DES"), "PKCS12", ""},
+		{"2des.p12", export("secret", "-legacy", "-certpbe", "PBE-SHA1-2DES"), "PKCS12", ""},
+		{"keystore", export("secret"), "PKCS12", ""},
+		{"locked.p12", export("unknown"), "", "no configured password opens"},
+		{"locked3des.p12", export("unknown", "-legacy", "-certpbe", "PBE-SHA1-3DES"), "", "no configured password opens"},
+		{"legacy.p12", export("secret", "-legacy"), "", "40-bit RC2"},
+		{"rc2-128.p12", export("secret", "-legacy", "-certpbe", "PBE-SHA1-RC2-128"), "", "128-bit RC2"},
+		{"rc4.p12", export("secret", "-legacy", "-certpbe", "PBE-SHA1-RC4-128"), "", "128-bit RC4"},
+		{"camellia.p12", export("secret", "-certpbe", "CAMELLIA-128-CBC"), "", "unknown cipher"},
+	}
+	passwords := func() ([]secret.String, error) {
+		return []secret.String{secret.New("wrong"), secret.New("secret"), secret.New("p\xc3\xa4ssw\xc3\xb6rd")}, nil
+	}
+	both, _ := scanAll(t, newScanner(t, Options{Dirs: []string{made}}))
+	for _, test := range tests {
+		dir := t.TempDir()
+		args := slices.Clone(test.args)
+		args[slices.Index(args, "OUT")] = filepath.Join(dir, test.name)
+		tool(t, made, openssl, args...)
+		found, summary := scanAll(t, newScanner(t, Options{Dirs: []string{dir}, Passwords: passwords}))
+		if test.cause != "" {
+			if len(found) > 0 || len(summary.Errors) != 1 || !strings.Contains(summary.Errors[0], test.cause) {
+				t.Errorf("%s: found %d, errors %q; want one that says %q", test.name, len(found), summary.Errors, test.cause)
+			}
+			continue
+		}
+		if !slices.Equal(fingerprints(found), fingerprints(both)) || len(summary.Errors) > 0 {
+			t.Errorf("%s: found %d of 2, errors %q", test.name, len(found), summary.Errors)
+		}
+		for _, cert := range found {
+			if cert.SourceFormat != test.format {
+				t.Errorf("%s: format %s, want %s", test.name, cert.SourceFormat, test.format)
+			}
+		}
+	}
+}
+
+var keytoolFingerprint = regexp.MustCompile(`SHA256: ([0-9A-F:]{95})`)
+
+// TestAgainstKeytool compares with what keytool lists.
+func TestAgainstKeytool(t *testing.T) {
+	if testing.Short() {
+		t.Skip("keytool takes seconds")
+	}
+	t.Parallel()
+	keytool := e2e.Need(t, "keytool")
+	made := t.TempDir()
+	for _, name := range []string{"one", "two"} {
+		selfSigned(t, made, name, "-newkey", "rsa:2048", "-subj", "/CN="+name)
+	}
+	java := func(args ...string) string {
+		return tool(t, made, keytool, append([]string{"-J-XX:TieredStopAtLevel=1", "-J-XX:+UseSerialGC"}, args...)...)
+	}
+	store := func(file, kind string) []string {
+		return []string{"-keystore", filepath.Join(made, file), "-storetype", kind, "-storepass", "changeit"}
+	}
+	tests := []struct {
+		file, kind string
+		args       []string
+		format     string
+		cause      string
+		reported   bool // certificates are found in spite of the cause
+	}{
+		{"a.jks", "JKS", nil, "JKS", "", true},
+		{"cacerts", "PKCS12", nil, "PKCS12", "", true},
+		{"c.ks", "JCEKS", nil, "JKS", "", true},
+		{"d.p12", "PKCS12", []string{"-J-Dkeystore.pkcs12.legacy"}, "", "40-bit RC2", false},
+	}
+	t.Run("stores", func(t *testing.T) {
+		for _, test := range tests {
+			t.Run(test.file, func(t *testing.T) {
+				t.Parallel()
+				java(slices.Concat([]string{"-genkeypair", "-alias", "key", "-keyalg", "EC", "-dname", "CN=key", "-keypass", "changeit"}, test.args, store(test.file, test.kind))...)
+				java(slices.Concat([]string{"-importcert", "-noprompt", "-alias", "one", "-file", "one.pem"}, test.args, store(test.file, test.kind))...)
+				listed := java(append([]string{"-list", "-v"}, store(test.file, test.kind)...)...)
+				var want []string
+				for _, match := range keytoolFingerprint.FindAllStringSubmatch(listed, -1) {
+					want = append(want, strings.ToLower(strings.ReplaceAll(match[1], ":", "")))
+				}
+				slices.Sort(want)
+				if len(want) != 2 {
+					t.Fatalf("keytool lists %d certificates:\n%s", len(want), listed)
+				}
+				data, err := os.ReadFile(filepath.Join(made, test.file))
+				if err != nil {
+					t.Fatal(err)
+				}
+				dir := t.TempDir()
+				write(t, filepath.Join(dir, test.file), data)
+				found, summary := scanAll(t, newScanner(t, Options{Dirs: []string{dir}, Passwords: func() ([]secret.String, error) {
+					return []secret.String{secret.New("changeit")}, nil
+				}}))
+				if test.reported && (!slices.Equal(fingerprints(found), want) || len(summary.Errors) > 0) {
+					t.Errorf("found %q, keytool lists %q; errors %q", fingerprints(found), want, summary.Errors)
+				}
+				if test.cause != "" && (len(summary.Errors) != 1 || !strings.Contains(summary.Errors[0], test.cause)) {
+					t.Errorf("errors %q, want one that says %q", summary.Errors, test.cause)
+				}
+				for _, cert := range found {
+					if cert.SourceFormat != test.format {
+						t.Errorf("format %s, want %s", cert.SourceFormat, test.format)
+					}
+				}
+			})
+		}
+	})
+}
+
+// TestNoKeyLeaves: whatever a file holds beside certificates stays here.
+func TestNoKeyLeaves(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	selfSigned(t, dir, "a", "-newkey", "rsa:2048", "-subj", "/CN=a")
+	key, err := os.ReadFile(filepath.Join(dir, "a.key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := os.ReadFile(filepath.Join(dir, "a.pem"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	block, _ := pem.Decode(key)
+	for name, data := range map[string][]byte{
+		"both.pem":     slices.Concat(key, cert),
+		"after.txt":    slices.Concat(cert, key),
+		"key.pem":      key,
+		"key.der":      block.Bytes,
+		"labelled.pem": pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: block.Bytes}),
+		"behind.crt":   pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: append(mustDecode(cert), block.Bytes...)}),
+		"behind.der":   append(mustDecode(cert), block.Bytes...),
+		"broken.pem":   bytes.Replace(slices.Concat(cert, key), []byte("-----END CERTIFICATE-----"), nil, 1),
+	} {
+		write(t, filepath.Join(dir, name), data)
+	}
+	found, summary := scanAll(t, newScanner(t, Options{Dirs: []string{dir}}))
+	if len(found) != 5 {
+		t.Errorf("found %d certificates, want 5: %q", len(found), summary.Errors)
+	}
+	text := fmt.Sprint(found, summary)
+	body := strings.Split(string(key), "\n")[3]
+	if strings.Contains(text, body) || strings.Contains(text, "PRIVATE") || strings.Contains(text, hex.EncodeToString(block.Bytes[100:120])) {
+		t.Error("key material is in what was found")
+	}
+	for _, cert := range found {
+		if fmt.Sprint(cert.PEMData) != string(certificateText.Find([]byte(cert.PEMData))) {
+			t.Errorf("%s: PEM is more than one certificate: %s", cert.SourcePath, cert.PEMData)
+		}
+		if _, err := time.Parse(time.RFC3339, cert.NotAfter); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func mustDecode(cert []byte) []byte {
+	block, _ := pem.Decode(cert)
+	return block.Bytes
+}
