@@ -17,7 +17,6 @@ import (
 // Config is a target's configuration: the job's own under the host's overlays.
 // Decode turns it into a connector's struct.
 type Config struct {
-	typ      string
 	overlays *Overlays
 	targetID string
 	prefix   string            // of a nested object: "post_deploy_verify."
@@ -56,7 +55,7 @@ func Merge(job json.RawMessage, typ, targetID string, overlays *Overlays) (*Conf
 	if !api.ValidID(targetID) {
 		return nil, fmt.Errorf("target id %s cannot name a file: 1 to 128 of A-Z a-z 0-9 . _ - are allowed", clip(targetID))
 	}
-	c := &Config{typ: typ, targetID: targetID, overlays: overlays}
+	c := &Config{targetID: targetID, overlays: overlays}
 	var err error
 	if c.values, err = parseObject(job); err != nil {
 		return nil, fmt.Errorf("target config: %w", err)
@@ -216,12 +215,12 @@ func (c *Config) Unknown() []string {
 }
 
 // Decode fills the struct that v points to. Fields are named by their json
-// tag; `required` as its option refuses an absent or empty value. Fields may
+// tag; the tag config:"required" refuses an absent or empty value. Fields may
 // be strings, integers, booleans (both also accepted as JSON strings),
 // secret.String, structs, the types of this package, whatever else
 // encoding/json decodes, and embedded structs. A field of type FileOptions
-// with the tag "cert_file_*" takes cert_file_mode, cert_file_owner and
-// cert_file_group.
+// with the tag json:"cert_file_*" takes cert_file_mode, cert_file_owner and
+// cert_file_group, and with config:"secret" no mode that lets others in.
 //
 // A masked key that has a field is an error unless resolvable names it: then
 // the field stays as it is, and the connector asks Masked.
@@ -232,17 +231,17 @@ func (c *Config) Decode(v any, resolvable ...string) error {
 func (c *Config) decode(v reflect.Value, resolvable []string) error {
 	for i := range v.NumField() {
 		field := v.Type().Field(i)
-		tag, hasTag := field.Tag.Lookup("json")
-		if field.Anonymous && !hasTag {
+		key, named := field.Tag.Lookup("json")
+		if field.Anonymous && !named {
 			if err := c.decode(v.Field(i), resolvable); err != nil {
 				return err
 			}
 			continue
 		}
-		if !hasTag {
+		if !named {
 			continue
 		}
-		key, option, _ := strings.Cut(tag, ",")
+		option := field.Tag.Get("config")
 		if options, ok := v.Field(i).Addr().Interface().(*FileOptions); ok {
 			if err := c.decodeFileOptions(strings.TrimSuffix(key, "*"), option == optionSecret, options); err != nil {
 				return err
@@ -259,7 +258,7 @@ func (c *Config) decode(v reflect.Value, resolvable []string) error {
 	return nil
 }
 
-// Options of a json tag.
+// What a config tag may say.
 const (
 	optionRequired = "required"
 	optionSecret   = "secret" // of FileOptions: the file holds a private key
@@ -324,7 +323,7 @@ func (c *Config) decodeValue(key string, dst reflect.Value, raw json.RawMessage)
 		if err != nil {
 			return err
 		}
-		nested := &Config{typ: c.typ, targetID: c.targetID, overlays: c.overlays, prefix: c.prefix + key + ".", values: values}
+		nested := &Config{targetID: c.targetID, overlays: c.overlays, prefix: c.prefix + key + ".", values: values}
 		return nested.decode(dst, nil)
 	default:
 		if json.Unmarshal(raw, dst.Addr().Interface()) != nil {

@@ -30,14 +30,14 @@ func overlays(t *testing.T, files ...string) *Overlays {
 }
 
 type sample struct {
-	CertPath Path           `json:"cert_path,required"`
+	CertPath Path           `json:"cert_path" config:"required"`
 	KeyPath  Path           `json:"key_path"`
 	PEMPath  string         `json:"pem_path"`
 	Password secret.String  `json:"password"`
 	Port     int            `json:"port"`
 	Enabled  bool           `json:"enabled"`
 	Tags     map[string]int `json:"tags"`
-	KeyFile  FileOptions    `json:"key_file_*,secret"`
+	KeyFile  FileOptions    `json:"key_file_*" config:"secret"`
 	CertFile FileOptions    `json:"cert_file_*"`
 	Name     FileName       `json:"name"`
 	Timeout  Duration       `json:"timeout"`
@@ -273,7 +273,7 @@ func FuzzParseObject(f *testing.F) {
 func ExampleConfig_Decode() {
 	c, _ := Merge(json.RawMessage(`{"cert_path": "/etc/nginx/tls/cert.pem", "cert_file_mode": 640}`), "NGINX", "web", nil)
 	var config struct {
-		CertPath Path        `json:"cert_path,required"`
+		CertPath Path        `json:"cert_path" config:"required"`
 		CertFile FileOptions `json:"cert_file_*"`
 	}
 	fmt.Println(c.Decode(&config))

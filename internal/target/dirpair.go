@@ -5,12 +5,12 @@ import "path/filepath"
 // DirPair is the configuration of the targets that read a certificate, with its
 // chain after it, and its key from two files of one directory.
 type DirPair struct {
-	CertDir  Path     `json:"cert_dir,required"`
+	CertDir  Path     `json:"cert_dir" config:"required"`
 	CertName FileName `json:"cert_file"` // cert.pem
 	KeyName  FileName `json:"key_file"`  // key.pem
 
 	CertFile FileOptions `json:"cert_file_*"`
-	KeyFile  FileOptions `json:"key_file_*,secret"`
+	KeyFile  FileOptions `json:"key_file_*" config:"secret"`
 }
 
 // Pair is the same as paths.

@@ -16,7 +16,7 @@ type Pair struct {
 	ChainPath Path `json:"chain_path"` // none: the chain follows the leaf in CertPath
 
 	CertFile  FileOptions `json:"cert_file_*"`
-	KeyFile   FileOptions `json:"key_file_*,secret"`
+	KeyFile   FileOptions `json:"key_file_*" config:"secret"`
 	ChainFile FileOptions `json:"chain_file_*"`
 
 	ValidateCommand string `json:"validate_command"`

@@ -12,11 +12,11 @@ import (
 
 // Config is what can be set for a target of type HAProxy.
 type Config struct {
-	PEMPath target.Path        `json:"pem_path,required"`
-	PEMFile target.FileOptions `json:"pem_file_*,secret"`
+	PEMPath target.Path        `json:"pem_path" config:"required"`
+	PEMFile target.FileOptions `json:"pem_file_*" config:"secret"`
 
 	ValidateCommand string `json:"validate_command"`
-	ReloadCommand   string `json:"reload_command,required"`
+	ReloadCommand   string `json:"reload_command" config:"required"`
 }
 
 // Connector is one deployment to HAProxy.
