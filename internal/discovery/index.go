@@ -199,7 +199,7 @@ func (w *indexWriter) differ() {
 	}
 	n, err := io.Copy(w.file, io.NewSectionReader(w.old, headerSize, w.same.block-headerSize))
 	if err == nil {
-		w.block = make([]byte, w.same.end, blockSize)
+		w.block = make([]byte, w.same.end, max(w.same.end, blockSize))
 		_, err = w.old.ReadAt(w.block, w.same.block+blockHeader)
 	}
 	w.size += n
