@@ -8,7 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"net/url"
-	"regexp"
+	"strings"
 )
 
 // Job types and statuses the agent acts on. Others exist and are ignored.
@@ -56,12 +56,17 @@ func VerifyPath(job string) string { return "/api/v1/jobs/" + url.PathEscape(job
 
 func agentPath(agent string) string { return "/api/v1/agents/" + url.PathEscape(agent) }
 
-var idPattern = regexp.MustCompile(`^[A-Za-z0-9._-]{1,128}$`)
+const (
+	idAlphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-"
+	maxID      = 128
+)
 
 // ValidID reports whether id can name a file and a path segment without
 // surprises: 1 to 128 of A-Z a-z 0-9 . _ - and neither "." nor "..". The
 // control plane accepts any string, "../../evil" included.
-func ValidID(id string) bool { return id != "." && id != ".." && idPattern.MatchString(id) }
+func ValidID(id string) bool {
+	return id != "" && len(id) <= maxID && id != "." && id != ".." && strings.Trim(id, idAlphabet) == ""
+}
 
 // Heartbeat says that the agent is alive, and on what. OS and Architecture are
 // Go's GOOS and GOARCH.

@@ -9,7 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path"
-	"regexp"
+	"strings"
 	"syscall"
 )
 
@@ -73,7 +73,16 @@ func temporaryName(name string) string {
 	return path.Join(path.Dir(name), "."+path.Base(name)+"."+rand.Text()+".tmp")
 }
 
-var temporaryPattern = regexp.MustCompile(`^\..+\.[A-Z2-7]{26}\.tmp$`)
+// isTemporary reports whether temporaryName made the name.
+func isTemporary(name string) bool {
+	const random = 26 // characters of rand.Text, in base 32
+	stem, isTemporary := strings.CutSuffix(name, ".tmp")
+	if !isTemporary || len(stem) < random+3 || stem[0] != '.' {
+		return false
+	}
+	dot := len(stem) - random - 1
+	return stem[dot] == '.' && strings.Trim(stem[dot+1:], "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567") == ""
+}
 
 // Sweep removes the temporaries that a killed process left in root itself, not
 // in directories below it. Nothing may be writing there meanwhile.
@@ -83,7 +92,7 @@ func Sweep(root *os.Root) error {
 		return fmt.Errorf("look for left-over temporary files: %w", err)
 	}
 	for _, entry := range entries {
-		if entry.Type().IsRegular() && temporaryPattern.MatchString(entry.Name()) {
+		if entry.Type().IsRegular() && isTemporary(entry.Name()) {
 			err = errors.Join(err, root.Remove(entry.Name()))
 		}
 	}

@@ -41,7 +41,7 @@ func setInFile(path, key, value string) error {
 // setKey returns an environment file with one key set. The last assignment of
 // that key is the one that counts and the one that is replaced.
 func setKey(data []byte, key, value string) ([]byte, error) {
-	if !validKey.MatchString(key) {
+	if !validKey(key) {
 		return nil, fmt.Errorf("%q is no name of a variable", key)
 	}
 	before, err := parseEnvFile(data)

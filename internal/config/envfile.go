@@ -3,7 +3,6 @@ package config
 import (
 	"bytes"
 	"fmt"
-	"regexp"
 	"strings"
 	"unicode/utf8"
 )
@@ -32,7 +31,11 @@ func (f *envFile) get(key string) string {
 	return ""
 }
 
-var validKey = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
+// validKey reports whether key can name an environment variable.
+func validKey(key string) bool {
+	const digits, others = "0123456789", "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz_"
+	return key != "" && !strings.Contains(digits, key[:1]) && strings.Trim(key, digits+others) == ""
+}
 
 // parseEnvFile reads an environment file as systemd does:
 //
@@ -84,7 +87,7 @@ func parseEnvFile(data []byte) (*envFile, error) {
 		if rest, ok := strings.CutPrefix(key, "export"); ok && strings.TrimLeft(rest, " \t") != rest {
 			return nil, fmt.Errorf("line %d begins with export, which is for shells and which systemd does not know: remove that word", line)
 		}
-		if !validKey.MatchString(key) {
+		if !validKey(key) {
 			f.warnings = append(f.warnings, fmt.Sprintf("line %d is ignored: %.64q is no name of a variable", line, key))
 			continue
 		}

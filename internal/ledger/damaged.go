@@ -1,10 +1,10 @@
 package ledger
 
 import (
+	"bytes"
 	"fmt"
 	"io/fs"
 	"path"
-	"regexp"
 	"slices"
 	"time"
 
@@ -18,9 +18,6 @@ const (
 	// The oldest go.
 	maxDamaged = 16
 )
-
-// idPattern finds what may be a job's id in a damaged record.
-var idPattern = regexp.MustCompile(`"id":"([A-Za-z0-9._-]{1,128})"`)
 
 // setAside takes a damaged record out of the way. The name of its file is the
 // hash of the job's id, so an id that is still found in it is certain. Then the
@@ -48,9 +45,10 @@ func (l *Ledger) setAside(name string, data []byte, cause error) {
 
 // salvageID returns the id of the job whose record data was, or "".
 func salvageID(name string, data []byte) string {
-	for _, match := range idPattern.FindAllSubmatch(data, -1) {
-		if id := string(match[1]); fileName(id) == name {
-			return id
+	for candidate := range bytes.SplitSeq(data, []byte(`"id":"`)) {
+		id, _, _ := bytes.Cut(candidate, []byte(`"`))
+		if api.ValidID(string(id)) && fileName(string(id)) == name {
+			return string(id)
 		}
 	}
 	return ""

@@ -10,7 +10,7 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"regexp"
+	"strings"
 	"time"
 
 	"certctl-agent/internal/api"
@@ -134,9 +134,10 @@ func digest(data []byte) string {
 // in case stay apart on every file system.
 func fileName(id string) string { return digest([]byte(id))[:32] + ".json" }
 
-var fileNamePattern = regexp.MustCompile(`^[0-9a-f]{32}\.json$`)
-
-func isFileName(name string) bool { return fileNamePattern.MatchString(name) }
+func isFileName(name string) bool {
+	hash, isRecord := strings.CutSuffix(name, ".json")
+	return isRecord && len(hash) == 32 && strings.Trim(hash, "0123456789abcdef") == ""
+}
 
 func bySeq(a, b *record) int { return cmp.Compare(a.Seq, b.Seq) }
 

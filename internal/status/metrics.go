@@ -17,8 +17,8 @@ import (
 	"certctl-agent/internal/printable"
 )
 
-// contentType is that of Prometheus' text format.
-const contentType = "text/plain; version=0.0.4; charset=utf-8"
+// metricsType is the content type of Prometheus' text format.
+const metricsType = "text/plain; version=0.0.4; charset=utf-8"
 
 // WriteMetrics writes a snapshot in Prometheus' text format.
 func WriteMetrics(w io.Writer, s Snapshot) error {

@@ -1,6 +1,8 @@
 package status
 
 import (
+	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -12,6 +14,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -53,12 +56,18 @@ var (
 type Source func(ctx context.Context) (Snapshot, error)
 
 // Server answers on the socket: GET /status with the snapshot as JSON, GET
-// /metrics with Prometheus' text format.
+// /metrics with Prometheus' text format. Each connection has one request. An
+// http.Server would do more than that, and make the program half a megabyte
+// larger.
 type Server struct {
-	http     *http.Server
+	source   Source
 	listener *net.UnixListener
 	path     string
 	log      *slog.Logger
+
+	open        context.Context // until Close
+	stop        context.CancelFunc
+	connections sync.WaitGroup
 }
 
 // Listen makes the socket in a state directory, 0600 from the moment that it
@@ -77,29 +86,34 @@ func Listen(dir string, source Source, log *slog.Logger) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", path, err)
 	}
-	s := &Server{listener: listener, path: path, log: log}
-	s.http = &http.Server{
-		Handler:           handler(source, log),
-		ReadTimeout:       ioTimeout,
-		ReadHeaderTimeout: ioTimeout,
-		WriteTimeout:      askTimeout + ioTimeout,
-		IdleTimeout:       ioTimeout,
-		MaxHeaderBytes:    maxRequest,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
-	}
+	s := &Server{source: source, listener: listener, path: path, log: log}
+	s.open, s.stop = context.WithCancel(context.Background())
 	return s, nil
 }
 
 // Serve answers until Close.
 func (s *Server) Serve() {
-	if err := s.http.Serve(s.listener); err != nil && !errors.Is(err, http.ErrServerClosed) {
-		s.log.Error("the status socket has failed: status, probes and its metrics are gone until the next start", "error", err)
+	defer s.connections.Wait()
+	for {
+		conn, err := s.listener.Accept()
+		switch {
+		case err == nil:
+			s.connections.Go(func() { s.answer(conn) })
+		case s.open.Err() != nil:
+			return
+		default: // out of descriptors, for one
+			s.log.Warn("the status socket could not take a connection", "error", err)
+			select {
+			case <-time.After(time.Second):
+			case <-s.open.Done():
+			}
+		}
 	}
 }
 
 // Close stops answering and removes the socket.
 func (s *Server) Close() {
-	s.http.Close()
+	s.stop()
 	s.listener.Close()
 	os.Remove(s.path)
 }
@@ -154,29 +168,64 @@ func dial(ctx context.Context, dir string) (net.Conn, error) {
 	return conn, err
 }
 
-func handler(source Source, log *slog.Logger) http.Handler {
-	answer := func(contentType string, write func(io.Writer, Snapshot) error) http.HandlerFunc {
-		return func(w http.ResponseWriter, r *http.Request) {
-			ctx, cancel := context.WithTimeout(r.Context(), askTimeout)
-			defer cancel()
-			snapshot, err := source(ctx)
-			if err != nil {
-				http.Error(w, "the agent's loop does not answer: "+err.Error(), http.StatusServiceUnavailable)
-				return
-			}
-			if snapshot.Certificates == nil {
-				snapshot.Certificates = []Certificate{} // a list in JSON too
-			}
-			w.Header().Set("Content-Type", contentType)
-			if err := write(w, snapshot); err != nil {
-				log.Debug("status not delivered", "error", err)
-			}
-		}
+// answer serves one connection.
+func (s *Server) answer(conn net.Conn) {
+	defer conn.Close()
+	defer context.AfterFunc(s.open, func() { conn.Close() })()
+	conn.SetDeadline(time.Now().Add(ioTimeout))
+	request, err := http.ReadRequest(bufio.NewReader(io.LimitReader(conn, maxRequest)))
+	if err != nil {
+		s.log.Debug("a request on the status socket cannot be read", "error", err)
+		return
 	}
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /status", answer("application/json", func(w io.Writer, s Snapshot) error { return json.NewEncoder(w).Encode(s) }))
-	mux.HandleFunc("GET /metrics", answer(contentType, WriteMetrics))
-	return mux
+	conn.SetDeadline(time.Now().Add(askTimeout + ioTimeout))
+	status, contentType, body := s.respond(request)
+	response := http.Response{
+		StatusCode: status,
+		ProtoMajor: 1, ProtoMinor: 1,
+		Header:        http.Header{"Content-Type": {contentType}},
+		Body:          io.NopCloser(bytes.NewReader(body)),
+		ContentLength: int64(len(body)),
+		Close:         true,
+		Request:       request,
+	}
+	if err := response.Write(conn); err != nil {
+		s.log.Debug("status not delivered", "error", err)
+	}
+}
+
+// respond says what a request is answered.
+func (s *Server) respond(request *http.Request) (status int, contentType string, body []byte) {
+	refuse := func(status int, text string) (int, string, []byte) {
+		return status, "text/plain; charset=utf-8", []byte(text + "\n")
+	}
+	if request.Method != http.MethodGet && request.Method != http.MethodHead {
+		return refuse(http.StatusMethodNotAllowed, "only GET is answered")
+	}
+	var write func(io.Writer, Snapshot) error
+	switch request.URL.Path {
+	case "/status":
+		contentType = "application/json"
+		write = func(w io.Writer, s Snapshot) error { return json.NewEncoder(w).Encode(s) }
+	case "/metrics":
+		contentType, write = metricsType, WriteMetrics
+	default:
+		return refuse(http.StatusNotFound, "there are /status and /metrics")
+	}
+	ctx, cancel := context.WithTimeout(s.open, askTimeout)
+	defer cancel()
+	snapshot, err := s.source(ctx)
+	if err != nil {
+		return refuse(http.StatusServiceUnavailable, "the agent's loop does not answer: "+err.Error())
+	}
+	if snapshot.Certificates == nil {
+		snapshot.Certificates = []Certificate{} // a list in JSON too
+	}
+	var out bytes.Buffer
+	if err := write(&out, snapshot); err != nil {
+		return refuse(http.StatusInternalServerError, err.Error())
+	}
+	return http.StatusOK, contentType, out.Bytes()
 }
 
 // Get asks the daemon of a state directory. The error is ErrNotRunning where

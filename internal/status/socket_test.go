@@ -140,6 +140,14 @@ func TestSocketOfTheDead(t *testing.T) {
 	}
 }
 
+// ask has one request answered without a socket.
+func ask(t *testing.T, source Source, method, path string) (status int, contentType, body string) {
+	t.Helper()
+	s := &Server{source: source, open: t.Context(), log: slog.New(slog.DiscardHandler)}
+	status, contentType, answer := s.respond(httptest.NewRequest(method, path, nil))
+	return status, contentType, string(answer)
+}
+
 // TestStuckLoop: what the loop does not answer is said in time, and is no
 // success.
 func TestStuckLoop(t *testing.T) {
@@ -150,10 +158,9 @@ func TestStuckLoop(t *testing.T) {
 		}
 		for _, path := range []string{"/status", "/metrics"} {
 			begun := time.Now()
-			answer := httptest.NewRecorder()
-			handler(stuck, slog.New(slog.DiscardHandler)).ServeHTTP(answer, httptest.NewRequest(http.MethodGet, path, nil))
-			if answer.Code != http.StatusServiceUnavailable || time.Since(begun) != askTimeout {
-				t.Errorf("%s: %d after %v, want 503 after %v", path, answer.Code, time.Since(begun), askTimeout)
+			got, _, _ := ask(t, stuck, http.MethodGet, path)
+			if got != http.StatusServiceUnavailable || time.Since(begun) != askTimeout {
+				t.Errorf("%s: %d after %v, want 503 after %v", path, got, time.Since(begun), askTimeout)
 			}
 		}
 	})
@@ -181,7 +188,6 @@ func TestGetFromStuckDaemon(t *testing.T) {
 }
 
 func TestPaths(t *testing.T) {
-	h := handler(fixed(Snapshot{}), slog.New(slog.DiscardHandler))
 	for _, test := range []struct {
 		method, path string
 		want         int
@@ -192,17 +198,12 @@ func TestPaths(t *testing.T) {
 		{http.MethodPost, "/status", 405, ""},
 		{http.MethodGet, "/", 404, ""},
 	} {
-		answer := httptest.NewRecorder()
-		h.ServeHTTP(answer, httptest.NewRequest(test.method, test.path, nil))
-		if answer.Code != test.want || !strings.Contains(answer.Body.String(), test.contains) {
-			t.Errorf("%s %s: %d %s, want %d with %q", test.method, test.path, answer.Code, answer.Body, test.want, test.contains)
+		got, _, body := ask(t, fixed(Snapshot{}), test.method, test.path)
+		if got != test.want || !strings.Contains(body, test.contains) {
+			t.Errorf("%s %s: %d %s, want %d with %q", test.method, test.path, got, body, test.want, test.contains)
 		}
 	}
-	if got := func() string {
-		answer := httptest.NewRecorder()
-		h.ServeHTTP(answer, httptest.NewRequest(http.MethodGet, "/metrics", nil))
-		return answer.Header().Get("Content-Type")
-	}(); got != contentType {
-		t.Errorf("metrics have the type %q, want %q", got, contentType)
+	if _, got, _ := ask(t, fixed(Snapshot{}), http.MethodGet, "/metrics"); got != metricsType {
+		t.Errorf("metrics have the type %q, want %q", got, metricsType)
 	}
 }
