@@ -5,6 +5,7 @@ package apache
 
 import (
 	"context"
+	"time"
 
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/target"
@@ -63,15 +64,40 @@ func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Resu
 			pair.CertPath, found.Key, found.Where)
 	}
 	files, warnings := pair.Files(m)
-	result, err := c.files.Deploy(ctx, fileset.Transaction{
+	tx := fileset.Transaction{
 		Target:   c.params.TargetID,
 		Material: m,
 		Files:    files,
 		Validate: c.validate,
 		Reload:   c.reload,
-		Verify:   c.params.Common.Verify(pemutil.Fingerprint(m.Leaf)),
+		Apply:    settle,
 		Backups:  c.params.Common.Retention,
-	})
+	}
+	if verify := c.params.Common.Verify(pemutil.Fingerprint(m.Leaf)); verify != nil {
+		// What is served has been read: on success there is nothing to wait for.
+		tx.Apply, tx.Undo = nil, settle
+		tx.Verify = func(ctx context.Context) error {
+			err := verify(ctx)
+			if err != nil {
+				_ = settle(ctx)
+			}
+			return err
+		}
+	}
+	result, err := c.files.Deploy(ctx, tx)
 	result.Warnings = append(warnings, result.Warnings...)
 	return result, err
+}
+
+// settleTime is how long httpd is given to read its files once it has been
+// told to restart, which takes it a few milliseconds.
+const settleTime = 500 * time.Millisecond
+
+// settle waits until httpd has surely read its files. The command that restarts
+// it returns before that, and an httpd that meets a certificate beside another
+// one's key, because the next transaction or a rollback is just replacing them,
+// ends. For the same reason no cancellation cuts this short.
+func settle(context.Context) error {
+	time.Sleep(settleTime)
+	return nil
 }

@@ -4,7 +4,9 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -46,7 +48,7 @@ Define TLS tls
 
 // start starts httpd without TLS, and then gives it a configuration whose
 // certificate is not there: the state in which a first deployment finds it.
-func start(t *testing.T) (l *targettest.Live, command string) {
+func start(t *testing.T) (l *targettest.Live, command string, httpd *os.Process) {
 	program := e2e.Need(t, "apache2")
 	modules := "/usr/lib/apache2/modules"
 	if _, err := os.Stat(filepath.Join(modules, "mod_ssl.so")); err != nil {
@@ -74,9 +76,9 @@ func start(t *testing.T) (l *targettest.Live, command string) {
 		head += "User www-data\nGroup www-data\n"
 	}
 	must(t, os.WriteFile(conf, []byte(head), 0o644))
-	targettest.Serve(t, fmt.Sprintf("127.0.0.1:%d", plain), append(strings.Fields(command), "-D", "FOREGROUND")...)
+	httpd = targettest.Serve(t, fmt.Sprintf("127.0.0.1:%d", plain), append(strings.Fields(command), "-D", "FOREGROUND")...)
 	must(t, os.WriteFile(conf, []byte(head+fmt.Sprintf(confTLS, port)), 0o644))
-	return l, command
+	return l, command, httpd
 }
 
 func must(t *testing.T, err error) {
@@ -87,7 +89,7 @@ func must(t *testing.T, err error) {
 }
 
 func TestLive(t *testing.T) {
-	l, command := start(t)
+	l, command, httpd := start(t)
 	cert, key := l.Config["cert_path"].(string), l.Config["key_path"].(string)
 
 	t.Run("first deployment, key path masked", func(t *testing.T) {
@@ -118,4 +120,13 @@ func TestLive(t *testing.T) {
 	t.Run("mode and owner kept", func(t *testing.T) { l.KeepsMode(t, key) })
 	t.Run("symlinked destination", func(t *testing.T) { l.KeepsSymlink(t, cert) })
 	t.Run("rotation under load", func(t *testing.T) { l.Rotate(t, 3*time.Second) })
+
+	// An httpd that ended is started again by the next -k graceful, so nothing
+	// else would notice.
+	pid, err := os.ReadFile(filepath.Join(l.Dir, "httpd.pid"))
+	must(t, err)
+	if got := strings.TrimSpace(string(pid)); got != strconv.Itoa(httpd.Pid) {
+		t.Errorf("httpd ended and was started again: process %s, not %d", got, httpd.Pid)
+		must(t, exec.Command("kill", got).Run())
+	}
 }

@@ -273,11 +273,11 @@ func (s *suite) rollsBack(t *testing.T, renewal bool) {
 	for stage := range stages {
 		add(fmt.Sprintf("command %d fails", stage+1), func(r *rig, m *target.Material) error {
 			r.commands.fail = map[int]error{stage: errors.New("exit status 1: made to fail")}
-			_, err := r.deploy(t.Context(), m)
+			_, err := r.deploy(r.t.Context(), m)
 			return err
 		})
 		add(fmt.Sprintf("cancelled in command %d", stage+1), func(r *rig, m *target.Material) error {
-			ctx, cancel := context.WithCancel(t.Context())
+			ctx, cancel := context.WithCancel(r.t.Context())
 			defer cancel()
 			r.commands.each = func(n int) {
 				if n == stage {
@@ -289,18 +289,19 @@ func (s *suite) rollsBack(t *testing.T, renewal bool) {
 		})
 	}
 	add("verification fails", func(r *rig, m *target.Material) error {
-		r.extra = s.verifyElsewhere(t)
-		_, err := r.deploy(t.Context(), m)
+		r.extra = s.verifyElsewhere(r.t)
+		_, err := r.deploy(r.t.Context(), m)
 		return err
 	})
 	add("cancelled before it begins", func(r *rig, m *target.Material) error {
-		ctx, cancel := context.WithCancel(t.Context())
+		ctx, cancel := context.WithCancel(r.t.Context())
 		cancel()
 		_, err := r.deploy(ctx, m)
 		return err
 	})
 	for _, a := range attempts {
 		t.Run(a.name, func(t *testing.T) {
+			t.Parallel() // some connectors wait for their server
 			r := s.rig(t)
 			if renewal {
 				r.mustDeploy(r.Material(t, s.ca))
