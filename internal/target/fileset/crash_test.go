@@ -178,14 +178,12 @@ func childMain(part string) int {
 		before, after := materialFrom(text), materialFrom(os.Getenv("NEW"))
 		pairs = func() (material, material) { return before, after }
 	}
-	switch part {
-	case "kill":
-		return childKill()
-	case "lock":
-		return childLock()
+	run, ok := childParts()[part]
+	if !ok {
+		fmt.Println("unknown part", part)
+		return 1
 	}
-	fmt.Println("unknown part", part)
-	return 1
+	return run()
 }
 
 func childKill() int {
