@@ -77,8 +77,20 @@ func start(t *testing.T) (l *targettest.Live, command string, httpd *os.Process)
 	}
 	must(t, os.WriteFile(conf, []byte(head), 0o644))
 	httpd = targettest.Serve(t, fmt.Sprintf("127.0.0.1:%d", plain), append(strings.Fields(command), "-D", "FOREGROUND")...)
+	// It listens before it reads its configuration a second time; the process
+	// number comes after that.
+	for deadline := time.Now().Add(10 * time.Second); readPID(host.Dir) == ""; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("httpd wrote no process number")
+		}
+	}
 	must(t, os.WriteFile(conf, []byte(head+fmt.Sprintf(confTLS, port)), 0o644))
 	return l, command, httpd
+}
+
+func readPID(dir string) string {
+	pid, _ := os.ReadFile(filepath.Join(dir, "httpd.pid"))
+	return strings.TrimSpace(string(pid))
 }
 
 func must(t *testing.T, err error) {
@@ -123,10 +135,9 @@ func TestLive(t *testing.T) {
 
 	// An httpd that ended is started again by the next -k graceful, so nothing
 	// else would notice.
-	pid, err := os.ReadFile(filepath.Join(l.Dir, "httpd.pid"))
-	must(t, err)
-	if got := strings.TrimSpace(string(pid)); got != strconv.Itoa(httpd.Pid) {
-		t.Errorf("httpd ended and was started again: process %s, not %d", got, httpd.Pid)
+	if got := readPID(l.Dir); got != strconv.Itoa(httpd.Pid) {
+		log, _ := os.ReadFile(filepath.Join(l.Dir, "error.log"))
+		t.Errorf("httpd ended and was started again: process %s, not %d\n%s", got, httpd.Pid, log)
 		must(t, exec.Command("kill", got).Run())
 	}
 }
