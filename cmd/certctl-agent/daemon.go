@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -246,11 +247,10 @@ func passwords(cfg *config.Config) func() ([]secret.String, error) {
 }
 
 func (d *daemon) standingWarnings() []string {
-	warnings := d.config.Warnings
 	if d.state.Cloned {
-		warnings = append(warnings, clonedWarning)
+		return slices.Concat(d.config.Warnings, []string{clonedWarning})
 	}
-	return warnings
+	return d.config.Warnings
 }
 
 // serve runs the loop, with the status socket and SIGHUP beside it.
@@ -259,29 +259,30 @@ func (d *daemon) serve(ctx context.Context, p process) error {
 	if err != nil {
 		return err
 	}
+	// What runs beside the loop ends after it, not with ctx.
+	running, end := context.WithCancel(context.WithoutCancel(ctx))
 	var beside sync.WaitGroup
 	defer beside.Wait()
+	defer end()
 	defer server.Close()
 	beside.Go(server.Serve)
 
 	hangups := make(chan os.Signal, 1)
 	signal.Notify(hangups, syscall.SIGHUP)
-	ended := make(chan struct{})
-	defer close(ended)
 	defer signal.Stop(hangups)
 	beside.Go(func() {
 		for {
 			select {
 			case <-hangups:
 				d.reload()
-			case <-ended:
+			case <-running.Done():
 				return
 			}
 		}
 	})
 
 	if d.config.MetricsFile != "" {
-		beside.Go(func() { d.writeMetrics(ended) })
+		beside.Go(func() { d.writeMetrics(running) })
 	}
 
 	d.notify.Ready()
@@ -303,16 +304,19 @@ func (d *daemon) serve(ctx context.Context, p process) error {
 const metricsInterval = 15 * time.Second
 
 // writeMetrics keeps the file for node_exporter's textfile collector.
-func (d *daemon) writeMetrics(ended <-chan struct{}) {
+func (d *daemon) writeMetrics(running context.Context) {
 	tick := time.NewTicker(metricsInterval)
 	defer tick.Stop()
 	failing := false
 	for {
-		ctx, cancel := context.WithTimeout(context.Background(), metricsInterval)
+		ctx, cancel := context.WithTimeout(running, metricsInterval)
 		snapshot, err := d.agent.Snapshot(ctx)
 		cancel()
 		if err == nil {
 			err = status.WriteMetricsFile(d.config.MetricsFile, snapshot)
+		}
+		if running.Err() != nil {
+			return
 		}
 		if err != nil && !failing {
 			d.log.Warn("the metrics file could not be written", "file", d.config.MetricsFile, "error", err)
@@ -320,7 +324,7 @@ func (d *daemon) writeMetrics(ended <-chan struct{}) {
 		failing = err != nil
 		select {
 		case <-tick.C:
-		case <-ended:
+		case <-running.Done():
 			return
 		}
 	}

@@ -165,7 +165,6 @@ type Agent struct {
 	beat, poll, scan *activity
 	resumed          bool // unfinished jobs have been taken up
 	polled           bool // the first poll has been tried
-	watchdog         *time.Ticker
 
 	jobs     jobTable
 	delivery deliveryTable
@@ -229,9 +228,9 @@ func (a *Agent) Run(ctx context.Context) error {
 
 	var watchdog <-chan time.Time
 	if a.o.WatchdogInterval > 0 {
-		a.watchdog = time.NewTicker(a.o.WatchdogInterval)
-		defer a.watchdog.Stop()
-		watchdog = a.watchdog.C
+		ticker := time.NewTicker(a.o.WatchdogInterval)
+		defer ticker.Stop()
+		watchdog = ticker.C
 	}
 	a.beat.after(a.firstDelay(a.beat))
 	if a.o.Repair != nil {
