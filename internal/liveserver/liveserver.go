@@ -56,6 +56,7 @@ type Starter func(ctx context.Context, dir string, pair Pair) (*Server, error)
 // Starters are the products by name.
 func Starters() map[string]Starter {
 	return map[string]Starter{
+		"caddy": StartCaddy,
 		"nginx": StartNGINX,
 	}
 }

@@ -4,9 +4,12 @@ package all
 import (
 	"certctl-agent/internal/target"
 	"certctl-agent/internal/target/apache"
+	"certctl-agent/internal/target/caddy"
+	"certctl-agent/internal/target/envoy"
 	"certctl-agent/internal/target/fileset"
 	"certctl-agent/internal/target/haproxy"
 	"certctl-agent/internal/target/nginx"
+	"certctl-agent/internal/target/traefik"
 )
 
 // Connectors are the supported target types, by the names that the control
@@ -16,6 +19,9 @@ func Connectors(files *fileset.Store) map[string]target.Factory {
 		"NGINX":   onFiles(files, nginx.New),
 		"Apache":  onFiles(files, apache.New),
 		"HAProxy": onFiles(files, haproxy.New),
+		"Traefik": onFiles(files, traefik.New),
+		"Caddy":   onFiles(files, caddy.New),
+		"Envoy":   onFiles(files, envoy.New),
 	}
 }
 

@@ -23,7 +23,7 @@ func TestConnectors(t *testing.T) {
 		if _, err := os.Stat(filepath.Join("../../../docs/targets", strings.ToLower(typ)+".md")); err != nil {
 			t.Errorf("%s has no page: %v", typ, err)
 		}
-		config, err := target.Merge([]byte(`{"cert_path":5,"key_path":5,"pem_path":5,"cert_dir":5}`), typ, "t-1", nil)
+		config, err := target.Merge([]byte(`{"cert_path":5,"key_path":5,"pem_path":5,"cert_dir":5,"admin_api":5}`), typ, "t-1", nil)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -1,0 +1,208 @@
+package caddy
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"regexp"
+	"strings"
+	"syscall"
+	"time"
+
+	"certctl-agent/internal/printable"
+	"certctl-agent/internal/target"
+)
+
+const (
+	// defaultTimeout bounds one call. A change returns when the new
+	// configuration is running, which takes well under a second.
+	defaultTimeout = time.Minute
+
+	// maxConfig bounds a configuration that Caddy hands out, in bytes. With
+	// thousands of pairs in it, it is some ten MiB.
+	maxConfig = 64 << 20
+
+	// maxMessage bounds what is kept of an error that Caddy reports, in bytes.
+	maxMessage = 1 << 10
+)
+
+// admin is a client of Caddy's admin API (https://caddyserver.com/docs/api).
+type admin struct {
+	base    string // URL
+	host    string // Host header; "": that of base
+	client  *http.Client
+	timeout time.Duration
+	origin  bool // send an Origin header
+}
+
+// newAdmin checks an address. What is sent there holds private keys, so it must
+// be on this host, unless anywhere says that this host's owner named it.
+func newAdmin(address string, anywhere bool) (*admin, error) {
+	dialer := new(net.Dialer)
+	transport := &http.Transport{
+		DialContext:       dialer.DialContext, // and no proxy
+		DisableKeepAlives: true,               // each change starts another admin server
+	}
+	a := &admin{timeout: defaultTimeout, client: &http.Client{
+		Transport:     transport,
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}}
+	if socket, ok := strings.CutPrefix(address, "unix/"); ok {
+		path, err := target.ParsePath(socket)
+		if err != nil {
+			return nil, err
+		}
+		transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return dialer.DialContext(ctx, "unix", string(path))
+		}
+		a.base = "http://unix"
+		// Caddy wants an empty Host there. net/http sends one in place of a
+		// name that cannot be one.
+		a.host = "/"
+		return a, nil
+	}
+	u, err := url.Parse(address)
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" || strings.Trim(u.Path, "/") != "" ||
+		u.User != nil || u.RawQuery != "" || u.Fragment != "" {
+		return nil, errors.New("expected http://host:port or unix//path")
+	}
+	a.base = u.Scheme + "://" + u.Host
+	if !anywhere {
+		if ip, err := netip.ParseAddr(u.Hostname()); err == nil && !ip.IsLoopback() {
+			return nil, errNotLoopback
+		}
+		dialer.Control = onlyLoopback
+	}
+	return a, nil
+}
+
+var errNotLoopback = errors.New("private keys are sent to loopback addresses and unix sockets only, unless the target's overlay on this host names the address")
+
+// onlyLoopback looks at an address once its name is resolved.
+func onlyLoopback(_, address string, _ syscall.RawConn) error {
+	if at, err := netip.ParseAddrPort(address); err != nil || !at.Addr().Unmap().IsLoopback() {
+		return fmt.Errorf("%s: %w", address, errNotLoopback)
+	}
+	return nil
+}
+
+// reload makes Caddy load the running configuration once more, and with it the
+// files that it names. Without must-revalidate it would see that nothing
+// changed (https://caddyserver.com/docs/api#post-load).
+func (a *admin) reload(ctx context.Context) error {
+	running, err := a.call(ctx, http.MethodGet, "/config/", nil)
+	if err != nil {
+		return err
+	}
+	if string(bytes.TrimSpace(running.body)) == "null" {
+		return errors.New("the admin API says that Caddy runs without a configuration")
+	}
+	_, err = a.call(ctx, http.MethodPost, "/load", running.body, "Cache-Control", "must-revalidate")
+	return err
+}
+
+// reply is a successful answer.
+type reply struct {
+	body []byte
+	etag string
+}
+
+// statusError is an answer that is not success.
+type statusError struct {
+	status  int
+	message string
+}
+
+func (e *statusError) Error() string {
+	return strings.TrimSpace(fmt.Sprintf("%d %s: %s", e.status, http.StatusText(e.status), e.message))
+}
+
+// status is the status of a statusError, else 0.
+func status(err error) int {
+	if e, ok := errors.AsType[*statusError](err); ok {
+		return e.status
+	}
+	return 0
+}
+
+// conflict reports whether somebody else changed the configuration first.
+func conflict(err error) bool {
+	return status(err) == http.StatusPreconditionFailed || status(err) == http.StatusConflict
+}
+
+// call does one request; headers are names and values in turn.
+func (a *admin) call(ctx context.Context, method, path string, body []byte, headers ...string) (*reply, error) {
+	r, err := a.send(ctx, method, path, body, headers)
+	if status(err) == http.StatusForbidden && !a.origin {
+		// With enforce_origin Caddy wants to see an Origin; without, one that
+		// it does not know is what it refuses.
+		a.origin = true
+		r, err = a.send(ctx, method, path, body, headers)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("admin API of Caddy, %s %s: %w", method, path, err)
+	}
+	return r, nil
+}
+
+func (a *admin) send(ctx context.Context, method, path string, body []byte, headers []string) (*reply, error) {
+	ctx, cancel := context.WithTimeout(ctx, a.timeout)
+	defer cancel()
+	request, err := http.NewRequestWithContext(ctx, method, a.base+path, bytes.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	request.Host = a.host
+	for i := 0; i < len(headers); i += 2 {
+		request.Header.Set(headers[i], headers[i+1])
+	}
+	if body != nil {
+		request.Header.Set("Content-Type", "application/json")
+	}
+	if a.origin {
+		request.Header.Set("Origin", a.base)
+	}
+	response, err := a.client.Do(request)
+	if err != nil {
+		if e, ok := errors.AsType[*url.Error](err); ok {
+			err = e.Err // the caller names the request
+		}
+		return nil, err
+	}
+	defer response.Body.Close()
+	answer, err := io.ReadAll(io.LimitReader(response.Body, maxConfig+1))
+	switch {
+	case response.StatusCode/100 != 2:
+		return nil, &statusError{response.StatusCode, message(answer)}
+	case err != nil:
+		return nil, err
+	case len(answer) > maxConfig:
+		return nil, fmt.Errorf("the answer is longer than %d MiB", maxConfig>>20)
+	}
+	// Caddy knows the entity tag when it has written the body.
+	return &reply{answer, cmp.Or(response.Trailer.Get("Etag"), response.Header.Get("Etag"))}, nil
+}
+
+// keyMaterial is what could be some: PEM to the end, and what looks like a
+// line of it.
+var keyMaterial = regexp.MustCompile(`(?s)-----BEGIN.*|[A-Za-z0-9+/=]{40,}`)
+
+// message is what Caddy says in an error, without anything of the request that
+// it may quote.
+func message(answer []byte) string {
+	var said struct {
+		Error string `json:"error"`
+	}
+	if json.Unmarshal(answer, &said) != nil {
+		said.Error = string(answer[:min(len(answer), 8*maxMessage)])
+	}
+	return printable.Clip(keyMaterial.ReplaceAllString(said.Error, "[...]"), maxMessage)
+}

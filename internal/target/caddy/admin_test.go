@@ -1,0 +1,167 @@
+package caddy
+
+import (
+	"errors"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func TestNewAdmin(t *testing.T) {
+	tests := []struct {
+		address  string
+		anywhere bool
+		base     string // "": an error
+	}{
+		{"http://localhost:2019", false, "http://localhost:2019"},
+		{"http://127.0.0.1:2019/", false, "http://127.0.0.1:2019"},
+		{"http://[::1]:2019", false, "http://[::1]:2019"},
+		{"unix//run/caddy/admin.sock", false, "http://unix"},
+		{"http://192.0.2.1:2019", false, ""},
+		{"http://192.0.2.1:2019", true, "http://192.0.2.1:2019"},
+		{"https://caddy.example.org", true, "https://caddy.example.org"},
+		{"http://0.0.0.0:2019", false, ""},
+		{"localhost:2019", false, ""},
+		{"http://user:word@localhost", false, ""},
+		{"http://localhost/config/", false, ""},
+		{"http://localhost?a=b", false, ""},
+		{"http://:2019", false, ""},
+		{"unix/run/admin.sock", false, ""},
+		{"unix//run/../etc/admin.sock", false, ""},
+	}
+	for _, test := range tests {
+		a, err := newAdmin(test.address, test.anywhere)
+		switch {
+		case test.base == "" && err == nil:
+			t.Errorf("%s: accepted as %s", test.address, a.base)
+		case test.base == "" && strings.Contains(err.Error(), "word"):
+			t.Errorf("%s: the password is in %v", test.address, err)
+		case test.base != "" && (err != nil || a.base != test.base):
+			t.Errorf("%s: got %v, %v, want %s", test.address, a, err, test.base)
+		}
+	}
+}
+
+// A name is judged by what it leads to.
+func TestOnlyLoopback(t *testing.T) {
+	for address, allowed := range map[string]bool{
+		"127.0.0.1:2019": true, "127.8.8.8:1": true, "[::1]:2019": true, "[::ffff:127.0.0.1]:1": true,
+		"192.0.2.1:2019": false, "0.0.0.0:2019": false, "[::]:2019": false, "[fe80::1%lo]:2019": false, "nonsense": false,
+	} {
+		if err := onlyLoopback("tcp", address, nil); (err == nil) != allowed || err != nil && !errors.Is(err, errNotLoopback) {
+			t.Errorf("%s: got %v, want allowed: %v", address, err, allowed)
+		}
+	}
+	server := httptest.NewServer(http.NotFoundHandler())
+	defer server.Close()
+	a, err := newAdmin(strings.Replace(server.URL, "127.0.0.1", "localhost", 1), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := a.call(t.Context(), http.MethodGet, "/", nil); status(err) != http.StatusNotFound {
+		t.Errorf("localhost: got %v, want its answer", err)
+	}
+}
+
+func TestUnixSocket(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "admin.sock")
+	listener, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Host != "" {
+			http.Error(w, "host not allowed: "+r.Host, http.StatusForbidden)
+		}
+	}))
+	server.Listener.Close()
+	server.Listener = listener
+	server.Start()
+	defer server.Close()
+	a, err := newAdmin("unix/"+socket, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := a.call(t.Context(), http.MethodGet, "/config/", nil); err != nil {
+		t.Error(err)
+	}
+}
+
+// With enforce_origin an Origin is wanted; without, one that Caddy does not
+// know is refused.
+func TestOrigin(t *testing.T) {
+	for _, enforced := range []bool{false, true} {
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if sent := r.Header.Get("Origin") == "http://"+r.Host; sent != enforced {
+				w.WriteHeader(http.StatusForbidden)
+			}
+		}))
+		defer server.Close()
+		a, err := newAdmin(server.URL, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			if _, err := a.call(t.Context(), http.MethodPost, "/load", []byte("{}")); err != nil {
+				t.Errorf("enforced: %v: %v", enforced, err)
+			}
+		}
+	}
+}
+
+func TestCallErrors(t *testing.T) {
+	key := strings.Repeat("MHcCAQEEIFvN8Zk2", 4)
+	tests := []struct {
+		name    string
+		handler http.HandlerFunc
+		says    string
+	}{
+		{"Caddy's words", func(w http.ResponseWriter, _ *http.Request) {
+			http.Error(w, `{"error":"loading new config: PEM pair 0:\n no \u001b[31mPEM"}`, http.StatusInternalServerError)
+		}, "500 Internal Server Error: loading new config: PEM pair 0: no"},
+		{"no JSON", func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "gone fishing", http.StatusBadGateway) }, "gone fishing"},
+		{"a key", func(w http.ResponseWriter, _ *http.Request) {
+			http.Error(w, `{"error":"cannot use -----BEGIN EC PRIVATE KEY-----\n`+key+`\n"}`, http.StatusBadRequest)
+		}, "cannot use [...]"},
+		{"a line of a key", func(w http.ResponseWriter, _ *http.Request) {
+			http.Error(w, "bad value "+key+" at 7", http.StatusBadRequest)
+		}, "bad value [...] at 7"},
+		{"redirect", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/elsewhere", http.StatusFound) }, "302"},
+		{"flood", func(w http.ResponseWriter, _ *http.Request) {
+			for block := make([]byte, 1<<20); ; {
+				if _, err := w.Write(block); err != nil {
+					return
+				}
+			}
+		}, "longer than 64 MiB"},
+		{"cut off", func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, "POST /load: EOF"},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			server := httptest.NewServer(test.handler)
+			defer server.Close()
+			a, err := newAdmin(server.URL, false)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, err = a.call(t.Context(), http.MethodPost, "/load", []byte(key))
+			if err == nil || !strings.Contains(err.Error(), test.says) || strings.Contains(err.Error(), key) || len(err.Error()) > 2*maxMessage {
+				t.Errorf("got %v, want an error with %q and no key", err, test.says)
+			}
+		})
+	}
+}
+
+func TestReloadWithoutConfiguration(t *testing.T) {
+	api := newFake(t, "null")
+	a, err := newAdmin(api.URL, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := a.reload(t.Context()); err == nil || len(api.made()) > 0 {
+		t.Errorf("got %v after %q, want an error and no change", err, api.made())
+	}
+}

@@ -1,0 +1,165 @@
+package caddy
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strconv"
+)
+
+const (
+	// loadPEM is where Caddy's configuration holds pairs as PEM
+	// (https://caddyserver.com/docs/json/apps/tls/certificates/load_pem/).
+	loadPEM = "/config/apps/tls/certificates/load_pem"
+
+	// tagPrefix, with the target's id behind it, is the tag by which a renewal
+	// finds the pair that it replaces.
+	tagPrefix = "certctl:"
+
+	// maxTries is how often a change is tried that meets the change of
+	// somebody else.
+	maxTries = 10
+)
+
+// loadedPair is an element of load_pem.
+type loadedPair struct {
+	Certificate string   `json:"certificate"`
+	Key         string   `json:"key"`
+	Tags        []string `json:"tags"`
+}
+
+// loading puts one pair into the running configuration.
+type loading struct {
+	admin *admin
+	tag   string
+	pair  loadedPair
+
+	previous json.RawMessage // the element before; nil: there was none
+	changed  bool            // apply may have changed something
+	undone   bool
+}
+
+// apply loads the pair, in place of the one with the same tag.
+func (l *loading) apply(ctx context.Context) error {
+	return l.set(ctx, func(current json.RawMessage, was *loadedPair) (json.RawMessage, error) {
+		next := l.pair
+		next.Tags = []string{l.tag}
+		if was != nil {
+			if was.Certificate == next.Certificate && was.Key == next.Key {
+				return current, nil
+			}
+			next.Tags = was.Tags // an operator may have added one, to select the pair by
+		}
+		l.previous, l.changed = current, true
+		return json.Marshal(next)
+	})
+}
+
+// undo puts back what apply found.
+func (l *loading) undo(ctx context.Context) error {
+	if !l.changed {
+		return nil
+	}
+	err := l.set(ctx, func(json.RawMessage, *loadedPair) (json.RawMessage, error) { return l.previous, nil })
+	l.undone = err == nil
+	return err
+}
+
+// set replaces this target's element by what next makes of it; nil stands for
+// no element. The entity tag of the list guards the index against changes that
+// others make (https://caddyserver.com/docs/api#concurrent-config-changes).
+func (l *loading) set(ctx context.Context, next func(json.RawMessage, *loadedPair) (json.RawMessage, error)) error {
+	for try := 1; ; try++ {
+		list, err := l.admin.list(ctx)
+		if err != nil {
+			return err
+		}
+		index, was, err := list.find(l.tag)
+		if err != nil {
+			return err
+		}
+		var current json.RawMessage
+		if was != nil {
+			current = list.elements[index]
+		}
+		element, err := next(current, was)
+		if err != nil {
+			return err
+		}
+		err = l.admin.replace(ctx, list, index, element)
+		if !conflict(err) || try == maxTries {
+			return err
+		}
+	}
+}
+
+// pemList is load_pem as it was read.
+type pemList struct {
+	missing  bool // it, or what it is in, does not exist
+	elements []json.RawMessage
+	etag     string
+}
+
+// list reads load_pem.
+func (a *admin) list(ctx context.Context) (*pemList, error) {
+	reply, err := a.call(ctx, http.MethodGet, loadPEM, nil)
+	if status(err) == http.StatusBadRequest || status(err) == http.StatusNotFound {
+		return &pemList{missing: true}, nil // how Caddy says that a path leads nowhere
+	}
+	if err != nil {
+		return nil, err
+	}
+	list := &pemList{etag: reply.etag}
+	if json.Unmarshal(reply.body, &list.elements) != nil {
+		return nil, fmt.Errorf("%s holds no list", loadPEM)
+	}
+	if list.etag == "" {
+		return nil, errors.New("admin API of Caddy: it gives no ETag, which keeps changes apart: Caddy 2.6 or newer is needed")
+	}
+	return list, nil
+}
+
+// find returns the element with tag; without one the index of the next.
+func (l *pemList) find(tag string) (index int, pair *loadedPair, err error) {
+	for i, element := range l.elements {
+		var p loadedPair
+		if json.Unmarshal(element, &p) != nil {
+			return 0, nil, fmt.Errorf("element %d of %s is no pair", i, loadPEM)
+		}
+		if slices.Contains(p.Tags, tag) {
+			return i, &p, nil
+		}
+	}
+	return len(l.elements), nil, nil
+}
+
+// replace makes element the one at index, appends it, or, when it is nil,
+// removes the one that is there.
+func (a *admin) replace(ctx context.Context, list *pemList, index int, element json.RawMessage) error {
+	exists := index < len(list.elements)
+	if !exists && element == nil || exists && bytes.Equal(element, list.elements[index]) {
+		return nil
+	}
+	at := loadPEM + "/" + strconv.Itoa(index)
+	// A change that was sent is waited for: to undo it, one must know whether
+	// it happened. call has a deadline.
+	ctx = context.WithoutCancel(ctx)
+	var err error
+	switch {
+	case list.missing: // PUT makes the objects on the way to it too, and never replaces anything
+		_, err = a.call(ctx, http.MethodPut, loadPEM, fmt.Appendf(nil, "[%s]", element))
+	case element == nil:
+		_, err = a.call(ctx, http.MethodDelete, at, nil, "If-Match", list.etag)
+	case exists:
+		_, err = a.call(ctx, http.MethodPatch, at, element, "If-Match", list.etag)
+	case list.elements == nil: // null: POST sets what it cannot append to
+		_, err = a.call(ctx, http.MethodPost, loadPEM, fmt.Appendf(nil, "[%s]", element), "If-Match", list.etag)
+	default:
+		_, err = a.call(ctx, http.MethodPost, loadPEM, element, "If-Match", list.etag)
+	}
+	return err
+}
