@@ -25,13 +25,15 @@ type Connector struct {
 	config   Config
 	validate *target.Command
 	reload   *target.Command
+
+	settleTime time.Duration
 }
 
 var _ target.Connector = (*Connector)(nil)
 
 // New checks the configuration.
 func New(p target.Params, files *fileset.Store) (*Connector, error) {
-	c := &Connector{params: p, files: files}
+	c := &Connector{params: p, files: files, settleTime: settleTime}
 	if err := p.Config.Decode(&c.config, "key_path"); err != nil {
 		return nil, err
 	}
@@ -70,16 +72,16 @@ func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Resu
 		Files:    files,
 		Validate: c.validate,
 		Reload:   c.reload,
-		Apply:    settle,
+		Apply:    c.settle,
 		Backups:  c.params.Common.Retention,
 	}
 	if verify := c.params.Common.Verify(pemutil.Fingerprint(m.Leaf)); verify != nil {
 		// What is served has been read: on success there is nothing to wait for.
-		tx.Apply, tx.Undo = nil, settle
+		tx.Apply, tx.Undo = nil, c.settle
 		tx.Verify = func(ctx context.Context) error {
 			err := verify(ctx)
 			if err != nil {
-				_ = settle(ctx)
+				_ = c.settle(ctx)
 			}
 			return err
 		}
@@ -97,7 +99,7 @@ const settleTime = 500 * time.Millisecond
 // it returns before that, and an httpd that meets a certificate beside another
 // one's key, because the next transaction or a rollback is just replacing them,
 // ends. For the same reason no cancellation cuts this short.
-func settle(context.Context) error {
-	time.Sleep(settleTime)
+func (c *Connector) settle(context.Context) error {
+	time.Sleep(c.settleTime)
 	return nil
 }
