@@ -2,6 +2,7 @@ package envoy
 
 import (
 	"fmt"
+	"maps"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -15,17 +16,13 @@ import (
 var build = targettest.Constructor(New)
 
 func TestConformance(t *testing.T) {
-	var dir string
 	run := func(name string, extra map[string]any, want func(m *target.Material) map[string][]byte) {
 		t.Run(name, func(t *testing.T) {
 			targettest.Run(t, targettest.Harness{
 				Type: "Envoy", New: build, Required: []string{"cert_dir"}, Want: want,
-				Config: func(d string) map[string]any {
-					dir = d
-					config := map[string]any{"cert_dir": d}
-					for key, value := range extra {
-						config[key] = value
-					}
+				Config: func(dir string) map[string]any {
+					config := map[string]any{"cert_dir": dir}
+					maps.Copy(config, extra)
 					return config
 				},
 			})
@@ -58,7 +55,7 @@ func TestConformance(t *testing.T) {
     }
   ]
 }
-`, pemutil.Fingerprint(m.Leaf), dir),
+`, pemutil.Fingerprint(m.Leaf), targettest.Dir(m)),
 			}
 		})
 }

@@ -135,6 +135,11 @@ func (h *Host) Material(t testing.TB, ca *testca.CA) *target.Material {
 	}
 }
 
+// Dir is the Dir of the Host that made m, for files that name others.
+func Dir(m *target.Material) string {
+	return filepath.Join(filepath.Dir(filepath.Dir(m.KeyPath)), "target")
+}
+
 // output is a log that may be written and read at once.
 type output struct {
 	mu  sync.Mutex

@@ -18,11 +18,7 @@ import (
 var build = targettest.Constructor(New)
 
 func TestConformance(t *testing.T) {
-	dir := ""
-	config := func(d string) map[string]any {
-		dir = d
-		return map[string]any{"cert_dir": d}
-	}
+	config := func(dir string) map[string]any { return map[string]any{"cert_dir": dir} }
 	want := func(m *target.Material) map[string][]byte {
 		return map[string][]byte{"cert.pem": append(targettest.PEM(m.Leaf), targettest.PEM(m.Chain...)...), "key.pem": m.KeyPEM}
 	}
@@ -46,7 +42,7 @@ tls:
   certificates:
     - certFile: "%[2]s/cert.pem"
       keyFile: "%[2]s/key.pem"
-`, pemutil.Fingerprint(m.Leaf), dir)
+`, pemutil.Fingerprint(m.Leaf), targettest.Dir(m))
 				return files
 			},
 		})
