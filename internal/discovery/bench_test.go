@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -36,16 +37,21 @@ func BenchmarkScan(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
+	scanner := func() *Scanner {
+		s := newScanner(b, Options{Dirs: []string{dir}})
+		s.aside = func(f func()) { f() } // with the priority of the others
+		return s
+	}
 	ways := []struct {
 		name string
 		run  func(b *testing.B, warm *Scanner) int
 	}{
 		{"find", func(b *testing.B, _ *Scanner) int { return find(b, dir) }},
 		{"plain", func(b *testing.B, _ *Scanner) int { return plain(b, dir) }},
-		{"cold", func(b *testing.B, _ *Scanner) int { return count(b, newScanner(b, Options{Dirs: []string{dir}})) }},
+		{"cold", func(b *testing.B, _ *Scanner) int { return count(b, scanner()) }},
 		{"warm", func(b *testing.B, warm *Scanner) int { return count(b, warm) }},
 	}
-	warm := newScanner(b, Options{Dirs: []string{dir}})
+	warm := scanner()
 	if got := count(b, warm); got != len(tree.Certificates) {
 		b.Fatalf("the scan finds %d certificates, want %d", got, len(tree.Certificates))
 	}
@@ -134,4 +140,73 @@ func plain(b *testing.B, dir string) int {
 		b.Fatal(err)
 	}
 	return len(found)
+}
+
+var memoryTree = flag.String("memory-tree", "", "scan this directory and print what memory it took; see BenchmarkMemory")
+
+// TestMemoryOf is the child of BenchmarkMemory.
+func TestMemoryOf(t *testing.T) {
+	if *memoryTree == "" {
+		t.Skip("runs as the child of BenchmarkMemory")
+	}
+	if runtime.GOOS != "linux" {
+		t.Skip("reads /proc")
+	}
+	before := memory(t, "VmRSS")
+	s := newScanner(t, Options{Dirs: []string{*memoryTree}})
+	for _, scan := range []string{"cold", "warm"} {
+		summary, err := s.Scan(t.Context(), func([]api.DiscoveredCertificate) error { return nil })
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Printf("memory: %s %d %.1f %.1f %.1f %.2f\n", scan, summary.Files, before, memory(t, "VmHWM"), memory(t, "VmRSS"), summary.Duration.Seconds())
+	}
+}
+
+// memory reads a line of proc(5), in MiB.
+func memory(t testing.TB, field string) float64 {
+	status, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(status)) {
+		var kib float64
+		if n, _ := fmt.Sscanf(line, field+": %f kB", &kib); n == 1 {
+			return kib / 1024
+		}
+	}
+	t.Fatalf("no %s in /proc/self/status", field)
+	return 0
+}
+
+// BenchmarkMemory scans the tree of BenchmarkScan in a process of its own and
+// reports that process's resident memory: at its peak, and after the scans.
+// Some MiB of it are the test binary.
+func BenchmarkMemory(b *testing.B) {
+	n := *treeSize
+	if testing.Short() {
+		n = min(n, 2000)
+	}
+	dir := b.TempDir()
+	if _, err := corpus.Write(dir, corpus.Options{Seed: 1, Files: n, Certificates: n / 10}); err != nil {
+		b.Fatal(err)
+	}
+	for b.Loop() {
+		output, err := exec.CommandContext(b.Context(), os.Args[0], "-test.run", "^TestMemoryOf$", "-memory-tree", dir).CombinedOutput()
+		if err != nil {
+			b.Fatalf("%v\n%s", err, output)
+		}
+		for line := range strings.Lines(string(output)) {
+			var scan string
+			var files int
+			var before, peak, after, seconds float64
+			if n, _ := fmt.Sscanf(line, "memory: %s %d %f %f %f %f", &scan, &files, &before, &peak, &after, &seconds); n == 6 {
+				b.ReportMetric(before, "MiB-before")
+				b.ReportMetric(peak, "MiB-peak")
+				b.ReportMetric(after, "MiB-after-"+scan)
+				b.ReportMetric(seconds, "s-"+scan)
+			}
+		}
+	}
+	b.ReportMetric(0, "ns/op")
 }

@@ -67,7 +67,7 @@ type Scanner struct {
 	opts  Options
 	stall time.Duration // stallAfter
 	racy  time.Duration // racyWindow
-	known certificates
+	aside func(func())  // runUnnoticed
 
 	files, found atomic.Int64 // of the scan that runs, or of the last one
 
@@ -105,7 +105,7 @@ func New(o Options) (*Scanner, error) {
 	if err := errors.Join(problems...); err != nil {
 		return nil, err
 	}
-	return &Scanner{opts: o, stall: stallAfter, racy: racyWindow, hung: make(map[string]int)}, nil
+	return &Scanner{opts: o, stall: stallAfter, racy: racyWindow, aside: runUnnoticed, hung: make(map[string]int)}, nil
 }
 
 // Dirs are the directories that are scanned, sorted.

@@ -148,11 +148,11 @@ func TestCorpus(t *testing.T) {
 // what a scan without an index does.
 func TestChanges(t *testing.T) {
 	dir := t.TempDir()
-	if _, err := corpus.Write(dir, corpus.Options{Seed: 2, Files: 700, Certificates: 200, Odd: true}); err != nil {
+	if _, err := corpus.Write(dir, corpus.Options{Seed: 2, Files: 500, Certificates: 150, Odd: true}); err != nil {
 		t.Fatal(err)
 	}
 	files, err := filepath.Glob(filepath.Join(dir, "*", "*", "*", "*"))
-	if err != nil || len(files) != 700 {
+	if err != nil || len(files) != 500 {
 		t.Fatalf("%d files, error %v", len(files), err)
 	}
 	cert, err := os.ReadFile("testdata/ed25519.pem")
@@ -176,8 +176,8 @@ func TestChanges(t *testing.T) {
 			return errors.Join(os.WriteFile(files[300], changed, 0o644), os.Chtimes(files[300], info.ModTime(), info.ModTime()))
 		}, 1},
 		{"the first file goes", func() error { return os.Remove(files[0]) }, 0},
-		{"the last file goes", func() error { return os.Remove(files[699]) }, 0},
-		{"a directory goes", func() error { return os.RemoveAll(filepath.Dir(files[400])) }, 0},
+		{"the last file goes", func() error { return os.Remove(files[499]) }, 0},
+		{"a directory goes", func() error { return os.RemoveAll(filepath.Dir(files[350])) }, 0},
 		{"a file comes first", func() error { return os.WriteFile(filepath.Join(dir, "0.pem"), cert, 0o644) }, 1},
 		{"a directory comes", func() error {
 			return errors.Join(os.Mkdir(filepath.Join(dir, "d00-new"), 0o755), os.WriteFile(filepath.Join(dir, "d00-new", "c.pem"), cert, 0o644))
@@ -381,13 +381,13 @@ func TestLargeDirectoryComesInOrder(t *testing.T) {
 
 func TestCancel(t *testing.T) {
 	dir := t.TempDir()
-	tree, err := corpus.Write(dir, corpus.Options{Seed: 3, Files: 3000, Certificates: 600})
+	tree, err := corpus.Write(dir, corpus.Options{Seed: 3, Files: 1500, Certificates: 400})
 	if err != nil {
 		t.Fatal(err)
 	}
 	s := newScanner(t, Options{Dirs: []string{dir}})
 	reason := errors.New("enough")
-	for _, after := range []int{1, 300} {
+	for _, after := range []int{1, 200} {
 		ctx, cancel := context.WithCancelCause(t.Context())
 		var at time.Time
 		n := 0
@@ -469,7 +469,7 @@ func TestPasswordsAreTriedWhenTheyChange(t *testing.T) {
 
 func TestProblemsAreBounded(t *testing.T) {
 	var p problems
-	for i := range 10_000 {
+	for i := range 2000 {
 		p.add(fmt.Sprintf("/file%d: %s\xff\x00", i, strings.Repeat("x", i)))
 	}
 	list := p.list()

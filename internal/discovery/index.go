@@ -282,6 +282,9 @@ func (w *indexWriter) remove() { _ = w.root.Remove(w.temporary()) }
 // comparePaths orders paths as the walk does: component by component, so that
 // everything below a directory follows it directly.
 func comparePaths(a, b string) int {
+	if a == b {
+		return 0
+	}
 	for i := range min(len(a), len(b)) {
 		switch x, y := a[i], b[i]; {
 		case x == y:

@@ -98,6 +98,7 @@ func emitOutcome(outcome []byte, source string, cert func(api.DiscoveredCertific
 var errDamagedOutcome = errors.New("a file's record in the index is damaged")
 
 func appendCertificate(b []byte, c api.DiscoveredCertificate, der []byte) []byte {
+	b = appendString(b, der)
 	for _, s := range []string{c.FingerprintSHA256, c.CommonName, c.SerialNumber, c.IssuerDN, c.SubjectDN, c.NotBefore, c.NotAfter, c.KeyAlgorithm} {
 		b = appendString(b, s)
 	}
@@ -110,12 +111,13 @@ func appendCertificate(b []byte, c api.DiscoveredCertificate, der []byte) []byte
 	for _, san := range c.SANs {
 		b = appendString(b, san)
 	}
-	return appendString(b, der)
+	return b
 }
 
 func decodeCertificate(b []byte) api.DiscoveredCertificate {
-	// One string that all fields share saves a dozen allocations.
-	d := decoder{rest: b, shared: string(b)}
+	d := decoder{rest: b}
+	der := d.bytes()
+	d.shared = string(d.rest) // one string for all fields saves a dozen
 	c := api.DiscoveredCertificate{
 		FingerprintSHA256: d.string(),
 		CommonName:        d.string(),
@@ -132,7 +134,7 @@ func decodeCertificate(b []byte) api.DiscoveredCertificate {
 	for i := range c.SANs {
 		c.SANs[i] = d.string()
 	}
-	c.PEMData = encodePEM(d.bytes())
+	c.PEMData = encodePEM(der)
 	return c
 }
 
@@ -144,12 +146,15 @@ func encodePEM(der []byte) string {
 		end   = "-----END CERTIFICATE-----\n"
 		line  = 48 // bytes that make 64 characters (RFC 7468, 2)
 	)
-	b := make([]byte, 0, len(begin)+len(der)*65/48+5+len(end))
-	b = append(b, begin...)
+	var b strings.Builder
+	b.Grow(len(begin) + base64.StdEncoding.EncodedLen(len(der)) + len(der)/line + 1 + len(end))
+	b.WriteString(begin)
+	var text [65]byte
 	for part := range slices.Chunk(der, line) {
-		b = append(base64.StdEncoding.AppendEncode(b, part), '\n')
+		b.Write(append(base64.StdEncoding.AppendEncode(text[:0], part), '\n'))
 	}
-	return string(append(b, end...))
+	b.WriteString(end)
+	return b.String()
 }
 
 // decoder reads what the functions above append. Damage makes it return zeros.

@@ -54,6 +54,7 @@ type run struct {
 	mounts      mounts
 	retryLocked bool
 	words       []string // passwords
+	known       certificates
 
 	tasks    chan *task
 	segments chan *segment
@@ -147,13 +148,13 @@ func (r *run) scan() error {
 	group.Go(func() { r.watch(pool) })
 	var walked, emitted error
 	group.Go(func() {
-		runUnnoticed(func() {
+		r.s.aside(func() {
 			defer close(r.segments)
 			walked = r.walkAll()
 		})
 	})
 	group.Go(func() {
-		runUnnoticed(func() {
+		r.s.aside(func() {
 			if emitted = r.emitAll(); emitted != nil {
 				r.cancel(emitted)
 			}
@@ -181,7 +182,7 @@ func (r *run) awaitWorkers() {
 
 func (r *run) newWorker() *worker {
 	w := &worker{r: r}
-	r.workers.Go(func() { runUnnoticed(func() { r.work(w) }) })
+	r.workers.Go(func() { r.s.aside(func() { r.work(w) }) })
 	return w
 }
 
@@ -336,7 +337,7 @@ func (r *run) readFile(w *worker, e *entry) *reading {
 		return &reading{problem: cause(err)}
 	}
 	w.rest() // what follows is no call: a slow key derivation is no hung disk
-	result := &reading{outcome: appendOutcome(nil, parse(name, data, r.words), &r.s.known)}
+	result := &reading{outcome: appendOutcome(nil, parse(name, data, r.words), &r.known)}
 	if oldest := time.Now().Add(-r.s.racy).UnixNano(); st.modified < oldest && st.changed < oldest {
 		result.stamp = appendStamp(nil, st)
 	}

@@ -1,6 +1,10 @@
 package discovery
 
-import "syscall"
+import (
+	"io/fs"
+	"os"
+	"syscall"
+)
 
 // mountTable maps every mount point to what is mounted there. It waits for
 // none of them.
@@ -34,6 +38,16 @@ func fromC(name []int8) string {
 		b = append(b, byte(c))
 	}
 	return string(b)
+}
+
+// readEntries hands out some entries of a directory, or io.EOF after the last
+// one.
+func readEntries(dir *os.File, _ []byte, each func(name []byte, mode fs.FileMode)) error {
+	entries, err := dir.ReadDir(1024)
+	for _, entry := range entries {
+		each([]byte(entry.Name()), entry.Type())
+	}
+	return err
 }
 
 func changeTimes(st *syscall.Stat_t) (modified, changed int64) {

@@ -1,6 +1,10 @@
 package discovery
 
 import (
+	"bytes"
+	"encoding/binary"
+	"io"
+	"io/fs"
 	"os"
 	"runtime"
 	"strconv"
@@ -52,6 +56,50 @@ func unescapeMount(s string) string {
 	return s
 }
 
+// readEntries hands out some entries of a directory, or io.EOF after the last
+// one. It is os.File.ReadDir without an allocation for each file.
+func readEntries(dir *os.File, buffer []byte, each func(name []byte, mode fs.FileMode)) error {
+	var n int
+	err := retry(func() (err error) {
+		n, err = syscall.ReadDirent(int(dir.Fd()), buffer)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if n == 0 {
+		return io.EOF
+	}
+	// getdents64(2): inode 8, offset 8, length of the entry 2, type 1, name, NUL
+	const length, kind, text = 16, 18, 19
+	for b := buffer[:n]; len(b) > text; {
+		size := int(binary.NativeEndian.Uint16(b[length:]))
+		if size <= text || size > len(b) {
+			return syscall.EIO
+		}
+		name, _, _ := bytes.Cut(b[text:size], []byte{0})
+		mode := fs.ModeIrregular
+		switch b[kind] {
+		case syscall.DT_REG, syscall.DT_UNKNOWN:
+			mode = 0
+		case syscall.DT_DIR:
+			mode = fs.ModeDir
+		case syscall.DT_LNK:
+			mode = fs.ModeSymlink
+		}
+		if b[kind] == syscall.DT_UNKNOWN {
+			if info, err := os.Lstat(join(dir.Name(), string(name))); err == nil {
+				mode = info.Mode().Type()
+			}
+		}
+		if string(name) != "." && string(name) != ".." {
+			each(name, mode)
+		}
+		b = b[size:]
+	}
+	return nil
+}
+
 func changeTimes(st *syscall.Stat_t) (modified, changed int64) { return st.Mtim.Nano(), st.Ctim.Nano() }
 
 // openQuietly leaves the access time alone, where this user may ask for it.
@@ -64,16 +112,27 @@ func openQuietly(path string, flags int) (int, error) {
 }
 
 // runUnnoticed runs f on a thread of its own that has the lowest CPU priority
-// and gets the disk when nobody else wants it. The thread ends with f: the
-// goroutine that calls this must end then. That a priority cannot be set is no
-// reason not to scan.
+// and gets the disk when nobody else wants it. The thread ends with the
+// goroutine of f. That a priority cannot be set is no reason not to scan.
 func runUnnoticed(f func()) {
 	const (
 		whoProcess = 1       // IOPRIO_WHO_PROCESS: of 0, this thread
 		idle       = 3 << 13 // IOPRIO_CLASS_IDLE
 	)
-	runtime.LockOSThread() // never unlocked: the priority must not stay on a shared thread
-	_ = syscall.Setpriority(syscall.PRIO_PROCESS, 0, 19)
-	_, _, _ = syscall.RawSyscall(syscall.SYS_IOPRIO_SET, whoProcess, 0, idle)
-	f()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		runtime.LockOSThread() // never unlocked: the priority must not stay on a shared thread
+		if syscall.Gettid() == os.Getpid() {
+			// The first thread cannot end, and its priority is what ps shows.
+			// While it is held here, the next one is another.
+			defer runtime.UnlockOSThread()
+			runUnnoticed(f)
+			return
+		}
+		_ = syscall.Setpriority(syscall.PRIO_PROCESS, 0, 19)
+		_, _, _ = syscall.RawSyscall(syscall.SYS_IOPRIO_SET, whoProcess, 0, idle)
+		f()
+	}()
+	<-ended
 }

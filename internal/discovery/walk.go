@@ -23,8 +23,9 @@ const (
 	// the walk.
 	lookAhead = 8
 
-	// readDirSize is how many entries of a directory are read at once.
-	readDirSize = 1024
+	// tickEvery is how many files are looked at under one tick. Looking at one
+	// takes microseconds, unless it hangs.
+	tickEvery = 32
 )
 
 // Reasons why something was passed over, for people.
@@ -62,7 +63,7 @@ type nameRef struct {
 	link bool
 }
 
-func (l *nameList) add(name string, link bool) {
+func (l *nameList) add(name []byte, link bool) {
 	l.refs = append(l.refs, nameRef{uint32(len(l.text)), uint16(len(name)), link})
 	l.text = append(append(l.text, name...), 0)
 }
@@ -307,10 +308,7 @@ func (r *run) readDirectory(w *worker, n *node, isRoot bool) error {
 	n.dirs = &nameList{}
 	for {
 		w.tick()
-		entries, err := dir.ReadDir(readDirSize)
-		for _, entry := range entries {
-			r.sortOut(n, files, entry.Name(), entry.Type())
-		}
+		err := readEntries(dir, w.entries[:], func(name []byte, mode fs.FileMode) { r.sortOut(n, files, name, mode) })
 		if r.ctx.Err() != nil {
 			return nil
 		}
@@ -343,19 +341,19 @@ func openDirectory(path string, isRoot bool) (*os.File, error) {
 }
 
 // sortOut decides by name and type alone what becomes of an entry.
-func (r *run) sortOut(n *node, files *nameList, name string, mode fs.FileMode) {
+func (r *run) sortOut(n *node, files *nameList, name []byte, mode fs.FileMode) {
 	switch {
 	case mode.IsDir():
-		if reason := r.passOver(n, name); reason != "" {
+		if reason := r.passOver(n, string(name)); reason != "" {
 			n.skip(reason)
 			return
 		}
 		n.dirs.add(name, false)
 	case mode.IsRegular(), mode&fs.ModeSymlink != 0:
 		switch {
-		case r.excluded(n.path, name):
+		case len(r.s.opts.Exclude) > 0 && r.excluded(n.path, string(name)):
 			n.skip(skipExcluded)
-		case promiseOf(name) == promisesKey:
+		case promiseOf(string(name)) == promisesKey:
 			n.skip(skipKey)
 		default:
 			files.add(name, !mode.IsRegular())
@@ -401,13 +399,15 @@ func (r *run) excluded(dir, name string) bool {
 // examine looks at the files of a node from lo to hi, without opening them.
 func (r *run) examine(w *worker, n *node, dir *os.File) {
 	n.files = make([]file, 0, n.hi-n.lo)
+	w.tick()
 	var st syscall.Stat_t
 	for i := n.lo; i < n.hi; i++ {
 		if r.ctx.Err() != nil {
 			return
 		}
-		r.limit(w)
-		w.tick()
+		if r.limit(w) || i%tickEvery == 0 {
+			w.tick()
+		}
 		f := file{name: n.all.name(i), link: n.all.refs[i].link}
 		n.seen++
 		if err := retry(func() error { return lstatIn(dir, n.path, f.name[:len(f.name)+1], &st) }); err != nil {
@@ -501,10 +501,10 @@ func retry(f func() error) error {
 	}
 }
 
-// limit waits until the next file may be looked at.
-func (r *run) limit(w *worker) {
+// limit waits until the next file may be looked at, if there is a limit.
+func (r *run) limit(w *worker) bool {
 	if r.s.opts.MaxRate <= 0 {
-		return
+		return false
 	}
 	w.rest()
 	r.rateMu.Lock()
@@ -515,13 +515,13 @@ func (r *run) limit(w *worker) {
 	wait := r.nextFile.Sub(now)
 	r.nextFile = r.nextFile.Add(time.Second / time.Duration(r.s.opts.MaxRate))
 	r.rateMu.Unlock()
-	if wait < time.Millisecond {
-		return
+	if wait >= time.Millisecond {
+		select {
+		case <-time.After(wait):
+		case <-r.ctx.Done():
+		}
 	}
-	select {
-	case <-time.After(wait):
-	case <-r.ctx.Done():
-	}
+	return true
 }
 
 // resolveRoots resolves the configured directories. One may be a link to

@@ -42,13 +42,14 @@ type task struct {
 
 // worker is one thread of a scan.
 type worker struct {
-	r      *run
-	active atomic.Int64           // when its last call began, ns since the scan began; 0: none
-	task   atomic.Pointer[task]   // what it works on; whoever takes it away decides what becomes of it
-	link   atomic.Pointer[string] // the symbolic link it follows, or nil
-	blamed string                 // what hangs; set before task is taken away
-	buffer []byte                 // of the file that is read
-	used   int                    // bytes of buffer that hold some of it
+	r       *run
+	active  atomic.Int64           // when its last call began, ns since the scan began; 0: none
+	task    atomic.Pointer[task]   // what it works on; whoever takes it away decides what becomes of it
+	link    atomic.Pointer[string] // the symbolic link it follows, or nil
+	blamed  string                 // what hangs; set before task is taken away
+	entries [16 << 10]byte         // of the directory that is read
+	buffer  []byte                 // of the file that is read
+	used    int                    // bytes of buffer that hold some of it
 }
 
 // tick says that a call on a file system begins.
