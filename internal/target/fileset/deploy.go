@@ -12,9 +12,9 @@ import (
 	"certctl-agent/internal/target"
 )
 
-// undoWait bounds a rollback, which no cancelled context stops: as long as a
-// command may take, and the same again for what Undo does.
-const undoWait = 2 * time.Minute
+// undoWait bounds telling the server about the old files, which no cancelled
+// context stops, beyond what its reload command may take by itself.
+const undoWait = time.Minute
 
 // transaction is one Deploy under way.
 type transaction struct {
@@ -55,15 +55,15 @@ func (s *Store) Deploy(ctx context.Context, tx Transaction) (target.Result, erro
 	}
 	if t.unchanged() {
 		err := t.verify(ctx)
-		if err == nil || ctx.Err() != nil {
-			t.result.Unchanged = true
+		if t.result.Unchanged = err == nil; err == nil || ctx.Err() != nil {
 			return t.result, err
 		}
 		// The files are right and the server does not serve them: it was never
 		// told, and telling it is what a transaction does.
 		t.log.Info("files are in place but not in use: deploying again", "error", err)
 	}
-	return t.result, t.run(ctx)
+	err = t.run(ctx)
+	return t.result, err
 }
 
 // settle ends the target's earlier transaction, if it did not end.
@@ -278,8 +278,6 @@ func (t *transaction) abort(cause error) error {
 
 // rollBack puts the old files back after cause.
 func (t *transaction) rollBack(ctx context.Context, cause error) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoWait)
-	defer cancel()
 	if err := t.putAllBack(&t.record, t.files); err != nil {
 		return &target.BrokenError{Cause: cause, Rollback: err, Backups: t.setPath(&t.record)}
 	}
@@ -302,6 +300,12 @@ func (t *transaction) tellOld(ctx context.Context) error {
 	if !t.told && !slices.ContainsFunc(t.files, func(f *dest) bool { return f.placed }) {
 		return nil
 	}
+	wait := undoWait
+	if t.tx.Reload != nil {
+		wait += t.tx.Reload.Timeout
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), wait)
+	defer cancel()
 	if t.tx.Reload != nil {
 		if err := t.command(ctx, t.tx.Reload); err != nil {
 			return err

@@ -328,6 +328,65 @@ func TestRefusedBeforeAnythingIsTouched(t *testing.T) {
 	}
 }
 
+// TestFirstWithKey: the key store had a key and the server nothing. A rollback
+// leaves no backup of that key either.
+func TestFirstWithKey(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	before, _ := pairs()
+	w.write(t, "keys/c1.key", before.key, 0o600)
+	tx := w.renewal()
+	tx.Verify = func(context.Context) error { return errors.New("is broken") }
+	_, err := w.deploy(t, tx)
+	if err == nil || !strings.HasSuffix(err.Error(), "there was no certificate before, so the new files were removed") {
+		t.Errorf("got error %v", err)
+	}
+	if got, _ := os.ReadFile(w.path("keys/c1.key")); !bytes.Equal(got, before.key) {
+		t.Error("the current key is another one")
+	}
+	if sets, left := w.backups(t), w.leftovers(); len(sets)+len(left) > 0 {
+		t.Errorf("left behind: %v %v", sets, left)
+	}
+}
+
+// TestKeep: a file that a server watches is replaced by itself.
+func TestKeep(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	w.write(t, "site/watched", []byte("an operator's own"), 0o604)
+	before, err := os.Stat(w.path("site/watched"))
+	check(t, err)
+	tx := w.renewal()
+	tx.Files = append(tx.Files, target.File{Path: w.path("site/watched"), Kind: target.ConfigFile, Keep: true})
+	_, err = w.deploy(t, tx)
+	check(t, err)
+	after, err := os.Stat(w.path("site/watched"))
+	check(t, err)
+	if got, _ := os.ReadFile(w.path("site/watched")); string(got) != "an operator's own" || after.Mode() != before.Mode() || os.SameFile(before, after) {
+		t.Errorf("holds %q, mode %v, same file %t", got, after.Mode(), os.SameFile(before, after))
+	}
+	if result, err := w.deploy(t, tx); err != nil || !result.Unchanged {
+		t.Errorf("again: %+v, %v", result, err)
+	}
+	check(t, os.Remove(w.path("site/watched")))
+	if _, err := w.deploy(t, tx); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("without the file: %v", err)
+	}
+}
+
+// TestWarnings: what a transaction that succeeds has to say is not lost.
+func TestWarnings(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	s := w.mustStore(t, func(s step) error {
+		if s.op == "remove" && strings.HasSuffix(s.path, ".json") {
+			return errors.New("input/output error")
+		}
+		return nil
+	})
+	result, err := s.Deploy(t.Context(), w.renewal())
+	if err != nil || len(result.Warnings) != 1 || !strings.Contains(result.Warnings[0], "cleaning up") {
+		t.Errorf("got %+v, %v", result, err)
+	}
+}
+
 // TestChangedMeanwhile: what someone else writes between the look and the
 // rename is not lost.
 func TestChangedMeanwhile(t *testing.T) {

@@ -137,12 +137,11 @@ func (d disk) setAttributes(f *os.File, path string, a attributes) error {
 		return err
 	}
 	uid, gid := a.UID, a.GID
-	if has, hasGroup := ownerOf(info); uid == has {
+	hasUID, hasGID := ownerOf(info)
+	if uid == hasUID {
 		uid = -1
-		if gid == hasGroup {
-			gid = -1
-		}
-	} else if gid == hasGroup {
+	}
+	if gid == hasGID {
 		gid = -1
 	}
 	if uid != -1 || gid != -1 {

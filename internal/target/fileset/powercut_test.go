@@ -3,10 +3,12 @@ package fileset
 import (
 	"context"
 	"crypto/sha256"
+	"flag"
 	"fmt"
 	"io"
 	"io/fs"
 	"maps"
+	"math/rand/v2"
 	"os"
 	"path"
 	"path/filepath"
@@ -152,6 +154,10 @@ type image map[string]content
 
 const isDir = "directory\x00"
 
+// maxStates bounds the states after one step. Of more, a sample is taken, the
+// same in each run.
+var maxStates = flag.Int("states", 20, "power-cut states to try after one step")
+
 // images calls use for each state that a power cut right now can leave.
 func (m *disks) images(use func(image)) {
 	var choices []int // how many states each undecided thing has
@@ -166,7 +172,21 @@ func (m *disks) images(use func(image)) {
 			choices = append(choices, 6)
 		}
 	}
+	total := 1
+	for _, n := range choices {
+		total *= n
+	}
 	pick := make([]int, len(choices))
+	if total > *maxStates {
+		random := rand.New(rand.NewPCG(uint64(total), 0))
+		for range *maxStates {
+			for i, n := range choices {
+				pick[i] = random.IntN(n)
+			}
+			m.image(paths, loose, pick, use)
+		}
+		return
+	}
 	for {
 		m.image(paths, loose, pick, use)
 		i := 0

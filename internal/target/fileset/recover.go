@@ -145,6 +145,9 @@ func (s *Store) undo(ctx context.Context, r *record) error {
 // to be told. Where there was no old file it has nothing to go back to.
 func (s *Store) settleOld(r *record) error {
 	if !r.hadFiles() {
+		if err := s.dropSet(r); err != nil {
+			return err
+		}
 		return s.forget(r.Target)
 	}
 	r.Phase, r.Owed = restored, nil

@@ -143,16 +143,14 @@ func (t *transaction) place(f *dest) error {
 	case f.now == nil || !same(info, f.now):
 		return errReplaced
 	}
-	f.placed = true
 	err = t.disk.rename(f.at, f.Stage, f.Name)
 	if errors.Is(err, syscall.EBUSY) && f.now != nil {
 		return t.overwrite(f)
 	}
 	if err != nil {
-		f.placed = false
 		return err
 	}
-	f.now = f.staged
+	f.placed, f.now = true, f.staged
 	return nil
 }
 
@@ -169,11 +167,10 @@ func (t *transaction) overwrite(f *dest) error {
 		return err
 	}
 	t.log.Warn("file cannot be renamed over, as if it were mounted there: overwriting it in place", "file", f.at.join(f.Name))
-	f.InPlace = true
-	if err := t.mark(swapping); err != nil {
-		f.InPlace, f.placed = false, false
+	if err := t.noteInPlace(&t.record, f); err != nil {
 		return err
 	}
+	f.placed = true
 	if err := t.disk.overwrite(f.at, f.Name, f.now, f.data, f.want); err != nil {
 		return err
 	}
@@ -249,8 +246,8 @@ func (s *Store) putBack(r *record, f *dest) error {
 			return errors.Join(reason(err), mayNot)
 		}
 	}
-	// With no space for the journal either, a crash in the next moments makes
-	// this file look as if a person had changed it: better than to give up.
+	// With no space for the journal either, a crash in the next moment would
+	// make this file look changed by a person. Giving up would be worse.
 	if err := s.noteInPlace(r, f); err != nil && !full {
 		return err
 	}
