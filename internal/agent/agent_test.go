@@ -131,6 +131,13 @@ func (w *world) start() {
 	go func() { w.result <- w.agent.Run(ctx) }()
 }
 
+// slowEvery is the interval of a test that spans weeks: with the usual ones it
+// would spend a minute on heartbeats.
+const slowEvery = 20 * time.Minute
+
+// slowDown makes everything happen every slowEvery.
+func (w *world) slowDown() { w.options.HeartbeatInterval, w.options.PollInterval = slowEvery, slowEvery }
+
 // stop stops the agent as SIGTERM does, and returns what Run returned.
 func (w *world) stop() error {
 	w.cancel()

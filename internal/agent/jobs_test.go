@@ -168,6 +168,7 @@ func TestDeploymentThatCannotBeginIsTriedAgain(t *testing.T) {
 func TestDeploymentThatNeverBeginsIsGivenUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
+		w.slowDown()
 		w.work = once(1, deployment("j1", "t1"))
 		w.deploy = func(_, _ context.Context, _ api.Job) (deploy.Outcome, error) { return deploy.Outcome{}, errTest }
 		w.start()
@@ -175,7 +176,7 @@ func TestDeploymentThatNeverBeginsIsGivenUp(t *testing.T) {
 		if got := w.done("report"); got != "" {
 			t.Errorf("%s, before a week has passed", got)
 		}
-		time.Sleep(15 * time.Minute)
+		time.Sleep(slowEvery + 7*time.Minute) // the next try
 		if got := w.done("report"); got != "report j1 Failed" {
 			t.Errorf("reports after a week: %q, want j1 Failed", got)
 		}
@@ -367,6 +368,7 @@ func TestDelivery(t *testing.T) {
 func TestReportsAreGivenUpAfterAWeek(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
+		w.slowDown()
 		w.work = once(1, deployment("j1", "t1"))
 		w.report = func(string, api.JobStatus) error { return errTest }
 		w.start()
@@ -374,7 +376,7 @@ func TestReportsAreGivenUpAfterAWeek(t *testing.T) {
 		if len(w.ledger.Undelivered()) != 1 {
 			t.Error("given up before a week has passed")
 		}
-		time.Sleep(10 * time.Minute)
+		time.Sleep(slowEvery + 7*time.Minute) // the next try
 		if len(w.ledger.Undelivered()) != 0 || !strings.Contains(w.log.String(), "a week has passed") {
 			t.Error("not given up after a week, or not said")
 		}

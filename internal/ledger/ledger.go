@@ -206,8 +206,12 @@ func (l *Ledger) room(more, size int) error {
 	return nil
 }
 
-// Start notes that a job has begun.
+// Start notes that a job has begun. A job that begins again, because its last
+// try could not, costs the disk nothing.
 func (l *Ledger) Start(job string) error {
+	if r := l.get(job); r != nil && r.State == running && r.begun {
+		return nil
+	}
 	return l.change("start", job, func(r *record) { r.State, r.begun = running, true })
 }
 
