@@ -85,6 +85,7 @@ func (c *checker) handshake(ctx context.Context, proxy *url.URL) bool {
 		return false
 	}
 	request.Header.Set("User-Agent", buildinfo.UserAgent())
+	request.Header.Set("Content-Type", "application/json") // every request has it, docs/protocol.md
 	response, err := client.Do(request)
 	if err != nil {
 		c.fail("tls", tlsRemedy(err), "%v", err)

@@ -1,0 +1,75 @@
+// Package deploy_test holds what ships beside the binary to what it promises:
+// by the tools of each supervisor, and where there is one, by the supervisor.
+package deploy_test
+
+import (
+	"bytes"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// output runs a program and returns what it printed; a failure ends the test.
+func output(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	out, err := tryOutput(exec.CommandContext(t.Context(), name, args...))
+	if err != nil {
+		t.Fatalf("%s %s: %v\n%s", filepath.Base(name), strings.Join(args, " "), err, out)
+	}
+	return out
+}
+
+func tryOutput(cmd *exec.Cmd) (string, error) {
+	// A grandchild that keeps the pipe must not hold the test.
+	cmd.WaitDelay = time.Second
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	err := cmd.Run()
+	return strings.TrimSpace(out.String()), err
+}
+
+// makeTarget runs make in the project with its products in a directory of the
+// test's own.
+func makeTarget(t *testing.T, target, dist string, variables ...string) string {
+	t.Helper()
+	return output(t, "make", append([]string{"-s", "-C", "..", target, "DIST=" + dist}, variables...)...)
+}
+
+// eventually waits for something that happens outside this process, where only
+// asking again tells.
+func eventually(t *testing.T, limit time.Duration, what string, done func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(limit)
+	for !done() {
+		if t.Failed() || time.Now().After(deadline) {
+			t.Fatalf("waited %v for %s", limit, what)
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+func readFile(t *testing.T, path string) string {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(data)
+}
+
+func writeFile(t *testing.T, path, text string, mode os.FileMode) {
+	t.Helper()
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(text), mode); err != nil {
+		t.Fatal(err)
+	}
+	// Whatever the umask, and the mode of a file that was there.
+	if err := os.Chmod(path, mode); err != nil {
+		t.Fatal(err)
+	}
+}
