@@ -184,7 +184,10 @@ func (d *daemon) build(policy *target.Policy, recovery fileset.Recovery, p proce
 			Policy:     policy,
 			Verify:     cfg.VerifyDeployment,
 			Log:        d.log,
-			Heard:      func(call string, err error) { d.agent.Heard(call, err) },
+			Query: func(ctx context.Context, c target.Command) ([]byte, error) {
+				return command.Query(ctx, c.Argv, c.Timeout)
+			},
+			Heard: func(call string, err error) { d.agent.Heard(call, err) },
 		}),
 		Surveyor:          surveyor,
 		Ledger:            d.ledger,

@@ -54,6 +54,10 @@ type Options struct {
 	// Probe asks an endpoint for its certificate. Nil: tlsprobe.Probe.
 	Probe func(context.Context, tlsprobe.Endpoint) (tlsprobe.Result, error)
 
+	// Query runs a command of a server to learn from what it prints. Nil: no
+	// server is asked, and a masked path has to come from an overlay.
+	Query func(context.Context, target.Command) ([]byte, error)
+
 	// Heard is told of each report that failed and that Deploy itself does not
 	// act on, so that a 410 is not lost. Nil: nobody listens.
 	Heard func(call string, err error)

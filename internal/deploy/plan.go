@@ -49,7 +49,7 @@ func (a *attempt) plan() error {
 		return err
 	}
 	a.connector, err = build(target.Params{
-		TargetID: a.job.TargetID, Config: a.config, Common: a.common, Policy: a.o.Policy, Log: a.log})
+		TargetID: a.job.TargetID, Config: a.config, Common: a.common, Policy: a.o.Policy, Query: a.o.Query, Log: a.log})
 	if err != nil {
 		return err
 	}

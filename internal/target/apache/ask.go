@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -54,13 +53,20 @@ func (c *Connector) askServer(ctx context.Context) (target.ServerPair, error) {
 	return target.KeyFor(c.config.CertPath, r.pairs)
 }
 
-var includedFile = regexp.MustCompile(`(?m)^\s*\((?:\*|\d+)\) (/.*\S)\s*$`)
-
-// includedFiles reads the answer to DUMP_INCLUDES, each file once.
+// includedFiles reads the answer to DUMP_INCLUDES, each file once. A line is
+// the number of the line that includes the file, or a star, in parentheses, and
+// the file.
 func includedFiles(dump string) []string {
 	var files []string
-	for _, match := range includedFile.FindAllStringSubmatch(dump, -1) {
-		if file := filepath.Clean(match[1]); !slices.Contains(files, file) {
+	for line := range strings.Lines(dump) {
+		number, file, ok := strings.Cut(strings.TrimSpace(line), ") ")
+		if !ok || !strings.HasPrefix(number, "(") || !filepath.IsAbs(file) {
+			continue
+		}
+		if number = number[1:]; number == "" || number != "*" && strings.Trim(number, "0123456789") != "" {
+			continue
+		}
+		if file = filepath.Clean(file); !slices.Contains(files, file) {
 			files = append(files, file)
 		}
 	}

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -16,9 +15,19 @@ import (
 // complete.
 const manifest = "manifest.json"
 
-// setName begins with a number that grows with each set of a target: the wall
-// clock may go backwards.
-var setName = regexp.MustCompile(`^[0-9]{8}-[0-9]{8}T[0-9]{6}Z$`)
+// setTime is the layout of the end of a backup set's name.
+const setTime = "20060102T150405Z"
+
+// isSetName reports whether name is one of nextSet's. They begin with a number
+// that grows with each set of a target: the wall clock may go backwards.
+func isSetName(name string) bool {
+	number, at, ok := strings.Cut(name, "-")
+	if !ok || len(number) != 8 || strings.Trim(number, "0123456789") != "" {
+		return false
+	}
+	_, err := time.Parse(setTime, at)
+	return err == nil && len(at) == len(setTime)
+}
 
 // nextSet is the name for a new backup set of a target.
 func (s *Store) nextSet(id string) (string, error) {
@@ -32,7 +41,7 @@ func (s *Store) nextSet(id string) (string, error) {
 			return "", err
 		}
 	}
-	return fmt.Sprintf("%08d-%s", number+1, time.Now().UTC().Format("20060102T150405Z")), nil
+	return fmt.Sprintf("%08d-%s", number+1, time.Now().UTC().Format(setTime)), nil
 }
 
 // sets lists the backup sets of a target, oldest first.
@@ -43,7 +52,7 @@ func (s *Store) sets(id string) ([]string, error) {
 	}
 	var names []string
 	for _, e := range entries {
-		if setName.MatchString(e.Name()) {
+		if isSetName(e.Name()) {
 			names = append(names, e.Name())
 		}
 	}

@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io/fs"
 	"path/filepath"
-	"regexp"
 	"strings"
 
 	"certctl-agent/internal/api"
@@ -138,11 +137,11 @@ func (r *record) check() error {
 	default:
 		return fmt.Errorf("journal record has an unknown phase %q", r.Phase)
 	}
-	if !api.ValidID(r.Target) || r.Set != "" && !setName.MatchString(r.Set) {
+	if !api.ValidID(r.Target) || r.Set != "" && !isSetName(r.Set) {
 		return errors.New("journal record has a bad name in it")
 	}
 	for _, f := range r.Files {
-		if !filepath.IsAbs(f.Dir) || !plain(f.Name) || !temporaryName.MatchString(f.Stage) || !temporaryName.MatchString(f.Restore) ||
+		if !filepath.IsAbs(f.Dir) || !plain(f.Name) || !isTemporaryName(f.Stage) || !isTemporaryName(f.Restore) ||
 			f.Old != nil && !plain(f.Old.Backup) {
 			return errors.New("journal record has a bad name in it")
 		}
@@ -154,7 +153,11 @@ func plain(name string) bool {
 	return name != "" && name != "." && name != ".." && !strings.ContainsAny(name, "/\x00")
 }
 
-var temporaryName = regexp.MustCompile(`^\.certctl-[a-z2-7]{20}$`)
+// isTemporaryName reports whether temporary made the name.
+func isTemporaryName(name string) bool {
+	random, ok := strings.CutPrefix(name, ".certctl-")
+	return ok && len(random) == 20 && strings.Trim(random, "abcdefghijklmnopqrstuvwxyz234567") == ""
+}
 
 // temporary returns a new name for a temporary file. The dot makes servers
 // that load a whole directory skip it.

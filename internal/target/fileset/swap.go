@@ -99,7 +99,7 @@ func (s *Store) sweep(d *dir) error {
 		return fmt.Errorf("list %s: %w", d.path, reason(err))
 	}
 	for _, e := range entries {
-		if !temporaryName.MatchString(e.Name()) || !e.Type().IsRegular() {
+		if !isTemporaryName(e.Name()) || !e.Type().IsRegular() {
 			continue
 		}
 		if err := s.disk.remove(d, e.Name()); err != nil {

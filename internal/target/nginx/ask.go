@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -28,8 +27,8 @@ func (c *Connector) askServer(ctx context.Context) (target.ServerPair, error) {
 	dump, err := c.params.Query(ctx, target.Command{Argv: append(argv, "-T", "-q"), Timeout: c.validate.Timeout})
 	if err == nil {
 		pairs, err = pairsInDump(string(dump))
-	} else if tested := testedFile.FindStringSubmatch(err.Error()); tested != nil {
-		pairs, err = pairsOnDisk(tested[1])
+	} else if file := testedFile(err.Error()); file != "" {
+		pairs, err = pairsOnDisk(file)
 	}
 	if err != nil {
 		return target.ServerPair{}, fmt.Errorf("ask nginx for its configuration: %w", err)
@@ -37,8 +36,24 @@ func (c *Connector) askServer(ctx context.Context) (target.ServerPair, error) {
 	return target.KeyFor(c.config.CertPath, pairs)
 }
 
-// testedFile is in what nginx says when a test has failed.
-var testedFile = regexp.MustCompile(`configuration file (/\S+) test failed`)
+// testedFile finds the configuration file in what nginx says when a test has
+// failed, "" where it does not say that.
+func testedFile(output string) string {
+	before, _, failed := strings.Cut(output, " test failed")
+	_, file, named := lastCut(before, "configuration file ")
+	if !failed || !named || !strings.HasPrefix(file, "/") || strings.ContainsAny(file, " \t") {
+		return ""
+	}
+	return file
+}
+
+// lastCut is strings.Cut at the last separator.
+func lastCut(s, separator string) (before, after string, found bool) {
+	if i := strings.LastIndex(s, separator); i >= 0 {
+		return s[:i], s[i+len(separator):], true
+	}
+	return s, "", false
+}
 
 // findCall looks for nginx itself in the commands of a job.
 func findCall(commands ...[]string) ([]string, error) {
