@@ -1,7 +1,6 @@
 package discovery
 
 import (
-	"crypto/dsa"
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/rsa"
@@ -101,7 +100,7 @@ var otherCurves = map[string]int{
 
 var (
 	oidECDSA            = asn1.ObjectIdentifier{1, 2, 840, 10045, 2, 1}
-	oidRSA              = asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 1, 1}
+	oidDSA              = asn1.ObjectIdentifier{1, 2, 840, 10040, 4, 1}
 	oidSubjectAltName   = asn1.ObjectIdentifier{2, 5, 29, 17}
 	oidBasicConstraints = asn1.ObjectIdentifier{2, 5, 29, 19}
 )
@@ -166,24 +165,22 @@ type publicKeyInfo struct {
 }
 
 func (p publicKeyInfo) read() (x509.PublicKeyAlgorithm, any) {
-	spki, err := asn1.Marshal(p)
-	if err == nil {
-		if key, err := x509.ParsePKIXPublicKey(spki); err == nil {
-			if _, ok := key.(*dsa.PublicKey); ok {
-				return x509.DSA, key
-			}
-			return x509.UnknownPublicKeyAlgorithm, key
-		}
-	}
 	switch {
+	case p.Algorithm.ID.Equal(oidDSA):
+		return x509.DSA, nil
 	case p.Algorithm.ID.Equal(oidECDSA):
 		var curve asn1.ObjectIdentifier
 		if _, err := asn1.Unmarshal(p.Algorithm.Parameters.FullBytes, &curve); err == nil && otherCurves[curve.String()] > 0 {
 			return x509.ECDSA, curveKey{otherCurves[curve.String()]}
 		}
+	}
+	if spki, err := asn1.Marshal(p); err == nil {
+		if key, err := x509.ParsePKIXPublicKey(spki); err == nil {
+			return x509.UnknownPublicKeyAlgorithm, key
+		}
+	}
+	if p.Algorithm.ID.Equal(oidECDSA) {
 		return x509.ECDSA, nil
-	case p.Algorithm.ID.Equal(oidRSA):
-		return x509.RSA, nil
 	}
 	return x509.UnknownPublicKeyAlgorithm, nil
 }

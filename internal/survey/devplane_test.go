@@ -1,0 +1,88 @@
+package survey_test
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/controlplane"
+	"certctl-agent/internal/devplane"
+	"certctl-agent/internal/discovery"
+	"certctl-agent/internal/discovery/corpus"
+	"certctl-agent/internal/secret"
+	"certctl-agent/internal/survey"
+)
+
+// repeated hands out one certificate at many paths.
+type repeated struct {
+	cert api.DiscoveredCertificate
+	n    int
+}
+
+func (r repeated) Scan(_ context.Context, emit func([]api.DiscoveredCertificate) error) (discovery.Summary, error) {
+	for i := range r.n {
+		cert := r.cert
+		cert.SourcePath = fmt.Sprintf("/srv/%05d.pem", i)
+		if err := emit([]api.DiscoveredCertificate{cert}); err != nil {
+			return discovery.Summary{}, err
+		}
+	}
+	return discovery.Summary{Certificates: r.n}, nil
+}
+
+// TestArrivesComplete: real scan, real client, and a control plane with the
+// limits that deployed ones have, busy with other agents: of its 50 requests a
+// second, few are left.
+func TestArrivesComplete(t *testing.T) {
+	dir := t.TempDir()
+	tree, err := corpus.Write(dir, corpus.Options{Seed: 5, Files: 3000, Certificates: 1200, Odd: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	synctest.Test(t, func(t *testing.T) {
+		scanner, err := discovery.New(discovery.Options{Dirs: []string{dir}, Log: slog.New(slog.DiscardHandler)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var one api.DiscoveredCertificate
+		if _, err := scanner.Scan(t.Context(), func(found []api.DiscoveredCertificate) error {
+			one = found[0]
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		for _, test := range []struct {
+			name    string
+			scanner survey.Scanner
+			want    int
+		}{{"scan", scanner, len(tree.Certificates)}, {"50,000", repeated{one, 50_000}, 50_000}} {
+			plane, err := devplane.New(devplane.Options{RateLimit: true, Rate: 0.5, Burst: 2})
+			if err != nil {
+				t.Fatal(err)
+			}
+			agent := plane.AddAgent("agent-1", "a")
+			client := controlplane.New(controlplane.Options{Server: plane.ServerURL(), AgentID: agent, APIKey: secret.New(plane.APIKey),
+				Roots: plane.Roots(), UserAgent: "certctl-agent/1 (linux/amd64)", Dial: plane.Dial})
+			began := time.Now()
+			stats, err := survey.New(survey.Options{Scanner: test.scanner, Plane: client, AgentID: agent, Dirs: scanner.Dirs(),
+				Interval: 6 * time.Hour, Log: slog.New(slog.DiscardHandler)}).Run(t.Context())
+			if err != nil {
+				t.Errorf("%s: %v", test.name, err)
+			}
+			if arrived := len(plane.Discoveries()); arrived != test.want || stats.Reported != test.want {
+				t.Errorf("%s: %d certificates arrived, %d reported, want %d", test.name, arrived, stats.Reported, test.want)
+			}
+			if problems := plane.Problems(); len(problems) > 0 {
+				t.Errorf("%s: against the protocol: %.3q", test.name, problems)
+			}
+			t.Logf("%s: %d certificates in %d reports of %d requests, %v", test.name, stats.Reported, stats.Reports,
+				plane.Count(devplane.CallDiscoveries), time.Since(began).Round(time.Second))
+			client.Close()
+			plane.Close()
+		}
+	})
+}
