@@ -12,7 +12,6 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
-	"regexp"
 	"strings"
 	"syscall"
 	"time"
@@ -191,9 +190,32 @@ func (a *admin) send(ctx context.Context, method, path string, body []byte, head
 	return &reply{answer, cmp.Or(response.Trailer.Get("Etag"), response.Header.Get("Etag"))}, nil
 }
 
-// keyMaterial is what could be some: PEM to the end, and what looks like a
-// line of it.
-var keyMaterial = regexp.MustCompile(`(?s)-----BEGIN.*|[A-Za-z0-9+/=]{40,}`)
+// withoutKeys leaves out what could be key material: PEM to the end, and what
+// looks like a line of it.
+func withoutKeys(text string) string {
+	const base64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
+	const suspicious = 40 // characters; PEM lines have 64
+	text, _, cut := strings.Cut(text, "-----BEGIN")
+	var kept strings.Builder
+	for text != "" {
+		rest := strings.TrimLeft(text, base64)
+		if run := len(text) - len(rest); run < suspicious {
+			kept.WriteString(text[:run])
+		} else {
+			kept.WriteString("[...]")
+		}
+		end := strings.IndexAny(rest, base64)
+		if end < 0 {
+			end = len(rest)
+		}
+		kept.WriteString(rest[:end])
+		text = rest[end:]
+	}
+	if cut {
+		kept.WriteString("[...]")
+	}
+	return kept.String()
+}
 
 // message is what Caddy says in an error, without anything of the request that
 // it may quote.
@@ -204,5 +226,5 @@ func message(answer []byte) string {
 	if json.Unmarshal(answer, &said) != nil {
 		said.Error = string(answer[:min(len(answer), 8*maxMessage)])
 	}
-	return printable.Clip(keyMaterial.ReplaceAllString(said.Error, "[...]"), maxMessage)
+	return printable.Clip(withoutKeys(said.Error), maxMessage)
 }
