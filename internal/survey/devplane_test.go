@@ -59,7 +59,7 @@ func TestArrivesComplete(t *testing.T) {
 			name    string
 			scanner survey.Scanner
 			want    int
-		}{{"scan", scanner, len(tree.Certificates)}, {"50,000", repeated{one, 50_000}, 50_000}} {
+		}{{"scan", scanner, len(tree.Certificates)}, {"many", repeated{one, many}, many}} {
 			plane, err := devplane.New(devplane.Options{RateLimit: true, Rate: 0.5, Burst: 2})
 			if err != nil {
 				t.Fatal(err)
