@@ -136,7 +136,9 @@ func (w *world) start() {
 const slowEvery = 20 * time.Minute
 
 // slowDown makes everything happen every slowEvery.
-func (w *world) slowDown() { w.options.HeartbeatInterval, w.options.PollInterval = slowEvery, slowEvery }
+func (w *world) slowDown() {
+	w.options.HeartbeatInterval, w.options.PollInterval = slowEvery, slowEvery
+}
 
 // stop stops the agent as SIGTERM does, and returns what Run returned.
 func (w *world) stop() error {
