@@ -50,6 +50,14 @@ lint: ## gofmt, vet, go fix, staticcheck, the architecture test
 	$(GO) run $(STATICCHECK) ./...
 	$(GO) test ./internal/architecture
 
+.PHONY: bench
+bench: build ## measure: size, start, memory, pacing of a fleet, discovery
+	@printf 'size of the binary: %s bytes\n' "$$(wc -c < bin/certctl-agent)"
+	$(GO) test -run '^$$' -bench 'FirstLogLine' -benchtime 50x ./cmd/certctl-agent
+	$(GO) test -run '^$$' -bench 'IdleMemory' -benchtime 1x ./cmd/certctl-agent
+	$(GO) test -count 1 -run Fleet -v ./internal/pace
+	$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 60m ./internal/discovery
+
 .PHONY: cover
 cover: ## test coverage of internal/
 	$(GO) test -coverpkg=./internal/... -coverprofile=cover.out ./...

@@ -1,0 +1,114 @@
+package main
+
+import (
+	"bufio"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"certctl-agent/internal/devplane"
+)
+
+// figureAgent is the stripped binary, run as the daemon for a control plane in
+// memory. Benchmarks measure it as a whole process.
+type figureAgent struct {
+	path string
+	args []string
+	env  []string
+}
+
+func newFigureAgent(b *testing.B) figureAgent {
+	b.Helper()
+	path := filepath.Join(b.TempDir(), "certctl-agent")
+	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", path, ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		b.Fatalf("build: %v\n%s", err, out)
+	}
+	plane := devplane.Start(b, devplane.Options{})
+	config := filepath.Join(b.TempDir(), "agent.env")
+	if err := os.WriteFile(config, nil, 0o600); err != nil {
+		b.Fatal(err)
+	}
+	return figureAgent{
+		path: path,
+		args: []string{"-config", config, "-server", plane.URL, "-ca-bundle", plane.CAFile(), "-agent-id", plane.RegisterAgent("bench"),
+			"-key-dir", filepath.Join(b.TempDir(), "keys"), "-startup-jitter=false"},
+		env: []string{"CERTCTL_API_KEY=" + plane.APIKey},
+	}
+}
+
+func (f figureAgent) start(b *testing.B) (agent *exec.Cmd, lines *bufio.Scanner) {
+	b.Helper()
+	agent = exec.Command(f.path, f.args...)
+	agent.Env = f.env
+	output, err := agent.StdoutPipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	if err := agent.Start(); err != nil {
+		b.Fatal(err)
+	}
+	return agent, bufio.NewScanner(output)
+}
+
+// BenchmarkFirstLogLine is the time from exec to the first line of the log.
+func BenchmarkFirstLogLine(b *testing.B) {
+	f := newFigureAgent(b)
+	var took []time.Duration
+	for b.Loop() {
+		begun := time.Now()
+		agent, lines := f.start(b)
+		if !lines.Scan() {
+			b.Fatal("the agent logged nothing")
+		}
+		took = append(took, time.Since(begun))
+		_ = agent.Process.Kill()
+		_ = agent.Wait()
+	}
+	slices.Sort(took)
+	b.ReportMetric(float64(took[len(took)/2].Microseconds())/1000, "ms/median")
+}
+
+// BenchmarkIdleMemory is the resident memory of an agent that is connected and
+// has nothing to do.
+func BenchmarkIdleMemory(b *testing.B) {
+	if _, err := os.Stat("/proc/self/status"); err != nil {
+		b.Skip("resident memory is read from /proc")
+	}
+	f := newFigureAgent(b)
+	for b.Loop() {
+		agent, lines := f.start(b)
+		for lines.Scan() && !strings.Contains(lines.Text(), "first heartbeat accepted") {
+		}
+		time.Sleep(3 * time.Second)
+		b.ReportMetric(float64(residentKiB(b, agent.Process.Pid))/1024, "MiB")
+		_ = agent.Process.Kill()
+		_ = agent.Wait()
+	}
+}
+
+func residentKiB(b *testing.B, pid int) int {
+	b.Helper()
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		b.Fatal(err)
+	}
+	for line := range strings.Lines(string(data)) {
+		if fields := strings.Fields(line); len(fields) > 1 && fields[0] == "VmRSS:" {
+			kib, err := strconv.Atoi(fields[1])
+			if err != nil {
+				b.Fatal(err)
+			}
+			return kib
+		}
+	}
+	b.Fatal("no VmRSS")
+	return 0
+}
