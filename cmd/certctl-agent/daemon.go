@@ -55,6 +55,7 @@ type daemon struct {
 	key    atomic.Pointer[func() secret.String] // where the client gets the API key; replaced by a reload
 	agent  *agent.Agent
 
+	hangups chan os.Signal // SIGHUP
 	closers []func()
 }
 
@@ -78,6 +79,11 @@ func runDaemon(ctx context.Context, p process) error {
 	// After the first signal the second one has its default effect: the
 	// process ends at once, and the journal has what the next start needs.
 	context.AfterFunc(ctx, stop)
+	// From here on a SIGHUP waits until it can be served, and does not end the
+	// process.
+	d.hangups = make(chan os.Signal, 1)
+	signal.Notify(d.hangups, syscall.SIGHUP)
+	defer signal.Stop(d.hangups)
 
 	d.log.Info("certctl-agent starts", "version", buildinfo.Version(), "commit", buildinfo.Commit(), "go", runtime.Version(),
 		"pid", os.Getpid(), "agent_id", cfg.AgentID, "server", cfg.Server.String(), "config", cfg)
@@ -270,13 +276,10 @@ func (d *daemon) serve(ctx context.Context, p process) error {
 	defer server.Close()
 	beside.Go(server.Serve)
 
-	hangups := make(chan os.Signal, 1)
-	signal.Notify(hangups, syscall.SIGHUP)
-	defer signal.Stop(hangups)
 	beside.Go(func() {
 		for {
 			select {
-			case <-hangups:
+			case <-d.hangups:
 				d.reload()
 			case <-running.Done():
 				return

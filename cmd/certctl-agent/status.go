@@ -6,7 +6,12 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io/fs"
+	"maps"
+	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 
 	"certctl-agent/internal/config"
 	"certctl-agent/internal/status"
@@ -22,6 +27,10 @@ else: no API key, no agent id, no network.
   -check    liveness probe: exit 1 only when there is no daemon or its loop is
             stuck; an outage of the control plane is no reason to restart
   -ready    readiness probe: exit 1 also without contact for five intervals
+
+Examples:
+  certctl-agent status
+  certctl-agent status -check -state-dir /var/lib/certctl/keys/.state
 
 Exit status: 0 running (and, for the probes, well), 1 not, 2 usage.
 
@@ -45,6 +54,9 @@ func runStatus(ctx context.Context, p process) error {
 	if err != nil {
 		return err
 	}
+	if chosen := given(map[string]bool{"-json": asJSON, "-metrics": asMetrics, "-check": check, "-ready": ready}); len(chosen) > 1 {
+		return config.NewUsageError("%s exclude one another", strings.Join(chosen, " and "))
+	}
 	snapshot, err := ask(ctx, cfg.StateDir)
 	if err != nil {
 		return err
@@ -64,16 +76,26 @@ func runStatus(ctx context.Context, p process) error {
 	return status.Render(p.stdout, snapshot)
 }
 
+// given lists the flags that are set.
+func given(flags map[string]bool) []string {
+	maps.DeleteFunc(flags, func(_ string, set bool) bool { return !set })
+	return slices.Sorted(maps.Keys(flags))
+}
+
 // ask finds the daemon of a state directory. Which agent id and server it runs
 // for is not known here, so each instance's socket is tried.
 func ask(ctx context.Context, stateDir string) (status.Snapshot, error) {
-	sockets, err := filepath.Glob(filepath.Join(stateDir, "*", status.SocketName))
-	if err != nil {
+	instances, err := os.ReadDir(stateDir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return status.Snapshot{}, err
 	}
 	var failures []error
-	for _, socket := range sockets {
-		snapshot, err := status.Get(ctx, filepath.Dir(socket))
+	for _, instance := range instances {
+		dir := filepath.Join(stateDir, instance.Name())
+		if _, err := os.Stat(filepath.Join(dir, status.SocketName)); errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		snapshot, err := status.Get(ctx, dir)
 		if err == nil {
 			return snapshot, nil
 		}
