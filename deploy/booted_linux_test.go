@@ -141,7 +141,7 @@ func (b *booted) start(t *testing.T) {
 	}
 	// Failures are made below: the pauses between them need not be a fleet's.
 	for _, name := range []string{unit, unprivileged} {
-		writeFile(t, b.path("/etc/systemd/system/"+name+".d/test.conf"), "[Service]\nWatchdogSec=3s\nRestartSec=300ms\n", 0o644)
+		writeFile(t, b.path("/etc/systemd/system/"+name+".d/test.conf"), "[Service]\nWatchdogSec=5s\nRestartSec=300ms\n", 0o644)
 	}
 	b.run(t, "systemctl", "daemon-reload")
 	b.run(t, "systemctl", "enable", "--now", unit) // returns after READY=1
