@@ -68,13 +68,15 @@ func (sc scenario) run(w world, before func(step) error) error {
 	return err
 }
 
-// hook calls before for each step, and then the scenario's own fault.
+// hook calls before for each step that the scenario's own fault lets happen.
 func (sc scenario) hook(w world, before func(step) error) func(step) error {
 	return func(s step) error {
-		if err := before(s); err != nil || sc.fault == nil {
-			return err
+		if sc.fault != nil {
+			if err := sc.fault(w)(s); err != nil {
+				return err
+			}
 		}
-		return sc.fault(w)(s)
+		return before(s)
 	}
 }
 
@@ -137,7 +139,7 @@ func TestKilled(t *testing.T) {
 			if got := w.condition(sc.first); got != sc.want {
 				t.Fatalf("%s without a crash: %s, want %s", sc.name, got, sc.want)
 			}
-			for n := 1; n <= steps; n++ {
+			for n := 1; n <= steps; n += stride {
 				t.Run(fmt.Sprintf("%s/%d", sc.name, n), func(t *testing.T) {
 					t.Parallel()
 					w := newWorld(t, ramDir(t))

@@ -285,8 +285,6 @@ func check(t testing.TB, err error) {
 	}
 }
 
-func ptr[T any](v T) *T { return &v }
-
 // mounted makes renames onto one file fail, as if it were mounted there.
 func mounted(path string) func(step) error {
 	return func(s step) error {

@@ -101,7 +101,7 @@ func TestConfiguredModeDropsACL(t *testing.T) {
 	w.old(t)
 	set(t, w.path("private/key.pem"), accessACL, acl(65534, 4, 4))
 	tx := w.renewal()
-	tx.Files[0].Mode = ptr(fs.FileMode(0o640))
+	tx.Files[0].Mode = new(fs.FileMode(0o640))
 	for _, unchanged := range []bool{false, true} {
 		result, err := w.deploy(t, tx)
 		if err != nil || result.Unchanged != unchanged {
@@ -120,7 +120,7 @@ func TestInheritedACL(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	set(t, w.path("private"), "system.posix_acl_default", acl(65534, 7, 7))
 	tx := w.renewal()
-	tx.Files[0].Mode = ptr(fs.FileMode(0o660))
+	tx.Files[0].Mode = new(fs.FileMode(0o660))
 	_, err := w.deploy(t, tx)
 	check(t, err)
 	if got := attributesOf(t, w.path("private/key.pem")); got[accessACL] != nil {

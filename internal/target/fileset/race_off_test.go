@@ -1,0 +1,5 @@
+//go:build !race
+
+package fileset
+
+const stride = 1
