@@ -74,11 +74,10 @@ func TestBooted(t *testing.T) {
 	}
 }
 
-func (b *booted) installDeb(t *testing.T, version string) string {
+func (b *booted) installDeb(t *testing.T, version string) {
 	t.Helper()
-	deb := makeDeb(t, version)
-	writeFile(t, b.path("/root/agent.deb"), readFile(t, deb), 0o644)
-	return b.run(t, "dpkg", "--install", "/root/agent.deb")
+	writeFile(t, b.path("/root/agent.deb"), readFile(t, makeDeb(t, version)), 0o644)
+	b.run(t, "dpkg", "--install", "/root/agent.deb")
 }
 
 func (b *booted) install(t *testing.T) {
@@ -223,7 +222,7 @@ func (b *booted) served(t *testing.T) string {
 	return result.Fingerprint
 }
 
-// serveFrom has nginx read its certificate in dir; owner may be empty.
+// serveFrom has nginx serve a certificate of its own from dir.
 func (b *booted) serveFrom(t *testing.T, dir string) {
 	t.Helper()
 	old, err := testca.Must(t).Issue(testca.Template{CommonName: "web.example.org"})
@@ -319,6 +318,10 @@ func (b *booted) sandbox(t *testing.T) {
 			t.Errorf("%s: writable is %v, want %v", test.path, got, test.writable)
 		}
 	}
+	// Files that are mounted read-only there can still be replaced by the host,
+	// and what replaced them is seen: owners of files are named in targets.
+	b.run(t, "useradd", "new-user")
+	b.run(t, "nsenter", "--target", pid, "--mount", "getent", "passwd", "new-user")
 }
 
 func (b *booted) reload(t *testing.T) {
@@ -467,7 +470,7 @@ func (b *booted) remove(t *testing.T) {
 		}
 	}
 	// Installed again it goes on as before.
-	b.installDeb(t, "v1.1.0")
+	b.run(t, "dpkg", "--install", "/root/agent.deb")
 	b.run(t, "systemctl", "start", unit)
 	b.waitContact(t, b.agentID)
 

@@ -142,7 +142,7 @@ func boot(t *testing.T) *machine {
 		default:
 		}
 		children, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", cmd.Process.Pid))
-		for _, child := range strings.Fields(string(children)) {
+		for child := range strings.FieldsSeq(string(children)) {
 			name, _ := os.ReadFile("/proc/" + child + "/comm")
 			if strings.TrimSpace(string(name)) == "systemd" {
 				m.init, _ = strconv.Atoi(child)

@@ -7,12 +7,12 @@ here=$(cd "$(dirname "$0")" && pwd)
 deploy=$(dirname "$here")
 export SOURCE_DATE_EPOCH="${SOURCE_DATE_EPOCH:-0}"
 
-# git describe to Debian: v1.2.3-4-gabc is newer than 1.2.3, a bare commit older
-# than any release. A hyphen would begin a Debian revision.
+# git describe to Debian: v1.2.3-4-gabc is newer than 1.2.3; a bare commit sorts by
+# its time, before any release. A hyphen would begin a Debian revision.
 case $version in
 v[0-9]*) version=${version#v} ;;
 [0-9]*.*) ;;
-*) version="0~$version" ;;
+*) version="0~$(date -u -d "@$SOURCE_DATE_EPOCH" +%Y%m%d%H%M%S).$version" ;;
 esac
 version=$(printf %s "$version" | sed 's/-rc/~rc/; s/-/+/; s/-/./g; s/[^A-Za-z0-9.+~]/./g')
 
@@ -37,7 +37,7 @@ for example in "$deploy"/systemd/examples/*.conf; do
 done
 put 644 "$deploy/man/certctl-agent.8" /usr/share/man/man8/certctl-agent.8
 gzip -9n "$root/usr/share/man/man8/certctl-agent.8"
-printf 'certctl-agent (%s) unstable; urgency=medium\n\n  * See docs/upgrade.md of this version.\n\n -- certctl-agent maintainers <certctl-agent@localhost>  %s\n' \
+printf 'certctl-agent (%s) unstable; urgency=medium\n\n  * See docs/upgrade.md of this version.\n\n -- certctl-agent maintainers <certctl-agent@example.org>  %s\n' \
 	"$version" "$(LC_ALL=C date -u -R -d "@$SOURCE_DATE_EPOCH")" | gzip -9n >"$root$doc/changelog.gz"
 
 mkdir "$root/DEBIAN"
