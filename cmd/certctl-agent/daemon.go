@@ -74,11 +74,17 @@ func runDaemon(ctx context.Context, p process) error {
 	d.level.Set(cfg.LogLevel)
 	defer d.close()
 
-	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	signalled, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	// After the first signal the second one has its default effect: the
-	// process ends at once, and the journal has what the next start needs.
-	context.AfterFunc(ctx, stop)
+	// process ends at once, and the journal has what the next start needs. What
+	// runs learns of the first only when that is so.
+	context.AfterFunc(signalled, func() {
+		stop()
+		cancel(context.Cause(signalled))
+	})
 	// From here on a SIGHUP waits until it can be served, and does not end the
 	// process.
 	d.hangups = make(chan os.Signal, 1)

@@ -79,6 +79,7 @@ func newHost(t *testing.T, options devplane.Options) *host {
 	h.write("reload.sh", h.script("reload"), 0o644)
 	h.env = map[string]string{
 		"PATH":                          os.Getenv("PATH"),
+		"GORACE":                        "atexit_sleep_ms=0", // a second at each end without it
 		"CERTCTL_CONFIG":                h.path("agent.env"), // not the one of this machine
 		"CERTCTL_SERVER_URL":            h.plane.URL,
 		"CERTCTL_SERVER_CA_BUNDLE_PATH": h.plane.CAFile(),
