@@ -451,3 +451,21 @@ func TestOneAtATime(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+func BenchmarkDeploy(b *testing.B) {
+	for _, unchanged := range []bool{true, false} {
+		b.Run(map[bool]string{true: "unchanged", false: "renewal"}[unchanged], func(b *testing.B) {
+			w := newWorld(b, b.TempDir())
+			s := w.mustStore(b, nil)
+			tx := w.renewal()
+			for i := 0; b.Loop(); i++ {
+				if !unchanged {
+					tx.Files[2].Data = []byte{byte(i), byte(i >> 8)}
+				}
+				if _, err := s.Deploy(b.Context(), tx); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}

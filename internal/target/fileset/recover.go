@@ -116,7 +116,7 @@ func (s *Store) recoverLoaded(ctx context.Context, id string, r *record, loadErr
 
 // undo puts the old files of an interrupted transaction back.
 func (s *Store) undo(ctx context.Context, r *record) error {
-	files, err := reopen(r)
+	files, moved, err := reopen(r)
 	defer closeAll(files)
 	if err != nil {
 		return err
@@ -129,8 +129,12 @@ func (s *Store) undo(ctx context.Context, r *record) error {
 	if r.Phase == staging {
 		return s.discard(files, r)
 	}
+	// Whatever else is to be done: these hold keys.
 	if err := s.removeTemporaries(files); err != nil {
 		return err
+	}
+	if moved != nil {
+		return &damagedError{moved}
 	}
 	if err := s.compare(r, files); err != nil {
 		return err
@@ -163,24 +167,26 @@ func (r *record) hadFiles() bool {
 }
 
 // reopen opens the directories of a record. A file whose directory is gone is
-// gone too, and is left out.
-func reopen(r *record) (files []*dest, err error) {
+// gone too, and is left out. The first error is that directories are not where
+// they were, the second that one could not be opened.
+func reopen(r *record) (files []*dest, moved, err error) {
 	for _, e := range r.Files {
 		at, err := resolveDir(e.Dir)
-		switch {
-		case errors.Is(err, fs.ErrNotExist) && (e.Old == nil || r.Phase == staging):
+		if errors.Is(err, fs.ErrNotExist) {
+			if e.Old != nil {
+				moved = err
+			}
 			continue
-		case errors.Is(err, fs.ErrNotExist):
-			return files, &damagedError{err}
-		case err != nil:
-			return files, err
+		}
+		if err != nil {
+			return files, moved, err
 		}
 		files = append(files, &dest{entry: e, at: at})
 		if at.path != e.Dir {
-			return files, &damagedError{fmt.Errorf("directory %s is now %s", e.Dir, at.path)}
+			moved = fmt.Errorf("directory %s is now %s", e.Dir, at.path)
 		}
 	}
-	return files, nil
+	return files, moved, nil
 }
 
 // compare finds out which files have to be put back, and gets their bytes. If
@@ -258,7 +264,7 @@ func (s *Store) reloadOwed(ctx context.Context, id string) error {
 	if err != nil || r == nil || r.Phase != restored || r.Reload == nil {
 		return err
 	}
-	files, err := reopen(r)
+	files, _, err := reopen(r)
 	defer closeAll(files)
 	if err != nil {
 		return err

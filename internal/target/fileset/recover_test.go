@@ -172,6 +172,21 @@ func TestSetAside(t *testing.T) {
 	}
 }
 
+// TestDirectoryGone: the temporaries in the other directories hold keys too.
+func TestDirectoryGone(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	w.old(t)
+	w.crash(t, func(s step) bool { return s.op == "rename" && strings.HasPrefix(s.path, w.path("private")) })
+	check(t, os.RemoveAll(w.path("site")))
+	found, err := w.mustStore(t, nil).Recover(t.Context())
+	if err != nil || !slices.Equal(found.SetAside, []string{"t1"}) {
+		t.Errorf("found %+v, %v", found, err)
+	}
+	if left := w.leftovers(); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
 // TestOrphans: when the record is lost, its temporaries go with the next
 // deployment.
 func TestOrphans(t *testing.T) {
