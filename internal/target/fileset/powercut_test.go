@@ -306,11 +306,11 @@ func (img image) write(t testing.TB) {
 
 // powerCuts explores the states of one scenario.
 type powerCuts struct {
-	sc   scenario
-	base string
-	seen map[string]bool
+	sc    scenario
+	base  string
+	seen  map[string]bool
 	tried int
-	todo []image // states in which a recovery itself will be cut off
+	todo  []image // states in which a recovery itself will be cut off
 }
 
 // explore runs something on the world in base and, after each of its steps,
