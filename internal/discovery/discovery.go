@@ -31,8 +31,9 @@ const MaxFileSize = 1 << 20
 
 const (
 	// stallAfter is how long one call on a file or directory may take before
-	// its file system counts as hung. A busy disk answers within seconds.
-	stallAfter = 10 * time.Second
+	// its file system counts as hung. A busy disk lets those who come last, as
+	// a scan does, wait for many seconds.
+	stallAfter = time.Minute
 
 	// maxWorkers bounds the threads of a scan. More do not help: it is bound
 	// by system calls, and is to leave the host to others.
@@ -212,10 +213,11 @@ func (p *problems) add(problem string) {
 func (p *problems) list() []string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	list := slices.Sorted(slices.Values(p.texts)) // the goroutines of a scan add in any order
 	if p.more > 0 {
-		return append(slices.Clone(p.texts), fmt.Sprintf("and %d more", p.more))
+		list = append(list, fmt.Sprintf("and %d more", p.more))
 	}
-	return slices.Clone(p.texts)
+	return list
 }
 
 // cause is what went wrong, without the operation and the path that the

@@ -431,6 +431,20 @@ func TestOneScanAtATime(t *testing.T) {
 	}
 }
 
+func TestPanicIsAnError(t *testing.T) {
+	dir := t.TempDir()
+	text, _ := testCertificate(t)
+	write(t, filepath.Join(dir, "a.pem"), text)
+	s := newScanner(t, Options{Dirs: []string{dir}})
+	_, err := s.Scan(t.Context(), func([]api.DiscoveredCertificate) error { panic("oh") })
+	if err == nil || !strings.Contains(err.Error(), "oh") {
+		t.Errorf("error %v, want the panic's", err)
+	}
+	if found, _ := scanAll(t, s); len(found) != 1 {
+		t.Errorf("the scan after it finds %d certificates, want 1", len(found))
+	}
+}
+
 func TestRate(t *testing.T) {
 	dir := t.TempDir()
 	for i := range 20 {

@@ -10,6 +10,8 @@ import (
 	"io"
 	"os"
 	"strings"
+
+	"certctl-agent/internal/buildinfo"
 )
 
 // The index holds what each file held, in the order of the walk, so that a
@@ -48,9 +50,10 @@ var (
 	errDamagedIndex = errors.New("the index of the last scan is damaged")
 )
 
-// indexHeader binds an index to the roots, whose order is that of the walk.
+// indexHeader binds an index to the roots, whose order is that of the walk,
+// and to the version of the agent: a newer one may find more in a file.
 func indexHeader(roots []string) []byte {
-	digest := sha256.Sum256([]byte(strings.Join(roots, "\x00")))
+	digest := sha256.Sum256([]byte(buildinfo.Version() + "\x00" + strings.Join(roots, "\x00")))
 	return append([]byte(indexMagic), digest[:]...)
 }
 
@@ -88,7 +91,7 @@ func newIndexReader(in io.Reader, header []byte) (*indexReader, error) {
 		return nil, errDamagedIndex
 	}
 	if !bytes.Equal(got, header) {
-		return nil, errors.New("the index of the last scan is of other directories")
+		return nil, errors.New("the index of the last scan is of other directories, or of another version of the agent")
 	}
 	return &indexReader{in: in, offset: headerSize}, nil
 }

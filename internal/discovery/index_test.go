@@ -2,6 +2,7 @@ package discovery
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -9,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"certctl-agent/internal/discovery/corpus"
@@ -161,6 +163,36 @@ func TestDamagedIndex(t *testing.T) {
 		}
 		_, summary = scanAll(t, s)
 		mustRemember(t, summary)
+	}
+}
+
+// TestIndexThatLies: a record that does not decode in spite of its checksum
+// costs one scan, not all that follow.
+func TestIndexThatLies(t *testing.T) {
+	dir, state := t.TempDir(), t.TempDir()
+	text, _ := testCertificate(t)
+	path := filepath.Join(dir, "a.pem")
+	write(t, path, text)
+	root, err := os.OpenRoot(state)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	var st syscall.Stat_t
+	if err := syscall.Lstat(path, &st); err != nil {
+		t.Fatal(err)
+	}
+	w := &indexWriter{root: root, name: "index", header: indexHeader([]string{dir})}
+	w.add(0, dir, []byte("a.pem"), appendStamp(nil, statusOf(&st)), []byte{0, 0, 200})
+	if err := w.commit(); err != nil {
+		t.Fatal(err)
+	}
+	s := newScanner(t, Options{Dirs: []string{dir}, State: root, Index: "index"})
+	if _, err := s.Scan(t.Context(), nil); !errors.Is(err, errDamagedOutcome) {
+		t.Errorf("error %v, want %v", err, errDamagedOutcome)
+	}
+	if found, _ := scanAll(t, s); len(found) != 1 {
+		t.Errorf("the scan after it finds %d certificates, want 1", len(found))
 	}
 }
 

@@ -6,8 +6,10 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
+	"runtime/debug"
 	"sync"
 	"syscall"
 	"time"
@@ -146,25 +148,39 @@ func (r *run) scan() error {
 	}
 	var group sync.WaitGroup
 	group.Go(func() { r.watch(pool) })
-	var walked, emitted error
+	var walked, emitted error // walked is set before segments is closed
 	group.Go(func() {
 		r.s.aside(func() {
 			defer close(r.segments)
-			walked = r.walkAll()
+			walked = r.guard("walk", r.walkAll)
 		})
 	})
 	group.Go(func() {
 		r.s.aside(func() {
-			if emitted = r.emitAll(); emitted != nil {
+			if emitted = r.guard("emit", r.emitAll); emitted != nil {
 				r.cancel(emitted)
+				r.finishIndex(emitted)
+			} else {
+				r.finishIndex(walked)
 			}
-			r.finishIndex(emitted == nil && walked == nil)
 			r.cancel(nil) // ends workers and watch
 		})
 	})
 	group.Wait()
 	r.awaitWorkers()
 	return cmp.Or(emitted, walked)
+}
+
+// guard turns a panic into an error: what a stranger's file can do to a scan
+// must not end the agent.
+func (r *run) guard(what string, f func() error) (err error) {
+	defer func() {
+		if reason := recover(); reason != nil {
+			r.s.opts.Log.Error("panic in a scan", "in", what, "reason", fmt.Sprint(reason), "stack", string(debug.Stack()))
+			err = fmt.Errorf("internal error in %s: %v", what, reason)
+		}
+	}()
+	return f()
 }
 
 // awaitWorkers leaves behind only workers that hang.
@@ -310,8 +326,6 @@ func (r *run) readSegment(entries []entry) func(*worker) func() {
 	}
 }
 
-var errChanged = errors.New("the file changed while it was looked at")
-
 // readFile looks into one file. It returns nil when the file is gone.
 func (r *run) readFile(w *worker, e *entry) *reading {
 	w.tick()
@@ -337,7 +351,13 @@ func (r *run) readFile(w *worker, e *entry) *reading {
 		return &reading{problem: cause(err)}
 	}
 	w.rest() // what follows is no call: a slow key derivation is no hung disk
-	result := &reading{outcome: appendOutcome(nil, parse(name, data, r.words), &r.known)}
+	result := &reading{}
+	if err := r.guard(full, func() error {
+		result.outcome = appendOutcome(nil, parse(name, data, r.words), &r.known)
+		return nil
+	}); err != nil {
+		return &reading{problem: err.Error()}
+	}
 	if oldest := time.Now().Add(-r.s.racy).UnixNano(); st.modified < oldest && st.changed < oldest {
 		result.stamp = appendStamp(nil, st)
 	}
@@ -368,7 +388,7 @@ func (w *worker) read(full, name string, link bool) (status, []byte, error) {
 	}
 	now := statusOf(&st)
 	if !now.isRegular() || now.size > MaxFileSize {
-		return now, nil, errChanged
+		return now, nil, nil // it changed since; the next scan counts it as what it is
 	}
 	head, err := w.fill(fd, 0, headSize)
 	if err != nil || len(head) < headSize || !worthReading(name, head) {
@@ -378,8 +398,8 @@ func (w *worker) read(full, name string, link bool) (status, []byte, error) {
 		return now, head, err
 	}
 	data, err := w.fill(fd, len(head), MaxFileSize+1)
-	if err == nil && len(data) > MaxFileSize {
-		err = errChanged
+	if len(data) > MaxFileSize {
+		data = nil
 	}
 	return now, data, err
 }
@@ -502,7 +522,8 @@ func (r *run) emitAll() error {
 			return context.Cause(r.ctx)
 		case s, more := <-r.segments:
 			if !more {
-				return r.emitBatch()
+				// A cancelled task leaves files out, so its outcome is no outcome.
+				return cmp.Or(r.emitBatch(), context.Cause(r.ctx))
 			}
 			if err := r.emitSegment(s); err != nil {
 				return err
@@ -580,12 +601,16 @@ func (r *run) emitBatch() error {
 }
 
 // finishIndex puts the new index in place, unless the scan is incomplete.
-func (r *run) finishIndex(complete bool) {
+func (r *run) finishIndex(scanned error) {
 	if r.writer == nil {
 		return
 	}
-	if !complete {
+	if scanned != nil {
 		r.writer.abandon()
+		if errors.Is(scanned, errDamagedOutcome) {
+			// Its checksums are right: it would fail every scan alike.
+			_ = r.s.opts.State.Remove(r.s.opts.Index)
+		}
 		return
 	}
 	if r.advance() {

@@ -110,7 +110,11 @@ func (r *run) carryOut(w *worker, t *task) bool {
 	}
 	w.task.Store(t)
 	w.tick()
-	commit := t.do(w)
+	var commit func()
+	if err := r.guard("worker", func() error { commit = t.do(w); return nil }); err != nil {
+		r.cancel(err)
+		return false
+	}
 	w.rest()
 	if !w.task.CompareAndSwap(t, nil) {
 		r.s.countHung(w.blamed, -1)
@@ -121,8 +125,8 @@ func (r *run) carryOut(w *worker, t *task) bool {
 	return true
 }
 
-// following does f, which follows a symbolic link. Where that leads may hang when
-// the file system of the link does not, so it is the link that is blamed.
+// following does f, which follows a symbolic link. Where that leads may hang
+// when the file system of the link does not, so it is the link that is blamed.
 func (w *worker) following(link string, f func() error) error {
 	if w.r.s.isHung(link) {
 		return errHung
