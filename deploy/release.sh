@@ -12,10 +12,11 @@ export SOURCE_DATE_EPOCH="${SOURCE_DATE_EPOCH:-0}" CGO_ENABLED=0
 umask 022
 
 work=$(mktemp -d)
-# The module cache's files are read-only.
-trap 'chmod -R u+w "$work"; rm -rf "$work"' EXIT
+trap 'rm -rf "$work"' EXIT
 mkdir -p "$work/elsewhere" "$out"
 out=$(cd "$out" && pwd)
+# SHA256SUMS is of this release alone.
+rm -f "$out"/certctl-agent_* "$out/SHA256SUMS"
 (cd "$repo" && tar cf - go.mod cmd internal Makefile) | tar xf - -C "$work/elsewhere"
 
 # The recipe is the Makefile's, so that a release is what `make build` makes.
