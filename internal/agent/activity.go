@@ -195,7 +195,7 @@ func (a *Agent) firstPoll() {
 	a.resumed = true
 	for _, job := range a.jobs.unfinished {
 		a.log.Info("job taken up again", "job", job.ID, "certificate", job.CertificateID, "target", job.TargetID)
-		a.jobs.add(job)
+		a.jobs.add(job, true)
 	}
 	a.jobs.unfinished = nil
 	a.startJobs()

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"slices"
 	"time"
 
 	"certctl-agent/internal/api"
@@ -10,8 +11,15 @@ import (
 	"certctl-agent/internal/status"
 )
 
-// reportTTL is how long a report is worth delivering.
-const reportTTL = 7 * 24 * time.Hour
+const (
+	// reportTTL is how long a report is worth delivering.
+	reportTTL = 7 * 24 * time.Hour
+
+	// repeatAfter is how long after a verdict it is repeated, where that is
+	// needed: longer than a kernel retransmits what a closed connection has
+	// left (Linux: under two minutes), and than gateways queue a request.
+	repeatAfter = 5 * time.Minute
+)
 
 // deliveryTable paces the reports that the control plane has not taken yet.
 // Each job has a back-off of its own, so that one whose reports are refused
@@ -25,8 +33,9 @@ type deliveryTable struct {
 }
 
 type pacedDelivery struct {
-	pacer *pace.Pacer
-	due   time.Time
+	pacer  *pace.Pacer
+	due    time.Time
+	repeat bool // what is due is a repetition
 }
 
 // delivered is the outcome of one try.
@@ -43,9 +52,20 @@ func newDeliveryTable() deliveryTable {
 func (a *Agent) loadDeliveries() {
 	known := make(map[string]bool)
 	for _, d := range a.o.Ledger.Undelivered() {
+		if known[d.Job] {
+			continue
+		}
 		known[d.Job] = true
-		if a.delivery.jobs[d.Job] == nil {
-			a.delivery.jobs[d.Job] = &pacedDelivery{pacer: pace.New(a.o.PollInterval, true, a.o.Rand)}
+		p := a.delivery.jobs[d.Job]
+		if p == nil {
+			p = &pacedDelivery{pacer: pace.New(a.o.PollInterval, true, a.o.Rand)}
+			a.delivery.jobs[d.Job] = p
+		}
+		if p.repeat != d.Report.Repeat {
+			p.repeat, p.due = d.Report.Repeat, time.Time{}
+			if p.repeat {
+				p.due = time.Now().Add(repeatAfter)
+			}
 		}
 	}
 	for id := range a.delivery.jobs {
@@ -67,7 +87,9 @@ func (a *Agent) deliver() {
 	now := time.Now()
 	var due []ledger.Delivery
 	for _, d := range a.o.Ledger.Undelivered() {
-		if p := a.delivery.jobs[d.Job]; p == nil || !p.due.After(now) {
+		p := a.delivery.jobs[d.Job]
+		isDue := p == nil || !p.due.After(now)
+		if isDue && (!d.Report.Repeat || p != nil && p.repeat) {
 			due = append(due, d)
 		}
 	}
@@ -201,7 +223,7 @@ func (a *Agent) setDeliveryTimer(now time.Time) {
 
 // deliverLast tries once more to deliver what is left when the agent stops.
 func (a *Agent) deliverLast() {
-	due := a.o.Ledger.Undelivered()
+	due := slices.DeleteFunc(a.o.Ledger.Undelivered(), func(d ledger.Delivery) bool { return d.Report.Repeat })
 	if len(due) == 0 {
 		return
 	}

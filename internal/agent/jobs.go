@@ -34,6 +34,11 @@ type jobTable struct {
 type waitingJob struct {
 	job   api.Job
 	since time.Time // claimed or taken up
+
+	// unsure: an earlier try said that the job runs, or may have, and does not
+	// know what became of that.
+	unsure bool
+
 	pacer *pace.Pacer
 	due   time.Time
 }
@@ -49,14 +54,15 @@ func newJobTable(slots int) jobTable {
 	}
 }
 
-func (t *jobTable) add(job api.Job) {
-	t.waiting = append(t.waiting, &waitingJob{job: job, since: time.Now()})
+func (t *jobTable) add(job api.Job, unsure bool) {
+	t.waiting = append(t.waiting, &waitingJob{job: job, since: time.Now(), unsure: unsure})
 }
 
 // claimed is what a poll brought, recorded.
 type claimed struct {
 	csrs        []api.Job
 	deployments []api.Job
+	again       map[string]bool // deployments of which an earlier claim has something to report
 }
 
 // record makes what a poll brought durable. It runs in the poll's goroutine:
@@ -81,6 +87,10 @@ func (a *Agent) record(work api.Work) claimed {
 	}
 	for _, m := range work.Malformed {
 		a.refuse(m.ID, fmt.Sprintf("the job could not be decoded: %v", m.Err))
+	}
+	c.again = make(map[string]bool)
+	for _, d := range a.o.Ledger.Undelivered() {
+		c.again[d.Job] = true
 	}
 	accepted, refused := a.o.Ledger.Claim(deployments, time.Now())
 	for _, r := range refused {
@@ -120,7 +130,7 @@ func (a *Agent) take(c claimed, begun time.Time) {
 	}
 	for _, job := range c.deployments {
 		a.log.Info("deployment claimed", "job", job.ID, "certificate", job.CertificateID, "target", job.TargetID, "target_type", job.TargetType)
-		a.jobs.add(job)
+		a.jobs.add(job, c.again[job.ID])
 	}
 	a.startJobs()
 	a.loadDeliveries()
@@ -205,7 +215,7 @@ func (a *Agent) startDeployment(w *waitingJob) {
 		a.jobs.targets[job.TargetID] = true
 	}
 	a.spawn(func() func() {
-		outcome, err := a.deploy(job, w.since)
+		outcome, err := a.deploy(job, w.since, w.unsure)
 		return func() { a.deployed(w, outcome, err) }
 	}, func(err error) {
 		a.deployed(w, deploy.Outcome{Status: api.StatusFailed, Error: err.Error()}, nil)
@@ -213,7 +223,7 @@ func (a *Agent) startDeployment(w *waitingJob) {
 }
 
 // deploy carries out one deployment and makes its outcome durable.
-func (a *Agent) deploy(job api.Job, since time.Time) (deploy.Outcome, error) {
+func (a *Agent) deploy(job api.Job, since time.Time, unsure bool) (deploy.Outcome, error) {
 	if newer, ok := a.o.Ledger.Job(job.ID); ok {
 		job = newer // handed out again while it waited
 	}
@@ -227,7 +237,7 @@ func (a *Agent) deploy(job api.Job, since time.Time) (deploy.Outcome, error) {
 	}
 	a.Heard("deployment", err)
 	if err != nil && context.Cause(a.calls) == nil && time.Since(since) > reportTTL {
-		outcome, err = deploy.Outcome{Status: api.StatusFailed, Error: "given up after a week: " + err.Error()}, nil
+		outcome.Status, outcome.Error, err = api.StatusFailed, "given up after a week: "+err.Error(), nil
 	}
 	if err != nil {
 		return outcome, err
@@ -237,7 +247,7 @@ func (a *Agent) deploy(job api.Job, since time.Time) (deploy.Outcome, error) {
 		// taken up again by the next start.
 		return outcome, errStopping
 	}
-	if err := a.o.Ledger.Finish(job.ID, reports(outcome)); err != nil {
+	if err := a.o.Ledger.Finish(job.ID, reports(outcome, unsure)); err != nil {
 		a.log.Error("the outcome of a job could not be recorded: after a restart it would run again", "job", job.ID, "error", err)
 	}
 	if outcome.Status == api.StatusCompleted && job.TargetID != "" {
@@ -248,13 +258,21 @@ func (a *Agent) deploy(job api.Job, since time.Time) (deploy.Outcome, error) {
 	return outcome, nil
 }
 
-// reports are what the control plane is told of an outcome, in order.
-func reports(o deploy.Outcome) []ledger.Report {
+// reports are what the control plane is told of an outcome, in order. A
+// "Running" that is still on its way would undo the verdict when it arrives, so
+// after one that was not answered the verdict is said twice.
+func reports(o deploy.Outcome, unsure bool) []ledger.Report {
 	var all []ledger.Report
 	if o.Verification != nil {
 		all = append(all, ledger.Report{Verification: o.Verification})
 	}
-	return append(all, ledger.Report{Status: &api.JobStatus{Status: o.Status, Error: o.Error}})
+	verdict := ledger.Report{Status: &api.JobStatus{Status: o.Status, Error: o.Error}}
+	all = append(all, verdict)
+	if unsure || o.Unsure {
+		verdict.Repeat = true
+		all = append(all, verdict)
+	}
+	return all
 }
 
 func servedBy(job api.Job, o deploy.Outcome) inventory.Entry {
@@ -284,6 +302,7 @@ func (a *Agent) deployed(w *waitingJob, o deploy.Outcome, err error) {
 		}
 		wait := w.pacer.Next(pace.Outcome{Failed: !api.RateLimited(err), RateLimited: api.RateLimited(err), RetryAfter: api.RetryAfter(err)})
 		w.due = time.Now().Add(wait)
+		w.unsure = w.unsure || o.Unsure
 		a.jobs.waiting = append(a.jobs.waiting, w)
 		a.log.Warn("deployment not begun: it is tried again", "job", job.ID, "target", job.TargetID, "error", err, "next_try_in", wait.Round(time.Millisecond).String())
 	case o.Status == api.StatusCompleted:

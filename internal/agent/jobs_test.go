@@ -12,6 +12,7 @@ import (
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/deploy"
 	"certctl-agent/internal/enroll"
+	"certctl-agent/internal/ledger"
 )
 
 func TestCSRIsNotStartedTwice(t *testing.T) {
@@ -384,6 +385,73 @@ func TestReportsAreGivenUpAfterAWeek(t *testing.T) {
 			t.Errorf("Run: %v", err)
 		}
 	})
+}
+
+// TestVerdictAfterAnUnansweredRunning: that "Running" may arrive after the
+// verdict, and would leave the job running for ever.
+func TestVerdictAfterAnUnansweredRunning(t *testing.T) {
+	tests := []struct {
+		name  string
+		setUp func(w *world)
+	}{
+		{"in the last try", func(w *world) {
+			w.deploy = func(_, _ context.Context, _ api.Job) (deploy.Outcome, error) {
+				return deploy.Outcome{Status: api.StatusCompleted, Unsure: true}, nil
+			}
+		}},
+		{"in an earlier try", func(w *world) {
+			w.deploy = func(_, _ context.Context, _ api.Job) (deploy.Outcome, error) {
+				if w.count("deploy") == 1 {
+					return deploy.Outcome{Unsure: true}, errTest
+				}
+				return deploy.Outcome{Status: api.StatusCompleted}, nil
+			}
+		}},
+		{"perhaps, by an agent that was killed", func(w *world) {
+			w.ledger.Claim([]api.Job{deployment("j1", "t1")}, time.Now())
+			w.work = nil
+		}},
+		{"of an earlier claim", func(w *world) {
+			w.ledger.Claim([]api.Job{deployment("j1", "t1")}, time.Now())
+			outcome := ledger.Report{Status: &api.JobStatus{Status: api.StatusFailed, Error: "refused"}, Repeat: true}
+			if err := w.ledger.Finish("j1", []ledger.Report{outcome}); err != nil {
+				w.t.Fatal(err)
+			}
+		}},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				w.work = once(1, deployment("j1", "t1"))
+				test.setUp(w)
+				w.start()
+				time.Sleep(4 * time.Minute)
+				if got := w.done("report"); got != "report j1 Completed" {
+					t.Errorf("reports: %q, want one so far", got)
+				}
+				// Stopping does not hurry it, and a restart does not lose it.
+				if err := w.stop(); err != nil {
+					t.Errorf("Run: %v", err)
+				}
+				if got := w.done("report"); got != "report j1 Completed" {
+					t.Errorf("reports after stopping: %q, want one", got)
+				}
+				w.work = nil
+				w.start()
+				time.Sleep(10 * time.Minute)
+				if got := w.done("report"); got != "report j1 Completed" {
+					t.Errorf("reports of the second agent: %q, want the same once more", got)
+				}
+				if got := len(w.ledger.Undelivered()); got != 0 {
+					t.Errorf("%d undelivered", got)
+				}
+				if err := w.stop(); err != nil {
+					t.Errorf("Run: %v", err)
+				}
+			})
+		})
+	}
 }
 
 // TestOneRefusedReportDoesNotHoldUpTheOthers: an unknown job id is answered

@@ -71,6 +71,10 @@ type Outcome struct {
 	Unchanged    bool              // everything was in place
 	Verification *api.Verification // what the live endpoint serves; nil: no report
 
+	// Unsure: that the job runs was said and not answered, so the control
+	// plane may hear of it after the verdict. Set beside an error, too.
+	Unsure bool
+
 	// Of the certificate; zero where the job ended before it was known.
 	CommonName  string
 	NotAfter    time.Time
@@ -114,7 +118,7 @@ func (d *Deployer) Deploy(calls, work context.Context, job api.Job) (Outcome, er
 	a := &attempt{Deployer: d, job: job, log: log}
 	err := a.run(calls, work)
 	if temporary, ok := errors.AsType[temporaryError](err); ok {
-		return Outcome{}, temporary.error
+		return Outcome{Unsure: a.outcome.Unsure}, temporary.error
 	}
 	a.outcome.Duration = time.Since(began)
 	a.outcome.Status = api.StatusCompleted
@@ -207,6 +211,8 @@ func (a *attempt) reportRunning(ctx context.Context) {
 		return
 	}
 	a.log.Debug("the control plane was not told that the job runs", "error", err)
+	status, answered := errors.AsType[*api.StatusError](err)
+	a.outcome.Unsure = !answered || status.Status >= 500 // a gateway's answer says nothing of what is behind it
 	if a.o.Heard != nil {
 		a.o.Heard("job status", err)
 	}

@@ -587,6 +587,35 @@ func TestRunningIsRefused(t *testing.T) {
 	}
 }
 
+// TestRunningIsNotAnswered: it may arrive after the verdict.
+func TestRunningIsNotAnswered(t *testing.T) {
+	tests := []struct {
+		name string
+		err  error
+		want bool
+	}{
+		{"taken", nil, false},
+		{"refused", &api.StatusError{Status: http.StatusTooManyRequests}, false},
+		{"network", errors.New("connection reset"), true},
+		{"gateway", &api.StatusError{Status: http.StatusGatewayTimeout}, true},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			w := newWorld(t)
+			w.statusErr = test.err
+			w.renew("cert-1", testca.Template{})
+			d := New(w.options)
+			if outcome, err := d.Deploy(t.Context(), t.Context(), job(`{}`)); err != nil || outcome.Unsure != test.want {
+				t.Errorf("unsure %v, error %v, want %v", outcome.Unsure, err, test.want)
+			}
+			w.fetchErr = errors.New("connection reset")
+			if outcome, err := d.Deploy(t.Context(), t.Context(), job(`{}`)); err == nil || outcome.Unsure != test.want {
+				t.Errorf("a try that did not begin: unsure %v, error %v, want %v", outcome.Unsure, err, test.want)
+			}
+		})
+	}
+}
+
 func TestVerification(t *testing.T) {
 	unreachable := errors.New("connection refused \x1b[31m")
 	tests := []struct {

@@ -46,10 +46,14 @@ const (
 // ErrUnknown means that the ledger has no unfinished job of that id.
 var ErrUnknown = errors.New("the ledger holds no such unfinished job")
 
-// Report is one report on a job: exactly one of its fields is set.
+// Report is one report on a job: exactly one of Verification and Status is set.
 type Report struct {
 	Verification *api.Verification `json:"verification,omitempty"`
 	Status       *api.JobStatus    `json:"status,omitempty"`
+
+	// Repeat marks a report that says once more, some time later, what the one
+	// before it has said.
+	Repeat bool `json:"repeat,omitempty"`
 }
 
 // Refusal is a job that could not be recorded, and so must not be begun.
