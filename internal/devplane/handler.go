@@ -98,7 +98,10 @@ func (p *Plane) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // answer carries out a request, with the trouble that was ordered for it.
 func (p *Plane) answer(w http.ResponseWriter, call *request, carry func(*request) answer) {
-	call.body, _ = io.ReadAll(io.LimitReader(call.http.Body, maxDrain))
+	var err error
+	if call.body, err = io.ReadAll(io.LimitReader(call.http.Body, maxDrain)); err != nil {
+		panic(http.ErrAbortHandler) // the request never arrived as a whole
+	}
 	call.http.Body = io.NopCloser(bytes.NewReader(call.body))
 	recorder := &statusRecorder{ResponseWriter: w}
 	logged := p.log(call)
