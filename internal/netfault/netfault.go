@@ -23,8 +23,9 @@ const (
 	// Reset ends it with a TCP reset on both sides.
 	Reset
 
-	// Silence lets everything vanish, in both directions, until Heal resets the
-	// connection: a router that dropped packets and forgot it.
+	// Silence lets everything vanish, in both directions, until Fault.For has
+	// passed or Heal is called. Then the connection is reset: a router dropped
+	// packets, and has forgotten it.
 	Silence
 
 	// HalfOpen resets the server's side, and the client never learns: its
@@ -51,6 +52,7 @@ type Fault struct {
 	Then    Action
 	After   int
 	CountUp bool
+	For     time.Duration // of Silence; 0: until Heal
 }
 
 // piece is how much is passed on at a time, unless a rate asks for less.
@@ -229,22 +231,31 @@ func (c *conn) act() {
 		c.end(false)
 	case Silence:
 		c.proxy.work.Go(func() {
-			c.proxy.wait()
+			c.proxy.wait(c.fault.For)
 			c.end(true)
 		})
 	case Hold:
 		c.proxy.work.Go(func() {
-			if c.proxy.wait() {
+			if c.proxy.wait(0) {
 				c.release()
 			}
 		})
 	}
 }
 
-// wait returns when the network is good, or false when the proxy ends.
-func (p *Proxy) wait() bool {
+// wait returns when the network is good or limit, if it is not 0, has passed;
+// false when the proxy ends.
+func (p *Proxy) wait(limit time.Duration) bool {
+	var over <-chan time.Time
+	if limit > 0 {
+		timer := time.NewTimer(limit)
+		defer timer.Stop()
+		over = timer.C
+	}
 	select {
 	case <-p.healed:
+		return true
+	case <-over:
 		return true
 	case <-p.closed:
 		return false
@@ -315,15 +326,8 @@ func (c *conn) slowDown(n, rate int) {
 	if rate > 0 {
 		wait += time.Duration(n) * time.Second / time.Duration(rate)
 	}
-	if n == 0 || wait == 0 {
-		return
-	}
-	timer := time.NewTimer(wait)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-	case <-c.proxy.healed:
-	case <-c.proxy.closed:
+	if n > 0 && wait > 0 {
+		c.proxy.wait(wait)
 	}
 }
 
@@ -353,7 +357,7 @@ func (c *conn) finish(to *net.TCPConn, err error, up bool) {
 	case state == Silence || state == HalfOpen:
 		return // nobody hears of it
 	case state == Hold && up:
-		if c.proxy.wait() {
+		if c.proxy.wait(0) {
 			c.release()
 			_ = to.CloseWrite()
 		}
