@@ -1,0 +1,296 @@
+// Package reliability_test holds the agent to docs/reliability.md: whatever
+// happens to the network, the host and the process, a claimed job has one
+// outcome, a server has a matching pair, and no key is lost or left where it
+// should not be.
+package reliability_test
+
+import (
+	"bytes"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"certctl-agent/internal/keystore"
+	"certctl-agent/internal/pemutil"
+)
+
+// site is what one agent has on its host's disk.
+type site struct {
+	dir     string
+	servers []server
+
+	mu      sync.Mutex // guards secrets
+	secrets map[string]string
+}
+
+// server reads a certificate and a key: a target.
+type server struct {
+	id, cert string
+	chain    bool // in a file of its own
+	shared   bool // the key is read from the agent's key directory
+	picky    bool // its validate command takes nothing
+}
+
+// fastDir is a temporary directory, in memory where there is one: these tests
+// are about what is on the disk, not about how long that takes.
+func fastDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/dev/shm", "reliability")
+	if err != nil {
+		return t.TempDir()
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+func newSite(dir string, servers []server) (*site, error) {
+	s := &site{dir: dir, servers: servers, secrets: make(map[string]string)}
+	for _, x := range servers {
+		if err := os.MkdirAll(filepath.Join(dir, "www", x.id), 0o755); err != nil {
+			return nil, err
+		}
+	}
+	return s, nil
+}
+
+func (s *site) path(elements ...string) string {
+	return filepath.Join(append([]string{s.dir}, elements...)...)
+}
+
+func (s *site) keyDir() string           { return s.path("keys") }
+func (s *site) certPath(x server) string { return s.path("www", x.id, "cert.pem") }
+
+func (s *site) keyPath(x server) string {
+	if x.shared {
+		return s.path("keys", x.cert+".key")
+	}
+	return s.path("www", x.id, "key.pem")
+}
+
+// config is the configuration of a server at the control plane.
+func (s *site) config(x server, validate, reload string) map[string]any {
+	config := map[string]any{"cert_path": s.certPath(x), "validate_command": validate, "reload_command": reload}
+	if !x.shared {
+		config["key_path"] = s.keyPath(x)
+	}
+	if x.chain {
+		config["chain_path"] = s.path("www", x.id, "chain.pem")
+	}
+	return config
+}
+
+// pair is what the server of a target would load: nil where nothing was
+// installed yet. The error says what is wrong with it.
+func (s *site) pair(x server) (*x509.Certificate, error) {
+	leaf, err := pairOf(s.certPath(x), s.keyPath(x))
+	if errors.Is(err, fs.ErrNotExist) {
+		_, certErr := os.Stat(s.certPath(x))
+		_, keyErr := os.Stat(s.keyPath(x))
+		if errors.Is(certErr, fs.ErrNotExist) && (x.shared || errors.Is(keyErr, fs.ErrNotExist)) {
+			return nil, nil
+		}
+	}
+	return leaf, err
+}
+
+// pairOf loads a certificate and a key as a server does.
+func pairOf(certPath, keyPath string) (*x509.Certificate, error) {
+	certPEM, certErr := os.ReadFile(certPath)
+	keyPEM, keyErr := os.ReadFile(keyPath)
+	if err := errors.Join(certErr, keyErr); err != nil {
+		return nil, err
+	}
+	certs, err := pemutil.ParseCertificates(certPEM)
+	if err != nil {
+		return nil, err
+	}
+	key, err := pemutil.ParseKey(keyPEM)
+	switch now := time.Now(); {
+	case err != nil:
+		return nil, err
+	case !pemutil.SamePublicKey(key.Public(), certs[0].PublicKey):
+		return nil, errMismatch
+	case now.Before(certs[0].NotBefore) || now.After(certs[0].NotAfter):
+		return nil, errors.New("the certificate is not valid now")
+	}
+	return certs[0], nil
+}
+
+var errMismatch = errors.New("the key is not that of the certificate")
+
+// checkPairs looks at every target.
+func (s *site) checkPairs() error {
+	var errs []error
+	for _, x := range s.servers {
+		if _, err := s.pair(x); err != nil {
+			errs = append(errs, fmt.Errorf("target %s: %w", x.id, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// checkKeys finds the key of each given leaf in the agent's key directory.
+func (s *site) checkKeys(keys *keystore.Store, cert string, leaves ...*x509.Certificate) error {
+	for _, leaf := range leaves {
+		key, err := keys.Find(cert, leaf.PublicKey)
+		if err != nil {
+			return fmt.Errorf("certificate %s, serial %x: %w", cert, leaf.SerialNumber, err)
+		}
+		key.Clear()
+	}
+	return nil
+}
+
+// learn remembers the key material of the key directory, so that leaks can be
+// looked for after a key is gone.
+func (s *site) learn() error {
+	entries, err := os.ReadDir(s.keyDir())
+	if err != nil {
+		return nil // not made yet
+	}
+	for _, entry := range entries {
+		if entry.IsDir() {
+			continue
+		}
+		data, err := os.ReadFile(s.path("keys", entry.Name()))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // renamed meanwhile
+		}
+		if err != nil {
+			return err
+		}
+		block, _ := pem.Decode(data)
+		if block == nil {
+			continue
+		}
+		s.mu.Lock()
+		s.secrets[string(block.Bytes)] = entry.Name()
+		s.mu.Unlock()
+	}
+	return nil
+}
+
+// secretsIn names the keys whose material is in data, in whatever form.
+func (s *site) secretsIn(data []byte) []string {
+	var found []string
+	if bytes.Contains(data, []byte("PRIVATE KEY")) {
+		found = append(found, "a PRIVATE KEY block")
+	}
+	// Without line ends, as JSON and PEM have them, so that base64 is one word.
+	flat := lineEnds.ReplaceAll(data, nil)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for der, name := range s.secrets {
+		// The scalar of a SEC 1 key: ECPrivateKey, version, octet string of 32.
+		scalar := der[7:39]
+		for _, form := range []string{
+			der, scalar, hex.EncodeToString([]byte(scalar)), base64.StdEncoding.EncodeToString([]byte(scalar))[:42],
+			base64.StdEncoding.EncodeToString([]byte(der))[:56],
+		} {
+			if bytes.Contains(data, []byte(form)) || bytes.Contains(flat, []byte(form)) {
+				found = append(found, name)
+				break
+			}
+		}
+	}
+	return found
+}
+
+var lineEnds = regexp.MustCompile(`\\n|\r|\n`)
+
+// keyFiles are the places where key material belongs.
+var keyFiles = regexp.MustCompile(`^(keys/[^/]+|www/[^/]+/key\.pem|www/[^/]+/\.certctl-[a-z2-7]{20}|(keys/\.)?state/.*/backups/[^/]+/[^/]+/[0-9]+-.*)$`)
+
+// checkSecrets walks the whole site for key material: only where it belongs,
+// and nobody else may read it. It tolerates files that vanish meanwhile.
+func (s *site) checkSecrets() error {
+	if err := s.learn(); err != nil {
+		return err
+	}
+	var errs []error
+	err := filepath.WalkDir(s.dir, func(name string, entry fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if err != nil || !entry.Type().IsRegular() {
+			return err
+		}
+		info, err := entry.Info()
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		data, err := os.ReadFile(name)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		found := s.secretsIn(data)
+		rel, err := filepath.Rel(s.dir, name)
+		switch {
+		case err != nil:
+			return err
+		case len(found) == 0:
+		case !keyFiles.MatchString(rel):
+			errs = append(errs, fmt.Errorf("%s holds key material (%s)", rel, strings.Join(found, ", ")))
+		case info.Mode().Perm() != 0o600:
+			errs = append(errs, fmt.Errorf("%s holds a key and has mode %v", rel, info.Mode().Perm()))
+		}
+		return nil
+	})
+	return errors.Join(append(errs, err)...)
+}
+
+// What may be in the directories of an agent that has nothing to do.
+var (
+	idleKeys  = regexp.MustCompile(`^(\.state|[A-Za-z0-9_-]+\.(key|previous|[0-9a-f]{16}\.pending))$`)
+	idleWWW   = regexp.MustCompile(`^(cert|key|chain)\.pem$`)
+	idleState = regexp.MustCompile(`^(lock|machine|served\.json|discovery\.index|agent\.sock|jobs|journal|backups|backups/[^/]+|backups/[^/]+/[0-9]{8}-[0-9TZ]+|backups/[^/]+/[0-9]{8}-[0-9TZ]+/([0-9]+-.*|manifest\.json))$`)
+)
+
+// leftOver lists what an agent that has nothing to do should not have on disk.
+// State is its state directory.
+func (s *site) leftOver(state string) []string {
+	var left []string
+	look := func(dir string, allowed *regexp.Regexp, deep bool) {
+		_ = filepath.WalkDir(dir, func(name string, entry fs.DirEntry, err error) error {
+			rel, relErr := filepath.Rel(dir, name)
+			switch {
+			case errors.Join(err, relErr) != nil:
+				left = append(left, fmt.Sprint(name, ": ", errors.Join(err, relErr)))
+			case rel == ".":
+			case !allowed.MatchString(rel):
+				left = append(left, name)
+			case entry.IsDir() && !deep:
+				return fs.SkipDir
+			}
+			return nil
+		})
+	}
+	look(s.keyDir(), idleKeys, false)
+	look(state, idleState, true)
+	for _, x := range s.servers {
+		look(s.path("www", x.id), idleWWW, false)
+		if sets, _ := os.ReadDir(filepath.Join(state, "backups", x.id)); len(sets) > 3 {
+			left = append(left, fmt.Sprintf("%d backup sets of %s", len(sets), x.id))
+		}
+	}
+	slices.Sort(left)
+	return left
+}

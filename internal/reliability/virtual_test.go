@@ -1,0 +1,731 @@
+package reliability_test
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"certctl-agent/internal/agent"
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/controlplane"
+	"certctl-agent/internal/deploy"
+	"certctl-agent/internal/devplane"
+	"certctl-agent/internal/enroll"
+	"certctl-agent/internal/inventory"
+	"certctl-agent/internal/keystore"
+	"certctl-agent/internal/ledger"
+	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/secret"
+	"certctl-agent/internal/statedir"
+	"certctl-agent/internal/target"
+	"certctl-agent/internal/target/fileset"
+	"certctl-agent/internal/target/nginx"
+	"certctl-agent/internal/tlsprobe"
+)
+
+// world is a control plane, a host, and the agents that lived on it one after
+// the other, in a synctest bubble.
+type world struct {
+	t     *testing.T
+	rand  *rand.Rand // of the test's own goroutine
+	log   *slog.Logger
+	plane *devplane.Plane
+	agent string // id
+	site  *site
+	lives int
+	life  *life // nil: no agent runs
+
+	healing []func()      // each takes a fault back
+	over    chan struct{} // closed at the end of the run
+
+	mu       sync.Mutex // guards what follows
+	draws    *rand.Rand // of everything else
+	failing  bool       // commands fail now and then
+	loaded   map[string]string
+	claims   map[string]int // answers of a poll that had this deployment in them and reached the agent
+	outcomes map[outcomeKey][]string
+	lostWork int // polls of which the agent never learned how they ended
+	problems []error
+}
+
+// outcomeKey is one claim of a job.
+type outcomeKey struct {
+	job   string
+	claim int
+}
+
+// life is one agent from start to end.
+type life struct {
+	world  *world
+	agent  *agent.Agent
+	client *controlplane.Client
+	keys   *keystore.Store
+	jobs   *ledger.Ledger
+	stop   context.CancelFunc
+	ended  chan error
+	closes []func() error
+
+	mu    sync.Mutex // guards what follows
+	dead  bool
+	conns []net.Conn
+	polls int // under way
+}
+
+func newWorld(t *testing.T, seed uint64, servers []server) *world {
+	w := &world{t: t, rand: rand.New(rand.NewPCG(seed, 1)), draws: rand.New(rand.NewPCG(seed, 2)),
+		over: make(chan struct{}), loaded: make(map[string]string), claims: make(map[string]int), outcomes: make(map[outcomeKey][]string)}
+	out := io.Discard
+	if *seedFlag != 0 {
+		out = t.Output()
+	}
+	w.log = slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	var err error
+	if w.plane, err = devplane.New(devplane.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	w.agent = w.plane.RegisterAgent("web")
+	base := fastDir(t)
+	if w.site, err = newSite(filepath.Join(base, "host"), servers); err != nil {
+		t.Fatal(err)
+	}
+	certs := make(map[string][]string)
+	for _, x := range servers {
+		config := w.site.config(x, "validate "+x.id, "reload "+x.id)
+		config["host"], config["port"] = x.id+".example.org", 443
+		w.plane.AddTarget(devplane.Target{ID: x.id, Agent: w.agent, Type: "NGINX", Config: config})
+		certs[x.cert] = append(certs[x.cert], x.id)
+	}
+	for id, targets := range certs {
+		w.plane.AddCertificate(devplane.Certificate{ID: id, CommonName: id + ".example.org",
+			SANs: []string{id + ".example.org"}, Targets: targets})
+	}
+	return w
+}
+
+func (w *world) fail(format string, args ...any) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.problems) < 20 {
+		w.problems = append(w.problems, fmt.Errorf(format, args...))
+	}
+}
+
+// draw is for goroutines whose order is not the test's.
+func (w *world) draw(n int) int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.draws.IntN(n)
+}
+
+// start starts an agent as the daemon does. Intervals are the defaults.
+func (w *world) start() {
+	w.lives++
+	l := &life{world: w, ended: make(chan error, 1)}
+	if err := l.open(); err != nil {
+		w.t.Fatalf("start %d: %v", w.lives, err)
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	l.stop = stop
+	go func() { l.ended <- l.agent.Run(ctx) }()
+	w.life = l
+}
+
+func (l *life) open() error {
+	w := l.world
+	state, err := statedir.Open(w.site.path("state"), w.agent, "machine")
+	if err != nil {
+		return err
+	}
+	l.closes = append(l.closes, func() error { state.Close(); return nil })
+	if l.keys, err = keystore.Open(w.site.keyDir(), w.log); err != nil {
+		return err
+	}
+	l.closes = append(l.closes, l.keys.Close)
+	if l.jobs, err = ledger.Open(state.Root, w.log); err != nil {
+		return err
+	}
+	l.closes = append(l.closes, l.jobs.Close)
+	served, err := inventory.Open(state.Root)
+	if err != nil {
+		return err
+	}
+	policy := &target.Policy{Protected: []string{w.site.path("keys"), w.site.path("state")}}
+	files, err := fileset.Open(fileset.Options{State: state.Root, StatePath: state.Path, Policy: policy, Run: l.run, Log: w.log})
+	if err != nil {
+		return err
+	}
+	l.closes = append(l.closes, files.Close)
+	recovery, err := files.Recover(context.Background())
+	if err != nil {
+		return err
+	}
+	if len(recovery.Failed)+len(recovery.SetAside) > 0 {
+		return fmt.Errorf("recovery: %+v", recovery)
+	}
+	if err := w.site.checkPairs(); err != nil {
+		return fmt.Errorf("after recovery: %w", err)
+	}
+	var repair func(context.Context) error
+	if recovery.Reloads > 0 {
+		repair = files.ReloadRecovered
+	}
+	l.client = controlplane.New(controlplane.Options{
+		Server: w.plane.ServerURL(), AgentID: w.agent, APIKey: secret.New(w.plane.APIKey), Roots: w.plane.Roots(),
+		UserAgent: "certctl-agent/1.0.0 (linux/amd64)", Dial: l.dial,
+		OnDate: func(server time.Time) { l.agent.ObserveDate(server) },
+	})
+	l.closes = append(l.closes, func() error { l.client.Close(); return nil })
+	l.agent = agent.New(agent.Options{
+		AgentID:  w.agent,
+		Plane:    l,
+		Enroller: enroll.New(enroll.Options{Keys: l.keys, Plane: l.client, Algorithm: "ecdsa-p256", Log: w.log}),
+		Deployer: deploy.New(deploy.Options{Plane: l, Keys: l.keys, Policy: policy, Verify: true, Log: w.log, Probe: w.probe,
+			Overlays: target.OpenOverlays(w.site.path("targets.d")),
+			Connectors: map[string]target.Factory{"NGINX": func(p target.Params) (target.Connector, error) {
+				return nginx.New(p, files)
+			}},
+			Heard: func(call string, err error) { l.agent.Heard(call, err) },
+		}),
+		Ledger: l.jobs, Served: served, Notify: silent{}, Log: w.log, Repair: repair,
+		Describe:          func(context.Context) api.Heartbeat { return api.Heartbeat{Version: "1.0.0", Hostname: "web"} },
+		HeartbeatInterval: time.Minute, PollInterval: 30 * time.Second, DiscoveryInterval: time.Hour,
+		StartupJitter: true, MaxDeploys: 2, ShutdownGrace: 20 * time.Second,
+		Rand: func(n int64) int64 { w.mu.Lock(); defer w.mu.Unlock(); return w.draws.Int64N(n) },
+	})
+	return nil
+}
+
+type silent struct{}
+
+func (silent) Status(string) {}
+func (silent) Watchdog()     {}
+
+// dial connects unless this life has ended.
+func (l *life) dial(ctx context.Context, network, address string) (net.Conn, error) {
+	conn, err := l.world.plane.Dial(ctx, network, address)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err == nil && l.dead {
+		conn.Close()
+		err = errors.New("the process is gone")
+	}
+	if err != nil {
+		return nil, err
+	}
+	l.conns = append(l.conns, conn)
+	return conn, nil
+}
+
+func (l *life) isDead() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.dead
+}
+
+// crash ends an agent as kill -9 does, at a moment at which all of it waits for
+// the network, a command or a timer. What it does from here on happens to a
+// disk that nobody looks at: the real one goes on as it was.
+func (w *world) crash() {
+	synctest.Wait()
+	l := w.life
+	w.life = nil
+	l.mu.Lock()
+	l.dead = true
+	conns, polls := l.conns, l.polls
+	l.mu.Unlock()
+	for _, conn := range conns {
+		conn.Close()
+	}
+	w.mu.Lock()
+	w.lostWork += polls
+	w.mu.Unlock()
+	grave := w.site.dir + ".dead"
+	if err := os.Rename(w.site.dir, grave); err != nil {
+		w.t.Fatal(err)
+	}
+	if err := copyTree(w.site.dir, grave); err != nil {
+		w.t.Fatal(err)
+	}
+	l.end()
+	if err := os.RemoveAll(grave); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+func (l *life) end() {
+	l.stop()
+	if err := <-l.ended; err != nil {
+		l.world.fail("the agent ended with %v", err)
+	}
+	for _, c := range slices.Backward(l.closes) {
+		if err := c(); err != nil {
+			l.world.fail("close: %v", err)
+		}
+	}
+}
+
+// terminate ends an agent as SIGTERM does.
+func (w *world) terminate() {
+	l := w.life
+	w.life = nil
+	l.end()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.dead = true; l.polls > 0 {
+		w.fail("%d polls outlived the agent", l.polls)
+	}
+	for _, conn := range l.conns {
+		conn.Close()
+	}
+}
+
+// copyTree keeps modes, which os.CopyFS does not.
+func copyTree(to, from string) error {
+	return filepath.WalkDir(from, func(name string, entry os.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(from, name)
+		if err != nil {
+			return err
+		}
+		info, err := entry.Info()
+		if err != nil {
+			return err
+		}
+		to := filepath.Join(to, rel)
+		if entry.IsDir() {
+			if err := os.Mkdir(to, 0o700); err != nil {
+				return err
+			}
+			return os.Chmod(to, info.Mode().Perm())
+		}
+		data, err := os.ReadFile(name)
+		if err != nil {
+			return err
+		}
+		if err := os.WriteFile(to, data, 0o600); err != nil {
+			return err
+		}
+		return os.Chmod(to, info.Mode().Perm())
+	})
+}
+
+// The control plane as the agent sees it, with a note of what it was told and
+// what it said.
+
+func (l *life) Heartbeat(ctx context.Context, h api.Heartbeat) error {
+	return l.client.Heartbeat(ctx, h)
+}
+
+func (l *life) Work(ctx context.Context) (api.Work, error) {
+	l.mu.Lock()
+	l.polls++
+	l.mu.Unlock()
+	work, err := l.client.Work(ctx)
+	l.mu.Lock()
+	l.polls--
+	dead := l.dead
+	l.mu.Unlock()
+	if dead {
+		return work, errors.New("the process is gone")
+	}
+	w := l.world
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if err != nil {
+		w.lostWork++
+	}
+	for _, job := range work.Jobs {
+		if job.IsDeployment() {
+			w.claims[job.ID]++
+		}
+	}
+	return work, err
+}
+
+func (l *life) Certificate(ctx context.Context, id string) ([]byte, error) {
+	return l.client.Certificate(ctx, id)
+}
+
+func (l *life) ReportVerification(ctx context.Context, job string, v api.Verification) error {
+	return l.client.ReportVerification(ctx, job, v)
+}
+
+func (l *life) ReportStatus(ctx context.Context, job string, s api.JobStatus) error {
+	if s.Status != api.StatusRunning && !l.isDead() {
+		w := l.world
+		w.mu.Lock()
+		key := outcomeKey{job, w.claims[job]}
+		if outcome := s.Status + ": " + s.Error; !slices.Contains(w.outcomes[key], outcome) {
+			w.outcomes[key] = append(w.outcomes[key], outcome)
+		}
+		w.mu.Unlock()
+	}
+	return l.client.ReportStatus(ctx, job, s)
+}
+
+// run is a server's command: it loads the pair that is in place.
+func (l *life) run(ctx context.Context, c target.Command) error {
+	w := l.world
+	took := time.Duration(w.draw(2000)) * time.Millisecond
+	if w.draw(20) == 0 {
+		took *= 20
+	}
+	select {
+	case <-time.After(took):
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	if l.isDead() {
+		return errors.New("the process is gone")
+	}
+	i := slices.IndexFunc(w.site.servers, func(x server) bool { return x.id == c.Argv[1] })
+	leaf, err := w.site.pair(w.site.servers[i])
+	if err != nil {
+		w.fail("%s of %s: %v", c.Argv[0], c.Argv[1], err)
+		return err
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.failing && w.draws.IntN(8) == 0 {
+		return errors.New("the server does not like it")
+	}
+	if c.Argv[0] == "reload" && leaf != nil {
+		w.loaded[c.Argv[1]+".example.org:443"] = pemutil.Fingerprint(leaf)
+	}
+	return nil
+}
+
+// probe looks at what a server has loaded.
+func (w *world) probe(_ context.Context, e tlsprobe.Endpoint) (tlsprobe.Result, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return tlsprobe.Result{Fingerprint: w.loaded[e.Address]}, nil
+}
+
+// disturb orders some trouble for requests to come.
+func (w *world) disturb() {
+	calls := []string{"", "", devplane.CallHeartbeat, devplane.CallWork, devplane.CallWork, devplane.CallCSR,
+		devplane.CallCertificate, devplane.CallStatus, devplane.CallStatus, devplane.CallVerify}
+	fault := devplane.Fault{Call: calls[w.rand.IntN(len(calls))], Skip: w.rand.IntN(4), Times: 1 + w.rand.IntN(3)}
+	if w.rand.IntN(10) == 0 {
+		fault.Times = 20 // an outage
+	}
+	switch w.rand.IntN(11) {
+	case 0:
+		fault.Drop = true
+	case 1, 2:
+		fault.LoseAnswer = true
+	case 3:
+		fault.LoseAnswer, fault.Delay = true, time.Duration(w.rand.IntN(60))*time.Second
+	case 4:
+		fault.Delay = time.Duration(w.rand.IntN(45)) * time.Second
+	case 5:
+		fault.Status = []int{408, 425, 500, 502, 503, 504}[w.rand.IntN(6)]
+	case 6:
+		fault.Status, fault.RetryAfter = 429, "1"
+	case 7:
+		fault.Status, fault.RetryAfter = 503, fmt.Sprint(w.rand.IntN(90))
+	case 8:
+		fault.Status, fault.Body = 200, "<html>front page</html>"
+		fault.Header = http.Header{"Content-Type": {"text/html"}}
+	case 9:
+		fault.Status = 401
+	case 10:
+		fault.Handler = w.late(time.Duration(w.rand.IntN(180)) * time.Second)
+	}
+	w.healing = append(w.healing, w.plane.Inject(fault))
+}
+
+// heal makes everything good.
+func (w *world) heal() {
+	for _, remove := range w.healing {
+		remove()
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.failing = false
+}
+
+// late carries a request out long after it was sent, whether or not somebody
+// still waits for the answer: a queue in front of the control plane, or a
+// kernel that retransmits what a process sent before it went.
+func (w *world) late(wait time.Duration) http.Handler {
+	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		select {
+		case <-time.After(wait):
+		case <-w.over:
+			panic(http.ErrAbortHandler)
+		}
+		answer := httptest.NewRecorder()
+		w.plane.Handler().ServeHTTP(answer, r.WithContext(context.WithoutCancel(r.Context())))
+		rw.WriteHeader(answer.Code)
+		_, _ = rw.Write(answer.Body.Bytes())
+	})
+}
+
+// chaos is the part of a run in which things go wrong.
+func (w *world) chaos() {
+	certs := make(map[string]bool)
+	for _, x := range w.site.servers {
+		certs[x.cert] = true
+	}
+	for id := range certs {
+		w.plane.StartIssuance(id)
+	}
+	for range 4 + w.rand.IntN(8) {
+		for range w.rand.IntN(3) {
+			w.disturb()
+		}
+		time.Sleep(time.Duration(w.rand.IntN(90_000)) * time.Millisecond)
+		if err := w.site.checkPairs(); err != nil {
+			w.fail("%v", err)
+		}
+		switch w.rand.IntN(9) {
+		case 0:
+			for id := range certs {
+				if !w.awaiting(id) {
+					w.plane.StartRenewal(id)
+				}
+			}
+		case 1:
+			w.plane.Redeploy(w.site.servers[0].cert)
+		case 2:
+			w.plane.Stall()
+		case 3:
+			for _, job := range w.plane.Jobs() {
+				if job.Status == api.StatusFailed && job.Type == api.TypeDeployment {
+					w.plane.Requeue(job.ID)
+				}
+			}
+		case 4, 5, 6:
+			w.crash()
+			w.afterCrash()
+			time.Sleep(time.Duration(w.rand.IntN(60_000)) * time.Millisecond)
+			w.start()
+		case 7:
+			w.terminate()
+			w.start()
+		}
+	}
+}
+
+// awaiting reports whether a certificate has a job that awaits a CSR.
+func (w *world) awaiting(cert string) bool {
+	return slices.ContainsFunc(w.plane.Jobs(), func(j devplane.Job) bool {
+		return j.CertificateID == cert && j.Status == api.StatusAwaitingCSR
+	})
+}
+
+// afterCrash looks at the disk as a crash left it.
+func (w *world) afterCrash() {
+	if err := w.site.checkPairs(); err != nil {
+		w.fail("after a crash: %v", err)
+	}
+	if err := w.site.checkSecrets(); err != nil {
+		w.fail("after a crash: %v", err)
+	}
+}
+
+// settle waits, in a world that is well again, until every job has ended.
+func (w *world) settle() {
+	time.Sleep(5 * time.Minute) // what is late has arrived
+	deadline := time.Now().Add(3 * time.Hour)
+	for {
+		time.Sleep(time.Minute)
+		open := 0
+		for _, job := range w.plane.Jobs() {
+			if job.Status == api.StatusCompleted || job.Status == api.StatusFailed {
+				continue
+			}
+			open++
+			w.mu.Lock()
+			lost := job.Type == api.TypeDeployment && job.Status == api.StatusRunning && w.claims[job.ID] < job.Handed
+			w.mu.Unlock()
+			if lost {
+				w.lost(job)
+			} else if time.Now().After(deadline) {
+				w.fail("job %s of type %s was claimed and is still %s: %v", job.ID, job.Type, job.Status, history(job))
+			}
+		}
+		unfinished, undelivered := w.life.jobs.Counts()
+		if open+unfinished+undelivered == 0 {
+			return
+		}
+		if time.Now().After(deadline) {
+			w.fail("the agent has %d unfinished jobs and %d undelivered reports", unfinished, undelivered)
+			return
+		}
+	}
+}
+
+// lost is a deployment that a poll's answer took with it. Nothing can be asked
+// about it; the control plane hands it out again, as deployed ones do for an
+// agent that was silent.
+func (w *world) lost(job devplane.Job) {
+	w.mu.Lock()
+	missing := job.Handed - w.claims[job.ID]
+	w.claims[job.ID] = job.Handed
+	possible := w.lostWork
+	w.mu.Unlock()
+	if missing > possible {
+		w.fail("job %s was handed out %d times and claimed %d times less, but only %d polls failed", job.ID, job.Handed, missing, possible)
+	}
+	claimsLost.Add(int64(missing))
+	w.plane.Requeue(job.ID)
+}
+
+func history(job devplane.Job) string {
+	var all []string
+	for _, e := range job.History {
+		all = append(all, fmt.Sprintf("%s %s %q", e.Time.Format("15:04:05"), e.Status, e.Agent))
+	}
+	return strings.Join(all, ", ")
+}
+
+// verdict looks at the end of a run.
+func (w *world) verdict() {
+	keys := w.life.keys
+	for _, x := range w.site.servers {
+		versions := w.plane.Versions(x.cert)
+		if len(versions) == 0 {
+			w.fail("certificate %s was never issued", x.cert)
+			continue
+		}
+		// Whatever the control plane would hand out can be deployed.
+		leaves := []*x509.Certificate{versions[len(versions)-1].Leaf}
+		leaf, err := w.site.pair(x)
+		if err != nil {
+			w.fail("at the end: target %s: %v", x.id, err)
+		}
+		if leaf != nil && w.alone(x) {
+			leaves = append(leaves, leaf)
+		}
+		if err := w.site.checkKeys(keys, x.cert, leaves...); err != nil {
+			w.fail("a key is gone: %v", err)
+		}
+	}
+	w.terminate()
+	w.mu.Lock()
+	outcomes := w.outcomes
+	w.mu.Unlock()
+	for key, all := range outcomes {
+		if len(all) > 1 {
+			w.fail("claim %d of job %s has more than one outcome: %q", key.claim, key.job, all)
+		}
+	}
+	if left := w.site.leftOver(w.site.path("state")); len(left) > 0 {
+		w.fail("left over: %q", left)
+	}
+	if err := w.site.checkSecrets(); err != nil {
+		w.fail("%v", err)
+	}
+	for _, r := range w.plane.Requests() {
+		if found := w.site.secretsIn(r.Body); len(found) > 0 {
+			w.fail("a request of %s holds %v", r.Call, found)
+		}
+	}
+	for _, p := range w.plane.Problems() {
+		// Of a control plane that acts late and in another order.
+		if !strings.HasSuffix(p, "Running after Completed") && !strings.HasSuffix(p, "Running after Failed") &&
+			!strings.HasSuffix(p, "Failed after Completed") && !strings.HasSuffix(p, "Completed after Failed") {
+			w.fail("request against the protocol: %s", p)
+		}
+	}
+}
+
+// alone reports whether a target is the only one of its certificate: then the
+// agent holds the key of what is installed there, however many newer ones were
+// signed.
+func (w *world) alone(x server) bool {
+	n := 0
+	for _, other := range w.site.servers {
+		if other.cert == x.cert {
+			n++
+		}
+	}
+	return n == 1
+}
+
+// layout draws what a host serves.
+func layout(r *rand.Rand) []server {
+	if r.IntN(4) == 0 {
+		return []server{{id: "solo", cert: "solo", shared: true}}
+	}
+	var all []server
+	for c := range 1 + r.IntN(2) {
+		for i := range 1 + r.IntN(3) {
+			all = append(all, server{id: fmt.Sprintf("web%d%d", c, i), cert: fmt.Sprintf("cert%d", c), chain: r.IntN(2) == 0})
+		}
+	}
+	return all
+}
+
+// Counted over all runs.
+var claimsLost, livesLived, jobsEnded atomic.Int64
+
+// virtualRuns is how many seeds CI runs.
+const virtualRuns = 1000
+
+// TestVirtualNetwork runs seeded worlds in virtual time: the agent's real parts
+// on a real disk, a control plane that is slow, wrong, out of order or gone,
+// and crashes, until all is well again.
+func TestVirtualNetwork(t *testing.T) {
+	begun := time.Now()
+	all := seeds(virtualRuns)
+	var taken atomic.Int64
+	t.Run("seeds", func(t *testing.T) {
+		for range runtime.GOMAXPROCS(0) {
+			t.Run("", func(t *testing.T) {
+				t.Parallel()
+				for i := taken.Add(1) - 1; i < int64(len(all)); i = taken.Add(1) - 1 {
+					virtualRun(t, all[i])
+				}
+			})
+		}
+	})
+	took := time.Since(begun)
+	t.Logf("%d runs with %d agents and %d jobs, %d claims lost with the answer to a poll, in %v: %.0f runs a second",
+		len(all), livesLived.Load(), jobsEnded.Load(), claimsLost.Load(), took.Round(time.Millisecond), float64(len(all))/took.Seconds())
+}
+
+func virtualRun(t *testing.T, seed uint64) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, seed, layout(rand.New(rand.NewPCG(seed, 3))))
+		defer synctest.Wait()
+		defer w.plane.Close()
+		defer close(w.over)
+		w.failing = seed%3 == 0
+		w.start()
+		w.chaos()
+		w.heal()
+		w.settle()
+		w.verdict()
+		livesLived.Add(int64(w.lives))
+		jobsEnded.Add(int64(len(w.plane.Jobs())))
+		for _, problem := range w.problems {
+			t.Errorf("seed %d: %v", seed, problem)
+		}
+		if len(w.problems) > 0 {
+			t.Logf("run it again: go test ./internal/reliability -run TestVirtualNetwork -seed %d", seed)
+		}
+	})
+}
