@@ -39,6 +39,17 @@ demo: build ## show the main job end to end (TARGET=nginx|apache|haproxy|caddy|p
 test: ## run all tests, with the race detector where there is a C compiler
 	@$(if $(RACE),:,echo "no C compiler: running without the race detector")
 	$(GO) test $(RACE) -timeout 18m ./...
+	@$(MAKE) --no-print-directory fuzz
+
+# Iterations, not seconds: the same work on a slow machine.
+FUZZ ?= 2000x
+
+.PHONY: fuzz
+fuzz: ## a short run of each fuzz target (FUZZ=30s for a longer one)
+	@grep -rHo '^func Fuzz[A-Za-z0-9]*' --include='*_test.go' internal cmd | sort | \
+	while IFS=: read -r file name; do \
+		$(GO) test -run '^$$' -fuzz "^$${name#func }$$" -fuzztime $(FUZZ) "./$$(dirname "$$file")" </dev/null || exit 1; \
+	done
 
 .PHONY: lint
 lint: ## gofmt, vet, go fix, staticcheck, the architecture test
