@@ -1,6 +1,7 @@
 package target
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -8,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 )
 
 // ServerPair is a certificate and its key as a server's own configuration
@@ -61,37 +63,76 @@ func KeyFor(cert Path, pairs []ServerPair) (ServerPair, error) {
 	return found[0], nil
 }
 
-// Program is the index in argv of the program that a command starts, if its
-// base name begins with one of names; else -1. sudo and doas are looked
-// through.
+// Program is the index in argv of the program that a command starts, if it is
+// one of names; else -1. sudo and doas are looked through. A longer name is
+// another program, such as a script around a server, and must not be started
+// with words that nobody allowed: only a version or a variant may follow.
 func Program(argv []string, names ...string) int {
-	last := 0
+	at := 0
 	if first := filepath.Base(argv[0]); first == "sudo" || first == "doas" {
-		last = len(argv) - 1
+		at = afterFlags(argv)
 	}
-	return slices.IndexFunc(argv[:last+1], func(word string) bool {
-		base := filepath.Base(word)
-		return slices.ContainsFunc(names, func(name string) bool { return strings.HasPrefix(base, name) })
-	})
+	if at == len(argv) {
+		return -1
+	}
+	base := filepath.Base(argv[at])
+	for _, name := range names {
+		variant, ok := strings.CutPrefix(base, name)
+		if ok && isVariant(variant) {
+			return at
+		}
+	}
+	return -1
+}
+
+// isVariant reports whether suffix is what distributions put behind the name of
+// a server.
+func isVariant(suffix string) bool {
+	switch suffix {
+	case "-debug", ".worker", ".event", ".prefork":
+		return true
+	}
+	return strings.Trim(suffix, "0123456789.") == ""
+}
+
+// afterFlags is the index of the command in a call of sudo or doas.
+func afterFlags(argv []string) int {
+	at := 1
+	for ; at < len(argv) && strings.HasPrefix(argv[at], "-"); at++ {
+		// Of these flags, the next word is the value.
+		if flag := argv[at]; len(flag) == 2 && strings.Contains("aCcDghpRrTtUu", flag[1:]) {
+			at++
+		}
+	}
+	return min(at, len(argv))
 }
 
 // maxServerFile bounds one file of a server's configuration.
 const maxServerFile = 4 << 20
 
-// ReadServerFile reads a file of a server's own configuration.
+// ReadServerFile reads a file of a server's own configuration. Its directory
+// may be somebody else's, who makes it a pipe between two looks: opening that
+// must not hold up the agent.
 func ReadServerFile(path string) (string, error) {
-	info, err := os.Stat(path)
+	info, err := os.Stat(path) // opening a device can have effects
 	if err != nil {
 		return "", err
 	}
 	if !info.Mode().IsRegular() || info.Size() > maxServerFile {
 		return "", fmt.Errorf("%s is no regular file of at most %d MiB", path, maxServerFile>>20)
 	}
-	file, err := os.Open(path)
+	return readRegular(path)
+}
+
+func readRegular(path string) (string, error) {
+	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return "", err
 	}
 	defer file.Close()
+	if info, err := file.Stat(); err != nil || !info.Mode().IsRegular() {
+		return "", cmp.Or(err, fmt.Errorf("%s is no regular file any more", path))
+	}
 	data, err := io.ReadAll(io.LimitReader(file, maxServerFile))
 	return string(data), err
 }

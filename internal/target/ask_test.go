@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -48,7 +49,9 @@ func TestUses(t *testing.T) {
 
 func TestProgram(t *testing.T) {
 	for line, want := range map[string]int{
-		"nginx -t": 0, "/usr/sbin/nginx-debug": 0, "sudo -n /usr/sbin/nginx -t": 2, "doas nginx": 1, "systemctl reload nginx": -1, "true": -1,
+		"nginx -t": 0, "/usr/sbin/nginx-debug": 0, "nginx1.26 -t": 0, "sudo -n /usr/sbin/nginx -t": 2, "sudo -u root nginx": 3, "doas nginx": 1,
+		"systemctl reload nginx": -1, "true": -1, "sudo": -1, "sudo -u": -1,
+		"nginx-deploy --all": -1, "nginx.sh": -1, "sudo systemctl reload nginx": -1, "sudo -u nginx /opt/deploy": -1,
 	} {
 		if got := Program(strings.Fields(line), "nginx"); got != want {
 			t.Errorf("%s: got %d, want %d", line, got, want)
@@ -67,5 +70,10 @@ func TestReadServerFile(t *testing.T) {
 		if _, err := ReadServerFile(path); err == nil {
 			t.Errorf("%s: got no error", path)
 		}
+	}
+	pipe := file + ".pipe"
+	must(t, syscall.Mkfifo(pipe, 0o600))
+	if _, err := readRegular(pipe); err == nil || !strings.Contains(err.Error(), "any more") {
+		t.Errorf("a pipe in its place: got %v", err)
 	}
 }

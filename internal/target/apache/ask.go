@@ -93,7 +93,7 @@ func newReader(dump string) *reader {
 // choose its configuration.
 func findCall(commands ...[]string) ([]string, error) {
 	for _, argv := range commands {
-		at := target.Program(argv, "apache2", "apachectl", "httpd")
+		at := target.Program(argv, "apache2", "apache2ctl", "apachectl", "httpd")
 		if at < 0 {
 			continue
 		}
