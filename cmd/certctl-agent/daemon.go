@@ -142,11 +142,10 @@ func (d *daemon) open(ctx context.Context, p process) error {
 		return err
 	}
 	d.onClose(func() { d.files.Close() })
-	recovery, err := d.files.Recover(ctx)
-	if err != nil {
+	if _, err := d.files.Recover(ctx); err != nil {
 		return fmt.Errorf("recover from the last run: %w", err)
 	}
-	return d.build(policy, recovery, p)
+	return d.build(policy, p)
 }
 
 const clonedWarning = "this state was written on another machine: if this one is a copy of it, both now act as the same agent; register this host under an id of its own, or remove the file \"machine\" in the state directory if the host was only moved"
@@ -164,7 +163,7 @@ func (d *daemon) policy() *target.Policy {
 }
 
 // build makes the client and everything that needs it.
-func (d *daemon) build(policy *target.Policy, recovery fileset.Recovery, p process) error {
+func (d *daemon) build(policy *target.Policy, p process) error {
 	cfg := d.config
 	key := cfg.KeyFunc(d.log)
 	d.key.Store(&key)
@@ -174,10 +173,6 @@ func (d *daemon) build(policy *target.Policy, recovery fileset.Recovery, p proce
 	surveyor, err := d.surveyor()
 	if err != nil {
 		return err
-	}
-	var repair func(context.Context) error
-	if recovery.Reloads > 0 {
-		repair = d.files.ReloadRecovered
 	}
 	d.agent = agent.New(agent.Options{
 		AgentID: cfg.AgentID,
@@ -207,7 +202,7 @@ func (d *daemon) build(policy *target.Policy, recovery fileset.Recovery, p proce
 		Notify:            d.notify,
 		Log:               d.log,
 		Describe:          d.describe,
-		Repair:            repair,
+		Repair:            d.files.ReloadRecovered,
 		HeartbeatInterval: cfg.HeartbeatInterval,
 		PollInterval:      cfg.PollInterval,
 		DiscoveryInterval: cfg.DiscoveryInterval,

@@ -175,7 +175,19 @@ func (a *Agent) survey() func() {
 	}
 }
 
-// mend retries what recovery left to do, until nothing is left.
+// repairLater has a server told of its old files once more: the rollback of a
+// failed deployment may have been unable to.
+func (a *Agent) repairLater() {
+	switch {
+	case a.o.Repair == nil || a.stopping:
+	case a.repair.running:
+		a.repair.again = true
+	default:
+		a.repair.after(a.repair.pacer.Interval())
+	}
+}
+
+// mend retries what recovery and rollbacks left to do, until nothing is left.
 func (a *Agent) mend() func() {
 	err := a.o.Repair(a.work)
 	return func() {

@@ -95,8 +95,9 @@ type Options struct {
 	// Describe says what the next heartbeat reports. It may look up names.
 	Describe func(ctx context.Context) api.Heartbeat
 
-	// Repair retries what the recovery of a crashed transaction still needs
-	// (a reload), and reports whether there is anything left. Nil: nothing.
+	// Repair does what a transaction that was undone still needs: a reload, so
+	// that the server uses the old files again. It is called at the start and
+	// after a deployment that failed, until it succeeds. Nil: nothing.
 	Repair func(ctx context.Context) error
 
 	HeartbeatInterval time.Duration // 60 s by default

@@ -313,6 +313,7 @@ func (a *Agent) deployed(w *waitingJob, o deploy.Outcome, err error) {
 		a.counters.Job(job.TargetType, o.Status, o.Duration)
 		a.log.Error("deployment failed", "job", job.ID, "certificate", job.CertificateID, "target", job.TargetID,
 			"target_type", job.TargetType, "error", o.Error, "took", o.Duration.Round(time.Millisecond).String())
+		a.repairLater()
 	}
 	a.loadDeliveries()
 	a.deliver()

@@ -307,6 +307,40 @@ func TestPanicIsTheJobsFailure(t *testing.T) {
 	})
 }
 
+// TestRepair: a server that could not be told of its old files is told again,
+// after a crash and after a rollback, until it takes it.
+func TestRepair(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.work = once(20, deployment("j1", "t1"), deployment("j2", "t2"))
+		w.deploy = func(_, _ context.Context, _ api.Job) (deploy.Outcome, error) {
+			return deploy.Outcome{Status: api.StatusFailed, Error: "and the server could not be made to load that"}, nil
+		}
+		var failing atomic.Int64
+		failing.Store(2)
+		w.options.Repair = func(context.Context) error {
+			w.note(time.Now(), "repair", "")
+			if failing.Add(-1) >= 0 {
+				return errTest
+			}
+			return nil
+		}
+		w.start()
+		time.Sleep(9 * time.Minute)
+		if got := w.count("repair"); got != 3 {
+			t.Errorf("%d tries after the start, want 3: two fail", got)
+		}
+		failing.Store(1)
+		time.Sleep(9 * time.Minute)
+		if got := w.count("repair"); got != 3+2 {
+			t.Errorf("%d tries after the failed deployments, want 2 more: one fails", got)
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
 func TestDelivery(t *testing.T) {
 	refused := func(status int) error { return &api.StatusError{Call: "job status", Status: status} }
 	tests := []struct {
