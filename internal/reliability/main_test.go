@@ -48,6 +48,6 @@ func seeds(usual int) []uint64 {
 }
 
 // again is how to run one seed again.
-func again(t *testing.T, seed uint64) string {
-	return fmt.Sprintf("run it again: go test ./internal/reliability -run '^%s$' -seed %d", t.Name(), seed)
+func again(test string, seed uint64) string {
+	return fmt.Sprintf("seed %d; run it again: go test ./internal/reliability -run '^%s$' -seed %d", seed, test, seed)
 }

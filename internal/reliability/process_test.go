@@ -184,6 +184,7 @@ func (h *host) start() error {
 		"CERTCTL_TARGETS_DIR=" + filepath.Join(h.base, "targets.d"),
 		"CERTCTL_DISCOVERY_DIRS=" + h.site.path("www"),
 		"CERTCTL_DISCOVERY_INTERVAL=2s",
+		"CERTCTL_ALLOWED_PATHS=" + h.site.path("www"),
 		"CERTCTL_HEARTBEAT_INTERVAL=300ms",
 		"CERTCTL_POLL_INTERVAL=200ms",
 		"CERTCTL_STARTUP_JITTER=false",
@@ -605,6 +606,12 @@ func (h *host) verdict() error {
 			fail("job %s has %d outcomes: %s", job.ID, len(verdicts), history(job))
 		}
 	}
+	for _, x := range h.site.servers {
+		leaf, err := h.site.pair(x)
+		if err == nil && (leaf != nil) == x.picky {
+			fail("target %s: installed: %v, want %v", x.id, leaf != nil, !x.picky)
+		}
+	}
 	if err := h.checkKeys(); err != nil {
 		fail("a key is gone: %w", err)
 	}
@@ -676,7 +683,7 @@ func TestNetworkFaults(t *testing.T) {
 			mu.Lock()
 			defer mu.Unlock()
 			if err != nil {
-				t.Errorf("seed %d: %v\n%s", seed, err, again(t, seed))
+				t.Errorf("%v\n%s", err, again(t.Name(), seed))
 			}
 			total.add(f)
 		})

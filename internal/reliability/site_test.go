@@ -211,7 +211,7 @@ func (s *site) secretsIn(data []byte) []string {
 var lineEnds = regexp.MustCompile(`\\n|\r|\n`)
 
 // keyFiles are the places where key material belongs.
-var keyFiles = regexp.MustCompile(`^(keys/[^/]+|www/[^/]+/key\.pem|www/[^/]+/\.certctl-[a-z2-7]{20}|(keys/\.)?state/.*/backups/[^/]+/[^/]+/[0-9]+-.*)$`)
+var keyFiles = regexp.MustCompile(`^(keys/[^/]+|www/[^/]+/key\.pem|www/[^/]+/\.certctl-[a-z2-7]{20}|(keys/\.)?state/([0-9a-f]+/)?backups/[^/]+/[^/]+/[0-9]+-.*)$`)
 
 // checkSecrets walks the whole site for key material: only where it belongs,
 // and nobody else may read it. It tolerates files that vanish meanwhile.
