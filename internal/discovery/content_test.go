@@ -297,3 +297,23 @@ func FuzzIndex(f *testing.F) {
 		}
 	})
 }
+
+// A file with many encrypted parts would ask for the work of many files.
+func TestPKCS12Parts(t *testing.T) {
+	tlv := func(tag byte, parts ...string) string {
+		body := strings.Join(parts, "")
+		return string([]byte{tag, 0x82, byte(len(body) >> 8), byte(len(body))}) + body
+	}
+	oid := func(id string) string { return tlv(tagOID, id) }
+	method := tlv(tagSequence, oid(oidPBE+"\x03"), tlv(tagSequence, tlv(tagOctetString, "salt"), tlv(tagInteger, "\x01")))
+	part := tlv(tagSequence, oid(oidEncryptedData), tlv(tagExplicit0, tlv(tagSequence, tlv(tagInteger, "\x00"),
+		tlv(tagSequence, oid(oidData), method, tlv(tagContext0, strings.Repeat("x", 16))))))
+	for parts, want := range map[int]error{maxEncrypted: errPKCS12Locked, maxEncrypted + 1: errPKCS12Parts} {
+		var c content
+		c.pkcs12([]byte(tlv(tagSequence, tlv(tagInteger, "\x03"), tlv(tagSequence, oid(oidData),
+			tlv(tagExplicit0, tlv(tagOctetString, tlv(tagSequence, strings.Repeat(part, parts))))))), nil)
+		if last := c.causes[len(c.causes)-1]; last != want.Error() {
+			t.Errorf("%d parts: got %q", parts, c.causes)
+		}
+	}
+}

@@ -32,6 +32,10 @@ const (
 	// Windows write up to a million.
 	maxIterations = 2_000_000
 
+	// maxEncrypted bounds the encrypted parts of one file, since each asks for
+	// that work again; tools write one.
+	maxEncrypted = 4
+
 	// maxBagDepth bounds how deep bags nest; no tool nests them at all.
 	maxBagDepth = 8
 )
@@ -48,6 +52,7 @@ func looksLikePKCS12(b []byte) bool {
 
 var (
 	errPKCS12Locked = errors.New("PKCS#12: no configured password opens the certificates")
+	errPKCS12Parts  = fmt.Errorf("PKCS#12: it has more than %d encrypted parts, and what follows is not looked into", maxEncrypted)
 	errPKCS12Signed = errors.New("PKCS#12: the contents are signed or enveloped with a public key, which is not supported")
 )
 
@@ -66,6 +71,7 @@ func (c *content) pkcs12(b []byte, passwords []string) {
 	if info.err != nil {
 		safes.err = info.err
 	}
+	encrypted := 0
 	for safes.err == nil && len(safes.rest) > 0 {
 		safe := safes.inside(tagSequence)
 		kind := safe.oid()
@@ -76,6 +82,10 @@ func (c *content) pkcs12(b []byte, passwords []string) {
 		case kind == oidData:
 			c.damaged(c.bags(content.octets(tagOctetString), 0))
 		case kind == oidEncryptedData:
+			if encrypted++; encrypted > maxEncrypted {
+				c.fail(errPKCS12Parts)
+				return
+			}
 			c.encryptedBags(content, passwords)
 		case kind == oidEnvelopedData:
 			c.fail(errPKCS12Signed)

@@ -2,6 +2,7 @@ package pemutil
 
 import (
 	"bytes"
+	"crypto/rsa"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -14,6 +15,11 @@ import (
 // maxChain bounds the work that OrderChain does for a chain that came from
 // elsewhere. Chains in use have up to five certificates.
 const maxChain = 32
+
+// maxRSABits bounds the key that a signature is checked with. The work grows
+// with the square of its length, and a megabyte would hold one that takes
+// minutes.
+const maxRSABits = 16384
 
 // OrderChain returns rest in issuing order, without leaf: each certificate
 // issued the one before it, which is the order that TLS asks for (RFC 5246,
@@ -65,7 +71,10 @@ func issued(parent, child *x509.Certificate) bool {
 		!strings.EqualFold(parent.Subject.String(), child.Issuer.String()) {
 		return false
 	}
-	err := parent.CheckSignature(child.SignatureAlgorithm, child.RawTBSCertificate, child.Signature)
+	err := x509.ErrUnsupportedAlgorithm
+	if key, isRSA := parent.PublicKey.(*rsa.PublicKey); !isRSA || key.N.BitLen() <= maxRSABits {
+		err = parent.CheckSignature(child.SignatureAlgorithm, child.RawTBSCertificate, child.Signature)
+	}
 	if err == nil {
 		return true
 	}

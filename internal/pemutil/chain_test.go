@@ -4,6 +4,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"math/big"
@@ -119,6 +120,18 @@ func TestOrderChainUnknownAlgorithm(t *testing.T) {
 		if _, err := pemutil.OrderChain(&leaf, issued.Chain[1:]); err == nil {
 			t.Errorf("%v: an issuer with another key identifier was taken", algorithm)
 		}
+	}
+}
+
+// TestOrderChainHugeKey: a key so long that checking a signature with it would
+// take minutes is not used, and what it has signed counts as unknown.
+func TestOrderChainHugeKey(t *testing.T) {
+	issued := issue(t, testca.Must(t), testca.Template{Intermediates: 1})
+	leaf, low := *issued.Leaf, *issued.Chain[1]
+	leaf.SignatureAlgorithm = x509.SHA256WithRSA
+	low.PublicKey = &rsa.PublicKey{N: new(big.Int).SetBit(big.NewInt(1), 32768, 1), E: 65537}
+	if _, err := pemutil.OrderChain(&leaf, []*x509.Certificate{&low, issued.Chain[2]}); err != nil {
+		t.Errorf("the signature was checked: %v", err)
 	}
 }
 
