@@ -73,7 +73,7 @@ func (p *Policy) CheckPath(path string) error {
 		return nil
 	}
 	for _, dir := range p.Paths {
-		if below(resolved(dir), path) {
+		if real, err := follow(dir, trustedLink); err == nil && below(real, path) {
 			return nil
 		}
 	}
@@ -173,6 +173,28 @@ const maxLinks = 40
 // behind a symlink that leads nowhere, is kept by name: that is where a file
 // would be created.
 func Resolve(path string) (string, error) {
+	return follow(path, func(string) error { return nil })
+}
+
+// trustedLink refuses a symlink that others than root and the agent's own user
+// could have made: it would let them choose which directory is allowed.
+func trustedLink(path string) error {
+	for _, at := range []string{path, filepath.Dir(path)} {
+		info, err := os.Lstat(at)
+		if err != nil {
+			return err
+		}
+		uid, known := owner(info)
+		shared := info.IsDir() && info.Mode().Perm()&0o022 != 0 && info.Mode()&fs.ModeSticky == 0
+		if shared || known && uid != 0 && uid != os.Geteuid() {
+			return fmt.Errorf("%s is a symlink that others could change", path)
+		}
+	}
+	return nil
+}
+
+// follow is Resolve, but that each symlink is shown to may first.
+func follow(path string, may func(link string) error) (string, error) {
 	const separator = string(filepath.Separator)
 	at, rest := separator, strings.Split(filepath.Clean(path), separator)
 	for links := 0; len(rest) > 0; {
@@ -189,6 +211,9 @@ func Resolve(path string) (string, error) {
 		}
 		if err != nil {
 			continue // no symlink, or nothing there
+		}
+		if err := may(at); err != nil {
+			return "", err
 		}
 		if links++; links > maxLinks {
 			return "", fmt.Errorf("resolve %s: too many symlinks", path)

@@ -90,6 +90,38 @@ func TestAllowedPaths(t *testing.T) {
 	}
 }
 
+// An allowed directory that its owner turns into a link to another one allows
+// nothing there.
+func TestAllowedPathsThroughForeignLink(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can make another user's link")
+	}
+	base, err := filepath.EvalSymlinks(t.TempDir())
+	must(t, err)
+	home, etc := filepath.Join(base, "home"), filepath.Join(base, "etc")
+	must(t, os.Mkdir(home, 0o755))
+	must(t, os.Mkdir(etc, 0o755))
+	must(t, os.Symlink(etc, filepath.Join(home, "tls")))
+	p := &Policy{Paths: []string{filepath.Join(home, "tls")}}
+	if err := p.CheckPath(filepath.Join(etc, "x")); err != nil {
+		t.Errorf("root's own link: %v", err)
+	}
+	must(t, os.Chown(home, 1000, -1))
+	if err := p.CheckPath(filepath.Join(etc, "x")); err == nil {
+		t.Error("a link in another user's directory: got no error")
+	}
+	must(t, os.Chown(home, 0, -1))
+	must(t, os.Lchown(filepath.Join(home, "tls"), 1000, -1))
+	if err := p.CheckPath(filepath.Join(etc, "x")); err == nil {
+		t.Error("another user's link: got no error")
+	}
+	must(t, os.Lchown(filepath.Join(home, "tls"), 0, -1))
+	must(t, os.Chmod(home, 0o777))
+	if err := p.CheckPath(filepath.Join(etc, "x")); err == nil {
+		t.Error("a link in everybody's directory: got no error")
+	}
+}
+
 func TestFatalPaths(t *testing.T) {
 	p := &Policy{}
 	for _, path := range []string{"/etc/certctl/agent.env", "/etc/passwd", "/etc/PASSWD", "/etc/shadow-", "/proc/sys/kernel/core_pattern", "/sys/x", "/dev/sda", "/boot/x",
