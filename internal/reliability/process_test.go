@@ -155,7 +155,7 @@ func newHost(base string, seed uint64, servers []server, choose func(n int) netf
 func loadPair(certPath, keyPath, problems string) error {
 	var err error
 	for range 20 {
-		if _, err = pairOf(certPath, keyPath); err == nil {
+		if _, err = load(certPath, keyPath, true); err == nil {
 			return nil
 		}
 		time.Sleep(50 * time.Millisecond)

@@ -94,21 +94,17 @@ func (s *site) config(x server, validate, reload string) map[string]any {
 // pair is what the server of a target would load: nil where nothing was
 // installed yet. The error says what is wrong with it.
 func (s *site) pair(x server) (*x509.Certificate, error) {
-	leaf, err := pairOf(s.certPath(x), s.keyPath(x))
-	if errors.Is(err, fs.ErrNotExist) {
-		_, certErr := os.Stat(s.certPath(x))
-		_, keyErr := os.Stat(s.keyPath(x))
-		if errors.Is(certErr, fs.ErrNotExist) && (x.shared || errors.Is(keyErr, fs.ErrNotExist)) {
-			return nil, nil
-		}
-	}
-	return leaf, err
+	return load(s.certPath(x), s.keyPath(x), x.shared)
 }
 
-// pairOf loads a certificate and a key as a server does.
-func pairOf(certPath, keyPath string) (*x509.Certificate, error) {
+// load loads a certificate and a key as a server does. Without a certificate
+// there may be a key in the agent's key directory.
+func load(certPath, keyPath string, shared bool) (*x509.Certificate, error) {
 	certPEM, certErr := os.ReadFile(certPath)
 	keyPEM, keyErr := os.ReadFile(keyPath)
+	if errors.Is(certErr, fs.ErrNotExist) && (shared || errors.Is(keyErr, fs.ErrNotExist)) {
+		return nil, nil
+	}
 	if err := errors.Join(certErr, keyErr); err != nil {
 		return nil, err
 	}
