@@ -136,9 +136,9 @@ func (c *checker) print(w io.Writer) error {
 	}
 	text.WriteString("checks\n")
 	for _, r := range c.results {
-		fmt.Fprintf(&text, "  %-8s %-14s %s\n", r.Level, r.Check, r.Detail)
+		fmt.Fprintf(&text, "  %-8s %-16s %s\n", r.Level, r.Check, r.Detail)
 		if r.Remedy != "" {
-			fmt.Fprintf(&text, "  %-8s %-14s → %s\n", "", "", r.Remedy)
+			fmt.Fprintf(&text, "  %-8s %-16s → %s\n", "", "", r.Remedy)
 		}
 	}
 	_, err := io.WriteString(w, text.String())
