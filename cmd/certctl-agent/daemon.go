@@ -29,6 +29,7 @@ import (
 	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/ledger"
 	"certctl-agent/internal/pace"
+	"certctl-agent/internal/printable"
 	"certctl-agent/internal/sdnotify"
 	"certctl-agent/internal/secret"
 	"certctl-agent/internal/statedir"
@@ -401,9 +402,24 @@ func newClient(cfg *config.Config, key func() secret.String, onDate func(time.Ti
 	})
 }
 
+// maxLogValue bounds one value of a log line. Ids and names of jobs come from
+// the control plane, and may be megabytes.
+const maxLogValue = 4 << 10
+
 // newLogger logs JSON lines, or text for people.
 func newLogger(w io.Writer, format string, level slog.Leveler) *slog.Logger {
-	options := &slog.HandlerOptions{Level: level}
+	options := &slog.HandlerOptions{Level: level, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+		switch text := a.Value; {
+		case a.Key == "stack": // of our own code, on lines
+		case text.Kind() == slog.KindString:
+			a.Value = slog.StringValue(printable.Clip(text.String(), maxLogValue))
+		case text.Kind() == slog.KindAny:
+			if err, ok := text.Any().(error); ok {
+				a.Value = slog.StringValue(printable.Clip(err.Error(), maxLogValue))
+			}
+		}
+		return a
+	}}
 	if format == "text" {
 		return slog.New(slog.NewTextHandler(w, options))
 	}

@@ -250,7 +250,7 @@ func TestKilled(t *testing.T) {
 		{name: "CSR signed", fault: devplane.Fault{Call: devplane.CallCSR, Delay: time.Hour, LoseAnswer: true},
 			// A deployment that is handed out to an agent that is killed at that
 			// moment is lost, and no agent can change that.
-			poll: "1h",
+			poll:  "1h",
 			until: func(h *host, id string) bool { return len(h.plane.Versions(id)) == 2 }},
 		{name: "certificate fetched", fault: devplane.Fault{Call: devplane.CallCertificate, Delay: time.Hour},
 			until: func(h *host, id string) bool { return h.requested(devplane.CallCertificate) == 2 }},

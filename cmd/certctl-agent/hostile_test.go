@@ -1,0 +1,345 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/devplane"
+)
+
+// TestHostileIDs: identifiers that would lead out of a directory or a path name
+// nothing on this host, and do not keep good jobs from being done.
+func TestHostileIDs(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, devplane.Options{})
+	certificate := h.deployed()
+	before := h.tree("tls", "targets.d")
+	target := h.target("x-")
+	names := []string{"../../evil", "..", ".", "evil/evil", "evil\x00", "/evil", `evil\evil`, "evil\n", "évil", strings.Repeat("e", 129)}
+	var reported []string
+	for i, name := range names {
+		h.plane.AddCertificate(devplane.Certificate{ID: name, CommonName: "localhost", Agents: []string{h.agentID}})
+		h.plane.AddTarget(devplane.Target{ID: name, Agent: h.agentID, Type: "NGINX", Config: h.nginx("y-")})
+		h.plane.AddJob(api.Job{ID: name, Type: api.TypeDeployment, Status: devplane.StatusPending, CertificateID: certificate, TargetID: target})
+		reported = append(reported,
+			h.plane.AddJob(api.Job{ID: fmt.Sprintf("csr-%d", i), Type: api.TypeIssuance, Status: api.StatusAwaitingCSR, CertificateID: name, CommonName: "localhost"}),
+			h.plane.AddJob(api.Job{ID: fmt.Sprintf("cert-%d", i), Type: api.TypeDeployment, Status: devplane.StatusPending, CertificateID: name, TargetID: target}),
+			h.plane.AddJob(api.Job{ID: fmt.Sprintf("target-%d", i), Type: api.TypeDeployment, Status: devplane.StatusPending, CertificateID: certificate, TargetID: name}))
+	}
+	agent := h.start()
+	for _, id := range reported {
+		if job := h.waitJob(id, api.StatusFailed); !strings.Contains(job.Error, "id") || !strings.Contains(job.Error, "is not valid") {
+			t.Errorf("job %s: the error is %q", id, job.Error)
+		}
+	}
+	h.plane.StartRenewal(certificate)
+	h.wait("the good deployment", func() bool {
+		job := h.plane.Deployments(certificate)
+		return job[len(job)-1].Status == api.StatusCompleted
+	})
+	agent.stop()
+	for _, name := range names {
+		if job, _ := h.plane.Job(name); len(job.History) != 2 { // made, handed out
+			t.Errorf("the job %q was answered: %+v", name, job.History)
+		}
+		if agent.logged(`"ERROR"`, "its id is not one", strings.Trim(strconv.QuoteToASCII(name), `"`)) == "" && !strings.ContainsAny(name, "\x00\n\\é") {
+			t.Errorf("no line about the job %.20q", name)
+		}
+	}
+	after := h.tree("tls", "targets.d")
+	for _, file := range []string{"tls/cert.pem", "tls/key.pem"} { // the good one
+		before[file] = after[file]
+	}
+	if !maps.Equal(before, after) {
+		t.Errorf("files of targets were changed: %d, want %d", len(after), len(before))
+	}
+	for path := range h.tree(".") {
+		if strings.Contains(path, "evil") {
+			t.Errorf("%s was made", path)
+		}
+	}
+}
+
+// TestHugeAnswers: every call is answered with ten megabytes once.
+func TestHugeAnswers(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, devplane.Options{})
+	certificate := h.certificate()
+	for _, call := range []string{devplane.CallHeartbeat, devplane.CallWork, devplane.CallCSR, devplane.CallCertificate, devplane.CallStatus} {
+		h.plane.Inject(devplane.Fault{Call: call, Times: 1, Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "application/json")
+			io.WriteString(w, `{"certificate_pem":"`+strings.Repeat("x", 10<<20)+`"}`)
+		})})
+	}
+	h.plane.StartIssuance(certificate)
+	agent := h.start()
+	agent.waitLog(`"WARN"`, "try failed", "heartbeat", "larger than allowed")
+	agent.waitLog(`"WARN"`, "try failed", "poll", "larger than allowed")
+	agent.waitLog(`"WARN"`, "CSR not accepted yet", "larger than allowed")
+	job := h.waitDeployment(certificate, 1, api.StatusFailed)
+	if !strings.Contains(job.Error, "larger than allowed") {
+		t.Errorf("the error is %q", job.Error)
+	}
+	id := h.plane.Redeploy(certificate)[0]
+	h.waitJob(id, api.StatusCompleted)
+	agent.stop()
+}
+
+// TestRedirects: none is followed, since it would carry the API key elsewhere.
+func TestRedirects(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, devplane.Options{})
+	var followed atomic.Int32
+	elsewhere := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { followed.Add(1) }))
+	defer elsewhere.Close()
+	for _, call := range []string{devplane.CallHeartbeat, devplane.CallWork, devplane.CallCSR} {
+		h.plane.Inject(devplane.Fault{Call: call, Times: 1, Handler: http.RedirectHandler(elsewhere.URL+"/?token=1234", http.StatusTemporaryRedirect)})
+	}
+	certificate := h.certificate()
+	h.plane.StartIssuance(certificate)
+	agent := h.start()
+	for _, activity := range []string{"heartbeat", "poll", "CSR"} {
+		line := agent.waitLog(`"WARN"`, activity, "307", "a redirect is never followed: check the server URL", elsewhere.URL)
+		if strings.Contains(line, "1234") {
+			t.Errorf("the line shows the query: %s", line)
+		}
+	}
+	h.waitDeployment(certificate, 1, api.StatusCompleted)
+	agent.stop()
+	if n := followed.Load(); n != 0 {
+		t.Errorf("%d redirects were followed", n)
+	}
+}
+
+// TestManyJobs: as many jobs as an answer can hold. Memory, and the log, stay
+// bounded.
+func TestManyJobs(t *testing.T) {
+	t.Parallel()
+	binary, err := plainBinary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const (
+		maxMemory = 150 << 20
+		maxLog    = 8 << 20
+	)
+	tests := []struct {
+		name string
+		jobs int
+		job  func(i int) string
+		line []string
+	}{
+		{"empty", 1_000_000, func(int) string { return `{}` }, []string{"left_out", "990000"}},
+		{"numbers", 1_000_000, func(int) string { return `7` }, []string{"left_out", "990000"}},
+		{"deployments", 80_000, func(i int) string {
+			return fmt.Sprintf(`{"id":"job-%d","type":"Deployment","status":"Running","certificate_id":"c","target_id":"t%d"}`, i, i)
+		}, []string{"left_out", "70000"}},
+		{"CSRs", 70_000, func(i int) string {
+			return fmt.Sprintf(`{"id":"job-%d","type":"Issuance","status":"AwaitingCSR","certificate_id":"c%d","common_name":"x.test"}`, i, i)
+		}, []string{"left_out", "60000"}},
+		{"one with a name of megabytes", 1, func(int) string {
+			return `{"id":"` + strings.Repeat("x", 4<<20) + `"}`
+		}, []string{"its id is not one", "xxx"}},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			h := newHost(t, devplane.Options{})
+			h.binary = binary
+			h.excused = func(problem string) bool { return strings.Contains(problem, "a report for a job that does not exist") }
+			var work bytes.Buffer
+			work.WriteString(`{"jobs":[`)
+			for i := range test.jobs {
+				if i > 0 {
+					work.WriteByte(',')
+				}
+				work.WriteString(test.job(i))
+			}
+			work.WriteString(`]}`)
+			if work.Len() > 8<<20 {
+				t.Fatalf("the answer has %d bytes: it would be refused for its size", work.Len())
+			}
+			h.plane.Inject(devplane.Fault{Call: devplane.CallWork, Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				w.Header().Set("Content-Type", "application/json")
+				w.Write(work.Bytes())
+			})})
+			agent := h.start()
+			agent.waitLog(append(test.line, `"ERROR"`)...)
+			h.waitMore(devplane.CallHeartbeat, 5)
+			peak := peakMemory(t, agent.cmd.Process.Pid)
+			agent.kill()
+			printed := len(agent.output.String())
+			t.Logf("peak memory %d MiB, %d KiB of log", peak>>20, printed>>10)
+			if peak > maxMemory {
+				t.Errorf("peak memory %d MiB, want at most %d", peak>>20, maxMemory>>20)
+			}
+			if printed > maxLog {
+				t.Errorf("%d KiB of log, want at most %d", printed>>10, maxLog>>10)
+			}
+		})
+	}
+}
+
+// memory is a figure of a process in /proc, in bytes.
+func memory(t *testing.T, pid int, name string) int {
+	t.Helper()
+	file, err := os.Open(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		t.Skip("needs Linux's /proc: ", err)
+	}
+	defer file.Close()
+	for lines := bufio.NewScanner(file); lines.Scan(); {
+		if fields := strings.Fields(lines.Text()); len(fields) == 3 && fields[0] == name+":" {
+			kib, err := strconv.Atoi(fields[1])
+			if err != nil {
+				t.Fatal(err)
+			}
+			return kib << 10
+		}
+	}
+	t.Fatalf("/proc does not tell the %s of process %d", name, pid)
+	return 0
+}
+
+func peakMemory(t *testing.T, pid int) int { t.Helper(); return memory(t, pid, "VmHWM") }
+
+// TestHostileConfig: what a target's configuration may not make this host do.
+func TestHostileConfig(t *testing.T) {
+	t.Parallel()
+	tests := []struct {
+		name   string
+		unset  string // an allow-list that is not set
+		change func(h *host, config map[string]any)
+		want   []string
+	}{
+		{"metacharacters", "", func(h *host, c map[string]any) { c["reload_command"] = "touch " + h.path("tls", "evil") + "; true" },
+			[]string{"reload_command"}},
+		{"metacharacters without a list", "CERTCTL_ALLOWED_COMMANDS", func(h *host, c map[string]any) { c["validate_command"] = "touch $(" + h.path("tls", "evil") + ")" },
+			[]string{"validate_command"}},
+		{"line end", "CERTCTL_ALLOWED_COMMANDS", func(h *host, c map[string]any) { c["reload_command"] = "true\ntouch " + h.path("tls", "evil") },
+			[]string{"reload_command"}},
+		{"command outside", "", func(h *host, c map[string]any) { c["reload_command"] = "touch " + h.path("tls", "evil") },
+			[]string{"reload_command", "CERTCTL_ALLOWED_COMMANDS"}},
+		{"argument more", "", func(h *host, c map[string]any) {
+			c["reload_command"] = h.command("reload") + " " + h.path("tls", "evil")
+		},
+			[]string{"reload_command", "CERTCTL_ALLOWED_COMMANDS"}},
+		{"path outside", "", func(h *host, c map[string]any) { c["cert_path"] = h.path("evil.pem") },
+			[]string{"evil.pem", "CERTCTL_ALLOWED_PATHS"}},
+		{"dots", "", func(h *host, c map[string]any) { c["cert_path"] = h.path("tls") + "/../evil.pem" },
+			[]string{"evil.pem"}},
+		{"link out of the list", "", func(h *host, c map[string]any) {
+			os.Mkdir(h.path("outside"), 0o755)
+			os.Symlink(h.path("outside"), h.path("tls", "link"))
+			c["key_path"] = h.path("tls", "link", "evil.pem")
+		}, []string{"evil.pem", "CERTCTL_ALLOWED_PATHS"}},
+		{"link to the overlays", "CERTCTL_ALLOWED_PATHS", func(h *host, c map[string]any) {
+			os.Symlink(h.path("targets.d"), h.path("tls", "link"))
+			c["cert_path"] = h.path("tls", "link", "evil.json")
+		}, []string{"targets.d/evil.json", "the agent's own"}},
+		{"linked file", "CERTCTL_ALLOWED_PATHS", func(h *host, c map[string]any) {
+			os.Symlink(h.path("agent.env"), h.path("tls", "evil.pem"))
+			c["cert_path"] = h.path("tls", "evil.pem")
+		}, []string{"agent.env", "the agent's own"}},
+		{"key directory", "CERTCTL_ALLOWED_PATHS", func(h *host, c map[string]any) { c["cert_path"] = h.path("keys", "evil.key") },
+			[]string{"keys/evil.key", "the agent's own"}},
+		// Refused by the policy where the directory exists, else for that.
+		{"etc certctl", "CERTCTL_ALLOWED_PATHS", func(_ *host, c map[string]any) { c["cert_path"] = "/etc/certctl/evil.env" },
+			[]string{"/etc/certctl"}},
+		{"cron", "CERTCTL_ALLOWED_PATHS", func(_ *host, c map[string]any) { c["cert_path"] = "/etc/cron.d/certctl-evil" },
+			[]string{"/etc/cron.d", "CERTCTL_ALLOWED_PATHS"}},
+		{"key for everybody", "", func(_ *host, c map[string]any) { c["key_file_mode"] = "0644" },
+			[]string{"key_file_mode", "every user of this host", "0770"}},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			h := newHost(t, devplane.Options{})
+			if test.unset != "" {
+				h.env[test.unset] = ""
+			}
+			config := h.nginx("")
+			test.change(h, config)
+			target := h.plane.AddTarget(devplane.Target{Agent: h.agentID, Type: "NGINX", Config: config})
+			certificate := h.plane.AddCertificate(devplane.Certificate{CommonName: "x.test", Targets: []string{target}})
+			before := h.tree("tls", "targets.d", "agent.env")
+			h.plane.StartIssuance(certificate)
+			agent := h.start()
+			job := h.waitDeployment(certificate, 1, api.StatusFailed)
+			agent.waitLog(`"ERROR"`, "deployment failed", job.ID)
+			agent.stop()
+			for _, want := range test.want {
+				if !strings.Contains(job.Error, want) {
+					t.Errorf("the error does not say %q: %s", want, job.Error)
+				}
+			}
+			if !maps.Equal(h.tree("tls", "targets.d", "agent.env"), before) {
+				t.Error("something was written")
+			}
+			for _, path := range []string{h.path("evil.pem"), h.path("keys", "evil.key"), "/etc/certctl/evil.env", "/etc/cron.d/certctl-evil"} {
+				if _, err := os.Lstat(path); err == nil {
+					t.Errorf("%s was made", path)
+					os.Remove(path)
+				}
+			}
+			if h.ran("validate")+h.ran("reload") != 0 {
+				t.Error("a command was run")
+			}
+		})
+	}
+}
+
+// TestTerminalEscapes: what others say cannot move the cursor of whoever reads
+// it, nor forge a line.
+func TestTerminalEscapes(t *testing.T) {
+	t.Parallel()
+	const evil = "\x1b[2J\x1b]0;owned\x07\u202egnp.\r\n{\"level\":\"INFO\",\"msg\":\"forged\"}\xff\x00"
+	for _, format := range []string{"json", "text"} {
+		t.Run(format, func(t *testing.T) {
+			t.Parallel()
+			h := newHost(t, devplane.Options{})
+			h.env["CERTCTL_LOG_FORMAT"] = format
+			h.write("validate.sh", `printf '\033[2Jowned\007\r\n' >&2; exit 1`, 0o644)
+			for _, call := range []string{devplane.CallHeartbeat, devplane.CallWork, devplane.CallCSR} {
+				h.plane.Inject(devplane.Fault{Call: call, Times: 1, Status: http.StatusInternalServerError, Body: "failed " + evil + strings.Repeat("x", 4<<10)})
+			}
+			certificate := h.certificate()
+			h.plane.StartIssuance(certificate)
+			agent := h.start()
+			for _, activity := range []string{"heartbeat", "poll", "CSR not accepted yet"} {
+				line := agent.waitLog(activity, "failed ", "owned")
+				if len(line) > 2<<10 {
+					t.Errorf("a line of %d bytes", len(line))
+				}
+			}
+			job := h.waitDeployment(certificate, 1, api.StatusFailed)
+			agent.waitLog("deployment failed", "owned")
+			code, shown := h.run("status")
+			agent.stop()
+			if code != exitOK {
+				t.Errorf("status: exit code %d\n%s", code, shown)
+			}
+			for place, text := range map[string]string{"log": agent.output.String(), "report": job.Error, "status": shown} {
+				if strings.ContainsAny(text, "\x1b\x07\r\x00\u202e") || strings.Contains(text, `\u001b`) || strings.Contains(text, `\x1b`) || strings.Contains(text, `\u202e`) {
+					t.Errorf("the %s holds control characters: %q", place, text)
+				}
+			}
+			for line := range strings.Lines(agent.output.String()) {
+				if strings.HasPrefix(line, `{"level"`) {
+					t.Errorf("a forged line: %s", line)
+				}
+			}
+		})
+	}
+}
