@@ -102,11 +102,28 @@ func readEntries(dir *os.File, buffer []byte, each func(name []byte, mode fs.Fil
 
 func changeTimes(st *syscall.Stat_t) (modified, changed int64) { return st.Mtim.Nano(), st.Ctim.Nano() }
 
-// openQuietly leaves the access time alone, where this user may ask for it.
+// openQuietly opens a regular file and leaves its access time alone, where this
+// user may ask for that. Of anything else it returns a handle that tells what it
+// is and opens nothing: whoever owns a directory on the way can turn it into a
+// link to /dev at any moment, and to open a watchdog is to start it.
 func openQuietly(path string, flags int) (int, error) {
-	fd, err := syscall.Open(path, flags|syscall.O_NOATIME, 0)
-	if err == syscall.EPERM {
-		fd, err = syscall.Open(path, flags, 0)
+	const pathOnly = 0x200000 // O_PATH, open(2)
+	handle, err := syscall.Open(path, pathOnly|flags&(syscall.O_NOFOLLOW|syscall.O_CLOEXEC), 0)
+	if err != nil {
+		return -1, err
+	}
+	var st syscall.Stat_t
+	if err := syscall.Fstat(handle, &st); err != nil || st.Mode&syscall.S_IFMT != syscall.S_IFREG {
+		return handle, nil
+	}
+	defer syscall.Close(handle)
+	same := "/proc/self/fd/" + strconv.Itoa(handle)
+	fd, err := syscall.Open(same, flags&^syscall.O_NOFOLLOW|syscall.O_NOATIME, 0)
+	switch err {
+	case syscall.EPERM:
+		return syscall.Open(same, flags&^syscall.O_NOFOLLOW, 0)
+	case syscall.ENOENT: // there is no /proc
+		return syscall.Open(path, flags, 0)
 	}
 	return fd, err
 }
