@@ -212,6 +212,16 @@ func TestCompleted(t *testing.T) {
 }
 
 // TestRefusedBeforeTouching lists what ends a job without any change.
+// What is remembered of each target must not be as long as a certificate can
+// be.
+func TestLongCommonName(t *testing.T) {
+	w := newWorld(t)
+	w.renew("cert-1", testca.Template{CommonName: strings.Repeat("x", 100_000)})
+	if got := w.run(job("{}")); got.Status != api.StatusCompleted || len(got.CommonName) > 300 {
+		t.Errorf("%s, error %q, a common name of %d bytes", got.Status, got.Error, len(got.CommonName))
+	}
+}
+
 func TestRefusedBeforeTouching(t *testing.T) {
 	tests := []struct {
 		name   string

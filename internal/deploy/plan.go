@@ -13,12 +13,17 @@ import (
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/printable"
 	"certctl-agent/internal/target"
 )
 
 // maxSkew is how far ahead a certificate's not-before may be: a signer stamps
 // the present, and this host's clock may be late by that much.
 const maxSkew = 5 * time.Minute
+
+// maxCommonName bounds what is remembered of a certificate's name, in bytes:
+// RFC 5280 allows 64 characters, and nobody stops a hostile signer.
+const maxCommonName = 256
 
 // remoteTypes exist on the control plane. An agent that has no connector for
 // one says so, which is another thing than a name that nobody knows.
@@ -95,7 +100,7 @@ func (a *attempt) fetch(ctx context.Context) (*target.Material, error) {
 	if last := len(chain) - 1; a.common.DropRoot && last >= 0 && pemutil.IsSelfSigned(chain[last]) {
 		chain = chain[:last]
 	}
-	a.outcome.CommonName = leaf.Subject.CommonName
+	a.outcome.CommonName = printable.Clip(leaf.Subject.CommonName, maxCommonName)
 	a.outcome.NotAfter = leaf.NotAfter
 	a.outcome.Fingerprint = pemutil.Fingerprint(leaf)
 	return &target.Material{CertificateID: id, Leaf: leaf, Chain: chain, KeyPath: a.o.Keys.Path(id)}, nil
