@@ -27,6 +27,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/atomicfile"
@@ -154,6 +155,11 @@ func (s *Store) tighten() error {
 	info, err := s.root.Stat(".")
 	if err != nil {
 		return fmt.Errorf("look at the key directory: %w", err)
+	}
+	// Mode 0700 closes it to everybody but its owner. That may be the user of
+	// the agent before this one, so it is no refusal.
+	if owner, ok := info.Sys().(*syscall.Stat_t); ok && owner.Uid != 0 && int(owner.Uid) != os.Geteuid() {
+		s.log.Warn("the key directory belongs to another user, who can read every key: chown it to the agent's user", "dir", s.dir, "owner", owner.Uid)
 	}
 	was := info.Mode().Perm()
 	if was&0o077 == 0 {

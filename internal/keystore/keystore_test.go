@@ -424,6 +424,22 @@ func TestNamesDoNotCollide(t *testing.T) {
 	}
 }
 
+func TestForeignDirectory(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can give a directory to another user")
+	}
+	dir := t.TempDir()
+	do(t, os.Chmod(dir, 0o700))
+	for uid, warns := range map[int]bool{0: false, 1000: true} {
+		do(t, os.Chown(dir, uid, -1))
+		var text bytes.Buffer
+		openLogged(t, dir, slog.New(slog.NewTextHandler(&text, nil)))
+		if got := strings.Contains(text.String(), "another user"); got != warns {
+			t.Errorf("owner %d: log %q", uid, &text)
+		}
+	}
+}
+
 func TestOpen(t *testing.T) {
 	dir := t.TempDir()
 	keys := filepath.Join(dir, "keys")
