@@ -100,7 +100,7 @@ func (c *checker) overlays() {
 			continue
 		}
 		if _, err := target.Merge(nil, "", name, overlays); err != nil {
-			c.fail("overlays", "", "%s: %v", entry.Name(), err)
+			c.fail("overlays", "", "%v", err)
 			bad++
 			continue
 		}

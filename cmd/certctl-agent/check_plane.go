@@ -49,7 +49,9 @@ func (c *checker) reach(ctx context.Context) bool {
 		c.fail("name", "look at DNS, /etc/hosts and the server's URL", "%v", err)
 		return false
 	}
-	c.ok("name", "%s is %s", host, strings.Join(addresses, ", "))
+	if len(addresses) != 1 || addresses[0] != host {
+		c.ok("name", "%s is %s", host, strings.Join(addresses, ", "))
+	}
 	begun := time.Now()
 	conn, err := new(net.Dialer).DialContext(ctx, "tcp", net.JoinHostPort(host, port))
 	if err != nil {

@@ -19,7 +19,7 @@ import (
 var agentBinary string
 
 // plainBinary is the agent without the race detector, for what that would
-// change: memory and time.
+// change: memory.
 var plainBinary = sync.OnceValues(func() (string, error) {
 	if !raceEnabled {
 		return agentBinary, nil
