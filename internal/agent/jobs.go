@@ -65,15 +65,22 @@ type claimed struct {
 	again       map[string]bool // deployments of which an earlier claim has something to report
 }
 
+// maxNameless bounds the lines that one poll's jobs without a usable id have in
+// the log: a control plane that is broken sends them with every poll.
+const maxNameless = 20
+
 // record makes what a poll brought durable. It runs in the poll's goroutine:
 // the loop does not wait for a disk.
 func (a *Agent) record(work api.Work) claimed {
 	var c claimed
 	var deployments []api.Job
+	nameless := 0 // jobs that cannot even be reported
 	for _, job := range work.Jobs {
 		switch {
 		case !api.ValidID(job.ID):
-			a.log.Error("job ignored: its id is not one", "job", job.ID, "type", job.Type)
+			if nameless++; nameless <= maxNameless {
+				a.log.Error("job ignored: its id is not one", "job", job.ID, "type", job.Type)
+			}
 		case job.AwaitsCSR():
 			c.csrs = append(c.csrs, job)
 		case job.IsDeployment():
@@ -86,7 +93,15 @@ func (a *Agent) record(work api.Work) claimed {
 		a.log.Error("a poll brought more jobs than any host has targets: the rest was left out", "limit", api.MaxJobs, "left_out", work.Excess)
 	}
 	for _, m := range work.Malformed {
+		if !api.ValidID(m.ID) {
+			if nameless++; nameless > maxNameless {
+				continue
+			}
+		}
 		a.refuse(m.ID, fmt.Sprintf("the job could not be decoded: %v", m.Err))
+	}
+	if nameless > maxNameless {
+		a.log.Error("more jobs were ignored: their ids are none", "jobs", nameless-maxNameless)
 	}
 	c.again = make(map[string]bool)
 	for _, d := range a.o.Ledger.Undelivered() {
