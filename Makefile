@@ -39,6 +39,7 @@ demo: build ## show the main job end to end (TARGET=nginx|apache|haproxy|caddy|p
 test: ## run all tests, with the race detector where there is a C compiler
 	@$(if $(RACE),:,echo "no C compiler: running without the race detector")
 	$(GO) test $(RACE) -timeout 18m ./...
+	$(if $(RACE),$(GO) test ./internal/reliability -run TestVirtualNetwork,)
 	@$(MAKE) --no-print-directory fuzz
 
 # Iterations, not seconds: the same work on a slow machine.
@@ -50,6 +51,10 @@ fuzz: ## a short run of each fuzz target (FUZZ=30s for a longer one)
 	while IFS=: read -r file name; do \
 		$(GO) test -run '^$$' -fuzz "^$${name#func }$$" -fuzztime $(FUZZ) "./$$(dirname "$$file")" </dev/null || exit 1; \
 	done
+
+.PHONY: soak
+soak: ## 24 hours of virtual time: memory, goroutines, descriptors and disk stay flat
+	$(GO) test -timeout 10m -count=1 ./internal/reliability -run TestSoak -soak -v
 
 .PHONY: lint
 lint: ## gofmt, vet, go fix, staticcheck, the architecture test

@@ -24,6 +24,7 @@ import (
 // afterwards the log and every request. (TestNetworkFaults does the same with
 // crashes in between.)
 func TestKeyMaterialStays(t *testing.T) {
+	t.Parallel()
 	base := filepath.Join(fastDir(t), "host")
 	if err := os.Mkdir(base, 0o700); err != nil {
 		t.Fatal(err)

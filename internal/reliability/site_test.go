@@ -31,8 +31,14 @@ type site struct {
 	dir     string
 	servers []server
 
-	mu      sync.Mutex // guards secrets
-	secrets map[string]string
+	mu      sync.Mutex           // guards secrets
+	secrets map[string]secretKey // by DER
+}
+
+// secretKey is a key that may be anywhere, in the forms in which it may be.
+type secretKey struct {
+	file  string
+	forms [][]byte
 }
 
 // server reads a certificate and a key: a target.
@@ -56,7 +62,7 @@ func fastDir(t testing.TB) string {
 }
 
 func newSite(dir string, servers []server) (*site, error) {
-	s := &site{dir: dir, servers: servers, secrets: make(map[string]string)}
+	s := &site{dir: dir, servers: servers, secrets: make(map[string]secretKey)}
 	for _, x := range servers {
 		if err := os.MkdirAll(filepath.Join(dir, "www", x.id), 0o755); err != nil {
 			return nil, err
@@ -108,6 +114,11 @@ func load(certPath, keyPath string, shared bool) (*x509.Certificate, error) {
 	if err := errors.Join(certErr, keyErr); err != nil {
 		return nil, err
 	}
+	return match(certPEM, keyPEM)
+}
+
+// match is the leaf of a certificate file whose key is in the key file.
+func match(certPEM, keyPEM []byte) (*x509.Certificate, error) {
 	certs, err := pemutil.ParseCertificates(certPEM)
 	if err != nil {
 		return nil, err
@@ -172,7 +183,9 @@ func (s *site) learn() error {
 			continue
 		}
 		s.mu.Lock()
-		s.secrets[string(block.Bytes)] = entry.Name()
+		if _, known := s.secrets[string(block.Bytes)]; !known {
+			s.secrets[string(block.Bytes)] = secretKey{entry.Name(), formsOf(block.Bytes)}
+		}
 		s.mu.Unlock()
 	}
 	return nil
@@ -184,27 +197,28 @@ func (s *site) secretsIn(data []byte) []string {
 	if bytes.Contains(data, []byte("PRIVATE KEY")) {
 		found = append(found, "a PRIVATE KEY block")
 	}
-	// Without line ends, as JSON and PEM have them, so that base64 is one word.
-	flat := lineEnds.ReplaceAll(data, nil)
+	// Without line ends, as PEM and JSON have them, so that base64 is one word.
+	flat := data
+	for _, end := range []string{"\n", "\r", `\n`} {
+		flat = bytes.ReplaceAll(flat, []byte(end), nil)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for der, name := range s.secrets {
-		// The scalar of a SEC 1 key: ECPrivateKey, version, octet string of 32.
-		scalar := der[7:39]
-		for _, form := range []string{
-			der, scalar, hex.EncodeToString([]byte(scalar)), base64.StdEncoding.EncodeToString([]byte(scalar))[:42],
-			base64.StdEncoding.EncodeToString([]byte(der))[:56],
-		} {
-			if bytes.Contains(data, []byte(form)) || bytes.Contains(flat, []byte(form)) {
-				found = append(found, name)
-				break
-			}
+	for _, key := range s.secrets {
+		if slices.ContainsFunc(key.forms, func(form []byte) bool { return bytes.Contains(data, form) || bytes.Contains(flat, form) }) {
+			found = append(found, key.file)
 		}
 	}
 	return found
 }
 
-var lineEnds = regexp.MustCompile(`\\n|\r|\n`)
+// formsOf are the whole SEC 1 key and its secret part, as they are, in hex and
+// in base64. What ends a base64 text depends on what follows, so it is left out.
+func formsOf(der []byte) [][]byte {
+	scalar := der[7:39] // after SEQUENCE, version and the head of the octet string
+	return [][]byte{scalar, []byte(hex.EncodeToString(scalar)), []byte(base64.StdEncoding.EncodeToString(scalar)[:42]),
+		[]byte(base64.StdEncoding.EncodeToString(der)[:56])}
+}
 
 // keyFiles are the places where key material belongs.
 var keyFiles = regexp.MustCompile(`^(keys/[^/]+|www/[^/]+/key\.pem|www/[^/]+/\.certctl-[a-z2-7]{20}|(keys/\.)?state/([0-9a-f]+/)?backups/[^/]+/[^/]+/[0-9]+-.*)$`)

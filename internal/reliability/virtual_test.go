@@ -27,6 +27,7 @@ import (
 	"certctl-agent/internal/controlplane"
 	"certctl-agent/internal/deploy"
 	"certctl-agent/internal/devplane"
+	"certctl-agent/internal/discovery"
 	"certctl-agent/internal/enroll"
 	"certctl-agent/internal/inventory"
 	"certctl-agent/internal/keystore"
@@ -34,6 +35,7 @@ import (
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/secret"
 	"certctl-agent/internal/statedir"
+	"certctl-agent/internal/survey"
 	"certctl-agent/internal/target"
 	"certctl-agent/internal/target/fileset"
 	"certctl-agent/internal/target/nginx"
@@ -51,6 +53,7 @@ type world struct {
 	site  *site
 	lives int
 	life  *life // nil: no agent runs
+	scan  bool  // discovery is on
 
 	healing []func()      // each takes a fault back
 	over    chan struct{} // closed at the end of the run
@@ -192,6 +195,16 @@ func (l *life) open() error {
 		OnDate: func(server time.Time) { l.agent.ObserveDate(server) },
 	})
 	l.closes = append(l.closes, func() error { l.client.Close(); return nil })
+	var surveyor agent.Surveyor
+	if w.scan {
+		dirs := []string{w.site.path("www")}
+		scanner, err := discovery.New(discovery.Options{Dirs: dirs, State: state.Root, Index: "discovery.index", Log: w.log})
+		if err != nil {
+			return err
+		}
+		surveyor = survey.New(survey.Options{Scanner: scanner, Plane: l.client, AgentID: w.agent, Dirs: dirs,
+			Interval: scanEvery, Log: w.log})
+	}
 	l.agent = agent.New(agent.Options{
 		AgentID:  w.agent,
 		Plane:    l,
@@ -203,14 +216,18 @@ func (l *life) open() error {
 			}},
 			Heard: func(call string, err error) { l.agent.Heard(call, err) },
 		}),
-		Ledger: l.jobs, Served: served, Notify: silent{}, Log: w.log, Repair: files.ReloadRecovered,
+		Surveyor: surveyor,
+		Ledger:   l.jobs, Served: served, Notify: silent{}, Log: w.log, Repair: files.ReloadRecovered,
 		Describe:          func(context.Context) api.Heartbeat { return api.Heartbeat{Version: "1.0.0", Hostname: "web"} },
-		HeartbeatInterval: time.Minute, PollInterval: 30 * time.Second, DiscoveryInterval: time.Hour,
+		HeartbeatInterval: time.Minute, PollInterval: 30 * time.Second, DiscoveryInterval: scanEvery,
 		StartupJitter: true, MaxDeploys: 2, ShutdownGrace: 20 * time.Second,
 		Rand: func(n int64) int64 { w.mu.Lock(); defer w.mu.Unlock(); return w.draws.Int64N(n) },
 	})
 	return nil
 }
+
+// scanEvery is how often a world with discovery scans.
+const scanEvery = 15 * time.Minute
 
 type silent struct{}
 
@@ -460,9 +477,15 @@ func (w *world) heal() {
 	for _, remove := range w.healing {
 		remove()
 	}
+	w.healing = nil
+	w.setFailing(false)
+}
+
+// setFailing has commands fail now and then.
+func (w *world) setFailing(failing bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.failing = false
+	w.failing = failing
 }
 
 // late carries a request out long after it was sent, whether or not somebody
@@ -502,7 +525,7 @@ func (w *world) chaos() {
 		switch w.rand.IntN(9) {
 		case 0:
 			for id := range certs {
-				if !w.awaiting(id) {
+				if !awaiting(w.plane, id) {
 					w.plane.StartRenewal(id)
 				}
 			}
@@ -529,8 +552,8 @@ func (w *world) chaos() {
 }
 
 // awaiting reports whether a certificate has a job that awaits a CSR.
-func (w *world) awaiting(cert string) bool {
-	return slices.ContainsFunc(w.plane.Jobs(), func(j devplane.Job) bool {
+func awaiting(p *devplane.Plane, cert string) bool {
+	return slices.ContainsFunc(p.Jobs(), func(j devplane.Job) bool {
 		return j.CertificateID == cert && j.Status == api.StatusAwaitingCSR
 	})
 }
@@ -695,6 +718,17 @@ func (w *world) close() {
 	synctest.Wait()
 }
 
+// forget drops what the test remembers of jobs that have ended.
+func (w *world) forget() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	clear(w.claims)
+	clear(w.outcomes)
+	w.life.mu.Lock()
+	defer w.life.mu.Unlock()
+	w.life.conns = nil
+}
+
 // report fails the test for what was found.
 func (w *world) report(t *testing.T) {
 	t.Helper()
@@ -706,13 +740,11 @@ func (w *world) report(t *testing.T) {
 // Counted over all runs.
 var claimsLost, livesLived, jobsEnded, deployed atomic.Int64
 
-// virtualRuns is how many seeds CI runs.
-const virtualRuns = 1000
-
 // TestVirtualNetwork runs seeded worlds in virtual time: the agent's real parts
 // on a real disk, a control plane that is slow, wrong, out of order or gone,
 // and crashes, until all is well again.
 func TestVirtualNetwork(t *testing.T) {
+	t.Parallel()
 	begun := time.Now()
 	all := seeds(virtualRuns)
 	var taken atomic.Int64

@@ -1,0 +1,7 @@
+//go:build race
+
+package reliability_test
+
+// virtualRuns is how many seeds run with the race detector, which makes each
+// take four times as long. make test runs more without it.
+const virtualRuns = 150
