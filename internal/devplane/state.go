@@ -272,6 +272,25 @@ func (p *Plane) Requeue(jobID string) {
 	})
 }
 
+// Forget drops what is kept only for tests to look at: requests, heartbeats,
+// verifications, reports, jobs that have ended, all versions but the latest.
+// For tests that watch memory for long.
+func (p *Plane) Forget() {
+	p.update(func() {
+		s := &p.state
+		s.heartbeats, s.verifications, s.reports, s.requests = nil, nil, nil, nil
+		clear(s.discoveries)
+		s.jobs = slices.DeleteFunc(s.jobs, func(job *Job) bool {
+			return job.Status == api.StatusCompleted || job.Status == api.StatusFailed
+		})
+		for _, certificate := range s.certificates {
+			if n := len(certificate.versions); n > 1 {
+				certificate.versions = slices.Clone(certificate.versions[n-1:])
+			}
+		}
+	})
+}
+
 // Retire marks an agent retired.
 func (p *Plane) Retire(agent string) { p.setRetired(agent, true) }
 
