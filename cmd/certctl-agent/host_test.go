@@ -31,7 +31,7 @@ const patience = 40 * time.Second
 // build compiles the agent into a directory.
 func build(dir string, race bool) (string, error) {
 	path := filepath.Join(dir, fmt.Sprintf("certctl-agent-race-%t", race))
-	cmd := exec.Command("go", "build", fmt.Sprintf("-race=%t", race), "-o", path, ".")
+	cmd := exec.Command("go", "build", "-buildvcs=false", fmt.Sprintf("-race=%t", race), "-o", path, ".")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build the agent: %w\n%s", err, out)
 	}

@@ -265,7 +265,7 @@ func TestKilled(t *testing.T) {
 			h := newHost(t, devplane.Options{})
 			certificate := h.deployed()
 			before := h.pair(certificate)
-			again := func() {}
+			var again func()
 			if test.hold != "" {
 				again = h.hold(test.hold)
 			} else {
