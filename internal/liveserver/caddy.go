@@ -53,7 +53,7 @@ func StartCaddy(ctx context.Context, dir string, pair Pair) (*Server, error) {
 		Type: "Caddy",
 		Config: map[string]any{
 			"mode":      "file",
-			"cert_dir":  dir,
+			"cert_dir":  filepath.Dir(certPath),
 			"cert_file": filepath.Base(certPath),
 			"key_file":  filepath.Base(keyPath),
 			"admin_api": "http://127.0.0.1:" + admin,

@@ -13,8 +13,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"sync"
+	"syscall"
 	"time"
 
 	"certctl-agent/internal/tlsprobe"
@@ -32,7 +34,8 @@ type Server struct {
 	Type     string // target type that deploys to it
 	Config   map[string]any
 	Endpoint tlsprobe.Endpoint
-	CertPath string // what it serves is the first certificate of this file
+	Others   []tlsprobe.Endpoint // that serve the same certificate
+	CertPath string              // what it serves is the first certificate of this file
 
 	// Drain is how long old workers may still serve the old certificate on
 	// new connections after a reload has returned.
@@ -56,8 +59,12 @@ type Starter func(ctx context.Context, dir string, pair Pair) (*Server, error)
 // Starters are the products by name.
 func Starters() map[string]Starter {
 	return map[string]Starter{
-		"caddy": StartCaddy,
-		"nginx": StartNGINX,
+		"apache":  StartApache,
+		"caddy":   StartCaddy,
+		"dovecot": StartDovecot,
+		"haproxy": StartHAProxy,
+		"nginx":   StartNGINX,
+		"postfix": StartPostfix,
 	}
 }
 
@@ -71,6 +78,7 @@ func (s *Server) start(command *exec.Cmd) error {
 		s.log = new(lockedBuffer)
 	}
 	command.Stdout, command.Stderr = s.log, s.log
+	command.WaitDelay = time.Second // for children that hold the output open
 	if err := command.Start(); err != nil {
 		return fmt.Errorf("start %s: %w", s.Name, err)
 	}
@@ -111,7 +119,7 @@ func (s *Server) Stop() {
 		_ = s.stop()
 	}
 	for _, command := range s.commands {
-		_ = command.Process.Signal(os.Interrupt)
+		_ = command.Process.Signal(syscall.SIGTERM)
 	}
 	killer := time.AfterFunc(5*time.Second, func() {
 		for _, command := range s.commands {
@@ -132,6 +140,21 @@ func FreePort() (string, error) {
 	return strconv.Itoa(listener.Addr().(*net.TCPAddr).Port), nil
 }
 
+// freePorts returns n different ones.
+func freePorts(n int) ([]string, error) {
+	var ports []string
+	for len(ports) < n {
+		port, err := FreePort()
+		if err != nil {
+			return nil, err
+		}
+		if !slices.Contains(ports, port) {
+			ports = append(ports, port)
+		}
+	}
+	return ports, nil
+}
+
 // program finds an installed program; servers are often outside a user's PATH.
 func program(name string) (string, error) {
 	if path, err := exec.LookPath(name); err == nil {
@@ -145,11 +168,19 @@ func program(name string) (string, error) {
 	return "", fmt.Errorf("%s: %w", name, ErrMissing)
 }
 
-// writePair writes the first pair beside each other, and returns the paths.
+// tlsDir is the directory below a server's own that holds its certificates and
+// nothing else.
+const tlsDir = "tls"
+
+// writePair writes the first pair, each in a file of its own, and returns the
+// paths.
 func writePair(dir string, pair Pair) (certPath, keyPath string, err error) {
-	certPath, keyPath = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	certPath, keyPath = filepath.Join(dir, tlsDir, "cert.pem"), filepath.Join(dir, tlsDir, "key.pem")
 	if _, err := tls.X509KeyPair(pair.Certificate, pair.Key); err != nil {
 		return "", "", fmt.Errorf("the first pair does not match: %w", err)
+	}
+	if err := os.Mkdir(filepath.Dir(certPath), 0o755); err != nil {
+		return "", "", err
 	}
 	if err := os.WriteFile(certPath, pair.Certificate, 0o644); err != nil {
 		return "", "", err

@@ -8,6 +8,7 @@ import (
 	"certctl-agent/internal/target/envoy"
 	"certctl-agent/internal/target/fileset"
 	"certctl-agent/internal/target/haproxy"
+	"certctl-agent/internal/target/mail"
 	"certctl-agent/internal/target/nginx"
 	"certctl-agent/internal/target/traefik"
 )
@@ -22,6 +23,8 @@ func Connectors(files *fileset.Store) map[string]target.Factory {
 		"Traefik": onFiles(files, traefik.New),
 		"Caddy":   onFiles(files, caddy.New),
 		"Envoy":   onFiles(files, envoy.New),
+		"Postfix": onFiles(files, mail.NewPostfix),
+		"Dovecot": onFiles(files, mail.NewDovecot),
 	}
 }
 

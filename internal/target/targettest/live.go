@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"certctl-agent/internal/e2e"
+	"certctl-agent/internal/liveserver"
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/target"
 	"certctl-agent/internal/testca"
@@ -24,8 +26,44 @@ type Live struct {
 	New      New
 	CA       *testca.CA
 	Endpoint tlsprobe.Endpoint
-	Config   map[string]any // complete; Verified is part of it
-	Watched  string         // the directory of the destinations
+	Others   []tlsprobe.Endpoint // that serve the same certificate
+	MayCut   float64             // of Rotation
+	Config   map[string]any      // complete; Verified is part of it
+	Watched  string              // the directory of the destinations
+}
+
+// Start starts a real server, whose certificate is then taken away: the state
+// in which a first deployment finds it.
+func Start(t *testing.T, start liveserver.Starter, build New) *Live {
+	t.Helper()
+	l := &Live{Host: NewHost(t, RunCommand), New: build, CA: testca.Must(t)}
+	first := l.NewMaterial(t)
+	server, err := start(t.Context(), l.Dir, liveserver.Pair{
+		Certificate: append(PEM(first.Leaf), PEM(first.Chain...)...), Key: first.KeyPEM,
+	})
+	if errors.Is(err, liveserver.ErrMissing) {
+		e2e.Missing(t, err.Error())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		server.Stop()
+		if t.Failed() {
+			t.Logf("%s said:\n%s", server.Name, server.Log())
+		}
+	})
+	l.Type, l.Config, l.Watched = server.Type, server.Config, filepath.Dir(server.CertPath)
+	l.Endpoint, l.Others = server.Endpoint, server.Others
+	l.Endpoint.ServerName = "localhost"
+	maps.Copy(l.Config, Verified(l.Endpoint.Address))
+	l.Config["post_deploy_verify"].(map[string]any)["starttls"] = l.Endpoint.StartTLS
+	for name := range l.files(t) {
+		if err := os.Remove(filepath.Join(l.Watched, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return l
 }
 
 // Deploy deploys m with changes to Config, key and value in turn.
@@ -159,11 +197,13 @@ func (l *Live) KeepsSymlink(t *testing.T, path string) {
 func (l *Live) Rotate(t *testing.T, drain time.Duration) {
 	Rotate(t, Rotation{
 		Endpoint: l.Endpoint,
+		Others:   l.Others,
 		Material: func() *target.Material { return l.NewMaterial(t) },
 		Deploy: func(ctx context.Context, m *target.Material) error {
 			_, err := l.Deploy(ctx, m)
 			return err
 		},
-		Drain: drain,
+		Drain:  drain,
+		MayCut: l.MayCut,
 	})
 }
