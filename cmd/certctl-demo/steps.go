@@ -3,6 +3,8 @@ package main
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"maps"
@@ -239,11 +241,16 @@ func (d *demo) rollback(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	chain, err := pemutil.ParseCertificates(onDisk)
+	// The first block is the leaf, also where the key is in the same file.
+	first, _ := pem.Decode(onDisk)
+	if first == nil {
+		return fmt.Errorf("after the failed deployment %s holds no certificate", d.server.CertPath)
+	}
+	leaf, err := x509.ParseCertificate(first.Bytes)
 	if err != nil {
 		return err
 	}
-	if pemutil.Fingerprint(chain[0]) != before {
+	if pemutil.Fingerprint(leaf) != before {
 		return errors.New("after the failed deployment the old certificate is not back on disk")
 	}
 	d.say("rolled back", "the old certificate is on disk and served: %s…", before[:16])
