@@ -238,8 +238,8 @@ func TestKilled(t *testing.T) {
 			t.Errorf("killed at %s: the new certificate is not served after a second try", at)
 		}
 		entries, err := os.ReadDir(h.path("keys"))
-		if err != nil || len(entries) != 3 {
-			t.Errorf("killed at %s: files in the key directory: %v, %v, want current, previous and the current one's copy", at, entries, err)
+		if err != nil || len(entries) != 4 {
+			t.Errorf("killed at %s: files in the key directory: %v, %v, want current, previous and a copy of each", at, entries, err)
 		}
 	}
 }

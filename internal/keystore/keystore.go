@@ -11,8 +11,8 @@
 //
 // An attempt to renew never touches the current key. A pending key becomes
 // current only with the certificate that was issued for it, as part of the
-// transaction that installs it. Its pending file goes when the certificate of a
-// later CSR has been deployed.
+// transaction that installs it. Its pending file goes when the certificates of
+// two later CSRs have been deployed.
 package keystore
 
 import (
@@ -393,23 +393,29 @@ func (s *Store) Promote(certID string, key Key) error {
 }
 
 // Prune removes what a deployed certificate makes superfluous: every pending key
-// whose CSR was sent before its own. The pending copy of its own key stays until
-// the next round: should an interrupted transaction of another target of this
-// certificate be undone later, that takes the old current key back.
+// whose CSR was sent before those of the deployed and of the previous one. That
+// is one round later than its own certificate was overtaken: a CSR that was
+// sent earlier can still arrive later, and is signed then. It also leaves the
+// pending copies of these two: should an interrupted transaction of another
+// target of this certificate be undone later, that takes the old current key back.
 func (s *Store) Prune(certID string, deployed Key) error {
 	defer s.hold()()
 	pending, _, err := s.pending(certID)
 	if err != nil {
 		return err
 	}
-	own := slices.IndexFunc(pending, func(p pendingKey) bool {
-		return p.err == nil && pemutil.SamePublicKey(p.signer.Public(), deployed.Signer.Public())
-	})
-	if own < 0 {
+	previous, err := s.read(certID, Previous)
+	if err != nil {
+		return nil // there is none yet, or none that tells how far back to keep
+	}
+	defer previous.Clear()
+	first, ok := lastSent(pending, deployed.Signer.Public())
+	second, known := lastSent(pending, previous.Signer.Public())
+	if !ok || !known {
 		return nil
 	}
 	for _, p := range pending {
-		if p.sequence < pending[own].sequence && (p.err == nil || errors.Is(p.err, errDamaged)) {
+		if p.sequence < min(first, second) && (p.err == nil || errors.Is(p.err, errDamaged)) {
 			err = errors.Join(err, s.remove(p.name))
 		}
 	}
@@ -417,6 +423,16 @@ func (s *Store) Prune(certID string, deployed Key) error {
 		return fmt.Errorf("remove pending keys of certificate %s: %w", certID, err)
 	}
 	return nil
+}
+
+// lastSent returns the sequence of the pending key with the given public key.
+func lastSent(pending []pendingKey, public crypto.PublicKey) (sequence uint64, ok bool) {
+	for _, p := range slices.Backward(pending) {
+		if p.err == nil && pemutil.SamePublicKey(p.signer.Public(), public) {
+			return p.sequence, true
+		}
+	}
+	return 0, false
 }
 
 // remove removes a pending key and what was set aside under its name.
