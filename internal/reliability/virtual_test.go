@@ -267,18 +267,19 @@ func (w *world) crash() {
 	l.dead = true
 	conns, polls := l.conns, l.polls
 	l.mu.Unlock()
-	for _, conn := range conns {
-		conn.Close()
-	}
 	w.mu.Lock()
 	w.lostWork += polls
 	w.mu.Unlock()
+	// Nothing of it runs before its connections end: the copy is of one moment.
 	grave := w.site.dir + ".dead"
 	if err := os.Rename(w.site.dir, grave); err != nil {
 		w.t.Fatal(err)
 	}
 	if err := copyTree(w.site.dir, grave); err != nil {
 		w.t.Fatal(err)
+	}
+	for _, conn := range conns {
+		conn.Close()
 	}
 	l.end()
 	if err := os.RemoveAll(grave); err != nil {
@@ -647,7 +648,7 @@ func (w *world) verdict() {
 			w.fail("target %s: a deployment is Completed, and nothing is installed", x.id)
 		}
 		if err := w.site.checkKeys(keys, x.cert, leaves...); err != nil {
-			w.fail("a key is gone: %v", err)
+			w.fail("a key is gone: %v; %s", err, w.story(x.cert))
 		}
 	}
 	w.terminate()
@@ -677,6 +678,20 @@ func (w *world) verdict() {
 			w.fail("request against the protocol: %s", p)
 		}
 	}
+}
+
+// story is what happened to a certificate at the control plane.
+func (w *world) story(cert string) string {
+	var all []string
+	for _, v := range w.plane.Versions(cert) {
+		all = append(all, fmt.Sprintf("version %x at %s", v.Leaf.SerialNumber, v.Time.Format("15:04:05")))
+	}
+	for _, job := range w.plane.Jobs() {
+		if job.CertificateID == cert {
+			all = append(all, fmt.Sprintf("%s (%s %s): %s", job.ID, job.Type, job.TargetID, history(job)))
+		}
+	}
+	return strings.Join(all, "; ")
 }
 
 // completed reports whether a certificate was deployed to a server.
