@@ -88,10 +88,11 @@ func TestChainFiles(t *testing.T) {
 		{"key, cert", "old", "names no key"},
 	}
 	for _, test := range tests {
-		main := "smtpd_tls_cert_file = $dir/old\nsmtpd_tls_key_file = /k\ndir = " + dir + "\nsmtpd_tls_chain_files ="
+		var main strings.Builder
+		main.WriteString("smtpd_tls_cert_file = $dir/old\nsmtpd_tls_key_file = /k\ndir = " + dir + "\nsmtpd_tls_chain_files =")
 		for name := range strings.FieldsSeq(test.files) {
-			main += " $dir/" + name
+			main.WriteString(" $dir/" + name)
 		}
-		check(t, test.files, target.Path(path(test.cert)), postfixPairs(main+"\n", ""), test.want)
+		check(t, test.files, target.Path(path(test.cert)), postfixPairs(main.String()+"\n", ""), test.want)
 	}
 }
