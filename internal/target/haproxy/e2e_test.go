@@ -47,6 +47,9 @@ func start(t *testing.T) *targettest.Live {
 		Host: host, Type: "HAProxy", New: build, CA: testca.Must(t),
 		Endpoint: tlsprobe.Endpoint{Address: fmt.Sprintf("127.0.0.1:%d", port), ServerName: "localhost"},
 		Watched:  filepath.Join(host.Dir, "tls"),
+		// A SIGUSR2 that comes while the master still executes itself anew for
+		// the one before can be lost.
+		Settle: 2 * time.Second,
 	}
 	must(t, os.Mkdir(l.Watched, 0o755))
 	head := fmt.Sprintf(confHead, host.Dir, plain)

@@ -28,6 +28,7 @@ type Live struct {
 	Endpoint tlsprobe.Endpoint
 	Others   []tlsprobe.Endpoint // that serve the same certificate
 	MayCut   float64             // of Rotation
+	Settle   time.Duration       // what the server needs after the reload before, until it notices another
 	Config   map[string]any      // complete; Verified is part of it
 	Watched  string              // the directory of the destinations
 }
@@ -84,6 +85,7 @@ func (l *Live) NewMaterial(t testing.TB) *target.Material {
 // MustDeploy deploys m and waits until it is served.
 func (l *Live) MustDeploy(t testing.TB, m *target.Material, changes ...any) {
 	t.Helper()
+	time.Sleep(l.Settle)
 	if _, err := l.Deploy(t.Context(), m, changes...); err != nil {
 		t.Fatal(err)
 	}
