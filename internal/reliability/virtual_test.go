@@ -757,9 +757,9 @@ var claimsLost, livesLived, jobsEnded, deployed atomic.Int64
 
 // TestVirtualNetwork runs seeded worlds in virtual time: the agent's real parts
 // on a real disk, a control plane that is slow, wrong, out of order or gone,
-// and crashes, until all is well again.
+// and crashes, until all is well again. It is not parallel to tests that start
+// processes: between fork and exec a child holds the locks of this one.
 func TestVirtualNetwork(t *testing.T) {
-	t.Parallel()
 	begun := time.Now()
 	all := seeds(virtualRuns)
 	var taken atomic.Int64
