@@ -1,23 +1,24 @@
 package main
 
 import (
+	"cmp"
 	"context"
-	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"maps"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/devplane"
 	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/tlsprobe"
 )
 
 // brokenReload stands for a reload that fails.
@@ -128,7 +129,7 @@ func (d *demo) discovery(ctx context.Context) error {
 
 func (d *demo) renewal(ctx context.Context) error {
 	before := d.served
-	load := startLoad(d.server.Endpoint.Address, d.server.Endpoint.StartTLS == "")
+	load := startLoad(append(d.server.Others, d.server.Endpoint), d.server.Resets)
 	d.plane.StartRenewal(certificateID)
 	d.say("renewal", "a new key, a new certificate, while clients keep connecting")
 	job, err := d.waitDeployment(ctx, 2)
@@ -138,7 +139,7 @@ func (d *demo) renewal(ctx context.Context) error {
 	if err == nil {
 		err = d.servesLatest(ctx)
 	}
-	done, failed, first := load.stop()
+	load.stop()
 	if err != nil {
 		return err
 	}
@@ -146,11 +147,14 @@ func (d *demo) renewal(ctx context.Context) error {
 		return errors.New("the renewed certificate is the old one")
 	}
 	d.say("", "now     sha256 %s", d.served)
-	d.say("", "%d handshakes meanwhile, %d failed", done, failed)
-	if failed > 0 {
-		return fmt.Errorf("%d of %d handshakes failed, the first one: %w", failed, done, first)
+	d.say("", "%d handshakes meanwhile, %d failed", load.count, load.failed)
+	if load.reset > 0 {
+		d.say("", "%d connections reset before the handshake: at a reload %s closes the listener that they waited at", load.reset, d.server.Name)
 	}
-	if done == 0 && d.server.Endpoint.StartTLS == "" {
+	if load.failed > 0 {
+		return fmt.Errorf("%d of %d handshakes failed, the first one: %w", load.failed, load.count, load.first)
+	}
+	if load.count == 0 {
 		return errors.New("no handshake was made: the load tested nothing")
 	}
 	return nil
@@ -164,22 +168,20 @@ type load struct {
 	mu     sync.Mutex // guards what follows
 	count  int
 	failed int
-	first  error
+	first  error // of those that failed
+	reset  int   // by a server that is known to; not among those that failed
 }
 
-func startLoad(address string, implicitTLS bool) *load {
+func startLoad(endpoints []tlsprobe.Endpoint, resets bool) *load {
 	l := &load{done: make(chan struct{})}
-	if !implicitTLS {
-		return l // the mail servers' load test is in the test suite
-	}
 	for range 2 {
 		l.clients.Go(func() {
-			for {
+			for i := 0; ; i++ {
 				select {
 				case <-l.done:
 					return
 				default:
-					l.handshake(address)
+					l.handshake(endpoints[i%len(endpoints)], resets)
 				}
 			}
 		})
@@ -187,33 +189,27 @@ func startLoad(address string, implicitTLS bool) *load {
 	return l
 }
 
-func (l *load) handshake(address string) {
-	dialer := tls.Dialer{
-		NetDialer: &net.Dialer{Timeout: 5 * time.Second},
-		// The demo compares fingerprints; here only completion counts.
-		Config: &tls.Config{InsecureSkipVerify: true},
-	}
+func (l *load) handshake(endpoint tlsprobe.Endpoint, resets bool) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	conn, err := dialer.DialContext(ctx, "tcp", address)
-	if err == nil {
-		conn.Close()
-	}
+	_, err := tlsprobe.Probe(ctx, endpoint)
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.count++
-	if err != nil {
+	switch {
+	case err == nil:
+		l.count++
+	case resets && errors.Is(err, syscall.ECONNRESET):
+		l.reset++
+	default:
+		l.count++
 		l.failed++
-		if l.first == nil {
-			l.first = err
-		}
+		l.first = cmp.Or(l.first, err)
 	}
 }
 
-func (l *load) stop() (count, failed int, first error) {
+func (l *load) stop() {
 	close(l.done)
 	l.clients.Wait()
-	return l.count, l.failed, l.first
 }
 
 func (d *demo) rollback(ctx context.Context) error {
@@ -241,20 +237,25 @@ func (d *demo) rollback(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	// The first block is the leaf, also where the key is in the same file.
-	first, _ := pem.Decode(onDisk)
-	if first == nil {
-		return fmt.Errorf("after the failed deployment %s holds no certificate", d.server.CertPath)
-	}
-	leaf, err := x509.ParseCertificate(first.Bytes)
+	leaf, err := firstCertificate(onDisk)
 	if err != nil {
-		return err
+		return fmt.Errorf("after the failed deployment, %s: %w", d.server.CertPath, err)
 	}
 	if pemutil.Fingerprint(leaf) != before {
 		return errors.New("after the failed deployment the old certificate is not back on disk")
 	}
 	d.say("rolled back", "the old certificate is on disk and served: %s…", before[:16])
 	return nil
+}
+
+// firstCertificate reads the leaf of a file that may hold its key too.
+func firstCertificate(data []byte) (*x509.Certificate, error) {
+	for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) {
+		if block.Type == "CERTIFICATE" {
+			return x509.ParseCertificate(block.Bytes)
+		}
+	}
+	return nil, errors.New("it holds no certificate")
 }
 
 func (d *demo) retirement(ctx context.Context) error {

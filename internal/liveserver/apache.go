@@ -5,12 +5,10 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"time"
 
 	"certctl-agent/internal/tlsprobe"
 )
 
-// GracefulShutdownTimeout bounds how long old children stay.
 const apacheConf = `ServerRoot %[1]s
 ServerName localhost
 Define MODULES %[2]s
@@ -78,7 +76,6 @@ func StartApache(ctx context.Context, dir string, pair Pair) (*Server, error) {
 		},
 		Endpoint: tlsprobe.Endpoint{Address: "127.0.0.1:" + port},
 		CertPath: certPath,
-		Drain:    3 * time.Second,
 	}
 	if err := s.run(httpd, "-f", conf, "-D", "FOREGROUND"); err != nil {
 		return nil, err

@@ -62,6 +62,7 @@ func StartCaddy(ctx context.Context, dir string, pair Pair) (*Server, error) {
 		},
 		Endpoint: tlsprobe.Endpoint{Address: "127.0.0.1:" + port},
 		CertPath: certPath,
+		Resets:   true,
 	}
 	command := exec.Command(caddy, "run", "--config", conf)
 	// Where Caddy keeps its own state; the user's is not touched.

@@ -6,7 +6,6 @@ import (
 	"os"
 	"os/user"
 	"path/filepath"
-	"time"
 
 	"certctl-agent/internal/tlsprobe"
 )
@@ -119,7 +118,6 @@ func StartDovecot(ctx context.Context, dir string, pair Pair) (*Server, error) {
 			{Address: "127.0.0.1:" + ports[3]},
 		},
 		CertPath: certPath,
-		Drain:    3 * time.Second,
 	}
 	if err := s.run(programs["dovecot"], "-F", "-c", conf); err != nil {
 		return nil, err

@@ -6,7 +6,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"time"
 
 	"certctl-agent/internal/tlsprobe"
 )
@@ -56,7 +55,6 @@ func StartHAProxy(ctx context.Context, dir string, pair Pair) (*Server, error) {
 		Type:     "HAProxy",
 		Endpoint: tlsprobe.Endpoint{Address: "127.0.0.1:" + port},
 		CertPath: pemPath,
-		Drain:    3 * time.Second,
 	}
 	if err := s.run(haproxy, "-W", "-f", conf); err != nil {
 		return nil, err

@@ -37,13 +37,14 @@ type Server struct {
 	Others   []tlsprobe.Endpoint // that serve the same certificate
 	CertPath string              // what it serves is the first certificate of this file
 
-	// Drain is how long old workers may still serve the old certificate on
-	// new connections after a reload has returned.
-	Drain time.Duration
+	// Resets says that a reload closes the listener, so that connections which
+	// wait at it are reset.
+	Resets bool
 
 	commands []*exec.Cmd
 	stop     func() error // in place of a signal to the process; may be nil
 	log      *lockedBuffer
+	logFile  string // of a server that prints nothing; may be ""
 	ended    sync.WaitGroup
 }
 
@@ -64,7 +65,7 @@ func Starters() map[string]Starter {
 		"dovecot": StartDovecot,
 		"haproxy": StartHAProxy,
 		"nginx":   StartNGINX,
-		"postfix": StartPostfix,
+		"postfix": StartPostfixInOneFile,
 	}
 }
 
@@ -107,10 +108,15 @@ func (s *Server) ready(ctx context.Context) error {
 
 // Log is what the server printed.
 func (s *Server) Log() string {
-	if s.log == nil {
-		return ""
+	var printed string
+	if s.log != nil {
+		printed = s.log.String()
 	}
-	return s.log.String()
+	if s.logFile != "" {
+		file, _ := os.ReadFile(s.logFile)
+		printed += string(file[max(0, len(file)-maxLog):])
+	}
+	return printed
 }
 
 // Stop ends the server's processes, and only those, and waits for them.

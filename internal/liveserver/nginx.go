@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"time"
 
 	"certctl-agent/internal/tlsprobe"
 )
@@ -21,11 +20,11 @@ http {
 	fastcgi_temp_path %[1]s/tmp;
 	uwsgi_temp_path %[1]s/tmp;
 	scgi_temp_path %[1]s/tmp;
+	ssl_certificate_key %[4]s;
 	server {
 		listen 127.0.0.1:%[2]s ssl;
 		server_name localhost;
 		ssl_certificate %[3]s;
-		ssl_certificate_key %[4]s;
 		return 200 "ok\n";
 	}
 }
@@ -63,7 +62,6 @@ func StartNGINX(ctx context.Context, dir string, pair Pair) (*Server, error) {
 		},
 		Endpoint: tlsprobe.Endpoint{Address: "127.0.0.1:" + port},
 		CertPath: certPath,
-		Drain:    5 * time.Second,
 	}
 	if err := s.run(nginx, "-p", dir, "-c", conf, "-g", "daemon off;"); err != nil {
 		return nil, err

@@ -8,10 +8,10 @@ import (
 	"os/exec"
 	"os/user"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
-	"time"
 
 	"certctl-agent/internal/tlsprobe"
 )
@@ -36,9 +36,12 @@ smtputf8_enable = no
 smtpd_relay_restrictions = reject
 smtpd_tls_security_level = may
 pair_directory = %[1]s/tls
-smtpd_tls_cert_file = $pair_directory/cert.pem
-smtpd_tls_key_file = ${pair_directory}/key.pem
 `
+
+const (
+	postfixTwoFiles = "smtpd_tls_cert_file = $pair_directory/cert.pem\nsmtpd_tls_key_file = ${pair_directory}/key.pem\n"
+	postfixOneFile  = "smtpd_tls_chain_files = $pair_directory/all.pem\n"
+)
 
 const postfixMaster = `127.0.0.1:%[1]s inet n - n - - smtpd
 127.0.0.1:%[2]s inet n - n - - smtpd
@@ -55,6 +58,24 @@ cleanup unix n - n - 0 cleanup
 // StartPostfix starts Postfix, which only root can, with smtp and submission
 // (STARTTLS) and smtps (TLS from the first byte).
 func StartPostfix(ctx context.Context, dir string, pair Pair) (*Server, error) {
+	certPath, keyPath, err := writePair(dir, pair)
+	if err != nil {
+		return nil, err
+	}
+	return startPostfix(ctx, dir, certPath, keyPath, postfixTwoFiles)
+}
+
+// StartPostfixInOneFile is StartPostfix with key and certificate in one file,
+// which no smtpd can read half replaced.
+func StartPostfixInOneFile(ctx context.Context, dir string, pair Pair) (*Server, error) {
+	path := filepath.Join(dir, tlsDir, "all.pem")
+	if err := errors.Join(os.Mkdir(filepath.Dir(path), 0o755), os.WriteFile(path, slices.Concat(pair.Key, pair.Certificate), 0o600)); err != nil {
+		return nil, err
+	}
+	return startPostfix(ctx, dir, path, path, postfixOneFile)
+}
+
+func startPostfix(ctx context.Context, dir, certPath, keyPath, tlsParameters string) (*Server, error) {
 	postfix, err := program("postfix")
 	if err != nil {
 		return nil, err
@@ -66,12 +87,8 @@ func StartPostfix(ctx context.Context, dir string, pair Pair) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	certPath, keyPath, err := writePair(dir, pair)
-	if err != nil {
-		return nil, err
-	}
 	conf := filepath.Join(dir, "postfix")
-	if err := writePostfixDirs(dir, conf, ports); err != nil {
+	if err := writePostfixDirs(dir, conf, tlsParameters, ports); err != nil {
 		return nil, err
 	}
 	// This makes the queue directories too.
@@ -102,7 +119,7 @@ func StartPostfix(ctx context.Context, dir string, pair Pair) (*Server, error) {
 			{Address: "127.0.0.1:" + ports[2]},
 		},
 		CertPath: certPath,
-		Drain:    3 * time.Second,
+		logFile:  filepath.Join(dir, "mail.log"),
 	}
 	master := exec.Command(filepath.Join(strings.TrimSpace(string(daemons)), "master"), "-c", conf, "-d")
 	// master ends with its whole process group, and has to be its leader.
@@ -113,7 +130,7 @@ func StartPostfix(ctx context.Context, dir string, pair Pair) (*Server, error) {
 	return s, s.ready(ctx)
 }
 
-func writePostfixDirs(dir, conf string, ports []string) error {
+func writePostfixDirs(dir, conf, tlsParameters string, ports []string) error {
 	data := filepath.Join(dir, "data")
 	for _, path := range []string{conf, data, filepath.Join(dir, "queue")} {
 		if err := os.Mkdir(path, 0o755); err != nil {
@@ -130,6 +147,6 @@ func writePostfixDirs(dir, conf string, ports []string) error {
 	}
 	return errors.Join(
 		os.Chown(data, uid, -1),
-		os.WriteFile(filepath.Join(conf, "main.cf"), fmt.Appendf(nil, postfixMain, dir), 0o644),
+		os.WriteFile(filepath.Join(conf, "main.cf"), fmt.Appendf(nil, postfixMain+tlsParameters, dir), 0o644),
 		os.WriteFile(filepath.Join(conf, "master.cf"), fmt.Appendf(nil, postfixMaster, ports[0], ports[1], ports[2]), 0o644))
 }

@@ -2,6 +2,7 @@ package mail
 
 import (
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -42,6 +43,28 @@ func TestConformanceWithChain(t *testing.T) {
 		return map[string][]byte{"cert.pem": targettest.PEM(m.Leaf), "chain.pem": targettest.PEM(m.Chain...), "key.pem": m.KeyPEM}
 	}
 	targettest.Run(t, h)
+}
+
+func TestConformanceInOneFile(t *testing.T) {
+	h := harness("Postfix", buildPostfix)
+	h.Config = func(dir string) map[string]any {
+		return map[string]any{"cert_path": filepath.Join(dir, "all.pem"), "key_path": filepath.Join(dir, "all.pem")}
+	}
+	h.Want = func(m *target.Material) map[string][]byte {
+		return map[string][]byte{"all.pem": slices.Concat(m.KeyPEM, targettest.PEM(m.Leaf), targettest.PEM(m.Chain...))}
+	}
+	targettest.Run(t, h)
+}
+
+func TestOneFileRefused(t *testing.T) {
+	config := map[string]any{"cert_path": "/all.pem", "key_path": "/all.pem"}
+	if _, err := targettest.NewHost(t, nil).Connector("Dovecot", buildDovecot, config); err == nil || !strings.Contains(err.Error(), "key_path: is the same file") {
+		t.Errorf("Dovecot with one file: got %v", err)
+	}
+	config["chain_path"] = "/chain.pem"
+	if _, err := targettest.NewHost(t, nil).Connector("Postfix", buildPostfix, config); err == nil || !strings.Contains(err.Error(), "chain_path: has no place") {
+		t.Errorf("one file and a chain: got %v", err)
+	}
 }
 
 func TestDefaults(t *testing.T) {

@@ -2,68 +2,21 @@ package nginx
 
 import (
 	"fmt"
-	"maps"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
-	"certctl-agent/internal/e2e"
+	"certctl-agent/internal/liveserver"
 	"certctl-agent/internal/target"
 	"certctl-agent/internal/target/targettest"
-	"certctl-agent/internal/testca"
-	"certctl-agent/internal/tlsprobe"
 )
 
-const confHead = `pid %[1]s/nginx.pid;
-error_log %[1]s/error.log warn;
-worker_processes 2;
-events {}
-http {
-	access_log off;
-	client_body_temp_path %[1]s/tmp;
-	proxy_temp_path %[1]s/tmp;
-	fastcgi_temp_path %[1]s/tmp;
-	uwsgi_temp_path %[1]s/tmp;
-	scgi_temp_path %[1]s/tmp;
-	server { listen 127.0.0.1:%[2]d; }
-`
-
-const confTLS = `	ssl_certificate_key %[1]s/tls/key.pem;
-	server {
-		listen 127.0.0.1:%[2]d ssl;
-		server_name localhost;
-		ssl_certificate %[1]s/tls/cert.pem;
-	}
-`
-
-// start starts nginx without TLS, and then gives it a configuration whose
-// certificate is not there: the state in which a first deployment finds it.
+// start starts nginx and returns the command line that it was started by.
 func start(t *testing.T) (l *targettest.Live, command string) {
-	program := e2e.Need(t, "nginx")
-	host := targettest.NewHost(t, targettest.RunCommand)
-	plain, port := e2e.FreePort(t), e2e.FreePort(t)
-	conf := filepath.Join(host.Dir, "nginx.conf")
-	command = program + " -p " + host.Dir + " -c " + conf
-	l = &targettest.Live{
-		Host: host, Type: "NGINX", New: build, CA: testca.Must(t),
-		Endpoint: tlsprobe.Endpoint{Address: fmt.Sprintf("127.0.0.1:%d", port), ServerName: "localhost"},
-		Watched:  filepath.Join(host.Dir, "tls"),
-		Config: map[string]any{
-			"cert_path":        filepath.Join(host.Dir, "tls/cert.pem"),
-			"key_path":         filepath.Join(host.Dir, "tls/key.pem"),
-			"validate_command": command + " -t -q",
-			"reload_command":   command + " -s reload",
-		},
-	}
-	maps.Copy(l.Config, targettest.Verified(l.Endpoint.Address))
-	must(t, os.Mkdir(l.Watched, 0o755))
-	head := fmt.Sprintf(confHead, host.Dir, plain)
-	must(t, os.WriteFile(conf, []byte(head+"}\n"), 0o644))
-	targettest.Serve(t, fmt.Sprintf("127.0.0.1:%d", plain), append(strings.Fields(command), "-g", "daemon off;")...)
-	must(t, os.WriteFile(conf, []byte(head+fmt.Sprintf(confTLS, host.Dir, port)+"}\n"), 0o644))
-	return l, command
+	l = targettest.Start(t, liveserver.StartNGINX, build)
+	return l, strings.TrimSuffix(l.Config["reload_command"].(string), " -s reload")
 }
 
 func must(t *testing.T, err error) {

@@ -27,7 +27,6 @@ type Live struct {
 	CA       *testca.CA
 	Endpoint tlsprobe.Endpoint
 	Others   []tlsprobe.Endpoint // that serve the same certificate
-	MayCut   float64             // of Rotation
 	Settle   time.Duration       // what the server needs after the reload before, until it notices another
 	Config   map[string]any      // complete; Verified is part of it
 	Watched  string              // the directory of the destinations
@@ -205,7 +204,6 @@ func (l *Live) Rotate(t *testing.T, drain time.Duration) {
 			_, err := l.Deploy(ctx, m)
 			return err
 		},
-		Drain:  drain,
-		MayCut: l.MayCut,
+		Drain: drain,
 	})
 }
