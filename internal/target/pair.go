@@ -46,6 +46,17 @@ func (p *Pair) Check(required ...string) error {
 	return nil
 }
 
+// TakeKeyPath sets the masked key_path to the one that the server's own
+// configuration has, as found by asking it, which ended with err.
+func (p *Pair) TakeKeyPath(params Params, server string, found ServerPair, err error) error {
+	if err != nil {
+		return params.Config.MaskedError("key_path", err)
+	}
+	params.Log.Info("key path taken from the server's own configuration", "server", server, "key_path", found.Key, "where", found.Where)
+	p.KeyPath = Path(found.Key)
+	return nil
+}
+
 // Commands are the configured commands, checked. One that is not configured is
 // nil.
 func (p *Pair) Commands(params Params) (validate, reload *Command, err error) {

@@ -7,7 +7,6 @@ import (
 	"context"
 	"time"
 
-	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/target"
 	"certctl-agent/internal/target/fileset"
 )
@@ -51,11 +50,9 @@ func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Resu
 	found, err := c.askServer(ctx)
 	switch {
 	case c.params.Config.Masked("key_path"):
-		if err != nil {
-			return target.Result{}, c.params.Config.MaskedError("key_path", err)
+		if err := pair.TakeKeyPath(c.params, "httpd", found, err); err != nil {
+			return target.Result{}, err
 		}
-		c.params.Log.Info("key path taken from the configuration of httpd", "key_path", found.Key, "where", found.Where)
-		pair.KeyPath = target.Path(found.Key)
 		if err := pair.Check(); err != nil {
 			return target.Result{}, err
 		}
@@ -66,16 +63,9 @@ func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Resu
 			pair.CertPath, found.Key, found.Where)
 	}
 	files, warnings := pair.Files(m)
-	tx := fileset.Transaction{
-		Target:   c.params.TargetID,
-		Material: m,
-		Files:    files,
-		Validate: c.validate,
-		Reload:   c.reload,
-		Apply:    c.settle,
-		Backups:  c.params.Common.Retention,
-	}
-	if verify := c.params.Common.Verify(pemutil.Fingerprint(m.Leaf)); verify != nil {
+	tx := fileset.NewTransaction(c.params, m)
+	tx.Files, tx.Validate, tx.Reload, tx.Apply = files, c.validate, c.reload, c.settle
+	if verify := tx.Verify; verify != nil {
 		// What is served has been read: on success there is nothing to wait for.
 		tx.Apply, tx.Undo = nil, c.settle
 		tx.Verify = func(ctx context.Context) error {

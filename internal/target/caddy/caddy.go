@@ -83,12 +83,7 @@ func (c *Connector) decodeFiles() error {
 
 // Deploy implements target.Connector.
 func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Result, error) {
-	tx := fileset.Transaction{
-		Target:   c.params.TargetID,
-		Material: m,
-		Verify:   c.params.Common.Verify(pemutil.Fingerprint(m.Leaf)),
-		Backups:  c.params.Common.Retention,
-	}
+	tx := fileset.NewTransaction(c.params, m)
 	if c.pair == nil {
 		return c.deployByAPI(ctx, tx)
 	}

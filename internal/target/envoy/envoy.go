@@ -78,10 +78,9 @@ func (c *Connector) resolve() error {
 
 // Deploy implements target.Connector.
 func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Result, error) {
-	fingerprint := pemutil.Fingerprint(m.Leaf)
 	files, warnings := c.pair.Files(m)
 	if c.config.SDSConfig {
-		sds, err := c.sds(fingerprint)
+		sds, err := c.sds(pemutil.Fingerprint(m.Leaf))
 		if err != nil {
 			return target.Result{}, err
 		}
@@ -91,13 +90,9 @@ func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Resu
 			warnings = append(warnings, "Envoy serves the certificate without its chain, since a secret names a single certificate file: leave chain_filename out")
 		}
 	}
-	result, err := c.files.Deploy(ctx, fileset.Transaction{
-		Target:   c.params.TargetID,
-		Material: m,
-		Files:    files,
-		Verify:   c.params.Common.Verify(fingerprint),
-		Backups:  c.params.Common.Retention,
-	})
+	tx := fileset.NewTransaction(c.params, m)
+	tx.Files = files
+	result, err := c.files.Deploy(ctx, tx)
 	result.Warnings = append(warnings, result.Warnings...)
 	return result, err
 }

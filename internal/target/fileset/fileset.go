@@ -27,6 +27,7 @@ import (
 	"os"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/slot"
 	"certctl-agent/internal/target"
 )
@@ -79,6 +80,17 @@ type Transaction struct {
 	Verify func(ctx context.Context) error // nil: none
 
 	Backups int // sets to keep; 0: the Store's default, -1: none after success
+}
+
+// NewTransaction begins the Transaction of one deployment with what all connectors have in
+// common. The connector adds its files and commands.
+func NewTransaction(p target.Params, m *target.Material) Transaction {
+	return Transaction{
+		Target:   p.TargetID,
+		Material: m,
+		Verify:   p.Common.Verify(pemutil.Fingerprint(m.Leaf)),
+		Backups:  p.Common.Retention,
+	}
 }
 
 // Open makes a Store, and the directories it needs.

@@ -50,13 +50,8 @@ func New(p target.Params, files *fileset.Store) (*Connector, error) {
 func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Result, error) {
 	data := append(pemutil.EncodeCertificates(m.Leaf), pemutil.EncodeCertificates(m.Chain...)...)
 	data = append(data, m.Key()...)
-	return c.files.Deploy(ctx, fileset.Transaction{
-		Target:   c.params.TargetID,
-		Material: m,
-		Files:    []target.File{c.config.PEMFile.File(c.config.PEMPath, target.KeyFile, data)},
-		Validate: c.validate,
-		Reload:   c.reload,
-		Verify:   c.params.Common.Verify(pemutil.Fingerprint(m.Leaf)),
-		Backups:  c.params.Common.Retention,
-	})
+	tx := fileset.NewTransaction(c.params, m)
+	tx.Files = []target.File{c.config.PEMFile.File(c.config.PEMPath, target.KeyFile, data)}
+	tx.Validate, tx.Reload = c.validate, c.reload
+	return c.files.Deploy(ctx, tx)
 }

@@ -115,11 +115,9 @@ func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Resu
 	found, err := c.askServer(ctx)
 	switch {
 	case c.params.Config.Masked("key_path"):
-		if err != nil {
-			return target.Result{}, c.params.Config.MaskedError("key_path", err)
+		if err := config.TakeKeyPath(c.params, config.Mode, found, err); err != nil {
+			return target.Result{}, err
 		}
-		c.params.Log.Info("key path taken from the configuration of the mail server", "key_path", found.Key, "where", found.Where)
-		config.KeyPath = target.Path(found.Key)
 		if err := config.check(); err != nil {
 			return target.Result{}, err
 		}
@@ -129,15 +127,9 @@ func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Resu
 			config.Mode, config.CertPath, found.Key, found.Where)
 	}
 	files, warnings := config.contents(m)
-	result, err := c.files.Deploy(ctx, fileset.Transaction{
-		Target:   c.params.TargetID,
-		Material: m,
-		Files:    files,
-		Validate: c.validate,
-		Reload:   c.reload,
-		Verify:   c.params.Common.Verify(pemutil.Fingerprint(m.Leaf)),
-		Backups:  c.params.Common.Retention,
-	})
+	tx := fileset.NewTransaction(c.params, m)
+	tx.Files, tx.Validate, tx.Reload = files, c.validate, c.reload
+	result, err := c.files.Deploy(ctx, tx)
 	result.Warnings = append(warnings, result.Warnings...)
 	return result, err
 }

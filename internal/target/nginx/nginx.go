@@ -6,7 +6,6 @@ package nginx
 import (
 	"context"
 
-	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/target"
 	"certctl-agent/internal/target/fileset"
 )
@@ -47,25 +46,17 @@ func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Resu
 	pair := c.config.Pair
 	if c.params.Config.Masked("key_path") {
 		found, err := c.askServer(ctx)
-		if err != nil {
-			return target.Result{}, c.params.Config.MaskedError("key_path", err)
+		if err := pair.TakeKeyPath(c.params, "nginx", found, err); err != nil {
+			return target.Result{}, err
 		}
-		c.params.Log.Info("key path taken from the configuration of nginx", "key_path", found.Key, "where", found.Where)
-		pair.KeyPath = target.Path(found.Key)
 		if err := pair.Check(); err != nil {
 			return target.Result{}, err
 		}
 	}
 	files, warnings := pair.Files(m)
-	result, err := c.files.Deploy(ctx, fileset.Transaction{
-		Target:   c.params.TargetID,
-		Material: m,
-		Files:    files,
-		Validate: c.validate,
-		Reload:   c.reload,
-		Verify:   c.params.Common.Verify(pemutil.Fingerprint(m.Leaf)),
-		Backups:  c.params.Common.Retention,
-	})
+	tx := fileset.NewTransaction(c.params, m)
+	tx.Files, tx.Validate, tx.Reload = files, c.validate, c.reload
+	result, err := c.files.Deploy(ctx, tx)
 	result.Warnings = append(warnings, result.Warnings...)
 	return result, err
 }

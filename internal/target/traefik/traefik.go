@@ -79,14 +79,9 @@ func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Resu
 		}
 		files = append(files, dynamic)
 	}
-	result, err := c.files.Deploy(ctx, fileset.Transaction{
-		Target:   c.params.TargetID,
-		Material: m,
-		Files:    files,
-		Reload:   c.reload,
-		Verify:   c.params.Common.Verify(pemutil.Fingerprint(m.Leaf)),
-		Backups:  c.params.Common.Retention,
-	})
+	tx := fileset.NewTransaction(c.params, m)
+	tx.Files, tx.Reload = files, c.reload
+	result, err := c.files.Deploy(ctx, tx)
 	result.Warnings = append(warnings, result.Warnings...)
 	return result, err
 }
