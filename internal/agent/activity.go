@@ -70,11 +70,7 @@ func (a *Agent) begin(act *activity) {
 func (a *Agent) ended(act *activity, err error) {
 	act.running = false
 	now := time.Now()
-	outcome := pace.Outcome{
-		Failed:      err != nil && !api.RateLimited(err),
-		RateLimited: api.RateLimited(err),
-		RetryAfter:  api.RetryAfter(err),
-	}
+	outcome := pace.After(err)
 	wait := act.pacer.Next(outcome)
 	if err == nil {
 		act.stats.LastSuccess = now

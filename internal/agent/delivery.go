@@ -48,10 +48,12 @@ func newDeliveryTable() deliveryTable {
 	return deliveryTable{jobs: make(map[string]*pacedDelivery), timer: stoppedTimer()}
 }
 
-// loadDeliveries takes note of jobs that have something to report.
-func (a *Agent) loadDeliveries() {
+// loadDeliveries takes note of jobs that have something to report, and returns
+// all that there is.
+func (a *Agent) loadDeliveries() []ledger.Delivery {
+	undelivered := a.o.Ledger.Undelivered()
 	known := make(map[string]bool)
-	for _, d := range a.o.Ledger.Undelivered() {
+	for _, d := range undelivered {
 		if known[d.Job] {
 			continue
 		}
@@ -73,10 +75,12 @@ func (a *Agent) loadDeliveries() {
 			delete(a.delivery.jobs, id)
 		}
 	}
+	return undelivered
 }
 
 // deliver sends the reports that are due, in one goroutine.
 func (a *Agent) deliver() {
+	undelivered := a.loadDeliveries()
 	if a.stopping || !a.resumed {
 		return
 	}
@@ -86,10 +90,9 @@ func (a *Agent) deliver() {
 	}
 	now := time.Now()
 	var due []ledger.Delivery
-	for _, d := range a.o.Ledger.Undelivered() {
+	for _, d := range undelivered {
 		p := a.delivery.jobs[d.Job]
-		isDue := p == nil || !p.due.After(now)
-		if isDue && (!d.Report.Repeat || p != nil && p.repeat) {
+		if !p.due.After(now) && (!d.Report.Repeat || p.repeat) {
 			due = append(due, d)
 		}
 	}
@@ -176,23 +179,19 @@ func (a *Agent) sent(results []delivered) {
 		if r.err == nil || p == nil {
 			continue
 		}
-		wait := p.pacer.Next(pace.Outcome{
-			Failed:      !api.RateLimited(r.err),
-			RateLimited: api.RateLimited(r.err),
-			RetryAfter:  api.RetryAfter(r.err),
-		})
+		wait := p.pacer.Next(pace.After(r.err))
 		p.due = now.Add(wait)
 		a.counters.Failure(status.Delivery, api.Kind(r.err))
 		if !a.stopping {
 			a.log.Warn("a report was not delivered: it is kept and tried again", "job", r.delivery.Job, "error", r.err, "next_try_in", wait.Round(time.Millisecond).String())
 		}
 	}
-	a.loadDeliveries()
 	if a.delivery.again {
 		a.delivery.again = false
 		a.deliver()
 		return
 	}
+	a.loadDeliveries()
 	a.setDeliveryTimer(now)
 }
 

@@ -148,7 +148,6 @@ func (a *Agent) take(c claimed, begun time.Time) {
 		a.jobs.add(job, c.again[job.ID])
 	}
 	a.startJobs()
-	a.loadDeliveries()
 	a.deliver()
 }
 
@@ -218,7 +217,6 @@ func (a *Agent) enrolled(job api.Job, err error) {
 		a.counters.CSR("deferred")
 		a.log.Warn("CSR not accepted yet: the job comes again with the next poll", "job", job.ID, "certificate", job.CertificateID, "error", err)
 	}
-	a.loadDeliveries()
 	a.deliver()
 	a.startJobs()
 }
@@ -315,7 +313,7 @@ func (a *Agent) deployed(w *waitingJob, o deploy.Outcome, err error) {
 		if w.pacer == nil {
 			w.pacer = pace.New(a.o.PollInterval, true, a.o.Rand)
 		}
-		wait := w.pacer.Next(pace.Outcome{Failed: !api.RateLimited(err), RateLimited: api.RateLimited(err), RetryAfter: api.RetryAfter(err)})
+		wait := w.pacer.Next(pace.After(err))
 		w.due = time.Now().Add(wait)
 		w.unsure = w.unsure || o.Unsure
 		a.jobs.waiting = append(a.jobs.waiting, w)
@@ -330,7 +328,6 @@ func (a *Agent) deployed(w *waitingJob, o deploy.Outcome, err error) {
 			"target_type", job.TargetType, "error", o.Error, "took", o.Duration.Round(time.Millisecond).String())
 		a.repairLater()
 	}
-	a.loadDeliveries()
 	a.deliver()
 	a.startJobs()
 }

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"time"
 
-	"certctl-agent/internal/inventory"
 	"certctl-agent/internal/status"
 	"certctl-agent/internal/survey"
 )
@@ -20,7 +19,7 @@ func (a *Agent) Snapshot(ctx context.Context) (status.Snapshot, error) {
 	}
 	s := <-reply
 	for _, entry := range a.o.Served.All() {
-		s.Certificates = append(s.Certificates, served(entry))
+		s.Certificates = append(s.Certificates, status.Certificate(entry))
 	}
 	return s, nil
 }
@@ -62,18 +61,6 @@ func (t *deliveryTable) state() status.Activity {
 	s := t.stats
 	s.Running = t.running
 	return s
-}
-
-func served(e inventory.Entry) status.Certificate {
-	return status.Certificate{
-		TargetID:      e.TargetID,
-		TargetType:    e.TargetType,
-		CertificateID: e.CertificateID,
-		CommonName:    e.CommonName,
-		Fingerprint:   e.Fingerprint,
-		NotAfter:      e.NotAfter,
-		DeployedAt:    e.DeployedAt,
-	}
 }
 
 // scanStatus is what the snapshot keeps of a scan.

@@ -6,6 +6,8 @@ package pace
 import (
 	"math/rand/v2"
 	"time"
+
+	"certctl-agent/internal/api"
 )
 
 const (
@@ -33,6 +35,12 @@ type Outcome struct {
 	Failed      bool
 	RateLimited bool          // 429: not a failure, the fleet as a whole is too fast
 	RetryAfter  time.Duration // the control plane's floor for the next wait, or 0
+}
+
+// After is the outcome of a call to the control plane that ended with err.
+func After(err error) Outcome {
+	limited := api.RateLimited(err)
+	return Outcome{Failed: err != nil && !limited, RateLimited: limited, RetryAfter: api.RetryAfter(err)}
 }
 
 // Pacer times one activity. It is not safe for concurrent use.

@@ -1,9 +1,11 @@
 package pace_test
 
 import (
+	"errors"
 	"testing"
 	"time"
 
+	"certctl-agent/internal/api"
 	"certctl-agent/internal/pace"
 )
 
@@ -64,6 +66,24 @@ func TestNextStaysInItsRange(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+func TestAfter(t *testing.T) {
+	tests := []struct {
+		name string
+		err  error
+		want pace.Outcome
+	}{
+		{"success", nil, pace.Outcome{}},
+		{"network", errors.New("no route to host"), pace.Outcome{Failed: true}},
+		{"overload", &api.StatusError{Status: 503, RetryAfter: time.Minute}, pace.Outcome{Failed: true, RetryAfter: time.Minute}},
+		{"rate limit", &api.StatusError{Status: 429, RetryAfter: time.Second}, pace.Outcome{RateLimited: true, RetryAfter: time.Second}},
+	}
+	for _, test := range tests {
+		if got := pace.After(test.err); got != test.want {
+			t.Errorf("%s: %+v, want %+v", test.name, got, test.want)
+		}
 	}
 }
 

@@ -254,7 +254,7 @@ func (r *run) deliver(report api.DiscoveryReport) error {
 		case errors.Is(err, api.ErrRetired) || errors.Is(err, api.ErrGone) || !api.Temporary(err) || r.ctx.Err() != nil:
 			return err
 		}
-		wait := r.pacer.Next(pace.Outcome{Failed: true, RateLimited: api.RateLimited(err), RetryAfter: api.RetryAfter(err)})
+		wait := r.pacer.Next(pace.After(err))
 		r.opts.Log.Warn("discovery report not delivered: trying again", "certificates", len(report.Certificates),
 			"wait", wait.Round(time.Second).String(), "error", err.Error())
 		if err := r.pause(wait); err != nil {
