@@ -9,8 +9,6 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"os"
-	"runtime"
 	"strings"
 	"time"
 
@@ -157,14 +155,7 @@ func (c *checker) identity(ctx context.Context) {
 	defer cancel()
 	client := newClient(c.config, nil, nil)
 	defer client.Close()
-	hostname, _ := os.Hostname()
-	err := client.Heartbeat(ctx, api.Heartbeat{
-		Version:      buildinfo.Version(),
-		Hostname:     hostname,
-		OS:           runtime.GOOS,
-		Architecture: runtime.GOARCH,
-		IPAddress:    client.LocalAddr(ctx),
-	})
+	err := client.Heartbeat(ctx, newHeartbeat(ctx, client))
 	switch {
 	case err == nil:
 		c.ok("agent", "the control plane knows %s and takes its key", c.config.AgentID)

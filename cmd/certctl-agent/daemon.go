@@ -100,7 +100,7 @@ func runDaemon(ctx context.Context, p process) error {
 	if err := d.open(ctx, p); err != nil {
 		return err
 	}
-	return d.serve(ctx, p)
+	return d.serve(ctx)
 }
 
 // open opens everything on disk, and brings what a crash left half done to one
@@ -265,7 +265,7 @@ func (d *daemon) standingWarnings() []string {
 }
 
 // serve runs the loop, with the status socket and SIGHUP beside it.
-func (d *daemon) serve(ctx context.Context, p process) error {
+func (d *daemon) serve(ctx context.Context) error {
 	server, err := status.Listen(d.state.Path, d.agent.Snapshot, d.log)
 	if err != nil {
 		return err
@@ -364,16 +364,19 @@ func (d *daemon) describe(ctx context.Context) api.Heartbeat {
 	if d.state.Cloned {
 		d.log.Warn("heartbeat of an agent whose state was written on another machine", "agent_id", d.config.AgentID)
 	}
-	hostname, err := os.Hostname()
-	if err != nil {
-		d.log.Debug("this host does not know its name", "error", err)
-	}
+	return newHeartbeat(ctx, d.plane)
+}
+
+// newHeartbeat says what this process is and runs on. A host that does not know
+// its name reports none.
+func newHeartbeat(ctx context.Context, plane *controlplane.Client) api.Heartbeat {
+	hostname, _ := os.Hostname()
 	return api.Heartbeat{
 		Version:      buildinfo.Version(),
 		Hostname:     hostname,
 		OS:           runtime.GOOS,
 		Architecture: runtime.GOARCH,
-		IPAddress:    d.plane.LocalAddr(ctx),
+		IPAddress:    plane.LocalAddr(ctx),
 	}
 }
 
