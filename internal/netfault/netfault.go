@@ -159,6 +159,7 @@ func (p *Proxy) handle(client *net.TCPConn) {
 	}
 	defer p.remove(c)
 	if c.fault.After == 0 {
+		c.done = c.fault.Then // before anything else uses the connection
 		c.act()
 	}
 	var both sync.WaitGroup
@@ -216,12 +217,12 @@ func (c *conn) state() Action {
 
 // act makes the ordered thing happen.
 func (c *conn) act() {
-	c.mu.Lock()
-	c.done = c.fault.Then
-	c.mu.Unlock()
 	switch c.fault.Then {
 	case Close:
-		c.end(false)
+		_ = c.client.CloseWrite() // closed with data unread, it would be reset
+		if c.server != nil {
+			c.server.Close()
+		}
 	case Reset:
 		c.end(true)
 	case HalfOpen:
@@ -307,11 +308,12 @@ func (c *conn) pump(to, from *net.TCPConn, rate int, up bool) {
 			if counted && passed < c.fault.After {
 				now = data[:min(len(data), c.fault.After-passed)]
 			}
-			c.pass(to, now, up)
 			data = data[len(now):]
 			if passed += len(now); counted && passed == c.fault.After {
-				c.act()
+				c.passLast(to, now, up)
+				continue
 			}
+			c.pass(to, now, up)
 		}
 		if err != nil {
 			c.finish(to, err, up)
@@ -338,11 +340,24 @@ func (c *conn) pass(to *net.TCPConn, data []byte, up bool) {
 	}
 }
 
+// passLast passes on the last data before the fault. What the other side sends
+// in answer is late already.
+func (c *conn) passLast(to *net.TCPConn, data []byte, up bool) {
+	kept := c.keeps(data, up)
+	c.mu.Lock()
+	c.done = c.fault.Then
+	c.mu.Unlock()
+	if !kept {
+		_, _ = to.Write(data)
+	}
+	c.act()
+}
+
 func (c *conn) keeps(data []byte, up bool) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {
-	case c.done == Silence || c.done == HalfOpen:
+	case c.done == Silence || c.done == HalfOpen || c.done == Close || c.done == Reset:
 		return true
 	case c.done == Hold && up:
 		c.held = append(c.held, data...)
@@ -354,7 +369,7 @@ func (c *conn) keeps(data []byte, up bool) bool {
 // finish passes an end on.
 func (c *conn) finish(to *net.TCPConn, err error, up bool) {
 	switch state := c.state(); {
-	case state == Silence || state == HalfOpen:
+	case state == Silence || state == HalfOpen || state == Close:
 		return // nobody hears of it
 	case state == Hold && up:
 		if c.proxy.wait(0) {
