@@ -237,15 +237,21 @@ func (h *host) wait(text string) error {
 
 // end sends a signal and waits for the end.
 func (h *host) end(signal syscall.Signal) error {
-	h.mu.Lock()
-	p := h.process
-	h.process = nil
-	h.mu.Unlock()
+	p := h.current()
 	select {
 	case <-p.ended:
 		return fmt.Errorf("the agent ended by itself: %v: %s", p.err, tail(h.output.since(p.begun)))
 	default:
 	}
+	if signal == syscall.SIGTERM {
+		// Before its first line the agent has no handler, and ends by the signal.
+		if err := h.wait(`"msg":"certctl-agent starts"`); err != nil {
+			return err
+		}
+	}
+	h.mu.Lock()
+	h.process = nil
+	h.mu.Unlock()
 	if err := p.cmd.Process.Signal(signal); err != nil {
 		return err
 	}
