@@ -25,13 +25,42 @@ frontend tls
 	http-request return status 200
 `
 
+// haproxyReload waits for the end of the reload that it asks for, as systemctl
+// reload does. The master executes itself anew for it and loses a SIGUSR2 that
+// comes meanwhile; it answers on its socket only once it takes signals again.
+// Reloads that fail count as well.
+const haproxyReload = `#!%[1]s
+use strict;
+use IO::Socket::UNIX;
+
+sub reloads {
+	my $master = IO::Socket::UNIX->new(Peer => "%[2]s") or return;
+	$master->print("show proc\n");
+	$master->flush;
+	shutdown($master, 1);
+	return join("", <$master>) =~ /master\s+(\d+) \[failed: (\d+)\]/ ? ($1, $2) : ();
+}
+
+my ($before, $failed);
+for (1 .. 600) {
+	my ($now, $then) = reloads();
+	if (defined $now && !defined $before) {
+		($before, $failed) = ($now, $then);
+		kill "USR2", %[3]d or die "signal the master: $!";
+	}
+	exit($then > $failed) if defined $now && $now > $before;
+	select(undef, undef, undef, 0.05);
+}
+die "HAProxy has not reloaded within 30 seconds\n";
+`
+
 // StartHAProxy starts HAProxy, a master with workers, with one TLS server.
 func StartHAProxy(ctx context.Context, dir string, pair Pair) (*Server, error) {
 	haproxy, err := program("haproxy")
 	if err != nil {
 		return nil, err
 	}
-	kill, err := program("kill")
+	perl, err := program("perl")
 	if err != nil {
 		return nil, err
 	}
@@ -56,13 +85,20 @@ func StartHAProxy(ctx context.Context, dir string, pair Pair) (*Server, error) {
 		Endpoint: tlsprobe.Endpoint{Address: "127.0.0.1:" + port},
 		CertPath: pemPath,
 	}
-	if err := s.run(haproxy, "-W", "-f", conf); err != nil {
+	master := filepath.Join(dir, "master.sock")
+	if err := s.run(haproxy, "-W", "-S", master, "-f", conf); err != nil {
+		return nil, err
+	}
+	reload := filepath.Join(dir, "reload-haproxy")
+	script := fmt.Appendf(nil, haproxyReload, perl, master, s.commands[0].Process.Pid)
+	if err := os.WriteFile(reload, script, 0o755); err != nil {
+		s.Stop()
 		return nil, err
 	}
 	s.Config = map[string]any{
 		"pem_path":         pemPath,
 		"validate_command": haproxy + " -c -q -f " + conf,
-		"reload_command":   fmt.Sprintf("%s -USR2 %d", kill, s.commands[0].Process.Pid),
+		"reload_command":   reload,
 		"host":             "127.0.0.1",
 		"port":             port,
 	}

@@ -21,9 +21,6 @@ func must(t *testing.T, err error) {
 
 func TestLive(t *testing.T) {
 	l := targettest.Start(t, liveserver.StartHAProxy, build)
-	// A SIGUSR2 that comes while the master still executes itself anew for the
-	// one before can be lost.
-	l.Settle = 2 * time.Second
 	pem := l.Config["pem_path"].(string)
 
 	t.Run("first deployment", func(t *testing.T) { l.MustDeploy(t, l.NewMaterial(t)) })
