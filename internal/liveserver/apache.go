@@ -29,8 +29,8 @@ Listen 127.0.0.1:%[3]s
 <VirtualHost 127.0.0.1:%[3]s>
 	ServerName localhost
 	SSLEngine on
-	SSLCertificateFile "${TLS}/cert.pem"
-	SSLCertificateKeyFile "${TLS}/key.pem"
+	SSLCertificateFile "${TLS}/%[6]s"
+	%[5]s
 </VirtualHost>
 `
 
@@ -39,6 +39,16 @@ const apacheModules = "/usr/lib/apache2/modules"
 
 // StartApache starts httpd with one TLS server.
 func StartApache(ctx context.Context, dir string, pair Pair) (*Server, error) {
+	return startApache(ctx, dir, pair, writePair, `SSLCertificateKeyFile "${TLS}/key.pem"`)
+}
+
+// StartApacheInOneFile is StartApache with the key in the certificate's file, where
+// httpd looks for it unless it is told another place.
+func StartApacheInOneFile(ctx context.Context, dir string, pair Pair) (*Server, error) {
+	return startApache(ctx, dir, pair, writeOneFile, "")
+}
+
+func startApache(ctx context.Context, dir string, pair Pair, write writer, keyFile string) (*Server, error) {
 	httpd, err := program("apache2")
 	if err != nil {
 		return nil, err
@@ -50,7 +60,7 @@ func StartApache(ctx context.Context, dir string, pair Pair) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	certPath, keyPath, err := writePair(dir, pair)
+	certPath, keyPath, err := write(dir, pair)
 	if err != nil {
 		return nil, err
 	}
@@ -59,7 +69,7 @@ func StartApache(ctx context.Context, dir string, pair Pair) (*Server, error) {
 		user = "User www-data\nGroup www-data"
 	}
 	conf := filepath.Join(dir, "httpd.conf")
-	if err := os.WriteFile(conf, fmt.Appendf(nil, apacheConf, dir, apacheModules, port, user), 0o644); err != nil {
+	if err := os.WriteFile(conf, fmt.Appendf(nil, apacheConf, dir, apacheModules, port, user, keyFile, filepath.Base(certPath)), 0o644); err != nil {
 		return nil, err
 	}
 	command := httpd + " -f " + conf

@@ -16,8 +16,8 @@ log_path = /dev/stderr
 listen = 127.0.0.1
 protocols = imap pop3
 ssl = yes
-ssl_cert = <%[1]s/tls/cert.pem
-ssl_key = <%[1]s/tls/key.pem
+ssl_cert = <%[6]s
+ssl_key = <%[7]s
 mail_location = maildir:%[1]s/mail
 passdb {
   driver = static
@@ -65,6 +65,15 @@ service pop3-login {
 // StartDovecot starts Dovecot with imap and pop3 (STARTTLS), imaps and pop3s
 // (TLS from the first byte).
 func StartDovecot(ctx context.Context, dir string, pair Pair) (*Server, error) {
+	return startDovecot(ctx, dir, pair, writePair)
+}
+
+// StartDovecotInOneFile is StartDovecot with key and certificate in one file.
+func StartDovecotInOneFile(ctx context.Context, dir string, pair Pair) (*Server, error) {
+	return startDovecot(ctx, dir, pair, writeOneFile)
+}
+
+func startDovecot(ctx context.Context, dir string, pair Pair, write writer) (*Server, error) {
 	programs := make(map[string]string)
 	for _, name := range []string{"dovecot", "doveconf", "doveadm"} {
 		path, err := program(name)
@@ -77,11 +86,11 @@ func StartDovecot(ctx context.Context, dir string, pair Pair) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	certPath, keyPath, err := writePair(dir, pair)
+	certPath, keyPath, err := write(dir, pair)
 	if err != nil {
 		return nil, err
 	}
-	text := fmt.Sprintf(dovecotConf, dir, ports[0], ports[1], ports[2], ports[3])
+	text := fmt.Sprintf(dovecotConf, dir, ports[0], ports[1], ports[2], ports[3], certPath, keyPath)
 	if os.Geteuid() != 0 {
 		self, err := user.Current()
 		if err != nil {

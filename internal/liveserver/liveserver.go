@@ -178,6 +178,9 @@ func program(name string) (string, error) {
 // nothing else.
 const tlsDir = "tls"
 
+// A writer writes the first pair and returns its paths.
+type writer func(dir string, pair Pair) (certPath, keyPath string, err error)
+
 // writePair writes the first pair, each in a file of its own, and returns the
 // paths.
 func writePair(dir string, pair Pair) (certPath, keyPath string, err error) {
@@ -192,6 +195,13 @@ func writePair(dir string, pair Pair) (certPath, keyPath string, err error) {
 		return "", "", err
 	}
 	return certPath, keyPath, os.WriteFile(keyPath, pair.Key, 0o600)
+}
+
+// writeOneFile is writePair with key and certificate in one file.
+func writeOneFile(dir string, pair Pair) (certPath, keyPath string, err error) {
+	path := filepath.Join(dir, tlsDir, "all.pem")
+	err = errors.Join(os.Mkdir(filepath.Dir(path), 0o755), os.WriteFile(path, slices.Concat(pair.Key, pair.Certificate), 0o600))
+	return path, path, err
 }
 
 // lockedBuffer keeps the last of what a server prints.

@@ -8,7 +8,6 @@ import (
 	"os/exec"
 	"os/user"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -68,8 +67,8 @@ func StartPostfix(ctx context.Context, dir string, pair Pair) (*Server, error) {
 // StartPostfixInOneFile is StartPostfix with key and certificate in one file,
 // which no smtpd can read half replaced.
 func StartPostfixInOneFile(ctx context.Context, dir string, pair Pair) (*Server, error) {
-	path := filepath.Join(dir, tlsDir, "all.pem")
-	if err := errors.Join(os.Mkdir(filepath.Dir(path), 0o755), os.WriteFile(path, slices.Concat(pair.Key, pair.Certificate), 0o600)); err != nil {
+	path, _, err := writeOneFile(dir, pair)
+	if err != nil {
 		return nil, err
 	}
 	return startPostfix(ctx, dir, path, path, postfixOneFile)

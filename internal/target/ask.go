@@ -15,8 +15,9 @@ import (
 // ServerPair is a certificate and its key as a server's own configuration
 // names them.
 type ServerPair struct {
-	Cert, Key string // absolute, unless the server takes the key from elsewhere
-	Where     string // file and line
+	Cert  string // absolute
+	Key   string // absolute, unless the server takes the key from elsewhere; "": not certain
+	Where string // file and line
 }
 
 // Uses reports whether the server reads the key of m once m is installed with
@@ -25,7 +26,17 @@ func (p ServerPair) Uses(keyPath Path, m *Material) bool {
 	return keyPath != "" && resolved(p.Key) == resolved(string(keyPath)) || m.InKeyStore(Path(p.Key))
 }
 
-// KeyFor finds the key that belongs to cert. Only one answer is an answer.
+// errUnnamed is the answer of a server that does not use a certificate at all.
+var errUnnamed = errors.New("it does not use that file")
+
+// unclearError is the answer of a server that uses a certificate, but with a
+// key that cannot be told from it.
+type unclearError struct{ error }
+
+func unclear(format string, args ...any) error { return unclearError{fmt.Errorf(format, args...)} }
+
+// KeyFor finds the key that belongs to cert. Only one answer is an answer. A
+// key in the certificate's own file is one, with cert as its name.
 func KeyFor(cert Path, pairs []ServerPair) (ServerPair, error) {
 	var found []ServerPair
 	want := resolved(string(cert))
@@ -33,33 +44,37 @@ func KeyFor(cert Path, pairs []ServerPair) (ServerPair, error) {
 		if pair.Cert != string(cert) && resolved(pair.Cert) != want {
 			continue
 		}
-		if !slices.ContainsFunc(found, func(f ServerPair) bool { return f.Key == pair.Key }) {
+		same := func(f ServerPair) bool { return f.Key == pair.Key || resolved(f.Key) == resolved(pair.Key) }
+		if !slices.ContainsFunc(found, same) {
 			found = append(found, pair)
 		}
 	}
 	switch len(found) {
 	case 0:
-		return ServerPair{}, fmt.Errorf("the server's own configuration names no key for %s", cert)
+		return ServerPair{}, fmt.Errorf("the server's own configuration names no key for %s: %w", cert, errUnnamed)
 	case 1:
 	default:
 		var keys []string
 		for _, pair := range found {
-			keys = append(keys, clip(pair.Key))
+			keys = append(keys, clip(pair.Key)+" ("+pair.Where+")")
 		}
-		return ServerPair{}, fmt.Errorf("the server's own configuration names several keys for %s: %s", cert, strings.Join(keys, ", "))
+		return ServerPair{}, unclear("the server's own configuration names several keys for %s: %s: give each key a certificate file of its own",
+			cert, strings.Join(keys, ", "))
+	}
+	if found[0].Key == "" {
+		return ServerPair{}, unclear("the server's own configuration names no key for %s that is certain to be the one (%s): name its key file there, right beside it",
+			cert, found[0].Where)
 	}
 	key, err := ParsePath(found[0].Key)
-	switch {
-	case err != nil:
-	case key == "" || key == cert:
-		err = errors.New("it is no file of its own")
-	case strings.Contains(string(key), "$"):
-		err = fmt.Errorf("%s holds a variable", clip(string(key)))
+	if err == nil && strings.Contains(string(key), "$") {
+		err = fmt.Errorf("%s holds a variable: write the path in full there", clip(string(key)))
 	}
 	if err != nil {
-		return ServerPair{}, fmt.Errorf("the key that the server's own configuration names for %s (%s) cannot be used: %w", cert, found[0].Where, err)
+		return ServerPair{}, unclear("the key that the server's own configuration names for %s (%s) cannot be used: %w", cert, found[0].Where, err)
 	}
-	found[0].Key = string(key)
+	if found[0].Key = string(key); resolved(string(key)) == want {
+		found[0].Key = string(cert)
+	}
 	return found[0], nil
 }
 

@@ -1,6 +1,7 @@
 package target
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -18,16 +19,28 @@ func TestKeyFor(t *testing.T) {
 	if err != nil || found.Key != "/k/k.pem" || found.Where != "f:2" {
 		t.Errorf("through a symlink: got %+v, %v", found, err)
 	}
+	// A key in the certificate's own file is in cert, by whichever way the server goes.
+	if found, err = KeyFor(Path(linked), []ServerPair{{direct, direct, ""}}); err != nil || found.Key != linked {
+		t.Errorf("one file: got %+v, %v", found, err)
+	}
+	if found, err = KeyFor("/c", []ServerPair{{"/c", linked, ""}, {"/c", direct, ""}}); err != nil || found.Key != linked {
+		t.Errorf("one key by two ways: got %+v, %v", found, err)
+	}
 	for says, pairs := range map[string][]ServerPair{
-		"names no key":       {{"/x", "/k", ""}},
-		"several keys":       {{linked, "/k1", ""}, {direct, "/k2", ""}},
-		"no file of its own": {{linked, linked, ""}},
-		"a variable":         {{linked, "/k/$name", ""}},
-		"absolute path":      {{linked, "engine:", ""}},
-		`".."`:               {{linked, "/k/../x", ""}},
+		"does not use that file": {{"/x", "/k", ""}},
+		"several keys":           {{linked, "/k1", ""}, {direct, "/k2", ""}},
+		"that is certain":        {{linked, "", ""}},
+		`several keys for `:      {{linked, "/k1", ""}, {direct, "", ""}},
+		"a variable":             {{linked, "/k/$name", ""}},
+		"absolute path":          {{linked, "engine:", ""}},
+		`".."`:                   {{linked, "/k/../x", ""}},
 	} {
-		if found, err := KeyFor(Path(linked), pairs); err == nil || !strings.Contains(err.Error(), says) {
+		found, err := KeyFor(Path(linked), pairs)
+		if err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%v: got %+v, %v, want an error with %q", pairs, found, err, says)
+		}
+		if _, isUnclear := errors.AsType[unclearError](err); isUnclear == errors.Is(err, errUnnamed) {
+			t.Errorf("%v: %v has to be either unclear or that the server does not use the file", pairs, err)
 		}
 	}
 }

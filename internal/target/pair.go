@@ -2,14 +2,17 @@ package target
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
+	"slices"
 
 	"certctl-agent/internal/pemutil"
 )
 
 // Pair is the configuration of the targets that read a certificate and its key
-// from two files, with the chain in a third or after the certificate.
+// from two files, with the chain in a third or after the certificate; or all of
+// it from one file, which key_path and cert_path both name.
 type Pair struct {
 	CertPath  Path `json:"cert_path"`
 	KeyPath   Path `json:"key_path"`   // none: the key is not installed, the server reads the key store
@@ -23,7 +26,11 @@ type Pair struct {
 	ReloadCommand   string `json:"reload_command"`
 }
 
-// Check refuses one file under two keys, and the absence of what is required.
+// oneFile reports whether key and certificates go to one file.
+func (p *Pair) oneFile() bool { return p.KeyPath != "" && p.KeyPath == p.CertPath }
+
+// Check refuses a chain in a file of something else, and the absence of what is
+// required.
 func (p *Pair) Check(required ...string) error {
 	given := map[string]bool{
 		"cert_path":        p.CertPath != "",
@@ -36,8 +43,8 @@ func (p *Pair) Check(required ...string) error {
 		}
 	}
 	switch {
-	case p.KeyPath != "" && p.KeyPath == p.CertPath:
-		return Invalid("key_path", "is the same file as cert_path")
+	case p.oneFile() && p.ChainPath != "":
+		return Invalid("chain_path", "has no place where key_path and cert_path are one file: that holds the chain too")
 	case p.ChainPath != "" && p.ChainPath == p.CertPath:
 		return Invalid("chain_path", "is the same file as cert_path: leave it out, and the chain follows the certificate there")
 	case p.ChainPath != "" && p.ChainPath == p.KeyPath:
@@ -46,15 +53,38 @@ func (p *Pair) Check(required ...string) error {
 	return nil
 }
 
-// TakeKeyPath sets the masked key_path to the one that the server's own
-// configuration has, as found by asking it, which ended with err.
-func (p *Pair) TakeKeyPath(params Params, server string, found ServerPair, err error) error {
-	if err != nil {
-		return params.Config.MaskedError("key_path", err)
+// Settle compares the pair with what server answered when it was asked for the
+// key of CertPath: found, or err. A masked key_path becomes the server's. A pair
+// that the server would read with another key is refused, and so is one of which
+// it says that it uses it, but not clearly with which key: most servers find the
+// mismatch not when they test their configuration but when they load it, and end
+// or turn TLS off. Only an overlay, the word of this host's owner, goes before
+// an answer that is not clear. A server that gives none is in warnings.
+func (p *Pair) Settle(params Params, m *Material, server string, found ServerPair, err error) (warnings []string, _ error) {
+	if params.Config.Masked("key_path") {
+		if err != nil {
+			return nil, params.Config.MaskedError("key_path", err)
+		}
+		params.Log.Info("key path taken from the server's own configuration", "server", server, "key_path", found.Key, "where", found.Where)
+		p.KeyPath = Path(found.Key)
+		return nil, p.Check()
 	}
-	params.Log.Info("key path taken from the server's own configuration", "server", server, "key_path", found.Key, "where", found.Where)
-	p.KeyPath = Path(found.Key)
-	return nil
+	_, isUnclear := errors.AsType[unclearError](err)
+	switch {
+	case errors.Is(err, errUnnamed):
+		return []string{fmt.Sprintf("%s will not load the certificate: its configuration does not name %s, or only by a variable or a table", server, p.CertPath)}, nil
+	case isUnclear && !params.Config.Local("key_path"):
+		return nil, Invalid("key_path", "it is not certain that %s would read the new certificate with the new key, and with another one TLS would fail: %v; or put key_path into an overlay", server, err)
+	case err != nil:
+		return []string{fmt.Sprintf("nobody has compared key_path with the key that %s reads: %v", server, err)}, nil
+	case found.Uses(p.KeyPath, m):
+		return nil, nil
+	case found.Key == string(p.CertPath):
+		return nil, Invalid("key_path", "%s reads the key of %s from that same file (%s), so TLS would fail: set key_path to %s as well, and the file will hold both; or name a key file in the configuration of %s",
+			server, p.CertPath, found.Where, p.CertPath, server)
+	}
+	return nil, Invalid("key_path", "%s reads the key of %s from %s (%s), so the new certificate would meet another key there, and TLS would fail: name that file",
+		server, p.CertPath, found.Key, found.Where)
 }
 
 // Commands are the configured commands, checked. One that is not configured is
@@ -71,6 +101,11 @@ func (p *Pair) Commands(params Params) (validate, reload *Command, err error) {
 func (p *Pair) Files(m *Material) (files []File, warnings []string) {
 	cert := pemutil.EncodeCertificates(m.Leaf)
 	chain := pemutil.EncodeCertificates(m.Chain...)
+	if p.oneFile() {
+		// The key first, as Postfix's smtpd_tls_chain_files wants it; the others
+		// take any order.
+		return []File{p.KeyFile.File(p.KeyPath, KeyFile, slices.Concat(m.Key(), cert, chain))}, nil
+	}
 	if p.ChainPath == "" {
 		cert = append(cert, chain...)
 	}

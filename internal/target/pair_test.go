@@ -3,12 +3,16 @@ package target
 import (
 	"bytes"
 	"crypto/x509"
+	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/testca"
 )
 
@@ -64,6 +68,88 @@ func TestPairFiles(t *testing.T) {
 	}
 }
 
+// What the server says decides what becomes of key_path.
+func TestSettle(t *testing.T) {
+	const cert = "/tls/site.pem"
+	at := func(key string) []ServerPair { return []ServerPair{{cert, key, "conf:7"}} }
+	broken := errors.New("exit status 1")
+	tests := []struct {
+		name    string
+		config  string
+		overlay string
+		pairs   []ServerPair
+		err     error  // the server gives no answer
+		want    string // key_path
+		says    string // in the error, or in the warning
+		refused bool
+	}{
+		{"the server's key", `{"key_path": "/k"}`, "", at("/k"), nil, "/k", "", false},
+		{"another key", `{"key_path": "/k"}`, "", at("/other"), nil, "", "reads the key of /tls/site.pem from /other (conf:7)", true},
+		{"no key, and the server reads one", `{}`, "", at("/other"), nil, "", "reads the key of /tls/site.pem from /other (conf:7)", true},
+		{"no key, and the server reads the key store", `{}`, "", at("/store/c.key"), nil, "", "", false},
+		{"one file, key apart", `{"key_path": "/k"}`, "", at(cert), nil, "", "set key_path to /tls/site.pem", true},
+		{"one file, no key", `{}`, "", at(cert), nil, "", "set key_path to /tls/site.pem", true},
+		{"one file, as the server has it", `{"key_path": "/tls/site.pem"}`, "", at(cert), nil, cert, "", false},
+		{"one file, key apart in the server", `{"key_path": "/tls/site.pem"}`, "", at("/k"), nil, "", "from /k", true},
+		{"another key than the overlay's", `{}`, `{"key_path": "/k"}`, at("/other"), nil, "", "from /other", true},
+
+		{"several keys", `{"key_path": "/k"}`, "", append(at("/k"), at("/other")...), nil, "", "a certificate file of its own", true},
+		{"no key that is certain", `{"key_path": "/k"}`, "", at(""), nil, "", "name its key file there", true},
+		{"a variable", `{"key_path": "/k"}`, "", at("/$x"), nil, "", "write the path in full", true},
+		{"unclear, no key", `{}`, "", at(""), nil, "", "overlay", true},
+		{"unclear, but the host's owner knows", `{}`, `{"key_path": "/k"}`, at("/$x"), nil, "/k", "nobody has compared", false},
+
+		{"certificate not used", `{"key_path": "/k"}`, "", nil, nil, "/k", "will not load", false},
+		{"no answer", `{"key_path": "/k"}`, "", nil, broken, "/k", "nobody has compared key_path with the key that httpd reads: exit status 1", false},
+
+		{"masked", `{"key_path": "********"}`, "", at("/k"), nil, "/k", "", false},
+		{"masked, one file", `{"key_path": "********"}`, "", at(cert), nil, cert, "", false},
+		{"masked, one file and a chain", `{"key_path": "********", "chain_path": "/n"}`, "", at(cert), nil, "", "chain_path: has no place", true},
+		{"masked, unclear", `{"key_path": "********"}`, "", at(""), nil, "", "sent it masked", true},
+		{"masked, not used", `{"key_path": "********"}`, "", nil, nil, "", "sent it masked", true},
+		{"masked, no answer", `{"key_path": "********"}`, "", nil, broken, "", "exit status 1", true},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			dir := t.TempDir()
+			if test.overlay != "" {
+				must(t, os.WriteFile(filepath.Join(dir, "t.json"), []byte(test.overlay), 0o600))
+			}
+			config, err := Merge([]byte(test.config), "Apache", "t", OpenOverlays(dir))
+			must(t, err)
+			p := Pair{CertPath: cert}
+			must(t, config.Decode(&p, "key_path"))
+			found, err := ServerPair{}, test.err
+			if err == nil {
+				found, err = KeyFor(cert, test.pairs)
+			}
+			warnings, err := p.Settle(Params{Config: config, Log: slog.New(slog.DiscardHandler)}, &Material{KeyPath: "/store/c.key"}, "httpd", found, err)
+			said := strings.Join(warnings, "\n")
+			if err != nil {
+				said = err.Error()
+			}
+			if (err != nil) != test.refused || !strings.Contains(said, test.says) || test.says == "" && said != "" {
+				t.Errorf("got %q, refused: %v; want %q, %v", said, err != nil, test.says, test.refused)
+			}
+			if err == nil && string(p.KeyPath) != test.want {
+				t.Errorf("key_path is %s, want %s", p.KeyPath, test.want)
+			}
+		})
+	}
+}
+
+// With one file under both keys, it holds the key first and then the chain, and
+// is as secret as a key file.
+func TestOneFile(t *testing.T) {
+	m := material(t)
+	p := Pair{CertPath: "/all.pem", KeyPath: "/all.pem", CertFile: FileOptions{Mode: 0o644}, KeyFile: FileOptions{Mode: 0o640}}
+	files, warnings := p.Files(m)
+	want := slices.Concat(m.Key(), pemutil.EncodeCertificates(m.Leaf), pemutil.EncodeCertificates(m.Chain...))
+	if len(files) != 1 || len(warnings) != 0 || files[0].Path != "/all.pem" || files[0].Kind != KeyFile || *files[0].Mode != 0o640 || !bytes.Equal(files[0].Data, want) {
+		t.Errorf("got %d files: %+v, %q", len(files), files, warnings)
+	}
+}
+
 func TestPairCheck(t *testing.T) {
 	ok := Pair{CertPath: "/c", KeyPath: "/k", ChainPath: "/n", ReloadCommand: "r"}
 	must(t, ok.Check("cert_path", "reload_command"))
@@ -71,7 +157,7 @@ func TestPairCheck(t *testing.T) {
 		"cert_path":        {ReloadCommand: "r", ValidateCommand: "v"},
 		"reload_command":   {CertPath: "/c", ValidateCommand: "v"},
 		"validate_command": {CertPath: "/c", ReloadCommand: "r"},
-		"key_path":         {CertPath: "/c", KeyPath: "/c", ReloadCommand: "r", ValidateCommand: "v"},
+		"chain_path: has":  {CertPath: "/c", KeyPath: "/c", ChainPath: "/n", ReloadCommand: "r", ValidateCommand: "v"},
 		"chain_path":       {CertPath: "/c", ChainPath: "/c", ReloadCommand: "r", ValidateCommand: "v"},
 		"chain_path: ":     {CertPath: "/c", ChainPath: "/k", KeyPath: "/k", ReloadCommand: "r", ValidateCommand: "v"},
 	} {

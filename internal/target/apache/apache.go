@@ -5,6 +5,7 @@ package apache
 
 import (
 	"context"
+	"slices"
 	"time"
 
 	"certctl-agent/internal/target"
@@ -47,20 +48,12 @@ func New(p target.Params, files *fileset.Store) (*Connector, error) {
 // Deploy implements target.Connector.
 func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Result, error) {
 	pair := c.config.Pair
+	// httpd finds a mismatch not when it tests its configuration but when it
+	// restarts, and then ends.
 	found, err := c.askServer(ctx)
-	switch {
-	case c.params.Config.Masked("key_path"):
-		if err := pair.TakeKeyPath(c.params, "httpd", found, err); err != nil {
-			return target.Result{}, err
-		}
-		if err := pair.Check(); err != nil {
-			return target.Result{}, err
-		}
-	case err == nil && !found.Uses(pair.KeyPath, m):
-		// httpd finds the mismatch not when it tests its configuration but
-		// when it restarts, and then ends.
-		return target.Result{}, target.Invalid("key_path", "httpd reads the key of %s from %s (%s), so the new certificate would meet another key there and httpd would end: name that file",
-			pair.CertPath, found.Key, found.Where)
+	asked, err := pair.Settle(c.params, m, "httpd", found, err)
+	if err != nil {
+		return target.Result{}, err
 	}
 	files, warnings := pair.Files(m)
 	tx := fileset.NewTransaction(c.params, m)
@@ -77,7 +70,7 @@ func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Resu
 		}
 	}
 	result, err := c.files.Deploy(ctx, tx)
-	result.Warnings = append(warnings, result.Warnings...)
+	result.Warnings = slices.Concat(asked, warnings, result.Warnings)
 	return result, err
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -11,11 +12,11 @@ import (
 	"certctl-agent/internal/target"
 )
 
-// askServer finds the key of cert_path in httpd's own configuration. httpd
-// says which files that is made of, where relative paths start and what is
-// defined (-D DUMP_INCLUDES, -D DUMP_RUN_CFG; both work before the certificate
-// files exist); the files are then read here, since printing their content
-// takes mod_info, which few servers load.
+// askServer finds the key of cert_path in httpd's own configuration. httpd's
+// mod_info prints that as httpd understands it (-D DUMP_CONFIG): includes, macros,
+// Define, <IfModule> and the environment are resolved. -D DUMP_RUN_CFG says where
+// relative paths start, and makes httpd look at no certificate file, so that there
+// is an answer before the first deployment too.
 func (c *Connector) askServer(ctx context.Context) (target.ServerPair, error) {
 	argv, err := findCall(c.validate.Argv, c.reload.Argv)
 	if err != nil {
@@ -24,69 +25,41 @@ func (c *Connector) askServer(ctx context.Context) (target.ServerPair, error) {
 	if c.params.Query == nil {
 		return target.ServerPair{}, errors.New("httpd cannot be asked here")
 	}
-	query := func(what string) (string, error) {
+	failure := errors.New("it printed none, which takes mod_info")
+	for _, load := range loadInfo() {
 		stdout, err := c.params.Query(ctx, target.Command{
-			Argv:    append(slices.Clone(argv), "-t", "-D", what),
+			Argv:    slices.Concat(argv, load, []string{"-t", "-D", "DUMP_RUN_CFG", "-D", "DUMP_CONFIG"}),
 			Timeout: c.validate.Timeout,
 		})
-		if err != nil {
-			return "", fmt.Errorf("ask httpd for its configuration: %w", err)
+		if pairs, ok := pairsInDump(string(stdout), string(c.config.CertPath)); err == nil && ok {
+			return target.KeyFor(c.config.CertPath, pairs)
 		}
-		return string(stdout), nil
-	}
-	includes, err := query("DUMP_INCLUDES")
-	if err != nil {
-		return target.ServerPair{}, err
-	}
-	run, err := query("DUMP_RUN_CFG")
-	if err != nil {
-		return target.ServerPair{}, err
-	}
-	r := newReader(run)
-	for _, file := range includedFiles(includes) {
-		text, err := target.ReadServerFile(file)
-		if err != nil {
-			return target.ServerPair{}, fmt.Errorf("read the configuration of httpd: %w", err)
+		if err != nil && load == nil {
+			failure = err
+			break // no module mends that
 		}
-		r.read(file, text)
 	}
-	return target.KeyFor(c.config.CertPath, r.pairs)
+	return target.ServerPair{}, fmt.Errorf("ask httpd for its configuration: %w", failure)
 }
 
-// includedFiles reads the answer to DUMP_INCLUDES, each file once. A line is
-// the number of the line that includes the file, or a star, in parentheses, and
-// the file.
-func includedFiles(dump string) []string {
-	var files []string
-	for line := range strings.Lines(dump) {
-		number, file, ok := strings.Cut(strings.TrimSpace(line), ") ")
-		if !ok || !strings.HasPrefix(number, "(") || !filepath.IsAbs(file) {
-			continue
-		}
-		if number = number[1:]; number == "" || number != "*" && strings.Trim(number, "0123456789") != "" {
-			continue
-		}
-		if file = filepath.Clean(file); !slices.Contains(files, file) {
-			files = append(files, file)
-		}
-	}
-	return files
+// infoModules is where distributions keep mod_info: Debian, Alpine, SUSE, Gentoo;
+// then, relative to the directory that httpd was built for, Apache's own layout
+// with Red Hat, and FreeBSD.
+var infoModules = [...]string{
+	"/usr/lib/apache2/modules/mod_info.so", "/usr/lib/apache2/mod_info.so", "/usr/lib64/apache2/mod_info.so", "/usr/lib64/apache2/modules/mod_info.so",
+	"modules/mod_info.so", "libexec/apache24/mod_info.so",
 }
 
-// newReader reads the answer to DUMP_RUN_CFG.
-func newReader(dump string) *reader {
-	r := &reader{defines: make(map[string]string)}
-	for line := range strings.Lines(dump) {
-		line = strings.TrimRight(line, "\r\n")
-		if root, ok := strings.CutPrefix(line, "ServerRoot: "); ok {
-			r.root = strings.Trim(root, `"`)
-		}
-		if define, ok := strings.CutPrefix(line, "Define: "); ok && !strings.HasPrefix(define, "DUMP_") {
-			name, value, _ := strings.Cut(define, "=")
-			r.defines[name] = value
+// loadInfo are the flags that load mod_info, one try after the other. The first
+// is for an httpd that has it.
+func loadInfo() [][]string {
+	tries := [][]string{nil}
+	for _, module := range infoModules {
+		if _, err := os.Stat(module); err == nil || !filepath.IsAbs(module) {
+			tries = append(tries, []string{"-C", "LoadModule info_module " + module})
 		}
 	}
-	return r
+	return tries
 }
 
 // findCall looks for httpd in the commands of a job, and keeps the flags that

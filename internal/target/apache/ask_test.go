@@ -3,8 +3,6 @@ package apache
 import (
 	"context"
 	"errors"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -29,44 +27,61 @@ func TestFindCall(t *testing.T) {
 	}
 }
 
-func TestIncludedFiles(t *testing.T) {
-	got := includedFiles("Included configuration files:\n  (*) /etc/apache2/apache2.conf\n    (146) /etc/apache2/sites enabled/a.conf\n      (9) /etc/apache2/tls\n    (150) /etc/apache2/tls\nnonsense (1) /x\n")
-	want := []string{"/etc/apache2/apache2.conf", "/etc/apache2/sites enabled/a.conf", "/etc/apache2/tls"}
-	if !slices.Equal(got, want) {
-		t.Errorf("got %q, want %q", got, want)
-	}
-}
-
+// An httpd without mod_info prints nothing, and is asked again with it.
 func TestAskServer(t *testing.T) {
-	conf := filepath.Join(t.TempDir(), "a.conf")
-	if err := os.WriteFile(conf, []byte("SSLCertificateFile /c.pem\nSSLCertificateKeyFile k.pem\n"), 0o600); err != nil {
-		t.Fatal(err)
+	configuration := "# In file: /a.conf\n#  2:\nSSLCertificateFile /c.pem\n#  3:\nSSLCertificateKeyFile k.pem\nServerRoot: \"/srv\"\n"
+	want := target.ServerPair{Cert: "/c.pem", Key: "/srv/k.pem", Where: "/a.conf:3"}
+	tests := []struct {
+		name   string
+		answer func(loads string) (string, error)
+		says   string // in the error; "": want
+	}{
+		{"mod_info is in use", func(string) (string, error) { return configuration, nil }, ""},
+		{"mod_info is where Apache's own layout has it", func(loads string) (string, error) {
+			switch loads {
+			case "":
+				return "ServerRoot: \"/srv\"\n", nil
+			case "LoadModule info_module modules/mod_info.so":
+				return configuration, nil
+			}
+			return "", errors.New("exit status 1: cannot open shared object file")
+		}, ""},
+		{"no mod_info", func(loads string) (string, error) {
+			if loads == "" {
+				return "ServerRoot: \"/srv\"\n", nil
+			}
+			return "", errors.New("exit status 1: cannot open shared object file")
+		}, "takes mod_info"},
+		{"httpd fails", func(loads string) (string, error) {
+			if loads != "" {
+				t.Error("httpd is asked again")
+			}
+			return "", errors.New("exit status 1: Syntax error")
+		}, "Syntax error"},
 	}
-	answers := map[string]string{"DUMP_INCLUDES": "  (*) " + conf + "\n", "DUMP_RUN_CFG": "ServerRoot: \"/srv\"\n"}
-	c := &Connector{validate: &target.Command{Argv: []string{"apachectl", "configtest"}}, reload: &target.Command{Argv: []string{"true"}}}
+	c := &Connector{validate: &target.Command{Argv: []string{"httpd", "-f", "/x", "-t"}}, reload: &target.Command{Argv: []string{"true"}}}
 	c.config.CertPath = "/c.pem"
 	if _, err := c.askServer(t.Context()); err == nil || !strings.Contains(err.Error(), "cannot be asked") {
 		t.Errorf("nobody to ask: %v", err)
 	}
-	c.params.Query = func(_ context.Context, command target.Command) ([]byte, error) {
-		answer, ok := answers[command.Argv[len(command.Argv)-1]]
-		if !ok {
-			return nil, errors.New("exit status 1")
+	for _, test := range tests {
+		c.params.Query = func(_ context.Context, command target.Command) ([]byte, error) {
+			line, loads := command.Argv, ""
+			if line[3] == "-C" {
+				line, loads = slices.Concat(line[:3], line[5:]), line[4]
+			}
+			if got := strings.Join(line, " "); got != "httpd -f /x -t -D DUMP_RUN_CFG -D DUMP_CONFIG" {
+				t.Errorf("%s: asked by %s", test.name, got)
+			}
+			answer, err := test.answer(loads)
+			return []byte(answer), err
 		}
-		return []byte(answer), nil
-	}
-	found, err := c.askServer(t.Context())
-	if want := (target.ServerPair{Cert: "/c.pem", Key: "/srv/k.pem", Where: conf + ":2"}); err != nil || found != want {
-		t.Errorf("got %+v, %v, want %+v", found, err, want)
-	}
-	answers["DUMP_INCLUDES"] = "  (*) " + conf + ".missing\n"
-	if _, err := c.askServer(t.Context()); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("a file that is not there: %v", err)
-	}
-	for _, what := range []string{"DUMP_RUN_CFG", "DUMP_INCLUDES"} {
-		delete(answers, what)
-		if _, err := c.askServer(t.Context()); err == nil || !strings.Contains(err.Error(), "exit status 1") {
-			t.Errorf("no answer to %s: %v", what, err)
+		found, err := c.askServer(t.Context())
+		if test.says == "" && (err != nil || found != want) {
+			t.Errorf("%s: got %+v, %v, want %+v", test.name, found, err, want)
+		}
+		if test.says != "" && (err == nil || !strings.Contains(err.Error(), test.says)) {
+			t.Errorf("%s: got %v, want an error with %q", test.name, err, test.says)
 		}
 	}
 }

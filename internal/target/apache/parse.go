@@ -1,8 +1,8 @@
 package apache
 
 import (
-	"fmt"
 	"path/filepath"
+	"regexp"
 	"strings"
 
 	"certctl-agent/internal/target"
@@ -14,123 +14,118 @@ type setting struct {
 	where string // file:line
 }
 
-// scope is what one virtual host, one macro, or the rest of one file sets.
+// scope is what one virtual host, or the server around them, sets.
 type scope struct {
-	name        string // of the section, in lower case; "" for the file
 	certs, keys []setting
 }
 
-// reader collects certificates and keys from configuration files.
-type reader struct {
-	root    string            // ServerRoot
-	defines map[string]string // -D and Define, with their values
-	pairs   []target.ServerPair
-}
-
-// read takes one file. Sections that choose by <IfDefine> are decided as httpd
-// decides them; what <IfModule> and its like hold always counts. So more may
-// be found than is in force, never less, and target.KeyFor wants one answer.
-func (r *reader) read(file, text string) {
-	scopes := []*scope{{}}
-	skipping := 0 // open sections, from the one that is not in force
-	number := 0
-	for line, lines := range logicalLines(text) {
-		number += lines
+// pairsInDump reads httpd's answer to -D DUMP_RUN_CFG and -D DUMP_CONFIG, which
+// has each directive in force on a line of its own, with the number of its line
+// before it and the name of its file before the first of them. It reports false if
+// the configuration is not there. A variable of the running httpd's environment may
+// be unknown to the one that was asked: where it may be part of cert, it is.
+func pairsInDump(dump, cert string) (pairs []target.ServerPair, ok bool) {
+	var server scope
+	var hosts []*scope
+	current := &server
+	root, file, number := "", "", ""
+	for line := range strings.Lines(dump) {
+		line = strings.TrimSpace(line)
+		if quoted, found := strings.CutPrefix(line, "ServerRoot: "); found {
+			root = strings.Trim(quoted, `"`)
+		}
+		if comment, found := strings.CutPrefix(line, "#"); found {
+			if name, found := strings.CutPrefix(comment, " In file: "); found {
+				file, ok = name, true
+			} else {
+				number = strings.Trim(comment, " :")
+			}
+			continue
+		}
 		words := split(line)
 		if len(words) == 0 {
 			continue
 		}
-		name := strings.ToLower(words[0])
-		section, opens := strings.CutPrefix(name, "<")
-		closed, closes := strings.CutPrefix(section, "/")
-		closed = strings.TrimSuffix(closed, ">")
-		switch {
-		case skipping > 0 && closes:
-			skipping--
-		case skipping > 0 && opens:
-			skipping++
-		case skipping > 0:
-		case closes:
-			if current := scopes[len(scopes)-1]; current.name == closed {
-				r.finish(current)
-				scopes = scopes[:len(scopes)-1]
+		add := func(list *[]setting) {
+			if len(words) == 2 {
+				*list = append(*list, setting{words[1], file + ":" + number})
 			}
-		case opens && (section == "virtualhost" || section == "macro"):
-			scopes = append(scopes, &scope{name: section})
-		case opens && section == "ifdefine" && len(words) > 1 && !r.defined(words[1]):
-			skipping++
-		case name == "sslcertificatefile" && len(words) == 2:
-			current := scopes[len(scopes)-1]
-			current.certs = append(current.certs, setting{r.full(words[1]), fmt.Sprintf("%s:%d", file, number)})
-		case name == "sslcertificatekeyfile" && len(words) == 2:
-			current := scopes[len(scopes)-1]
-			current.keys = append(current.keys, setting{r.full(words[1]), fmt.Sprintf("%s:%d", file, number)})
+		}
+		switch strings.ToLower(words[0]) {
+		case "<virtualhost":
+			current = new(scope)
+			hosts = append(hosts, current)
+		case "</virtualhost>":
+			current = &server
+		case "sslcertificatefile":
+			add(&current.certs)
+		case "sslcertificatekeyfile":
+			add(&current.keys)
 		}
 	}
-	for _, open := range scopes {
-		r.finish(open)
+	pairs = server.pairs(root)
+	for _, host := range hosts {
+		host.inherit(&server)
+		pairs = append(pairs, host.pairs(root)...)
 	}
+	for i, pair := range pairs {
+		if strings.Contains(pair.Cert, "${") && fits(pair.Cert, cert) {
+			pairs[i].Cert = cert
+		}
+	}
+	return pairs, ok
 }
 
-// finish pairs the first certificate of a scope with its first key, and so on.
-// Where the numbers differ, any of the keys may be the one.
-func (r *reader) finish(s *scope) {
+// fits reports whether path is what template can become when its variables, such
+// as ${name}, are known.
+func fits(template, path string) bool {
+	var pattern strings.Builder
+	for i, part := range strings.Split(template, "${") {
+		if i > 0 {
+			if _, rest, closed := strings.Cut(part, "}"); closed {
+				pattern.WriteString(".*")
+				part = rest
+			} else {
+				part = "${" + part
+			}
+		}
+		pattern.WriteString(regexp.QuoteMeta(part))
+	}
+	ok, err := regexp.MatchString("^(?s:"+pattern.String()+")$", path)
+	return ok && err == nil
+}
+
+// inherit adds what a virtual host has from the server around it: the first that
+// it sets itself stands for the first there, and so on.
+func (s *scope) inherit(server *scope) {
+	s.certs = append(s.certs, server.certs[min(len(s.certs), len(server.certs)):]...)
+	s.keys = append(s.keys, server.keys[min(len(s.keys), len(server.keys)):]...)
+}
+
+// pairs takes the first certificate with the first key, and so on. For a
+// certificate without one httpd reads the key from the certificate's own file.
+func (s *scope) pairs(root string) []target.ServerPair {
+	var pairs []target.ServerPair
 	for i, cert := range s.certs {
-		keys := s.keys
-		if len(s.certs) == len(s.keys) {
-			keys = s.keys[i : i+1]
+		key := cert
+		if i < len(s.keys) {
+			key = s.keys[i]
 		}
-		for _, key := range keys {
-			r.pairs = append(r.pairs, target.ServerPair{Cert: cert.value, Key: key.value, Where: key.where})
-		}
+		pairs = append(pairs, target.ServerPair{Cert: full(root, cert.value), Key: full(root, key.value), Where: key.where})
 	}
+	return pairs
 }
 
-func (r *reader) defined(condition string) bool {
-	name, negated := strings.CutPrefix(strings.TrimSuffix(condition, ">"), "!")
-	_, ok := r.defines[name]
-	return ok != negated
-}
-
-// full resolves ${name} and makes a path absolute. Of a key that a token holds
-// only the scheme is kept, which nobody takes for a path.
-func (r *reader) full(value string) string {
-	for name, defined := range r.defines {
-		value = strings.ReplaceAll(value, "${"+name+"}", defined)
-	}
+// full makes a path absolute. Of a key that a token holds only the scheme is
+// kept, which nobody takes for a path.
+func full(root, value string) string {
 	if scheme := "pkcs11:"; strings.HasPrefix(value, scheme) {
 		return scheme
 	}
 	if filepath.IsAbs(value) {
 		return filepath.Clean(value)
 	}
-	return filepath.Join(r.root, value)
-}
-
-// logicalLines yields the lines of a file with continued ones joined, and how
-// many lines of the file each one is.
-func logicalLines(text string) func(yield func(string, int) bool) {
-	return func(yield func(string, int) bool) {
-		var joined strings.Builder
-		count := 0
-		for line := range strings.Lines(text) {
-			count++
-			line = strings.TrimRight(line, "\r\n")
-			if head, continued := strings.CutSuffix(line, `\`); continued {
-				joined.WriteString(head)
-				continue
-			}
-			joined.WriteString(line)
-			if !yield(joined.String(), count) {
-				return
-			}
-			joined.Reset()
-			count = 0
-		}
-		if joined.Len() > 0 {
-			yield(joined.String(), count)
-		}
-	}
+	return filepath.Join(root, value)
 }
 
 // split parts a line into words as ap_getword_conf does: a word may be quoted,

@@ -36,33 +36,61 @@ func (b *block) get(name string) string {
 	return ""
 }
 
+// families are the settings that name a certificate and its key. The names with
+// _file are those of Dovecot 2.4, which may also print them without their first
+// words, in a block of that name: ssl_server { cert_file = … }.
+var families = [...][2]string{
+	{"ssl_cert", "ssl_key"}, {"ssl_alt_cert", "ssl_alt_key"}, {"ssl_client_cert", "ssl_client_key"},
+	{"ssl_server_cert_file", "ssl_server_key_file"}, {"ssl_server_alt_cert_file", "ssl_server_alt_key_file"},
+	{"ssl_client_cert_file", "ssl_client_key_file"},
+}
+
 // dovecotPairs lists the pairs of each block that doveconf prints.
 func dovecotPairs(dump string) []target.ServerPair {
-	blocks := []*block{{name: "doveconf", set: make(map[string]string)}}
-	current := blocks[0]
+	type level struct {
+		*block
+		prefix string // of the names of settings
+	}
+	general := &block{name: "doveconf", set: make(map[string]string)}
+	blocks, open := []*block{general}, []level{{block: general}}
 	for line := range strings.Lines(dump) {
 		line = strings.TrimSpace(line)
+		current := open[len(open)-1]
 		if name, opens := strings.CutSuffix(line, " {"); opens {
-			current = &block{name: "doveconf, " + name, around: current, set: make(map[string]string)}
-			blocks = append(blocks, current)
-		} else if line == "}" && current.around != nil {
-			current = current.around
-		} else if name, value, ok := strings.Cut(line, " = "); ok && strings.HasPrefix(name, "ssl_") {
+			next := level{block: current.block, prefix: name + "_"}
+			if name != "ssl_server" && name != "ssl_client" {
+				next = level{block: &block{name: "doveconf, " + name, around: current.block, set: make(map[string]string)}}
+				blocks = append(blocks, next.block)
+			}
+			open = append(open, next)
+		} else if line == "}" && len(open) > 1 {
+			open = open[:len(open)-1]
+		} else if name, value, ok := strings.Cut(line, " = "); ok {
+			if !strings.HasPrefix(name, "ssl_") {
+				name = current.prefix + name
+			}
 			current.set[name] = value
 		}
 	}
 	var pairs []target.ServerPair
 	for _, b := range blocks {
-		for _, prefix := range []string{"ssl_", "ssl_alt_", "ssl_client_"} {
-			// A file is named by <path; anything else is a pair in the
-			// configuration itself.
-			cert, _ := strings.CutPrefix(b.get(prefix+"cert"), "<")
-			key, inFile := strings.CutPrefix(b.get(prefix+"key"), "<")
-			if !inFile {
-				key = ""
+		for _, family := range families {
+			if cert := dovecotFile(family[0], b.get(family[0])); cert != "" {
+				key := dovecotFile(family[1], b.get(family[1]))
+				pairs = append(pairs, target.ServerPair{Cert: cert, Key: key, Where: b.name + ", " + family[1]})
 			}
-			pairs = append(pairs, target.ServerPair{Cert: strings.TrimSpace(cert), Key: strings.TrimSpace(key), Where: b.name + ", " + prefix + "key"})
 		}
 	}
 	return pairs
+}
+
+// dovecotFile is the file that the value of a setting names, "" if it names none
+// or only by a variable. Dovecot 2.3 reads a file for <path, and takes anything
+// else for the certificate or the key itself.
+func dovecotFile(setting, value string) string {
+	path, isFile := strings.CutPrefix(strings.Trim(value, `"`), "<")
+	if !isFile && !strings.HasSuffix(setting, "_file") || strings.HasPrefix(path, "inline:") || strings.ContainsAny(path, "%$") {
+		return ""
+	}
+	return strings.TrimSpace(path)
 }

@@ -38,6 +38,60 @@ protocol pop3 {
 }
 `
 
+// What doveconf -n of Dovecot 2.4 prints: names of settings with _file, a path
+// without <, and the settings of one prefix either in full or in a block.
+const dump24 = `# 2.4.1-4 (7d8c0e5759): /etc/dovecot/dovecot.conf
+dovecot_config_version = 2.4.1
+dovecot_storage_version = 2.4.1
+protocols {
+  imap = yes
+}
+service imap-login {
+  inet_listener imaps {
+    ssl = yes
+  }
+}
+ssl_client_cert_file = /client.pem
+ssl_client_key_file = /client.key
+ssl_server {
+  cert_file = /c.pem
+  key_file = /c.key
+  alt_cert_file = /alt.pem
+  alt_key_file = /alt.key
+}
+local 192.0.2.1 {
+  protocol imap {
+    ssl_server_key_file = /l.key
+  }
+  ssl_server_cert_file = /l.pem
+}
+local_name a.example {
+  ssl_server {
+    cert_file = /a.pem
+    key_file = /a.key
+  }
+}
+local_name b.example {
+  ssl_server_cert_file = /b.pem
+  ssl_server_key_file = inline:-----BEGIN PRIVATE KEY-----
+}
+local_name v.example {
+  ssl_server_cert_file = /v.pem
+  ssl_server_key_file = /%{system:hostname}.key
+}
+local_name one.example {
+  ssl_server {
+    cert_file = "/one file.pem"
+    key_file = "/one file.pem"
+  }
+}
+local_name key.example {
+  ssl_server {
+    cert_file = /own.pem
+  }
+}
+`
+
 func TestDovecotPairs(t *testing.T) {
 	tests := []struct {
 		name string
@@ -49,13 +103,38 @@ func TestDovecotPairs(t *testing.T) {
 		{"as a client", dump, "/client.pem", "/client.key doveconf, ssl_client_key"},
 		{"block", dump, "/a.pem", "/a.key doveconf, local_name a.example, ssl_key"},
 		{"blocks that differ", dump, "/l.pem", "several keys"},
-		{"key in the configuration itself", dump, "/b.pem", "no file of its own"},
+		{"key in the configuration itself", dump, "/b.pem", "no key for /b.pem that is certain"},
+		{"one file", "ssl_cert = </c.pem\nssl_key = </c.pem\n", "/c.pem", "/c.pem doveconf, ssl_key"},
+		{"certificate in the configuration itself", "ssl_cert = /c.pem\nssl_key = </c.key\n", "/c.pem", "does not use that file"},
+		{"2.4", dump24, "/c.pem", "/c.key doveconf, ssl_server_key_file"},
+		{"2.4, second certificate", dump24, "/alt.pem", "/alt.key doveconf, ssl_server_alt_key_file"},
+		{"2.4, as a client", dump24, "/client.pem", "/client.key doveconf, ssl_client_key_file"},
+		{"2.4, block", dump24, "/a.pem", "/a.key doveconf, local_name a.example, ssl_server_key_file"},
+		{"2.4, blocks that differ", dump24, "/l.pem", "several keys"},
+		{"2.4, key in the configuration itself", dump24, "/b.pem", "no key for /b.pem that is certain"},
+		{"2.4, variable", dump24, "/v.pem", "no key for /v.pem that is certain"},
+		{"2.4, one file", dump24, "/one file.pem", "/one file.pem doveconf, local_name one.example, ssl_server_key_file"},
+		{"2.4, key from around the block", dump24, "/own.pem", "/c.key doveconf, local_name key.example, ssl_server_key_file"},
+		{"2.4, not named", dump24, "/other.pem", "does not use that file"},
 		{"relative path", dump, "/alt.pem", "absolute path"},
 		{"not named", dump, "/other.pem", "names no key"},
 		{"another key for some", dump + "protocol imap {\n  ssl_key = </other.key\n}\n", "/c.pem", "several keys"},
-		{"nonsense", "}\n}\n{\n = \nssl_ = \n", "/c.pem", "names no key"},
+		{"nonsense", "}\n}\n{\n = \nssl_ = \nssl_server {\n {\n", "/c.pem", "names no key"},
 	}
 	for _, test := range tests {
-		check(t, test.name, test.cert, dovecotPairs(test.dump), test.want)
+		check(t, test.name, test.cert, dovecotPairs(test.dump), nil, test.want)
 	}
+}
+
+func FuzzDovecotPairs(f *testing.F) {
+	f.Add(dump)
+	f.Add(dump24)
+	f.Add("ssl_server {\n}\n}\nssl_cert = <\n{ {\n")
+	f.Fuzz(func(t *testing.T, dump string) {
+		for _, pair := range dovecotPairs(dump) {
+			if pair.Cert == "" || pair.Where == "" {
+				t.Errorf("%q: a pair from nowhere: %+v", dump, pair)
+			}
+		}
+	})
 }

@@ -21,13 +21,68 @@ func TestPostfix(t *testing.T) {
 	live(t, l, "where=\"main.cf, smtpd_tls_key_file\"")
 }
 
-// Rotated under load is what Postfix can take without a failed handshake, see
-// oneFile.
+// Rotated under load is what Postfix can take without a failed handshake: it starts
+// processes that read the pair at any time, and two files cannot be replaced at once.
 func TestPostfixInOneFile(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can start Postfix")
 	}
-	targettest.Start(t, liveserver.StartPostfixInOneFile, buildPostfix).Rotate(t, time.Second)
+	l := targettest.Start(t, liveserver.StartPostfixInOneFile, buildPostfix)
+	oneFile(t, l)
+	l.Rotate(t, time.Second)
+}
+
+// Postfix reads the key from the certificate's file unless it is told another, and
+// postconf expands whatever main.cf and master.cf write it in.
+func TestPostfixParameters(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can start Postfix")
+	}
+	l := targettest.Start(t, liveserver.StartPostfix, buildPostfix)
+	cert, key := l.Config["cert_path"].(string), l.Config["key_path"].(string)
+	l.MustDeploy(t, l.NewMaterial(t))
+	main, master := filepath.Join(l.Dir, "postfix", "main.cf"), filepath.Join(l.Dir, "postfix", "master.cf")
+	text, err := os.ReadFile(main)
+	must(t, err)
+	services, err := os.ReadFile(master)
+	must(t, err)
+	common, _, _ := strings.Cut(string(text), "smtpd_tls_cert_file")
+	tests := []struct{ main, overrides, refused string }{
+		{"smtpd_tls_cert_file = $(pair_directory)/cert.pem\n", "", "set key_path to " + cert},
+		{"smtpd_tls_cert_file = $(pair_directory)/cert.pem\nsmtpd_tls_key_file = ${pair_directory?{$pair_directory}:{/x}}/key.pem\n", "", ""},
+		{"smtpd_tls_cert_file = $(pair_directory)/cert.pem\nsmtpd_tls_key_file = $(pair_directory)/$(name).pem\nname = key\n", "", ""},
+		{"smtpd_tls_cert_file = $(pair_directory)/cert.pem\nsmtpd_tls_key_file = $(pair_directory)/$(name).pem\nname = key\n", "  -o name=other\n", "several keys"},
+		{"", "  -o smtpd_tls_cert_file=$(pair_directory)/cert.pem\n", "set key_path to " + cert},
+		{"", "  -o smtpd_tls_cert_file=$(pair_directory)/cert.pem -o smtpd_tls_key_file=$pair_directory/key.pem\n", ""},
+	}
+	for _, test := range tests {
+		must(t, os.WriteFile(main, []byte(common+test.main), 0o644))
+		must(t, os.WriteFile(master, []byte(string(services)+"127.0.0.1:1 inet n - n - 0 smtpd\n"+test.overrides), 0o644))
+		connector, err := l.Connector(l.Type, buildPostfix, map[string]any{
+			"cert_path": cert, "key_path": key, "validate_command": l.Config["validate_command"], "reload_command": l.Config["reload_command"],
+		})
+		must(t, err)
+		found, asked := connector.(*Connector).askServer(t.Context())
+		warnings, err := connector.(*Connector).config.Settle(connector.(*Connector).params, l.NewMaterial(t), postfix, found, asked)
+		if test.refused == "" && (err != nil || len(warnings) > 0) || test.refused != "" && (err == nil || !strings.Contains(err.Error(), test.refused)) {
+			t.Errorf("%q and %q: got %v, %q, want %q", test.main, test.overrides, err, warnings, test.refused)
+		}
+	}
+}
+
+func TestDovecotInOneFile(t *testing.T) {
+	l := targettest.Start(t, liveserver.StartDovecotInOneFile, buildDovecot)
+	oneFile(t, l)
+	l.Rotate(t, time.Second)
+}
+
+// oneFile deploys to a server that reads key and certificate from one file. A target
+// that has the key in another one would take it from there.
+func oneFile(t *testing.T, l *targettest.Live) {
+	all := l.Config["cert_path"].(string)
+	l.MustDeploy(t, l.NewMaterial(t), "key_path", "********")
+	l.MustDeploy(t, l.NewMaterial(t))
+	l.Refuses(t, l.NewMaterial(t), "set key_path to "+all, "key_path", filepath.Join(l.Watched, "other.key"))
 }
 
 func TestDovecot(t *testing.T) {

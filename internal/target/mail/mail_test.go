@@ -46,22 +46,22 @@ func TestConformanceWithChain(t *testing.T) {
 }
 
 func TestConformanceInOneFile(t *testing.T) {
-	h := harness("Postfix", buildPostfix)
-	h.Config = func(dir string) map[string]any {
-		return map[string]any{"cert_path": filepath.Join(dir, "all.pem"), "key_path": filepath.Join(dir, "all.pem")}
+	for typ, build := range map[string]targettest.New{"Postfix": buildPostfix, "Dovecot": buildDovecot} {
+		t.Run(typ, func(t *testing.T) {
+			h := harness(typ, build)
+			h.Config = func(dir string) map[string]any {
+				return map[string]any{"cert_path": filepath.Join(dir, "all.pem"), "key_path": filepath.Join(dir, "all.pem")}
+			}
+			h.Want = func(m *target.Material) map[string][]byte {
+				return map[string][]byte{"all.pem": slices.Concat(m.KeyPEM, targettest.PEM(m.Leaf), targettest.PEM(m.Chain...))}
+			}
+			targettest.Run(t, h)
+		})
 	}
-	h.Want = func(m *target.Material) map[string][]byte {
-		return map[string][]byte{"all.pem": slices.Concat(m.KeyPEM, targettest.PEM(m.Leaf), targettest.PEM(m.Chain...))}
-	}
-	targettest.Run(t, h)
 }
 
 func TestOneFileRefused(t *testing.T) {
-	config := map[string]any{"cert_path": "/all.pem", "key_path": "/all.pem"}
-	if _, err := targettest.NewHost(t, nil).Connector("Dovecot", buildDovecot, config); err == nil || !strings.Contains(err.Error(), "key_path: is the same file") {
-		t.Errorf("Dovecot with one file: got %v", err)
-	}
-	config["chain_path"] = "/chain.pem"
+	config := map[string]any{"cert_path": "/all.pem", "key_path": "/all.pem", "chain_path": "/chain.pem"}
 	if _, err := targettest.NewHost(t, nil).Connector("Postfix", buildPostfix, config); err == nil || !strings.Contains(err.Error(), "chain_path: has no place") {
 		t.Errorf("one file and a chain: got %v", err)
 	}

@@ -3,6 +3,7 @@ package mail
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"maps"
 	"os"
 	"slices"
@@ -11,57 +12,80 @@ import (
 	"certctl-agent/internal/target"
 )
 
-// parameters are those of Postfix, unexpanded, by name.
+// parameters are those of Postfix, expanded, by name.
 type parameters map[string]string
 
-// askPostfix reads main.cf, and the overrides of each service in master.cf, as
-// postconf prints them.
+// maxServices bounds how many different sets of overrides are looked at.
+const maxServices = 64
+
+// askPostfix has postconf print main.cf, and main.cf again as each service of
+// master.cf sees it that overrides something. postconf expands all parameters.
 func (c *Connector) askPostfix(ctx context.Context) ([]target.ServerPair, error) {
-	programs := []string{"postfix"}
-	main, err := c.query(ctx, "postconf", programs)
+	ask := func(args ...string) (string, error) { return c.query(ctx, "postconf", []string{"postfix"}, args...) }
+	main, err := ask("-x")
 	if err != nil {
 		return nil, err
 	}
-	overrides, err := c.query(ctx, "postconf", programs, "-P")
+	overrides, err := ask("-P")
 	if err != nil {
 		return nil, err
 	}
-	return postfixPairs(main, overrides), nil
+	keyPath := string(c.config.KeyPath)
+	pairs := parametersOf(main).pairs("main.cf", keyPath)
+	services := servicesOf(overrides)
+	if len(services) > maxServices {
+		return nil, fmt.Errorf("master.cf has more than %d services with parameters of their own", maxServices)
+	}
+	for _, service := range services {
+		seen, err := ask(append([]string{"-x"}, service.flags...)...)
+		if err != nil {
+			return nil, err
+		}
+		pairs = append(pairs, parametersOf(seen).pairs("master.cf, "+service.name, keyPath)...)
+	}
+	return pairs, nil
 }
 
-// postfixPairs lists the pairs of main.cf and of each service of master.cf.
-// A parameter that a service does not override counts for it as it is in
-// main.cf, and is expanded with what the service does override.
-func postfixPairs(main, overrides string) []target.ServerPair {
-	general := make(parameters)
-	for line := range strings.Lines(main) {
+func parametersOf(answer string) parameters {
+	p := make(parameters)
+	for line := range strings.Lines(answer) {
 		if name, value, ok := strings.Cut(line, " ="); ok {
-			general[name] = strings.TrimSpace(value)
+			p[name] = strings.TrimSpace(value)
 		}
 	}
-	services := make(map[string]parameters)
-	for line := range strings.Lines(overrides) { // service/type/parameter = value
+	return p
+}
+
+// service is a service of master.cf with its -o flags.
+type service struct {
+	name  string
+	flags []string
+}
+
+// servicesOf reads the answer to postconf -P: service/type/parameter = value. Of
+// services with the same overrides it keeps the first.
+func servicesOf(overrides string) []service {
+	flags := make(map[string][]string)
+	for line := range strings.Lines(overrides) {
 		name, value, ok := strings.Cut(line, " =")
 		slash := strings.LastIndex(name, "/")
 		if !ok || slash < 0 {
 			continue
 		}
-		service := name[:slash]
-		if services[service] == nil {
-			services[service] = maps.Clone(general)
+		flags[name[:slash]] = append(flags[name[:slash]], "-o", name[slash+1:]+"="+strings.TrimSpace(value))
+	}
+	var services []service
+	for _, name := range slices.Sorted(maps.Keys(flags)) {
+		if !slices.ContainsFunc(services, func(s service) bool { return slices.Equal(s.flags, flags[name]) }) {
+			services = append(services, service{name, flags[name]})
 		}
-		services[service][name[slash+1:]] = strings.TrimSpace(value)
 	}
-	pairs := general.pairs("main.cf")
-	for _, service := range slices.Sorted(maps.Keys(services)) {
-		pairs = append(pairs, services[service].pairs("master.cf, "+service)...)
-	}
-	return pairs
+	return services
 }
 
 // pairs lists those of the server, of the clients and of tlsproxy: each has a
 // family of parameters, such as smtpd_tls_.
-func (p parameters) pairs(where string) []target.ServerPair {
+func (p parameters) pairs(where, keyPath string) []target.ServerPair {
 	var pairs []target.ServerPair
 	for _, name := range slices.Sorted(maps.Keys(p)) {
 		family, ok := strings.CutSuffix(name, "_cert_file")
@@ -69,48 +93,44 @@ func (p parameters) pairs(where string) []target.ServerPair {
 			continue
 		}
 		// Where there are chain files, nothing else is read.
-		files := strings.FieldsFunc(p.value(family+"_chain_files"), func(r rune) bool { return strings.ContainsRune(", \t", r) })
+		files := strings.FieldsFunc(p[family+"_chain_files"], func(r rune) bool { return strings.ContainsRune(", \t", r) })
 		if len(files) > 0 {
-			pairs = append(pairs, chainPairs(files, where+", "+family+"_chain_files")...)
+			pairs = append(pairs, chainPairs(files, keyPath, where+", "+family+"_chain_files")...)
 			continue
 		}
 		for _, algorithm := range []string{"_", "_ec", "_d"} {
 			key := family + algorithm + "key_file"
-			pairs = append(pairs, target.ServerPair{Cert: p.value(family + algorithm + "cert_file"), Key: p.value(key), Where: where + ", " + key})
+			if cert := p[family+algorithm+"cert_file"]; cert != "" {
+				pairs = append(pairs, target.ServerPair{Cert: cert, Key: p[key], Where: where + ", " + key})
+			}
 		}
 	}
 	return pairs
 }
 
-// value expands the $name and ${name} of a parameter. What cannot be expanded
-// here, such as a condition, keeps its dollar sign, by which target.KeyFor
-// knows it.
-func (p parameters) value(name string) string { return p.expand(p[name], 0) }
-
-func (p parameters) expand(value string, depth int) string {
-	const maxDepth = 8
-	return os.Expand(value, func(name string) string {
-		referred, ok := p[name]
-		if !ok || depth == maxDepth {
-			return "${" + name + "}"
-		}
-		return p.expand(referred, depth+1)
-	})
-}
-
-// chainPairs pairs each of a list of chain files with the one before it, if
-// that holds a key and nothing else: Postfix wants a key, its certificate and
-// the chain in this order, in one file or in several.
-func chainPairs(files []string, where string) []target.ServerPair {
+// chainPairs finds the key of each of a list of chain files. Postfix wants a key,
+// its certificate and the chain in this order, in one file or in several. So the
+// key is in the file itself, unless the file before holds a key and nothing else.
+// A file before that does not exist yet will be what the target's key_path says.
+func chainPairs(files []string, keyPath, where string) []target.ServerPair {
 	var pairs []target.ServerPair
 	for i, cert := range files {
-		pair := target.ServerPair{Cert: cert, Where: where}
+		pair := target.ServerPair{Cert: cert, Key: cert, Where: where}
 		if i > 0 && holdsOnlyKeys(files[i-1]) {
 			pair.Key = files[i-1]
+		} else if i > 0 && !exists(files[i-1]) {
+			if pair.Key = ""; slices.Contains(files[i-1:i+1], keyPath) {
+				pair.Key = keyPath
+			}
 		}
 		pairs = append(pairs, pair)
 	}
 	return pairs
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
 }
 
 // maxKeyFile bounds what is read of a file that may hold a key.

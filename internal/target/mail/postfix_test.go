@@ -1,59 +1,102 @@
 package mail
 
 import (
+	"context"
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"certctl-agent/internal/target"
 )
 
+// Answers of postconf 3.7: to -x, to -P, and to -x with the overrides of a service.
 const mainCF = `config_directory = /etc/postfix
 mua_key = /mua.key
 smtp_tls_cert_file =
 smtp_tls_chain_files =
-smtp_tls_key_file = $smtp_tls_cert_file
-smtpd_tls_cert_file = $config_directory/cert.pem
+smtp_tls_key_file =
+smtpd_tls_cert_file = /etc/postfix/cert.pem
 smtpd_tls_chain_files =
 smtpd_tls_eccert_file = /ec.pem
-smtpd_tls_eckey_file = ${smtpd_tls_ec_of_nobody}/ec.key
-smtpd_tls_key_file = ${config_directory}/key.pem
-tlsproxy_tls_cert_file = $smtpd_tls_cert_file
-tlsproxy_tls_key_file = $smtpd_tls_key_file
+smtpd_tls_eckey_file =
+smtpd_tls_key_file = /etc/postfix/key.pem
+tlsproxy_tls_cert_file = /etc/postfix/cert.pem
+tlsproxy_tls_key_file = /etc/postfix/key.pem
 `
 
+// pairsOf lists the pairs of a Postfix that answers with these.
+func pairsOf(t *testing.T, keyPath, main, overrides string, services map[string]string) ([]target.ServerPair, error) {
+	t.Helper()
+	c := &Connector{validate: &target.Command{Argv: []string{"postfix", "check"}}, reload: &target.Command{Argv: []string{"postfix", "reload"}}}
+	c.config.KeyPath = target.Path(keyPath)
+	c.params.Query = func(_ context.Context, command target.Command) ([]byte, error) {
+		switch line := strings.Join(command.Argv, " "); line {
+		case "postconf -x":
+			return []byte(main), nil
+		case "postconf -P":
+			return []byte(overrides), nil
+		default:
+			answer, ok := services[strings.TrimPrefix(line, "postconf -x -o ")]
+			if !ok {
+				return nil, errors.New("nobody asked for " + line)
+			}
+			return []byte(answer), nil
+		}
+	}
+	return c.askPostfix(t.Context())
+}
+
 func TestPostfixPairs(t *testing.T) {
+	changed := func(old, new string) string { return strings.ReplaceAll(mainCF, old, new) }
 	tests := []struct {
 		name      string
 		main      string
 		overrides string
+		services  map[string]string
 		cert      target.Path
 		want      string // the key and where it is named, or a part of the error
 	}{
-		{"main.cf", mainCF, "", "/etc/postfix/cert.pem", "/etc/postfix/key.pem main.cf, smtpd_tls_key_file"},
-		{"not named", mainCF, "", "/other.pem", "names no key"},
-		{"unknown parameter", mainCF, "", "/ec.pem", "absolute path, got \"${smtpd_tls_ec_of_nobody}"},
+		{"main.cf", mainCF, "", nil, "/etc/postfix/cert.pem", "/etc/postfix/key.pem main.cf, smtpd_tls_key_file"},
+		{"not named", mainCF, "", nil, "/other.pem", "does not use that file"},
+		{"no key", mainCF, "", nil, "/ec.pem", "no key for /ec.pem that is certain"},
 		{"service with a certificate of its own", mainCF, "submission/inet/smtpd_tls_cert_file = /sub.pem\nsubmission/inet/smtpd_tls_key_file = $mua_key\n",
+			map[string]string{"smtpd_tls_cert_file=/sub.pem -o smtpd_tls_key_file=$mua_key": "smtpd_tls_cert_file = /sub.pem\nsmtpd_tls_key_file = /mua.key\n"},
 			"/sub.pem", "/mua.key master.cf, submission/inet, smtpd_tls_key_file"},
-		{"service with another key", mainCF, "127.0.0.1:smtps/inet/smtpd_tls_key_file = /other.key\n", "/etc/postfix/cert.pem", "several keys"},
+		{"service with another key", mainCF, "127.0.0.1:smtps/inet/smtpd_tls_key_file = /other.key\n",
+			map[string]string{"smtpd_tls_key_file=/other.key": changed("/etc/postfix/key.pem", "/other.key")}, "/etc/postfix/cert.pem", "several keys"},
 		{"service with something else", mainCF, "127.0.0.1:smtps/inet/smtpd_tls_wrappermode = yes\n",
-			"/etc/postfix/cert.pem", "/etc/postfix/key.pem main.cf, smtpd_tls_key_file"},
-		{"service with the general key", mainCF, "x/unix/smtpd_tls_cert_file = /x.pem\n", "/x.pem", "/etc/postfix/key.pem master.cf, x/unix, smtpd_tls_key_file"},
-		{"one file of both", "smtpd_tls_cert_file = /both.pem\nsmtpd_tls_key_file = $smtpd_tls_cert_file\n", "", "/both.pem", "no file of its own"},
-		{"condition", "smtpd_tls_cert_file = /c.pem\nsmtpd_tls_key_file = ${mua_key?/k.pem}\n", "", "/c.pem", "absolute path"},
-		{"parentheses", "k = /k\nsmtpd_tls_cert_file = /c.pem\nsmtpd_tls_key_file = $(k).pem\n", "", "/c.pem", "absolute path"},
-		{"endless", "smtpd_tls_cert_file = /c.pem\nsmtpd_tls_key_file = /$smtpd_tls_key_file\n", "", "/c.pem", "holds a variable"},
-		{"nonsense", "=\n\n = \n", "/ =\nx = y\n", "/c.pem", "names no key"},
+			map[string]string{"smtpd_tls_wrappermode=yes": mainCF}, "/etc/postfix/cert.pem", "/etc/postfix/key.pem main.cf, smtpd_tls_key_file"},
+		{"services with the same overrides", mainCF, "a/inet/x = y\nb/inet/x = y\n", map[string]string{"x=y": mainCF}, "/etc/postfix/cert.pem", "/etc/postfix/key.pem main.cf, smtpd_tls_key_file"},
+		{"one file of both", changed("/key.pem", "/cert.pem"), "", nil, "/etc/postfix/cert.pem", "/etc/postfix/cert.pem main.cf, smtpd_tls_key_file"},
+		{"a service that cannot be asked for", mainCF, "a/inet/x = y\n", nil, "/etc/postfix/cert.pem", "nobody asked for"},
+		{"nonsense", "=\n\n = \n", "/ =\nx = y\n", map[string]string{"=": ""}, "/c.pem", "does not use that file"},
 	}
 	for _, test := range tests {
-		check(t, test.name, test.cert, postfixPairs(test.main, test.overrides), test.want)
+		pairs, err := pairsOf(t, "", test.main, test.overrides, test.services)
+		check(t, test.name, test.cert, pairs, err, test.want)
 	}
 }
 
-func check(t *testing.T, name string, cert target.Path, pairs []target.ServerPair, want string) {
+func TestTooManyServices(t *testing.T) {
+	var overrides strings.Builder
+	for i := range maxServices + 1 {
+		fmt.Fprintf(&overrides, "%d/inet/x = %d\n", i, i)
+	}
+	if _, err := pairsOf(t, "", mainCF, overrides.String(), nil); err == nil || !strings.Contains(err.Error(), "more than 64 services") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func check(t *testing.T, name string, cert target.Path, pairs []target.ServerPair, err error, want string) {
 	t.Helper()
-	found, err := target.KeyFor(cert, pairs)
+	var found target.ServerPair
+	if err == nil {
+		found, err = target.KeyFor(cert, pairs)
+	}
 	got := found.Key + " " + found.Where
 	if err != nil {
 		got = err.Error()
@@ -63,36 +106,64 @@ func check(t *testing.T, name string, cert target.Path, pairs []target.ServerPai
 	}
 }
 
-// Of chain files only the one before the certificate can be its key, and only
-// if it holds nothing but a key: an operator's combined file is not overwritten.
+// The key of a chain file is in the file before, if that holds nothing but a key;
+// else it is in the file itself. A file that is not there yet holds what the target
+// puts there.
 func TestChainFiles(t *testing.T) {
 	dir := t.TempDir()
 	const key, cert = "-----BEGIN PRIVATE KEY-----\n", "-----BEGIN CERTIFICATE-----\n"
-	path := func(name string) string { return filepath.Join(dir, name) }
 	for name, text := range map[string]string{"key": key, "cert": cert, "both": key + cert, "ca": cert} {
-		if err := os.WriteFile(path(name), []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600))
 	}
 	tests := []struct {
-		files string
-		cert  string
-		want  string
+		files   []string
+		keyPath string
+		cert    string
+		want    string // the key, or a part of the error
 	}{
-		{"key, cert, ca", "cert", path("key") + " main.cf, smtpd_tls_chain_files"},
-		{"key cert both", "both", "no file of its own"},
-		{"both, cert", "cert", "no file of its own"},
-		{"cert", "cert", "no file of its own"},
-		{"missing, cert", "cert", "no file of its own"},
-		{"., cert", "cert", "no file of its own"},
-		{"key, cert", "old", "names no key"},
+		{[]string{"key", "cert", "ca"}, "", "cert", "key"},
+		{[]string{"key", "cert", "both"}, "", "both", "both"},
+		{[]string{"both"}, "", "both", "both"},
+		{[]string{"both", "new"}, "", "new", "new"},
+		{[]string{"new", "cert"}, "new", "cert", "new"},
+		{[]string{"new", "cert"}, "cert", "cert", "cert"},
+		{[]string{"new", "cert"}, "ca", "cert", "no key for "},
+		{[]string{"new", "cert"}, "", "cert", "no key for "},
+		{[]string{".", "cert"}, "", "cert", "cert"},
+		{[]string{"key", "cert"}, "", "old", "does not use that file"},
 	}
 	for _, test := range tests {
-		var main strings.Builder
-		main.WriteString("smtpd_tls_cert_file = $dir/old\nsmtpd_tls_key_file = /k\ndir = " + dir + "\nsmtpd_tls_chain_files =")
-		for name := range strings.FieldsSeq(test.files) {
-			main.WriteString(" $dir/" + name)
+		path := func(name string) string { return filepath.Join(dir, name) }
+		list := slices.Clone(test.files)
+		for i := range list {
+			list[i] = path(list[i])
 		}
-		check(t, test.files, target.Path(path(test.cert)), postfixPairs(main.String()+"\n", ""), test.want)
+		main := "smtpd_tls_cert_file = " + path("old") + "\nsmtpd_tls_key_file = /k\nsmtpd_tls_chain_files = " + strings.Join(list, ", ") + "\n"
+		keyPath, want := "", test.want
+		if test.keyPath != "" {
+			keyPath = path(test.keyPath)
+		}
+		if !strings.Contains(want, " ") {
+			want = path(want) + " main.cf, smtpd_tls_chain_files"
+		}
+		pairs, err := pairsOf(t, keyPath, main, "", nil)
+		check(t, strings.Join(test.files, " ")+", key_path "+test.keyPath, target.Path(path(test.cert)), pairs, err, want)
 	}
+}
+
+func FuzzPostfix(f *testing.F) {
+	f.Add("smtpd_tls_cert_file = /c\nsmtpd_tls_key_file = /k\n", "a/inet/x = y\n")
+	f.Add("x_cert_file =\nx_chain_files = , ,\n =\n", "/ =\n//=\n")
+	f.Fuzz(func(t *testing.T, main, overrides string) {
+		for _, pair := range parametersOf(main).pairs("main.cf", "") {
+			if pair.Cert == "" {
+				t.Errorf("%q: a pair without a certificate", main)
+			}
+		}
+		for _, service := range servicesOf(overrides) {
+			if len(service.flags)%2 != 0 || len(service.flags) == 0 {
+				t.Errorf("%q: flags %q", overrides, service.flags)
+			}
+		}
+	})
 }

@@ -2,6 +2,7 @@ package nginx
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -277,15 +278,71 @@ func (w *walker) walk(name string, list []directive, outer scope) {
 		own.keys = outer.keys
 	}
 	if name == "server" {
-		// The first certificate goes with the first key, and so on.
-		for i := range min(len(own.certs), len(own.keys)) {
-			key := own.keys[i]
-			w.pairs = append(w.pairs, target.ServerPair{Cert: w.full(own.certs[i].args[0]), Key: w.keyFile(key.args[0]), Where: key.where})
-		}
+		w.pair(own)
 	}
 	for _, d := range list {
 		w.walk(d.name, d.block, own)
 	}
+}
+
+// pair adds what a server reads. nginx keeps one certificate and one key for each
+// type of key. It loads the first certificate and the first key, then the second
+// ones, and in the end each certificate has the key of its type, in whatever order
+// they are named. So of several, the files themselves have to say what belongs
+// together, and one certificate that is not there yet gets the key that is left.
+func (w *walker) pair(s scope) {
+	keys := make([]string, min(len(s.keys), len(s.certs))) // further ones are not read
+	for i := range keys {
+		keys[i] = w.keyFile(s.keys[i].args[0])
+	}
+	key := make([]int, len(s.certs)) // of each certificate; -1: none found
+	taken := make([]bool, len(keys))
+	for i, cert := range s.certs {
+		key[i] = -1
+		if len(s.certs) > 1 {
+			key[i] = slices.IndexFunc(keys, func(k string) bool { return belong(w.full(cert.args[0]), k) })
+		}
+		if key[i] >= 0 {
+			taken[key[i]] = true
+		}
+	}
+	if lone, spare := only(key, -1), only(taken, false); lone >= 0 && spare >= 0 {
+		key[lone] = spare
+	}
+	for i, cert := range s.certs {
+		pair := target.ServerPair{Cert: w.full(cert.args[0]), Where: cert.where}
+		if at := key[i]; at >= 0 {
+			pair.Key, pair.Where = keys[at], s.keys[at].where
+		}
+		w.pairs = append(w.pairs, pair)
+	}
+}
+
+// only is the index of v in list, -1 unless it is there exactly once.
+func only[T comparable](list []T, v T) int {
+	at := slices.Index(list, v)
+	if at >= 0 && slices.Contains(list[at+1:], v) {
+		return -1
+	}
+	return at
+}
+
+// belong reports whether the file key holds the private key of the certificate
+// in the file cert.
+func belong(cert, key string) bool {
+	if !filepath.IsAbs(key) || strings.Contains(key, "$") {
+		return false
+	}
+	certPEM, err := target.ReadServerFile(cert)
+	if err != nil {
+		return false
+	}
+	keyPEM, err := target.ReadServerFile(key)
+	if err != nil {
+		return false
+	}
+	_, err = tls.X509KeyPair([]byte(certPEM), []byte(keyPEM))
+	return err == nil
 }
 
 // keyFile is the file of an ssl_certificate_key, which need not be one: of a

@@ -2,7 +2,12 @@ package nginx
 
 import (
 	"context"
+	"crypto"
+	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/rsa"
 	"errors"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -10,6 +15,8 @@ import (
 	"testing"
 
 	"certctl-agent/internal/target"
+	"certctl-agent/internal/target/targettest"
+	"certctl-agent/internal/testca"
 )
 
 const main = "# configuration file /etc/nginx/nginx.conf:\n"
@@ -26,20 +33,21 @@ func TestKeyInDump(t *testing.T) {
 		{"the server's own goes before the inherited", main + `http { ssl_certificate /x; ssl_certificate_key /y; server { ssl_certificate /c.pem; ssl_certificate_key /k.pem; } }`, "/k.pem"},
 		{"relative to the main file's directory", main + `http { server { ssl_certificate ../../c.pem; ssl_certificate_key tls/k.pem; } }`, "/etc/nginx/tls/k.pem"},
 		{"quoted", main + `http { server { ssl_certificate "/c.pem"; ssl_certificate_key '/k k.pem'; } }`, "/k k.pem"},
-		{"two pairs in one block", main + `http { server { ssl_certificate /rsa; ssl_certificate /c.pem; ssl_certificate_key /rsa.key; ssl_certificate_key /k.pem; } }`, "/k.pem"},
+		{"two pairs in one block, of which nothing is there", main + `http { server { ssl_certificate /rsa; ssl_certificate /c.pem; ssl_certificate_key /rsa.key; ssl_certificate_key /k.pem; } }`, "no key for /c.pem that is certain"},
+		{"more keys than certificates", main + `http { server { ssl_certificate /c.pem; ssl_certificate_key /k.pem; ssl_certificate_key /x; } }`, "/k.pem"},
 		{"the same pair twice", main + `http { server { ssl_certificate /c.pem; ssl_certificate_key /k.pem; } server { ssl_certificate /c.pem; ssl_certificate_key /k.pem; } }`, "/k.pem"},
 		{"stream", main + `stream { server { ssl_certificate /c.pem; ssl_certificate_key /k.pem; } }`, "/k.pem"},
 		{"include, relative with a wildcard", main + "http { include sites/*.conf; }\n# configuration file /etc/nginx/sites/a.conf:\nserver { include tls; }\n\n# configuration file /etc/nginx/tls:\nssl_certificate /c.pem; ssl_certificate_key /k.pem;\n", "/k.pem"},
 		{"not included where it would count", main + "http { include sites/*.conf; }\n# configuration file /etc/nginx/other/a.conf:\nserver { ssl_certificate /c.pem; ssl_certificate_key /k.pem; }\n", "names no key"},
 		{"none", main + `http { server { ssl_certificate /other; ssl_certificate_key /k.pem; } }`, "names no key for /c.pem"},
-		{"no key", main + `http { server { ssl_certificate /c.pem; } }`, "names no key"},
+		{"no key", main + `http { server { ssl_certificate /c.pem; } }`, "no key for /c.pem that is certain"},
 		{"in a comment", main + "http { server { # ssl_certificate /c.pem; ssl_certificate_key /k.pem;\n } }", "names no key"},
 		{"of a proxied connection", main + `http { server { proxy_ssl_certificate /c.pem; proxy_ssl_certificate_key /k.pem; } }`, "names no key"},
-		{"several", main + `http { server { ssl_certificate /c.pem; ssl_certificate_key /k1; } server { ssl_certificate /c.pem; ssl_certificate_key /k2; } }`, `several keys for /c.pem: "/k1", "/k2"`},
+		{"several", main + `http { server { ssl_certificate /c.pem; ssl_certificate_key /k1; } server { ssl_certificate /c.pem; ssl_certificate_key /k2; } }`, `several keys for /c.pem: "/k1" (/etc/nginx/nginx.conf:1), "/k2" (`},
 		{"an engine's", main + `http { server { ssl_certificate /c.pem; ssl_certificate_key engine:pkcs11:secret-pin; } }`, "cannot be used"},
-		{"in the configuration itself", main + `http { server { ssl_certificate /c.pem; ssl_certificate_key "data:secret-pin"; } server { ssl_certificate /c.pem; ssl_certificate_key /k; } }`, `several keys for /c.pem: "data:", "/k"`},
+		{"in the configuration itself", main + `http { server { ssl_certificate /c.pem; ssl_certificate_key "data:secret-pin"; } server { ssl_certificate /c.pem; ssl_certificate_key /k; } }`, `several keys for /c.pem: "data:" (/etc/nginx/nginx.conf:1), "/k" (`},
 		{"a variable", main + `http { server { ssl_certificate /c.pem; ssl_certificate_key $ssl_server_name.key; } }`, "cannot be used"},
-		{"in the same file", main + `http { server { ssl_certificate /c.pem; ssl_certificate_key /c.pem; } }`, "no file of its own"},
+		{"in the same file", main + `http { server { ssl_certificate /c.pem; ssl_certificate_key /c.pem; } }`, "/c.pem"},
 		{"a file twice", main + "a;\n" + main + "b;", "twice"},
 		{"an include in a circle", main + "include nginx.conf;", "too deep"},
 		{"nothing", "", "printed no configuration"},
@@ -66,6 +74,72 @@ func TestKeyInDump(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Of several pairs in one block nginx gives each certificate the key of its type,
+// whatever the order. The files say which one that is; a certificate that is not
+// there yet takes the key that is left.
+func TestSeveralPairs(t *testing.T) {
+	dir := t.TempDir()
+	rsa, ec, ed := writePair(t, dir, "rsa", newRSA(t)), writePair(t, dir, "ec", nil), writePair(t, dir, "ed", newEd25519(t))
+	const missing = "/missing/"
+	tests := []struct {
+		name        string
+		certs, keys []string
+		want        map[string]string
+	}{
+		{"in order", []string{rsa, ec}, []string{rsa, ec}, map[string]string{rsa: rsa, ec: ec}},
+		{"keys swapped", []string{rsa, ec}, []string{ec, rsa}, map[string]string{rsa: rsa, ec: ec}},
+		{"three", []string{rsa, ec, ed}, []string{ed, rsa, ec}, map[string]string{rsa: rsa, ec: ec, ed: ed}},
+		{"one pair is not there yet", []string{rsa, missing + "x"}, []string{missing + "y", rsa}, map[string]string{rsa: rsa, missing + "x": missing + "y"}},
+		{"one certificate is not there yet", []string{missing + "x", rsa}, []string{rsa, ec}, map[string]string{rsa: rsa, missing + "x": ec}},
+		{"two are not there yet", []string{rsa, missing + "x", missing + "y"}, []string{missing + "x", missing + "y", rsa},
+			map[string]string{rsa: rsa, missing + "x": "", missing + "y": ""}},
+		{"a key that nginx does not read", []string{rsa, ec}, []string{rsa, missing + "x", ec}, map[string]string{rsa: rsa, ec: missing + "x"}},
+		{"too few keys", []string{rsa, ec}, []string{ec}, map[string]string{rsa: "", ec: ec}},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			block := ""
+			for _, key := range test.keys {
+				block += "ssl_certificate_key " + key + ".key;"
+			}
+			for _, cert := range test.certs {
+				block += "ssl_certificate " + cert + ".crt;"
+			}
+			pairs, err := pairsInDump(main + "http { server {" + block + "} }")
+			got := make(map[string]string)
+			for _, pair := range pairs {
+				got[strings.TrimSuffix(pair.Cert, ".crt")] = strings.TrimSuffix(pair.Key, ".key")
+			}
+			if err != nil || !maps.Equal(got, test.want) {
+				t.Errorf("got %v, %v, want %v", got, err, test.want)
+			}
+		})
+	}
+}
+
+func newRSA(t *testing.T) crypto.Signer {
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	must(t, err)
+	return key
+}
+
+func newEd25519(t *testing.T) crypto.Signer {
+	_, key, err := ed25519.GenerateKey(rand.Reader)
+	must(t, err)
+	return key
+}
+
+// writePair writes dir/name.crt and dir/name.key, and returns dir/name.
+func writePair(t *testing.T, dir, name string, key crypto.Signer) string {
+	t.Helper()
+	issued, err := testca.Must(t).Issue(testca.Template{Key: key})
+	must(t, err)
+	path := filepath.Join(dir, name)
+	must(t, os.WriteFile(path+".crt", targettest.PEM(issued.Leaf), 0o600))
+	must(t, os.WriteFile(path+".key", issued.KeyPEM(), 0o600))
+	return path
 }
 
 // Includes that double at each level are cut off before they fill the memory.

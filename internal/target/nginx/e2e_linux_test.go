@@ -3,6 +3,7 @@ package nginx
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 )
@@ -27,7 +28,7 @@ func TestDiskFull(t *testing.T) {
 	tmpfs(t, small, "8k")
 	l.MustDeploy(t, l.NewMaterial(t))
 	must(t, os.WriteFile(filepath.Join(small, "ballast"), make([]byte, 8192), 0o644))
-	l.Refuses(t, l.NewMaterial(t), "no space left", "key_path", filepath.Join(small, "key.pem"))
+	l.Refuses(t, l.NewMaterial(t), "no space left", "chain_path", filepath.Join(small, "chain.pem"))
 	if entries, err := os.ReadDir(small); err != nil || len(entries) != 1 {
 		t.Errorf("left behind beside the ballast: %v, %v", entries, err)
 	}
@@ -39,7 +40,7 @@ func TestReadOnlyDirectory(t *testing.T) {
 	tmpfs(t, fixed, "64k")
 	l.MustDeploy(t, l.NewMaterial(t))
 	must(t, syscall.Mount("tmpfs", fixed, "tmpfs", syscall.MS_REMOUNT|syscall.MS_RDONLY, ""))
-	l.Refuses(t, l.NewMaterial(t), "read-only file system", "key_path", filepath.Join(fixed, "key.pem"))
+	l.Refuses(t, l.NewMaterial(t), "read-only file system", "chain_path", filepath.Join(fixed, "chain.pem"))
 }
 
 // Not even root's deployment may leave the allowed directories through a
@@ -52,10 +53,10 @@ func TestLinkOutOfAllowed(t *testing.T) {
 	must(t, os.Symlink(l.StateDir, link))
 	defer os.Remove(link)
 	m := l.NewMaterial(t)
-	if _, err := l.Deploy(t.Context(), m, "key_path", filepath.Join(link, "key.pem")); err == nil {
-		t.Error("a key was written through a symlink")
+	if _, err := l.Deploy(t.Context(), m, "chain_path", filepath.Join(link, "chain.pem")); err == nil || !strings.Contains(err.Error(), l.StateDir) {
+		t.Errorf("a chain was written through a symlink: %v", err)
 	}
-	if _, err := os.Lstat(filepath.Join(l.StateDir, "key.pem")); err == nil {
-		t.Error("the key is in the state directory")
+	if _, err := os.Lstat(filepath.Join(l.StateDir, "chain.pem")); err == nil {
+		t.Error("the chain is in the state directory")
 	}
 }

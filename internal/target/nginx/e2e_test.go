@@ -1,6 +1,8 @@
 package nginx
 
 import (
+	"crypto/tls"
+	"crypto/x509"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -53,6 +55,10 @@ func TestLive(t *testing.T) {
 	t.Run("validation fails", func(t *testing.T) {
 		l.Refuses(t, l.NewMaterial(t), "open() ", "validate_command", command+".missing -t")
 	})
+	t.Run("another key than nginx reads", func(t *testing.T) {
+		l.Refuses(t, l.NewMaterial(t), "reads the key of", "key_path", filepath.Join(l.Watched, "other.key"))
+		l.Refuses(t, l.NewMaterial(t), "reads the key of", "key_path", "")
+	})
 	t.Run("wrong key", func(t *testing.T) { l.WrongKey(t) })
 	t.Run("reload fails", func(t *testing.T) { l.ReloadFails(t) })
 	t.Run("verification fails", func(t *testing.T) { l.VerificationFails(t) })
@@ -68,4 +74,72 @@ func TestLive(t *testing.T) {
 		must(t, os.WriteFile(key, m.KeyPEM, 0o600))
 	})
 	t.Run("rotation under load", func(t *testing.T) { l.Rotate(t, 2*time.Second) })
+}
+
+// nginx accepts keys and certificates of two types in any order. With the EC key in
+// the place of the RSA key it passes its own test, and RSA clients are turned away.
+func TestKeysOfTwoTypes(t *testing.T) {
+	l, _ := start(t)
+	cert, key := l.Config["cert_path"].(string), l.Config["key_path"].(string)
+	other := writePair(t, l.Watched, "rsa", newRSA(t))
+	conf := filepath.Join(l.Dir, "nginx.conf")
+	text, err := os.ReadFile(conf)
+	must(t, err)
+	changed := strings.NewReplacer(
+		"ssl_certificate_key "+key+";", "ssl_certificate_key "+key+"; ssl_certificate_key "+other+".key;",
+		"ssl_certificate "+cert+";", "ssl_certificate "+other+".crt; ssl_certificate "+cert+";",
+	).Replace(string(text))
+	must(t, os.WriteFile(conf, []byte(changed), 0o644))
+	rsaKey, err := os.ReadFile(other + ".key")
+	must(t, err)
+
+	// Which of the two certificates a probe meets is up to the server.
+	unverified := []any{"post_deploy_verify", map[string]any{"enabled": false}}
+	for _, given := range []string{key, "********"} {
+		m := l.NewMaterial(t)
+		_, err := l.Deploy(t.Context(), m, append(unverified, "key_path", given)...)
+		must(t, err)
+		offers(t, l.Endpoint.Address, tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, func(leaf *x509.Certificate) bool { return leaf.Equal(m.Leaf) })
+		offers(t, l.Endpoint.Address, tls.TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256, func(leaf *x509.Certificate) bool { return leaf.PublicKeyAlgorithm == x509.RSA })
+	}
+	l.Refuses(t, l.NewMaterial(t), "reads the key of "+cert+" from "+key, append(unverified, "key_path", other+".key")...)
+	if now, err := os.ReadFile(other + ".key"); err != nil || string(now) != string(rsaKey) {
+		t.Errorf("the RSA key is not the one that it was (%v)", err)
+	}
+}
+
+// offers fails the test unless the server at address soon answers to a client of one
+// cipher suite with a certificate that is the wanted one.
+func offers(t *testing.T, address string, suite uint16, wanted func(*x509.Certificate) bool) {
+	t.Helper()
+	var conn *tls.Conn
+	var err error
+	for deadline := time.Now().Add(15 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+		conn, err = tls.Dial("tcp", address, &tls.Config{MaxVersion: tls.VersionTLS12, CipherSuites: []uint16{suite}, InsecureSkipVerify: true}) // no CA of this test is anybody's
+		if err != nil {
+			continue
+		}
+		conn.Close()
+		if wanted(conn.ConnectionState().PeerCertificates[0]) {
+			return
+		}
+	}
+	t.Errorf("no such certificate with %s: %v", tls.CipherSuiteName(suite), err)
+}
+
+// One file that both settings name holds both.
+func TestOneFile(t *testing.T) {
+	l, _ := start(t)
+	all := filepath.Join(l.Watched, "all.pem")
+	conf := filepath.Join(l.Dir, "nginx.conf")
+	text, err := os.ReadFile(conf)
+	must(t, err)
+	one := strings.NewReplacer(l.Config["cert_path"].(string), all, l.Config["key_path"].(string), all).Replace(string(text))
+	must(t, os.WriteFile(conf, []byte(one), 0o644))
+	l.Config["cert_path"] = all
+	l.MustDeploy(t, l.NewMaterial(t), "key_path", "********")
+	l.MustDeploy(t, l.NewMaterial(t), "key_path", all)
+	for _, path := range []string{"", l.Config["key_path"].(string)} {
+		l.Refuses(t, l.NewMaterial(t), "set key_path to "+all, "key_path", path)
+	}
 }

@@ -5,6 +5,7 @@ package nginx
 
 import (
 	"context"
+	"slices"
 
 	"certctl-agent/internal/target"
 	"certctl-agent/internal/target/fileset"
@@ -44,19 +45,15 @@ func New(p target.Params, files *fileset.Store) (*Connector, error) {
 // Deploy implements target.Connector.
 func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Result, error) {
 	pair := c.config.Pair
-	if c.params.Config.Masked("key_path") {
-		found, err := c.askServer(ctx)
-		if err := pair.TakeKeyPath(c.params, "nginx", found, err); err != nil {
-			return target.Result{}, err
-		}
-		if err := pair.Check(); err != nil {
-			return target.Result{}, err
-		}
+	found, err := c.askServer(ctx)
+	asked, err := pair.Settle(c.params, m, "nginx", found, err)
+	if err != nil {
+		return target.Result{}, err
 	}
 	files, warnings := pair.Files(m)
 	tx := fileset.NewTransaction(c.params, m)
 	tx.Files, tx.Validate, tx.Reload = files, c.validate, c.reload
 	result, err := c.files.Deploy(ctx, tx)
-	result.Warnings = append(warnings, result.Warnings...)
+	result.Warnings = slices.Concat(asked, warnings, result.Warnings)
 	return result, err
 }
