@@ -55,7 +55,7 @@ func KeyFor(cert Path, pairs []ServerPair) (ServerPair, error) {
 	case 1:
 	default:
 		var keys []string
-		for _, pair := range found {
+		for _, pair := range found[:min(len(found), 4)] {
 			keys = append(keys, clip(pair.Key)+" ("+pair.Where+")")
 		}
 		return ServerPair{}, unclear("the server's own configuration names several keys for %s: %s: give each key a certificate file of its own",

@@ -32,8 +32,8 @@ type Params struct {
 	Log      *slog.Logger
 
 	// Query runs a command that changes nothing and returns what it printed.
-	// A connector asks the server itself with it when the control plane masked
-	// a path. Nil: nobody can be asked.
+	// Connectors ask the server itself with it which key it reads. Nil: nobody
+	// can be asked.
 	Query func(ctx context.Context, c Command) (stdout []byte, err error)
 }
 

@@ -1,8 +1,10 @@
 package mail
 
 import (
+	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -70,10 +72,39 @@ func TestPostfixParameters(t *testing.T) {
 	}
 }
 
+// The table of tls_server_sni_maps holds the keys themselves: postmap -F makes it anew,
+// smtpd notices, and nothing else has to be reloaded.
+func TestPostfixServerNames(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can start Postfix")
+	}
+	l := targettest.Start(t, liveserver.StartPostfix, buildPostfix)
+	l.MustDeploy(t, l.NewMaterial(t))
+	table := filepath.Join(l.Dir, "postfix", "names")
+	cert, key := filepath.Join(l.Watched, "named.pem"), filepath.Join(l.Watched, "named.key")
+	for from, to := range map[string]string{l.Config["cert_path"].(string): cert, l.Config["key_path"].(string): key} {
+		data, err := os.ReadFile(from)
+		must(t, err)
+		must(t, os.WriteFile(to, data, 0o600))
+	}
+	must(t, os.WriteFile(table, fmt.Appendf(nil, "localhost %s, %s\n", key, cert), 0o600))
+	postmap := strings.Replace(strings.TrimSuffix(l.Config["reload_command"].(string), " reload"), "postfix ", "postmap ", 1) + " -F hash:" + table
+	words := strings.Fields(postmap)
+	if out, err := exec.Command(words[0], words[1:]...).CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v: %s", postmap, err, out)
+	}
+	main, err := os.OpenFile(filepath.Join(l.Dir, "postfix", "main.cf"), os.O_APPEND|os.O_WRONLY, 0)
+	must(t, err)
+	_, err = fmt.Fprintf(main, "tls_server_sni_maps = hash:%s\n", table)
+	must(t, errors.Join(err, main.Close()))
+	words = strings.Fields(l.Config["reload_command"].(string))
+	must(t, exec.Command(words[0], words[1:]...).Run())
+
+	l.MustDeploy(t, l.NewMaterial(t), "cert_path", cert, "key_path", key, "reload_command", postmap)
+}
+
 func TestDovecotInOneFile(t *testing.T) {
-	l := targettest.Start(t, liveserver.StartDovecotInOneFile, buildDovecot)
-	oneFile(t, l)
-	l.Rotate(t, time.Second)
+	oneFile(t, targettest.Start(t, liveserver.StartDovecotInOneFile, buildDovecot))
 }
 
 // oneFile deploys to a server that reads key and certificate from one file. A target
