@@ -40,10 +40,12 @@ func pairsOf(t *testing.T, keyPath, main, overrides string, services map[string]
 		case "postconf -P":
 			return []byte(overrides), nil
 		default:
-			answer, ok := services[strings.TrimPrefix(line, "postconf -x -o ")]
+			service := strings.TrimPrefix(line, "postconf -x -o ")
+			answer, ok := services[service]
 			if !ok {
-				return nil, errors.New("nobody asked for " + line)
+				return nil, errors.New("no answer, or none any more, to " + line)
 			}
+			delete(services, service) // once is enough
 			return []byte(answer), nil
 		}
 	}
@@ -72,7 +74,7 @@ func TestPostfixPairs(t *testing.T) {
 			map[string]string{"smtpd_tls_wrappermode=yes": mainCF}, "/etc/postfix/cert.pem", "/etc/postfix/key.pem main.cf, smtpd_tls_key_file"},
 		{"services with the same overrides", mainCF, "a/inet/x = y\nb/inet/x = y\n", map[string]string{"x=y": mainCF}, "/etc/postfix/cert.pem", "/etc/postfix/key.pem main.cf, smtpd_tls_key_file"},
 		{"one file of both", changed("/key.pem", "/cert.pem"), "", nil, "/etc/postfix/cert.pem", "/etc/postfix/cert.pem main.cf, smtpd_tls_key_file"},
-		{"a service that cannot be asked for", mainCF, "a/inet/x = y\n", nil, "/etc/postfix/cert.pem", "nobody asked for"},
+		{"a service that cannot be asked for", mainCF, "a/inet/x = y\n", nil, "/etc/postfix/cert.pem", "no answer"},
 		{"nonsense", "=\n\n = \n", "/ =\nx = y\n", map[string]string{"=": ""}, "/c.pem", "does not use that file"},
 	}
 	for _, test := range tests {
