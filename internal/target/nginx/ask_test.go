@@ -100,14 +100,14 @@ func TestSeveralPairs(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			block := ""
+			var block strings.Builder
 			for _, key := range test.keys {
-				block += "ssl_certificate_key " + key + ".key;"
+				block.WriteString("ssl_certificate_key " + key + ".key;")
 			}
 			for _, cert := range test.certs {
-				block += "ssl_certificate " + cert + ".crt;"
+				block.WriteString("ssl_certificate " + cert + ".crt;")
 			}
-			pairs, err := pairsInDump(main + "http { server {" + block + "} }")
+			pairs, err := pairsInDump(main + "http { server {" + block.String() + "} }")
 			got := make(map[string]string)
 			for _, pair := range pairs {
 				got[strings.TrimSuffix(pair.Cert, ".crt")] = strings.TrimSuffix(pair.Key, ".key")
