@@ -64,6 +64,7 @@ type Ledger interface {
 	Unfinished() []api.Job
 	Job(id string) (job api.Job, ok bool)
 	Undelivered() []ledger.Delivery
+	UndeliveredOf(job string) []ledger.Delivery
 	Delivered(d ledger.Delivery) error
 	Drop(d ledger.Delivery, reason string) error
 }
@@ -225,7 +226,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.claims, a.stopClaims = context.WithCancel(a.work)
 	defer a.stopClaims()
 	a.jobs.unfinished = a.o.Ledger.Unfinished()
-	a.loadDeliveries()
+	for _, d := range a.o.Ledger.Undelivered() {
+		a.noteReports(d.Job)
+	}
 
 	var watchdog <-chan time.Time
 	if a.o.WatchdogInterval > 0 {

@@ -24,78 +24,73 @@ const (
 // deliveryTable paces the reports that the control plane has not taken yet.
 // Each job has a back-off of its own, so that one whose reports are refused
 // (an unknown job id is answered 500) does not hold up the others.
+//
+// There may be thousands of them, so an event costs a look at its own job only.
 type deliveryTable struct {
-	jobs    map[string]*pacedDelivery
-	running bool
-	again   bool
-	timer   *time.Timer
-	stats   status.Activity
+	jobs     map[string]*pacedDelivery
+	earliest time.Time // not after the first due time of jobs
+	running  bool
+	timer    *time.Timer
+	stats    status.Activity
 }
 
 type pacedDelivery struct {
 	pacer  *pace.Pacer
 	due    time.Time
 	repeat bool // what is due is a repetition
+
+	// patience is with the first report; a running round owns it.
+	patience *pace.Patience
+}
+
+// report is a report that is due.
+type report struct {
+	ledger.Delivery
+	patience *pace.Patience
 }
 
 // delivered is the outcome of one try.
 type delivered struct {
-	delivery ledger.Delivery
-	err      error
+	job string
+	err error
 }
 
 func newDeliveryTable() deliveryTable {
 	return deliveryTable{jobs: make(map[string]*pacedDelivery), timer: stoppedTimer()}
 }
 
-// loadDeliveries takes note of jobs that have something to report, and returns
-// all that there is.
-func (a *Agent) loadDeliveries() []ledger.Delivery {
-	undelivered := a.o.Ledger.Undelivered()
-	known := make(map[string]bool)
-	for _, d := range undelivered {
-		if known[d.Job] {
-			continue
-		}
-		known[d.Job] = true
-		p := a.delivery.jobs[d.Job]
-		if p == nil {
-			p = &pacedDelivery{pacer: pace.New(a.o.PollInterval, true, a.o.Rand)}
-			a.delivery.jobs[d.Job] = p
-		}
-		if p.repeat != d.Report.Repeat {
-			p.repeat, p.due = d.Report.Repeat, time.Time{}
-			if p.repeat {
-				p.due = time.Now().Add(repeatAfter)
-			}
-		}
-	}
-	for id := range a.delivery.jobs {
-		if !known[id] {
-			delete(a.delivery.jobs, id)
-		}
-	}
-	return undelivered
-}
-
-// deliver sends the reports that are due, in one goroutine.
-func (a *Agent) deliver() {
-	undelivered := a.loadDeliveries()
-	if a.stopping || !a.resumed {
+// noteReports takes note of what there is to report on a job.
+func (a *Agent) noteReports(job string) {
+	undelivered := a.o.Ledger.UndeliveredOf(job)
+	if len(undelivered) == 0 {
+		delete(a.delivery.jobs, job)
 		return
 	}
-	if a.delivery.running {
-		a.delivery.again = true
+	p := a.delivery.jobs[job]
+	if p == nil {
+		p = &pacedDelivery{pacer: pace.New(a.o.PollInterval, true, a.o.Rand), patience: new(pace.Patience)}
+		a.delivery.jobs[job] = p
+	}
+	if repeat := undelivered[0].Report.Repeat; p.repeat != repeat {
+		p.repeat, p.due = repeat, time.Time{}
+		if repeat {
+			p.due = time.Now().Add(repeatAfter)
+		}
+	}
+	a.delivery.expect(p.due)
+}
+
+// deliver sends the reports that are due, in one goroutine. Changed are the jobs
+// on which there may be something new to report.
+func (a *Agent) deliver(changed ...string) {
+	for _, job := range changed {
+		a.noteReports(job)
+	}
+	if a.stopping || !a.resumed || a.delivery.running {
 		return
 	}
 	now := time.Now()
-	var due []ledger.Delivery
-	for _, d := range undelivered {
-		p := a.delivery.jobs[d.Job]
-		if !p.due.After(now) && (!d.Report.Repeat || p.repeat) {
-			due = append(due, d)
-		}
-	}
+	due := a.dueReports(now)
 	if len(due) == 0 {
 		a.setDeliveryTimer(now)
 		return
@@ -105,28 +100,54 @@ func (a *Agent) deliver() {
 		results := a.send(a.calls, due)
 		return func() { a.sent(results) }
 	}, func(err error) {
-		a.sent([]delivered{{due[0], err}})
+		var results []delivered
+		for _, r := range due {
+			results = append(results, delivered{r.Job, err})
+		}
+		a.sent(results)
 	})
 }
 
-// send tries each delivery once. Within a job it keeps the order: what follows
+// dueReports lists the reports that are due, the oldest first.
+func (a *Agent) dueReports(now time.Time) []report {
+	if a.delivery.earliest.After(now) {
+		return nil
+	}
+	var due []report
+	a.delivery.earliest = now.Add(reportTTL)
+	for job, p := range a.delivery.jobs {
+		if p.due.After(now) {
+			a.delivery.expect(p.due)
+			continue
+		}
+		for _, d := range a.o.Ledger.UndeliveredOf(job) {
+			if !d.Report.Repeat || p.repeat {
+				due = append(due, report{d, p.patience})
+			}
+		}
+	}
+	slices.SortStableFunc(due, func(a, b report) int { return a.Recorded.Compare(b.Recorded) })
+	return due
+}
+
+// send tries each report once. Within a job it keeps the order: what follows
 // a report that did not arrive is not tried. When the network is gone or the
 // control plane is short of capacity, the rest shares that outcome untried.
-func (a *Agent) send(ctx context.Context, due []ledger.Delivery) []delivered {
+func (a *Agent) send(ctx context.Context, due []report) []delivered {
 	var results []delivered
 	var down error
 	stuck := make(map[string]bool)
-	for _, d := range due {
-		if stuck[d.Job] {
+	for _, r := range due {
+		if stuck[r.Job] {
 			continue
 		}
 		err := down
 		if err == nil {
-			err = a.sendOne(ctx, d)
+			err = a.sendOne(ctx, r)
 			a.Heard("job status", err)
 		}
-		results = append(results, delivered{d, err})
-		stuck[d.Job] = err != nil
+		results = append(results, delivered{r.Job, err})
+		stuck[r.Job] = err != nil
 		switch api.Kind(err) {
 		case "network", "timeout", "cancelled", "rate_limited":
 			down = err
@@ -137,33 +158,37 @@ func (a *Agent) send(ctx context.Context, due []ledger.Delivery) []delivered {
 
 // sendOne delivers one report and settles it in the ledger. The error is
 // temporary.
-func (a *Agent) sendOne(ctx context.Context, d ledger.Delivery) error {
-	if time.Since(d.Recorded) > reportTTL {
-		return a.settle(d, "a week has passed")
+func (a *Agent) sendOne(ctx context.Context, r report) error {
+	if time.Since(r.Recorded) > reportTTL {
+		return a.settle(r, "a week has passed")
 	}
 	var err error
-	if d.Report.Verification != nil {
-		err = a.o.Plane.ReportVerification(ctx, d.Job, *d.Report.Verification)
+	if r.Report.Verification != nil {
+		err = a.o.Plane.ReportVerification(ctx, r.Job, *r.Report.Verification)
 	} else {
-		err = a.o.Plane.ReportStatus(ctx, d.Job, *d.Report.Status)
+		err = a.o.Plane.ReportStatus(ctx, r.Job, *r.Report.Status)
 	}
+	lost := r.patience.Lost(err)
 	switch {
 	case err == nil:
-		if err := a.o.Ledger.Delivered(d); err != nil {
-			a.log.Error("a delivered report could not be removed from the ledger: after a restart it is sent again", "job", d.Job, "error", err)
+		if err := a.o.Ledger.Delivered(r.Delivery); err != nil {
+			a.log.Error("a delivered report could not be removed from the ledger: after a restart it is sent again", "job", r.Job, "error", err)
 		}
 		return nil
+	case lost:
+		return a.settle(r, "it is still refused after several tries: "+err.Error())
 	case api.Temporary(err):
 		return err
 	}
-	return a.settle(d, err.Error())
+	return a.settle(r, err.Error())
 }
 
-// settle gives a report up.
-func (a *Agent) settle(d ledger.Delivery, reason string) error {
-	a.log.Error("a report is given up", "job", d.Job, "reason", reason)
-	if err := a.o.Ledger.Drop(d, reason); err != nil {
-		a.log.Error("a report could not be removed from the ledger", "job", d.Job, "error", err)
+// settle gives a report up. What follows it has patience of its own.
+func (a *Agent) settle(r report, reason string) error {
+	*r.patience = pace.Patience{}
+	a.log.Error("a report is given up", "job", r.Job, "reason", reason)
+	if err := a.o.Ledger.Drop(r.Delivery, reason); err != nil {
+		a.log.Error("a report could not be removed from the ledger", "job", r.Job, "error", err)
 	}
 	return nil
 }
@@ -173,9 +198,11 @@ func (a *Agent) sent(results []delivered) {
 	a.delivery.running = false
 	now := time.Now()
 	a.delivery.stats.LastAttempt = now
+	jobs := make([]string, 0, len(results))
 	for _, r := range results {
+		jobs = append(jobs, r.job)
 		a.delivery.note(now, r.err)
-		p := a.delivery.jobs[r.delivery.Job]
+		p := a.delivery.jobs[r.job]
 		if r.err == nil || p == nil {
 			continue
 		}
@@ -183,16 +210,10 @@ func (a *Agent) sent(results []delivered) {
 		p.due = now.Add(wait)
 		a.counters.Failure(status.Delivery, api.Kind(r.err))
 		if !a.stopping {
-			a.log.Warn("a report was not delivered: it is kept and tried again", "job", r.delivery.Job, "error", r.err, "next_try_in", wait.Round(time.Millisecond).String())
+			a.log.Warn("a report was not delivered: it is kept and tried again", "job", r.job, "error", r.err, "next_try_in", wait.Round(time.Millisecond).String())
 		}
 	}
-	if a.delivery.again {
-		a.delivery.again = false
-		a.deliver()
-		return
-	}
-	a.loadDeliveries()
-	a.setDeliveryTimer(now)
+	a.deliver(jobs...)
 }
 
 // note keeps the outcome of one try for the snapshot.
@@ -205,24 +226,30 @@ func (t *deliveryTable) note(now time.Time, err error) {
 	t.stats.Failures++
 }
 
+// expect keeps the earliest due time.
+func (t *deliveryTable) expect(due time.Time) {
+	if due.Before(t.earliest) {
+		t.earliest = due
+	}
+}
+
 // setDeliveryTimer wakes the loop when the next report is due.
 func (a *Agent) setDeliveryTimer(now time.Time) {
-	if a.stopping || len(a.delivery.jobs) == 0 {
+	if len(a.delivery.jobs) == 0 {
 		return
 	}
-	var earliest time.Time
-	for _, p := range a.delivery.jobs {
-		if earliest.IsZero() || p.due.Before(earliest) {
-			earliest = p.due
-		}
-	}
-	a.delivery.timer.Reset(max(earliest.Sub(now), 0))
-	a.delivery.stats.NextDue = earliest
+	a.delivery.timer.Reset(max(a.delivery.earliest.Sub(now), 0))
+	a.delivery.stats.NextDue = a.delivery.earliest
 }
 
 // deliverLast tries once more to deliver what is left when the agent stops.
 func (a *Agent) deliverLast() {
-	due := slices.DeleteFunc(a.o.Ledger.Undelivered(), func(d ledger.Delivery) bool { return d.Report.Repeat })
+	var due []report
+	for _, d := range a.o.Ledger.Undelivered() {
+		if !d.Report.Repeat {
+			due = append(due, report{d, new(pace.Patience)})
+		}
+	}
 	if len(due) == 0 {
 		return
 	}
@@ -230,7 +257,7 @@ func (a *Agent) deliverLast() {
 	defer cancel()
 	for _, r := range a.send(ctx, due) {
 		if r.err != nil {
-			a.log.Warn("a report was not delivered: it is kept for the next start", "job", r.delivery.Job, "error", r.err)
+			a.log.Warn("a report was not delivered: it is kept for the next start", "job", r.job, "error", r.err)
 		}
 	}
 }

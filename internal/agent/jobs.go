@@ -39,8 +39,9 @@ type waitingJob struct {
 	// know what became of that.
 	unsure bool
 
-	pacer *pace.Pacer
-	due   time.Time
+	pacer    *pace.Pacer
+	due      time.Time
+	patience pace.Patience // with its fetch; a running deployment owns it
 }
 
 func newJobTable(slots int) jobTable {
@@ -62,6 +63,7 @@ func (t *jobTable) add(job api.Job, unsure bool) {
 type claimed struct {
 	csrs        []api.Job
 	deployments []api.Job
+	refused     []string        // job ids; each has a report now
 	again       map[string]bool // deployments of which an earlier claim has something to report
 }
 
@@ -99,17 +101,19 @@ func (a *Agent) record(work api.Work) claimed {
 			}
 		}
 		a.refuse(m.ID, fmt.Sprintf("the job could not be decoded: %v", m.Err))
+		c.refused = append(c.refused, m.ID)
 	}
 	if nameless > maxNameless {
 		a.log.Error("more jobs were ignored: their ids are none", "jobs", nameless-maxNameless)
 	}
 	c.again = make(map[string]bool)
-	for _, d := range a.o.Ledger.Undelivered() {
-		c.again[d.Job] = true
+	for _, job := range deployments {
+		c.again[job.ID] = len(a.o.Ledger.UndeliveredOf(job.ID)) > 0
 	}
 	accepted, refused := a.o.Ledger.Claim(deployments, time.Now())
 	for _, r := range refused {
 		a.refuse(r.Job.ID, "the job could not be recorded on the agent's disk, so it was not begun: "+r.Err.Error())
+		c.refused = append(c.refused, r.Job.ID)
 	}
 	c.deployments = accepted
 	return c
@@ -146,9 +150,10 @@ func (a *Agent) take(c claimed, begun time.Time) {
 	for _, job := range c.deployments {
 		a.log.Info("deployment claimed", "job", job.ID, "certificate", job.CertificateID, "target", job.TargetID, "target_type", job.TargetType)
 		a.jobs.add(job, c.again[job.ID])
+		a.noteReports(job.ID) // those of an earlier claim are superseded
 	}
 	a.startJobs()
-	a.deliver()
+	a.deliver(c.refused...)
 }
 
 // startJobs fills the free slots.
@@ -217,7 +222,7 @@ func (a *Agent) enrolled(job api.Job, err error) {
 		a.counters.CSR("deferred")
 		a.log.Warn("CSR not accepted yet: the job comes again with the next poll", "job", job.ID, "certificate", job.CertificateID, "error", err)
 	}
-	a.deliver()
+	a.deliver(job.ID)
 	a.startJobs()
 }
 
@@ -228,7 +233,7 @@ func (a *Agent) startDeployment(w *waitingJob) {
 		a.jobs.targets[job.TargetID] = true
 	}
 	a.spawn(func() func() {
-		outcome, err := a.deploy(job, w.since, w.unsure)
+		outcome, err := a.deploy(job, w.since, w.unsure, &w.patience)
 		return func() { a.deployed(w, outcome, err) }
 	}, func(err error) {
 		a.deployed(w, deploy.Outcome{Status: api.StatusFailed, Error: err.Error()}, nil)
@@ -236,7 +241,7 @@ func (a *Agent) startDeployment(w *waitingJob) {
 }
 
 // deploy carries out one deployment and makes its outcome durable.
-func (a *Agent) deploy(job api.Job, since time.Time, unsure bool) (deploy.Outcome, error) {
+func (a *Agent) deploy(job api.Job, since time.Time, unsure bool, patience *pace.Patience) (deploy.Outcome, error) {
 	if newer, ok := a.o.Ledger.Job(job.ID); ok {
 		job = newer // handed out again while it waited
 	}
@@ -251,6 +256,9 @@ func (a *Agent) deploy(job api.Job, since time.Time, unsure bool) (deploy.Outcom
 	a.Heard("deployment", err)
 	if err != nil && context.Cause(a.calls) == nil && time.Since(since) > reportTTL {
 		outcome.Status, outcome.Error, err = api.StatusFailed, "given up after a week: "+err.Error(), nil
+	}
+	if patience.Lost(err) {
+		outcome.Status, outcome.Error, err = api.StatusFailed, "given up after several tries: "+err.Error(), nil
 	}
 	if err != nil {
 		return outcome, err
@@ -328,6 +336,6 @@ func (a *Agent) deployed(w *waitingJob, o deploy.Outcome, err error) {
 			"target_type", job.TargetType, "error", o.Error, "took", o.Duration.Round(time.Millisecond).String())
 		a.repairLater()
 	}
-	a.deliver()
+	a.deliver(job.ID)
 	a.startJobs()
 }

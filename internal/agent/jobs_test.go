@@ -166,6 +166,46 @@ func TestDeploymentThatCannotBeginIsTriedAgain(t *testing.T) {
 	})
 }
 
+// TestDeploymentThatAGatewayRefuses: for how long a 404 is not believed.
+func TestDeploymentThatAGatewayRefuses(t *testing.T) {
+	gateway := &api.StatusError{Call: "certificate", Status: http.StatusNotFound, Body: "default backend"}
+	for name, test := range map[string]struct {
+		refusals int
+		want     string
+	}{
+		"a moment": {2, "report j1 Completed"},
+		"long":     {1000, "report j1 Failed"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				w.work = once(1, deployment("j1", "t1"))
+				w.deploy = func(_, _ context.Context, _ api.Job) (deploy.Outcome, error) {
+					if w.count("deploy") <= test.refusals {
+						return deploy.Outcome{}, gateway
+					}
+					return deploy.Outcome{Status: api.StatusCompleted}, nil
+				}
+				var reason string
+				w.report = func(_ string, s api.JobStatus) error { reason = s.Error; return nil }
+				w.start()
+				time.Sleep(10 * time.Minute)
+				if got := w.done("report"); strings.Contains(got, api.StatusFailed) {
+					t.Errorf("%s, within ten minutes", got)
+				}
+				time.Sleep(10 * time.Minute)
+				synctest.Wait()
+				if got := w.done("report"); got != test.want || test.refusals > 2 && !strings.Contains(reason, "default backend") {
+					t.Errorf("reports: %q, reason %q, want %s", got, reason, test.want)
+				}
+				if err := w.stop(); err != nil {
+					t.Errorf("Run: %v", err)
+				}
+			})
+		})
+	}
+}
+
 func TestDeploymentThatNeverBeginsIsGivenUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -342,7 +382,8 @@ func TestRepair(t *testing.T) {
 }
 
 func TestDelivery(t *testing.T) {
-	refused := func(status int) error { return &api.StatusError{Call: "job status", Status: status} }
+	refused := func(status int) error { return &api.StatusError{Call: "job status", Status: status, Own: true} }
+	gateway := &api.StatusError{Call: "job status", Status: http.StatusNotFound, Body: "default backend"}
 	tests := []struct {
 		name   string
 		answer func(n int) error
@@ -358,6 +399,15 @@ func TestDelivery(t *testing.T) {
 			return nil
 		}, 10 * time.Minute, 3, 0},
 		{"refused for good", func(int) error { return refused(http.StatusNotFound) }, time.Hour, 1, 0},
+		{"a gateway's 404 passes", func(n int) error {
+			if n < 3 {
+				return gateway
+			}
+			return nil
+		}, 10 * time.Minute, 3, 0},
+		// Tries come at 0, 45 s, 1:45, 3:00, 4:30, 6:15, 8:15 and 10:30.
+		{"a gateway's 404 is not the end for ten minutes", func(int) error { return gateway }, 10 * time.Minute, 7, 1},
+		{"a gateway's 404 that lasts is the end", func(int) error { return gateway }, time.Hour, 8, 0},
 		{"429 is not the end", func(n int) error {
 			if n == 1 {
 				return &api.StatusError{Status: http.StatusTooManyRequests, RetryAfter: time.Second}

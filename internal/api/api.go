@@ -115,6 +115,10 @@ func (w *Work) UnmarshalJSON(data []byte) error {
 	if err := json.Unmarshal(data, &raw); err != nil {
 		return err
 	}
+	// An error with status 200 must not pass for "no work".
+	if raw.Jobs == nil && raw.Count == nil {
+		return errors.New("it holds neither jobs nor their count")
+	}
 	*w = Work{}
 	_ = json.Unmarshal(raw.Count, &w.Count) // 0 where it is no number
 	if len(raw.Jobs) == 0 || string(raw.Jobs) == "null" {

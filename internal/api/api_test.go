@@ -87,8 +87,10 @@ func TestWorkDecoding(t *testing.T) {
 		wantErr                string
 	}{
 		{"null list", `{"jobs":null,"count":0}`, 0, 0, 0, ""},
-		{"no list", `{}`, 0, 0, 0, ""},
-		{"null", `null`, 0, 0, 0, ""},
+		{"a count alone", `{"count":0}`, 0, 0, 0, ""},
+		{"neither", `{}`, 0, 0, 0, "neither jobs nor their count"},
+		{"null", `null`, 0, 0, 0, "neither jobs nor their count"},
+		{"an error", `{"error":"try later","status":503}`, 0, 0, 0, "neither jobs nor their count"},
 		{"unknown fields", `{"jobs":[{"id":"j","later":{"a":[1]}}],"next":"x"}`, 1, 0, 0, ""},
 		{"one damaged", `{"jobs":[` + good + `,{"id":7},` + good + `],"count":3}`, 2, 1, 3, ""},
 		{"entry of another kind", `{"jobs":["x",` + good + `]}`, 1, 1, 0, ""},

@@ -39,6 +39,26 @@ type StatusError struct {
 	Body       string        // at most 1 KiB of the answer, printable
 	RetryAfter time.Duration // 0 where the answer had none; at most 15 minutes
 	Decides    bool          // a 410 to this call is final: heartbeat and poll
+	Own        bool          // the control plane itself says so; see Refusal
+}
+
+// Refusal is the body of the control plane's errors.
+type Refusal struct {
+	Error     string `json:"error"`
+	Message   string `json:"message"`
+	RequestID string `json:"request_id"`
+}
+
+// Own reports whether the control plane itself has said this, and not a proxy
+// or a gateway before it. The latter answer 404 or 405 while what is behind
+// them restarts, some of them in JSON with a message and a request id; few of
+// them look into a request and blame it in JSON.
+func (r Refusal) Own(status int) bool {
+	switch status {
+	case http.StatusBadRequest, http.StatusConflict, http.StatusRequestEntityTooLarge, http.StatusUnprocessableEntity:
+		return r.Error != "" || r.Message != ""
+	}
+	return r.Error != "" && r.RequestID != ""
 }
 
 // Error says in plain words what the operator should look at.
@@ -56,6 +76,8 @@ func (e *StatusError) Error() string {
 		text += ": the control plane does not know this agent id"
 	case e.Is(ErrRedirected):
 		text += ": a redirect is never followed: check the server URL"
+	case e.blames() && !e.Own:
+		text += " (not in the control plane's own form: a proxy or gateway may have answered)"
 	}
 	if e.Body != "" {
 		text += ": " + e.Body
@@ -77,24 +99,38 @@ func (e *StatusError) Is(target error) bool {
 	return false
 }
 
-// Temporary reports whether the same request may succeed later. Anything that
-// is no answer from the control plane (no route, time-out, TLS) may; so may an
-// answer that blames the moment, the key or the agent's record, which a person
-// can put right meanwhile. A cancelled request was not refused either. An answer
-// that is too large will be so again, and an identifier that cannot be sent too.
-func Temporary(err error) bool {
-	status, ok := errors.AsType[*StatusError](err)
-	if !ok {
-		return err != nil && !errors.Is(err, ErrTooLarge) && !errors.Is(err, ErrBadID)
-	}
-	switch status.Status {
+// blames reports whether an answer blames the request itself, rather than the
+// moment, the key or the agent's record, which a person can put right meanwhile.
+func (e *StatusError) blames() bool {
+	switch e.Status {
 	case http.StatusUnauthorized, http.StatusForbidden, http.StatusRequestTimeout, http.StatusGone,
 		http.StatusTooEarly, http.StatusTooManyRequests:
-		return true
+		return false
 	case http.StatusNotFound:
-		return status.Decides
+		return !e.Decides
 	}
-	return status.Status >= 500 || status.Status < 400
+	return e.Status >= 400 && e.Status < 500
+}
+
+// Temporary reports whether the same request may succeed later. Only the
+// control plane itself can say that it will not. Anything that is not an answer
+// (no route, time-out, TLS) may pass, and so may a success that cannot be read,
+// which a gateway's page is. A cancelled request was not refused either. An
+// identifier that cannot be sent stays so.
+func Temporary(err error) bool {
+	if status, ok := errors.AsType[*StatusError](err); ok {
+		return !status.blames() || !status.Own
+	}
+	return err != nil && !errors.Is(err, ErrBadID)
+}
+
+// Doubtful reports whether a temporary failure has to be believed when it
+// lasts: a refusal that may be a gateway's, or an answer that is too large.
+func Doubtful(err error) bool {
+	if status, ok := errors.AsType[*StatusError](err); ok {
+		return status.blames() && !status.Own
+	}
+	return errors.Is(err, ErrTooLarge)
 }
 
 // Denied reports whether the control plane refused who is asking rather than

@@ -14,38 +14,54 @@ import (
 
 // TestVerdicts is the table "Errors" of docs/protocol.md.
 func TestVerdicts(t *testing.T) {
-	call := func(status int) error { return &api.StatusError{Call: "status report", Status: status} }
+	call := func(status int) error { return &api.StatusError{Call: "status report", Status: status, Own: true} }
+	gateway := func(status int) error { return &api.StatusError{Call: "status report", Status: status} }
 	poll := func(status int) error { return &api.StatusError{Call: "poll", Status: status, Decides: true} }
 	for _, test := range []struct {
 		err       error
 		temporary bool
+		doubtful  bool
 		denied    bool
 		kind      string
 	}{
-		{nil, false, false, ""},
-		{call(400), false, false, "refused"},
-		{call(401), true, true, "denied"},
-		{call(403), true, true, "denied"},
-		{call(404), false, false, "refused"},
-		{poll(404), true, true, "denied"},
-		{call(408), true, false, "refused"},
-		{call(409), false, false, "refused"},
-		{call(410), true, false, "gone"},
-		{poll(410), true, false, "gone"},
-		{call(413), false, false, "refused"},
-		{call(422), false, false, "refused"},
-		{call(425), true, false, "refused"},
-		{call(429), true, false, "rate_limited"},
-		{call(301), true, false, "refused"},
-		{call(500), true, false, "server"},
-		{call(503), true, false, "server"},
-		{call(599), true, false, "server"},
-		{api.ErrTooLarge, false, false, "answer"},
-		{api.ErrUnreadable, true, false, "answer"},
-		{api.ErrBadID, false, false, "refused"},
-		{context.DeadlineExceeded, true, false, "timeout"},
-		{context.Canceled, true, false, "cancelled"},
-		{io.ErrUnexpectedEOF, true, false, "network"},
+		{nil, false, false, false, ""},
+		{call(400), false, false, false, "refused"},
+		{gateway(400), true, true, false, "refused"},
+		{gateway(401), true, false, true, "denied"},
+		{gateway(403), true, false, true, "denied"},
+		{gateway(404), true, true, false, "refused"},
+		{gateway(405), true, true, false, "refused"},
+		{call(405), false, false, false, "refused"},
+		{gateway(408), true, false, false, "refused"},
+		{gateway(409), true, true, false, "refused"},
+		{gateway(410), true, false, false, "gone"},
+		{gateway(413), true, true, false, "refused"},
+		{gateway(422), true, true, false, "refused"},
+		{gateway(429), true, false, false, "rate_limited"},
+		{gateway(451), true, true, false, "refused"},
+		{gateway(502), true, false, false, "server"},
+		{call(401), true, false, true, "denied"},
+		{call(403), true, false, true, "denied"},
+		{call(404), false, false, false, "refused"},
+		{poll(404), true, false, true, "denied"},
+		{call(408), true, false, false, "refused"},
+		{call(409), false, false, false, "refused"},
+		{call(410), true, false, false, "gone"},
+		{poll(410), true, false, false, "gone"},
+		{call(413), false, false, false, "refused"},
+		{call(422), false, false, false, "refused"},
+		{call(425), true, false, false, "refused"},
+		{call(429), true, false, false, "rate_limited"},
+		{call(301), true, false, false, "refused"},
+		{call(500), true, false, false, "server"},
+		{call(503), true, false, false, "server"},
+		{call(599), true, false, false, "server"},
+		{api.ErrTooLarge, true, true, false, "answer"},
+		{api.ErrUnreadable, true, false, false, "answer"},
+		{api.ErrBadID, false, false, false, "refused"},
+		{context.DeadlineExceeded, true, false, false, "timeout"},
+		{context.Canceled, true, false, false, "cancelled"},
+		{io.ErrUnexpectedEOF, true, false, false, "network"},
 	} {
 		err := test.err
 		if err != nil {
@@ -53,6 +69,9 @@ func TestVerdicts(t *testing.T) {
 		}
 		if got := api.Temporary(err); got != test.temporary {
 			t.Errorf("Temporary(%v) = %v, want %v", err, got, test.temporary)
+		}
+		if got := api.Doubtful(err); got != test.doubtful {
+			t.Errorf("Doubtful(%v) = %v, want %v", err, got, test.doubtful)
 		}
 		if got := api.Denied(err); got != test.denied {
 			t.Errorf("Denied(%v) = %v, want %v", err, got, test.denied)
@@ -93,6 +112,8 @@ func TestStatusErrorText(t *testing.T) {
 		{api.StatusError{Call: "poll", Status: 403}, "lacks the permission"},
 		{api.StatusError{Call: "poll", Status: 404, Decides: true}, "does not know this agent id"},
 		{api.StatusError{Call: "poll", Status: 302}, "never followed"},
+		{api.StatusError{Call: "CSR", Status: 404, Body: "default backend"}, "(not in the control plane's own form: a proxy or gateway may have answered): default backend"},
+		{api.StatusError{Call: "CSR", Status: 404, Body: "no agent", Own: true}, "404 Not Found: no agent"},
 	} {
 		if got := test.err.Error(); !strings.Contains(got, test.want) || strings.HasSuffix(got, " ") {
 			t.Errorf("got %q, want %q in it", got, test.want)
@@ -107,5 +128,33 @@ func TestRetryAfter(t *testing.T) {
 	}
 	if !api.RateLimited(limited) || api.RateLimited(io.EOF) || api.RetryAfter(io.EOF) != 0 {
 		t.Error("RateLimited or RetryAfter of other errors")
+	}
+}
+
+// TestOwn: what proxies and gateways say in JSON while they have nowhere to send
+// a request to is not the control plane's word on it.
+func TestOwn(t *testing.T) {
+	plane := api.Refusal{Error: "Not Found", Message: "certificate not found", RequestID: "38c8"}
+	for _, test := range []struct {
+		name   string
+		body   api.Refusal
+		status int
+		want   bool
+	}{
+		{"plane", plane, 404, true},
+		{"plane", plane, 405, true},
+		{"plane", plane, 400, true},
+		{"plane without a request id", api.Refusal{Error: "Bad Request", Message: "no"}, 400, true},
+		{"message alone", api.Refusal{Message: "no"}, 422, true},
+		{"error alone", api.Refusal{Error: "no"}, 409, true},
+		{"gateway", api.Refusal{Message: "no Route matched with those values", RequestID: "38c8"}, 404, false},
+		{"gateway without a request id", api.Refusal{Error: "Not Found", Message: "Cannot POST /"}, 404, false},
+		{"nothing", api.Refusal{}, 404, false},
+		{"nothing", api.Refusal{}, 400, false},
+		{"request id alone", api.Refusal{RequestID: "38c8"}, 413, false},
+	} {
+		if got := test.body.Own(test.status); got != test.want {
+			t.Errorf("%s: Own(%d) = %v, want %v", test.name, test.status, got, test.want)
+		}
 	}
 }

@@ -1,6 +1,7 @@
 package controlplane
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -24,13 +25,14 @@ import (
 // silence an agent for a day.
 const maxRetryAfter = 15 * time.Minute
 
-// decode reads a success. Where nothing is decoded, the status line has said
-// all there is, and an answer cut short after it changes nothing.
+// decode reads a success into answer; nil stands for any. A proxy's page with
+// status 200 is not a success: it would swallow reports.
 func decode(resp *http.Response, call call, answer any) error {
-	// A web server that answers every path with its front page would
-	// otherwise swallow reports.
 	if kind, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type")); kind == "text/html" {
 		return fmt.Errorf("%w: it is a web page: check the server URL", api.ErrUnreadable)
+	}
+	if coding := coding(resp); coding != "" {
+		return fmt.Errorf("%w: it is encoded (%s) although the request forbids that: look for a proxy that compresses", api.ErrUnreadable, coding)
 	}
 	limit := call.limit
 	if limit == 0 {
@@ -52,11 +54,29 @@ func decode(resp *http.Response, call call, answer any) error {
 	return nil
 }
 
-// refusal is the error for an answer that is no success.
+// coding is the content coding of a body, "" where it can be read as it is.
+func coding(resp *http.Response) string {
+	codings := strings.Join(resp.Header.Values("Content-Encoding"), ", ")
+	if strings.EqualFold(codings, "identity") {
+		return ""
+	}
+	return codings
+}
+
+// incomplete is the error for a success without what its call answers.
+func incomplete(call, field string) error {
+	return fmt.Errorf("%s: %w: it holds no %s: check that the server URL is that of the control plane", call, api.ErrUnreadable, field)
+}
+
+// refusal is the error for an answer that is not a success.
 func refusal(call call, resp *http.Response, key secret.String, now time.Time) error {
 	// A read error leaves what came before it, which is all that is known.
 	body, _ := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
-	text := message(body)
+	fields := fields(body)
+	text := message(fields, body)
+	if coding := coding(resp); coding != "" {
+		text = "its body is encoded (" + coding + ") although the request forbids that"
+	}
 	if resp.StatusCode < 400 {
 		text = location(resp)
 	}
@@ -66,28 +86,26 @@ func refusal(call call, resp *http.Response, key secret.String, now time.Time) e
 		Body:       clip(text, key),
 		RetryAfter: retryAfter(resp.Header.Get("Retry-After"), now),
 		Decides:    call.decides,
+		Own:        fields.Own(resp.StatusCode),
 	}
 }
 
-// message is what an error body says: the message or error field of a JSON
-// object with the request id, by which the server's own log is searched, or the
-// text as it is.
-func message(body []byte) string {
-	var fields struct {
-		Message   string `json:"message"`
-		Error     string `json:"error"`
-		RequestID string `json:"request_id"`
-	}
+// fields are those of an error body; none where it is not a JSON object.
+func fields(body []byte) api.Refusal {
+	var fields api.Refusal
 	// Fields of other types are left out, the rest is decoded all the same.
 	if err := json.Unmarshal(body, &fields); err != nil {
 		if _, wrongType := errors.AsType[*json.UnmarshalTypeError](err); !wrongType {
-			return string(body)
+			return api.Refusal{}
 		}
 	}
-	text := fields.Message
-	if text == "" {
-		text = fields.Error
-	}
+	return fields
+}
+
+// message is what an error body says: the message or error field with the
+// request id, by which the server's own log is searched, or the text as it is.
+func message(fields api.Refusal, body []byte) string {
+	text := cmp.Or(fields.Message, fields.Error)
 	if text == "" {
 		return string(body)
 	}

@@ -17,7 +17,7 @@ func FuzzRefusal(f *testing.F) {
 	f.Add([]byte("\x1b[2J{\"message\":\"\\u001b\"}"), "-1")
 	f.Add([]byte(`{"message":{"a":[]},"error":"key"}`), "99999999999999999999")
 	f.Fuzz(func(t *testing.T, body []byte, header string) {
-		text := clip(message(body), secret.New("key"))
+		text := clip(message(fields(body), body), secret.New("key"))
 		if len(text) > maxErrorText || !utf8.ValidString(text) {
 			t.Errorf("%d bytes: %q", len(text), text)
 		}

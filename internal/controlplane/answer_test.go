@@ -1,12 +1,15 @@
 package controlplane_test
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"path"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -38,7 +41,13 @@ func TestBounds(t *testing.T) {
 	var size int
 	c := hostile(t, func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
-		field := map[bool]string{true: "jobs\":[],\"x", false: "certificate_pem"}[strings.HasSuffix(r.URL.Path, "/work")]
+		field := "status"
+		switch path.Base(path.Dir(r.URL.Path)) + path.Base(r.URL.Path) {
+		case "agent-1work":
+			field = `jobs":[],"x`
+		case "certificatesc":
+			field = "certificate_pem"
+		}
 		frame := len(`{"":""}`) + len(field)
 		fmt.Fprintf(w, `{"%s":"%s"}`, field, strings.Repeat("a", size-frame))
 	})
@@ -57,61 +66,147 @@ func TestBounds(t *testing.T) {
 			t.Errorf("%s at the limit: %v", name, err)
 		}
 		for _, size = range []int{call.limit + 1, 10 << 20} {
-			if err := call.call(); !errors.Is(err, api.ErrTooLarge) || api.Temporary(err) {
+			if err := call.call(); !errors.Is(err, api.ErrTooLarge) || !api.Doubtful(err) {
 				t.Errorf("%s of %d bytes: %v, want api.ErrTooLarge", name, size, err)
 			}
 		}
 	}
 }
 
+// TestSuccess: a page of a proxy, or a body that somebody changed on its way, is
+// not a success, whatever its status says.
 func TestSuccess(t *testing.T) {
 	var status int
-	var body, kind string
+	var body string
+	var header http.Header
 	c := hostile(t, func(w http.ResponseWriter, r *http.Request) {
-		w.Header().Set("Content-Type", kind)
+		maps.Copy(w.Header(), header)
 		w.WriteHeader(status)
 		_, _ = io.WriteString(w, body)
 	})
-	for _, test := range []struct {
-		name              string
-		status            int
-		kind, body        string
-		reported, decoded string // "" is success, else in the error
+	calls := map[string]struct {
+		good []string // bodies
+		call func() error
 	}{
-		{"as documented", 200, "application/json", `{"jobs":[],"count":0}`, "", ""},
-		{"another 2xx", 202, "application/json", `{"jobs":null}`, "", ""},
-		{"no content", 204, "application/json", "", "", "cannot be read"},
-		{"no type", 200, "", `{"jobs":[]}`, "", ""},
-		{"garbage", 200, "application/json", "\x1b[2J garbage", "", "cannot be read"},
-		{"cut short", 200, "application/json", `{"jobs":[`, "", "cannot be read"},
-		{"something after", 200, "application/json", `{"jobs":[]}{}`, "", "cannot be read"},
-		{"web page", 200, "text/html; charset=utf-8", "<html>", "check the server URL", "check the server URL"},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			status, kind, body = test.status, test.kind, test.body
-			_, decoded := c.Work(t.Context())
-			for err, want := range map[error]string{decoded: test.decoded, c.Heartbeat(t.Context(), api.Heartbeat{}): test.reported} {
-				if want == "" && err == nil {
-					continue
-				}
-				if err == nil || want == "" || !strings.Contains(err.Error(), want) || !errors.Is(err, api.ErrUnreadable) || !api.Temporary(err) {
-					t.Errorf("got %v, want %q", err, want)
-				}
-				if err != nil && strings.ContainsFunc(err.Error(), unicode.IsControl) {
-					t.Errorf("control characters in %q", err)
+		"heartbeat": {[]string{`{"status":"heartbeat_recorded"}`, `{"status":"seen","next":{"in":60}}`},
+			func() error { return c.Heartbeat(t.Context(), api.Heartbeat{}) }},
+		"work": {[]string{`{"jobs":[],"count":0}`, `{"jobs":null,"more":false}`},
+			func() error { _, err := c.Work(t.Context()); return err }},
+		"CSR": {[]string{`{"status":"csr_signed"}`}, func() error { return c.SubmitCSR(t.Context(), "c", nil) }},
+		"certificate": {[]string{`{"certificate_pem":"x"}`},
+			func() error { _, err := c.Certificate(t.Context(), "c"); return err }},
+		"status": {[]string{`{"status":"updated"}`},
+			func() error { return c.ReportStatus(t.Context(), "j", api.JobStatus{}) }},
+		"verification": {[]string{`{"job_id":"j","verified":false,"verified_at":"2026-11-23T19:40:21Z"}`},
+			func() error { return c.ReportVerification(t.Context(), "j", api.Verification{}) }},
+		"discovery": {[]string{`{"id":"dscan-1","certificates_found":5}`, `{"scan":{}}`},
+			func() error { return c.ReportDiscovery(t.Context(), api.DiscoveryReport{}) }},
+		"registration": {[]string{`{"id":"agent-1"}`},
+			func() error { _, err := c.Register(t.Context(), api.Registration{}); return err }},
+	}
+	for name, call := range calls {
+		for _, body = range call.good {
+			for _, status = range []int{200, 202} {
+				for _, header = range []http.Header{{"Content-Type": {"application/json"}},
+					{"Content-Type": {""}, "Content-Encoding": {"Identity"}}} {
+					if err := call.call(); err != nil {
+						t.Errorf("%s answered %s: %v", name, body, err)
+					}
 				}
 			}
-		})
+		}
+	}
+	for _, test := range []struct {
+		name   string
+		status int
+		header http.Header
+		body   string // "": a good one
+		want   string // in the error
+	}{
+		{"no content", 204, nil, "", "cannot be read"},
+		{"empty", 200, nil, " ", "cannot be read"},
+		{"garbage", 200, nil, "\x1b[2J garbage", "cannot be read"},
+		{"plain text", 200, http.Header{"Content-Type": {"text/plain"}}, "ok", "cannot be read"},
+		{"null", 200, nil, "null", "cannot be read"},
+		{"list", 200, nil, "[]", "cannot be read"},
+		{"string", 200, nil, `"ok"`, "cannot be read"},
+		{"error", 200, nil, `{"error":"no healthy upstream"}`, "cannot be read"},
+		{"error with a status", 200, nil, `{"error":"Service Unavailable","status":503}`, "cannot be read"},
+		{"cut short", 200, nil, `{"jobs":[`, "cannot be read"},
+		{"something after", 200, nil, `{"jobs":[],"status":"ok"}{}`, "cannot be read"},
+		{"web page", 200, http.Header{"Content-Type": {"text/html; charset=utf-8"}}, "<html>", "check the server URL"},
+		{"web page with good JSON", 200, http.Header{"Content-Type": {"text/html"}}, "", "check the server URL"},
+		{"gzip", 200, http.Header{"Content-Encoding": {"gzip"}}, "\x1f\x8b\x08\x00", "it is encoded (gzip)"},
+		{"brotli", 200, http.Header{"Content-Encoding": {"br"}}, "", "it is encoded (br)"},
+		{"gzip in secret", 200, nil, "\x1f\x8b\x08\x00", "cannot be read"},
+	} {
+		for name, call := range calls {
+			status, header, body = test.status, test.header, cmp.Or(test.body, call.good[0])
+			err := call.call()
+			if err == nil || !strings.Contains(err.Error(), test.want) || !errors.Is(err, api.ErrUnreadable) ||
+				!api.Temporary(err) || api.Doubtful(err) || api.Kind(err) != "answer" {
+				t.Errorf("%s to %s: got %v, want a temporary error with %q", test.name, name, err, test.want)
+			}
+			if err != nil && strings.ContainsFunc(err.Error(), unicode.IsControl) {
+				t.Errorf("%s to %s: control characters in %q", test.name, name, err)
+			}
+		}
+	}
+	status, header, body = 200, nil, `{}`
+	for name, call := range calls {
+		if err := call.call(); name != "discovery" && !errors.Is(err, api.ErrUnreadable) {
+			t.Errorf("an empty object to %s: %v", name, err)
+		}
 	}
 }
 
-func TestMissingAnswer(t *testing.T) {
-	c := hostile(t, func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, `{}`) })
-	if _, err := c.Certificate(t.Context(), "c"); !errors.Is(err, api.ErrUnreadable) {
-		t.Errorf("certificate without PEM: %v", err)
+// TestOwnWords: only in its own form does the control plane refuse for good.
+func TestOwnWords(t *testing.T) {
+	var status int
+	var body string
+	var header http.Header
+	c := hostile(t, func(w http.ResponseWriter, r *http.Request) {
+		maps.Copy(w.Header(), header)
+		w.WriteHeader(status)
+		_, _ = io.WriteString(w, body)
+	})
+	calls := map[string]func() error{
+		"CSR":          func() error { return c.SubmitCSR(t.Context(), "c", nil) },
+		"certificate":  func() error { _, err := c.Certificate(t.Context(), "c"); return err },
+		"status":       func() error { return c.ReportStatus(t.Context(), "j", api.JobStatus{}) },
+		"verification": func() error { return c.ReportVerification(t.Context(), "j", api.Verification{}) },
+		"discovery":    func() error { return c.ReportDiscovery(t.Context(), api.DiscoveryReport{}) },
 	}
-	if _, err := c.Register(t.Context(), api.Registration{}); !errors.Is(err, api.ErrUnreadable) {
-		t.Errorf("agent without id: %v", err)
+	own := `{"error":"Bad Request","message":"no","request_id":"38c8"}`
+	for _, test := range []struct {
+		name, body string
+		header     http.Header
+		want       bool
+	}{
+		{"own", own, nil, true},
+		{"empty", "", nil, false},
+		{"plain text", "default backend - 404", nil, false},
+		{"web page", "<html><h1>404 Not Found</h1></html>", http.Header{"Content-Type": {"text/html"}}, false},
+		{"string", `"no"`, nil, false},
+		{"list", `[` + own + `]`, nil, false},
+		{"other object", `{"fault":{"faultstring":"no route"}}`, nil, false},
+		{"fields of other types", `{"error":{"code":404},"message":["no"],"request_id":1}`, nil, false},
+		{"cut short", own[:len(own)-1], nil, false},
+		{"more than is read", `{"error":"no","request_id":"38c8","x":"` + strings.Repeat("x", 64<<10) + `"}`, nil, false},
+		{"encoded", "\x1f\x8b\x08\x00", http.Header{"Content-Encoding": {"gzip"}}, false},
+	} {
+		for _, status = range []int{400, 404, 405, 409, 413, 415, 422, 431} {
+			for name, call := range calls {
+				body, header = test.body, test.header
+				err := call()
+				if api.Temporary(err) == test.want || api.Doubtful(err) == test.want {
+					t.Errorf("%d %s to %s: temporary %v, doubtful %v: %v", status, test.name, name, api.Temporary(err), api.Doubtful(err), err)
+				}
+				if test.name == "encoded" && !strings.Contains(err.Error(), "encoded (gzip)") {
+					t.Errorf("the error does not say that the body is encoded: %v", err)
+				}
+			}
+		}
 	}
 }
 
@@ -237,9 +332,8 @@ func TestSlowBody(t *testing.T) {
 		if got := time.Since(start); got != controlplane.DefaultTimeout {
 			t.Errorf("gave up after %v, want %v", got, controlplane.DefaultTimeout)
 		}
-		// The status line has said that a report arrived.
-		if err := c.ReportStatus(t.Context(), "j", api.JobStatus{Status: api.StatusRunning}); err != nil {
-			t.Errorf("report: %v", err)
+		if err := c.ReportStatus(t.Context(), "j", api.JobStatus{Status: api.StatusRunning}); api.Kind(err) != "timeout" {
+			t.Errorf("report: %v, want a time-out", err)
 		}
 	})
 }

@@ -139,8 +139,8 @@ func (c *Client) Close() { c.session.Load().transport.CloseIdleConnections() }
 
 // Heartbeat says that the agent is alive. Its 410 is api.ErrRetired.
 func (c *Client) Heartbeat(ctx context.Context, beat api.Heartbeat) error {
-	return c.do(ctx, call{name: "heartbeat", method: http.MethodPost, path: api.HeartbeatPath(c.opts.AgentID),
-		ids: []string{c.opts.AgentID}, body: beat, decides: true}, nil)
+	return c.acknowledged(ctx, call{name: "heartbeat", method: http.MethodPost, path: api.HeartbeatPath(c.opts.AgentID),
+		ids: []string{c.opts.AgentID}, body: beat, decides: true})
 }
 
 // Work polls. Deployment jobs in the answer are claimed by it and do not come
@@ -155,8 +155,8 @@ func (c *Client) Work(ctx context.Context) (api.Work, error) {
 // SubmitCSR has a CSR signed for a certificate. A nil error means that the
 // certificate has a new version.
 func (c *Client) SubmitCSR(ctx context.Context, certID string, csrPEM []byte) error {
-	return c.do(ctx, call{name: "CSR", method: http.MethodPost, path: api.CSRPath(c.opts.AgentID),
-		ids: []string{c.opts.AgentID}, body: api.CSR{PEM: string(csrPEM), CertificateID: certID}}, nil)
+	return c.acknowledged(ctx, call{name: "CSR", method: http.MethodPost, path: api.CSRPath(c.opts.AgentID),
+		ids: []string{c.opts.AgentID}, body: api.CSR{PEM: string(csrPEM), CertificateID: certID}})
 }
 
 // Certificate fetches the latest version of a certificate: leaf and chain, PEM.
@@ -165,27 +165,53 @@ func (c *Client) Certificate(ctx context.Context, certID string) ([]byte, error)
 	err := c.do(ctx, call{name: "certificate", method: http.MethodGet, path: api.CertificatePath(c.opts.AgentID, certID),
 		ids: []string{c.opts.AgentID, certID}, limit: maxCertificate}, &answer)
 	if err == nil && answer.PEM == "" {
-		err = fmt.Errorf("certificate: %w: it holds no certificate_pem", api.ErrUnreadable)
+		err = incomplete("certificate", "certificate_pem")
 	}
 	return []byte(answer.PEM), err
 }
 
 // ReportStatus reports a job's progress.
 func (c *Client) ReportStatus(ctx context.Context, jobID string, status api.JobStatus) error {
-	return c.do(ctx, call{name: "status report", method: http.MethodPost, path: api.JobStatusPath(c.opts.AgentID, jobID),
-		ids: []string{c.opts.AgentID, jobID}, body: status}, nil)
+	return c.acknowledged(ctx, call{name: "status report", method: http.MethodPost, path: api.JobStatusPath(c.opts.AgentID, jobID),
+		ids: []string{c.opts.AgentID, jobID}, body: status})
 }
 
 // ReportVerification reports what a live endpoint serves.
 func (c *Client) ReportVerification(ctx context.Context, jobID string, verification api.Verification) error {
-	return c.do(ctx, call{name: "verification", method: http.MethodPost, path: api.VerifyPath(jobID),
-		ids: []string{jobID}, body: verification}, nil)
+	var answer struct {
+		Verified *bool `json:"verified"`
+	}
+	err := c.do(ctx, call{name: "verification", method: http.MethodPost, path: api.VerifyPath(jobID),
+		ids: []string{jobID}, body: verification}, &answer)
+	if err == nil && answer.Verified == nil {
+		err = incomplete("verification", "verified")
+	}
+	return err
 }
 
 // ReportDiscovery reports certificates found on this host.
 func (c *Client) ReportDiscovery(ctx context.Context, report api.DiscoveryReport) error {
-	return c.do(ctx, call{name: "discovery report", method: http.MethodPost, path: api.DiscoveriesPath(c.opts.AgentID),
-		ids: []string{c.opts.AgentID}, body: report}, nil)
+	// The summary's fields are only for people: any will do, but an error.
+	var answer map[string]json.RawMessage
+	err := c.do(ctx, call{name: "discovery report", method: http.MethodPost, path: api.DiscoveriesPath(c.opts.AgentID),
+		ids: []string{c.opts.AgentID}, body: report}, &answer)
+	if _, failed := answer["error"]; err == nil && (answer == nil || failed) {
+		err = incomplete("discovery report", "summary")
+	}
+	return err
+}
+
+// acknowledged sends a request whose success is an object with a status. Which
+// word that is, a newer control plane may decide.
+func (c *Client) acknowledged(ctx context.Context, call call) error {
+	var answer struct {
+		Status string `json:"status"`
+	}
+	err := c.do(ctx, call, &answer)
+	if err == nil && answer.Status == "" {
+		err = incomplete(call.name, "status")
+	}
+	return err
 }
 
 // Register makes a new agent record and returns it; APIKey is the bootstrap
@@ -194,7 +220,7 @@ func (c *Client) Register(ctx context.Context, registration api.Registration) (a
 	var agent api.Agent
 	err := c.do(ctx, call{name: "registration", method: http.MethodPost, path: api.RegisterPath, body: registration}, &agent)
 	if err == nil && agent.ID == "" {
-		err = fmt.Errorf("registration: %w: it holds no id", api.ErrUnreadable)
+		err = incomplete("registration", "id")
 	}
 	return agent, err
 }
@@ -216,7 +242,7 @@ type call struct {
 	public  bool     // no key
 }
 
-// do sends a request and decodes a success into answer, if there is one.
+// do sends a request and decodes a success into answer, unless that is nil.
 func (c *Client) do(ctx context.Context, call call, answer any) error {
 	session := c.session.Load()
 	key := session.key
@@ -277,6 +303,7 @@ func (c *Client) request(ctx context.Context, call call, key secret.String) (*ht
 	}
 	req.Header.Set("Content-Type", "application/json")
 	req.Header.Set("Accept", "application/json")
+	req.Header.Set("Accept-Encoding", "identity")
 	req.Header.Set("User-Agent", c.opts.UserAgent)
 	return req, nil
 }

@@ -355,9 +355,7 @@ func TestSecretsStayOut(t *testing.T) {
 		_, workErr := c.Work(t.Context())
 		for _, err := range []error{workErr, c.ReportStatus(t.Context(), "j", api.JobStatus{Status: body})} {
 			if err == nil {
-				if name != "no JSON" {
-					t.Errorf("%s: no error", name)
-				}
+				t.Errorf("%s: no error", name)
 				continue
 			}
 			if strings.Contains(err.Error(), "hunter2") || strings.Contains(err.Error(), body) {

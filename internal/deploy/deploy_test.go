@@ -252,9 +252,8 @@ func TestRefusedBeforeTouching(t *testing.T) {
 			j.TargetType = ""
 		}, "Apache"},
 		{"not found", func(w *world, j *api.Job) {
-			w.fetchErr = &api.StatusError{Call: "certificate", Status: http.StatusNotFound, Body: "no such certificate"}
+			w.fetchErr = &api.StatusError{Call: "certificate", Status: http.StatusNotFound, Body: "no such certificate", Own: true}
 		}, "no such certificate"},
-		{"too large", func(w *world, j *api.Job) { w.fetchErr = api.ErrTooLarge }, "larger"},
 		{"no PEM", func(w *world, j *api.Job) { w.certs["cert-1"] = []byte("hello") }, "CERTIFICATE"},
 		{"a key in it", func(w *world, j *api.Job) {
 			other := w.issue("other", testca.Template{})
@@ -272,7 +271,7 @@ func TestRefusedBeforeTouching(t *testing.T) {
 			w.renew("cert-1", testca.Template{NotBefore: time.Now().Add(6 * time.Minute)})
 		}, "not valid before"},
 		{"long text", func(w *world, j *api.Job) {
-			w.fetchErr = &api.StatusError{Call: "certificate", Status: 400, Body: strings.Repeat("\x1b[31m", 2000)}
+			w.fetchErr = &api.StatusError{Call: "certificate", Status: 400, Body: strings.Repeat("\x1b[31m", 2000), Own: true}
 		}, "answered 400"},
 	}
 	for _, test := range tests {
@@ -322,6 +321,9 @@ func TestTemporary(t *testing.T) {
 		"server":  &api.StatusError{Status: 503},
 		"limit":   &api.StatusError{Status: 429, RetryAfter: time.Second},
 		"gone":    &api.StatusError{Status: 410},
+		// For how long, the agent decides.
+		"gateway":   &api.StatusError{Status: 404, Body: "default backend"},
+		"too large": api.ErrTooLarge,
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t)

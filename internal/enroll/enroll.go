@@ -18,6 +18,10 @@ import (
 // maxReason bounds what the control plane is told, in bytes.
 const maxReason = 2 << 10
 
+// ErrKey means that the key store could not make or keep a key: the control
+// plane was not asked.
+var ErrKey = errors.New("no key for the CSR")
+
 // Keys is the key store as enrolment uses it.
 type Keys interface {
 	Pending(certID, jobID, algorithm string) (keystore.Key, error)
@@ -82,7 +86,7 @@ func (e *Enroller) Enroll(ctx context.Context, job api.Job) (err error) {
 
 	key, err := e.o.Keys.Pending(job.CertificateID, job.ID, e.o.Algorithm)
 	if err != nil {
-		return err
+		return fmt.Errorf("%w: %w", ErrKey, err)
 	}
 	key.Clear() // the signer is all that is needed
 	request, err := csr.New(key.Signer, job.CommonName, job.SANs)
@@ -90,7 +94,7 @@ func (e *Enroller) Enroll(ctx context.Context, job api.Job) (err error) {
 		return e.refuse(job, key, err)
 	}
 	err = e.o.Plane.SubmitCSR(ctx, job.CertificateID, request)
-	if err != nil && final(err) {
+	if err != nil && !api.Temporary(err) {
 		return e.refuse(job, key, err)
 	}
 	return err
@@ -117,11 +121,4 @@ func check(job api.Job) error {
 		return fmt.Errorf("the certificate id %.200q is not valid: expected 1 to 128 of A-Z a-z 0-9 . _ -", job.CertificateID)
 	}
 	return csr.Check(job.CommonName, job.SANs)
-}
-
-// final reports whether the control plane certainly did not sign, and will not.
-// An answer that is too large may have been a success.
-func final(err error) bool {
-	_, answered := errors.AsType[*api.StatusError](err)
-	return (answered || errors.Is(err, api.ErrBadID)) && !api.Temporary(err)
 }

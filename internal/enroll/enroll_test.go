@@ -70,7 +70,8 @@ var job = api.Job{ID: "job-1", Type: api.TypeIssuance, Status: api.StatusAwaitin
 
 func TestAnswers(t *testing.T) {
 	network := errors.New("connection reset")
-	status := func(code int) error { return &api.StatusError{Call: "CSR", Status: code, Body: "because"} }
+	status := func(code int) error { return &api.StatusError{Call: "CSR", Status: code, Body: "because", Own: true} }
+	gateway := &api.StatusError{Call: "CSR", Status: 404, Body: "default backend"}
 	tests := []struct {
 		name    string
 		answers []error // to the same job, one after the other
@@ -85,6 +86,8 @@ func TestAnswers(t *testing.T) {
 		{"rate limit", []error{status(429)}, false, true},
 		{"wrong key", []error{status(401)}, false, true},
 		{"gone", []error{status(410)}, false, true},
+		{"a gateway", []error{gateway}, false, true},
+		{"a gateway, then accepted", []error{gateway, nil}, false, true},
 		{"answer too large", []error{api.ErrTooLarge}, false, true},
 		{"answer lost, then refused: it may have been signed", []error{network, status(409)}, true, true},
 		{"answer lost, then accepted", []error{network, network, nil}, false, true},
@@ -164,7 +167,7 @@ func (k brokenKeys) Discard(string, string) error { return nil }
 func TestDiskError(t *testing.T) {
 	full := errors.New("no space left on device")
 	err := newEnroller(brokenKeys{full}, &plane{}).Enroll(t.Context(), job)
-	if _, refused := errors.AsType[*RefusedError](err); refused || !errors.Is(err, full) {
+	if _, refused := errors.AsType[*RefusedError](err); refused || !errors.Is(err, full) || !errors.Is(err, ErrKey) {
 		t.Errorf("got %v, want the temporary error %v", err, full)
 	}
 }

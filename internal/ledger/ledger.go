@@ -302,11 +302,17 @@ func (l *Ledger) Unfinished() []api.Job {
 func (l *Ledger) Undelivered() []Delivery {
 	var all []Delivery
 	for _, r := range l.sorted() {
-		for _, e := range r.Reports {
-			all = append(all, Delivery{Job: r.Job.ID, Report: e.Report, Recorded: e.Recorded, seq: r.Seq, n: e.N})
-		}
+		all = append(all, r.deliveries()...)
 	}
 	return all
+}
+
+// UndeliveredOf lists the reports on one job to deliver, in order.
+func (l *Ledger) UndeliveredOf(job string) []Delivery {
+	if r := l.get(job); r != nil {
+		return r.deliveries()
+	}
+	return nil
 }
 
 // Delivered notes that the control plane has taken a report. The last one of a

@@ -68,6 +68,14 @@ func entries(reports []Report, now time.Time) []entry {
 	return all
 }
 
+func (r *record) deliveries() []Delivery {
+	var all []Delivery
+	for _, e := range r.Reports {
+		all = append(all, Delivery{Job: r.Job.ID, Report: e.Report, Recorded: e.Recorded, seq: r.Seq, n: e.N})
+	}
+	return all
+}
+
 // encode fills data.
 func (r *record) encode() error {
 	body, err := json.Marshal(r)

@@ -117,6 +117,9 @@ type run struct {
 	stats   Stats
 	failed  error // of a report, which ended the scan
 
+	patience pace.Patience
+	believes bool // a gateway's refusals are: one has lasted
+
 	pending []api.DiscoveredCertificate
 	size    int // of pending in the body
 }
@@ -238,6 +241,13 @@ func refusesContent(err error) bool {
 	return false
 }
 
+// tooLarge reports whether the body is over a limit. A gateway's limit is as
+// good a reason to send less as the control plane's.
+func tooLarge(err error) bool {
+	status, ok := errors.AsType[*api.StatusError](err)
+	return ok && status.Status == http.StatusRequestEntityTooLarge
+}
+
 // deliver sends a report until it is answered for good.
 func (r *run) deliver(report api.DiscoveryReport) error {
 	if r.stats.Reports > 0 && r.gap > 0 {
@@ -247,11 +257,14 @@ func (r *run) deliver(report api.DiscoveryReport) error {
 	}
 	for {
 		err := r.opts.Plane.ReportDiscovery(r.ctx, report)
+		r.believes = r.patience.Lost(err) || r.believes
 		switch {
 		case err == nil:
 			r.pacer.Next(pace.Outcome{})
 			return nil
 		case errors.Is(err, api.ErrRetired) || errors.Is(err, api.ErrGone) || !api.Temporary(err) || r.ctx.Err() != nil:
+			return err
+		case tooLarge(err) || r.believes && api.Doubtful(err):
 			return err
 		}
 		wait := r.pacer.Next(pace.After(err))

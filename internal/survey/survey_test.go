@@ -82,8 +82,10 @@ func (p *fakePlane) ReportDiscovery(ctx context.Context, report api.DiscoveryRep
 }
 
 func status(code int, after time.Duration) error {
-	return &api.StatusError{Call: "discovery report", Status: code, RetryAfter: after}
+	return &api.StatusError{Call: "discovery report", Status: code, RetryAfter: after, Own: true}
 }
+
+func gateway(code int) error { return &api.StatusError{Call: "discovery report", Status: code} }
 
 func newSurvey(scanner fakeScanner, plane *fakePlane, log *slog.Logger) *Survey {
 	return New(Options{Scanner: scanner, Plane: plane, AgentID: "agent-1", Dirs: []string{"/srv"}, Interval: 6 * time.Hour, Log: log})
@@ -132,6 +134,26 @@ func TestEmptyScan(t *testing.T) {
 	body, _ := json.Marshal(plane.reports[0])
 	if !bytes.Contains(body, []byte(`"certificates":[],"errors":["/x: y"]`)) {
 		t.Errorf("body of a report of errors only: %s", body)
+	}
+}
+
+// TestGatewaysSizeLimit: a gateway's 413 halves a report at once; any other
+// refusal of its own does when it has lasted, and then for the whole scan.
+func TestGatewaysSizeLimit(t *testing.T) {
+	for code, most := range map[int]time.Duration{http.StatusRequestEntityTooLarge: time.Minute, http.StatusBadRequest: 20 * time.Minute} {
+		synctest.Test(t, func(t *testing.T) {
+			plane := &fakePlane{t: t, answer: func(_ int, body []byte, _ api.DiscoveryReport) error {
+				if len(body) > 100<<10 {
+					return gateway(code)
+				}
+				return nil
+			}}
+			began := time.Now()
+			stats, err := newSurvey(fakeScanner{n: 1000, pad: 1500}, plane, slog.New(slog.DiscardHandler)).Run(t.Context())
+			if err != nil || stats.Reported != 1000 || time.Since(began) > most {
+				t.Errorf("%d: reported %d after %v, error %v; want 1000 within %v", code, stats.Reported, time.Since(began), err, most)
+			}
+		})
 	}
 }
 
@@ -199,6 +221,9 @@ func TestRetries(t *testing.T) {
 		{"unknown agent today", []error{status(500, 0)}, false, 27 * time.Second, 63 * time.Second},
 		{"retired", []error{status(410, 0)}, true, 0, 1},
 		{"permanent", []error{status(404, 0)}, true, 0, 1},
+		{"a gateway's 404", []error{gateway(404), gateway(404)}, false, 54 * time.Second, 200 * time.Second},
+		{"a gateway's 400", []error{gateway(400)}, false, 27 * time.Second, 63 * time.Second},
+		{"a gateway's 404 that lasts", slices.Repeat([]error{gateway(404)}, 100), true, 10 * time.Minute, 20 * time.Minute},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {

@@ -1,0 +1,36 @@
+package pace
+
+import (
+	"time"
+
+	"certctl-agent/internal/api"
+)
+
+// A refusal has lasted, and is believed, after this long and this many tries:
+// longer than a gateway takes to find what is behind it again.
+const (
+	lastingTime  = 10 * time.Minute
+	lastingTries = 4
+)
+
+// Patience tells a refusal that lasts from one that passes. It belongs to
+// whoever tries the same request again, and to that request alone. It is not
+// kept across a restart, which only makes the wait longer.
+type Patience struct {
+	since time.Time // of the first of the refusals in a row
+	tries int
+}
+
+// Lost records how a try ended, and reports whether there is no point in
+// another one. Any other outcome than a doubtful refusal starts over.
+func (p *Patience) Lost(err error) bool {
+	if !api.Doubtful(err) {
+		*p = Patience{}
+		return false
+	}
+	if p.tries == 0 {
+		p.since = time.Now()
+	}
+	p.tries++
+	return p.tries >= lastingTries && time.Since(p.since) >= lastingTime
+}
