@@ -116,14 +116,6 @@ type Options struct {
 }
 
 const (
-	// maxEnrolling bounds the CSRs under way at once: making an RSA key is
-	// seconds of a core.
-	maxEnrolling = 2
-
-	// maxWaitingCSRs bounds the jobs that wait for that. Those left out come
-	// again with the next poll.
-	maxWaitingCSRs = 256
-
 	// finalDelivery bounds the last try to deliver reports when the agent
 	// stops. What is not delivered is kept.
 	finalDelivery = 5 * time.Second
@@ -169,6 +161,7 @@ type Agent struct {
 	polled           bool // the first poll has been tried
 
 	jobs     jobTable
+	csrs     csrTable
 	delivery deliveryTable
 	repair   *activity
 	counters status.Counters
@@ -191,6 +184,7 @@ func New(o Options) *Agent {
 	a.scan = a.newActivity(status.Discovery, o.DiscoveryInterval, true)
 	a.repair = a.newActivity("repair", o.PollInterval, true)
 	a.jobs = newJobTable(o.MaxDeploys)
+	a.csrs = newCSRTable(pace.New(o.PollInterval, false, o.Rand))
 	a.delivery = newDeliveryTable()
 	return a
 }

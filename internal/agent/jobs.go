@@ -2,20 +2,17 @@ package agent
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/deploy"
-	"certctl-agent/internal/enroll"
 	"certctl-agent/internal/inventory"
 	"certctl-agent/internal/ledger"
 	"certctl-agent/internal/pace"
 )
 
-// jobTable is what the loop has in hand: deployments that wait or run, and
-// CSRs under way.
+// jobTable is what the loop has in hand of deployments: those that wait or run.
 type jobTable struct {
 	slots      int // deployments that may run at once
 	unfinished []api.Job
@@ -23,10 +20,6 @@ type jobTable struct {
 	running    map[string]api.Job // by job id
 	targets    map[string]bool    // target ids a running deployment is for
 	timer      *time.Timer        // the earliest retry of a waiting job
-
-	csrs     []api.Job // wait for a free place
-	enrols   map[string]bool
-	accepted map[string]time.Time // CSRs accepted, by job id, until a later poll began
 }
 
 // waitingJob is a deployment that has not begun: no slot, its target busy, or
@@ -46,12 +39,10 @@ type waitingJob struct {
 
 func newJobTable(slots int) jobTable {
 	return jobTable{
-		slots:    slots,
-		running:  make(map[string]api.Job),
-		targets:  make(map[string]bool),
-		timer:    stoppedTimer(),
-		enrols:   make(map[string]bool),
-		accepted: make(map[string]time.Time),
+		slots:   slots,
+		running: make(map[string]api.Job),
+		targets: make(map[string]bool),
+		timer:   stoppedTimer(),
 	}
 }
 
@@ -132,21 +123,7 @@ func (a *Agent) refuse(job, reason string) {
 
 // take starts what a poll brought that began at the given time.
 func (a *Agent) take(c claimed, begun time.Time) {
-	// An answer that was on its way while a CSR was accepted still shows that
-	// job; handling it again would make a second version of the certificate.
-	for id, at := range a.jobs.accepted {
-		if at.Before(begun) {
-			delete(a.jobs.accepted, id)
-		}
-	}
-	for _, job := range c.csrs {
-		_, done := a.jobs.accepted[job.ID]
-		if done || a.jobs.enrols[job.ID] || len(a.jobs.csrs) >= maxWaitingCSRs {
-			continue
-		}
-		a.jobs.enrols[job.ID] = true
-		a.jobs.csrs = append(a.jobs.csrs, job)
-	}
+	a.takeCSRs(c.csrs, begun)
 	for _, job := range c.deployments {
 		a.log.Info("deployment claimed", "job", job.ID, "certificate", job.CertificateID, "target", job.TargetID, "target_type", job.TargetType)
 		a.jobs.add(job, c.again[job.ID])
@@ -160,11 +137,6 @@ func (a *Agent) take(c claimed, begun time.Time) {
 func (a *Agent) startJobs() {
 	if a.stopping {
 		return
-	}
-	for len(a.jobs.csrs) > 0 && len(a.jobs.enrols)-len(a.jobs.csrs) < maxEnrolling {
-		job := a.jobs.csrs[0]
-		a.jobs.csrs = a.jobs.csrs[1:]
-		a.startEnrol(job)
 	}
 	now := time.Now()
 	var later []*waitingJob
@@ -192,38 +164,6 @@ func (a *Agent) setJobTimer(now time.Time) {
 	if !earliest.IsZero() {
 		a.jobs.timer.Reset(earliest.Sub(now))
 	}
-}
-
-func (a *Agent) startEnrol(job api.Job) {
-	a.spawn(func() func() {
-		err := a.o.Enroller.Enroll(a.claims, job)
-		a.Heard("csr", err)
-		if refused, ok := errors.AsType[*enroll.RefusedError](err); ok {
-			a.refuse(job.ID, refused.Error())
-		}
-		return func() { a.enrolled(job, err) }
-	}, func(err error) {
-		a.refuse(job.ID, err.Error())
-		a.enrolled(job, err)
-	})
-}
-
-func (a *Agent) enrolled(job api.Job, err error) {
-	delete(a.jobs.enrols, job.ID)
-	_, refused := errors.AsType[*enroll.RefusedError](err)
-	switch {
-	case err == nil:
-		a.jobs.accepted[job.ID] = time.Now()
-		a.counters.CSR("accepted")
-		a.log.Info("CSR accepted", "job", job.ID, "certificate", job.CertificateID, "common_name", job.CommonName)
-	case refused:
-		a.counters.CSR("refused")
-	case !a.stopping:
-		a.counters.CSR("deferred")
-		a.log.Warn("CSR not accepted yet: the job comes again with the next poll", "job", job.ID, "certificate", job.CertificateID, "error", err)
-	}
-	a.deliver(job.ID)
-	a.startJobs()
 }
 
 func (a *Agent) startDeployment(w *waitingJob) {

@@ -40,7 +40,7 @@ func (a *Agent) snapshot() status.Snapshot {
 	s.Jobs = status.Jobs{
 		Running:     len(a.jobs.running),
 		Waiting:     len(a.jobs.waiting) + len(a.jobs.unfinished),
-		CSRs:        len(a.jobs.enrols),
+		CSRs:        len(a.csrs.inHand),
 		Undelivered: len(a.delivery.jobs),
 	}
 	s.Certificates = []status.Certificate{}

@@ -1,0 +1,210 @@
+package agent
+
+import (
+	"errors"
+	"net/http"
+	"time"
+
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/enroll"
+	"certctl-agent/internal/pace"
+)
+
+const (
+	// maxEnrolling bounds the CSRs under way at once: making an RSA key is
+	// seconds of a core.
+	maxEnrolling = 2
+
+	// maxWaitingCSRs bounds the jobs that wait for that. Those left out come
+	// again with the next poll.
+	maxWaitingCSRs = 256
+)
+
+// csrTable is what the loop has in hand of jobs that await a CSR. The control
+// plane shows such a job with every poll until it has accepted a CSR. So one
+// that has to wait, for a time or for a place, is forgotten here and taken from
+// a later poll.
+//
+// An overloaded control plane is spared by all jobs together: after its refusal
+// none is sent until it is due, and then one at a time until one is answered. A
+// failure of a single job, such as a profile that forbids it, holds up only that
+// job.
+type csrTable struct {
+	waiting  []api.Job
+	inHand   map[string]bool      // by job id: waiting or under way
+	certs    map[string]bool      // by certificate id: under way
+	tries    map[string]*csrTries // by job id: not accepted so far
+	accepted map[string]time.Time // by job id, until a later poll began
+
+	pacer      *pace.Pacer // of the control plane's own failures
+	due        time.Time
+	overloaded bool // and has not answered since
+}
+
+// csrTries is what came of a job so far.
+type csrTries struct {
+	pacer    *pace.Pacer
+	due      time.Time
+	patience pace.Patience // a running try owns it
+}
+
+func newCSRTable(pacer *pace.Pacer) csrTable {
+	return csrTable{
+		inHand:   make(map[string]bool),
+		certs:    make(map[string]bool),
+		tries:    make(map[string]*csrTries),
+		accepted: make(map[string]time.Time),
+		pacer:    pacer,
+	}
+}
+
+// takeCSRs takes what a poll showed that began at the given time.
+func (a *Agent) takeCSRs(jobs []api.Job, begun time.Time) {
+	t := &a.csrs
+	// An answer that was on its way while a CSR was accepted still shows that
+	// job; handling it again would make a second version of the certificate.
+	for id, at := range t.accepted {
+		if at.Before(begun) {
+			delete(t.accepted, id)
+		}
+	}
+	shown := make(map[string]bool)
+	for _, job := range jobs {
+		shown[job.ID] = true
+	}
+	for id := range t.tries {
+		if !shown[id] && !t.inHand[id] {
+			delete(t.tries, id)
+		}
+	}
+	now := time.Now()
+	if t.due.After(now) {
+		return
+	}
+	for _, job := range jobs {
+		_, done := t.accepted[job.ID]
+		tries := t.tries[job.ID]
+		if done || t.inHand[job.ID] || tries != nil && tries.due.After(now) || len(t.waiting) >= maxWaitingCSRs {
+			continue
+		}
+		t.inHand[job.ID] = true
+		t.waiting = append(t.waiting, job)
+	}
+	a.startCSRs()
+}
+
+// startCSRs fills the free places, with one CSR at a time for a certificate.
+func (a *Agent) startCSRs() {
+	t := &a.csrs
+	places := maxEnrolling
+	if t.overloaded {
+		places = 1
+	}
+	var later []api.Job
+	for _, job := range t.waiting {
+		if a.stopping || len(t.certs) >= places || t.certs[job.CertificateID] {
+			later = append(later, job)
+			continue
+		}
+		t.certs[job.CertificateID] = true
+		a.startEnrol(job)
+	}
+	t.waiting = later
+}
+
+func (a *Agent) startEnrol(job api.Job) {
+	tries := a.csrs.tries[job.ID]
+	if tries == nil {
+		tries = &csrTries{pacer: pace.New(a.o.PollInterval, false, a.o.Rand)}
+		a.csrs.tries[job.ID] = tries
+	}
+	a.spawn(func() func() {
+		err := a.o.Enroller.Enroll(a.claims, job)
+		a.Heard("csr", err)
+		if tries.patience.Lost(err) {
+			err = &enroll.RefusedError{Reason: "given up after several tries: " + err.Error(), Err: err}
+		}
+		if refused, ok := errors.AsType[*enroll.RefusedError](err); ok {
+			a.refuse(job.ID, refused.Error())
+		}
+		return func() { a.enrolled(job, err) }
+	}, func(err error) {
+		a.refuse(job.ID, err.Error())
+		a.enrolled(job, &enroll.RefusedError{Reason: err.Error(), Err: err})
+	})
+}
+
+// enrolled takes the outcome of a CSR.
+func (a *Agent) enrolled(job api.Job, err error) {
+	t := &a.csrs
+	delete(t.inHand, job.ID)
+	delete(t.certs, job.CertificateID)
+	_, refused := errors.AsType[*enroll.RefusedError](err)
+	switch {
+	case err == nil:
+		delete(t.tries, job.ID)
+		t.answered()
+		t.accepted[job.ID] = time.Now()
+		a.counters.CSR("accepted")
+		a.log.Info("CSR accepted", "job", job.ID, "certificate", job.CertificateID, "common_name", job.CommonName)
+	case refused:
+		delete(t.tries, job.ID)
+		a.counters.CSR("refused")
+	case !a.stopping:
+		wait := t.failed(job, err)
+		a.counters.CSR("deferred")
+		a.log.Warn("CSR not accepted yet: it is tried again", "job", job.ID, "certificate", job.CertificateID,
+			"error", err, "next_try_in", wait.Round(time.Millisecond).String())
+	}
+	a.deliver(job.ID)
+	a.startCSRs()
+}
+
+// answered notes that the control plane copes.
+func (t *csrTable) answered() {
+	t.pacer.Next(pace.Outcome{})
+	t.overloaded = false
+}
+
+// failed sets the next try of a job, or of all of them, after a temporary
+// failure.
+func (t *csrTable) failed(job api.Job, err error) (wait time.Duration) {
+	now := time.Now()
+	outcome := pace.After(err)
+	if isJobsOwn(err) {
+		if !errors.Is(err, enroll.ErrKey) {
+			t.answered()
+		}
+		tries := t.tries[job.ID]
+		wait = tries.pacer.Next(outcome)
+		tries.due = now.Add(wait)
+		return wait
+	}
+	for _, job := range t.waiting {
+		delete(t.inHand, job.ID)
+	}
+	t.waiting = nil
+	t.overloaded = true
+	if left := t.due.Sub(now); left > 0 {
+		// Sent together with the one that failed first: the same event.
+		wait = max(left, outcome.RetryAfter)
+	} else {
+		wait = t.pacer.Next(outcome)
+	}
+	t.due = now.Add(wait)
+	return wait
+}
+
+// isJobsOwn reports whether a failure says nothing of other jobs: there is no
+// key for this one, or the control plane is well and does not like it. A
+// profile's refusal is answered 500.
+func isJobsOwn(err error) bool {
+	switch api.Kind(err) {
+	case "refused", "gone", "answer":
+		return api.RetryAfter(err) == 0
+	case "server":
+		status, _ := errors.AsType[*api.StatusError](err)
+		return status.Status == http.StatusInternalServerError && status.RetryAfter == 0
+	}
+	return errors.Is(err, enroll.ErrKey)
+}

@@ -1,0 +1,193 @@
+package agent_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/enroll"
+)
+
+// csrJobs are n jobs of as many certificates.
+func csrJobs(n int) (jobs []api.Job) {
+	for i := range n {
+		job := csrJob(fmt.Sprintf("j%d", i))
+		job.CertificateID = fmt.Sprintf("cert-%d", i)
+		jobs = append(jobs, job)
+	}
+	return jobs
+}
+
+// TestCSRsSpareAnOverloadedPlane: each of five jobs comes with every poll.
+func TestCSRsSpareAnOverloadedPlane(t *testing.T) {
+	tests := []struct {
+		name   string
+		err    error
+		silent time.Duration // after the first failure
+		most   int           // CSRs in an hour
+		least  int
+	}{
+		{"503 with Retry-After", &api.StatusError{Status: 503, RetryAfter: 10 * time.Minute}, 10 * time.Minute, 8, 5},
+		{"429 with Retry-After", &api.StatusError{Status: 429, RetryAfter: 10 * time.Minute}, 10 * time.Minute, 8, 5},
+		{"500 with Retry-After", &api.StatusError{Status: 500, RetryAfter: 10 * time.Minute}, 10 * time.Minute, 8, 5},
+		{"503", &api.StatusError{Status: 503}, 27 * time.Second, 30, 10},
+		{"429", &api.StatusError{Status: 429}, 0, 121, 60},
+		{"wrong key", &api.StatusError{Status: 401}, 27 * time.Second, 30, 10},
+		{"network", errors.New("no route to host"), 27 * time.Second, 30, 10},
+		{"timeout", context.DeadlineExceeded, 27 * time.Second, 30, 10},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				w.options.PollInterval = 30 * time.Second
+				left := csrJobs(5)
+				w.work = func(context.Context, int) (api.Work, error) {
+					w.mu.Lock()
+					defer w.mu.Unlock()
+					return api.Work{Jobs: slices.Clone(left)}, nil
+				}
+				healthy := false
+				w.enroll = func(ctx context.Context, job api.Job) error {
+					_ = sleep(ctx, time.Second)
+					w.mu.Lock()
+					defer w.mu.Unlock()
+					if !healthy {
+						return test.err
+					}
+					left = slices.DeleteFunc(left, func(j api.Job) bool { return j.ID == job.ID })
+					return nil
+				}
+				w.start()
+				time.Sleep(time.Hour)
+				got := w.times("enroll")
+				if len(got) > test.most || len(got) < test.least {
+					t.Errorf("%d CSRs in an hour, want %d to %d: %v", len(got), test.least, test.most, got)
+				}
+				// Two are sent before the first is answered.
+				for i := 2; i < len(got); i++ {
+					if gap := got[i] - got[i-1]; gap < test.silent {
+						t.Errorf("CSR %d came %v after the one before, want at least %v", i+1, gap, test.silent)
+					}
+				}
+				w.mu.Lock()
+				healthy = true
+				w.mu.Unlock()
+				time.Sleep(20 * time.Minute)
+				w.mu.Lock()
+				if len(left) != 0 {
+					t.Errorf("%d jobs are left, 20 minutes after the control plane is well", len(left))
+				}
+				w.mu.Unlock()
+				if got := w.done("report"); got != "" {
+					t.Errorf("reports: %s", got)
+				}
+				if err := w.stop(); err != nil {
+					t.Errorf("Run: %v", err)
+				}
+			})
+		})
+	}
+}
+
+// TestOneBadCSRDoesNotHoldUpTheOthers: what is wrong with one job backs off for
+// that job alone.
+func TestOneBadCSRDoesNotHoldUpTheOthers(t *testing.T) {
+	for name, cause := range map[string]error{
+		"profile":          &api.StatusError{Status: 500},
+		"gateway":          &api.StatusError{Status: 404},
+		"no key":           fmt.Errorf("%w: is a directory", enroll.ErrKey),
+		"answer":           api.ErrUnreadable,
+		"one that is slow": nil,
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				bad := csrJob("bad")
+				bad.CertificateID = "cert-bad"
+				w.work = func(_ context.Context, n int) (api.Work, error) {
+					good := csrJobs(n)[n-1] // another one with every poll
+					return api.Work{Jobs: []api.Job{bad, good}}, nil
+				}
+				w.enroll = func(ctx context.Context, job api.Job) error {
+					if job.ID != "bad" {
+						return nil
+					}
+					if cause == nil {
+						return sleep(ctx, time.Hour)
+					}
+					return cause
+				}
+				w.start()
+				time.Sleep(9*time.Minute + time.Second)
+				polls, csrs := w.count("poll"), w.done("enroll")
+				if got := strings.Count(csrs, "enroll j"); got != polls {
+					t.Errorf("%d good CSRs in %d polls", got, polls)
+				}
+				if got := strings.Count(csrs, "bad"); got > 8 || cause != nil && got < 3 {
+					t.Errorf("%d tries of the bad one in nine minutes: want 3 to 8, ever further apart", got)
+				}
+				if err := w.stop(); err != nil {
+					t.Errorf("Run: %v", err)
+				}
+			})
+		})
+	}
+}
+
+// TestCSRsOfOneCertificate: the second does not take the other place while it
+// waits for the first.
+func TestCSRsOfOneCertificate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		other := csrJob("other")
+		other.CertificateID = "cert-2"
+		w.work = once(1, csrJob("a"), csrJob("b"), csrJob("c"), other)
+		w.enroll = func(ctx context.Context, _ api.Job) error { return sleep(ctx, time.Minute) }
+		w.start()
+		time.Sleep(time.Second)
+		if got := w.done("enroll"); got != "enroll a, enroll other" && got != "enroll other, enroll a" {
+			t.Errorf("%s: want one of each certificate", got)
+		}
+		time.Sleep(3 * time.Minute)
+		if got := w.count("enroll"); got != 4 {
+			t.Errorf("%d CSRs, want 4", got)
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
+// TestCSRThatAGatewayRefuses: a 404 of its own ends a job only when it lasts.
+func TestCSRThatAGatewayRefuses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.work = func(context.Context, int) (api.Work, error) { return api.Work{Jobs: []api.Job{csrJob("j1")}}, nil }
+		w.enroll = func(context.Context, api.Job) error {
+			return &api.StatusError{Call: "CSR", Status: http.StatusNotFound, Body: "default backend"}
+		}
+		var reason string
+		w.report = func(_ string, s api.JobStatus) error { reason = s.Error; return nil }
+		w.start()
+		time.Sleep(10 * time.Minute)
+		if got := w.done("report"); got != "" {
+			t.Errorf("%s, within ten minutes", got)
+		}
+		time.Sleep(6 * time.Minute)
+		synctest.Wait()
+		if got := w.done("report"); got != "report j1 Failed" || !strings.Contains(reason, "default backend") {
+			t.Errorf("reports: %q, reason %q, want j1 Failed", got, reason)
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
