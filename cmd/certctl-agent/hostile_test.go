@@ -140,17 +140,28 @@ func TestManyJobs(t *testing.T) {
 		job  func(i int) string
 		line []string
 	}{
-		{"empty", 1_000_000, func(int) string { return `{}` }, []string{"left_out", "990000"}},
-		{"numbers", 1_000_000, func(int) string { return `7` }, []string{"left_out", "990000"}},
+		{"empty", 1_000_000, func(int) string { return `{}` }, []string{`"ERROR"`, "left_out", "990000"}},
+		{"numbers", 1_000_000, func(int) string { return `7` }, []string{`"ERROR"`, "left_out", "990000"}},
 		{"deployments", 80_000, func(i int) string {
 			return fmt.Sprintf(`{"id":"job-%d","type":"Deployment","status":"Running","certificate_id":"c","target_id":"t%d"}`, i, i)
-		}, []string{"left_out", "70000"}},
+		}, []string{`"ERROR"`, "left_out", "70000"}},
 		{"CSRs", 70_000, func(i int) string {
 			return fmt.Sprintf(`{"id":"job-%d","type":"Issuance","status":"AwaitingCSR","certificate_id":"c%d","common_name":"x.test"}`, i, i)
-		}, []string{"left_out", "60000"}},
+		}, []string{`"ERROR"`, "left_out", "60000"}},
+		{"CSRs with names", 10_000, func(i int) string {
+			return fmt.Sprintf(`{"id":"job-%d","type":"Issuance","status":"AwaitingCSR","certificate_id":"c%d","common_name":"x.test","sans":["a"%s]}`,
+				i, i, strings.Repeat(`,"b"`, 170))
+		}, []string{"CSR not accepted yet", "job-1\""}},
+		{"deployments with names", 1000, func(i int) string {
+			return fmt.Sprintf(`{"id":"job-%d","type":"Deployment","status":"Running","certificate_id":"c","target_id":"t%d","sans":[""%s]}`,
+				i, i, strings.Repeat(`,""`, 2700))
+		}, []string{"deployment claimed", "job-999\""}},
+		{"one with millions of names", 1, func(int) string {
+			return `{"id":"job-1","type":"Issuance","status":"AwaitingCSR","certificate_id":"c","common_name":"x.test","sans":[""` + strings.Repeat(`,""`, 2_700_000) + `]}`
+		}, []string{`"ERROR"`, "job refused", "job-1", "the limit is 262144"}},
 		{"one with a name of megabytes", 1, func(int) string {
 			return `{"id":"` + strings.Repeat("x", 4<<20) + `"}`
-		}, []string{"its id is not one", "xxx"}},
+		}, []string{`"ERROR"`, "its id is not one", "xxx"}},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -175,7 +186,7 @@ func TestManyJobs(t *testing.T) {
 				w.Write(work.Bytes())
 			})})
 			agent := h.start()
-			agent.waitLog(append(test.line, `"ERROR"`)...)
+			agent.waitLog(test.line...)
 			h.waitMore(devplane.CallHeartbeat, 5)
 			peak := peakMemory(t, agent.cmd.Process.Pid)
 			agent.kill()

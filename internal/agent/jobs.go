@@ -68,12 +68,15 @@ func (a *Agent) record(work api.Work) claimed {
 	var c claimed
 	var deployments []api.Job
 	nameless := 0 // jobs that cannot even be reported
+	ignore := func(id, typ string, err error) {
+		if nameless++; nameless <= maxNameless {
+			a.log.Error("job ignored: its id is not one", "job", id, "type", typ, "error", err)
+		}
+	}
 	for _, job := range work.Jobs {
 		switch {
 		case !api.ValidID(job.ID):
-			if nameless++; nameless <= maxNameless {
-				a.log.Error("job ignored: its id is not one", "job", job.ID, "type", job.Type)
-			}
+			ignore(job.ID, job.Type, nil)
 		case job.AwaitsCSR():
 			c.csrs = append(c.csrs, job)
 		case job.IsDeployment():
@@ -87,9 +90,8 @@ func (a *Agent) record(work api.Work) claimed {
 	}
 	for _, m := range work.Malformed {
 		if !api.ValidID(m.ID) {
-			if nameless++; nameless > maxNameless {
-				continue
-			}
+			ignore(m.ID, m.Type, m.Err)
+			continue
 		}
 		a.refuse(m.ID, fmt.Sprintf("the job could not be decoded: %v", m.Err))
 		c.refused = append(c.refused, m.ID)

@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/url"
 	"strings"
 )
@@ -97,7 +98,28 @@ type Work struct {
 // fill this host's memory.
 const MaxJobs = 10_000
 
-// MalformedJob is a job whose fields have other types than they should.
+// Bounds of a job, in bytes unless said otherwise. What is kept of a job is
+// kept until it ends, so a job over one of them is refused.
+const (
+	// maxJob is for the whole job as it came: it bounds what decoding it takes.
+	maxJob = 256 << 10
+
+	// maxNames is how many names a certificate can have. Public CAs stop at 100.
+	maxNames = 1000
+
+	// maxNameBytes is for a job's names together.
+	maxNameBytes = 64 << 10
+
+	// maxTargetConfig holds what an operator writes in a form field, with some
+	// certificates pasted into it.
+	maxTargetConfig = 64 << 10
+
+	// maxField is for each other field.
+	maxField = 1 << 10
+)
+
+// MalformedJob is a job whose fields have other types than they should, or are
+// too large.
 type MalformedJob struct {
 	ID   string // empty where not even that could be read
 	Type string
@@ -137,10 +159,8 @@ func (w *Work) UnmarshalJSON(data []byte) error {
 			w.Excess++
 			continue
 		}
-		var job Job
-		if err := json.Unmarshal(data, &job); err != nil {
-			// Decoding goes on past a field of the wrong type, so what
-			// names the job is usually there.
+		job, err := decodeJob(data)
+		if err != nil {
 			w.Malformed = append(w.Malformed, MalformedJob{ID: job.ID, Type: job.Type, Err: err})
 			continue
 		}
@@ -160,6 +180,71 @@ type Job struct {
 	TargetID      string          `json:"target_id,omitempty"`
 	TargetType    string          `json:"target_type,omitempty"`
 	TargetConfig  json.RawMessage `json:"target_config,omitempty"`
+}
+
+// decodeJob decodes one job and checks its bounds. What names the job is there
+// beside an error too, where it can be told.
+func decodeJob(data []byte) (job Job, err error) {
+	if len(data) > maxJob {
+		var name struct {
+			ID   string `json:"id"`
+			Type string `json:"type"`
+		}
+		// Decoding goes on past a field of the wrong type.
+		_ = json.Unmarshal(data, &name)
+		return Job{ID: clip(name.ID), Type: clip(name.Type)}, fmt.Errorf("it has %d bytes; the limit is %d", len(data), maxJob)
+	}
+	if err = json.Unmarshal(data, &job); err == nil {
+		err = job.checkBounds()
+	}
+	if err != nil {
+		return Job{ID: clip(job.ID), Type: clip(job.Type)}, err
+	}
+	return job.Needed(), nil
+}
+
+func (j Job) checkBounds() error {
+	for _, field := range []struct{ name, value string }{
+		{"id", j.ID}, {"type", j.Type}, {"status", j.Status}, {"certificate_id", j.CertificateID},
+		{"common_name", j.CommonName}, {"target_id", j.TargetID}, {"target_type", j.TargetType},
+	} {
+		if len(field.value) > maxField {
+			return fmt.Errorf("its %s has %d bytes; the limit is %d", field.name, len(field.value), maxField)
+		}
+	}
+	if len(j.TargetConfig) > maxTargetConfig {
+		return fmt.Errorf("its target_config has %d bytes; the limit is %d", len(j.TargetConfig), maxTargetConfig)
+	}
+	if !j.AwaitsCSR() {
+		return nil
+	}
+	if len(j.SANs) > maxNames {
+		return fmt.Errorf("it has %d names (sans); the limit is %d", len(j.SANs), maxNames)
+	}
+	size := 0
+	for _, name := range j.SANs {
+		size += len(name)
+	}
+	if size > maxNameBytes {
+		return fmt.Errorf("its names (sans) take %d bytes; the limit is %d", size, maxNameBytes)
+	}
+	return nil
+}
+
+// Needed is the job without what nothing is done with: a deployment's names are
+// in its certificate, and a CSR is for no target.
+func (j Job) Needed() Job {
+	if j.AwaitsCSR() {
+		j.TargetConfig = nil
+	} else {
+		j.CommonName, j.SANs = "", nil
+	}
+	return j
+}
+
+// clip bounds a field of a job that is refused.
+func clip(field string) string {
+	return strings.Clone(field[:min(len(field), maxField)])
 }
 
 // AwaitsCSR reports whether the agent has to make a key and submit a CSR.

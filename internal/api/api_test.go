@@ -133,6 +133,61 @@ func TestMalformedJobKeepsItsName(t *testing.T) {
 	}
 }
 
+// TestJobBounds: a job over a bound is refused with a reason, the others of the
+// answer are not, and of those that are taken only what is needed is kept.
+func TestJobBounds(t *testing.T) {
+	const csr = `"id":"j","type":"Renewal","status":"AwaitingCSR","certificate_id":"c"`
+	const deployment = `"id":"j","type":"Deployment","status":"Running","certificate_id":"c"`
+	names := func(n int, name string) string {
+		return `,"sans":[` + strings.TrimSuffix(strings.Repeat(`"`+name+`",`, n), ",") + `]`
+	}
+	text := func(n int) string { return `"` + strings.Repeat("x", n-2) + `"` }
+	for _, test := range []struct{ name, job, want string }{
+		{"names", csr + names(1000, "www.example.org"), ""},
+		{"too many names", csr + names(1001, "x"), "it has 1001 names (sans); the limit is 1000"},
+		{"too many empty names", csr + names(80_000, ""), "it has 80000 names (sans); the limit is 1000"},
+		{"long names", csr + names(300, strings.Repeat("x", 253)), "its names (sans) take 75900 bytes; the limit is 65536"},
+		{"megabytes of names", csr + names(2_000_000, ""), "bytes; the limit is 262144"},
+		{"megabytes of blanks", csr + strings.Repeat(" ", 1<<20), "bytes; the limit is 262144"},
+		{"names of a deployment", deployment + names(80_000, ""), ""},
+		{"megabytes of names of a deployment", deployment + names(2_000_000, ""), "bytes; the limit is 262144"},
+		{"configuration", deployment + `,"target_config":` + text(64<<10), ""},
+		{"large configuration", deployment + `,"target_config":` + text(64<<10+1), "its target_config has 65537 bytes; the limit is 65536"},
+		{"large configuration of a CSR", csr + `,"target_config":` + text(64<<10+1), "its target_config has 65537 bytes"},
+		{"long certificate id", strings.Replace(csr, `"c"`, text(1027), 1), "its certificate_id has 1025 bytes; the limit is 1024"},
+		{"long common name", csr + `,"common_name":` + text(1027), "its common_name has 1025 bytes"},
+		{"long target id", deployment + `,"target_id":` + text(1027), "its target_id has 1025 bytes"},
+		{"long target type", deployment + `,"target_type":` + text(1027), "its target_type has 1025 bytes"},
+		{"unknown field", deployment + `,"later":` + text(100_000), ""},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			var work api.Work
+			if err := json.Unmarshal([]byte(`{"jobs":[{"id":"before"},{`+test.job+`},{"id":"after"}]}`), &work); err != nil {
+				t.Fatal(err)
+			}
+			if test.want == "" {
+				if len(work.Jobs) != 3 || len(work.Malformed) != 0 {
+					t.Fatalf("%d jobs, refused %v, want three taken", len(work.Jobs), work.Malformed)
+				}
+				if job := work.Jobs[1]; job.AwaitsCSR() != (job.SANs != nil) || job.AwaitsCSR() && job.TargetConfig != nil {
+					t.Errorf("kept: %d names, %d bytes of configuration", len(job.SANs), len(job.TargetConfig))
+				}
+				return
+			}
+			if len(work.Jobs) != 2 || len(work.Malformed) != 1 {
+				t.Fatalf("%d jobs, refused %v, want one refused", len(work.Jobs), work.Malformed)
+			}
+			if m := work.Malformed[0]; m.ID != "j" || !strings.Contains(m.Err.Error(), test.want) {
+				t.Errorf("job %q refused: %v, want job j and %q", m.ID, m.Err, test.want)
+			}
+		})
+	}
+	var work api.Work
+	if err := json.Unmarshal([]byte(`{"jobs":[{"id":`+text(4<<20)+`}]}`), &work); err != nil || len(work.Malformed) != 1 || len(work.Malformed[0].ID) > 1<<10 {
+		t.Errorf("a job with an id of megabytes: %v, %d jobs refused", err, len(work.Malformed))
+	}
+}
+
 func TestTooManyJobs(t *testing.T) {
 	body := `{"jobs":[` + strings.Repeat(`{},`, 200_000) + `{}]}`
 	var work api.Work

@@ -39,8 +39,9 @@ const (
 	// begun, so that a full ledger can still say that it is full.
 	maxRefusals = 4096
 
-	// maxBytes bounds all records together: memory holds them too.
-	maxBytes = 64 << 20
+	// maxBytes bounds all records together: memory holds them too. It is 4 KiB
+	// for each of maxRecords.
+	maxBytes = 16 << 20
 )
 
 // ErrUnknown means that the ledger has no unfinished job of that id.

@@ -156,6 +156,23 @@ func TestConfigIsForgottenWithTheJob(t *testing.T) {
 	}
 }
 
+// TestNamesAreNotLoaded: records of earlier versions have names that deployments
+// do not use, a hostile control plane's hundreds of megabytes of them.
+func TestNamesAreNotLoaded(t *testing.T) {
+	dir := t.TempDir()
+	job := deployment("job-1")
+	job.CommonName, job.SANs = "www.example.org", slices.Repeat([]string{""}, 50_000)
+	claim(t, open(t, dir), job)
+	l := open(t, dir)
+	got := l.Unfinished()
+	if len(got) != 1 || got[0].SANs != nil || got[0].CommonName != "" || !sameJob(got[0], deployment("job-1")) {
+		t.Errorf("loaded %d jobs, the first with %d names", len(got), len(got[0].SANs))
+	}
+	if again := claim(t, l, deployment("job-1")); again != nil {
+		t.Errorf("the same job was taken for another one: %v", again)
+	}
+}
+
 func TestClaimedAgain(t *testing.T) {
 	changed := deployment("job-1")
 	changed.TargetID = "target-2"
@@ -260,7 +277,7 @@ func TestBounds(t *testing.T) {
 		{"no JSON", full(0, 0), broken, "encode"},
 		{"bad id", full(0, 0), deployment("../job"), "not valid"},
 		{"too many", full(maxRecords, 0), deployment("job-1"), "has 4096 jobs in hand"},
-		{"too many bytes", full(2, maxBytes/2), deployment("job-1"), "its limit is 67108864"},
+		{"too many bytes", full(2, maxBytes/2), deployment("job-1"), "its limit is 16777216"},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {

@@ -12,7 +12,7 @@ import (
 
 func TestRecordsSurviveTheirForm(t *testing.T) {
 	now := time.Now().UTC().Round(0)
-	r := &record{Seq: 7, State: finished, Claimed: now, Job: api.Job{ID: "job-1", CommonName: "<&>\u2028é"}, Reports: entries(outcome("<&>\u2028"), now)}
+	r := &record{Seq: 7, State: finished, Claimed: now, Job: api.Job{ID: "job-1", TargetID: "<&>\u2028é"}, Reports: entries(outcome("<&>\u2028"), now)}
 	do(t, r.encode())
 	got, err := decode(r.data)
 	do(t, err)
