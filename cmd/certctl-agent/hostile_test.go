@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"fmt"
 	"io"
 	"maps"
@@ -86,13 +87,63 @@ func TestHugeAnswers(t *testing.T) {
 	agent.waitLog(`"WARN"`, "try failed", "heartbeat", "larger than allowed")
 	agent.waitLog(`"WARN"`, "try failed", "poll", "larger than allowed")
 	agent.waitLog(`"WARN"`, "CSR not accepted yet", "larger than allowed")
-	job := h.waitDeployment(certificate, 1, api.StatusFailed)
-	if !strings.Contains(job.Error, "larger than allowed") {
-		t.Errorf("the error is %q", job.Error)
-	}
-	id := h.plane.Redeploy(certificate)[0]
-	h.waitJob(id, api.StatusCompleted)
+	agent.waitLog(`"WARN"`, "deployment not begun: it is tried again", "larger than allowed")
+	h.waitDeployment(certificate, 1, api.StatusCompleted)
 	agent.stop()
+}
+
+// TestGateway: while a gateway or a proxy has nowhere to send a request to, it
+// answers by itself, in many ways. Nothing is lost by that.
+func TestGateway(t *testing.T) {
+	t.Parallel()
+	tests := map[string]devplane.Fault{
+		"default backend":      {Status: 404, Body: "default backend - 404"},
+		"web page":             {Status: 404, Body: "<html><h1>404 Not Found</h1></html>", Header: http.Header{"Content-Type": {"text/html"}}},
+		"JSON":                 {Status: 404, Body: `{"message":"no Route matched with those values","request_id":"5a0c"}`},
+		"bad request":          {Status: 400, Body: "<html><h1>400 Bad Request</h1></html>"},
+		"method":               {Status: 405, Body: "405 method not allowed"},
+		"conflict":             {Status: 409},
+		"too large":            {Status: 413, Body: "<html><h1>413 Request Entity Too Large</h1></html>"},
+		"maintenance with 200": {Status: 200, Body: `{"error":"maintenance"}`},
+		"text with 200":        {Status: 200, Body: "ok"},
+		"gzip with 200": {Status: 200, Body: "\x1f\x8b\x08\x00\x00", Header: http.Header{"Content-Encoding": {"gzip"},
+			"Content-Type": {"application/json"}}},
+	}
+	for name, fault := range tests {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			h := newHost(t, devplane.Options{})
+			fault.Body = cmp.Or(fault.Body, " ")
+			certificate := h.certificate()
+			h.plane.StartIssuance(certificate)
+			// Each call of the renewal once on its way there.
+			fault.Times = 1
+			for _, call := range []string{devplane.CallHeartbeat, devplane.CallWork, devplane.CallCSR, devplane.CallCertificate} {
+				fault.Call = call
+				h.plane.Inject(fault)
+			}
+			release := h.hold("reload")
+			agent := h.start()
+			agent.waitLog("try failed", "poll")
+			agent.waitLog("CSR not accepted yet")
+			agent.waitLog("deployment not begun: it is tried again")
+			h.waitHeld("reload")
+			fault.Call, fault.Times = devplane.CallStatus, 2
+			h.plane.Inject(fault)
+			release()
+			agent.waitLog("a report was not delivered: it is kept and tried again")
+			job := h.waitDeployment(certificate, 1, api.StatusCompleted)
+			for _, event := range job.History {
+				if event.Status == api.StatusFailed {
+					t.Errorf("the job was reported Failed: %q", event.Error)
+				}
+			}
+			if line := agent.logged("a report is given up"); line != "" {
+				t.Error(line)
+			}
+			agent.stop()
+		})
+	}
 }
 
 // TestRedirects: none is followed, since it would carry the API key elsewhere.
