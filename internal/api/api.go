@@ -84,8 +84,9 @@ type Work struct {
 	Jobs  []Job `json:"jobs"`
 	Count int   `json:"count"`
 
-	// Malformed are the jobs that could not be decoded. Each was claimed all
-	// the same, so it is kept apart and does not take the others with it.
+	// Malformed are the jobs that could not be decoded or are too large. Each
+	// was claimed all the same, so it is kept apart and does not take the others
+	// with it.
 	Malformed []MalformedJob `json:"-"`
 
 	// Excess is how many jobs were left out because the answer held more than
