@@ -2,6 +2,7 @@ package agent_test
 
 import (
 	"context"
+	"fmt"
 	"net/http"
 	"strings"
 	"sync/atomic"
@@ -563,6 +564,45 @@ func TestOneRefusedReportDoesNotHoldUpTheOthers(t *testing.T) {
 		claimed := w.times("deploy")
 		if len(claimed) != 2 || !strings.Contains(w.done("report"), "report good Completed") {
 			t.Errorf("deployments at %v, reports %s: want good reported at once", claimed, w.done("report"))
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
+// walkedLedger counts the walks over all undelivered reports.
+type walkedLedger struct {
+	*ledger.Ledger
+	walks atomic.Int64
+}
+
+func (l *walkedLedger) Undelivered() []ledger.Delivery {
+	l.walks.Add(1)
+	return l.Ledger.Undelivered()
+}
+
+// TestEventsDoNotWalkAllReports: with thousands of reports that nobody takes,
+// each event would cost the loop milliseconds.
+func TestEventsDoNotWalkAllReports(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		counted := &walkedLedger{Ledger: w.ledger}
+		w.options.Ledger = counted
+		w.work = func(_ context.Context, n int) (api.Work, error) {
+			if n > 20 {
+				return api.Work{}, nil
+			}
+			return api.Work{Jobs: []api.Job{deployment(fmt.Sprint("d", n), "t"), csrJob(fmt.Sprint("c", n))}}, nil
+		}
+		w.report = func(string, api.JobStatus) error { return errTest }
+		w.start()
+		time.Sleep(time.Hour)
+		if got := len(w.ledger.Undelivered()); got != 20 || w.count("report") < 100 {
+			t.Errorf("%d reports tried %d times: the test shows nothing", got, w.count("report"))
+		}
+		if got := counted.walks.Load(); got != 1 {
+			t.Errorf("%d walks over all reports, want the one of the start", got)
 		}
 		if err := w.stop(); err != nil {
 			t.Errorf("Run: %v", err)
