@@ -148,6 +148,9 @@ func TestEveryCall(t *testing.T) {
 				if request.Proto != want {
 					t.Errorf("%s went by %s, want %s", request.Call, request.Proto, want)
 				}
+				if got := request.Header.Get("Accept-Encoding"); got != "identity" {
+					t.Errorf("%s has Accept-Encoding %q, want identity", request.Call, got)
+				}
 			}
 		})
 	}
