@@ -401,3 +401,39 @@ func TestTerminalEscapes(t *testing.T) {
 		})
 	}
 }
+
+// TestCommandsShowNoKeys: where any command is allowed, its output goes into
+// the job's error and the log without what is in a key file.
+func TestCommandsShowNoKeys(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, devplane.Options{})
+	delete(h.env, "CERTCTL_ALLOWED_COMMANDS")
+	certificate := h.deployed()
+	var body []string
+	for line := range strings.Lines(h.read("keys", certificate+".key")) {
+		if !strings.HasPrefix(line, "-----") {
+			body = append(body, strings.TrimSpace(line))
+		}
+	}
+	if len(body) < 2 {
+		t.Fatalf("the key file has the lines %q", body)
+	}
+	config := h.nginx("other-")
+	config["validate_command"] = "cat " + h.path("keys", certificate+".key") + " /nonexistent/file"
+	target := h.plane.AddTarget(devplane.Target{Agent: h.agentID, Type: "NGINX", Config: config})
+	agent := h.start()
+	h.plane.AddJob(api.Job{ID: "steal", Type: api.TypeDeployment, Status: devplane.StatusPending, CertificateID: certificate, TargetID: target})
+	job := h.waitJob("steal", api.StatusFailed)
+	agent.waitLog("deployment failed", "/nonexistent/file")
+	agent.stop()
+	if !strings.Contains(job.Error, "[redacted]") || !strings.Contains(job.Error, "/nonexistent/file") {
+		t.Errorf("the job's error is %q", job.Error)
+	}
+	for place, text := range map[string]string{"job": job.Error, "log": agent.output.String()} {
+		for _, line := range body {
+			if strings.Contains(text, line) {
+				t.Errorf("the %s shows a part of the key: %s", place, line)
+			}
+		}
+	}
+}

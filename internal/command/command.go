@@ -65,8 +65,8 @@ func Split(line string) ([]string, error) {
 }
 
 // Run runs a command to its end and returns what it printed, both streams
-// together, in at most 8 KiB on one printable line. The error of one that
-// cannot be started, exits with another status than 0, is ended by a signal, or
+// together, in at most 8 KiB on one printable line, without what looks like key
+// material. The error of one that cannot be started, exits with another status than 0, is ended by a signal, or
 // is not done when timeout has passed (or ctx ends) names the program and
 // includes that output. In the last case the command has been killed, together
 // with what it started, except for what has left its process group.
@@ -80,7 +80,8 @@ func Run(ctx context.Context, argv []string, timeout time.Duration) (string, err
 
 // Query is Run for a command that answers on standard output: that alone is
 // returned, as it is, and more than 16 MiB of it are an error. Standard error
-// is part of the error only.
+// is part of the error only. The answer is for parsing; nothing of it may go
+// into an error but the names that it was asked for.
 func Query(ctx context.Context, argv []string, timeout time.Duration) ([]byte, error) {
 	var answer limited
 	var diagnostics clipped
@@ -212,13 +213,12 @@ func (c *clipped) Write(data []byte) (int, error) {
 	return len(data), nil
 }
 
-// String is at most maxOutput bytes on one line.
+// String is at most maxOutput bytes on one line, without key material.
 func (c *clipped) String() string {
-	middle := ""
-	if c.cut {
-		middle = cutMark
+	if !c.cut {
+		return printable.Clip(redact(string(c.head)+string(c.tail), true, true), maxOutput)
 	}
-	return printable.Clip(string(c.head)+middle+string(c.tail), maxOutput)
+	return printable.Clip(redact(string(c.head), true, false)+cutMark+redact(string(c.tail), false, true), maxOutput)
 }
 
 // limited keeps maxAnswer bytes and discards what follows, so that the writer
