@@ -14,19 +14,20 @@ import (
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/buildinfo"
+	"certctl-agent/internal/proxy"
 )
 
 // controlPlane looks at the way to the control plane, step by step, so that
 // the first thing that is wrong is the one that is named.
 func (c *checker) controlPlane(ctx context.Context) {
-	proxy := c.config.Proxy.For(c.config.Server)
-	if proxy != nil {
-		c.ok("proxy", "%s", proxy.Redacted())
+	through := c.config.Proxy.For(c.config.Server)
+	if through != nil {
+		c.ok("proxy", "%s", proxy.Redacted(through))
 	}
-	if proxy == nil && !c.reach(ctx) {
+	if through == nil && !c.reach(ctx) {
 		return
 	}
-	if !c.handshake(ctx, proxy) {
+	if !c.handshake(ctx, through) {
 		return
 	}
 	if !c.config.APIKey.IsZero() && c.config.AgentID != "" {

@@ -300,7 +300,7 @@ func (l *loader) lookup(flag, variable, fallback string) (string, source) {
 	if value, ok := l.given[flag]; ok {
 		return strings.TrimSpace(value), fromFlag
 	}
-	if value := strings.TrimSpace(l.getenv(variable)); value != "" {
+	if value := l.environment(variable); value != "" {
 		return value, fromEnvironment
 	}
 	if l.file != nil {
@@ -309,6 +309,20 @@ func (l *loader) lookup(flag, variable, fallback string) (string, source) {
 		}
 	}
 	return fallback, fromDefault
+}
+
+// environment looks a variable up. No value begins and ends with a quote, but
+// Docker keeps the quotes of an env file.
+func (l *loader) environment(variable string) string {
+	value := strings.TrimSpace(l.getenv(variable))
+	if len(value) < 2 || value[0] != '"' && value[0] != '\'' || value[len(value)-1] != value[0] {
+		return value
+	}
+	warning := variable + " is in quotes in the environment, which are taken off: Docker keeps those of an env file; write the value without"
+	if !slices.Contains(l.config.Warnings, warning) {
+		l.config.warn(warning)
+	}
+	return strings.TrimSpace(value[1 : len(value)-1])
 }
 
 // describe names a source.
@@ -510,7 +524,7 @@ func (l *loader) finishProxy() {
 	l.config.Proxy = rules
 	through.Text = ""
 	if u := rules.URL(); u != nil {
-		through.Text = u.Redacted()
+		through.Text = proxy.Redacted(u)
 	}
 	l.config.values = append(l.config.values, through, except)
 }

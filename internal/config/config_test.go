@@ -258,11 +258,20 @@ func TestBadValues(t *testing.T) {
 		{"api-key", "hunter2\n hunter2", "holds a blank"},
 		{"api-key-file", "/does/not/exist", "no such file"},
 		{"api-key-file", empty, "is empty"},
-		{"api-key-file", filepath.Dir(empty), "is no regular file"},
+		{"api-key-file", filepath.Dir(empty), "is not a regular file"},
 		{"agent-id", "..", "cannot be an agent id"},
 		{"agent-id", "a\x1bb", "cannot be an agent id"},
 		{"agent-id", "a b", "cannot be an agent id"},
 		{"key-dir", "", "is empty"},
+		{"key-dir", "~/keys", `"~/keys" begins with '~', which only a shell expands`},
+		{"key-dir", "~", "only a shell expands"},
+		{"state-dir", "$HOME/state", `begins with '$', which only a shell expands`},
+		{"config", "~agent/agent.env", "only a shell expands"},
+		{"api-key-file", "~/key", "only a shell expands"},
+		{"ca-bundle", "${HOME}/ca.pem", "only a shell expands"},
+		{"discovery-passwords-file", "~/passwords", "only a shell expands"},
+		{"discovery-dirs", "/etc,~/tls", "only a shell expands"},
+		{"metrics-file", "~/m.prom", "only a shell expands"},
 		{"ca-bundle", empty, "holds no PEM certificate"},
 		{"discovery-interval", "soon", "is no duration"},
 		{"discovery-exclude", "[", "is no pattern"},
@@ -292,6 +301,25 @@ func TestBadValues(t *testing.T) {
 		if err != nil && strings.Contains(err.Error(), "hunter2") {
 			t.Errorf("-%s: the error quotes a secret: %v", test.flag, err)
 		}
+	}
+}
+
+// TestQuotesOfDocker: an env file that systemd would read as it was meant.
+func TestQuotesOfDocker(t *testing.T) {
+	c := mustLoad(t, environment{"CERTCTL_SERVER_URL": `"https://cp.example.org"`, "CERTCTL_AGENT_ID": "'agent-1'", "CERTCTL_API_KEY": `"k3y"`,
+		"CERTCTL_AGENT_NAME": `a "b"`, "CERTCTL_LOG_FORMAT": `""`, "NO_PROXY": `"a.example b.example"`, "HTTPS_PROXY": `"proxy:3128"`})
+	got := fmt.Sprint(c.Server, " ", c.AgentID, " ", c.APIKey.Reveal(), " ", c.Name, " ", c.LogFormat, " ", c.Proxy.URL())
+	if want := `https://cp.example.org agent-1 k3y a "b" json http://proxy:3128`; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+	warnings := strings.Join(c.Warnings, "\n")
+	for _, name := range []string{"CERTCTL_SERVER_URL", "CERTCTL_AGENT_ID", "CERTCTL_API_KEY", "CERTCTL_LOG_FORMAT", "NO_PROXY", "HTTPS_PROXY"} {
+		if strings.Count(warnings, name+" is in quotes in the environment") != 1 {
+			t.Errorf("not one warning about the quotes of %s:\n%s", name, warnings)
+		}
+	}
+	if strings.Contains(warnings, "k3y") || strings.Contains(warnings, "CERTCTL_AGENT_NAME") {
+		t.Errorf("warnings:\n%s", warnings)
 	}
 }
 
@@ -428,7 +456,7 @@ func TestConfigFile(t *testing.T) {
 		{"the default one, writable by all", "", chmod(0o602), "can be written by others (mode 0602)", ""},
 		{"readable by all", chmod(0o644), "", "", "can be read by others (mode 0644)"},
 		{"readable by the agent's group", chmod(0o640), "", "", ""},
-		{"a directory", filepath.Dir(good), "", "is no regular file", ""},
+		{"a directory", filepath.Dir(good), "", "is not a regular file", ""},
 		{"bad syntax", write(t, "bad.env", "\nA=\"\n"), "", "line 2 opens a quote", ""},
 		{"odd syntax", write(t, "odd.env", "CERTCTL_API_KEY=k\nCERTCTL_AGENT_ID=a\nA-B=c\n"), "", "", `line 3 is ignored: "A-B"`},
 		{"too long", write(t, "long.env", strings.Repeat("#", maxEnvFile+1)), "", "is longer than", ""},

@@ -50,6 +50,8 @@ func validKey(key string) bool {
 //     character.
 //   - Nothing is expanded.
 //
+// A byte order mark before the first line is passed over.
+//
 // Three things that systemd lets pass are errors here, since no operator means
 // them: a quote that is never closed (it swallows the rest of the file), a NUL,
 // and a line that begins with export (systemd ignores it).
@@ -61,6 +63,9 @@ func parseEnvFile(data []byte) (*envFile, error) {
 		return nil, fmt.Errorf("line %d is not UTF-8", lineAt(data, invalidAt(data)))
 	}
 	s := envScanner{text: string(data)}
+	if bytes.HasPrefix(data, byteOrderMark) {
+		s.pos = len(byteOrderMark)
+	}
 	f := &envFile{}
 	for s.skipBlank(); s.pos < len(s.text); s.skipBlank() {
 		start, line := s.pos, s.line()

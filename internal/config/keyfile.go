@@ -8,6 +8,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"time"
 
 	"certctl-agent/internal/secret"
 )
@@ -18,7 +19,7 @@ func readKey(path string) (key secret.String, info fs.FileInfo, warning string, 
 	if err != nil {
 		return secret.String{}, nil, "", err
 	}
-	text := strings.TrimSpace(string(data))
+	text := strings.TrimSpace(string(withoutMark(data)))
 	if text == "" {
 		return secret.String{}, nil, "", fmt.Errorf("%s is empty", path)
 	}
@@ -35,15 +36,22 @@ func ReadKeyFile(path string) (secret.String, error) {
 	return key, err
 }
 
+// keyTimeout is how long a call waits for a look at the key file. A local file
+// takes microseconds.
+const keyTimeout = time.Second
+
+const errLate = "it does not answer: look at the file system that it is on"
+
 // KeyFunc returns a function that returns the API key, for any number of
 // goroutines. Where the key comes from a file, each call looks whether that
 // has changed, which costs one stat. While the file cannot be read, or cannot
-// be trusted, the last good key stays in use, and the log says so once.
+// be trusted, or does not answer within a second, the last good key stays in
+// use, and the log says so once.
 func (c *Config) KeyFunc(log *slog.Logger) func() secret.String {
 	if c.APIKeyFile == "" {
 		return func() secret.String { return c.APIKey }
 	}
-	f := &keyFile{path: c.APIKeyFile, key: c.APIKey, log: log}
+	f := &keyFile{path: c.APIKeyFile, key: c.APIKey, log: log, stat: os.Stat}
 	return f.get
 }
 
@@ -51,39 +59,84 @@ func (c *Config) KeyFunc(log *slog.Logger) func() secret.String {
 type keyFile struct {
 	path string
 	log  *slog.Logger
+	stat func(string) (fs.FileInfo, error)
 
-	mu      sync.Mutex  // guards the rest; held for a read of a small local file
-	seen    fs.FileInfo // of the file that was last read, good or not; nil for none
+	mu      sync.Mutex // guards the rest; never held while the file is looked at
+	look    *look      // under way; nil for none
 	key     secret.String
 	failure string // the text that was logged last, "" when all is well
+
+	seen fs.FileInfo // of the file that was last read, good or not; nil for none. Belongs to the look
+}
+
+// look is one look at the file, for all calls that come while it lasts. The
+// file may be on a network file system whose server does not answer: then it
+// lasts until that does, and no second one is begun.
+type look struct {
+	done     chan struct{}
+	deadline time.Time
 }
 
 func (f *keyFile) get() secret.String {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	info, err := os.Stat(f.path)
+	if f.look == nil {
+		f.look = &look{done: make(chan struct{}), deadline: time.Now().Add(keyTimeout)}
+		go f.refresh(f.look)
+	}
+	current := f.look
+	f.mu.Unlock()
+	timeout := time.NewTimer(time.Until(current.deadline))
+	defer timeout.Stop()
+	late := false
+	select {
+	case <-current.done:
+	case <-timeout.C:
+		late = true
+	}
+	f.mu.Lock()
+	if late && f.look == current {
+		f.failed(errors.New(errLate))
+	}
+	return f.key
+}
+
+// refresh looks at the file and ends the look.
+func (f *keyFile) refresh(current *look) {
+	key, changed, err := f.latest()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	switch {
+	case err != nil:
+		f.failed(err)
+	case changed:
+		if f.failure != "" || !key.Equal(f.key) {
+			f.log.Info("API key read from its file again", "file", f.path, "changed", !key.Equal(f.key))
+		}
+		f.key, f.failure = key, ""
+	case f.failure == errLate:
+		f.failure = ""
+	}
+	f.look = nil
+	close(current.done)
+}
+
+// latest reads the file if it has changed since it was last read.
+func (f *keyFile) latest() (key secret.String, changed bool, err error) {
+	info, err := f.stat(f.path)
 	if err != nil {
 		f.seen = nil
-		f.failed(err)
-		return f.key
+		return secret.String{}, false, err
 	}
 	if f.seen != nil && unchanged(info, f.seen) {
-		return f.key
+		return secret.String{}, false, nil
 	}
 	f.seen = info // a file that changes while it is read is read again next time
 	key, read, _, err := readKey(f.path)
-	if err != nil {
-		f.failed(err)
-		return f.key
-	}
-	if !unchanged(info, read) {
+	if err == nil && !unchanged(info, read) {
 		f.seen = nil
 	}
-	if f.failure != "" || !key.Equal(f.key) {
-		f.log.Info("API key read from its file again", "file", f.path, "changed", !key.Equal(f.key))
-	}
-	f.key, f.failure = key, ""
-	return key
+	return key, err == nil, err
 }
 
 func (f *keyFile) failed(err error) {

@@ -2,11 +2,15 @@ package config
 
 import (
 	"bytes"
+	"io/fs"
 	"log/slog"
 	"os"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
+
+	"certctl-agent/internal/secret"
 )
 
 func TestKeyFunc(t *testing.T) {
@@ -70,5 +74,60 @@ func TestKeyFuncWithoutFile(t *testing.T) {
 func TestReadKeyFile(t *testing.T) {
 	if got, err := ReadKeyFile(write(t, "token", " t0ken\r\n")); err != nil || got.Reveal() != "t0ken" {
 		t.Errorf("token %q, %v", got.Reveal(), err)
+	}
+}
+
+// TestKeyFileHangs: calls go on with the key that they had while the file
+// system of the key file does not answer.
+func TestKeyFileHangs(t *testing.T) {
+	path := write(t, "key", "two")
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		looks := 0
+		answer := make(chan struct{})
+		f := &keyFile{path: path, key: secret.New("one"), log: slog.New(slog.NewTextHandler(&log, nil)), stat: func(path string) (fs.FileInfo, error) {
+			looks++
+			<-answer
+			return os.Stat(path)
+		}}
+		begun := time.Now()
+		for range 5 {
+			if got := f.get().Reveal(); got != "one" {
+				t.Errorf("key %q, want the last good one", got)
+			}
+		}
+		if waited := time.Since(begun); waited != keyTimeout {
+			t.Errorf("five calls waited %v in all, want %v", waited, keyTimeout)
+		}
+		synctest.Wait()
+		if looks != 1 || strings.Count(log.String(), "does not answer") != 1 {
+			t.Errorf("%d looks, log %q; want one of each", looks, log.String())
+		}
+		close(answer)
+		synctest.Wait()
+		if got := f.get().Reveal(); got != "two" {
+			t.Errorf("key %q once the file answers, want its own", got)
+		}
+	})
+}
+
+func TestByteOrderMark(t *testing.T) {
+	key := write(t, "key", "\ufeffk3y\r\n")
+	passwords := write(t, "passwords", "\ufeffone\n")
+	file := write(t, "agent.env", "\ufeffCERTCTL_AGENT_ID=a\r\nCERTCTL_API_KEY_FILE="+key+"\r\nCERTCTL_DISCOVERY_PASSWORDS_FILE="+passwords+"\r\n")
+	c := mustLoad(t, environment{"CERTCTL_CONFIG": file})
+	if c.AgentID != "a" || c.APIKey.Reveal() != "k3y" || c.DiscoveryPasswords[0].Reveal() != "one" {
+		t.Errorf("agent id %q, key %q, password %q", c.AgentID, c.APIKey.Reveal(), c.DiscoveryPasswords[0].Reveal())
+	}
+	for _, warning := range c.Warnings {
+		if strings.Contains(warning, file) {
+			t.Errorf("warning %q", warning)
+		}
+	}
+	if err := SetInFile(file, "CERTCTL_AGENT_ID", "b"); err != nil {
+		t.Fatal(err)
+	}
+	if text, _ := os.ReadFile(file); !strings.HasPrefix(string(text), "\ufeffCERTCTL_AGENT_ID=b\r\n") {
+		t.Errorf("the file became %q", text)
 	}
 }

@@ -1,15 +1,14 @@
 package config
 
 import (
+	"bytes"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"net/url"
-	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -94,37 +93,37 @@ func withoutURL(err error) error {
 }
 
 // parseBundle reads the certificates that the control plane's must chain to.
-func parseBundle(path string) (*x509.CertPool, error) {
-	f, err := os.Open(path)
+// The warning is about those that it holds and that cannot be used: bundles of
+// whole systems have a few that Go refuses, but in one of two that is the one
+// that matters. Anybody may read the file.
+func parseBundle(path string) (pool *x509.CertPool, warning string, err error) {
+	data, _, _, err := readTrusted(path, maxBundle)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxBundle+1))
-	if err != nil {
-		return nil, err
-	}
-	if len(data) > maxBundle {
-		return nil, fmt.Errorf("%s is longer than %d bytes", path, maxBundle)
-	}
-	pool := x509.NewCertPool()
-	found := false
+	data = bytes.ReplaceAll(data, byteOrderMark, nil) // within, too: bundles are joined from files
+	begun, used := bytes.Count(data, []byte("-----BEGIN ")), 0
+	reason := errors.New("it is not valid PEM")
+	pool = x509.NewCertPool()
 	for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) {
-		if block.Type != "CERTIFICATE" {
-			continue
-		}
 		certificate, err := x509.ParseCertificate(block.Bytes)
-		if err != nil {
-			// Bundles of whole systems hold a few that Go refuses.
-			continue
+		switch {
+		case block.Type != "CERTIFICATE":
+			reason = fmt.Errorf("%.40q is not CERTIFICATE", block.Type)
+		case err != nil:
+			reason = err
+		default:
+			pool.AddCert(certificate)
+			used++
 		}
-		pool.AddCert(certificate)
-		found = true
 	}
-	if !found {
-		return nil, fmt.Errorf("%s holds no PEM certificate that can be parsed", path)
+	switch {
+	case used == 0:
+		return nil, "", fmt.Errorf("%s holds no PEM certificate that can be parsed", path)
+	case used < begun:
+		warning = fmt.Sprintf("%s (CERTCTL_SERVER_CA_BUNDLE_PATH): %d of its %d PEM blocks are not used; of the last of them: %v", path, begun-used, begun, reason)
 	}
-	return pool, nil
+	return pool, warning, nil
 }
 
 // checkKey refuses an API key that cannot stand in a header (RFC 6750, 2.1,
@@ -215,6 +214,8 @@ func parsePath(value string) (string, error) {
 		return "", nil
 	case strings.ContainsRune(value, 0):
 		return "", errors.New("holds a NUL")
+	case value[0] == '~' || value[0] == '$':
+		return "", fmt.Errorf("%q begins with %q, which only a shell expands: write the path out (or ./%[1]s, if that is its name)", value, value[0])
 	}
 	return filepath.Abs(value)
 }
@@ -292,11 +293,14 @@ func parseGlobs(value string) ([]string, error) {
 // parsePasswords reads one password per line; what is on a line is the
 // password, blanks included.
 func parsePasswords(path string) (passwords []secret.String, warning string, err error) {
+	if path, err = parsePath(path); err != nil {
+		return nil, "", err
+	}
 	data, _, warning, err := readTrusted(path, maxSecretFile)
 	if err != nil {
 		return nil, "", err
 	}
-	for line := range strings.Lines(string(data)) {
+	for line := range strings.Lines(string(withoutMark(data))) {
 		if line = strings.TrimRight(line, "\r\n"); line != "" {
 			passwords = append(passwords, secret.New(line))
 		}

@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"math/big"
+	"os"
 	"strings"
 	"testing"
 )
@@ -33,8 +34,54 @@ func TestBundleWithoutUsableCertificate(t *testing.T) {
 		"a bad certificate": "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
 		"too long":          strings.Repeat("\n", maxBundle+1),
 	} {
-		if pool, err := parseBundle(write(t, "ca.pem", content)); err == nil || pool != nil {
+		if pool, _, err := parseBundle(write(t, "ca.pem", content)); err == nil || pool != nil {
 			t.Errorf("%s: pool %v, error %v", name, pool, err)
+		}
+	}
+}
+
+// TestBundleIsReadWhole: of two certificates none is lost without a word.
+func TestBundleIsReadWhole(t *testing.T) {
+	first, err := os.ReadFile(writeBundle(t))
+	must(t, err)
+	second, err := os.ReadFile(writeBundle(t))
+	must(t, err)
+	block, _ := pem.Decode(second)
+	trusted := string(pem.EncodeToMemory(&pem.Block{Type: "TRUSTED CERTIFICATE", Bytes: block.Bytes}))
+	for _, test := range []struct {
+		name, content string
+		want          int
+		warns         string
+	}{
+		{"two", string(first) + string(second), 2, ""},
+		{"a mark before the first", "\ufeff" + strings.TrimPrefix(string(first), "# our CA\n") + string(second), 2, ""},
+		{"a mark before each", "\ufeff" + strings.TrimPrefix(string(first), "# our CA\n") + "\ufeff" + strings.TrimPrefix(string(second), "# our CA\n"), 2, ""},
+		{"the second is cut", string(first) + string(second[:len(second)/2]), 1, "1 of its 2 PEM blocks are not used; of the last of them: it is not valid PEM"},
+		{"the second is damaged", string(first) + "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", 1, "1 of its 2 PEM blocks are not used; of the last of them: x509: malformed certificate"},
+		{"the second has another label", string(first) + trusted, 1, `"TRUSTED CERTIFICATE" is not CERTIFICATE`},
+		{"indented", string(first) + " " + strings.TrimPrefix(string(second), "# our CA\n"), 1, "it is not valid PEM"},
+	} {
+		c, err := load(t, with("CERTCTL_SERVER_CA_BUNDLE_PATH", write(t, "ca.pem", test.content)))
+		if err != nil {
+			t.Errorf("%s: %v", test.name, err)
+			continue
+		}
+		if warnings := strings.Join(c.Warnings, "\n"); !strings.Contains(warnings, test.warns) || test.warns == "" && strings.Contains(warnings, "PEM") {
+			t.Errorf("%s: warnings %q, want %q", test.name, c.Warnings, test.warns)
+		}
+		if got := len(c.Roots.Subjects()); got != test.want { //lint:ignore SA1019 not the system's pool
+			t.Errorf("%s: %d certificates, want %d", test.name, got, test.want)
+		}
+	}
+}
+
+// TestBundleMayBeRead: a bundle is public, so that mode draws no warning.
+func TestBundleMayBeRead(t *testing.T) {
+	path := writeBundle(t)
+	must(t, os.Chmod(path, 0o644))
+	for _, warning := range mustLoad(t, with("CERTCTL_SERVER_CA_BUNDLE_PATH", path)).Warnings {
+		if strings.Contains(warning, path) {
+			t.Errorf("warning %q", warning)
 		}
 	}
 }

@@ -76,7 +76,9 @@ func settings() []setting {
 				if c.CABundle, err = parsePath(value); err != nil || value == "" {
 					return err
 				}
-				c.Roots, err = parseBundle(c.CABundle)
+				var warning string
+				c.Roots, warning, err = parseBundle(c.CABundle)
+				c.warn(warning)
 				return err
 			}},
 		{flag: "insecure-skip-verify", variable: "CERTCTL_SERVER_TLS_INSECURE_SKIP_VERIFY", value: "false", boolean: true, lenient: true,

@@ -1,22 +1,74 @@
 package config
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
+	"time"
 )
 
+// readTimeout is how long a file may take. A network file system whose server
+// does not answer holds a read for ever, and a reload or a stop with it.
+const readTimeout = 10 * time.Second
+
+// byteOrderMark is what some editors put before UTF-8 text.
+var byteOrderMark = []byte("\ufeff")
+
 // readTrusted reads a file that decides what the agent does, or who it is. It
-// refuses one that others can write, or one of more than limit bytes, and
-// warns of one that others can read. What counts is the file that was opened,
-// so that nobody can swap it in between.
+// refuses one that others can write, or put another one in the place of, or one
+// of more than limit bytes, and warns of one that others can read. What counts
+// is the file that was opened, so that nobody can swap it in between.
 func readTrusted(path string, limit int64) (data []byte, info fs.FileInfo, warning string, err error) {
+	ok := within(readTimeout, func() func() {
+		d, i, w, e := openTrusted(path, limit)
+		return func() { data, info, warning, err = d, i, w, e }
+	})
+	if !ok {
+		return nil, nil, "", fmt.Errorf("%s could not be read within %v: look at the file system that it is on", path, readTimeout)
+	}
+	return data, info, warning, err
+}
+
+// within runs work, and what that returns if it is done in time. Work that is
+// not goes on: nothing ends a call that hangs in the kernel.
+func within(limit time.Duration, work func() (finish func())) bool {
+	done := make(chan func(), 1)
+	go func() { done <- work() }()
+	timeout := time.NewTimer(limit)
+	defer timeout.Stop()
+	select {
+	case finish := <-done:
+		finish()
+		return true
+	case <-timeout.C:
+		return false
+	}
+}
+
+func openTrusted(path string, limit int64) (data []byte, info fs.FileInfo, warning string, err error) {
+	if path, err = filepath.Abs(path); err != nil {
+		return nil, nil, "", err
+	}
+	if err := trustDirs(path, os.Geteuid()); err != nil {
+		return nil, nil, "", fmt.Errorf("%s %w", path, err)
+	}
+	// Opening a device can have effects.
+	if info, err = os.Stat(path); err == nil && !info.Mode().IsRegular() {
+		return nil, nil, "", fmt.Errorf("%s %w", path, errNotRegular)
+	}
 	// Without O_NONBLOCK opening a named pipe would wait for a writer.
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if errors.Is(err, fs.ErrPermission) && info != nil {
+		return nil, nil, "", fmt.Errorf("%w: it has mode %04o and belongs to user %d, and the agent runs as user %d%s",
+			err, info.Mode().Perm(), owner(info), os.Geteuid(), inContainers)
+	}
 	if err != nil {
 		return nil, nil, "", err
 	}
@@ -39,27 +91,103 @@ func readTrusted(path string, limit int64) (data []byte, info fs.FileInfo, warni
 	return data, info, warning, nil
 }
 
+var errNotRegular = errors.New("is not a regular file")
+
+// inContainers explains an owner that the operator did not choose.
+const inContainers = " (a file that is mounted into a container keeps its owner on the host)"
+
+// trustDirs judges the directories on the way to a file, link by link: who can
+// write one can put another file of root's, or a link to one, in its place. In
+// a sticky directory only the owner of the file or link can. Whatever keeps it
+// from looking is left for the opening of the file to say.
+func trustDirs(path string, euid int) error {
+	const maxLinks = 40 // as Linux has it
+	at, rest, links := "/", strings.Split(path, "/"), 0
+	info, err := os.Lstat(at)
+	for err == nil {
+		if err := trustDir(at, info, euid); err != nil {
+			return err
+		}
+		shared := info.Mode().Perm()&0o022 != 0
+		for len(rest) > 0 && (rest[0] == "" || rest[0] == ".") {
+			rest = rest[1:]
+		}
+		if len(rest) == 0 {
+			return nil
+		}
+		next := filepath.Join(at, rest[0]) // at has no links, so .. is above it
+		rest = rest[1:]
+		if info, err = os.Lstat(next); err != nil {
+			return nil
+		}
+		switch {
+		case info.IsDir():
+			at = next
+		case info.Mode().Type() != fs.ModeSymlink:
+			return nil
+		case shared && !ours(info, euid):
+			return fmt.Errorf("is reached by the link %s of user %d, neither root nor the agent's own (%d): name the file itself", next, owner(info), euid)
+		default:
+			link, err := os.Readlink(next)
+			if links++; err != nil || links > maxLinks {
+				return nil
+			}
+			if filepath.IsAbs(link) {
+				at = "/"
+			}
+			rest = append(strings.Split(link, "/"), rest...)
+			if info, err = os.Lstat(at); err != nil {
+				return nil
+			}
+		}
+	}
+	return nil
+}
+
+func trustDir(path string, info fs.FileInfo, euid int) error {
+	if !ours(info, euid) {
+		return fmt.Errorf("is in the directory %s of user %d, neither root nor the agent's own (%d), who can replace it: chown that, or move the file", path, owner(info), euid)
+	}
+	mode := info.Mode()
+	writable := mode.Perm() & 0o022
+	if stat, ok := info.Sys().(*syscall.Stat_t); ok && stat.Gid == 0 {
+		writable &= 0o002 // nobody but root is in root's group
+	}
+	if writable != 0 && mode&fs.ModeSticky == 0 {
+		return fmt.Errorf("is in the directory %s, which others can write (mode %04o), so that they can replace it: chmod go-w that, or move the file", path, mode.Perm())
+	}
+	return nil
+}
+
+func ours(info fs.FileInfo, euid int) bool { return owner(info) == 0 || owner(info) == euid }
+
+// owner is the user that a file belongs to, -1 where the system has none.
+func owner(info fs.FileInfo) int {
+	if stat, ok := info.Sys().(*syscall.Stat_t); ok {
+		return int(stat.Uid)
+	}
+	return -1
+}
+
 // trust judges a file by its owner and mode. A group that the agent itself is
 // in may read it: that is how an agent that is not root gets at a file that it
 // must not own. So may root's: a systemd credential looks as if it did, its
-// group bits being the mask of an access list. The directory is not looked at: who can replace the file would
-// have to be its owner.
+// group bits being the mask of an access list.
 func trust(info fs.FileInfo, euid int) (warning string, err error) {
 	if !info.Mode().IsRegular() {
-		return "", errors.New("is no regular file")
+		return "", errNotRegular
 	}
 	if info.Mode().Perm()&0o022 != 0 {
 		return "", fmt.Errorf("can be written by others (mode %04o): chmod go-w", info.Mode().Perm())
 	}
-	owner, ok := info.Sys().(*syscall.Stat_t)
-	if !ok {
-		return "", errors.New("has no owner")
-	}
-	if owner.Uid != 0 && int(owner.Uid) != euid {
-		return "", fmt.Errorf("belongs to user %d, neither root nor the agent's own (%d): chown it", owner.Uid, euid)
+	if !ours(info, euid) {
+		return "", fmt.Errorf("belongs to user %d, neither root nor the agent's own (%d): chown it%s", owner(info), euid, inContainers)
 	}
 	world := info.Mode().Perm()&0o004 != 0
-	group := info.Mode().Perm()&0o040 != 0 && !trustedGroup(int(owner.Gid))
+	group := false
+	if stat, ok := info.Sys().(*syscall.Stat_t); ok {
+		group = info.Mode().Perm()&0o040 != 0 && !trustedGroup(int(stat.Gid))
+	}
 	if world || group {
 		return fmt.Sprintf("can be read by others (mode %04o): chmod it to 0600", info.Mode().Perm()), nil
 	}
@@ -70,3 +198,6 @@ func trustedGroup(gid int) bool {
 	groups, err := os.Getgroups()
 	return gid == 0 || gid == os.Getegid() || err == nil && slices.Contains(groups, gid)
 }
+
+// withoutMark takes the byte order mark from the beginning of a text.
+func withoutMark(data []byte) []byte { return bytes.TrimPrefix(data, byteOrderMark) }

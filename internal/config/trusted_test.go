@@ -3,6 +3,7 @@ package config
 import (
 	"io/fs"
 	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -39,7 +40,7 @@ func TestTrust(t *testing.T) {
 		{"world-readable", fileInfo{0o604, 0, 0}, "can be read by others", ""},
 		{"readable by the agent's group", fileInfo{0o640, 0, own}, "", ""},
 		{"readable by another group", fileInfo{0o640, 0, 54321}, "can be read by others", ""},
-		{"a pipe", fileInfo{0o600 | fs.ModeNamedPipe, 0, 0}, "", "is no regular file"},
+		{"a pipe", fileInfo{0o600 | fs.ModeNamedPipe, 0, 0}, "", "is not a regular file"},
 	} {
 		warning, err := trust(test.info, euid)
 		if !strings.Contains(warning, test.wantWarn) || test.wantWarn == "" && warning != "" {
@@ -56,7 +57,101 @@ func TestReadTrustedDoesNotWaitForAPipe(t *testing.T) {
 	if err := syscall.Mkfifo(path, 0o600); err != nil {
 		t.Skip("no named pipes here: ", err)
 	}
-	if _, _, _, err := readTrusted(path, 100); err == nil || !strings.Contains(err.Error(), "is no regular file") {
+	if _, _, _, err := readTrusted(path, 100); err == nil || !strings.Contains(err.Error(), "is not a regular file") {
 		t.Errorf("error %v, want one about a regular file", err)
+	}
+}
+
+// TestTrustOfDirectories moves a file into directories that others could have
+// put it in.
+func TestTrustOfDirectories(t *testing.T) {
+	base := t.TempDir()
+	dir := func(name string, mode fs.FileMode) string {
+		path := filepath.Join(base, name)
+		must(t, os.Mkdir(path, 0o700))
+		must(t, os.Chmod(path, mode))
+		must(t, os.WriteFile(filepath.Join(path, "file"), []byte("x"), 0o600))
+		return path
+	}
+	link := func(at, name, to string) string {
+		path := filepath.Join(at, name)
+		must(t, os.Symlink(to, path))
+		return path
+	}
+	closed, open, sticky := dir("closed", 0o755), dir("open", 0o777), dir("sticky", 0o777|fs.ModeSticky)
+	must(t, os.Mkdir(filepath.Join(open, "below"), 0o700))
+	must(t, os.WriteFile(filepath.Join(open, "below", "file"), []byte("x"), 0o600))
+	tests := []struct{ name, path, want string }{
+		{"closed", closed + "/file", ""},
+		{"open to all", open + "/file", "is in the directory " + open + ", which others can write (mode 0777)"},
+		{"above", open + "/below/file", "is in the directory " + open + ", which others can write"},
+		{"sticky", sticky + "/file", ""},
+		{"by a link into an open one", link(closed, "to-open", open+"/file"), "is in the directory " + open},
+		{"by a link out of an open one", link(open, "to-closed", "../closed/file"), "is in the directory " + open},
+		{"by a link to a directory", link(closed, "dir", "../open/below") + "/file", "is in the directory " + open},
+		{"past ..", closed + "/../closed/./file", ""},
+		{"by a link of the agent's in a sticky one", link(sticky, "link", closed+"/file"), ""},
+		{"a circle", link(closed, "circle", "circle"), "too many levels of symbolic links"},
+		{"no file", closed + "/none", "no such file"},
+	}
+	if os.Geteuid() == 0 {
+		group := dir("group", 0o775)
+		must(t, os.Chown(group, 0, 4242))
+		roots := dir("roots-group", 0o775)
+		foreign := dir("foreign", 0o755)
+		must(t, os.Chown(foreign, 4242, 0))
+		strange := link(sticky, "strange", closed+"/file")
+		must(t, os.Lchown(strange, 4242, 0))
+		theirs := filepath.Join(closed, "theirs")
+		must(t, os.WriteFile(theirs, []byte("x"), 0o600))
+		must(t, os.Chown(theirs, 4242, 0))
+		tests = append(tests, []struct{ name, path, want string }{
+			{"open to a group", group + "/file", "is in the directory " + group + ", which others can write (mode 0775)"},
+			{"open to root's group", roots + "/file", ""},
+			{"another user's directory", foreign + "/file", "is in the directory " + foreign + " of user 4242"},
+			{"another user's link in a sticky one", strange, "is reached by the link " + strange + " of user 4242"},
+			{"another user's file", theirs, "belongs to user 4242, neither root nor the agent's own (0): chown it (a file that is mounted into a container keeps its owner on the host)"},
+		}...)
+	}
+	for _, test := range tests {
+		_, _, _, err := readTrusted(test.path, 100)
+		if test.want == "" && err != nil || test.want != "" && (err == nil || !strings.Contains(err.Error(), test.want)) {
+			t.Errorf("%s: error %v, want %q", test.name, err, test.want)
+		}
+	}
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestEverySettingReadsTrusted: no setting reads a file in another way.
+func TestEverySettingReadsTrusted(t *testing.T) {
+	for _, flag := range []string{"config", "api-key-file", "ca-bundle", "discovery-passwords-file"} {
+		open := write(t, flag, "x")
+		must(t, os.Chmod(open, 0o666))
+		pipe := filepath.Join(filepath.Dir(open), "pipe")
+		must(t, syscall.Mkfifo(pipe, 0o600))
+		for path, want := range map[string]string{open: "can be written by others (mode 0666): chmod go-w", pipe: "is not a regular file"} {
+			_, err := load(t, required(), "-"+flag, path)
+			if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "-"+flag+" (CERTCTL_") {
+				t.Errorf("-%s %s: error %v, want one with %q", flag, path, err, want)
+			}
+		}
+	}
+}
+
+func TestWithin(t *testing.T) {
+	never := make(chan struct{})
+	defer close(never)
+	if within(time.Millisecond, func() func() { <-never; return func() { t.Error("finished") } }) {
+		t.Error("what never ends was in time")
+	}
+	done := false
+	if !within(time.Minute, func() func() { return func() { done = true } }) || !done {
+		t.Error("what ends at once was not in time")
 	}
 }

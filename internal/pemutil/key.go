@@ -1,6 +1,7 @@
 package pemutil
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
@@ -34,6 +35,7 @@ var (
 // PARAMETERS that openssl writes before a key, are passed over. Errors say
 // nothing about the key itself.
 func ParseKey(data []byte) (crypto.Signer, error) {
+	data = bytes.TrimPrefix(data, []byte(byteOrderMark)) // without a copy of the key
 	for {
 		var block *pem.Block
 		block, data = pem.Decode(data)

@@ -48,6 +48,7 @@ func TestParseKey(t *testing.T) {
 		err  string
 	}{
 		{"SEC 1", sec1, ecKey, ""},
+		{"byte order mark", append([]byte("\ufeff"), sec1...), ecKey, ""},
 		{"SEC 1 after its parameters", append(parameters, sec1...), ecKey, ""},
 		{"SEC 1 with CRLF", bytes.ReplaceAll(sec1, []byte("\n"), []byte("\r\n")), ecKey, ""},
 		{"PKCS#8 ECDSA", block("PRIVATE KEY", must(x509.MarshalPKCS8PrivateKey(ecKey))), ecKey, ""},

@@ -13,7 +13,12 @@ import (
 	"strings"
 )
 
-const certificateType = "CERTIFICATE"
+const (
+	certificateType = "CERTIFICATE"
+
+	// byteOrderMark is what some editors put before UTF-8 text.
+	byteOrderMark = "\ufeff"
+)
 
 // ErrNoCertificate means that there is no CERTIFICATE block.
 var ErrNoCertificate = errors.New("there is no CERTIFICATE block in it")
@@ -22,6 +27,9 @@ var ErrNoCertificate = errors.New("there is no CERTIFICATE block in it")
 // order. Text around the blocks and blocks of other types are ignored, except
 // for private keys, which must not be where certificates are expected.
 func ParseCertificates(data []byte) ([]*x509.Certificate, error) {
+	// Within as well: the text may have been joined from files that begin with
+	// one, and encoding/pem passes over a block that follows one.
+	data = bytes.ReplaceAll(data, []byte(byteOrderMark), nil)
 	begun := bytes.Count(data, []byte("-----BEGIN "+certificateType+"-----"))
 	var certs []*x509.Certificate
 	for {

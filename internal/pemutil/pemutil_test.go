@@ -41,6 +41,7 @@ func TestParseCertificates(t *testing.T) {
 		{"blank lines between", join(leaf, []byte("\n\n"), chain, []byte("\n")), 3, ""},
 		{"CRLF", bytes.ReplaceAll(join(leaf, chain), []byte("\n"), []byte("\r\n")), 3, ""},
 		{"text around", join([]byte("subject: x\n"), leaf, []byte("Bag Attributes\n"), chain), 3, ""},
+		{"byte order marks", join([]byte("\ufeff"), leaf, []byte("\ufeff"), chain), 3, ""},
 		{"no final newline", bytes.TrimSpace(leaf), 1, ""},
 		{"other blocks", join(other, leaf, other), 1, ""},
 		{"key in it", join(leaf, issued.KeyPEM()), 0, "EC PRIVATE KEY"},

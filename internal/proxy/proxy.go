@@ -10,7 +10,9 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"strconv"
 	"strings"
+	"unicode"
 )
 
 // Rules choose a proxy. The zero value means none.
@@ -43,10 +45,9 @@ func Parse(httpsProxy, noProxy string) (*Rules, error) {
 		}
 		r.proxy = proxy
 	}
-	for entry := range strings.SplitSeq(noProxy, ",") {
-		entry = strings.ToLower(strings.TrimSpace(entry))
+	// Blanks separate, too, as for curl: no entry holds one.
+	for entry := range strings.FieldsFuncSeq(strings.ToLower(noProxy), isSeparator) {
 		switch entry {
-		case "":
 		case "*":
 			r.everything = true
 		default:
@@ -55,6 +56,8 @@ func Parse(httpsProxy, noProxy string) (*Rules, error) {
 	}
 	return r, nil
 }
+
+func isSeparator(r rune) bool { return r == ',' || unicode.IsSpace(r) }
 
 func parseURL(value string) (*url.URL, error) {
 	// "proxy.example:3128" is the usual way to write it.
@@ -67,9 +70,31 @@ func parseURL(value string) (*url.URL, error) {
 	}
 	switch u.Scheme {
 	case "http", "https", "socks5", "socks5h":
-		return u, nil
+	default:
+		return nil, fmt.Errorf("has scheme %q: a proxy's is one of %s", u.Scheme, schemes)
 	}
-	return nil, fmt.Errorf("has scheme %q: a proxy's is one of %s", u.Scheme, schemes)
+	// Most likely the rest of a password: everything before would be shown, as
+	// the host, and looked up.
+	if u.Path != "" && u.Path != "/" || strings.ContainsAny(value, "?#") {
+		return nil, errors.New("has a path, a query or a fragment, and a proxy has none: a / ? or # in a user name or password is written %2F %3F %23")
+	}
+	if n, err := strconv.Atoi(u.Port()); u.Port() != "" && (err != nil || n < 1 || n > 65535) {
+		return nil, errors.New("has a port that is out of range: from 1 to 65535")
+	}
+	return u, nil
+}
+
+// Redacted is a proxy's URL without what may be a secret: a password, or a user
+// name that stands alone, which is how tokens are given.
+func Redacted(u *url.URL) string {
+	if u.User != nil {
+		if _, ok := u.User.Password(); !ok {
+			shown := *u
+			shown.User = url.User("xxxxx")
+			return shown.String()
+		}
+	}
+	return u.Redacted()
 }
 
 func parseException(entry string) exception {
@@ -98,7 +123,7 @@ func splitPort(entry string) (host, port string) {
 	return entry, ""
 }
 
-// URL returns the proxy, or nil; for display use its Redacted method.
+// URL returns the proxy, or nil; for display use Redacted.
 func (r *Rules) URL() *url.URL { return r.proxy }
 
 // ForRequest returns the proxy of a request, or nil for a direct connection.

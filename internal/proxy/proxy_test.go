@@ -92,12 +92,44 @@ func TestParse(t *testing.T) {
 			t.Errorf("Parse(%q) = %v, %v, want %s", test.value, rules.URL(), err, test.want)
 		}
 	}
-	for _, value := range []string{"ftp://proxy.example", "http://", "http://user:hunter2@[::1", "://hunter2", "http://u:hunter2%@proxy"} {
+	for _, value := range []string{"ftp://proxy.example", "http://", "http://user:hunter2@[::1", "://hunter2", "http://u:hunter2%@proxy",
+		"http://u:12#hunter2@proxy:3128", "http://u:12/hunter2@proxy:3128", "http://u:12?hunter2@proxy:3128", "u:12#hunter2@proxy:3128",
+		"http://u:#hunter2@proxy", "http://proxy/hunter2", "http://proxy?hunter2", "http://proxy#", "http://u:hunter2#@proxy", "http://proxy:99999", "http://proxy:0"} {
 		rules, err := proxy.Parse(value, "")
 		if err == nil {
 			t.Errorf("Parse(%q) = %v, want an error", value, rules.URL())
 		} else if strings.Contains(err.Error(), "hunter2") {
 			t.Errorf("the error quotes the URL: %v", err)
+		}
+	}
+}
+
+func TestRedacted(t *testing.T) {
+	for value, want := range map[string]string{
+		"http://proxy:3128":              "http://proxy:3128",
+		"http://user:hunter2@proxy:3128": "http://user:xxxxx@proxy:3128",
+		"http://hunter2@proxy:3128":      "http://xxxxx@proxy:3128",
+		"http://:hunter2@proxy":          "http://:xxxxx@proxy",
+	} {
+		rules, err := proxy.Parse(value, "")
+		if err != nil {
+			t.Errorf("%s: %v", value, err)
+		} else if got := proxy.Redacted(rules.URL()); got != want {
+			t.Errorf("Redacted(%s) = %s, want %s", value, got, want)
+		}
+	}
+}
+
+// TestBlanksInNoProxy: curl takes them for separators, net/http for a part of
+// a name that nothing has.
+func TestBlanksInNoProxy(t *testing.T) {
+	rules, err := proxy.Parse(through, "a.example b.example,\t10.0.0.0/8\n .c.example")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for host, direct := range map[string]bool{"a.example": true, "b.example": true, "10.1.2.3": true, "x.c.example": true, "d.example": false} {
+		if got := rules.For(&url.URL{Scheme: "https", Host: host}); (got == nil) != direct {
+			t.Errorf("proxy for %s: %v", host, got)
 		}
 	}
 }

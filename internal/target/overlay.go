@@ -1,6 +1,7 @@
 package target
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -49,7 +50,7 @@ func (o *Overlays) read(name string) (map[string]*value, error) {
 	if err != nil {
 		return nil, fmt.Errorf("overlay %s: %w", filepath.Join(o.dir, name), err)
 	}
-	values, err := parseObject(data)
+	values, err := parseObject(bytes.TrimPrefix(data, []byte("\ufeff"))) // some editors put a byte order mark first
 	if err != nil {
 		return nil, fmt.Errorf("overlay %s: %w", filepath.Join(o.dir, name), err)
 	}

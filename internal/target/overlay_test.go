@@ -84,3 +84,10 @@ func must(t *testing.T, err error) {
 		t.Fatal(err)
 	}
 }
+
+func TestOverlayWithByteOrderMark(t *testing.T) {
+	c, err := Merge(nil, "NGINX", "t-1", overlays(t, "t-1.json", "\ufeff{\"key_path\":\"/k\"}"))
+	if err != nil || !c.Local("key_path") {
+		t.Errorf("got %v", err)
+	}
+}
