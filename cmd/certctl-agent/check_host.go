@@ -10,6 +10,7 @@ import (
 	"syscall"
 
 	"certctl-agent/internal/command"
+	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/target"
 )
 
@@ -54,6 +55,12 @@ func (c *checker) directory(check, path string) {
 		free := uint64(stat.Bavail) * uint64(stat.Bsize)
 		if free < minSpace {
 			c.warn(check, "free some space: a deployment needs room for the new files and for backups", "%s has %d MiB left", path, free>>20)
+			return
+		}
+	}
+	if path == c.config.KeyDir {
+		if err := keystore.Inspect(path, keystore.Owner{StateDir: c.config.StateDir}); err != nil {
+			c.fail(check, "", "%v", err)
 			return
 		}
 	}

@@ -108,6 +108,12 @@ func runDaemon(ctx context.Context, p process) error {
 func (d *daemon) open(ctx context.Context, p process) error {
 	cfg := d.config
 	var err error
+	// First: the state directory is made in it. Opening it removes leftovers of a
+	// crash, under its lock.
+	if d.keys, err = keystore.OpenAs(keystore.Owner{Agent: cfg.AgentID, StateDir: cfg.StateDir}, cfg.KeyDir, d.log); err != nil {
+		return err
+	}
+	d.onClose(func() { d.keys.Close() })
 	if d.state, err = statedir.Open(cfg.InstanceStateDir(), cfg.AgentID, machineID()); err != nil {
 		return err
 	}
@@ -115,11 +121,6 @@ func (d *daemon) open(ctx context.Context, p process) error {
 	if d.state.Cloned {
 		d.log.Warn(clonedWarning, "state_dir", d.state.Path)
 	}
-	// Under the lock: opening the key store removes leftovers of a crash.
-	if d.keys, err = keystore.Open(cfg.KeyDir, d.log); err != nil {
-		return err
-	}
-	d.onClose(func() { d.keys.Close() })
 	if d.ledger, err = ledger.Open(d.state.Root, d.log); err != nil {
 		return err
 	}

@@ -309,20 +309,54 @@ func TestSecondAgent(t *testing.T) {
 	agent := h.start()
 	agent.waitLog("first heartbeat accepted")
 	begun := h.plane.Connections()
-	code, output := h.run()
-	if code != exitFailure || !strings.Contains(output, "another agent is running with this state directory") {
-		t.Errorf("the second agent: exit code %d\n%s", code, output)
+	id := h.plane.RegisterAgent("other")
+	for name, second := range map[string]struct {
+		env  map[string]string
+		want string
+	}{
+		"the same agent":               {nil, "another agent uses this key directory: " + h.path("keys") + " is in use by agent " + h.agentID + ", process "},
+		"the same state directory":     {map[string]string{"CERTCTL_KEY_DIR": h.path("other-keys"), "CERTCTL_STATE_DIR": h.path("keys", ".state")}, "another agent is running with this state directory"},
+		"another agent, the same keys": {map[string]string{"CERTCTL_AGENT_ID": id, "CERTCTL_STATE_DIR": h.path("other-state")}, "another agent uses this key directory"},
+	} {
+		code, output := h.runWith(second.env)
+		if code != exitFailure || !strings.Contains(output, second.want) {
+			t.Errorf("%s: exit code %d\n%s", name, code, output)
+		}
 	}
 	if n := h.plane.Connections() - begun; n != 0 {
-		t.Errorf("the second agent made %d connections", n)
+		t.Errorf("the second agents made %d connections", n)
 	}
-	if code, output := h.run("status", "-check"); code != exitOK {
-		t.Errorf("the first agent does not run any more: %s", output)
+	for _, command := range []string{"status", "check"} {
+		if code, output := h.run(command); code != exitOK {
+			t.Errorf("%s beside the first agent: exit code %d\n%s", command, code, output)
+		}
 	}
-	// Another agent id is another state.
-	id := h.plane.RegisterAgent("other")
-	other := h.startWith(map[string]string{"CERTCTL_AGENT_ID": id})
+	// With keys of its own another agent id is another state.
+	other := h.startWith(map[string]string{"CERTCTL_AGENT_ID": id, "CERTCTL_KEY_DIR": h.path("other-keys")})
 	other.waitLog("first heartbeat accepted")
 	other.stop()
 	agent.stop()
+}
+
+// TestKeyDirOfOthers: a directory that others use is neither closed to them nor
+// written to, and check says so.
+func TestKeyDirOfOthers(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, devplane.Options{})
+	h.env["CERTCTL_KEY_DIR"] = h.path("tls")
+	h.write("tls/site.conf", "x", 0o644)
+	want := `holds "site.conf", which is not the agent's`
+	if code, output := h.run(); code != exitFailure || !strings.Contains(output, want) {
+		t.Errorf("exit code %d\n%s", code, output)
+	}
+	if code, found := h.check(nil, "key directory"); code != exitFailure || !strings.Contains(found, want) {
+		t.Errorf("check: exit code %d\n%s", code, found)
+	}
+	info, err := os.Stat(h.path("tls"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if list, err := os.ReadDir(h.path("tls")); err != nil || len(list) != 1 || info.Mode().Perm() != 0o755 {
+		t.Errorf("mode %v, %d files, %v", info.Mode(), len(list), err)
+	}
 }

@@ -39,6 +39,29 @@ func Replace(root *os.Root, name string, data []byte, mode fs.FileMode) error {
 	return nil
 }
 
+// Create is WriteFile for a file that must not be there yet: of two processes
+// that make it at the same time one gets fs.ErrExist, and the other's file stays.
+func Create(root *os.Root, name string, data []byte, mode fs.FileMode) error {
+	temporary, err := writeTemporary(root, name, data, mode)
+	if err != nil {
+		return fmt.Errorf("write %s: %w", name, err)
+	}
+	// A rename would replace what is there, and a link does not.
+	if err = root.Link(temporary, name); err != nil && !errors.Is(err, fs.ErrExist) {
+		// Some file systems have no links. Here two processes may yet collide.
+		if _, missing := root.Lstat(name); errors.Is(missing, fs.ErrNotExist) {
+			if err = root.Rename(temporary, name); err == nil {
+				return SyncDir(root, path.Dir(name))
+			}
+		}
+	}
+	removed := root.Remove(temporary)
+	if err != nil {
+		return errors.Join(fmt.Errorf("create %s: %w", name, err), removed)
+	}
+	return errors.Join(removed, SyncDir(root, path.Dir(name)))
+}
+
 // writeTemporary makes a complete, synced file beside name, since a rename is
 // atomic only within one file system.
 func writeTemporary(root *os.Root, name string, data []byte, mode fs.FileMode) (temporary string, err error) {

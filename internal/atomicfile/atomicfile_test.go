@@ -268,3 +268,35 @@ func TestRemove(t *testing.T) {
 		t.Errorf("SyncDir of nothing: %v, want fs.ErrNotExist", err)
 	}
 }
+
+// TestCreate has many make the same file: one does, and the others learn it.
+func TestCreate(t *testing.T) {
+	root := openRoot(t, t.TempDir())
+	var group sync.WaitGroup
+	made := make(chan string, 8)
+	for i := range cap(made) {
+		group.Go(func() {
+			content := strings.Repeat("x", i+1)
+			switch err := atomicfile.Create(root, "a", []byte(content), 0o640); {
+			case err == nil:
+				made <- content
+			case !errors.Is(err, fs.ErrExist):
+				t.Error(err)
+			}
+		})
+	}
+	group.Wait()
+	if len(made) != 1 {
+		t.Fatalf("%d made the file, want one", len(made))
+	}
+	want := <-made
+	if got, err := root.ReadFile("a"); err != nil || string(got) != want {
+		t.Errorf("the file holds %q (%v), want %q", got, err, want)
+	}
+	if info, err := root.Stat("a"); err != nil || info.Mode().Perm() != 0o640 {
+		t.Errorf("mode %v, %v", info.Mode(), err)
+	}
+	if got := tree(t, root); !slices.Equal(got, []string{"a"}) {
+		t.Errorf("files %q", got)
+	}
+}

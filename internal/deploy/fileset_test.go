@@ -208,6 +208,9 @@ func TestKilled(t *testing.T) {
 	}
 	for round, at := range []string{"begin", "begin", "validate", "reload", "end"} {
 		after := h.renew(ca, fmt.Sprint("csr-", round+1))
+		if err := h.keys.Close(); err != nil { // the child locks them
+			t.Fatal(err)
+		}
 		cmd := exec.Command(os.Args[0], "-test.run=^TestKilled$", "-crash-dir="+dir)
 		out, err := cmd.StdoutPipe()
 		if err == nil {
@@ -238,8 +241,8 @@ func TestKilled(t *testing.T) {
 			t.Errorf("killed at %s: the new certificate is not served after a second try", at)
 		}
 		entries, err := os.ReadDir(h.path("keys"))
-		if err != nil || len(entries) != 4 {
-			t.Errorf("killed at %s: files in the key directory: %v, %v, want current, previous and a copy of each", at, entries, err)
+		if err != nil || len(entries) != 5 {
+			t.Errorf("killed at %s: files in the key directory: %v, %v, want the lock, current, previous and a copy of each", at, entries, err)
 		}
 	}
 }

@@ -90,19 +90,26 @@ type Change struct {
 type Store struct {
 	dir  string // absolute
 	root *os.Root
+	lock *os.File // held; nil where the file system has no locks
 	log  *slog.Logger
 	busy chan struct{} // 1 slot: held by whoever lists and changes pending keys
 
 	totalLimit int // maxPendingTotal
 }
 
-// Open opens the key directory, made if missing, and closes it to others. Only
-// the process that holds the agent's lock may open it: it removes temporary
-// files that a crash left.
-func Open(dir string, log *slog.Logger) (*Store, error) {
+// Open is OpenAs for an agent that has no id.
+func Open(dir string, log *slog.Logger) (*Store, error) { return OpenAs(Owner{}, dir, log) }
+
+// OpenAs opens the key directory, made if missing, locks it, and closes it to
+// others, unless it looks as if these used it (see Inspect). The error is
+// ErrLocked when another process has it open.
+func OpenAs(owner Owner, dir string, log *slog.Logger) (*Store, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
 		return nil, fmt.Errorf("open the key directory: %w", err)
+	}
+	if err := Inspect(dir, owner); err != nil {
+		return nil, err
 	}
 	if err := makeDir(dir); err != nil {
 		return nil, fmt.Errorf("make the key directory: %w", err)
@@ -112,19 +119,33 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 		return nil, fmt.Errorf("open the key directory: %w", err)
 	}
 	s := &Store{dir: dir, root: root, log: log, busy: make(chan struct{}, 1), totalLimit: maxPendingTotal}
-	if err := s.tighten(); err != nil {
-		root.Close()
+	if err := s.begin(owner); err != nil {
+		s.Close()
 		return nil, err
-	}
-	if err := atomicfile.Sweep(root); err != nil {
-		root.Close()
-		return nil, fmt.Errorf("remove temporary files from the key directory: %w", err)
 	}
 	return s, nil
 }
 
-// Close releases the directory.
-func (s *Store) Close() error { return s.root.Close() }
+func (s *Store) begin(owner Owner) error {
+	if err := s.acquire(owner.Agent); err != nil {
+		return err
+	}
+	if err := s.tighten(); err != nil {
+		return err
+	}
+	if err := atomicfile.Sweep(s.root); err != nil {
+		return fmt.Errorf("remove temporary files from the key directory: %w", err)
+	}
+	return nil
+}
+
+// Close gives up the lock and releases the directory.
+func (s *Store) Close() error {
+	if s.lock != nil {
+		s.lock.Close()
+	}
+	return s.root.Close()
+}
 
 // makeDir makes dir and what is missing above it, durably: a directory that a
 // power failure takes away takes the keys in it along.
@@ -210,7 +231,13 @@ func (s *Store) Pending(certID, jobID, algorithm string) (Key, error) {
 	if err != nil {
 		return Key{}, fmt.Errorf("make a private key: %w", err)
 	}
-	return s.keep(certID, jobID, signer)
+	key, err = s.keep(certID, jobID, signer)
+	if errors.Is(err, fs.ErrExist) {
+		// Where there are no locks, another agent may have been faster. Its CSR
+		// may have been signed, so its key is the job's.
+		return s.reuse(certID, jobID)
+	}
+	return key, err
 }
 
 // reuse returns the key that a job has already. fs.ErrNotExist: none.
@@ -246,7 +273,8 @@ func (s *Store) reuse(certID, jobID string) (Key, error) {
 	if p.sequence, err = nextSequence(all); err != nil {
 		return Key{}, err
 	}
-	if err := s.writePending(p); err != nil {
+	// In the place of the same key, so it is no loss.
+	if err := s.writePending(p, atomicfile.WriteFile); err != nil {
 		return Key{}, err
 	}
 	return p.key()
@@ -266,7 +294,7 @@ func (s *Store) keep(certID, jobID string, signer crypto.Signer) (Key, error) {
 	if p.sequence, err = nextSequence(others); err != nil {
 		return Key{}, err
 	}
-	if err := s.writePending(p); err != nil {
+	if err := s.writePending(p, atomicfile.Create); err != nil {
 		return Key{}, err
 	}
 	surplus := len(others) + 1 - maxPending
@@ -374,7 +402,7 @@ func (s *Store) Promote(certID string, key Key) error {
 		// Its file is about to hold the current key. The copy counts as the
 		// oldest pending key, which the next round removes.
 		copied := pendingKey{name: pendingName(certID, ""), signer: key.Signer}
-		if err := s.writePending(copied); err != nil {
+		if err := s.writePending(copied, atomicfile.WriteFile); err != nil {
 			return err
 		}
 	}

@@ -86,7 +86,9 @@ func files(t *testing.T, dir string) []string {
 	do(t, err)
 	var names []string
 	for _, file := range list {
-		names = append(names, file.Name())
+		if file.Name() != lockFile {
+			names = append(names, file.Name())
+		}
 	}
 	return names
 }
@@ -102,7 +104,9 @@ func TestPending(t *testing.T) {
 	}
 	again := pending(t, s, "cert-1", "job-1")
 	other := pending(t, s, "cert-1", "job-2")
-	restarted := pending(t, open(t, dir), "cert-1", "job-1")
+	s.Close()
+	s = open(t, dir)
+	restarted := pending(t, s, "cert-1", "job-1")
 	if !same(first, again) || !same(first, restarted) || again.Fresh || restarted.Fresh {
 		t.Error("a job did not get its key again")
 	}
@@ -231,7 +235,9 @@ func TestPrune(t *testing.T) {
 			dir := t.TempDir()
 			keys := make(map[string]Key)
 			for _, job := range test.sent {
-				keys[job] = pending(t, open(t, dir), "cert-1", job)
+				s := open(t, dir)
+				keys[job] = pending(t, s, "cert-1", job)
+				s.Close()
 			}
 			s := open(t, dir)
 			bystander := pending(t, s, "cert-1.x", "a")
@@ -444,7 +450,7 @@ func TestForeignDirectory(t *testing.T) {
 	for uid, warns := range map[int]bool{0: false, 1000: true} {
 		do(t, os.Chown(dir, uid, -1))
 		var text bytes.Buffer
-		openLogged(t, dir, slog.New(slog.NewTextHandler(&text, nil)))
+		openLogged(t, dir, slog.New(slog.NewTextHandler(&text, nil))).Close()
 		if got := strings.Contains(text.String(), "another user"); got != warns {
 			t.Errorf("owner %d: log %q", uid, &text)
 		}

@@ -64,3 +64,19 @@ func TestDiskFull(t *testing.T) {
 		t.Errorf("role %v, want current", got.Role)
 	}
 }
+
+// TestLockWithoutRoom: an agent starts on a full disk, on which it cannot make
+// its lock, and says so.
+func TestLockWithoutRoom(t *testing.T) {
+	dir := t.TempDir()
+	mount(t, dir, "size=64k,nr_inodes=1,mode=0700")
+	var text bytes.Buffer
+	s, err := Open(dir, slog.New(slog.NewTextHandler(&text, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Close()
+	if !strings.Contains(text.String(), "cannot be locked") {
+		t.Errorf("log %q", &text)
+	}
+}

@@ -9,11 +9,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
 
-	"certctl-agent/internal/atomicfile"
 	"certctl-agent/internal/pemutil"
 )
 
@@ -125,7 +125,8 @@ func (s *Store) readPending(name string) (pendingKey, error) {
 	return pendingKey{name: name, sequence: sequence, signer: signer}, nil
 }
 
-func (s *Store) writePending(p pendingKey) error {
+// writePending writes a pending key by atomicfile.Create or atomicfile.WriteFile.
+func (s *Store) writePending(p pendingKey, write func(*os.Root, string, []byte, fs.FileMode) error) error {
 	plain, err := pemutil.EncodeKey(p.signer)
 	if err != nil {
 		return fmt.Errorf("keep the pending key %s: %w", p.name, err)
@@ -136,7 +137,7 @@ func (s *Store) writePending(p pendingKey) error {
 	block.Headers = map[string]string{sequenceHeader: strconv.FormatUint(p.sequence, 10)}
 	data := pem.EncodeToMemory(block)
 	defer clear(data)
-	if err := atomicfile.WriteFile(s.root, p.name, data, FileMode); err != nil {
+	if err := write(s.root, p.name, data, FileMode); err != nil {
 		return fmt.Errorf("keep the pending key %s: %w", p.name, err)
 	}
 	return nil

@@ -269,7 +269,7 @@ func (s *site) checkSecrets() error {
 
 // What may be in the directories of an agent that has nothing to do.
 var (
-	idleKeys  = regexp.MustCompile(`^(\.state|[A-Za-z0-9_-]+\.(key|previous|[0-9a-f]{16}\.pending))$`)
+	idleKeys  = regexp.MustCompile(`^(\.state|\.lock|[A-Za-z0-9_-]+\.(key|previous|[0-9a-f]{16}\.pending))$`)
 	idleWWW   = regexp.MustCompile(`^(cert|key|chain)\.pem$`)
 	idleState = regexp.MustCompile(`^(lock|machine|served\.json|discovery\.index|agent\.sock|jobs|journal|backups|backups/[^/]+|backups/[^/]+/[0-9]{8}-[0-9TZ]+|backups/[^/]+/[0-9]{8}-[0-9TZ]+/([0-9]+-.*|manifest\.json))$`)
 )
