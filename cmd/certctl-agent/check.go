@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -12,6 +11,7 @@ import (
 	"time"
 
 	"certctl-agent/internal/config"
+	"certctl-agent/internal/printable"
 )
 
 const checkHelp = `Usage: certctl-agent check [-json] [flags of the daemon]
@@ -53,16 +53,22 @@ type checker struct {
 	results []result
 }
 
+// add keeps a result on one line: a part of it is what others say.
+func (c *checker) add(r result) {
+	r.Detail = printable.Clip(r.Detail, maxShown)
+	c.results = append(c.results, r)
+}
+
 func (c *checker) ok(check, format string, args ...any) {
-	c.results = append(c.results, result{Check: check, Level: levelOK, Detail: fmt.Sprintf(format, args...)})
+	c.add(result{Check: check, Level: levelOK, Detail: fmt.Sprintf(format, args...)})
 }
 
 func (c *checker) warn(check, remedy, format string, args ...any) {
-	c.results = append(c.results, result{check, levelWarning, fmt.Sprintf(format, args...), remedy})
+	c.add(result{check, levelWarning, fmt.Sprintf(format, args...), remedy})
 }
 
 func (c *checker) fail(check, remedy, format string, args ...any) {
-	c.results = append(c.results, result{check, levelFailure, fmt.Sprintf(format, args...), remedy})
+	c.add(result{check, levelFailure, fmt.Sprintf(format, args...), remedy})
 }
 
 func (c *checker) failed() bool {
@@ -131,7 +137,7 @@ func (c *checker) print(w io.Writer) error {
 	text.WriteString("settings\n")
 	for _, v := range c.config.Values() {
 		if v.Text != "" {
-			fmt.Fprintf(&text, "  %-42s %s (%s)\n", v.Variable, v.Text, v.Origin)
+			fmt.Fprintf(&text, "  %-42s %s (%s)\n", v.Variable, printable.Clip(v.Text, maxShown), v.Origin)
 		}
 	}
 	text.WriteString("checks\n")
@@ -159,9 +165,7 @@ func (c *checker) printJSON(w io.Writer) error {
 	for _, v := range c.config.Values() {
 		document.Settings = append(document.Settings, setting{v.Variable, v.Text, v.Origin})
 	}
-	encoder := json.NewEncoder(w)
-	encoder.SetIndent("", "  ")
-	return encoder.Encode(document)
+	return printJSON(w, document)
 }
 
 // quiet is for parts that log what check says in its own words.

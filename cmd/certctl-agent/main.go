@@ -9,11 +9,11 @@ import (
 	"context"
 	"errors"
 	"flag"
-	"fmt"
 	"io"
 	"os"
 
 	"certctl-agent/internal/config"
+	"certctl-agent/internal/printable"
 )
 
 // Exit codes.
@@ -56,13 +56,17 @@ func main() {
 
 // run runs the daemon or a subcommand and returns the exit code.
 func run(ctx context.Context, p process) int {
+	// A part of all that is printed comes from elsewhere, and root may read it on
+	// a terminal.
+	p.stdout, p.stderr = printable.NewWriter(p.stdout), printable.NewWriter(p.stderr)
 	err := dispatch(ctx, p)
 	if err == nil || errors.Is(err, flag.ErrHelp) {
 		return exitOK
 	}
-	if text := err.Error(); text != "" {
-		fmt.Fprintln(p.stderr, "certctl-agent: "+text)
+	if status, ok := errors.AsType[exitStatus](err); ok {
+		return int(status)
 	}
+	printError(p.stderr, err)
 	if _, usage := errors.AsType[*config.UsageError](err); usage {
 		return exitUsage
 	}
@@ -71,6 +75,9 @@ func run(ctx context.Context, p process) int {
 
 func dispatch(ctx context.Context, p process) error {
 	if len(p.args) == 0 || len(p.args[0]) > 0 && p.args[0][0] == '-' {
+		if os.Getpid() == 1 {
+			return runAsInit(ctx, p)
+		}
 		return runDaemon(ctx, p)
 	}
 	name := p.args[0]

@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -92,9 +91,7 @@ func runScan(ctx context.Context, p process) error {
 		if failures == nil {
 			failures = []string{}
 		}
-		encoder := json.NewEncoder(p.stdout)
-		encoder.SetIndent("", "  ")
-		return encoder.Encode(struct {
+		return printJSON(p.stdout, struct {
 			Certificates []api.DiscoveredCertificate `json:"certificates"`
 			Errors       []string                    `json:"errors"`
 		}{found, failures})
@@ -131,6 +128,7 @@ func showProgress(w io.Writer, scanner *discovery.Scanner) (stop func()) {
 	if !isTerminal(w) {
 		return func() {}
 	}
+	w = unwrapped(w) // only numbers are written
 	done, ended := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(ended)
@@ -160,7 +158,7 @@ func showProgress(w io.Writer, scanner *discovery.Scanner) (stop func()) {
 
 // isTerminal reports whether a person reads w.
 func isTerminal(w io.Writer) bool {
-	file, ok := w.(*os.File)
+	file, ok := unwrapped(w).(*os.File)
 	if !ok {
 		return false
 	}
@@ -192,9 +190,9 @@ func (t scanTable) print(found []api.DiscoveredCertificate, summary discovery.Su
 	if err := table.Flush(); err != nil {
 		return err
 	}
-	lines := text.String()
+	out, lines := t.out, printable.Text(text.String())
 	if t.colour {
-		lines = colourise(lines)
+		out, lines = unwrapped(out), colourise(lines)
 	}
 	var end strings.Builder
 	fmt.Fprintf(&end, "\n%d certificates in %d files, %v: %d expired, %d soon\n", len(found), summary.Files,
@@ -206,7 +204,7 @@ func (t scanTable) print(found []api.DiscoveredCertificate, summary discovery.Su
 	for _, failure := range summary.Errors {
 		fmt.Fprintf(&end, "error: %s\n", printable.Clip(failure, 4096))
 	}
-	_, err := io.WriteString(t.out, lines+end.String())
+	_, err := io.WriteString(out, lines+printable.Text(end.String()))
 	return err
 }
 

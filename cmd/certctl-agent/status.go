@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -67,9 +66,7 @@ func runStatus(ctx context.Context, p process) error {
 	case ready:
 		return status.Ready(snapshot)
 	case asJSON:
-		encoder := json.NewEncoder(p.stdout)
-		encoder.SetIndent("", "  ")
-		return encoder.Encode(snapshot)
+		return printJSON(p.stdout, snapshot)
 	case asMetrics:
 		return status.WriteMetrics(p.stdout, snapshot)
 	}

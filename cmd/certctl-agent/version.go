@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -43,9 +42,7 @@ func runVersion(_ context.Context, p process) error {
 	}
 	platform := runtime.GOOS + "/" + runtime.GOARCH
 	if *asJSON {
-		encoder := json.NewEncoder(p.stdout)
-		encoder.SetIndent("", "  ")
-		return encoder.Encode(struct {
+		return printJSON(p.stdout, struct {
 			Version  string `json:"version"`
 			Commit   string `json:"commit"`
 			Go       string `json:"go"`

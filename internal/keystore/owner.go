@@ -35,7 +35,7 @@ type Owner struct {
 // acquire takes the lock, which ends with the process, however that ends. Two
 // agents on one directory would overwrite, promote and prune each other's keys.
 func (s *Store) acquire(agent string) error {
-	file, err := s.root.OpenFile(lockFile, os.O_RDWR|os.O_CREATE, FileMode)
+	file, err := s.root.OpenFile(lockFile, os.O_RDWR|os.O_CREATE, 0o600)
 	switch {
 	case errors.Is(err, syscall.EROFS):
 		return nil // there is nothing to protect

@@ -4,6 +4,7 @@
 package printable
 
 import (
+	"io"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -44,4 +45,33 @@ func Clip[T ~string | ~[]byte](text T, limit int) string {
 		}
 	}
 	return out.String()
+}
+
+// Text is Clip for text of several lines, such as the output of a command of
+// ours: line ends, tabs and blanks stay, and nothing is cut.
+func Text(text string) string {
+	return strings.Map(func(r rune) rune { // an invalid byte is utf8.RuneError here
+		if r == '\n' || r == '\t' || unicode.IsPrint(r) {
+			return r
+		}
+		return utf8.RuneError
+	}, text)
+}
+
+// Writer passes on what Text makes of each write. A write ends at the end of a
+// character, as those of package fmt do.
+type Writer struct{ out io.Writer }
+
+// NewWriter returns a Writer to out.
+func NewWriter(out io.Writer) Writer { return Writer{out} }
+
+// Unwrap returns the writer behind it, for escapes of our own.
+func (w Writer) Unwrap() io.Writer { return w.out }
+
+// Write writes what prints of data.
+func (w Writer) Write(data []byte) (int, error) {
+	if _, err := io.WriteString(w.out, Text(string(data))); err != nil {
+		return 0, err
+	}
+	return len(data), nil
 }

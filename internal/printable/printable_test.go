@@ -50,6 +50,25 @@ func TestClip(t *testing.T) {
 	}
 }
 
+func TestWriter(t *testing.T) {
+	for text, want := range map[string]string{
+		"a\n\tb  c\n":                      "a\n\tb  c\n",
+		"\x1b[31mred\x1b[0m\r\x07\x00\x7f": "\ufffd[31mred\ufffd[0m\ufffd\ufffd\ufffd\ufffd",
+		"a\u202eb\u009bc\u2028d\u200b":     "a\ufffdb\ufffdc\ufffdd\ufffd",
+		"\xff證書 →":                         "\ufffd證書 →",
+		"":                                 "",
+	} {
+		var out strings.Builder
+		n, err := printable.NewWriter(&out).Write([]byte(text))
+		if out.String() != want || n != len(text) || err != nil {
+			t.Errorf("of %q came %q, %d, %v; want %q", text, out.String(), n, err, want)
+		}
+	}
+	if got := printable.NewWriter(t.Output()).Unwrap(); got != t.Output() {
+		t.Errorf("Unwrap() = %v", got)
+	}
+}
+
 func FuzzClip(f *testing.F) {
 	f.Add("plain text", 100)
 	f.Add("\x1b[2J\x1b[H \u202e é\xff\n", 7)

@@ -1,0 +1,65 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"strings"
+	"unicode"
+	"unicode/utf16"
+
+	"certctl-agent/internal/config"
+	"certctl-agent/internal/printable"
+)
+
+// maxShown bounds what others say in one line: a proxy, a server, a file.
+const maxShown = 4 << 10
+
+// printError tells why a command failed, each problem on one line.
+func printError(w io.Writer, err error) {
+	lines := []error{err}
+	if problems, ok := err.(config.Problems); ok {
+		lines = problems
+	}
+	var text []string
+	for _, line := range lines {
+		text = append(text, printable.Clip(line.Error(), maxShown))
+	}
+	if all := strings.Join(text, "\n"); all != "" {
+		fmt.Fprintln(w, "certctl-agent: "+all)
+	}
+}
+
+// unwrapped is the writer behind one that lets only print what prints.
+func unwrapped(w io.Writer) io.Writer {
+	if w, ok := w.(printable.Writer); ok {
+		return w.Unwrap()
+	}
+	return w
+}
+
+// printJSON writes a document for programs. Its strings stay what they are, so
+// what does not print is escaped: it must do nothing to a terminal.
+func printJSON(w io.Writer, document any) error {
+	var plain bytes.Buffer
+	encoder := json.NewEncoder(&plain)
+	encoder.SetIndent("", "  ")
+	if err := encoder.Encode(document); err != nil {
+		return err
+	}
+	var out strings.Builder
+	for _, r := range plain.String() {
+		switch {
+		case r == '\n' || unicode.IsPrint(r):
+			out.WriteRune(r)
+		case r > 0xffff: // RFC 8259, section 7: as a surrogate pair
+			first, second := utf16.EncodeRune(r)
+			fmt.Fprintf(&out, `\u%04x\u%04x`, first, second)
+		default:
+			fmt.Fprintf(&out, `\u%04x`, r)
+		}
+	}
+	_, err := io.WriteString(w, out.String())
+	return err
+}
