@@ -53,6 +53,7 @@ func TestCommandsPrintWhatPrints(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.write("dir"+evil+"/a.pem", "-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n", 0o600)
+	h.write("named"+evil, "CERTCTL_AGENT_NAME=x\n", 0o600)
 	for _, test := range []struct {
 		args []string
 		env  map[string]string
@@ -60,6 +61,7 @@ func TestCommandsPrintWhatPrints(t *testing.T) {
 	}{
 		{[]string{"check"}, nil, "\ufffd[31mno\ufffd]0;owned"},
 		{[]string{"check"}, map[string]string{"CERTCTL_DISCOVERY_DIRS": h.path("missing" + evil)}, "\ufffd[31mevil"},
+		{[]string{"check"}, map[string]string{"CERTCTL_CONFIG": h.path("named" + evil)}, "x (" + h.path("named\ufffd[31mevil\ufffd\ufffd") + ")"},
 		{[]string{"check", "-json"}, nil, "no"},
 		{[]string{"register", "-name", "x"}, nil, "\ufffd[31mno\ufffd]0;owned"},
 		{[]string{"scan", h.path("missing" + evil)}, nil, "\ufffd[31mevil"},
