@@ -83,15 +83,14 @@ func TestRunShowsNoKey(t *testing.T) {
 			"openssl pkey -text -noout -in", "openssl pkey -text -in", "nl", "pr -n", "comm /dev/null", "diff /dev/null", "paste /dev/null", "date -f",
 		} {
 			words := append(strings.Fields(line), path)
-			if _, err := exec.LookPath(words[0]); err != nil {
-				continue
+			if _, err := exec.LookPath(words[0]); err != nil || kind == "rsa" && words[0] != "cat" {
+				continue // an RSA key has nothing that the others have not, but its length
 			}
 			// The last word makes most of them fail, so that the error has it too.
-			for _, argv := range [][]string{words, append(words, "/nonexistent/file")} {
-				output, err := Run(t.Context(), argv, 10*time.Second)
-				if part := leaks(key, output+fmt.Sprint(err)); part != "" {
-					t.Errorf("%s, %s: shows %q:\n%s\n%v", kind, argv, part, output, err)
-				}
+			argv := append(words, "/nonexistent/file")
+			output, err := Run(t.Context(), argv, 10*time.Second)
+			if part := leaks(key, output+fmt.Sprint(err)); part != "" {
+				t.Errorf("%s, %s: shows %q:\n%s\n%v", kind, argv, part, output, err)
 			}
 		}
 		// Where the bound of the output cuts it, at every place.

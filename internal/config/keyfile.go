@@ -15,7 +15,12 @@ import (
 
 // readKey reads an API key file.
 func readKey(path string) (key secret.String, info fs.FileInfo, warning string, err error) {
-	data, info, warning, err := readTrusted(path, maxSecretFile)
+	return readKeyBy(readTrusted, path)
+}
+
+// readKeyBy is readKey by readTrusted or openTrusted.
+func readKeyBy(read func(string, int64) ([]byte, fs.FileInfo, string, error), path string) (key secret.String, info fs.FileInfo, warning string, err error) {
+	data, info, warning, err := read(path, maxSecretFile)
 	if err != nil {
 		return secret.String{}, nil, "", err
 	}
@@ -66,7 +71,7 @@ type keyFile struct {
 	key     secret.String
 	failure string // the text that was logged last, "" when all is well
 
-	seen fs.FileInfo // of the file that was last read, good or not; nil for none. Belongs to the look
+	seen fs.FileInfo // of the file that the key is from; nil: to be read again. Belongs to the look
 }
 
 // look is one look at the file, for all calls that come while it lasts. The
@@ -131,10 +136,12 @@ func (f *keyFile) latest() (key secret.String, changed bool, err error) {
 	if f.seen != nil && unchanged(info, f.seen) {
 		return secret.String{}, false, nil
 	}
-	f.seen = info // a file that changes while it is read is read again next time
-	key, read, _, err := readKey(f.path)
-	if err == nil && !unchanged(info, read) {
-		f.seen = nil
+	// Without a timeout of its own, which would leave one more read behind in the
+	// kernel each time. Callers do not wait for it.
+	key, read, _, err := readKeyBy(openTrusted, f.path)
+	f.seen = nil
+	if err == nil && unchanged(info, read) { // else it is read again next time
+		f.seen = info
 	}
 	return key, err == nil, err
 }
