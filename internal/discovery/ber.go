@@ -7,13 +7,26 @@ import (
 
 // Identifier octets of X.690 that matter here.
 const (
-	tagInteger     = 0x02
-	tagBitString   = 0x03
-	tagOctetString = 0x04
-	tagOID         = 0x06
-	tagSequence    = 0x30
-	tagContext0    = 0x80 // [0] IMPLICIT on a primitive type
-	tagExplicit0   = 0xa0 // [0] EXPLICIT, or IMPLICIT on a constructed type
+	tagBoolean         = 0x01
+	tagInteger         = 0x02
+	tagBitString       = 0x03
+	tagOctetString     = 0x04
+	tagOID             = 0x06
+	tagUTF8String      = 0x0c
+	tagNumericString   = 0x12
+	tagPrintableString = 0x13
+	tagT61String       = 0x14
+	tagIA5String       = 0x16
+	tagUTCTime         = 0x17
+	tagGeneralizedTime = 0x18
+	tagVisibleString   = 0x1a
+	tagGeneralString   = 0x1b
+	tagUniversalString = 0x1c
+	tagBMPString       = 0x1e
+	tagSequence        = 0x30
+	tagContext0        = 0x80 // [0] IMPLICIT on a primitive type
+	tagExplicit0       = 0xa0 // [0] EXPLICIT, or IMPLICIT on a constructed type
+	tagExplicit3       = 0xa3
 
 	constructed = 0x20
 
@@ -50,21 +63,17 @@ func elementAt(b []byte, depth int) (v value, rest []byte, err error) {
 	switch {
 	case length == 0x80:
 		return indefinite(b, depth)
-	case length > 0x84:
-		return v, nil, errBER // 4 bytes of length are 4 GiB
 	case length > 0x80:
 		header += length - 0x80
 		if len(b) < header {
 			return v, nil, errTruncated
 		}
-		var n uint64
-		for _, octet := range b[2:header] {
-			n = n<<8 | uint64(octet)
+		length = 0
+		for _, octet := range b[2:header] { // BER allows zeros in front (X.690, 8.1.3.5)
+			if length = length<<8 | int(octet); length > len(b) {
+				return v, nil, errTruncated
+			}
 		}
-		if n > uint64(len(b)) {
-			return v, nil, errTruncated
-		}
-		length = int(n)
 	}
 	if length > len(b)-header {
 		return v, nil, errTruncated

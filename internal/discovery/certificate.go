@@ -1,12 +1,6 @@
 package discovery
 
 import (
-	"crypto/ecdsa"
-	"crypto/ed25519"
-	"crypto/rsa"
-	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/asn1"
 	"errors"
 	"fmt"
 	"math/big"
@@ -14,35 +8,85 @@ import (
 	"net/url"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"certctl-agent/internal/api"
 )
 
-// describe fills in everything that a report says about a certificate except
-// its fingerprint, its PEM and where it was found. der is exactly one certificate.
+// What a report says of one certificate is bounded: a file may hold a hundred thousand names, and
+// a fleet's hosts scan what anybody puts there. Whatever fits a report at all stays below.
+const (
+	maxNames     = 10_000    // alternative names
+	maxNameBytes = 256 << 10 // of all of them together
+	maxText      = 16 << 10  // bytes of any other field
+)
+
+// errCut comes beside a certificate that is reported in part.
+var errCut = fmt.Errorf("a certificate has more than %d names or %d KiB of them, or a field of more than %d KiB: it is reported without the rest",
+	maxNames, maxNameBytes>>10, maxText>>10)
+
+const (
+	oidSubjectAltName   = "\x55\x1d\x11"
+	oidBasicConstraints = "\x55\x1d\x13"
+)
+
+// describe fills in everything that a report says about a certificate except its fingerprint, its
+// PEM and where it was found. der is exactly one certificate. The certificate is valid with a nil
+// error and with errCut.
+//
+// crypto/x509 reads what may be trusted; this reads what is there, as `openssl x509 -text` does,
+// and agrees with crypto/x509 wherever that reads a certificate at all. Only the order of the
+// fields and a validity are asked for. Whatever else cannot be read is left out, or shown as it is
+// encoded, and does not cost the rest.
 func describe(der []byte) (api.DiscoveredCertificate, error) {
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		// crypto/x509 reads what may be trusted; discovery reads what is there.
-		lenient, lenientErr := parseLenient(der)
-		if lenientErr != nil {
-			return api.DiscoveredCertificate{}, err
-		}
-		cert = lenient
+	tbs := sequence(der).inside(tagSequence)
+	if tbs.at(tagExplicit0) {
+		tbs.next(tagExplicit0) // version
 	}
-	algorithm, size := publicKey(cert)
-	return api.DiscoveredCertificate{
-		CommonName:   text(cert.Subject.CommonName),
-		SANs:         subjectAltNames(cert),
-		SerialNumber: cert.SerialNumber.Text(16),
-		IssuerDN:     text(cert.Issuer.String()),
-		SubjectDN:    text(cert.Subject.String()),
-		NotBefore:    cert.NotBefore.UTC().Format(time.RFC3339),
-		NotAfter:     cert.NotAfter.UTC().Format(time.RFC3339),
+	serial := tbs.next(tagInteger)
+	tbs.next(tagSequence) // signature
+	issuer := tbs.next(tagSequence)
+	validity := tbs.inside(tagSequence)
+	subject := tbs.next(tagSequence)
+	key := tbs.next(tagSequence)
+	if tbs.err != nil {
+		return api.DiscoveredCertificate{}, fmt.Errorf("x509: damaged certificate: %w", tbs.err)
+	}
+	notBefore, err := readTime(validity)
+	if err != nil {
+		return api.DiscoveredCertificate{}, fmt.Errorf("x509: the start of the certificate's validity: %w", err)
+	}
+	notAfter, err := readTime(validity)
+	if err != nil {
+		return api.DiscoveredCertificate{}, fmt.Errorf("x509: the end of the certificate's validity: %w", err)
+	}
+	var cut bool // anything is left out
+	bounded := func(s string) string {
+		s, isCut := bound(text(s))
+		cut = cut || isCut
+		return s
+	}
+	issuerName, subjectName := readName(issuer), readName(subject)
+	cut = issuerName.cut || subjectName.cut
+	extensions := readExtensions(tbs.rest)
+	cut = cut || extensions.cut
+	algorithm, bits := publicKey(key)
+	c := api.DiscoveredCertificate{
+		CommonName:   bounded(subjectName.commonName),
+		SANs:         extensions.names(),
+		SerialNumber: bounded(serialNumber(serial.body)),
+		IssuerDN:     bounded(issuerName.String()),
+		SubjectDN:    bounded(subjectName.String()),
+		NotBefore:    notBefore.Format(time.RFC3339),
+		NotAfter:     notAfter.Format(time.RFC3339),
 		KeyAlgorithm: algorithm,
-		KeySize:      size,
-		IsCA:         cert.IsCA,
-	}, nil
+		KeySize:      bits,
+		IsCA:         extensions.isCA,
+	}
+	if cut {
+		return c, errCut
+	}
+	return c, nil
 }
 
 // text makes s safe for the control plane, which drops an entry with a NUL in
@@ -51,161 +95,178 @@ func text(s string) string {
 	return strings.ReplaceAll(strings.ToValidUTF8(s, "\uFFFD"), "\x00", "\uFFFD")
 }
 
-func subjectAltNames(cert *x509.Certificate) []string {
-	sans := make([]string, 0, len(cert.DNSNames)+len(cert.EmailAddresses)+len(cert.IPAddresses)+len(cert.URIs))
-	for _, name := range cert.DNSNames {
-		sans = append(sans, text(name))
+// bound shortens s, which is valid UTF-8, to maxText bytes and an ellipsis.
+func bound(s string) (string, bool) {
+	if len(s) <= maxText {
+		return s, false
 	}
-	for _, address := range cert.EmailAddresses {
-		sans = append(sans, text(address))
+	end := maxText
+	for !utf8.RuneStart(s[end]) {
+		end--
 	}
-	for _, ip := range cert.IPAddresses {
-		sans = append(sans, ip.String())
-	}
-	for _, uri := range cert.URIs {
-		sans = append(sans, text(uri.String()))
-	}
-	return sans
+	return s[:end] + "…", true
 }
 
-// curveKey stands for a key on a curve that crypto/x509 does not know.
-type curveKey struct{ bits int }
-
-func publicKey(cert *x509.Certificate) (algorithm string, bits int) {
-	switch key := cert.PublicKey.(type) {
-	case *rsa.PublicKey:
-		return "RSA", key.N.BitLen()
-	case *ecdsa.PublicKey:
-		return "ECDSA", key.Curve.Params().BitSize
-	case curveKey:
-		return "ECDSA", key.bits
-	case ed25519.PublicKey:
-		return "Ed25519", 256
+// serialNumber is the hex form of an INTEGER, of any length and minimal or not.
+func serialNumber(octets []byte) string {
+	if len(octets) > maxText {
+		return fmt.Sprintf("%x", octets[:maxText]) // which is cut once more
 	}
-	return cert.PublicKeyAlgorithm.String(), 0
+	n := new(big.Int).SetBytes(octets)
+	if len(octets) > 0 && octets[0] >= 0x80 {
+		n.Sub(n, new(big.Int).Lsh(big.NewInt(1), uint(8*len(octets)))) // two's complement
+	}
+	return n.Text(16)
 }
 
-// otherCurves are the named curves that are in use and that crypto/x509 does
-// not know (SEC 2; RFC 5639), with their size in bits.
-var otherCurves = map[string]int{
-	"1.3.132.0.10":          256, // secp256k1
-	"1.2.840.10045.3.1.1":   192, // P-192
-	"1.3.36.3.3.2.8.1.1.7":  256, // brainpoolP256r1
-	"1.3.36.3.3.2.8.1.1.8":  256, // brainpoolP256t1
-	"1.3.36.3.3.2.8.1.1.11": 384, // brainpoolP384r1
-	"1.3.36.3.3.2.8.1.1.12": 384, // brainpoolP384t1
-	"1.3.36.3.3.2.8.1.1.13": 512, // brainpoolP512r1
-	"1.3.36.3.3.2.8.1.1.14": 512, // brainpoolP512t1
-}
+var errTime = errors.New("it is not a point in time")
 
-var (
-	oidECDSA            = asn1.ObjectIdentifier{1, 2, 840, 10045, 2, 1}
-	oidDSA              = asn1.ObjectIdentifier{1, 2, 840, 10040, 4, 1}
-	oidSubjectAltName   = asn1.ObjectIdentifier{2, 5, 29, 17}
-	oidBasicConstraints = asn1.ObjectIdentifier{2, 5, 29, 19}
-)
-
-// parseLenient reads the fields that a report needs of a certificate that
-// crypto/x509 refuses as a whole: a negative serial number, a curve that it
-// does not know, an extension that it cannot read.
-func parseLenient(der []byte) (*x509.Certificate, error) {
-	var outer struct {
-		TBS struct {
-			Version    int `asn1:"optional,explicit,default:0,tag:0"`
-			Serial     *big.Int
-			Signature  asn1.RawValue
-			Issuer     pkix.RDNSequence
-			Validity   struct{ NotBefore, NotAfter time.Time }
-			Subject    pkix.RDNSequence
-			PublicKey  publicKeyInfo
-			IssuerUID  asn1.BitString   `asn1:"optional,tag:1"`
-			SubjectUID asn1.BitString   `asn1:"optional,tag:2"`
-			Extensions []pkix.Extension `asn1:"omitempty,optional,explicit,tag:3"`
+// readTime reads UTCTime or GeneralizedTime in any form of X.680 and some more: without seconds,
+// with a fraction of one, with an offset, or under each other's tag.
+func readTime(f *fields) (time.Time, error) {
+	tag := byte(tagUTCTime)
+	if f.at(tagGeneralizedTime) {
+		tag = tagGeneralizedTime
+	}
+	octets := f.next(tag).body
+	if f.err != nil {
+		return time.Time{}, f.err
+	}
+	digits := 0
+	for digits < len(octets) && octets[digits] >= '0' && octets[digits] <= '9' {
+		digits++
+	}
+	rest := octets[digits:]
+	two := func() int {
+		if len(octets) < 2 || digits < 2 {
+			return 0
 		}
-		Algorithm asn1.RawValue
-		Signature asn1.BitString
+		n := int(octets[0]-'0')*10 + int(octets[1]-'0')
+		octets, digits = octets[2:], digits-2
+		return n
 	}
-	if rest, err := asn1.Unmarshal(der, &outer); err != nil {
-		return nil, err
-	} else if len(rest) > 0 {
-		return nil, errors.New("trailing data after the certificate")
-	}
-	tbs := outer.TBS
-	cert := &x509.Certificate{
-		SerialNumber: tbs.Serial,
-		NotBefore:    tbs.Validity.NotBefore,
-		NotAfter:     tbs.Validity.NotAfter,
-	}
-	cert.Issuer.FillFromRDNSequence(&tbs.Issuer)
-	cert.Subject.FillFromRDNSequence(&tbs.Subject)
-	cert.PublicKeyAlgorithm, cert.PublicKey = tbs.PublicKey.read()
-	for _, extension := range tbs.Extensions {
-		switch {
-		case extension.Id.Equal(oidSubjectAltName):
-			lenientNames(cert, extension.Value)
-		case extension.Id.Equal(oidBasicConstraints):
-			var constraints struct {
-				IsCA bool          `asn1:"optional"`
-				Path asn1.RawValue `asn1:"optional"`
-			}
-			if _, err := asn1.Unmarshal(extension.Value, &constraints); err == nil {
-				cert.IsCA = constraints.IsCA
-			}
-		}
-	}
-	return cert, nil
-}
-
-type publicKeyInfo struct {
-	Algorithm struct {
-		ID         asn1.ObjectIdentifier
-		Parameters asn1.RawValue `asn1:"optional"`
-	}
-	Key asn1.BitString
-}
-
-func (p publicKeyInfo) read() (x509.PublicKeyAlgorithm, any) {
+	var year int
 	switch {
-	case p.Algorithm.ID.Equal(oidDSA):
-		return x509.DSA, nil
-	case p.Algorithm.ID.Equal(oidECDSA):
-		var curve asn1.ObjectIdentifier
-		if _, err := asn1.Unmarshal(p.Algorithm.Parameters.FullBytes, &curve); err == nil && otherCurves[curve.String()] > 0 {
-			return x509.ECDSA, curveKey{otherCurves[curve.String()]}
+	case digits == 14, tag == tagGeneralizedTime && (digits == 10 || digits == 12):
+		year = 100*two() + two()
+	case digits == 10 || digits == 12:
+		if year = 1900 + two(); year < 1950 { // RFC 5280, 4.1.2.5.1
+			year += 100
+		}
+	default:
+		return time.Time{}, errTime
+	}
+	month, day, hour, minute, second := two(), two(), two(), two(), two()
+	if month < 1 || month > 12 || day < 1 || day > 31 || hour > 24 || minute > 59 || second > 60 {
+		return time.Time{}, errTime
+	}
+	t := time.Date(year, time.Month(month), day, hour, minute, second, 0, time.UTC)
+	for len(rest) > 0 && (rest[0] == '.' || rest[0] == ',' || rest[0] >= '0' && rest[0] <= '9') {
+		rest = rest[1:]
+	}
+	if zone, err := time.Parse("-0700", string(rest[:min(len(rest), 5)])); err == nil {
+		_, offset := zone.Zone()
+		if moved := t.Add(-time.Duration(offset) * time.Second); moved.Year() >= 0 && moved.Year() <= 9999 { // as RFC 3339 needs it
+			t = moved
 		}
 	}
-	if spki, err := asn1.Marshal(p); err == nil {
-		if key, err := x509.ParsePKIXPublicKey(spki); err == nil {
-			return x509.UnknownPublicKeyAlgorithm, key
-		}
-	}
-	if p.Algorithm.ID.Equal(oidECDSA) {
-		return x509.ECDSA, nil
-	}
-	return x509.UnknownPublicKeyAlgorithm, nil
+	return t, nil
 }
 
-// lenientNames reads the names of RFC 5280, 4.2.1.6 that a report has.
-func lenientNames(cert *x509.Certificate, extension []byte) {
-	outer, _, err := element(extension)
-	if err != nil || outer.tag != tagSequence {
-		return
+// extensions is what a report has of a certificate's extensions.
+type extensions struct {
+	isCA                    bool
+	hosts, mails, ips, uris []string
+	bytes                   int // of all names
+	cut                     bool
+}
+
+// readExtensions reads what follows the public key (RFC 5280, 4.1): identifiers, which nobody uses,
+// and the extensions.
+func readExtensions(b []byte) (x extensions) {
+	for part, err := range (value{body: b}).children() {
+		if err != nil || part.tag != tagExplicit3 {
+			continue
+		}
+		for extension, err := range sequenceIn(part.body).children() {
+			if err != nil {
+				break
+			}
+			f := fields{rest: extension.body}
+			id := f.oid()
+			if f.at(tagBoolean) {
+				f.next(tagBoolean) // critical
+			}
+			content := sequenceIn(f.octets(tagOctetString))
+			switch {
+			case f.err != nil:
+			case id == oidSubjectAltName:
+				x.readNames(content)
+			case id == oidBasicConstraints:
+				ca := fields{rest: content.body}
+				if ca.at(tagBoolean) {
+					// BER has any octet but zero for TRUE (X.690, 8.2.2).
+					x.isCA = x.isCA || strings.Trim(string(ca.next(tagBoolean).body), "\x00") != ""
+				}
+			}
+		}
 	}
-	for name, err := range outer.children() {
+	return x
+}
+
+// sequenceIn is the SEQUENCE at the start of b, or an empty one.
+func sequenceIn(b []byte) value {
+	v, _, err := element(b)
+	if err != nil || v.tag != tagSequence {
+		return value{}
+	}
+	return v
+}
+
+// readNames reads the names of RFC 5280, 4.2.1.6 that a report has.
+func (x *extensions) readNames(names value) {
+	for name, err := range names.children() {
 		if err != nil {
 			return
 		}
+		var list *[]string
 		switch name.tag {
 		case 0x81:
-			cert.EmailAddresses = append(cert.EmailAddresses, string(name.body))
+			list = &x.mails
 		case 0x82:
-			cert.DNSNames = append(cert.DNSNames, string(name.body))
-		case 0x87:
-			cert.IPAddresses = append(cert.IPAddresses, net.IP(name.body))
+			list = &x.hosts
 		case 0x86:
-			cert.URIs = append(cert.URIs, &url.URL{Opaque: string(name.body)})
+			list = &x.uris
+		case 0x87:
+			list = &x.ips
+		default:
+			continue
 		}
+		x.bytes += len(name.body)
+		if len(x.hosts)+len(x.mails)+len(x.ips)+len(x.uris) == maxNames || x.bytes > maxNameBytes {
+			x.cut = true
+			return
+		}
+		shown := string(name.body)
+		switch name.tag {
+		case 0x86:
+			if uri, err := url.Parse(shown); err == nil {
+				shown = uri.String()
+			}
+		case 0x87:
+			shown = net.IP(name.body).String()
+		}
+		*list = append(*list, text(shown))
 	}
+}
+
+// names is never nil, in the order of the protocol.
+func (x *extensions) names() []string {
+	all := make([]string, 0, len(x.hosts)+len(x.mails)+len(x.ips)+len(x.uris))
+	for _, list := range [][]string{x.hosts, x.mails, x.ips, x.uris} {
+		all = append(all, list...)
+	}
+	return all
 }
 
 // errNoCertificate: well-formed, but something else.

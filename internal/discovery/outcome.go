@@ -36,10 +36,10 @@ func appendOutcome(b []byte, c content, known *certificates) []byte {
 	n := 0
 	for _, cert := range c.certs {
 		encoded, err := known.encode(cert.der)
-		if err != nil {
-			if cert.format != formatDER || !isOtherSigned(cert.der) {
-				c.fail(err)
-			}
+		if err != nil && (cert.format != formatDER || !isOtherSigned(cert.der)) {
+			c.fail(err)
+		}
+		if encoded == nil {
 			continue
 		}
 		for i, format := range formats {
@@ -222,6 +222,7 @@ type certificates struct {
 // maxRecentBytes bounds what is remembered: about 500 certificates.
 const maxRecentBytes = 1 << 20
 
+// encode returns the encoded form of a certificate, with errCut when some of it was left out.
 func (c *certificates) encode(der []byte) ([]byte, error) {
 	digest := sha256.Sum256(der)
 	c.mu.Lock()
@@ -231,11 +232,14 @@ func (c *certificates) encode(der []byte) ([]byte, error) {
 		return encoded, nil
 	}
 	described, err := describe(der)
-	if err != nil {
+	if err != nil && err != errCut {
 		return nil, err
 	}
 	described.FingerprintSHA256 = hex.EncodeToString(digest[:])
 	encoded = appendCertificate(nil, described, der)
+	if err != nil {
+		return encoded, err // not remembered: each file that holds it has to be named
+	}
 
 	c.mu.Lock()
 	defer c.mu.Unlock()

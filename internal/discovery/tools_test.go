@@ -66,7 +66,15 @@ func TestAgainstOpenSSL(t *testing.T) {
 			"-addext", "subjectAltName=DNS:k.example.org,email:k@example.org,IP:192.0.2.2,URI:urn:k"}},
 		{"brainpool", "ECDSA", 384, []string{"-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:brainpoolP384r1", "-subj", "/CN=bp"}},
 		{"ed25519", "Ed25519", 256, []string{"-newkey", "ed25519", "-subj", "/CN=gr\xc3\xbcezi", "-utf8"}},
-		{"ed448", "0", 0, []string{"-newkey", "ed448", "-subj", "/CN=ed448"}},
+		{"ed448", "Ed448", 456, []string{"-newkey", "ed448", "-subj", "/CN=ed448"}},
+		{"pss", "RSASSA-PSS", 1024, []string{"-newkey", "rsa-pss", "-pkeyopt", "rsa_keygen_bits:1024", "-subj", "/CN=pss"}},
+		{"explicit", "ECDSA", 256, []string{"-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-pkeyopt", "ec_param_enc:explicit", "-subj", "/CN=explicit"}},
+		{"binary", "ECDSA", 570, []string{"-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:sect571r1", "-pkeyopt", "ec_param_enc:explicit", "-subj", "/CN=binary"}},
+		{"sect233k1", "ECDSA", 232, []string{"-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:sect233k1", "-subj", "/CN=sect233k1"}},
+		{"dc", "Ed25519", 256, []string{"-newkey", "ed25519", "-subj", "/DC=com/DC=example/O=A, Inc./OU=one/OU=two/UID=u1/emailAddress=a@example.com/CN=dc"}},
+		{"ev", "Ed25519", 256, []string{"-newkey", "ed25519", "-subj",
+			"/jurisdictionC=CH/jurisdictionST=Zug/jurisdictionL=Zug/businessCategory=Private Organization/C=CH/O=Ev/organizationIdentifier=VATCH-1/1.2.3.4=odd/CN=ev"}},
+		{"person", "Ed25519", 256, []string{"-newkey", "ed25519", "-subj", "/GN=Ada/SN=L/initials=A/title=Dr/pseudonym=a/dnQualifier=q/generationQualifier=I/name=n/description=d/telephoneNumber=1/mail=m@example.org/unstructuredName=u/x500UniqueIdentifier=x/CN=person"}},
 		{"negative", "Ed25519", 256, []string{"-newkey", "ed25519", "-subj", "/CN=negative", "-set_serial", "-5"}},
 		{"leaf", "Ed25519", 256, []string{"-newkey", "ed25519", "-subj", "/CN=leaf", "-addext", "basicConstraints=CA:FALSE", "-set_serial", "0"}},
 	}
@@ -135,6 +143,39 @@ func TestAgainstOpenSSL(t *testing.T) {
 		cert.SANs = nil
 		if got, want := fmt.Sprintf("%+v", cert), fmt.Sprintf("%+v", want); got != want {
 			t.Errorf("%s:\n got %s\nwant %s", base, got, want)
+		}
+	}
+}
+
+// TestKeysOpenSSLMakes: kinds of keys that cannot sign for themselves, or that req cannot make.
+func TestKeysOpenSSLMakes(t *testing.T) {
+	t.Parallel()
+	openssl := e2e.Need(t, "openssl")
+	dir := t.TempDir()
+	selfSigned(t, dir, "ca", "-newkey", "ed25519", "-subj", "/CN=ca")
+	tool(t, dir, openssl, "genpkey", "-genparam", "-algorithm", "DSA", "-pkeyopt", "dsa_paramgen_bits:1024", "-out", "dsa.parameters")
+	for _, test := range []struct {
+		algorithm string
+		size      int
+		args      []string
+	}{
+		{"X25519", 256, []string{"-algorithm", "X25519"}},
+		{"X448", 448, []string{"-algorithm", "X448"}},
+		{"DSA", 1024, []string{"-paramfile", "dsa.parameters"}},
+		{"DH", 2048, []string{"-algorithm", "DH", "-pkeyopt", "group:ffdhe2048"}},
+		{"DH", 1024, []string{"-algorithm", "DHX", "-pkeyopt", "group:dh_1024_160"}},
+		{"SM2", 256, []string{"-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:SM2"}},
+		{"ECDSA", 512, []string{"-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:brainpoolP512t1", "-pkeyopt", "ec_param_enc:explicit"}},
+	} {
+		tool(t, dir, openssl, append([]string{"genpkey", "-out", "key"}, test.args...)...)
+		tool(t, dir, openssl, "pkey", "-in", "key", "-pubout", "-out", "public")
+		tool(t, dir, openssl, "x509", "-new", "-subj", "/CN=k", "-force_pubkey", "public", "-key", "ca.key", "-days", "30", "-outform", "DER", "-out", "k.der")
+		der, err := os.ReadFile(filepath.Join(dir, "k.der"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := describe(der); err != nil || got.KeyAlgorithm != test.algorithm || got.KeySize != test.size || got.CommonName != "k" {
+			t.Errorf("%q: got %s %d, %v; want %s %d", test.args, got.KeyAlgorithm, got.KeySize, err, test.algorithm, test.size)
 		}
 	}
 }

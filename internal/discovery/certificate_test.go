@@ -1,0 +1,419 @@
+package discovery
+
+import (
+	"bytes"
+	"certctl-agent/internal/e2e"
+	"crypto/dsa"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/rsa"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+	"unicode/utf16"
+
+	"certctl-agent/internal/api"
+)
+
+// isUncommon: pkix has no name for it.
+func isUncommon(a pkix.AttributeTypeAndValue) bool {
+	return !slices.ContainsFunc(commonAttributes, func(known struct{ oid, name string }) bool { return known.oid == a.Type.String() })
+}
+
+// checkAgainstGo: what crypto/x509 reads is read here alike.
+func checkAgainstGo(t *testing.T, der []byte) {
+	t.Helper()
+	got, err := describe(der)
+	if err == nil && (got.NotBefore == "" || got.NotAfter == "" || got.SANs == nil) {
+		t.Errorf("incomplete certificate: %+v", got)
+	}
+	cert, goErr := x509.ParseCertificate(der)
+	if goErr != nil || err == errCut {
+		return
+	}
+	want := api.DiscoveredCertificate{
+		CommonName:   text(cert.Subject.CommonName),
+		SANs:         []string{},
+		SerialNumber: cert.SerialNumber.Text(16),
+		IssuerDN:     got.IssuerDN,
+		SubjectDN:    got.SubjectDN,
+		NotBefore:    cert.NotBefore.UTC().Format(time.RFC3339),
+		NotAfter:     cert.NotAfter.UTC().Format(time.RFC3339),
+		KeyAlgorithm: got.KeyAlgorithm,
+		KeySize:      got.KeySize,
+		IsCA:         cert.IsCA,
+	}
+	for _, name := range cert.DNSNames {
+		want.SANs = append(want.SANs, text(name))
+	}
+	for _, address := range cert.EmailAddresses {
+		want.SANs = append(want.SANs, text(address))
+	}
+	for _, ip := range cert.IPAddresses {
+		want.SANs = append(want.SANs, ip.String())
+	}
+	for _, uri := range cert.URIs {
+		want.SANs = append(want.SANs, text(uri.String()))
+	}
+	if !slices.ContainsFunc(cert.Issuer.Names, isUncommon) {
+		want.IssuerDN = text(cert.Issuer.String())
+	}
+	if !slices.ContainsFunc(cert.Subject.Names, isUncommon) {
+		want.SubjectDN = text(cert.Subject.String())
+	}
+	switch key := cert.PublicKey.(type) {
+	case *rsa.PublicKey:
+		want.KeyAlgorithm, want.KeySize = "RSA", key.N.BitLen()
+	case *ecdsa.PublicKey:
+		want.KeyAlgorithm, want.KeySize = "ECDSA", key.Curve.Params().BitSize
+	case ed25519.PublicKey:
+		want.KeyAlgorithm, want.KeySize = "Ed25519", 256
+	case *dsa.PublicKey:
+		want.KeyAlgorithm, want.KeySize = "DSA", key.P.BitLen()
+	}
+	if cert.Version < 3 {
+		// Go reads no extensions here, and openssl does.
+		want.IsCA, want.SANs = got.IsCA, got.SANs
+	}
+	if err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("%x:\n got %+v, %v\nwant %+v", der, got, err, want)
+	}
+}
+
+// TestNamesAsGoWritesThem: names of common attributes are what they always were.
+func TestNamesAsGoWritesThem(t *testing.T) {
+	random := rand.New(rand.NewPCG(1, 2))
+	values := []string{"", "a", "Example, Inc.", " lead", "trail ", "#hash", "a#b", `q"uo\te`, "a+b=c;d<e>f", "grüezi", "日本", " ", "  ", "a b", "\x00", "\U0001F600"}
+	types := []byte{3, 5, 6, 7, 8, 9, 10, 11, 17}
+	for range 20_000 {
+		var rdns []string
+		for range random.IntN(8) {
+			var set []string
+			for range 1 + random.IntN(4)/3*random.IntN(3) {
+				value := values[random.IntN(len(values))]
+				tag := byte(tagUTF8String)
+				switch random.IntN(4) {
+				case 0:
+					tag = tagT61String
+				case 1:
+					tag = tagBMPString
+					var wide []byte
+					for _, unit := range utf16.Encode([]rune(strings.ReplaceAll(value, "\U0001F600", "x"))) {
+						wide = append(wide, byte(unit>>8), byte(unit))
+					}
+					value = string(wide)
+				}
+				set = append(set, tlv(tagSequence, tlv(tagOID, "\x55\x04"+string(types[random.IntN(len(types))])), tlv(tag, value)))
+			}
+			rdns = append(rdns, tlv(0x31, set...))
+		}
+		p := ordinaryParts()
+		p.subject, p.issuer = tlv(tagSequence, rdns...), tlv(tagSequence, slices.Concat(rdns, rdns)...)
+		cert, err := x509.ParseCertificate(p.der())
+		if err != nil {
+			t.Fatalf("crypto/x509 does not read the name %x: %v", p.subject, err)
+		}
+		got, err := describe(p.der())
+		if err != nil || got.SubjectDN != text(cert.Subject.String()) || got.IssuerDN != text(cert.Issuer.String()) || got.CommonName != text(cert.Subject.CommonName) {
+			t.Fatalf("%x: got %q, %q, %q, %v\nwant %q, %q, %q", p.der(), got.SubjectDN, got.IssuerDN, got.CommonName, err,
+				cert.Subject, cert.Issuer, cert.Subject.CommonName)
+		}
+	}
+}
+
+// tlv is one element of DER.
+func tlv(tag byte, parts ...string) string {
+	body := strings.Join(parts, "")
+	switch n := len(body); {
+	case n < 0x80:
+		return string([]byte{tag, byte(n)}) + body
+	case n < 1<<8:
+		return string([]byte{tag, 0x81, byte(n)}) + body
+	case n < 1<<16:
+		return string([]byte{tag, 0x82, byte(n >> 8), byte(n)}) + body
+	default:
+		return string([]byte{tag, 0x83, byte(n >> 16), byte(n >> 8), byte(n)}) + body
+	}
+}
+
+// rdn is one attribute in an RDN of its own; id is its type's last octet below 2.5.4.
+func rdn(id, tag byte, text string) string {
+	return tlv(0x31, tlv(tagSequence, tlv(tagOID, "\x55\x04"+string(id)), tlv(tag, text)))
+}
+
+// parts is a certificate to be put together. It is signed with nothing.
+type parts struct {
+	version, serial, issuer, notBefore, notAfter, subject, key, extensions string
+}
+
+func ordinaryParts() parts {
+	return parts{
+		version:   tlv(tagExplicit0, tlv(tagInteger, "\x02")),
+		serial:    tlv(tagInteger, "\x07"),
+		issuer:    tlv(tagSequence, rdn(3, tagUTF8String, "ca")),
+		notBefore: tlv(tagUTCTime, "250101000000Z"),
+		notAfter:  tlv(tagUTCTime, "350101000000Z"),
+		subject:   tlv(tagSequence, rdn(3, tagUTF8String, "host")),
+		key:       tlv(tagSequence, tlv(tagSequence, tlv(tagOID, "\x2b\x65\x70")), tlv(tagBitString, "\x00"+strings.Repeat("k", 32))),
+	}
+}
+
+func (p parts) der() []byte {
+	extensions := ""
+	if p.extensions != "" {
+		extensions = tlv(tagExplicit3, tlv(tagSequence, p.extensions))
+	}
+	algorithm := tlv(tagSequence, tlv(tagOID, "\x2b\x65\x70"))
+	return []byte(tlv(tagSequence, tlv(tagSequence, p.version, p.serial, algorithm, p.issuer, tlv(tagSequence, p.notBefore, p.notAfter),
+		p.subject, p.key, extensions), algorithm, tlv(tagBitString, "\x00"+strings.Repeat("s", 64))))
+}
+
+func extension(id string, content ...string) string {
+	return tlv(tagSequence, tlv(tagOID, id), tlv(tagOctetString, content...))
+}
+
+// TestOddCertificates: one thing that crypto/x509 refuses, and everything that a person reads all
+// the same. Where openssl is there, it has to read the certificate too, and to say the same.
+func TestOddCertificates(t *testing.T) {
+	t.Parallel()
+	const alone = "openssl refuses it"
+	subject := func(rdns ...string) func(*parts) {
+		return func(p *parts) { p.subject = tlv(tagSequence, rdns...) }
+	}
+	extensions := func(list ...string) func(*parts) {
+		return func(p *parts) { p.extensions = strings.Join(list, "") }
+	}
+	constraints := func(content string) func(*parts) { return extensions(extension(oidBasicConstraints, content)) }
+	names := func(list ...string) string { return extension(oidSubjectAltName, tlv(tagSequence, list...)) }
+	notBefore := func(tag byte, text string) func(*parts) { return func(p *parts) { p.notBefore = tlv(tag, text) } }
+	serial := func(octets string) func(*parts) { return func(p *parts) { p.serial = tlv(tagInteger, octets) } }
+	ca := tlv(tagSequence, tlv(tagBoolean, "\xff"))
+
+	tests := []struct {
+		what   string
+		change func(*parts)
+		want   string // the fields that differ from those of the ordinary certificate
+		remark string
+	}{
+		{"underscore in a PrintableString", subject(rdn(3, tagPrintableString, "a_b")), "cn=a_b dn=CN=a_b", ""},
+		{"at sign in a PrintableString", subject(rdn(10, tagPrintableString, "a@b"), rdn(3, tagUTF8String, "x")), "cn=x dn=CN=x,O=a@b", ""},
+		{"letters in a NumericString", subject(rdn(3, tagNumericString, "abc")), "cn=abc dn=CN=abc", ""},
+		{"VisibleString", subject(rdn(3, tagVisibleString, "abc")), "cn=abc dn=CN=abc", alone},
+		{"UniversalString", subject(rdn(3, tagUniversalString, "\x00\x00\x00a\x00\x01\xf6\x00")), "cn=a\U0001F600 dn=CN=a\U0001F600", ""},
+		{"Latin-1 in an IA5String", subject(rdn(3, tagIA5String, "gr\xfcezi")), "cn=grüezi dn=CN=grüezi", ""},
+		{"Latin-1 in a UTF8String", subject(rdn(3, tagUTF8String, "gr\xfcezi")), "cn=grüezi dn=CN=grüezi", alone},
+		{"UTF-8 in a PrintableString", subject(rdn(3, tagPrintableString, "gr\xc3\xbcezi")), "cn=grüezi dn=CN=grüezi", alone},
+		{"half a character in a BMPString", subject(rdn(3, tagBMPString, "\x00a\x00")), "cn=a dn=CN=a", alone},
+		{"an INTEGER as a name", subject(rdn(10, tagInteger, "\x05"), rdn(3, tagUTF8String, "x")), "cn=x dn=CN=x,O=#020105", alone},
+		{"an unknown attribute", subject(rdn(3, tagUTF8String, "x"), tlv(0x31, tlv(tagSequence, tlv(tagOID, "\x2a\x03\x04"), tlv(tagIA5String, "y")))),
+			"cn=x dn=1.2.3.4=#160179,CN=x", ""},
+		{"no attribute", subject(rdn(3, tagUTF8String, "x"), tlv(0x31, tlv(tagSequence, tlv(tagInteger, "\x01")))), "cn=x dn=#31053003020101,CN=x", alone},
+		{"an attribute without a value", subject(rdn(3, tagUTF8String, "x"), tlv(0x31, tlv(tagSequence, tlv(tagOID, "\x55\x04\x0a")))), "cn=x dn=#31073005060355040a,CN=x", alone},
+		{"a truncated name", subject(rdn(3, tagUTF8String, "x"), "\x31\x20"), "cn=x dn=#310a300806035504030c01783120,CN=x", alone},
+		{"TRUE as 1", constraints(tlv(tagSequence, tlv(tagBoolean, "\x01"))), "ca=true", ""},
+		{"FALSE said", constraints(tlv(tagSequence, tlv(tagBoolean, "\x00"))), "", ""},
+		{"a long length", constraints("\x30\x81\x03" + tlv(tagBoolean, "\xff")), "ca=true", ""},
+		{"a length with zeros in front", constraints("\x30\x85\x00\x00\x00\x00\x03" + tlv(tagBoolean, "\xff")), "ca=true", ""},
+		{"an indefinite length", constraints("\x30\x80" + tlv(tagBoolean, "\xff") + "\x00\x00"), "ca=true", ""},
+		{"critical as 1", extensions(tlv(tagSequence, tlv(tagOID, oidBasicConstraints), tlv(tagBoolean, "\x01"), tlv(tagOctetString, ca))), "ca=true", ""},
+		{"an extension of noise", extensions(extension("\x55\x1d\x0f", "noise"), extension(oidBasicConstraints, ca)), "ca=true", ""},
+		{"names of noise", extensions(extension(oidSubjectAltName, "noise"), extension(oidBasicConstraints, ca)), "ca=true", ""},
+		{"an extension twice", extensions(extension(oidBasicConstraints, ca), names(tlv(0x82, "a")), names(tlv(0x82, "b"))), "ca=true san=a,b", ""},
+		{"extensions of version 1", func(p *parts) { p.version = ""; p.extensions = extension(oidBasicConstraints, ca) }, "ca=true", ""},
+		{"damage behind a name", extensions(names(tlv(0x82, "a"), "\x82\x20")), "san=a", ""},
+		{"an address of five bytes", extensions(names(tlv(0x87, "\x01\x02\x03\x04\x05"), tlv(0x82, "a"))), "san=a,?0102030405", ""},
+		{"a URI that is none", extensions(names(tlv(0x86, "http://a b/%zz"))), "san=http://a b/%zz", ""},
+		{"Latin-1 in a host name", extensions(names(tlv(0x82, "a\xfc"))), "san=a\uFFFD", ""},
+		{"a host name in a directory name", extensions(names(tlv(0xa4, tlv(tagSequence)), tlv(0x82, "a"))), "san=a", ""},
+		{"no seconds", notBefore(tagUTCTime, "2501021530Z"), "from=2025-01-02T15:30:00Z", alone},
+		{"an offset", notBefore(tagUTCTime, "250102153000+0130"), "from=2025-01-02T14:00:00Z", ""},
+		{"no zone", notBefore(tagUTCTime, "250102153000"), "from=2025-01-02T15:30:00Z", alone},
+		{"a fraction", notBefore(tagGeneralizedTime, "20250102153000.25Z"), "from=2025-01-02T15:30:00Z", alone},
+		{"four digits of a year in a UTCTime", notBefore(tagUTCTime, "20250102153000Z"), "from=2025-01-02T15:30:00Z", alone},
+		{"GeneralizedTime before 2050", notBefore(tagGeneralizedTime, "20250102153000Z"), "from=2025-01-02T15:30:00Z", ""},
+		{"a leap second", notBefore(tagUTCTime, "161231235960Z"), "from=2017-01-01T00:00:00Z", alone},
+		{"30 February", notBefore(tagUTCTime, "250230000000Z"), "from=2025-03-02T00:00:00Z", alone},
+		{"year 9999 and an offset", notBefore(tagGeneralizedTime, "99991231235959-0100"), "from=9999-12-31T23:59:59Z", alone},
+		{"a negative serial number", serial("\xff\x01"), "serial=-ff", ""},
+		{"a serial number of 40 octets", serial("\x01" + strings.Repeat("\x00", 39)), "serial=1" + strings.Repeat("0", 78), ""},
+		{"a serial number with zeros in front", serial("\x00\x00\x05"), "serial=5", alone},
+		{"an empty serial number", serial(""), "serial=0", alone},
+		{"no issuer", func(p *parts) { p.issuer = tlv(tagSequence) }, "issuer=", ""},
+		{"RSA without NULL", func(p *parts) {
+			p.key = tlv(tagSequence, tlv(tagSequence, tlv(tagOID, "\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01")),
+				tlv(tagBitString, "\x00", tlv(tagSequence, tlv(tagInteger, "\x00\xc1"+strings.Repeat("\x01", 127)), tlv(tagInteger, "\x03"))))
+		}, "key=RSA/1024", ""},
+		{"a key of noise", func(p *parts) { p.key = tlv(tagSequence, "noise") }, "key=unreadable/0", alone},
+		{"an RSA key of noise", func(p *parts) {
+			p.key = tlv(tagSequence, tlv(tagSequence, tlv(tagOID, "\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01"), "\x05\x00"), tlv(tagBitString, "\x00noise"))
+		}, "key=RSA/0", ""},
+	}
+	openssl := e2e.Need(t, "openssl")
+	dir := t.TempDir()
+	for _, test := range tests {
+		p := ordinaryParts()
+		test.change(&p)
+		der := p.der()
+		want, err := describe(ordinaryParts().der())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for field := range strings.SplitSeq(test.want, " ") {
+			key, value, _ := strings.Cut(field, "=")
+			switch key {
+			case "cn":
+				want.CommonName = value
+			case "dn":
+				want.SubjectDN = value
+			case "issuer":
+				want.IssuerDN = value
+			case "ca":
+				want.IsCA = value == "true"
+			case "from":
+				want.NotBefore = value
+			case "serial":
+				want.SerialNumber = value
+			case "san":
+				_, all, _ := strings.Cut(test.want, "san=")
+				want.SANs = strings.Split(all, ",")
+			case "key":
+				name, size, _ := strings.Cut(value, "/")
+				want.KeyAlgorithm = name
+				want.KeySize, _ = strconv.Atoi(size)
+			}
+		}
+		got, err := describe(der)
+		if err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("%s:\n got %+v, %v\nwant %+v", test.what, got, err, want)
+		}
+		if c := parse("a.der", der, nil); len(c.certs) != 1 || len(c.causes) > 0 {
+			t.Errorf("%s: the file holds %d certificates, %q", test.what, len(c.certs), c.causes)
+		}
+		if test.remark == alone {
+			continue
+		}
+		file := filepath.Join(dir, "a.der")
+		write(t, file, der)
+		output, err := exec.CommandContext(t.Context(), openssl, "x509", "-in", file, "-inform", "DER", "-noout", "-subject", "-startdate",
+			"-dateopt", "iso_8601", "-nameopt", "RFC2253,-esc_msb", "-ext", "basicConstraints").CombinedOutput()
+		said := string(output)
+		if err != nil {
+			t.Errorf("%s: openssl: %v\n%s", test.what, err, said)
+		}
+		for _, line := range []string{"subject=" + want.SubjectDN, "notBefore=" + strings.Replace(want.NotBefore, "T", " ", 1)} {
+			if !strings.Contains(said, line+"\n") {
+				t.Errorf("%s: openssl does not say %q but\n%s", test.what, line, said)
+			}
+		}
+		if strings.Contains(said, "CA:TRUE") != want.IsCA {
+			t.Errorf("%s: is_ca %v, openssl says\n%s", test.what, want.IsCA, said)
+		}
+	}
+}
+
+// TestKeyAlgorithms: keys that no tool here makes.
+func TestKeyAlgorithms(t *testing.T) {
+	sample, err := os.ReadFile("testdata/keys/mldsa44.spki")
+	if err != nil {
+		t.Fatal(err)
+	}
+	key := func(oid string, bytes int, parameters ...string) string {
+		return tlv(tagSequence, tlv(tagSequence, tlv(tagOID, oid), strings.Join(parameters, "")), tlv(tagBitString, "\x00"+strings.Repeat("k", bytes)))
+	}
+	const nist, ec = "\x60\x86\x48\x01\x65\x03\x04", "\x2a\x86\x48\xce\x3d\x02\x01"
+	for _, test := range []struct {
+		key       string
+		algorithm string
+		size      int
+	}{
+		{string(sample), "ML-DSA-44", 8 * 1312},
+		{key(nist+"\x03\x12", 1952), "ML-DSA-65", 8 * 1952},
+		{key(nist+"\x03\x13", 2592), "ML-DSA-87", 8 * 2592},
+		{key(nist+"\x03\x14", 32), "SLH-DSA-SHA2-128s", 256},
+		{key(nist+"\x03\x1f", 64), "SLH-DSA-SHAKE-256f", 512},
+		{key(nist+"\x04\x02", 1184), "ML-KEM-768", 8 * 1184},
+		{key("\x2a\x85\x03\x07\x01\x01\x01\x01", 66), "GOST R 34.10-2012", 256},
+		{key("\x2a\x85\x03\x07\x01\x01\x01\x02", 131), "GOST R 34.10-2012", 512},
+		{key("\x2a\x85\x03\x02\x02\x13", 66), "GOST R 34.10-2001", 256},
+		{key("\x2a\x03\x04", 66), "1.2.3.4", 0},
+		{key("\x69\x83\xb1\xdb\x9b\xe2\xb3\x98\x97\xc6\xfb\x88\x9e\xe4\x8a\xa4\xd8\xc8\x6a", 66), "2.25.2251964738561382262029280714062963818", 0},
+		{key(ec, 65, tlv(tagOID, "\x2a\x03\x04")), "ECDSA", 0},
+		{key(ec, 65, "\x05\x00"), "ECDSA", 0},
+		{key("\x2a\x86\x48\xce\x38\x04\x01", 65), "DSA", 0}, // parameters of the issuer
+	} {
+		p := ordinaryParts()
+		p.key = test.key
+		if got, err := describe(p.der()); err != nil || got.KeyAlgorithm != test.algorithm || got.KeySize != test.size {
+			t.Errorf("got %s %d, %v; want %s %d", got.KeyAlgorithm, got.KeySize, err, test.algorithm, test.size)
+		}
+	}
+}
+
+// TestHugeCertificates: what a report says of a certificate is bounded, in time and in space.
+func TestHugeCertificates(t *testing.T) {
+	many := func(n int, s string) string { return strings.Repeat(s, n) }
+	names := func(list string) func(*parts) {
+		return func(p *parts) { p.extensions = extension(oidSubjectAltName, tlv(tagSequence, list)) }
+	}
+	subject := func(rdns string) func(*parts) { return func(p *parts) { p.subject = tlv(tagSequence, rdns) } }
+	for _, test := range []struct {
+		what   string
+		change func(*parts)
+		err    error
+	}{
+		{"as many names as there may be", names(many(maxNames, tlv(0x82, "a"))), nil},
+		{"one more", names(many(maxNames+1, tlv(0x82, "a"))), errCut},
+		{"350,000 names", names(many(350_000, tlv(0x82, "a"))), errCut},
+		{"350,000 URIs", names(many(350_000, tlv(0x86, "a"))), errCut},
+		{"names as long as they may be", names(many(maxNameBytes/1024, tlv(0x82, many(1024, "a")))), nil},
+		{"longer ones", names(many(maxNameBytes/1024, tlv(0x82, many(1025, "a")))), errCut},
+		{"one very long name", names(tlv(0x82, many(1_000_000, "a"))), errCut},
+		{"a subject of many attributes", subject(many(80_000, rdn(10, tagUTF8String, "a")) + rdn(3, tagUTF8String, "host")), errCut},
+		{"a subject of one RDN", subject(tlv(0x31, many(80_000, rdn(10, tagUTF8String, "a")[2:])) + rdn(3, tagUTF8String, "host")), errCut},
+		{"a subject of many unknown attributes", subject(many(80_000, tlv(0x31, tlv(tagSequence, tlv(tagOID, "\x2a\x03"), tlv(tagUTF8String, "a")))) + rdn(3, tagUTF8String, "host")), errCut},
+		{"a long attribute", subject(rdn(10, tagBMPString, many(1_000_000, "\x20\xac")) + rdn(3, tagUTF8String, "host")), errCut},
+		{"a long serial number", func(p *parts) { p.serial = tlv(tagInteger, many(1_000_000, "\x81")) }, errCut},
+		{"a long name of an algorithm", func(p *parts) {
+			p.key = tlv(tagSequence, tlv(tagSequence, tlv(tagOID, many(1_000_000, "\x81")+"\x01")))
+		}, nil},
+	} {
+		p := ordinaryParts()
+		test.change(&p)
+		der := p.der()
+		var got api.DiscoveredCertificate
+		var err error
+		began := time.Now()
+		spent := testing.AllocsPerRun(1, func() { got, err = describe(der) })
+		took := time.Since(began) / 2
+		if err != test.err || got.CommonName != "host" {
+			t.Errorf("%s: common name %q, %v; want %v", test.what, got.CommonName, err, test.err)
+		}
+		size := len(got.SubjectDN) + len(got.SerialNumber) + len(got.KeyAlgorithm)
+		for _, name := range got.SANs {
+			size += len(name)
+		}
+		if len(got.SANs) > maxNames || size > maxNameBytes+3*(maxText+len("…")) {
+			t.Errorf("%s: %d names, %d bytes", test.what, len(got.SANs), size)
+		}
+		if spent > 4*maxNames || took > time.Second {
+			t.Errorf("%s: %v allocations, %v", test.what, spent, took)
+		}
+		var known certificates
+		for range 2 { // the second one is not hidden by the first
+			c := content{certs: []found{{der, formatDER}}}
+			outcome := appendOutcome(nil, c, &known)
+			if named := bytes.Contains(outcome, []byte(errCut.Error())); named != (test.err != nil) {
+				t.Errorf("%s: named: %v", test.what, named)
+			}
+		}
+	}
+}

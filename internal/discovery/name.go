@@ -1,0 +1,276 @@
+package discovery
+
+import (
+	"cmp"
+	"crypto/x509"
+	"encoding/hex"
+	"strings"
+	"unicode/utf16"
+	"unicode/utf8"
+)
+
+// commonAttributes are the attributes that crypto/x509/pkix knows, in the order in which it writes
+// them, which is the order that control planes have in their databases.
+var commonAttributes = []struct{ oid, name string }{
+	{"2.5.4.5", "SERIALNUMBER"},
+	{oidCommonName, "CN"},
+	{"2.5.4.11", "OU"},
+	{"2.5.4.10", "O"},
+	{"2.5.4.17", "POSTALCODE"},
+	{"2.5.4.9", "STREET"},
+	{"2.5.4.7", "L"},
+	{"2.5.4.8", "ST"},
+	{"2.5.4.6", "C"},
+}
+
+const (
+	oidCommonName = "2.5.4.3"
+	idCommonName  = "\x55\x04\x03" // the same, encoded
+)
+
+// otherAttributes are the names of RFC 4514, section 3, and beyond those the ones that OpenSSL has
+// for attributes of public certificates.
+var otherAttributes = map[string]string{
+	"0.9.2342.19200300.100.1.1":  "UID",
+	"0.9.2342.19200300.100.1.25": "DC",
+	"0.9.2342.19200300.100.1.3":  "mail",
+	"1.2.840.113549.1.9.1":       "emailAddress",
+	"1.2.840.113549.1.9.2":       "unstructuredName",
+	"1.2.840.113549.1.9.8":       "unstructuredAddress",
+	"1.3.6.1.4.1.311.60.2.1.1":   "jurisdictionL",
+	"1.3.6.1.4.1.311.60.2.1.2":   "jurisdictionST",
+	"1.3.6.1.4.1.311.60.2.1.3":   "jurisdictionC",
+	"2.5.4.4":                    "SN",
+	"2.5.4.12":                   "title",
+	"2.5.4.13":                   "description",
+	"2.5.4.15":                   "businessCategory",
+	"2.5.4.20":                   "telephoneNumber",
+	"2.5.4.41":                   "name",
+	"2.5.4.42":                   "GN",
+	"2.5.4.43":                   "initials",
+	"2.5.4.44":                   "generationQualifier",
+	"2.5.4.45":                   "x500UniqueIdentifier",
+	"2.5.4.46":                   "dnQualifier",
+	"2.5.4.65":                   "pseudonym",
+	"2.5.4.97":                   "organizationIdentifier",
+}
+
+// distinguishedName is a Name of RFC 5280, 4.1.2.4.
+type distinguishedName struct {
+	attributes []attribute
+	commonName string // the last one, as in crypto/x509
+	cut        bool   // there are more attributes
+}
+
+type attribute struct {
+	oid    string // dotted; empty: raw is not an attribute at all
+	raw    []byte // encoding of the value
+	text   string // the value, when isText
+	isText bool
+	joined bool // in the same RDN as the attribute before
+}
+
+func readName(name value) (n distinguishedName) {
+	size := 0
+	fits := func(encoded []byte) bool {
+		size += len(encoded)
+		n.cut = size > maxText
+		return !n.cut
+	}
+	for rdn, err := range name.children() {
+		if err != nil {
+			if fits(name.body) {
+				n.attributes = append(n.attributes, attribute{raw: name.body})
+			}
+			return n
+		}
+		joined := false
+		for pair, err := range rdn.children() {
+			f := fields{rest: pair.body}
+			id := f.next(tagOID).body
+			v, _, valueErr := element(f.rest)
+			if err != nil || f.err != nil || valueErr != nil {
+				if fits(rdn.full) {
+					n.attributes = append(n.attributes, attribute{raw: rdn.full, joined: joined})
+				}
+				break
+			}
+			isCommonName := string(id) == idCommonName
+			if !fits(pair.full) && !isCommonName {
+				continue
+			}
+			a := attribute{oid: oidText(id), raw: v.full, joined: joined}
+			if a.text, a.isText = v.text(); a.isText && isCommonName {
+				n.commonName = a.text
+			}
+			if !n.cut {
+				n.attributes = append(n.attributes, a)
+			}
+			joined = true
+		}
+	}
+	return n
+}
+
+// oidText is an object identifier in dotted form.
+func oidText(octets []byte) string {
+	const maxOID = 128 // the longest known are a third of that
+	var oid x509.OID
+	if len(octets) > maxOID || oid.UnmarshalBinary(octets) != nil {
+		return "unreadable"
+	}
+	return oid.String()
+}
+
+// text is the value of a character string, and whether v is one. A string that is not what its
+// type says is read as UTF-8 or else as Latin-1: nearly all of those were written by a program
+// that knew neither type nor encoding.
+func (v value) text() (string, bool) {
+	body := v.body[:min(len(v.body), maxText+utf8.UTFMax)]
+	switch v.tag {
+	case tagBMPString:
+		units := make([]uint16, 0, len(body)/2)
+		for ; len(body) >= 2; body = body[2:] {
+			units = append(units, uint16(body[0])<<8|uint16(body[1]))
+		}
+		if n := len(units); n > 0 && units[n-1] == 0 { // a terminator
+			units = units[:n-1]
+		}
+		return string(utf16.Decode(units)), true
+	case tagUniversalString:
+		var b strings.Builder
+		for ; len(body) >= 4; body = body[4:] {
+			b.WriteRune(rune(uint32(body[0])<<24 | uint32(body[1])<<16 | uint32(body[2])<<8 | uint32(body[3])))
+		}
+		return b.String(), true
+	case tagT61String:
+		return latin1(body), true // as crypto/x509 takes it
+	case tagUTF8String, tagNumericString, tagPrintableString, tagIA5String, tagVisibleString, tagGeneralString,
+		tagUTCTime, tagGeneralizedTime:
+		if utf8.Valid(body) || len(body) < len(v.body) {
+			return string(body), true
+		}
+		return latin1(body), true
+	}
+	return "", false
+}
+
+func latin1(octets []byte) string {
+	wide := make([]byte, 0, 2*len(octets))
+	for _, octet := range octets {
+		wide = utf8.AppendRune(wide, rune(octet))
+	}
+	return string(wide)
+}
+
+// String is the name as crypto/x509/pkix writes it where all attributes are common ones: control
+// planes compare it with what other programs reported. With any other attribute it is the form of
+// RFC 4514, in the order of the certificate; pkix would write those attributes as a number and hex.
+func (n distinguishedName) String() string {
+	var b strings.Builder
+	if n.isCommon() {
+		n.writeCommon(&b)
+		return b.String()
+	}
+	for end := len(n.attributes); end > 0; {
+		begin := end - 1
+		for n.attributes[begin].joined {
+			begin--
+		}
+		if b.Len() > 0 {
+			b.WriteByte(',')
+		}
+		for i, a := range n.attributes[begin:end] {
+			if i > 0 {
+				b.WriteByte('+')
+			}
+			a.write(&b)
+		}
+		end = begin
+	}
+	return b.String()
+}
+
+func (n distinguishedName) isCommon() bool {
+	for _, a := range n.attributes {
+		if attributeName(a.oid) == "" || !a.isText {
+			return false
+		}
+	}
+	return true
+}
+
+func attributeName(oid string) string {
+	for _, known := range commonAttributes {
+		if known.oid == oid {
+			return known.name
+		}
+	}
+	return ""
+}
+
+// writeCommon writes what pkix.Name keeps: the values of one type together, of CN and SERIALNUMBER
+// the last one alone, unless that is empty.
+func (n distinguishedName) writeCommon(b *strings.Builder) {
+	for _, known := range commonAttributes {
+		var values []string
+		for _, a := range n.attributes {
+			if a.oid == known.oid {
+				values = append(values, a.text)
+			}
+		}
+		if last := len(values) - 1; last >= 0 && (known.name == "CN" || known.name == "SERIALNUMBER") {
+			if values = values[last:]; values[0] == "" {
+				values = nil
+			}
+		}
+		for i, v := range values {
+			switch {
+			case i > 0:
+				b.WriteByte('+')
+			case b.Len() > 0:
+				b.WriteByte(',')
+			}
+			b.WriteString(known.name)
+			b.WriteByte('=')
+			escape(b, v)
+		}
+	}
+}
+
+// write writes an attribute (RFC 4514, 2.3 and 2.4): with its name and as text where it has both,
+// else in hex.
+func (a attribute) write(b *strings.Builder) {
+	name := attributeName(a.oid)
+	if name == "" {
+		name = otherAttributes[a.oid]
+	}
+	b.WriteString(cmp.Or(name, a.oid))
+	if a.oid != "" {
+		b.WriteByte('=')
+	}
+	if name != "" && a.isText {
+		escape(b, a.text)
+		return
+	}
+	b.WriteByte('#')
+	b.WriteString(hex.EncodeToString(a.raw))
+}
+
+func escape(b *strings.Builder, s string) {
+	for i, c := range s {
+		switch c {
+		case ',', '+', '"', '\\', '<', '>', ';':
+			b.WriteByte('\\')
+		case ' ':
+			if i == 0 || i == len(s)-1 {
+				b.WriteByte('\\')
+			}
+		case '#':
+			if i == 0 {
+				b.WriteByte('\\')
+			}
+		}
+		b.WriteRune(c)
+	}
+}
