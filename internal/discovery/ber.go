@@ -83,6 +83,21 @@ func elementAt(b []byte, depth int) (v value, rest []byte, err error) {
 	return v, b[end:], nil
 }
 
+// headerLength is the length of tag and length at the start of b; 0: they are incomplete.
+func headerLength(b []byte) int {
+	if len(b) < 2 {
+		return 0
+	}
+	n := 2
+	if b[1] > 0x80 {
+		n += int(b[1] - 0x80)
+	}
+	if n > len(b) {
+		return 0
+	}
+	return n
+}
+
 // indefinite reads an element whose end is marked by two zero octets
 // (X.690, 8.1.3.6).
 func indefinite(b []byte, depth int) (v value, rest []byte, err error) {

@@ -298,3 +298,24 @@ func firstCertificate(b []byte) (der, rest []byte, err error) {
 	}
 	return outer.full, rest, nil
 }
+
+// looksLikeCertificate reports whether b, the beginning of a file, is that of a certificate: up to
+// the validity, which neither a request nor a revocation list has in that place.
+func looksLikeCertificate(b []byte) bool {
+	for range 2 { // Certificate, TBSCertificate
+		header := headerLength(b)
+		if header == 0 || b[0] != tagSequence {
+			return false
+		}
+		b = b[header:]
+	}
+	tbs := fields{rest: b}
+	if tbs.at(tagExplicit0) {
+		tbs.next(tagExplicit0)
+	}
+	tbs.next(tagInteger)
+	algorithm := tbs.inside(tagSequence)
+	tbs.next(tagSequence) // issuer
+	validity := tbs.inside(tagSequence)
+	return algorithm.at(tagOID) && (validity.at(tagUTCTime) || validity.at(tagGeneralizedTime))
+}

@@ -35,7 +35,7 @@ func promiseOf(name string) promise {
 		return promisesCertificate
 	case ".der":
 		return promisesDER
-	case ".p7b", ".p7c", ".p12", ".pfx", ".jks", ".keystore", ".ks":
+	case ".p7b", ".p7c", ".p12", ".pfx", ".jks", ".keystore", ".ks", ".bks", ".bcfks", ".uber", ".ubr":
 		return promisesStore
 	case ".key":
 		return promisesKey
@@ -52,7 +52,13 @@ const headSize = 4096
 // anywhere in it; text has no NUL. (Text in UTF-16 has; no tool writes PEM so.)
 func worthReading(name string, head []byte) bool {
 	return promiseOf(name) != promisesNothing || isJKS(head) || looksLikePKCS12(head) ||
-		bytes.IndexByte(head, 0) < 0
+		bytes.IndexByte(head, 0) < 0 || looksLikeDER(name, head)
+}
+
+// looksLikeDER reports whether a file is read as DER though its name does not promise that: it has
+// no extension, or a number as OpenSSL's hashes have, and begins as a certificate or a bundle does.
+func looksLikeDER(name string, b []byte) bool {
+	return strings.Trim(path.Ext(name), ".0123456789") == "" && (looksLikeCertificate(b) || isSignedData(b))
 }
 
 // found is one certificate in a file. der may alias the file's bytes.
@@ -68,6 +74,9 @@ type content struct {
 
 	// locked: a password that is not configured would show more.
 	locked bool
+
+	passwords []string
+	work      int64 // spent on trying passwords, as scheme.work counts it
 }
 
 func (c *content) add(der []byte, format string) {
@@ -88,17 +97,14 @@ func (c *content) fail(err error) {
 
 // parse finds the certificates in data, the bytes of a file of that name.
 func parse(name string, data []byte, passwords []string) content {
-	var c content
-	switch promised := promiseOf(name); {
+	c := content{passwords: passwords}
+	promised := promiseOf(name)
+	if looksLikeDER(name, data) {
+		promised = promisesCertificate
+	}
+	switch {
 	case len(data) == 0 || promised == promisesKey:
-	case isJKS(data):
-		c.jks(data)
-	case looksLikePKCS12(data):
-		c.pkcs12(data, passwords)
-	case promised != promisesNothing && isSignedData(data):
-		if err := c.pkcs7(data); err != nil {
-			c.fail(err)
-		}
+	case c.signed(data, promised):
 	case c.pem(data):
 	case promised != promisesNothing:
 		c.binary(data, promised)
@@ -106,13 +112,32 @@ func parse(name string, data []byte, passwords []string) content {
 	return c
 }
 
+// signed reads what its first bytes tell apart.
+func (c *content) signed(data []byte, promised promise) bool {
+	switch {
+	case isJKS(data):
+		c.jks(data)
+	case looksLikePKCS12(data):
+		c.pkcs12(data)
+	case promised != promisesNothing && isSignedData(data):
+		if err := c.pkcs7(data); err != nil {
+			c.fail(err)
+		}
+	case promised != promisesNothing && isBouncyCastle(data):
+		c.fail(errBouncyCastle)
+	default:
+		return false
+	}
+	return true
+}
+
 // pem reads PEM blocks and reports whether there were any that can hold
 // certificates.
 func (c *content) pem(data []byte) bool {
 	any := false
-	pemBlocks(data, func(block pemBlock) {
+	found := func(block pemBlock) {
 		if block.err == nil {
-			err := c.block(block.der)
+			err := c.block(block)
 			if err == nil {
 				any = true
 				return
@@ -123,17 +148,41 @@ func (c *content) pem(data []byte) bool {
 			any = true
 			c.fail(block.err)
 		}
+	}
+	pemBlocks(data, found)
+	wrappedPEM(data, func(text []byte) {
+		c.inside(text, func() {
+			pemBlocks(text, func(block pemBlock) {
+				block.embedded, block.store = true, false
+				found(block)
+			})
+		})
 	})
 	return any
 }
 
+// inside parses what was decoded from a file. There may be a key in it, so only the certificates
+// stay in memory.
+func (c *content) inside(decoded []byte, parse func()) {
+	before := len(c.certs)
+	parse()
+	for i := range c.certs[before:] {
+		c.certs[before+i].der = bytes.Clone(c.certs[before+i].der)
+	}
+	clear(decoded[:cap(decoded)])
+}
+
 // block adds the certificates of one PEM block, whose label is not to be
 // trusted: PKCS#7 is found in CERTIFICATE blocks too.
-func (c *content) block(der []byte) error {
-	if isSignedData(der) {
-		return c.pkcs7(der)
+func (c *content) block(block pemBlock) error {
+	if isSignedData(block.der) {
+		return c.pkcs7(block.der)
 	}
-	cert, _, err := firstCertificate(der)
+	if block.store && looksLikePKCS12(block.der) {
+		c.pkcs12(block.der)
+		return nil
+	}
+	cert, _, err := firstCertificate(block.der)
 	if err != nil {
 		return err
 	}
@@ -143,8 +192,10 @@ func (c *content) block(der []byte) error {
 
 // binary reads what a name promised and PEM is not.
 func (c *content) binary(data []byte, promised promise) {
-	if promised != promisesDER && isText(data[:min(len(data), headSize)]) {
-		return
+	if isText(data[:min(len(data), headSize)]) {
+		if c.bareBase64(data, promised) || promised != promisesDER {
+			return
+		}
 	}
 	der, rest, err := firstCertificate(data)
 	switch {
@@ -153,9 +204,35 @@ func (c *content) binary(data []byte, promised promise) {
 		c.more(rest)
 	case !errors.Is(err, errNoCertificate):
 		c.fail(err)
-	case data[0] != tagSequence:
+	case data[0] != tagSequence || promised == promisesStore:
 		c.fail(errUnknown)
 	}
+}
+
+// bareBase64 reads base64 without PEM's markers, as mail and secret stores hand out key stores.
+func (c *content) bareBase64(data []byte, promised promise) (isDER bool) {
+	if bytes.IndexByte(data, ':') >= 0 {
+		return false
+	}
+	decoded, err := decodePEM(data)
+	if err != nil {
+		return false
+	}
+	c.inside(decoded, func() {
+		// Under any other name it does not get to spend time on passwords.
+		if looksLikePKCS12(decoded) && promised != promisesStore {
+			return
+		}
+		if isDER = c.signed(decoded, promised); isDER {
+			return
+		}
+		if der, rest, err := firstCertificate(decoded); err == nil {
+			isDER = true
+			c.add(der, formatDER)
+			c.more(rest)
+		}
+	})
+	return isDER
 }
 
 // errUnknown: the name promised something that is not there. DER of another

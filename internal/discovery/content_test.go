@@ -3,6 +3,7 @@ package discovery
 import (
 	"bytes"
 	"crypto/sha256"
+	"encoding/base64"
 	"encoding/pem"
 	"os"
 	"path/filepath"
@@ -35,6 +36,21 @@ func TestParse(t *testing.T) {
 		}
 		return wide
 	}
+	sample := func(name string) []byte {
+		data, err := os.ReadFile(filepath.Join("testdata/seeds", name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return data
+	}
+	store := pkcs12Of(tlv(tagSequence, tlv(tagOID, oidData), tlv(tagExplicit0, tlv(tagOctetString, tlv(tagSequence, tlv(tagSequence, tlv(tagOID, oidCertBag),
+		tlv(tagExplicit0, tlv(tagSequence, tlv(tagOID, oidX509Certificate), tlv(tagExplicit0, tlv(tagOctetString, string(der)))))))))))
+	rc2, rc4 := sample("rc2-40.p12"), sample("rc4.p12")
+	wrapped := base64.StdEncoding.EncodeToString
+	base64Of := func(b []byte) []byte {
+		lines := strings.Split(string(pem.EncodeToMemory(&pem.Block{Type: "X", Bytes: b})), "\n")
+		return []byte(strings.Join(lines[1:len(lines)-2], "\n"))
+	}
 	tests := []struct {
 		what  string
 		name  string
@@ -53,7 +69,12 @@ func TestParse(t *testing.T) {
 		{"DER in .crt", "a.crt", der, 1, ""},
 		{"DER in .pem", "a.pem", der, 1, ""},
 		{"no DER under other names", "a.bin", der, 0, ""},
-		{"nor without a name", "a", der, 0, ""},
+		{"DER without an extension", "a", der, 1, ""},
+		{"DER of a hash", "5ed36f99.0", der, 1, ""},
+		{"DER of another hash", "5ed36f99.12", der, 1, ""},
+		{"PKCS#7 without an extension", "a", corpus.PKCS7(der), 1, ""},
+		{"no DER of a key by its shape", "a", []byte("\x30\x81\x87\x02\x01\x00\x30\x13\x06\x07"), 0, ""},
+		{"nor noise", "a", append([]byte("\x30\x82\x01\x00\x30\x82\x01\x00\xa0\x03\x02\x01\x02"), make([]byte, 300)...), 0, ""},
 		{"twice", "a.pem", slices.Concat(text, text), 2, ""},
 		{"key between", "a.pem", slices.Concat(text, key, text), 2, ""},
 		{"CRLF", "a.pem", bytes.ReplaceAll(text, []byte("\n"), []byte("\r\n")), 1, ""},
@@ -73,6 +94,28 @@ func TestParse(t *testing.T) {
 		{"PKCS#7 in .cer", "a.cer", corpus.PKCS7(der), 1, ""},
 		{"JKS of any name", "cacerts", corpus.JKS(2, der), 1, ""},
 		{"old JKS", "a.ks", corpus.JKS(1, der, der), 2, ""},
+		{"base64 without markers", "a.cer", base64Of(der), 1, ""},
+		{"base64 in one line", "a.der", bytes.ReplaceAll(base64Of(der), []byte("\n"), nil), 1, ""},
+		{"base64 of a key store", "a.jks", base64Of(corpus.JKS(2, der)), 1, ""},
+		{"base64 of PKCS#12", "a.p12", base64Of(store), 1, ""},
+		{"but not under the name of a certificate", "a.cer", base64Of(store), 0, ""},
+		{"base64 of PKCS#7", "a.p7b", base64Of(corpus.PKCS7(der, der)), 2, ""},
+		{"base64 of a key", "a.pem", base64Of([]byte("\x30\x81\x87\x02\x01\x00\x30\x13\x06\x07")), 0, ""},
+		{"PKCS#12 with markers", "a.pem", pem.EncodeToMemory(&pem.Block{Type: "PKCS12", Bytes: store}), 1, ""},
+		{"and without an extension", "a", pem.EncodeToMemory(&pem.Block{Type: "PKCS12", Bytes: store}), 1, ""},
+		{"PKCS#12 labelled as a certificate", "a.pem", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: store}), 0, errNoCertificate.Error()},
+		{"PKCS#12 with markers in base64", "a.yaml", []byte("a: " + wrapped(slices.Concat(text, pem.EncodeToMemory(&pem.Block{Type: "PKCS12", Bytes: store})))), 1, ""},
+		{"PKCS#12 in 40-bit RC2", "a.p12", rc2, 1, ""},
+		{"PKCS#12 in RC4", "a.p12", rc4, 1, ""},
+		{"kubeconfig", "config", []byte("clusters:\n- cluster:\n    certificate-authority-data: " + wrapped(text) + "\n    server: https://x\nusers:\n- user:\n    client-certificate-data: " +
+			wrapped(text) + "\n    client-key-data: " + wrapped(key) + "\n"), 2, ""},
+		{"kubeconfig in JSON", "config", []byte(`{"certificate-authority-data":"` + wrapped(text) + `","client-key-data":"` + wrapped(key) + `"}`), 1, ""},
+		{"Traefik", "acme.json", []byte(`{"le":{"Certificates":[{"certificate":"` + wrapped(slices.Concat(text, text)) + `","key":"` + wrapped(key) + `"}]}}`), 2, ""},
+		{"secret in folded YAML", "a.yaml", []byte("data:\n  tls.crt: >\n    " + wrapped(text)[:100] + "\n    " + wrapped(text)[100:] + "\n  tls.key: " + wrapped(key) + "\n"), 1, ""},
+		{"without padding", "a.yaml", []byte("tls.crt: " + strings.TrimRight(wrapped(append(text, '\n')), "=") + "\ntls.key: " + wrapped(key) + "\n"), 1, ""},
+		{"certificate and key in one value", "a.yaml", []byte("a: " + wrapped(slices.Concat(text, key))), 1, ""},
+		{"the beginning of a value, as an example", "a.md", []byte("`" + wrapped(text)[:64] + "...`"), 0, ""},
+		{"a damaged value", "a.yaml", []byte("a: " + wrapped(text[:90])), 0, ""},
 
 		{"no certificate", "a.pem", key, 0, ""},
 		{"text", "a.crt", []byte("this is not a certificate"), 0, ""},
@@ -87,6 +130,12 @@ func TestParse(t *testing.T) {
 		{"no end", "a.txt", text[:len(text)-30], 0, errPEM.Error()},
 		{"one without an end before a good one", "a.pem", slices.Concat(text[:100], []byte("\n"), text), 1, errPEM.Error()},
 		{"truncated DER", "a.der", der[:len(der)-9], 0, errTruncated.Error()},
+		{"truncated DER without an extension", "a", der[:len(der)-9], 0, errTruncated.Error()},
+		{"damaged PKCS#12 with markers", "a.pem", pem.EncodeToMemory(&pem.Block{Type: "PKCS12", Bytes: store[:200]}), 0, "damaged PKCS#12"},
+		{"BKS", "a.bks", sample("bc.bks"), 0, errBouncyCastle.Error()},
+		{"UBER", "a.jks", sample("bc.uber"), 0, errBouncyCastle.Error()},
+		{"BCFKS", "a.keystore", sample("bc.bcfks"), 0, errBouncyCastle.Error()},
+		{"DER of another kind as a store", "a.p12", []byte{0x30, 3, 2, 1, 0}, 0, errUnknown.Error()},
 		{"damaged inside", "a.der", bytes.Replace(der, []byte("261123"), []byte("26xx23"), 1), 0, "x509: "},
 		{"damaged JKS", "a.jks", corpus.JKS(2, der, der)[:len(der)+100], 1, errJKSTruncated.Error()},
 		{"unknown entry of a JKS", "a.jks", bytes.Replace(corpus.JKS(2, der), []byte{0, 0, 0, 2, 0, 6}, []byte{0, 0, 0, 9, 0, 6}, 1), 0, "unknown kind 9"},
@@ -97,7 +146,7 @@ func TestParse(t *testing.T) {
 		{"unknown store", "a.jks", []byte{1, 2, 3, 4}, 0, errUnknown.Error()},
 	}
 	for _, test := range tests {
-		c := parse(test.name, test.data, nil)
+		c := parse(test.name, test.data, []string{"correct horse"})
 		var known certificates
 		var found []api.DiscoveredCertificate
 		var causes []string
@@ -153,7 +202,9 @@ func addSeeds(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	for _, data := range [][]byte{text, der, store, corpus.PKCS7(der), corpus.JKS(1, der), corpus.JKS(2, der),
+	wrapped := base64.StdEncoding.EncodeToString
+	for _, data := range [][]byte{[]byte("tls.crt: " + wrapped(text) + "\n"), []byte(wrapped(store)), []byte(wrapped(der)),
+		pem.EncodeToMemory(&pem.Block{Type: "PKCS12", Bytes: store}), text, der, store, corpus.PKCS7(der), corpus.JKS(1, der), corpus.JKS(2, der),
 		pem.EncodeToMemory(&pem.Block{Type: "PKCS7", Bytes: corpus.PKCS7(der)})} {
 		f.Add(data)
 	}
@@ -209,6 +260,12 @@ func FuzzDER(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) { fuzzFile(t, "a.der", data) })
 }
 
+// FuzzShape: a name that promises nothing.
+func FuzzShape(f *testing.F) {
+	addSeeds(f)
+	f.Fuzz(func(t *testing.T, data []byte) { fuzzFile(t, "a", data) })
+}
+
 func FuzzJKS(f *testing.F) {
 	addSeeds(f)
 	f.Fuzz(func(t *testing.T, data []byte) {
@@ -232,8 +289,8 @@ func FuzzPKCS12(f *testing.F) {
 		if bytes.Contains(data, []byte("\x2a\x86\x48\x86\xf7\x0d\x01\x05\x0c")) && len(data) > 2000 {
 			return // key derivation takes its time
 		}
-		var c content
-		c.pkcs12(data, []string{"correct horse"})
+		c := content{passwords: []string{"correct horse"}}
+		c.pkcs12(data)
 		var known certificates
 		appendOutcome(nil, c, &known)
 	})
@@ -295,22 +352,61 @@ func FuzzIndex(f *testing.F) {
 	})
 }
 
+// encryptedPart is a part of a PKCS#12 that is encrypted with a key derived in so many rounds, and
+// that no password opens.
+func encryptedPart(rounds string, ciphertext int) string {
+	method := tlv(tagSequence, tlv(tagOID, oidPBE+"\x03"), tlv(tagSequence, tlv(tagOctetString, "salt"), tlv(tagInteger, rounds)))
+	return tlv(tagSequence, tlv(tagOID, oidEncryptedData), tlv(tagExplicit0, tlv(tagSequence, tlv(tagInteger, "\x00"),
+		tlv(tagSequence, tlv(tagOID, oidData), method, tlv(tagContext0, strings.Repeat("x", ciphertext))))))
+}
+
+func pkcs12Of(parts ...string) []byte {
+	return []byte(tlv(tagSequence, tlv(tagInteger, "\x03"), tlv(tagSequence, tlv(tagOID, oidData),
+		tlv(tagExplicit0, tlv(tagOctetString, tlv(tagSequence, parts...))))))
+}
+
 // A file with many encrypted parts would ask for the work of many files.
 func TestPKCS12Parts(t *testing.T) {
-	tlv := func(tag byte, parts ...string) string {
-		body := strings.Join(parts, "")
-		return string([]byte{tag, 0x82, byte(len(body) >> 8), byte(len(body))}) + body
-	}
-	oid := func(id string) string { return tlv(tagOID, id) }
-	method := tlv(tagSequence, oid(oidPBE+"\x03"), tlv(tagSequence, tlv(tagOctetString, "salt"), tlv(tagInteger, "\x01")))
-	part := tlv(tagSequence, oid(oidEncryptedData), tlv(tagExplicit0, tlv(tagSequence, tlv(tagInteger, "\x00"),
-		tlv(tagSequence, oid(oidData), method, tlv(tagContext0, strings.Repeat("x", 16))))))
+	part := encryptedPart("\x01", 16)
 	for parts, want := range map[int]error{maxEncrypted: errPKCS12Locked, maxEncrypted + 1: errPKCS12Parts} {
 		var c content
-		c.pkcs12([]byte(tlv(tagSequence, tlv(tagInteger, "\x03"), tlv(tagSequence, oid(oidData),
-			tlv(tagExplicit0, tlv(tagOctetString, tlv(tagSequence, strings.Repeat(part, parts))))))), nil)
+		c.pkcs12(pkcs12Of(strings.Repeat(part, parts)))
 		if last := c.causes[len(c.causes)-1]; last != want.Error() {
 			t.Errorf("%d parts: got %q", parts, c.causes)
+		}
+	}
+}
+
+// TestPKCS12Work: what a file may cost does not grow with its iterations, its parts, its size or
+// the number of passwords.
+func TestPKCS12Work(t *testing.T) {
+	many := make([]string, 1000)
+	armour := func(stores ...[]byte) (all []byte) {
+		for _, store := range stores {
+			all = append(all, pem.EncodeToMemory(&pem.Block{Type: "PKCS12", Bytes: store})...)
+		}
+		return all
+	}
+	const million = "\x0f\x42\x40"
+	for _, test := range []struct {
+		what      string
+		data      []byte
+		passwords []string
+		costly    bool
+	}{
+		{"a thousand iterations, ten passwords", pkcs12Of(encryptedPart("\x03\xe8", 16)), many[:10], false},
+		{"a million iterations, ten passwords", pkcs12Of(encryptedPart(million, 16)), many[:10], true},
+		{"two thousand million", pkcs12Of(encryptedPart("\x7f\xff\xff\xff", 16)), nil, true},
+		{"300,000 in each of four parts", pkcs12Of(strings.Repeat(encryptedPart("\x04\x93\xe0", 16), 4)), many[:1], true},
+		{"a megabyte, a thousand passwords", pkcs12Of(encryptedPart("\x01", 1<<20-8)), many, true},
+		{"several in one file", armour(pkcs12Of(encryptedPart(million, 16)), pkcs12Of(encryptedPart(million, 16)), pkcs12Of(encryptedPart(million, 16))), nil, true},
+	} {
+		c := parse("a.p12", test.data, test.passwords)
+		if !c.locked || c.work > maxWork {
+			t.Errorf("%s: locked %v, work %d of %d", test.what, c.locked, c.work, maxWork)
+		}
+		if named := slices.Contains(c.causes, errCostly.Error()); named != test.costly {
+			t.Errorf("%s: %q", test.what, c.causes)
 		}
 	}
 }

@@ -30,6 +30,25 @@ var (
 	errJKSSecret    = errors.New("the Java key store holds a secret key, whose end cannot be found without its password: the entries after it are not seen")
 )
 
+var errBouncyCastle = errors.New("a key store of BouncyCastle (BKS, UBER or BCFKS), which is not supported: " +
+	"keytool -importkeystore -deststoretype PKCS12 makes one that is read")
+
+// isBouncyCastle reports whether b begins as BKS and UBER do, with a version and the length of their
+// salt, or as BCFKS: in DER, with an encrypted store and the algorithm that it is encrypted with.
+func isBouncyCastle(b []byte) bool {
+	if len(b) >= 8 && binary.BigEndian.Uint32(b) <= 2 && binary.BigEndian.Uint32(b[4:]) == 20 {
+		return true
+	}
+	for range 3 {
+		header := headerLength(b)
+		if header == 0 || b[0] != tagSequence {
+			return false
+		}
+		b = b[header:]
+	}
+	return len(b) > 0 && b[0] == tagOID
+}
+
 func (c *content) jks(data []byte) {
 	// Version 2 names the type of each certificate.
 	r := &jksReader{rest: data[12:], typed: data[7] == 2}

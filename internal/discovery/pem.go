@@ -4,12 +4,15 @@ import (
 	"bytes"
 	"encoding/base64"
 	"errors"
+	"strings"
 )
 
 const (
 	pemBegin = "-----BEGIN "
 	pemEnd   = "-----END "
 	pemDash  = "-----"
+
+	labelPKCS12 = "PKCS12"
 
 	// maxLabel bounds the search for the end of a BEGIN line.
 	maxLabel = 64
@@ -24,6 +27,7 @@ var pemLabels = map[string]bool{
 	"PKCS7":               true,
 	"PKCS #7 SIGNED DATA": true,
 	"CMS":                 true,
+	labelPKCS12:           true, // GnuTLS
 }
 
 var errPEM = errors.New("the PEM block is damaged")
@@ -37,6 +41,9 @@ type pemBlock struct {
 	// JSON string or source code. It may be an example in a text, so damage to
 	// it means nothing.
 	embedded bool
+
+	// store: by its label it is a key store, which may cost the time of trying passwords.
+	store bool
 }
 
 // pemBlocks finds the blocks in data. It accepts what encoding/pem accepts and
@@ -54,7 +61,8 @@ func pemBlocks(data []byte, found func(pemBlock)) {
 		if end < 0 || !pemLabels[string(data[:end])] {
 			continue
 		}
-		closing := pemEnd + string(data[:end]) + pemDash
+		label := string(data[:end])
+		closing := pemEnd + label + pemDash
 		body := data[end+len(pemDash):]
 		if next := bytes.Index(body, []byte(pemBegin)); next >= 0 {
 			body = body[:next]
@@ -66,7 +74,40 @@ func pemBlocks(data []byte, found func(pemBlock)) {
 			continue
 		}
 		der, err := decodePEM(body)
-		found(pemBlock{der: der, err: err, embedded: embedded})
+		found(pemBlock{der: der, err: err, embedded: embedded, store: label == labelPKCS12})
+	}
+}
+
+// wrappedBegin is "-----BEGIN CERTIFICATE-----" in base64.
+const wrappedBegin = "LS0tLS1CRUdJTiBDRVJUSUZJQ0FURS0tLS0t"
+
+// wrappedPEM finds PEM that is in base64 once more, as a whole value: certificates of a kubeconfig,
+// of a Kubernetes secret, of Traefik's acme.json. What begins with a key is not decoded.
+func wrappedPEM(data []byte, found func(text []byte)) {
+	for {
+		start := bytes.Index(data, []byte(wrappedBegin))
+		if start < 0 {
+			return
+		}
+		data = data[start:]
+		end := bytes.IndexFunc(data, func(r rune) bool {
+			return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("+/ \t\r\n", r))
+		})
+		if end < 0 {
+			end = len(data)
+		}
+		text := make([]byte, 0, end)
+		for _, octet := range data[:end] {
+			if octet > ' ' { // it may be folded, in YAML
+				text = append(text, octet)
+			}
+		}
+		data = data[end:]
+		text = text[:len(text)/4*4] // what follows the last line's end is not needed
+		n, err := base64.StdEncoding.Decode(text, text)
+		if err == nil {
+			found(text[:n])
+		}
 	}
 }
 
@@ -90,6 +131,7 @@ func decodePEM(body []byte) ([]byte, error) {
 	}
 	n, err := base64.StdEncoding.Decode(text, text)
 	if err != nil || n == 0 {
+		clear(text)
 		return nil, errPEM
 	}
 	return text[:n], nil

@@ -7,6 +7,7 @@ import (
 	"crypto/cipher"
 	"crypto/des"
 	"crypto/pbkdf2"
+	"crypto/rc4"
 	"crypto/sha1"
 	"crypto/sha256"
 	"crypto/sha512"
@@ -14,6 +15,7 @@ import (
 	"fmt"
 	"hash"
 	"slices"
+	"strings"
 	"unicode/utf16"
 )
 
@@ -28,9 +30,9 @@ const (
 	oidPBKDF2 = "\x2a\x86\x48\x86\xf7\x0d\x01\x05\x0c"
 	oidPBE    = "\x2a\x86\x48\x86\xf7\x0d\x01\x0c\x01" // and one more octet: the cipher
 
-	// maxIterations bounds the work that a file can ask for. Firefox and
-	// Windows write up to a million.
-	maxIterations = 2_000_000
+	// maxWork bounds the work that one file can ask for, over all its parts and all passwords, in
+	// bytes that are hashed: one to two seconds. Firefox asks for a million iterations of 128 bytes.
+	maxWork = 256 << 20
 
 	// maxEncrypted bounds the encrypted parts of one file, since each asks for
 	// that work again; tools write one.
@@ -53,13 +55,14 @@ func looksLikePKCS12(b []byte) bool {
 var (
 	errPKCS12Locked = errors.New("PKCS#12: no configured password opens the certificates")
 	errPKCS12Parts  = fmt.Errorf("PKCS#12: it has more than %d encrypted parts, and what follows is not looked into", maxEncrypted)
+	errCostly       = errors.New("PKCS#12: trying every password costs more than one file may: put the right one first in the list, or write the file anew with fewer iterations (openssl pkcs12 -export -iter 10000)")
 	errPKCS12Signed = errors.New("PKCS#12: the contents are signed or enveloped with a public key, which is not supported")
 )
 
 // pkcs12 adds the certificates of a PFX. Keys stay encrypted: their bags are
 // not looked into. The MAC is not checked: a wrong password shows in the
 // padding and in what comes out, and a report needs no proof of origin.
-func (c *content) pkcs12(b []byte, passwords []string) {
+func (c *content) pkcs12(b []byte) {
 	pfx := sequence(b)
 	pfx.integer()
 	info := pfx.inside(tagSequence)
@@ -86,7 +89,7 @@ func (c *content) pkcs12(b []byte, passwords []string) {
 				c.fail(errPKCS12Parts)
 				return
 			}
-			c.encryptedBags(content, passwords)
+			c.encryptedBags(content)
 		case kind == oidEnvelopedData:
 			c.fail(errPKCS12Signed)
 		}
@@ -134,7 +137,7 @@ func (c *content) bags(b []byte, depth int) error {
 }
 
 // encryptedBags tries the passwords, the empty one first.
-func (c *content) encryptedBags(data *fields, passwords []string) {
+func (c *content) encryptedBags(data *fields) {
 	encrypted := data.inside(tagSequence)
 	encrypted.integer()
 	info := encrypted.inside(tagSequence)
@@ -150,8 +153,15 @@ func (c *content) encryptedBags(data *fields, passwords []string) {
 		c.fail(fmt.Errorf("PKCS#12: %w", err))
 		return
 	}
-	for _, password := range slices.Concat([]string{""}, passwords) {
+	for _, password := range slices.Concat([]string{""}, c.passwords) {
 		for _, form := range scheme.forms(password) {
+			work := scheme.work(len(ciphertext))
+			if c.work+work > maxWork {
+				c.locked = true
+				c.fail(errCostly)
+				return
+			}
+			c.work += work
 			plain, err := scheme.open(form, ciphertext)
 			if err != nil {
 				continue
@@ -178,9 +188,46 @@ type scheme struct {
 	isPBES2 bool
 }
 
-// unsupportedPBE names the ciphers of RFC 7292, appendix C, that crypto has
-// not. OpenSSL before 3 and Java before 17 encrypt certificates with RC2-40.
-var unsupportedPBE = map[byte]string{1: "128-bit RC4", 2: "40-bit RC4", 5: "128-bit RC2", 6: "40-bit RC2"}
+// pbeCiphers are those of RFC 7292, appendix C. OpenSSL before 3 and Java before 17 encrypt
+// certificates with 40-bit RC2. A scheme without a block cipher is RC4.
+var pbeCiphers = map[byte]scheme{
+	1: {keySize: 16},
+	2: {keySize: 5},
+	3: {block: des.NewTripleDESCipher, keySize: 24},
+	4: {block: twoKeyTripleDES, keySize: 16},
+	5: {block: newRC2, keySize: 16},
+	6: {block: newRC2, keySize: 5},
+}
+
+// methods are the names of methods that are in use and not supported.
+var methods = map[string]string{
+	"1.2.156.10197.1.104.2":     "SM4",
+	"1.2.392.200011.61.1.1.1.2": "Camellia-128",
+	"1.2.392.200011.61.1.1.1.3": "Camellia-192",
+	"1.2.392.200011.61.1.1.1.4": "Camellia-256",
+	"1.2.410.200004.1.4":        "SEED",
+	"1.2.410.200046.1.1.2":      "ARIA-128",
+	"1.2.410.200046.1.1.7":      "ARIA-192",
+	"1.2.410.200046.1.1.12":     "ARIA-256",
+	"1.2.643.2.2.21":            "GOST 28147-89",
+	"1.2.643.7.1.1.4.2":         "HMAC with GOST R 34.11-2012",
+	"1.2.840.113549.1.5.3":      "PBES1 with MD5 and DES",
+	"1.2.840.113549.1.5.6":      "PBES1 with MD5 and RC2",
+	"1.2.840.113549.1.5.10":     "PBES1 with SHA-1 and DES",
+	"1.2.840.113549.1.5.11":     "PBES1 with SHA-1 and RC2",
+	"1.2.840.113549.3.2":        "RC2 in PBES2",
+	"1.3.6.1.4.1.11591.4.11":    "scrypt",
+	"1.3.14.3.2.7":              "DES",
+	"2.16.840.1.101.3.4.1.6":    "AES-128 in GCM",
+	"2.16.840.1.101.3.4.1.46":   "AES-256 in GCM",
+}
+
+// errMethod says what a file needs and this does not have. what begins the sentence.
+func errMethod(what, id string) error {
+	dotted := oidText([]byte(id))
+	return fmt.Errorf("%s %s (OID %s), which is not supported; writing the file anew with OpenSSL 3 or Java 17 helps",
+		what, cmp.Or(methods[dotted], "an unknown method"), dotted)
+}
 
 func encryptionScheme(algorithm *fields) (scheme, error) {
 	id := algorithm.oid()
@@ -190,19 +237,11 @@ func encryptionScheme(algorithm *fields) (scheme, error) {
 	if id == oidPBES2 {
 		return pbes2(algorithm.inside(tagSequence))
 	}
-	if len(id) != len(oidPBE)+1 || id[:len(oidPBE)] != oidPBE {
-		return scheme{}, fmt.Errorf("the certificates are encrypted by an unknown method (OID %x)", id)
+	which, ok := strings.CutPrefix(id, oidPBE)
+	if !ok || len(which) != 1 || pbeCiphers[which[0]].keySize == 0 {
+		return scheme{}, errMethod("the certificates are encrypted with", id)
 	}
-	var s scheme
-	switch which := id[len(oidPBE)]; which {
-	case 3:
-		s = scheme{block: des.NewTripleDESCipher, keySize: 24}
-	case 4:
-		s = scheme{block: twoKeyTripleDES, keySize: 16}
-	default:
-		return s, fmt.Errorf("the certificates are encrypted with %s, which is not supported; writing the file anew with OpenSSL 3 or Java 17 helps",
-			cmp.Or(unsupportedPBE[which], fmt.Sprintf("cipher %d of PKCS#12", which)))
-	}
+	s := pbeCiphers[which[0]]
 	parameters := algorithm.inside(tagSequence)
 	s.salt = parameters.octets(tagOctetString)
 	s.rounds = parameters.integer()
@@ -219,6 +258,8 @@ var pbes2Hashes = map[string]func() hash.Hash{
 	"\x2a\x86\x48\x86\xf7\x0d\x02\x09": sha256.New,
 	"\x2a\x86\x48\x86\xf7\x0d\x02\x0a": sha512.New384,
 	"\x2a\x86\x48\x86\xf7\x0d\x02\x0b": sha512.New,
+	"\x2a\x86\x48\x86\xf7\x0d\x02\x0c": sha512.New512_224,
+	"\x2a\x86\x48\x86\xf7\x0d\x02\x0d": sha512.New512_256,
 }
 
 var pbes2Ciphers = map[string]scheme{
@@ -232,7 +273,7 @@ var pbes2Ciphers = map[string]scheme{
 func pbes2(parameters *fields) (scheme, error) {
 	kdf := parameters.inside(tagSequence)
 	if id := kdf.oid(); kdf.err == nil && id != oidPBKDF2 {
-		return scheme{}, fmt.Errorf("the key is derived by an unknown method (OID %x)", id)
+		return scheme{}, errMethod("the key is derived with", id)
 	}
 	derivation := kdf.inside(tagSequence)
 	salt := derivation.octets(tagOctetString)
@@ -244,14 +285,14 @@ func pbes2(parameters *fields) (scheme, error) {
 	if derivation.at(tagSequence) {
 		id := derivation.inside(tagSequence).oid()
 		if prf = pbes2Hashes[id]; prf == nil {
-			return scheme{}, fmt.Errorf("the key is derived with an unknown hash (OID %x)", id)
+			return scheme{}, errMethod("the key is derived with", id)
 		}
 	}
 	encryption := parameters.inside(tagSequence)
 	id := encryption.oid()
 	s, ok := pbes2Ciphers[id]
 	if encryption.err == nil && !ok {
-		return s, fmt.Errorf("the certificates are encrypted with an unknown cipher (OID %x)", id)
+		return s, errMethod("the certificates are encrypted with", id)
 	}
 	s.iv = encryption.octets(tagOctetString)
 	s.salt, s.rounds, s.prf, s.isPBES2 = salt, rounds, prf, true
@@ -259,13 +300,24 @@ func pbes2(parameters *fields) (scheme, error) {
 }
 
 func (s scheme) check(err error) error {
-	switch {
-	case err != nil:
-		return err
-	case s.rounds < 1 || s.rounds > maxIterations:
-		return fmt.Errorf("%d iterations of the key derivation are not in 1 to %d", s.rounds, maxIterations)
+	if err == nil && s.rounds < 1 {
+		return errors.New("a key derivation without iterations is invalid")
 	}
-	return nil
+	return err
+}
+
+// work is what trying one password costs, in bytes that are hashed. A byte of ciphertext takes as
+// long as eight of them.
+func (s scheme) work(ciphertext int) int64 {
+	hashed, blocks := sha1.BlockSize, (s.keySize+sha1.Size-1)/sha1.Size
+	switch {
+	case s.isPBES2:
+		prf := s.prf()
+		hashed, blocks = 2*prf.BlockSize(), (s.keySize+prf.Size()-1)/prf.Size() // HMAC hashes twice
+	case s.block != nil:
+		blocks++ // the initialisation vector
+	}
+	return int64(s.rounds)*int64(hashed*blocks) + int64(blocks*len(s.salt)) + 8*int64(ciphertext)
 }
 
 // forms are the byte strings that a password can stand for. PBES2 takes UTF-8.
@@ -287,7 +339,7 @@ func (s scheme) forms(password string) [][]byte {
 
 var errPassword = errors.New("wrong password")
 
-// open decrypts in CBC mode and removes the padding (RFC 8018, 6.1.1).
+// open decrypts, with a block cipher in CBC mode, and removes the padding (RFC 8018, 6.1.1).
 func (s scheme) open(password, ciphertext []byte) ([]byte, error) {
 	var key []byte
 	if s.isPBES2 {
@@ -298,6 +350,18 @@ func (s scheme) open(password, ciphertext []byte) ([]byte, error) {
 		key = derived
 	} else {
 		key = pkcs12KDF(password, s.salt, s.rounds, 1, s.keySize)
+	}
+	plain := make([]byte, len(ciphertext))
+	if s.block == nil {
+		stream, err := rc4.NewCipher(key)
+		if err != nil {
+			return nil, err
+		}
+		stream.XORKeyStream(plain, ciphertext)
+		if _, rest, err := element(plain); err != nil || len(rest) > 0 {
+			return nil, errPassword // there is no padding to tell
+		}
+		return plain, nil
 	}
 	block, err := s.block(key)
 	if err != nil {
@@ -310,7 +374,6 @@ func (s scheme) open(password, ciphertext []byte) ([]byte, error) {
 	if len(s.iv) != size || len(ciphertext) == 0 || len(ciphertext)%size != 0 {
 		return nil, errBER
 	}
-	plain := make([]byte, len(ciphertext))
 	cipher.NewCBCDecrypter(block, s.iv).CryptBlocks(plain, ciphertext)
 	padding := int(plain[len(plain)-1])
 	if padding < 1 || padding > size || !bytes.HasSuffix(plain, bytes.Repeat([]byte{byte(padding)}, padding)) {

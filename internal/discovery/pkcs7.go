@@ -21,14 +21,8 @@ func isSignedData(b []byte) bool {
 
 // hasContentType reports whether b is a SEQUENCE that begins with want.
 func hasContentType(b []byte, want string) bool {
-	if len(b) < 2 || b[0] != tagSequence {
-		return false
-	}
-	header := 2
-	if b[1] > 0x80 {
-		header += int(b[1] - 0x80)
-	}
-	return len(b) > header && bytes.HasPrefix(b[header:], []byte(want))
+	header := headerLength(b)
+	return header > 0 && b[0] == tagSequence && bytes.HasPrefix(b[header:], []byte(want))
 }
 
 // pkcs7 adds the certificates of signedData (RFC 5652, 5.1), the form in which

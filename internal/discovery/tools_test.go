@@ -239,10 +239,19 @@ func TestOpenSSLBundles(t *testing.T) {
 		{"keystore", export("secret"), "PKCS12", ""},
 		{"locked.p12", export("unknown"), "", "no configured password opens"},
 		{"locked3des.p12", export("unknown", "-legacy", "-certpbe", "PBE-SHA1-3DES"), "", "no configured password opens"},
-		{"legacy.p12", export("secret", "-legacy"), "", "40-bit RC2"},
-		{"rc2-128.p12", export("secret", "-legacy", "-certpbe", "PBE-SHA1-RC2-128"), "", "128-bit RC2"},
-		{"rc4.p12", export("secret", "-legacy", "-certpbe", "PBE-SHA1-RC4-128"), "", "128-bit RC4"},
-		{"camellia.p12", export("secret", "-certpbe", "CAMELLIA-128-CBC"), "", "unknown cipher"},
+		{"legacy.p12", export("secret", "-legacy"), "PKCS12", ""},
+		{"rc2-128.p12", export("secret", "-legacy", "-certpbe", "PBE-SHA1-RC2-128"), "PKCS12", ""},
+		{"rc4.p12", export("secret", "-legacy", "-certpbe", "PBE-SHA1-RC4-128"), "PKCS12", ""},
+		{"rc4-40.p12", export("p\xc3\xa4ssw\xc3\xb6rd", "-legacy", "-certpbe", "PBE-SHA1-RC4-40"), "PKCS12", ""},
+		{"legacyempty.p12", export("", "-legacy"), "PKCS12", ""},
+		{"lockedrc2.p12", export("unknown", "-legacy"), "", "no configured password opens"},
+		{"lockedrc4.p12", export("unknown", "-legacy", "-certpbe", "PBE-SHA1-RC4-128"), "", "no configured password opens"},
+		{"million.p12", export("wrong", "-iter", "1000000"), "PKCS12", ""}, // as Firefox does; "wrong" is the first password
+		{"costly.p12", export("secret", "-iter", "1000000"), "", errCostly.Error()},
+		{"tencostly.p12", export("secret", "-iter", "10000000"), "", errCostly.Error()},
+		{"camellia.p12", export("secret", "-certpbe", "CAMELLIA-128-CBC"), "", "Camellia-128 (OID 1.2.392.200011.61.1.1.1.2)"},
+		{"aria.p12", export("secret", "-certpbe", "ARIA-256-CBC"), "", "ARIA-256 (OID"},
+		{"des.p12", export("secret", "-legacy", "-certpbe", "PBE-MD5-DES"), "", "PBES1 with MD5 and DES"},
 	}
 	passwords := func() ([]secret.String, error) {
 		return []secret.String{secret.New("wrong"), secret.New("secret"), secret.New("p\xc3\xa4ssw\xc3\xb6rd")}, nil
@@ -298,7 +307,7 @@ func TestAgainstKeytool(t *testing.T) {
 		{"a.jks", "JKS", nil, true, "JKS", ""},
 		{"cacerts", "PKCS12", nil, true, "PKCS12", ""},
 		{"c.ks", "JCEKS", nil, false, "JKS", ""},
-		{"d.p12", "PKCS12", []string{"-J-Dkeystore.pkcs12.legacy"}, false, "", "40-bit RC2"},
+		{"d.p12", "PKCS12", []string{"-J-Dkeystore.pkcs12.legacy"}, false, "PKCS12", ""},
 	}
 	t.Run("stores", func(t *testing.T) {
 		for _, test := range tests {
