@@ -209,6 +209,8 @@ func (c *content) binary(data []byte, promised promise) {
 	}
 }
 
+var errBase64Store = errors.New("PKCS#12 in base64 under a name that does not promise it: call it .p12 or .pfx")
+
 // bareBase64 reads base64 without PEM's markers, as mail and secret stores hand out key stores.
 func (c *content) bareBase64(data []byte, promised promise) (isDER bool) {
 	if bytes.IndexByte(data, ':') >= 0 {
@@ -221,6 +223,7 @@ func (c *content) bareBase64(data []byte, promised promise) (isDER bool) {
 	c.inside(decoded, func() {
 		// Under any other name it does not get to spend time on passwords.
 		if looksLikePKCS12(decoded) && promised != promisesStore {
+			c.fail(errBase64Store)
 			return
 		}
 		if isDER = c.signed(decoded, promised); isDER {

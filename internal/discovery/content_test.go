@@ -98,7 +98,7 @@ func TestParse(t *testing.T) {
 		{"base64 in one line", "a.der", bytes.ReplaceAll(base64Of(der), []byte("\n"), nil), 1, ""},
 		{"base64 of a key store", "a.jks", base64Of(corpus.JKS(2, der)), 1, ""},
 		{"base64 of PKCS#12", "a.p12", base64Of(store), 1, ""},
-		{"but not under the name of a certificate", "a.cer", base64Of(store), 0, ""},
+		{"but not under the name of a certificate", "a.cer", base64Of(store), 0, errBase64Store.Error()},
 		{"base64 of PKCS#7", "a.p7b", base64Of(corpus.PKCS7(der, der)), 2, ""},
 		{"base64 of a key", "a.pem", base64Of([]byte("\x30\x81\x87\x02\x01\x00\x30\x13\x06\x07")), 0, ""},
 		{"PKCS#12 with markers", "a.pem", pem.EncodeToMemory(&pem.Block{Type: "PKCS12", Bytes: store}), 1, ""},

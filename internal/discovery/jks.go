@@ -33,8 +33,8 @@ var (
 var errBouncyCastle = errors.New("a key store of BouncyCastle (BKS, UBER or BCFKS), which is not supported: " +
 	"keytool -importkeystore -deststoretype PKCS12 makes one that is read")
 
-// isBouncyCastle reports whether b begins as BKS and UBER do, with a version and the length of their
-// salt, or as BCFKS: in DER, with an encrypted store and the algorithm that it is encrypted with.
+// isBouncyCastle reports whether b begins as BKS and UBER do, with a version and the length of
+// their salt, or as BCFKS: in DER, with an encrypted store and the algorithm of its encryption.
 func isBouncyCastle(b []byte) bool {
 	if len(b) >= 8 && binary.BigEndian.Uint32(b) <= 2 && binary.BigEndian.Uint32(b[4:]) == 20 {
 		return true

@@ -61,8 +61,8 @@ const (
 	oidSM2 = "1.2.156.10197.1.301"
 )
 
-// curves are the named curves of X9.62, SEC 2, RFC 5639 and GB/T 32918, with the size of their order
-// in bits, which is what OpenSSL calls the size of a key.
+// curves are the named curves of X9.62, SEC 2, RFC 5639 and GB/T 32918, with the size of their
+// order in bits, which is what OpenSSL calls the size of a key.
 var curves = map[string]int{
 	"1.2.840.10045.3.1.1":   192, // prime192v1
 	"1.2.840.10045.3.1.2":   192, // prime192v2
