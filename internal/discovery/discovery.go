@@ -69,6 +69,11 @@ type Scanner struct {
 	stall time.Duration // stallAfter
 	racy  time.Duration // racyWindow
 	aside func(func())  // runUnnoticed
+	names int           // maxListing
+
+	ownerTime, scanTime time.Duration // the constants of these names
+
+	opened outcomes
 
 	files, found atomic.Int64 // of the scan that runs, or of the last one
 
@@ -106,7 +111,7 @@ func New(o Options) (*Scanner, error) {
 	if err := errors.Join(problems...); err != nil {
 		return nil, err
 	}
-	return &Scanner{opts: o, stall: stallAfter, racy: racyWindow, aside: runUnnoticed, hung: make(map[string]int)}, nil
+	return &Scanner{opts: o, stall: stallAfter, racy: racyWindow, aside: runUnnoticed, names: maxListing, ownerTime: ownerTime, scanTime: scanTime, hung: make(map[string]int)}, nil
 }
 
 // Dirs are the directories that are scanned, sorted.
@@ -124,12 +129,14 @@ type Summary struct {
 	Formats      map[string]int // certificates by source format
 	Skipped      map[string]int // files and directories by the reason why they were passed over
 	Errors       []string       // bounded; path and cause
+	Reached      string         // the path of the last file that was handed out or passed over
 	Duration     time.Duration
 }
 
 // Scan walks the directories once. emit gets the certificates in the order of
 // the walk, a few at a time, in one goroutine; the slice is valid during the
-// call only. An error of emit ends the scan, and so does ctx, within 100 ms.
+// call only. An error of emit ends the scan, and so does ctx, within 100 ms and
+// the time that it takes to keep the index of what was read.
 // The summary is complete as far as the scan came.
 func (s *Scanner) Scan(ctx context.Context, emit func([]api.DiscoveredCertificate) error) (Summary, error) {
 	if !s.running.CompareAndSwap(false, true) {
@@ -145,7 +152,7 @@ func (s *Scanner) Scan(ctx context.Context, emit func([]api.DiscoveredCertificat
 	s.found.Store(0)
 	r := newRun(ctx, s, emit)
 	if err := r.passwords(); err != nil {
-		r.problems.add("passwords for PKCS#12: " + err.Error())
+		r.problems.add("passwords for PKCS#12", err.Error())
 	}
 	err := r.scan()
 	r.summary.Errors = r.problems.list()
@@ -168,6 +175,9 @@ func (r *run) passwords() error {
 		}
 	}
 	r.retryLocked = !r.s.scanned || !slices.Equal(list, r.s.locked)
+	if r.retryLocked {
+		r.s.opened.forget()
+	}
 	r.words, r.s.locked, r.s.scanned = list, list, true
 	return err
 }
@@ -193,20 +203,34 @@ type problems struct {
 const (
 	maxProblems     = 200
 	maxProblem      = 1 << 10  // bytes of one, which is a path and a cause
+	maxProblemPath  = 640      // of its path
 	maxProblemBytes = 64 << 10 // of all
 )
 
-func (p *problems) add(problem string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
+// Problem is an entry of a report's errors: a path and what is wrong with it.
+// A path can have 4 KiB. Of a long one both ends are kept, and the cause always.
+func Problem(path, cause string) string {
+	path = printablePath(path)
+	if len(path) > maxProblemPath {
+		path = strings.ToValidUTF8(path[:maxProblemPath/2], "") + "…" + strings.ToValidUTF8(path[len(path)-maxProblemPath/2:], "")
+	}
+	problem := path + ": " + cause
 	if len(problem) > maxProblem {
 		problem = strings.ToValidUTF8(problem[:maxProblem], "") + "…"
 	}
+	return text(problem)
+}
+
+func (p *problems) add(path, cause string) { p.note(Problem(path, cause)) }
+
+func (p *problems) note(problem string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	if len(p.texts) >= maxProblems || p.bytes+len(problem) > maxProblemBytes {
 		p.more++
 		return
 	}
-	p.texts = append(p.texts, text(problem))
+	p.texts = append(p.texts, problem)
 	p.bytes += len(problem)
 }
 

@@ -484,7 +484,7 @@ func TestPasswordsAreTriedWhenTheyChange(t *testing.T) {
 func TestProblemsAreBounded(t *testing.T) {
 	var p problems
 	for i := range 2000 {
-		p.add(fmt.Sprintf("/file%d: %s\xff\x00", i, strings.Repeat("x", i)))
+		p.add(fmt.Sprintf("/file%d", i), strings.Repeat("x", i)+"\xff\x00")
 	}
 	list := p.list()
 	total := 0

@@ -2,6 +2,7 @@ package discovery
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
@@ -276,6 +277,27 @@ func (w *indexWriter) abandon() {
 		w.file.Close()
 		w.file = nil
 		w.remove()
+	}
+}
+
+// keepAfter ends the new index where its scan was broken off, after the given
+// file, with what the old one has behind it. A nil directory is before all.
+func (w *indexWriter) keepAfter(dir *node, name []byte) {
+	if w.file == nil || w.old == nil {
+		return // the old index holds all of that, or there is none
+	}
+	old, err := newIndexReader(io.NewSectionReader(w.old, 0, maxIndex), w.header)
+	if err != nil {
+		return
+	}
+	for {
+		f, err := old.next()
+		if err != nil {
+			return // the end; or damage, after which all is read again
+		}
+		if dir == nil || cmp.Or(cmp.Compare(f.root, dir.root), comparePaths(f.dir, dir.path), bytes.Compare(f.name, name)) > 0 {
+			w.append(f.root, f.dir, f.name, f.stamp, f.outcome)
+		}
 	}
 }
 

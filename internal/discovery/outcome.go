@@ -243,6 +243,9 @@ func (c *certificates) encode(der []byte) ([]byte, error) {
 
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if len(encoded) > maxRecentBytes/8 {
+		return encoded, nil
+	}
 	if c.recent == nil || c.size+len(encoded) > maxRecentBytes {
 		// Starting over is simpler than ageing and as good here: what is
 		// common comes back with its next copy.

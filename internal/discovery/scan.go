@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"path/filepath"
 	"runtime/debug"
 	"sync"
 	"syscall"
@@ -27,8 +28,10 @@ const (
 	readAhead = 2 << 20
 	readUnit  = 32 << 10
 
-	// emitAtOnce is how many certificates are handed out at a time.
+	// emitAtOnce and emitBytes are how many certificates are handed out at a
+	// time. One certificate may be larger.
 	emitAtOnce = 64
+	emitBytes  = 256 << 10
 
 	// racyWindow is how long a file must have been left alone before what was
 	// read of it is believed later. A file system's clock may tick as slowly as
@@ -52,7 +55,7 @@ type run struct {
 	began  time.Time
 
 	roots       []root
-	own         []identity
+	own         []ownDir
 	mounts      mounts
 	retryLocked bool
 	words       []string // passwords
@@ -64,6 +67,10 @@ type run struct {
 	budget   chan struct{} // a token for each readUnit in flight
 	workers  sync.WaitGroup
 
+	coveredMu   sync.Mutex
+	coveredDirs map[string]bool // guarded by coveredMu: whether the walk lists a directory, by its real path
+
+	anyFile  bool              // a root is a file; set before the walk begins
 	named    sync.Map          // mount points of hung file systems already named
 	linked   map[identity]bool // files reached by links; owned by the walk
 	open     *segment          // being filled; owned by the walk
@@ -76,8 +83,14 @@ type run struct {
 	nextFile time.Time // guarded by rateMu
 
 	summary Summary // Skipped: owned by the walk; Read, Formats: by the emitter
+	effort  effort
 	writer  *indexWriter
-	batch   []api.DiscoveredCertificate // owned by the emitter
+
+	// Owned by the emitter.
+	batch      []api.DiscoveredCertificate
+	batchBytes int
+	last       entry             // the last one that was emitted: its directory and name
+	unread     map[uint32]unread // files that were not looked into for lack of processor time, by owner
 }
 
 // segment is a number of files in the order of the walk, of which those that
@@ -87,18 +100,22 @@ type segment struct {
 	entries []entry
 	units   int    // of the budget
 	gone    bool   // a file of the old index is not there any more
-	bytes   int64  // to read
+	bytes   int64  // that its entries hold, or read
+	block   int64  // of the old index, the last one that an entry is in
+	reads   bool   // a file is to be read
 	on      string // mount point of all that is to be read
 }
 
 // entry is a file in a segment: as the index has it, or to be read.
 type entry struct {
-	dir  *node
-	name []byte
-	size int64
-	link bool
-	hit  bool
-	kept indexed // when hit
+	dir   *node
+	name  []byte
+	size  int64
+	id    identity
+	owner uint32
+	link  bool
+	hit   bool
+	kept  indexed // when hit
 
 	*reading // when read
 }
@@ -108,6 +125,7 @@ type reading struct {
 	outcome []byte
 	stamp   []byte // nil: not to be remembered
 	problem string
+	unread  bool // its owner's processor time is used up
 }
 
 func newRun(ctx context.Context, s *Scanner, emit func([]api.DiscoveredCertificate) error) *run {
@@ -119,6 +137,7 @@ func newRun(ctx context.Context, s *Scanner, emit func([]api.DiscoveredCertifica
 		free:     make(chan *segment, 8),
 		budget:   make(chan struct{}, readAhead/readUnit),
 		linked:   make(map[identity]bool),
+		effort:   effort{ownerLimit: s.ownerTime, limit: s.scanTime},
 		summary:  Summary{Formats: make(map[string]int), Skipped: make(map[string]int)},
 	}
 	r.ctx, r.cancel = context.WithCancelCause(ctx)
@@ -133,12 +152,7 @@ func (r *run) scan() error {
 		r.s.opts.Log.Warn("mounted file systems are not known: all count as local", "error", err.Error())
 	}
 	r.mounts = mounts{table}
-	for _, dir := range r.s.opts.Skip {
-		var st syscall.Stat_t
-		if retry(func() error { return syscall.Stat(dir, &st) }) == nil {
-			r.own = append(r.own, identity{uint64(st.Dev), st.Ino})
-		}
-	}
+	r.findOwn()
 	closeIndex := r.openIndex()
 	defer closeIndex()
 
@@ -168,7 +182,26 @@ func (r *run) scan() error {
 	})
 	group.Wait()
 	r.awaitWorkers()
+	r.nameUnread()
+	if r.last.dir != nil {
+		r.summary.Reached = printablePath(join(r.last.dir.shown, string(r.last.name)))
+	}
 	return cmp.Or(emitted, walked)
+}
+
+// findOwn finds the directories of the agent.
+func (r *run) findOwn() {
+	for _, dir := range r.s.opts.Skip {
+		var st syscall.Stat_t
+		if retry(func() error { return syscall.Stat(dir, &st) }) != nil {
+			continue
+		}
+		own := ownDir{statusOf(&st).identity(), dir}
+		if real, err := filepath.EvalSymlinks(dir); err == nil {
+			own.real = real
+		}
+		r.own = append(r.own, own)
+	}
 }
 
 // guard turns a panic into an error: what a stranger's file can do to a scan
@@ -177,11 +210,19 @@ func (r *run) guard(what string, f func() error) (err error) {
 	defer func() {
 		if reason := recover(); reason != nil {
 			r.s.opts.Log.Error("panic in a scan", "in", what, "reason", fmt.Sprint(reason), "stack", string(debug.Stack()))
-			err = fmt.Errorf("internal error in %s: %v", what, reason)
+			err = &panicError{what, reason}
 		}
 	}()
 	return f()
 }
+
+// panicError is a panic that was contained.
+type panicError struct {
+	in     string
+	reason any
+}
+
+func (e *panicError) Error() string { return fmt.Sprintf("internal error in %s: %v", e.in, e.reason) }
 
 // awaitWorkers leaves behind only workers that hang.
 func (r *run) awaitWorkers() {
@@ -219,14 +260,14 @@ func (r *run) join(n *node) error {
 		if f.link {
 			// A file that several links lead to counts once.
 			const maxLinked = 1 << 16
-			if id := (identity{f.dev, f.ino}); r.linked[id] {
+			if id := f.identity(); r.linked[id] {
 				r.summary.Skipped[skipAgain]++
 				continue
 			} else if len(r.linked) < maxLinked {
 				r.linked[id] = true
 			}
 		}
-		e := entry{dir: n, name: f.name, size: f.size, link: f.link}
+		e := entry{dir: n, name: f.name, size: f.size, id: f.identity(), owner: f.owner, link: f.link}
 		e.kept, e.hit = r.lookUp(n, f)
 		if err := r.put(e, n.mount); err != nil {
 			return err
@@ -239,7 +280,14 @@ func (r *run) join(n *node) error {
 // put adds a file to the open segment.
 func (r *run) put(e entry, mount string) error {
 	s := r.open
-	if s != nil && !e.hit && (s.bytes+e.size > segmentBytes || s.on != "" && s.on != mount) {
+	// An entry of the index holds the whole block that it is in.
+	holds := max(e.size, headSize/8)
+	if e.hit {
+		if holds = 0; s == nil || s.block != e.kept.at.block {
+			holds = int64(len(r.old.block))
+		}
+	}
+	if s != nil && holds > 0 && (s.bytes > 0 && s.bytes+holds > segmentBytes || !e.hit && s.on != "" && s.on != mount) {
 		if err := r.flush(); err != nil {
 			return err
 		}
@@ -248,9 +296,11 @@ func (r *run) put(e entry, mount string) error {
 	if s == nil {
 		s = r.newSegment()
 	}
-	if !e.hit {
-		s.bytes += max(e.size, headSize/8)
-		s.on = mount
+	s.bytes += holds
+	if e.hit {
+		s.block = e.kept.at.block
+	} else {
+		s.on, s.reads = mount, true
 	}
 	s.entries = append(s.entries, e)
 	if len(s.entries) >= segmentFiles {
@@ -298,6 +348,8 @@ func (r *run) flush() error {
 				return context.Cause(r.ctx)
 			}
 		}
+	}
+	if s.reads {
 		s.task = newTask(s.on, r.readSegment(s.entries))
 		r.queue(s.task)
 	}
@@ -334,7 +386,7 @@ func (r *run) readFile(w *worker, e *entry) *reading {
 	var st status
 	var data []byte
 	read := func() (err error) {
-		st, data, err = w.read(full, name, e.link)
+		st, data, err = w.read(full, name, e)
 		return err
 	}
 	var err error
@@ -344,7 +396,7 @@ func (r *run) readFile(w *worker, e *entry) *reading {
 		err = read()
 	}
 	defer w.forget()
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, errForbidden) {
 		return nil
 	}
 	if err != nil {
@@ -353,10 +405,13 @@ func (r *run) readFile(w *worker, e *entry) *reading {
 	w.rest() // what follows is no call: a slow key derivation is no hung disk
 	result := &reading{}
 	if err := r.guard(full, func() error {
-		result.outcome = appendOutcome(nil, parse(name, data, r.words), &r.known)
+		result.outcome = r.lookInto(name, data, e.owner)
 		return nil
 	}); err != nil {
 		return &reading{problem: err.Error()}
+	}
+	if result.outcome == nil {
+		return &reading{unread: true}
 	}
 	if oldest := time.Now().Add(-r.s.racy).UnixNano(); st.modified < oldest && st.changed < oldest {
 		result.stamp = appendStamp(nil, st)
@@ -364,18 +419,37 @@ func (r *run) readFile(w *worker, e *entry) *reading {
 	return result
 }
 
+// errForbidden: a file is not what its path promised, and it is not to be read.
+var errForbidden = errors.New("the path leads to a file that is not to be read")
+
+// mayRead decides about a file that is open by handle only: a path that was
+// looked at before may lead anywhere by now.
+func (r *run) mayRead(handle int, st *syscall.Stat_t, e *entry) error {
+	if !e.link && statusOf(st).identity() == e.id {
+		return nil
+	}
+	real, err := pathOf(handle)
+	if err != nil {
+		return fmt.Errorf("where it leads cannot be checked: %w", err)
+	}
+	if r.forbidden(real) != "" {
+		return errForbidden
+	}
+	return nil
+}
+
 // read returns the bytes of a file, or none when its head tells that there is
 // nothing in it. They are valid until the next call.
-func (w *worker) read(full, name string, link bool) (status, []byte, error) {
+func (w *worker) read(full, name string, e *entry) (status, []byte, error) {
 	// It was a regular file a moment ago; should it be a pipe now, opening it
 	// must not wait.
 	flags := syscall.O_RDONLY | syscall.O_NONBLOCK | syscall.O_NOCTTY | syscall.O_CLOEXEC
-	if !link {
+	if !e.link {
 		flags |= syscall.O_NOFOLLOW
 	}
 	var fd int
 	err := retry(func() (err error) {
-		fd, err = openQuietly(full, flags)
+		fd, err = openQuietly(full, flags, func(handle int, st *syscall.Stat_t) error { return w.r.mayRead(handle, st, e) })
 		return err
 	})
 	if err != nil {
@@ -534,7 +608,7 @@ func (r *run) emitAll() error {
 
 func (r *run) emitSegment(s *segment) error {
 	if s.task != nil {
-		if err := r.wait(s.task, s.entries[0].dir.path); err != nil {
+		if err := r.wait(s.task, s.entries[0].dir.shown); err != nil {
 			return err
 		}
 	}
@@ -563,6 +637,9 @@ func (r *run) emitEntry(e *entry) error {
 		}
 	case e.reading == nil:
 		return nil
+	case e.unread:
+		r.noteUnread(e)
+		return nil
 	default:
 		r.summary.Read++
 		outcome = e.outcome
@@ -570,24 +647,37 @@ func (r *run) emitEntry(e *entry) error {
 			r.writer.add(e.dir.root, e.dir.path, e.name, e.stamp, outcome)
 		}
 		if e.problem != "" {
-			r.problems.add(printablePath(join(e.dir.path, string(e.name))) + ": " + e.problem)
+			r.problems.add(join(e.dir.shown, string(e.name)), e.problem)
 			return nil
 		}
 	}
+	r.last = entry{dir: e.dir, name: e.name}
 	if holdsNothing(outcome) {
 		return nil
 	}
-	source := printablePath(join(e.dir.path, string(e.name)))
+	path := join(e.dir.shown, string(e.name))
+	source := printablePath(path)
 	return emitOutcome(outcome, source,
 		func(cert api.DiscoveredCertificate) error {
 			r.summary.Formats[cert.SourceFormat]++
 			r.s.found.Add(1)
-			if r.batch = append(r.batch, cert); len(r.batch) < emitAtOnce {
+			r.batch = append(r.batch, cert)
+			if r.batchBytes += weight(cert); len(r.batch) < emitAtOnce && r.batchBytes < emitBytes {
 				return nil
 			}
 			return r.emitBatch()
 		},
-		func(cause string) { r.problems.add(source + ": " + cause) })
+		func(cause string) { r.problems.add(path, cause) })
+}
+
+// weight is about how many bytes of memory a certificate takes.
+func weight(c api.DiscoveredCertificate) int {
+	const header = 16 // of a string
+	size := len(c.PEMData) + len(c.SubjectDN) + len(c.IssuerDN) + len(c.CommonName) + len(c.SerialNumber)
+	for _, san := range c.SANs {
+		size += header + len(san)
+	}
+	return size
 }
 
 func (r *run) emitBatch() error {
@@ -596,24 +686,27 @@ func (r *run) emitBatch() error {
 	}
 	err := r.emit(r.batch)
 	clear(r.batch)
-	r.batch = r.batch[:0]
+	r.batch, r.batchBytes = r.batch[:0], 0
 	return err
 }
 
-// finishIndex puts the new index in place, unless the scan is incomplete.
+// finishIndex puts the new index in place. That of a scan that was broken off
+// has what the old one knew of the files it did not come to.
 func (r *run) finishIndex(scanned error) {
 	if r.writer == nil {
 		return
 	}
-	if scanned != nil {
+	if _, panicked := errors.AsType[*panicError](scanned); panicked || errors.Is(scanned, errDamagedOutcome) {
 		r.writer.abandon()
-		if errors.Is(scanned, errDamagedOutcome) {
+		if !panicked {
 			// Its checksums are right: it would fail every scan alike.
 			_ = r.s.opts.State.Remove(r.s.opts.Index)
 		}
 		return
 	}
-	if r.advance() {
+	if scanned != nil {
+		r.writer.keepAfter(r.last.dir, r.last.name)
+	} else if r.advance() {
 		r.writer.differ() // what is left of the old one is gone
 	}
 	if err := r.writer.commit(); err != nil {

@@ -1,9 +1,12 @@
 package discovery
 
 import (
+	"bytes"
 	"io/fs"
 	"os"
 	"syscall"
+	"time"
+	"unsafe"
 )
 
 // mountTable maps every mount point to what is mounted there. It waits for
@@ -54,7 +57,35 @@ func changeTimes(st *syscall.Stat_t) (modified, changed int64) {
 	return st.Mtimespec.Nano(), st.Ctimespec.Nano()
 }
 
-func openQuietly(path string, flags int) (int, error) { return syscall.Open(path, flags, 0) }
+func openQuietly(path string, flags int, may func(fd int, st *syscall.Stat_t) error) (int, error) {
+	fd, err := syscall.Open(path, flags, 0)
+	if err != nil {
+		return -1, err
+	}
+	var st syscall.Stat_t
+	if err := syscall.Fstat(fd, &st); err == nil && st.Mode&syscall.S_IFMT == syscall.S_IFREG {
+		if err := may(fd, &st); err != nil {
+			syscall.Close(fd)
+			return -1, err
+		}
+	}
+	return fd, nil
+}
+
+// pathOf is where an open file is, without symbolic links.
+func pathOf(fd int) (string, error) {
+	var path [1024]byte // MAXPATHLEN
+	_, _, errno := syscall.Syscall(syscall.SYS_FCNTL, uintptr(fd), syscall.F_GETPATH, uintptr(unsafe.Pointer(&path[0])))
+	if errno != 0 {
+		return "", errno
+	}
+	name, _, _ := bytes.Cut(path[:], []byte{0})
+	return string(name), nil
+}
+
+// threadTime is about the processor time that this thread has taken; the
+// standard library knows of no better one here.
+func threadTime() time.Duration { return time.Duration(time.Now().UnixNano()) }
 
 // runUnnoticed runs f; threads have no priority of their own here.
 func runUnnoticed(f func()) { f() }

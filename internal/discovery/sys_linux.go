@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 )
 
 // localFileSystems are entered where they are mounted below a root. All others
@@ -105,8 +106,9 @@ func changeTimes(st *syscall.Stat_t) (modified, changed int64) { return st.Mtim.
 // openQuietly opens a regular file and leaves its access time alone, where this
 // user may ask for that. Of anything else it returns a handle that tells what it
 // is and opens nothing: whoever owns a directory on the way can turn it into a
-// link to /dev at any moment, and to open a watchdog is to start it.
-func openQuietly(path string, flags int) (int, error) {
+// link to /dev at any moment, and to open a watchdog is to start it. may decides
+// about a regular file before it is opened.
+func openQuietly(path string, flags int, may func(handle int, st *syscall.Stat_t) error) (int, error) {
 	const pathOnly = 0x200000 // O_PATH, open(2)
 	handle, err := syscall.Open(path, pathOnly|flags&(syscall.O_NOFOLLOW|syscall.O_CLOEXEC), 0)
 	if err != nil {
@@ -117,15 +119,39 @@ func openQuietly(path string, flags int) (int, error) {
 		return handle, nil
 	}
 	defer syscall.Close(handle)
+	if err := may(handle, &st); err != nil {
+		return -1, err
+	}
 	same := "/proc/self/fd/" + strconv.Itoa(handle)
 	fd, err := syscall.Open(same, flags&^syscall.O_NOFOLLOW|syscall.O_NOATIME, 0)
 	switch err {
 	case syscall.EPERM:
 		return syscall.Open(same, flags&^syscall.O_NOFOLLOW, 0)
 	case syscall.ENOENT: // there is no /proc
-		return syscall.Open(path, flags, 0)
+		if fd, err = syscall.Open(path, flags, 0); err != nil {
+			return -1, err
+		}
+		var opened syscall.Stat_t
+		if err := syscall.Fstat(fd, &opened); err != nil || opened.Dev != st.Dev || opened.Ino != st.Ino {
+			syscall.Close(fd)
+			return -1, syscall.ENOENT
+		}
 	}
 	return fd, err
+}
+
+// pathOf is where an open file is, without symbolic links. The kernel appends
+// " (deleted)" to the path of one that is nowhere any more.
+func pathOf(fd int) (string, error) { return os.Readlink("/proc/self/fd/" + strconv.Itoa(fd)) }
+
+// threadTime is the processor time that this thread has taken.
+func threadTime() time.Duration {
+	const thisThread = 1 // RUSAGE_THREAD
+	var usage syscall.Rusage
+	if syscall.Getrusage(thisThread, &usage) != nil {
+		return 0
+	}
+	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
 }
 
 // runUnnoticed runs f on a thread of its own that has the lowest CPU priority

@@ -30,16 +30,16 @@ func TestOpensOnlyRegularFiles(t *testing.T) {
 		n, err := syscall.Read(watch, make([]byte, 4096))
 		return err == nil && n > 0
 	}
-	w := &worker{r: &run{}}
-	st, data, err := w.read(pipe, "pipe", false)
+	w := &worker{r: &run{s: &Scanner{}}}
+	st, data, err := w.read(pipe, "pipe", &entry{})
 	if st.isRegular() || data != nil || err != nil || opened() {
 		t.Errorf("a pipe: regular %v, data %q, error %v", st.isRegular(), data, err)
 	}
-	st, data, err = w.read(file, "file", false)
+	st, data, err = w.read(file, "file", &entry{})
 	if !st.isRegular() || string(data) != "text" || err != nil || !opened() {
 		t.Errorf("a file: regular %v, data %q, error %v", st.isRegular(), data, err)
 	}
-	if _, _, err := w.read(file+".missing", "file", false); !os.IsNotExist(err) {
+	if _, _, err := w.read(file+".missing", "file", &entry{}); !os.IsNotExist(err) {
 		t.Errorf("no file: error %v", err)
 	}
 }

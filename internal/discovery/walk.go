@@ -26,6 +26,10 @@ const (
 	// tickEvery is how many files are looked at under one tick. Looking at one
 	// takes microseconds, unless it hangs.
 	tickEvery = 32
+
+	// maxListing bounds the names of one directory, which are sorted in memory,
+	// in bytes: about two million names.
+	maxListing = 64 << 20
 )
 
 // Reasons why something was passed over, for people.
@@ -40,14 +44,22 @@ const (
 	skipDirLink  = "links to directories"
 	skipInside   = "links to files that are scanned anyway"
 	skipAgain    = "further links to one file"
+	skipNamed    = "named themselves"
 	skipDangling = "links to nothing"
 )
 
-// root is a configured directory.
+// root is a configured directory, or a file to scan.
 type root struct {
-	path string
+	path   string
+	real   string // without symbolic links; of a file that is one: above it
+	isFile bool
+	err    error
+}
+
+// ownDir is a directory of the agent.
+type ownDir struct {
+	identity
 	real string // without symbolic links
-	err  error
 }
 
 // nameList holds the names of a directory in one piece of memory: a directory
@@ -74,6 +86,12 @@ func (l *nameList) name(i int) []byte {
 	return l.text[ref.at : ref.at+uint32(ref.size)]
 }
 
+// bytes is how much memory the list takes.
+func (l *nameList) bytes() int {
+	const ref = 8 // bytes of a nameRef
+	return len(l.text) + ref*len(l.refs)
+}
+
 func (l *nameList) sort() {
 	slices.SortFunc(l.refs, func(a, b nameRef) int {
 		return bytes.Compare(l.text[a.at:a.at+uint32(a.size)], l.text[b.at:b.at+uint32(b.size)])
@@ -85,13 +103,15 @@ type status struct {
 	dev, ino          uint64
 	size              int64
 	modified, changed int64 // ns since 1970
-	mode              uint32
+	mode, owner       uint32
 }
+
+func (s status) identity() identity { return identity{s.dev, s.ino} }
 
 func (s status) isRegular() bool { return s.mode&syscall.S_IFMT == syscall.S_IFREG }
 
 func statusOf(st *syscall.Stat_t) status {
-	s := status{dev: uint64(st.Dev), ino: st.Ino, size: st.Size, mode: uint32(st.Mode)}
+	s := status{dev: uint64(st.Dev), ino: st.Ino, size: st.Size, mode: uint32(st.Mode), owner: st.Uid}
 	s.modified, s.changed = changeTimes(st)
 	return s
 }
@@ -106,10 +126,11 @@ type file struct {
 // node is a directory, or a part of the files of a large one.
 type node struct {
 	*task
-	root int
-	path string // as reported
-	real string // without symbolic links above it
-	dev  uint64 // of the directory above
+	root  int
+	path  string
+	shown string // path as it is reported
+	real  string // path without symbolic links
+	dev   uint64 // of the directory above
 
 	all    *nameList // of a part: the files of the directory, from lo to hi
 	lo, hi int
@@ -118,8 +139,8 @@ type node struct {
 	files    []file
 	rest     *nameList // files to be looked at in parts
 	dirs     *nameList
+	current  string // the directory in dirs that is reported as this one
 	self     status
-	own      bool // a directory of this agent
 	problems []string
 	skipped  map[string]int
 	seen     int
@@ -133,7 +154,7 @@ func (n *node) skip(reason string) {
 }
 
 func (n *node) problem(name string, err error) {
-	n.problems = append(n.problems, printablePath(name)+": "+cause(err))
+	n.problems = append(n.problems, Problem(name, cause(err)))
 }
 
 // frame is a directory whose subdirectories are being walked.
@@ -150,11 +171,17 @@ func (r *run) walk() error {
 	for i := range r.roots {
 		root := &r.roots[i]
 		if root.err != nil {
-			r.problems.add(printablePath(root.path) + ": " + cause(root.err))
+			r.problems.add(root.path, cause(root.err))
 			continue
 		}
-		top := &node{root: i, path: root.path, real: root.real}
-		top.task = newTask(r.mounts.of(root.real).point, r.list(top, true))
+		var top *node
+		if root.isFile {
+			top = &node{root: i, path: path.Dir(root.path), shown: path.Dir(root.path), real: path.Dir(root.real)}
+			top.task = newTask(r.mounts.of(top.real).point, r.listFile(top, path.Base(root.path)))
+		} else {
+			top = &node{root: i, path: root.path, shown: root.path, real: root.real}
+			top.task = newTask(r.mounts.of(root.real).point, r.list(top, true))
+		}
 		r.queue(top.task)
 		if err := r.walkFrom(top); err != nil {
 			return err
@@ -205,6 +232,12 @@ func join(dir, name string) string {
 
 func (r *run) startChild(parent *node, name string) *node {
 	n := &node{root: parent.root, path: join(parent.path, name), real: join(parent.real, name), dev: parent.self.dev}
+	n.shown = n.path
+	if name == parent.current {
+		n.shown = parent.shown
+	} else if len(parent.shown) != len(parent.path) {
+		n.shown = join(parent.shown, name)
+	}
 	mount := parent.mount
 	if m, ok := r.mounts.at(n.real); ok {
 		mount = m.point
@@ -216,7 +249,7 @@ func (r *run) startChild(parent *node, name string) *node {
 
 // visit waits for a directory and passes its files on.
 func (r *run) visit(n *node) error {
-	if err := r.wait(n.task, n.path); err != nil {
+	if err := r.wait(n.task, n.shown); err != nil {
 		return err
 	}
 	r.absorb(n)
@@ -227,15 +260,10 @@ func (r *run) visit(n *node) error {
 	total := len(n.rest.refs)
 	for lo := 0; lo < total || len(parts) > 0; {
 		for ; lo < total && len(parts) < lookAhead; lo += partSize {
-			part := &node{root: n.root, path: n.path, real: n.real, all: n.rest, lo: lo, hi: min(lo+partSize, total)}
+			part := &node{root: n.root, path: n.path, shown: n.shown, real: n.real, all: n.rest, lo: lo, hi: min(lo+partSize, total)}
 			part.task = newTask(n.mount, func(w *worker) func() {
 				done := *part
-				if dir, err := openDirectory(done.path, false); err != nil {
-					done.problem(done.path, err)
-				} else {
-					r.examine(w, &done, dir)
-					dir.Close()
-				}
+				r.examineAt(w, &done, false)
 				return func() { part.take(&done) }
 			})
 			r.queue(part.task)
@@ -243,7 +271,7 @@ func (r *run) visit(n *node) error {
 		}
 		part := parts[0]
 		parts = parts[1:]
-		if err := r.wait(part.task, part.path); err != nil {
+		if err := r.wait(part.task, part.shown); err != nil {
 			return err
 		}
 		r.absorb(part)
@@ -257,7 +285,7 @@ func (r *run) visit(n *node) error {
 
 // take sets the outcome of a task, which worked on a copy.
 func (n *node) take(done *node) {
-	n.files, n.rest, n.dirs, n.self, n.own = done.files, done.rest, done.dirs, done.self, done.own
+	n.files, n.rest, n.dirs, n.current, n.self = done.files, done.rest, done.dirs, done.current, done.self
 	n.problems, n.skipped, n.seen = done.problems, done.skipped, done.seen
 }
 
@@ -265,7 +293,7 @@ func (n *node) take(done *node) {
 func (r *run) absorb(n *node) {
 	r.s.files.Add(int64(n.seen))
 	for _, problem := range n.problems {
-		r.problems.add(problem)
+		r.problems.note(problem)
 	}
 	for reason, count := range n.skipped {
 		r.summary.Skipped[reason] += count
@@ -278,25 +306,48 @@ func (r *run) list(n *node, isRoot bool) func(*worker) func() {
 	return func(w *worker) func() {
 		done := *n
 		if err := r.readDirectory(w, &done, isRoot); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			done.problem(done.path, err)
+			done.problem(done.shown, err)
 		}
 		return func() { n.take(&done) }
 	}
 }
 
+// listFile looks at one file of a directory.
+func (r *run) listFile(n *node, name string) func(*worker) func() {
+	return func(w *worker) func() {
+		done := *n
+		done.all, done.hi = &nameList{}, 1
+		done.all.add([]byte(name), false)
+		w.tick()
+		r.examineAt(w, &done, true)
+		return func() { n.take(&done) }
+	}
+}
+
+// examineAt opens a directory and looks at some of its files.
+func (r *run) examineAt(w *worker, n *node, isRoot bool) {
+	dir, st, err := openDirectory(n.path, isRoot)
+	if err != nil {
+		n.problem(n.shown, err)
+		return
+	}
+	defer dir.Close()
+	if r.isOwn(dir, st) {
+		n.skip(skipOwn)
+		return
+	}
+	r.examine(w, n, dir)
+}
+
 func (r *run) readDirectory(w *worker, n *node, isRoot bool) error {
 	w.tick()
-	dir, err := openDirectory(n.path, isRoot)
+	dir, st, err := openDirectory(n.path, isRoot)
 	if err != nil {
 		return err
 	}
 	defer dir.Close()
-	info, err := dir.Stat()
-	if err != nil {
-		return err
-	}
-	n.self = statusOf(info.Sys().(*syscall.Stat_t))
-	if slices.Contains(r.own, identity{n.self.dev, n.self.ino}) {
+	n.self = st
+	if r.isOwn(dir, st) {
 		n.skip(skipOwn)
 		return nil
 	}
@@ -316,12 +367,17 @@ func (r *run) readDirectory(w *worker, n *node, isRoot bool) error {
 			break
 		}
 		if err != nil {
-			n.problem(n.path, err) // what was read of it is looked at
+			n.problem(n.shown, err) // what was read of it is looked at
+			break
+		}
+		if files.bytes()+n.dirs.bytes() > r.s.names {
+			n.problem(n.shown, fmt.Errorf("the directory has too many names: of those after the first %d nothing is looked at", len(files.refs)+len(n.dirs.refs)))
 			break
 		}
 	}
 	files.sort()
 	n.dirs.sort()
+	n.current = r.currentOf(n, files)
 	if len(files.refs) > partSize {
 		n.rest = files
 		return nil
@@ -331,13 +387,94 @@ func (r *run) readDirectory(w *worker, n *node, isRoot bool) error {
 	return nil
 }
 
+// currentOf is the subdirectory whose files are reported as those of n, or "".
+// Kubernetes writes each version of a mounted Secret into a directory of its
+// own, named after the time, and makes ..data a link to the newest; programs
+// read tls.crt, a link to ..data/tls.crt. So that is the path to report: it
+// stays the same, and it is the one in the server's configuration.
+func (r *run) currentOf(n *node, files *nameList) string {
+	const link = "..data"
+	_, found := slices.BinarySearchFunc(files.refs, link, func(ref nameRef, name string) int {
+		return bytes.Compare(files.text[ref.at:ref.at+uint32(ref.size)], []byte(name))
+	})
+	if !found {
+		return ""
+	}
+	target, err := os.Readlink(join(n.path, link))
+	if err != nil || !strings.HasPrefix(target, "..") || target == ".." || strings.Contains(target, "/") {
+		return ""
+	}
+	return target
+}
+
 // openDirectory opens a directory, which is no link unless it is a root.
-func openDirectory(path string, isRoot bool) (*os.File, error) {
+func openDirectory(path string, isRoot bool) (*os.File, status, error) {
 	flags := os.O_RDONLY | syscall.O_DIRECTORY
 	if !isRoot {
 		flags |= syscall.O_NOFOLLOW
 	}
-	return os.OpenFile(path, flags, 0)
+	dir, err := os.OpenFile(path, flags, 0)
+	if err != nil {
+		return nil, status{}, err
+	}
+	var st syscall.Stat_t
+	if err := retry(func() error { return syscall.Fstat(int(dir.Fd()), &st) }); err != nil {
+		dir.Close()
+		return nil, status{}, err
+	}
+	return dir, statusOf(&st), nil
+}
+
+// isOwn reports whether an open directory is one of the agent's own, or below
+// one. Only the kernel knows: whoever owns a directory on the way to it can
+// turn that into a link at any moment.
+func (r *run) isOwn(dir *os.File, st status) bool {
+	if len(r.own) == 0 {
+		return false
+	}
+	if slices.ContainsFunc(r.own, func(own ownDir) bool { return own.identity == st.identity() }) {
+		return true
+	}
+	real, err := pathOf(int(dir.Fd()))
+	return err == nil && r.inOwn(real)
+}
+
+// inOwn reports whether a real path is that of a directory of the agent, or
+// below one.
+func (r *run) inOwn(real string) bool {
+	return slices.ContainsFunc(r.own, func(own ownDir) bool { return isBelow(real, own.real) })
+}
+
+// isBelow reports whether a path is dir, or below it.
+func isBelow(path, dir string) bool {
+	return dir == "/" || strings.HasPrefix(path, dir) && (len(path) == len(dir) || path[len(dir)] == '/')
+}
+
+// forbidden is the reason why a file is not read whatever link leads to it, or
+// "". Being below an excluded directory is none: exclusion is from the walk,
+// and the link may be the one that counts, as in letsencrypt's live.
+func (r *run) forbidden(real string) string {
+	dir, name := path.Split(strings.TrimSuffix(real, " (deleted)"))
+	dir = path.Clean(dir)
+	switch {
+	case r.inOwn(real):
+		return skipOwn
+	case promiseOf(name) == promisesKey:
+		return skipKey
+	case r.excluded(dir, name):
+		return skipExcluded
+	}
+	for i := range r.roots {
+		if root := &r.roots[i]; root.err == nil && root.real != root.path && isBelow(dir, root.real) && r.excluded(root.shows(dir), name) {
+			return skipExcluded
+		}
+	}
+	return ""
+}
+
+// shows is the path of the walk to a real path below the root.
+func (r *root) shows(real string) string {
+	return path.Join(r.path, strings.TrimPrefix(real, r.real))
 }
 
 // sortOut decides by name and type alone what becomes of an entry.
@@ -351,10 +488,12 @@ func (r *run) sortOut(n *node, files *nameList, name []byte, mode fs.FileMode) {
 		n.dirs.add(name, false)
 	case mode.IsRegular(), mode&fs.ModeSymlink != 0:
 		switch {
-		case len(r.s.opts.Exclude) > 0 && r.excluded(n.path, string(name)):
+		case len(r.s.opts.Exclude) > 0 && r.excludedIn(n, string(name)):
 			n.skip(skipExcluded)
 		case promiseOf(string(name)) == promisesKey:
 			n.skip(skipKey)
+		case r.anyFile && slices.Contains(r.s.opts.Dirs, join(n.path, string(name))):
+			n.skip(skipNamed)
 		default:
 			files.add(name, !mode.IsRegular())
 		}
@@ -365,12 +504,12 @@ func (r *run) sortOut(n *node, files *nameList, name []byte, mode fs.FileMode) {
 
 // passOver is the reason why a directory is not entered, or "".
 func (r *run) passOver(n *node, name string) string {
-	if r.excluded(n.path, name) {
+	if r.excludedIn(n, name) {
 		return skipExcluded
 	}
 	full := join(n.path, name)
 	if slices.Contains(r.s.opts.Dirs, full) {
-		return "directories named themselves" // it is walked as a root of its own
+		return skipNamed // it is walked as a root of its own
 	}
 	if m, ok := r.mounts.at(join(n.real, name)); ok && !m.local {
 		return skipMount
@@ -380,6 +519,12 @@ func (r *run) passOver(n *node, name string) string {
 		return skipMount
 	}
 	return ""
+}
+
+// excludedIn reports whether a pattern matches a name of a directory, by its
+// path or by the one that is reported.
+func (r *run) excludedIn(n *node, name string) bool {
+	return r.excluded(n.path, name) || len(n.shown) != len(n.path) && r.excluded(n.shown, name)
 }
 
 // excluded reports whether a pattern matches.
@@ -412,7 +557,7 @@ func (r *run) examine(w *worker, n *node, dir *os.File) {
 		n.seen++
 		if err := retry(func() error { return lstatIn(dir, n.path, f.name[:len(f.name)+1], &st) }); err != nil {
 			if err != syscall.ENOENT {
-				n.problem(join(n.path, string(f.name)), err)
+				n.problem(join(n.shown, string(f.name)), err)
 			}
 			continue
 		}
@@ -460,20 +605,24 @@ func (r *run) follow(w *worker, n *node, f *file) bool {
 	}
 	if err != nil {
 		if promiseOf(string(f.name)) != promisesNothing || err == errHung {
-			n.problem(full, fmt.Errorf("the link leads nowhere: %s", cause(err)))
+			n.problem(join(n.shown, string(f.name)), fmt.Errorf("the link leads nowhere: %s", cause(err)))
 		} else {
 			n.skip(skipDangling)
 		}
 		return false
 	}
 	f.status = statusOf(&st)
+	if reason := r.forbidden(target); reason != "" {
+		n.skip(reason)
+		return false
+	}
 	switch {
 	case f.mode&syscall.S_IFMT == syscall.S_IFDIR:
 		n.skip(skipDirLink)
 		return false
 	case !f.isRegular():
 		return true
-	case r.inTree(target):
+	case r.covered(target):
 		n.skip(skipInside)
 		return false
 	case !r.mounts.of(target).local:
@@ -483,14 +632,43 @@ func (r *run) follow(w *worker, n *node, f *file) bool {
 	return true
 }
 
-// inTree reports whether the walk comes by a real path on its own.
-func (r *run) inTree(real string) bool {
-	for _, root := range r.roots {
-		if root.err == nil && (root.real == "/" || strings.HasPrefix(real, root.real+"/")) {
-			return true
+// covered reports whether the walk reads a file, by its real path, on its own.
+func (r *run) covered(real string) bool {
+	dir := path.Dir(real)
+	r.coveredMu.Lock()
+	covered, known := r.coveredDirs[dir]
+	r.coveredMu.Unlock()
+	if !known {
+		covered = slices.ContainsFunc(r.roots, func(root root) bool { return root.err == nil && !root.isFile && r.comesTo(&root, dir) })
+		r.coveredMu.Lock()
+		const maxCovered = 1 << 12
+		if r.coveredDirs == nil || len(r.coveredDirs) >= maxCovered {
+			r.coveredDirs = make(map[string]bool)
+		}
+		r.coveredDirs[dir] = covered
+		r.coveredMu.Unlock()
+	}
+	return covered || r.anyFile && slices.ContainsFunc(r.roots, func(root root) bool { return root.isFile && root.real == real })
+}
+
+// comesTo reports whether the walk from a root comes to a directory, by its
+// real path, and can list it.
+func (r *run) comesTo(root *root, dir string) bool {
+	if !isBelow(dir, root.real) {
+		return false
+	}
+	const readAndSearch = 4 | 1 // R_OK | X_OK
+	if retry(func() error { return syscall.Access(dir, readAndSearch) }) != nil {
+		return false
+	}
+	for at := dir; at != root.real; at = path.Dir(at) {
+		above := path.Dir(at)
+		shown := root.shows(above)
+		if r.passOver(&node{path: shown, shown: shown, real: above}, path.Base(at)) != "" {
+			return false
 		}
 	}
-	return false
+	return true
 }
 
 func retry(f func() error) error {
@@ -532,12 +710,15 @@ func (r *run) resolveRoots() error {
 		root := &r.roots[i]
 		root.path = dir
 		t := newTask("", func(w *worker) func() {
-			var real string
+			var found struct {
+				real   string
+				isFile bool
+			}
 			err := w.following(dir, func() (err error) {
-				real, err = filepath.EvalSymlinks(dir)
+				found.real, found.isFile, err = resolveRoot(dir)
 				return err
 			})
-			return func() { root.real, root.err = real, err }
+			return func() { root.real, root.isFile, root.err = found.real, found.isFile, err }
 		})
 		r.queue(t)
 		tasks = append(tasks, t)
@@ -546,6 +727,24 @@ func (r *run) resolveRoots() error {
 		if err := r.wait(t, r.roots[i].path); err != nil {
 			return err
 		}
+		r.anyFile = r.anyFile || r.roots[i].isFile
 	}
 	return nil
+}
+
+func resolveRoot(dir string) (real string, isFile bool, err error) {
+	if real, err = filepath.EvalSymlinks(dir); err != nil {
+		return "", false, err
+	}
+	info, err := os.Stat(real)
+	switch {
+	case err != nil || info.IsDir():
+		return real, false, err
+	case !info.Mode().IsRegular():
+		return "", false, errors.New("neither a directory nor a regular file")
+	case promiseOf(path.Base(dir)) == promisesKey:
+		return "", false, errors.New("it is called like a private key: those files (.key) are not read")
+	}
+	real, err = filepath.EvalSymlinks(path.Dir(dir))
+	return join(real, path.Base(dir)), true, err
 }

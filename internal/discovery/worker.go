@@ -82,7 +82,7 @@ func (r *run) wait(t *task, path string) error {
 		return nil
 	}
 	if _, named := r.named.LoadOrStore(t.mount, true); !named {
-		r.problems.add(printablePath(path) + ": " + t.err.Error() + "; everything on " + printablePath(t.mount) + " is skipped")
+		r.problems.add(path, t.err.Error()+"; everything on "+printablePath(t.mount)+" is skipped")
 	}
 	return nil
 }

@@ -1,0 +1,167 @@
+package discovery
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"fmt"
+	"sync"
+	"time"
+)
+
+// A file can ask for any amount of work: the derivation of a key takes as many
+// iterations as it says, once for each password. What one file may cost is
+// bounded where it is read; here is what many may. Only the work beyond what a
+// file of that size ordinarily takes counts, so a large tree of ordinary files
+// never comes to these limits. What does is named, and read by the next scan,
+// which finds the rest in the index.
+
+const (
+	// ownerTime is the processor time for the files of one user in a scan.
+	ownerTime = time.Minute
+
+	// scanTime is that for the key stores of all users. One user can own files
+	// under thousands of ids.
+	scanTime = 10 * time.Minute
+
+	// fileTime and byteTime are what a file may take without being counted.
+	fileTime = time.Millisecond
+	byteTime = 64 * time.Nanosecond
+
+	// measuredSize is that of the smallest ordinary file that is measured: what
+	// is smaller takes a millisecond or two.
+	measuredSize = 64 << 10
+
+	// maxOwners bounds the users that are told apart.
+	maxOwners = 1 << 10
+
+	// maxOpenedBytes bounds what is remembered of key stores by their digest.
+	maxOpenedBytes = 1 << 20
+)
+
+// effort is the processor time that files have taken in one scan.
+type effort struct {
+	ownerLimit, limit time.Duration
+
+	mu     sync.Mutex
+	total  time.Duration            // guarded by mu
+	owners map[uint32]time.Duration // guarded by mu
+}
+
+// allows reports whether a file may be looked into. After the limit of the
+// whole scan only key stores may not: everything else is cheap.
+func (e *effort) allows(owner uint32, store bool) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.owners[e.of(owner)] < e.ownerLimit && (e.total < e.limit || !store)
+}
+
+func (e *effort) count(owner uint32, size int, took time.Duration) {
+	took -= fileTime + time.Duration(size)*byteTime
+	if took <= 0 {
+		return
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.total += took
+	if e.owners == nil {
+		e.owners = make(map[uint32]time.Duration)
+	}
+	e.owners[e.of(owner)] += took
+}
+
+// of is the user under whom a file is counted: from maxOwners on, all are one.
+func (e *effort) of(owner uint32) uint32 {
+	if _, known := e.owners[owner]; !known && len(e.owners) >= maxOwners {
+		return ^uint32(0) // no user: chown(2)
+	}
+	return owner
+}
+
+// lookInto returns the outcome of a file's bytes, or nil when there is no
+// processor time for it.
+func (r *run) lookInto(name string, data []byte, owner uint32) []byte {
+	store := looksLikePKCS12(data) || promiseOf(name) == promisesStore || bytes.Contains(data, []byte(pemBegin+"PKCS12"))
+	if !store && len(data) < measuredSize {
+		return appendOutcome(nil, parse(name, data, r.words), &r.known)
+	}
+	var digest [sha256.Size]byte
+	if store {
+		digest = sha256.Sum256(data)
+		if outcome := r.s.opened.get(digest); outcome != nil {
+			return outcome
+		}
+	}
+	if !r.effort.allows(owner, store) {
+		return nil
+	}
+	began := threadTime()
+	outcome := appendOutcome(nil, parse(name, data, r.words), &r.known)
+	r.effort.count(owner, len(data), threadTime()-began)
+	if store {
+		r.s.opened.put(digest, outcome)
+	}
+	return outcome
+}
+
+// outcomes remembers key stores by the digest of their bytes, from scan to
+// scan, while the passwords stay the same: a copy, or one that was only
+// touched, does not cost a second time.
+type outcomes struct {
+	mu    sync.Mutex
+	known map[[sha256.Size]byte][]byte // guarded by mu
+	bytes int                          // guarded by mu
+}
+
+func (o *outcomes) get(digest [sha256.Size]byte) []byte {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.known[digest]
+}
+
+func (o *outcomes) put(digest [sha256.Size]byte, outcome []byte) {
+	size := len(digest) + len(outcome)
+	if size > maxOpenedBytes/8 {
+		return
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.known == nil || o.bytes+size > maxOpenedBytes {
+		o.known, o.bytes = make(map[[sha256.Size]byte][]byte), 0
+	}
+	o.known[digest] = outcome
+	o.bytes += size
+}
+
+func (o *outcomes) forget() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.known, o.bytes = nil, 0
+}
+
+// unread are files of one user that were not looked into.
+type unread struct {
+	first string
+	files int
+}
+
+func (r *run) noteUnread(e *entry) {
+	if r.unread == nil {
+		r.unread = make(map[uint32]unread)
+	}
+	r.effort.mu.Lock()
+	owner := r.effort.of(e.owner)
+	r.effort.mu.Unlock()
+	u := r.unread[owner]
+	if u.files++; u.files == 1 {
+		u.first = join(e.dir.shown, string(e.name))
+	}
+	r.unread[owner] = u
+}
+
+// nameUnread adds one error for each user, so that one user's files do not
+// fill the report.
+func (r *run) nameUnread() {
+	for owner, u := range r.unread {
+		r.problems.add(u.first, fmt.Sprintf("not looked into, like %d more files of user %d: the processor time that a scan has for such files is used up; the next scan goes on", u.files-1, owner))
+	}
+}
