@@ -3,6 +3,7 @@
 package survey
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -29,14 +30,30 @@ const (
 	retryInterval = 30 * time.Second
 
 	// maxRefused bounds how many entries are refused one by one before a
-	// single report was accepted: a control plane that takes none of them must
-	// not be asked about fifty thousand.
-	maxRefused = 20
+	// single report was accepted, and maxRefusedInAll how many in one scan:
+	// each costs several requests. From then on a refused report is left out
+	// as a whole and the next one is tried, so a control plane that takes none
+	// is not asked about fifty thousand entries, and entries that it does not
+	// like cannot keep others from it.
+	maxRefused      = 20
+	maxRefusedInAll = 200
+
+	// maxNamed bounds the entries that a scan's errors name as left out.
+	maxNamed = 20
+
+	// sendShare is the part of the interval, as its divisor, that is kept for
+	// reports: a scan ends that long before the next one is due.
+	sendShare = 10
 )
 
-// ErrOverdue ends a scan whose reports did not arrive before the next one is
-// due.
-var ErrOverdue = errors.New("the reports of this scan were not accepted before the next scan is due")
+var (
+	// ErrOverdue ends a scan whose reports did not arrive before the next one
+	// is due.
+	ErrOverdue = errors.New("the reports of this scan were not accepted before the next scan is due")
+
+	// ErrUnfinished ends a scan that takes too long. What it found is reported.
+	ErrUnfinished = errors.New("the scan ended early because the next one is almost due; that one does not read again what this one has read")
+)
 
 // Scanner finds certificates; see discovery.Scanner.
 type Scanner interface {
@@ -73,7 +90,7 @@ type Stats struct {
 	Files        int
 	Certificates int // found; the same one at two paths counts twice
 	Reported     int // of these, accepted by the control plane
-	Refused      int // of these, refused one by one and left out
+	Refused      int // of these, left out: refused, or too large for a report
 	Reports      int // accepted
 	Errors       int // files and directories that could not be read or parsed
 	Skipped      map[string]int
@@ -85,19 +102,29 @@ type Stats struct {
 // or refused for good. Nothing found and no errors: nothing is sent. After an
 // error the next scan reports it all again.
 func (s *Survey) Run(ctx context.Context) (Stats, error) {
+	scanning := ctx
 	if s.opts.Interval > 0 {
-		var cancel context.CancelFunc
+		var cancel, cancelScan context.CancelFunc
 		ctx, cancel = context.WithTimeoutCause(ctx, s.opts.Interval, ErrOverdue)
 		defer cancel()
+		scanning, cancelScan = context.WithTimeoutCause(ctx, s.opts.Interval-s.opts.Interval/sendShare, ErrUnfinished)
+		defer cancelScan()
 	}
 	run := &run{Survey: s, ctx: ctx, began: time.Now(), pacer: pace.New(retryInterval, false, s.draw)}
-	summary, err := s.opts.Scanner.Scan(ctx, run.collect)
-	run.stats.Files, run.stats.Certificates, run.stats.Errors = summary.Files, summary.Certificates, len(summary.Errors)
+	summary, err := s.opts.Scanner.Scan(scanning, run.collect)
+	problems := append(summary.Errors, run.named()...)
+	if err != nil && run.failed == nil && errors.Is(context.Cause(scanning), ErrUnfinished) {
+		if !errors.Is(err, ErrUnfinished) {
+			err = fmt.Errorf("%w: %w", ErrUnfinished, err)
+		}
+		problems = append(problems, discovery.Problem(cmp.Or(summary.Reached, "the scan"), ErrUnfinished.Error()))
+	}
+	run.stats.Files, run.stats.Certificates, run.stats.Errors = summary.Files, summary.Certificates, len(problems)
 	run.stats.Skipped, run.stats.Formats = summary.Skipped, summary.Formats
 	run.stats.Duration = time.Since(run.began) - run.sending
 	if run.failed == nil && ctx.Err() == nil {
 		// What was found before a scan broke off is true all the same.
-		err = errors.Join(err, run.finish(summary.Errors))
+		err = errors.Join(err, run.finish(problems))
 	}
 	if err != nil && ctx.Err() != nil {
 		if cause := context.Cause(ctx); !errors.Is(err, cause) {
@@ -122,6 +149,11 @@ type run struct {
 
 	pending []api.DiscoveredCertificate
 	size    int // of pending in the body
+
+	large         []string // errors that name what does not fit into a report
+	tooLargeInAll int      // named or not
+	refused       int      // entries that the control plane refused alone
+	refusal       error    // of the last of them
 }
 
 // collect gathers certificates until a report is full.
@@ -132,7 +164,12 @@ func (r *run) collect(found []api.DiscoveredCertificate) error {
 			return err
 		}
 		size := len(encoded) + len(",")
-		if len(r.pending) > 0 && r.envelope(nil)+r.size+size >= maxBody {
+		envelope := r.envelope(nil)
+		if envelope+size >= maxBody {
+			r.leaveOut(cert.SourcePath, size)
+			continue
+		}
+		if len(r.pending) > 0 && envelope+r.size+size >= maxBody {
 			if err := r.flush(nil); err != nil {
 				return err
 			}
@@ -141,6 +178,23 @@ func (r *run) collect(found []api.DiscoveredCertificate) error {
 		r.size += size
 	}
 	return nil
+}
+
+// leaveOut leaves an entry out that fits into no report.
+func (r *run) leaveOut(path string, size int) {
+	r.stats.Refused++
+	if len(r.large) < maxNamed {
+		r.large = append(r.large, discovery.Problem(path, fmt.Sprintf("a certificate takes %d bytes in a report, whose limit is %d: it is left out", size, maxBody)))
+	}
+	r.tooLargeInAll++
+}
+
+// named is what the errors of the scan say about entries that were too large.
+func (r *run) named() []string {
+	if more := r.tooLargeInAll - len(r.large); more > 0 {
+		return append(r.large, fmt.Sprintf("and %d more certificates too large for a report", more))
+	}
+	return r.large
 }
 
 // envelope is the size of a report without certificates.
@@ -159,10 +213,15 @@ func (r *run) finish(problems []string) error {
 			return err
 		}
 	}
-	if len(r.pending) == 0 && len(problems) == 0 {
-		return nil
+	if len(r.pending) > 0 || len(problems) > 0 {
+		if err := r.flush(problems); err != nil {
+			return err
+		}
 	}
-	return r.flush(problems)
+	if r.stats.Reported == 0 && r.refused >= maxRefused {
+		return fmt.Errorf("the control plane refused each of %d certificates: %w", r.stats.Refused, r.refusal)
+	}
+	return nil
 }
 
 func (r *run) flush(problems []string) error {
@@ -202,6 +261,14 @@ func (r *run) send(certs []api.DiscoveredCertificate, problems []string, size in
 		return nil
 	case !refusesContent(err):
 		return err
+	case len(certs) > 1 && r.refusedEnough():
+		r.stats.Refused += len(certs)
+		r.opts.Log.Warn("discovery report left out: the control plane refuses it, as it refused many entries of this scan",
+			"certificates", len(certs), "from", certs[0].SourcePath, "to", certs[len(certs)-1].SourcePath, "error", err.Error())
+		if len(problems) > 0 {
+			return r.send(nil, problems, r.envelope(problems))
+		}
+		return nil
 	case len(certs) > 1:
 		r.opts.Log.Debug("discovery report refused: sending halves", "certificates", len(certs), "bytes", size, "error", err.Error())
 		half := len(certs) / 2
@@ -219,12 +286,16 @@ func (r *run) send(certs []api.DiscoveredCertificate, problems []string, size in
 		return nil
 	}
 	r.stats.Refused++
+	r.refused, r.refusal = r.refused+1, err
 	r.opts.Log.Warn("certificate left out: the control plane refuses it", "path", certs[0].SourcePath,
 		"fingerprint", certs[0].FingerprintSHA256, "error", err.Error())
-	if r.stats.Reports == 0 && r.stats.Refused >= maxRefused {
-		return fmt.Errorf("the control plane refused each of %d certificates: %w", r.stats.Refused, err)
-	}
 	return nil
+}
+
+// refusedEnough reports whether looking for the entries that the control plane
+// does not like costs more than it is worth.
+func (r *run) refusedEnough() bool {
+	return r.stats.Reported == 0 && r.refused >= maxRefused || r.refused >= maxRefusedInAll
 }
 
 // refusesContent reports whether another body may be accepted. 400 is also

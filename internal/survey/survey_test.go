@@ -286,3 +286,96 @@ func TestBrokenScanReportsWhatItFound(t *testing.T) {
 		}
 	})
 }
+
+// scanFunc is a scanner that does as told.
+type scanFunc func(ctx context.Context, emit func([]api.DiscoveredCertificate) error) (discovery.Summary, error)
+
+func (f scanFunc) Scan(ctx context.Context, emit func([]api.DiscoveredCertificate) error) (discovery.Summary, error) {
+	return f(ctx, emit)
+}
+
+// TestWhatDoesNotFitIsLeftOutAndNamed: certificates that are too large for a
+// report come first, and everything else arrives.
+func TestWhatDoesNotFitIsLeftOutAndNamed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const large, rest = 100, 300
+		long := strings.Repeat("/"+strings.Repeat("x", 200), 15) + "/end.pem"
+		plane := &fakePlane{t: t}
+		stats, err := New(Options{Scanner: scanFunc(func(_ context.Context, emit func([]api.DiscoveredCertificate) error) (discovery.Summary, error) {
+			for i := range large + rest {
+				cert := fakeCertificate(i, 300)
+				if i < large {
+					// By its PEM, or by names that grow when they are escaped.
+					cert.PEMData = strings.Repeat("A", maxBody*(i%2))
+					cert.SANs = []string{strings.Repeat("<", maxBody/6)}
+				}
+				if i == 0 {
+					cert.SourcePath = long
+				}
+				if err := emit([]api.DiscoveredCertificate{cert}); err != nil {
+					return discovery.Summary{}, err
+				}
+			}
+			return discovery.Summary{Certificates: large + rest, Errors: []string{"/x: y"}}, nil
+		}), Plane: plane, AgentID: "agent-1", Dirs: []string{"/srv"}, Interval: 6 * time.Hour, Log: slog.New(slog.DiscardHandler)}).Run(t.Context())
+		if err != nil || stats.Reported != rest || stats.Refused != large || plane.calls != stats.Reports {
+			t.Errorf("stats %+v after %d calls, error %v; want %d reported and %d left out", stats, plane.calls, err, rest, large)
+		}
+		problems := plane.reports[len(plane.reports)-1].Errors
+		if len(problems) != maxNamed+2 || stats.Errors != len(problems) || !strings.Contains(problems[2], "/srv/00001.pem: a certificate takes ") ||
+			!strings.Contains(problems[1], "/end.pem: a certificate takes ") || problems[maxNamed+1] != "and 80 more certificates too large for a report" {
+			t.Errorf("errors %q, want the scan's and what was left out, within bounds", problems)
+		}
+	})
+}
+
+// TestRefusedEntriesDoNotHideOthers: whoever can place certificates that the
+// control plane does not take, first in the walk, must not keep others from it.
+func TestRefusedEntriesDoNotHideOthers(t *testing.T) {
+	for _, test := range []struct{ bad, good, maxCalls int }{{20, 3000, 200}, {200, 3000, 1000}, {5000, 3000, 4000}} {
+		synctest.Test(t, func(t *testing.T) {
+			plane := &fakePlane{t: t, answer: func(_ int, _ []byte, report api.DiscoveryReport) error {
+				for _, cert := range report.Certificates {
+					if cert.SourcePath < fmt.Sprintf("/srv/%05d.pem", test.bad) {
+						return status(http.StatusBadRequest, 0)
+					}
+				}
+				return nil
+			}}
+			stats, err := newSurvey(fakeScanner{n: test.bad + test.good, pad: 5000, errors: []string{"/x: y"}}, plane, slog.New(slog.DiscardHandler)).Run(t.Context())
+			// One report may hold both kinds when enough have been refused.
+			const perReport = maxBody / 5000
+			if err != nil || stats.Reported < test.good-perReport || stats.Reported+stats.Refused != test.bad+test.good || plane.calls > test.maxCalls {
+				t.Errorf("%+v: stats %+v after %d calls, error %v; want the good ones reported", test, stats, plane.calls, err)
+			}
+			if last := plane.reports[len(plane.reports)-1]; !slices.Contains(last.Errors, "/x: y") {
+				t.Errorf("%+v: the errors of the scan did not arrive", test)
+			}
+		})
+	}
+}
+
+// TestUnfinishedScanIsReported: a scan that takes too long ends before the next
+// one is due, and what it found arrives.
+func TestUnfinishedScanIsReported(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		plane := &fakePlane{t: t}
+		began := time.Now()
+		stats, err := New(Options{Scanner: scanFunc(func(ctx context.Context, emit func([]api.DiscoveredCertificate) error) (discovery.Summary, error) {
+			if err := emit([]api.DiscoveredCertificate{fakeCertificate(1, 300), fakeCertificate(2, 300)}); err != nil {
+				return discovery.Summary{}, err
+			}
+			<-ctx.Done()
+			return discovery.Summary{Certificates: 2, Errors: []string{"/x: y"}, Reached: "/srv/00002.pem"}, context.Cause(ctx)
+		}), Plane: plane, AgentID: "agent-1", Dirs: []string{"/srv"}, Interval: 6 * time.Hour, Log: slog.New(slog.DiscardHandler)}).Run(t.Context())
+		if !errors.Is(err, ErrUnfinished) || stats.Reported != 2 || len(plane.reports) != 1 {
+			t.Fatalf("stats %+v, error %v; want a report and %v", stats, err, ErrUnfinished)
+		}
+		if got, want := plane.reports[0].Errors, []string{"/x: y", "/srv/00002.pem: " + ErrUnfinished.Error()}; !slices.Equal(got, want) {
+			t.Errorf("errors %q, want %q", got, want)
+		}
+		if took := time.Since(began); took >= 6*time.Hour {
+			t.Errorf("took %v: the next scan is due", took)
+		}
+	})
+}
