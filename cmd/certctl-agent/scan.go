@@ -21,20 +21,22 @@ import (
 	"certctl-agent/internal/printable"
 )
 
-const scanHelp = `Usage: certctl-agent scan [-json] [-soon DAYS] [flags of the daemon] [DIR…]
+const scanHelp = `Usage: certctl-agent scan [-json] [-soon DAYS] [flags of the daemon] [DIR|FILE…]
 
 Lists the certificates that discovery would report, by expiry. It needs no server
 and no configuration, writes nothing, and leaves the daemon's state alone. Without
-DIR it scans the directories that the daemon is configured to scan.
+an argument it scans the directories that the daemon is configured to scan.
 
   -json       print one document: {"certificates": […], "errors": […]}
   -soon DAYS  mark certificates that expire within so many days (30)
 
 Examples:
   certctl-agent scan /etc/ssl /etc/letsencrypt
+  certctl-agent scan /etc/nginx/site.p12
   certctl-agent scan -json /srv | jq -r '.certificates[].common_name'
 
-Exit status: 0 scanned (errors of single files are listed), 1 failed, 2 usage.
+Exit status: 0 scanned (errors of single files are listed), 1 failed or an argument
+cannot be scanned, 2 usage.
 
 `
 
@@ -76,7 +78,12 @@ func runScan(ctx context.Context, p process) error {
 	found := []api.DiscoveredCertificate{}
 	stop := showProgress(p.stderr, scanner)
 	summary, err := scanner.Scan(ctx, func(batch []api.DiscoveredCertificate) error {
-		found = append(found, batch...)
+		for _, cert := range batch {
+			if !asJSON {
+				cert.PEMData = "" // most of its memory, and not in the table
+			}
+			found = append(found, cert)
+		}
 		return nil
 	})
 	stop()
@@ -100,11 +107,11 @@ func runScan(ctx context.Context, p process) error {
 	return table.print(found, summary)
 }
 
-// scanDirs are the directories to scan, absolute.
+// scanDirs are the directories and files to scan, absolute.
 func scanDirs(cfg *config.Config) ([]string, error) {
 	if len(cfg.Args) == 0 {
 		if len(cfg.DiscoveryDirs) == 0 {
-			return nil, config.NewUsageError("name a directory to scan, or set CERTCTL_DISCOVERY_DIRS")
+			return nil, config.NewUsageError("name a directory or a file to scan, or set CERTCTL_DISCOVERY_DIRS")
 		}
 		return cfg.DiscoveryDirs, nil
 	}
@@ -114,12 +121,33 @@ func scanDirs(cfg *config.Config) ([]string, error) {
 		if err != nil {
 			return nil, err
 		}
-		if _, err := os.Stat(absolute); err != nil {
+		if err := canScan(absolute); err != nil {
 			return nil, fmt.Errorf("scan: %w", err)
 		}
 		dirs = append(dirs, absolute)
 	}
 	return dirs, nil
+}
+
+// canScan refuses an argument of which the scan could only say that there is
+// nothing in it. Of what it finds below a directory, it says so itself.
+func canScan(path string) error {
+	info, err := os.Stat(path)
+	switch {
+	case err != nil:
+		return err
+	case info.Mode().IsRegular() && info.Size() > discovery.MaxFileSize:
+		return fmt.Errorf("%s has %d bytes: files over %d are not read", path, info.Size(), discovery.MaxFileSize)
+	case !info.Mode().IsRegular() && !info.IsDir():
+		return fmt.Errorf("%s is neither a directory nor a regular file", path)
+	case !info.IsDir() && strings.EqualFold(filepath.Ext(path), ".key"):
+		return fmt.Errorf("%s is called like a private key: those files (.key) are not read", path)
+	}
+	file, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return file.Close()
 }
 
 // showProgress tells on a terminal how far a long scan is. The function that it

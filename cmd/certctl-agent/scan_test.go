@@ -3,11 +3,13 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -102,9 +104,35 @@ func TestScanJSON(t *testing.T) {
 	if code != exitOK || stdout != "{\n  \"certificates\": [],\n  \"errors\": []\n}\n" {
 		t.Errorf("nothing found: exit code %d\n%s", code, stdout)
 	}
-	code, _, stderr = inProcess(t, nil, "scan", "/no/such/directory")
-	if code != exitFailure || !strings.Contains(stderr, "/no/such/directory") {
-		t.Errorf("no such directory: exit code %d, %s", code, stderr)
+}
+
+// TestScanArguments: a file is scanned, and what cannot be is no success.
+func TestScanArguments(t *testing.T) {
+	t.Parallel()
+	dir, key := planted(t)
+	big, pipe, dangling := filepath.Join(dir, "big.pem"), filepath.Join(dir, "pipe"), filepath.Join(dir, "dangling.pem")
+	if err := errors.Join(os.WriteFile(filepath.Join(dir, "soon.key"), key, 0o600), os.WriteFile(big, nil, 0o600), os.Truncate(big, 1<<20+1),
+		syscall.Mkfifo(pipe, 0o600), os.Symlink("nowhere", dangling)); err != nil {
+		t.Fatal(err)
+	}
+	code, stdout, stderr := inProcess(t, nil, "scan", filepath.Join(dir, "soon.pem"), filepath.Join(dir, "expired.pem"))
+	if code != exitOK || stderr != "" || !strings.Contains(stdout, "soon.example.org") || !strings.Contains(stdout, "2 certificates in 2 files") {
+		t.Errorf("two files: exit code %d, stderr %q\n%s", code, stderr, stdout)
+	}
+	wrong := map[string]string{"/no/such/directory": "no such file", dangling: "no such file", pipe: "neither a directory nor a regular file",
+		"/dev/null": "neither a directory nor a regular file", big: "1048577 bytes", filepath.Join(dir, "soon.key"): "private key"}
+	if os.Geteuid() != 0 {
+		closed := filepath.Join(dir, "closed")
+		if err := os.Mkdir(closed, 0); err != nil {
+			t.Fatal(err)
+		}
+		wrong[closed] = "permission denied"
+	}
+	for path, want := range wrong {
+		code, stdout, stderr := inProcess(t, nil, "scan", dir, path)
+		if code != exitFailure || stdout != "" || !strings.Contains(stderr, path) || !strings.Contains(stderr, want) {
+			t.Errorf("%s: exit code %d, %q, %s", path, code, stdout, stderr)
+		}
 	}
 }
 
