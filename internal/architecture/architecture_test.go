@@ -32,7 +32,7 @@ var layers = [][]string{
 	{"internal/config", "internal/controlplane", "internal/discovery", "internal/inventory", "internal/keystore", "internal/ledger", "internal/statedir", "internal/status"},
 	{"internal/tlsprobe"},
 	{"internal/api", "internal/atomicfile", "internal/buildinfo", "internal/command", "internal/csr", "internal/pace",
-		"internal/pemutil", "internal/printable", "internal/proxy", "internal/sdnotify", "internal/secret", "internal/slot"},
+		"internal/peer", "internal/pemutil", "internal/printable", "internal/proxy", "internal/sdnotify", "internal/secret", "internal/slot"},
 }
 
 // leaves may import one another where one clearly serves the other.

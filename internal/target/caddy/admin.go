@@ -13,9 +13,9 @@ import (
 	"net/netip"
 	"net/url"
 	"strings"
-	"syscall"
 	"time"
 
+	"certctl-agent/internal/peer"
 	"certctl-agent/internal/printable"
 	"certctl-agent/internal/target"
 )
@@ -42,10 +42,14 @@ type admin struct {
 	origin  bool // send an Origin header
 }
 
+// caddyUser is the user that Caddy's own packages and units run it as.
+const caddyUser = "caddy"
+
 // newAdmin checks an address. What is sent there holds private keys, so it must
-// be on this host, unless anywhere says that this host's owner named it.
+// be on this host, and Caddy's, unless anywhere says that this host's owner
+// named it.
 func newAdmin(address string, anywhere bool) (*admin, error) {
-	dialer := new(net.Dialer)
+	dialer := &peer.Dialer{Users: []string{caddyUser}, Anyone: anywhere}
 	transport := &http.Transport{
 		DialContext:       dialer.DialContext, // and no proxy
 		DisableKeepAlives: true,               // each change starts another admin server
@@ -74,24 +78,14 @@ func newAdmin(address string, anywhere bool) (*admin, error) {
 		return nil, errors.New("expected http://host:port or unix//path")
 	}
 	a.base = u.Scheme + "://" + u.Host
-	if !anywhere {
-		if ip, err := netip.ParseAddr(u.Hostname()); err == nil && !ip.IsLoopback() {
-			return nil, errNotLoopback
-		}
-		dialer.Control = onlyLoopback
+	if ip, err := netip.ParseAddr(u.Hostname()); err == nil && !anywhere && !ip.Unmap().IsLoopback() {
+		return nil, errNotOurs
 	}
 	return a, nil
 }
 
-var errNotLoopback = errors.New("private keys are sent to loopback addresses and unix sockets only, unless the target's overlay on this host names the address")
-
-// onlyLoopback looks at an address once its name is resolved.
-func onlyLoopback(_, address string, _ syscall.RawConn) error {
-	if at, err := netip.ParseAddrPort(address); err != nil || !at.Addr().Unmap().IsLoopback() {
-		return fmt.Errorf("%s: %w", address, errNotLoopback)
-	}
-	return nil
-}
+var errNotOurs = errors.New("private keys are sent to loopback addresses and unix sockets only, and only where root, " +
+	"the agent's own user or " + caddyUser + " listens, unless the target's overlay on this host names admin_api")
 
 // reload makes Caddy load the running configuration once more, and with it the
 // files that it names. Without must-revalidate it would see that nothing
@@ -173,6 +167,9 @@ func (a *admin) send(ctx context.Context, method, path string, body []byte, head
 	if err != nil {
 		if e, ok := errors.AsType[*url.Error](err); ok {
 			err = e.Err // the caller names the request
+		}
+		if errors.Is(err, peer.ErrUntrusted) {
+			err = fmt.Errorf("%w: %w", err, errNotOurs)
 		}
 		return nil, err
 	}

@@ -16,7 +16,7 @@ import (
 // Config is what can be set for a target of type Caddy.
 type Config struct {
 	Mode     string `json:"mode"`      // api, file; api
-	AdminAPI string `json:"admin_api"` // http://host:port or unix//path; http://localhost:2019
+	AdminAPI string `json:"admin_api"` // http://host:port or unix//path; http://localhost:2019, which is 127.0.0.1
 }
 
 // FileConfig is what more can be set when the mode is file.

@@ -1,0 +1,179 @@
+package peer
+
+import (
+	"bufio"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// owners are the users at the other end of conn: the one who listens at a unix
+// socket, or those who accepted a TCP connection. There is one, unless someone
+// is playing tricks.
+func owners(ctx context.Context, conn net.Conn) ([]int, error) {
+	switch c := conn.(type) {
+	case *net.UnixConn:
+		return listener(c)
+	case *net.TCPConn:
+		return accepters(ctx, c)
+	}
+	return nil, errors.ErrUnsupported
+}
+
+// listener is the user who called listen(2), see SO_PEERCRED in unix(7).
+func listener(conn *net.UnixConn) ([]int, error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	var cred *syscall.Ucred
+	var credErr error
+	err = raw.Control(func(fd uintptr) {
+		cred, credErr = syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED)
+	})
+	if err = errors.Join(err, credErr); err != nil {
+		return nil, err
+	}
+	return []int{int(cred.Uid)}, nil
+}
+
+// accepters finds the server's end of conn, and waits until it is accepted:
+// before that, kernels show it as root's. It must be a socket of this network
+// namespace; what a packet filter sends elsewhere has no end here.
+func accepters(ctx context.Context, conn *net.TCPConn) ([]int, error) {
+	client, server := addrPort(conn.LocalAddr()), addrPort(conn.RemoteAddr())
+	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
+		uids, waiting, err := lookUp(server, client)
+		if err != nil {
+			return nil, err
+		}
+		if len(uids) > 0 && !waiting {
+			return uids, nil
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return nil, fmt.Errorf("no program of this host has accepted the connection: %w", context.Cause(ctx))
+		}
+	}
+}
+
+func addrPort(address net.Addr) netip.AddrPort {
+	at := address.(*net.TCPAddr).AddrPort()
+	return netip.AddrPortFrom(at.Addr().Unmap(), at.Port())
+}
+
+// lookUp finds the users of the established sockets from local to remote in
+// the kernel's tables, and whether one of them still waits to be accepted
+// (https://docs.kernel.org/networking/proc_net_tcp.html). An IPv4 connection
+// to a server that listens at [::] is in the table of IPv6.
+func lookUp(local, remote netip.AddrPort) (uids []int, waiting bool, err error) {
+	mapped := func(at netip.AddrPort) []byte { all := at.Addr().As16(); return all[:] }
+	row := tableRow(mapped(local), local.Port(), mapped(remote), remote.Port())
+	uids, waiting, err = scan("/proc/self/net/tcp6", row)
+	if errors.Is(err, fs.ErrNotExist) { // a kernel without IPv6
+		err = nil
+	}
+	if err != nil || !local.Addr().Is4() {
+		return uids, waiting, err
+	}
+	row = tableRow(local.Addr().AsSlice(), local.Port(), remote.Addr().AsSlice(), remote.Port())
+	more, wait, err := scan("/proc/self/net/tcp", row)
+	return append(uids, more...), waiting || wait, err
+}
+
+// tableRow is what a table has between the number of a row and its figures.
+func tableRow(local []byte, localPort uint16, remote []byte, remotePort uint16) string {
+	const established = 1
+	return fmt.Sprintf(" %s:%04X %s:%04X %02X ", hexWords(local), localPort, hexWords(remote), remotePort, established)
+}
+
+// hexWords prints an address the way of the tables: as words of the machine.
+func hexWords(address []byte) string {
+	var text strings.Builder
+	for word := range slices.Chunk(address, 4) {
+		fmt.Fprintf(&text, "%08X", binary.NativeEndian.Uint32(word))
+	}
+	return text.String()
+}
+
+func scan(table, row string) (uids []int, waiting bool, err error) {
+	file, err := os.Open(table)
+	if err != nil {
+		return nil, false, err
+	}
+	defer file.Close()
+	for in := bufio.NewReader(file); ; {
+		line, err := in.ReadString('\n')
+		if _, figures, ok := strings.Cut(line, row); ok {
+			// tx_queue:rx_queue tr:tm->when retrnsmt uid timeout inode ...
+			fields := strings.Fields(figures)
+			if len(fields) < 6 {
+				return nil, false, fmt.Errorf("%s holds a row of an unknown form", table)
+			}
+			uid, err := strconv.ParseUint(fields[3], 10, 32)
+			if err != nil {
+				return nil, false, fmt.Errorf("%s holds a user that is not a number", table)
+			}
+			uids = append(uids, int(uid))
+			waiting = waiting || fields[5] == "0" // no inode
+		}
+		if err == io.EOF {
+			return uids, waiting, nil
+		}
+		if err != nil {
+			return nil, false, err
+		}
+	}
+}
+
+// maxLinks is the kernel's own limit for one path, see path_resolution(7).
+const maxLinks = 40
+
+// checkPath refuses a socket that is reached through anything that belongs to
+// a user who is not trusted, or that everybody may replace.
+func checkPath(path string, trusted []int) error {
+	at, rest := "/", strings.Split(path, "/")
+	for links := 0; ; rest = rest[1:] {
+		info, err := os.Lstat(at)
+		if err != nil {
+			return err
+		}
+		if stat, ok := info.Sys().(*syscall.Stat_t); !ok || !slices.Contains(trusted, int(stat.Uid)) {
+			return fmt.Errorf("%s, on the way to the socket, belongs to another user: %w", at, ErrUntrusted)
+		}
+		switch mode := info.Mode(); {
+		case mode&fs.ModeSymlink != 0:
+			if links++; links > maxLinks {
+				return fmt.Errorf("%s: %w", path, syscall.ELOOP)
+			}
+			target, err := os.Readlink(at)
+			if err != nil {
+				return err
+			}
+			at = filepath.Dir(at)
+			if filepath.IsAbs(target) {
+				at = "/"
+			}
+			rest = slices.Concat(strings.Split(target, "/"), rest)
+		case mode.IsDir() && mode&0o002 != 0 && mode&fs.ModeSticky == 0:
+			return fmt.Errorf("%s, on the way to the socket, can be written by every user: %w", at, ErrUntrusted)
+		}
+		if len(rest) == 0 {
+			return nil
+		}
+		at = filepath.Join(at, rest[0])
+	}
+}
