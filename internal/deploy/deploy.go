@@ -199,7 +199,7 @@ func (a *attempt) run(calls, work context.Context) (err error) {
 		a.log.Warn("keys that are no longer needed could not be removed", "error", err)
 	}
 	releaseCert()
-	a.outcome.Verification = a.verify(work)
+	a.outcome.Verification = a.verify(work, m.Leaf)
 	return nil
 }
 

@@ -713,6 +713,40 @@ func TestVerification(t *testing.T) {
 	}
 }
 
+// TestVerificationAsks says what is looked for. Whether host is the listener or
+// the proxy in front of it is found out.
+func TestVerificationAsks(t *testing.T) {
+	for _, behind := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(t)
+			issued := w.renew("cert-1", testca.Template{})
+			w.options.Verify = true
+			w.options.Probe = func(_ context.Context, endpoint tlsprobe.Endpoint) (tlsprobe.Result, error) {
+				if endpoint.KeyType != issued.Leaf.PublicKeyAlgorithm {
+					t.Errorf("looked for a key of type %v, want %v", endpoint.KeyType, issued.Leaf.PublicKeyAlgorithm)
+				}
+				if endpoint.ProxyProtocol == behind {
+					return tlsprobe.Result{}, errors.New("closed")
+				}
+				return tlsprobe.Result{Fingerprint: pemutil.Fingerprint(issued.Leaf)}, nil
+			}
+			got := w.run(job(`{"host":"localhost","post_deploy_verify":{"proxy_protocol":true}}`))
+			if got.Verification == nil || !got.Verification.Verified {
+				t.Errorf("behind a proxy: %v: got %+v", behind, got.Verification)
+			}
+			for _, config := range []string{`{"host":"localhost"}`, `{"host":"localhost","post_deploy_verify":{"proxy_protocol":false}}`} {
+				w.options.Probe = func(_ context.Context, endpoint tlsprobe.Endpoint) (tlsprobe.Result, error) {
+					if endpoint.ProxyProtocol {
+						t.Errorf("%s: a header that nobody asked for", config)
+					}
+					return tlsprobe.Result{}, errors.New("closed")
+				}
+				w.run(job(config))
+			}
+		})
+	}
+}
+
 // TestVerificationIsCut ends a look that hangs, and has nothing to say when the
 // agent stops meanwhile.
 func TestVerificationIsCut(t *testing.T) {

@@ -2,6 +2,7 @@ package deploy
 
 import (
 	"context"
+	"crypto/x509"
 	"time"
 
 	"certctl-agent/internal/api"
@@ -20,8 +21,9 @@ const (
 
 // verify looks at what the target serves until that is the new certificate or
 // the budget is spent. Nil where there is nothing to look at or to say.
-func (a *attempt) verify(ctx context.Context) *api.Verification {
+func (a *attempt) verify(ctx context.Context, leaf *x509.Certificate) *api.Verification {
 	endpoint, ok := a.common.Endpoint()
+	endpoint.KeyType = leaf.PublicKeyAlgorithm
 	if !a.o.Verify || a.connector == nil || !ok {
 		return nil
 	}
@@ -34,6 +36,8 @@ func (a *attempt) verify(ctx context.Context) *api.Verification {
 		case err == nil:
 			report.ActualFingerprint, report.Error = result.Fingerprint, ""
 		case budget.Err() == nil || report.ActualFingerprint == "":
+			// The host may be a proxy's, which sends the header itself.
+			endpoint.ProxyProtocol = a.common.Check.ProxyProtocol && !endpoint.ProxyProtocol
 			// The end of the budget cuts a look short; an earlier one said more.
 			report.ActualFingerprint, report.Error = api.Unreachable, printable.Clip(err.Error(), maxError)
 		}

@@ -3,6 +3,7 @@ package target
 import (
 	"cmp"
 	"context"
+	"crypto/x509"
 	"fmt"
 	"net"
 	"slices"
@@ -10,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/tlsprobe"
 )
 
@@ -38,6 +40,10 @@ type VerifyOptions struct {
 	Timeout    Duration `json:"timeout"`
 	ServerName string   `json:"server_name"`
 	StartTLS   string   `json:"starttls"` // smtp, imap, pop3
+
+	// ProxyProtocol says that the listener expects a header of the PROXY
+	// protocol before anything else.
+	ProxyProtocol bool `json:"proxy_protocol"`
 }
 
 // Defaults and bounds.
@@ -98,12 +104,14 @@ func (c *Common) Endpoint() (tlsprobe.Endpoint, bool) {
 		Address:    net.JoinHostPort(host, port),
 		ServerName: host,
 		StartTLS:   cmp.Or(c.Check.StartTLS, tlsprobe.GuessStartTLS(port)),
+
+		ProxyProtocol: c.Check.ProxyProtocol,
 	}, true
 }
 
 // Verify is the check that is part of the transaction: the endpoint must serve
-// the certificate with this fingerprint. Nil when it is off.
-func (c *Common) Verify(fingerprint string) func(context.Context) error {
+// leaf. Nil when it is off.
+func (c *Common) Verify(leaf *x509.Certificate) func(context.Context) error {
 	if !c.Check.Enabled {
 		return nil
 	}
@@ -113,6 +121,8 @@ func (c *Common) Verify(fingerprint string) func(context.Context) error {
 		endpoint = tlsprobe.Endpoint{Address: c.Check.Endpoint, ServerName: host, StartTLS: cmp.Or(c.Check.StartTLS, tlsprobe.GuessStartTLS(port))}
 	}
 	endpoint.ServerName = cmp.Or(c.Check.ServerName, endpoint.ServerName)
+	endpoint.KeyType, endpoint.ProxyProtocol = leaf.PublicKeyAlgorithm, c.Check.ProxyProtocol
+	fingerprint := pemutil.Fingerprint(leaf)
 	return func(ctx context.Context) error {
 		attempts := cmp.Or(c.CheckAttempts, defaultAttempts)
 		pause, most := c.CheckBackoff.Or(defaultBackoff), c.CheckMaxBackoff.Or(defaultMaxBackoff)

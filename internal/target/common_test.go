@@ -2,9 +2,13 @@ package target
 
 import (
 	"context"
+	"crypto/rand"
+	"crypto/rsa"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
+	"io"
 	"net"
 	"strings"
 	"sync"
@@ -92,12 +96,53 @@ func server(t *testing.T, certificates ...tls.Certificate) string {
 	return listener.Addr().String()
 }
 
+// TestVerifyAsked: the listener is asked in the way that it needs.
+func TestVerifyAsked(t *testing.T) {
+	ca := testca.Must(t)
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	must(t, err)
+	onRSA, err := ca.Issue(testca.Template{Key: key})
+	must(t, err)
+	onECDSA, err := ca.Issue(testca.Template{})
+	must(t, err)
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	var serving sync.WaitGroup
+	serving.Go(func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			header := make([]byte, 16)
+			if _, err := io.ReadFull(conn, header); err == nil && string(header[7:11]) == "QUIT" {
+				_ = tls.Server(conn, &tls.Config{Certificates: []tls.Certificate{onECDSA.TLS(), onRSA.TLS()}}).HandshakeContext(t.Context())
+			}
+			conn.Close()
+		}
+	})
+	defer serving.Wait()
+	defer listener.Close()
+	c, err := common(t, `{"post_deploy_verify":{"enabled":true,"endpoint":"`+listener.Addr().String()+`","proxy_protocol":"true"},"post_deploy_verify_attempts":1}`)
+	must(t, err)
+	for _, leaf := range []*x509.Certificate{onRSA.Leaf, onECDSA.Leaf} {
+		if err := c.Verify(leaf)(t.Context()); err != nil {
+			t.Errorf("%v: %v", leaf.PublicKeyAlgorithm, err)
+		}
+	}
+	c, err = common(t, `{"host":"h","post_deploy_verify":{"proxy_protocol":true}}`)
+	must(t, err)
+	if endpoint, ok := c.Endpoint(); !ok || !endpoint.ProxyProtocol {
+		t.Errorf("the report looks at %+v", endpoint)
+	}
+}
+
 func TestVerify(t *testing.T) {
 	ca := testca.Must(t)
-	certificate := func() (tls.Certificate, string) {
+	certificate := func() (tls.Certificate, *x509.Certificate) {
 		issued, err := ca.Issue(testca.Template{})
 		must(t, err)
-		return issued.TLS(), pemutil.Fingerprint(issued.Leaf)
+		return issued.TLS(), issued.Leaf
 	}
 	before, was := certificate()
 	after, want := certificate()
@@ -113,7 +158,7 @@ func TestVerify(t *testing.T) {
 	}
 	c = config(server(t, before), `,"post_deploy_verify_attempts":2`)
 	err := c.Verify(want)(t.Context())
-	if err == nil || !strings.Contains(err.Error(), "attempt 2 of 2") || !strings.Contains(err.Error(), was) || !strings.Contains(err.Error(), want) {
+	if err == nil || !strings.Contains(err.Error(), "attempt 2 of 2") || !strings.Contains(err.Error(), pemutil.Fingerprint(was)) || !strings.Contains(err.Error(), pemutil.Fingerprint(want)) {
 		t.Errorf("never served: got %v, want both fingerprints", err)
 	}
 	c = config("127.0.0.1:1", `,"post_deploy_verify_attempts":"1"`)

@@ -13,9 +13,12 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"certctl-agent/internal/pemutil"
@@ -29,6 +32,13 @@ type Endpoint struct {
 	Address    string // host:port
 	ServerName string // sent as SNI, unless it is an IP address (RFC 6066, section 3); "": none
 	StartTLS   string // SMTP, IMAP or POP3; "": TLS from the first byte
+
+	// KeyType is the one of the certificate that is looked for. A server that
+	// has certificates of several types answers with one of them, and is asked
+	// for that of KeyType when it was another. Zero: any.
+	KeyType x509.PublicKeyAlgorithm
+
+	ProxyProtocol bool // the listener expects a header of the PROXY protocol first
 }
 
 // Protocols that begin in clear and are turned to TLS on request.
@@ -82,7 +92,54 @@ func Probe(ctx context.Context, endpoint Endpoint) (Result, error) {
 	return Result{}, fmt.Errorf("probe %s: %w", endpoint.Address, err)
 }
 
+// probe asks as browsers do. A server that refuses that is offered all that
+// crypto/tls has, and one that answers with a key of another type is asked as
+// by a client that knows no other than KeyType.
 func probe(ctx context.Context, endpoint Endpoint) (Result, error) {
+	result, err := connect(ctx, endpoint, nil, 0)
+	if _, refused := errors.AsType[*refusedError](err); refused {
+		result, err = connect(ctx, endpoint, suites("TLS_"), 0)
+	}
+	if err != nil || endpoint.KeyType == 0 || result.Leaf.PublicKeyAlgorithm == endpoint.KeyType {
+		return result, err
+	}
+	var offered []uint16
+	switch endpoint.KeyType {
+	case x509.RSA:
+		offered = suites("TLS_ECDHE_RSA_", "TLS_RSA_")
+	case x509.ECDSA, x509.Ed25519: // RFC 8422, section 5.10
+		offered = suites("TLS_ECDHE_ECDSA_")
+	default:
+		return result, nil
+	}
+	// The suites of TLS 1.3 say nothing of the key.
+	other, err := connect(ctx, endpoint, offered, tls.VersionTLS12)
+	if err == nil && other.Leaf.PublicKeyAlgorithm == endpoint.KeyType {
+		return other, nil
+	}
+	return result, nil
+}
+
+// suites are those whose names begin with one of prefixes, broken ones too:
+// nothing is sent that they would have to protect.
+func suites(prefixes ...string) []uint16 {
+	var ids []uint16
+	for _, suite := range append(tls.CipherSuites(), tls.InsecureCipherSuites()...) {
+		if slices.ContainsFunc(prefixes, func(prefix string) bool { return strings.HasPrefix(suite.Name, prefix) }) {
+			ids = append(ids, suite.ID)
+		}
+	}
+	return ids
+}
+
+// proxyHeader is version 2 of the PROXY protocol's word for a connection that a
+// proxy makes for itself, such as a health check: LOCAL, and no addresses
+// (https://www.haproxy.org/download/2.9/doc/proxy-protocol.txt, section 2.2).
+const proxyHeader = "\r\n\r\n\x00\r\nQUIT\n\x20\x00\x00\x00"
+
+// connect does one handshake. Nil offers the suites that crypto/tls does by
+// itself, version 0 its newest.
+func connect(ctx context.Context, endpoint Endpoint, offered []uint16, version uint16) (Result, error) {
 	conn, err := new(net.Dialer).DialContext(ctx, "tcp", endpoint.Address)
 	if err != nil {
 		return Result{}, err
@@ -93,13 +150,23 @@ func probe(ctx context.Context, endpoint Endpoint) (Result, error) {
 	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 
+	if endpoint.ProxyProtocol {
+		if _, err := io.WriteString(conn, proxyHeader); err != nil {
+			return Result{}, err
+		}
+	}
 	if err := startTLS(conn, endpoint.StartTLS); err != nil {
 		return Result{}, err
 	}
-	return handshake(ctx, conn, endpoint.ServerName)
+	return handshake(ctx, conn, endpoint.ServerName, offered, version)
 }
 
-func handshake(ctx context.Context, conn net.Conn, serverName string) (Result, error) {
+// refusedError is a handshake that the server ended.
+type refusedError struct{ error }
+
+func (e *refusedError) Unwrap() error { return e.error }
+
+func handshake(ctx context.Context, conn net.Conn, serverName string, offered []uint16, version uint16) (Result, error) {
 	if _, err := netip.ParseAddr(serverName); err == nil {
 		serverName = ""
 	}
@@ -109,7 +176,9 @@ func handshake(ctx context.Context, conn net.Conn, serverName string) (Result, e
 		ServerName:         strings.TrimSuffix(serverName, "."),
 		InsecureSkipVerify: true, // see the package comment
 		// Whatever old appliances speak: nothing is sent over this connection.
-		MinVersion: tls.VersionTLS10,
+		MinVersion:   tls.VersionTLS10,
+		MaxVersion:   version,
+		CipherSuites: offered,
 		VerifyConnection: func(state tls.ConnectionState) error {
 			served = state
 			return nil
@@ -122,11 +191,15 @@ func handshake(ctx context.Context, conn net.Conn, serverName string) (Result, e
 	err := client.HandshakeContext(ctx)
 	// A server that insists on a client's certificate ends a handshake below TLS
 	// 1.3 for want of one. By then crypto/tls has checked the server's signature,
-	// so that what is served is known all the same.
-	switch refused := asked && isAlert(err); {
+	// so that what is served is known all the same. A key exchange by RSA has no
+	// signature: only the end of the handshake proves the key.
+	switch alert := isAlert(err); {
 	case err == nil:
 		served = client.ConnectionState()
-	case !refused:
+	case alert && asked && !slices.Contains(suites("TLS_RSA_"), served.CipherSuite):
+	case alert || errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET):
+		return Result{}, &refusedError{fmt.Errorf("TLS handshake: %w", err)}
+	default:
 		return Result{}, fmt.Errorf("TLS handshake: %w", err)
 	}
 	if len(served.PeerCertificates) == 0 {

@@ -1,7 +1,11 @@
 package tlsprobe_test
 
 import (
+	"bytes"
 	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -208,6 +212,115 @@ func TestCancel(t *testing.T) {
 		}()
 		if _, err := tlsprobe.Probe(ctx, tlsprobe.Endpoint{Address: address, StartTLS: protocol}); !errors.Is(err, cause) {
 			t.Errorf("%q: error = %v, want the cause of the cancellation", protocol, err)
+		}
+	}
+}
+
+// keys makes a pair of each type, and a certificate for each.
+func keys(t *testing.T) (ecdsaPair, rsaPair, ed25519Pair *testca.Issued) {
+	t.Helper()
+	ca := testca.Must(t)
+	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, edKey, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return issue(t, ca, testca.Template{}), issue(t, ca, testca.Template{Key: rsaKey}), issue(t, ca, testca.Template{Key: edKey})
+}
+
+// TestKeyType: a server with several certificates answers with one of them.
+func TestKeyType(t *testing.T) {
+	onECDSA, onRSA, onEd25519 := keys(t)
+	tests := []struct {
+		name    string
+		has     []*testca.Issued // the first is the server's choice
+		version uint16           // the newest that it speaks; 0: TLS 1.3
+		oldest  uint16
+		want    x509.PublicKeyAlgorithm
+		got     *testca.Issued
+	}{
+		{"RSA behind ECDSA", []*testca.Issued{onECDSA, onRSA}, 0, 0, x509.RSA, onRSA},
+		{"ECDSA behind RSA", []*testca.Issued{onRSA, onECDSA}, 0, 0, x509.ECDSA, onECDSA},
+		{"Ed25519 behind RSA", []*testca.Issued{onRSA, onEd25519}, 0, 0, x509.Ed25519, onEd25519},
+		{"TLS 1.2", []*testca.Issued{onECDSA, onRSA}, tls.VersionTLS12, 0, x509.RSA, onRSA},
+		{"the server's choice", []*testca.Issued{onECDSA, onRSA}, 0, 0, x509.ECDSA, onECDSA},
+		{"any", []*testca.Issued{onECDSA, onRSA}, 0, 0, 0, onECDSA},
+		{"none of that type", []*testca.Issued{onECDSA}, 0, 0, x509.RSA, onECDSA},
+		{"another on the same suites", []*testca.Issued{onECDSA}, 0, 0, x509.Ed25519, onECDSA},
+		{"of a type that suites do not know", []*testca.Issued{onECDSA}, 0, 0, x509.DSA, onECDSA},
+		{"TLS 1.3 alone cannot be asked", []*testca.Issued{onECDSA, onRSA}, 0, tls.VersionTLS13, x509.RSA, onECDSA},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			config := &tls.Config{MinVersion: test.oldest, MaxVersion: test.version}
+			for _, issued := range test.has {
+				config.Certificates = append(config.Certificates, issued.TLS())
+			}
+			result, err := tlsprobe.Probe(t.Context(), tlsprobe.Endpoint{Address: serveTLS(t, config), ServerName: "localhost", KeyType: test.want})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if want := pemutil.Fingerprint(test.got.Leaf); result.Fingerprint != want {
+				t.Errorf("got the certificate with %v, want the one with %v", result.Leaf.PublicKeyAlgorithm, test.got.Leaf.PublicKeyAlgorithm)
+			}
+		})
+	}
+}
+
+// TestOldSuites: what only old appliances speak.
+func TestOldSuites(t *testing.T) {
+	_, issued, _ := keys(t)
+	_, other, _ := keys(t)
+	mismatched := issued.TLS()
+	mismatched.PrivateKey = other.Key
+	for _, suite := range append(tls.CipherSuites(), tls.InsecureCipherSuites()...) {
+		if !strings.HasPrefix(suite.Name, "TLS_RSA_") && !strings.HasPrefix(suite.Name, "TLS_ECDHE_RSA_") {
+			continue
+		}
+		t.Run(suite.Name, func(t *testing.T) {
+			probe := func(pair tls.Certificate, auth tls.ClientAuthType) (tlsprobe.Result, error) {
+				address := serveTLS(t, &tls.Config{Certificates: []tls.Certificate{pair}, ClientAuth: auth,
+					CipherSuites: []uint16{suite.ID}, MinVersion: tls.VersionTLS10, MaxVersion: tls.VersionTLS12})
+				return tlsprobe.Probe(t.Context(), tlsprobe.Endpoint{Address: address, ServerName: "localhost"})
+			}
+			result, err := probe(issued.TLS(), tls.NoClientCert)
+			if err != nil || result.Fingerprint != pemutil.Fingerprint(issued.Leaf) {
+				t.Errorf("got %s, %v", result.Fingerprint, err)
+			}
+			for _, auth := range []tls.ClientAuthType{tls.NoClientCert, tls.RequireAnyClientCert} {
+				if result, err := probe(mismatched, auth); err == nil {
+					t.Errorf("%v: %s counts as served by a server that does not have its key", auth, result.Fingerprint)
+				}
+			}
+		})
+	}
+}
+
+func TestProxyProtocol(t *testing.T) {
+	issued := issue(t, testca.Must(t), testca.Template{})
+	// Section 2.2 of the specification: the signature, version 2 and LOCAL, an
+	// unspecified family, and no bytes of addresses.
+	header := []byte{0x0d, 0x0a, 0x0d, 0x0a, 0x00, 0x0d, 0x0a, 0x51, 0x55, 0x49, 0x54, 0x0a, 0x20, 0x00, 0x00, 0x00}
+	for _, protocol := range []string{"", tlsprobe.POP3} {
+		address := serve(t, func(conn net.Conn) {
+			got := make([]byte, len(header))
+			if _, err := io.ReadFull(conn, got); err != nil || !bytes.Equal(got, header) {
+				t.Errorf("the connection begins with % x (%v)", got, err)
+				return
+			}
+			if protocol != "" {
+				io.WriteString(conn, "+OK\r\n")
+				io.ReadFull(conn, make([]byte, len("STLS\r\n")))
+				io.WriteString(conn, "+OK\r\n")
+			}
+			tls.Server(conn, &tls.Config{Certificates: []tls.Certificate{issued.TLS()}}).Handshake()
+		})
+		result, err := tlsprobe.Probe(t.Context(), tlsprobe.Endpoint{Address: address, StartTLS: protocol, ProxyProtocol: true})
+		if err != nil || result.Fingerprint != pemutil.Fingerprint(issued.Leaf) {
+			t.Errorf("%q: got %s, %v", protocol, result.Fingerprint, err)
 		}
 	}
 }

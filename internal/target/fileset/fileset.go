@@ -27,7 +27,6 @@ import (
 	"os"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/slot"
 	"certctl-agent/internal/target"
 )
@@ -88,7 +87,7 @@ func NewTransaction(p target.Params, m *target.Material) Transaction {
 	return Transaction{
 		Target:   p.TargetID,
 		Material: m,
-		Verify:   p.Common.Verify(pemutil.Fingerprint(m.Leaf)),
+		Verify:   p.Common.Verify(m.Leaf),
 		Backups:  p.Common.Retention,
 	}
 }
