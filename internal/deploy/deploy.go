@@ -235,10 +235,14 @@ func (a *attempt) install(ctx context.Context, m *target.Material, key keystore.
 	}
 	result, err := a.connector.Deploy(ctx, m)
 	for _, warning := range result.Warnings {
-		a.log.Warn("the deployment has a warning", "warning", warning)
+		a.warn(warning)
 	}
 	a.outcome.Unchanged = err == nil && result.Unchanged
 	return err
+}
+
+func (a *attempt) warn(warning string) {
+	a.log.Warn("the deployment has a warning", "warning", warning)
 }
 
 // recheck makes the key of a deployed certificate current again. A connector

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -260,8 +261,9 @@ func TestRefusedBeforeTouching(t *testing.T) {
 			w.certs["cert-1"] = append(w.certs["cert-1"], other.KeyPEM()...)
 		}, "PRIVATE KEY"},
 		{"unrelated chain", func(w *world, j *api.Job) {
-			w.certs["cert-1"] = append(w.certs["cert-1"], testca.Must(w.t).PEM()...)
-		}, "chain"},
+			leaf, _ := pem.Decode(w.certs["cert-1"])
+			w.certs["cert-1"] = append(pem.EncodeToMemory(leaf), testca.Must(w.t).PEM()...)
+		}, "issued the leaf"},
 		{"another agent's", func(w *world, j *api.Job) { w.issue("cert-1", testca.Template{}) },
 			"certificate cert-1 cannot be deployed here, and nothing was touched"},
 		{"expired", func(w *world, j *api.Job) {
@@ -398,6 +400,24 @@ func TestChain(t *testing.T) {
 		if !slices.EqualFunc(w.material.Chain, want, (*x509.Certificate).Equal) {
 			t.Errorf("drop_root %v: the chain has %d certificates in another order, want %d", drop, len(w.material.Chain), len(want))
 		}
+	}
+}
+
+// TestStrayCertificate: one more certificate in the chain is no reason to let a
+// server's certificate expire.
+func TestStrayCertificate(t *testing.T) {
+	w := newWorld(t)
+	chain := w.renew("cert-1", testca.Template{Intermediates: 1}).Chain
+	stray := w.renew("cert-2", testca.Template{CommonName: "stray.example.org"}).Leaf
+	w.certs["cert-1"] = pemutil.EncodeCertificates(chain[0], stray, chain[1])
+	if got := w.run(job(`{}`)); got.Status != api.StatusCompleted {
+		t.Errorf("outcome %+v", got)
+	}
+	if !slices.EqualFunc(w.material.Chain, chain[1:2], (*x509.Certificate).Equal) {
+		t.Errorf("installed a chain of %d certificates, want the one that issued the leaf", len(w.material.Chain))
+	}
+	if !strings.Contains(w.log.String(), "stray.example.org") || !strings.Contains(w.log.String(), "is left out") {
+		t.Errorf("the log does not say what was left out: %s", &w.log)
 	}
 }
 

@@ -93,9 +93,13 @@ func (a *attempt) fetch(ctx context.Context) (*target.Material, error) {
 		return nil, fmt.Errorf("certificate %s as the control plane sent it: %w", id, err)
 	}
 	leaf := certs[0]
-	chain, err := pemutil.OrderChain(leaf, certs[1:])
+	chain, stray, err := pemutil.OrderChain(leaf, certs[1:])
 	if err != nil {
 		return nil, fmt.Errorf("the chain of certificate %s: %w", id, err)
+	}
+	for _, cert := range stray {
+		a.warn(fmt.Sprintf("the certificate %q in the chain issued neither the leaf nor another certificate of it, and is left out",
+			printable.Clip(cert.Subject.String(), maxCommonName)))
 	}
 	if last := len(chain) - 1; a.common.DropRoot && last >= 0 && pemutil.IsSelfSigned(chain[last]) {
 		chain = chain[:last]

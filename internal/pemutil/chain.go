@@ -25,11 +25,14 @@ const maxRSABits = 16384
 // issued the one before it, which is the order that TLS asks for (RFC 5246,
 // section 7.4.2). A self-signed root ends it, where there is one. Repeated
 // certificates are dropped. Where an issuer is there more than once, as with
-// cross-signed ones, the path through the first of them comes first. A
-// certificate that issued none of the others is an error.
-func OrderChain(leaf *x509.Certificate, rest []*x509.Certificate) ([]*x509.Certificate, error) {
+// cross-signed ones, the path through the first of them comes first.
+//
+// Certificates that issued none of the others are no use to a client, and are
+// returned as stray. It is an error when all are: then the issuer of leaf has
+// been lost, and clients would not find a path.
+func OrderChain(leaf *x509.Certificate, rest []*x509.Certificate) (ordered, stray []*x509.Certificate, err error) {
 	if len(rest) > maxChain {
-		return nil, fmt.Errorf("the chain has %d certificates, more than %d", len(rest), maxChain)
+		return nil, nil, fmt.Errorf("the chain has %d certificates, more than %d", len(rest), maxChain)
 	}
 	var unused []*x509.Certificate
 	for _, cert := range rest {
@@ -37,7 +40,6 @@ func OrderChain(leaf *x509.Certificate, rest []*x509.Certificate) ([]*x509.Certi
 			unused = append(unused, cert)
 		}
 	}
-	ordered := make([]*x509.Certificate, 0, len(unused))
 	var follow func(child *x509.Certificate)
 	follow = func(child *x509.Certificate) {
 		for {
@@ -52,11 +54,11 @@ func OrderChain(leaf *x509.Certificate, rest []*x509.Certificate) ([]*x509.Certi
 		}
 	}
 	follow(leaf)
-	if len(unused) > 0 {
-		return nil, fmt.Errorf("certificate %q in the chain issued neither the leaf nor another certificate of it",
-			printable.Clip(unused[0].Subject.String(), 200))
+	if len(unused) > 0 && len(ordered) == 0 && !IsSelfSigned(leaf) {
+		return nil, nil, fmt.Errorf("none of its %d certificates issued the leaf; the first is %q",
+			len(unused), printable.Clip(unused[0].Subject.String(), 200))
 	}
-	return ordered, nil
+	return ordered, unused, nil
 }
 
 // IsSelfSigned reports whether cert is signed with its own key, as roots are.

@@ -22,28 +22,32 @@ func TestOrderChain(t *testing.T) {
 	issued := issue(t, ca, testca.Template{Intermediates: 2})
 	leaf, low, high, root := issued.Chain[0], issued.Chain[1], issued.Chain[2], issued.Chain[3]
 	stranger := issue(t, testca.Must(t), testca.Template{}).Chain[1]
+	other := issue(t, ca, testca.Template{}).Leaf
 
 	type chain []*x509.Certificate
 	tests := []struct {
-		name string
-		rest chain
-		want chain
-		err  string
+		name  string
+		rest  chain
+		want  chain
+		stray chain
+		err   string
 	}{
-		{"empty", nil, chain{}, ""},
-		{"in order", chain{low, high, root}, chain{low, high, root}, ""},
-		{"reversed", chain{root, high, low}, chain{low, high, root}, ""},
-		{"without root", chain{high, low}, chain{low, high}, ""},
-		{"repeated", chain{low, low, high, root, low}, chain{low, high, root}, ""},
-		{"leaf repeated", chain{leaf, low, high}, chain{low, high}, ""},
-		{"stranger", chain{low, stranger, high}, nil, "issued neither"},
-		{"gap", chain{low, root}, nil, "issued neither"},
-		{"another leaf", chain{low, high, issue(t, ca, testca.Template{}).Leaf}, nil, "issued neither"},
-		{"too long", slices.Repeat(chain{low}, 33), nil, "more than 32"},
+		{"empty", nil, nil, nil, ""},
+		{"in order", chain{low, high, root}, chain{low, high, root}, nil, ""},
+		{"reversed", chain{root, high, low}, chain{low, high, root}, nil, ""},
+		{"without root", chain{high, low}, chain{low, high}, nil, ""},
+		{"repeated", chain{low, low, high, root, low}, chain{low, high, root}, nil, ""},
+		{"leaf repeated", chain{leaf, low, high}, chain{low, high}, nil, ""},
+		{"stranger", chain{low, stranger, high}, chain{low, high}, chain{stranger}, ""},
+		{"strangers around", chain{stranger, high, low, other, stranger}, chain{low, high}, chain{stranger, other}, ""},
+		{"gap", chain{low, root}, chain{low}, chain{root}, ""},
+		{"the issuer is missing", chain{high, root}, nil, nil, "none of its 2 certificates issued the leaf"},
+		{"strangers alone", chain{stranger}, nil, nil, "issued the leaf"},
+		{"too long", slices.Repeat(chain{low}, 33), nil, nil, "more than 32"},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			got, err := pemutil.OrderChain(leaf, test.rest)
+			got, stray, err := pemutil.OrderChain(leaf, test.rest)
 			if test.err != "" {
 				if err == nil || !strings.Contains(err.Error(), test.err) {
 					t.Errorf("error = %v, want one with %q", err, test.err)
@@ -55,6 +59,9 @@ func TestOrderChain(t *testing.T) {
 			}
 			if !slices.EqualFunc(got, test.want, (*x509.Certificate).Equal) {
 				t.Errorf("order = %v, want %v", subjects(got), subjects(test.want))
+			}
+			if !slices.EqualFunc(stray, test.stray, (*x509.Certificate).Equal) {
+				t.Errorf("stray = %v, want %v", subjects(stray), subjects(test.stray))
 			}
 		})
 	}
@@ -85,23 +92,27 @@ func TestOrderChainCrossSigned(t *testing.T) {
 	newByOld := sign("New Root", newRoot, "Old Root", oldRoot)
 	oldSelf := sign("Old Root", oldRoot, "Old Root", oldRoot)
 
-	got, err := pemutil.OrderChain(leaf, []*x509.Certificate{oldSelf, newByOld, byNew})
+	got, _, err := pemutil.OrderChain(leaf, []*x509.Certificate{oldSelf, newByOld, byNew})
 	if err != nil || !slices.Equal(got, []*x509.Certificate{byNew, newByOld, oldSelf}) {
 		t.Errorf("one path: %v, %v", subjects(got), err)
 	}
-	got, err = pemutil.OrderChain(leaf, []*x509.Certificate{newSelf, byNew, newByOld, oldSelf})
+	got, _, err = pemutil.OrderChain(leaf, []*x509.Certificate{newSelf, byNew, newByOld, oldSelf})
 	if err != nil || !slices.Equal(got, []*x509.Certificate{byNew, newSelf, newByOld, oldSelf}) {
 		t.Errorf("two paths: %v, %v", subjects(got), err)
 	}
 
+	// A self-signed leaf has nothing that could be missing.
+	if got, stray, err := pemutil.OrderChain(newSelf, []*x509.Certificate{byNew}); err != nil || len(got) > 0 || !slices.Equal(stray, []*x509.Certificate{byNew}) {
+		t.Errorf("self-signed: %v, %v, %v", subjects(got), subjects(stray), err)
+	}
 	// The name alone does not make an issuer.
 	impostor := sign("Middle CA", newKey(), "New Root", newRoot)
-	if _, err := pemutil.OrderChain(leaf, []*x509.Certificate{impostor}); err == nil {
+	if _, _, err := pemutil.OrderChain(leaf, []*x509.Certificate{impostor}); err == nil {
 		t.Error("a certificate with the issuer's name and another key was taken")
 	}
 	// Names differ in case only, as RFC 5280 allows.
 	other := sign("leaf", newKey(), "MIDDLE ca", middle)
-	if _, err := pemutil.OrderChain(other, []*x509.Certificate{byNew}); err != nil {
+	if _, _, err := pemutil.OrderChain(other, []*x509.Certificate{byNew}); err != nil {
 		t.Errorf("issuer in another case: %v", err)
 	}
 }
@@ -113,11 +124,11 @@ func TestOrderChainUnknownAlgorithm(t *testing.T) {
 	for _, algorithm := range []x509.SignatureAlgorithm{x509.UnknownSignatureAlgorithm, x509.MD5WithRSA} {
 		leaf := *issued.Leaf
 		leaf.SignatureAlgorithm = algorithm
-		if _, err := pemutil.OrderChain(&leaf, issued.Chain[1:]); err != nil {
+		if _, _, err := pemutil.OrderChain(&leaf, issued.Chain[1:]); err != nil {
 			t.Errorf("%v: %v", algorithm, err)
 		}
 		leaf.AuthorityKeyId = []byte("of another key")
-		if _, err := pemutil.OrderChain(&leaf, issued.Chain[1:]); err == nil {
+		if _, _, err := pemutil.OrderChain(&leaf, issued.Chain[1:]); err == nil {
 			t.Errorf("%v: an issuer with another key identifier was taken", algorithm)
 		}
 	}
@@ -130,7 +141,7 @@ func TestOrderChainHugeKey(t *testing.T) {
 	leaf, low := *issued.Leaf, *issued.Chain[1]
 	leaf.SignatureAlgorithm = x509.SHA256WithRSA
 	low.PublicKey = &rsa.PublicKey{N: new(big.Int).SetBit(big.NewInt(1), 32768, 1), E: 65537}
-	if _, err := pemutil.OrderChain(&leaf, []*x509.Certificate{&low, issued.Chain[2]}); err != nil {
+	if _, _, err := pemutil.OrderChain(&leaf, []*x509.Certificate{&low, issued.Chain[2]}); err != nil {
 		t.Errorf("the signature was checked: %v", err)
 	}
 }
@@ -145,7 +156,7 @@ func TestIsSelfSigned(t *testing.T) {
 }
 
 // FuzzOrderChain drops, repeats and reorders the certificates of two CAs:
-// what comes back is in issuing order, or nothing does.
+// what comes back is in issuing order, and nothing else is lost.
 func FuzzOrderChain(f *testing.F) {
 	chain := issue(f, testca.Must(f), testca.Template{Intermediates: 3}).Chain
 	pool := append(chain[1:], issue(f, testca.Must(f), testca.Template{}).Chain[1])
@@ -156,9 +167,14 @@ func FuzzOrderChain(f *testing.F) {
 		for i, b := range order {
 			rest[i] = pool[int(b)%len(pool)]
 		}
-		got, err := pemutil.OrderChain(chain[0], rest)
+		got, stray, err := pemutil.OrderChain(chain[0], rest)
 		if err != nil {
 			return
+		}
+		for _, c := range rest {
+			if kept, dropped := slices.Contains(got, c), slices.Contains(stray, c); kept == dropped {
+				t.Errorf("%s: kept is %v, stray is %v", c.Subject, kept, dropped)
+			}
 		}
 		for i, c := range append([]*x509.Certificate{chain[0]}, got...)[:len(got)] {
 			if err := c.CheckSignatureFrom(got[i]); err != nil {
