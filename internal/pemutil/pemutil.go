@@ -62,6 +62,26 @@ func ParseCertificates(data []byte) ([]*x509.Certificate, error) {
 	return certs, nil
 }
 
+// OtherBlocks returns the blocks of data that are neither a certificate nor a
+// private key or a part of one, each as it was encoded.
+func OtherBlocks(data []byte) []byte {
+	var others []byte
+	for {
+		var block *pem.Block
+		block, data = pem.Decode(data)
+		if block == nil {
+			return others
+		}
+		switch {
+		case strings.HasSuffix(block.Type, certificateType): // also OpenSSL's X509 CERTIFICATE and TRUSTED CERTIFICATE
+		case strings.Contains(block.Type, privateKeySuffix), block.Type == "EC PARAMETERS":
+			clear(block.Bytes)
+		default:
+			others = append(others, pem.EncodeToMemory(block)...)
+		}
+	}
+}
+
 // EncodeCertificates returns one PEM block for each certificate, one directly
 // after the other, with a newline at the end. No certificates make no bytes.
 func EncodeCertificates(certs ...*x509.Certificate) []byte {

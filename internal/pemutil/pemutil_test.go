@@ -114,3 +114,24 @@ func FuzzParseCertificates(f *testing.F) {
 		}
 	})
 }
+
+func TestOtherBlocks(t *testing.T) {
+	block := func(name string) string {
+		return "-----BEGIN " + name + "-----\nMAA=\n-----END " + name + "-----\n"
+	}
+	dh, x942 := block("DH PARAMETERS"), block("X9.42 DH PARAMETERS")
+	var data strings.Builder
+	for _, text := range []string{
+		"a comment\n", block("CERTIFICATE"), dh, block("X509 CERTIFICATE"), block("TRUSTED CERTIFICATE"), "\n\n",
+		block("EC PARAMETERS"), block("EC PRIVATE KEY"), block("PRIVATE KEY"), block("ENCRYPTED PRIVATE KEY"), block("OPENSSH PRIVATE KEY"),
+		block("PGP PRIVATE KEY BLOCK"), x942, "-----BEGIN DH PARAMETERS-----\ncut",
+	} {
+		data.WriteString(text)
+	}
+	if got, want := string(pemutil.OtherBlocks([]byte(data.String()))), dh+x942; got != want {
+		t.Errorf("got\n%swant\n%s", got, want)
+	}
+	if got := pemutil.OtherBlocks([]byte("no PEM")); got != nil {
+		t.Errorf("got %q of nothing", got)
+	}
+}

@@ -1,15 +1,22 @@
 package haproxy
 
 import (
+	"bytes"
+	"crypto/rand"
+	"crypto/rsa"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"certctl-agent/internal/e2e"
 	"certctl-agent/internal/liveserver"
+	"certctl-agent/internal/target"
 	"certctl-agent/internal/target/targettest"
+	"certctl-agent/internal/testca"
 )
 
 func must(t *testing.T, err error) {
@@ -50,6 +57,51 @@ func TestLive(t *testing.T) {
 		watching.Wait()
 	})
 	t.Run("symlinked destination", func(t *testing.T) { l.KeepsSymlink(t, pem) })
+}
+
+// onRSA is material with an RSA key.
+func onRSA(t *testing.T, host *targettest.Host, ca *testca.CA) *target.Material {
+	t.Helper()
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	must(t, err)
+	issued, err := ca.Issue(testca.Template{Key: key})
+	must(t, err)
+	m := host.Material(t, ca)
+	m.Leaf, m.Chain, m.KeyPEM = issued.Leaf, nil, issued.KeyPEM()
+	return m
+}
+
+// HAProxy uses the parameters that stand behind the key after a renewal too.
+func TestLiveParameters(t *testing.T) {
+	openssl := e2e.Need(t, "openssl")
+	l := targettest.Start(t, liveserver.StartHAProxy, build)
+	parameters, err := exec.Command(openssl, "genpkey", "-genparam", "-algorithm", "DH", "-pkeyopt", "group:ffdhe3072").Output()
+	must(t, err)
+	must(t, os.WriteFile(l.Config["pem_path"].(string), parameters, 0o600))
+	l.MustDeploy(t, onRSA(t, l.Host, l.CA))
+	client := exec.Command(openssl, "s_client", "-connect", l.Endpoint.Address, "-tls1_2", "-cipher", "DHE-RSA-AES256-GCM-SHA384")
+	said, err := client.CombinedOutput()
+	if err != nil || !strings.Contains(string(said), "Temp Key: DH, 3072 bits") {
+		t.Errorf("a client does not meet the parameters (%v):\n%s", err, said)
+	}
+}
+
+// A listener with two certificates that expects the PROXY protocol: each
+// renewal is verified, whichever certificate HAProxy prefers.
+func TestLiveTwoKeysBehindProxy(t *testing.T) {
+	l := targettest.Start(t, liveserver.StartHAProxy, build)
+	conf := filepath.Join(l.Dir, "haproxy.cfg")
+	text, err := os.ReadFile(conf)
+	must(t, err)
+	must(t, os.WriteFile(conf, bytes.Replace(text, []byte(" ssl crt "), []byte(" accept-proxy ssl crt "), 1), 0o644))
+	l.Config["post_deploy_verify"].(map[string]any)["proxy_protocol"] = true
+	for range 2 {
+		for name, m := range map[string]*target.Material{"site.rsa": onRSA(t, l.Host, l.CA), "site.ecdsa": l.NewMaterial(t)} {
+			if _, err := l.Deploy(t.Context(), m, "pem_path", filepath.Join(l.Watched, name)); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+	}
 }
 
 // onlyHidden keeps looking whether dir ever holds a file that HAProxy would

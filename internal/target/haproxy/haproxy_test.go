@@ -1,6 +1,9 @@
 package haproxy
 
 import (
+	"bytes"
+	"context"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -8,6 +11,7 @@ import (
 
 	"certctl-agent/internal/target"
 	"certctl-agent/internal/target/targettest"
+	"certctl-agent/internal/testca"
 )
 
 var build = targettest.Constructor(New)
@@ -41,6 +45,30 @@ func TestConformanceOfAlias(t *testing.T) {
 			return c
 		},
 	})
+}
+
+// What a renewal does not replace stays in the file.
+func TestOtherBlocks(t *testing.T) {
+	const parameters = "-----BEGIN DH PARAMETERS-----\nMAA=\n-----END DH PARAMETERS-----\n"
+	host, ca := targettest.NewHost(t, func(context.Context, target.Command) error { return nil }), testca.Must(t)
+	path := filepath.Join(host.Dir, "site.pem")
+	old := host.Material(t, ca)
+	if err := os.WriteFile(path, slices.Concat(old.KeyPEM, []byte("# by hand\n"+parameters), targettest.PEM(old.Leaf)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		m := host.Material(t, ca)
+		for _, unchanged := range []bool{false, true} {
+			result, err := host.Deploy(t.Context(), "HAProxy", build, config(host.Dir), m)
+			if err != nil || result.Unchanged != unchanged {
+				t.Fatalf("got %+v, %v, want it unchanged: %v", result, err, unchanged)
+			}
+			got, err := os.ReadFile(path)
+			if want := append(want(m)["site.pem"], parameters...); err != nil || !bytes.Equal(got, want) {
+				t.Errorf("got\n%swant\n%s(%v)", got, want, err)
+			}
+		}
+	}
 }
 
 // The file holds the key, so its mode is a key file's.
