@@ -93,6 +93,10 @@ func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Resu
 	tx := fileset.NewTransaction(c.params, m)
 	tx.Files = files
 	result, err := c.files.Deploy(ctx, tx)
+	if err == nil && !result.Unchanged && !c.config.SDSConfig {
+		warnings = append(warnings, "Envoy reads a certificate that its static configuration names only when it starts, and goes on with the old one: "+
+			"set sds_config, unless a secret of your own with watched_directory names the files")
+	}
 	result.Warnings = append(warnings, result.Warnings...)
 	return result, err
 }

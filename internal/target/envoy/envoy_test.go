@@ -1,6 +1,7 @@
 package envoy
 
 import (
+	"context"
 	"fmt"
 	"maps"
 	"path/filepath"
@@ -87,5 +88,30 @@ func TestChainApartWarns(t *testing.T) {
 	result, err := host.Deploy(t.Context(), "Envoy", build, config, host.Material(t, testca.Must(t)))
 	if err != nil || len(result.Warnings) != 1 || !strings.Contains(result.Warnings[0], "chain_filename") {
 		t.Errorf("got %q, %v, want a warning that names chain_filename", result.Warnings, err)
+	}
+}
+
+// A deployment that Envoy does not notice says so, and no other does.
+func TestNotTold(t *testing.T) {
+	for _, test := range []struct {
+		told   bool
+		config map[string]any
+	}{
+		{false, nil},
+		{true, map[string]any{"sds_config": true}},
+	} {
+		host := targettest.NewHost(t, func(context.Context, target.Command) error { return nil })
+		config := map[string]any{"cert_dir": host.Dir}
+		maps.Copy(config, test.config)
+		m := host.Material(t, testca.Must(t))
+		for _, unchanged := range []bool{false, true} {
+			result, err := host.Deploy(t.Context(), "Envoy", build, config, m)
+			if err != nil || result.Unchanged != unchanged {
+				t.Fatalf("%v: got %+v, %v, want it unchanged: %v", config, result, err, unchanged)
+			}
+			if warned := strings.Contains(fmt.Sprint(result.Warnings), "goes on with the old one"); warned != (!test.told && !unchanged) {
+				t.Errorf("%v, unchanged: %v: warnings %q", config, unchanged, result.Warnings)
+			}
+		}
 	}
 }

@@ -82,6 +82,10 @@ func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Resu
 	tx := fileset.NewTransaction(c.params, m)
 	tx.Files, tx.Reload = files, c.reload
 	result, err := c.files.Deploy(ctx, tx)
+	if err == nil && !result.Unchanged && c.config.DynamicConfig == "" && c.reload == nil {
+		warnings = append(warnings, "Traefik is not told of the new certificate and goes on with the old one until something else changes "+
+			"its dynamic configuration: set dynamic_config to a file that Traefik watches")
+	}
 	result.Warnings = append(warnings, result.Warnings...)
 	return result, err
 }

@@ -2,8 +2,10 @@ package traefik
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -174,5 +176,34 @@ func TestUnreadableDynamic(t *testing.T) {
 	}
 	if _, err := f.Deploy(t.Context(), "Traefik", build, f.config, f.Material(t, f.ca)); err == nil || !strings.Contains(err.Error(), "dynamic_config") {
 		t.Errorf("got %v, want an error that names dynamic_config", err)
+	}
+}
+
+// A deployment that Traefik does not notice says so, and no other does.
+func TestNotTold(t *testing.T) {
+	for _, test := range []struct {
+		told   bool
+		config map[string]any
+	}{
+		{false, nil},
+		{true, map[string]any{"dynamic_config": "in the directory of the pair"}},
+		{true, map[string]any{"reload_command": "docker restart traefik"}},
+	} {
+		host := targettest.NewHost(t, func(context.Context, target.Command) error { return nil })
+		config := map[string]any{"cert_dir": host.Dir}
+		maps.Copy(config, test.config)
+		if _, ok := config["dynamic_config"]; ok {
+			config["dynamic_config"] = filepath.Join(host.Dir, "dynamic.yml")
+		}
+		m := host.Material(t, testca.Must(t))
+		for _, unchanged := range []bool{false, true} {
+			result, err := host.Deploy(t.Context(), "Traefik", build, config, m)
+			if err != nil || result.Unchanged != unchanged {
+				t.Fatalf("%v: got %+v, %v, want it unchanged: %v", config, result, err, unchanged)
+			}
+			if warned := strings.Contains(fmt.Sprint(result.Warnings), "goes on with the old one"); warned != (!test.told && !unchanged) {
+				t.Errorf("%v, unchanged: %v: warnings %q", config, unchanged, result.Warnings)
+			}
+		}
 	}
 }
