@@ -99,10 +99,17 @@ func (b *booted) install(t *testing.T) {
 	}
 	// Nothing is configured: it fails, says why, and is tried again.
 	b.try("systemctl", "start", unit)
-	if log := b.run(t, "journalctl", "--unit="+unit, "--no-pager", "--output=cat"); !strings.Contains(log, "CERTCTL_API_KEY") {
+	if log := b.journal(t); !strings.Contains(log, "CERTCTL_API_KEY") {
 		t.Errorf("without a configuration the journal says:\n%s", log)
 	}
 	b.run(t, "systemctl", "stop", unit)
+}
+
+// journal is what the service has printed. journald takes that at its own pace.
+func (b *booted) journal(t *testing.T) string {
+	t.Helper()
+	b.run(t, "journalctl", "--sync")
+	return b.run(t, "journalctl", "--unit="+unit, "--no-pager", "--output=cat")
 }
 
 // set changes values in agent.env, as an operator does with an editor.
@@ -148,9 +155,10 @@ func (b *booted) start(t *testing.T) {
 		t.Fatalf("the service is %s", state)
 	}
 	b.waitContact(t, b.agentID)
-	if text := b.show(unit, "StatusText"); text == "" {
-		t.Error("no STATUS line")
-	}
+	// The control plane has answered; agent and systemd have yet to take note.
+	eventually(t, 20*time.Second, "a STATUS line that says so", func() bool {
+		return strings.HasPrefix(b.show(unit, "StatusText"), "in contact")
+	})
 	b.run(t, "certctl-agent", "status", "-check")
 	b.run(t, "certctl-agent", "check", "-config", envFile)
 }
@@ -363,7 +371,7 @@ func (b *booted) restarted(t *testing.T, signal, want string) {
 		return now != before && now != "0" && b.show(unit, "SubState") == "running"
 	})
 	b.waitContact(t, b.agentID)
-	if log := b.run(t, "journalctl", "--unit="+unit, "--no-pager", "--output=cat"); !strings.Contains(log, want) {
+	if log := b.journal(t); !strings.Contains(log, want) {
 		t.Errorf("the journal lacks %q:\n%s", want, log)
 	}
 }

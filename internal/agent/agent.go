@@ -77,7 +77,7 @@ type Inventory interface {
 
 // Notifier tells the service manager.
 type Notifier interface {
-	Status(text string)
+	Status(text string) (sent bool)
 	Watchdog()
 }
 
@@ -230,6 +230,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		defer ticker.Stop()
 		watchdog = ticker.C
 	}
+	a.tellServiceManager()
 	a.beat.after(a.firstDelay(a.beat))
 	if a.o.Repair != nil {
 		a.repair.after(0)

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -264,8 +265,69 @@ func (s surveyor) Run(ctx context.Context) (survey.Stats, error) {
 
 type notifier struct{}
 
-func (notifier) Status(string) {}
-func (notifier) Watchdog()     {}
+func (notifier) Status(string) bool { return true }
+func (notifier) Watchdog()          {}
+
+// manager is a service manager that is too busy for every second notice.
+type manager struct {
+	notifier
+	asked int
+	lines []string
+}
+
+func (m *manager) Status(line string) bool {
+	m.asked++
+	if m.asked%2 == 1 {
+		return false
+	}
+	m.lines = append(m.lines, line)
+	return true
+}
+
+// TestServiceManager: the line is there from the start, follows what happens,
+// and is sent again when it was lost.
+func TestServiceManager(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, m := newWorld(t), new(manager)
+		w.options.Notify = m
+		w.heartbeat = func(_ context.Context, n int) error {
+			switch n {
+			case 1:
+				return sleep(t.Context(), 3*pollEvery)
+			case 4, 5, 6:
+				return errTest
+			}
+			return nil
+		}
+		w.start()
+		time.Sleep(20 * heartbeatEvery)
+		if err := w.stop(); err != nil {
+			t.Error(err)
+		}
+		got := strings.Join(m.lines, "\n")
+		for _, want := range []string{"in contact; 0 deployments running", "no contact, 2 heartbeats failed in a row: no route to host"} {
+			if !strings.Contains(got, want) {
+				t.Errorf("the service manager shows\n%s\nbut never %q", got, want)
+			}
+		}
+		if last := m.lines[len(m.lines)-1]; !strings.HasPrefix(last, "in contact") {
+			t.Errorf("in the end it shows %q", last)
+		}
+	})
+	synctest.Test(t, func(t *testing.T) {
+		w, m := newWorld(t), &manager{asked: 1}
+		w.options.Notify = m
+		w.heartbeat = func(ctx context.Context, _ int) error { return sleep(ctx, time.Hour) }
+		w.start()
+		synctest.Wait()
+		if want := []string{"started; no heartbeat has been answered yet"}; !slices.Equal(m.lines, want) {
+			t.Errorf("before the first answer it shows %q, want %q", m.lines, want)
+		}
+		if err := w.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
 
 // sleep is context-aware, as all I/O of the agent is.
 func sleep(ctx context.Context, d time.Duration) error {

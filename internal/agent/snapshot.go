@@ -81,15 +81,19 @@ func scanStatus(s survey.Stats, err error) status.Scan {
 }
 
 // tellServiceManager updates the line that the service manager shows, when it
-// has changed.
+// has changed or the one before was lost.
 func (a *Agent) tellServiceManager() {
-	line := fmt.Sprintf("in contact; %d deployments running, %d waiting, %d reports to deliver",
-		len(a.jobs.running), len(a.jobs.waiting), len(a.delivery.jobs))
-	if n := a.beat.pacer.Failures(); n > 0 {
+	var line string
+	switch n := a.beat.pacer.Failures(); {
+	case n > 0:
 		line = fmt.Sprintf("no contact, %d heartbeats failed in a row: %s", n, a.beat.stats.LastError)
+	case a.beat.stats.LastSuccess.IsZero():
+		line = "started; no heartbeat has been answered yet"
+	default:
+		line = fmt.Sprintf("in contact; %d deployments running, %d waiting, %d reports to deliver",
+			len(a.jobs.running), len(a.jobs.waiting), len(a.delivery.jobs))
 	}
-	if line != a.told {
+	if line != a.told && a.o.Notify.Status(line) {
 		a.told = line
-		a.o.Notify.Status(line)
 	}
 }

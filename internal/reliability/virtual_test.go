@@ -231,8 +231,8 @@ const scanEvery = 15 * time.Minute
 
 type silent struct{}
 
-func (silent) Status(string) {}
-func (silent) Watchdog()     {}
+func (silent) Status(string) bool { return true }
+func (silent) Watchdog()          {}
 
 // dial connects unless this life has ended.
 func (l *life) dial(ctx context.Context, network, address string) (net.Conn, error) {

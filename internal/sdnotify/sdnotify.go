@@ -44,27 +44,31 @@ func (n *Notifier) Stopping() { n.send("STOPPING=1") }
 // Watchdog says that the agent is alive.
 func (n *Notifier) Watchdog() { n.send("WATCHDOG=1") }
 
-// Status sets the line that systemctl status shows.
-func (n *Notifier) Status(text string) {
+// Status sets the line that systemctl status shows. It reports whether it could
+// be sent: unlike the others, which are repeated or acted on when they are
+// missing, a line that is lost stays wrong.
+func (n *Notifier) Status(text string) bool {
 	// A line break would begin another assignment.
-	n.send("STATUS=" + strings.Join(strings.FieldsFunc(text, isLineBreak), " "))
+	return n.send("STATUS=" + strings.Join(strings.FieldsFunc(text, isLineBreak), " "))
 }
 
 func isLineBreak(r rune) bool { return r == '\n' || r == '\r' || r == 0 }
 
-func (n *Notifier) send(state string) {
+func (n *Notifier) send(state string) bool {
 	if n == nil {
-		return
+		return true
 	}
 	// Package net takes a leading @ for the abstract namespace itself.
 	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: n.socket, Net: "unixgram"})
 	if err != nil {
-		return
+		return false
 	}
 	defer conn.Close()
-	if conn.SetWriteDeadline(time.Now().Add(sendTimeout)) == nil {
-		_, _ = conn.Write([]byte(state))
+	if conn.SetWriteDeadline(time.Now().Add(sendTimeout)) != nil {
+		return false
 	}
+	_, err = conn.Write([]byte(state))
+	return err == nil
 }
 
 // WatchdogInterval is how often to call Watchdog: half of the limit that the

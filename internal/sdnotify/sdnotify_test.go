@@ -62,7 +62,9 @@ func TestWithoutServiceManager(t *testing.T) {
 	for _, socket := range []string{"", filepath.Join(t.TempDir(), "gone"), "vsock:2:1"} {
 		n := sdnotify.New(socket) // each call returns, and that is all
 		n.Ready()
-		n.Status("x")
+		if sent := n.Status("x"); sent != (socket == "") { // nobody to tell is nobody to tell again
+			t.Errorf("%q: Status reports %v", socket, sent)
+		}
 		n.Watchdog()
 	}
 }
@@ -79,6 +81,9 @@ func TestManagerDoesNotRead(t *testing.T) {
 		if longest = max(longest, time.Since(began)); longest > 100*time.Millisecond {
 			break // the queue was full
 		}
+	}
+	if n.Status("x") {
+		t.Error("a line that the queue had no room for counts as sent")
 	}
 	if longest > 2*time.Second {
 		t.Errorf("a notice took %v", longest)
