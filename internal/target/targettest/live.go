@@ -193,7 +193,7 @@ func (l *Live) KeepsSymlink(t *testing.T, path string) {
 	}
 }
 
-// Rotate rotates certificates under load. Old workers may answer for up to
+// Rotate rotates certificates under load. Old workers usually answer for up to
 // drain after a verification.
 func (l *Live) Rotate(t *testing.T, drain time.Duration) {
 	Rotate(t, Rotation{

@@ -74,13 +74,14 @@ func Serve(t testing.TB, address string, argv ...string) *os.Process {
 	}
 }
 
-// Verified is the configuration of a verification at address.
+// Verified is the configuration of a verification at address, which gives a
+// server on a busy machine half a minute.
 func Verified(address string) map[string]any {
 	return map[string]any{
 		"post_deploy_verify":             map[string]any{"enabled": true, "endpoint": address, "server_name": "localhost", "timeout": "5s"},
-		"post_deploy_verify_attempts":    60,
+		"post_deploy_verify_attempts":    100,
 		"post_deploy_verify_backoff":     "10ms",
-		"post_deploy_verify_max_backoff": "100ms",
+		"post_deploy_verify_max_backoff": "300ms",
 	}
 }
 
