@@ -1,0 +1,132 @@
+package pemutil
+
+import (
+	"bytes"
+	"encoding/asn1"
+	"encoding/binary"
+	"strings"
+)
+
+// Content is what a file that is about to be replaced seems to hold. It is
+// found by shape, so that damaged, encrypted and unknown ones count too.
+type Content struct {
+	Certificates bool // or what comes with them: parameters, requests, public keys
+	Keys         bool // private keys, or stores that can hold them
+}
+
+// ContentOf looks for certificates and keys: PEM, DER, PKCS#12 and Java key
+// stores. A program counts as neither, whatever it carries, and so does a key
+// of SSH or PGP, though HoldsPrivateKey sees it.
+func ContentOf(data []byte) Content {
+	if bytes.HasPrefix(data, []byte("#!")) || bytes.HasPrefix(data, []byte("\x7fELF")) {
+		return Content{}
+	}
+	var c Content
+	for label, begins := range labels(data) {
+		switch {
+		case !begins: // quoted in a configuration or in code
+		case strings.Contains(label, "OPENSSH"), strings.Contains(label, "SSH2"), strings.Contains(label, "PGP"):
+		case strings.Contains(label, privateKeySuffix):
+			c.Keys = true
+		case strings.Contains(label, certificateType), strings.HasSuffix(label, "PARAMETERS"), strings.HasSuffix(label, "PUBLIC KEY"),
+			strings.Contains(label, "PKCS"), label == "CMS", label == "X509 CRL":
+			c.Certificates = true
+		}
+	}
+	if isStore(data) || isKeyDER(data) {
+		c.Keys = true
+	} else if _, ok := sequence(data); ok {
+		c.Certificates = true
+	}
+	return c
+}
+
+// HoldsPrivateKey reports whether a private key would be lost with data. It
+// errs on the side of finding one.
+func HoldsPrivateKey(data []byte) bool {
+	for label := range labels(data) {
+		if strings.Contains(label, privateKeySuffix) {
+			return true
+		}
+	}
+	return isStore(data) || isKeyDER(data)
+}
+
+// maxLabel bounds what is taken for the label of a PEM block.
+const maxLabel = 64
+
+// labels yields the label of every PEM block in upper case, and whether the
+// block begins a line, as those do that a server reads. A block need not be
+// whole: two dashes, BEGIN, and dashes again are enough.
+func labels(data []byte) func(yield func(label string, begins bool) bool) {
+	return func(yield func(string, bool) bool) {
+		const begin = "BEGIN "
+		upper := bytes.ToUpper(data)
+		for done := 0; ; {
+			at := bytes.Index(upper[done:], []byte(begin))
+			if at < 0 {
+				return
+			}
+			before := bytes.TrimRight(upper[done:done+at], " \t")
+			done += at + len(begin)
+			label, _, closed := bytes.Cut(upper[done:min(done+maxLabel, len(upper))], []byte("--"))
+			if !closed || !bytes.HasSuffix(before, []byte("--")) {
+				continue
+			}
+			before = bytes.TrimSuffix(bytes.TrimRight(before, "-"), []byte("\xef\xbb\xbf")) // byte order mark
+			begins := len(before) == 0 || bytes.HasSuffix(before, []byte("\n")) || bytes.HasSuffix(before, []byte("\r"))
+			if !yield(string(bytes.TrimSpace(label)), begins) {
+				return
+			}
+		}
+	}
+}
+
+// isStore reports whether data is a PKCS#12 file or a Java key store.
+func isStore(data []byte) bool {
+	if len(data) >= 12 {
+		switch binary.BigEndian.Uint32(data) {
+		case 0xfeedfeed, 0xcececece: // JKS, JCEKS
+			return true
+		}
+	}
+	// PFX ::= SEQUENCE { version INTEGER 3, ... } (RFC 7292, section 4), here of
+	// indefinite length, as some programs write it. isKeyDER sees the others.
+	return bytes.HasPrefix(data, []byte{0x30, 0x80, 0x02, 0x01, 0x03})
+}
+
+// sequence returns the content of the one SEQUENCE that data is.
+func sequence(data []byte) ([]byte, bool) {
+	var outer asn1.RawValue
+	rest, err := asn1.Unmarshal(data, &outer)
+	// Some programs end a DER file with a line feed.
+	if err != nil || len(bytes.Trim(rest, "\r\n")) > 0 || outer.Class != asn1.ClassUniversal || outer.Tag != asn1.TagSequence {
+		return nil, false
+	}
+	return outer.Bytes, true
+}
+
+// isKeyDER reports whether data has the outer shape of a private key: a small
+// version number first (PKCS#1, SEC 1, PKCS#8, and PKCS#12 as well), or an
+// algorithm before an octet string (encrypted PKCS#8, RFC 5208, section 6).
+func isKeyDER(data []byte) bool {
+	body, ok := sequence(data)
+	if !ok {
+		return false
+	}
+	var first, second asn1.RawValue
+	body, err := asn1.Unmarshal(body, &first)
+	if err != nil || first.Class != asn1.ClassUniversal {
+		return false
+	}
+	if _, err := asn1.Unmarshal(body, &second); err != nil || second.Class != asn1.ClassUniversal {
+		return false
+	}
+	switch first.Tag {
+	case asn1.TagInteger:
+		return len(first.Bytes) == 1
+	case asn1.TagSequence:
+		return second.Tag == asn1.TagOctetString
+	}
+	return false
+}
