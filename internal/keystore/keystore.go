@@ -215,6 +215,12 @@ func (s *Store) hold() (release func()) {
 // Path is where the current key of a certificate is.
 func (s *Store) Path(certID string) string { return filepath.Join(s.dir, certID+currentExt) }
 
+// PreviousPath is where the previous key of a certificate is, given where its
+// current one is.
+func PreviousPath(current string) string {
+	return strings.TrimSuffix(current, currentExt) + previousExt
+}
+
 // Pending returns the key for the CSR of one job: the one made for it before,
 // or else a new one of the given algorithm. It is on disk, and the one of its
 // certificate that was submitted last, when Pending returns.

@@ -33,7 +33,10 @@ func ContentOf(data []byte) Content {
 			c.Certificates = true
 		}
 	}
-	if isStore(data) || isKeyDER(data) {
+	if isStore(data) {
+		return Content{Certificates: true, Keys: true}
+	}
+	if isKeyDER(data) {
 		c.Keys = true
 	} else if _, ok := sequence(data); ok {
 		c.Certificates = true
@@ -90,9 +93,11 @@ func isStore(data []byte) bool {
 			return true
 		}
 	}
-	// PFX ::= SEQUENCE { version INTEGER 3, ... } (RFC 7292, section 4), here of
-	// indefinite length, as some programs write it. isKeyDER sees the others.
-	return bytes.HasPrefix(data, []byte{0x30, 0x80, 0x02, 0x01, 0x03})
+	// PFX ::= SEQUENCE { version INTEGER 3, ... } (RFC 7292, section 4). Some
+	// programs write one of indefinite length.
+	version := []byte{asn1.TagInteger, 1, 3}
+	body, ok := sequence(data)
+	return ok && bytes.HasPrefix(body, version) || bytes.HasPrefix(data, append([]byte{0x30, 0x80}, version...))
 }
 
 // sequence returns the content of the one SEQUENCE that data is.
@@ -107,7 +112,7 @@ func sequence(data []byte) ([]byte, bool) {
 }
 
 // isKeyDER reports whether data has the outer shape of a private key: a small
-// version number first (PKCS#1, SEC 1, PKCS#8, and PKCS#12 as well), or an
+// version number first (PKCS#1, SEC 1, PKCS#8), or an
 // algorithm before an octet string (encrypted PKCS#8, RFC 5208, section 6).
 func isKeyDER(data []byte) bool {
 	body, ok := sequence(data)

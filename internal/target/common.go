@@ -31,6 +31,10 @@ type Common struct {
 	CommandTimeout Duration `json:"command_timeout"`
 	Retention      int      `json:"backup_retention"`
 	DropRoot       bool     `json:"drop_root"`
+
+	// ReplaceAny lets the target's files take the place of files that hold
+	// neither certificates nor keys. Merge takes it from overlays alone.
+	ReplaceAny bool `json:"replace_any_file"`
 }
 
 // VerifyOptions is the check that is part of the transaction.

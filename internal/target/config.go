@@ -45,8 +45,13 @@ func Invalid(key, format string, args ...any) error {
 	return &ConfigError{Key: key, Problem: fmt.Sprintf(format, args...)}
 }
 
-// pinKey in an overlay says which type the target must have.
-const pinKey = "target_type"
+const (
+	// pinKey in an overlay says which type the target must have.
+	pinKey = "target_type"
+
+	// replaceKey in an overlay lets the target's files replace any others.
+	replaceKey = "replace_any_file"
+)
 
 // Merge lays the host's overlays over a job's configuration: the job without
 // its masked values, then default.json, then the target's own file. overlays
@@ -63,7 +68,9 @@ func Merge(job json.RawMessage, typ, targetID string, overlays *Overlays) (*Conf
 	for _, v := range c.values {
 		v.masked = isMask(v.raw)
 	}
-	delete(c.values, fold(pinKey)) // only this host's word counts
+	for _, key := range []string{pinKey, replaceKey} {
+		delete(c.values, fold(key)) // only this host's word counts
+	}
 	for _, name := range []string{defaultOverlay, targetID + overlaySuffix} {
 		layer, err := overlays.read(name)
 		if err != nil {

@@ -86,6 +86,10 @@ type File struct {
 	Owner       string // user name or number; "": not configured
 	Group       string
 
+	// Written reports whether a ConfigFile that is there is an earlier one of
+	// the same connector, which may be replaced. Nil: none is.
+	Written func(old []byte) bool
+
 	// Keep puts a file that is there in place once more with the bytes that it
 	// has, for a server that watches it. Data is not used.
 	Keep bool

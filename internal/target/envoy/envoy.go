@@ -8,6 +8,7 @@ package envoy
 import (
 	"context"
 	"encoding/json"
+	"slices"
 
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/target"
@@ -85,7 +86,9 @@ func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Resu
 			return target.Result{}, err
 		}
 		// The last one: at its event the pair is complete.
-		files = append(files, target.FileOptions{}.File(c.config.CertDir.Join(sdsName), target.ConfigFile, sds))
+		file := target.FileOptions{}.File(c.config.CertDir.Join(sdsName), target.ConfigFile, sds)
+		file.Written = isSDS
+		files = append(files, file)
 		if c.pair.ChainPath != "" && len(m.Chain) > 0 {
 			warnings = append(warnings, "Envoy serves the certificate without its chain, since a secret names a single certificate file: leave chain_filename out")
 		}
@@ -129,6 +132,13 @@ type (
 )
 
 const secretType = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
+
+// isSDS reports whether data is a file such as sds makes.
+func isSDS(data []byte) bool {
+	var r discoveryResponse
+	return json.Unmarshal(data, &r) == nil && len(r.Resources) > 0 &&
+		!slices.ContainsFunc(r.Resources, func(s secret) bool { return s.Type != secretType })
+}
 
 // sds is sds.json. The fingerprint as its version makes each one another.
 func (c *Connector) sds(fingerprint string) ([]byte, error) {

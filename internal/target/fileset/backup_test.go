@@ -2,6 +2,7 @@ package fileset
 
 import (
 	"bytes"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -18,7 +19,7 @@ func TestRetention(t *testing.T) {
 		s := w.mustStore(t, nil)
 		for i := range 8 {
 			_, err := s.Deploy(t.Context(), Transaction{Target: "t1", Backups: test.keep,
-				Files: []target.File{{Path: w.path("site/file"), Data: []byte{'0' + byte(i)}}}})
+				Files: []target.File{{Path: w.path("site/file"), Data: version(i)}}})
 			check(t, err)
 		}
 		sets := w.backups(t)
@@ -26,12 +27,18 @@ func TestRetention(t *testing.T) {
 			t.Errorf("keep %d: %d sets are left, want %d", test.keep, len(sets), test.want)
 		}
 		for i, set := range sets {
-			want := []byte{'0' + byte(7-len(sets)+i)}
+			want := version(7 - len(sets) + i)
 			if got, err := os.ReadFile(w.path("state/backups/t1/" + set + "/0-file")); err != nil || !bytes.Equal(got, want) {
 				t.Errorf("keep %d: %s holds %q, %v; want %q", test.keep, set, got, err, want)
 			}
 		}
 	}
+}
+
+// version is a certificate's file, one of many.
+func version(i int) []byte {
+	before, _ := pairs()
+	return fmt.Appendf(bytes.Clone(before.cert), "# %d\n", i)
 }
 
 // TestBackupModes: from the state directory down nobody else can look in, also

@@ -124,6 +124,9 @@ func (t *transaction) inspect() error {
 	if err := distinct(t.files); err != nil {
 		return err
 	}
+	if err := t.guard(); err != nil {
+		return err
+	}
 	if !old {
 		return nil
 	}

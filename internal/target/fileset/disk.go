@@ -342,6 +342,11 @@ type dir struct {
 	*os.Root
 	path string      // where it was found, without symlinks
 	info fs.FileInfo // of the directory itself, when it was opened
+
+	// foreign is the first directory on the way, d included, that does not
+	// belong to root or the agent's user alone; "": there is none, or d was
+	// not resolved.
+	foreign string
 }
 
 func (d *dir) join(name string) string { return filepath.Join(d.path, name) }

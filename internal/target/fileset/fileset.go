@@ -79,16 +79,21 @@ type Transaction struct {
 	Verify func(ctx context.Context) error // nil: none
 
 	Backups int // sets to keep; 0: the Store's default, -1: none after success
+
+	// ReplaceAny lets Files replace files that hold neither certificates nor
+	// keys: this host's owner has said so.
+	ReplaceAny bool
 }
 
 // NewTransaction begins the Transaction of one deployment with what all connectors have in
 // common. The connector adds its files and commands.
 func NewTransaction(p target.Params, m *target.Material) Transaction {
 	return Transaction{
-		Target:   p.TargetID,
-		Material: m,
-		Verify:   p.Common.Verify(m.Leaf),
-		Backups:  p.Common.Retention,
+		Target:     p.TargetID,
+		Material:   m,
+		Verify:     p.Common.Verify(m.Leaf),
+		Backups:    p.Common.Retention,
+		ReplaceAny: p.Common.ReplaceAny,
 	}
 }
 

@@ -2,6 +2,7 @@ package fileset
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -34,6 +35,10 @@ const others = 0o007
 // open resolves a destination and asks the policy.
 func (s *Store) open(file target.File) (*dest, error) {
 	at, name, err := resolve(file.Path)
+	if _, missing := errors.AsType[*missingError](err); missing {
+		// The advice to make a directory must not hide that it is of no use.
+		err = cmp.Or(s.refusal(file), err)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -49,6 +54,18 @@ func (s *Store) open(file target.File) (*dest, error) {
 		}
 	}
 	return f, nil
+}
+
+// refusal asks the policy for a path whose directories are not all there.
+func (s *Store) refusal(file target.File) error {
+	if file.Kind == target.StoreFile {
+		return nil
+	}
+	path, err := target.Resolve(file.Path)
+	if err != nil {
+		return nil
+	}
+	return s.opts.Policy.CheckPath(path)
 }
 
 // distinct refuses two destinations that are one file. Both names can differ

@@ -33,12 +33,12 @@ func TestModeAndOwner(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			w := newWorld(t, t.TempDir())
 			if test.existing != 0 {
-				w.write(t, "site/file", []byte("old"), test.existing)
+				w.write(t, "site/file", version(1), test.existing)
 				if root() {
 					check(t, os.Chown(w.path("site/file"), uidKeep, gidKeep))
 				}
 			}
-			test.file.Path, test.file.Data = w.path("site/file"), []byte("new")
+			test.file.Path, test.file.Data = w.path("site/file"), version(2)
 			result, err := w.deploy(t, Transaction{Target: "t1", Files: []target.File{test.file}})
 			check(t, err)
 			info, err := os.Stat(w.path("site/file"))

@@ -63,7 +63,11 @@ type walk struct {
 	at    []*dir   // the handles from / to where the walk is; never empty
 	rest  []string // elements still to go
 	links int      // followed so far
-	whole bool     // the last element is a directory to enter like the others
+
+	// foreign is the first directory so far in which others can replace what
+	// the path goes on with, "" for none. It stays after a link out of it.
+	foreign string
+	whole   bool // the last element is a directory to enter like the others
 }
 
 func (w *walk) top() *dir { return w.at[len(w.at)-1] }
@@ -93,8 +97,16 @@ func (w *walk) fromTop() error {
 		root.Close()
 		return err
 	}
-	w.at = append(w.at, &dir{Root: root, path: "/", info: info})
+	w.push(&dir{Root: root, path: "/", info: info})
 	return nil
+}
+
+func (w *walk) push(d *dir) {
+	if w.foreign == "" && !d.trusted() {
+		w.foreign = d.path
+	}
+	d.foreign = w.foreign
+	w.at = append(w.at, d)
 }
 
 // advance goes one element further. It reports true when name is the file that
@@ -122,7 +134,7 @@ func (w *walk) advance(name string) (found bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	w.at = append(w.at, sub)
+	w.push(sub)
 	return false, sub.refuseShared()
 }
 
@@ -186,6 +198,17 @@ func ours(info fs.FileInfo) bool {
 // what these two have put in d.
 func (d *dir) trusted() bool {
 	return ours(d.info) && (d.info.Mode().Perm()&0o022 == 0 || d.info.Mode()&fs.ModeSticky != 0)
+}
+
+// lentBy returns the directory that lets others than root and the agent's own
+// user put a file into d, be it by putting another directory in its place, or
+// "" if there is none. Unlike in trusted the sticky bit does not help: it keeps
+// others from taking files away, not from adding one.
+func (d *dir) lentBy() string {
+	if d.foreign == "" && d.info.Mode().Perm()&0o022 != 0 {
+		return d.path
+	}
+	return d.foreign
 }
 
 // anyone reports whether every user can create files in d.

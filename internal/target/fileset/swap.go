@@ -180,7 +180,7 @@ func (t *transaction) overwrite(f *dest) error {
 // mayOverwrite refuses to write into a file that someone else could have
 // linked there: in their directory it may be any file of the host.
 func (f *dest) mayOverwrite() error {
-	if !f.at.trusted() || f.at.anyone() || links(f.now) != 1 {
+	if f.at.foreign != "" || f.at.anyone() || links(f.now) != 1 {
 		return fmt.Errorf("it cannot be replaced as a whole (%w), and is not overwritten in a directory that others can change, or with several names", syscall.EBUSY)
 	}
 	return nil

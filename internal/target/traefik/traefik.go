@@ -5,6 +5,7 @@
 package traefik
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -104,6 +105,7 @@ func (c *Connector) dynamic(fingerprint string) (target.File, error) {
 		return file, fmt.Errorf("dynamic_config: %w", err)
 	}
 	file.Keep = err == nil && !ours
+	file.Written = func(old []byte) bool { return bytes.HasPrefix(old, []byte(marker)) }
 	return file, nil
 }
 
