@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"certctl-agent/internal/e2e"
+	"certctl-agent/internal/target"
 )
 
 var exposure = regexp.MustCompile(`Overall exposure level for \S+: ([0-9.]+)`)
@@ -49,6 +50,27 @@ func TestUnitsAreValid(t *testing.T) {
 		if out := output(t, analyze, "verify", "--man=no", file); out != "" {
 			t.Errorf("%s: %s", unit, out)
 		}
+	}
+}
+
+// What the unit keeps read-only, the agent refuses by itself.
+func TestUnitClosesWhatTheAgentRefuses(t *testing.T) {
+	policy := new(target.Policy)
+	closed := 0
+	for line := range strings.Lines(readFile(t, "systemd/certctl-agent.service")) {
+		list, ok := strings.CutPrefix(strings.TrimSpace(line), "ReadOnlyPaths=")
+		if !ok {
+			continue
+		}
+		for path := range strings.FieldsSeq(list) {
+			path = strings.TrimPrefix(path, "-")
+			if closed++; policy.CheckPath(path) == nil || policy.CheckPath(path+"/x") == nil {
+				t.Errorf("%s is accepted as a destination", path)
+			}
+		}
+	}
+	if closed < 40 {
+		t.Errorf("found only %d paths", closed)
 	}
 }
 

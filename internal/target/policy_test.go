@@ -126,12 +126,24 @@ func TestFatalPaths(t *testing.T) {
 	p := &Policy{}
 	for _, path := range []string{"/etc/certctl/agent.env", "/etc/passwd", "/etc/PASSWD", "/etc/shadow-", "/proc/sys/kernel/core_pattern", "/sys/x", "/dev/sda", "/boot/x",
 		"/etc/systemd/system/x.service", "/usr/lib/systemd/system/x", "/etc/cron.d/x", "/var/spool/cron/crontabs/root", "/etc/sudoers.d/x", "/etc/sudoers",
-		"/etc/profile.d/x.sh", "/home/joe/.bashrc", "/root/.ssh/authorized_keys", "/home/joe/.SSH/x", "/srv/authorized_keys", "/etc/ld.so.preload", "/usr/bin/x"} {
+		"/etc/profile.d/x.sh", "/home/joe/.bashrc", "/root/.ssh/authorized_keys", "/home/joe/.SSH/x", "/srv/authorized_keys", "/etc/ld.so.preload", "/usr/bin/x",
+		"/etc/ssl/certs/ca-certificates.crt", "/etc/ssl/certs/0f6fa695.0", "/etc/pki/tls/certs/0f6fa695.r1", "/etc/ssl/cert.pem", "/etc/pki/tls/certs/ca-bundle.crt",
+		"/etc/pki/ca-trust/source/anchors/x.pem", "/usr/local/share/ca-certificates/x.crt", "/usr/share/ca-certificates/x.crt", "/etc/pki/rpm-gpg/x",
+		"/etc/apt/sources.list.d/x", "/etc/dpkg/dpkg.cfg.d/x", "/var/lib/dpkg/status", "/etc/yum.repos.d/x.repo", "/etc/dbus-1/system.d/x.conf",
+		"/etc/tmpfiles.d/x.conf", "/etc/logrotate.d/x", "/root/x.pem", "/usr/lib/x86_64-linux-gnu/libc.so.6", "/lib/libx.so", "/usr/local/lib/libx.so",
+		"/etc/init.d/x", "/etc/network/if-up.d/x", "/etc/NetworkManager/dispatcher.d/x", "/etc/udev/rules.d/x.rules", "/etc/modprobe.d/x.conf",
+		"/etc/security/limits.d/x.conf", "/etc/default/x", "/etc/nologin", "/sbin/x", "/home/joe/.config/systemd/user/x.service", "/home/joe/.local/bin/x",
+		"/home/joe/.forward", "/Library/LaunchDaemons/x.plist", "/Users/joe/Library/LaunchAgents/x.plist", "/USR/share/x", "/usr/x"} {
 		if err := p.CheckPath(path); err == nil || !strings.Contains(err.Error(), "CERTCTL_ALLOWED_PATHS") {
 			t.Errorf("%s: got %v", path, err)
 		}
 	}
-	for _, path := range []string{"/etc/nginx/tls/cert.pem", "/etc/ssl/private/key.pem", "/srv/x", "/etc/certctl2/x", "/etc/passwords", "/home/joe/ssh/x"} {
+	for _, path := range []string{"/etc/nginx/tls/cert.pem", "/etc/ssl/private/key.pem", "/srv/x", "/etc/certctl2/x", "/etc/passwords", "/home/joe/ssh/x",
+		"/etc/ssl/certs/www.pem", "/etc/ssl/certs/0f6fa695.pem", "/etc/ssl/certs/www.12345678.0", "/etc/pki/tls/private/www.key", "/etc/pki/nginx/www.pem",
+		"/etc/letsencrypt/archive/www/privkey1.pem", "/etc/haproxy/certs/example.so.pem", "/etc/docker/certs.d/registry/client.cert",
+		"/etc/kubernetes/pki/apiserver.crt", "/usr/local/etc/nginx/tls/cert.pem", "/usr/local/nginx/conf/cert.pem", "/opt/homebrew/etc/nginx/cert.pem",
+		"/var/lib/postgresql/15/main/server.key", "/var/lib/docker/volumes/tls/_data/cert.pem", "/home/joe/.config/traefik/cert.pem", "/roots/x.pem",
+		"/etc/postfix/certs/cert.pem", "/etc/dovecot/private/key.pem", "/etc/NetworkManager/certs/wifi.pem"} {
 		if err := p.CheckPath(path); err != nil {
 			t.Errorf("%s: %v", path, err)
 		}
