@@ -90,6 +90,11 @@ func writable(path string) bool {
 // overlays reads every overlay as a deployment would.
 func (c *checker) overlays() {
 	dir := c.config.TargetsDir
+	overlays := overlaysOf(c.config)
+	if _, err := target.Merge(nil, "", "default", overlays); err != nil {
+		c.fail("overlays", "", "%v", err)
+		return
+	}
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		c.ok("overlays", "none: %s does not exist", dir)
@@ -99,7 +104,6 @@ func (c *checker) overlays() {
 		c.fail("overlays", "", "%v", err)
 		return
 	}
-	overlays := target.OpenOverlays(dir)
 	bad, good := 0, 0
 	for _, entry := range entries {
 		name, isOverlay := strings.CutSuffix(entry.Name(), ".json")

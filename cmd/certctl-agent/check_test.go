@@ -108,6 +108,23 @@ func TestCheck(t *testing.T) {
 	}
 }
 
+// TestCheckMissingOverlays: a directory that was named is not merely absent.
+func TestCheckMissingOverlays(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, devplane.Options{})
+	h.env["CERTCTL_TARGETS_DIR"] = h.path("none")
+	code, output := h.run("check")
+	words := strings.Join(strings.Fields(output), " ")
+	if want := " failure overlays overlay " + h.path("none", "default.json") + ": directory " + h.path("none") + " does not exist"; code != exitFailure || !strings.Contains(words, want) {
+		t.Errorf("exit code %d, %q is missing in\n%s", code, want, output)
+	}
+	h.env["CERTCTL_TARGETS_DIR"] = ""
+	_, output = h.run("check")
+	if words := strings.Join(strings.Fields(output), " "); strings.Contains(words, " failure overlays") {
+		t.Errorf("the default directory need not exist:\n%s", output)
+	}
+}
+
 // TestCheckText looks at what a person sees, beside a running daemon.
 func TestCheckText(t *testing.T) {
 	t.Parallel()

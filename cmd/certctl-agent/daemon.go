@@ -164,6 +164,14 @@ func (d *daemon) policy() *target.Policy {
 	return &target.Policy{Paths: cfg.AllowedPaths, Commands: cfg.AllowedCommands, Protected: protected}
 }
 
+// overlaysOf are this host's own words on its targets.
+func overlaysOf(cfg *config.Config) *target.Overlays {
+	if cfg.TargetsDirNamed {
+		return target.RequireOverlays(cfg.TargetsDir)
+	}
+	return target.OpenOverlays(cfg.TargetsDir)
+}
+
 // build makes the client and everything that needs it.
 func (d *daemon) build(policy *target.Policy, p process) error {
 	cfg := d.config
@@ -189,7 +197,7 @@ func (d *daemon) build(policy *target.Policy, p process) error {
 			Plane:      d.plane,
 			Keys:       d.keys,
 			Connectors: all.Connectors(d.files),
-			Overlays:   target.OpenOverlays(cfg.TargetsDir),
+			Overlays:   overlaysOf(cfg),
 			Policy:     policy,
 			Verify:     cfg.VerifyDeployment,
 			Log:        d.log,

@@ -174,6 +174,10 @@ func (d *demo) startAgent() error {
 	if err := os.WriteFile(config, nil, 0o600); err != nil {
 		return err
 	}
+	overlays := filepath.Join(d.dir, "targets.d")
+	if err := os.Mkdir(overlays, 0o755); err != nil {
+		return err
+	}
 	d.agent = exec.Command(d.agentPath)
 	d.agent.Env = []string{
 		"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -184,7 +188,7 @@ func (d *demo) startAgent() error {
 		"CERTCTL_AGENT_ID=" + d.agentID,
 		"CERTCTL_AGENT_NAME=demo",
 		"CERTCTL_KEY_DIR=" + d.keyDir(),
-		"CERTCTL_TARGETS_DIR=" + filepath.Join(d.dir, "targets.d"),
+		"CERTCTL_TARGETS_DIR=" + overlays,
 		"CERTCTL_DISCOVERY_DIRS=" + filepath.Join(d.dir, "disk"),
 		"CERTCTL_ALLOWED_PATHS=" + filepath.Join(d.dir, "server"),
 		"CERTCTL_ALLOWED_COMMANDS=" + strings.Join([]string{validate, reload, brokenReload}, ";"),

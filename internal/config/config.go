@@ -104,8 +104,9 @@ type Config struct {
 	// KeyAlgorithm is the kind of key that is made, such as "ecdsa-p256".
 	KeyAlgorithm string
 
-	// TargetsDir holds the overlays. It need not exist.
-	TargetsDir string
+	// TargetsDir holds the overlays. It need not exist unless it was named.
+	TargetsDir      string
+	TargetsDirNamed bool
 
 	// AllowedPaths are the directories below which deployments may write; nil
 	// means anywhere that is not protected.
@@ -462,6 +463,7 @@ func (l *loader) finish() {
 		c.StateDir = filepath.Join(c.KeyDir, ".state")
 		c.show("state-dir", c.StateDir)
 	}
+	c.TargetsDirNamed = l.sources["targets-dir"] != fromDefault
 	l.finishProxy()
 	if c.InsecureSkipVerify {
 		c.warn("insecure-skip-verify is on: the control plane's certificate is not checked, and whoever is in between gets the API key")

@@ -119,6 +119,9 @@ func newHost(base string, seed uint64, servers []server, choose func(n int) netf
 			return nil, err
 		}
 	}
+	if err := os.Mkdir(filepath.Join(base, "targets.d"), 0o755); err != nil {
+		return nil, err
+	}
 	if h.plane, err = devplane.New(devplane.Options{Listen: "127.0.0.1:0", Dir: base}); err != nil {
 		return nil, err
 	}

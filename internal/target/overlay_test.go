@@ -23,6 +23,40 @@ func TestOverlayTrust(t *testing.T) {
 			}
 			must(t, os.Chown(file, 4242, -1))
 		}, "chown root"},
+		{"directory above writable by others", func(t *testing.T, dir, _ string) { must(t, os.Chmod(filepath.Dir(dir), 0o777)) }, "chmod go-w"},
+		{"another user's directory above", func(t *testing.T, dir, _ string) {
+			if os.Geteuid() != 0 {
+				t.Skip("needs root to give a directory away")
+			}
+			must(t, os.Chown(filepath.Dir(dir), 4242, -1))
+		}, "chown root"},
+		{"a link in another user's directory", func(t *testing.T, dir, file string) {
+			if os.Geteuid() != 0 {
+				t.Skip("needs root to give a directory away")
+			}
+			must(t, os.Mkdir(filepath.Join(dir, "sub"), 0o755))
+			must(t, os.Rename(file, filepath.Join(dir, "sub", "real.json")))
+			must(t, os.Symlink("sub/real.json", file))
+			must(t, os.Chown(filepath.Join(dir, "sub"), 4242, -1))
+		}, "chown root"},
+		{"a link that leads nowhere", func(t *testing.T, _, file string) {
+			must(t, os.Remove(file))
+			must(t, os.Symlink("none.json", file))
+		}, "is a symlink that leads nowhere"},
+		{"unreadable", func(t *testing.T, _, file string) {
+			if os.Geteuid() == 0 {
+				t.Skip("root can read everything")
+			}
+			must(t, os.Chmod(file, 0))
+		}, "permission denied"},
+		{"the directory is a link that leads nowhere", func(t *testing.T, dir, _ string) {
+			must(t, os.Rename(dir, dir+"-moved"))
+			must(t, os.Symlink(dir+"-gone", dir))
+		}, "is a symlink that leads nowhere"},
+		{"a file in place of the directory", func(t *testing.T, dir, _ string) {
+			must(t, os.Rename(dir, dir+"-moved"))
+			must(t, os.WriteFile(dir, nil, 0o600))
+		}, "not a directory"},
 		{"another user's directory", func(t *testing.T, dir, _ string) {
 			if os.Geteuid() != 0 {
 				t.Skip("needs root to give a directory away")
@@ -65,6 +99,40 @@ func TestNoOverlays(t *testing.T) {
 		if _, err := Merge(nil, "NGINX", "t-1", o); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// A directory that was named and is missing forbids what its files might.
+func TestRequiredOverlays(t *testing.T) {
+	base := t.TempDir()
+	must(t, os.Chmod(base, 0o755))
+	for _, dir := range []string{filepath.Join(base, "none"), filepath.Join(base, "none", "deeper")} {
+		_, err := Merge(nil, "NGINX", "t-1", RequireOverlays(dir))
+		if err == nil || !strings.Contains(err.Error(), "CERTCTL_TARGETS_DIR") || !strings.Contains(err.Error(), dir) {
+			t.Errorf("missing: got %v", err)
+		}
+		must(t, os.MkdirAll(dir, 0o755))
+		if _, err := Merge(nil, "NGINX", "t-1", RequireOverlays(dir)); err != nil {
+			t.Errorf("empty: got %v", err)
+		}
+		must(t, os.RemoveAll(dir))
+	}
+}
+
+// Only this host says that any file may be replaced.
+func TestReplaceAnyFileIsLocal(t *testing.T) {
+	replaceAny := func(o *Overlays) bool {
+		c, err := Merge([]byte(`{"replace_any_file":true,"Replace_Any_File":true}`), "NGINX", "t-1", o)
+		must(t, err)
+		common, err := DecodeCommon(c)
+		must(t, err)
+		return common.ReplaceAny
+	}
+	if replaceAny(nil) {
+		t.Error("the control plane said so, and it counts")
+	}
+	if !replaceAny(overlays(t, "t-1.json", `{"replace_any_file":true}`)) {
+		t.Error("this host said so, and it does not count")
 	}
 }
 
