@@ -112,8 +112,8 @@ func sequence(data []byte) ([]byte, bool) {
 }
 
 // isKeyDER reports whether data has the outer shape of a private key: a small
-// version number first (PKCS#1, SEC 1, PKCS#8), or an
-// algorithm before an octet string (encrypted PKCS#8, RFC 5208, section 6).
+// version number first (PKCS#1, SEC 1, PKCS#8), or an algorithm before an octet
+// string (encrypted PKCS#8, RFC 5208, section 6).
 func isKeyDER(data []byte) bool {
 	body, ok := sequence(data)
 	if !ok {

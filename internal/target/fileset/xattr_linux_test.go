@@ -140,3 +140,20 @@ func TestTooManyAttributes(t *testing.T) {
 		t.Errorf("600 KiB of attributes: error %v", err)
 	}
 }
+
+// TestForeignACL: an access control list that anybody can have set does not go
+// over to a key, unless the mode is configured.
+func TestForeignACL(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	w.write(t, "private/key.pem", nil, 0o600)
+	set(t, w.path("private/key.pem"), accessACL, acl(65534, 4, 4))
+	check(t, os.Chmod(w.path("private"), 0o775))
+	tx := w.renewal()
+	w.refused(t, tx, "not given to its access control list")
+	tx.Files[0].Mode = new(fs.FileMode(0o600))
+	_, err := w.deploy(t, tx)
+	check(t, err)
+	if got := attributesOf(t, w.path("private/key.pem")); got[accessACL] != nil {
+		t.Errorf("the ACL is still there: %x", got[accessACL])
+	}
+}
