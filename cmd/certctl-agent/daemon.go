@@ -204,7 +204,8 @@ func (d *daemon) build(policy *target.Policy, p process) error {
 			Query: func(ctx context.Context, c target.Command) ([]byte, error) {
 				return command.Query(ctx, c.Argv, c.Timeout)
 			},
-			Heard: func(call string, err error) { d.agent.Heard(call, err) },
+			Settle: d.files.Settle,
+			Heard:  func(call string, err error) { d.agent.Heard(call, err) },
 		}),
 		Surveyor:          surveyor,
 		Ledger:            d.ledger,
@@ -212,7 +213,7 @@ func (d *daemon) build(policy *target.Policy, p process) error {
 		Notify:            d.notify,
 		Log:               d.log,
 		Describe:          d.describe,
-		Repair:            d.files.ReloadRecovered,
+		Repair:            d.files.Repair,
 		HeartbeatInterval: cfg.HeartbeatInterval,
 		PollInterval:      cfg.PollInterval,
 		DiscoveryInterval: cfg.DiscoveryInterval,

@@ -171,13 +171,14 @@ func (a *Agent) survey() func() {
 	}
 }
 
-// repairLater has a server told of its old files once more: the rollback of a
-// failed deployment may have been unable to.
+// repairLater looks after what a deployment that failed, or could not begin,
+// has left or met: a rollback that was not complete, a server that was not told.
 func (a *Agent) repairLater() {
 	switch {
 	case a.o.Repair == nil || a.stopping:
 	case a.repair.running:
 		a.repair.again = true
+	case a.repair.stats.NextDue.After(time.Now()): // no later than that
 	default:
 		a.repair.after(a.repair.pacer.Interval())
 	}
@@ -185,11 +186,12 @@ func (a *Agent) repairLater() {
 
 // mend retries what recovery and rollbacks left to do, until nothing is left.
 func (a *Agent) mend() func() {
-	err := a.o.Repair(a.work)
+	err := a.o.Repair(a.calls, a.work)
 	return func() {
 		a.ended(a.repair, err)
-		if err == nil {
+		if err == nil && !a.repair.running {
 			a.repair.timer.Stop()
+			a.repair.stats.NextDue = time.Time{}
 		}
 	}
 }

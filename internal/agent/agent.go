@@ -47,7 +47,7 @@ type Enroller interface {
 // with the shutdown grace. An error is temporary: nothing was touched, and the
 // job is tried again.
 type Deployer interface {
-	Deploy(calls, work context.Context, job api.Job) (deploy.Outcome, error)
+	Deploy(calls, work context.Context, job api.Job, turn deploy.Turn) (deploy.Outcome, error)
 }
 
 // Surveyor scans the disks once and reports what it found.
@@ -96,10 +96,12 @@ type Options struct {
 	// Describe says what the next heartbeat reports. It may look up names.
 	Describe func(ctx context.Context) api.Heartbeat
 
-	// Repair does what a transaction that was undone still needs: a reload, so
-	// that the server uses the old files again. It is called at the start and
-	// after a deployment that failed, until it succeeds. Nil: nothing.
-	Repair func(ctx context.Context) error
+	// Repair does what interrupted transactions still need: it undoes or
+	// finishes them, and reloads, so that the server uses the old files again.
+	// It is called at the start and after a deployment that failed, until it
+	// succeeds. Calls ends when the agent stops and bounds waiting, work ends
+	// with the shutdown grace. Nil: nothing.
+	Repair func(calls, work context.Context) error
 
 	HeartbeatInterval time.Duration // 60 s by default
 	PollInterval      time.Duration // 30 s

@@ -49,6 +49,7 @@ type world struct {
 	work      func(ctx context.Context, n int) (api.Work, error)
 	enroll    func(ctx context.Context, job api.Job) error
 	deploy    func(calls, work context.Context, job api.Job) (deploy.Outcome, error)
+	turn      func(ctx context.Context, job api.Job, turn deploy.Turn) (deploy.Outcome, error) // instead of deploy
 	report    func(job string, s api.JobStatus) error
 	verify    func(job string, v api.Verification) error
 	survey    func(ctx context.Context) (survey.Stats, error)
@@ -245,8 +246,12 @@ func (e enroller) Enroll(ctx context.Context, job api.Job) error {
 
 type deployer struct{ w *world }
 
-func (d deployer) Deploy(calls, work context.Context, job api.Job) (deploy.Outcome, error) {
+func (d deployer) Deploy(calls, work context.Context, job api.Job, turn deploy.Turn) (deploy.Outcome, error) {
 	d.w.note(time.Now(), "deploy", job.ID)
+	if d.w.turn != nil {
+		return d.w.turn(work, job, turn)
+	}
+	turn.Share()
 	if d.w.deploy == nil {
 		return deploy.Outcome{Status: api.StatusCompleted}, nil
 	}

@@ -14,16 +14,17 @@ import (
 
 // jobTable is what the loop has in hand of deployments: those that wait or run.
 type jobTable struct {
-	slots      int // deployments that may run at once
+	slots      chan struct{} // one element for each deployment that runs and waits for no other
 	unfinished []api.Job
 	waiting    []*waitingJob
-	running    map[string]api.Job // by job id
+	running    map[string]api.Job // begun, by job id
 	targets    map[string]bool    // target ids a running deployment is for
+	certs      map[string]string  // certificates that are a running job's alone; its id
 	timer      *time.Timer        // the earliest retry of a waiting job
 }
 
-// waitingJob is a deployment that has not begun: no slot, its target busy, or
-// its certificate could not be fetched yet.
+// waitingJob is a deployment that has not begun: no slot, its target or its
+// certificate busy, or a try could not begin.
 type waitingJob struct {
 	job   api.Job
 	since time.Time // claimed or taken up
@@ -39,9 +40,10 @@ type waitingJob struct {
 
 func newJobTable(slots int) jobTable {
 	return jobTable{
-		slots:   slots,
+		slots:   make(chan struct{}, slots),
 		running: make(map[string]api.Job),
 		targets: make(map[string]bool),
+		certs:   make(map[string]string),
 		timer:   stoppedTimer(),
 	}
 }
@@ -143,15 +145,74 @@ func (a *Agent) startJobs() {
 	now := time.Now()
 	var later []*waitingJob
 	for _, w := range a.jobs.waiting {
-		busy := w.job.TargetID != "" && a.jobs.targets[w.job.TargetID]
-		if busy || w.due.After(now) || len(a.jobs.running) >= a.jobs.slots {
-			later = append(later, w)
-			continue
+		if newer, ok := a.o.Ledger.Job(w.job.ID); ok {
+			w.job = newer // handed out again while it waited
 		}
-		a.startDeployment(w)
+		if w.due.After(now) || a.jobs.busy(w.job) || !a.startDeployment(w) {
+			later = append(later, w)
+		}
 	}
 	a.jobs.waiting = later
 	a.setJobTimer(now)
+}
+
+// busy reports whether a job's target or certificate is another's, or its id.
+func (t *jobTable) busy(job api.Job) bool {
+	_, running := t.running[job.ID]
+	_, taken := t.certs[job.CertificateID]
+	return running || taken || job.TargetID != "" && t.targets[job.TargetID]
+}
+
+// free lets other jobs of a certificate begin.
+func (t *jobTable) free(job api.Job) {
+	if t.certs[job.CertificateID] == job.ID {
+		delete(t.certs, job.CertificateID)
+	}
+}
+
+// turn is a slot and a certificate that a running job holds. It belongs to the
+// job's goroutine, and when that has ended to the loop.
+type turn struct {
+	*Agent
+	job    api.Job
+	slot   bool // held
+	shared bool
+}
+
+// share lets other jobs of the certificate begin.
+func (t *turn) share() {
+	if t.shared {
+		return
+	}
+	t.shared = true
+	t.events <- func() {
+		t.jobs.free(t.job)
+		t.startJobs()
+	}
+}
+
+// yield gives the slot away while the job waits for another. It is had again
+// before the loop can give it to a job that has not begun.
+func (t *turn) yield(wait func(context.Context) error) error {
+	t.leave()
+	t.events <- t.startJobs
+	if err := wait(t.calls); err != nil {
+		return err
+	}
+	select {
+	case t.jobs.slots <- struct{}{}:
+		t.slot = true
+		return nil
+	case <-t.calls.Done():
+		return context.Cause(t.calls)
+	}
+}
+
+func (t *turn) leave() {
+	if t.slot {
+		t.slot = false
+		<-t.jobs.slots
+	}
 }
 
 // setJobTimer wakes the loop for the earliest retry. Jobs that wait for a slot
@@ -168,31 +229,41 @@ func (a *Agent) setJobTimer(now time.Time) {
 	}
 }
 
-func (a *Agent) startDeployment(w *waitingJob) {
+// startDeployment reports false when there is no slot.
+func (a *Agent) startDeployment(w *waitingJob) bool {
+	select {
+	case a.jobs.slots <- struct{}{}:
+	default:
+		return false
+	}
 	job := w.job
 	a.jobs.running[job.ID] = job
+	a.jobs.certs[job.CertificateID] = job.ID
 	if job.TargetID != "" {
 		a.jobs.targets[job.TargetID] = true
 	}
+	t := &turn{Agent: a, job: job, slot: true}
 	a.spawn(func() func() {
-		outcome, err := a.deploy(job, w.since, w.unsure, &w.patience)
-		return func() { a.deployed(w, outcome, err) }
+		outcome, err := a.deploy(t, w.since, w.unsure, &w.patience)
+		return func() { a.deployed(w, t, outcome, err) }
 	}, func(err error) {
-		a.deployed(w, deploy.Outcome{Status: api.StatusFailed, Error: err.Error()}, nil)
+		a.deployed(w, t, deploy.Outcome{Status: api.StatusFailed, Error: err.Error()}, nil)
 	})
+	return true
 }
 
 // deploy carries out one deployment and makes its outcome durable.
-func (a *Agent) deploy(job api.Job, since time.Time, unsure bool, patience *pace.Patience) (deploy.Outcome, error) {
-	if newer, ok := a.o.Ledger.Job(job.ID); ok {
-		job = newer // handed out again while it waited
-	}
+func (a *Agent) deploy(t *turn, since time.Time, unsure bool, patience *pace.Patience) (deploy.Outcome, error) {
+	job := t.job
 	if err := a.o.Ledger.Start(job.ID); err != nil {
 		a.log.Warn("the ledger could not note that a job has begun", "job", job.ID, "error", err)
 	}
 	var outcome deploy.Outcome
 	var err error
-	if panicked := a.contain(func() { outcome, err = a.o.Deployer.Deploy(a.calls, a.work, job) }); panicked != nil {
+	panicked := a.contain(func() {
+		outcome, err = a.o.Deployer.Deploy(a.calls, a.work, job, deploy.Turn{Share: t.share, Yield: t.yield})
+	})
+	if panicked != nil {
 		outcome, err = deploy.Outcome{Status: api.StatusFailed, Error: panicked.Error(), Broken: true}, nil
 	}
 	a.Heard("deployment", err)
@@ -252,8 +323,10 @@ func servedBy(job api.Job, o deploy.Outcome) inventory.Entry {
 
 // deployed takes the end of a deployment: its outcome, or err when it did not
 // begin and has to be tried again.
-func (a *Agent) deployed(w *waitingJob, o deploy.Outcome, err error) {
+func (a *Agent) deployed(w *waitingJob, t *turn, o deploy.Outcome, err error) {
 	job := w.job
+	t.leave()
+	a.jobs.free(job)
 	delete(a.jobs.running, job.ID)
 	delete(a.jobs.targets, job.TargetID)
 	switch {
@@ -268,6 +341,7 @@ func (a *Agent) deployed(w *waitingJob, o deploy.Outcome, err error) {
 		w.unsure = w.unsure || o.Unsure
 		a.jobs.waiting = append(a.jobs.waiting, w)
 		a.log.Warn("deployment not begun: it is tried again", "job", job.ID, "target", job.TargetID, "error", err, "next_try_in", wait.Round(time.Millisecond).String())
+		a.repairLater()
 	case o.Status == api.StatusCompleted:
 		a.counters.Job(job.TargetType, o.Status, o.Duration)
 		a.log.Info("deployment completed", "job", job.ID, "certificate", job.CertificateID, "target", job.TargetID,

@@ -348,6 +348,125 @@ func TestPanicIsTheJobsFailure(t *testing.T) {
 	})
 }
 
+// world with deployments that wait for another for the given time, and then
+// take a second.
+func (w *world) waitFor(waits map[string]time.Duration) {
+	w.turn = func(work context.Context, job api.Job, turn deploy.Turn) (deploy.Outcome, error) {
+		turn.Share()
+		if wait, ok := waits[job.ID]; ok {
+			if err := turn.Yield(func(ctx context.Context) error { return sleep(ctx, wait) }); err != nil {
+				return deploy.Outcome{}, err
+			}
+		}
+		w.note(time.Now(), "run", job.ID)
+		if err := sleep(work, time.Second); err != nil {
+			return deploy.Outcome{}, err
+		}
+		w.note(time.Now(), "ran", job.ID)
+		return deploy.Outcome{Status: api.StatusCompleted}, nil
+	}
+}
+
+// TestWaitingHoldsNoSlot: as many jobs as there are slots wait for a lock, and
+// another one runs. Those that go on do not exceed the slots.
+func TestWaitingHoldsNoSlot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.work = once(1, deployment("a", "a"), deployment("b", "b"), deployment("c", "c"), deployment("d", "d"))
+		w.waitFor(map[string]time.Duration{"a": time.Hour, "b": time.Hour, "c": time.Hour})
+		w.start()
+		time.Sleep(10 * time.Minute)
+		synctest.Wait()
+		if got := w.done("ran"); got != "ran d" {
+			t.Errorf("while three wait: %q, want the fourth", got)
+		}
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		active, most := 0, 0
+		w.mu.Lock()
+		for _, c := range w.calls {
+			switch c.name {
+			case "run":
+				active++
+			case "ran":
+				active--
+			}
+			most = max(most, active)
+		}
+		w.mu.Unlock()
+		if got := w.count("ran"); got != 4 || most != 2 {
+			t.Errorf("%d ran, %d at once, want 4, 2 at once", got, most)
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
+// TestStopEndsWaiting: a job that only waits, for a lock or for a slot after
+// it, does not use up the grace.
+func TestStopEndsWaiting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.options.ShutdownGrace = 20 * time.Minute
+		w.work = once(1, deployment("a", "a"), deployment("b", "b"))
+		w.waitFor(map[string]time.Duration{"a": 24 * time.Hour, "b": 24 * time.Hour})
+		w.start()
+		time.Sleep(10 * time.Minute)
+		began := time.Now()
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+		if took := time.Since(began); took > 0 {
+			t.Errorf("the stop took %v", took)
+		}
+		if got := len(w.ledger.Unfinished()); got != 2 || w.count("ran") > 0 {
+			t.Errorf("%d jobs left for the next start, want 2; ran %q", got, w.done("ran"))
+		}
+	})
+}
+
+// TestCertificateIsOneJobs: while a job may promote a key, no other job of the
+// certificate begins, those of others do, and all of it once the key is shared.
+func TestCertificateIsOneJobs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.options.MaxDeploys = 3
+		other := deployment("d", "d")
+		other.CertificateID = "cert-2"
+		w.work = once(1, deployment("a", "a"), deployment("b", "b"), deployment("c", "c"), other)
+		promoted := make(chan struct{})
+		w.turn = func(work context.Context, job api.Job, turn deploy.Turn) (deploy.Outcome, error) {
+			if job.ID == "a" {
+				<-promoted
+			}
+			turn.Share()
+			turn.Share()
+			err := sleep(work, time.Minute)
+			return deploy.Outcome{Status: api.StatusCompleted}, err
+		}
+		w.start()
+		time.Sleep(10 * time.Minute)
+		synctest.Wait()
+		if got := w.done("deploy"); w.count("deploy") != 2 || !strings.Contains(got, "deploy a") || !strings.Contains(got, "deploy d") {
+			t.Errorf("begun: %s", got)
+		}
+		close(promoted)
+		synctest.Wait()
+		if got := w.done("deploy"); !strings.Contains(got, "deploy b") || !strings.Contains(got, "deploy c") {
+			t.Errorf("begun when the key was promoted: %s", got)
+		}
+		time.Sleep(2 * time.Minute)
+		synctest.Wait()
+		if got := w.count("report"); got != 4 {
+			t.Errorf("%d reports, want 4: %s", got, w.done("report"))
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
 // TestRepair: a server that could not be told of its old files is told again,
 // after a crash and after a rollback, until it takes it.
 func TestRepair(t *testing.T) {
@@ -359,7 +478,7 @@ func TestRepair(t *testing.T) {
 		}
 		var failing atomic.Int64
 		failing.Store(2)
-		w.options.Repair = func(context.Context) error {
+		w.options.Repair = func(_, _ context.Context) error {
 			w.note(time.Now(), "repair", "")
 			if failing.Add(-1) >= 0 {
 				return errTest

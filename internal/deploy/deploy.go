@@ -4,7 +4,6 @@
 package deploy
 
 import (
-	"cmp"
 	"context"
 	"crypto"
 	"errors"
@@ -16,7 +15,6 @@ import (
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/printable"
-	"certctl-agent/internal/slot"
 	"certctl-agent/internal/target"
 	"certctl-agent/internal/tlsprobe"
 )
@@ -58,6 +56,11 @@ type Options struct {
 	// server is asked, and a masked path has to come from an overlay.
 	Query func(context.Context, target.Command) ([]byte, error)
 
+	// Settle makes sure that no interrupted transaction can undo, later, what
+	// a deployment to the target does with the key. An error holds the
+	// deployment back. Nil: there are none.
+	Settle func(ctx context.Context, targetID, keyPath string) error
+
 	// Heard is told of each report that failed and that Deploy itself does not
 	// act on, so that a 410 is not lost. Nil: nobody listens.
 	Heard func(call string, err error)
@@ -83,11 +86,20 @@ type Outcome struct {
 	Duration time.Duration
 }
 
-// Deployer carries out Deployment jobs. It is safe for concurrent use.
-type Deployer struct {
-	o       Options
-	targets slot.Table // by target id
-	certs   slot.Table // by certificate id: held while its key is being promoted
+// Deployer carries out Deployment jobs. It is safe for concurrent use, for jobs
+// that differ in target and certificate; see Turn.
+type Deployer struct{ o Options }
+
+// Turn is what the caller of Deploy holds for a job. The zero value is that of
+// a caller who runs one job at a time.
+type Turn struct {
+	// Share is called when the job's certificate is no longer the job's alone:
+	// its key is the current one. Until then no other job of the certificate
+	// may begin, since a version fetched before a newer one was promoted would
+	// take the promotion back. It may be called more than once.
+	Share func()
+
+	Yield target.Yield // called to wait for others, before anything is touched
 }
 
 // New returns a Deployer.
@@ -112,10 +124,16 @@ func (e *panicError) Error() string { return fmt.Sprintf("internal error of the 
 // requests and waiting. Work bounds the transaction, which is rolled back when
 // it ends. An error is temporary: nothing was touched, and the job is to be
 // tried again.
-func (d *Deployer) Deploy(calls, work context.Context, job api.Job) (Outcome, error) {
+func (d *Deployer) Deploy(calls, work context.Context, job api.Job, turn Turn) (Outcome, error) {
 	began := time.Now()
+	if turn.Share == nil {
+		turn.Share = func() {}
+	}
+	if turn.Yield == nil {
+		turn.Yield = func(wait func(context.Context) error) error { return wait(calls) }
+	}
 	log := d.o.Log.With("job", job.ID, "certificate", job.CertificateID, "target", job.TargetID)
-	a := &attempt{Deployer: d, job: job, log: log}
+	a := &attempt{Deployer: d, job: job, turn: turn, log: log}
 	err := a.run(calls, work)
 	if temporary, ok := errors.AsType[temporaryError](err); ok {
 		return Outcome{Unsure: a.outcome.Unsure}, temporary.error
@@ -136,6 +154,7 @@ func (d *Deployer) Deploy(calls, work context.Context, job api.Job) (Outcome, er
 type attempt struct {
 	*Deployer
 	job       api.Job
+	turn      Turn
 	log       *slog.Logger
 	config    *target.Config
 	common    target.Common
@@ -151,24 +170,13 @@ func (a *attempt) run(calls, work context.Context) (err error) {
 			err = &panicError{p}
 		}
 	}()
-	// A job without a target has nothing to wait for but itself.
-	release, err := a.targets.Acquire(calls, cmp.Or(a.job.TargetID, a.job.ID))
-	if err != nil {
-		return temporaryError{err}
+	if err := a.settle(calls); err != nil {
+		return err
 	}
-	defer release()
 	a.reportRunning(calls)
 	if err := a.plan(); err != nil {
 		return err
 	}
-
-	// The certificate is fetched under the lock: a version fetched before
-	// another target's newer one was promoted would take the promotion back.
-	releaseCert, err := a.certs.Acquire(calls, a.job.CertificateID)
-	if err != nil {
-		return temporaryError{err}
-	}
-	defer releaseCert()
 	m, err := a.fetch(calls)
 	if err != nil {
 		return err
@@ -179,9 +187,9 @@ func (a *attempt) run(calls, work context.Context) (err error) {
 	}
 	defer key.Clear()
 	if key.Role == keystore.Current {
-		releaseCert()
+		a.turn.Share()
 	}
-	if err := checkValidity(calls, m.Leaf); err != nil {
+	if err := a.checkValidity(m.Leaf); err != nil {
 		return err
 	}
 	if calls.Err() != nil {
@@ -190,16 +198,23 @@ func (a *attempt) run(calls, work context.Context) (err error) {
 	if err := a.install(work, m, key); err != nil {
 		return err
 	}
-	if key.Role == keystore.Current {
-		if err := a.recheck(work, m); err != nil {
-			a.log.Error("the certificate is deployed, but its key is not the current one of the key directory", "error", err)
-		}
-	}
 	if err := a.o.Keys.Prune(a.job.CertificateID, key); err != nil {
 		a.log.Warn("keys that are no longer needed could not be removed", "error", err)
 	}
-	releaseCert()
+	a.turn.Share()
 	a.outcome.Verification = a.verify(work, m.Leaf)
+	return nil
+}
+
+// settle ends what earlier transactions left, before the key is looked for: to
+// undo one can make another key the current one.
+func (a *attempt) settle(ctx context.Context) error {
+	if a.o.Settle == nil || !api.ValidID(a.job.CertificateID) || !api.ValidID(a.job.TargetID) {
+		return nil
+	}
+	if err := a.o.Settle(ctx, a.job.TargetID, a.o.Keys.Path(a.job.CertificateID)); err != nil {
+		return temporaryError{err}
+	}
 	return nil
 }
 
@@ -238,36 +253,12 @@ func (a *attempt) install(ctx context.Context, m *target.Material, key keystore.
 		a.warn(warning)
 	}
 	a.outcome.Unchanged = err == nil && result.Unchanged
+	if _, busy := errors.AsType[*target.BusyError](err); busy {
+		return temporaryError{err}
+	}
 	return err
 }
 
 func (a *attempt) warn(warning string) {
 	a.log.Warn("the deployment has a warning", "warning", warning)
-}
-
-// recheck makes the key of a deployed certificate current again. A connector
-// first undoes what an interrupted transaction of its target left behind; had
-// another target of the certificate promoted the key meanwhile, that takes it
-// back. A key that became the previous one instead has made way for a newer.
-func (a *attempt) recheck(ctx context.Context, m *target.Material) error {
-	find := func() keystore.Key {
-		key, _ := a.o.Keys.Find(m.CertificateID, m.Leaf.PublicKey)
-		return key
-	}
-	key := find()
-	key.Clear()
-	if key.Role != keystore.Pending {
-		return nil
-	}
-	release, err := a.certs.Acquire(ctx, m.CertificateID)
-	if err != nil {
-		return err
-	}
-	defer release()
-	key = find()
-	defer key.Clear()
-	if key.Role != keystore.Pending {
-		return nil
-	}
-	return a.o.Keys.Promote(m.CertificateID, key)
 }

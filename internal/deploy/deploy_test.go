@@ -149,7 +149,7 @@ func job(config string) api.Job {
 
 func (w *world) run(j api.Job) Outcome {
 	w.t.Helper()
-	outcome, err := New(w.options).Deploy(w.t.Context(), w.t.Context(), j)
+	outcome, err := New(w.options).Deploy(w.t.Context(), w.t.Context(), j, Turn{})
 	if err != nil {
 		w.t.Fatalf("temporary error: %v", err)
 	}
@@ -331,7 +331,7 @@ func TestTemporary(t *testing.T) {
 			w := newWorld(t)
 			w.renew("cert-1", testca.Template{})
 			w.fetchErr = cause
-			outcome, err := New(w.options).Deploy(t.Context(), t.Context(), job(`{}`))
+			outcome, err := New(w.options).Deploy(t.Context(), t.Context(), job(`{}`), Turn{})
 			if !errors.Is(err, cause) || outcome.Status != "" {
 				t.Errorf("got %+v, %v, want the error", outcome, err)
 			}
@@ -347,7 +347,7 @@ func TestStopping(t *testing.T) {
 	w.renew("cert-1", testca.Template{})
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := New(w.options).Deploy(ctx, t.Context(), job(`{}`)); !errors.Is(err, context.Canceled) {
+	if _, err := New(w.options).Deploy(ctx, t.Context(), job(`{}`), Turn{}); !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v, want cancelled", err)
 	}
 	if len(w.installed) > 0 {
@@ -359,7 +359,7 @@ func TestStopping(t *testing.T) {
 		cancel()
 		return target.Result{}, work.Err()
 	}
-	if got, err := New(w.options).Deploy(ctx, t.Context(), job(`{}`)); err != nil || got.Status != api.StatusCompleted {
+	if got, err := New(w.options).Deploy(ctx, t.Context(), job(`{}`), Turn{}); err != nil || got.Status != api.StatusCompleted {
 		t.Errorf("got %+v, %v", got, err)
 	}
 }
@@ -374,7 +374,7 @@ func TestNotYetValid(t *testing.T) {
 
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		if _, err := New(w.options).Deploy(ctx, t.Context(), job(`{}`)); !errors.Is(err, context.DeadlineExceeded) {
+		if _, err := New(w.options).Deploy(ctx, t.Context(), job(`{}`), Turn{}); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("got %v, want an end of the wait", err)
 		}
 		if got := w.run(job(`{}`)); got.Status != api.StatusCompleted || got.Duration != 2*time.Minute {
@@ -382,6 +382,19 @@ func TestNotYetValid(t *testing.T) {
 		}
 		if got, want := time.Since(began), 3*time.Minute; got != want {
 			t.Errorf("took %v, want %v", got, want)
+		}
+
+		// Others have its place meanwhile.
+		w.renew("cert-1", testca.Template{NotBefore: time.Now().Add(time.Minute)})
+		var waited time.Duration
+		yield := func(wait func(context.Context) error) error {
+			began := time.Now()
+			err := wait(t.Context())
+			waited = time.Since(began)
+			return err
+		}
+		if got, err := New(w.options).Deploy(t.Context(), t.Context(), job(`{}`), Turn{Yield: yield}); err != nil || got.Status != api.StatusCompleted || waited != time.Minute {
+			t.Errorf("got %+v, %v, %v without a place", got, err, waited)
 		}
 	})
 }
@@ -466,7 +479,7 @@ func TestConnectorFails(t *testing.T) {
 			w.deploy = test.deploy
 			d := New(w.options)
 			for range 2 { // the second shows that the locks are free
-				got, err := d.Deploy(t.Context(), t.Context(), job(`{}`))
+				got, err := d.Deploy(t.Context(), t.Context(), job(`{}`), Turn{})
 				if err != nil || got.Status != api.StatusFailed || got.Broken != test.broken || !strings.Contains(got.Error, test.want) {
 					t.Errorf("outcome %+v, %v", got, err)
 				}
@@ -481,8 +494,8 @@ func TestConnectorFails(t *testing.T) {
 	}
 }
 
-// TestTargetsOfOneCertificate deploys to three at once: one promotes the key
-// alone, the others then run beside each other.
+// TestTargetsOfOneCertificate deploys to three at once, as the agent does: one
+// promotes the key alone, the others then run beside each other.
 func TestTargetsOfOneCertificate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -503,11 +516,15 @@ func TestTargetsOfOneCertificate(t *testing.T) {
 		d := New(w.options)
 		began := time.Now()
 		var group sync.WaitGroup
+		alone := make(chan struct{}, 1)
 		for i := range 3 {
 			group.Go(func() {
 				j := job(`{}`)
 				j.ID, j.TargetID = fmt.Sprint("job-", i), fmt.Sprint("target-", i)
-				if got, err := d.Deploy(t.Context(), t.Context(), j); err != nil || got.Status != api.StatusCompleted {
+				alone <- struct{}{}
+				share := sync.OnceFunc(func() { <-alone })
+				defer share()
+				if got, err := d.Deploy(t.Context(), t.Context(), j, Turn{Share: share}); err != nil || got.Status != api.StatusCompleted {
 					t.Errorf("%s: %+v, %v", j.ID, got, err)
 				}
 			})
@@ -525,80 +542,53 @@ func TestTargetsOfOneCertificate(t *testing.T) {
 	})
 }
 
-// TestRecheck undoes, in the middle of a deployment, what another target's has
-// promoted.
-func TestRecheck(t *testing.T) {
-	tests := []struct {
-		name string
-		undo func(w *world, old []byte)
-		want keystore.Role // of the deployed key
-	}{
-		{"promotion undone", func(w *world, old []byte) {
-			if err := os.WriteFile(w.keys.Path("cert-1"), old, 0o600); err != nil {
-				w.t.Fatal(err)
-			}
-		}, keystore.Current},
-		{"newer promoted", func(w *world, old []byte) {
-			newer := w.renew("cert-1", testca.Template{})
-			key, err := w.keys.Find("cert-1", newer.Leaf.PublicKey)
-			if err == nil {
-				err = errors.Join(w.keys.Promote("cert-1", key), w.keys.Prune("cert-1", key))
-			}
-			if err != nil {
-				w.t.Fatal(err)
-			}
-		}, keystore.Previous},
+// TestSettledFirst: what an interrupted transaction may still undo is undone
+// before the key is looked for, and nothing is said of a job that waits for it.
+func TestSettledFirst(t *testing.T) {
+	w := newWorld(t)
+	w.renew("cert-1", testca.Template{})
+	w.run(job(`{}`))
+	old, err := os.ReadFile(w.keys.Path("cert-1"))
+	if err != nil {
+		t.Fatal(err)
 	}
-	for _, test := range tests {
-		t.Run(test.name, func(t *testing.T) {
-			w := newWorld(t)
-			w.renew("cert-1", testca.Template{})
-			w.run(job(`{}`))
-			old, err := os.ReadFile(w.keys.Path("cert-1"))
-			if err != nil {
-				t.Fatal(err)
-			}
-			issued := w.renew("cert-1", testca.Template{})
-			w.run(job(`{}`))
-			w.deploy = func(context.Context, *target.Material) (target.Result, error) {
-				test.undo(w, old)
-				return target.Result{}, nil
-			}
-			if got := w.run(job(`{}`)); got.Status != api.StatusCompleted {
-				t.Errorf("outcome %+v", got)
-			}
-			if got := w.role(issued.Leaf); got != test.want {
-				t.Errorf("the deployed key is %q, want %q", got, test.want)
-			}
-		})
+	issued := w.renew("cert-1", testca.Template{})
+	w.run(job(`{}`)) // promotes the key
+	w.statuses, w.installed = nil, nil
+	var asked []string
+	unsettled := &target.BusyError{Err: errors.New("not undone yet")}
+	w.options.Settle = func(_ context.Context, targetID, keyPath string) error {
+		if asked = append(asked, targetID+" "+filepath.Base(keyPath)); len(asked) == 1 {
+			return unsettled
+		}
+		return os.WriteFile(keyPath, old, 0o600) // takes the promotion back
+	}
+	if got, err := New(w.options).Deploy(t.Context(), t.Context(), job(`{}`), Turn{}); !errors.Is(err, unsettled) || got.Unsure {
+		t.Errorf("while it is not settled: %+v, %v", got, err)
+	}
+	if len(w.statuses)+len(w.installed) > 0 {
+		t.Errorf("while it is not settled: reported %v, installed %v", w.statuses, w.installed)
+	}
+	if got := w.run(job(`{}`)); got.Status != api.StatusCompleted {
+		t.Errorf("outcome %+v", got)
+	}
+	if got := w.role(issued.Leaf); got != keystore.Current {
+		t.Errorf("the deployed key is %q, want current", got)
+	}
+	if want := []string{"target-1 cert-1.key", "target-1 cert-1.key"}; !slices.Equal(asked, want) {
+		t.Errorf("asked for %v, want %v", asked, want)
 	}
 }
 
-func TestOneAtATimeForEachTarget(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t)
-		w.deploy = func(ctx context.Context, m *target.Material) (target.Result, error) {
-			time.Sleep(time.Minute)
-			return target.Result{}, nil
-		}
-		d := New(w.options)
-		began := time.Now()
-		var group sync.WaitGroup
-		for i, id := range []string{"target-1", "target-1", "target-2"} {
-			j := job(`{}`)
-			j.ID, j.CertificateID, j.TargetID = fmt.Sprint("job-", i), fmt.Sprint("cert-", i), id
-			w.renew(j.CertificateID, testca.Template{})
-			group.Go(func() {
-				if got, err := d.Deploy(t.Context(), t.Context(), j); err != nil || got.Status != api.StatusCompleted {
-					t.Errorf("%s: %+v, %v", j.ID, got, err)
-				}
-			})
-		}
-		group.Wait()
-		if got, want := time.Since(began), 2*time.Minute; got != want {
-			t.Errorf("took %v, want %v", got, want)
-		}
-	})
+// TestBusyTarget: a connector that could not begin leaves the job as it was.
+func TestBusyTarget(t *testing.T) {
+	w := newWorld(t)
+	w.renew("cert-1", testca.Template{})
+	busy := &target.BusyError{Err: errors.New("another deployment holds it")}
+	w.deploy = func(context.Context, *target.Material) (target.Result, error) { return target.Result{}, busy }
+	if got, err := New(w.options).Deploy(t.Context(), t.Context(), job(`{}`), Turn{}); !errors.Is(err, busy) || got.Status != "" {
+		t.Errorf("got %+v, %v, want a temporary error", got, err)
+	}
 }
 
 func TestRunningIsRefused(t *testing.T) {
@@ -637,11 +627,11 @@ func TestRunningIsNotAnswered(t *testing.T) {
 			w.statusErr = test.err
 			w.renew("cert-1", testca.Template{})
 			d := New(w.options)
-			if outcome, err := d.Deploy(t.Context(), t.Context(), job(`{}`)); err != nil || outcome.Unsure != test.want {
+			if outcome, err := d.Deploy(t.Context(), t.Context(), job(`{}`), Turn{}); err != nil || outcome.Unsure != test.want {
 				t.Errorf("unsure %v, error %v, want %v", outcome.Unsure, err, test.want)
 			}
 			w.fetchErr = errors.New("connection reset")
-			if outcome, err := d.Deploy(t.Context(), t.Context(), job(`{}`)); err == nil || outcome.Unsure != test.want {
+			if outcome, err := d.Deploy(t.Context(), t.Context(), job(`{}`), Turn{}); err == nil || outcome.Unsure != test.want {
 				t.Errorf("a try that did not begin: unsure %v, error %v, want %v", outcome.Unsure, err, test.want)
 			}
 		})
@@ -784,7 +774,7 @@ func TestVerificationIsCut(t *testing.T) {
 				<-ctx.Done()
 				return tlsprobe.Result{}, ctx.Err()
 			}
-			got, err := New(w.options).Deploy(t.Context(), work, job(`{"host":"localhost"}`))
+			got, err := New(w.options).Deploy(t.Context(), work, job(`{"host":"localhost"}`), Turn{})
 			if err != nil || got.Status != api.StatusCompleted {
 				t.Fatalf("got %+v, %v", got, err)
 			}

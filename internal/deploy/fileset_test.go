@@ -66,7 +66,7 @@ func openHost(t *testing.T, dir string) *host {
 	if _, err := h.files.Recover(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	h.d = New(Options{Plane: h, Keys: h.keys, Policy: policy, Log: log, Connectors: map[string]target.Factory{
+	h.d = New(Options{Plane: h, Keys: h.keys, Policy: policy, Log: log, Settle: h.files.Settle, Connectors: map[string]target.Factory{
 		"NGINX": func(p target.Params) (target.Connector, error) { return nginx.New(p, h.files) },
 	}})
 	return h
@@ -110,7 +110,7 @@ func (h *host) deploy(ownKey bool) Outcome {
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	outcome, err := h.d.Deploy(h.t.Context(), h.t.Context(), job(string(config)))
+	outcome, err := h.d.Deploy(h.t.Context(), h.t.Context(), job(string(config)), Turn{})
 	if err != nil {
 		h.t.Fatal(err)
 	}

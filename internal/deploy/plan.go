@@ -54,7 +54,7 @@ func (a *attempt) plan() error {
 		return err
 	}
 	a.connector, err = build(target.Params{
-		TargetID: a.job.TargetID, Config: a.config, Common: a.common, Policy: a.o.Policy, Query: a.o.Query, Log: a.log})
+		TargetID: a.job.TargetID, Config: a.config, Common: a.common, Policy: a.o.Policy, Query: a.o.Query, Yield: a.turn.Yield, Log: a.log})
 	if err != nil {
 		return err
 	}
@@ -125,7 +125,7 @@ func (a *attempt) findKey(m *target.Material) (keystore.Key, error) {
 }
 
 // checkValidity waits for a certificate that is about to become valid.
-func checkValidity(ctx context.Context, leaf *x509.Certificate) error {
+func (a *attempt) checkValidity(leaf *x509.Certificate) error {
 	now := time.Now()
 	if now.After(leaf.NotAfter) {
 		return fmt.Errorf("the certificate expired at %s; nothing was touched", leaf.NotAfter.UTC().Format(time.RFC3339))
@@ -138,10 +138,16 @@ func checkValidity(ctx context.Context, leaf *x509.Certificate) error {
 	if wait <= 0 {
 		return nil
 	}
-	select {
-	case <-time.After(wait):
-		return nil
-	case <-ctx.Done():
-		return temporaryError{context.Cause(ctx)}
+	err := a.turn.Yield(func(ctx context.Context) error {
+		select {
+		case <-time.After(wait):
+			return nil
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	})
+	if err != nil {
+		return temporaryError{err}
 	}
+	return nil
 }

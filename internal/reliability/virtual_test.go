@@ -214,10 +214,11 @@ func (l *life) open() error {
 			Connectors: map[string]target.Factory{"NGINX": func(p target.Params) (target.Connector, error) {
 				return nginx.New(p, files)
 			}},
-			Heard: func(call string, err error) { l.agent.Heard(call, err) },
+			Settle: files.Settle,
+			Heard:  func(call string, err error) { l.agent.Heard(call, err) },
 		}),
 		Surveyor: surveyor,
-		Ledger:   l.jobs, Served: served, Notify: silent{}, Log: w.log, Repair: files.ReloadRecovered,
+		Ledger:   l.jobs, Served: served, Notify: silent{}, Log: w.log, Repair: files.Repair,
 		Describe:          func(context.Context) api.Heartbeat { return api.Heartbeat{Version: "1.0.0", Hostname: "web"} },
 		HeartbeatInterval: time.Minute, PollInterval: 30 * time.Second, DiscoveryInterval: scanEvery,
 		StartupJitter: true, MaxDeploys: 2, ShutdownGrace: 20 * time.Second,

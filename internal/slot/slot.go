@@ -26,14 +26,30 @@ func (t *Table) Acquire(ctx context.Context, name string) (release func(), err e
 	s := t.join(name)
 	select {
 	case <-s.token:
-		return sync.OnceFunc(func() {
-			s.token <- struct{}{}
-			t.leave(name, s)
-		}), nil
+		return t.release(name, s), nil
 	case <-ctx.Done():
 		t.leave(name, s)
 		return nil, context.Cause(ctx)
 	}
+}
+
+// Try takes the slot of name if it is free. It never waits.
+func (t *Table) Try(name string) (release func(), ok bool) {
+	s := t.join(name)
+	select {
+	case <-s.token:
+		return t.release(name, s), true
+	default:
+		t.leave(name, s)
+		return nil, false
+	}
+}
+
+func (t *Table) release(name string, s *slot) func() {
+	return sync.OnceFunc(func() {
+		s.token <- struct{}{}
+		t.leave(name, s)
+	})
 }
 
 func (t *Table) join(name string) *slot {

@@ -66,3 +66,23 @@ func TestWaitingEnds(t *testing.T) {
 		release()
 	})
 }
+
+func TestTryNeverWaits(t *testing.T) {
+	var table Table
+	release, ok := table.Try("a")
+	if !ok {
+		t.Fatal("a free slot was refused")
+	}
+	if _, ok := table.Try("a"); ok {
+		t.Error("a has two holders")
+	}
+	release()
+	release()
+	if release, ok = table.Try("a"); !ok {
+		t.Fatal("the slot is not free again")
+	}
+	release()
+	if len(table.slots) > 0 {
+		t.Errorf("%d names are remembered", len(table.slots))
+	}
+}

@@ -58,7 +58,15 @@ const (
 	defaultBackoff        = time.Second
 	defaultMaxBackoff     = 16 * time.Second
 	maxAttempts           = 100
-	maxRetention          = 1000
+
+	// maxVerify bounds the check as a whole, whatever attempts, timeout and
+	// backoff add up to. The new files are unproven meanwhile, and others wait
+	// for their directories: another agent for ten minutes, which two commands
+	// need a share of. A server that does not use what it was told to load five
+	// minutes ago will not.
+	maxVerify = 5 * time.Minute
+
+	maxRetention = 1000
 )
 
 // DecodeCommon takes the keys that all types share.
@@ -128,6 +136,8 @@ func (c *Common) Verify(leaf *x509.Certificate) func(context.Context) error {
 	endpoint.KeyType, endpoint.ProxyProtocol = leaf.PublicKeyAlgorithm, c.Check.ProxyProtocol
 	fingerprint := pemutil.Fingerprint(leaf)
 	return func(ctx context.Context) error {
+		ctx, cancel := context.WithTimeoutCause(ctx, maxVerify, fmt.Errorf("given up after %s, the most that it may take in all", maxVerify))
+		defer cancel()
 		attempts := cmp.Or(c.CheckAttempts, defaultAttempts)
 		pause, most := c.CheckBackoff.Or(defaultBackoff), c.CheckMaxBackoff.Or(defaultMaxBackoff)
 		for attempt := 1; ; attempt++ {
@@ -135,14 +145,16 @@ func (c *Common) Verify(leaf *x509.Certificate) func(context.Context) error {
 			if err == nil {
 				return nil
 			}
-			if attempt == attempts || ctx.Err() != nil {
-				return fmt.Errorf("verify %s, attempt %d of %d: %w", endpoint.Address, attempt, attempts, err)
+			if attempt < attempts {
+				select {
+				case <-time.After(min(pause, most)):
+					pause = min(2*pause, most)
+					continue
+				case <-ctx.Done():
+					err = fmt.Errorf("%w; %w", err, context.Cause(ctx))
+				}
 			}
-			select {
-			case <-ctx.Done():
-			case <-time.After(min(pause, most)):
-			}
-			pause = min(2*pause, most)
+			return fmt.Errorf("verify %s, attempt %d of %d: %w", endpoint.Address, attempt, attempts, err)
 		}
 	}
 }

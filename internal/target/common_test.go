@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"certctl-agent/internal/pemutil"
@@ -176,4 +177,21 @@ func TestVerify(t *testing.T) {
 	if err != nil || c.Verify(want) != nil {
 		t.Errorf("without enabled it is on: %v", err)
 	}
+}
+
+// TestVerifyEnds: attempts, timeouts and pauses do not add up to days.
+func TestVerifyEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, err := common(t, `{"post_deploy_verify":{"enabled":true,"endpoint":"127.0.0.1:1","timeout":"1h"},
+			"post_deploy_verify_attempts":100,"post_deploy_verify_backoff":"40s","post_deploy_verify_max_backoff":"1h"}`)
+		must(t, err)
+		began := time.Now()
+		err = c.Verify(new(x509.Certificate))(t.Context())
+		if err == nil || !strings.Contains(err.Error(), "given up after 5m0s") || !strings.Contains(err.Error(), "refused") {
+			t.Errorf("got %v, want the bound and what was seen last", err)
+		}
+		if took := time.Since(began); took != maxVerify {
+			t.Errorf("took %v, want %v", took, maxVerify)
+		}
+	})
 }

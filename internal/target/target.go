@@ -35,7 +35,15 @@ type Params struct {
 	// Connectors ask the server itself with it which key it reads. Nil: nobody
 	// can be asked.
 	Query func(ctx context.Context, c Command) (stdout []byte, err error)
+
+	Yield Yield // nil: this deployment holds nothing that others need
 }
+
+// A Yield calls wait, which waits for other deployments, and gives others this
+// deployment's place meanwhile. The context that wait gets ends when the agent
+// stops: a deployment that only waits has nothing to finish. The error is
+// wait's, or says that the place could not be had again.
+type Yield func(wait func(context.Context) error) error
 
 // Result says what a successful deployment did.
 type Result struct {
@@ -94,6 +102,14 @@ type File struct {
 	// has, for a server that watches it. Data is not used.
 	Keep bool
 }
+
+// BusyError means that a deployment did not begin because others have not
+// ended. Nothing was touched, and another try may succeed.
+type BusyError struct{ Err error }
+
+func (e *BusyError) Error() string { return e.Err.Error() }
+
+func (e *BusyError) Unwrap() error { return e.Err }
 
 // BrokenError is a failed rollback: the target needs a person.
 type BrokenError struct {

@@ -32,7 +32,7 @@ type transaction struct {
 // Deploy runs one transaction. When it fails, the target is as it was before,
 // unless the error is a target.BrokenError. A cancelled context rolls back.
 func (s *Store) Deploy(ctx context.Context, tx Transaction) (target.Result, error) {
-	release, err := s.acquire(ctx, tx.Target)
+	release, err := s.acquire(ctx, tx.Target, tx.Yield)
 	if err != nil {
 		return target.Result{}, err
 	}
@@ -45,11 +45,14 @@ func (s *Store) Deploy(ctx context.Context, tx Transaction) (target.Result, erro
 	if err := t.resolve(); err != nil {
 		return target.Result{}, err
 	}
-	unlock, err := lock(ctx, directories(t.files), lockWait, t.log)
+	unlock, err := s.lock(ctx, directories(t.files), tx.Yield)
 	if err != nil {
 		return target.Result{}, err
 	}
 	defer unlock()
+	if err := t.contested(); err != nil {
+		return target.Result{}, err
+	}
 	if err := t.inspect(); err != nil {
 		return target.Result{}, err
 	}
@@ -71,7 +74,7 @@ func (t *transaction) settle(ctx context.Context) error {
 	r, err := t.load(t.tx.Target)
 	if r != nil && r.Phase != restored || err != nil {
 		if _, err := t.recoverLoaded(ctx, t.tx.Target, r, err); err != nil {
-			return fmt.Errorf("an earlier deployment of this target was interrupted and is not undone yet: %w", err)
+			return unsettledError(t.tx.Target, err)
 		}
 		if r, err = t.load(t.tx.Target); err != nil {
 			return err
@@ -82,6 +85,38 @@ func (t *transaction) settle(ctx context.Context) error {
 	}
 	t.clean = r == nil && !t.isAside(t.tx.Target)
 	return nil
+}
+
+// contested refuses files that the recovery of another target has yet to put
+// back: it would find there what it does not know, or take the new ones away.
+func (t *transaction) contested() error {
+	ids, err := t.recorded()
+	if err != nil {
+		return err
+	}
+	for _, id := range ids {
+		if id == t.tx.Target {
+			continue
+		}
+		if r, err := t.load(id); err != nil || r == nil || r.Phase != swapping || !r.shares(t.files) {
+			continue
+		}
+		return unsettledError(id, errors.New("it has a file in common with this one"))
+	}
+	return nil
+}
+
+// shares reports whether one of the files is the record's too.
+func (r *record) shares(files []*dest) bool {
+	return slices.ContainsFunc(files, func(f *dest) bool {
+		return slices.ContainsFunc(r.Files, func(e entry) bool { return e.Dir == f.Dir && e.Name == f.Name })
+	})
+}
+
+// unsettledError holds a deployment back until the one of target id that a
+// crash or a failure interrupted is settled.
+func unsettledError(id string, err error) error {
+	return &target.BusyError{Err: fmt.Errorf("an earlier deployment of target %s was interrupted and is not undone yet: %w", id, err)}
 }
 
 // wanted are the files of the transaction in the order in which they are put

@@ -173,7 +173,7 @@ func TestReloadOwed(t *testing.T) {
 	if _, err := s.Deploy(t.Context(), tx); err == nil || reloads != 2 {
 		t.Fatalf("got error %v after %d reloads", err, reloads)
 	}
-	if err := s.ReloadRecovered(t.Context()); err == nil {
+	if err := s.Repair(t.Context(), t.Context()); err == nil {
 		t.Error("a reload that failed is no error")
 	}
 
@@ -188,13 +188,13 @@ func TestReloadOwed(t *testing.T) {
 		t.Errorf("got error %v", err)
 	}
 	s.disk.before = nil
-	if err := s.ReloadRecovered(t.Context()); err == nil || reloads != 4 {
+	if err := s.Repair(t.Context(), t.Context()); err == nil || reloads != 4 {
 		t.Errorf("got error %v after %d reloads, want the one that was owed", err, reloads)
 	}
-	if err := s.ReloadRecovered(t.Context()); err != nil || reloads != 5 {
+	if err := s.Repair(t.Context(), t.Context()); err != nil || reloads != 5 {
 		t.Errorf("got error %v after %d reloads", err, reloads)
 	}
-	if err := s.ReloadRecovered(t.Context()); err != nil || reloads != 5 {
+	if err := s.Repair(t.Context(), t.Context()); err != nil || reloads != 5 {
 		t.Errorf("got error %v, reloaded once more: %d", err, reloads)
 	}
 	w.want(t, false, "old")

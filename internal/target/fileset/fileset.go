@@ -21,10 +21,10 @@ package fileset
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"os"
+	"sync"
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/slot"
@@ -56,6 +56,11 @@ type Store struct {
 	journal *dir
 	backups *dir
 	targets slot.Table // by target id
+	dirs    slot.Table // by device and inode: what a transaction puts files into
+	reloads slot.Table // one name: the reloads after recovery take turns
+
+	mu      sync.Mutex         // guards flights
+	flights map[string]*flight // by target id: recoveries under way; see flight.go
 }
 
 // Transaction is one deployment.
@@ -83,6 +88,8 @@ type Transaction struct {
 	// ReplaceAny lets Files replace files that hold neither certificates nor
 	// keys: this host's owner has said so.
 	ReplaceAny bool
+
+	Yield target.Yield // called while the transaction waits for others; may be nil
 }
 
 // NewTransaction begins the Transaction of one deployment with what all connectors have in
@@ -94,6 +101,7 @@ func NewTransaction(p target.Params, m *target.Material) Transaction {
 		Verify:     p.Common.Verify(m.Leaf),
 		Backups:    p.Common.Retention,
 		ReplaceAny: p.Common.ReplaceAny,
+		Yield:      p.Yield,
 	}
 }
 
@@ -117,17 +125,23 @@ func (s *Store) openDirs() (err error) {
 	return err
 }
 
-// Close releases the Store's directory handles.
-func (s *Store) Close() error { return errors.Join(s.backups.Close(), s.journal.Close()) }
-
 // acquire waits for the target and returns how to release it.
-func (s *Store) acquire(ctx context.Context, id string) (release func(), err error) {
+func (s *Store) acquire(ctx context.Context, id string, yield target.Yield) (release func(), err error) {
 	if !api.ValidID(id) {
 		return nil, fmt.Errorf("target id %q is not valid", id)
 	}
-	release, err = s.targets.Acquire(ctx, id)
+	if release, ok := s.targets.Try(id); ok {
+		return release, nil
+	}
+	err = waitFor(ctx, yield, func(ctx context.Context) (err error) {
+		release, err = s.targets.Acquire(ctx, id)
+		return err
+	})
 	if err != nil {
-		return nil, fmt.Errorf("wait for another deployment of target %s: %w", id, err)
+		if release != nil {
+			release()
+		}
+		return nil, &target.BusyError{Err: fmt.Errorf("wait for another deployment of target %s: %w", id, err)}
 	}
 	return release, nil
 }

@@ -5,11 +5,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -21,6 +24,8 @@ func TestTwoProcesses(t *testing.T) {
 	w.old(t)
 	child := exec.Command(os.Args[0])
 	child.Env = []string{"FILESET_CHILD=lock", "DIR=" + w.path("site")}
+	_, err := child.StdinPipe()
+	check(t, err)
 	out, err := child.StdoutPipe()
 	check(t, err)
 	check(t, child.Start())
@@ -48,17 +53,39 @@ func TestTwoProcesses(t *testing.T) {
 	w.want(t, false, "new")
 }
 
+// childLock holds a lock until its standard input ends; with PASS in a child
+// that outlives it, with RUNS_AS as that user.
 func childLock() int {
-	d, err := resolveDir(os.Getenv("DIR"))
-	if err == nil {
-		_, err = lock(context.Background(), []*dir{d}, time.Second, slog.New(slog.DiscardHandler))
-	}
+	err := func() error {
+		if os.Getenv("HELD") == "" {
+			dir, err := os.Open(os.Getenv("DIR"))
+			if err == nil {
+				err = syscall.Flock(int(dir.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+			}
+			if err != nil {
+				return err
+			}
+			defer dir.Close()
+			if os.Getenv("PASS") != "" {
+				heir := exec.Command(os.Args[0])
+				heir.Env = append(os.Environ(), "HELD=1")
+				heir.Stdin, heir.Stdout, heir.ExtraFiles = os.Stdin, os.Stdout, []*os.File{dir}
+				return heir.Start()
+			}
+		}
+		if uid, err := strconv.Atoi(os.Getenv("RUNS_AS")); err == nil {
+			if err := syscall.Setuid(uid); err != nil {
+				return err
+			}
+		}
+		fmt.Println("locked")
+		_, err := io.Copy(io.Discard, os.Stdin)
+		return err
+	}()
 	if err != nil {
 		fmt.Println(err)
 		return 1
 	}
-	fmt.Println("locked")
-	time.Sleep(time.Minute) // killed long before
 	return 0
 }
 
@@ -77,11 +104,16 @@ func TestLockOrder(t *testing.T) {
 		}
 	}
 	dirs[1][0], dirs[1][2] = dirs[1][2], dirs[1][0]
+	// Two of them, since one has a table of its own beside the files' locks.
+	var stores [2]Store
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
 	done := make(chan error)
 	for i := range dirs {
+		stores[i].opts.Log = slog.New(slog.DiscardHandler)
 		go func() {
 			for range 3 {
-				unlock, err := lock(t.Context(), dirs[i], 10*time.Second, slog.New(slog.DiscardHandler))
+				unlock, err := stores[i].lock(ctx, dirs[i], nil)
 				if err != nil {
 					done <- err
 					return

@@ -5,22 +5,33 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"runtime/debug"
 	"slices"
 	"strings"
+	"syscall"
+	"time"
+
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/target"
 )
+
+// recoverWait bounds the wait for the directories of a target that is to be
+// recovered. Another try comes later.
+const recoverWait = 10 * time.Second
 
 // Recovery is what Recover found. Each list holds target ids.
 type Recovery struct {
 	RolledBack []string // the old files are in place again
 	Finished   []string // the new files were in place for good already
 	SetAside   []string // the record cannot be followed: a person should look
-	Failed     []string // to be tried again by the next Recover or Deploy
-	Reloads    int      // how many reloads ReloadRecovered has to do
+	Failed     []string // to be tried again by Repair, and before a deployment
+	Reloads    int      // how many reloads Repair has to do
 }
 
-// Recover undoes or finishes every transaction that a crash interrupted. It
-// must run before the first Deploy. What it finds in a single target is logged
-// and never an error, since it must not keep the agent from serving others.
+// Recover undoes or finishes every transaction that a crash interrupted, as far
+// as that is possible within startWait. It must run before the first Deploy.
+// What it finds in a single target is logged and never an error, since it must
+// not keep the agent from serving others.
 func (s *Store) Recover(ctx context.Context) (Recovery, error) {
 	var found Recovery
 	if err := s.sweep(s.journal); err != nil {
@@ -30,13 +41,110 @@ func (s *Store) Recover(ctx context.Context) (Recovery, error) {
 	if err != nil {
 		return found, err
 	}
-	for _, id := range ids {
+	until, cancel := patience(ctx, startWait)
+	defer cancel()
+	flights := make([]*flight, len(ids))
+	for i, id := range ids {
+		flights[i] = s.fly(ctx, ctx, id, false)
+	}
+	for i, id := range ids {
+		f, err := flights[i], errNoAnswer
+		if f.await(until) {
+			err = f.err
+		}
 		if ctx.Err() != nil {
 			return found, context.Cause(ctx)
 		}
-		s.recoverTarget(ctx, id, &found)
+		list := &found.Failed
+		switch {
+		case err != nil:
+			s.opts.Log.Error("an interrupted deployment could not be undone and will be tried again: until then nothing is deployed to its target", "target", id, "error", err)
+		case f.outcome == setAside:
+			list = &found.SetAside
+		case f.outcome == finished:
+			list = &found.Finished
+		default:
+			list = &found.RolledBack
+		}
+		*list = append(*list, id)
+		if err == nil && f.owing {
+			found.Reloads++
+		}
 	}
 	return found, nil
+}
+
+// Repair does what interrupted transactions still need: it undoes or finishes
+// those that could not be before, and runs the reloads that this made
+// necessary. What fails is in the error, and is tried again by the next call.
+// Calls ends when the agent stops and bounds waiting; work bounds the reloads.
+func (s *Store) Repair(calls, work context.Context) error {
+	ids, err := s.recorded()
+	errs := []error{err}
+	until, cancel := patience(calls, repairWait)
+	defer cancel()
+	for _, id := range ids {
+		s.fly(calls, work, id, true)
+	}
+	for _, id := range ids {
+		// One that was under way already may end before the reload.
+		f := s.fly(calls, work, id, true)
+		ended := f.await(until)
+		for ended && !f.reload {
+			f = s.fly(calls, work, id, true)
+			ended = f.await(until)
+		}
+		switch {
+		case !ended:
+			errs = append(errs, fmt.Errorf("recover target %s: %w", id, errNoAnswer))
+		case f.err != nil && !errors.Is(f.err, errUnderWay):
+			errs = append(errs, fmt.Errorf("recover target %s: %w", id, f.err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Settle makes sure that no interrupted transaction can undo, later, what a
+// deployment to target id is about to do with the key at keyPath: those of the
+// target and those that put that key in place. An error is a target.BusyError.
+func (s *Store) Settle(ctx context.Context, id, keyPath string) error {
+	ids, err := s.recorded()
+	if err != nil {
+		return &target.BusyError{Err: err}
+	}
+	until, enough := patience(ctx, settleWait+closeWait)
+	defer enough()
+	ctx, cancel := context.WithTimeoutCause(ctx, settleWait, fmt.Errorf("given up after %s", settleWait))
+	defer cancel()
+	for _, other := range ids {
+		if !s.concerns(other, id, keyPath) {
+			continue
+		}
+		f := s.fly(ctx, ctx, other, false)
+		select {
+		case <-f.done:
+		case <-until:
+			return unsettledError(other, errNoAnswer)
+		}
+		if f.err != nil {
+			return unsettledError(other, f.err)
+		}
+	}
+	return nil
+}
+
+// concerns reports whether the record of a target has to be settled before a
+// deployment to target id.
+func (s *Store) concerns(recorded, id, keyPath string) bool {
+	if recorded == id && s.flying(id) {
+		return true
+	}
+	r, err := s.load(recorded)
+	if recorded == id {
+		return err != nil || r != nil && r.Phase != restored
+	}
+	return err == nil && r != nil && r.Phase == swapping &&
+		slices.ContainsFunc(r.Files, func(e entry) bool { return e.Private && e.Path == keyPath })
 }
 
 // recorded lists the targets that have a journal record.
@@ -54,34 +162,47 @@ func (s *Store) recorded() ([]string, error) {
 	return ids, nil
 }
 
-func (s *Store) recoverTarget(ctx context.Context, id string, found *Recovery) {
-	log := s.opts.Log.With("target", id)
-	release, err := s.acquire(ctx, id)
-	if err != nil {
-		log.Error("journal record is not usable", "file", s.journal.join(id+recordSuffix), "error", err)
-		found.Failed = append(found.Failed, id)
-		return
+// recoverTarget is one flight.
+func (s *Store) recoverTarget(calls, work context.Context, id string, f *flight) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+		}
+	}()
+	if !api.ValidID(id) {
+		return fmt.Errorf("journal record %s is not usable: target id %q is not valid", s.journal.join(id+recordSuffix), id)
+	}
+	release, ok := s.targets.Try(id)
+	if !ok {
+		return errUnderWay
 	}
 	defer release()
+	ctx, cancel := context.WithTimeoutCause(calls, recoverWait, fmt.Errorf("given up after %s", recoverWait))
+	defer cancel()
 	r, err := s.load(id)
-	list := &found.Failed
-	outcome, err := s.recoverLoaded(ctx, id, r, err)
-	switch {
-	case err != nil:
-		log.Error("an interrupted deployment could not be undone and will be tried again", "error", err)
-	case outcome == setAside:
-		list = &found.SetAside
-	case outcome == finished:
-		list = &found.Finished
+	if r == nil && err == nil {
+		return nil // settled meanwhile
+	}
+	known := r != nil && r.Phase == restored
+	if f.outcome, err = s.recoverLoaded(ctx, id, r, err); err != nil {
+		return err
+	}
+	switch log := s.opts.Log.With("target", id); {
+	case known || f.outcome == setAside: // which has a line of its own
+	case f.outcome == finished:
 		log.Info("finished an interrupted deployment: the new files are in place")
 	default:
-		list = &found.RolledBack
 		log.Warn("undid an interrupted deployment: the old files are in place")
 	}
-	*list = append(*list, id)
-	if r, err := s.load(id); err == nil && r != nil && r.Phase == restored && r.Reload != nil {
-		found.Reloads++
+	if r, err = s.load(id); err != nil || r == nil || r.Phase != restored || r.Reload == nil {
+		// Without a command only the next deployment can tell the server, and
+		// it will, as long as the record is there.
+		return err
 	}
+	if f.owing = true; !f.reload {
+		return nil
+	}
+	return s.reloadOwed(ctx, work, r, f)
 }
 
 // An outcome is how recovery of one target ended.
@@ -121,7 +242,9 @@ func (s *Store) undo(ctx context.Context, r *record) error {
 	if err != nil {
 		return err
 	}
-	unlock, err := lock(ctx, directories(files), recoverWait, s.opts.Log)
+	ctx, cancel := context.WithTimeoutCause(ctx, recoverWait, fmt.Errorf("given up after %s", recoverWait))
+	defer cancel()
+	unlock, err := s.lock(ctx, directories(files), nil)
 	if err != nil {
 		return err
 	}
@@ -217,6 +340,13 @@ func (s *Store) compare(r *record, files []*dest) error {
 	return s.fetch(r, files)
 }
 
+// transient reports whether another try to read a backup may succeed: there was
+// an input error or were too many open files, and not no such file.
+func transient(err error) bool {
+	errno, ok := errors.AsType[syscall.Errno](err)
+	return ok && errno != syscall.ENOENT && errno != syscall.ENOTDIR
+}
+
 // fetch reads the old files that have to be put back from their backups.
 func (s *Store) fetch(r *record, files []*dest) error {
 	for _, f := range files {
@@ -224,11 +354,17 @@ func (s *Store) fetch(r *record, files []*dest) error {
 			continue
 		}
 		set, err := s.openSet(r)
+		if transient(err) {
+			return fmt.Errorf("backup of %s: %w", f.Path, err)
+		}
 		if err != nil {
 			return &damagedError{err}
 		}
 		f.old, _, _, err = read(set, f.Old.Backup)
 		set.Close()
+		if transient(err) {
+			return fmt.Errorf("backup of %s: %w", f.Path, reason(err))
+		}
 		if err != nil {
 			return &damagedError{fmt.Errorf("backup of %s: %w", f.Path, reason(err))}
 		}
@@ -239,50 +375,34 @@ func (s *Store) fetch(r *record, files []*dest) error {
 	return nil
 }
 
-// ReloadRecovered runs the reloads that recovery made necessary. Those that
-// fail are in the error, and are tried again by the next call.
-func (s *Store) ReloadRecovered(ctx context.Context) error {
-	ids, err := s.recorded()
-	errs := []error{err}
-	for _, id := range ids {
-		if err := s.reloadOwed(ctx, id); err != nil {
-			errs = append(errs, fmt.Errorf("reload target %s after recovery: %w", id, err))
-		}
-	}
-	return errors.Join(errs...)
-}
-
-func (s *Store) reloadOwed(ctx context.Context, id string) error {
-	release, err := s.acquire(ctx, id)
-	if err != nil {
-		return err
-	}
-	defer release()
-	r, err := s.load(id)
-	// Without a command only the next deployment can tell the server, and it
-	// will, as long as the record is there.
-	if err != nil || r == nil || r.Phase != restored || r.Reload == nil {
-		return err
-	}
+// reloadOwed runs the reload that a record asks for. Ctx bounds the wait for the
+// directories.
+func (s *Store) reloadOwed(ctx, work context.Context, r *record, f *flight) error {
 	files, _, err := reopen(r)
 	defer closeAll(files)
 	if err != nil {
 		return err
 	}
 	// Another agent could be half-way through the same directories.
-	unlock, err := lock(ctx, directories(files), lockWait, s.opts.Log)
+	unlock, err := s.lock(ctx, directories(files), nil)
 	if err != nil {
 		return err
 	}
 	defer unlock()
+	f.land()
+	release, err := s.reloads.Acquire(work, "")
+	if err != nil {
+		return err
+	}
+	defer release()
 	// What may run could have been narrowed since, for the sake of this very
 	// command.
 	c, err := s.opts.Policy.Command(strings.Join(r.Reload.Argv, " "), r.Reload.Timeout)
 	if err != nil {
 		return err
 	}
-	if err := s.command(ctx, &c); err != nil {
-		return err
+	if err := s.command(work, &c); err != nil {
+		return fmt.Errorf("reload: %w", err)
 	}
-	return s.forget(id)
+	return s.forget(r.Target)
 }

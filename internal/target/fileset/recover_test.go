@@ -55,7 +55,7 @@ func TestRecover(t *testing.T) {
 	if len(ran) > 0 {
 		t.Errorf("ran %q before the agent was ready", ran)
 	}
-	check(t, s.ReloadRecovered(t.Context()))
+	check(t, s.Repair(t.Context(), t.Context()))
 	if !slices.Equal(ran, []string{"reload"}) || len(w.journal(t)) > 0 {
 		t.Errorf("ran %q, journal %v", ran, w.journal(t))
 	}
@@ -71,7 +71,7 @@ func TestRecoveredReloadIsRefused(t *testing.T) {
 	s.opts.Run = func(context.Context, target.Command) error { t.Error("it ran"); return nil }
 	_, err := s.Recover(t.Context())
 	check(t, err)
-	if err := s.ReloadRecovered(t.Context()); err == nil || !strings.Contains(err.Error(), "CERTCTL_ALLOWED_COMMANDS") {
+	if err := s.Repair(t.Context(), t.Context()); err == nil || !strings.Contains(err.Error(), "CERTCTL_ALLOWED_COMMANDS") {
 		t.Errorf("got error %v", err)
 	}
 }
@@ -221,7 +221,7 @@ func TestRecoverAgain(t *testing.T) {
 	if err != nil || !slices.Equal(found.Failed, []string{"t1"}) {
 		t.Errorf("found %+v, %v", found, err)
 	}
-	if _, err := s.Deploy(t.Context(), w.renewal()); err == nil || !strings.Contains(err.Error(), "an earlier deployment of this target was interrupted") {
+	if _, err := s.Deploy(t.Context(), w.renewal()); err == nil || !strings.Contains(err.Error(), "an earlier deployment of target t1 was interrupted") {
 		t.Errorf("a deployment on top of it: %v", err)
 	}
 	s.disk.before = nil
@@ -248,7 +248,7 @@ func TestStrayJournalFiles(t *testing.T) {
 	if left := w.leftovers(); len(left) > 0 {
 		t.Errorf("left behind: %v", left)
 	}
-	if err := s.ReloadRecovered(t.Context()); err == nil {
+	if err := s.Repair(t.Context(), t.Context()); err == nil {
 		t.Error("a record that cannot be read is no error")
 	}
 }
