@@ -23,6 +23,11 @@ func (c *checker) disk() {
 	if c.config.StateDir != "" {
 		c.directory("state directory", c.config.StateDir)
 	}
+	if c.config.StateDir != "" && c.config.Server != nil {
+		for _, warning := range abandonedWarnings(c.config) {
+			c.warn("earlier state", "", "%s", warning)
+		}
+	}
 }
 
 func (c *checker) directory(check, path string) {

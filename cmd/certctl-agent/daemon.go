@@ -11,6 +11,7 @@ import (
 	"os/signal"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -51,10 +52,12 @@ type daemon struct {
 	keys   *keystore.Store
 	ledger *ledger.Ledger
 	served *inventory.Inventory
-	files  *fileset.Store
-	plane  *controlplane.Client
-	key    atomic.Pointer[func() secret.String] // where the client gets the API key; replaced by a reload
-	agent  *agent.Agent
+
+	abandoned []string // warnings of state that an earlier agent id left
+	files     *fileset.Store
+	plane     *controlplane.Client
+	key       atomic.Pointer[func() secret.String] // where the client gets the API key; replaced by a reload
+	agent     *agent.Agent
 
 	hangups chan os.Signal // SIGHUP
 	closers []func()
@@ -121,6 +124,10 @@ func (d *daemon) open(ctx context.Context, p process) error {
 	if d.state.Cloned {
 		d.log.Warn(clonedWarning, "state_dir", d.state.Path)
 	}
+	d.abandoned = abandonedWarnings(cfg)
+	for _, warning := range d.abandoned {
+		d.log.Warn("earlier state", "warning", warning)
+	}
 	if d.ledger, err = ledger.Open(d.state.Root, d.log); err != nil {
 		return err
 	}
@@ -151,6 +158,26 @@ func (d *daemon) open(ctx context.Context, p process) error {
 }
 
 const clonedWarning = "this state was written on another machine: if this one is a copy of it, both now act as the same agent; register this host under an id of its own, or remove the file \"machine\" in the state directory if the host was only moved"
+
+// abandonedWarnings tell of deployments that were interrupted under another
+// agent id or control plane. They are not undone here: such a record does not
+// say which host it is of, and a key directory can come with a disk.
+func abandonedWarnings(cfg *config.Config) []string {
+	var warnings []string
+	for _, dir := range statedir.Abandoned(cfg.InstanceStateDir()) {
+		ids, err := fileset.Interrupted(dir)
+		if err != nil || len(ids) == 0 {
+			continue
+		}
+		list := printable.Clip(strings.Join(ids, ", "), maxAbandoned)
+		warnings = append(warnings, fmt.Sprintf("deployments were interrupted under another agent id or server, and their files may not match (targets %s): "+
+			"start the agent once with the earlier -agent-id and -server, which undoes them, or check these files and remove %s", list, dir))
+	}
+	return warnings
+}
+
+// maxAbandoned bounds the ids in one warning, in bytes.
+const maxAbandoned = 1 << 10
 
 // policy is what the control plane may make this host write and run.
 func (d *daemon) policy() *target.Policy {
@@ -268,10 +295,11 @@ func passwords(cfg *config.Config) func() ([]secret.String, error) {
 }
 
 func (d *daemon) standingWarnings() []string {
+	warnings := slices.Concat(d.config.Warnings, d.abandoned)
 	if d.state.Cloned {
-		return slices.Concat(d.config.Warnings, []string{clonedWarning})
+		warnings = append(warnings, clonedWarning)
 	}
-	return d.config.Warnings
+	return warnings
 }
 
 // serve runs the loop, with the status socket and SIGHUP beside it.

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path"
+	"path/filepath"
 	"strings"
 	"syscall"
 )
@@ -129,6 +130,29 @@ func Remove(root *os.Root, name string) error {
 		return err
 	}
 	return SyncDir(root, path.Dir(name))
+}
+
+// MkdirAll makes a directory, 0700, and what is missing above it, durably: one
+// that a power failure takes away takes everything in it along.
+func MkdirAll(dir string) error {
+	if _, err := os.Stat(dir); err == nil || !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	parent := filepath.Dir(dir)
+	if parent != dir {
+		if err := MkdirAll(parent); err != nil {
+			return err
+		}
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	root, err := os.OpenRoot(parent)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	return SyncDir(root, ".")
 }
 
 // SyncDir makes what was created, renamed or removed in a directory durable.

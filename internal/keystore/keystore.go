@@ -111,7 +111,7 @@ func OpenAs(owner Owner, dir string, log *slog.Logger) (*Store, error) {
 	if err := Inspect(dir, owner); err != nil {
 		return nil, err
 	}
-	if err := makeDir(dir); err != nil {
+	if err := atomicfile.MkdirAll(dir); err != nil {
 		return nil, fmt.Errorf("make the key directory: %w", err)
 	}
 	root, err := os.OpenRoot(dir)
@@ -145,29 +145,6 @@ func (s *Store) Close() error {
 		s.lock.Close()
 	}
 	return s.root.Close()
-}
-
-// makeDir makes dir and what is missing above it, durably: a directory that a
-// power failure takes away takes the keys in it along.
-func makeDir(dir string) error {
-	if _, err := os.Stat(dir); err == nil || !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	parent := filepath.Dir(dir)
-	if parent != dir {
-		if err := makeDir(parent); err != nil {
-			return err
-		}
-	}
-	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-		return err
-	}
-	root, err := os.OpenRoot(parent)
-	if err != nil {
-		return err
-	}
-	defer root.Close()
-	return atomicfile.SyncDir(root, ".")
 }
 
 // tighten takes access to the directory from everybody else. A volume whose

@@ -9,8 +9,10 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
 
 	"certctl-agent/internal/atomicfile"
 )
@@ -18,6 +20,10 @@ import (
 const (
 	lockFile    = "lock"
 	machineFile = "machine"
+
+	// Abandoned holds a lock for a moment, which must not refuse a start.
+	lockTries = 3
+	lockPause = 50 * time.Millisecond
 )
 
 // ErrLocked means that another process runs with the same state.
@@ -35,7 +41,8 @@ type Dir struct {
 	lock *os.File
 }
 
-// Open makes path and everything above it that is missing, 0700, and locks it.
+// Open makes path and everything above it that is missing, 0700 and durably, and
+// locks it.
 // The error is ErrLocked when another process holds the lock; the lock ends
 // with the process, however it ends.
 //
@@ -43,7 +50,7 @@ type Dir struct {
 // it is kept only as a hash together with agentID. Empty: not known, and the
 // state is not tied to a machine.
 func Open(path, agentID, machineID string) (*Dir, error) {
-	if err := os.MkdirAll(path, 0o700); err != nil {
+	if err := atomicfile.MkdirAll(path); err != nil {
 		return nil, fmt.Errorf("make the state directory: %w", err)
 	}
 	if err := tighten(path); err != nil {
@@ -85,10 +92,12 @@ func (d *Dir) acquire() error {
 	if err != nil {
 		return fmt.Errorf("open the lock of the state directory %s: %w", d.Path, err)
 	}
-	err = syscall.Flock(int(file.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
-	if err == nil {
-		d.lock = file
-		return nil
+	for range lockTries {
+		if err = syscall.Flock(int(file.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err == nil {
+			d.lock = file
+			return nil
+		}
+		time.Sleep(lockPause)
 	}
 	file.Close()
 	if errors.Is(err, syscall.EWOULDBLOCK) {
@@ -114,6 +123,37 @@ func (d *Dir) identify(agentID, machineID string) error {
 	}
 	d.Cloned = strings.TrimSpace(string(was)) != want
 	return nil
+}
+
+// maxSiblings bounds the directories that Abandoned looks at.
+const maxSiblings = 100
+
+// Abandoned lists the state directories beside path with which no agent runs: of
+// an agent id or a control plane that this host had before. It changes nothing.
+func Abandoned(path string) []string {
+	base, own := filepath.Split(path)
+	entries, err := os.ReadDir(base)
+	if err != nil {
+		return nil // there is none yet
+	}
+	var left []string
+	for _, entry := range entries[:min(len(entries), maxSiblings)] {
+		other := filepath.Join(base, entry.Name())
+		if entry.IsDir() && entry.Name() != own && unlocked(filepath.Join(other, lockFile)) {
+			left = append(left, other)
+		}
+	}
+	return left
+}
+
+// unlocked reports whether a lock file is there and nobody holds it.
+func unlocked(path string) bool {
+	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK|syscall.O_NOFOLLOW, 0)
+	if err != nil {
+		return false
+	}
+	defer file.Close()
+	return syscall.Flock(int(file.Fd()), syscall.LOCK_SH|syscall.LOCK_NB) == nil
 }
 
 // Close gives up the lock.

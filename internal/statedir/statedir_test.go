@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -85,5 +86,32 @@ func TestCloneIsNoticed(t *testing.T) {
 				t.Error("the machine id itself is on disk")
 			}
 		})
+	}
+}
+
+func TestAbandoned(t *testing.T) {
+	base := t.TempDir()
+	if got := statedir.Abandoned(filepath.Join(base, "none", "x")); len(got) > 0 {
+		t.Errorf("before the first start: %v", got)
+	}
+	for _, name := range []string{"own", "running", "left"} {
+		d, err := statedir.Open(filepath.Join(base, name), "agent-1", "m")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if name == "running" {
+			defer d.Close()
+		} else {
+			d.Close()
+		}
+	}
+	if err := os.Mkdir(filepath.Join(base, "other"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	want := []string{filepath.Join(base, "left")}
+	for range 2 {
+		if got := statedir.Abandoned(filepath.Join(base, "own")); !slices.Equal(got, want) {
+			t.Errorf("got %v, want %v", got, want)
+		}
 	}
 }

@@ -182,6 +182,30 @@ func TestDeadMount(t *testing.T) {
 	})
 }
 
+// TestInterrupted: it tells of another agent's transaction, and leaves it alone.
+func TestInterrupted(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	w.old(t)
+	if got, err := Interrupted(w.path("state")); err != nil || len(got) > 0 {
+		t.Errorf("before the first start: %v, %v", got, err)
+	}
+	w.torn(t)
+	w.write(t, "state/journal/t2.json", []byte("rotten"), 0o600)
+	for range 2 {
+		if got, err := Interrupted(w.path("state")); err != nil || !slices.Equal(got, []string{"t1", "t2"}) {
+			t.Errorf("got %v, %v", got, err)
+		}
+	}
+	s := w.mustStore(t, nil)
+	s.opts.Run = func(context.Context, target.Command) error { return errors.New("not now") }
+	if err := s.Repair(t.Context(), t.Context()); err == nil {
+		t.Fatal("the reload did not fail")
+	}
+	if got, err := Interrupted(w.path("state")); err != nil || len(got) > 0 {
+		t.Errorf("when the files are in place: %v, %v", got, err)
+	}
+}
+
 // TestContested: a file that the recovery of another target has yet to put back
 // is not replaced: recovery would take it for somebody's own.
 func TestContested(t *testing.T) {

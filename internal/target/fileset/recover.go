@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
+	"path/filepath"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -145,6 +147,25 @@ func (s *Store) concerns(recorded, id, keyPath string) bool {
 	}
 	return err == nil && r != nil && r.Phase == swapping &&
 		slices.ContainsFunc(r.Files, func(e entry) bool { return e.Private && e.Path == keyPath })
+}
+
+// Interrupted lists the targets whose transactions another agent, with the state
+// directory at path, did not bring to an end. It changes nothing.
+func Interrupted(path string) ([]string, error) {
+	root, err := os.OpenRoot(filepath.Join(path, "journal"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open the journal: %w", err)
+	}
+	defer root.Close()
+	s := &Store{journal: &dir{Root: root, path: root.Name()}}
+	ids, err := s.recorded()
+	return slices.DeleteFunc(ids, func(id string) bool {
+		r, err := s.load(id)
+		return err == nil && (r == nil || r.Phase == restored || r.Phase == committed)
+	}), err
 }
 
 // recorded lists the targets that have a journal record.

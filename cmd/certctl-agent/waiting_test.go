@@ -1,0 +1,132 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/devplane"
+)
+
+// lock holds the lock of a directory, as another program of the agent's user.
+func (h *host) lock(path string) (unlock func()) {
+	h.t.Helper()
+	dir, err := os.Open(path)
+	if err == nil {
+		err = syscall.Flock(int(dir.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	}
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return func() { dir.Close() }
+}
+
+// interrupted deploys a certificate, and kills the agent in the middle of its
+// renewal: its files are new, and nothing is proven.
+func (h *host) interrupted() (certificate, old string) {
+	h.t.Helper()
+	certificate = h.deployed()
+	old = h.pair(certificate)
+	agent := h.start()
+	release := h.hold("reload")
+	h.plane.StartRenewal(certificate)
+	h.waitHeld("reload")
+	agent.kill()
+	release()
+	return certificate, old
+}
+
+// TestRecoveredLater: what could not be undone at the start is undone when it
+// can be, and the job that waited for that is carried out.
+func TestRecoveredLater(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, devplane.Options{})
+	certificate, old := h.interrupted()
+	unlock := h.lock(h.path("tls"))
+	agent := h.start()
+	agent.waitLog("ready")
+	agent.waitLog("could not be undone", fmt.Sprintf("process %d", os.Getpid()))
+	agent.waitLog("deployment not begun", "interrupted")
+	if got := h.plane.Deployments(certificate); got[len(got)-1].Status == api.StatusFailed {
+		t.Errorf("the job has failed for good: %s", got[len(got)-1].Error)
+	}
+	reloads := h.ran("reload")
+	unlock()
+	agent.waitLog("undid an interrupted deployment")
+	h.waitDeployment(certificate, 2, api.StatusCompleted)
+	if h.pair(certificate) == old {
+		t.Error("the old certificate is in place")
+	}
+	if h.ran("reload") == reloads {
+		t.Error("nothing was reloaded")
+	}
+	agent.stop()
+}
+
+// TestHeadOfLine: one reload hangs, and its certificate has as many targets as
+// there are slots. Another certificate is deployed meanwhile.
+func TestHeadOfLine(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, devplane.Options{})
+	release := h.hold("reload")
+	defer release()
+	var targets []string
+	for i := range 4 {
+		targets = append(targets, h.target(fmt.Sprintf("x%d-", i)))
+	}
+	a := h.plane.AddCertificate(devplane.Certificate{CommonName: "a.example", SANs: []string{"a.example"}, Targets: targets})
+	if err := os.Mkdir(h.path("b"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	h.env["CERTCTL_ALLOWED_PATHS"] += "," + h.path("b")
+	config := h.nginx("")
+	config["cert_path"], config["key_path"], config["reload_command"] = h.path("b", "cert.pem"), h.path("b", "key.pem"), h.command("validate")
+	b := h.plane.AddCertificate(devplane.Certificate{CommonName: "b.example", SANs: []string{"b.example"},
+		Targets: []string{h.plane.AddTarget(devplane.Target{Agent: h.agentID, Type: "NGINX", Config: config})}})
+	agent := h.start()
+	h.plane.StartIssuance(a)
+	h.waitHeld("reload")
+	h.wait("four claimed", func() bool { return strings.Count(agent.output.String(), `"deployment claimed"`) == 4 })
+	h.plane.StartIssuance(b)
+	h.waitDeployment(b, 1, api.StatusCompleted)
+	for _, job := range h.plane.Deployments(a) {
+		if job.Status == api.StatusCompleted {
+			t.Errorf("job %s was completed, so its reload did not hang", job.ID)
+		}
+	}
+	release()
+	h.wait("the others", func() bool {
+		for _, job := range h.plane.Deployments(a) {
+			if job.Status != api.StatusCompleted {
+				return false
+			}
+		}
+		return true
+	})
+	agent.stop()
+}
+
+// TestEarlierState: a deployment that was interrupted under another agent id is
+// not passed over in silence.
+func TestEarlierState(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, devplane.Options{})
+	h.interrupted()
+	changes := map[string]string{"CERTCTL_AGENT_ID": h.plane.RegisterAgent("new")}
+	agent := h.startWith(changes)
+	agent.waitLog("earlier state", "interrupted under another agent id", h.path("keys", ".state"))
+	agent.stop()
+	if _, found := h.check(changes, "earlier state"); !strings.HasPrefix(found, "warning: ") {
+		t.Errorf("check says %q", found)
+	}
+	agent = h.start()
+	agent.waitLog("undid an interrupted deployment")
+	agent.waitLog("ready")
+	agent.stop()
+	if _, found := h.check(changes, "earlier state"); found != "" {
+		t.Errorf("afterwards check says %q", found)
+	}
+}
