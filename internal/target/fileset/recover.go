@@ -85,14 +85,14 @@ func (s *Store) Repair(calls, work context.Context) error {
 	errs := []error{err}
 	until, cancel := patience(calls, repairWait)
 	defer cancel()
-	for _, id := range ids {
-		s.fly(calls, work, id, true)
+	flights := make([]*flight, len(ids))
+	for i, id := range ids {
+		flights[i] = s.fly(calls, work, id, true)
 	}
-	for _, id := range ids {
-		// One that was under way already may end before the reload.
-		f := s.fly(calls, work, id, true)
+	for i, id := range ids {
+		f := flights[i]
 		ended := f.await(until)
-		for ended && !f.reload {
+		for ended && !f.reload { // it was under way already
 			f = s.fly(calls, work, id, true)
 			ended = f.await(until)
 		}
@@ -191,7 +191,7 @@ func (s *Store) recoverTarget(calls, work context.Context, id string, f *flight)
 		}
 	}()
 	if !api.ValidID(id) {
-		return fmt.Errorf("journal record %s is not usable: target id %q is not valid", s.journal.join(id+recordSuffix), id)
+		return fmt.Errorf("journal record is not usable: %s: target id %q is not valid", s.journal.join(id+recordSuffix), id)
 	}
 	release, ok := s.targets.Try(id)
 	if !ok {
