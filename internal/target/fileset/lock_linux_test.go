@@ -43,9 +43,11 @@ func TestForeignLock(t *testing.T) {
 			defer cancel()
 			tx := w.renewal()
 			tx.Yield = func(wait func(context.Context) error) error {
+				enough := time.Minute
 				if test.counts {
-					time.AfterFunc(100*time.Millisecond, cancel)
+					enough = 100 * time.Millisecond
 				}
+				defer time.AfterFunc(enough, cancel).Stop()
 				return wait(ctx)
 			}
 			_, err := s.Deploy(t.Context(), tx)
