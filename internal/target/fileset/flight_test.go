@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -125,10 +126,11 @@ func TestDeadMount(t *testing.T) {
 	w.old(t)
 	w.torn(t)
 	synctest.Test(t, func(t *testing.T) {
-		answer, hangs := make(chan struct{}), 0
+		answer := make(chan struct{})
+		var hangs atomic.Int64
 		s := w.mustStore(t, func(st step) error {
 			if strings.HasPrefix(st.path, w.path("site")) && st.op != "run" {
-				hangs++
+				hangs.Add(1)
 				<-answer
 			}
 			return nil
@@ -143,8 +145,8 @@ func TestDeadMount(t *testing.T) {
 				t.Errorf("Repair: %v", err)
 			}
 		}
-		if hangs != 1 {
-			t.Errorf("%d goroutines hang, want one for the target", hangs)
+		if got := hangs.Load(); got != 1 {
+			t.Errorf("%d goroutines hang, want one for the target", got)
 		}
 		began = time.Now()
 		err = s.Settle(t.Context(), "t1", "")
