@@ -11,6 +11,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -211,5 +212,41 @@ func TestModuleRequiresNothing(t *testing.T) {
 	}
 	if strings.Contains(string(data), "require") {
 		t.Errorf("go.mod requires something:\n%s", data)
+	}
+}
+
+// TestDocsNameTests: a promise in the docs whose test is gone is a promise that
+// nobody keeps. `package.TestName` names the last element of a package's path;
+// a name without a package may be in any.
+func TestDocsNameTests(t *testing.T) {
+	exists := make(map[string]bool)
+	for _, s := range sources(t) {
+		for _, declaration := range s.file.Decls {
+			if function, ok := declaration.(*ast.FuncDecl); ok && s.test {
+				exists[function.Name.Name] = true
+				exists[path.Base(s.dir)+"."+function.Name.Name] = true
+			}
+		}
+	}
+	docs, err := filepath.Glob(filepath.Join("..", "..", "docs", "*.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	named := regexp.MustCompile("`(?:[a-z/]*/)?((?:[a-z0-9-]+\\.)?(?:Test|Fuzz)[A-Z][A-Za-z0-9]*)`")
+	found := 0
+	for _, doc := range docs {
+		text, err := os.ReadFile(doc)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, match := range named.FindAllStringSubmatch(string(text), -1) {
+			found++
+			if !exists[match[1]] {
+				t.Errorf("%s names the test %s, which does not exist", filepath.Base(doc), match[1])
+			}
+		}
+	}
+	if found < 50 {
+		t.Errorf("the docs name %d tests: the pattern does not find them any more", found)
 	}
 }
