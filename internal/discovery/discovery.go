@@ -111,6 +111,9 @@ func New(o Options) (*Scanner, error) {
 	if err := errors.Join(problems...); err != nil {
 		return nil, err
 	}
+	if o.State != nil { // a kill may have left it half written
+		(&indexWriter{root: o.State, name: o.Index}).remove()
+	}
 	return &Scanner{opts: o, stall: stallAfter, racy: racyWindow, aside: runUnnoticed, names: maxListing, ownerTime: ownerTime, scanTime: scanTime, hung: make(map[string]int)}, nil
 }
 
