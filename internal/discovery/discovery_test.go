@@ -389,11 +389,12 @@ func TestCancel(t *testing.T) {
 	reason := errors.New("enough")
 	for _, after := range []int{1, 200} {
 		ctx, cancel := context.WithCancelCause(t.Context())
-		var at time.Time
-		n := 0
+		n, late := 0, 0
 		_, err := s.Scan(ctx, func(found []api.DiscoveredCertificate) error {
-			if n += len(found); n >= after && at.IsZero() {
-				at = time.Now()
+			if ctx.Err() != nil {
+				late += len(found)
+			}
+			if n += len(found); n >= after {
 				cancel(reason)
 			}
 			return nil
@@ -401,8 +402,8 @@ func TestCancel(t *testing.T) {
 		if !errors.Is(err, context.Canceled) && !errors.Is(err, reason) {
 			t.Errorf("error %v, want the cancellation", err)
 		}
-		if took := time.Since(at); took > 100*time.Millisecond {
-			t.Errorf("returned %v after it was cancelled, want at most 100ms", took)
+		if late > 0 {
+			t.Errorf("%d certificates were handed out after the scan was cancelled", late)
 		}
 	}
 	_, err = s.Scan(t.Context(), func([]api.DiscoveredCertificate) error { return reason })
