@@ -16,12 +16,11 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-
-	"certctl-agent/internal/e2e"
 	"time"
 	"unicode/utf16"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/e2e"
 )
 
 // isUncommon: pkix has no name for it.
