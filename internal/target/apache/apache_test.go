@@ -1,12 +1,17 @@
 package apache
 
 import (
+	"bytes"
+	"context"
+	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"certctl-agent/internal/target"
 	"certctl-agent/internal/target/fileset"
 	"certctl-agent/internal/target/targettest"
+	"certctl-agent/internal/testca"
 )
 
 var build = targettest.Constructor(New)
@@ -34,4 +39,28 @@ func TestConformance(t *testing.T) {
 			return map[string][]byte{"cert.pem": append(targettest.PEM(m.Leaf), targettest.PEM(m.Chain...)...), "key.pem": m.KeyPEM}
 		},
 	})
+}
+
+// TestOtherBlocks: httpd reads DH PARAMETERS from the certificate's file.
+func TestOtherBlocks(t *testing.T) {
+	const parameters = "-----BEGIN DH PARAMETERS-----\nMAA=\n-----END DH PARAMETERS-----\n"
+	host, ca := targettest.NewHost(t, func(context.Context, target.Command) error { return nil }), testca.Must(t)
+	path, old := filepath.Join(host.Dir, "cert.pem"), host.Material(t, ca)
+	if err := os.WriteFile(path, slices.Concat([]byte(parameters), targettest.PEM(old.Leaf)), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	config := map[string]any{
+		"cert_path": path, "key_path": filepath.Join(host.Dir, "key.pem"), "validate_command": "true", "reload_command": "true",
+	}
+	m := host.Material(t, ca)
+	for _, unchanged := range []bool{false, true} {
+		result, err := host.Deploy(t.Context(), "Apache", build, config, m)
+		if err != nil || result.Unchanged != unchanged {
+			t.Fatalf("got %+v, %v, want it unchanged: %v", result, err, unchanged)
+		}
+		got, err := os.ReadFile(path)
+		if want := slices.Concat(targettest.PEM(m.Leaf), targettest.PEM(m.Chain...), []byte(parameters)); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("got\n%swant\n%s(%v)", got, want, err)
+		}
+	}
 }

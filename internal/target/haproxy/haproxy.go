@@ -4,9 +4,7 @@ package haproxy
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/target"
@@ -53,27 +51,15 @@ func New(p target.Params, files *fileset.Store) (*Connector, error) {
 func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Result, error) {
 	data := append(pemutil.EncodeCertificates(m.Leaf), pemutil.EncodeCertificates(m.Chain...)...)
 	data = append(data, m.Key()...)
-	kept, err := c.others()
+	// HAProxy finds each kind of block wherever it stands
+	// (https://docs.haproxy.org/2.6/configuration.html#5.1-crt).
+	kept, err := target.OtherBlocks(c.config.PEMPath)
 	if err != nil {
-		return target.Result{}, err
+		return target.Result{}, fmt.Errorf("pem_path: %w", err)
 	}
 	data = append(data, kept...)
 	tx := fileset.NewTransaction(c.params, m)
 	tx.Files = []target.File{c.config.PEMFile.File(c.config.PEMPath, target.KeyFile, data)}
 	tx.Validate, tx.Reload = c.validate, c.reload
 	return c.files.Deploy(ctx, tx)
-}
-
-// others are the blocks of the file in place that a renewal does not replace,
-// such as DH PARAMETERS. HAProxy finds each kind wherever it stands
-// (https://docs.haproxy.org/2.6/configuration.html#5.1-crt).
-func (c *Connector) others() ([]byte, error) {
-	text, err := target.ReadServerFile(string(c.config.PEMPath))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("pem_path: %w", err)
-	}
-	return pemutil.OtherBlocks([]byte(text)), nil
 }
