@@ -12,11 +12,8 @@ PLATFORMS ?= linux/amd64 linux/arm64 darwin/amd64 darwin/arm64
 # What packages and images hold is dated by the commit, not by the clock.
 export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 LDFLAGS  := -s -w -buildid= -X $(PKG)/internal/buildinfo.version=$(VERSION) -X $(PKG)/internal/buildinfo.commit=$(COMMIT)
-# Inlining makes a tenth of the binary and helps only where there is a lot to
-# compute: the packages that a scan spends its time in keep it.
-INLINE   := runtime internal/runtime/... bytes strings $(PKG)/internal/discovery
 # Same bytes whatever the folder: no paths, no build id, no stamp of the clone.
-BUILD    := CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)' -gcflags=all=-l $(foreach p,$(INLINE),-gcflags='$(p)=')
+BUILD    := CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
 # The race detector needs a C compiler.
