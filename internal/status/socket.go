@@ -1,8 +1,6 @@
 package status
 
 import (
-	"bufio"
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -14,7 +12,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"sync"
 	"syscall"
 	"time"
 )
@@ -56,18 +53,14 @@ var (
 type Source func(ctx context.Context) (Snapshot, error)
 
 // Server answers on the socket: GET /status with the snapshot as JSON, GET
-// /metrics with Prometheus' text format. Each connection has one request. An
-// http.Server would do more than that, and make the program half a megabyte
-// larger.
+// /metrics with Prometheus' text format.
 type Server struct {
 	source   Source
 	listener *net.UnixListener
 	path     string
+	http     http.Server
 	log      *slog.Logger
-
-	open        context.Context // until Close
-	stop        context.CancelFunc
-	connections sync.WaitGroup
+	stop     context.CancelFunc // ends what requests wait for
 }
 
 // Listen makes the socket in a state directory, 0600 from the moment that it
@@ -87,34 +80,36 @@ func Listen(dir string, source Source, log *slog.Logger) (*Server, error) {
 		return nil, fmt.Errorf("listen on %s: %w", path, err)
 	}
 	s := &Server{source: source, listener: listener, path: path, log: log}
-	s.open, s.stop = context.WithCancel(context.Background())
+	open, stop := context.WithCancel(context.Background())
+	s.stop = stop
+	s.http = http.Server{
+		Handler:        s.routes(),
+		BaseContext:    func(net.Listener) context.Context { return open },
+		ReadTimeout:    ioTimeout,
+		WriteTimeout:   askTimeout + ioTimeout,
+		MaxHeaderBytes: maxRequest,
+		ErrorLog:       slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+	s.http.SetKeepAlivesEnabled(false)
 	return s, nil
 }
 
 // Serve answers until Close.
 func (s *Server) Serve() {
-	defer s.connections.Wait()
-	for {
-		conn, err := s.listener.Accept()
-		switch {
-		case err == nil:
-			s.connections.Go(func() { s.answer(conn) })
-		case s.open.Err() != nil:
-			return
-		default: // out of descriptors, for one
-			s.log.Warn("the status socket could not take a connection", "error", err)
-			select {
-			case <-time.After(time.Second):
-			case <-s.open.Done():
-			}
-		}
+	if err := s.http.Serve(s.listener); !errors.Is(err, http.ErrServerClosed) {
+		s.log.Warn("the status socket does not answer any more", "error", err)
 	}
 }
 
-// Close stops answering and removes the socket.
+// Close stops answering and removes the socket. The loop may have ended, so
+// requests that wait for it are told so.
 func (s *Server) Close() {
 	s.stop()
-	s.listener.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), ioTimeout)
+	defer cancel()
+	if s.http.Shutdown(ctx) != nil {
+		s.http.Close()
+	}
 	os.Remove(s.path)
 }
 
@@ -168,64 +163,31 @@ func dial(ctx context.Context, dir string) (net.Conn, error) {
 	return conn, err
 }
 
-// answer serves one connection.
-func (s *Server) answer(conn net.Conn) {
-	defer conn.Close()
-	defer context.AfterFunc(s.open, func() { conn.Close() })()
-	conn.SetDeadline(time.Now().Add(ioTimeout))
-	request, err := http.ReadRequest(bufio.NewReader(io.LimitReader(conn, maxRequest)))
-	if err != nil {
-		s.log.Debug("a request on the status socket cannot be read", "error", err)
-		return
-	}
-	conn.SetDeadline(time.Now().Add(askTimeout + ioTimeout))
-	status, contentType, body := s.respond(request)
-	response := http.Response{
-		StatusCode: status,
-		ProtoMajor: 1, ProtoMinor: 1,
-		Header:        http.Header{"Content-Type": {contentType}},
-		Body:          io.NopCloser(bytes.NewReader(body)),
-		ContentLength: int64(len(body)),
-		Close:         true,
-		Request:       request,
-	}
-	if err := response.Write(conn); err != nil {
-		s.log.Debug("status not delivered", "error", err)
-	}
+func (s *Server) routes() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /status", s.answer("application/json", func(w io.Writer, s Snapshot) error { return json.NewEncoder(w).Encode(s) }))
+	mux.HandleFunc("GET /metrics", s.answer(metricsType, WriteMetrics))
+	return mux
 }
 
-// respond says what a request is answered.
-func (s *Server) respond(request *http.Request) (status int, contentType string, body []byte) {
-	refuse := func(status int, text string) (int, string, []byte) {
-		return status, "text/plain; charset=utf-8", []byte(text + "\n")
+// answer serves a snapshot in one format.
+func (s *Server) answer(contentType string, write func(io.Writer, Snapshot) error) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		ctx, cancel := context.WithTimeout(r.Context(), askTimeout)
+		defer cancel()
+		snapshot, err := s.source(ctx)
+		if err != nil {
+			http.Error(w, "the agent's loop does not answer: "+err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+		if snapshot.Certificates == nil {
+			snapshot.Certificates = []Certificate{} // a list in JSON too
+		}
+		w.Header().Set("Content-Type", contentType)
+		if err := write(w, snapshot); err != nil {
+			s.log.Debug("status not delivered", "error", err)
+		}
 	}
-	if request.Method != http.MethodGet && request.Method != http.MethodHead {
-		return refuse(http.StatusMethodNotAllowed, "only GET is answered")
-	}
-	var write func(io.Writer, Snapshot) error
-	switch request.URL.Path {
-	case "/status":
-		contentType = "application/json"
-		write = func(w io.Writer, s Snapshot) error { return json.NewEncoder(w).Encode(s) }
-	case "/metrics":
-		contentType, write = metricsType, WriteMetrics
-	default:
-		return refuse(http.StatusNotFound, "there are /status and /metrics")
-	}
-	ctx, cancel := context.WithTimeout(s.open, askTimeout)
-	defer cancel()
-	snapshot, err := s.source(ctx)
-	if err != nil {
-		return refuse(http.StatusServiceUnavailable, "the agent's loop does not answer: "+err.Error())
-	}
-	if snapshot.Certificates == nil {
-		snapshot.Certificates = []Certificate{} // a list in JSON too
-	}
-	var out bytes.Buffer
-	if err := write(&out, snapshot); err != nil {
-		return refuse(http.StatusInternalServerError, err.Error())
-	}
-	return http.StatusOK, contentType, out.Bytes()
 }
 
 // Get asks the daemon of a state directory. The error is ErrNotRunning where

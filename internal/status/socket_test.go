@@ -143,9 +143,10 @@ func TestSocketOfTheDead(t *testing.T) {
 // ask has one request answered without a socket.
 func ask(t *testing.T, source Source, method, path string) (status int, contentType, body string) {
 	t.Helper()
-	s := &Server{source: source, open: t.Context(), log: slog.New(slog.DiscardHandler)}
-	status, contentType, answer := s.respond(httptest.NewRequest(method, path, nil))
-	return status, contentType, string(answer)
+	s := &Server{source: source, log: slog.New(slog.DiscardHandler)}
+	w := httptest.NewRecorder()
+	s.routes().ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), method, path, nil))
+	return w.Code, w.Header().Get("Content-Type"), w.Body.String()
 }
 
 // TestStuckLoop: what the loop does not answer is said in time, and is no
@@ -205,5 +206,29 @@ func TestPaths(t *testing.T) {
 	}
 	if _, got, _ := ask(t, fixed(Snapshot{}), http.MethodGet, "/metrics"); got != metricsType {
 		t.Errorf("metrics have the type %q, want %q", got, metricsType)
+	}
+}
+
+// TestCloseWhileTheLoopIsGone: nobody waits for an answer that does not come.
+func TestCloseWhileTheLoopIsGone(t *testing.T) {
+	dir, asked := shortDir(t), make(chan bool)
+	s := serve(t, dir, func(ctx context.Context) (Snapshot, error) {
+		close(asked)
+		<-ctx.Done()
+		return Snapshot{}, context.Cause(ctx)
+	})
+	answered := make(chan error)
+	go func() {
+		_, err := Get(t.Context(), dir)
+		answered <- err
+	}()
+	<-asked
+	begun := time.Now()
+	s.Close()
+	if took := time.Since(begun); took >= askTimeout {
+		t.Errorf("Close took %v", took)
+	}
+	if err := <-answered; err == nil {
+		t.Error("the request was answered")
 	}
 }
