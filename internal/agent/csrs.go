@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"net/http"
+	"slices"
 	"time"
 
 	"certctl-agent/internal/api"
@@ -26,9 +27,10 @@ const (
 // a later poll.
 //
 // An overloaded control plane is spared by all jobs together: after its refusal
-// none is sent until it is due, and then one at a time until one is answered. A
-// failure of a single job, such as a profile that forbids it, holds up only that
-// job.
+// none is sent until it is due, and then one at a time until one is answered,
+// those first whose last try is longest ago: a CA that does not answer can look
+// like that too, and must not hold up the jobs that are not for it. A failure of
+// a single job, such as a profile that forbids it, holds up only that job.
 type csrTable struct {
 	waiting  []api.Job
 	inHand   map[string]bool      // by job id: waiting or under way
@@ -44,6 +46,7 @@ type csrTable struct {
 // csrTries is what came of a job so far.
 type csrTries struct {
 	pacer    *pace.Pacer
+	last     time.Time // when the last try began
 	due      time.Time
 	patience pace.Patience // a running try owns it
 }
@@ -81,6 +84,7 @@ func (a *Agent) takeCSRs(jobs []api.Job, begun time.Time) {
 	if t.due.After(now) {
 		return
 	}
+	jobs = slices.SortedStableFunc(slices.Values(jobs), func(a, b api.Job) int { return t.lastTry(a).Compare(t.lastTry(b)) })
 	for _, job := range jobs {
 		_, done := t.accepted[job.ID]
 		tries := t.tries[job.ID]
@@ -91,6 +95,14 @@ func (a *Agent) takeCSRs(jobs []api.Job, begun time.Time) {
 		t.waiting = append(t.waiting, job)
 	}
 	a.startCSRs()
+}
+
+// lastTry is when a job was last tried; zero for never.
+func (t *csrTable) lastTry(job api.Job) time.Time {
+	if tries := t.tries[job.ID]; tries != nil {
+		return tries.last
+	}
+	return time.Time{}
 }
 
 // startCSRs fills the free places, with one CSR at a time for a certificate.
@@ -118,6 +130,7 @@ func (a *Agent) startEnrol(job api.Job) {
 		tries = &csrTries{pacer: pace.New(a.o.PollInterval, false, a.o.Rand)}
 		a.csrs.tries[job.ID] = tries
 	}
+	tries.last = time.Now()
 	a.spawn(func() func() {
 		err := a.o.Enroller.Enroll(a.claims, job)
 		a.Heard("csr", err)

@@ -142,6 +142,61 @@ func TestOneBadCSRDoesNotHoldUpTheOthers(t *testing.T) {
 	}
 }
 
+// TestHangingCSRDoesNotStarveOthers: the control plane shows first, with every
+// poll, jobs whose CA does not answer it. That looks like a control plane that is
+// overloaded, so the others come later, but they come.
+func TestHangingCSRDoesNotStarveOthers(t *testing.T) {
+	for name, cause := range map[string]error{
+		"timeout": context.DeadlineExceeded,
+		"gateway": &api.StatusError{Status: 504},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				var slow []api.Job
+				for i := range 3 {
+					job := csrJob(fmt.Sprintf("slow%d", i))
+					job.CertificateID = "cert-" + job.ID
+					slow = append(slow, job)
+				}
+				left := csrJobs(5)
+				began := time.Now()
+				w.work = func(context.Context, int) (api.Work, error) {
+					w.mu.Lock()
+					defer w.mu.Unlock()
+					work := api.Work{Jobs: slices.Clone(slow)}
+					if time.Since(began) > time.Hour { // the CA has hung for long
+						work.Jobs = append(work.Jobs, left...)
+					}
+					return work, nil
+				}
+				w.enroll = func(ctx context.Context, job api.Job) error {
+					if strings.HasPrefix(job.ID, "slow") {
+						if err := sleep(ctx, 30*time.Second); err != nil {
+							return err
+						}
+						return cause
+					}
+					w.mu.Lock()
+					defer w.mu.Unlock()
+					left = slices.DeleteFunc(left, func(j api.Job) bool { return j.ID == job.ID })
+					return nil
+				}
+				w.start()
+				time.Sleep(2 * time.Hour)
+				w.mu.Lock()
+				if len(left) > 0 {
+					t.Errorf("%d of 5 CSRs were not sent within an hour", len(left))
+				}
+				w.mu.Unlock()
+				if err := w.stop(); err != nil {
+					t.Errorf("Run: %v", err)
+				}
+			})
+		})
+	}
+}
+
 // TestCSRsOfOneCertificate: the second does not take the other place while it
 // waits for the first.
 func TestCSRsOfOneCertificate(t *testing.T) {
