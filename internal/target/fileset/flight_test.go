@@ -293,6 +293,16 @@ func TestYield(t *testing.T) {
 		if _, busy := errors.AsType[*target.BusyError](err); !busy || time.Since(began) != time.Second {
 			t.Errorf("the agent stops: got %v after %v", err, time.Since(began))
 		}
+
+		tx.Yield = func(wait func(context.Context) error) error {
+			time.AfterFunc(time.Minute, unlock)
+			check(t, wait(t.Context()))
+			return context.Canceled
+		}
+		_, err = s.Deploy(t.Context(), tx)
+		if _, busy := errors.AsType[*target.BusyError](err); !busy || !errors.Is(err, context.Canceled) {
+			t.Errorf("the agent stops before the transaction has its place again: got %v", err)
+		}
 	})
 }
 

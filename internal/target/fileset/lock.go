@@ -29,12 +29,22 @@ const (
 	holderPause = 5 * time.Second
 )
 
-// waitFor waits for other transactions: nothing of this one has begun.
+// waitFor waits for other transactions: nothing of this one has begun. That its
+// place is not had again after the wait is a target.BusyError.
 func waitFor(ctx context.Context, yield target.Yield, wait func(context.Context) error) error {
 	if yield == nil {
 		return wait(ctx)
 	}
-	return yield(wait)
+	waited := false
+	err := yield(func(ctx context.Context) error {
+		err := wait(ctx)
+		waited = err == nil
+		return err
+	})
+	if waited && err != nil {
+		return &target.BusyError{Err: fmt.Errorf("wait for a place after that: %w", err)}
+	}
+	return err
 }
 
 // hold is the directories that one transaction has locked.
