@@ -202,8 +202,11 @@ func TestEffortIsBounded(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			dir := t.TempDir()
+			owner := 0
 			for i := range stores {
-				write(t, filepath.Join(dir, fmt.Sprintf("%d.p12", i)), slowStore(t, 0x7fff, byte(i)))
+				path := filepath.Join(dir, fmt.Sprintf("%d.p12", i))
+				write(t, path, slowStore(t, 0x7fff, byte(i)))
+				owner = giveAway(t, path)
 			}
 			text, _ := testCertificate(t)
 			write(t, filepath.Join(dir, "z.pem"), text)
@@ -219,7 +222,7 @@ func TestEffortIsBounded(t *testing.T) {
 					switch {
 					case strings.HasSuffix(problem, errPKCS12Locked.Error()):
 						locked++
-					case strings.Contains(problem, fmt.Sprintf("like %d more files of user %d", stores-i-2, os.Getuid())):
+					case strings.Contains(problem, fmt.Sprintf("like %d more files of user %d", stores-i-2, owner)):
 						unread++
 					}
 				}
@@ -231,6 +234,64 @@ func TestEffortIsBounded(t *testing.T) {
 			_, summary := scanAll(t, s)
 			mustRemember(t, summary)
 		})
+	}
+}
+
+// giveAway makes a file somebody else's than root's, and says whose.
+func giveAway(t *testing.T, path string) (owner int) {
+	t.Helper()
+	const nobody = 65534
+	if owner = os.Getuid(); owner == 0 {
+		if owner = nobody; os.Lchown(path, owner, -1) != nil {
+			t.Skip("root may not give files away")
+		}
+	}
+	return owner
+}
+
+// TestRootsFilesAreNotCrowdedOut: users, and one who owns files under a thousand
+// ids, use up neither the processor time nor the room of root's.
+func TestRootsFilesAreNotCrowdedOut(t *testing.T) {
+	e := effort{ownerLimit: time.Minute, limit: 10 * time.Minute}
+	for owner := range uint32(2 * maxOwners) {
+		e.count(owner+1, 0, time.Second)
+	}
+	if e.allows(2*maxOwners, false) || e.allows(1, true) {
+		t.Error("what is used up goes on")
+	}
+	for range 2 {
+		if !e.allows(rootUser, true) {
+			t.Error("root's key stores are not looked into")
+		}
+		e.count(rootUser, 0, time.Second)
+	}
+
+	if os.Getuid() != 0 {
+		t.Skip("only root can give files away")
+	}
+	dir := t.TempDir()
+	text, _ := testCertificate(t)
+	hoard := filepath.Join(dir, "a.pem")
+	write(t, hoard, bytes.Repeat(text, 100))
+	owner := giveAway(t, hoard)
+	for i := range 20 {
+		if err := os.Link(hoard, filepath.Join(dir, fmt.Sprintf("a%02d.pem", i))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(t, filepath.Join(dir, "z0.pem"), bytes.Repeat(text, 300))
+	write(t, filepath.Join(dir, "z1.pem"), text)
+	s := newScanner(t, Options{Dirs: []string{dir}})
+	s.ownerBytes = 150 * len(text)
+	for range 2 { // the second time out of the index
+		found, summary := scanAll(t, s)
+		if len(found) != 2*100+300+1 {
+			t.Errorf("%d certificates, want those of two of the user's files, and root's", len(found))
+		}
+		want := fmt.Sprintf("%s/a01.pem: what it holds is not reported, nor is that of 18 more files of user %d", dir, owner)
+		if len(summary.Errors) != 1 || !strings.HasPrefix(summary.Errors[0], want) {
+			t.Errorf("errors %q, want %q", summary.Errors, want)
+		}
 	}
 }
 

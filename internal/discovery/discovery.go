@@ -72,6 +72,7 @@ type Scanner struct {
 	names int           // maxListing
 
 	ownerTime, scanTime time.Duration // the constants of these names
+	ownerBytes          int           // likewise
 
 	opened outcomes
 
@@ -114,7 +115,7 @@ func New(o Options) (*Scanner, error) {
 	if o.State != nil { // a kill may have left it half written
 		(&indexWriter{root: o.State, name: o.Index}).remove()
 	}
-	return &Scanner{opts: o, stall: stallAfter, racy: racyWindow, aside: runUnnoticed, names: maxListing, ownerTime: ownerTime, scanTime: scanTime, hung: make(map[string]int)}, nil
+	return &Scanner{opts: o, stall: stallAfter, racy: racyWindow, aside: runUnnoticed, names: maxListing, ownerTime: ownerTime, scanTime: scanTime, ownerBytes: ownerBytes, hung: make(map[string]int)}, nil
 }
 
 // Dirs are the directories that are scanned, sorted.

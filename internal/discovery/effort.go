@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"sync"
 	"time"
+
+	"certctl-agent/internal/api"
 )
 
 // A file can ask for any amount of work: the derivation of a key takes as many
@@ -31,6 +33,12 @@ const (
 	// is smaller takes a millisecond or two.
 	measuredSize = 64 << 10
 
+	// ownerBytes is how much a scan reports of the files of one user, as weight
+	// counts it: over a hundred thousand certificates. With links to one file,
+	// a user can have any number of them, and what comes later in the walk
+	// would be reported never.
+	ownerBytes = 512 << 20
+
 	// maxOwners bounds the users that are told apart.
 	maxOwners = 1 << 10
 
@@ -47,12 +55,16 @@ type effort struct {
 	owners map[uint32]time.Duration // guarded by mu
 }
 
+// rootUser is the user whose files no other user's can keep from a report.
+const rootUser = 0
+
 // allows reports whether a file may be looked into. After the limit of the
-// whole scan only key stores may not: everything else is cheap.
+// whole scan only key stores may not, those of root excepted: everything else is
+// cheap.
 func (e *effort) allows(owner uint32, store bool) bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	return e.owners[e.of(owner)] < e.ownerLimit && (e.total < e.limit || !store)
+	return e.owners[countedAs(e.owners, owner)] < e.ownerLimit && (e.total < e.limit || !store || owner == rootUser)
 }
 
 func (e *effort) count(owner uint32, size int, took time.Duration) {
@@ -66,12 +78,13 @@ func (e *effort) count(owner uint32, size int, took time.Duration) {
 	if e.owners == nil {
 		e.owners = make(map[uint32]time.Duration)
 	}
-	e.owners[e.of(owner)] += took
+	e.owners[countedAs(e.owners, owner)] += took
 }
 
-// of is the user under whom a file is counted: from maxOwners on, all are one.
-func (e *effort) of(owner uint32) uint32 {
-	if _, known := e.owners[owner]; !known && len(e.owners) >= maxOwners {
+// countedAs is the user under whom a file is counted: from maxOwners on, all but
+// root are one.
+func countedAs[T any](known map[uint32]T, owner uint32) uint32 {
+	if _, ok := known[owner]; !ok && len(known) >= maxOwners && owner != rootUser {
 		return ^uint32(0) // no user: chown(2)
 	}
 	return owner
@@ -138,30 +151,41 @@ func (o *outcomes) forget() {
 	o.known, o.bytes = nil, 0
 }
 
-// unread are files of one user that were not looked into.
-type unread struct {
-	first string
+// leftOut are files of each user that were passed over for the sake of others.
+type leftOut map[uint32]firstOf
+
+// firstOf is the first of some files.
+type firstOf struct {
+	path  string
 	files int
 }
 
-func (r *run) noteUnread(e *entry) {
-	if r.unread == nil {
-		r.unread = make(map[uint32]unread)
+func (l leftOut) note(e *entry) {
+	owner := countedAs(l, e.owner)
+	first := l[owner]
+	if first.files++; first.files == 1 {
+		first.path = join(e.dir.shown, string(e.name))
 	}
-	r.effort.mu.Lock()
-	owner := r.effort.of(e.owner)
-	r.effort.mu.Unlock()
-	u := r.unread[owner]
-	if u.files++; u.files == 1 {
-		u.first = join(e.dir.shown, string(e.name))
-	}
-	r.unread[owner] = u
+	l[owner] = first
 }
 
-// nameUnread adds one error for each user, so that one user's files do not
+// mayReport reports whether there is room in the report for a file's
+// certificates.
+func (r *run) mayReport(owner uint32) bool {
+	return owner == rootUser || r.reported[countedAs(r.reported, owner)] < r.s.ownerBytes
+}
+
+func (r *run) countReported(owner uint32, cert api.DiscoveredCertificate) {
+	r.reported[countedAs(r.reported, owner)] += weight(cert)
+}
+
+// nameLeftOut adds one error for each user, so that one user's files do not
 // fill the report.
-func (r *run) nameUnread() {
-	for owner, u := range r.unread {
-		r.problems.add(u.first, fmt.Sprintf("not looked into, like %d more files of user %d: the processor time that a scan has for such files is used up; the next scan goes on", u.files-1, owner))
+func (r *run) nameLeftOut() {
+	for owner, first := range r.unread {
+		r.problems.add(first.path, fmt.Sprintf("not looked into, like %d more files of user %d: the processor time that a scan has for such files is used up; the next scan goes on", first.files-1, owner))
+	}
+	for owner, first := range r.unreported {
+		r.problems.add(first.path, fmt.Sprintf("what it holds is not reported, nor is that of %d more files of user %d: a scan reports up to %d MiB of the files of one user", first.files-1, owner, r.s.ownerBytes>>20))
 	}
 }

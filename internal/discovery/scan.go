@@ -89,8 +89,10 @@ type run struct {
 	// Owned by the emitter.
 	batch      []api.DiscoveredCertificate
 	batchBytes int
-	last       entry             // the last one that was emitted: its directory and name
-	unread     map[uint32]unread // files that were not looked into for lack of processor time, by owner
+	last       entry          // the last one that was emitted: its directory and name
+	unread     leftOut        // for lack of processor time
+	reported   map[uint32]int // the weight of the certificates of each user's files
+	unreported leftOut        // for lack of room among those
 }
 
 // segment is a number of files in the order of the walk, of which those that
@@ -137,6 +139,8 @@ func newRun(ctx context.Context, s *Scanner, emit func([]api.DiscoveredCertifica
 		free:     make(chan *segment, 8),
 		budget:   make(chan struct{}, readAhead/readUnit),
 		linked:   make(map[identity]bool),
+		unread:   make(leftOut), unreported: make(leftOut),
+		reported: make(map[uint32]int),
 		effort:   effort{ownerLimit: s.ownerTime, limit: s.scanTime},
 		summary:  Summary{Formats: make(map[string]int), Skipped: make(map[string]int)},
 	}
@@ -182,7 +186,7 @@ func (r *run) scan() error {
 	})
 	group.Wait()
 	r.awaitWorkers()
-	r.nameUnread()
+	r.nameLeftOut()
 	if r.last.dir != nil {
 		r.summary.Reached = printablePath(join(r.last.dir.shown, string(r.last.name)))
 	}
@@ -638,7 +642,7 @@ func (r *run) emitEntry(e *entry) error {
 	case e.reading == nil:
 		return nil
 	case e.unread:
-		r.noteUnread(e)
+		r.unread.note(e)
 		return nil
 	default:
 		r.summary.Read++
@@ -655,12 +659,17 @@ func (r *run) emitEntry(e *entry) error {
 	if holdsNothing(outcome) {
 		return nil
 	}
+	if !r.mayReport(e.owner) {
+		r.unreported.note(e)
+		return nil
+	}
 	path := join(e.dir.shown, string(e.name))
 	source := printablePath(path)
 	return emitOutcome(outcome, source,
 		func(cert api.DiscoveredCertificate) error {
 			r.summary.Formats[cert.SourceFormat]++
 			r.s.found.Add(1)
+			r.countReported(e.owner, cert)
 			r.batch = append(r.batch, cert)
 			if r.batchBytes += weight(cert); len(r.batch) < emitAtOnce && r.batchBytes < emitBytes {
 				return nil
