@@ -30,6 +30,9 @@ const (
 // network file system whose server is gone hangs in the kernel until it is back.
 var errNoAnswer = errors.New("its file system does not answer; looked at again when it does (a mount whose server is gone?)")
 
+// errReloads is a recovery whose files are done with.
+var errReloads = errors.New("its files are in place, and the command that tells the server still runs")
+
 // errUnderWay is a target whose deployment runs: it settles what it finds, and
 // what it leaves.
 var errUnderWay = errors.New("a deployment of it is under way")
@@ -98,6 +101,16 @@ func (f *flight) await(until <-chan struct{}) bool {
 		return true
 	default:
 		return false
+	}
+}
+
+// late is why a flight that has not ended in time has not.
+func (f *flight) late() error {
+	select {
+	case <-f.landing:
+		return errReloads
+	default:
+		return errNoAnswer
 	}
 }
 

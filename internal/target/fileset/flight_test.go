@@ -81,6 +81,31 @@ func TestRecoverUntilSettled(t *testing.T) {
 	})
 }
 
+// TestSettleDuringReload: the files are in place again, and the server's command
+// takes its time. That is no dead mount.
+func TestSettleDuringReload(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	w.old(t)
+	w.torn(t)
+	synctest.Test(t, func(t *testing.T) {
+		s := w.mustStore(t, nil)
+		s.opts.Run = func(context.Context, target.Command) error {
+			time.Sleep(time.Minute)
+			return nil
+		}
+		repaired := make(chan error)
+		go func() { repaired <- s.Repair(t.Context(), t.Context()) }()
+		time.Sleep(time.Second)
+		err := s.Settle(t.Context(), "t1", "")
+		if _, busy := errors.AsType[*target.BusyError](err); !busy || !errors.Is(err, errReloads) {
+			t.Errorf("while the reload runs: %v", err)
+		}
+		check(t, <-repaired)
+		check(t, s.Settle(t.Context(), "t1", ""))
+		w.want(t, false, "old")
+	})
+}
+
 // TestRepairAfterInputError: so does a disk that failed once.
 func TestRepairAfterInputError(t *testing.T) {
 	w := newWorld(t, t.TempDir())

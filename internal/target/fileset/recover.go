@@ -126,7 +126,7 @@ func (s *Store) Settle(ctx context.Context, id, keyPath string) error {
 		select {
 		case <-f.done:
 		case <-until:
-			return unsettledError(other, errNoAnswer)
+			return unsettledError(other, f.late())
 		}
 		if f.err != nil {
 			return unsettledError(other, f.err)
