@@ -418,6 +418,7 @@ func (l *loader) warnUnknown() {
 func (l *loader) apply(s setting) {
 	value, from := l.lookup(s.flag, s.variable, s.value)
 	l.sources[s.flag] = from
+	hidden := s.secret
 	if s.parse != nil && (value != "" || from == fromFlag) {
 		err := s.parse(l.config, value)
 		if err != nil && s.lenient {
@@ -426,12 +427,13 @@ func (l *loader) apply(s setting) {
 		}
 		if err != nil {
 			l.problem(s, err)
+			hidden = hidden || s.flag == "server" // there may be a password in it
 		}
 	}
 	if s.flag == "config" {
 		value = l.config.File
 	}
-	if s.secret && value != "" {
+	if hidden && value != "" {
 		value = secret.New(value).String()
 	}
 	l.config.values = append(l.config.values, Value{Flag: s.flag, Variable: s.variable, Text: value, Origin: l.describe(from)})

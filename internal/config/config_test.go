@@ -248,6 +248,7 @@ func TestBadValues(t *testing.T) {
 		{"server", "https://:8443", "names no host"},
 		{"server", "https://cp:99999", "has port 99999"},
 		{"server", "https://user:hunter2@cp", "holds credentials"},
+		{"server", "hunter2@cp", "has no scheme"},
 		{"server", "https://cp/?a=b", "holds a query"},
 		{"server", "https://cp/?", "holds a query"},
 		{"server", "https://cp/#a", "holds a fragment"},
@@ -293,7 +294,10 @@ func TestBadValues(t *testing.T) {
 		{"deploy-backup-retention", "-2", "out of range"},
 		{"log-format", "xml", "is none of json, text"},
 	} {
-		_, err := load(t, required(), "-"+test.flag+"="+test.value)
+		c, err := load(t, required(), "-"+test.flag+"="+test.value)
+		if shown := fmt.Sprint(c.Values()); strings.Contains(shown, "hunter2") {
+			t.Errorf("-%s: the settings show a secret: %s", test.flag, shown)
+		}
 		problems, ok := errors.AsType[Problems](err)
 		if !ok || len(problems) != 1 || !strings.Contains(err.Error(), test.want) || !strings.HasPrefix(err.Error(), "-"+test.flag+" (CERTCTL_") {
 			t.Errorf("-%s=%s: error %v, want one problem with %q", test.flag, test.value, err, test.want)
