@@ -131,6 +131,7 @@ func (a *Agent) afterFirst(act *activity) {
 // heartbeat is the work of one heartbeat.
 func (a *Agent) heartbeat() func() {
 	err := a.o.Plane.Heartbeat(a.calls, a.o.Describe(a.calls))
+	a.inContact.Store(err == nil)
 	a.Heard("heartbeat", err)
 	return func() {
 		if err == nil && a.beat.stats.LastSuccess.IsZero() {

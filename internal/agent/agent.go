@@ -144,6 +144,7 @@ type Agent struct {
 	retired    chan struct{} // closed when the control plane retired this agent
 	skewNanos  atomic.Int64
 	skewOnce   sync.Once
+	inContact  atomic.Bool // the last heartbeat was accepted
 
 	// What follows belongs to the goroutine of Run.
 
@@ -352,6 +353,13 @@ func (a *Agent) Heard(call string, err error) {
 	case errors.Is(err, api.ErrGone):
 		poke(a.asks)
 	}
+}
+
+// lost reports whether a refusal that may be a gateway's has to be believed: it
+// has lasted, and heartbeats are accepted. Some gateways answer 404 to all calls
+// for as long as what is behind them is down.
+func (a *Agent) lost(p *pace.Patience, err error) bool {
+	return p.Lost(err) && a.inContact.Load()
 }
 
 func (a *Agent) isRetired() bool {

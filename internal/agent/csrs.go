@@ -134,7 +134,7 @@ func (a *Agent) startEnrol(job api.Job) {
 	a.spawn(func() func() {
 		err := a.o.Enroller.Enroll(a.claims, job)
 		a.Heard("csr", err)
-		if tries.patience.Lost(err) {
+		if a.lost(&tries.patience, err) {
 			err = &enroll.RefusedError{Reason: "given up after several tries: " + err.Error(), Err: err}
 		}
 		if refused, ok := errors.AsType[*enroll.RefusedError](err); ok {

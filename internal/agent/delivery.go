@@ -168,7 +168,7 @@ func (a *Agent) sendOne(ctx context.Context, r report) error {
 	} else {
 		err = a.o.Plane.ReportStatus(ctx, r.Job, *r.Report.Status)
 	}
-	lost := r.patience.Lost(err)
+	lost := a.lost(r.patience, err)
 	switch {
 	case err == nil:
 		if err := a.o.Ledger.Delivered(r.Delivery); err != nil {

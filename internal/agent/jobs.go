@@ -270,7 +270,7 @@ func (a *Agent) deploy(t *turn, since time.Time, unsure bool, patience *pace.Pat
 	if err != nil && context.Cause(a.calls) == nil && time.Since(since) > reportTTL {
 		outcome.Status, outcome.Error, err = api.StatusFailed, "given up after a week: "+err.Error(), nil
 	}
-	if patience.Lost(err) {
+	if a.lost(patience, err) {
 		outcome.Status, outcome.Error, err = api.StatusFailed, "given up after several tries: "+err.Error(), nil
 	}
 	if err != nil {

@@ -3,6 +3,7 @@ package agent_test
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net/http"
 	"strings"
 	"sync/atomic"
@@ -205,6 +206,51 @@ func TestDeploymentThatAGatewayRefuses(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestGatewayRefusesEverything: while the control plane is down, the gateway
+// before it has no route to it, and answers each call 404.
+func TestGatewayRefusesEverything(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		up := time.Now().Add(time.Hour)
+		down := func() error {
+			if time.Now().Before(up) {
+				return &api.StatusError{Status: http.StatusNotFound, Body: "404 page not found"}
+			}
+			return nil
+		}
+		w.heartbeat = func(context.Context, int) error { return down() }
+		w.work = func(_ context.Context, n int) (api.Work, error) {
+			if n == 1 { // the moment before
+				return api.Work{Jobs: []api.Job{deployment("j1", "t1"), deployment("j2", "t2")}}, nil
+			}
+			return api.Work{}, down()
+		}
+		w.deploy = func(_, _ context.Context, job api.Job) (deploy.Outcome, error) {
+			if job.ID == "j2" && down() != nil {
+				return deploy.Outcome{}, down()
+			}
+			return deploy.Outcome{Status: api.StatusCompleted}, nil
+		}
+		delivered := make(map[string]string)
+		w.report = func(job string, s api.JobStatus) error {
+			err := down()
+			if err == nil {
+				delivered[job] = s.Status + s.Error
+			}
+			return err
+		}
+		w.start()
+		time.Sleep(2 * time.Hour)
+		synctest.Wait()
+		if want := map[string]string{"j1": api.StatusCompleted, "j2": api.StatusCompleted}; !maps.Equal(delivered, want) {
+			t.Errorf("delivered %v, want %v", delivered, want)
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
 }
 
 func TestDeploymentThatNeverBeginsIsGivenUp(t *testing.T) {
