@@ -23,8 +23,11 @@ type Patience struct {
 
 // Lost records how a try ended, and reports whether there is no point in
 // another one. Any other outcome than a doubtful refusal starts over.
-func (p *Patience) Lost(err error) bool {
-	if !api.Doubtful(err) {
+func (p *Patience) Lost(err error) bool { return p.Lasts(api.Doubtful(err)) }
+
+// Lasts is Lost for who decides otherwise what is doubtful.
+func (p *Patience) Lasts(doubtful bool) bool {
+	if !doubtful {
 		*p = Patience{}
 		return false
 	}

@@ -309,7 +309,15 @@ func refusesContent(err error) bool {
 	case http.StatusBadRequest, http.StatusRequestEntityTooLarge, http.StatusUnprocessableEntity:
 		return true
 	}
-	return false
+	return forbidden(err)
+}
+
+// forbidden reports whether a gateway forbids what the control plane has not
+// seen. Some look for attacks in what is sent, and anybody can have a certificate
+// made whose name looks like one.
+func forbidden(err error) bool {
+	status, ok := errors.AsType[*api.StatusError](err)
+	return ok && status.Status == http.StatusForbidden && !status.Own
 }
 
 // tooLarge reports whether the body is over a limit. A gateway's limit is as
@@ -328,14 +336,15 @@ func (r *run) deliver(report api.DiscoveryReport) error {
 	}
 	for {
 		err := r.opts.Plane.ReportDiscovery(r.ctx, report)
-		r.believes = r.patience.Lost(err) || r.believes
+		doubtful := api.Doubtful(err) || forbidden(err)
+		r.believes = r.patience.Lasts(doubtful) || r.believes
 		switch {
 		case err == nil:
 			r.pacer.Next(pace.Outcome{})
 			return nil
 		case errors.Is(err, api.ErrRetired) || errors.Is(err, api.ErrGone) || !api.Temporary(err) || r.ctx.Err() != nil:
 			return err
-		case tooLarge(err) || r.believes && api.Doubtful(err):
+		case tooLarge(err) || r.believes && doubtful:
 			return err
 		}
 		wait := r.pacer.Next(pace.After(err))

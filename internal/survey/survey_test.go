@@ -197,6 +197,26 @@ func TestOneBadEntryIsLeftOutAndNamed(t *testing.T) {
 	})
 }
 
+// TestCertificateThatAGatewayForbids: a firewall takes a name for an attack, and
+// the other certificates arrive.
+func TestCertificateThatAGatewayForbids(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const bad = "/srv/00007.pem"
+		plane := &fakePlane{t: t, answer: func(_ int, _ []byte, report api.DiscoveryReport) error {
+			for _, cert := range report.Certificates {
+				if cert.SourcePath == bad {
+					return gateway(http.StatusForbidden)
+				}
+			}
+			return nil
+		}}
+		stats, err := newSurvey(fakeScanner{n: 1000, pad: 1500}, plane, slog.New(slog.DiscardHandler)).Run(t.Context())
+		if err != nil || stats.Reported != 999 || stats.Refused != 1 || slices.Contains(plane.paths, bad) {
+			t.Errorf("stats %+v, error %v; want 999 reported and one refused", stats, err)
+		}
+	})
+}
+
 func TestPlaneThatRefusesEverythingIsLeftAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		plane := &fakePlane{t: t, answer: func(int, []byte, api.DiscoveryReport) error { return status(http.StatusBadRequest, 0) }}
