@@ -22,17 +22,22 @@ func ContentOf(data []byte) Content {
 		return Content{}
 	}
 	var c Content
+	beside := false // a curve, a request or a public key
 	for label, begins := range labels(data) {
 		switch {
 		case !begins: // quoted in a configuration or in code
 		case strings.Contains(label, "OPENSSH"), strings.Contains(label, "SSH2"), strings.Contains(label, "PGP"):
 		case strings.Contains(label, privateKeySuffix):
 			c.Keys = true
-		case strings.Contains(label, certificateType), strings.HasSuffix(label, "PARAMETERS"), strings.HasSuffix(label, "PUBLIC KEY"),
+		case label == curveType, strings.HasSuffix(label, "PUBLIC KEY"), strings.HasSuffix(label, "CERTIFICATE REQUEST"):
+			beside = true
+		case strings.Contains(label, certificateType), strings.HasSuffix(label, "PARAMETERS"),
 			strings.Contains(label, "PKCS"), label == "CMS", label == "X509 CRL":
 			c.Certificates = true
 		}
 	}
+	// Beside a key these are a part of it: no server reads them.
+	c.Certificates = c.Certificates || beside && !c.Keys
 	if isStore(data) {
 		return Content{Certificates: true, Keys: true}
 	}

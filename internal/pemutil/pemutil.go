@@ -15,6 +15,7 @@ import (
 
 const (
 	certificateType = "CERTIFICATE"
+	curveType       = "EC PARAMETERS" // the curve of the key that follows
 
 	// byteOrderMark is what some editors put before UTF-8 text.
 	byteOrderMark = "\ufeff"
@@ -74,7 +75,7 @@ func OtherBlocks(data []byte) []byte {
 		}
 		switch {
 		case strings.HasSuffix(block.Type, certificateType): // also OpenSSL's X509 CERTIFICATE and TRUSTED CERTIFICATE
-		case strings.Contains(block.Type, privateKeySuffix), block.Type == "EC PARAMETERS":
+		case strings.Contains(block.Type, privateKeySuffix), block.Type == curveType:
 			clear(block.Bytes)
 		default:
 			others = append(others, pem.EncodeToMemory(block)...)

@@ -240,6 +240,7 @@ func TestMayReplace(t *testing.T) {
 		{"after a power cut", target.KeyFile, make([]byte, 4096), after.key, ""},
 		{"key", target.KeyFile, before.key, after.key, ""},
 		{"all in one", target.KeyFile, both(before), both(after), ""},
+		{"key with its curve", target.KeyFile, slices.Concat([]byte("-----BEGIN EC PARAMETERS-----\nBggqhkjOPQMBBw==\n-----END EC PARAMETERS-----\n"), before.key), after.key, ""},
 		{"key becomes all in one", target.KeyFile, before.key, both(after), ""},
 		{"the same", target.ConfigFile, []byte("x = 1\n"), []byte("x = 1\n"), ""},
 
