@@ -153,7 +153,7 @@ func trustDir(path string, info fs.FileInfo, euid int) error {
 	if stat, ok := info.Sys().(*syscall.Stat_t); ok && stat.Gid == 0 {
 		writable &= 0o002 // nobody but root is in root's group
 	}
-	if writable != 0 && mode&fs.ModeSticky == 0 {
+	if writable != 0 && mode&fs.ModeSticky == 0 && !isConfigMap(path) {
 		return fmt.Errorf("is in the directory %s, which others can write (mode %04o), so that they can replace it: chmod go-w that, or move the file", path, mode.Perm())
 	}
 	return nil
