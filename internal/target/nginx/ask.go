@@ -300,7 +300,7 @@ func (w *walker) pair(s scope) {
 	for i, cert := range s.certs {
 		key[i] = -1
 		if len(s.certs) > 1 {
-			key[i] = slices.IndexFunc(keys, func(k string) bool { return belong(w.full(cert.args[0]), k) })
+			key[i] = keyOf(w.full(cert.args[0]), keys, i)
 		}
 		if key[i] >= 0 {
 			taken[key[i]] = true
@@ -316,6 +316,16 @@ func (w *walker) pair(s scope) {
 		}
 		w.pairs = append(w.pairs, pair)
 	}
+}
+
+// keyOf is the index of the key of a certificate, -1 if none of them is. Of
+// several, as placeholders have that are copies of one pair, it is the one named
+// in the same place.
+func keyOf(cert string, keys []string, place int) int {
+	if place < len(keys) && belong(cert, keys[place]) {
+		return place
+	}
+	return slices.IndexFunc(keys, func(key string) bool { return belong(cert, key) })
 }
 
 // only is the index of v in list, -1 unless it is there exactly once.

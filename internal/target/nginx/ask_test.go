@@ -82,6 +82,12 @@ func TestKeyInDump(t *testing.T) {
 func TestSeveralPairs(t *testing.T) {
 	dir := t.TempDir()
 	rsa, ec, ed := writePair(t, dir, "rsa", newRSA(t)), writePair(t, dir, "ec", nil), writePair(t, dir, "ed", newEd25519(t))
+	again := filepath.Join(dir, "again")
+	for _, suffix := range []string{".crt", ".key"} {
+		data, err := os.ReadFile(rsa + suffix)
+		must(t, err)
+		must(t, os.WriteFile(again+suffix, data, 0o600))
+	}
 	const missing = "/missing/"
 	tests := []struct {
 		name        string
@@ -91,6 +97,7 @@ func TestSeveralPairs(t *testing.T) {
 		{"in order", []string{rsa, ec}, []string{rsa, ec}, map[string]string{rsa: rsa, ec: ec}},
 		{"keys swapped", []string{rsa, ec}, []string{ec, rsa}, map[string]string{rsa: rsa, ec: ec}},
 		{"three", []string{rsa, ec, ed}, []string{ed, rsa, ec}, map[string]string{rsa: rsa, ec: ec, ed: ed}},
+		{"copies of one pair", []string{rsa, again}, []string{rsa, again}, map[string]string{rsa: rsa, again: again}},
 		{"one pair is not there yet", []string{rsa, missing + "x"}, []string{missing + "y", rsa}, map[string]string{rsa: rsa, missing + "x": missing + "y"}},
 		{"one certificate is not there yet", []string{missing + "x", rsa}, []string{rsa, ec}, map[string]string{rsa: rsa, missing + "x": ec}},
 		{"two are not there yet", []string{rsa, missing + "x", missing + "y"}, []string{missing + "x", missing + "y", rsa},
