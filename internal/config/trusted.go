@@ -150,8 +150,10 @@ func trustDir(path string, info fs.FileInfo, euid int) error {
 	}
 	mode := info.Mode()
 	writable := mode.Perm() & 0o022
-	if stat, ok := info.Sys().(*syscall.Stat_t); ok && stat.Gid == 0 {
-		writable &= 0o002 // nobody but root is in root's group
+	// Nobody but root is in root's group. With an access control list, though, its
+	// bits are the mask of what others have.
+	if stat, ok := info.Sys().(*syscall.Stat_t); ok && stat.Gid == 0 && !hasACL(path) {
+		writable &= 0o002
 	}
 	if writable != 0 && mode&fs.ModeSticky == 0 && !isConfigMap(path) {
 		return fmt.Errorf("is in the directory %s, which others can write (mode %04o), so that they can replace it: chmod go-w that, or move the file", path, mode.Perm())

@@ -1,0 +1,29 @@
+package config
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// TestTrustOfACL: what lets a user write a directory of root's and its group
+// shows in the mode as if it were for the group.
+func TestTrustOfACL(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root makes directories of root's group")
+	}
+	dir := t.TempDir()
+	must(t, os.WriteFile(filepath.Join(dir, "file"), []byte("x"), 0o600))
+	for acl, want := range map[string]string{"user:4242:rwx": "which others can write (mode 0775)", "user:4242:r-x": ""} {
+		must(t, os.Chmod(dir, 0o755))
+		if out, err := exec.Command("setfacl", "--modify", acl, dir).CombinedOutput(); err != nil {
+			t.Skipf("needs setfacl: %v, %s", err, out)
+		}
+		_, _, _, err := readTrusted(filepath.Join(dir, "file"), 100)
+		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+			t.Errorf("%s: error %v, want %q", acl, err, want)
+		}
+	}
+}
