@@ -97,7 +97,11 @@ func Rotate(t testing.TB, r Rotation) Figures {
 	}
 	start := time.Now()
 	for round := range r.Rounds {
-		if err := run.next(t.Context()); err != nil {
+		err := run.next(t.Context())
+		if err == nil {
+			err = run.seen(t.Context())
+		}
+		if err != nil {
 			t.Errorf("rotation %d: %v", round+1, err)
 			break
 		}
@@ -131,7 +135,7 @@ func (r *rotation) next(ctx context.Context) error {
 	r.mu.Lock()
 	r.verified, r.since = append(r.verified, time.Now()), 0
 	r.mu.Unlock()
-	return r.seen(ctx)
+	return nil
 }
 
 // seen waits until a client has met the newest certificate. Without that, a
