@@ -105,3 +105,12 @@ func SamePublicKey(a, b crypto.PublicKey) bool {
 	key, ok := a.(interface{ Equal(crypto.PublicKey) bool })
 	return ok && b != nil && key.Equal(b)
 }
+
+// SamePrivateKey reports whether a and b are the same key in full. That they
+// have one public key is no proof: of an RSA key with three primes crypto/x509
+// does not check that they belong to it, so anybody can make such a key for
+// anybody's certificate.
+func SamePrivateKey(a, b crypto.Signer) bool {
+	key, ok := a.(interface{ Equal(crypto.PrivateKey) bool })
+	return ok && b != nil && key.Equal(b)
+}

@@ -2,7 +2,6 @@ package fileset
 
 import (
 	"bytes"
-	"crypto"
 	"errors"
 	"fmt"
 	"os"
@@ -121,7 +120,7 @@ func (t *transaction) holdsOwnKey(data []byte) bool {
 	}
 	own := func(encoded []byte) bool {
 		has, err := pemutil.ParseKey(encoded)
-		return err == nil && pemutil.SamePublicKey(has.Public(), crypto.PublicKey(key.Public()))
+		return err == nil && pemutil.SamePrivateKey(has, key)
 	}
 	m := t.tx.Material
 	if own(m.KeyPEM) || slices.ContainsFunc(m.KeyFiles, func(file target.File) bool { return own(file.Data) }) {

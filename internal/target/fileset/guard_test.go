@@ -2,12 +2,18 @@ package fileset
 
 import (
 	"bytes"
+	"crypto/rand"
+	"crypto/rsa"
+	"encoding/asn1"
+	"encoding/pem"
 	"io/fs"
+	"math/big"
 	"os"
 	"slices"
 	"strings"
 	"testing"
 
+	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/target"
 )
 
@@ -151,6 +157,43 @@ func TestForeignKeyFileKeepsWorking(t *testing.T) {
 	check(t, os.Chown(w.path("private"), uidKeep, gidKeep))
 	check(t, os.Chown(w.path("keys"), uidKeep, gidKeep))
 	w.refused(t, tx, "not given to its owner")
+}
+
+// TestForgedKey: a file that only looks like a key of the certificate's is no
+// proof that whoever put it there has had that. crypto/x509 takes an RSA key
+// with three primes for the one whose modulus it names.
+func TestForgedKey(t *testing.T) {
+	if !root() {
+		t.Skip("needs two users: run as root")
+	}
+	mine, err := rsa.GenerateKey(rand.Reader, 2048)
+	check(t, err)
+	type prime struct{ Prime, Exponent, Coefficient int }
+	encoded, err := asn1.Marshal(struct {
+		Version                     int
+		N                           *big.Int
+		E, D, P, Q, Dp, Dq, Inverse int
+		More                        []prime
+	}{1, mine.N, mine.E, 3, 3, 5, 1, 1, 1, []prime{{7, 1, 1}}})
+	check(t, err)
+	forged := pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: encoded})
+	real, err := pemutil.EncodeKey(mine)
+	check(t, err)
+	for _, content := range [][]byte{forged, real} {
+		w := newWorld(t, t.TempDir())
+		w.write(t, "keys/c1.key", real, 0o600)
+		w.write(t, "private/key.pem", content, 0o600)
+		check(t, os.Chown(w.path("private/key.pem"), uidKeep, gidKeep))
+		check(t, os.Chown(w.path("private"), uidKeep, gidKeep))
+		tx := w.renewal()
+		tx.Material = &target.Material{KeyPEM: tx.Files[0].Data, KeyPath: w.path("keys/c1.key")}
+		if bytes.Equal(content, forged) {
+			w.refused(t, tx, "not given to its owner")
+			continue
+		}
+		_, err := w.deploy(t, tx)
+		check(t, err)
+	}
 }
 
 // TestOpenDirectoryKeepsWorking: where the file that is there lets in nobody
