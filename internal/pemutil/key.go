@@ -19,6 +19,11 @@ const (
 	sec1Type         = "EC PRIVATE KEY"
 	encryptedType    = "ENCRYPTED PRIVATE KEY"
 	privateKeySuffix = "PRIVATE KEY"
+
+	// maxKey bounds the DER of a key. An RSA key of 16384 bits takes 9 KiB; the
+	// work of reading one grows with the square of its length, and a megabyte
+	// would hold one that takes minutes.
+	maxKey = 16 << 10
 )
 
 var (
@@ -55,6 +60,9 @@ func ParseKey(data []byte) (crypto.Signer, error) {
 }
 
 func parseKeyBlock(block *pem.Block) (crypto.Signer, error) {
+	if len(block.Bytes) > maxKey {
+		return nil, fmt.Errorf("the %s block holds %d bytes, more than any key in use", block.Type, len(block.Bytes))
+	}
 	var key any
 	var err error
 	switch block.Type {

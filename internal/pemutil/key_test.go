@@ -63,6 +63,7 @@ func TestParseKey(t *testing.T) {
 		{"OpenSSH", block("OPENSSH PRIVATE KEY", []byte("x")), nil, "not supported"},
 		{"X25519", block("PRIVATE KEY", must(x509.MarshalPKCS8PrivateKey(x25519))), nil, "cannot sign"},
 		{"damaged", block("EC PRIVATE KEY", []byte("secret bytes")), nil, "damaged"},
+		{"longer than any key", block("RSA PRIVATE KEY", make([]byte, 1<<20)), nil, "more than any key"},
 		{"wrong label", block("EC PRIVATE KEY", x509.MarshalPKCS1PrivateKey(rsaKey)), nil, "damaged"},
 	}
 	for _, test := range tests {
