@@ -98,8 +98,12 @@ func (t *transaction) guardKey(f *dest, file target.File) error {
 		taken = fmt.Sprintf("its owner, user %d", f.Old.UID)
 	case acl:
 		taken = "its access control list"
-	case f.want.Mode&0o070 != 0 && f.Old.GID != os.Getegid() && (file.Group == "" || file.Mode == nil):
-		taken = fmt.Sprintf("its group %d and mode %04o", f.Old.GID, f.Old.Mode)
+	case f.want.Mode&0o070 == 0 || f.want.GID == os.Getegid():
+		return nil
+	case file.Group == "":
+		taken = fmt.Sprintf("its group %d and mode %04o", f.want.GID, f.want.Mode)
+	case file.Mode == nil:
+		taken = fmt.Sprintf("group %d by its mode %04o", f.want.GID, f.want.Mode)
 	default:
 		return nil
 	}

@@ -10,6 +10,7 @@ import (
 	"math/big"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -157,6 +158,30 @@ func TestForeignKeyFileKeepsWorking(t *testing.T) {
 	check(t, os.Chown(w.path("private"), uidKeep, gidKeep))
 	check(t, os.Chown(w.path("keys"), uidKeep, gidKeep))
 	w.refused(t, tx, "not given to its owner")
+}
+
+// TestForeignMode: a file of root's that others can put in place, such as the
+// certificate, does not open the key to the group that is configured for it.
+func TestForeignMode(t *testing.T) {
+	if !root() {
+		t.Skip("only root gives files away")
+	}
+	before, _ := pairs()
+	w := newWorld(t, t.TempDir())
+	check(t, os.Chown(w.path("private"), 0, gidKeep))
+	check(t, os.Chmod(w.path("private"), 0o775))
+	tx := w.renewal()
+	tx.Files[0].Group = strconv.Itoa(gidKeep)
+	w.write(t, "private/key.pem", before.cert, 0o644)
+	w.refused(t, tx, "not given to group 4712 by its mode 0640")
+	for _, mode := range []fs.FileMode{0o600, 0o644} {
+		w.write(t, "private/key.pem", before.cert, mode)
+		if mode == 0o644 {
+			tx.Files[0].Group = "0"
+		}
+		_, err := w.deploy(t, tx)
+		check(t, err)
+	}
 }
 
 // TestForgedKey: a file that only looks like a key of the certificate's is no
