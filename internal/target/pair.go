@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"slices"
 
@@ -122,19 +121,6 @@ func (p *Pair) Files(m *Material) (files []File, warnings []string) {
 		files = append(files, p.KeyFile.File(p.KeyPath, KeyFile, m.Key()))
 	}
 	return files, warnings
-}
-
-// OtherBlocks returns the PEM blocks of the file in place that a renewal does
-// not replace, such as DH PARAMETERS. Without a file there are none.
-func OtherBlocks(path Path) ([]byte, error) {
-	text, err := ReadServerFile(string(path))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	return pemutil.OtherBlocks([]byte(text)), nil
 }
 
 // Key is the private key as it is written: one newline at its end.

@@ -101,6 +101,10 @@ type File struct {
 	// Keep puts a file that is there in place once more with the bytes that it
 	// has, for a server that watches it. Data is not used.
 	Keep bool
+
+	// KeepOthers puts the PEM blocks of the file that is there which are neither
+	// certificates nor keys, such as DH PARAMETERS, behind Data.
+	KeepOthers bool
 }
 
 // BusyError means that a deployment did not begin because others have not

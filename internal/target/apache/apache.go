@@ -5,7 +5,6 @@ package apache
 
 import (
 	"context"
-	"fmt"
 	"slices"
 	"time"
 
@@ -59,11 +58,7 @@ func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Resu
 	files, warnings := pair.Files(m)
 	// The first file is the one of the certificate, and httpd reads DH PARAMETERS
 	// from there as well (https://httpd.apache.org/docs/2.4/mod/mod_ssl.html#sslcertificatefile).
-	kept, err := target.OtherBlocks(c.config.CertPath)
-	if err != nil {
-		return target.Result{}, fmt.Errorf("cert_path: %w", err)
-	}
-	files[0].Data = append(files[0].Data, kept...)
+	files[0].KeepOthers = true
 	tx := fileset.NewTransaction(c.params, m)
 	tx.Files, tx.Validate, tx.Reload, tx.Apply = files, c.validate, c.reload, c.settle
 	if verify := tx.Verify; verify != nil {

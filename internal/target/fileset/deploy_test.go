@@ -348,6 +348,43 @@ func TestFirstWithKey(t *testing.T) {
 	}
 }
 
+// TestKeepOthers: what a renewal does not replace is taken from the file that is
+// read under the lock, and never through a link that others made.
+func TestKeepOthers(t *testing.T) {
+	const others = "-----BEGIN DH PARAMETERS-----\nMAA=\n-----END DH PARAMETERS-----\n"
+	before, after := pairs()
+	w := newWorld(t, t.TempDir())
+	tx := Transaction{Target: "t1", Files: []target.File{{Path: w.path("site/cert.pem"), Kind: target.CertificateFile, Data: after.cert, KeepOthers: true}}}
+	for old, want := range map[string]string{"": "", string(before.cert): "", others + string(before.cert): others} {
+		w.write(t, "site/cert.pem", []byte(old), 0o644)
+		for _, unchanged := range []bool{false, true} {
+			result, err := w.deploy(t, tx)
+			if err != nil || result.Unchanged != unchanged {
+				t.Errorf("%+v, %v", result, err)
+			}
+			if got, err := os.ReadFile(w.path("site/cert.pem")); err != nil || string(got) != string(after.cert)+want {
+				t.Errorf("got\n%s, %v", got, err)
+			}
+		}
+	}
+
+	// Somebody puts another file in place while the transaction waits.
+	w.write(t, "site/cert.pem", before.cert, 0o644)
+	s := w.mustStore(t, nil)
+	release, err := s.acquire(t.Context(), "t1", nil)
+	check(t, err)
+	tx.Yield = func(wait func(context.Context) error) error {
+		w.write(t, "site/cert.pem", []byte(others), 0o644)
+		release()
+		return wait(t.Context())
+	}
+	_, err = s.Deploy(t.Context(), tx)
+	check(t, err)
+	if got, err := os.ReadFile(w.path("site/cert.pem")); err != nil || string(got) != string(after.cert)+others {
+		t.Errorf("got\n%s, %v", got, err)
+	}
+}
+
 // TestKeep: a file that a server watches is replaced by itself.
 func TestKeep(t *testing.T) {
 	w := newWorld(t, t.TempDir())

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 
+	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/target"
 )
 
@@ -97,6 +98,10 @@ func (f *dest) inspect(file target.File, index int) (warning string, err error) 
 		f.old, f.now = data, info
 		if file.Keep {
 			f.data, f.New = data, digestOf(data)
+		}
+		if file.KeepOthers {
+			f.data = slices.Concat(f.data, pemutil.OtherBlocks(data))
+			f.New = digestOf(f.data)
 		}
 		f.Old = &saved{Backup: backupName(index, f.Name), Digest: digestOf(data), attributes: has}
 		if owner := has.UID; f.at.anyone() && !ours(info) {

@@ -4,7 +4,6 @@ package haproxy
 
 import (
 	"context"
-	"fmt"
 
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/target"
@@ -51,15 +50,12 @@ func New(p target.Params, files *fileset.Store) (*Connector, error) {
 func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Result, error) {
 	data := append(pemutil.EncodeCertificates(m.Leaf), pemutil.EncodeCertificates(m.Chain...)...)
 	data = append(data, m.Key()...)
+	file := c.config.PEMFile.File(c.config.PEMPath, target.KeyFile, data)
 	// HAProxy finds each kind of block wherever it stands
 	// (https://docs.haproxy.org/2.6/configuration.html#5.1-crt).
-	kept, err := target.OtherBlocks(c.config.PEMPath)
-	if err != nil {
-		return target.Result{}, fmt.Errorf("pem_path: %w", err)
-	}
-	data = append(data, kept...)
+	file.KeepOthers = true
 	tx := fileset.NewTransaction(c.params, m)
-	tx.Files = []target.File{c.config.PEMFile.File(c.config.PEMPath, target.KeyFile, data)}
+	tx.Files = []target.File{file}
 	tx.Validate, tx.Reload = c.validate, c.reload
 	return c.files.Deploy(ctx, tx)
 }
