@@ -1,7 +1,6 @@
 package mail
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"maps"
@@ -133,14 +132,7 @@ func exists(path string) bool {
 	return err == nil
 }
 
-// maxKeyFile bounds what is read of a file that may hold a key.
-const maxKeyFile = 1 << 20
-
 func holdsOnlyKeys(path string) bool {
-	if info, err := os.Stat(path); err != nil || !info.Mode().IsRegular() || info.Size() > maxKeyFile {
-		return false
-	}
-	data, err := os.ReadFile(path)
-	defer clear(data)
-	return err == nil && bytes.Contains(data, []byte("PRIVATE KEY-----")) && !bytes.Contains(data, []byte("CERTIFICATE-----"))
+	text, err := target.ReadServerFile(path)
+	return err == nil && strings.Contains(text, "PRIVATE KEY-----") && !strings.Contains(text, "CERTIFICATE-----")
 }
