@@ -52,9 +52,9 @@ func TestLive(t *testing.T) {
 		stop := make(chan struct{})
 		var watching sync.WaitGroup
 		watching.Go(func() { onlyHidden(t, l.Watched, "site.pem", stop) })
+		defer watching.Wait()
+		defer close(stop)
 		l.Rotate(t, 3*time.Second)
-		close(stop)
-		watching.Wait()
 	})
 	t.Run("symlinked destination", func(t *testing.T) { l.KeepsSymlink(t, pem) })
 }
