@@ -101,6 +101,10 @@ func runDaemon(ctx context.Context, p process) error {
 		d.log.Warn("configuration", "warning", warning)
 	}
 	if err := d.open(ctx, p); err != nil {
+		if signalled.Err() != nil && errors.Is(err, context.Cause(signalled)) {
+			d.log.Info("stopped", "reason", "asked to")
+			return nil
+		}
 		return err
 	}
 	return d.serve(ctx)
