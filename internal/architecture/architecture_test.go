@@ -32,7 +32,7 @@ var layers = [][]string{
 	{"internal/target"},
 	{"internal/config", "internal/controlplane", "internal/discovery", "internal/inventory", "internal/keystore", "internal/ledger", "internal/statedir", "internal/status"},
 	{"internal/tlsprobe"},
-	{"internal/api", "internal/atomicfile", "internal/buildinfo", "internal/command", "internal/csr", "internal/pace",
+	{"internal/api", "internal/atomicfile", "internal/buildinfo", "internal/command", "internal/csr", "internal/hostfile", "internal/pace",
 		"internal/peer", "internal/pemutil", "internal/printable", "internal/proxy", "internal/sdnotify", "internal/secret", "internal/slot"},
 }
 

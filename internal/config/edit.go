@@ -8,9 +8,9 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 
 	"certctl-agent/internal/atomicfile"
+	"certctl-agent/internal/hostfile"
 )
 
 // SetInFile sets one key of an environment file and leaves everything else as
@@ -133,10 +133,8 @@ func fill(f *os.File, data []byte, info fs.FileInfo) error {
 	mode := fs.FileMode(0o600)
 	if info != nil {
 		mode = info.Mode().Perm()
-		if owner, ok := info.Sys().(*syscall.Stat_t); ok {
-			if err := f.Chown(int(owner.Uid), int(owner.Gid)); err != nil {
-				return fmt.Errorf("keep the file's owner: %w", err)
-			}
+		if err := f.Chown(hostfile.Owner(info)); err != nil {
+			return fmt.Errorf("keep the file's owner: %w", err)
 		}
 	}
 	if err := f.Chmod(mode); err != nil {

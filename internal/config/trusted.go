@@ -4,14 +4,13 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
-	"syscall"
 	"time"
+
+	"certctl-agent/internal/hostfile"
 )
 
 // readTimeout is how long a file may take. A network file system whose server
@@ -56,24 +55,14 @@ func openTrusted(path string, limit int64) (data []byte, info fs.FileInfo, warni
 	if path, err = filepath.Abs(path); err != nil {
 		return nil, nil, "", err
 	}
-	if err := trustDirs(path, os.Geteuid()); err != nil {
-		return nil, nil, "", fmt.Errorf("%s %w", path, err)
-	}
-	// Opening a device can have effects.
-	if info, err = os.Stat(path); err == nil && !info.Mode().IsRegular() {
-		return nil, nil, "", fmt.Errorf("%s %w", path, errNotRegular)
-	}
-	// Without O_NONBLOCK opening a named pipe would wait for a writer.
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
-	if errors.Is(err, fs.ErrPermission) && info != nil {
-		return nil, nil, "", fmt.Errorf("%w: it has mode %04o and belongs to user %d, and the agent runs as user %d%s",
-			err, info.Mode().Perm(), owner(info), os.Geteuid(), inContainers)
-	}
-	if err != nil {
+	if err := trustWay(path, os.Geteuid()); err != nil {
 		return nil, nil, "", err
 	}
-	defer f.Close()
-	if info, err = f.Stat(); err != nil {
+	data, info, err = hostfile.Read(path, limit)
+	if errors.Is(err, fs.ErrPermission) {
+		err = explainDenied(path, err)
+	}
+	if err != nil {
 		return nil, nil, "", err
 	}
 	if warning, err = trust(info, os.Geteuid()); err != nil {
@@ -82,66 +71,40 @@ func openTrusted(path string, limit int64) (data []byte, info fs.FileInfo, warni
 	if warning != "" {
 		warning = path + " " + warning
 	}
-	if data, err = io.ReadAll(io.LimitReader(f, limit+1)); err != nil {
-		return nil, nil, "", err
-	}
-	if int64(len(data)) > limit {
-		return nil, nil, "", fmt.Errorf("%s is longer than %d bytes", path, limit)
-	}
 	return data, info, warning, nil
 }
 
-var errNotRegular = errors.New("is not a regular file")
+// explainDenied says whose a file is that the agent may not read.
+func explainDenied(path string, err error) error {
+	info, statErr := os.Stat(path)
+	if statErr != nil {
+		return err
+	}
+	return fmt.Errorf("%w: it has mode %04o and belongs to user %d, and the agent runs as user %d%s",
+		err, info.Mode().Perm(), owner(info), os.Geteuid(), inContainers)
+}
 
 // inContainers explains an owner that the operator did not choose.
 const inContainers = " (a file that is mounted into a container keeps its owner on the host)"
 
-// trustDirs judges the directories on the way to a file, link by link: who can
+// trustWay judges the directories on the way to a file, link by link: who can
 // write one can put another file of root's, or a link to one, in its place. In
-// a sticky directory only the owner of the file or link can. Whatever keeps it
-// from looking is left for the opening of the file to say.
-func trustDirs(path string, euid int) error {
-	const maxLinks = 40 // as Linux has it
-	at, rest, links := "/", strings.Split(path, "/"), 0
-	info, err := os.Lstat(at)
-	for err == nil {
-		if err := trustDir(at, info, euid); err != nil {
-			return err
-		}
-		shared := info.Mode().Perm()&0o022 != 0
-		for len(rest) > 0 && (rest[0] == "" || rest[0] == ".") {
-			rest = rest[1:]
-		}
-		if len(rest) == 0 {
-			return nil
-		}
-		next := filepath.Join(at, rest[0]) // at has no links, so .. is above it
-		rest = rest[1:]
-		if info, err = os.Lstat(next); err != nil {
-			return nil
-		}
+// a sticky directory only the owner of the file or link can.
+func trustWay(path string, euid int) error {
+	shared := false
+	_, err := hostfile.Follow(path, func(at string, info fs.FileInfo) error {
 		switch {
 		case info.IsDir():
-			at = next
-		case info.Mode().Type() != fs.ModeSymlink:
-			return nil
-		case shared && !ours(info, euid):
-			return fmt.Errorf("is reached by the link %s of user %d, neither root nor the agent's own (%d): name the file itself", next, owner(info), euid)
-		default:
-			link, err := os.Readlink(next)
-			if links++; err != nil || links > maxLinks {
-				return nil
+			shared = info.Mode().Perm()&0o022 != 0
+			if err := trustDir(at, info, euid); err != nil {
+				return fmt.Errorf("%s %w", path, err)
 			}
-			if filepath.IsAbs(link) {
-				at = "/"
-			}
-			rest = append(strings.Split(link, "/"), rest...)
-			if info, err = os.Lstat(at); err != nil {
-				return nil
-			}
+		case info.Mode().Type() == fs.ModeSymlink && shared && !ours(info, euid):
+			return fmt.Errorf("%s is reached by the link %s of user %d, neither root nor the agent's own (%d): name the file itself", path, at, owner(info), euid)
 		}
-	}
-	return nil
+		return nil
+	})
+	return err
 }
 
 func trustDir(path string, info fs.FileInfo, euid int) error {
@@ -152,7 +115,7 @@ func trustDir(path string, info fs.FileInfo, euid int) error {
 	writable := mode.Perm() & 0o022
 	// Nobody but root is in root's group. With an access control list, though, its
 	// bits are the mask of what others have.
-	if stat, ok := info.Sys().(*syscall.Stat_t); ok && stat.Gid == 0 && !hasACL(path) {
+	if _, gid := hostfile.Owner(info); gid == 0 && !hasACL(path) {
 		writable &= 0o002
 	}
 	if writable != 0 && mode&fs.ModeSticky == 0 && !isConfigMap(path) {
@@ -163,12 +126,9 @@ func trustDir(path string, info fs.FileInfo, euid int) error {
 
 func ours(info fs.FileInfo, euid int) bool { return owner(info) == 0 || owner(info) == euid }
 
-// owner is the user that a file belongs to, -1 where the system has none.
 func owner(info fs.FileInfo) int {
-	if stat, ok := info.Sys().(*syscall.Stat_t); ok {
-		return int(stat.Uid)
-	}
-	return -1
+	uid, _ := hostfile.Owner(info)
+	return uid
 }
 
 // trust judges a file by its owner and mode. A group that the agent itself is
@@ -176,21 +136,14 @@ func owner(info fs.FileInfo) int {
 // must not own. So may root's: a systemd credential looks as if it did, its
 // group bits being the mask of an access list.
 func trust(info fs.FileInfo, euid int) (warning string, err error) {
-	if !info.Mode().IsRegular() {
-		return "", errNotRegular
-	}
 	if info.Mode().Perm()&0o022 != 0 {
 		return "", fmt.Errorf("can be written by others (mode %04o): chmod go-w", info.Mode().Perm())
 	}
 	if !ours(info, euid) {
 		return "", fmt.Errorf("belongs to user %d, neither root nor the agent's own (%d): chown it%s", owner(info), euid, inContainers)
 	}
-	world := info.Mode().Perm()&0o004 != 0
-	group := false
-	if stat, ok := info.Sys().(*syscall.Stat_t); ok {
-		group = info.Mode().Perm()&0o040 != 0 && !trustedGroup(int(stat.Gid))
-	}
-	if world || group {
+	_, gid := hostfile.Owner(info)
+	if mode := info.Mode().Perm(); mode&0o004 != 0 || mode&0o040 != 0 && !trustedGroup(gid) {
 		return fmt.Sprintf("can be read by others (mode %04o): chmod it to 0600", info.Mode().Perm()), nil
 	}
 	return "", nil

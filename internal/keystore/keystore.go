@@ -20,18 +20,17 @@ import (
 	"crypto"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/atomicfile"
 	"certctl-agent/internal/csr"
+	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/pemutil"
 )
 
@@ -156,8 +155,8 @@ func (s *Store) tighten() error {
 	}
 	// Mode 0700 closes it to everybody but its owner. That may be the user of
 	// the agent before this one, so it is no refusal.
-	if owner, ok := info.Sys().(*syscall.Stat_t); ok && owner.Uid != 0 && int(owner.Uid) != os.Geteuid() {
-		s.log.Warn("the key directory belongs to another user, who can read every key: chown it to the agent's user", "dir", s.dir, "owner", owner.Uid)
+	if owner, _ := hostfile.Owner(info); !hostfile.Ours(info) {
+		s.log.Warn("the key directory belongs to another user, who can read every key: chown it to the agent's user", "dir", s.dir, "owner", owner)
 	}
 	was := info.Mode().Perm()
 	if was&0o077 == 0 {
@@ -474,21 +473,9 @@ func (s *Store) read(certID string, role Role) (Key, error) {
 	return Key{Role: role, Name: name, PEM: data, Signer: signer}, nil
 }
 
-// readFile reads a regular file: a pipe in its place would hang the agent.
 func (s *Store) readFile(name string) ([]byte, error) {
-	info, err := s.root.Stat(name)
-	if err != nil {
-		return nil, err
-	}
-	if !info.Mode().IsRegular() || info.Size() > maxFile {
-		return nil, fmt.Errorf("%s is no regular file of at most %d bytes", filepath.Join(s.dir, name), maxFile)
-	}
-	file, err := s.root.Open(name)
-	if err != nil {
-		return nil, err
-	}
-	defer file.Close()
-	return io.ReadAll(io.LimitReader(file, maxFile))
+	data, _, err := hostfile.ReadIn(s.root, name, maxFile)
+	return data, err
 }
 
 func checkIDs(certID, jobID string) error {

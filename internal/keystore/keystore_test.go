@@ -370,8 +370,8 @@ func TestFindNothing(t *testing.T) {
 		{"absent", true, "holds none"},
 		{"full", true, "compared with the current one, the previous one, 2 pending"},
 		{"link", false, "escapes"},
-		{"pipe", false, "no regular file"},
-		{"huge", false, "no regular file"},
+		{"pipe", false, "not a regular file"},
+		{"huge", false, "longer than"},
 		{"../x", false, "not valid"},
 	}
 	for _, test := range tests {

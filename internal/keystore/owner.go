@@ -12,6 +12,7 @@ import (
 	"syscall"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/printable"
 )
 
@@ -163,12 +164,8 @@ func readByOthers(root *os.Root, name string) bool {
 	if err != nil {
 		return false
 	}
-	owner, ok := info.Sys().(*syscall.Stat_t)
-	if !ok {
-		return false
-	}
 	groups, _ := os.Getgroups()
-	gid := int(owner.Gid)
+	_, gid := hostfile.Owner(info)
 	others := info.Mode().Perm()&0o040 != 0 && gid != 0 && gid != os.Getegid() && !slices.Contains(groups, gid)
 	return others || info.Mode().Perm()&0o004 != 0
 }

@@ -11,12 +11,13 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
+
+	"certctl-agent/internal/hostfile"
 )
 
 // owners are the users at the other end of conn: the one who listens at a unix
@@ -139,41 +140,20 @@ func scan(table, row string) (uids []int, waiting bool, err error) {
 	}
 }
 
-// maxLinks is the kernel's own limit for one path, see path_resolution(7).
-const maxLinks = 40
-
 // checkPath refuses a socket that is reached through anything that belongs to
 // a user who is not trusted, or that everybody may replace.
 func checkPath(path string, trusted []int) error {
-	at, rest := "/", strings.Split(path, "/")
-	for links := 0; ; rest = rest[1:] {
-		info, err := os.Lstat(at)
-		if err != nil {
-			return err
-		}
-		if stat, ok := info.Sys().(*syscall.Stat_t); !ok || !slices.Contains(trusted, int(stat.Uid)) {
+	real, err := hostfile.Follow(path, func(at string, info fs.FileInfo) error {
+		if uid, _ := hostfile.Owner(info); !slices.Contains(trusted, uid) {
 			return fmt.Errorf("%s, on the way to the socket, belongs to another user: %w", at, ErrUntrusted)
 		}
-		switch mode := info.Mode(); {
-		case mode&fs.ModeSymlink != 0:
-			if links++; links > maxLinks {
-				return fmt.Errorf("%s: %w", path, syscall.ELOOP)
-			}
-			target, err := os.Readlink(at)
-			if err != nil {
-				return err
-			}
-			at = filepath.Dir(at)
-			if filepath.IsAbs(target) {
-				at = "/"
-			}
-			rest = slices.Concat(strings.Split(target, "/"), rest)
-		case mode.IsDir() && mode&0o002 != 0 && mode&fs.ModeSticky == 0:
+		if mode := info.Mode(); mode.IsDir() && mode&0o002 != 0 && mode&fs.ModeSticky == 0 {
 			return fmt.Errorf("%s, on the way to the socket, can be written by every user: %w", at, ErrUntrusted)
 		}
-		if len(rest) == 0 {
-			return nil
-		}
-		at = filepath.Join(at, rest[0])
+		return nil
+	})
+	if err == nil {
+		_, err = os.Lstat(real)
 	}
+	return err
 }

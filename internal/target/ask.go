@@ -1,15 +1,13 @@
 package target
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
+
+	"certctl-agent/internal/hostfile"
 )
 
 // ServerPair is a certificate and its key as a server's own configuration
@@ -126,28 +124,8 @@ func afterFlags(argv []string) int {
 const maxServerFile = 4 << 20
 
 // ReadServerFile reads a file of a server's own configuration. Its directory
-// may be somebody else's, who makes it a pipe between two looks: opening that
-// must not hold up the agent.
-func ReadServerFile(path string) (string, error) {
-	info, err := os.Stat(path) // opening a device can have effects
-	if err != nil {
-		return "", err
-	}
-	if !info.Mode().IsRegular() || info.Size() > maxServerFile {
-		return "", fmt.Errorf("%s is no regular file of at most %d MiB", path, maxServerFile>>20)
-	}
-	return readRegular(path)
-}
-
-func readRegular(path string) (string, error) {
-	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
-	if err != nil {
-		return "", err
-	}
-	defer file.Close()
-	if info, err := file.Stat(); err != nil || !info.Mode().IsRegular() {
-		return "", cmp.Or(err, fmt.Errorf("%s is no regular file any more", path))
-	}
-	data, err := io.ReadAll(io.LimitReader(file, maxServerFile))
-	return string(data), err
+// may be somebody else's.
+func ReadServerFile(path string) ([]byte, error) {
+	data, _, err := hostfile.Read(path, maxServerFile)
+	return data, err
 }

@@ -4,11 +4,11 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
-	"syscall"
+
+	"certctl-agent/internal/hostfile"
 )
 
 const (
@@ -79,48 +79,29 @@ func (o *Overlays) readFile(name string) ([]byte, error) {
 	if err := trusted(info, o.dir); err != nil {
 		return nil, err
 	}
-	if err := trustedWay(o.dir); err != nil {
+	if err := trustedWay(filepath.Join(o.dir, name)); err != nil {
 		return nil, err
 	}
-	file, err := openOverlay(root, name)
+	data, info, err := readOverlay(root, name)
 	if err != nil {
 		return nil, err
 	}
-	defer file.Close()
-	if err := trustedWay(filepath.Join(o.dir, name)); err != nil { // it may be a link
-		return nil, err
-	}
-	if info, err = file.Stat(); err != nil {
-		return nil, err
-	}
-	if !info.Mode().IsRegular() {
-		return nil, errors.New("is no regular file")
-	}
-	if err := trusted(info, filepath.Join(o.dir, name)); err != nil {
-		return nil, err
-	}
-	data, err := io.ReadAll(io.LimitReader(file, maxOverlay+1))
-	if err == nil && len(data) > maxOverlay {
-		err = fmt.Errorf("is larger than %d KiB", maxOverlay>>10)
-	}
-	return data, err
+	return data, trusted(info, filepath.Join(o.dir, name))
 }
 
-// openOverlay opens one file. fs.ErrNotExist means that not even a link is
-// there.
-func openOverlay(root *os.Root, name string) (*os.File, error) {
+// readOverlay fails with fs.ErrNotExist only where not even a link is there.
+func readOverlay(root *os.Root, name string) ([]byte, fs.FileInfo, error) {
 	for again := true; ; again = false {
-		// Without O_NONBLOCK, opening a pipe waits for somebody to write to it.
-		file, err := root.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+		data, info, err := hostfile.ReadIn(root, name, maxOverlay)
 		if !errors.Is(err, fs.ErrNotExist) {
-			return file, err
+			return data, info, err
 		}
 		if _, err := root.Lstat(name); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		// A Kubernetes volume replaces what its links lead to.
 		if !again {
-			return nil, errors.New("is a symlink that leads nowhere")
+			return nil, nil, errors.New("is a symlink that leads nowhere")
 		}
 	}
 }
@@ -150,33 +131,16 @@ func (o *Overlays) missing() error {
 // trustedWay reports whether only root and the agent's own user can put
 // something else in place of path, or of a directory or link on the way to it.
 func trustedWay(path string) error {
-	above := func(at string) error {
-		for at != filepath.Dir(at) {
-			at = filepath.Dir(at)
-			info, err := os.Lstat(at)
-			if err != nil {
-				return err
-			}
-			check := trusted
-			if info.Mode()&fs.ModeSticky != 0 {
-				check = trustedOwner // there nobody can move what belongs to another
-			}
-			if err := check(info, at); err != nil {
-				return err
-			}
+	_, err := hostfile.Follow(path, func(at string, info fs.FileInfo) error {
+		switch {
+		case !info.IsDir():
+			return trustedLink(at, info)
+		case info.Mode()&fs.ModeSticky != 0: // there nobody can move what belongs to another
+			return trustedOwner(info, at)
 		}
-		return nil
-	}
-	real, err := follow(path, func(link string) error {
-		if err := trustedLink(link); err != nil {
-			return err
-		}
-		return above(link)
+		return trusted(info, at)
 	})
-	if err != nil {
-		return err
-	}
-	return above(real)
+	return err
 }
 
 // trusted reports whether only root and the agent's own user can have written
@@ -191,7 +155,7 @@ func trusted(info fs.FileInfo, path string) error {
 }
 
 func trustedOwner(info fs.FileInfo, path string) error {
-	if uid, ok := owner(info); ok && uid != 0 && uid != os.Geteuid() {
+	if uid, _ := hostfile.Owner(info); !hostfile.Ours(info) {
 		return fmt.Errorf("%s belongs to user %d, so its content cannot be trusted: chown root %s", path, uid, path)
 	}
 	return nil

@@ -63,16 +63,16 @@ func TestOverlayTrust(t *testing.T) {
 			}
 			must(t, os.Chown(dir, 4242, -1))
 		}, "chown root"},
-		{"too large", func(t *testing.T, _, file string) { must(t, os.WriteFile(file, make([]byte, maxOverlay+1), 0o600)) }, "larger than 64 KiB"},
+		{"too large", func(t *testing.T, _, file string) { must(t, os.WriteFile(file, make([]byte, maxOverlay+1), 0o600)) }, "longer than 65536 bytes"},
 		{"no JSON", func(t *testing.T, _, file string) { must(t, os.WriteFile(file, []byte("{hunter2"), 0o600)) }, "invalid character"},
 		{"a pipe", func(t *testing.T, _, file string) {
 			must(t, os.Remove(file))
 			must(t, syscall.Mkfifo(file, 0o600))
-		}, "no regular file"},
+		}, "not a regular file"},
 		{"a directory", func(t *testing.T, _, file string) {
 			must(t, os.Remove(file))
 			must(t, os.Mkdir(file, 0o700))
-		}, "no regular file"},
+		}, "not a regular file"},
 		{"a link that leads out", func(t *testing.T, _, file string) {
 			must(t, os.Remove(file))
 			must(t, os.Symlink("/etc/hostname", file))

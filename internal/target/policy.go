@@ -1,7 +1,6 @@
 package target
 
 import (
-	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -11,6 +10,7 @@ import (
 	"time"
 
 	"certctl-agent/internal/command"
+	"certctl-agent/internal/hostfile"
 )
 
 // Policy is what the control plane may make this host write and run. It comes
@@ -73,7 +73,7 @@ func (p *Policy) CheckPath(path string) error {
 		return nil
 	}
 	for _, dir := range p.Paths {
-		if real, err := follow(dir, trustedLink); err == nil && below(real, path) {
+		if real, err := hostfile.Follow(filepath.Clean(dir), trustedLink); err == nil && below(real, path) {
 			return nil
 		}
 	}
@@ -234,62 +234,26 @@ func resolved(path string) string {
 	return real
 }
 
-// maxLinks is where Linux gives up too.
-const maxLinks = 40
-
 // Resolve follows the symlinks of path. What does not exist yet, at its end or
 // behind a symlink that leads nowhere, is kept by name: that is where a file
 // would be created.
 func Resolve(path string) (string, error) {
-	return follow(path, func(string) error { return nil })
+	return hostfile.Follow(filepath.Clean(path), func(string, fs.FileInfo) error { return nil })
 }
 
 // trustedLink refuses a symlink that others than root and the agent's own user
 // could have made: it would let them choose which directory is allowed.
-func trustedLink(path string) error {
-	for _, at := range []string{path, filepath.Dir(path)} {
-		info, err := os.Lstat(at)
-		if err != nil {
-			return err
-		}
-		uid, known := owner(info)
-		shared := info.IsDir() && info.Mode().Perm()&0o022 != 0 && info.Mode()&fs.ModeSticky == 0
-		if shared || known && uid != 0 && uid != os.Geteuid() {
-			return fmt.Errorf("%s is a symlink that others could change", path)
-		}
+func trustedLink(at string, info fs.FileInfo) error {
+	if info.Mode().Type() != fs.ModeSymlink {
+		return nil
+	}
+	dir, err := os.Lstat(filepath.Dir(at))
+	if err != nil {
+		return err
+	}
+	shared := dir.Mode().Perm()&0o022 != 0 && dir.Mode()&fs.ModeSticky == 0
+	if shared || !hostfile.Ours(dir) || !hostfile.Ours(info) {
+		return fmt.Errorf("%s is a symlink that others could change", at)
 	}
 	return nil
-}
-
-// follow is Resolve, but that each symlink is shown to may first.
-func follow(path string, may func(link string) error) (string, error) {
-	const separator = string(filepath.Separator)
-	at, rest := separator, strings.Split(filepath.Clean(path), separator)
-	for links := 0; len(rest) > 0; {
-		name := rest[0]
-		rest = rest[1:]
-		if name == ".." { // of a link: the parent of where the path has led so far
-			at = filepath.Dir(at)
-			continue
-		}
-		at = filepath.Join(at, name)
-		link, err := os.Readlink(at)
-		if errors.Is(err, fs.ErrPermission) {
-			return "", err
-		}
-		if err != nil {
-			continue // no symlink, or nothing there
-		}
-		if err := may(at); err != nil {
-			return "", err
-		}
-		if links++; links > maxLinks {
-			return "", fmt.Errorf("resolve %s: too many symlinks", path)
-		}
-		if at = filepath.Dir(at); filepath.IsAbs(link) {
-			at = separator
-		}
-		rest = append(strings.Split(link, separator), rest...)
-	}
-	return at, nil
 }

@@ -11,6 +11,8 @@ import (
 	"os"
 	"path/filepath"
 	"syscall"
+
+	"certctl-agent/internal/hostfile"
 )
 
 // privateFile is the mode of every file from its creation on, until it is
@@ -137,7 +139,7 @@ func (d disk) setAttributes(f *os.File, path string, a attributes) error {
 		return err
 	}
 	uid, gid := a.UID, a.GID
-	hasUID, hasGID := ownerOf(info)
+	hasUID, hasGID := hostfile.Owner(info)
 	if uid == hasUID {
 		uid = -1
 	}
@@ -311,17 +313,9 @@ func read(at *dir, name string) ([]byte, fs.FileInfo, attributes, error) {
 		return nil, nil, a, fmt.Errorf("it is larger than %d MiB, so it is no certificate or key", maxFile>>20)
 	}
 	a.Mode = info.Mode().Perm()
-	a.UID, a.GID = ownerOf(info)
+	a.UID, a.GID = hostfile.Owner(info)
 	a.Xattrs, err = readXattrs(f)
 	return data, info, a, err
-}
-
-func ownerOf(info fs.FileInfo) (uid, gid int) {
-	stat, ok := info.Sys().(*syscall.Stat_t)
-	if !ok {
-		return -1, -1
-	}
-	return int(stat.Uid), int(stat.Gid)
 }
 
 // reason drops the operation and the path, relative to a handle, that os adds

@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/target"
 )
 
@@ -346,7 +347,7 @@ func TestHostileOwner(t *testing.T) {
 		if err != nil || statErr != nil || !bytes.Equal(got, want) || info.Mode() != 0o644 {
 			t.Errorf("%s: %q, %v, %v", name, got, info.Mode(), err)
 		}
-		if uid, _ := ownerOf(info); uid != 0 {
+		if uid, _ := hostfile.Owner(info); uid != 0 {
 			t.Errorf("%s was given to user %d", name, uid)
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"slices"
 
+	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/target"
@@ -94,7 +95,7 @@ func (t *transaction) guardKey(f *dest, file target.File) error {
 	var taken string
 	_, acl := f.want.Xattrs[accessACL]
 	switch {
-	case file.Owner == "" && !ours(f.now):
+	case file.Owner == "" && !hostfile.Ours(f.now):
 		taken = fmt.Sprintf("its owner, user %d", f.Old.UID)
 	case acl:
 		taken = "its access control list"

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"testing"
 
+	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/target"
 )
@@ -100,7 +101,7 @@ func TestForeignKeyFile(t *testing.T) {
 				check(t, err)
 				info, err := os.Stat(tx.Files[0].Path)
 				check(t, err)
-				if uid, gid := ownerOf(info); uid != 0 || gid != 4003 || info.Mode() != 0o640 {
+				if uid, gid := hostfile.Owner(info); uid != 0 || gid != 4003 || info.Mode() != 0o640 {
 					t.Errorf("%s, %s, configured: %d:%d %v", how, what, uid, gid, info.Mode())
 				}
 			}
@@ -145,7 +146,7 @@ func TestForeignKeyFileKeepsWorking(t *testing.T) {
 		}
 		info, err := os.Stat(w.path("private/key.pem"))
 		check(t, err)
-		if uid, gid := ownerOf(info); uid != uidKeep || gid != gidKeep || info.Mode() != 0o640 {
+		if uid, gid := hostfile.Owner(info); uid != uidKeep || gid != gidKeep || info.Mode() != 0o640 {
 			t.Errorf("%s: %d:%d %v", name, uid, gid, info.Mode())
 		}
 	}
@@ -234,7 +235,7 @@ func TestOpenDirectoryKeepsWorking(t *testing.T) {
 		check(t, err)
 		info, err := os.Stat(w.path("private/key.pem"))
 		check(t, err)
-		if uid, gid := ownerOf(info); uid != os.Geteuid() || gid != os.Getegid() || info.Mode() != mode || info.Size() != int64(len(after.key)) {
+		if uid, gid := hostfile.Owner(info); uid != os.Geteuid() || gid != os.Getegid() || info.Mode() != mode || info.Size() != int64(len(after.key)) {
 			t.Errorf("%d:%d %v, %d bytes", uid, gid, info.Mode(), info.Size())
 		}
 	}
@@ -262,7 +263,7 @@ func TestGroupOfForeignDirectory(t *testing.T) {
 		}
 		info, err := os.Stat(w.path("private/key.pem"))
 		check(t, err)
-		if _, gid := ownerOf(info); gid != want {
+		if _, gid := hostfile.Owner(info); gid != want {
 			t.Errorf("open %t: group %d, want %d", open, gid, want)
 		}
 	}
@@ -283,7 +284,7 @@ func TestForeignKeyStore(t *testing.T) {
 	check(t, err)
 	info, err := os.Stat(w.path("keys/c1.key"))
 	check(t, err)
-	if uid, _ := ownerOf(info); uid != 0 || info.Mode() != 0o600 {
+	if uid, _ := hostfile.Owner(info); uid != 0 || info.Mode() != 0o600 {
 		t.Errorf("the current key belongs to user %d, mode %v", uid, info.Mode())
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 
+	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/target"
 )
@@ -104,7 +105,7 @@ func (f *dest) inspect(file target.File, index int) (warning string, err error) 
 			f.New = digestOf(f.data)
 		}
 		f.Old = &saved{Backup: backupName(index, f.Name), Digest: digestOf(data), attributes: has}
-		if owner := has.UID; f.at.anyone() && !ours(info) {
+		if owner := has.UID; f.at.anyone() && !hostfile.Ours(info) {
 			return "", fmt.Errorf("%s belongs to user %d, in a directory where every user can create files: anyone could have put it there to get at the new one", f.Path, owner)
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/target"
 )
 
@@ -53,7 +54,7 @@ func TestModeAndOwner(t *testing.T) {
 			if test.existing != 0 && root() {
 				wantUID, wantGID = uidKeep, gidKeep
 			}
-			if uid, gid := ownerOf(info); uid != wantUID || gid != wantGID {
+			if uid, gid := hostfile.Owner(info); uid != wantUID || gid != wantGID {
 				t.Errorf("owner %d:%d, want %d:%d", uid, gid, wantUID, wantGID)
 			}
 		})
@@ -87,7 +88,7 @@ func TestConfiguredOwner(t *testing.T) {
 		}
 		info, err := os.Stat(w.path("site/file"))
 		check(t, err)
-		if uid, gid := ownerOf(info); uid != test.wantUID || gid != test.wantGID || info.Mode() != 0o640 {
+		if uid, gid := hostfile.Owner(info); uid != test.wantUID || gid != test.wantGID || info.Mode() != 0o640 {
 			t.Errorf("%s:%s: got %d:%d %v, want %d:%d", test.owner, test.group, uid, gid, info.Mode(), test.wantUID, test.wantGID)
 		}
 	}

@@ -16,6 +16,8 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+
+	"certctl-agent/internal/hostfile"
 )
 
 // This file models what a power cut leaves on a file system with a journal of
@@ -67,7 +69,7 @@ func load(t testing.TB, base string) *disks {
 			return err
 		}
 		a := attributes{Mode: info.Mode().Perm()}
-		a.UID, a.GID = ownerOf(info)
+		a.UID, a.GID = hostfile.Owner(info)
 		if e.IsDir() {
 			m.dirs[p] = &modelDir{attributes: a, durable: make(map[string]int), now: make(map[string]int)}
 			return nil

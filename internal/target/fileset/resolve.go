@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"certctl-agent/internal/hostfile"
 )
 
 // maxLinks is where Linux gives up too.
@@ -140,7 +142,7 @@ func (w *walk) advance(name string) (found bool, err error) {
 
 func (w *walk) follow(name string, info fs.FileInfo) error {
 	at := w.top()
-	if !ours(info) || !at.trusted() {
+	if !hostfile.Ours(info) || !at.trusted() {
 		return fmt.Errorf("%s is a symlink that others could change, so it is not followed: it and its directory must belong to root or to the agent's user, and be writable by nobody else; or name the file itself", at.join(name))
 	}
 	if w.links++; w.links > maxLinks {
@@ -188,16 +190,10 @@ func enter(at *dir, name string) (*dir, error) {
 	return &dir{Root: root, path: path, info: info}, nil
 }
 
-// ours reports whether a file belongs to root or to the agent's own user.
-func ours(info fs.FileInfo) bool {
-	uid, _ := ownerOf(info)
-	return uid == 0 || uid == os.Geteuid()
-}
-
 // trusted reports whether nobody but root and the agent's own user can replace
 // what these two have put in d.
 func (d *dir) trusted() bool {
-	return ours(d.info) && (d.info.Mode().Perm()&0o022 == 0 || d.info.Mode()&fs.ModeSticky != 0)
+	return hostfile.Ours(d.info) && (d.info.Mode().Perm()&0o022 == 0 || d.info.Mode()&fs.ModeSticky != 0)
 }
 
 // lentBy returns the directory that lets others than root and the agent's own

@@ -15,6 +15,7 @@ import (
 	"syscall"
 	"testing"
 
+	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/target"
 	"certctl-agent/internal/testca"
 )
@@ -199,7 +200,7 @@ func (w world) condition(first bool) string {
 			if err != nil {
 				return err.Error()
 			}
-			uid, gid := ownerOf(info)
+			uid, gid := hostfile.Owner(info)
 			if wrong := f.kept && root() && (uid != uidKeep || gid != gidKeep); wrong || info.Mode().Perm() != wantMode {
 				kind = fmt.Sprintf("%s with mode %v owner %d:%d", kind, info.Mode(), uid, gid)
 			}

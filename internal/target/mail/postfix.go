@@ -1,6 +1,7 @@
 package mail
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"maps"
@@ -133,6 +134,6 @@ func exists(path string) bool {
 }
 
 func holdsOnlyKeys(path string) bool {
-	text, err := target.ReadServerFile(path)
-	return err == nil && strings.Contains(text, "PRIVATE KEY-----") && !strings.Contains(text, "CERTIFICATE-----")
+	data, err := target.ReadServerFile(path)
+	return err == nil && bytes.Contains(data, []byte("PRIVATE KEY-----")) && !bytes.Contains(data, []byte("CERTIFICATE-----"))
 }

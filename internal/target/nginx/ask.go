@@ -175,7 +175,7 @@ func pairsOnDisk(main string) ([]target.ServerPair, error) {
 			if err != nil {
 				return nil, err
 			}
-			found = append(found, section{path, text})
+			found = append(found, section{path, string(text)})
 		}
 		return found, nil
 	})
@@ -351,7 +351,7 @@ func belong(cert, key string) bool {
 	if err != nil {
 		return false
 	}
-	_, err = tls.X509KeyPair([]byte(certPEM), []byte(keyPEM))
+	_, err = tls.X509KeyPair(certPEM, keyPEM)
 	return err == nil
 }
 

@@ -185,7 +185,7 @@ func TestPairsOnDisk(t *testing.T) {
 		t.Errorf("an include that is not there: %v", err)
 	}
 	write("nginx.conf", "include sites;")
-	if _, err := pairsOnDisk(filepath.Join(dir, "nginx.conf")); err == nil || !strings.Contains(err.Error(), "no regular file") {
+	if _, err := pairsOnDisk(filepath.Join(dir, "nginx.conf")); err == nil || !strings.Contains(err.Error(), "not a regular file") {
 		t.Errorf("an include of a directory: %v", err)
 	}
 }

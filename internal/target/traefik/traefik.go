@@ -100,19 +100,16 @@ const marker = "# Written by certctl-agent"
 func (c *Connector) dynamic(fingerprint string) (target.File, error) {
 	path := c.config.DynamicConfig
 	file := target.FileOptions{}.File(path, target.ConfigFile, c.content(fingerprint))
-	ours, err := writtenByUs(string(path))
+	was, err := target.ReadServerFile(string(path))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return file, fmt.Errorf("dynamic_config: %w", err)
 	}
-	file.Keep = err == nil && !ours
-	file.Written = func(old []byte) bool { return bytes.HasPrefix(old, []byte(marker)) }
+	file.Keep = err == nil && !isOurs(was)
+	file.Written = isOurs
 	return file, nil
 }
 
-func writtenByUs(path string) (bool, error) {
-	text, err := target.ReadServerFile(path)
-	return strings.HasPrefix(text, marker), err
-}
+func isOurs(data []byte) bool { return bytes.HasPrefix(data, []byte(marker)) }
 
 // content names the pair. The fingerprint makes every version of the file
 // another one, for whoever compares.
