@@ -117,7 +117,7 @@ func (d *daemon) open(ctx context.Context, p process) error {
 	var err error
 	// First: the state directory is made in it. Opening it removes leftovers of a
 	// crash, under its lock.
-	if d.keys, err = keystore.OpenAs(keystore.Owner{Agent: cfg.AgentID, StateDir: cfg.StateDir}, cfg.KeyDir, d.log); err != nil {
+	if d.keys, err = keystore.Open(keystore.Owner{Agent: cfg.AgentID, StateDir: cfg.StateDir}, cfg.KeyDir, d.log); err != nil {
 		return err
 	}
 	d.onClose(func() { d.keys.Close() })

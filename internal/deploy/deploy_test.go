@@ -53,7 +53,7 @@ func newWorld(t *testing.T) *world {
 	w := &world{t: t, ca: testca.Must(t), certs: make(map[string][]byte)}
 	log := slog.New(slog.NewTextHandler(&w.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	var err error
-	if w.keys, err = keystore.Open(t.TempDir(), log); err != nil {
+	if w.keys, err = keystore.Open(keystore.Owner{}, t.TempDir(), log); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { w.keys.Close() })

@@ -53,7 +53,7 @@ func openHost(t *testing.T, dir string) *host {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if h.keys, err = keystore.Open(h.path("keys"), log); err != nil {
+	if h.keys, err = keystore.Open(keystore.Owner{}, h.path("keys"), log); err != nil {
 		t.Fatal(err)
 	}
 	policy := &target.Policy{Protected: []string{h.path("state"), h.path("keys")}}

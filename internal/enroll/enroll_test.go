@@ -53,7 +53,7 @@ func answers(errs ...error) func(context.Context) error {
 
 func newKeys(t *testing.T) *keystore.Store {
 	t.Helper()
-	keys, err := keystore.Open(t.TempDir(), slog.New(slog.DiscardHandler))
+	keys, err := keystore.Open(keystore.Owner{}, t.TempDir(), slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}

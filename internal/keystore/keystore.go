@@ -96,13 +96,10 @@ type Store struct {
 	totalLimit int // maxPendingTotal
 }
 
-// Open is OpenAs for an agent that has no id.
-func Open(dir string, log *slog.Logger) (*Store, error) { return OpenAs(Owner{}, dir, log) }
-
-// OpenAs opens the key directory, made if missing, locks it, and closes it to
+// Open opens the key directory, made if missing, locks it, and closes it to
 // others, unless it looks as if these used it (see Inspect). The error is
 // ErrLocked when another process has it open.
-func OpenAs(owner Owner, dir string, log *slog.Logger) (*Store, error) {
+func Open(owner Owner, dir string, log *slog.Logger) (*Store, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
 		return nil, fmt.Errorf("open the key directory: %w", err)

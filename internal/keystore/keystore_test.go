@@ -39,7 +39,7 @@ func open(t *testing.T, dir string) *Store {
 
 func openLogged(t *testing.T, dir string, log *slog.Logger) *Store {
 	t.Helper()
-	s, err := Open(dir, log)
+	s, err := Open(Owner{}, dir, log)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -478,7 +478,7 @@ func TestOpen(t *testing.T) {
 		t.Errorf("a temporary file is still there: %v", err)
 	}
 	do(t, os.WriteFile(filepath.Join(dir, "file"), nil, 0o600))
-	if _, err := Open(filepath.Join(dir, "file"), slog.New(slog.DiscardHandler)); err == nil {
+	if _, err := Open(Owner{}, filepath.Join(dir, "file"), slog.New(slog.DiscardHandler)); err == nil {
 		t.Error("a file was opened as a key directory")
 	}
 }

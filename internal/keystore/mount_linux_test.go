@@ -26,7 +26,7 @@ func TestCannotTighten(t *testing.T) {
 			mount(t, dir, "size=64k,mode="+mode)
 			do(t, syscall.Mount("", dir, "", syscall.MS_REMOUNT|syscall.MS_RDONLY, ""))
 			var text bytes.Buffer
-			s, err := Open(dir, slog.New(slog.NewTextHandler(&text, nil)))
+			s, err := Open(Owner{}, dir, slog.New(slog.NewTextHandler(&text, nil)))
 			if refused := mode == "0701"; (err != nil) != refused {
 				t.Fatalf("got %v, want an error: %v", err, refused)
 			}
@@ -71,7 +71,7 @@ func TestLockWithoutRoom(t *testing.T) {
 	dir := t.TempDir()
 	mount(t, dir, "size=64k,nr_inodes=1,mode=0700")
 	var text bytes.Buffer
-	s, err := Open(dir, slog.New(slog.NewTextHandler(&text, nil)))
+	s, err := Open(Owner{}, dir, slog.New(slog.NewTextHandler(&text, nil)))
 	if err != nil {
 		t.Fatal(err)
 	}

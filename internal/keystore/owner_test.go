@@ -17,11 +17,11 @@ import (
 func TestOneOwner(t *testing.T) {
 	dir := t.TempDir()
 	log := slog.New(slog.DiscardHandler)
-	first, err := OpenAs(Owner{Agent: "agent-1\x1b"}, dir, log)
+	first, err := Open(Owner{Agent: "agent-1\x1b"}, dir, log)
 	do(t, err)
 	left := filepath.Join(dir, ".cert-1.key.ABCDEFGHIJKLMNOPQRSTUVWXYZ.tmp")
 	do(t, os.WriteFile(left, nil, 0o600))
-	_, err = OpenAs(Owner{Agent: "agent-2"}, dir, log)
+	_, err = Open(Owner{Agent: "agent-2"}, dir, log)
 	if !errors.Is(err, ErrLocked) || !strings.Contains(err.Error(), "agent agent-1\ufffd, process ") || !strings.Contains(err.Error(), "CERTCTL_KEY_DIR") {
 		t.Errorf("second agent: %v", err)
 	}
@@ -29,10 +29,10 @@ func TestOneOwner(t *testing.T) {
 		t.Errorf("the second agent removed a file of the first one: %v", err)
 	}
 	do(t, first.Close())
-	second, err := OpenAs(Owner{Agent: "agent-2"}, dir, log)
+	second, err := Open(Owner{Agent: "agent-2"}, dir, log)
 	do(t, err)
 	defer second.Close()
-	if _, err := OpenAs(Owner{Agent: "agent-3"}, dir, log); err == nil || !strings.Contains(err.Error(), "agent agent-2,") || strings.Contains(err.Error(), "agent-1") {
+	if _, err := Open(Owner{Agent: "agent-3"}, dir, log); err == nil || !strings.Contains(err.Error(), "agent agent-2,") || strings.Contains(err.Error(), "agent-1") {
 		t.Errorf("third agent: %v", err)
 	}
 }
@@ -47,7 +47,7 @@ func TestCrashedOwner(t *testing.T) {
 	do(t, cmd.Start())
 	_, err = out.Read(make([]byte, 1)) // it has made a key
 	do(t, err)
-	if _, err := Open(dir, slog.New(slog.DiscardHandler)); !errors.Is(err, ErrLocked) {
+	if _, err := Open(Owner{}, dir, slog.New(slog.DiscardHandler)); !errors.Is(err, ErrLocked) {
 		t.Errorf("beside it: %v, want ErrLocked", err)
 	}
 	do(t, cmd.Process.Kill())
@@ -125,7 +125,7 @@ func TestSharedDirectory(t *testing.T) {
 			if test.state != "" {
 				owner.StateDir = filepath.Join(dir, test.state)
 			}
-			s, err := OpenAs(owner, dir, slog.New(slog.DiscardHandler))
+			s, err := Open(owner, dir, slog.New(slog.DiscardHandler))
 			if err == nil {
 				s.Close()
 			}
@@ -165,7 +165,7 @@ func TestNamelessOwner(t *testing.T) {
 	first := open(t, dir)
 	do(t, os.Truncate(filepath.Join(dir, lockFile), 0))
 	var text bytes.Buffer
-	if _, err := Open(dir, slog.New(slog.NewTextHandler(&text, nil))); err == nil || !strings.Contains(err.Error(), "a process that has not said which") {
+	if _, err := Open(Owner{}, dir, slog.New(slog.NewTextHandler(&text, nil))); err == nil || !strings.Contains(err.Error(), "a process that has not said which") {
 		t.Errorf("got %v", err)
 	}
 	do(t, first.Close())

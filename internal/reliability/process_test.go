@@ -284,7 +284,7 @@ func (h *host) close() {
 
 // checkKeys finds the keys of the latest version of every certificate.
 func (h *host) checkKeys() error {
-	keys, err := keystore.Open(h.site.keyDir(), slog.New(slog.DiscardHandler))
+	keys, err := keystore.Open(keystore.Owner{}, h.site.keyDir(), slog.New(slog.DiscardHandler))
 	if err != nil {
 		return err
 	}

@@ -161,7 +161,7 @@ func (l *life) open() error {
 		return err
 	}
 	l.closes = append(l.closes, func() error { state.Close(); return nil })
-	if l.keys, err = keystore.Open(w.site.keyDir(), w.log); err != nil {
+	if l.keys, err = keystore.Open(keystore.Owner{}, w.site.keyDir(), w.log); err != nil {
 		return err
 	}
 	l.closes = append(l.closes, l.keys.Close)
