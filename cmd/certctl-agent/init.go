@@ -20,8 +20,8 @@ func (exitStatus) Error() string { return "" }
 // process can be started any more. The daemon itself cannot: it would take the
 // exit status of its own commands from os/exec.
 func runAsInit(ctx context.Context, p process) error {
-	// Before there is a child, so that no signal is missed. One of SIGCHLD that
-	// finds the channel full is no loss: the one in it is yet to be served.
+	// Before there is a child, so that no signal is missed. A SIGCHLD that
+	// finds the channel full is not lost: the one in it is yet to be served.
 	children, signals := make(chan os.Signal, 1), make(chan os.Signal, 16)
 	signal.Notify(children, syscall.SIGCHLD)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2)

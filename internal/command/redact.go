@@ -43,8 +43,8 @@ var (
 // choice may print any file. What looks like it is left out as well: a
 // certificate, a fingerprint.
 //
-// It knows armour, base64 and dumps in bytes. It is no wall: who may run any
-// command has other ways, which is what CERTCTL_ALLOWED_COMMANDS is for.
+// It knows armour, base64 and dumps in bytes. It is not a wall: a control
+// plane that may run any command has other ways, which CERTCTL_ALLOWED_COMMANDS closes.
 //
 // The text is a part of the output. begins and ends tell whether it has the
 // output's own beginning and end, or was cut there.

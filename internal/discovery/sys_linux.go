@@ -105,7 +105,7 @@ func changeTimes(st *syscall.Stat_t) (modified, changed int64) { return st.Mtim.
 
 // openQuietly opens a regular file and leaves its access time alone, where this
 // user may ask for that. Of anything else it returns a handle that tells what it
-// is and opens nothing: whoever owns a directory on the way can turn it into a
+// is and opens nothing: the owner of a directory on the way can turn it into a
 // link to /dev at any moment, and to open a watchdog is to start it. may decides
 // about a regular file before it is opened.
 func openQuietly(path string, flags int, may func(handle int, st *syscall.Stat_t) error) (int, error) {

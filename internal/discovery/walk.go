@@ -426,7 +426,7 @@ func openDirectory(path string, isRoot bool) (*os.File, status, error) {
 }
 
 // isOwn reports whether an open directory is one of the agent's own, or below
-// one. Only the kernel knows: whoever owns a directory on the way to it can
+// one. Only the kernel knows: the owner of a directory on the way to it can
 // turn that into a link at any moment.
 func (r *run) isOwn(dir *os.File, st status) bool {
 	if len(r.own) == 0 {

@@ -13,9 +13,9 @@ const (
 	lastingTries = 4
 )
 
-// Patience tells a refusal that lasts from one that passes. It belongs to
-// whoever tries the same request again, and to that request alone. It is not
-// kept across a restart, which only makes the wait longer.
+// Patience tells a refusal that lasts from one that passes. Each request that
+// is tried again has one of its own. It is not kept across a restart, which only
+// makes the wait longer.
 type Patience struct {
 	since time.Time // of the first of the refusals in a row
 	tries int

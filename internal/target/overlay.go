@@ -144,8 +144,8 @@ func trustedWay(path string) error {
 }
 
 // trusted reports whether only root and the agent's own user can have written
-// a file or directory. Whoever else can change an overlay decides where keys
-// go.
+// a file or directory. Anyone else who can change an overlay decides where
+// keys go.
 func trusted(info fs.FileInfo, path string) error {
 	if info.Mode().Perm()&0o022 != 0 {
 		return fmt.Errorf("%s is writable by its group or by others (mode %#o), so its content cannot be trusted: chmod go-w %s",

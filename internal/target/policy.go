@@ -80,7 +80,7 @@ func (p *Policy) CheckPath(path string) error {
 	return fmt.Errorf("%s is in none of the directories that CERTCTL_ALLOWED_PATHS allows (%s)", path, strings.Join(p.Paths, ", "))
 }
 
-// fatalPaths are files and directories where whoever writes owns the host, or
+// fatalPaths are files and directories with which a writer owns the host, or
 // breaks it. The list cannot be complete, and need not be: files that are there
 // are replaced only where they hold certificates or keys. It is for new ones,
 // and for the host's own trust in others.

@@ -26,8 +26,8 @@ const (
 	closeWait = time.Second
 )
 
-// errNoAnswer is a recovery that nothing can end: whoever looks at a file of a
-// network file system whose server is gone hangs in the kernel until it is back.
+// errNoAnswer is a recovery that nothing can end: a look at a file of a network
+// file system whose server is gone hangs in the kernel until that is back.
 var errNoAnswer = errors.New("its file system does not answer; looked at again when it does (a mount whose server is gone?)")
 
 // errReloads is a recovery whose files are done with.
@@ -114,9 +114,9 @@ func (f *flight) late() error {
 	}
 }
 
-// patience ends after wait, or soon after ctx, with which the wait for a lock
+// deadline ends after wait, or soon after ctx, with which the wait for a lock
 // ends.
-func patience(ctx context.Context, wait time.Duration) (until <-chan struct{}, cancel func()) {
+func deadline(ctx context.Context, wait time.Duration) (until <-chan struct{}, cancel func()) {
 	limit, end := context.WithTimeout(context.WithoutCancel(ctx), wait)
 	stop := context.AfterFunc(ctx, func() {
 		select {
@@ -134,7 +134,7 @@ func (s *Store) Close() error {
 	s.mu.Lock()
 	under := slices.Collect(maps.Values(s.flights))
 	s.mu.Unlock()
-	until, cancel := patience(context.Background(), closeWait)
+	until, cancel := deadline(context.Background(), closeWait)
 	defer cancel()
 	for _, f := range under {
 		f.await(until)

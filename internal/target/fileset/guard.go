@@ -70,7 +70,7 @@ func (t *transaction) leftTorn(f *dest) bool {
 func isEmpty(data []byte) bool { return len(bytes.Trim(data, " \t\r\n\x00")) == 0 }
 
 // guardKey refuses to give a key to those to whom the file that is there
-// belongs, where that could be anybody: whoever can write a directory, or one
+// belongs, where that could be anybody: users who can write a directory, or one
 // above it, can put a file of their own there just before a renewal. It is in
 // order where the configuration names them, and where that file holds a key of
 // the same certificate: then they have had it already.

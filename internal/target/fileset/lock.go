@@ -64,7 +64,7 @@ func (h *hold) release() {
 // a table, between processes by flock, which ends with the process, however it
 // ends. The order is that of the directories' numbers, so that two transactions
 // with two directories in common cannot each hold one; and no try ever blocks,
-// since whoever can open a directory can lock it and keep it.
+// since any user who can open a directory can lock it for ever.
 func (s *Store) lock(ctx context.Context, dirs []*dir, yield target.Yield) (unlock func(), err error) {
 	dirs = slices.SortedFunc(slices.Values(dirs), func(a, b *dir) int {
 		x, y := statOf(a), statOf(b)

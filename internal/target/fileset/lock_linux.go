@@ -23,8 +23,8 @@ const (
 	// million files open.
 	searchWait = 2 * time.Second
 
-	// maxHolders bounds the holders that are looked at: whoever forks often
-	// enough is judged by the first.
+	// maxHolders bounds the holders that are looked at: of a user who forks
+	// without end, the first ones decide.
 	maxHolders = 8
 )
 

@@ -43,7 +43,7 @@ func (s *Store) Recover(ctx context.Context) (Recovery, error) {
 	if err != nil {
 		return found, err
 	}
-	until, cancel := patience(ctx, startWait)
+	until, cancel := deadline(ctx, startWait)
 	defer cancel()
 	flights := make([]*flight, len(ids))
 	for i, id := range ids {
@@ -83,7 +83,7 @@ func (s *Store) Recover(ctx context.Context) (Recovery, error) {
 func (s *Store) Repair(calls, work context.Context) error {
 	ids, err := s.recorded()
 	errs := []error{err}
-	until, cancel := patience(calls, repairWait)
+	until, cancel := deadline(calls, repairWait)
 	defer cancel()
 	flights := make([]*flight, len(ids))
 	for i, id := range ids {
@@ -114,7 +114,7 @@ func (s *Store) Settle(ctx context.Context, id, keyPath string) error {
 	if err != nil {
 		return &target.BusyError{Err: err}
 	}
-	until, enough := patience(ctx, settleWait+closeWait)
+	until, enough := deadline(ctx, settleWait+closeWait)
 	defer enough()
 	ctx, cancel := context.WithTimeoutCause(ctx, settleWait, fmt.Errorf("given up after %s", settleWait))
 	defer cancel()
