@@ -80,9 +80,16 @@ func (f *fixture) deploy(t *testing.T, m *target.Material) target.Result {
 	return result
 }
 
+// stat describes the dynamic file, and keeps it: a file that is gone gives its
+// number to the next one.
 func (f *fixture) stat(t *testing.T) os.FileInfo {
 	t.Helper()
-	info, err := os.Stat(f.dynamic)
+	file, err := os.Open(f.dynamic)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { file.Close() })
+	info, err := file.Stat()
 	if err != nil {
 		t.Fatal(err)
 	}
