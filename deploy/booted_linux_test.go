@@ -10,10 +10,10 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/devplane"
-	"certctl-agent/internal/e2e"
+	"certctl-agent/internal/testing/devplane"
+	"certctl-agent/internal/testing/needs"
 	"certctl-agent/internal/pemutil"
-	"certctl-agent/internal/testca"
+	"certctl-agent/internal/testing/testca"
 	"certctl-agent/internal/tlsprobe"
 )
 
@@ -42,7 +42,7 @@ func TestBooted(t *testing.T) {
 	}
 	t.Parallel()
 	m := boot(t)
-	b := &booted{machine: m, plane: devplane.Start(t, devplane.Options{}), port: e2e.FreePort(t)}
+	b := &booted{machine: m, plane: devplane.Start(t, devplane.Options{}), port: needs.FreePort(t)}
 	for _, step := range []struct {
 		name string
 		run  func(*booted, *testing.T)
@@ -272,8 +272,8 @@ func (b *booted) deploy(t *testing.T) {
 // capabilities, file system and system calls.
 func (b *booted) commands(t *testing.T) {
 	writeFile(t, b.path("/etc/haproxy/haproxy.cfg"), fmt.Sprintf("global\n user haproxy\n group haproxy\n chroot /var/lib/haproxy\n daemon\n"+
-		"defaults\n timeout client 1s\n timeout server 1s\n timeout connect 1s\nlisten web\n bind 127.0.0.1:%d\n", e2e.FreePort(t)), 0o644)
-	writeFile(t, b.path("/etc/apache2/ports.conf"), fmt.Sprintf("Listen 127.0.0.1:%d\n", e2e.FreePort(t)), 0o644)
+		"defaults\n timeout client 1s\n timeout server 1s\n timeout connect 1s\nlisten web\n bind 127.0.0.1:%d\n", needs.FreePort(t)), 0o644)
+	writeFile(t, b.path("/etc/apache2/ports.conf"), fmt.Sprintf("Listen 127.0.0.1:%d\n", needs.FreePort(t)), 0o644)
 	b.run(t, "systemctl", "start", "apache2", "haproxy", "postfix", "dovecot")
 	commands := []string{
 		"nginx -t", "nginx -s reload",

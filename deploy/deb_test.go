@@ -10,7 +10,7 @@ import (
 	"time"
 
 	"certctl-agent/internal/config"
-	"certctl-agent/internal/e2e"
+	"certctl-agent/internal/testing/needs"
 	"certctl-agent/internal/target"
 )
 
@@ -47,7 +47,7 @@ func onlyDeb(t *testing.T, dir string) string {
 }
 
 func TestDebPackage(t *testing.T) {
-	dpkg := e2e.Need(t, "dpkg-deb")
+	dpkg := needs.Need(t, "dpkg-deb")
 	deb := makeDeb(t, "v1.2.3-rc1")
 	if got, want := filepath.Base(deb), "certctl-agent_1.2.3~rc1_"+runtime.GOARCH+".deb"; got != want {
 		t.Errorf("the package is %s, want %s", got, want)
@@ -91,7 +91,7 @@ func TestDebPackage(t *testing.T) {
 
 // The versions that git describe can say sort as they must.
 func TestDebVersions(t *testing.T) {
-	dpkg := e2e.Need(t, "dpkg")
+	dpkg := needs.Need(t, "dpkg")
 	previous := ""
 	for _, version := range []string{"cf697b2-dirty", "v1.2.3-rc1", "v1.2.3", "v1.2.3-4-gcf697b2", "v1.2.4"} {
 		// A file that is no agent takes no build.

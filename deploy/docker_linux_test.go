@@ -14,7 +14,7 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/devplane"
+	"certctl-agent/internal/testing/devplane"
 )
 
 // maxImage is what the image may weigh, in bytes: a binary of 10 MB and the

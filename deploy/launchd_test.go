@@ -9,13 +9,13 @@ import (
 	"strings"
 	"testing"
 
-	"certctl-agent/internal/e2e"
+	"certctl-agent/internal/testing/needs"
 )
 
 const plist = "launchd/net.certctl.agent.plist"
 
 func TestPlistIsValid(t *testing.T) {
-	plistutil := e2e.Need(t, "plistutil")
+	plistutil := needs.Need(t, "plistutil")
 	binary := filepath.Join(t.TempDir(), "plist")
 	// There and back: plistutil reports what it cannot read by its output.
 	output(t, plistutil, "-i", plist, "-f", "bin", "-o", binary)

@@ -18,7 +18,7 @@ import (
 	"testing"
 	"time"
 
-	"certctl-agent/internal/e2e"
+	"certctl-agent/internal/testing/needs"
 )
 
 const suite = "bookworm"
@@ -39,7 +39,7 @@ type machine struct {
 // user and list of packages, which takes a minute or two.
 func debianRoot(t *testing.T) string {
 	t.Helper()
-	debootstrap := e2e.Need(t, "debootstrap")
+	debootstrap := needs.Need(t, "debootstrap")
 	cache, err := os.UserCacheDir()
 	if err != nil {
 		cache = os.TempDir()
@@ -93,10 +93,10 @@ rm -rf /var/cache/apt/archives/*.deb /var/lib/apt/lists/*
 func boot(t *testing.T) *machine {
 	t.Helper()
 	if os.Getuid() != 0 {
-		e2e.Missing(t, "a container with systemd needs root")
+		needs.Missing(t, "a container with systemd needs root")
 	}
-	nspawn := e2e.Need(t, "systemd-nspawn")
-	e2e.Need(t, "nsenter")
+	nspawn := needs.Need(t, "systemd-nspawn")
+	needs.Need(t, "nsenter")
 	root := debianRoot(t)
 
 	args := []string{"--directory=" + root, "--volatile=overlay", "--register=no", "--console=pipe", "--machine=certctl-test-" + strconv.Itoa(os.Getpid())}

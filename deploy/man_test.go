@@ -6,13 +6,13 @@ import (
 	"testing"
 
 	"certctl-agent/internal/config"
-	"certctl-agent/internal/e2e"
+	"certctl-agent/internal/testing/needs"
 )
 
 const manPage = "man/certctl-agent.8"
 
 func TestManPageIsClean(t *testing.T) {
-	cmd := exec.CommandContext(t.Context(), e2e.Need(t, "man"), "--warnings", "-E", "UTF-8", "-l", "-Tutf8", "-Z", manPage)
+	cmd := exec.CommandContext(t.Context(), needs.Need(t, "man"), "--warnings", "-E", "UTF-8", "-l", "-Tutf8", "-Z", manPage)
 	cmd.Env = append(cmd.Environ(), "LC_ALL=C.UTF-8", "MANWIDTH=80")
 	var complaints strings.Builder
 	cmd.Stderr = &complaints

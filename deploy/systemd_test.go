@@ -7,14 +7,14 @@ import (
 	"strings"
 	"testing"
 
-	"certctl-agent/internal/e2e"
+	"certctl-agent/internal/testing/needs"
 	"certctl-agent/internal/target"
 )
 
 var exposure = regexp.MustCompile(`Overall exposure level for \S+: ([0-9.]+)`)
 
 func TestUnitExposure(t *testing.T) {
-	analyze := e2e.Need(t, "systemd-analyze")
+	analyze := needs.Need(t, "systemd-analyze")
 	for _, test := range []struct {
 		unit string
 		most float64
@@ -41,7 +41,7 @@ func TestUnitExposure(t *testing.T) {
 }
 
 func TestUnitsAreValid(t *testing.T) {
-	analyze := e2e.Need(t, "systemd-analyze")
+	analyze := needs.Need(t, "systemd-analyze")
 	for _, unit := range []string{"certctl-agent.service", "certctl-agent-unprivileged.service"} {
 		// The agent is not installed here; verify asks for the program.
 		text := strings.ReplaceAll(readFile(t, filepath.Join("systemd", unit)), "/usr/bin/certctl-agent", "/bin/true")

@@ -11,8 +11,8 @@ import (
 	"strings"
 	"testing"
 
-	"certctl-agent/internal/devplane"
-	"certctl-agent/internal/testca"
+	"certctl-agent/internal/testing/devplane"
+	"certctl-agent/internal/testing/testca"
 )
 
 // checked is the document of check -json.

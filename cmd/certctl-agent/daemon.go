@@ -22,11 +22,12 @@ import (
 	"certctl-agent/internal/buildinfo"
 	"certctl-agent/internal/command"
 	"certctl-agent/internal/config"
+	"certctl-agent/internal/connector/all"
 	"certctl-agent/internal/controlplane"
 	"certctl-agent/internal/deploy"
 	"certctl-agent/internal/discovery"
 	"certctl-agent/internal/enroll"
-	"certctl-agent/internal/inventory"
+	"certctl-agent/internal/installed"
 	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/ledger"
 	"certctl-agent/internal/pace"
@@ -37,8 +38,7 @@ import (
 	"certctl-agent/internal/status"
 	"certctl-agent/internal/survey"
 	"certctl-agent/internal/target"
-	"certctl-agent/internal/target/all"
-	"certctl-agent/internal/target/fileset"
+	"certctl-agent/internal/transaction"
 )
 
 // daemon is the running program: what the packages share.
@@ -51,10 +51,10 @@ type daemon struct {
 	state  *statedir.Dir
 	keys   *keystore.Store
 	ledger *ledger.Ledger
-	served *inventory.Inventory
+	served *installed.Inventory
 
 	abandoned []string // warnings of state that an earlier agent id left
-	files     *fileset.Store
+	files     *transaction.Store
 	plane     *controlplane.Client
 	key       atomic.Pointer[func() secret.String] // where the client gets the API key; replaced by a reload
 	agent     *agent.Agent
@@ -136,11 +136,11 @@ func (d *daemon) open(ctx context.Context, p process) error {
 		return err
 	}
 	d.onClose(func() { d.ledger.Close() })
-	if d.served, err = inventory.Open(d.state.Root); err != nil {
+	if d.served, err = installed.Open(d.state.Root); err != nil {
 		d.log.Error("the list of served certificates starts anew", "error", err)
 	}
 	policy := d.policy()
-	d.files, err = fileset.Open(fileset.Options{
+	d.files, err = transaction.Open(transaction.Options{
 		State:     d.state.Root,
 		StatePath: d.state.Path,
 		Policy:    policy,
@@ -169,7 +169,7 @@ const clonedWarning = "this state was written on another machine: if this one is
 func abandonedWarnings(cfg *config.Config) []string {
 	var warnings []string
 	for _, dir := range statedir.Abandoned(cfg.InstanceStateDir()) {
-		ids, err := fileset.Interrupted(dir)
+		ids, err := transaction.Interrupted(dir)
 		if err != nil || len(ids) == 0 {
 			continue
 		}

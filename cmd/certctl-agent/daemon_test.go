@@ -11,8 +11,8 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/devplane"
-	"certctl-agent/internal/testca"
+	"certctl-agent/internal/testing/devplane"
+	"certctl-agent/internal/testing/testca"
 )
 
 // TestConfigurationProblems has the daemon refuse to start, with every problem

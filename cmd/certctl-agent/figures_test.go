@@ -12,7 +12,7 @@ import (
 	"testing"
 	"time"
 
-	"certctl-agent/internal/devplane"
+	"certctl-agent/internal/testing/devplane"
 )
 
 // figureAgent is the stripped binary, run as the daemon for a control plane in

@@ -20,8 +20,8 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/devplane"
 	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/testing/devplane"
 )
 
 // patience is how long anything may take that takes milliseconds: the machine

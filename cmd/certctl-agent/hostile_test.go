@@ -15,7 +15,7 @@ import (
 	"testing"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/devplane"
+	"certctl-agent/internal/testing/devplane"
 )
 
 // TestHostileIDs: identifiers that would lead out of a directory or a path name

@@ -12,7 +12,7 @@ import (
 	"testing"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/devplane"
+	"certctl-agent/internal/testing/devplane"
 )
 
 // startAsInit starts the daemon as the first process of its own namespace, as

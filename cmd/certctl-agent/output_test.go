@@ -10,8 +10,8 @@ import (
 	"strings"
 	"testing"
 
-	"certctl-agent/internal/devplane"
 	"certctl-agent/internal/printable"
+	"certctl-agent/internal/testing/devplane"
 )
 
 // hostileProxy answers every request with a status line that a terminal would

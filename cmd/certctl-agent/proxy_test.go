@@ -10,7 +10,7 @@ import (
 	"sync/atomic"
 	"testing"
 
-	"certctl-agent/internal/devplane"
+	"certctl-agent/internal/testing/devplane"
 )
 
 // connectProxy is a proxy that takes CONNECT for one host, which only it can

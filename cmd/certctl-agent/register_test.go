@@ -7,7 +7,7 @@ import (
 	"strings"
 	"testing"
 
-	"certctl-agent/internal/devplane"
+	"certctl-agent/internal/testing/devplane"
 )
 
 func TestRegister(t *testing.T) {

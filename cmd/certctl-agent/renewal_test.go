@@ -19,9 +19,9 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/devplane"
 	"certctl-agent/internal/pemutil"
-	"certctl-agent/internal/testca"
+	"certctl-agent/internal/testing/devplane"
+	"certctl-agent/internal/testing/testca"
 )
 
 // csrKeys are the public keys of the CSRs that were sent for a certificate, in

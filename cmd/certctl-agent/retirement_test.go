@@ -7,7 +7,7 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/devplane"
+	"certctl-agent/internal/testing/devplane"
 )
 
 // stayDown checks that an agent that was retired ends at each later start

@@ -13,8 +13,8 @@ import (
 	"testing"
 	"time"
 
-	"certctl-agent/internal/devplane"
-	"certctl-agent/internal/testca"
+	"certctl-agent/internal/testing/devplane"
+	"certctl-agent/internal/testing/testca"
 )
 
 // planted is a directory with three certificates, a key and a file that does

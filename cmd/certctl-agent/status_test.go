@@ -10,8 +10,8 @@ import (
 	"testing"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/devplane"
 	"certctl-agent/internal/status"
+	"certctl-agent/internal/testing/devplane"
 )
 
 // state are arguments that name the state directory and nothing else.

@@ -8,7 +8,7 @@ import (
 	"testing"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/devplane"
+	"certctl-agent/internal/testing/devplane"
 )
 
 // lock holds the lock of a directory, as another program of the agent's user.

@@ -14,9 +14,9 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/devplane"
-	"certctl-agent/internal/liveserver"
-	"certctl-agent/internal/testca"
+	"certctl-agent/internal/testing/devplane"
+	"certctl-agent/internal/testing/liveserver"
+	"certctl-agent/internal/testing/testca"
 	"certctl-agent/internal/tlsprobe"
 )
 

@@ -15,7 +15,7 @@ import (
 	"syscall"
 	"time"
 
-	"certctl-agent/internal/liveserver"
+	"certctl-agent/internal/testing/liveserver"
 )
 
 // limit bounds the whole demo, so that it ends by itself whatever happens.

@@ -16,8 +16,8 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/devplane"
 	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/testing/devplane"
 	"certctl-agent/internal/tlsprobe"
 )
 

@@ -21,7 +21,7 @@ import (
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/deploy"
-	"certctl-agent/internal/inventory"
+	"certctl-agent/internal/installed"
 	"certctl-agent/internal/ledger"
 	"certctl-agent/internal/pace"
 	"certctl-agent/internal/status"
@@ -71,8 +71,8 @@ type Ledger interface {
 
 // Inventory remembers what was installed where, across restarts.
 type Inventory interface {
-	Put(inventory.Entry) error
-	All() []inventory.Entry
+	Put(installed.Entry) error
+	All() []installed.Entry
 }
 
 // Notifier tells the service manager.

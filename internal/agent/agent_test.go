@@ -19,7 +19,7 @@ import (
 	"certctl-agent/internal/agent"
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/deploy"
-	"certctl-agent/internal/inventory"
+	"certctl-agent/internal/installed"
 	"certctl-agent/internal/ledger"
 	"certctl-agent/internal/pace"
 	"certctl-agent/internal/survey"
@@ -95,7 +95,7 @@ func newWorld(t *testing.T) *world {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { w.ledger.Close() })
-	served, err := inventory.Open(root)
+	served, err := installed.Open(root)
 	if err != nil {
 		t.Fatal(err)
 	}

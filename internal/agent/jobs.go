@@ -7,7 +7,7 @@ import (
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/deploy"
-	"certctl-agent/internal/inventory"
+	"certctl-agent/internal/installed"
 	"certctl-agent/internal/ledger"
 	"certctl-agent/internal/pace"
 )
@@ -309,8 +309,8 @@ func reports(o deploy.Outcome, unsure bool) []ledger.Report {
 	return all
 }
 
-func servedBy(job api.Job, o deploy.Outcome) inventory.Entry {
-	return inventory.Entry{
+func servedBy(job api.Job, o deploy.Outcome) installed.Entry {
+	return installed.Entry{
 		CertificateID: job.CertificateID,
 		CommonName:    o.CommonName,
 		TargetID:      job.TargetID,

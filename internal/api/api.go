@@ -1,6 +1,6 @@
 // Package api holds what the agent and its control plane say to each other:
 // the JSON bodies, the paths, and what each refusal means. It has no network
-// code; internal/controlplane speaks it and internal/devplane answers it.
+// code; internal/controlplane speaks it and internal/testing/devplane answers it.
 package api
 
 import (

@@ -26,26 +26,27 @@ const module = "certctl-agent"
 var layers = [][]string{
 	{"cmd/*"},
 	{"internal/agent"},
-	{"internal/deploy", "internal/enroll", "internal/survey", "internal/target/all"},
-	{"internal/target/*"},
-	{"internal/target/fileset"},
+	{"internal/deploy", "internal/enroll", "internal/survey", "internal/connector/all"},
+	{"internal/connector/*"},
+	{"internal/transaction"},
 	{"internal/target"},
-	{"internal/config", "internal/controlplane", "internal/discovery", "internal/inventory", "internal/keystore", "internal/ledger", "internal/statedir", "internal/status"},
+	{"internal/config", "internal/controlplane", "internal/discovery", "internal/installed", "internal/keystore", "internal/ledger", "internal/statedir", "internal/status"},
 	{"internal/tlsprobe"},
-	{"internal/api", "internal/atomicfile", "internal/buildinfo", "internal/command", "internal/csr", "internal/hostfile", "internal/pace",
-		"internal/peer", "internal/pemutil", "internal/printable", "internal/proxy", "internal/sdnotify", "internal/secret", "internal/slot"},
+	{"internal/api", "internal/atomicfile", "internal/buildinfo", "internal/command", "internal/csr", "internal/hostfile", "internal/namelock", "internal/pace",
+		"internal/peer", "internal/pemutil", "internal/printable", "internal/proxy", "internal/sdnotify", "internal/secret"},
 }
 
 // leaves may import one another where one clearly serves the other.
 const leafLayer = 8
 
-// testOnly packages serve tests and the demo, never the agent.
-var testOnly = []string{"internal/devplane", "internal/testca", "internal/e2e", "internal/liveserver", "internal/netfault",
-	"internal/target/targettest", "internal/discovery/corpus"}
+// testOnly reports whether a package serves tests and the demo, never the agent.
+func testOnly(pkg string) bool {
+	return strings.HasPrefix(pkg, "internal/testing/") || pkg == "internal/connector/conformance"
+}
 
 // mayTouchProcess are the packages that may read the environment or end the
 // process.
-var mayTouchProcess = []string{"cmd/certctl-agent", "cmd/certctl-demo", "internal/e2e"}
+var mayTouchProcess = []string{"cmd/certctl-agent", "cmd/certctl-demo", "internal/testing/needs"}
 
 type source struct {
 	dir     string // of the package, below the module
@@ -111,7 +112,7 @@ func layerOf(pkg string) int {
 
 func TestImportsPointDown(t *testing.T) {
 	for _, s := range sources(t) {
-		if s.test || slices.Contains(testOnly, s.dir) {
+		if s.test || testOnly(s.dir) {
 			continue
 		}
 		from := layerOf(s.dir)
@@ -124,7 +125,7 @@ func TestImportsPointDown(t *testing.T) {
 			if !ours {
 				continue
 			}
-			if slices.Contains(testOnly, pkg) {
+			if testOnly(pkg) {
 				if s.dir != "cmd/certctl-demo" {
 					t.Errorf("%s imports %s, which is for tests and the demo", s.name, pkg)
 				}

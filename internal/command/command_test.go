@@ -16,7 +16,7 @@ import (
 	"time"
 
 	"certctl-agent/internal/command"
-	"certctl-agent/internal/e2e"
+	"certctl-agent/internal/testing/needs"
 )
 
 func TestSplit(t *testing.T) {
@@ -262,7 +262,7 @@ func TestCancel(t *testing.T) {
 // TestDaemonLeftBehind: a successful reload may start a daemon that keeps the
 // output open; that is neither a failure nor a reason to wait or to kill it.
 func TestDaemonLeftBehind(t *testing.T) {
-	e2e.Need(t, "setsid")
+	needs.Need(t, "setsid")
 	for _, test := range []struct{ name, script string }{
 		{"in the group", `sleep 60 & echo $! >"$1"; echo reloaded`},
 		{"in a session of its own", `setsid sleep 60 & echo $! >"$1"; echo reloaded`},
@@ -296,7 +296,7 @@ func TestDaemonLeftBehind(t *testing.T) {
 // TestDetachedAfterFailure: one that left the group cannot be killed, and must
 // not hold the agent up.
 func TestDetachedAfterFailure(t *testing.T) {
-	e2e.Need(t, "setsid")
+	needs.Need(t, "setsid")
 	pidFile := filepath.Join(t.TempDir(), "pid")
 	began := time.Now()
 	_, err := command.Run(t.Context(), sh(`setsid sleep 60 & echo $! >"$1"; sleep 60`, pidFile), 100*time.Millisecond)

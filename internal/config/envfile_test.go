@@ -13,7 +13,7 @@ import (
 	"testing"
 	"unicode/utf8"
 
-	"certctl-agent/internal/e2e"
+	"certctl-agent/internal/testing/needs"
 )
 
 // envFileTests are readings of environment files. Those with a $ are taken
@@ -121,7 +121,7 @@ func TestParseEnvFileLikeSystemdAtRandom(t *testing.T) {
 
 func systemdReads(t testing.TB, file string) map[string]string {
 	t.Helper()
-	generator := e2e.Need(t, "/usr/lib/systemd/user-environment-generators/30-systemd-environment-d-generator")
+	generator := needs.Need(t, "/usr/lib/systemd/user-environment-generators/30-systemd-environment-d-generator")
 	home := t.TempDir()
 	if err := os.Mkdir(filepath.Join(home, "environment.d"), 0o755); err != nil {
 		t.Fatal(err)

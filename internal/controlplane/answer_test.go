@@ -18,8 +18,8 @@ import (
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/controlplane"
-	"certctl-agent/internal/devplane"
 	"certctl-agent/internal/secret"
+	"certctl-agent/internal/testing/devplane"
 )
 
 // hostile is a client of a server that answers everything by handler.

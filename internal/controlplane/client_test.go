@@ -22,8 +22,8 @@ import (
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/controlplane"
-	"certctl-agent/internal/devplane"
 	"certctl-agent/internal/secret"
+	"certctl-agent/internal/testing/devplane"
 )
 
 // discardLog is for servers whose clients misbehave on purpose.

@@ -18,7 +18,7 @@ import (
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/controlplane"
-	"certctl-agent/internal/devplane"
+	"certctl-agent/internal/testing/devplane"
 )
 
 func TestTLSRefusals(t *testing.T) {

@@ -23,7 +23,7 @@ import (
 	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/target"
-	"certctl-agent/internal/testca"
+	"certctl-agent/internal/testing/testca"
 	"certctl-agent/internal/tlsprobe"
 )
 

@@ -19,11 +19,11 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/connector/nginx"
 	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/target"
-	"certctl-agent/internal/target/fileset"
-	"certctl-agent/internal/target/nginx"
-	"certctl-agent/internal/testca"
+	"certctl-agent/internal/testing/testca"
+	"certctl-agent/internal/transaction"
 )
 
 // crashDir makes this binary the child of TestKilled.
@@ -35,7 +35,7 @@ type host struct {
 	t     *testing.T
 	dir   string
 	keys  *keystore.Store
-	files *fileset.Store
+	files *transaction.Store
 	run   func(ctx context.Context, c target.Command) error
 	d     *Deployer
 }
@@ -57,7 +57,7 @@ func openHost(t *testing.T, dir string) *host {
 		t.Fatal(err)
 	}
 	policy := &target.Policy{Protected: []string{h.path("state"), h.path("keys")}}
-	h.files, err = fileset.Open(fileset.Options{State: state, StatePath: h.path("state"), Policy: policy, Log: log,
+	h.files, err = transaction.Open(transaction.Options{State: state, StatePath: h.path("state"), Policy: policy, Log: log,
 		Run: func(ctx context.Context, c target.Command) error { return h.run(ctx, c) }})
 	if err != nil {
 		t.Fatal(err)

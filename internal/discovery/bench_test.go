@@ -18,7 +18,7 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/discovery/corpus"
+	"certctl-agent/internal/testing/corpus"
 )
 
 var treeSize = flag.Int("tree", 100_000, "files of the tree that BenchmarkScan scans; a tenth are certificates")

@@ -20,7 +20,7 @@ import (
 	"unicode/utf16"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/e2e"
+	"certctl-agent/internal/testing/needs"
 )
 
 // isUncommon: pkix has no name for it.
@@ -257,7 +257,7 @@ func TestOddCertificates(t *testing.T) {
 			p.key = tlv(tagSequence, tlv(tagSequence, tlv(tagOID, "\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01"), "\x05\x00"), tlv(tagBitString, "\x00noise"))
 		}, "key=RSA/0", ""},
 	}
-	openssl := e2e.Need(t, "openssl")
+	openssl := needs.Need(t, "openssl")
 	dir := t.TempDir()
 	for _, test := range tests {
 		p := ordinaryParts()

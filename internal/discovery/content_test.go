@@ -13,7 +13,7 @@ import (
 	"testing/iotest"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/discovery/corpus"
+	"certctl-agent/internal/testing/corpus"
 )
 
 func testCertificate(t testing.TB) (text, der []byte) {

@@ -15,8 +15,8 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/discovery/corpus"
 	"certctl-agent/internal/secret"
+	"certctl-agent/internal/testing/corpus"
 )
 
 // newScanner returns a scanner with an index that believes files at once: a

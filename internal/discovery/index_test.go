@@ -13,7 +13,7 @@ import (
 	"syscall"
 	"testing"
 
-	"certctl-agent/internal/discovery/corpus"
+	"certctl-agent/internal/testing/corpus"
 )
 
 func TestComparePaths(t *testing.T) {

@@ -15,8 +15,8 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/e2e"
 	"certctl-agent/internal/secret"
+	"certctl-agent/internal/testing/needs"
 )
 
 // tool runs a program in a directory and returns what it prints.
@@ -34,7 +34,7 @@ func tool(t *testing.T, dir, program string, args ...string) string {
 // selfSigned makes name.pem and name.key.
 func selfSigned(t *testing.T, dir, name string, args ...string) {
 	t.Helper()
-	tool(t, dir, e2e.Need(t, "openssl"), append([]string{"req", "-x509", "-nodes", "-days", "30", "-keyout", name + ".key", "-out", name + ".pem"}, args...)...)
+	tool(t, dir, needs.Need(t, "openssl"), append([]string{"req", "-x509", "-nodes", "-days", "30", "-keyout", name + ".key", "-out", name + ".pem"}, args...)...)
 }
 
 var certificateText = regexp.MustCompile(`(?s)-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----\n`)
@@ -42,7 +42,7 @@ var certificateText = regexp.MustCompile(`(?s)-----BEGIN CERTIFICATE-----.*?----
 // TestAgainstOpenSSL compares every field with what openssl says.
 func TestAgainstOpenSSL(t *testing.T) {
 	t.Parallel()
-	openssl := e2e.Need(t, "openssl")
+	openssl := needs.Need(t, "openssl")
 	dir := t.TempDir()
 	names := make([]string, 0, 3000)
 	for i := range cap(names) {
@@ -150,7 +150,7 @@ func TestAgainstOpenSSL(t *testing.T) {
 // TestKeysOpenSSLMakes: kinds of keys that cannot sign for themselves, or that req cannot make.
 func TestKeysOpenSSLMakes(t *testing.T) {
 	t.Parallel()
-	openssl := e2e.Need(t, "openssl")
+	openssl := needs.Need(t, "openssl")
 	dir := t.TempDir()
 	selfSigned(t, dir, "ca", "-newkey", "ed25519", "-subj", "/CN=ca")
 	tool(t, dir, openssl, "genpkey", "-genparam", "-algorithm", "DSA", "-pkeyopt", "dsa_paramgen_bits:1024", "-out", "dsa.parameters")
@@ -206,7 +206,7 @@ func fingerprints(found []api.DiscoveredCertificate) []string {
 // TestOpenSSLBundles: PKCS#7 and PKCS#12 as openssl writes them.
 func TestOpenSSLBundles(t *testing.T) {
 	t.Parallel()
-	openssl := e2e.Need(t, "openssl")
+	openssl := needs.Need(t, "openssl")
 	made := t.TempDir()
 	for _, name := range []string{"one", "two"} {
 		selfSigned(t, made, name, "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-subj", "/CN="+name)
@@ -288,7 +288,7 @@ func TestAgainstKeytool(t *testing.T) {
 		t.Skip("keytool takes seconds")
 	}
 	t.Parallel()
-	keytool := e2e.Need(t, "keytool")
+	keytool := needs.Need(t, "keytool")
 	made := t.TempDir()
 	selfSigned(t, made, "one", "-newkey", "rsa:2048", "-subj", "/CN=one")
 	java := func(args ...string) string {

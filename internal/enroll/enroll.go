@@ -11,8 +11,8 @@ import (
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/csr"
 	"certctl-agent/internal/keystore"
+	"certctl-agent/internal/namelock"
 	"certctl-agent/internal/printable"
-	"certctl-agent/internal/slot"
 )
 
 // maxReason bounds what the control plane is told, in bytes.
@@ -59,7 +59,7 @@ type Options struct {
 // Enroller handles AwaitingCSR jobs. It is safe for concurrent use.
 type Enroller struct {
 	o     Options
-	certs slot.Table // by certificate id: the first CSR wins, so they must not race
+	certs namelock.Table // by certificate id: the first CSR wins, so they must not race
 }
 
 // New returns an Enroller.

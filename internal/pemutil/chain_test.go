@@ -14,7 +14,7 @@ import (
 	"time"
 
 	"certctl-agent/internal/pemutil"
-	"certctl-agent/internal/testca"
+	"certctl-agent/internal/testing/testca"
 )
 
 func TestOrderChain(t *testing.T) {

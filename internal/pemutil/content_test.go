@@ -11,7 +11,7 @@ import (
 	"testing"
 
 	"certctl-agent/internal/pemutil"
-	"certctl-agent/internal/testca"
+	"certctl-agent/internal/testing/testca"
 )
 
 func TestContentOf(t *testing.T) {

@@ -12,7 +12,7 @@ import (
 	"testing"
 
 	"certctl-agent/internal/pemutil"
-	"certctl-agent/internal/testca"
+	"certctl-agent/internal/testing/testca"
 )
 
 func issue(t testing.TB, ca *testca.CA, template testca.Template) *testca.Issued {

@@ -6,7 +6,7 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/devplane"
+	"certctl-agent/internal/testing/devplane"
 )
 
 // TestLostClaim shows what the wire leaves open. The answer to a poll is the

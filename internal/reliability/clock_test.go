@@ -9,10 +9,10 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/devplane"
 	"certctl-agent/internal/ledger"
 	"certctl-agent/internal/statedir"
-	"certctl-agent/internal/testca"
+	"certctl-agent/internal/testing/devplane"
+	"certctl-agent/internal/testing/testca"
 )
 
 // TestNotYetValid: a signer stamps the present, and this host's clock is late.

@@ -22,9 +22,9 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/devplane"
 	"certctl-agent/internal/keystore"
-	"certctl-agent/internal/netfault"
+	"certctl-agent/internal/testing/devplane"
+	"certctl-agent/internal/testing/netfault"
 )
 
 // agentBinary builds the real program, once.

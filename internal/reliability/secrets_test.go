@@ -13,9 +13,9 @@ import (
 	"strings"
 	"testing"
 
-	"certctl-agent/internal/netfault"
 	"certctl-agent/internal/pemutil"
-	"certctl-agent/internal/testca"
+	"certctl-agent/internal/testing/netfault"
+	"certctl-agent/internal/testing/testca"
 )
 
 // TestKeyMaterialStays runs the real binary with a umask that protects nothing
@@ -110,7 +110,7 @@ func TestSearchFinds(t *testing.T) {
 // anybody at a key.
 func TestFilesBeginPrivate(t *testing.T) {
 	// Only for tests and the demo, which have no keys of anybody.
-	others := []string{"devplane", "testca", "liveserver", "targettest", "corpus", "e2e", "netfault"}
+	others := []string{"testing", "conformance"}
 	// The directory of the status socket lives as long as its process.
 	makesDirs := map[string]bool{"atomicfile": true, "status": true}
 	created := 0
@@ -147,7 +147,7 @@ func TestFilesBeginPrivate(t *testing.T) {
 						t.Errorf("%s: a file is created with a mode other than 0600", set.Position(call.Pos()))
 					}
 				case pkg != nil && pkg.Name == "os" && (selector.Sel.Name == "Create" || selector.Sel.Name == "WriteFile" || selector.Sel.Name == "CreateTemp"):
-					t.Errorf("%s: os.%s: files are created by atomicfile and fileset", set.Position(call.Pos()), selector.Sel.Name)
+					t.Errorf("%s: os.%s: files are created by atomicfile and transaction", set.Position(call.Pos()), selector.Sel.Name)
 				case pkg != nil && pkg.Name == "os" && strings.HasPrefix(selector.Sel.Name, "Mkdir") && !makesDirs[filepath.Base(filepath.Dir(name))]:
 					t.Errorf("%s: os.%s: a directory that a power cut takes away takes its files along; atomicfile.MkdirAll", set.Position(call.Pos()), selector.Sel.Name)
 				}

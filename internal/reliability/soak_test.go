@@ -11,7 +11,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"certctl-agent/internal/devplane"
+	"certctl-agent/internal/testing/devplane"
 )
 
 // usage is what the process and the disk of an agent hold.

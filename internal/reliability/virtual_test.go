@@ -24,12 +24,12 @@ import (
 
 	"certctl-agent/internal/agent"
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/connector/nginx"
 	"certctl-agent/internal/controlplane"
 	"certctl-agent/internal/deploy"
-	"certctl-agent/internal/devplane"
 	"certctl-agent/internal/discovery"
 	"certctl-agent/internal/enroll"
-	"certctl-agent/internal/inventory"
+	"certctl-agent/internal/installed"
 	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/ledger"
 	"certctl-agent/internal/pemutil"
@@ -37,9 +37,9 @@ import (
 	"certctl-agent/internal/statedir"
 	"certctl-agent/internal/survey"
 	"certctl-agent/internal/target"
-	"certctl-agent/internal/target/fileset"
-	"certctl-agent/internal/target/nginx"
+	"certctl-agent/internal/testing/devplane"
 	"certctl-agent/internal/tlsprobe"
+	"certctl-agent/internal/transaction"
 )
 
 // world is a control plane, a host, and the agents that lived on it one after
@@ -169,12 +169,12 @@ func (l *life) open() error {
 		return err
 	}
 	l.closes = append(l.closes, l.jobs.Close)
-	served, err := inventory.Open(state.Root)
+	served, err := installed.Open(state.Root)
 	if err != nil {
 		return err
 	}
 	policy := &target.Policy{Paths: []string{w.site.path("www")}, Protected: []string{w.site.path("keys"), w.site.path("state")}}
-	files, err := fileset.Open(fileset.Options{State: state.Root, StatePath: state.Path, Policy: policy, Run: l.run, Log: w.log})
+	files, err := transaction.Open(transaction.Options{State: state.Root, StatePath: state.Path, Policy: policy, Run: l.run, Log: w.log})
 	if err != nil {
 		return err
 	}

@@ -10,11 +10,11 @@ import (
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/controlplane"
-	"certctl-agent/internal/devplane"
 	"certctl-agent/internal/discovery"
-	"certctl-agent/internal/discovery/corpus"
 	"certctl-agent/internal/secret"
 	"certctl-agent/internal/survey"
+	"certctl-agent/internal/testing/corpus"
+	"certctl-agent/internal/testing/devplane"
 )
 
 // repeated hands out one certificate at many paths.

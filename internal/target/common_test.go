@@ -17,7 +17,7 @@ import (
 	"time"
 
 	"certctl-agent/internal/pemutil"
-	"certctl-agent/internal/testca"
+	"certctl-agent/internal/testing/testca"
 	"certctl-agent/internal/tlsprobe"
 )
 

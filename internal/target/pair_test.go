@@ -13,7 +13,7 @@ import (
 	"time"
 
 	"certctl-agent/internal/pemutil"
-	"certctl-agent/internal/testca"
+	"certctl-agent/internal/testing/testca"
 )
 
 func material(t *testing.T) *Material {

@@ -15,7 +15,7 @@ import (
 	"time"
 
 	"certctl-agent/internal/pemutil"
-	"certctl-agent/internal/testca"
+	"certctl-agent/internal/testing/testca"
 )
 
 // A script is what a server says: its greeting, then one answer for each line

@@ -1,0 +1,66 @@
+package apache
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+
+	"certctl-agent/internal/connector/conformance"
+	"certctl-agent/internal/target"
+	"certctl-agent/internal/testing/testca"
+	"certctl-agent/internal/transaction"
+)
+
+var build = conformance.Constructor(New)
+
+func TestConformance(t *testing.T) {
+	// The httpd of this suite reads no files, so nobody needs to wait for it.
+	hasty := conformance.Constructor(func(p target.Params, files *transaction.Store) (*Connector, error) {
+		c, err := New(p, files)
+		if err == nil {
+			c.settleTime = 0
+		}
+		return c, err
+	})
+	conformance.Run(t, conformance.Harness{
+		Type: "Apache", New: hasty, Required: []string{"cert_path", "validate_command", "reload_command"},
+		Config: func(dir string) map[string]any {
+			return map[string]any{
+				"cert_path":        filepath.Join(dir, "cert.pem"),
+				"key_path":         filepath.Join(dir, "key.pem"),
+				"validate_command": "apachectl configtest",
+				"reload_command":   "apachectl graceful",
+			}
+		},
+		Want: func(m *target.Material) map[string][]byte {
+			return map[string][]byte{"cert.pem": append(conformance.PEM(m.Leaf), conformance.PEM(m.Chain...)...), "key.pem": m.KeyPEM}
+		},
+	})
+}
+
+// TestOtherBlocks: httpd reads DH PARAMETERS from the certificate's file.
+func TestOtherBlocks(t *testing.T) {
+	const parameters = "-----BEGIN DH PARAMETERS-----\nMAA=\n-----END DH PARAMETERS-----\n"
+	host, ca := conformance.NewHost(t, func(context.Context, target.Command) error { return nil }), testca.Must(t)
+	path, old := filepath.Join(host.Dir, "cert.pem"), host.Material(t, ca)
+	if err := os.WriteFile(path, slices.Concat([]byte(parameters), conformance.PEM(old.Leaf)), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	config := map[string]any{
+		"cert_path": path, "key_path": filepath.Join(host.Dir, "key.pem"), "validate_command": "true", "reload_command": "true",
+	}
+	m := host.Material(t, ca)
+	for _, unchanged := range []bool{false, true} {
+		result, err := host.Deploy(t.Context(), "Apache", build, config, m)
+		if err != nil || result.Unchanged != unchanged {
+			t.Fatalf("got %+v, %v, want it unchanged: %v", result, err, unchanged)
+		}
+		got, err := os.ReadFile(path)
+		if want := slices.Concat(conformance.PEM(m.Leaf), conformance.PEM(m.Chain...), []byte(parameters)); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("got\n%swant\n%s(%v)", got, want, err)
+		}
+	}
+}

@@ -1,0 +1,91 @@
+package conformance
+
+import (
+	"context"
+	"crypto/tls"
+	"net"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"certctl-agent/internal/target"
+	"certctl-agent/internal/testing/testca"
+	"certctl-agent/internal/tlsprobe"
+)
+
+// verdict is a testing.TB whose failure is looked at.
+type verdict struct {
+	testing.TB
+	failed bool
+}
+
+func (v *verdict) Helper()               {}
+func (v *verdict) Log(...any)            {}
+func (v *verdict) Errorf(string, ...any) { v.failed = true }
+
+// TestRotate: the server's scheduler may let an old worker answer for a while,
+// with the certificate from before the rotation too, but not for good.
+func TestRotate(t *testing.T) {
+	for _, test := range []struct {
+		name   string
+		stays  time.Duration // an old worker
+		passes bool
+	}{
+		{"at once", 0, true},
+		{"longer than usual", 300 * time.Millisecond, true},
+		{"for good", time.Hour, false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			host, ca := NewHost(t, nil), testca.Must(t)
+			var mu sync.Mutex
+			var serves [2]tls.Certificate // before and now; guarded by mu
+			var since time.Time           // guarded by mu
+			deploy := func(_ context.Context, m *target.Material) error {
+				pair, err := tls.X509KeyPair(PEM(m.Leaf), m.KeyPEM)
+				mu.Lock()
+				defer mu.Unlock()
+				serves[0], serves[1], since = serves[1], pair, time.Now()
+				return err
+			}
+			if err := deploy(t.Context(), host.Material(t, ca)); err != nil {
+				t.Fatal(err)
+			}
+			listener, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			var serving sync.WaitGroup
+			serving.Go(func() {
+				for worker := 0; ; worker = 1 - worker {
+					conn, err := listener.Accept()
+					if err != nil {
+						return
+					}
+					mu.Lock()
+					pair := serves[1]
+					if worker == 0 && time.Since(since) < test.stays {
+						pair = serves[0]
+					}
+					mu.Unlock()
+					_ = tls.Server(conn, &tls.Config{Certificates: []tls.Certificate{pair}}).HandshakeContext(t.Context())
+					conn.Close()
+				}
+			})
+			defer serving.Wait()
+			defer listener.Close()
+
+			v := &verdict{TB: t}
+			figures := Rotate(v, Rotation{
+				Endpoint: tlsprobe.Endpoint{Address: listener.Addr().String(), ServerName: "localhost"},
+				Rounds:   1,
+				Material: func() *target.Material { return host.Material(t, ca) },
+				Deploy:   deploy,
+				maxDrain: 3 * time.Second,
+			})
+			if v.failed == test.passes || strings.Contains(figures.String(), "mismatched pair, 0 with an old") == (figures.Stale > 0) {
+				t.Errorf("failed: %v, want it to pass: %v; %v", v.failed, test.passes, figures)
+			}
+		})
+	}
+}

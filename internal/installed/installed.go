@@ -1,0 +1,121 @@
+// Package installed remembers which certificate was installed on which target,
+// so that status and metrics know every expiry date after a restart too.
+package installed
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"certctl-agent/internal/atomicfile"
+)
+
+const (
+	name    = "served.json"
+	version = 1
+
+	// maxEntries bounds the file: no host has as many targets. Beyond it the
+	// entry that was deployed the longest ago goes.
+	maxEntries = 4096
+
+	// maxBytes is more than maxEntries take, and bounds what is read at start.
+	maxBytes = 8 << 20
+)
+
+// Entry is the certificate that the last successful deployment left on a target.
+type Entry struct {
+	TargetID      string    `json:"target_id"`
+	TargetType    string    `json:"target_type"`
+	CertificateID string    `json:"certificate_id"`
+	CommonName    string    `json:"common_name"`
+	Fingerprint   string    `json:"fingerprint_sha256"` // lower-case hex
+	NotAfter      time.Time `json:"not_after"`
+	DeployedAt    time.Time `json:"deployed_at"`
+}
+
+type file struct {
+	Version int     `json:"version"`
+	Served  []Entry `json:"served"`
+}
+
+// Inventory is safe for concurrent use.
+type Inventory struct {
+	root *os.Root
+
+	mu      sync.Mutex // guards entries and the file
+	entries map[string]Entry
+}
+
+// Open reads the inventory in root. One that is damaged is no reason not to
+// start: it is set aside, and the error says so beside a usable, empty
+// inventory.
+func Open(root *os.Root) (*Inventory, error) {
+	inv := &Inventory{root: root, entries: make(map[string]Entry)}
+	err := inv.read()
+	if err == nil || errors.Is(err, fs.ErrNotExist) {
+		return inv, nil
+	}
+	if aside := root.Rename(name, name+".damaged"); aside != nil {
+		return inv, fmt.Errorf("read the list of served certificates: %w; setting it aside: %w", err, aside)
+	}
+	return inv, fmt.Errorf("read the list of served certificates: %w; it was set aside as %s.damaged", err, name)
+}
+
+func (inv *Inventory) read() error {
+	info, err := inv.root.Lstat(name)
+	if err != nil {
+		return err
+	}
+	if !info.Mode().IsRegular() || info.Size() > maxBytes {
+		return fmt.Errorf("%s is no regular file of at most %d bytes", name, maxBytes)
+	}
+	data, err := inv.root.ReadFile(name)
+	if err != nil {
+		return err
+	}
+	var f file
+	if err := json.Unmarshal(data, &f); err != nil {
+		return err
+	}
+	if f.Version != version {
+		return fmt.Errorf("format version %d is not %d", f.Version, version)
+	}
+	for _, entry := range f.Served {
+		inv.entries[entry.TargetID] = entry
+	}
+	return nil
+}
+
+// Put records what a target serves, replacing what it served before.
+func (inv *Inventory) Put(entry Entry) error {
+	inv.mu.Lock()
+	defer inv.mu.Unlock()
+	inv.entries[entry.TargetID] = entry
+	for len(inv.entries) > maxEntries {
+		oldest := slices.MinFunc(slices.Collect(maps.Values(inv.entries)), func(a, b Entry) int { return a.DeployedAt.Compare(b.DeployedAt) })
+		delete(inv.entries, oldest.TargetID)
+	}
+	data, err := json.Marshal(file{Version: version, Served: inv.sorted()})
+	if err != nil {
+		return err
+	}
+	return atomicfile.WriteFile(inv.root, name, data, 0o600)
+}
+
+// All returns the entries, by target id.
+func (inv *Inventory) All() []Entry {
+	inv.mu.Lock()
+	defer inv.mu.Unlock()
+	return inv.sorted()
+}
+
+func (inv *Inventory) sorted() []Entry {
+	return slices.SortedFunc(maps.Values(inv.entries), func(a, b Entry) int { return strings.Compare(a.TargetID, b.TargetID) })
+}

@@ -1,8 +1,0 @@
-//go:build !linux
-
-package fileset
-
-import "context"
-
-// lockHolders finds nobody: this system does not say who holds a lock.
-func lockHolders(context.Context, *dir) []holder { return nil }

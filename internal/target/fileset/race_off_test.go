@@ -1,5 +1,0 @@
-//go:build !race
-
-package fileset
-
-const stride = 1

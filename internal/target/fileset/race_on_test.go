@@ -1,7 +1,0 @@
-//go:build race
-
-package fileset
-
-// stride thins out the enumerations: they run one thing at a time, so the race
-// detector only makes them slow.
-const stride = 8

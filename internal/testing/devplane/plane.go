@@ -1,0 +1,308 @@
+// Package devplane is the control plane of docs/protocol.md in memory, with a
+// CA of its own and faults to order. Tests and the demo stand on it; the agent
+// never imports it.
+package devplane
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"certctl-agent/internal/testing/testca"
+)
+
+// Defaults of deployed control planes.
+const (
+	DefaultBodyLimit = 1 << 20
+	DefaultRate      = 50
+	DefaultBurst     = 100
+)
+
+// Options make a Plane behave as one control plane or another.
+type Options struct {
+	// Listen is a TCP address such as "127.0.0.1:0". Empty means no socket:
+	// clients connect by Dial, which works in a testing/synctest bubble.
+	Listen string
+
+	// Dir is where ca.pem is written for CAFile; empty means nowhere.
+	Dir string
+
+	// APIKey is what every call but /health must carry; empty means a fixed
+	// one. It is the bootstrap token too, since both travel in one header.
+	APIKey string
+
+	// BodyLimit bounds a request body, in bytes; 0 means DefaultBodyLimit.
+	BodyLimit int
+
+	// RateLimit switches on the limit that all agents with one key share: Rate
+	// requests a second and Burst at once, 0 meaning the defaults.
+	RateLimit bool
+	Rate      float64
+	Burst     int
+
+	// Mask hides the values of target_config whose keys sound secret.
+	Mask bool
+
+	// GonePolls has polls of a retired agent answered 410 too, and not only
+	// its heartbeats.
+	GonePolls bool
+
+	// HTTP1 switches HTTP/2 off.
+	HTTP1 bool
+
+	// Skew is added to the Date of every answer.
+	Skew time.Duration
+}
+
+// A Plane is a control plane. Its methods may be used at the same time.
+type Plane struct {
+	// URL is the base URL, and APIKey the key of the beginning.
+	URL    string
+	APIKey string
+
+	opts      Options
+	ca        *testca.CA
+	caFile    string
+	handler   http.Handler
+	server    *http.Server
+	memory    *memoryListener
+	serving   sync.WaitGroup
+	done      chan struct{} // closed by Close
+	closeOnce sync.Once
+
+	mu       sync.Mutex // guards what follows
+	state    state
+	key      string
+	tokens   float64   // of the rate limit
+	refilled time.Time // when tokens was computed
+	accepted int       // connections
+	changed  chan struct{}
+}
+
+// New starts a control plane. Close stops it.
+func New(opts Options) (*Plane, error) {
+	if opts.APIKey == "" {
+		opts.APIKey = "devplane-api-key-0123456789abcdef"
+	}
+	if opts.BodyLimit == 0 {
+		opts.BodyLimit = DefaultBodyLimit
+	}
+	if opts.Rate == 0 {
+		opts.Rate = DefaultRate
+	}
+	if opts.Burst == 0 {
+		opts.Burst = DefaultBurst
+	}
+	ca, err := testca.New()
+	if err != nil {
+		return nil, err
+	}
+	p := &Plane{
+		URL:      "https://" + memoryHost,
+		APIKey:   opts.APIKey,
+		opts:     opts,
+		ca:       ca,
+		memory:   newMemoryListener(),
+		done:     make(chan struct{}),
+		state:    newState(),
+		key:      opts.APIKey,
+		tokens:   float64(opts.Burst),
+		refilled: time.Now(),
+		changed:  make(chan struct{}),
+	}
+	p.handler = p.routes()
+	if opts.Dir != "" {
+		p.caFile = filepath.Join(opts.Dir, "ca.pem")
+		if err := os.WriteFile(p.caFile, p.CAPEM(), 0o644); err != nil {
+			return nil, fmt.Errorf("write the CA certificate: %w", err)
+		}
+	}
+	if err := p.serve(); err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+// TB is the part of testing.TB that Start needs.
+type TB interface {
+	Helper()
+	Fatal(args ...any)
+	Cleanup(func())
+	TempDir() string
+}
+
+// Start is New for a test: on a loopback port unless opts says otherwise, with
+// a CA file, stopped at the test's end.
+func Start(t TB, opts Options) *Plane {
+	t.Helper()
+	if opts.Listen == "" {
+		opts.Listen = "127.0.0.1:0"
+	}
+	if opts.Dir == "" {
+		opts.Dir = t.TempDir()
+	}
+	p, err := New(opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(p.Close)
+	return p
+}
+
+type connKey struct{}
+
+func (p *Plane) serve() error {
+	// As long as the CA, so that months can pass in virtual time.
+	certificate, err := p.ca.Issue(testca.Template{Names: []string{memoryHost, "localhost", "127.0.0.1", "::1"},
+		NotAfter: p.ca.Root.NotAfter})
+	if err != nil {
+		return err
+	}
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(true)
+	protocols.SetHTTP2(!p.opts.HTTP1)
+	p.server = &http.Server{
+		Handler:   p,
+		Protocols: protocols,
+		TLSConfig: &tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{certificate.TLS()}},
+		ErrorLog:  log.New(io.Discard, "", 0),
+		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
+			return context.WithValue(ctx, connKey{}, conn)
+		},
+		ConnState: func(_ net.Conn, state http.ConnState) {
+			if state == http.StateNew {
+				p.update(func() { p.accepted++ })
+			}
+		},
+		ReadHeaderTimeout: 10 * time.Second,
+	}
+	listeners := []net.Listener{p.memory}
+	if p.opts.Listen != "" {
+		listener, err := net.Listen("tcp", p.opts.Listen)
+		if err != nil {
+			return err
+		}
+		listeners = append(listeners, listener)
+		p.URL = "https://" + listener.Addr().String()
+	}
+	for _, listener := range listeners {
+		p.serving.Go(func() { _ = p.server.ServeTLS(listener, "", "") })
+	}
+	return nil
+}
+
+// Close stops the control plane and cuts its connections.
+func (p *Plane) Close() {
+	p.closeOnce.Do(func() {
+		close(p.done)
+		p.server.Close()
+		p.memory.Close()
+		p.serving.Wait()
+	})
+}
+
+// Handler answers requests without a socket.
+func (p *Plane) Handler() http.Handler { return p }
+
+// ServerURL is URL, parsed.
+func (p *Plane) ServerURL() *url.URL {
+	u, err := url.Parse(p.URL)
+	if err != nil {
+		panic(err) // made by New
+	}
+	return u
+}
+
+// Dial connects in memory, whatever the address. A connection of the network
+// "udp" goes nowhere and has a local address.
+func (p *Plane) Dial(ctx context.Context, network, _ string) (net.Conn, error) {
+	return p.memory.dial(ctx, network)
+}
+
+// Stall makes every connection that Dial has made go silent for good, as when
+// the peer lost its power: what is written to them vanishes.
+func (p *Plane) Stall() { p.memory.stall() }
+
+// CA is the authority that signs certificates, the control plane's own too.
+func (p *Plane) CA() *testca.CA { return p.ca }
+
+// CAPEM is the CA's certificate.
+func (p *Plane) CAPEM() []byte { return p.ca.PEM() }
+
+// CAFile is the path of CAPEM in a file, "" without Options.Dir.
+func (p *Plane) CAFile() string { return p.caFile }
+
+// Roots is a pool of the CA.
+func (p *Plane) Roots() *x509.CertPool { return p.ca.Pool() }
+
+// SetAPIKey replaces the key that calls must carry.
+func (p *Plane) SetAPIKey(key string) { p.update(func() { p.key = key }) }
+
+// Connections is how many connections were accepted.
+func (p *Plane) Connections() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.accepted
+}
+
+// update runs change under the lock and wakes who waits.
+func (p *Plane) update(change func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	change()
+	close(p.changed)
+	p.changed = make(chan struct{})
+}
+
+// Wait returns when done reports true. It is asked again after every change,
+// and may call any method of the Plane.
+func (p *Plane) Wait(ctx context.Context, done func() bool) error {
+	for {
+		p.mu.Lock()
+		changed := p.changed
+		p.mu.Unlock()
+		if done() {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-p.done:
+			return errors.New("the control plane was closed")
+		}
+	}
+}
+
+// WaitJob waits until a job has one of the given statuses.
+func (p *Plane) WaitJob(ctx context.Context, id string, statuses ...string) (Job, error) {
+	var job Job
+	err := p.Wait(ctx, func() bool {
+		job, _ = p.Job(id)
+		return slices.Contains(statuses, job.Status)
+	})
+	if err != nil {
+		return job, fmt.Errorf("job %s has status %q, waited for %v: %w", id, job.Status, statuses, err)
+	}
+	return job, nil
+}
+
+// WaitRequests waits until a call was answered or dropped at least n times.
+func (p *Plane) WaitRequests(ctx context.Context, call string, n int) error {
+	if err := p.Wait(ctx, func() bool { return p.Count(call) >= n }); err != nil {
+		return fmt.Errorf("%d of %d %s requests: %w", p.Count(call), n, call, err)
+	}
+	return nil
+}

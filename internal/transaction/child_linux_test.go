@@ -1,0 +1,5 @@
+package transaction
+
+func childParts() map[string]func() int {
+	return map[string]func() int{"kill": childKill, "lock": childLock, "deploy": childDeploy, "hostile": childHostile}
+}

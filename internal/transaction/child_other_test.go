@@ -1,0 +1,7 @@
+//go:build !linux
+
+package transaction
+
+func childParts() map[string]func() int {
+	return map[string]func() int{"kill": childKill, "lock": childLock}
+}

@@ -1,0 +1,508 @@
+package transaction
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"certctl-agent/internal/target"
+)
+
+// deploy runs one transaction in a new Store.
+func (w world) deploy(t *testing.T, tx Transaction) (target.Result, error) {
+	t.Helper()
+	return w.mustStore(t, nil).Deploy(t.Context(), tx)
+}
+
+func (w world) want(t *testing.T, first bool, want string) {
+	t.Helper()
+	if got := w.condition(first); got != want {
+		t.Errorf("in place: %s; want %s", got, want)
+	}
+	if err := w.matches(first); err != nil {
+		t.Error(err)
+	}
+	if left := w.leftovers(); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
+func TestDeploy(t *testing.T) {
+	for _, first := range []bool{true, false} {
+		w := newWorld(t, t.TempDir())
+		if !first {
+			w.old(t)
+		}
+		var ran []string
+		s := w.mustStore(t, func(s step) error {
+			if s.op == "run" {
+				ran = append(ran, s.path+" sees "+w.condition(first))
+			}
+			return nil
+		})
+		tx := w.renewal()
+		tx.Verify = func(context.Context) error { return nil }
+		result, err := s.Deploy(t.Context(), tx)
+		if err != nil || result.Unchanged || len(result.Warnings) > 0 {
+			t.Fatalf("got %+v, %v", result, err)
+		}
+		w.want(t, first, "new")
+		if want := []string{"validate sees new", "reload sees new", "connector sees new"}; !slices.Equal(ran, want) {
+			t.Errorf("ran %q, want %q", ran, want)
+		}
+		if got := w.journal(t); len(got) > 0 {
+			t.Errorf("journal still holds %v", got)
+		}
+
+		// Again: nothing is written and nothing runs but the verification.
+		ran = nil
+		wrote := 0
+		s.disk.before = func(s step) error {
+			if s.op != "run" {
+				wrote++
+			}
+			ran = append(ran, s.path)
+			return nil
+		}
+		result, err = s.Deploy(t.Context(), tx)
+		if err != nil || !result.Unchanged || wrote > 0 || !slices.Equal(ran, []string{"connector"}) {
+			t.Errorf("again: %+v, %v, %d writes, ran %q", result, err, wrote, ran)
+		}
+	}
+}
+
+// TestUnchangedButNotServed: files that are right and not in use are a reason
+// to reload, not to fail for ever.
+func TestUnchangedButNotServed(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	s := w.mustStore(t, nil)
+	if _, err := s.Deploy(t.Context(), w.renewal()); err != nil {
+		t.Fatal(err)
+	}
+	served := false
+	s.opts.Run = func(_ context.Context, c target.Command) error { served = c.Argv[0] == "reload"; return nil }
+	tx := w.renewal()
+	tx.Verify = func(context.Context) error {
+		if !served {
+			return errors.New("serves another certificate")
+		}
+		return nil
+	}
+	result, err := s.Deploy(t.Context(), tx)
+	if err != nil || result.Unchanged || !served {
+		t.Errorf("got %+v, %v, reloaded %t", result, err, served)
+	}
+}
+
+func TestRollBack(t *testing.T) {
+	broken := errors.New("is broken")
+	fail := func(context.Context) error { return broken }
+	tests := []struct {
+		name   string
+		change func(w world, tx *Transaction)
+		first  bool
+		want   string
+		runs   string // commands, in order
+	}{
+		{"validate", func(w world, tx *Transaction) { tx.Validate = &target.Command{Argv: []string{"fail-v"}} }, false,
+			"validate failed: exit status 1; the previous certificate is back in place", "fail-v reload"},
+		{"reload", func(w world, tx *Transaction) { tx.Reload = &target.Command{Argv: []string{"fail-r"}} }, false,
+			"reload failed: exit status 1; the previous certificate is back in place, but the server could not be made to load that: exit status 1", "validate fail-r fail-r"},
+		{"verify", func(w world, tx *Transaction) { tx.Verify = fail }, false,
+			"verification failed: is broken; the previous certificate is back in place", "validate reload connector reload"},
+		{"apply", func(w world, tx *Transaction) {
+			tx.Apply, tx.Undo = fail, func(context.Context) error { return nil }
+		}, false,
+			"reload failed: is broken; the previous certificate is back in place", "validate reload connector reload connector"},
+		{"panic", func(w world, tx *Transaction) { tx.Verify = func(context.Context) error { panic("oh") } }, false,
+			"verification failed: panic: oh", "validate reload connector reload"},
+		{"first", func(w world, tx *Transaction) { tx.Verify = fail }, true,
+			"verification failed: is broken; there was no certificate before, so the new files were removed", "validate reload connector reload"},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			w := newWorld(t, t.TempDir())
+			if !test.first {
+				w.old(t)
+			}
+			var runs []string
+			s := w.mustStore(t, func(s step) error {
+				if s.op == "run" {
+					runs = append(runs, s.path)
+				}
+				return nil
+			})
+			tx := w.renewal()
+			test.change(w, &tx)
+			_, err := s.Deploy(t.Context(), tx)
+			if err == nil || !strings.HasPrefix(err.Error(), test.want) || test.name != "panic" && err.Error() != test.want {
+				t.Errorf("got error %q, want %q", err, test.want)
+			}
+			w.want(t, test.first, "old")
+			if got := strings.Join(runs, " "); got != test.runs {
+				t.Errorf("ran %q, want %q", got, test.runs)
+			}
+			if got := w.backups(t); len(got) > 0 {
+				t.Errorf("backups left of what is in place: %v", got)
+			}
+		})
+	}
+}
+
+// TestReloadOwed: a reload that a rollback could not do is remembered, and
+// keeps the target from counting as clean.
+func TestReloadOwed(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	w.old(t)
+	s := w.mustStore(t, nil)
+	reloads := 0
+	s.opts.Run = func(_ context.Context, c target.Command) error {
+		if reloads++; c.Argv[0] == "reload" && reloads < 5 {
+			return errors.New("server is down")
+		}
+		return nil
+	}
+	tx := w.renewal()
+	tx.Validate = nil
+	if _, err := s.Deploy(t.Context(), tx); err == nil || reloads != 2 {
+		t.Fatalf("got error %v after %d reloads", err, reloads)
+	}
+	if err := s.Repair(t.Context(), t.Context()); err == nil {
+		t.Error("a reload that failed is no error")
+	}
+
+	// A transaction that fails before it changes anything does not lose it.
+	s.disk.before = func(s step) error {
+		if s.op == "create" && strings.HasPrefix(s.path, w.path("site")) {
+			return errors.New("disk is gone")
+		}
+		return nil
+	}
+	if _, err := s.Deploy(t.Context(), tx); err == nil || !strings.HasSuffix(err.Error(), "disk is gone; nothing was changed") {
+		t.Errorf("got error %v", err)
+	}
+	s.disk.before = nil
+	if err := s.Repair(t.Context(), t.Context()); err == nil || reloads != 4 {
+		t.Errorf("got error %v after %d reloads, want the one that was owed", err, reloads)
+	}
+	if err := s.Repair(t.Context(), t.Context()); err != nil || reloads != 5 {
+		t.Errorf("got error %v after %d reloads", err, reloads)
+	}
+	if err := s.Repair(t.Context(), t.Context()); err != nil || reloads != 5 {
+		t.Errorf("got error %v, reloaded once more: %d", err, reloads)
+	}
+	w.want(t, false, "old")
+}
+
+// TestCancelled cancels the context at each step. Whatever the moment, what is
+// in place is all old, or all new and reported so.
+func TestCancelled(t *testing.T) {
+	cause := errors.New("the agent is stopping")
+	for at := 1; ; at++ {
+		w := newWorld(t, ramDir(t))
+		w.old(t)
+		ctx, cancel := context.WithCancelCause(t.Context())
+		n := 0
+		s := w.mustStore(t, func(step) error {
+			if n++; n == at {
+				cancel(cause)
+			}
+			return nil
+		})
+		_, err := s.Deploy(ctx, w.renewal())
+		cancel(nil)
+		if n < at {
+			t.Logf("cancelled at %d steps", at-1)
+			return
+		}
+		want := "old"
+		if err == nil {
+			want = "new"
+		} else if !errors.Is(err, cause) && !errors.Is(err, context.Canceled) {
+			t.Errorf("step %d: error %v does not say why", at, err)
+		}
+		w.want(t, false, want)
+		if got := w.journal(t); len(got) > 0 {
+			t.Errorf("step %d: journal still holds %v", at, got)
+		}
+	}
+}
+
+// TestFailingStep lets each step fail by itself, and also everything from it
+// on: then nothing can be put back, and the error says where the backups are.
+func TestFailingStep(t *testing.T) {
+	for _, forever := range []bool{false, true} {
+		for at := 1; ; at++ {
+			w := newWorld(t, ramDir(t))
+			w.old(t)
+			n := 0
+			s := w.mustStore(t, nil)
+			s.disk.before = func(s step) error {
+				if n++; n == at || forever && n > at && s.op != "run" {
+					return errors.New("input/output error")
+				}
+				return nil
+			}
+			tx := w.renewal()
+			tx.Verify = func(context.Context) error { return nil }
+			_, err := s.Deploy(t.Context(), tx)
+			if n < at {
+				break
+			}
+			s.disk.before = nil
+			broken, isBroken := errors.AsType[*target.BrokenError](err)
+			switch got := w.condition(false); {
+			case err == nil && got != "new" || err != nil && !isBroken && got != "old":
+				t.Errorf("step %d, forever %t: error %v, in place: %s", at, forever, err, got)
+			case isBroken && !forever:
+				t.Errorf("step %d: one failure was too much: %v", at, err)
+			case isBroken:
+				for _, name := range []string{"1-c1.key", "2-key.pem", "3-cert.pem", "manifest.json"} {
+					if _, err := os.Stat(broken.Backups + "/" + name); err != nil {
+						t.Errorf("step %d: %v", at, err)
+					}
+				}
+			}
+			// Either way the next start finds its way back.
+			if err := (scenario{}).recovered(w, true); err != nil {
+				t.Errorf("step %d, forever %t: %v", at, forever, err)
+			}
+		}
+	}
+}
+
+func TestRefusedBeforeAnythingIsTouched(t *testing.T) {
+	secret := func(path string) target.File {
+		return target.File{Path: path, Kind: target.KeyFile, Data: []byte("x"), DefaultMode: 0o600}
+	}
+	tests := []struct {
+		name   string
+		change func(t *testing.T, w world, tx *Transaction)
+		want   string
+	}{
+		{"id", func(t *testing.T, w world, tx *Transaction) { tx.Target = "../evil" }, `target id "../evil" is not valid`},
+		{"policy", func(t *testing.T, w world, tx *Transaction) { tx.Files[0].Path = w.path("state/key.pem") }, "CERTCTL_ALLOWED_PATHS"},
+		{"policy behind a symlink", func(t *testing.T, w world, tx *Transaction) {
+			check(t, os.Symlink("../state/x", w.path("site/link.pem")))
+			tx.Files[1].Path = w.path("site/link.pem")
+		}, "CERTCTL_ALLOWED_PATHS"},
+		{"same file", func(t *testing.T, w world, tx *Transaction) {
+			tx.Files[1].Path = w.path("private/../private/key.pem")
+		}, "are the same file: give each its own"},
+		{"same file behind a symlink", func(t *testing.T, w world, tx *Transaction) {
+			check(t, os.Symlink("../private/key.pem", w.path("site/link.pem")))
+			tx.Files[1].Path = w.path("site/link.pem")
+		}, "are the same file: give each its own"},
+		{"directory", func(t *testing.T, w world, tx *Transaction) { check(t, os.Mkdir(w.path("site/chain.pem"), 0o755)) },
+			"site/chain.pem: it is no regular file"},
+		{"mode", func(t *testing.T, w world, tx *Transaction) { tx.Files[0].Mode = new(fs.FileMode(0o644)) },
+			"mode 0644 would let every user at a private key: at most 0770"},
+		{"set-user-id", func(t *testing.T, w world, tx *Transaction) { tx.Files[1].Mode = new(fs.ModeSetuid | 0o755) }, "is more than permissions"},
+		{"owner", func(t *testing.T, w world, tx *Transaction) { tx.Files[0].Owner = "nobody-of-that-name" }, "owner: user: unknown user"},
+		{"group", func(t *testing.T, w world, tx *Transaction) { tx.Files[0].Group = "nobody-of-that-name" }, "group: group: unknown group"},
+		{"missing directory", func(t *testing.T, w world, tx *Transaction) { tx.Files[0] = secret(w.path("site/new/key.pem")) },
+			"site/new does not exist: create it"},
+		{"not absolute", func(t *testing.T, w world, tx *Transaction) { tx.Files[0] = secret("site/key.pem") }, "is no absolute path"},
+		{"huge", func(t *testing.T, w world, tx *Transaction) {
+			check(t, os.Truncate(w.path("site/cert.pem"), maxFile+1))
+		}, "larger than 4 MiB"},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			w := newWorld(t, t.TempDir())
+			w.old(t)
+			tx := w.renewal()
+			test.change(t, w, &tx)
+			s := w.mustStore(t, nil)
+			s.disk.before = func(s step) error { t.Errorf("%s %s", s.op, s.path); return nil }
+			if _, err := s.Deploy(t.Context(), tx); err == nil || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("got error %v, want %q", err, test.want)
+			}
+		})
+	}
+}
+
+// TestFirstWithKey: the key store had a key and the server nothing. A rollback
+// leaves no backup of that key either.
+func TestFirstWithKey(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	before, _ := pairs()
+	w.write(t, "keys/c1.key", before.key, 0o600)
+	tx := w.renewal()
+	tx.Verify = func(context.Context) error { return errors.New("is broken") }
+	_, err := w.deploy(t, tx)
+	if err == nil || !strings.HasSuffix(err.Error(), "there was no certificate before, so the new files were removed") {
+		t.Errorf("got error %v", err)
+	}
+	if got, _ := os.ReadFile(w.path("keys/c1.key")); !bytes.Equal(got, before.key) {
+		t.Error("the current key is another one")
+	}
+	if sets, left := w.backups(t), w.leftovers(); len(sets)+len(left) > 0 {
+		t.Errorf("left behind: %v %v", sets, left)
+	}
+}
+
+// TestKeepOthers: what a renewal does not replace is taken from the file that is
+// read under the lock, and never through a link that others made.
+func TestKeepOthers(t *testing.T) {
+	const others = "-----BEGIN DH PARAMETERS-----\nMAA=\n-----END DH PARAMETERS-----\n"
+	before, after := pairs()
+	w := newWorld(t, t.TempDir())
+	tx := Transaction{Target: "t1", Files: []target.File{{Path: w.path("site/cert.pem"), Kind: target.CertificateFile, Data: after.cert, KeepOthers: true}}}
+	for old, want := range map[string]string{"": "", string(before.cert): "", others + string(before.cert): others} {
+		w.write(t, "site/cert.pem", []byte(old), 0o644)
+		for _, unchanged := range []bool{false, true} {
+			result, err := w.deploy(t, tx)
+			if err != nil || result.Unchanged != unchanged {
+				t.Errorf("%+v, %v", result, err)
+			}
+			if got, err := os.ReadFile(w.path("site/cert.pem")); err != nil || string(got) != string(after.cert)+want {
+				t.Errorf("got\n%s, %v", got, err)
+			}
+		}
+	}
+
+	// Somebody puts another file in place while the transaction waits.
+	w.write(t, "site/cert.pem", before.cert, 0o644)
+	s := w.mustStore(t, nil)
+	release, err := s.acquire(t.Context(), "t1", nil)
+	check(t, err)
+	tx.Yield = func(wait func(context.Context) error) error {
+		w.write(t, "site/cert.pem", []byte(others), 0o644)
+		release()
+		return wait(t.Context())
+	}
+	_, err = s.Deploy(t.Context(), tx)
+	check(t, err)
+	if got, err := os.ReadFile(w.path("site/cert.pem")); err != nil || string(got) != string(after.cert)+others {
+		t.Errorf("got\n%s, %v", got, err)
+	}
+}
+
+// TestKeep: a file that a server watches is replaced by itself.
+func TestKeep(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	w.write(t, "site/watched", []byte("an operator's own"), 0o604)
+	before, err := os.Stat(w.path("site/watched"))
+	check(t, err)
+	tx := w.renewal()
+	tx.Files = append(tx.Files, target.File{Path: w.path("site/watched"), Kind: target.ConfigFile, Keep: true})
+	_, err = w.deploy(t, tx)
+	check(t, err)
+	after, err := os.Stat(w.path("site/watched"))
+	check(t, err)
+	if got, _ := os.ReadFile(w.path("site/watched")); string(got) != "an operator's own" || after.Mode() != before.Mode() || os.SameFile(before, after) {
+		t.Errorf("holds %q, mode %v, same file %t", got, after.Mode(), os.SameFile(before, after))
+	}
+	if result, err := w.deploy(t, tx); err != nil || !result.Unchanged {
+		t.Errorf("again: %+v, %v", result, err)
+	}
+	check(t, os.Remove(w.path("site/watched")))
+	if _, err := w.deploy(t, tx); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("without the file: %v", err)
+	}
+}
+
+// TestWarnings: what a transaction that succeeds has to say is not lost.
+func TestWarnings(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	s := w.mustStore(t, func(s step) error {
+		if s.op == "remove" && strings.HasSuffix(s.path, ".json") {
+			return errors.New("input/output error")
+		}
+		return nil
+	})
+	result, err := s.Deploy(t.Context(), w.renewal())
+	if err != nil || len(result.Warnings) != 1 || !strings.Contains(result.Warnings[0], "cleaning up") {
+		t.Errorf("got %+v, %v", result, err)
+	}
+}
+
+// TestChangedMeanwhile: what someone else writes between the look and the
+// rename is not lost.
+func TestChangedMeanwhile(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	w.old(t)
+	mine := []byte("what a person wrote meanwhile")
+	s := w.mustStore(t, nil)
+	s.disk.before = func(s step) error {
+		if s.op == "mkdir" { // of the backup set
+			w.write(t, "site/cert.pem", mine, 0o640)
+		}
+		return nil
+	}
+	_, err := s.Deploy(t.Context(), w.renewal())
+	if !errors.Is(err, errReplaced) {
+		t.Errorf("got error %v", err)
+	}
+	if got, _ := os.ReadFile(w.path("site/cert.pem")); !bytes.Equal(got, mine) {
+		t.Errorf("in place is %q", got)
+	}
+}
+
+// TestApplyOnly: a transaction without files is all in its functions.
+func TestApplyOnly(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	s := w.mustStore(t, nil)
+	var calls []string
+	note := func(name string, err error) func(context.Context) error {
+		return func(context.Context) error { calls = append(calls, name); return err }
+	}
+	tx := Transaction{Target: "t1", Apply: note("apply", nil), Undo: note("undo", nil)}
+	for range 2 {
+		if result, err := s.Deploy(t.Context(), tx); err != nil || result.Unchanged {
+			t.Fatalf("got %+v, %v", result, err)
+		}
+	}
+	tx.Verify = note("verify", errors.New("is broken"))
+	if _, err := s.Deploy(t.Context(), tx); err == nil || err.Error() != "verification failed: is broken; the files are as before" {
+		t.Errorf("got error %v", err)
+	}
+	if got := strings.Join(calls, " "); got != "apply apply apply verify undo" {
+		t.Errorf("called %s", got)
+	}
+}
+
+// TestOneAtATime: the second transaction of a target waits, and gives up with
+// its context.
+func TestOneAtATime(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	s := w.mustStore(t, nil)
+	tx := w.renewal()
+	tx.Verify = func(context.Context) error {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+		defer cancel()
+		_, err := s.Deploy(ctx, w.renewal())
+		if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "another deployment of target t1") {
+			t.Errorf("got error %v", err)
+		}
+		return nil
+	}
+	if _, err := s.Deploy(t.Context(), tx); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func BenchmarkDeploy(b *testing.B) {
+	for _, unchanged := range []bool{true, false} {
+		b.Run(map[bool]string{true: "unchanged", false: "renewal"}[unchanged], func(b *testing.B) {
+			w := newWorld(b, b.TempDir())
+			s := w.mustStore(b, nil)
+			tx := w.renewal()
+			for i := 0; b.Loop(); i++ {
+				if !unchanged {
+					tx.Files[2].Data = []byte{byte(i), byte(i >> 8)}
+				}
+				if _, err := s.Deploy(b.Context(), tx); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}

@@ -1,0 +1,143 @@
+package transaction
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+)
+
+const (
+	// startWait is how long the start of the agent waits for recovery. It is
+	// well under what service managers give a start (90 s), and longer than
+	// recoverWait, so that a lock is reported as what it is.
+	startWait = 15 * time.Second
+
+	// repairWait is how long Repair waits for the same.
+	repairWait = 30 * time.Second
+
+	// settleWait is how long a deployment waits for what is left of an earlier
+	// one, with a place among those that run.
+	settleWait = time.Second
+
+	// closeWait is how long the end of the agent waits for recovery.
+	closeWait = time.Second
+)
+
+// errNoAnswer is a recovery that nothing can end: a look at a file of a network
+// file system whose server is gone hangs in the kernel until that is back.
+var errNoAnswer = errors.New("its file system does not answer; looked at again when it does (a mount whose server is gone?)")
+
+// errReloads is a recovery whose files are done with.
+var errReloads = errors.New("its files are in place, and the command that tells the server still runs")
+
+// errUnderWay is a target whose deployment runs: it settles what it finds, and
+// what it leaves.
+var errUnderWay = errors.New("a deployment of it is under way")
+
+// flight is the recovery of one target, in a goroutine that nobody has to wait
+// for. A target has at most one, so a dead mount costs one goroutine.
+type flight struct {
+	reload bool // it goes on to the reload
+
+	// landing is closed when the files are done with: what remains, if
+	// anything, is a command, which ends by itself.
+	landing chan struct{}
+	land    func()
+
+	done    chan struct{} // closed at the end; what follows is for then
+	outcome outcome
+	owing   bool // a reload is still to be done
+	err     error
+}
+
+// fly starts the recovery of a target unless one is under way, and returns that
+// in any case. Calls bounds waiting, work the reload.
+func (s *Store) fly(calls, work context.Context, id string, reload bool) *flight {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if f := s.flights[id]; f != nil {
+		return f
+	}
+	f := &flight{reload: reload, landing: make(chan struct{}), done: make(chan struct{})}
+	f.land = sync.OnceFunc(func() { close(f.landing) })
+	if s.flights == nil {
+		s.flights = make(map[string]*flight)
+	}
+	s.flights[id] = f
+	go func() {
+		f.err = s.recoverTarget(calls, work, id, f)
+		f.land()
+		s.mu.Lock()
+		delete(s.flights, id)
+		s.mu.Unlock()
+		close(f.done)
+	}()
+	return f
+}
+
+// flying reports whether the recovery of a target is under way.
+func (s *Store) flying(id string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.flights[id] != nil
+}
+
+// await reports whether a flight has ended. It waits no longer than until the
+// given moment for the files, and for the command as long as that takes.
+func (f *flight) await(until <-chan struct{}) bool {
+	select {
+	case <-f.landing:
+		<-f.done
+		return true
+	case <-until:
+	}
+	// Both may be so.
+	select {
+	case <-f.landing:
+		<-f.done
+		return true
+	default:
+		return false
+	}
+}
+
+// late is why a flight that has not ended in time has not.
+func (f *flight) late() error {
+	select {
+	case <-f.landing:
+		return errReloads
+	default:
+		return errNoAnswer
+	}
+}
+
+// deadline ends after wait, or soon after ctx, with which the wait for a lock
+// ends.
+func deadline(ctx context.Context, wait time.Duration) (until <-chan struct{}, cancel func()) {
+	limit, end := context.WithTimeout(context.WithoutCancel(ctx), wait)
+	stop := context.AfterFunc(ctx, func() {
+		select {
+		case <-time.After(closeWait):
+			end()
+		case <-limit.Done():
+		}
+	})
+	return limit.Done(), func() { stop(); end() }
+}
+
+// Close releases the Store's directory handles. A recovery that a dead file
+// system keeps is left behind.
+func (s *Store) Close() error {
+	s.mu.Lock()
+	under := slices.Collect(maps.Values(s.flights))
+	s.mu.Unlock()
+	until, cancel := deadline(context.Background(), closeWait)
+	defer cancel()
+	for _, f := range under {
+		f.await(until)
+	}
+	return errors.Join(s.backups.Close(), s.journal.Close())
+}

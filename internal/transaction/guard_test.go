@@ -1,0 +1,380 @@
+package transaction
+
+import (
+	"bytes"
+	"crypto/rand"
+	"crypto/rsa"
+	"encoding/asn1"
+	"encoding/pem"
+	"io/fs"
+	"math/big"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"certctl-agent/internal/hostfile"
+	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/target"
+)
+
+// refused runs a transaction that must not change anything.
+func (w world) refused(t *testing.T, tx Transaction, want ...string) {
+	t.Helper()
+	s := w.mustStore(t, func(s step) error {
+		if s.op != "mkdir" && s.op != "syncdir" {
+			t.Errorf("%s %s", s.op, s.path)
+		}
+		return nil
+	})
+	_, err := s.Deploy(t.Context(), tx)
+	for _, want := range want {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("got error %v, want one that says %q", err, want)
+		}
+	}
+}
+
+// TestForeignKeyFile: whoever can put a file in place of a key's, by writing to
+// its directory or to one above, does not get the next key.
+func TestForeignKeyFile(t *testing.T) {
+	if !root() {
+		t.Skip("needs two users: run as root")
+	}
+	before, after := pairs()
+	open := map[string]func(w world){
+		"directory of the group": func(w world) {
+			check(t, os.Chown(w.path("private"), 0, gidKeep))
+			check(t, os.Chmod(w.path("private"), 0o775))
+		},
+		"their directory":           func(w world) { check(t, os.Chown(w.path("private"), uidKeep, gidKeep)) },
+		"their directory, one up":   func(w world) { check(t, os.Chown(w.base, uidKeep, gidKeep)) },
+		"directory of all, sticky":  func(w world) { check(t, os.Chmod(w.path("private"), 0o777|fs.ModeSticky)) },
+		"group's directory, sticky": func(w world) { check(t, os.Chmod(w.path("private"), 0o775|fs.ModeSticky)) },
+		"behind their directory": func(w world) {
+			// Root's link in root's directory, which lies in theirs.
+			check(t, os.Rename(w.path("private"), w.path("real")))
+			check(t, os.MkdirAll(w.path("private/inner"), 0o755))
+			check(t, os.Symlink(w.path("real"), w.path("private/inner/link")))
+			check(t, os.Chown(w.path("private"), uidKeep, gidKeep))
+		},
+	}
+	planted := map[string]func(path string){
+		"owner": func(path string) { check(t, os.Chown(path, uidKeep, 0)) },
+		"group": func(path string) { check(t, os.Chown(path, 0, gidKeep)); check(t, os.Chmod(path, 0o640)) },
+	}
+	for how, makeOpen := range open {
+		for what, plant := range planted {
+			for _, content := range [][]byte{nil, before.cert, after.cert} {
+				w := newWorld(t, t.TempDir())
+				w.old(t)
+				w.write(t, "private/key.pem", content, 0o600)
+				plant(w.path("private/key.pem"))
+				makeOpen(w)
+				tx := w.renewal()
+				if how == "behind their directory" {
+					tx.Files[0].Path = w.path("private/inner/link/key.pem")
+				}
+				s := w.mustStore(t, nil)
+				s.opts.Policy.Paths = append(s.opts.Policy.Paths, w.path("real"))
+				_, err := s.Deploy(t.Context(), tx)
+				if err == nil || !strings.Contains(err.Error(), "not given to its "+what) &&
+					!(strings.Contains(how, "of all") && strings.Contains(err.Error(), "anyone could have put it there")) {
+					t.Errorf("%s, %s: got error %v", how, what, err)
+				}
+				if left := w.leftovers(); len(left) > 0 {
+					t.Errorf("%s, %s: left behind: %v", how, what, left)
+				}
+				if err == nil || strings.Contains(how, "of all") {
+					continue
+				}
+				for _, says := range []string{"t1.json of CERTCTL_TARGETS_DIR", "set owner, group and mode"} {
+					if !strings.Contains(err.Error(), says) {
+						t.Errorf("%s, %s: %v does not say %q", how, what, err, says)
+					}
+				}
+
+				// With all of it configured, the file has no say.
+				tx.Files[0].Owner, tx.Files[0].Group, tx.Files[0].Mode = "0", "4003", new(fs.FileMode(0o640))
+				_, err = s.Deploy(t.Context(), tx)
+				check(t, err)
+				info, err := os.Stat(tx.Files[0].Path)
+				check(t, err)
+				if uid, gid := hostfile.Owner(info); uid != 0 || gid != 4003 || info.Mode() != 0o640 {
+					t.Errorf("%s, %s, configured: %d:%d %v", how, what, uid, gid, info.Mode())
+				}
+			}
+		}
+	}
+}
+
+// TestForeignKeyFileKeepsWorking: a server's user that has the key already, in
+// a directory of its own, gets the next one.
+func TestForeignKeyFileKeepsWorking(t *testing.T) {
+	if !root() {
+		t.Skip("needs two users: run as root")
+	}
+	before, after := pairs()
+	tests := map[string]func(w world, tx *Transaction){
+		"promoted with it": func(w world, tx *Transaction) {},
+		"promoted before": func(w world, tx *Transaction) {
+			w.write(t, "keys/c1.previous", before.key, 0o600)
+			w.write(t, "keys/c1.key", after.key, 0o600)
+			tx.Material = &target.Material{KeyPEM: after.key, KeyPath: w.path("keys/c1.key")}
+		},
+		"still current": func(w world, tx *Transaction) {
+			tx.Material = &target.Material{KeyPEM: after.key, KeyPath: w.path("keys/c1.key")}
+		},
+		"there already": func(w world, tx *Transaction) {
+			w.write(t, "private/key.pem", slices.Concat(after.key, before.cert), 0o640)
+			tx.Files[0].Data = slices.Concat(after.key, after.cert)
+			tx.Material = &target.Material{KeyPEM: after.key}
+		},
+	}
+	for name, change := range tests {
+		w := newWorld(t, t.TempDir())
+		w.old(t)
+		tx := w.renewal()
+		change(w, &tx)
+		check(t, os.Chown(w.path("private"), uidKeep, gidKeep))
+		for _, unchanged := range []bool{false, true} {
+			result, err := w.deploy(t, tx)
+			if err != nil || result.Unchanged != unchanged {
+				t.Errorf("%s: %+v, %v", name, result, err)
+			}
+		}
+		info, err := os.Stat(w.path("private/key.pem"))
+		check(t, err)
+		if uid, gid := hostfile.Owner(info); uid != uidKeep || gid != gidKeep || info.Mode() != 0o640 {
+			t.Errorf("%s: %d:%d %v", name, uid, gid, info.Mode())
+		}
+	}
+
+	// That a key store could have been put there by others proves nothing.
+	w := newWorld(t, t.TempDir())
+	w.old(t)
+	tx := w.renewal()
+	tx.Material = &target.Material{KeyPEM: after.key, KeyPath: w.path("keys/c1.key")}
+	check(t, os.Chown(w.path("private"), uidKeep, gidKeep))
+	check(t, os.Chown(w.path("keys"), uidKeep, gidKeep))
+	w.refused(t, tx, "not given to its owner")
+}
+
+// TestForeignMode: a file of root's that others can put in place, such as the
+// certificate, does not open the key to the group that is configured for it.
+func TestForeignMode(t *testing.T) {
+	if !root() {
+		t.Skip("only root gives files away")
+	}
+	before, _ := pairs()
+	w := newWorld(t, t.TempDir())
+	check(t, os.Chown(w.path("private"), 0, gidKeep))
+	check(t, os.Chmod(w.path("private"), 0o775))
+	tx := w.renewal()
+	tx.Files[0].Group = strconv.Itoa(gidKeep)
+	w.write(t, "private/key.pem", before.cert, 0o644)
+	w.refused(t, tx, "not given to group 4712 by its mode 0640")
+	for _, mode := range []fs.FileMode{0o600, 0o644} {
+		w.write(t, "private/key.pem", before.cert, mode)
+		if mode == 0o644 {
+			tx.Files[0].Group = "0"
+		}
+		_, err := w.deploy(t, tx)
+		check(t, err)
+	}
+}
+
+// TestForgedKey: a file that only looks like a key of the certificate's is no
+// proof that whoever put it there has had that. crypto/x509 takes an RSA key
+// with three primes for the one whose modulus it names.
+func TestForgedKey(t *testing.T) {
+	if !root() {
+		t.Skip("needs two users: run as root")
+	}
+	mine, err := rsa.GenerateKey(rand.Reader, 2048)
+	check(t, err)
+	type prime struct{ Prime, Exponent, Coefficient int }
+	encoded, err := asn1.Marshal(struct {
+		Version                     int
+		N                           *big.Int
+		E, D, P, Q, Dp, Dq, Inverse int
+		More                        []prime
+	}{1, mine.N, mine.E, 3, 3, 5, 1, 1, 1, []prime{{7, 1, 1}}})
+	check(t, err)
+	forged := pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: encoded})
+	real, err := pemutil.EncodeKey(mine)
+	check(t, err)
+	for _, content := range [][]byte{forged, real} {
+		w := newWorld(t, t.TempDir())
+		w.write(t, "keys/c1.key", real, 0o600)
+		w.write(t, "private/key.pem", content, 0o600)
+		check(t, os.Chown(w.path("private/key.pem"), uidKeep, gidKeep))
+		check(t, os.Chown(w.path("private"), uidKeep, gidKeep))
+		tx := w.renewal()
+		tx.Material = &target.Material{KeyPEM: tx.Files[0].Data, KeyPath: w.path("keys/c1.key")}
+		if bytes.Equal(content, forged) {
+			w.refused(t, tx, "not given to its owner")
+			continue
+		}
+		_, err := w.deploy(t, tx)
+		check(t, err)
+	}
+}
+
+// TestOpenDirectoryKeepsWorking: where the file that is there lets in nobody
+// but the agent's own user, who can write its directory does not matter.
+func TestOpenDirectoryKeepsWorking(t *testing.T) {
+	_, after := pairs()
+	for _, mode := range []fs.FileMode{0o400, 0o600, 0o640} {
+		w := newWorld(t, t.TempDir())
+		w.write(t, "private/key.pem", nil, mode)
+		check(t, os.Chmod(w.path("private"), 0o775))
+		tx := w.renewal()
+		_, err := w.deploy(t, tx)
+		check(t, err)
+		info, err := os.Stat(w.path("private/key.pem"))
+		check(t, err)
+		if uid, gid := hostfile.Owner(info); uid != os.Geteuid() || gid != os.Getegid() || info.Mode() != mode || info.Size() != int64(len(after.key)) {
+			t.Errorf("%d:%d %v, %d bytes", uid, gid, info.Mode(), info.Size())
+		}
+	}
+}
+
+// TestGroupOfForeignDirectory: a directory that hands its group on to new files
+// does not choose who reads a key.
+func TestGroupOfForeignDirectory(t *testing.T) {
+	if !root() {
+		t.Skip("only root gives files away")
+	}
+	for _, open := range []bool{true, false} {
+		w := newWorld(t, t.TempDir())
+		check(t, os.Chown(w.path("private"), 0, gidKeep))
+		mode, want := fs.ModeSetgid|0o750, gidKeep // as Debian's /etc/ssl/private could be
+		if open {
+			mode, want = fs.ModeSetgid|0o770, os.Getegid()
+		}
+		check(t, os.Chmod(w.path("private"), mode))
+		tx := w.renewal()
+		tx.Files[0].Mode = new(fs.FileMode(0o640))
+		for range 2 {
+			_, err := w.deploy(t, tx)
+			check(t, err)
+		}
+		info, err := os.Stat(w.path("private/key.pem"))
+		check(t, err)
+		if _, gid := hostfile.Owner(info); gid != want {
+			t.Errorf("open %t: group %d, want %d", open, gid, want)
+		}
+	}
+}
+
+// TestForeignKeyStore: a key directory that could be put in place by others
+// does not make the current key theirs.
+func TestForeignKeyStore(t *testing.T) {
+	if !root() {
+		t.Skip("needs two users: run as root")
+	}
+	w := newWorld(t, t.TempDir())
+	w.old(t)
+	check(t, os.Chown(w.path("keys"), uidKeep, gidKeep))
+	w.write(t, "keys/c1.key", nil, 0o600)
+	check(t, os.Chown(w.path("keys/c1.key"), uidKeep, gidKeep))
+	_, err := w.deploy(t, w.renewal())
+	check(t, err)
+	info, err := os.Stat(w.path("keys/c1.key"))
+	check(t, err)
+	if uid, _ := hostfile.Owner(info); uid != 0 || info.Mode() != 0o600 {
+		t.Errorf("the current key belongs to user %d, mode %v", uid, info.Mode())
+	}
+}
+
+// TestMayReplace: what a file holds decides whether it may be replaced.
+func TestMayReplace(t *testing.T) {
+	before, after := pairs()
+	both := func(m material) []byte { return slices.Concat(m.cert, m.chain, m.key) }
+	const foreign, losesKey, losesCertificate = "neither a certificate nor a key", "the new one would not", "the key alone"
+	tests := []struct {
+		name string
+		kind target.Kind
+		old  []byte
+		data []byte
+		want string // "": replaced
+	}{
+		{"certificate", target.CertificateFile, before.cert, after.cert, ""},
+		{"after a comment", target.CertificateFile, slices.Concat([]byte("# www\n"), before.cert), after.cert, ""},
+		{"trust bundle", target.CertificateFile, bytes.Repeat(before.chain, 100), after.chain, ""},
+		{"Diffie-Hellman parameters", target.CertificateFile, []byte("-----BEGIN DH PARAMETERS-----\nAAAA\n-----END DH PARAMETERS-----\n"), after.cert, ""},
+		{"placeholder", target.CertificateFile, []byte("\n"), after.cert, ""},
+		{"after a power cut", target.KeyFile, make([]byte, 4096), after.key, ""},
+		{"key", target.KeyFile, before.key, after.key, ""},
+		{"all in one", target.KeyFile, both(before), both(after), ""},
+		{"key with its curve", target.KeyFile, slices.Concat([]byte("-----BEGIN EC PARAMETERS-----\nBggqhkjOPQMBBw==\n-----END EC PARAMETERS-----\n"), before.key), after.key, ""},
+		{"key becomes all in one", target.KeyFile, before.key, both(after), ""},
+		{"the same", target.ConfigFile, []byte("x = 1\n"), []byte("x = 1\n"), ""},
+
+		{"accounts", target.CertificateFile, []byte("root:x:0:0:root:/root:/bin/sh\n"), after.cert, foreign},
+		{"accounts by a key", target.KeyFile, []byte("root:x:0:0:root:/root:/bin/sh\n"), after.key, foreign},
+		{"library", target.CertificateFile, []byte("\x7fELF\x02\x01\x01"), after.cert, foreign},
+		{"somebody's configuration", target.ConfigFile, []byte("x = 1\n"), []byte("x = 2\n"), foreign},
+
+		{"all in one by a certificate", target.CertificateFile, both(before), after.cert, losesKey},
+		{"key by a chain", target.CertificateFile, before.key, after.chain, losesKey},
+		{"key by a configuration", target.ConfigFile, before.key, []byte("x = 2\n"), losesKey},
+		{"encrypted key by a certificate", target.CertificateFile, []byte("-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n"), after.cert, losesKey},
+		{"key store by a certificate", target.CertificateFile, []byte("\xfe\xed\xfe\xed\x00\x00\x00\x02\x00\x00\x00\x00"), after.cert, losesKey},
+		{"all in one by a key", target.KeyFile, both(before), after.key, losesCertificate},
+		{"key store by a key", target.KeyFile, []byte("\x30\x80\x02\x01\x03\x30\x80"), after.key, losesCertificate},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			for _, any := range []bool{false, true} {
+				w := newWorld(t, t.TempDir())
+				w.write(t, "site/file", test.old, 0o600)
+				tx := Transaction{Target: "t1", ReplaceAny: any, Files: []target.File{{Path: w.path("site/file"), Kind: test.kind, Data: test.data}}}
+				if test.want != "" && !(any && test.want == foreign) {
+					w.refused(t, tx, test.want, "site/file: ")
+					continue
+				}
+				_, err := w.deploy(t, tx)
+				check(t, err)
+				if got, err := os.ReadFile(w.path("site/file")); err != nil || !bytes.Equal(got, test.data) {
+					t.Errorf("got %q, %v", got, err)
+				}
+			}
+		})
+	}
+}
+
+// TestMayReplaceOwn: a connector knows its own configuration files, and one
+// that is only put in place again stays what it is.
+func TestMayReplaceOwn(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	written := func(old []byte) bool { return bytes.HasPrefix(old, []byte("ours")) }
+	file := target.File{Path: w.path("site/file"), Kind: target.ConfigFile, Data: []byte("ours 2"), Written: written}
+	tx := Transaction{Target: "t1", Files: []target.File{file}}
+	w.write(t, "site/file", []byte("theirs"), 0o600)
+	w.refused(t, tx, `{"replace_any_file": true} into t1.json`)
+	w.write(t, "site/file", []byte("ours 1"), 0o600)
+	_, err := w.deploy(t, tx)
+	check(t, err)
+	w.write(t, "site/file", []byte("theirs"), 0o600)
+	tx.Files[0].Keep = true
+	_, err = w.deploy(t, tx)
+	check(t, err)
+	if got, err := os.ReadFile(w.path("site/file")); err != nil || string(got) != "theirs" {
+		t.Errorf("got %q, %v", got, err)
+	}
+}
+
+// TestMissingDirectoryRefused: where nothing may be written, the advice to make
+// a directory would be of no use.
+func TestMissingDirectoryRefused(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	check(t, os.Symlink(w.path("state"), w.path("site/link")))
+	for _, dir := range []string{"state/new", "site/link/new"} {
+		tx := w.renewal()
+		tx.Files[0].Path = w.path(dir + "/key.pem")
+		w.refused(t, tx, "CERTCTL_ALLOWED_PATHS", "state/new/key.pem")
+	}
+}

@@ -1,0 +1,207 @@
+package transaction
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"certctl-agent/internal/printable"
+	"certctl-agent/internal/target"
+)
+
+const (
+	// lockWait bounds the wait for another transaction in a directory. One can
+	// take several minutes, with two commands and a verification to wait for.
+	lockWait = 10 * time.Minute
+
+	// lockPause is between the first two tries, and doubles up to
+	// maxLockPause.
+	lockPause    = 50 * time.Millisecond
+	maxLockPause = time.Second
+
+	// holderPause is between two looks at who holds a lock.
+	holderPause = 5 * time.Second
+)
+
+// waitFor waits for other transactions: nothing of this one has begun. That its
+// place is not had again after the wait is a target.BusyError.
+func waitFor(ctx context.Context, yield target.Yield, wait func(context.Context) error) error {
+	if yield == nil {
+		return wait(ctx)
+	}
+	waited := false
+	err := yield(func(ctx context.Context) error {
+		err := wait(ctx)
+		waited = err == nil
+		return err
+	})
+	if waited && err != nil {
+		return &target.BusyError{Err: fmt.Errorf("wait for a place after that: %w", err)}
+	}
+	return err
+}
+
+// hold is the directories that one transaction has locked.
+type hold struct {
+	*Store
+	yield target.Yield
+	locks []func() // how to release each
+}
+
+func (h *hold) release() {
+	for _, release := range slices.Backward(h.locks) {
+		release()
+	}
+}
+
+// lock takes the locks of all dirs: between the transactions of this process by
+// a table, between processes by flock, which ends with the process, however it
+// ends. The order is that of the directories' numbers, so that two transactions
+// with two directories in common cannot each hold one; and no try ever blocks,
+// since any user who can open a directory can lock it for ever.
+func (s *Store) lock(ctx context.Context, dirs []*dir, yield target.Yield) (unlock func(), err error) {
+	dirs = slices.SortedFunc(slices.Values(dirs), func(a, b *dir) int {
+		x, y := statOf(a), statOf(b)
+		return cmp.Or(cmp.Compare(x.Dev, y.Dev), cmp.Compare(x.Ino, y.Ino))
+	})
+	h := &hold{Store: s, yield: yield}
+	for _, d := range dirs {
+		if err := h.take(ctx, d); err != nil {
+			h.release()
+			return nil, fmt.Errorf("lock directory %s: %w", d.path, reason(err))
+		}
+	}
+	return h.release, nil
+}
+
+func statOf(d *dir) *syscall.Stat_t { return d.info.Sys().(*syscall.Stat_t) }
+
+func (h *hold) take(ctx context.Context, d *dir) error {
+	stat := statOf(d)
+	name := fmt.Sprintf("%d:%d", stat.Dev, stat.Ino)
+	release, ok := h.dirs.Try(name)
+	if !ok {
+		// Many can be in the line of this process, so none of them fails; but a
+		// dead file system can keep the first.
+		err := waitFor(ctx, h.yield, func(ctx context.Context) (err error) {
+			ctx, cancel := context.WithTimeoutCause(ctx, lockWait, fmt.Errorf("not free within %s", lockWait))
+			defer cancel()
+			release, err = h.dirs.Acquire(ctx, name)
+			return err
+		})
+		if release != nil {
+			h.locks = append(h.locks, release)
+		}
+		if err != nil {
+			return &target.BusyError{Err: fmt.Errorf("another deployment of this agent holds it: %w", err)}
+		}
+	} else {
+		h.locks = append(h.locks, release)
+	}
+	f, err := d.Open(".")
+	if err != nil {
+		return err
+	}
+	h.locks = append(h.locks, func() { f.Close() }) // which ends the lock
+	locked, err := h.flock(f, d)
+	if locked || err != nil {
+		return err
+	}
+	return waitFor(ctx, h.yield, func(ctx context.Context) error { return h.await(ctx, f, d) })
+}
+
+// await tries until it has the lock. Any user who can open the directory can
+// lock it, so the lock of a foreign user does not count.
+func (h *hold) await(ctx context.Context, f *os.File, d *dir) error {
+	bound := time.After(lockWait)
+	pause := lockPause
+	var looked time.Time
+	var by []holder
+	for {
+		if time.Since(looked) >= holderPause {
+			first := looked.IsZero()
+			looked = time.Now()
+			by = lockHolders(ctx, d)
+			if foreign(by) {
+				h.opts.Log.Warn("a user who runs no agent holds the lock of a directory: deploying there without it; find out why, or close the directory to that user",
+					"directory", d.path, "held_by", describe(by))
+				return nil
+			}
+			if first {
+				h.opts.Log.Info("waiting for another deployment in the same directory", "directory", d.path, "held_by", describe(by))
+			}
+		}
+		select {
+		case <-time.After(pause):
+			pause = min(2*pause, maxLockPause)
+		case <-bound:
+			return fmt.Errorf("another deployment holds it, or another program does: %s; given up after %s", describe(by), lockWait)
+		case <-ctx.Done():
+			return &target.BusyError{Err: fmt.Errorf("another deployment holds it, or another program does: %s: %w", describe(by), context.Cause(ctx))}
+		}
+		if locked, err := h.flock(f, d); locked || err != nil {
+			return err
+		}
+	}
+}
+
+// flock tries once. Where the file system has no locks, that counts as one.
+func (h *hold) flock(f *os.File, d *dir) (locked bool, err error) {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return false, err
+	}
+	var tried error
+	if err := raw.Control(func(fd uintptr) { tried = syscall.Flock(int(fd), syscall.LOCK_EX|syscall.LOCK_NB) }); err != nil {
+		return false, err
+	}
+	switch {
+	case errors.Is(tried, syscall.EWOULDBLOCK) || errors.Is(tried, syscall.EINTR):
+		return false, nil
+	case errors.Is(tried, errors.ErrUnsupported) || errors.Is(tried, syscall.EBADF) || errors.Is(tried, syscall.ENOLCK) || errors.Is(tried, syscall.EINVAL):
+		// Network file systems: NFS wants a handle for writing, which no
+		// directory has.
+		h.opts.Log.Warn("file system has no locks: two agents that deploy here at once could get in each other's way", "directory", d.path, "error", tried)
+		return true, nil
+	}
+	return tried == nil, tried
+}
+
+// holder is a process that holds a lock.
+type holder struct {
+	pid     int
+	command string
+	uid     int  // of the user who started it
+	foreign bool // which is neither root nor the agent's own
+}
+
+// maxCommand bounds a command's name in messages: its process chose it.
+const maxCommand = 32
+
+func (h holder) String() string {
+	return fmt.Sprintf("process %d (%s) of user %d", h.pid, printable.Clip(h.command, maxCommand), h.uid)
+}
+
+// foreign reports that the holders are known and all foreign. An agent's lock is
+// exclusive, so it has none then. Nobody found is no answer: the holder can be in
+// another container, or on another host.
+func foreign(by []holder) bool {
+	return len(by) > 0 && !slices.ContainsFunc(by, func(h holder) bool { return !h.foreign })
+}
+
+func describe(by []holder) string {
+	if len(by) == 0 {
+		return "by whom is not known here"
+	}
+	var all []string
+	for _, h := range by {
+		all = append(all, h.String())
+	}
+	return strings.Join(all, ", ")
+}

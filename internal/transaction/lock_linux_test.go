@@ -1,0 +1,104 @@
+package transaction
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"certctl-agent/internal/target"
+)
+
+// TestForeignLock: the lock of a user who runs no agent does not count, whoever
+// of that user's processes has it now; root's does. Each is named.
+func TestForeignLock(t *testing.T) {
+	if !root() {
+		t.Skip("only root can become another user")
+	}
+	tests := []struct {
+		name        string
+		environment []string
+		counts      bool
+		user        string
+	}{
+		{"root", nil, true, "user 0"},
+		{"foreign", []string{"RUNS_AS=65534"}, false, "user 65534"},
+		{"foreign, passed on", []string{"RUNS_AS=65534", "PASS=1"}, false, "user 65534"},
+		{"root, passed on", []string{"PASS=1"}, true, "user 0"},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			w := newWorld(t, t.TempDir())
+			w.old(t)
+			holding(t, append(test.environment, "DIR="+w.path("site"))...)
+			var log bytes.Buffer
+			s := w.mustStore(t, nil)
+			s.opts.Log = slog.New(slog.NewTextHandler(&log, nil))
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			tx := w.renewal()
+			tx.Yield = func(wait func(context.Context) error) error {
+				enough := time.Minute
+				if test.counts {
+					enough = 100 * time.Millisecond
+				}
+				defer time.AfterFunc(enough, cancel).Stop()
+				return wait(ctx)
+			}
+			_, err := s.Deploy(t.Context(), tx)
+			if _, busy := errors.AsType[*target.BusyError](err); busy != test.counts || err != nil && !busy {
+				t.Fatalf("got %v", err)
+			}
+			said := log.String()
+			if err != nil {
+				w.want(t, false, "old")
+				said += err.Error()
+			} else {
+				w.want(t, false, "new")
+				if !strings.Contains(said, "level=WARN") {
+					t.Error("there is no warning")
+				}
+			}
+			for _, want := range []string{test.user, "fileset.test", w.path("site")} {
+				if !strings.Contains(said, want) {
+					t.Errorf("nothing says %q: %s", want, said)
+				}
+			}
+		})
+	}
+}
+
+func TestFlockOf(t *testing.T) {
+	info, err := os.Stat(t.TempDir())
+	check(t, err)
+	d := &dir{info: info}
+	stat := statOf(d)
+	device := fmt.Sprintf("%02x:%02x", stat.Dev>>8&0xfff, stat.Dev&0xff|stat.Dev>>12&^0xff)
+	place := fmt.Sprintf("%s:%d", device, stat.Ino)
+	tests := []struct {
+		line string
+		want int
+	}{
+		{"1: FLOCK  ADVISORY  WRITE 1234 " + place + " 0 EOF", 1234},
+		{"12: FLOCK  ADVISORY  READ 7 " + place + " 0 EOF", 7},
+		{"1: -> FLOCK  ADVISORY  WRITE 1234 " + place + " 0 EOF", 0}, // waits
+		{"1: POSIX  ADVISORY  WRITE 1234 " + place + " 0 EOF", 0},
+		{"1: FLOCK  ADVISORY  WRITE 0 " + place + " 0 EOF", 0}, // in another namespace
+		{"1: FLOCK  ADVISORY  WRITE -1 " + place + " 0 EOF", 0},
+		{"1: FLOCK  ADVISORY  WRITE 1234 " + place + "1 0 EOF", 0},
+		{"1: FLOCK  ADVISORY  WRITE 1234 ff:ff:" + fmt.Sprint(stat.Ino) + " 0 EOF", 0},
+		{"1: FLOCK  ADVISORY  WRITE 1234 " + device + " 0 EOF", 0},
+		{"1: FLOCK", 0},
+		{"", 0},
+	}
+	for _, test := range tests {
+		if pid, ok := flockOf([]byte(test.line), stat); ok != (test.want != 0) || ok && pid != test.want {
+			t.Errorf("%q: got %d, %v, want %d", test.line, pid, ok, test.want)
+		}
+	}
+}

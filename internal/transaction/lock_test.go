@@ -1,0 +1,129 @@
+package transaction
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// TestTwoProcesses: a transaction waits for that of another process in the same
+// directory, and no longer than it lives.
+func TestTwoProcesses(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	w.old(t)
+	child := exec.Command(os.Args[0])
+	child.Env = []string{"FILESET_CHILD=lock", "DIR=" + w.path("site")}
+	_, err := child.StdinPipe()
+	check(t, err)
+	out, err := child.StdoutPipe()
+	check(t, err)
+	check(t, child.Start())
+	defer child.Wait()
+	defer child.Process.Kill()
+	if line, err := bufio.NewReader(out).ReadString('\n'); line != "locked\n" {
+		t.Fatalf("child said %q, %v", line, err)
+	}
+
+	s := w.mustStore(t, nil)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	if _, err := s.Deploy(ctx, w.renewal()); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "another deployment holds it") {
+		t.Errorf("while another process holds the lock: %v", err)
+	}
+	w.want(t, false, "old")
+
+	done := make(chan error, 1)
+	go func() {
+		_, err := s.Deploy(t.Context(), w.renewal())
+		done <- err
+	}()
+	check(t, child.Process.Kill())
+	check(t, <-done)
+	w.want(t, false, "new")
+}
+
+// childLock holds a lock until its standard input ends; with PASS in a child
+// that outlives it, with RUNS_AS as that user.
+func childLock() int {
+	err := func() error {
+		if os.Getenv("HELD") == "" {
+			dir, err := os.Open(os.Getenv("DIR"))
+			if err == nil {
+				err = syscall.Flock(int(dir.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+			}
+			if err != nil {
+				return err
+			}
+			defer dir.Close()
+			if os.Getenv("PASS") != "" {
+				heir := exec.Command(os.Args[0])
+				heir.Env = append(os.Environ(), "HELD=1")
+				heir.Stdin, heir.Stdout, heir.ExtraFiles = os.Stdin, os.Stdout, []*os.File{dir}
+				return heir.Start()
+			}
+		}
+		if uid, err := strconv.Atoi(os.Getenv("RUNS_AS")); err == nil {
+			if err := syscall.Setuid(uid); err != nil {
+				return err
+			}
+		}
+		fmt.Println("locked")
+		_, err := io.Copy(io.Discard, os.Stdin)
+		return err
+	}()
+	if err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	return 0
+}
+
+// TestLockOrder: two transactions with directories in common, named in
+// opposite order, do not wait for each other for ever.
+func TestLockOrder(t *testing.T) {
+	base := t.TempDir()
+	var dirs [2][]*dir
+	for i := range dirs {
+		for _, name := range []string{"a", "b", "c"} {
+			check(t, os.MkdirAll(filepath.Join(base, name), 0o700))
+			d, err := resolveDir(filepath.Join(base, name))
+			check(t, err)
+			defer d.Close()
+			dirs[i] = append(dirs[i], d)
+		}
+	}
+	dirs[1][0], dirs[1][2] = dirs[1][2], dirs[1][0]
+	// Two of them, since one has a table of its own beside the files' locks.
+	var stores [2]Store
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	done := make(chan error)
+	for i := range dirs {
+		stores[i].opts.Log = slog.New(slog.DiscardHandler)
+		go func() {
+			for range 3 {
+				unlock, err := stores[i].lock(ctx, dirs[i], nil)
+				if err != nil {
+					done <- err
+					return
+				}
+				unlock()
+			}
+			done <- nil
+		}()
+	}
+	for range dirs {
+		check(t, <-done)
+	}
+}

@@ -1,0 +1,429 @@
+package transaction
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/target"
+)
+
+// recoverWait bounds the wait for the directories of a target that is to be
+// recovered. Another try comes later.
+const recoverWait = 10 * time.Second
+
+// Recovery is what Recover found. Each list holds target ids.
+type Recovery struct {
+	RolledBack []string // the old files are in place again
+	Finished   []string // the new files were in place for good already
+	SetAside   []string // the record cannot be followed: a person should look
+	Failed     []string // to be tried again by Repair, and before a deployment
+	Reloads    int      // how many reloads Repair has to do
+}
+
+// Recover undoes or finishes every transaction that a crash interrupted, as far
+// as that is possible within startWait. It must run before the first Deploy.
+// What it finds in a single target is logged and never an error, since it must
+// not keep the agent from serving others.
+func (s *Store) Recover(ctx context.Context) (Recovery, error) {
+	var found Recovery
+	if err := s.sweep(s.journal); err != nil {
+		return found, err
+	}
+	ids, err := s.recorded()
+	if err != nil {
+		return found, err
+	}
+	until, cancel := deadline(ctx, startWait)
+	defer cancel()
+	flights := make([]*flight, len(ids))
+	for i, id := range ids {
+		flights[i] = s.fly(ctx, ctx, id, false)
+	}
+	for i, id := range ids {
+		f, err := flights[i], errNoAnswer
+		if f.await(until) {
+			err = f.err
+		}
+		if ctx.Err() != nil {
+			return found, context.Cause(ctx)
+		}
+		list := &found.Failed
+		switch {
+		case err != nil:
+			s.opts.Log.Error("an interrupted deployment could not be undone and will be tried again: until then nothing is deployed to its target", "target", id, "error", err)
+		case f.outcome == setAside:
+			list = &found.SetAside
+		case f.outcome == finished:
+			list = &found.Finished
+		default:
+			list = &found.RolledBack
+		}
+		*list = append(*list, id)
+		if err == nil && f.owing {
+			found.Reloads++
+		}
+	}
+	return found, nil
+}
+
+// Repair does what interrupted transactions still need: it undoes or finishes
+// those that could not be before, and runs the reloads that this made
+// necessary. What fails is in the error, and is tried again by the next call.
+// Calls ends when the agent stops and bounds waiting; work bounds the reloads.
+func (s *Store) Repair(calls, work context.Context) error {
+	ids, err := s.recorded()
+	errs := []error{err}
+	until, cancel := deadline(calls, repairWait)
+	defer cancel()
+	flights := make([]*flight, len(ids))
+	for i, id := range ids {
+		flights[i] = s.fly(calls, work, id, true)
+	}
+	for i, id := range ids {
+		f := flights[i]
+		ended := f.await(until)
+		for ended && !f.reload { // it was under way already
+			f = s.fly(calls, work, id, true)
+			ended = f.await(until)
+		}
+		switch {
+		case !ended:
+			errs = append(errs, fmt.Errorf("recover target %s: %w", id, errNoAnswer))
+		case f.err != nil && !errors.Is(f.err, errUnderWay):
+			errs = append(errs, fmt.Errorf("recover target %s: %w", id, f.err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Settle makes sure that no interrupted transaction can undo, later, what a
+// deployment to target id is about to do with the key at keyPath: those of the
+// target and those that put that key in place. An error is a target.BusyError.
+func (s *Store) Settle(ctx context.Context, id, keyPath string) error {
+	ids, err := s.recorded()
+	if err != nil {
+		return &target.BusyError{Err: err}
+	}
+	until, enough := deadline(ctx, settleWait+closeWait)
+	defer enough()
+	ctx, cancel := context.WithTimeoutCause(ctx, settleWait, fmt.Errorf("given up after %s", settleWait))
+	defer cancel()
+	for _, other := range ids {
+		if !s.concerns(other, id, keyPath) {
+			continue
+		}
+		f := s.fly(ctx, ctx, other, false)
+		select {
+		case <-f.done:
+		case <-until:
+			return unsettledError(other, f.late())
+		}
+		if f.err != nil {
+			return unsettledError(other, f.err)
+		}
+	}
+	return nil
+}
+
+// concerns reports whether the record of a target has to be settled before a
+// deployment to target id.
+func (s *Store) concerns(recorded, id, keyPath string) bool {
+	if recorded == id && s.flying(id) {
+		return true
+	}
+	r, err := s.load(recorded)
+	if recorded == id {
+		return err != nil || r != nil && r.Phase != restored
+	}
+	return err == nil && r != nil && r.Phase == swapping &&
+		slices.ContainsFunc(r.Files, func(e entry) bool { return e.Private && e.Path == keyPath })
+}
+
+// Interrupted lists the targets whose transactions another agent, with the state
+// directory at path, did not bring to an end. It changes nothing.
+func Interrupted(path string) ([]string, error) {
+	root, err := os.OpenRoot(filepath.Join(path, "journal"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open the journal: %w", err)
+	}
+	defer root.Close()
+	s := &Store{journal: &dir{Root: root, path: root.Name()}}
+	ids, err := s.recorded()
+	return slices.DeleteFunc(ids, func(id string) bool {
+		r, err := s.load(id)
+		return err == nil && (r == nil || r.Phase == restored || r.Phase == committed)
+	}), err
+}
+
+// recorded lists the targets that have a journal record.
+func (s *Store) recorded() ([]string, error) {
+	entries, err := fs.ReadDir(s.journal.FS(), ".")
+	if err != nil {
+		return nil, fmt.Errorf("list the journal in %s: %w", s.journal.path, reason(err))
+	}
+	var ids []string
+	for _, e := range entries {
+		if id, ok := strings.CutSuffix(e.Name(), recordSuffix); ok {
+			ids = append(ids, id)
+		}
+	}
+	return ids, nil
+}
+
+// recoverTarget is one flight.
+func (s *Store) recoverTarget(calls, work context.Context, id string, f *flight) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+		}
+	}()
+	if !api.ValidID(id) {
+		return fmt.Errorf("journal record is not usable: %s: target id %q is not valid", s.journal.join(id+recordSuffix), id)
+	}
+	release, ok := s.targets.Try(id)
+	if !ok {
+		return errUnderWay
+	}
+	defer release()
+	ctx, cancel := context.WithTimeoutCause(calls, recoverWait, fmt.Errorf("given up after %s", recoverWait))
+	defer cancel()
+	r, err := s.load(id)
+	if r == nil && err == nil {
+		return nil // settled meanwhile
+	}
+	known := r != nil && r.Phase == restored
+	if f.outcome, err = s.recoverLoaded(ctx, id, r, err); err != nil {
+		return err
+	}
+	switch log := s.opts.Log.With("target", id); {
+	case known || f.outcome == setAside: // which has a line of its own
+	case f.outcome == finished:
+		log.Info("finished an interrupted deployment: the new files are in place")
+	default:
+		log.Warn("undid an interrupted deployment: the old files are in place")
+	}
+	if r, err = s.load(id); err != nil || r == nil || r.Phase != restored || r.Reload == nil {
+		// Without a command only the next deployment can tell the server, and
+		// it will, as long as the record is there.
+		return err
+	}
+	if f.owing = true; !f.reload {
+		return nil
+	}
+	return s.reloadOwed(ctx, work, r, f)
+}
+
+// An outcome is how recovery of one target ended.
+type outcome int
+
+const (
+	rolledBack outcome = iota
+	finished
+	setAside
+)
+
+// recoverLoaded brings one target to all-old or all-new. The error is one that
+// another try may not have.
+func (s *Store) recoverLoaded(ctx context.Context, id string, r *record, loadErr error) (outcome, error) {
+	err := loadErr
+	if err == nil {
+		switch r.Phase {
+		case restored:
+			return rolledBack, s.dropSet(r)
+		case committed:
+			return finished, s.finish(r)
+		}
+		err = s.undo(ctx, r)
+	}
+	if _, damaged := errors.AsType[*damagedError](err); !damaged {
+		return rolledBack, err
+	}
+	s.opts.Log.Error("an interrupted deployment needs a person: its journal record was set aside, and nothing else was touched; the next deployment replaces every file",
+		"target", id, "error", err, "record", s.journal.join(id+asideSuffix), "backups", s.backups.join(id))
+	return setAside, s.setAside(id)
+}
+
+// undo puts the old files of an interrupted transaction back.
+func (s *Store) undo(ctx context.Context, r *record) error {
+	files, moved, err := reopen(r)
+	defer closeAll(files)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, recoverWait, fmt.Errorf("given up after %s", recoverWait))
+	defer cancel()
+	unlock, err := s.lock(ctx, directories(files), nil)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if r.Phase == staging {
+		return s.discard(files, r)
+	}
+	// Whatever else is to be done: these hold keys.
+	if err := s.removeTemporaries(files); err != nil {
+		return err
+	}
+	if moved != nil {
+		return &damagedError{moved}
+	}
+	if err := s.compare(r, files); err != nil {
+		return err
+	}
+	if err := s.putAllBack(r, files); err != nil {
+		return fmt.Errorf("put the old files back from %s: %w", s.setPath(r), err)
+	}
+	return s.settleOld(r)
+}
+
+// settleOld records that every old file is in place, and that the server has
+// to be told. Where there was no old file it has nothing to go back to.
+func (s *Store) settleOld(r *record) error {
+	if !r.hadFiles() {
+		if err := s.dropSet(r); err != nil {
+			return err
+		}
+		return s.forget(r.Target)
+	}
+	r.Phase, r.Owed = restored, nil
+	if err := s.save(r); err != nil {
+		return err
+	}
+	return s.dropSet(r)
+}
+
+// hadFiles reports whether the target had any of its files before.
+func (r *record) hadFiles() bool {
+	return slices.ContainsFunc(r.Files, func(e entry) bool { return !e.Private && e.Old != nil })
+}
+
+// reopen opens the directories of a record. A file whose directory is gone is
+// gone too, and is left out. The first error is that directories are not where
+// they were, the second that one could not be opened.
+func reopen(r *record) (files []*dest, moved, err error) {
+	for _, e := range r.Files {
+		at, err := resolveDir(e.Dir)
+		if errors.Is(err, fs.ErrNotExist) {
+			if e.Old != nil {
+				moved = err
+			}
+			continue
+		}
+		if err != nil {
+			return files, moved, err
+		}
+		files = append(files, &dest{entry: e, at: at})
+		if at.path != e.Dir {
+			moved = fmt.Errorf("directory %s is now %s", e.Dir, at.path)
+		}
+	}
+	return files, moved, nil
+}
+
+// compare finds out which files have to be put back, and gets their bytes. If
+// a file is neither the old nor the new one, a person was here: what they did
+// is not undone.
+func (s *Store) compare(r *record, files []*dest) error {
+	var strange []string
+	for _, f := range files {
+		data, info, has, err := read(f.at, f.Name)
+		found := digestOf(data)
+		f.now = info
+		switch {
+		case errors.Is(err, fs.ErrNotExist) && f.Old == nil:
+		case errors.Is(err, fs.ErrNotExist) || errors.Is(err, errNotRegular):
+			strange = append(strange, f.at.join(f.Name))
+		case err != nil:
+			return fmt.Errorf("%s: %w", f.Path, reason(err))
+		case f.Old != nil && found == f.Old.Digest && has.equal(f.Old.attributes):
+		case found == f.New || f.InPlace || f.Old != nil && found == f.Old.Digest:
+			f.placed = true
+		default:
+			strange = append(strange, f.at.join(f.Name))
+		}
+	}
+	if len(strange) > 0 {
+		return &damagedError{fmt.Errorf("changed by someone else since: %s", strings.Join(strange, ", "))}
+	}
+	return s.fetch(r, files)
+}
+
+// transient reports whether another try to read a backup may succeed: there was
+// an input error or were too many open files, and not no such file.
+func transient(err error) bool {
+	errno, ok := errors.AsType[syscall.Errno](err)
+	return ok && errno != syscall.ENOENT && errno != syscall.ENOTDIR
+}
+
+// fetch reads the old files that have to be put back from their backups.
+func (s *Store) fetch(r *record, files []*dest) error {
+	for _, f := range files {
+		if !f.placed || f.Old == nil {
+			continue
+		}
+		set, err := s.openSet(r)
+		if transient(err) {
+			return fmt.Errorf("backup of %s: %w", f.Path, err)
+		}
+		if err != nil {
+			return &damagedError{err}
+		}
+		f.old, _, _, err = read(set, f.Old.Backup)
+		set.Close()
+		if transient(err) {
+			return fmt.Errorf("backup of %s: %w", f.Path, reason(err))
+		}
+		if err != nil {
+			return &damagedError{fmt.Errorf("backup of %s: %w", f.Path, reason(err))}
+		}
+		if digestOf(f.old) != f.Old.Digest {
+			return &damagedError{fmt.Errorf("backup of %s is damaged", f.Path)}
+		}
+	}
+	return nil
+}
+
+// reloadOwed runs the reload that a record asks for. Ctx bounds the wait for the
+// directories.
+func (s *Store) reloadOwed(ctx, work context.Context, r *record, f *flight) error {
+	files, _, err := reopen(r)
+	defer closeAll(files)
+	if err != nil {
+		return err
+	}
+	// Another agent could be half-way through the same directories.
+	unlock, err := s.lock(ctx, directories(files), nil)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	f.land()
+	release, err := s.reloads.Acquire(work, "")
+	if err != nil {
+		return err
+	}
+	defer release()
+	// What may run could have been narrowed since, for the sake of this very
+	// command.
+	c, err := s.opts.Policy.Command(strings.Join(r.Reload.Argv, " "), r.Reload.Timeout)
+	if err != nil {
+		return err
+	}
+	if err := s.command(work, &c); err != nil {
+		return fmt.Errorf("reload: %w", err)
+	}
+	return s.forget(r.Target)
+}

@@ -1,0 +1,254 @@
+package transaction
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"log/slog"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+
+	"certctl-agent/internal/target"
+)
+
+var errCrash = errors.New("crash")
+
+// crash leaves the world as a crash before the given step would: that step and
+// all after it fail.
+func (w world) crash(t *testing.T, at func(step) bool) {
+	t.Helper()
+	crashed := false
+	s := w.mustStore(t, nil)
+	s.disk.before = func(s step) error {
+		if crashed = crashed || at(s); crashed {
+			return errCrash
+		}
+		return nil
+	}
+	if _, err := s.Deploy(t.Context(), w.renewal()); !errors.Is(err, errCrash) {
+		t.Fatalf("no crash: %v", err)
+	}
+}
+
+// afterSwap is the moment at which every file is new and nothing is proven.
+func afterSwap(s step) bool { return s.op == "run" }
+
+func TestRecover(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	w.old(t)
+	w.crash(t, afterSwap)
+	w.want(t, false, "new")
+
+	s := w.mustStore(t, nil)
+	var ran []string
+	s.opts.Run = func(_ context.Context, c target.Command) error {
+		ran = append(ran, strings.Join(c.Argv, " "))
+		return nil
+	}
+	found, err := s.Recover(t.Context())
+	if err != nil || !slices.Equal(found.RolledBack, []string{"t1"}) || found.Reloads != 1 {
+		t.Errorf("found %+v, %v", found, err)
+	}
+	w.want(t, false, "old")
+	if len(ran) > 0 {
+		t.Errorf("ran %q before the agent was ready", ran)
+	}
+	check(t, s.Repair(t.Context(), t.Context()))
+	if !slices.Equal(ran, []string{"reload"}) || len(w.journal(t)) > 0 {
+		t.Errorf("ran %q, journal %v", ran, w.journal(t))
+	}
+}
+
+// TestRecoveredReloadIsRefused: the command was narrowed down since.
+func TestRecoveredReloadIsRefused(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	w.old(t)
+	w.crash(t, afterSwap)
+	s := w.mustStore(t, nil)
+	s.opts.Policy.Commands = [][]string{{"true"}}
+	s.opts.Run = func(context.Context, target.Command) error { t.Error("it ran"); return nil }
+	_, err := s.Recover(t.Context())
+	check(t, err)
+	if err := s.Repair(t.Context(), t.Context()); err == nil || !strings.Contains(err.Error(), "CERTCTL_ALLOWED_COMMANDS") {
+		t.Errorf("got error %v", err)
+	}
+}
+
+// TestDeployRecovers: a deployment does not wait for the next start.
+func TestDeployRecovers(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	w.old(t)
+	w.crash(t, afterSwap)
+	reloads := 0
+	s := w.mustStore(t, func(s step) error {
+		if s.op == "run" && s.path == "reload" {
+			reloads++
+		}
+		return nil
+	})
+	// Also when it is the old certificate that is deployed: its files are in
+	// place then, and the server has to be told.
+	before, _ := pairs()
+	tx := w.renewal()
+	tx.Material = nil
+	tx.Files = tx.Files[:2]
+	tx.Files[0].Data, tx.Files[1].Data = before.key, before.cert
+	result, err := s.Deploy(t.Context(), tx)
+	if err != nil || result.Unchanged || reloads != 1 {
+		t.Errorf("got %+v, %v, %d reloads", result, err, reloads)
+	}
+	w.want(t, false, "old")
+}
+
+func TestSetAside(t *testing.T) {
+	tests := []struct {
+		name   string
+		damage func(t *testing.T, w world)
+		want   string // in the error line
+		keep   string // a file that must be left as it is
+	}{
+		{"record", func(t *testing.T, w world) { w.write(t, "state/journal/t1.json", []byte("{}"), 0o600) }, "version 0", ""},
+		{"person", func(t *testing.T, w world) { w.write(t, "site/cert.pem", []byte("by hand"), 0o644) }, "changed by someone else since", "site/cert.pem"},
+		{"removed", func(t *testing.T, w world) { check(t, os.Remove(w.path("site/cert.pem"))) }, "site/cert.pem", ""},
+		{"backup", func(t *testing.T, w world) {
+			set := "state/backups/t1/" + w.backups(t)[0]
+			w.write(t, set+"/3-cert.pem", []byte("rotten"), 0o600)
+		}, "cert.pem is damaged", ""},
+		{"no backup", func(t *testing.T, w world) { check(t, os.RemoveAll(w.path("state/backups/t1"))) }, "state/backups/t1", ""},
+		{"directory", func(t *testing.T, w world) { check(t, os.RemoveAll(w.path("private"))) }, "private does not exist", ""},
+		{"moved", func(t *testing.T, w world) {
+			check(t, os.Rename(w.path("private"), w.path("elsewhere")))
+			check(t, os.Symlink("elsewhere", w.path("private")))
+		}, "elsewhere", ""},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			w := newWorld(t, t.TempDir())
+			w.old(t)
+			w.crash(t, afterSwap)
+			test.damage(t, w)
+			var kept []byte
+			if test.keep != "" {
+				kept, _ = os.ReadFile(w.path(test.keep))
+			}
+			var log bytes.Buffer
+			s := w.mustStore(t, nil)
+			s.opts.Log = slog.New(slog.NewTextHandler(&log, nil))
+			found, err := s.Recover(t.Context())
+			if err != nil || !slices.Equal(found.SetAside, []string{"t1"}) {
+				t.Errorf("found %+v, %v", found, err)
+			}
+			for _, want := range []string{"level=ERROR", test.want, "backups=" + w.path("state/backups/t1"), "t1.aside"} {
+				if !strings.Contains(log.String(), want) {
+					t.Errorf("the log does not say %q: %s", want, &log)
+				}
+			}
+			if test.keep != "" {
+				if got, _ := os.ReadFile(w.path(test.keep)); !bytes.Equal(got, kept) {
+					t.Errorf("%s was changed", test.keep)
+				}
+			}
+
+			// The next deployment replaces everything, and settles it.
+			if test.name == "directory" {
+				check(t, os.Mkdir(w.path("private"), 0o755))
+			}
+			if test.name == "moved" {
+				s.opts.Policy.Paths = append(s.opts.Policy.Paths, w.path("elsewhere"))
+			}
+			result, err := s.Deploy(t.Context(), w.renewal())
+			if err != nil || result.Unchanged {
+				t.Errorf("the next deployment: %+v, %v", result, err)
+			}
+			if got := w.journal(t); len(got) > 0 {
+				t.Errorf("journal still holds %v", got)
+			}
+			if err := w.matches(false); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// TestDirectoryGone: the temporaries in the other directories hold keys too.
+func TestDirectoryGone(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	w.old(t)
+	w.crash(t, func(s step) bool { return s.op == "rename" && strings.HasPrefix(s.path, w.path("private")) })
+	check(t, os.RemoveAll(w.path("site")))
+	found, err := w.mustStore(t, nil).Recover(t.Context())
+	if err != nil || !slices.Equal(found.SetAside, []string{"t1"}) {
+		t.Errorf("found %+v, %v", found, err)
+	}
+	if left := w.leftovers(); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
+// TestOrphans: when the record is lost, its temporaries go with the next
+// deployment.
+func TestOrphans(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	w.old(t)
+	w.crash(t, func(s step) bool { return s.op == "rename" && strings.HasPrefix(s.path, w.path("site")) })
+	if left := w.leftovers(); len(left) == 0 {
+		t.Fatal("the crash left nothing")
+	}
+	w.write(t, "state/journal/t1.json", []byte("rotten"), 0o600)
+	s := w.mustStore(t, nil)
+	_, err := s.Recover(t.Context())
+	check(t, err)
+	_, err = s.Deploy(t.Context(), w.renewal())
+	check(t, err)
+	w.want(t, false, "new")
+}
+
+// TestRecoverAgain: what cannot be undone yet is tried again.
+func TestRecoverAgain(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	w.old(t)
+	w.crash(t, afterSwap)
+	s := w.mustStore(t, nil)
+	s.disk.before = func(s step) error {
+		if s.op == "rename" {
+			return errors.New("input/output error")
+		}
+		return nil
+	}
+	found, err := s.Recover(t.Context())
+	if err != nil || !slices.Equal(found.Failed, []string{"t1"}) {
+		t.Errorf("found %+v, %v", found, err)
+	}
+	if _, err := s.Deploy(t.Context(), w.renewal()); err == nil || !strings.Contains(err.Error(), "an earlier deployment of target t1 was interrupted") {
+		t.Errorf("a deployment on top of it: %v", err)
+	}
+	s.disk.before = nil
+	found, err = s.Recover(t.Context())
+	if err != nil || !slices.Equal(found.RolledBack, []string{"t1"}) {
+		t.Errorf("found %+v, %v", found, err)
+	}
+	w.want(t, false, "old")
+}
+
+// TestStrayJournalFiles: whatever else is in the journal directory is no end
+// of the agent.
+func TestStrayJournalFiles(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	s := w.mustStore(t, nil)
+	w.write(t, "state/journal/no id.json", []byte("x"), 0o600)
+	w.write(t, "state/journal/README", []byte("x"), 0o600)
+	w.write(t, "state/journal/"+temporary(), []byte("x"), 0o600)
+	check(t, os.Mkdir(w.path("state/journal/t2.json"), 0o700))
+	found, err := s.Recover(t.Context())
+	if err != nil || len(found.Failed) != 2 {
+		t.Errorf("found %+v, %v", found, err)
+	}
+	if left := w.leftovers(); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+	if err := s.Repair(t.Context(), t.Context()); err == nil {
+		t.Error("a record that cannot be read is no error")
+	}
+}

@@ -1,0 +1,275 @@
+package transaction
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+	"syscall"
+)
+
+// stage writes the new files beside their destinations, and the old ones to
+// the backup directory. Nothing is in place when it returns, and the bytes
+// that are needed to go on or to go back are durable. (The names of the new
+// files become so with the renames.)
+func (t *transaction) stage(ctx context.Context) error {
+	if err := t.mark(staging); err != nil {
+		return err
+	}
+	if t.isAside(t.tx.Target) {
+		if err := t.sweepOrphans(); err != nil {
+			return err
+		}
+	}
+	for _, f := range t.files {
+		if err := cancelled(ctx); err != nil {
+			return err
+		}
+		var err error
+		if f.staged, err = t.disk.put(f.at, f.Stage, f.data, f.want); err != nil {
+			return fmt.Errorf("write the new %s: %w", f.Path, reason(err))
+		}
+	}
+	if err := t.backUp(&t.record, t.files); err != nil {
+		return err
+	}
+	return t.mark(swapping)
+}
+
+// syncAll makes the names in all directories of files durable.
+func (s *Store) syncAll(files []*dest) error {
+	var done []*dir
+	for _, f := range files {
+		if slices.ContainsFunc(done, func(d *dir) bool { return os.SameFile(d.info, f.at.info) }) {
+			continue
+		}
+		if err := s.disk.syncDir(f.at); err != nil {
+			return err
+		}
+		done = append(done, f.at)
+	}
+	return nil
+}
+
+// discard ends a transaction that has put nothing in place: no copy of a key
+// stays behind.
+func (s *Store) discard(files []*dest, r *record) error {
+	if err := s.removeTemporaries(files); err != nil {
+		return err
+	}
+	if err := s.dropSet(r); err != nil {
+		return err
+	}
+	if r.Owed != nil {
+		return s.save(&record{Target: r.Target, Phase: restored, Reload: r.Owed.Command})
+	}
+	return s.forget(r.Target)
+}
+
+// removeTemporaries removes whatever of them is there, durably.
+func (s *Store) removeTemporaries(files []*dest) error {
+	for _, f := range files {
+		for _, name := range []string{f.Stage, f.Restore} {
+			if err := s.disk.remove(f.at, name); err != nil {
+				return fmt.Errorf("remove temporary %s, which may hold a key: %w", f.at.join(name), reason(err))
+			}
+		}
+	}
+	return s.syncAll(files)
+}
+
+// sweepOrphans removes the temporaries of a transaction whose record is lost.
+// The lock on a directory says that they are in nobody's use; the key
+// directory is not locked, and left alone.
+func (t *transaction) sweepOrphans() error {
+	for _, d := range directories(t.files) {
+		if err := t.sweep(d); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// sweep removes every temporary of this package from a directory.
+func (s *Store) sweep(d *dir) error {
+	entries, err := fs.ReadDir(d.FS(), ".")
+	if err != nil {
+		return fmt.Errorf("list %s: %w", d.path, reason(err))
+	}
+	for _, e := range entries {
+		if !isTemporaryName(e.Name()) || !e.Type().IsRegular() {
+			continue
+		}
+		if err := s.disk.remove(d, e.Name()); err != nil {
+			return fmt.Errorf("remove temporary %s, which may hold a key: %w", d.join(e.Name()), reason(err))
+		}
+	}
+	return nil
+}
+
+// swap puts every new file in place, durably.
+func (t *transaction) swap(ctx context.Context) error {
+	for _, f := range t.files {
+		if err := cancelled(ctx); err != nil {
+			return err
+		}
+		if err := t.place(f); err != nil {
+			return fmt.Errorf("replace %s: %w", f.Path, reason(err))
+		}
+	}
+	if err := t.syncAll(t.files); err != nil {
+		return err
+	}
+	for _, f := range t.files {
+		if err := f.isInPlace(); err != nil {
+			return fmt.Errorf("replace %s: %w", f.Path, reason(err))
+		}
+	}
+	return nil
+}
+
+// place puts one new file in place of what was there when it was inspected.
+func (t *transaction) place(f *dest) error {
+	info, err := f.at.Lstat(f.Name)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		if f.now != nil {
+			return errReplaced
+		}
+	case err != nil:
+		return err
+	case f.now == nil || !same(info, f.now):
+		return errReplaced
+	}
+	err = t.disk.rename(f.at, f.Stage, f.Name)
+	if errors.Is(err, syscall.EBUSY) && f.now != nil {
+		return t.overwrite(f)
+	}
+	if err != nil {
+		return err
+	}
+	f.placed, f.now = true, f.staged
+	return nil
+}
+
+// same reports whether nobody wrote to a file between two looks.
+func same(a, b fs.FileInfo) bool {
+	return os.SameFile(a, b) && a.Size() == b.Size() && a.ModTime().Equal(b.ModTime())
+}
+
+// overwrite replaces the bytes of a file that cannot be renamed over, such as
+// a single file mounted into a container. That it may be torn after a crash is
+// journalled first.
+func (t *transaction) overwrite(f *dest) error {
+	if err := f.mayOverwrite(); err != nil {
+		return err
+	}
+	t.log.Warn("file cannot be renamed over, as if it were mounted there: overwriting it in place", "file", f.at.join(f.Name))
+	if err := t.noteInPlace(&t.record, f); err != nil {
+		return err
+	}
+	f.placed = true
+	if err := t.disk.overwrite(f.at, f.Name, f.now, f.data, f.want); err != nil {
+		return err
+	}
+	return t.disk.remove(f.at, f.Stage)
+}
+
+// mayOverwrite refuses to write into a file that someone else could have
+// linked there: in their directory it may be any file of the host.
+func (f *dest) mayOverwrite() error {
+	if f.at.foreign != "" || f.at.anyone() || links(f.now) != 1 {
+		return fmt.Errorf("it cannot be replaced as a whole (%w), and is not overwritten in a directory that others can change, or with several names", syscall.EBUSY)
+	}
+	return nil
+}
+
+func links(info fs.FileInfo) uint64 {
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	if !ok {
+		return 0
+	}
+	return uint64(stat.Nlink)
+}
+
+// isInPlace reports an error when the destination is not the file that this
+// transaction put there.
+func (f *dest) isInPlace() error {
+	info, err := f.at.Lstat(f.Name)
+	if err == nil && !os.SameFile(info, f.now) {
+		err = errReplaced
+	}
+	return err
+}
+
+// putAllBack puts the old files back, durably, in the order in which the new
+// ones were put in place: the file that a server watches is the last in both
+// directions. It goes on after an error, so that as much as possible is right.
+func (s *Store) putAllBack(r *record, files []*dest) error {
+	var errs []error
+	for _, f := range files {
+		if !f.placed {
+			continue
+		}
+		if err := s.putBack(r, f); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", f.Path, reason(err)))
+		}
+	}
+	errs = append(errs, s.removeTemporaries(files))
+	return errors.Join(errs...)
+}
+
+// putBack puts one old file back, or removes the new one.
+func (s *Store) putBack(r *record, f *dest) error {
+	if f.Old == nil {
+		if err := f.isInPlace(); errors.Is(err, fs.ErrNotExist) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		return s.disk.remove(f.at, f.Name)
+	}
+	_, err := s.disk.put(f.at, f.Restore, f.old, f.Old.attributes)
+	if err == nil {
+		err = s.disk.rename(f.at, f.Restore, f.Name)
+	}
+	full := errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
+	if !full && !errors.Is(err, syscall.EBUSY) {
+		return err
+	}
+	// On a full disk the file that is there still has its blocks. If this
+	// transaction made it, writing to it harms nobody else.
+	if f.staged == nil || !os.SameFile(f.now, f.staged) {
+		if mayNot := f.mayOverwrite(); mayNot != nil {
+			return errors.Join(reason(err), mayNot)
+		}
+	}
+	// With no space for the journal either, a crash in the next moment would
+	// make this file look changed by a person. Giving up would be worse.
+	if err := s.noteInPlace(r, f); err != nil && !full {
+		return err
+	}
+	return s.disk.overwrite(f.at, f.Name, f.now, f.old, f.Old.attributes)
+}
+
+// noteInPlace journals that one file is about to be overwritten.
+func (s *Store) noteInPlace(r *record, f *dest) error {
+	if f.InPlace {
+		return nil
+	}
+	f.InPlace = true
+	noted := *r
+	noted.Files = slices.Clone(r.Files)
+	for i := range noted.Files {
+		if noted.Files[i].Stage == f.Stage {
+			noted.Files[i].InPlace = true
+		}
+	}
+	if err := s.save(&noted); err != nil {
+		return err
+	}
+	*r = noted
+	return nil
+}

@@ -1,0 +1,297 @@
+package transaction
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"certctl-agent/internal/hostfile"
+	"certctl-agent/internal/target"
+	"certctl-agent/internal/testing/testca"
+)
+
+// TestMain lets a test run parts of itself in a child process.
+func TestMain(m *testing.M) {
+	if part := os.Getenv("FILESET_CHILD"); part != "" {
+		os.Exit(childMain(part))
+	}
+	os.Exit(m.Run())
+}
+
+// material is a certificate and its key, as PEM.
+type material struct{ cert, chain, key []byte }
+
+// pairs are an old and a new certificate. Making them once is enough.
+var pairs = sync.OnceValues(func() (material, material) {
+	ca, err := testca.New()
+	if err != nil {
+		panic(err)
+	}
+	make := func(name string) material {
+		issued, err := ca.Issue(testca.Template{CommonName: name})
+		if err != nil {
+			panic(err)
+		}
+		return material{issued.LeafPEM(), ca.PEM(), issued.KeyPEM()}
+	}
+	return make("old"), make("new")
+})
+
+// world is a host in a directory: state and keys of the agent, site and
+// private of the server.
+type world struct{ base string }
+
+const (
+	uidKeep = 4711 // of the existing key, when the test runs as root
+	gidKeep = 4712
+)
+
+func root() bool { return os.Geteuid() == 0 }
+
+// ramDir is a temporary directory, in memory where there is one: these tests
+// are about the order of syncs, not about their time.
+func ramDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/dev/shm", "fileset")
+	if err != nil {
+		return t.TempDir()
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+func newWorld(t testing.TB, base string) world {
+	t.Helper()
+	w := world{base}
+	for _, name := range []string{"state", "keys"} {
+		check(t, os.MkdirAll(filepath.Join(base, name), 0o700))
+	}
+	for _, name := range []string{"site", "private"} {
+		check(t, os.MkdirAll(filepath.Join(base, name), 0o755))
+	}
+	return w
+}
+
+func (w world) path(name string) string { return filepath.Join(w.base, name) }
+
+func (w world) policy() *target.Policy {
+	return &target.Policy{Paths: []string{w.path("site"), w.path("private")}}
+}
+
+// store opens the world's Store. Commands that start with "fail" fail.
+func (w world) store(before func(step) error) (*Store, error) {
+	state, err := os.OpenRoot(w.path("state"))
+	if err != nil {
+		return nil, err
+	}
+	s := &Store{opts: Options{
+		State: state, StatePath: w.path("state"), Policy: w.policy(), Log: slog.New(slog.DiscardHandler), Retention: DefaultRetention,
+		Run: func(ctx context.Context, c target.Command) error {
+			if strings.HasPrefix(c.Argv[0], "fail") {
+				return errors.New("exit status 1")
+			}
+			return ctx.Err()
+		},
+	}, disk: disk{before: before}}
+	return s, s.openDirs()
+}
+
+func (w world) mustStore(t testing.TB, before func(step) error) *Store {
+	t.Helper()
+	s, err := w.store(before)
+	check(t, err)
+	t.Cleanup(func() { s.Close(); s.opts.State.Close() })
+	return s
+}
+
+// old puts the old certificate in place, as an operator left it.
+func (w world) old(t testing.TB) {
+	t.Helper()
+	before, _ := pairs()
+	w.write(t, "site/cert.pem", before.cert, 0o640)
+	w.write(t, "private/key.pem", before.key, 0o640)
+	w.write(t, "keys/c1.key", before.key, 0o600)
+	if root() {
+		check(t, os.Chown(w.path("private/key.pem"), uidKeep, gidKeep))
+	}
+}
+
+func (w world) write(t testing.TB, name string, data []byte, mode fs.FileMode) {
+	t.Helper()
+	check(t, os.WriteFile(w.path(name), data, 0o600))
+	check(t, os.Chmod(w.path(name), mode))
+}
+
+// renewal is the transaction that replaces old by new, and makes the new key
+// the current one.
+func (w world) renewal() Transaction {
+	before, after := pairs()
+	mode := fs.FileMode(0o600)
+	return Transaction{
+		Target: "t1",
+		Material: &target.Material{KeyFiles: []target.File{
+			{Path: w.path("keys/c1.previous"), Kind: target.StoreFile, Data: before.key, Mode: &mode},
+			{Path: w.path("keys/c1.key"), Kind: target.StoreFile, Data: after.key, Mode: &mode},
+		}},
+		Files: []target.File{
+			{Path: w.path("private/key.pem"), Kind: target.KeyFile, Data: after.key, DefaultMode: 0o600},
+			{Path: w.path("site/cert.pem"), Kind: target.CertificateFile, Data: after.cert, DefaultMode: 0o644},
+			{Path: w.path("site/chain.pem"), Kind: target.CertificateFile, Data: after.chain, DefaultMode: 0o644},
+		},
+		Validate: &target.Command{Argv: []string{"validate"}},
+		Reload:   &target.Command{Argv: []string{"reload"}},
+	}
+}
+
+// condition says what is in place: "old", "new", or how it is neither.
+func (w world) condition(first bool) string {
+	before, after := pairs()
+	type file struct {
+		name     string
+		old, new []byte
+		oldMode  fs.FileMode
+		newMode  fs.FileMode
+		kept     bool // owner of the old file
+	}
+	files := []file{
+		{"keys/c1.previous", nil, before.key, 0, 0o600, false},
+		{"keys/c1.key", before.key, after.key, 0o600, 0o600, false},
+		{"private/key.pem", before.key, after.key, 0o640, 0o640, true},
+		{"site/cert.pem", before.cert, after.cert, 0o640, 0o640, false},
+		{"site/chain.pem", nil, after.chain, 0, 0o644, false},
+	}
+	if first {
+		for i := range files {
+			files[i].old, files[i].kept = nil, false
+		}
+		files[2].newMode, files[3].newMode = 0o600, 0o644
+	}
+	found := make(map[string]bool)
+	var details []string
+	for _, f := range files {
+		data, err := os.ReadFile(w.path(f.name))
+		kind := "strange"
+		wantMode := f.newMode
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			data = nil
+			if f.old == nil {
+				kind = "old"
+			}
+		case err != nil:
+			kind = err.Error()
+		case f.old != nil && bytes.Equal(data, f.old):
+			kind, wantMode = "old", f.oldMode
+		case bytes.Equal(data, f.new):
+			kind = "new"
+		}
+		if data != nil {
+			info, err := os.Lstat(w.path(f.name))
+			if err != nil {
+				return err.Error()
+			}
+			uid, gid := hostfile.Owner(info)
+			if wrong := f.kept && root() && (uid != uidKeep || gid != gidKeep); wrong || info.Mode().Perm() != wantMode {
+				kind = fmt.Sprintf("%s with mode %v owner %d:%d", kind, info.Mode(), uid, gid)
+			}
+		}
+		found[kind] = true
+		details = append(details, f.name+" is "+kind)
+	}
+	if len(found) == 1 && (found["old"] || found["new"]) {
+		if found["old"] {
+			return "old"
+		}
+		return "new"
+	}
+	return strings.Join(details, ", ")
+}
+
+// matches reports an error unless certificate and key in place belong together.
+func (w world) matches(first bool) error {
+	if _, err := os.Stat(w.path("site/cert.pem")); first && err != nil {
+		return nil
+	}
+	_, err := tls.LoadX509KeyPair(w.path("site/cert.pem"), w.path("private/key.pem"))
+	return err
+}
+
+// leftovers lists files that should not be there: temporaries, and copies of a
+// key outside of the backups.
+func (w world) leftovers() (strange []string) {
+	allowed := map[string]bool{"private/key.pem": true, "keys/c1.key": true, "keys/c1.previous": true}
+	err := filepath.WalkDir(w.base, func(path string, e fs.DirEntry, err error) error {
+		if err != nil || e.IsDir() {
+			return err
+		}
+		name, _ := filepath.Rel(w.base, path)
+		if strings.HasPrefix(e.Name(), ".certctl-") {
+			strange = append(strange, name)
+		}
+		if strings.HasPrefix(name, "state/backups/") || allowed[name] || !e.Type().IsRegular() {
+			return nil
+		}
+		data, err := os.ReadFile(path)
+		if bytes.Contains(data, []byte("PRIVATE KEY")) {
+			strange = append(strange, name+" (a key)")
+		}
+		return err
+	})
+	if err != nil {
+		strange = append(strange, err.Error())
+	}
+	return strange
+}
+
+// backups lists the sets of target t1.
+func (w world) backups(t testing.TB) []string {
+	t.Helper()
+	entries, err := os.ReadDir(w.path("state/backups/t1"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names
+}
+
+// journal lists what is in the journal.
+func (w world) journal(t testing.TB) []string {
+	t.Helper()
+	entries, err := os.ReadDir(w.path("state/journal"))
+	check(t, err)
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names
+}
+
+func check(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// mounted makes renames onto one file fail, as if it were mounted there.
+func mounted(path string) func(step) error {
+	return func(s step) error {
+		if s.op == "rename" && s.to == path {
+			return &os.LinkError{Op: "rename", Old: s.path, New: s.to, Err: syscall.EBUSY}
+		}
+		return nil
+	}
+}
