@@ -10,9 +10,9 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/testing/devplane"
 	"certctl-agent/internal/testing/needs"
-	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/testing/testca"
 	"certctl-agent/internal/tlsprobe"
 )

@@ -10,8 +10,8 @@ import (
 	"time"
 
 	"certctl-agent/internal/config"
+	"certctl-agent/internal/policy"
 	"certctl-agent/internal/testing/needs"
-	"certctl-agent/internal/target"
 )
 
 // epoch is the time of everything in the packages that tests build.
@@ -115,7 +115,7 @@ func TestShippedConfiguration(t *testing.T) {
 	if len(cfg.Warnings) > 0 {
 		t.Errorf("warnings: %v", cfg.Warnings)
 	}
-	policy := target.Policy{Paths: cfg.AllowedPaths, Commands: cfg.AllowedCommands}
+	policy := policy.Policy{Paths: cfg.AllowedPaths, Commands: cfg.AllowedCommands}
 	for _, path := range []string{
 		"/etc/nginx/tls/key.pem", "/etc/apache2/ssl/cert.pem", "/etc/haproxy/certs/site.pem", "/etc/traefik/certs/cert.pem",
 		"/etc/caddy/certs/cert.pem", "/etc/envoy/certs/cert.pem", "/etc/postfix/certs/cert.pem", "/etc/dovecot/certs/key.pem",

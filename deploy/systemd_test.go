@@ -7,8 +7,8 @@ import (
 	"strings"
 	"testing"
 
+	"certctl-agent/internal/policy"
 	"certctl-agent/internal/testing/needs"
-	"certctl-agent/internal/target"
 )
 
 var exposure = regexp.MustCompile(`Overall exposure level for \S+: ([0-9.]+)`)
@@ -55,7 +55,7 @@ func TestUnitsAreValid(t *testing.T) {
 
 // What the unit keeps read-only, the agent refuses by itself.
 func TestUnitClosesWhatTheAgentRefuses(t *testing.T) {
-	policy := new(target.Policy)
+	policy := new(policy.Policy)
 	closed := 0
 	for line := range strings.Lines(readFile(t, "systemd/certctl-agent.service")) {
 		list, ok := strings.CutPrefix(strings.TrimSpace(line), "ReadOnlyPaths=")

@@ -11,7 +11,7 @@ import (
 
 	"certctl-agent/internal/command"
 	"certctl-agent/internal/keystore"
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/targetconf"
 )
 
 // minSpace is what backups, ledger and a scan's index want at the least.
@@ -96,7 +96,7 @@ func writable(path string) bool {
 func (c *checker) overlays() {
 	dir := c.config.TargetsDir
 	overlays := overlaysOf(c.config)
-	if _, err := target.Merge(nil, "", "default", overlays); err != nil {
+	if _, err := targetconf.Merge(nil, "", "default", overlays); err != nil {
 		c.fail("overlays", "", "%v", err)
 		return
 	}
@@ -115,7 +115,7 @@ func (c *checker) overlays() {
 		if !isOverlay {
 			continue
 		}
-		if _, err := target.Merge(nil, "", name, overlays); err != nil {
+		if _, err := targetconf.Merge(nil, "", name, overlays); err != nil {
 			c.fail("overlays", "", "%v", err)
 			bad++
 			continue

@@ -31,13 +31,14 @@ import (
 	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/ledger"
 	"certctl-agent/internal/pace"
+	"certctl-agent/internal/policy"
 	"certctl-agent/internal/printable"
 	"certctl-agent/internal/sdnotify"
 	"certctl-agent/internal/secret"
 	"certctl-agent/internal/statedir"
 	"certctl-agent/internal/status"
 	"certctl-agent/internal/survey"
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/targetconf"
 	"certctl-agent/internal/transaction"
 )
 
@@ -139,12 +140,12 @@ func (d *daemon) open(ctx context.Context, p process) error {
 	if d.served, err = installed.Open(d.state.Root); err != nil {
 		d.log.Error("the list of served certificates starts anew", "error", err)
 	}
-	policy := d.policy()
+	rules := d.policy()
 	d.files, err = transaction.Open(transaction.Options{
 		State:     d.state.Root,
 		StatePath: d.state.Path,
-		Policy:    policy,
-		Run: func(ctx context.Context, c target.Command) error {
+		Policy:    rules,
+		Run: func(ctx context.Context, c policy.Command) error {
 			_, err := command.Run(ctx, c.Argv, c.Timeout)
 			return err
 		},
@@ -158,7 +159,7 @@ func (d *daemon) open(ctx context.Context, p process) error {
 	if _, err := d.files.Recover(ctx); err != nil {
 		return fmt.Errorf("recover from the last run: %w", err)
 	}
-	return d.build(policy, p)
+	return d.build(rules, p)
 }
 
 const clonedWarning = "this state was written on another machine: if this one is a copy of it, both now act as the same agent; register this host under an id of its own, or remove the file \"machine\" in the state directory if the host was only moved"
@@ -184,7 +185,7 @@ func abandonedWarnings(cfg *config.Config) []string {
 const maxAbandoned = 1 << 10
 
 // policy is what the control plane may make this host write and run.
-func (d *daemon) policy() *target.Policy {
+func (d *daemon) policy() *policy.Policy {
 	cfg := d.config
 	protected := []string{cfg.KeyDir, cfg.StateDir, cfg.TargetsDir}
 	for _, path := range []string{cfg.File, cfg.APIKeyFile, cfg.CABundle} {
@@ -192,19 +193,19 @@ func (d *daemon) policy() *target.Policy {
 			protected = append(protected, path)
 		}
 	}
-	return &target.Policy{Paths: cfg.AllowedPaths, Commands: cfg.AllowedCommands, Protected: protected}
+	return &policy.Policy{Paths: cfg.AllowedPaths, Commands: cfg.AllowedCommands, Protected: protected}
 }
 
 // overlaysOf are this host's own words on its targets.
-func overlaysOf(cfg *config.Config) *target.Overlays {
+func overlaysOf(cfg *config.Config) *targetconf.Overlays {
 	if cfg.TargetsDirNamed {
-		return target.RequireOverlays(cfg.TargetsDir)
+		return targetconf.RequireOverlays(cfg.TargetsDir)
 	}
-	return target.OpenOverlays(cfg.TargetsDir)
+	return targetconf.OpenOverlays(cfg.TargetsDir)
 }
 
 // build makes the client and everything that needs it.
-func (d *daemon) build(policy *target.Policy, p process) error {
+func (d *daemon) build(rules *policy.Policy, p process) error {
 	cfg := d.config
 	key := cfg.KeyFunc(d.log)
 	d.key.Store(&key)
@@ -229,10 +230,10 @@ func (d *daemon) build(policy *target.Policy, p process) error {
 			Keys:       d.keys,
 			Connectors: all.Connectors(d.files),
 			Overlays:   overlaysOf(cfg),
-			Policy:     policy,
+			Policy:     rules,
 			Verify:     cfg.VerifyDeployment,
 			Log:        d.log,
-			Query: func(ctx context.Context, c target.Command) ([]byte, error) {
+			Query: func(ctx context.Context, c policy.Command) ([]byte, error) {
 				return command.Query(ctx, c.Argv, c.Timeout)
 			},
 			Settle: d.files.Settle,

@@ -29,15 +29,17 @@ var layers = [][]string{
 	{"internal/deploy", "internal/enroll", "internal/survey", "internal/connector/all"},
 	{"internal/connector/*"},
 	{"internal/transaction"},
-	{"internal/target"},
-	{"internal/config", "internal/controlplane", "internal/discovery", "internal/installed", "internal/keystore", "internal/ledger", "internal/statedir", "internal/status"},
-	{"internal/tlsprobe"},
+	{"internal/connector"},
+	{"internal/serverconf"},
+	{"internal/config", "internal/controlplane", "internal/discovery", "internal/installed", "internal/keystore", "internal/ledger", "internal/statedir", "internal/status",
+		"internal/targetconf"},
+	{"internal/policy", "internal/tlsprobe"},
 	{"internal/api", "internal/atomicfile", "internal/buildinfo", "internal/command", "internal/csr", "internal/hostfile", "internal/namelock", "internal/pace",
 		"internal/peer", "internal/pemutil", "internal/printable", "internal/proxy", "internal/sdnotify", "internal/secret"},
 }
 
 // leaves may import one another where one clearly serves the other.
-const leafLayer = 8
+const leafLayer = 9
 
 // testOnly reports whether a package serves tests and the demo, never the agent.
 func testOnly(pkg string) bool {

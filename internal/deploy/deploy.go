@@ -13,9 +13,11 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/keystore"
+	"certctl-agent/internal/policy"
 	"certctl-agent/internal/printable"
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/targetconf"
 	"certctl-agent/internal/tlsprobe"
 )
 
@@ -43,9 +45,9 @@ type Keys interface {
 type Options struct {
 	Plane      Plane
 	Keys       Keys
-	Connectors map[string]target.Factory // by target type
-	Overlays   *target.Overlays
-	Policy     *target.Policy
+	Connectors map[string]connector.Factory // by target type
+	Overlays   *targetconf.Overlays
+	Policy     *policy.Policy
 	Verify     bool // report what the live endpoint serves
 	Log        *slog.Logger
 
@@ -54,7 +56,7 @@ type Options struct {
 
 	// Query runs a command of a server to learn from what it prints. Nil: no
 	// server is asked, and a masked path has to come from an overlay.
-	Query func(context.Context, target.Command) ([]byte, error)
+	Query func(context.Context, policy.Command) ([]byte, error)
 
 	// Settle makes sure that no interrupted transaction can undo, later, what
 	// a deployment to the target does with the key. An error holds the
@@ -99,7 +101,7 @@ type Turn struct {
 	// take the promotion back. It may be called more than once.
 	Share func()
 
-	Yield target.Yield // called to wait for others, before anything is touched
+	Yield connector.Yield // called to wait for others, before anything is touched
 }
 
 // New returns a Deployer.
@@ -141,7 +143,7 @@ func (d *Deployer) Deploy(calls, work context.Context, job api.Job, turn Turn) (
 	a.outcome.Duration = time.Since(began)
 	a.outcome.Status = api.StatusCompleted
 	if err != nil {
-		_, broken := errors.AsType[*target.BrokenError](err)
+		_, broken := errors.AsType[*connector.BrokenError](err)
 		_, panicked := errors.AsType[*panicError](err)
 		a.outcome.Status = api.StatusFailed
 		a.outcome.Broken = broken || panicked
@@ -156,9 +158,9 @@ type attempt struct {
 	job       api.Job
 	turn      Turn
 	log       *slog.Logger
-	config    *target.Config
-	common    target.Common
-	connector target.Connector // nil: nothing to install
+	config    *targetconf.Config
+	common    targetconf.Common
+	connector connector.Connector // nil: nothing to install
 	outcome   Outcome
 }
 
@@ -235,7 +237,7 @@ func (a *attempt) reportRunning(ctx context.Context) {
 
 // install runs the connector's transaction, of which the promotion of the key
 // is a part.
-func (a *attempt) install(ctx context.Context, m *target.Material, key keystore.Key) error {
+func (a *attempt) install(ctx context.Context, m *connector.Material, key keystore.Key) error {
 	if a.connector == nil {
 		return a.o.Keys.Promote(a.job.CertificateID, key)
 	}
@@ -245,7 +247,7 @@ func (a *attempt) install(ctx context.Context, m *target.Material, key keystore.
 	}
 	for _, change := range changes {
 		defer clear(change.Data)
-		m.KeyFiles = append(m.KeyFiles, target.File{Path: change.Path, Kind: target.StoreFile, Data: change.Data,
+		m.KeyFiles = append(m.KeyFiles, connector.File{Path: change.Path, Kind: connector.StoreFile, Data: change.Data,
 			Mode: new(keystore.FileMode), DefaultMode: keystore.FileMode})
 	}
 	result, err := a.connector.Deploy(ctx, m)
@@ -253,7 +255,7 @@ func (a *attempt) install(ctx context.Context, m *target.Material, key keystore.
 		a.warn(warning)
 	}
 	a.outcome.Unchanged = err == nil && result.Unchanged
-	if _, busy := errors.AsType[*target.BusyError](err); busy {
+	if _, busy := errors.AsType[*connector.BusyError](err); busy {
 		return temporaryError{err}
 	}
 	return err

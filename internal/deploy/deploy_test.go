@@ -20,9 +20,11 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/pemutil"
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/policy"
+	"certctl-agent/internal/targetconf"
 	"certctl-agent/internal/testing/testca"
 	"certctl-agent/internal/tlsprobe"
 )
@@ -43,9 +45,9 @@ type world struct {
 	statusErr error
 	statuses  []string // reported, as job=status
 
-	deploy    func(ctx context.Context, m *target.Material) (target.Result, error)
+	deploy    func(ctx context.Context, m *connector.Material) (connector.Result, error)
 	installed []string // targets, in order
-	material  *target.Material
+	material  *connector.Material
 }
 
 func newWorld(t *testing.T) *world {
@@ -57,13 +59,13 @@ func newWorld(t *testing.T) *world {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { w.keys.Close() })
-	w.deploy = func(context.Context, *target.Material) (target.Result, error) { return target.Result{}, nil }
+	w.deploy = func(context.Context, *connector.Material) (connector.Result, error) { return connector.Result{}, nil }
 	w.options = Options{
 		Plane:      w,
 		Keys:       w.keys,
-		Connectors: map[string]target.Factory{"NGINX": w.connector, "Apache": w.connector},
-		Overlays:   target.OpenOverlays(t.TempDir()),
-		Policy:     &target.Policy{},
+		Connectors: map[string]connector.Factory{"NGINX": w.connector, "Apache": w.connector},
+		Overlays:   targetconf.OpenOverlays(t.TempDir()),
+		Policy:     &policy.Policy{},
 		Log:        log,
 	}
 	return w
@@ -87,24 +89,24 @@ func (w *world) ReportStatus(ctx context.Context, job string, s api.JobStatus) e
 	return w.statusErr
 }
 
-func (w *world) connector(p target.Params) (target.Connector, error) {
+func (w *world) connector(p connector.Params) (connector.Connector, error) {
 	var config struct {
 		Path string `json:"cert_path"`
 	}
 	if err := p.Config.Decode(&config); err != nil {
 		return nil, err
 	}
-	return &connector{w, p.TargetID}, nil
+	return &fakeConnector{w, p.TargetID}, nil
 }
 
-// connector puts the key files in place, as a transaction does, and leaves the
+// fakeConnector puts the key files in place, as a transaction does, and leaves the
 // rest to world.deploy.
-type connector struct {
+type fakeConnector struct {
 	w  *world
 	id string
 }
 
-func (c *connector) Deploy(ctx context.Context, m *target.Material) (target.Result, error) {
+func (c *fakeConnector) Deploy(ctx context.Context, m *connector.Material) (connector.Result, error) {
 	c.w.mu.Lock()
 	c.w.material = m
 	c.w.installed = append(c.w.installed, c.id)
@@ -165,8 +167,8 @@ func (w *world) role(leaf *x509.Certificate) keystore.Role {
 func TestCompleted(t *testing.T) {
 	w := newWorld(t)
 	first := w.renew("cert-1", testca.Template{CommonName: "web.example.org", Intermediates: 1})
-	w.deploy = func(context.Context, *target.Material) (target.Result, error) {
-		return target.Result{Warnings: []string{"a chain file was left"}}, nil
+	w.deploy = func(context.Context, *connector.Material) (connector.Result, error) {
+		return connector.Result{Warnings: []string{"a chain file was left"}}, nil
 	}
 	got := w.run(job(`{"cert_path":"/x","surprise":1}`))
 	if got.Status != api.StatusCompleted || got.Error != "" || got.Unchanged || got.Broken || got.Verification != nil {
@@ -176,7 +178,7 @@ func TestCompleted(t *testing.T) {
 		t.Errorf("certificate in the outcome: %+v", got)
 	}
 	m := w.material
-	if !m.Leaf.Equal(first.Leaf) || len(m.Chain) != 2 || m.KeyPath != w.keys.Path("cert-1") || len(m.KeyFiles) != 1 || m.KeyFiles[0].Kind != target.StoreFile {
+	if !m.Leaf.Equal(first.Leaf) || len(m.Chain) != 2 || m.KeyPath != w.keys.Path("cert-1") || len(m.KeyFiles) != 1 || m.KeyFiles[0].Kind != connector.StoreFile {
 		t.Errorf("material %+v", m)
 	}
 	if bytes.ContainsFunc(m.KeyPEM, func(r rune) bool { return r != 0 }) {
@@ -204,8 +206,8 @@ func TestCompleted(t *testing.T) {
 		t.Errorf("roles %q, %q, want previous, current", a, b)
 	}
 
-	w.deploy = func(context.Context, *target.Material) (target.Result, error) {
-		return target.Result{Unchanged: true}, nil
+	w.deploy = func(context.Context, *connector.Material) (connector.Result, error) {
+		return connector.Result{Unchanged: true}, nil
 	}
 	if got := w.run(job(`{}`)); !got.Unchanged || got.Status != api.StatusCompleted || len(w.material.KeyFiles) != 0 {
 		t.Errorf("the same once more: %+v, key files %v", got, w.material.KeyFiles)
@@ -242,14 +244,14 @@ func TestRefusedBeforeTouching(t *testing.T) {
 			if err := os.WriteFile(filepath.Join(dir, "target-1.json"), []byte(`{"target_type":"Apache"}`), 0o600); err != nil {
 				w.t.Fatal(err)
 			}
-			w.options.Overlays = target.OpenOverlays(dir)
+			w.options.Overlays = targetconf.OpenOverlays(dir)
 		}, "Apache"},
 		{"pinned type, empty type", func(w *world, j *api.Job) {
 			dir := w.t.TempDir()
 			if err := os.WriteFile(filepath.Join(dir, "target-1.json"), []byte(`{"target_type":"Apache"}`), 0o600); err != nil {
 				w.t.Fatal(err)
 			}
-			w.options.Overlays = target.OpenOverlays(dir)
+			w.options.Overlays = targetconf.OpenOverlays(dir)
 			j.TargetType = ""
 		}, "Apache"},
 		{"not found", func(w *world, j *api.Job) {
@@ -355,9 +357,9 @@ func TestStopping(t *testing.T) {
 	}
 	// Once begun, the transaction does not end with the calls.
 	ctx, cancel = context.WithCancel(t.Context())
-	w.deploy = func(work context.Context, m *target.Material) (target.Result, error) {
+	w.deploy = func(work context.Context, m *connector.Material) (connector.Result, error) {
 		cancel()
-		return target.Result{}, work.Err()
+		return connector.Result{}, work.Err()
 	}
 	if got, err := New(w.options).Deploy(ctx, t.Context(), job(`{}`), Turn{}); err != nil || got.Status != api.StatusCompleted {
 		t.Errorf("got %+v, %v", got, err)
@@ -458,17 +460,17 @@ func TestNothingToInstall(t *testing.T) {
 func TestConnectorFails(t *testing.T) {
 	tests := []struct {
 		name   string
-		deploy func(context.Context, *target.Material) (target.Result, error)
+		deploy func(context.Context, *connector.Material) (connector.Result, error)
 		want   string
 		broken bool
 	}{
-		{"rolled back", func(context.Context, *target.Material) (target.Result, error) {
-			return target.Result{}, errors.New("reload failed: exit status 1; the previous certificate is back in place")
+		{"rolled back", func(context.Context, *connector.Material) (connector.Result, error) {
+			return connector.Result{}, errors.New("reload failed: exit status 1; the previous certificate is back in place")
 		}, "reload failed", false},
-		{"not rolled back", func(context.Context, *target.Material) (target.Result, error) {
-			return target.Result{}, &target.BrokenError{Cause: errors.New("reload"), Rollback: errors.New("disk"), Backups: "/b"}
+		{"not rolled back", func(context.Context, *connector.Material) (connector.Result, error) {
+			return connector.Result{}, &connector.BrokenError{Cause: errors.New("reload"), Rollback: errors.New("disk"), Backups: "/b"}
 		}, "needs a person", true},
-		{"panic", func(context.Context, *target.Material) (target.Result, error) {
+		{"panic", func(context.Context, *connector.Material) (connector.Result, error) {
 			panic("boom")
 		}, "internal error", true},
 	}
@@ -504,14 +506,14 @@ func TestTargetsOfOneCertificate(t *testing.T) {
 		issued := w.renew("cert-1", testca.Template{})
 		w.installed = nil
 		promotions := 0
-		w.deploy = func(ctx context.Context, m *target.Material) (target.Result, error) {
+		w.deploy = func(ctx context.Context, m *connector.Material) (connector.Result, error) {
 			w.mu.Lock()
 			if len(m.KeyFiles) > 0 {
 				promotions++
 			}
 			w.mu.Unlock()
 			time.Sleep(time.Minute)
-			return target.Result{}, nil
+			return connector.Result{}, nil
 		}
 		d := New(w.options)
 		began := time.Now()
@@ -556,7 +558,7 @@ func TestSettledFirst(t *testing.T) {
 	w.run(job(`{}`)) // promotes the key
 	w.statuses, w.installed = nil, nil
 	var asked []string
-	unsettled := &target.BusyError{Err: errors.New("not undone yet")}
+	unsettled := &connector.BusyError{Err: errors.New("not undone yet")}
 	w.options.Settle = func(_ context.Context, targetID, keyPath string) error {
 		if asked = append(asked, targetID+" "+filepath.Base(keyPath)); len(asked) == 1 {
 			return unsettled
@@ -584,8 +586,8 @@ func TestSettledFirst(t *testing.T) {
 func TestBusyTarget(t *testing.T) {
 	w := newWorld(t)
 	w.renew("cert-1", testca.Template{})
-	busy := &target.BusyError{Err: errors.New("another deployment holds it")}
-	w.deploy = func(context.Context, *target.Material) (target.Result, error) { return target.Result{}, busy }
+	busy := &connector.BusyError{Err: errors.New("another deployment holds it")}
+	w.deploy = func(context.Context, *connector.Material) (connector.Result, error) { return connector.Result{}, busy }
 	if got, err := New(w.options).Deploy(t.Context(), t.Context(), job(`{}`), Turn{}); !errors.Is(err, busy) || got.Status != "" {
 		t.Errorf("got %+v, %v, want a temporary error", got, err)
 	}
@@ -688,9 +690,9 @@ func TestVerification(t *testing.T) {
 				issued := w.renew("cert-1", testca.Template{})
 				fingerprint := pemutil.Fingerprint(issued.Leaf)
 				var began time.Time
-				w.deploy = func(context.Context, *target.Material) (target.Result, error) {
+				w.deploy = func(context.Context, *connector.Material) (connector.Result, error) {
 					began = time.Now()
-					return target.Result{}, nil
+					return connector.Result{}, nil
 				}
 				w.options.Verify = !test.off
 				w.options.Probe = func(ctx context.Context, endpoint tlsprobe.Endpoint) (tlsprobe.Result, error) {

@@ -11,10 +11,11 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/printable"
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/targetconf"
 )
 
 // maxSkew is how far ahead a certificate's not-before may be: a signer stamps
@@ -45,15 +46,15 @@ func (a *attempt) plan() error {
 		return err
 	}
 	// Also for an empty type: an overlay may say that it must be another.
-	a.config, err = target.Merge(a.job.TargetConfig, a.job.TargetType, a.job.TargetID, a.o.Overlays)
+	a.config, err = targetconf.Merge(a.job.TargetConfig, a.job.TargetType, a.job.TargetID, a.o.Overlays)
 	if err != nil || build == nil {
 		return err
 	}
-	a.common, err = target.DecodeCommon(a.config)
+	a.common, err = targetconf.DecodeCommon(a.config)
 	if err != nil {
 		return err
 	}
-	a.connector, err = build(target.Params{
+	a.connector, err = build(connector.Params{
 		TargetID: a.job.TargetID, Config: a.config, Common: a.common, Policy: a.o.Policy, Query: a.o.Query, Yield: a.turn.Yield, Log: a.log})
 	if err != nil {
 		return err
@@ -65,7 +66,7 @@ func (a *attempt) plan() error {
 }
 
 // factory returns the one of the job's type, nil for the empty type.
-func (a *attempt) factory() (target.Factory, error) {
+func (a *attempt) factory() (connector.Factory, error) {
 	typ := a.job.TargetType
 	if typ == "" || a.o.Connectors[typ] != nil {
 		return a.o.Connectors[typ], nil
@@ -78,7 +79,7 @@ func (a *attempt) factory() (target.Factory, error) {
 }
 
 // fetch gets the certificate and its chain in order.
-func (a *attempt) fetch(ctx context.Context) (*target.Material, error) {
+func (a *attempt) fetch(ctx context.Context) (*connector.Material, error) {
 	id := a.job.CertificateID
 	data, err := a.o.Plane.Certificate(ctx, id)
 	if err != nil {
@@ -107,11 +108,11 @@ func (a *attempt) fetch(ctx context.Context) (*target.Material, error) {
 	a.outcome.CommonName = printable.Clip(leaf.Subject.CommonName, maxCommonName)
 	a.outcome.NotAfter = leaf.NotAfter
 	a.outcome.Fingerprint = pemutil.Fingerprint(leaf)
-	return &target.Material{CertificateID: id, Leaf: leaf, Chain: chain, KeyPath: a.o.Keys.Path(id)}, nil
+	return &connector.Material{CertificateID: id, Leaf: leaf, Chain: chain, KeyPath: a.o.Keys.Path(id)}, nil
 }
 
 // findKey finds the private key of the certificate and adds it to m.
-func (a *attempt) findKey(m *target.Material) (keystore.Key, error) {
+func (a *attempt) findKey(m *connector.Material) (keystore.Key, error) {
 	key, err := a.o.Keys.Find(m.CertificateID, m.Leaf.PublicKey)
 	if errors.Is(err, keystore.ErrNoKey) {
 		return key, fmt.Errorf("certificate %s cannot be deployed here, and nothing was touched: %w; it was probably requested by another agent",

@@ -113,3 +113,37 @@ func Ours(info fs.FileInfo) bool {
 	uid, _ := Owner(info)
 	return uid == 0 || uid == os.Geteuid()
 }
+
+// Real is path without symlinks, as far as it exists: the elements that do not
+// are kept as they are.
+func Real(path string) string {
+	real, err := Resolve(path)
+	if err != nil {
+		return filepath.Clean(path)
+	}
+	return real
+}
+
+// Resolve follows the symlinks of path. What does not exist yet, at its end or
+// behind a symlink that leads nowhere, is kept by name: that is where a file
+// would be created.
+func Resolve(path string) (string, error) {
+	return Follow(filepath.Clean(path), func(string, fs.FileInfo) error { return nil })
+}
+
+// TrustedLink refuses a symlink that others than root and the agent's own user
+// could have made: it would let them choose which directory is allowed.
+func TrustedLink(at string, info fs.FileInfo) error {
+	if info.Mode().Type() != fs.ModeSymlink {
+		return nil
+	}
+	dir, err := os.Lstat(filepath.Dir(at))
+	if err != nil {
+		return err
+	}
+	shared := dir.Mode().Perm()&0o022 != 0 && dir.Mode()&fs.ModeSticky == 0
+	if shared || !Ours(dir) || !Ours(info) {
+		return fmt.Errorf("%s is a symlink that others could change", at)
+	}
+	return nil
+}

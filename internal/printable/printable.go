@@ -5,6 +5,7 @@ package printable
 
 import (
 	"io"
+	"strconv"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -46,6 +47,18 @@ func Clip[T ~string | ~[]byte](text T, limit int) string {
 	}
 	return out.String()
 }
+
+// Quote quotes a text from outside for an error: one line, of bounded length.
+func Quote(text string) string {
+	const most = 120
+	if len(text) > most {
+		text = strings.ToValidUTF8(text[:most], "") + "..."
+	}
+	return strconv.QuoteToASCII(text)
+}
+
+// IsControl reports whether r is an ASCII control character.
+func IsControl(r rune) bool { return r < ' ' || r == 0x7f }
 
 // Text is Clip for text of several lines, such as the output of a command of
 // ours: line ends, tabs and blanks stay, and nothing is cut.

@@ -89,3 +89,12 @@ func FuzzClip(f *testing.F) {
 		}
 	})
 }
+
+// No error repeats more of a foreign text than fits on a line, nor anything
+// that a terminal would obey.
+func TestQuote(t *testing.T) {
+	got := printable.Quote("\x1b[31m\u202e" + strings.Repeat("é", 200))
+	if len(got) > 900 || strings.ContainsAny(got, "\x1b\u202e") || !strings.Contains(got, "...") {
+		t.Errorf("got %s", got)
+	}
+}

@@ -24,6 +24,7 @@ import (
 
 	"certctl-agent/internal/agent"
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/connector/nginx"
 	"certctl-agent/internal/controlplane"
 	"certctl-agent/internal/deploy"
@@ -33,10 +34,11 @@ import (
 	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/ledger"
 	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/policy"
 	"certctl-agent/internal/secret"
 	"certctl-agent/internal/statedir"
 	"certctl-agent/internal/survey"
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/targetconf"
 	"certctl-agent/internal/testing/devplane"
 	"certctl-agent/internal/tlsprobe"
 	"certctl-agent/internal/transaction"
@@ -173,7 +175,7 @@ func (l *life) open() error {
 	if err != nil {
 		return err
 	}
-	policy := &target.Policy{Paths: []string{w.site.path("www")}, Protected: []string{w.site.path("keys"), w.site.path("state")}}
+	policy := &policy.Policy{Paths: []string{w.site.path("www")}, Protected: []string{w.site.path("keys"), w.site.path("state")}}
 	files, err := transaction.Open(transaction.Options{State: state.Root, StatePath: state.Path, Policy: policy, Run: l.run, Log: w.log})
 	if err != nil {
 		return err
@@ -210,8 +212,8 @@ func (l *life) open() error {
 		Plane:    l,
 		Enroller: enroll.New(enroll.Options{Keys: l.keys, Plane: l.client, Algorithm: "ecdsa-p256", Log: w.log}),
 		Deployer: deploy.New(deploy.Options{Plane: l, Keys: l.keys, Policy: policy, Verify: true, Log: w.log, Probe: w.probe,
-			Overlays: target.OpenOverlays(w.site.path("targets.d")),
-			Connectors: map[string]target.Factory{"NGINX": func(p target.Params) (target.Connector, error) {
+			Overlays: targetconf.OpenOverlays(w.site.path("targets.d")),
+			Connectors: map[string]connector.Factory{"NGINX": func(p connector.Params) (connector.Connector, error) {
 				return nginx.New(p, files)
 			}},
 			Settle: files.Settle,
@@ -402,7 +404,7 @@ func (l *life) ReportStatus(ctx context.Context, job string, s api.JobStatus) er
 }
 
 // run is a server's command: it loads the pair that is in place.
-func (l *life) run(ctx context.Context, c target.Command) error {
+func (l *life) run(ctx context.Context, c policy.Command) error {
 	w := l.world
 	took := time.Duration(w.draw(2000)) * time.Millisecond
 	if w.draw(20) == 0 {

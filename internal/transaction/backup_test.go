@@ -9,7 +9,7 @@ import (
 	"strings"
 	"testing"
 
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/connector"
 )
 
 func TestRetention(t *testing.T) {
@@ -19,7 +19,7 @@ func TestRetention(t *testing.T) {
 		s := w.mustStore(t, nil)
 		for i := range 8 {
 			_, err := s.Deploy(t.Context(), Transaction{Target: "t1", Backups: test.keep,
-				Files: []target.File{{Path: w.path("site/file"), Data: version(i)}}})
+				Files: []connector.File{{Path: w.path("site/file"), Data: version(i)}}})
 			check(t, err)
 		}
 		sets := w.backups(t)

@@ -12,7 +12,7 @@ import (
 	"syscall"
 	"testing"
 
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/policy"
 )
 
 // A scenario is one way through a transaction. Each is crashed at every step.
@@ -38,7 +38,7 @@ var scenarios = []scenario{
 	{name: "mounted rollback", kill: true, want: "old",
 		tx: func(w world) Transaction {
 			tx := w.renewal()
-			tx.Reload = &target.Command{Argv: []string{"fail"}}
+			tx.Reload = &policy.Command{Argv: []string{"fail"}}
 			return tx
 		},
 		fault: func(w world) func(step) error { return mounted(w.path("private/key.pem")) }},

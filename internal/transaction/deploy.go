@@ -9,7 +9,8 @@ import (
 	"slices"
 	"time"
 
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/connector"
+	"certctl-agent/internal/policy"
 )
 
 // undoWait bounds telling the server about the old files, which no cancelled
@@ -21,7 +22,7 @@ type transaction struct {
 	*Store
 	tx     Transaction
 	log    *slog.Logger
-	result target.Result
+	result connector.Result
 
 	record record
 	files  []*dest // in the order of record.Files
@@ -30,31 +31,31 @@ type transaction struct {
 }
 
 // Deploy runs one transaction. When it fails, the target is as it was before,
-// unless the error is a target.BrokenError. A cancelled context rolls back.
-func (s *Store) Deploy(ctx context.Context, tx Transaction) (target.Result, error) {
+// unless the error is a connector.BrokenError. A cancelled context rolls back.
+func (s *Store) Deploy(ctx context.Context, tx Transaction) (connector.Result, error) {
 	release, err := s.acquire(ctx, tx.Target, tx.Yield)
 	if err != nil {
-		return target.Result{}, err
+		return connector.Result{}, err
 	}
 	defer release()
 	t := &transaction{Store: s, tx: tx, log: s.opts.Log.With("target", tx.Target)}
 	if err := t.settle(ctx); err != nil {
-		return target.Result{}, err
+		return connector.Result{}, err
 	}
 	defer func() { closeAll(t.files) }()
 	if err := t.resolve(); err != nil {
-		return target.Result{}, err
+		return connector.Result{}, err
 	}
 	unlock, err := s.lock(ctx, directories(t.files), tx.Yield)
 	if err != nil {
-		return target.Result{}, err
+		return connector.Result{}, err
 	}
 	defer unlock()
 	if err := t.contested(); err != nil {
-		return target.Result{}, err
+		return connector.Result{}, err
 	}
 	if err := t.inspect(); err != nil {
-		return target.Result{}, err
+		return connector.Result{}, err
 	}
 	if t.unchanged() {
 		err := t.verify(ctx)
@@ -116,12 +117,12 @@ func (r *record) shares(files []*dest) bool {
 // unsettledError holds a deployment back until the one of target id that a
 // crash or a failure interrupted is settled.
 func unsettledError(id string, err error) error {
-	return &target.BusyError{Err: fmt.Errorf("an earlier deployment of target %s was interrupted and is not undone yet: %w", id, err)}
+	return &connector.BusyError{Err: fmt.Errorf("an earlier deployment of target %s was interrupted and is not undone yet: %w", id, err)}
 }
 
 // wanted are the files of the transaction in the order in which they are put
 // in place.
-func (t *transaction) wanted() []target.File {
+func (t *transaction) wanted() []connector.File {
 	if t.tx.Material == nil {
 		return t.tx.Files
 	}
@@ -188,7 +189,7 @@ func (t *transaction) run(ctx context.Context) error {
 	if err == nil {
 		err = t.commit()
 	}
-	if _, broken := errors.AsType[*target.BrokenError](err); broken {
+	if _, broken := errors.AsType[*connector.BrokenError](err); broken {
 		return err
 	}
 	if err != nil {
@@ -209,7 +210,7 @@ func (t *transaction) commit() error {
 		if again := t.mark(swapping); again != nil {
 			// A rollback under a record that may say "committed" could end
 			// in a mix. So the new files stay, which are good ones.
-			return &target.BrokenError{Cause: unsure, Rollback: again, Backups: t.setPath(&t.record)}
+			return &connector.BrokenError{Cause: unsure, Rollback: again, Backups: t.setPath(&t.record)}
 		}
 	}
 	return err
@@ -279,7 +280,7 @@ func cancelled(ctx context.Context) error {
 }
 
 // command runs one command. The policy was asked when it was made.
-func (s *Store) command(ctx context.Context, c *target.Command) error {
+func (s *Store) command(ctx context.Context, c *policy.Command) error {
 	if err := cancelled(ctx); err != nil {
 		return err
 	}
@@ -317,7 +318,7 @@ func (t *transaction) abort(cause error) error {
 // rollBack puts the old files back after cause.
 func (t *transaction) rollBack(ctx context.Context, cause error) error {
 	if err := t.putAllBack(&t.record, t.files); err != nil {
-		return &target.BrokenError{Cause: cause, Rollback: err, Backups: t.setPath(&t.record)}
+		return &connector.BrokenError{Cause: cause, Rollback: err, Backups: t.setPath(&t.record)}
 	}
 	// Whatever of the rest fails is done once more at the next start.
 	if err := t.settleOld(&t.record); err != nil {

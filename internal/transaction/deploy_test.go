@@ -11,11 +11,12 @@ import (
 	"testing"
 	"time"
 
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/connector"
+	"certctl-agent/internal/policy"
 )
 
 // deploy runs one transaction in a new Store.
-func (w world) deploy(t *testing.T, tx Transaction) (target.Result, error) {
+func (w world) deploy(t *testing.T, tx Transaction) (connector.Result, error) {
 	t.Helper()
 	return w.mustStore(t, nil).Deploy(t.Context(), tx)
 }
@@ -86,7 +87,7 @@ func TestUnchangedButNotServed(t *testing.T) {
 		t.Fatal(err)
 	}
 	served := false
-	s.opts.Run = func(_ context.Context, c target.Command) error { served = c.Argv[0] == "reload"; return nil }
+	s.opts.Run = func(_ context.Context, c policy.Command) error { served = c.Argv[0] == "reload"; return nil }
 	tx := w.renewal()
 	tx.Verify = func(context.Context) error {
 		if !served {
@@ -110,9 +111,9 @@ func TestRollBack(t *testing.T) {
 		want   string
 		runs   string // commands, in order
 	}{
-		{"validate", func(w world, tx *Transaction) { tx.Validate = &target.Command{Argv: []string{"fail-v"}} }, false,
+		{"validate", func(w world, tx *Transaction) { tx.Validate = &policy.Command{Argv: []string{"fail-v"}} }, false,
 			"validate failed: exit status 1; the previous certificate is back in place", "fail-v reload"},
-		{"reload", func(w world, tx *Transaction) { tx.Reload = &target.Command{Argv: []string{"fail-r"}} }, false,
+		{"reload", func(w world, tx *Transaction) { tx.Reload = &policy.Command{Argv: []string{"fail-r"}} }, false,
 			"reload failed: exit status 1; the previous certificate is back in place, but the server could not be made to load that: exit status 1", "validate fail-r fail-r"},
 		{"verify", func(w world, tx *Transaction) { tx.Verify = fail }, false,
 			"verification failed: is broken; the previous certificate is back in place", "validate reload connector reload"},
@@ -162,7 +163,7 @@ func TestReloadOwed(t *testing.T) {
 	w.old(t)
 	s := w.mustStore(t, nil)
 	reloads := 0
-	s.opts.Run = func(_ context.Context, c target.Command) error {
+	s.opts.Run = func(_ context.Context, c policy.Command) error {
 		if reloads++; c.Argv[0] == "reload" && reloads < 5 {
 			return errors.New("server is down")
 		}
@@ -256,7 +257,7 @@ func TestFailingStep(t *testing.T) {
 				break
 			}
 			s.disk.before = nil
-			broken, isBroken := errors.AsType[*target.BrokenError](err)
+			broken, isBroken := errors.AsType[*connector.BrokenError](err)
 			switch got := w.condition(false); {
 			case err == nil && got != "new" || err != nil && !isBroken && got != "old":
 				t.Errorf("step %d, forever %t: error %v, in place: %s", at, forever, err, got)
@@ -278,8 +279,8 @@ func TestFailingStep(t *testing.T) {
 }
 
 func TestRefusedBeforeAnythingIsTouched(t *testing.T) {
-	secret := func(path string) target.File {
-		return target.File{Path: path, Kind: target.KeyFile, Data: []byte("x"), DefaultMode: 0o600}
+	secret := func(path string) connector.File {
+		return connector.File{Path: path, Kind: connector.KeyFile, Data: []byte("x"), DefaultMode: 0o600}
 	}
 	tests := []struct {
 		name   string
@@ -354,7 +355,7 @@ func TestKeepOthers(t *testing.T) {
 	const others = "-----BEGIN DH PARAMETERS-----\nMAA=\n-----END DH PARAMETERS-----\n"
 	before, after := pairs()
 	w := newWorld(t, t.TempDir())
-	tx := Transaction{Target: "t1", Files: []target.File{{Path: w.path("site/cert.pem"), Kind: target.CertificateFile, Data: after.cert, KeepOthers: true}}}
+	tx := Transaction{Target: "t1", Files: []connector.File{{Path: w.path("site/cert.pem"), Kind: connector.CertificateFile, Data: after.cert, KeepOthers: true}}}
 	for old, want := range map[string]string{"": "", string(before.cert): "", others + string(before.cert): others} {
 		w.write(t, "site/cert.pem", []byte(old), 0o644)
 		for _, unchanged := range []bool{false, true} {
@@ -392,7 +393,7 @@ func TestKeep(t *testing.T) {
 	before, err := os.Stat(w.path("site/watched"))
 	check(t, err)
 	tx := w.renewal()
-	tx.Files = append(tx.Files, target.File{Path: w.path("site/watched"), Kind: target.ConfigFile, Keep: true})
+	tx.Files = append(tx.Files, connector.File{Path: w.path("site/watched"), Kind: connector.ConfigFile, Keep: true})
 	_, err = w.deploy(t, tx)
 	check(t, err)
 	after, err := os.Stat(w.path("site/watched"))

@@ -15,8 +15,9 @@ import (
 	"testing"
 	"time"
 
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/hostfile"
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/policy"
 )
 
 // inNamespace runs the calling test once more in a child with mounts of its
@@ -59,7 +60,7 @@ func TestMountedFile(t *testing.T) {
 		tx := w.renewal()
 		want := after.key
 		if fails {
-			tx.Reload = &target.Command{Argv: []string{"fail"}}
+			tx.Reload = &policy.Command{Argv: []string{"fail"}}
 			want = before.key
 		}
 		if _, err := w.deploy(t, tx); (err != nil) != fails {
@@ -78,7 +79,7 @@ func TestMountedFile(t *testing.T) {
 		check(t, os.Chown(w.path("private"), uidKeep, gidKeep))
 		tx.Files[0].Data = append(bytes.Clone(want), '\n')
 		_, err := w.deploy(t, tx)
-		_, broken := errors.AsType[*target.BrokenError](err)
+		_, broken := errors.AsType[*connector.BrokenError](err)
 		if broken || !errors.Is(err, syscall.EBUSY) || !strings.Contains(err.Error(), "others can change") {
 			t.Errorf("in another user's directory: %v", err)
 		}
@@ -179,7 +180,7 @@ func TestReadOnly(t *testing.T) {
 	tx.Verify = func(context.Context) error { remount(syscall.MS_RDONLY); return errors.New("is broken") }
 	s := w.mustStore(t, nil)
 	_, err = s.Deploy(t.Context(), tx)
-	broken, ok := errors.AsType[*target.BrokenError](err)
+	broken, ok := errors.AsType[*connector.BrokenError](err)
 	if !ok || !errors.Is(err, syscall.EROFS) || !strings.Contains(err.Error(), "needs a person") || !strings.Contains(err.Error(), w.path("site/cert.pem")) {
 		t.Fatalf("got error %v", err)
 	}

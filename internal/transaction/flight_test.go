@@ -16,7 +16,8 @@ import (
 	"testing/synctest"
 	"time"
 
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/connector"
+	"certctl-agent/internal/policy"
 )
 
 // locked holds the lock of a directory as another program would.
@@ -48,7 +49,7 @@ func TestRecoverUntilSettled(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := w.mustStore(t, nil)
 		var ran []string
-		s.opts.Run = func(_ context.Context, c target.Command) error {
+		s.opts.Run = func(_ context.Context, c policy.Command) error {
 			ran = append(ran, c.Argv[0])
 			return nil
 		}
@@ -60,11 +61,11 @@ func TestRecoverUntilSettled(t *testing.T) {
 		}
 		for range 2 {
 			_, err = s.Deploy(t.Context(), w.renewal())
-			if _, busy := errors.AsType[*target.BusyError](err); !busy {
+			if _, busy := errors.AsType[*connector.BusyError](err); !busy {
 				t.Errorf("a deployment on top of it: %v, want one that can be tried again", err)
 			}
 			err = s.Settle(t.Context(), "t1", "")
-			if _, busy := errors.AsType[*target.BusyError](err); !busy || !strings.Contains(err.Error(), "site") {
+			if _, busy := errors.AsType[*connector.BusyError](err); !busy || !strings.Contains(err.Error(), "site") {
 				t.Errorf("before a deployment: %v, want one that can be tried again", err)
 			}
 			if err := s.Repair(t.Context(), t.Context()); err == nil || !strings.Contains(err.Error(), "another deployment holds it") {
@@ -89,7 +90,7 @@ func TestSettleDuringReload(t *testing.T) {
 	w.torn(t)
 	synctest.Test(t, func(t *testing.T) {
 		s := w.mustStore(t, nil)
-		s.opts.Run = func(context.Context, target.Command) error {
+		s.opts.Run = func(context.Context, policy.Command) error {
 			time.Sleep(time.Minute)
 			return nil
 		}
@@ -97,7 +98,7 @@ func TestSettleDuringReload(t *testing.T) {
 		go func() { repaired <- s.Repair(t.Context(), t.Context()) }()
 		time.Sleep(time.Second)
 		err := s.Settle(t.Context(), "t1", "")
-		if _, busy := errors.AsType[*target.BusyError](err); !busy || !errors.Is(err, errReloads) {
+		if _, busy := errors.AsType[*connector.BusyError](err); !busy || !errors.Is(err, errReloads) {
 			t.Errorf("while the reload runs: %v", err)
 		}
 		check(t, <-repaired)
@@ -175,18 +176,18 @@ func TestDeadMount(t *testing.T) {
 		}
 		began = time.Now()
 		err = s.Settle(t.Context(), "t1", "")
-		if _, busy := errors.AsType[*target.BusyError](err); !busy || time.Since(began) != settleWait+closeWait {
+		if _, busy := errors.AsType[*connector.BusyError](err); !busy || time.Since(began) != settleWait+closeWait {
 			t.Errorf("a job for it: %v after %v", err, time.Since(began))
 		}
 		err = s.Settle(t.Context(), "t2", w.path("keys/c1.key"))
-		if _, busy := errors.AsType[*target.BusyError](err); !busy {
+		if _, busy := errors.AsType[*connector.BusyError](err); !busy {
 			t.Errorf("a job with the key that it put in place: %v", err)
 		}
 		check(t, s.Settle(t.Context(), "t2", w.path("keys/c2.key")))
 		check(t, os.Mkdir(w.path("other"), 0o755))
 		s.opts.Policy.Paths = append(s.opts.Policy.Paths, w.path("other"))
 		tx := w.renewal()
-		tx.Target, tx.Material, tx.Files = "t2", nil, []target.File{{Path: w.path("other/cert.pem"), Data: []byte("x"), DefaultMode: 0o644}}
+		tx.Target, tx.Material, tx.Files = "t2", nil, []connector.File{{Path: w.path("other/cert.pem"), Data: []byte("x"), DefaultMode: 0o644}}
 		if _, err := s.Deploy(t.Context(), tx); err != nil {
 			t.Errorf("another target: %v", err)
 		}
@@ -224,7 +225,7 @@ func TestInterrupted(t *testing.T) {
 		}
 	}
 	s := w.mustStore(t, nil)
-	s.opts.Run = func(context.Context, target.Command) error { return errors.New("not now") }
+	s.opts.Run = func(context.Context, policy.Command) error { return errors.New("not now") }
 	if err := s.Repair(t.Context(), t.Context()); err == nil {
 		t.Fatal("the reload did not fail")
 	}
@@ -243,7 +244,7 @@ func TestContested(t *testing.T) {
 	tx := w.renewal()
 	tx.Target, tx.Material = "t2", nil
 	_, err := s.Deploy(t.Context(), tx)
-	if _, busy := errors.AsType[*target.BusyError](err); !busy || !strings.Contains(err.Error(), "target t1 was interrupted") {
+	if _, busy := errors.AsType[*connector.BusyError](err); !busy || !strings.Contains(err.Error(), "target t1 was interrupted") {
 		t.Errorf("got %v, want one that can be tried again", err)
 	}
 	check(t, s.Repair(t.Context(), t.Context()))
@@ -289,7 +290,7 @@ func TestYield(t *testing.T) {
 		check(t, err)
 		began := time.Now()
 		_, err = s.Deploy(t.Context(), tx)
-		if _, busy := errors.AsType[*target.BusyError](err); !busy || yields != 1 || time.Since(began) != lockWait {
+		if _, busy := errors.AsType[*connector.BusyError](err); !busy || yields != 1 || time.Since(began) != lockWait {
 			t.Errorf("got %v after %v, gave its place away %d times", err, time.Since(began), yields)
 		}
 		time.AfterFunc(time.Minute, unlock)
@@ -304,7 +305,7 @@ func TestYield(t *testing.T) {
 		tx.Files[0].Data = []byte("another") // or nothing is to be done
 		began = time.Now()
 		_, err = s.Deploy(t.Context(), tx)
-		if _, busy := errors.AsType[*target.BusyError](err); busy || err == nil || yields != 3 || time.Since(began) != lockWait {
+		if _, busy := errors.AsType[*connector.BusyError](err); busy || err == nil || yields != 3 || time.Since(began) != lockWait {
 			t.Errorf("got %v after %v, gave its place away %d times", err, time.Since(began), yields)
 		}
 
@@ -315,7 +316,7 @@ func TestYield(t *testing.T) {
 		}
 		began = time.Now()
 		_, err = s.Deploy(t.Context(), tx)
-		if _, busy := errors.AsType[*target.BusyError](err); !busy || time.Since(began) != time.Second {
+		if _, busy := errors.AsType[*connector.BusyError](err); !busy || time.Since(began) != time.Second {
 			t.Errorf("the agent stops: got %v after %v", err, time.Since(began))
 		}
 
@@ -325,7 +326,7 @@ func TestYield(t *testing.T) {
 			return context.Canceled
 		}
 		_, err = s.Deploy(t.Context(), tx)
-		if _, busy := errors.AsType[*target.BusyError](err); !busy || !errors.Is(err, context.Canceled) {
+		if _, busy := errors.AsType[*connector.BusyError](err); !busy || !errors.Is(err, context.Canceled) {
 			t.Errorf("the agent stops before the transaction has its place again: got %v", err)
 		}
 	})

@@ -7,10 +7,10 @@ import (
 	"os"
 	"slices"
 
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/pemutil"
-	"certctl-agent/internal/target"
 )
 
 // guard refuses what would destroy something else, or give a key away.
@@ -33,7 +33,7 @@ func (t *transaction) guard() error {
 
 // mayReplace refuses to destroy what is not this target's to replace. No list
 // of places is complete, so the content decides.
-func (t *transaction) mayReplace(f *dest, file target.File) error {
+func (t *transaction) mayReplace(f *dest, file connector.File) error {
 	was := pemutil.ContentOf(f.old)
 	switch {
 	case f.Private, file.Keep, isEmpty(f.old), bytes.Equal(f.old, f.data):
@@ -74,7 +74,7 @@ func isEmpty(data []byte) bool { return len(bytes.Trim(data, " \t\r\n\x00")) == 
 // above it, can put a file of their own there just before a renewal. It is in
 // order where the configuration names them, and where that file holds a key of
 // the same certificate: then they have had it already.
-func (t *transaction) guardKey(f *dest, file target.File) error {
+func (t *transaction) guardKey(f *dest, file connector.File) error {
 	by := f.at.lentBy()
 	if by == "" {
 		return nil
@@ -128,7 +128,7 @@ func (t *transaction) holdsOwnKey(data []byte) bool {
 		return err == nil && pemutil.SamePrivateKey(has, key)
 	}
 	m := t.tx.Material
-	if own(m.KeyPEM) || slices.ContainsFunc(m.KeyFiles, func(file target.File) bool { return own(file.Data) }) {
+	if own(m.KeyPEM) || slices.ContainsFunc(m.KeyFiles, func(file connector.File) bool { return own(file.Data) }) {
 		return true
 	}
 	if m.KeyPath == "" {

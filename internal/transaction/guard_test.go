@@ -14,9 +14,9 @@ import (
 	"strings"
 	"testing"
 
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/pemutil"
-	"certctl-agent/internal/target"
 )
 
 // refused runs a transaction that must not change anything.
@@ -121,15 +121,15 @@ func TestForeignKeyFileKeepsWorking(t *testing.T) {
 		"promoted before": func(w world, tx *Transaction) {
 			w.write(t, "keys/c1.previous", before.key, 0o600)
 			w.write(t, "keys/c1.key", after.key, 0o600)
-			tx.Material = &target.Material{KeyPEM: after.key, KeyPath: w.path("keys/c1.key")}
+			tx.Material = &connector.Material{KeyPEM: after.key, KeyPath: w.path("keys/c1.key")}
 		},
 		"still current": func(w world, tx *Transaction) {
-			tx.Material = &target.Material{KeyPEM: after.key, KeyPath: w.path("keys/c1.key")}
+			tx.Material = &connector.Material{KeyPEM: after.key, KeyPath: w.path("keys/c1.key")}
 		},
 		"there already": func(w world, tx *Transaction) {
 			w.write(t, "private/key.pem", slices.Concat(after.key, before.cert), 0o640)
 			tx.Files[0].Data = slices.Concat(after.key, after.cert)
-			tx.Material = &target.Material{KeyPEM: after.key}
+			tx.Material = &connector.Material{KeyPEM: after.key}
 		},
 	}
 	for name, change := range tests {
@@ -155,7 +155,7 @@ func TestForeignKeyFileKeepsWorking(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
 	tx := w.renewal()
-	tx.Material = &target.Material{KeyPEM: after.key, KeyPath: w.path("keys/c1.key")}
+	tx.Material = &connector.Material{KeyPEM: after.key, KeyPath: w.path("keys/c1.key")}
 	check(t, os.Chown(w.path("private"), uidKeep, gidKeep))
 	check(t, os.Chown(w.path("keys"), uidKeep, gidKeep))
 	w.refused(t, tx, "not given to its owner")
@@ -212,7 +212,7 @@ func TestForgedKey(t *testing.T) {
 		check(t, os.Chown(w.path("private/key.pem"), uidKeep, gidKeep))
 		check(t, os.Chown(w.path("private"), uidKeep, gidKeep))
 		tx := w.renewal()
-		tx.Material = &target.Material{KeyPEM: tx.Files[0].Data, KeyPath: w.path("keys/c1.key")}
+		tx.Material = &connector.Material{KeyPEM: tx.Files[0].Data, KeyPath: w.path("keys/c1.key")}
 		if bytes.Equal(content, forged) {
 			w.refused(t, tx, "not given to its owner")
 			continue
@@ -296,42 +296,42 @@ func TestMayReplace(t *testing.T) {
 	const foreign, losesKey, losesCertificate = "neither a certificate nor a key", "the new one would not", "the key alone"
 	tests := []struct {
 		name string
-		kind target.Kind
+		kind connector.Kind
 		old  []byte
 		data []byte
 		want string // "": replaced
 	}{
-		{"certificate", target.CertificateFile, before.cert, after.cert, ""},
-		{"after a comment", target.CertificateFile, slices.Concat([]byte("# www\n"), before.cert), after.cert, ""},
-		{"trust bundle", target.CertificateFile, bytes.Repeat(before.chain, 100), after.chain, ""},
-		{"Diffie-Hellman parameters", target.CertificateFile, []byte("-----BEGIN DH PARAMETERS-----\nAAAA\n-----END DH PARAMETERS-----\n"), after.cert, ""},
-		{"placeholder", target.CertificateFile, []byte("\n"), after.cert, ""},
-		{"after a power cut", target.KeyFile, make([]byte, 4096), after.key, ""},
-		{"key", target.KeyFile, before.key, after.key, ""},
-		{"all in one", target.KeyFile, both(before), both(after), ""},
-		{"key with its curve", target.KeyFile, slices.Concat([]byte("-----BEGIN EC PARAMETERS-----\nBggqhkjOPQMBBw==\n-----END EC PARAMETERS-----\n"), before.key), after.key, ""},
-		{"key becomes all in one", target.KeyFile, before.key, both(after), ""},
-		{"the same", target.ConfigFile, []byte("x = 1\n"), []byte("x = 1\n"), ""},
+		{"certificate", connector.CertificateFile, before.cert, after.cert, ""},
+		{"after a comment", connector.CertificateFile, slices.Concat([]byte("# www\n"), before.cert), after.cert, ""},
+		{"trust bundle", connector.CertificateFile, bytes.Repeat(before.chain, 100), after.chain, ""},
+		{"Diffie-Hellman parameters", connector.CertificateFile, []byte("-----BEGIN DH PARAMETERS-----\nAAAA\n-----END DH PARAMETERS-----\n"), after.cert, ""},
+		{"placeholder", connector.CertificateFile, []byte("\n"), after.cert, ""},
+		{"after a power cut", connector.KeyFile, make([]byte, 4096), after.key, ""},
+		{"key", connector.KeyFile, before.key, after.key, ""},
+		{"all in one", connector.KeyFile, both(before), both(after), ""},
+		{"key with its curve", connector.KeyFile, slices.Concat([]byte("-----BEGIN EC PARAMETERS-----\nBggqhkjOPQMBBw==\n-----END EC PARAMETERS-----\n"), before.key), after.key, ""},
+		{"key becomes all in one", connector.KeyFile, before.key, both(after), ""},
+		{"the same", connector.ConfigFile, []byte("x = 1\n"), []byte("x = 1\n"), ""},
 
-		{"accounts", target.CertificateFile, []byte("root:x:0:0:root:/root:/bin/sh\n"), after.cert, foreign},
-		{"accounts by a key", target.KeyFile, []byte("root:x:0:0:root:/root:/bin/sh\n"), after.key, foreign},
-		{"library", target.CertificateFile, []byte("\x7fELF\x02\x01\x01"), after.cert, foreign},
-		{"somebody's configuration", target.ConfigFile, []byte("x = 1\n"), []byte("x = 2\n"), foreign},
+		{"accounts", connector.CertificateFile, []byte("root:x:0:0:root:/root:/bin/sh\n"), after.cert, foreign},
+		{"accounts by a key", connector.KeyFile, []byte("root:x:0:0:root:/root:/bin/sh\n"), after.key, foreign},
+		{"library", connector.CertificateFile, []byte("\x7fELF\x02\x01\x01"), after.cert, foreign},
+		{"somebody's configuration", connector.ConfigFile, []byte("x = 1\n"), []byte("x = 2\n"), foreign},
 
-		{"all in one by a certificate", target.CertificateFile, both(before), after.cert, losesKey},
-		{"key by a chain", target.CertificateFile, before.key, after.chain, losesKey},
-		{"key by a configuration", target.ConfigFile, before.key, []byte("x = 2\n"), losesKey},
-		{"encrypted key by a certificate", target.CertificateFile, []byte("-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n"), after.cert, losesKey},
-		{"key store by a certificate", target.CertificateFile, []byte("\xfe\xed\xfe\xed\x00\x00\x00\x02\x00\x00\x00\x00"), after.cert, losesKey},
-		{"all in one by a key", target.KeyFile, both(before), after.key, losesCertificate},
-		{"key store by a key", target.KeyFile, []byte("\x30\x80\x02\x01\x03\x30\x80"), after.key, losesCertificate},
+		{"all in one by a certificate", connector.CertificateFile, both(before), after.cert, losesKey},
+		{"key by a chain", connector.CertificateFile, before.key, after.chain, losesKey},
+		{"key by a configuration", connector.ConfigFile, before.key, []byte("x = 2\n"), losesKey},
+		{"encrypted key by a certificate", connector.CertificateFile, []byte("-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n"), after.cert, losesKey},
+		{"key store by a certificate", connector.CertificateFile, []byte("\xfe\xed\xfe\xed\x00\x00\x00\x02\x00\x00\x00\x00"), after.cert, losesKey},
+		{"all in one by a key", connector.KeyFile, both(before), after.key, losesCertificate},
+		{"key store by a key", connector.KeyFile, []byte("\x30\x80\x02\x01\x03\x30\x80"), after.key, losesCertificate},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
 			for _, any := range []bool{false, true} {
 				w := newWorld(t, t.TempDir())
 				w.write(t, "site/file", test.old, 0o600)
-				tx := Transaction{Target: "t1", ReplaceAny: any, Files: []target.File{{Path: w.path("site/file"), Kind: test.kind, Data: test.data}}}
+				tx := Transaction{Target: "t1", ReplaceAny: any, Files: []connector.File{{Path: w.path("site/file"), Kind: test.kind, Data: test.data}}}
 				if test.want != "" && !(any && test.want == foreign) {
 					w.refused(t, tx, test.want, "site/file: ")
 					continue
@@ -351,8 +351,8 @@ func TestMayReplace(t *testing.T) {
 func TestMayReplaceOwn(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	written := func(old []byte) bool { return bytes.HasPrefix(old, []byte("ours")) }
-	file := target.File{Path: w.path("site/file"), Kind: target.ConfigFile, Data: []byte("ours 2"), Written: written}
-	tx := Transaction{Target: "t1", Files: []target.File{file}}
+	file := connector.File{Path: w.path("site/file"), Kind: connector.ConfigFile, Data: []byte("ours 2"), Written: written}
+	tx := Transaction{Target: "t1", Files: []connector.File{file}}
 	w.write(t, "site/file", []byte("theirs"), 0o600)
 	w.refused(t, tx, `{"replace_any_file": true} into t1.json`)
 	w.write(t, "site/file", []byte("ours 1"), 0o600)

@@ -12,9 +12,9 @@ import (
 	"slices"
 	"strconv"
 
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/pemutil"
-	"certctl-agent/internal/target"
 )
 
 // dest is one destination of a transaction that is under way. The first half
@@ -35,7 +35,7 @@ type dest struct {
 const others = 0o007
 
 // open resolves a destination and asks the policy.
-func (s *Store) open(file target.File) (*dest, error) {
+func (s *Store) open(file connector.File) (*dest, error) {
 	at, name, err := resolve(file.Path)
 	if _, missing := errors.AsType[*missingError](err); missing {
 		// The advice to make a directory must not hide that it is of no use.
@@ -46,7 +46,7 @@ func (s *Store) open(file target.File) (*dest, error) {
 	}
 	f := &dest{at: at, data: file.Data}
 	f.entry = entry{
-		Path: file.Path, Dir: at.path, Name: name, Private: file.Kind == target.StoreFile,
+		Path: file.Path, Dir: at.path, Name: name, Private: file.Kind == connector.StoreFile,
 		Stage: temporary(), Restore: temporary(), New: digestOf(file.Data),
 	}
 	if !f.Private {
@@ -59,11 +59,11 @@ func (s *Store) open(file target.File) (*dest, error) {
 }
 
 // refusal asks the policy for a path whose directories are not all there.
-func (s *Store) refusal(file target.File) error {
-	if file.Kind == target.StoreFile {
+func (s *Store) refusal(file connector.File) error {
+	if file.Kind == connector.StoreFile {
 		return nil
 	}
-	path, err := target.Resolve(file.Path)
+	path, err := hostfile.Resolve(file.Path)
 	if err != nil {
 		return nil
 	}
@@ -87,7 +87,7 @@ func distinct(files []*dest) error {
 }
 
 // inspect reads what is in place, and decides what the new file will look like.
-func (f *dest) inspect(file target.File, index int) (warning string, err error) {
+func (f *dest) inspect(file connector.File, index int) (warning string, err error) {
 	data, info, has, err := read(f.at, f.Name)
 	switch {
 	case errors.Is(err, fs.ErrNotExist) && !file.Keep:
@@ -114,7 +114,7 @@ func (f *dest) inspect(file target.File, index int) (warning string, err error) 
 
 // decide sets the attributes of the new file: those that are configured, else
 // those of the file that is there, else the default.
-func (f *dest) decide(file target.File) (warning string, err error) {
+func (f *dest) decide(file connector.File) (warning string, err error) {
 	f.want = attributes{Mode: file.DefaultMode.Perm(), UID: -1, GID: -1}
 	if f.want.Mode == 0 {
 		f.want.Mode = privateFile

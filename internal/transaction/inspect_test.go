@@ -6,8 +6,8 @@ import (
 	"strings"
 	"testing"
 
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/hostfile"
-	"certctl-agent/internal/target"
 )
 
 // TestModeAndOwner: configured, else that of the existing file, else the
@@ -17,18 +17,18 @@ func TestModeAndOwner(t *testing.T) {
 	tests := []struct {
 		name     string
 		existing fs.FileMode // 0: none
-		file     target.File
+		file     connector.File
 		want     fs.FileMode
 		warning  string
 	}{
-		{"default", 0, target.File{DefaultMode: 0o644}, 0o644, ""},
-		{"no default", 0, target.File{}, 0o600, ""},
-		{"existing", 0o604, target.File{DefaultMode: 0o644}, 0o604, ""},
-		{"configured", 0o604, target.File{Mode: mode(0o660), DefaultMode: 0o644}, 0o660, ""},
-		{"key", 0o640, target.File{Kind: target.KeyFile, DefaultMode: 0o600}, 0o640, ""},
-		{"loose key", 0o644, target.File{Kind: target.KeyFile, DefaultMode: 0o600}, 0o640, "tightened"},
-		{"loose key in the store", 0o666, target.File{Kind: target.StoreFile}, 0o660, "tightened"},
-		{"configured key", 0o644, target.File{Kind: target.KeyFile, Mode: mode(0o400)}, 0o400, ""},
+		{"default", 0, connector.File{DefaultMode: 0o644}, 0o644, ""},
+		{"no default", 0, connector.File{}, 0o600, ""},
+		{"existing", 0o604, connector.File{DefaultMode: 0o644}, 0o604, ""},
+		{"configured", 0o604, connector.File{Mode: mode(0o660), DefaultMode: 0o644}, 0o660, ""},
+		{"key", 0o640, connector.File{Kind: connector.KeyFile, DefaultMode: 0o600}, 0o640, ""},
+		{"loose key", 0o644, connector.File{Kind: connector.KeyFile, DefaultMode: 0o600}, 0o640, "tightened"},
+		{"loose key in the store", 0o666, connector.File{Kind: connector.StoreFile}, 0o660, "tightened"},
+		{"configured key", 0o644, connector.File{Kind: connector.KeyFile, Mode: mode(0o400)}, 0o400, ""},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -40,7 +40,7 @@ func TestModeAndOwner(t *testing.T) {
 				}
 			}
 			test.file.Path, test.file.Data = w.path("site/file"), version(2)
-			result, err := w.deploy(t, Transaction{Target: "t1", Files: []target.File{test.file}})
+			result, err := w.deploy(t, Transaction{Target: "t1", Files: []connector.File{test.file}})
 			check(t, err)
 			info, err := os.Stat(w.path("site/file"))
 			check(t, err)
@@ -78,7 +78,7 @@ func TestConfiguredOwner(t *testing.T) {
 		w := newWorld(t, t.TempDir())
 		w.write(t, "site/file", []byte("same"), 0o640)
 		check(t, os.Chown(w.path("site/file"), uidKeep, gidKeep))
-		tx := Transaction{Target: "t1", Files: []target.File{{Path: w.path("site/file"), Data: []byte("same"), Owner: test.owner, Group: test.group}}}
+		tx := Transaction{Target: "t1", Files: []connector.File{{Path: w.path("site/file"), Data: []byte("same"), Owner: test.owner, Group: test.group}}}
 		for _, unchanged := range []bool{false, true} {
 			result, err := w.deploy(t, tx)
 			check(t, err)

@@ -13,7 +13,7 @@ import (
 	"strings"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/policy"
 )
 
 // A phase is how far a transaction has come, as far as a crash matters.
@@ -48,7 +48,7 @@ type record struct {
 	Set    string  `json:"set,omitempty"` // backup set; empty: there were no old files
 	Keep   int     `json:"keep"`          // sets to keep after success; -1: none
 
-	Reload *target.Command `json:"reload,omitempty"`
+	Reload *policy.Command `json:"reload,omitempty"`
 
 	// Owed is the reload of an earlier record that this one replaced before
 	// that reload was done.
@@ -58,7 +58,7 @@ type record struct {
 // owed is a reload still to be done. A nil Command means that only the next
 // deployment can do it, since it takes more than a command.
 type owed struct {
-	Command *target.Command `json:"command,omitempty"`
+	Command *policy.Command `json:"command,omitempty"`
 }
 
 // entry is one destination.

@@ -8,13 +8,13 @@ import (
 	"strings"
 	"testing"
 
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/policy"
 )
 
 func someRecord() *record {
 	return &record{
 		Target: "t1", Phase: swapping, Set: "00000001-20260101T000000Z", Keep: 3,
-		Reload: &target.Command{Argv: []string{"nginx", "-s", "reload"}}, Owed: &owed{},
+		Reload: &policy.Command{Argv: []string{"nginx", "-s", "reload"}}, Owed: &owed{},
 		Files: []entry{
 			{Path: "/link/key.pem", Dir: "/etc/nginx", Name: "key.pem", Stage: temporary(), Restore: temporary(), New: digestOf([]byte("new")),
 				Old: &saved{Backup: "0-key.pem", Digest: digestOf([]byte("old")), attributes: attributes{Mode: 0o640, UID: 1, GID: 2,

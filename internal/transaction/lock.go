@@ -11,8 +11,8 @@ import (
 	"syscall"
 	"time"
 
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/printable"
-	"certctl-agent/internal/target"
 )
 
 const (
@@ -30,8 +30,8 @@ const (
 )
 
 // waitFor waits for other transactions: nothing of this one has begun. That its
-// place is not had again after the wait is a target.BusyError.
-func waitFor(ctx context.Context, yield target.Yield, wait func(context.Context) error) error {
+// place is not had again after the wait is a connector.BusyError.
+func waitFor(ctx context.Context, yield connector.Yield, wait func(context.Context) error) error {
 	if yield == nil {
 		return wait(ctx)
 	}
@@ -42,7 +42,7 @@ func waitFor(ctx context.Context, yield target.Yield, wait func(context.Context)
 		return err
 	})
 	if waited && err != nil {
-		return &target.BusyError{Err: fmt.Errorf("wait for a place after that: %w", err)}
+		return &connector.BusyError{Err: fmt.Errorf("wait for a place after that: %w", err)}
 	}
 	return err
 }
@@ -50,7 +50,7 @@ func waitFor(ctx context.Context, yield target.Yield, wait func(context.Context)
 // hold is the directories that one transaction has locked.
 type hold struct {
 	*Store
-	yield target.Yield
+	yield connector.Yield
 	locks []func() // how to release each
 }
 
@@ -65,7 +65,7 @@ func (h *hold) release() {
 // ends. The order is that of the directories' numbers, so that two transactions
 // with two directories in common cannot each hold one; and no try ever blocks,
 // since any user who can open a directory can lock it for ever.
-func (s *Store) lock(ctx context.Context, dirs []*dir, yield target.Yield) (unlock func(), err error) {
+func (s *Store) lock(ctx context.Context, dirs []*dir, yield connector.Yield) (unlock func(), err error) {
 	dirs = slices.SortedFunc(slices.Values(dirs), func(a, b *dir) int {
 		x, y := statOf(a), statOf(b)
 		return cmp.Or(cmp.Compare(x.Dev, y.Dev), cmp.Compare(x.Ino, y.Ino))
@@ -99,7 +99,7 @@ func (h *hold) take(ctx context.Context, d *dir) error {
 			h.locks = append(h.locks, release)
 		}
 		if err != nil {
-			return &target.BusyError{Err: fmt.Errorf("another deployment of this agent holds it: %w", err)}
+			return &connector.BusyError{Err: fmt.Errorf("another deployment of this agent holds it: %w", err)}
 		}
 	} else {
 		h.locks = append(h.locks, release)
@@ -143,7 +143,7 @@ func (h *hold) await(ctx context.Context, f *os.File, d *dir) error {
 		case <-bound:
 			return fmt.Errorf("another deployment holds it, or another program does: %s; given up after %s", describe(by), lockWait)
 		case <-ctx.Done():
-			return &target.BusyError{Err: fmt.Errorf("another deployment holds it, or another program does: %s: %w", describe(by), context.Cause(ctx))}
+			return &connector.BusyError{Err: fmt.Errorf("another deployment holds it, or another program does: %s: %w", describe(by), context.Cause(ctx))}
 		}
 		if locked, err := h.flock(f, d); locked || err != nil {
 			return err

@@ -11,7 +11,7 @@ import (
 	"testing"
 	"time"
 
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/connector"
 )
 
 // TestForeignLock: the lock of a user who runs no agent does not count, whoever
@@ -51,7 +51,7 @@ func TestForeignLock(t *testing.T) {
 				return wait(ctx)
 			}
 			_, err := s.Deploy(t.Context(), tx)
-			if _, busy := errors.AsType[*target.BusyError](err); busy != test.counts || err != nil && !busy {
+			if _, busy := errors.AsType[*connector.BusyError](err); busy != test.counts || err != nil && !busy {
 				t.Fatalf("got %v", err)
 			}
 			said := log.String()

@@ -14,7 +14,7 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/connector"
 )
 
 // recoverWait bounds the wait for the directories of a target that is to be
@@ -108,11 +108,11 @@ func (s *Store) Repair(calls, work context.Context) error {
 
 // Settle makes sure that no interrupted transaction can undo, later, what a
 // deployment to target id is about to do with the key at keyPath: those of the
-// target and those that put that key in place. An error is a target.BusyError.
+// target and those that put that key in place. An error is a connector.BusyError.
 func (s *Store) Settle(ctx context.Context, id, keyPath string) error {
 	ids, err := s.recorded()
 	if err != nil {
-		return &target.BusyError{Err: err}
+		return &connector.BusyError{Err: err}
 	}
 	until, enough := deadline(ctx, settleWait+closeWait)
 	defer enough()

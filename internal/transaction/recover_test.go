@@ -10,7 +10,7 @@ import (
 	"strings"
 	"testing"
 
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/policy"
 )
 
 var errCrash = errors.New("crash")
@@ -43,7 +43,7 @@ func TestRecover(t *testing.T) {
 
 	s := w.mustStore(t, nil)
 	var ran []string
-	s.opts.Run = func(_ context.Context, c target.Command) error {
+	s.opts.Run = func(_ context.Context, c policy.Command) error {
 		ran = append(ran, strings.Join(c.Argv, " "))
 		return nil
 	}
@@ -68,7 +68,7 @@ func TestRecoveredReloadIsRefused(t *testing.T) {
 	w.crash(t, afterSwap)
 	s := w.mustStore(t, nil)
 	s.opts.Policy.Commands = [][]string{{"true"}}
-	s.opts.Run = func(context.Context, target.Command) error { t.Error("it ran"); return nil }
+	s.opts.Run = func(context.Context, policy.Command) error { t.Error("it ran"); return nil }
 	_, err := s.Recover(t.Context())
 	check(t, err)
 	if err := s.Repair(t.Context(), t.Context()); err == nil || !strings.Contains(err.Error(), "CERTCTL_ALLOWED_COMMANDS") {

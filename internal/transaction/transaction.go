@@ -27,8 +27,9 @@ import (
 	"sync"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/namelock"
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/policy"
 )
 
 // DefaultRetention is how many backup sets of a target are kept.
@@ -38,11 +39,11 @@ const DefaultRetention = 3
 type Options struct {
 	State     *os.Root // backups and journal are made below it
 	StatePath string   // of State, for messages
-	Policy    *target.Policy
+	Policy    *policy.Policy
 
 	// Run executes a command. It must return soon after ctx ends or the
 	// command's own timeout is over.
-	Run func(ctx context.Context, c target.Command) error
+	Run func(ctx context.Context, c policy.Command) error
 
 	Retention int // backup sets to keep; 0: DefaultRetention, -1: none after success
 	Log       *slog.Logger
@@ -68,11 +69,11 @@ type Transaction struct {
 	Target string // id, valid as api.ValidID has it
 
 	// Material's KeyFiles are put in place before Files. Nil: there are none.
-	Material *target.Material
-	Files    []target.File
+	Material *connector.Material
+	Files    []connector.File
 
-	Validate *target.Command // nil: none
-	Reload   *target.Command // nil: none
+	Validate *policy.Command // nil: none
+	Reload   *policy.Command // nil: none
 
 	// Apply tells a server about the new files after Reload, or instead of
 	// it, where that takes more than a command. Nil: nothing.
@@ -89,12 +90,12 @@ type Transaction struct {
 	// keys: this host's owner has said so.
 	ReplaceAny bool
 
-	Yield target.Yield // called while the transaction waits for others; may be nil
+	Yield connector.Yield // called while the transaction waits for others; may be nil
 }
 
 // NewTransaction begins the Transaction of one deployment with what all connectors have in
 // common. The connector adds its files and commands.
-func NewTransaction(p target.Params, m *target.Material) Transaction {
+func NewTransaction(p connector.Params, m *connector.Material) Transaction {
 	return Transaction{
 		Target:     p.TargetID,
 		Material:   m,
@@ -126,7 +127,7 @@ func (s *Store) openDirs() (err error) {
 }
 
 // acquire waits for the target and returns how to release it.
-func (s *Store) acquire(ctx context.Context, id string, yield target.Yield) (release func(), err error) {
+func (s *Store) acquire(ctx context.Context, id string, yield connector.Yield) (release func(), err error) {
 	if !api.ValidID(id) {
 		return nil, fmt.Errorf("target id %q is not valid", id)
 	}
@@ -141,7 +142,7 @@ func (s *Store) acquire(ctx context.Context, id string, yield target.Yield) (rel
 		if release != nil {
 			release()
 		}
-		return nil, &target.BusyError{Err: fmt.Errorf("wait for another deployment of target %s: %w", id, err)}
+		return nil, &connector.BusyError{Err: fmt.Errorf("wait for another deployment of target %s: %w", id, err)}
 	}
 	return release, nil
 }

@@ -15,8 +15,9 @@ import (
 	"syscall"
 	"testing"
 
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/hostfile"
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/policy"
 	"certctl-agent/internal/testing/testca"
 )
 
@@ -84,8 +85,8 @@ func newWorld(t testing.TB, base string) world {
 
 func (w world) path(name string) string { return filepath.Join(w.base, name) }
 
-func (w world) policy() *target.Policy {
-	return &target.Policy{Paths: []string{w.path("site"), w.path("private")}}
+func (w world) policy() *policy.Policy {
+	return &policy.Policy{Paths: []string{w.path("site"), w.path("private")}}
 }
 
 // store opens the world's Store. Commands that start with "fail" fail.
@@ -96,7 +97,7 @@ func (w world) store(before func(step) error) (*Store, error) {
 	}
 	s := &Store{opts: Options{
 		State: state, StatePath: w.path("state"), Policy: w.policy(), Log: slog.New(slog.DiscardHandler), Retention: DefaultRetention,
-		Run: func(ctx context.Context, c target.Command) error {
+		Run: func(ctx context.Context, c policy.Command) error {
 			if strings.HasPrefix(c.Argv[0], "fail") {
 				return errors.New("exit status 1")
 			}
@@ -139,17 +140,17 @@ func (w world) renewal() Transaction {
 	mode := fs.FileMode(0o600)
 	return Transaction{
 		Target: "t1",
-		Material: &target.Material{KeyFiles: []target.File{
-			{Path: w.path("keys/c1.previous"), Kind: target.StoreFile, Data: before.key, Mode: &mode},
-			{Path: w.path("keys/c1.key"), Kind: target.StoreFile, Data: after.key, Mode: &mode},
+		Material: &connector.Material{KeyFiles: []connector.File{
+			{Path: w.path("keys/c1.previous"), Kind: connector.StoreFile, Data: before.key, Mode: &mode},
+			{Path: w.path("keys/c1.key"), Kind: connector.StoreFile, Data: after.key, Mode: &mode},
 		}},
-		Files: []target.File{
-			{Path: w.path("private/key.pem"), Kind: target.KeyFile, Data: after.key, DefaultMode: 0o600},
-			{Path: w.path("site/cert.pem"), Kind: target.CertificateFile, Data: after.cert, DefaultMode: 0o644},
-			{Path: w.path("site/chain.pem"), Kind: target.CertificateFile, Data: after.chain, DefaultMode: 0o644},
+		Files: []connector.File{
+			{Path: w.path("private/key.pem"), Kind: connector.KeyFile, Data: after.key, DefaultMode: 0o600},
+			{Path: w.path("site/cert.pem"), Kind: connector.CertificateFile, Data: after.cert, DefaultMode: 0o644},
+			{Path: w.path("site/chain.pem"), Kind: connector.CertificateFile, Data: after.chain, DefaultMode: 0o644},
 		},
-		Validate: &target.Command{Argv: []string{"validate"}},
-		Reload:   &target.Command{Argv: []string{"reload"}},
+		Validate: &policy.Command{Argv: []string{"validate"}},
+		Reload:   &policy.Command{Argv: []string{"reload"}},
 	}
 }
 

@@ -9,7 +9,9 @@ import (
 	"strings"
 	"testing"
 
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/connector"
+	"certctl-agent/internal/policy"
+	"certctl-agent/internal/targetconf"
 )
 
 // Each type has its page, and refuses an empty configuration without making a
@@ -23,11 +25,11 @@ func TestConnectors(t *testing.T) {
 		if _, err := os.Stat(filepath.Join("../../../docs/targets", strings.ToLower(typ)+".md")); err != nil {
 			t.Errorf("%s has no page: %v", typ, err)
 		}
-		config, err := target.Merge([]byte(`{"cert_path":5,"key_path":5,"pem_path":5,"cert_dir":5,"admin_api":5}`), typ, "t-1", nil)
+		config, err := targetconf.Merge([]byte(`{"cert_path":5,"key_path":5,"pem_path":5,"cert_dir":5,"admin_api":5}`), typ, "t-1", nil)
 		if err != nil {
 			t.Fatal(err)
 		}
-		c, err := build(target.Params{TargetID: "t-1", Config: config, Policy: &target.Policy{}, Log: slog.New(slog.DiscardHandler)})
+		c, err := build(connector.Params{TargetID: "t-1", Config: config, Policy: &policy.Policy{}, Log: slog.New(slog.DiscardHandler)})
 		if c != nil || err == nil {
 			t.Errorf("%s: got %v, %v, want nil and an error", typ, c, err)
 		}

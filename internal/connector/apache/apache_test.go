@@ -8,8 +8,9 @@ import (
 	"slices"
 	"testing"
 
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/connector/conformance"
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/policy"
 	"certctl-agent/internal/testing/testca"
 	"certctl-agent/internal/transaction"
 )
@@ -18,7 +19,7 @@ var build = conformance.Constructor(New)
 
 func TestConformance(t *testing.T) {
 	// The httpd of this suite reads no files, so nobody needs to wait for it.
-	hasty := conformance.Constructor(func(p target.Params, files *transaction.Store) (*Connector, error) {
+	hasty := conformance.Constructor(func(p connector.Params, files *transaction.Store) (*Connector, error) {
 		c, err := New(p, files)
 		if err == nil {
 			c.settleTime = 0
@@ -35,7 +36,7 @@ func TestConformance(t *testing.T) {
 				"reload_command":   "apachectl graceful",
 			}
 		},
-		Want: func(m *target.Material) map[string][]byte {
+		Want: func(m *connector.Material) map[string][]byte {
 			return map[string][]byte{"cert.pem": append(conformance.PEM(m.Leaf), conformance.PEM(m.Chain...)...), "key.pem": m.KeyPEM}
 		},
 	})
@@ -44,7 +45,7 @@ func TestConformance(t *testing.T) {
 // TestOtherBlocks: httpd reads DH PARAMETERS from the certificate's file.
 func TestOtherBlocks(t *testing.T) {
 	const parameters = "-----BEGIN DH PARAMETERS-----\nMAA=\n-----END DH PARAMETERS-----\n"
-	host, ca := conformance.NewHost(t, func(context.Context, target.Command) error { return nil }), testca.Must(t)
+	host, ca := conformance.NewHost(t, func(context.Context, policy.Command) error { return nil }), testca.Must(t)
 	path, old := filepath.Join(host.Dir, "cert.pem"), host.Material(t, ca)
 	if err := os.WriteFile(path, slices.Concat([]byte(parameters), conformance.PEM(old.Leaf)), 0o644); err != nil {
 		t.Fatal(err)

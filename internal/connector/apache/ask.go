@@ -9,7 +9,8 @@ import (
 	"slices"
 	"strings"
 
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/policy"
+	"certctl-agent/internal/serverconf"
 )
 
 // askServer finds the key of cert_path in httpd's own configuration. httpd's
@@ -17,29 +18,29 @@ import (
 // Define, <IfModule> and the environment are resolved. -D DUMP_RUN_CFG says where
 // relative paths start, and makes httpd look at no certificate file, so that there
 // is an answer before the first deployment too.
-func (c *Connector) askServer(ctx context.Context) (target.ServerPair, error) {
+func (c *Connector) askServer(ctx context.Context) (serverconf.Pair, error) {
 	argv, err := findCall(c.validate.Argv, c.reload.Argv)
 	if err != nil {
-		return target.ServerPair{}, err
+		return serverconf.Pair{}, err
 	}
 	if c.params.Query == nil {
-		return target.ServerPair{}, errors.New("httpd cannot be asked here")
+		return serverconf.Pair{}, errors.New("httpd cannot be asked here")
 	}
 	failure := errors.New("it printed none, which takes mod_info")
 	for _, load := range loadInfo() {
-		stdout, err := c.params.Query(ctx, target.Command{
+		stdout, err := c.params.Query(ctx, policy.Command{
 			Argv:    slices.Concat(argv, load, []string{"-t", "-D", "DUMP_RUN_CFG", "-D", "DUMP_CONFIG"}),
 			Timeout: c.validate.Timeout,
 		})
 		if pairs, ok := pairsInDump(string(stdout), string(c.config.CertPath)); err == nil && ok {
-			return target.KeyFor(c.config.CertPath, pairs)
+			return serverconf.KeyFor(c.config.CertPath, pairs)
 		}
 		if err != nil && load == nil {
 			failure = err
 			break // no module mends that
 		}
 	}
-	return target.ServerPair{}, fmt.Errorf("ask httpd for its configuration: %w", failure)
+	return serverconf.Pair{}, fmt.Errorf("ask httpd for its configuration: %w", failure)
 }
 
 // infoModules is where distributions keep mod_info: Debian, Alpine, SUSE, Gentoo;
@@ -66,7 +67,7 @@ func loadInfo() [][]string {
 // choose its configuration.
 func findCall(commands ...[]string) ([]string, error) {
 	for _, argv := range commands {
-		at := target.Program(argv, "apache2", "apache2ctl", "apachectl", "httpd")
+		at := serverconf.Program(argv, "apache2", "apache2ctl", "apachectl", "httpd")
 		if at < 0 {
 			continue
 		}

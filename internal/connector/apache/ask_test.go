@@ -7,7 +7,8 @@ import (
 	"strings"
 	"testing"
 
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/policy"
+	"certctl-agent/internal/serverconf"
 )
 
 func TestFindCall(t *testing.T) {
@@ -30,7 +31,7 @@ func TestFindCall(t *testing.T) {
 // An httpd without mod_info prints nothing, and is asked again with it.
 func TestAskServer(t *testing.T) {
 	configuration := "# In file: /a.conf\n#  2:\nSSLCertificateFile /c.pem\n#  3:\nSSLCertificateKeyFile k.pem\nServerRoot: \"/srv\"\n"
-	want := target.ServerPair{Cert: "/c.pem", Key: "/srv/k.pem", Where: "/a.conf:3"}
+	want := serverconf.Pair{Cert: "/c.pem", Key: "/srv/k.pem", Where: "/a.conf:3"}
 	tests := []struct {
 		name   string
 		answer func(loads string) (string, error)
@@ -59,13 +60,13 @@ func TestAskServer(t *testing.T) {
 			return "", errors.New("exit status 1: Syntax error")
 		}, "Syntax error"},
 	}
-	c := &Connector{validate: &target.Command{Argv: []string{"httpd", "-f", "/x", "-t"}}, reload: &target.Command{Argv: []string{"true"}}}
+	c := &Connector{validate: &policy.Command{Argv: []string{"httpd", "-f", "/x", "-t"}}, reload: &policy.Command{Argv: []string{"true"}}}
 	c.config.CertPath = "/c.pem"
 	if _, err := c.askServer(t.Context()); err == nil || !strings.Contains(err.Error(), "cannot be asked") {
 		t.Errorf("nobody to ask: %v", err)
 	}
 	for _, test := range tests {
-		c.params.Query = func(_ context.Context, command target.Command) ([]byte, error) {
+		c.params.Query = func(_ context.Context, command policy.Command) ([]byte, error) {
 			line, loads := command.Argv, ""
 			if line[3] == "-C" {
 				line, loads = slices.Concat(line[:3], line[5:]), line[4]

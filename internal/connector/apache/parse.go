@@ -5,7 +5,7 @@ import (
 	"regexp"
 	"strings"
 
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/serverconf"
 )
 
 // setting is one SSLCertificateFile or SSLCertificateKeyFile.
@@ -24,7 +24,7 @@ type scope struct {
 // before it and the name of its file before the first of them. It reports false if
 // the configuration is not there. A variable of the running httpd's environment may
 // be unknown to the one that was asked: where it may be part of cert, it is.
-func pairsInDump(dump, cert string) (pairs []target.ServerPair, ok bool) {
+func pairsInDump(dump, cert string) (pairs []serverconf.Pair, ok bool) {
 	var server scope
 	var hosts []*scope
 	current := &server
@@ -104,14 +104,14 @@ func (s *scope) inherit(server *scope) {
 
 // pairs takes the first certificate with the first key, and so on. For a
 // certificate without one httpd reads the key from the certificate's own file.
-func (s *scope) pairs(root string) []target.ServerPair {
-	var pairs []target.ServerPair
+func (s *scope) pairs(root string) []serverconf.Pair {
+	var pairs []serverconf.Pair
 	for i, cert := range s.certs {
 		key := cert
 		if i < len(s.keys) {
 			key = s.keys[i]
 		}
-		pairs = append(pairs, target.ServerPair{Cert: full(root, cert.value), Key: full(root, key.value), Where: key.where})
+		pairs = append(pairs, serverconf.Pair{Cert: full(root, cert.value), Key: full(root, key.value), Where: key.where})
 	}
 	return pairs
 }

@@ -5,7 +5,7 @@ import (
 	"strings"
 	"testing"
 
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/serverconf"
 )
 
 // dumped is an answer of httpd whose configuration has these lines.
@@ -51,7 +51,7 @@ func TestPairsInDump(t *testing.T) {
 			if !ok {
 				t.Fatal("this is no configuration")
 			}
-			found, err := target.KeyFor("/c.pem", pairs)
+			found, err := serverconf.KeyFor("/c.pem", pairs)
 			if strings.HasPrefix(test.want, "/") {
 				if err != nil || found.Key != test.want || found.Where != "/etc/apache2/f.conf:7" {
 					t.Errorf("got %+v, %v, want %q", found, err, test.want)

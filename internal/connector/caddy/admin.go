@@ -17,7 +17,7 @@ import (
 
 	"certctl-agent/internal/peer"
 	"certctl-agent/internal/printable"
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/targetconf"
 )
 
 const (
@@ -59,7 +59,7 @@ func newAdmin(address string, anywhere bool) (*admin, error) {
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}}
 	if socket, ok := strings.CutPrefix(address, "unix/"); ok {
-		path, err := target.ParsePath(socket)
+		path, err := targetconf.ParsePath(socket)
 		if err != nil {
 			return nil, err
 		}

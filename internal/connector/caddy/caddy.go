@@ -8,8 +8,10 @@ import (
 	"context"
 	"fmt"
 
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/pemutil"
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/policy"
+	"certctl-agent/internal/targetconf"
 	"certctl-agent/internal/transaction"
 )
 
@@ -21,7 +23,7 @@ type Config struct {
 
 // FileConfig is what more can be set when the mode is file.
 type FileConfig struct {
-	target.DirPair
+	connector.DirPair
 	ReloadCommand string `json:"reload_command"` // none: the running configuration is loaded again through the admin API
 }
 
@@ -34,17 +36,17 @@ const (
 
 // Connector is one deployment to Caddy.
 type Connector struct {
-	params target.Params
+	params connector.Params
 	files  *transaction.Store
 	admin  *admin          // nil: not needed
-	pair   *target.Pair    // nil: mode api
-	reload *target.Command // of mode file
+	pair   *connector.Pair // nil: mode api
+	reload *policy.Command // of mode file
 }
 
-var _ target.Connector = (*Connector)(nil)
+var _ connector.Connector = (*Connector)(nil)
 
 // New checks the configuration.
-func New(p target.Params, files *transaction.Store) (*Connector, error) {
+func New(p connector.Params, files *transaction.Store) (*Connector, error) {
 	c := &Connector{params: p, files: files}
 	var config Config
 	if err := p.Config.Decode(&config); err != nil {
@@ -57,11 +59,11 @@ func New(p target.Params, files *transaction.Store) (*Connector, error) {
 			return c, err
 		}
 	default:
-		return nil, target.Invalid("mode", "expected %s or %s", modeAPI, modeFile)
+		return nil, targetconf.Invalid("mode", "expected %s or %s", modeAPI, modeFile)
 	}
 	var err error
 	if c.admin, err = newAdmin(cmp.Or(config.AdminAPI, defaultAdminAPI), p.Config.Local("admin_api")); err != nil {
-		return nil, target.Invalid("admin_api", "%v", err)
+		return nil, targetconf.Invalid("admin_api", "%v", err)
 	}
 	c.admin.timeout = p.Common.CommandTimeout.Or(defaultTimeout)
 	return c, nil
@@ -81,8 +83,8 @@ func (c *Connector) decodeFiles() error {
 	return err
 }
 
-// Deploy implements target.Connector.
-func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Result, error) {
+// Deploy implements connector.Connector.
+func (c *Connector) Deploy(ctx context.Context, m *connector.Material) (connector.Result, error) {
 	tx := transaction.NewTransaction(c.params, m)
 	if c.pair == nil {
 		return c.deployByAPI(ctx, tx)
@@ -100,7 +102,7 @@ func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Resu
 // deployByAPI writes no file but those of the key store. It runs as a
 // transaction all the same: two deployments take turns, and what went before
 // is settled first.
-func (c *Connector) deployByAPI(ctx context.Context, tx transaction.Transaction) (target.Result, error) {
+func (c *Connector) deployByAPI(ctx context.Context, tx transaction.Transaction) (connector.Result, error) {
 	m := tx.Material
 	cert := append(pemutil.EncodeCertificates(m.Leaf), pemutil.EncodeCertificates(m.Chain...)...)
 	l := &loading{

@@ -10,8 +10,8 @@ import (
 	"strings"
 	"testing"
 
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/connector/conformance"
-	"certctl-agent/internal/target"
 	"certctl-agent/internal/testing/testca"
 )
 
@@ -19,12 +19,12 @@ var build = conformance.Constructor(New)
 
 const running = `{"apps":{"http":{"servers":{}},"tls":{"certificates":{"load_files":[{"certificate":"c","key":"k"}]}}}}`
 
-func fullChain(m *target.Material) []byte {
+func fullChain(m *connector.Material) []byte {
 	return append(conformance.PEM(m.Leaf), conformance.PEM(m.Chain...)...)
 }
 
 func TestConformance(t *testing.T) {
-	pair := func(m *target.Material) map[string][]byte {
+	pair := func(m *connector.Material) map[string][]byte {
 		return map[string][]byte{"cert.pem": fullChain(m), "key.pem": m.KeyPEM}
 	}
 	t.Run("api", func(t *testing.T) {
@@ -32,7 +32,7 @@ func TestConformance(t *testing.T) {
 		conformance.Run(t, conformance.Harness{
 			Type: "Caddy", New: build,
 			Config: func(string) map[string]any { return map[string]any{"admin_url": api.URL} },
-			Want:   func(*target.Material) map[string][]byte { return nil },
+			Want:   func(*connector.Material) map[string][]byte { return nil },
 		})
 	})
 	t.Run("file, reload by command", func(t *testing.T) {
@@ -107,12 +107,12 @@ func newFixture(t *testing.T, config string) *fixture {
 	return f
 }
 
-func (f *fixture) deploy(ctx context.Context, m *target.Material) (target.Result, error) {
+func (f *fixture) deploy(ctx context.Context, m *connector.Material) (connector.Result, error) {
 	return f.Deploy(ctx, "Caddy", build, f.config, m)
 }
 
 // element is what m is in load_pem.
-func element(m *target.Material, tags ...string) string {
+func element(m *connector.Material, tags ...string) string {
 	data, _ := json.Marshal(loadedPair{string(fullChain(m)), string(m.KeyPEM), tags})
 	return string(data)
 }
@@ -125,21 +125,21 @@ func TestDeployByAPI(t *testing.T) {
 	tests := []struct {
 		name, config string
 		change       string
-		want         func(m *target.Material) string // of the whole configuration
+		want         func(m *connector.Material) string // of the whole configuration
 	}{
-		{"no configuration", `null`, "PUT", func(m *target.Material) string {
+		{"no configuration", `null`, "PUT", func(m *connector.Material) string {
 			return fmt.Sprintf(`{"apps":{"tls":{"certificates":{"load_pem":[%s]}}}}`, element(m, ourTag))
 		}},
-		{"no TLS app", `{"apps":{"http":{}}}`, "PUT", func(m *target.Material) string {
+		{"no TLS app", `{"apps":{"http":{}}}`, "PUT", func(m *connector.Material) string {
 			return fmt.Sprintf(`{"apps":{"http":{},"tls":{"certificates":{"load_pem":[%s]}}}}`, element(m, ourTag))
 		}},
-		{"no list", `{"apps":{"tls":{"certificates":{"automate":["a"]}}}}`, "POST", func(m *target.Material) string {
+		{"no list", `{"apps":{"tls":{"certificates":{"automate":["a"]}}}}`, "POST", func(m *connector.Material) string {
 			return fmt.Sprintf(`{"apps":{"tls":{"certificates":{"automate":["a"],"load_pem":[%s]}}}}`, element(m, ourTag))
 		}},
-		{"others", `{"apps":{"tls":{"certificates":{"load_pem":[` + other + `]}}}}`, "POST", func(m *target.Material) string {
+		{"others", `{"apps":{"tls":{"certificates":{"load_pem":[` + other + `]}}}}`, "POST", func(m *connector.Material) string {
 			return fmt.Sprintf(`{"apps":{"tls":{"certificates":{"load_pem":[%s,%s]}}}}`, other, element(m, ourTag))
 		}},
-		{"ours among others", `{"apps":{"tls":{"certificates":{"load_pem":[` + other + "," + ours + "," + other + `]}}}}`, "PATCH", func(m *target.Material) string {
+		{"ours among others", `{"apps":{"tls":{"certificates":{"load_pem":[` + other + "," + ours + "," + other + `]}}}}`, "PATCH", func(m *connector.Material) string {
 			return fmt.Sprintf(`{"apps":{"tls":{"certificates":{"load_pem":[%s,%s,%s]}}}}`, other, element(m, "site", ourTag), other)
 		}},
 	}
@@ -174,7 +174,7 @@ func TestDeployByAPI(t *testing.T) {
 func TestKeyPromotion(t *testing.T) {
 	f := newFixture(t, running)
 	m := f.Material(t, f.ca)
-	m.KeyFiles = []target.File{{Path: m.KeyPath, Kind: target.StoreFile, Data: m.KeyPEM, DefaultMode: 0o600}}
+	m.KeyFiles = []connector.File{{Path: m.KeyPath, Kind: connector.StoreFile, Data: m.KeyPEM, DefaultMode: 0o600}}
 	f.api.before = func(w http.ResponseWriter, r *http.Request) bool {
 		if r.Method == http.MethodGet {
 			return false

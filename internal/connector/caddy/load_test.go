@@ -7,7 +7,7 @@ import (
 	"strings"
 	"testing"
 
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/connector"
 )
 
 func listConfig(elements ...string) string {
@@ -57,7 +57,7 @@ func TestEndlessConflict(t *testing.T) {
 }
 
 // failing deploys with a check that fails once Caddy has the new pair.
-func failing(t *testing.T, f *fixture, m *target.Material) error {
+func failing(t *testing.T, f *fixture, m *connector.Material) error {
 	t.Helper()
 	f.config["post_deploy_verify"] = map[string]any{"enabled": true, "endpoint": "127.0.0.1:1"}
 	f.config["post_deploy_verify_attempts"] = 1

@@ -12,17 +12,19 @@ import (
 	"sync"
 	"testing"
 
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/connector"
+	"certctl-agent/internal/policy"
+	"certctl-agent/internal/targetconf"
 	"certctl-agent/internal/testing/testca"
 	"certctl-agent/internal/transaction"
 )
 
 // New is the constructor of a connector, as internal/connector/all knows it.
-type New func(target.Params, *transaction.Store) (target.Connector, error)
+type New func(connector.Params, *transaction.Store) (connector.Connector, error)
 
 // Constructor makes a New of a connector's own.
-func Constructor[C target.Connector](build func(target.Params, *transaction.Store) (C, error)) New {
-	return func(p target.Params, files *transaction.Store) (target.Connector, error) {
+func Constructor[C connector.Connector](build func(connector.Params, *transaction.Store) (C, error)) New {
+	return func(p connector.Params, files *transaction.Store) (connector.Connector, error) {
 		c, err := build(p, files)
 		if err != nil {
 			return nil, err
@@ -40,15 +42,15 @@ type Host struct {
 	KeyDir   string // the agent's key store
 	StateDir string
 	Overlays string // directory of overlays; empty at first
-	Policy   *target.Policy
+	Policy   *policy.Policy
 	Files    *transaction.Store
-	Query    func(ctx context.Context, c target.Command) (stdout []byte, err error)
+	Query    func(ctx context.Context, c policy.Command) (stdout []byte, err error)
 
 	log *output
 }
 
 // NewHost makes a Host whose commands are run by run.
-func NewHost(t testing.TB, run func(ctx context.Context, c target.Command) error) *Host {
+func NewHost(t testing.TB, run func(ctx context.Context, c policy.Command) error) *Host {
 	t.Helper()
 	base, err := filepath.EvalSymlinks(t.TempDir())
 	if err != nil {
@@ -68,7 +70,7 @@ func NewHost(t testing.TB, run func(ctx context.Context, c target.Command) error
 	for dir := base; dir != os.TempDir() && dir != "/"; dir = filepath.Dir(dir) {
 		_ = os.Chmod(dir, 0o755) // the same servers must get here
 	}
-	h.Policy = &target.Policy{Protected: []string{h.KeyDir, h.StateDir, h.Overlays}}
+	h.Policy = &policy.Policy{Protected: []string{h.KeyDir, h.StateDir, h.Overlays}}
 	state, err := os.OpenRoot(h.StateDir)
 	if err != nil {
 		t.Fatal(err)
@@ -91,42 +93,42 @@ func (h *Host) Logger() *slog.Logger {
 func (h *Host) Log() string { return h.log.String() }
 
 // Connector makes a connector the way that a deployment does.
-func (h *Host) Connector(typ string, build New, config map[string]any) (target.Connector, error) {
+func (h *Host) Connector(typ string, build New, config map[string]any) (connector.Connector, error) {
 	job, err := json.Marshal(config)
 	if err != nil {
 		return nil, err
 	}
-	merged, err := target.Merge(job, typ, TargetID, target.OpenOverlays(h.Overlays))
+	merged, err := targetconf.Merge(job, typ, TargetID, targetconf.OpenOverlays(h.Overlays))
 	if err != nil {
 		return nil, err
 	}
-	common, err := target.DecodeCommon(merged)
+	common, err := targetconf.DecodeCommon(merged)
 	if err != nil {
 		return nil, err
 	}
-	return build(target.Params{
+	return build(connector.Params{
 		TargetID: TargetID, Config: merged, Common: common, Policy: h.Policy, Log: h.Logger(), Query: h.Query,
 	}, h.Files)
 }
 
 // Deploy makes a connector and lets it deploy m.
-func (h *Host) Deploy(ctx context.Context, typ string, build New, config map[string]any, m *target.Material) (target.Result, error) {
+func (h *Host) Deploy(ctx context.Context, typ string, build New, config map[string]any, m *connector.Material) (connector.Result, error) {
 	c, err := h.Connector(typ, build, config)
 	if err != nil {
-		return target.Result{}, err
+		return connector.Result{}, err
 	}
 	return c.Deploy(ctx, m)
 }
 
 // Material is a new certificate for localhost and 127.0.0.1, with an
 // intermediate, whose key is in h's key store already.
-func (h *Host) Material(t testing.TB, ca *testca.CA) *target.Material {
+func (h *Host) Material(t testing.TB, ca *testca.CA) *connector.Material {
 	t.Helper()
 	issued, err := ca.Issue(testca.Template{Names: []string{"localhost", "127.0.0.1"}, Intermediates: 1, OmitRoot: true})
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &target.Material{
+	return &connector.Material{
 		CertificateID: "cert-1",
 		Leaf:          issued.Leaf,
 		Chain:         issued.Chain[1:],
@@ -136,7 +138,7 @@ func (h *Host) Material(t testing.TB, ca *testca.CA) *target.Material {
 }
 
 // Dir is the Dir of the Host that made m, for files that name others.
-func Dir(m *target.Material) string {
+func Dir(m *connector.Material) string {
 	return filepath.Join(filepath.Dir(filepath.Dir(m.KeyPath)), "target")
 }
 

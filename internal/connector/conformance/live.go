@@ -11,8 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/pemutil"
-	"certctl-agent/internal/target"
 	"certctl-agent/internal/testing/liveserver"
 	"certctl-agent/internal/testing/needs"
 	"certctl-agent/internal/testing/testca"
@@ -67,7 +67,7 @@ func Start(t *testing.T, start liveserver.Starter, build New) *Live {
 }
 
 // Deploy deploys m with changes to Config, key and value in turn.
-func (l *Live) Deploy(ctx context.Context, m *target.Material, changes ...any) (target.Result, error) {
+func (l *Live) Deploy(ctx context.Context, m *connector.Material, changes ...any) (connector.Result, error) {
 	config := maps.Clone(l.Config)
 	for i := 0; i < len(changes); i += 2 {
 		config[changes[i].(string)] = changes[i+1]
@@ -76,13 +76,13 @@ func (l *Live) Deploy(ctx context.Context, m *target.Material, changes ...any) (
 }
 
 // NewMaterial is Material of the host, by l's CA.
-func (l *Live) NewMaterial(t testing.TB) *target.Material {
+func (l *Live) NewMaterial(t testing.TB) *connector.Material {
 	t.Helper()
 	return l.Material(t, l.CA)
 }
 
 // MustDeploy deploys m and waits until it is served.
-func (l *Live) MustDeploy(t testing.TB, m *target.Material, changes ...any) {
+func (l *Live) MustDeploy(t testing.TB, m *connector.Material, changes ...any) {
 	t.Helper()
 	time.Sleep(l.Settle)
 	if _, err := l.Deploy(t.Context(), m, changes...); err != nil {
@@ -93,7 +93,7 @@ func (l *Live) MustDeploy(t testing.TB, m *target.Material, changes ...any) {
 
 // Refuses fails the test unless the deployment of m fails, for a reason that
 // has says in it, and leaves everything as it was.
-func (l *Live) Refuses(t testing.TB, m *target.Material, says string, changes ...any) {
+func (l *Live) Refuses(t testing.TB, m *connector.Material, says string, changes ...any) {
 	t.Helper()
 	before := l.files(t)
 	served, err := tlsprobe.Probe(t.Context(), l.Endpoint)
@@ -104,7 +104,7 @@ func (l *Live) Refuses(t testing.TB, m *target.Material, says string, changes ..
 	if err == nil || !strings.Contains(err.Error(), says) {
 		t.Errorf("got %v, want an error with %q", err, says)
 	}
-	if broken, ok := errors.AsType[*target.BrokenError](err); ok {
+	if broken, ok := errors.AsType[*connector.BrokenError](err); ok {
 		t.Errorf("the rollback failed: %v", broken)
 	}
 	if after := l.files(t); !maps.Equal(before, after) {
@@ -199,8 +199,8 @@ func (l *Live) Rotate(t *testing.T, drain time.Duration) {
 	Rotate(t, Rotation{
 		Endpoint: l.Endpoint,
 		Others:   l.Others,
-		Material: func() *target.Material { return l.NewMaterial(t) },
-		Deploy: func(ctx context.Context, m *target.Material) error {
+		Material: func() *connector.Material { return l.NewMaterial(t) },
+		Deploy: func(ctx context.Context, m *connector.Material) error {
 			_, err := l.Deploy(ctx, m)
 			return err
 		},

@@ -8,8 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/pemutil"
-	"certctl-agent/internal/target"
 	"certctl-agent/internal/tlsprobe"
 )
 
@@ -22,10 +22,10 @@ type Rotation struct {
 	Clients  int                 // 0: 1
 
 	// Material makes the next certificate.
-	Material func() *target.Material
+	Material func() *connector.Material
 
 	// Deploy installs it. It returns once a verification has met it.
-	Deploy func(ctx context.Context, m *target.Material) error
+	Deploy func(ctx context.Context, m *connector.Material) error
 
 	// Drain is how long the server's old workers usually go on answering after
 	// that. The rotation has ended when none has for so long.

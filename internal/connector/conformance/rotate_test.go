@@ -9,7 +9,7 @@ import (
 	"testing"
 	"time"
 
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/testing/testca"
 	"certctl-agent/internal/tlsprobe"
 )
@@ -41,7 +41,7 @@ func TestRotate(t *testing.T) {
 			var mu sync.Mutex
 			var serves [2]tls.Certificate // before and now; guarded by mu
 			var since time.Time           // guarded by mu
-			deploy := func(_ context.Context, m *target.Material) error {
+			deploy := func(_ context.Context, m *connector.Material) error {
 				pair, err := tls.X509KeyPair(PEM(m.Leaf), m.KeyPEM)
 				mu.Lock()
 				defer mu.Unlock()
@@ -79,7 +79,7 @@ func TestRotate(t *testing.T) {
 			figures := Rotate(v, Rotation{
 				Endpoint: tlsprobe.Endpoint{Address: listener.Addr().String(), ServerName: "localhost"},
 				Rounds:   1,
-				Material: func() *target.Material { return host.Material(t, ca) },
+				Material: func() *connector.Material { return host.Material(t, ca) },
 				Deploy:   deploy,
 				maxDrain: 3 * time.Second,
 			})

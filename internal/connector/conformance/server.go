@@ -11,18 +11,18 @@ import (
 	"time"
 
 	"certctl-agent/internal/command"
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/policy"
 	"certctl-agent/internal/tlsprobe"
 )
 
 // RunCommand runs commands for real.
-func RunCommand(ctx context.Context, c target.Command) error {
+func RunCommand(ctx context.Context, c policy.Command) error {
 	_, err := command.Run(ctx, c.Argv, c.Timeout)
 	return err
 }
 
 // QueryCommand asks servers for real.
-func QueryCommand(ctx context.Context, c target.Command) ([]byte, error) {
+func QueryCommand(ctx context.Context, c policy.Command) ([]byte, error) {
 	return command.Query(ctx, c.Argv, c.Timeout)
 }
 

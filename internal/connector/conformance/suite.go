@@ -19,8 +19,9 @@ import (
 	"testing"
 	"time"
 
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/pemutil"
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/policy"
 	"certctl-agent/internal/testing/testca"
 )
 
@@ -35,7 +36,7 @@ type Harness struct {
 
 	// Want is what the files below dir hold once m is installed, by their
 	// names in dir.
-	Want func(m *target.Material) map[string][]byte
+	Want func(m *connector.Material) map[string][]byte
 
 	// Required are the keys without which the configuration is refused.
 	Required []string
@@ -72,12 +73,12 @@ type rig struct {
 
 func (s *suite) rig(t *testing.T) *rig {
 	r := &rig{suite: s, t: t, commands: new(commands)}
-	r.Host = NewHost(t, func(ctx context.Context, c target.Command) error { return r.commands.run(ctx, c) })
+	r.Host = NewHost(t, func(ctx context.Context, c policy.Command) error { return r.commands.run(ctx, c) })
 	r.Host.Query = nil
 	return r
 }
 
-func (r *rig) deploy(ctx context.Context, m *target.Material) (target.Result, error) {
+func (r *rig) deploy(ctx context.Context, m *connector.Material) (connector.Result, error) {
 	r.t.Helper()
 	config := r.Config(r.Dir)
 	maps.Copy(config, r.extra)
@@ -86,7 +87,7 @@ func (r *rig) deploy(ctx context.Context, m *target.Material) (target.Result, er
 	return result, err
 }
 
-func (r *rig) mustDeploy(m *target.Material) target.Result {
+func (r *rig) mustDeploy(m *connector.Material) connector.Result {
 	r.t.Helper()
 	result, err := r.deploy(r.t.Context(), m)
 	if err != nil {
@@ -97,7 +98,7 @@ func (r *rig) mustDeploy(m *target.Material) target.Result {
 
 // checkSecrets looks for key material and secrets of the configuration in
 // everything that was said.
-func (r *rig) checkSecrets(m *target.Material, err error) {
+func (r *rig) checkSecrets(m *connector.Material, err error) {
 	r.t.Helper()
 	said := r.Log()
 	if err != nil {
@@ -118,7 +119,7 @@ func (r *rig) checkSecrets(m *target.Material, err error) {
 
 // checkFiles compares the target with what it should hold, and finds what
 // should not be there: a server may load a whole directory.
-func (r *rig) checkFiles(m *target.Material) {
+func (r *rig) checkFiles(m *connector.Material) {
 	r.t.Helper()
 	got := r.snapshot()
 	want := r.Want(m)
@@ -264,19 +265,19 @@ func (s *suite) rollsBack(t *testing.T, renewal bool) {
 
 	type attempt struct {
 		name string
-		do   func(r *rig, m *target.Material) error
+		do   func(r *rig, m *connector.Material) error
 	}
 	var attempts []attempt
-	add := func(name string, do func(r *rig, m *target.Material) error) {
+	add := func(name string, do func(r *rig, m *connector.Material) error) {
 		attempts = append(attempts, attempt{name, do})
 	}
 	for stage := range stages {
-		add(fmt.Sprintf("command %d fails", stage+1), func(r *rig, m *target.Material) error {
+		add(fmt.Sprintf("command %d fails", stage+1), func(r *rig, m *connector.Material) error {
 			r.commands.fail = map[int]error{stage: errors.New("exit status 1: made to fail")}
 			_, err := r.deploy(r.t.Context(), m)
 			return err
 		})
-		add(fmt.Sprintf("cancelled in command %d", stage+1), func(r *rig, m *target.Material) error {
+		add(fmt.Sprintf("cancelled in command %d", stage+1), func(r *rig, m *connector.Material) error {
 			ctx, cancel := context.WithCancel(r.t.Context())
 			defer cancel()
 			r.commands.each = func(n int) {
@@ -288,12 +289,12 @@ func (s *suite) rollsBack(t *testing.T, renewal bool) {
 			return err
 		})
 	}
-	add("verification fails", func(r *rig, m *target.Material) error {
+	add("verification fails", func(r *rig, m *connector.Material) error {
 		r.extra = s.verifyElsewhere(r.t)
 		_, err := r.deploy(r.t.Context(), m)
 		return err
 	})
-	add("cancelled before it begins", func(r *rig, m *target.Material) error {
+	add("cancelled before it begins", func(r *rig, m *connector.Material) error {
 		ctx, cancel := context.WithCancel(r.t.Context())
 		cancel()
 		_, err := r.deploy(ctx, m)
@@ -310,14 +311,14 @@ func (s *suite) rollsBack(t *testing.T, renewal bool) {
 			}
 			before := r.snapshot()
 			m := r.Material(t, s.ca)
-			m.KeyFiles = []target.File{{
-				Path: m.KeyPath, Kind: target.StoreFile, Data: m.KeyPEM, DefaultMode: 0o600,
+			m.KeyFiles = []connector.File{{
+				Path: m.KeyPath, Kind: connector.StoreFile, Data: m.KeyPEM, DefaultMode: 0o600,
 			}}
 			err := a.do(r, m)
 			if err == nil {
 				t.Fatal("the deployment reports success")
 			}
-			if broken, ok := errors.AsType[*target.BrokenError](err); ok {
+			if broken, ok := errors.AsType[*connector.BrokenError](err); ok {
 				t.Fatalf("the rollback failed: %v", broken)
 			}
 			if after := r.snapshot(); !maps.Equal(before, after) {
@@ -415,14 +416,14 @@ func (s *suite) policy(t *testing.T) {
 
 // commands stands in for the commands of a target.
 type commands struct {
-	ran  []target.Command
+	ran  []policy.Command
 	fail map[int]error // by position; consumed
 	each func(n int)
 }
 
 func (c *commands) reset() { *c = commands{} }
 
-func (c *commands) run(ctx context.Context, command target.Command) error {
+func (c *commands) run(ctx context.Context, command policy.Command) error {
 	n := len(c.ran)
 	c.ran = append(c.ran, command)
 	if c.each != nil {

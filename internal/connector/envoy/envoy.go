@@ -10,17 +10,18 @@ import (
 	"encoding/json"
 	"slices"
 
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/pemutil"
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/targetconf"
 	"certctl-agent/internal/transaction"
 )
 
 // Config is what can be set for a target of type Envoy.
 type Config struct {
-	CertDir   target.Path     `json:"cert_dir" config:"required"`
-	CertName  target.FileName `json:"cert_filename"`  // cert.pem
-	KeyName   target.FileName `json:"key_filename"`   // key.pem
-	ChainName target.FileName `json:"chain_filename"` // none: the chain follows the leaf in the certificate's file
+	CertDir   targetconf.Path     `json:"cert_dir" config:"required"`
+	CertName  targetconf.FileName `json:"cert_filename"`  // cert.pem
+	KeyName   targetconf.FileName `json:"key_filename"`   // key.pem
+	ChainName targetconf.FileName `json:"chain_filename"` // none: the chain follows the leaf in the certificate's file
 
 	SDSConfig  bool   `json:"sds_config"`      // write sds.json beside them
 	SecretName string `json:"sds_secret_name"` // server_cert
@@ -33,16 +34,16 @@ const (
 
 // Connector is one deployment to Envoy.
 type Connector struct {
-	params target.Params
+	params connector.Params
 	files  *transaction.Store
 	config Config
-	pair   target.Pair
+	pair   connector.Pair
 }
 
-var _ target.Connector = (*Connector)(nil)
+var _ connector.Connector = (*Connector)(nil)
 
 // New checks the configuration.
-func New(p target.Params, files *transaction.Store) (*Connector, error) {
+func New(p connector.Params, files *transaction.Store) (*Connector, error) {
 	c := &Connector{params: p, files: files}
 	if err := p.Config.Decode(&c.config); err != nil {
 		return nil, err
@@ -52,11 +53,11 @@ func New(p target.Params, files *transaction.Store) (*Connector, error) {
 
 // resolve makes paths of the names.
 func (c *Connector) resolve() error {
-	names := map[target.FileName]string{}
+	names := map[targetconf.FileName]string{}
 	for _, file := range []struct {
 		key  string
-		name target.FileName
-		path *target.Path
+		name targetconf.FileName
+		path *targetconf.Path
 	}{
 		{"cert_filename", c.config.CertName.Or("cert.pem"), &c.pair.CertPath},
 		{"key_filename", c.config.KeyName.Or("key.pem"), &c.pair.KeyPath},
@@ -66,10 +67,10 @@ func (c *Connector) resolve() error {
 			continue
 		}
 		if other := names[file.name]; other != "" {
-			return target.Invalid(file.key, "is the same file as %s", other)
+			return targetconf.Invalid(file.key, "is the same file as %s", other)
 		}
 		if file.name == sdsName && c.config.SDSConfig {
-			return target.Invalid(file.key, "is the file that sds_config writes")
+			return targetconf.Invalid(file.key, "is the file that sds_config writes")
 		}
 		names[file.name] = file.key
 		*file.path = c.config.CertDir.Join(file.name)
@@ -77,16 +78,16 @@ func (c *Connector) resolve() error {
 	return nil
 }
 
-// Deploy implements target.Connector.
-func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Result, error) {
+// Deploy implements connector.Connector.
+func (c *Connector) Deploy(ctx context.Context, m *connector.Material) (connector.Result, error) {
 	files, warnings := c.pair.Files(m)
 	if c.config.SDSConfig {
 		sds, err := c.sds(pemutil.Fingerprint(m.Leaf))
 		if err != nil {
-			return target.Result{}, err
+			return connector.Result{}, err
 		}
 		// The last one: at its event the pair is complete.
-		file := target.FileOptions{}.File(c.config.CertDir.Join(sdsName), target.ConfigFile, sds)
+		file := connector.NewFile(c.config.CertDir.Join(sdsName), connector.ConfigFile, sds, targetconf.FileOptions{})
 		file.Written = isSDS
 		files = append(files, file)
 		if c.pair.ChainPath != "" && len(m.Chain) > 0 {
@@ -124,10 +125,10 @@ type (
 		WatchedDirectory directory  `json:"watched_directory"`
 	}
 	dataSource struct {
-		Filename target.Path `json:"filename"`
+		Filename targetconf.Path `json:"filename"`
 	}
 	directory struct {
-		Path target.Path `json:"path"`
+		Path targetconf.Path `json:"path"`
 	}
 )
 

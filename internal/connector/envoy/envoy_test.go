@@ -8,16 +8,17 @@ import (
 	"strings"
 	"testing"
 
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/connector/conformance"
 	"certctl-agent/internal/pemutil"
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/policy"
 	"certctl-agent/internal/testing/testca"
 )
 
 var build = conformance.Constructor(New)
 
 func TestConformance(t *testing.T) {
-	run := func(name string, extra map[string]any, want func(m *target.Material) map[string][]byte) {
+	run := func(name string, extra map[string]any, want func(m *connector.Material) map[string][]byte) {
 		t.Run(name, func(t *testing.T) {
 			conformance.Run(t, conformance.Harness{
 				Type: "Envoy", New: build, Required: []string{"cert_dir"}, Want: want,
@@ -29,11 +30,11 @@ func TestConformance(t *testing.T) {
 			})
 		})
 	}
-	run("static", nil, func(m *target.Material) map[string][]byte {
+	run("static", nil, func(m *connector.Material) map[string][]byte {
 		return map[string][]byte{"cert.pem": append(conformance.PEM(m.Leaf), conformance.PEM(m.Chain...)...), "key.pem": m.KeyPEM}
 	})
 	run("secret discovery", map[string]any{"cert_filename": "a.pem", "key_filename": "b.pem", "chain_filename": "c.pem", "sds_config": true, "sds_secret_name": "site"},
-		func(m *target.Material) map[string][]byte {
+		func(m *connector.Material) map[string][]byte {
 			return map[string][]byte{
 				"a.pem": conformance.PEM(m.Leaf), "b.pem": m.KeyPEM, "c.pem": conformance.PEM(m.Chain...),
 				"sds.json": fmt.Appendf(nil, `{
@@ -100,7 +101,7 @@ func TestNotTold(t *testing.T) {
 		{false, nil},
 		{true, map[string]any{"sds_config": true}},
 	} {
-		host := conformance.NewHost(t, func(context.Context, target.Command) error { return nil })
+		host := conformance.NewHost(t, func(context.Context, policy.Command) error { return nil })
 		config := map[string]any{"cert_dir": host.Dir}
 		maps.Copy(config, test.config)
 		m := host.Material(t, testca.Must(t))

@@ -13,9 +13,9 @@ import (
 	"time"
 	"unsafe"
 
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/connector/conformance"
 	"certctl-agent/internal/pemutil"
-	"certctl-agent/internal/target"
 	"certctl-agent/internal/testing/testca"
 )
 
@@ -84,14 +84,14 @@ func TestWatch(t *testing.T) {
 	config := map[string]any{"cert_dir": host.Dir, "sds_config": true}
 	w := watch(t, host.Dir)
 	want := []string{"cert.pem", "key.pem", "sds.json"}
-	check := func(what string, m *target.Material) {
+	check := func(what string, m *connector.Material) {
 		t.Helper()
 		if got := moves(t, w.events(t)); !slices.Equal(got, want) {
 			t.Errorf("%s: moved in: %q, want %q", what, got, want)
 		}
 		served(t, host.Dir, m)
 	}
-	var m *target.Material
+	var m *connector.Material
 	for range 10 {
 		m = host.Material(t, ca)
 		if _, err := host.Deploy(t.Context(), "Envoy", build, config, m); err != nil {
@@ -109,7 +109,7 @@ func TestWatch(t *testing.T) {
 }
 
 // served fails the test unless sds.json in dir leads to m.
-func served(t *testing.T, dir string, m *target.Material) {
+func served(t *testing.T, dir string, m *connector.Material) {
 	t.Helper()
 	data, err := os.ReadFile(filepath.Join(dir, sdsName))
 	if err != nil {

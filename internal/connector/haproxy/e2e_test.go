@@ -12,8 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/connector/conformance"
-	"certctl-agent/internal/target"
 	"certctl-agent/internal/testing/liveserver"
 	"certctl-agent/internal/testing/needs"
 	"certctl-agent/internal/testing/testca"
@@ -60,7 +60,7 @@ func TestLive(t *testing.T) {
 }
 
 // onRSA is material with an RSA key.
-func onRSA(t *testing.T, host *conformance.Host, ca *testca.CA) *target.Material {
+func onRSA(t *testing.T, host *conformance.Host, ca *testca.CA) *connector.Material {
 	t.Helper()
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
 	must(t, err)
@@ -96,7 +96,7 @@ func TestLiveTwoKeysBehindProxy(t *testing.T) {
 	must(t, os.WriteFile(conf, bytes.Replace(text, []byte(" ssl crt "), []byte(" accept-proxy ssl crt "), 1), 0o644))
 	l.Config["post_deploy_verify"].(map[string]any)["proxy_protocol"] = true
 	for range 2 {
-		for name, m := range map[string]*target.Material{"site.rsa": onRSA(t, l.Host, l.CA), "site.ecdsa": l.NewMaterial(t)} {
+		for name, m := range map[string]*connector.Material{"site.rsa": onRSA(t, l.Host, l.CA), "site.ecdsa": l.NewMaterial(t)} {
 			if _, err := l.Deploy(t.Context(), m, "pem_path", filepath.Join(l.Watched, name)); err != nil {
 				t.Errorf("%s: %v", name, err)
 			}

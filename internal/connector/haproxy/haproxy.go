@@ -5,15 +5,17 @@ package haproxy
 import (
 	"context"
 
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/pemutil"
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/policy"
+	"certctl-agent/internal/targetconf"
 	"certctl-agent/internal/transaction"
 )
 
 // Config is what can be set for a target of type HAProxy.
 type Config struct {
-	PEMPath target.Path        `json:"pem_path" config:"required"`
-	PEMFile target.FileOptions `json:"pem_file_*" config:"secret"`
+	PEMPath targetconf.Path        `json:"pem_path" config:"required"`
+	PEMFile targetconf.FileOptions `json:"pem_file_*" config:"secret"`
 
 	ValidateCommand string `json:"validate_command"`
 	ReloadCommand   string `json:"reload_command" config:"required"`
@@ -21,17 +23,17 @@ type Config struct {
 
 // Connector is one deployment to HAProxy.
 type Connector struct {
-	params   target.Params
+	params   connector.Params
 	files    *transaction.Store
 	config   Config
-	validate *target.Command
-	reload   *target.Command
+	validate *policy.Command
+	reload   *policy.Command
 }
 
-var _ target.Connector = (*Connector)(nil)
+var _ connector.Connector = (*Connector)(nil)
 
 // New checks the configuration.
-func New(p target.Params, files *transaction.Store) (*Connector, error) {
+func New(p connector.Params, files *transaction.Store) (*Connector, error) {
 	c := &Connector{params: p, files: files}
 	err := p.Config.Decode(&c.config)
 	if err != nil {
@@ -46,16 +48,16 @@ func New(p target.Params, files *transaction.Store) (*Connector, error) {
 	return c, nil
 }
 
-// Deploy implements target.Connector.
-func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Result, error) {
+// Deploy implements connector.Connector.
+func (c *Connector) Deploy(ctx context.Context, m *connector.Material) (connector.Result, error) {
 	data := append(pemutil.EncodeCertificates(m.Leaf), pemutil.EncodeCertificates(m.Chain...)...)
 	data = append(data, m.Key()...)
-	file := c.config.PEMFile.File(c.config.PEMPath, target.KeyFile, data)
+	file := connector.NewFile(c.config.PEMPath, connector.KeyFile, data, c.config.PEMFile)
 	// HAProxy finds each kind of block wherever it stands
 	// (https://docs.haproxy.org/2.6/configuration.html#5.1-crt).
 	file.KeepOthers = true
 	tx := transaction.NewTransaction(c.params, m)
-	tx.Files = []target.File{file}
+	tx.Files = []connector.File{file}
 	tx.Validate, tx.Reload = c.validate, c.reload
 	return c.files.Deploy(ctx, tx)
 }

@@ -9,8 +9,9 @@ import (
 	"strings"
 	"testing"
 
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/connector/conformance"
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/policy"
 	"certctl-agent/internal/testing/testca"
 )
 
@@ -24,7 +25,7 @@ func config(dir string) map[string]any {
 	}
 }
 
-func want(m *target.Material) map[string][]byte {
+func want(m *connector.Material) map[string][]byte {
 	return map[string][]byte{"site.pem": slices.Concat(conformance.PEM(m.Leaf), conformance.PEM(m.Chain...), m.KeyPEM)}
 }
 
@@ -50,7 +51,7 @@ func TestConformanceOfAlias(t *testing.T) {
 // What a renewal does not replace stays in the file.
 func TestOtherBlocks(t *testing.T) {
 	const parameters = "-----BEGIN DH PARAMETERS-----\nMAA=\n-----END DH PARAMETERS-----\n"
-	host, ca := conformance.NewHost(t, func(context.Context, target.Command) error { return nil }), testca.Must(t)
+	host, ca := conformance.NewHost(t, func(context.Context, policy.Command) error { return nil }), testca.Must(t)
 	path := filepath.Join(host.Dir, "site.pem")
 	old := host.Material(t, ca)
 	if err := os.WriteFile(path, slices.Concat(old.KeyPEM, []byte("# by hand\n"+parameters), conformance.PEM(old.Leaf)), 0o600); err != nil {

@@ -8,19 +8,20 @@ import (
 	"slices"
 	"strings"
 
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/policy"
+	"certctl-agent/internal/serverconf"
 )
 
 // askServer finds the key of cert_path in the mail server's own configuration.
-func (c *Connector) askServer(ctx context.Context) (target.ServerPair, error) {
+func (c *Connector) askServer(ctx context.Context) (serverconf.Pair, error) {
 	if c.params.Query == nil {
-		return target.ServerPair{}, errors.New(c.config.Mode + " cannot be asked here")
+		return serverconf.Pair{}, errors.New(c.config.Mode + " cannot be asked here")
 	}
 	pairs, err := c.pairs(ctx)
 	if err != nil {
-		return target.ServerPair{}, fmt.Errorf("ask %s for its configuration: %w", c.config.Mode, err)
+		return serverconf.Pair{}, fmt.Errorf("ask %s for its configuration: %w", c.config.Mode, err)
 	}
-	return target.KeyFor(c.config.CertPath, pairs)
+	return serverconf.KeyFor(c.config.CertPath, pairs)
 }
 
 // query runs the program that prints the configuration: the one beside the
@@ -28,7 +29,7 @@ func (c *Connector) askServer(ctx context.Context) (target.ServerPair, error) {
 // says which server it is about, so it goes first.
 func (c *Connector) query(ctx context.Context, printer string, programs []string, args ...string) (string, error) {
 	for _, argv := range [][]string{c.reload.Argv, c.validate.Argv} {
-		at := target.Program(argv, programs...)
+		at := serverconf.Program(argv, programs...)
 		if at < 0 {
 			continue
 		}
@@ -37,7 +38,7 @@ func (c *Connector) query(ctx context.Context, printer string, programs []string
 			call[at] = filepath.Join(filepath.Dir(argv[at]), printer)
 		}
 		call = append(append(call, configFlag(argv[at+1:])...), args...)
-		stdout, err := c.params.Query(ctx, target.Command{Argv: call, Timeout: c.validate.Timeout})
+		stdout, err := c.params.Query(ctx, policy.Command{Argv: call, Timeout: c.validate.Timeout})
 		return string(stdout), err
 	}
 	return "", fmt.Errorf("neither reload_command nor validate_command starts %s itself", strings.Join(programs, " or "))

@@ -7,7 +7,7 @@ import (
 	"testing"
 
 	"certctl-agent/internal/connector/conformance"
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/policy"
 )
 
 func TestQuery(t *testing.T) {
@@ -20,8 +20,8 @@ func TestQuery(t *testing.T) {
 	}
 	for _, test := range tests {
 		var got string
-		c := &Connector{validate: &target.Command{Argv: strings.Fields(test.validate)}, reload: &target.Command{Argv: strings.Fields(test.reload)}}
-		c.params.Query = func(_ context.Context, command target.Command) ([]byte, error) {
+		c := &Connector{validate: &policy.Command{Argv: strings.Fields(test.validate)}, reload: &policy.Command{Argv: strings.Fields(test.reload)}}
+		c.params.Query = func(_ context.Context, command policy.Command) ([]byte, error) {
 			got = strings.Join(command.Argv, " ")
 			return nil, nil
 		}
@@ -38,19 +38,19 @@ func TestMaskedAndNotToBeHad(t *testing.T) {
 	tests := []struct {
 		name  string
 		build conformance.New
-		query func(context.Context, target.Command) ([]byte, error)
+		query func(context.Context, policy.Command) ([]byte, error)
 		says  string
 	}{
 		{"nobody to ask", buildPostfix, nil, "postfix cannot be asked here"},
 		{"Postfix without an answer", buildPostfix, refuse, "ask postfix for its configuration: exit status 1"},
-		{"Postfix without overrides", buildPostfix, func(ctx context.Context, c target.Command) ([]byte, error) {
+		{"Postfix without overrides", buildPostfix, func(ctx context.Context, c policy.Command) ([]byte, error) {
 			if c.Argv[len(c.Argv)-1] == "-P" {
 				return refuse(ctx, c)
 			}
 			return nil, nil
 		}, "ask postfix for its configuration: exit status 1"},
 		{"Dovecot without an answer", buildDovecot, refuse, "ask dovecot for its configuration: exit status 1"},
-		{"Dovecot without a key", buildDovecot, func(context.Context, target.Command) ([]byte, error) { return nil, nil }, "names no key for /etc/dovecot/certs/cert.pem"},
+		{"Dovecot without a key", buildDovecot, func(context.Context, policy.Command) ([]byte, error) { return nil, nil }, "names no key for /etc/dovecot/certs/cert.pem"},
 	}
 	for _, test := range tests {
 		host := conformance.NewHost(t, nil)
@@ -62,4 +62,4 @@ func TestMaskedAndNotToBeHad(t *testing.T) {
 	}
 }
 
-func refuse(context.Context, target.Command) ([]byte, error) { return nil, errors.New("exit status 1") }
+func refuse(context.Context, policy.Command) ([]byte, error) { return nil, errors.New("exit status 1") }

@@ -4,13 +4,13 @@ import (
 	"context"
 	"strings"
 
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/serverconf"
 )
 
 // askDovecot reads the settings that are not at their defaults. Without -P
 // doveconf hides keys, their files' names too; that other secrets are in the
 // answer is why nothing of it is ever shown but file names.
-func (c *Connector) askDovecot(ctx context.Context) ([]target.ServerPair, error) {
+func (c *Connector) askDovecot(ctx context.Context) ([]serverconf.Pair, error) {
 	dump, err := c.query(ctx, "doveconf", []string{"doveadm", "doveconf"}, "-n", "-P")
 	if err != nil {
 		return nil, err
@@ -46,7 +46,7 @@ var families = [...][2]string{
 }
 
 // dovecotPairs lists the pairs of each block that doveconf prints.
-func dovecotPairs(dump string) []target.ServerPair {
+func dovecotPairs(dump string) []serverconf.Pair {
 	type level struct {
 		*block
 		prefix string // of the names of settings
@@ -72,12 +72,12 @@ func dovecotPairs(dump string) []target.ServerPair {
 			current.set[name] = value
 		}
 	}
-	var pairs []target.ServerPair
+	var pairs []serverconf.Pair
 	for _, b := range blocks {
 		for _, family := range families {
 			if cert := dovecotFile(family[0], b.get(family[0])); cert != "" {
 				key := dovecotFile(family[1], b.get(family[1]))
-				pairs = append(pairs, target.ServerPair{Cert: cert, Key: key, Where: b.name + ", " + family[1]})
+				pairs = append(pairs, serverconf.Pair{Cert: cert, Key: key, Where: b.name + ", " + family[1]})
 			}
 		}
 	}

@@ -3,7 +3,7 @@ package mail
 import (
 	"testing"
 
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/targetconf"
 )
 
 const dump = `# 2.3.19.1: /etc/dovecot/dovecot.conf
@@ -96,7 +96,7 @@ func TestDovecotPairs(t *testing.T) {
 	tests := []struct {
 		name string
 		dump string
-		cert target.Path
+		cert targetconf.Path
 		want string
 	}{
 		{"general", dump, "/c.pem", "/c.key doveconf, ssl_key"},

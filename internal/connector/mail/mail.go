@@ -8,30 +8,33 @@ import (
 	"context"
 	"slices"
 
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/connector"
+	"certctl-agent/internal/policy"
+	"certctl-agent/internal/serverconf"
+	"certctl-agent/internal/targetconf"
 	"certctl-agent/internal/transaction"
 )
 
 // Config is what can be set for a target of type Postfix or Dovecot. Nothing
 // is required: there are defaults for each mode.
 type Config struct {
-	target.Pair
+	connector.Pair
 	Mode string `json:"mode"` // postfix or dovecot; "": the one of the type
 }
 
 // Connector is one deployment to a mail server.
 type Connector struct {
-	params   target.Params
+	params   connector.Params
 	files    *transaction.Store
 	config   Config
-	validate *target.Command
-	reload   *target.Command
+	validate *policy.Command
+	reload   *policy.Command
 
 	// pairs asks the server which keys it uses with which certificates.
-	pairs func(ctx context.Context) ([]target.ServerPair, error)
+	pairs func(ctx context.Context) ([]serverconf.Pair, error)
 }
 
-var _ target.Connector = (*Connector)(nil)
+var _ connector.Connector = (*Connector)(nil)
 
 // The modes.
 const (
@@ -40,16 +43,16 @@ const (
 )
 
 // NewPostfix checks the configuration of a target of type Postfix.
-func NewPostfix(p target.Params, files *transaction.Store) (*Connector, error) {
+func NewPostfix(p connector.Params, files *transaction.Store) (*Connector, error) {
 	return build(p, files, postfix)
 }
 
 // NewDovecot checks the configuration of a target of type Dovecot.
-func NewDovecot(p target.Params, files *transaction.Store) (*Connector, error) {
+func NewDovecot(p connector.Params, files *transaction.Store) (*Connector, error) {
 	return build(p, files, dovecot)
 }
 
-func build(p target.Params, files *transaction.Store, mode string) (*Connector, error) {
+func build(p connector.Params, files *transaction.Store, mode string) (*Connector, error) {
 	c := &Connector{params: p, files: files}
 	config := &c.config
 	if err := p.Config.Decode(config, "key_path"); err != nil {
@@ -66,11 +69,11 @@ func build(p target.Params, files *transaction.Store, mode string) (*Connector, 
 		config.ValidateCommand = cmp.Or(config.ValidateCommand, "doveconf -n")
 		config.ReloadCommand = cmp.Or(config.ReloadCommand, "doveadm reload")
 	default:
-		return nil, target.Invalid("mode", "expected %s or %s", postfix, dovecot)
+		return nil, targetconf.Invalid("mode", "expected %s or %s", postfix, dovecot)
 	}
-	config.CertPath = cmp.Or(config.CertPath, target.Path("/etc/"+config.Mode+"/certs/cert.pem"))
+	config.CertPath = cmp.Or(config.CertPath, targetconf.Path("/etc/"+config.Mode+"/certs/cert.pem"))
 	if !p.Config.Masked("key_path") {
-		config.KeyPath = cmp.Or(config.KeyPath, target.Path("/etc/"+config.Mode+"/certs/key.pem"))
+		config.KeyPath = cmp.Or(config.KeyPath, targetconf.Path("/etc/"+config.Mode+"/certs/key.pem"))
 	}
 	if err := config.Check(); err != nil {
 		return nil, err
@@ -80,14 +83,14 @@ func build(p target.Params, files *transaction.Store, mode string) (*Connector, 
 	return c, err
 }
 
-// Deploy implements target.Connector.
-func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Result, error) {
+// Deploy implements connector.Connector.
+func (c *Connector) Deploy(ctx context.Context, m *connector.Material) (connector.Result, error) {
 	config := c.config
 	// Neither server's own check compares a certificate with its key.
 	found, err := c.askServer(ctx)
 	asked, err := config.Settle(c.params, m, config.Mode, found, err)
 	if err != nil {
-		return target.Result{}, err
+		return connector.Result{}, err
 	}
 	files, warnings := config.Files(m)
 	tx := transaction.NewTransaction(c.params, m)

@@ -6,8 +6,8 @@ import (
 	"strings"
 	"testing"
 
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/connector/conformance"
-	"certctl-agent/internal/target"
 )
 
 var (
@@ -22,7 +22,7 @@ func harness(typ string, build conformance.New) conformance.Harness {
 		Config: func(dir string) map[string]any {
 			return map[string]any{"cert_path": filepath.Join(dir, "cert.pem"), "key_path": filepath.Join(dir, "key.pem")}
 		},
-		Want: func(m *target.Material) map[string][]byte {
+		Want: func(m *connector.Material) map[string][]byte {
 			return map[string][]byte{"cert.pem": append(conformance.PEM(m.Leaf), conformance.PEM(m.Chain...)...), "key.pem": m.KeyPEM}
 		},
 	}
@@ -39,7 +39,7 @@ func TestConformanceWithChain(t *testing.T) {
 			"mode": "dovecot", "validate_command": "doveconf -c /etc/x -n", "reload_command": "doveadm -c /etc/x reload",
 		}
 	}
-	h.Want = func(m *target.Material) map[string][]byte {
+	h.Want = func(m *connector.Material) map[string][]byte {
 		return map[string][]byte{"cert.pem": conformance.PEM(m.Leaf), "chain.pem": conformance.PEM(m.Chain...), "key.pem": m.KeyPEM}
 	}
 	conformance.Run(t, h)
@@ -52,7 +52,7 @@ func TestConformanceInOneFile(t *testing.T) {
 			h.Config = func(dir string) map[string]any {
 				return map[string]any{"cert_path": filepath.Join(dir, "all.pem"), "key_path": filepath.Join(dir, "all.pem")}
 			}
-			h.Want = func(m *target.Material) map[string][]byte {
+			h.Want = func(m *connector.Material) map[string][]byte {
 				return map[string][]byte{"all.pem": slices.Concat(m.KeyPEM, conformance.PEM(m.Leaf), conformance.PEM(m.Chain...))}
 			}
 			conformance.Run(t, h)

@@ -9,7 +9,7 @@ import (
 	"slices"
 	"strings"
 
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/serverconf"
 )
 
 // parameters are those of Postfix, expanded, by name.
@@ -20,7 +20,7 @@ const maxServices = 64
 
 // askPostfix has postconf print main.cf, and main.cf again as each service of
 // master.cf sees it that overrides something. postconf expands all parameters.
-func (c *Connector) askPostfix(ctx context.Context) ([]target.ServerPair, error) {
+func (c *Connector) askPostfix(ctx context.Context) ([]serverconf.Pair, error) {
 	ask := func(args ...string) (string, error) { return c.query(ctx, "postconf", []string{"postfix"}, args...) }
 	main, err := ask("-x")
 	if err != nil {
@@ -85,8 +85,8 @@ func servicesOf(overrides string) []service {
 
 // pairs lists those of the server, of the clients and of tlsproxy: each has a
 // family of parameters, such as smtpd_tls_.
-func (p parameters) pairs(where, keyPath string) []target.ServerPair {
-	var pairs []target.ServerPair
+func (p parameters) pairs(where, keyPath string) []serverconf.Pair {
+	var pairs []serverconf.Pair
 	for _, name := range slices.Sorted(maps.Keys(p)) {
 		family, ok := strings.CutSuffix(name, "_cert_file")
 		if !ok {
@@ -101,7 +101,7 @@ func (p parameters) pairs(where, keyPath string) []target.ServerPair {
 		for _, algorithm := range []string{"_", "_ec", "_d"} {
 			key := family + algorithm + "key_file"
 			if cert := p[family+algorithm+"cert_file"]; cert != "" {
-				pairs = append(pairs, target.ServerPair{Cert: cert, Key: p[key], Where: where + ", " + key})
+				pairs = append(pairs, serverconf.Pair{Cert: cert, Key: p[key], Where: where + ", " + key})
 			}
 		}
 	}
@@ -112,10 +112,10 @@ func (p parameters) pairs(where, keyPath string) []target.ServerPair {
 // its certificate and the chain in this order, in one file or in several. So the
 // key is in the file itself, unless the file before holds a key and nothing else.
 // A file before that does not exist yet will be what the target's key_path says.
-func chainPairs(files []string, keyPath, where string) []target.ServerPair {
-	var pairs []target.ServerPair
+func chainPairs(files []string, keyPath, where string) []serverconf.Pair {
+	var pairs []serverconf.Pair
 	for i, cert := range files {
-		pair := target.ServerPair{Cert: cert, Key: cert, Where: where}
+		pair := serverconf.Pair{Cert: cert, Key: cert, Where: where}
 		if i > 0 && holdsOnlyKeys(files[i-1]) {
 			pair.Key = files[i-1]
 		} else if i > 0 && !exists(files[i-1]) {
@@ -134,6 +134,6 @@ func exists(path string) bool {
 }
 
 func holdsOnlyKeys(path string) bool {
-	data, err := target.ReadServerFile(path)
+	data, err := serverconf.ReadFile(path)
 	return err == nil && bytes.Contains(data, []byte("PRIVATE KEY-----")) && !bytes.Contains(data, []byte("CERTIFICATE-----"))
 }

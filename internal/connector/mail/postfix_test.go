@@ -10,7 +10,9 @@ import (
 	"strings"
 	"testing"
 
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/policy"
+	"certctl-agent/internal/serverconf"
+	"certctl-agent/internal/targetconf"
 )
 
 // Answers of postconf 3.7: to -x, to -P, and to -x with the overrides of a service.
@@ -29,11 +31,11 @@ tlsproxy_tls_key_file = /etc/postfix/key.pem
 `
 
 // pairsOf lists the pairs of a Postfix that answers with these.
-func pairsOf(t *testing.T, keyPath, main, overrides string, services map[string]string) ([]target.ServerPair, error) {
+func pairsOf(t *testing.T, keyPath, main, overrides string, services map[string]string) ([]serverconf.Pair, error) {
 	t.Helper()
-	c := &Connector{validate: &target.Command{Argv: []string{"postfix", "check"}}, reload: &target.Command{Argv: []string{"postfix", "reload"}}}
-	c.config.KeyPath = target.Path(keyPath)
-	c.params.Query = func(_ context.Context, command target.Command) ([]byte, error) {
+	c := &Connector{validate: &policy.Command{Argv: []string{"postfix", "check"}}, reload: &policy.Command{Argv: []string{"postfix", "reload"}}}
+	c.config.KeyPath = targetconf.Path(keyPath)
+	c.params.Query = func(_ context.Context, command policy.Command) ([]byte, error) {
 		switch line := strings.Join(command.Argv, " "); line {
 		case "postconf -x":
 			return []byte(main), nil
@@ -59,7 +61,7 @@ func TestPostfixPairs(t *testing.T) {
 		main      string
 		overrides string
 		services  map[string]string
-		cert      target.Path
+		cert      targetconf.Path
 		want      string // the key and where it is named, or a part of the error
 	}{
 		{"main.cf", mainCF, "", nil, "/etc/postfix/cert.pem", "/etc/postfix/key.pem main.cf, smtpd_tls_key_file"},
@@ -93,11 +95,11 @@ func TestTooManyServices(t *testing.T) {
 	}
 }
 
-func check(t *testing.T, name string, cert target.Path, pairs []target.ServerPair, err error, want string) {
+func check(t *testing.T, name string, cert targetconf.Path, pairs []serverconf.Pair, err error, want string) {
 	t.Helper()
-	var found target.ServerPair
+	var found serverconf.Pair
 	if err == nil {
-		found, err = target.KeyFor(cert, pairs)
+		found, err = serverconf.KeyFor(cert, pairs)
 	}
 	got := found.Key + " " + found.Where
 	if err != nil {
@@ -149,7 +151,7 @@ func TestChainFiles(t *testing.T) {
 			want = path(want) + " main.cf, smtpd_tls_chain_files"
 		}
 		pairs, err := pairsOf(t, keyPath, main, "", nil)
-		check(t, strings.Join(test.files, " ")+", key_path "+test.keyPath, target.Path(path(test.cert)), pairs, err, want)
+		check(t, strings.Join(test.files, " ")+", key_path "+test.keyPath, targetconf.Path(path(test.cert)), pairs, err, want)
 	}
 }
 

@@ -9,32 +9,33 @@ import (
 	"slices"
 	"strings"
 
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/policy"
+	"certctl-agent/internal/serverconf"
 )
 
 // askServer finds the key of cert_path in nginx's own configuration, as the
 // nginx that the job's commands name prints it (nginx -T). It refuses to while
 // the files of a first deployment are missing, and names the configuration
 // file that it tested; that one is then read from disk.
-func (c *Connector) askServer(ctx context.Context) (target.ServerPair, error) {
+func (c *Connector) askServer(ctx context.Context) (serverconf.Pair, error) {
 	argv, err := findCall(c.validate.Argv, c.reload.Argv)
 	if err != nil {
-		return target.ServerPair{}, err
+		return serverconf.Pair{}, err
 	}
 	if c.params.Query == nil {
-		return target.ServerPair{}, errors.New("nginx cannot be asked here")
+		return serverconf.Pair{}, errors.New("nginx cannot be asked here")
 	}
-	var pairs []target.ServerPair
-	dump, err := c.params.Query(ctx, target.Command{Argv: append(argv, "-T", "-q"), Timeout: c.validate.Timeout})
+	var pairs []serverconf.Pair
+	dump, err := c.params.Query(ctx, policy.Command{Argv: append(argv, "-T", "-q"), Timeout: c.validate.Timeout})
 	if err == nil {
 		pairs, err = pairsInDump(string(dump))
 	} else if file := testedFile(err.Error()); file != "" {
 		pairs, err = pairsOnDisk(file)
 	}
 	if err != nil {
-		return target.ServerPair{}, fmt.Errorf("ask nginx for its configuration: %w", err)
+		return serverconf.Pair{}, fmt.Errorf("ask nginx for its configuration: %w", err)
 	}
-	return target.KeyFor(c.config.CertPath, pairs)
+	return serverconf.KeyFor(c.config.CertPath, pairs)
 }
 
 // testedFile finds the configuration file in what nginx says when a test has
@@ -59,7 +60,7 @@ func lastCut(s, separator string) (before, after string, found bool) {
 // findCall looks for nginx itself in the commands of a job.
 func findCall(commands ...[]string) ([]string, error) {
 	for _, argv := range commands {
-		if at := target.Program(argv, "nginx", "openresty", "angie", "freenginx", "tengine"); at >= 0 {
+		if at := serverconf.Program(argv, "nginx", "openresty", "angie", "freenginx", "tengine"); at >= 0 {
 			return append(slices.Clone(argv[:at+1]), configFlags(argv[at+1:])...), nil
 		}
 	}
@@ -99,7 +100,7 @@ type section struct {
 const dumpHeader = "# configuration file "
 
 // pairsInDump reads the output of nginx -T.
-func pairsInDump(dump string) ([]target.ServerPair, error) {
+func pairsInDump(dump string) ([]serverconf.Pair, error) {
 	var sections []section
 	start, at := 0, 0 // of the section's text, and of the line
 	end := func() {
@@ -157,7 +158,7 @@ func included(pattern, path string) bool {
 const maxFiles = 4096
 
 // pairsOnDisk reads a configuration from its files.
-func pairsOnDisk(main string) ([]target.ServerPair, error) {
+func pairsOnDisk(main string) ([]serverconf.Pair, error) {
 	return pairs(filepath.Clean(main), func(pattern string) ([]section, error) {
 		paths := []string{pattern}
 		if strings.ContainsAny(pattern, "*?[") {
@@ -171,7 +172,7 @@ func pairsOnDisk(main string) ([]target.ServerPair, error) {
 			if !included(pattern, path) {
 				continue
 			}
-			text, err := target.ReadServerFile(path)
+			text, err := serverconf.ReadFile(path)
 			if err != nil {
 				return nil, err
 			}
@@ -182,7 +183,7 @@ func pairsOnDisk(main string) ([]target.ServerPair, error) {
 }
 
 // pairs lists the certificates and keys of all server blocks.
-func pairs(main string, open func(pattern string) ([]section, error)) ([]target.ServerPair, error) {
+func pairs(main string, open func(pattern string) ([]section, error)) ([]serverconf.Pair, error) {
 	w := &walker{dir: filepath.Dir(main), open: open}
 	list, err := w.include(main, 0)
 	if err != nil {
@@ -196,7 +197,7 @@ type walker struct {
 	dir   string // what relative paths are relative to: where the main file is
 	open  func(pattern string) ([]section, error)
 	files int
-	pairs []target.ServerPair
+	pairs []serverconf.Pair
 }
 
 func (w *walker) full(path string) string {
@@ -310,7 +311,7 @@ func (w *walker) pair(s scope) {
 		key[lone] = spare
 	}
 	for i, cert := range s.certs {
-		pair := target.ServerPair{Cert: w.full(cert.args[0]), Where: cert.where}
+		pair := serverconf.Pair{Cert: w.full(cert.args[0]), Where: cert.where}
 		if at := key[i]; at >= 0 {
 			pair.Key, pair.Where = keys[at], s.keys[at].where
 		}
@@ -343,11 +344,11 @@ func belong(cert, key string) bool {
 	if !filepath.IsAbs(key) || strings.Contains(key, "$") {
 		return false
 	}
-	certPEM, err := target.ReadServerFile(cert)
+	certPEM, err := serverconf.ReadFile(cert)
 	if err != nil {
 		return false
 	}
-	keyPEM, err := target.ReadServerFile(key)
+	keyPEM, err := serverconf.ReadFile(key)
 	if err != nil {
 		return false
 	}

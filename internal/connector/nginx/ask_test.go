@@ -15,7 +15,8 @@ import (
 	"testing"
 
 	"certctl-agent/internal/connector/conformance"
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/policy"
+	"certctl-agent/internal/serverconf"
 	"certctl-agent/internal/testing/testca"
 )
 
@@ -55,10 +56,10 @@ func TestKeyInDump(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			var found target.ServerPair
+			var found serverconf.Pair
 			pairs, err := pairsInDump(test.dump)
 			if err == nil {
-				found, err = target.KeyFor("/c.pem", pairs)
+				found, err = serverconf.KeyFor("/c.pem", pairs)
 			}
 			if strings.HasPrefix(test.want, "/") {
 				if err != nil || found.Key != test.want {
@@ -176,7 +177,7 @@ func TestPairsOnDisk(t *testing.T) {
 	write("sites/a", "server { ssl_certificate /c.pem; ssl_certificate_key k.pem; }")
 	write("sites/.hidden", "server { ssl_certificate /c.pem; ssl_certificate_key other.pem; }")
 	pairs, err := pairsOnDisk(filepath.Join(dir, "nginx.conf"))
-	want := []target.ServerPair{{Cert: "/c.pem", Key: filepath.Join(dir, "k.pem"), Where: filepath.Join(dir, "sites/a") + ":1"}}
+	want := []serverconf.Pair{{Cert: "/c.pem", Key: filepath.Join(dir, "k.pem"), Where: filepath.Join(dir, "sites/a") + ":1"}}
 	if err != nil || !slices.Equal(pairs, want) {
 		t.Errorf("got %v, %v, want %v", pairs, err, want)
 	}
@@ -210,11 +211,11 @@ func TestFindCall(t *testing.T) {
 }
 
 func TestQueryFails(t *testing.T) {
-	c := &Connector{validate: &target.Command{Argv: []string{"nginx", "-t"}}, reload: &target.Command{Argv: []string{"true"}}}
+	c := &Connector{validate: &policy.Command{Argv: []string{"nginx", "-t"}}, reload: &policy.Command{Argv: []string{"true"}}}
 	if _, err := c.askServer(t.Context()); err == nil || !strings.Contains(err.Error(), "cannot be asked") {
 		t.Errorf("nobody to ask: %v", err)
 	}
-	c.params.Query = func(context.Context, target.Command) ([]byte, error) { return nil, errors.New("exit status 1") }
+	c.params.Query = func(context.Context, policy.Command) ([]byte, error) { return nil, errors.New("exit status 1") }
 	if _, err := c.askServer(t.Context()); err == nil || !strings.Contains(err.Error(), "exit status 1") {
 		t.Errorf("nginx fails: %v", err)
 	}

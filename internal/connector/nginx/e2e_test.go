@@ -10,8 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/connector/conformance"
-	"certctl-agent/internal/target"
 	"certctl-agent/internal/testing/liveserver"
 )
 
@@ -68,7 +68,7 @@ func TestLive(t *testing.T) {
 		m := l.NewMaterial(t)
 		must(t, os.Remove(key))
 		must(t, os.Symlink(m.KeyPath, key))
-		m.KeyFiles = []target.File{{Path: m.KeyPath, Kind: target.StoreFile, Data: m.KeyPEM, DefaultMode: 0o600}}
+		m.KeyFiles = []connector.File{{Path: m.KeyPath, Kind: connector.StoreFile, Data: m.KeyPEM, DefaultMode: 0o600}}
 		l.MustDeploy(t, m)
 		must(t, os.Remove(key))
 		must(t, os.WriteFile(key, m.KeyPEM, 0o600))

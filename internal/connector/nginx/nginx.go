@@ -7,29 +7,30 @@ import (
 	"context"
 	"slices"
 
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/connector"
+	"certctl-agent/internal/policy"
 	"certctl-agent/internal/transaction"
 )
 
 // Config is what can be set for a target of type NGINX. cert_path and both
 // commands are required.
 type Config struct {
-	target.Pair
+	connector.Pair
 }
 
 // Connector is one deployment to nginx.
 type Connector struct {
-	params   target.Params
+	params   connector.Params
 	files    *transaction.Store
 	config   Config
-	validate *target.Command
-	reload   *target.Command
+	validate *policy.Command
+	reload   *policy.Command
 }
 
-var _ target.Connector = (*Connector)(nil)
+var _ connector.Connector = (*Connector)(nil)
 
 // New checks the configuration.
-func New(p target.Params, files *transaction.Store) (*Connector, error) {
+func New(p connector.Params, files *transaction.Store) (*Connector, error) {
 	c := &Connector{params: p, files: files}
 	if err := p.Config.Decode(&c.config, "key_path"); err != nil {
 		return nil, err
@@ -42,13 +43,13 @@ func New(p target.Params, files *transaction.Store) (*Connector, error) {
 	return c, err
 }
 
-// Deploy implements target.Connector.
-func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Result, error) {
+// Deploy implements connector.Connector.
+func (c *Connector) Deploy(ctx context.Context, m *connector.Material) (connector.Result, error) {
 	pair := c.config.Pair
 	found, err := c.askServer(ctx)
 	asked, err := pair.Settle(c.params, m, "nginx", found, err)
 	if err != nil {
-		return target.Result{}, err
+		return connector.Result{}, err
 	}
 	files, warnings := pair.Files(m)
 	tx := transaction.NewTransaction(c.params, m)

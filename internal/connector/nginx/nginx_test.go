@@ -4,8 +4,8 @@ import (
 	"path/filepath"
 	"testing"
 
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/connector/conformance"
-	"certctl-agent/internal/target"
 )
 
 var build = conformance.Constructor(New)
@@ -24,7 +24,7 @@ func TestConformance(t *testing.T) {
 	t.Run("chain apart", func(t *testing.T) {
 		conformance.Run(t, conformance.Harness{
 			Type: "NGINX", New: build, Required: required, Config: config,
-			Want: func(m *target.Material) map[string][]byte {
+			Want: func(m *connector.Material) map[string][]byte {
 				return map[string][]byte{"cert.pem": conformance.PEM(m.Leaf), "chain.pem": conformance.PEM(m.Chain...), "key.pem": m.KeyPEM}
 			},
 		})
@@ -37,7 +37,7 @@ func TestConformance(t *testing.T) {
 				delete(c, "chain_path")
 				return c
 			},
-			Want: func(m *target.Material) map[string][]byte {
+			Want: func(m *connector.Material) map[string][]byte {
 				return map[string][]byte{"cert.pem": append(conformance.PEM(m.Leaf), conformance.PEM(m.Chain...)...), "key.pem": m.KeyPEM}
 			},
 		})

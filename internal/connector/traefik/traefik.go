@@ -14,31 +14,34 @@ import (
 	"path/filepath"
 	"strings"
 
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/pemutil"
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/policy"
+	"certctl-agent/internal/serverconf"
+	"certctl-agent/internal/targetconf"
 	"certctl-agent/internal/transaction"
 )
 
 // Config is what can be set for a target of type Traefik.
 type Config struct {
-	target.DirPair
-	DynamicConfig target.Path `json:"dynamic_config"` // none: somebody else tells Traefik
-	ReloadCommand string      `json:"reload_command"` // none: Traefik needs none
+	connector.DirPair
+	DynamicConfig targetconf.Path `json:"dynamic_config"` // none: somebody else tells Traefik
+	ReloadCommand string          `json:"reload_command"` // none: Traefik needs none
 }
 
 // Connector is one deployment to Traefik.
 type Connector struct {
-	params target.Params
+	params connector.Params
 	files  *transaction.Store
 	config Config
-	pair   target.Pair
-	reload *target.Command
+	pair   connector.Pair
+	reload *policy.Command
 }
 
-var _ target.Connector = (*Connector)(nil)
+var _ connector.Connector = (*Connector)(nil)
 
 // New checks the configuration.
-func New(p target.Params, files *transaction.Store) (*Connector, error) {
+func New(p connector.Params, files *transaction.Store) (*Connector, error) {
 	c := &Connector{params: p, files: files}
 	err := p.Config.Decode(&c.config)
 	if err != nil {
@@ -61,22 +64,22 @@ func (c *Connector) checkDynamic() error {
 	switch strings.ToLower(filepath.Ext(string(c.config.DynamicConfig))) {
 	case ".yml", ".yaml", ".toml":
 	default:
-		return target.Invalid("dynamic_config", "expected a .yml, .yaml or .toml file: Traefik loads no others")
+		return targetconf.Invalid("dynamic_config", "expected a .yml, .yaml or .toml file: Traefik loads no others")
 	}
 	// Traefik runs these files through text/template.
 	if strings.Contains(string(c.pair.CertPath+c.pair.KeyPath), "{{") {
-		return target.Invalid("cert_dir", "holds {{, which Traefik would take for a template")
+		return targetconf.Invalid("cert_dir", "holds {{, which Traefik would take for a template")
 	}
 	return nil
 }
 
-// Deploy implements target.Connector.
-func (c *Connector) Deploy(ctx context.Context, m *target.Material) (target.Result, error) {
+// Deploy implements connector.Connector.
+func (c *Connector) Deploy(ctx context.Context, m *connector.Material) (connector.Result, error) {
 	files, warnings := c.pair.Files(m)
 	if c.config.DynamicConfig != "" {
 		dynamic, err := c.dynamic(pemutil.Fingerprint(m.Leaf))
 		if err != nil {
-			return target.Result{}, err
+			return connector.Result{}, err
 		}
 		files = append(files, dynamic)
 	}
@@ -97,10 +100,10 @@ const marker = "# Written by certctl-agent"
 // dynamic is the file that Traefik watches. One that an operator wrote keeps
 // its bytes: being replaced is all that it takes for Traefik to read the pair
 // again.
-func (c *Connector) dynamic(fingerprint string) (target.File, error) {
+func (c *Connector) dynamic(fingerprint string) (connector.File, error) {
 	path := c.config.DynamicConfig
-	file := target.FileOptions{}.File(path, target.ConfigFile, c.content(fingerprint))
-	was, err := target.ReadServerFile(string(path))
+	file := connector.NewFile(path, connector.ConfigFile, c.content(fingerprint), targetconf.FileOptions{})
+	was, err := serverconf.ReadFile(string(path))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return file, fmt.Errorf("dynamic_config: %w", err)
 	}
@@ -128,7 +131,7 @@ func (c *Connector) content(fingerprint string) []byte {
 }
 
 // quote makes a string that TOML and YAML read as JSON does.
-func quote(path target.Path) string {
+func quote(path targetconf.Path) string {
 	quoted, _ := json.Marshal(path) // a string always can be
 	return string(quoted)
 }

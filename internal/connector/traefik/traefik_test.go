@@ -11,9 +11,10 @@ import (
 	"strings"
 	"testing"
 
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/connector/conformance"
 	"certctl-agent/internal/pemutil"
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/policy"
 	"certctl-agent/internal/testing/testca"
 )
 
@@ -21,7 +22,7 @@ var build = conformance.Constructor(New)
 
 func TestConformance(t *testing.T) {
 	config := func(dir string) map[string]any { return map[string]any{"cert_dir": dir} }
-	want := func(m *target.Material) map[string][]byte {
+	want := func(m *connector.Material) map[string][]byte {
 		return map[string][]byte{"cert.pem": append(conformance.PEM(m.Leaf), conformance.PEM(m.Chain...)...), "key.pem": m.KeyPEM}
 	}
 	t.Run("pair alone", func(t *testing.T) {
@@ -36,7 +37,7 @@ func TestConformance(t *testing.T) {
 				c["reload_command"] = "systemctl reload traefik"
 				return c
 			},
-			Want: func(m *target.Material) map[string][]byte {
+			Want: func(m *connector.Material) map[string][]byte {
 				files := want(m)
 				files["certctl.yml"] = fmt.Appendf(nil, `# Written by certctl-agent for the certificate %s.
 # Changes are lost with the next one, unless this first comment goes.
@@ -71,7 +72,7 @@ func newFixture(t *testing.T, dynamic string) *fixture {
 	return f
 }
 
-func (f *fixture) deploy(t *testing.T, m *target.Material) target.Result {
+func (f *fixture) deploy(t *testing.T, m *connector.Material) connector.Result {
 	t.Helper()
 	result, err := f.Deploy(t.Context(), "Traefik", build, f.config, m)
 	if err != nil {
@@ -196,7 +197,7 @@ func TestNotTold(t *testing.T) {
 		{true, map[string]any{"dynamic_config": "in the directory of the pair"}},
 		{true, map[string]any{"reload_command": "docker restart traefik"}},
 	} {
-		host := conformance.NewHost(t, func(context.Context, target.Command) error { return nil })
+		host := conformance.NewHost(t, func(context.Context, policy.Command) error { return nil })
 		config := map[string]any{"cert_dir": host.Dir}
 		maps.Copy(config, test.config)
 		if _, ok := config["dynamic_config"]; ok {

@@ -1,4 +1,4 @@
-package target
+package targetconf
 
 import (
 	"cmp"
@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/printable"
 	"certctl-agent/internal/tlsprobe"
 )
 
@@ -87,7 +88,7 @@ func (c *Common) check() error {
 	case c.Retention < -1 || c.Retention > maxRetention:
 		return Invalid("backup_retention", "expected -1 (none), 0 (the default) or up to %d, got %d", maxRetention, c.Retention)
 	case c.Check.StartTLS != "" && !slices.Contains([]string{"smtp", "imap", "pop3"}, c.Check.StartTLS):
-		return Invalid("post_deploy_verify.starttls", "expected smtp, imap or pop3, got %s", clip(c.Check.StartTLS))
+		return Invalid("post_deploy_verify.starttls", "expected smtp, imap or pop3, got %s", printable.Quote(c.Check.StartTLS))
 	case !c.Check.Enabled:
 		return nil
 	case c.Check.Endpoint == "":
@@ -98,10 +99,13 @@ func (c *Common) check() error {
 	}
 	host, port, err := net.SplitHostPort(c.Check.Endpoint)
 	if n, portErr := strconv.ParseUint(port, 10, 16); err != nil || portErr != nil || n == 0 || host == "" {
-		return Invalid("post_deploy_verify.endpoint", "expected host:port, got %s", clip(c.Check.Endpoint))
+		return Invalid("post_deploy_verify.endpoint", "expected host:port, got %s", printable.Quote(c.Check.Endpoint))
 	}
 	return nil
 }
+
+// CommandDeadline is how long a command of this target may take.
+func (c *Common) CommandDeadline() time.Duration { return c.CommandTimeout.Or(defaultCommandTimeout) }
 
 // Endpoint is what the target serves its certificate at, for the report to the
 // control plane; false when the configuration does not say.

@@ -1,4 +1,4 @@
-package target
+package serverconf
 
 import (
 	"errors"
@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"certctl-agent/internal/targetconf"
 )
 
 func TestKeyFor(t *testing.T) {
@@ -14,18 +16,18 @@ func TestKeyFor(t *testing.T) {
 	must(t, os.Symlink("real", filepath.Join(dir, "link")))
 	linked, direct := filepath.Join(dir, "link/c.pem"), filepath.Join(dir, "real/c.pem")
 
-	found, err := KeyFor(Path(linked), []ServerPair{{"/x", "/y", "f:1"}, {direct, "/k//k.pem", "f:2"}})
+	found, err := KeyFor(targetconf.Path(linked), []Pair{{"/x", "/y", "f:1"}, {direct, "/k//k.pem", "f:2"}})
 	if err != nil || found.Key != "/k/k.pem" || found.Where != "f:2" {
 		t.Errorf("through a symlink: got %+v, %v", found, err)
 	}
 	// A key in the certificate's own file is in cert, by whichever way the server goes.
-	if found, err = KeyFor(Path(linked), []ServerPair{{direct, direct, ""}}); err != nil || found.Key != linked {
+	if found, err = KeyFor(targetconf.Path(linked), []Pair{{direct, direct, ""}}); err != nil || found.Key != linked {
 		t.Errorf("one file: got %+v, %v", found, err)
 	}
-	if found, err = KeyFor("/c", []ServerPair{{"/c", linked, ""}, {"/c", direct, ""}}); err != nil || found.Key != linked {
+	if found, err = KeyFor("/c", []Pair{{"/c", linked, ""}, {"/c", direct, ""}}); err != nil || found.Key != linked {
 		t.Errorf("one key by two ways: got %+v, %v", found, err)
 	}
-	for says, pairs := range map[string][]ServerPair{
+	for says, pairs := range map[string][]Pair{
 		"does not use that file": {{"/x", "/k", ""}},
 		"several keys":           {{linked, "/k1", ""}, {direct, "/k2", ""}},
 		"that is certain":        {{linked, "", ""}},
@@ -34,27 +36,12 @@ func TestKeyFor(t *testing.T) {
 		"absolute path":          {{linked, "engine:", ""}},
 		`".."`:                   {{linked, "/k/../x", ""}},
 	} {
-		found, err := KeyFor(Path(linked), pairs)
+		found, err := KeyFor(targetconf.Path(linked), pairs)
 		if err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%v: got %+v, %v, want an error with %q", pairs, found, err, says)
 		}
-		if _, isUnclear := errors.AsType[unclearError](err); isUnclear == errors.Is(err, errUnnamed) {
+		if _, isUnclear := errors.AsType[*UnclearError](err); isUnclear == errors.Is(err, ErrUnnamed) {
 			t.Errorf("%v: %v has to be either unclear or that the server does not use the file", pairs, err)
-		}
-	}
-}
-
-func TestUses(t *testing.T) {
-	m := &Material{KeyPath: "/store/c.key"}
-	for _, test := range []struct {
-		server  string
-		keyPath Path
-		want    bool
-	}{
-		{"/k", "/k", true}, {"/k", "/other", false}, {"/k", "", false}, {"/store/c.key", "", true}, {"/store/c.key", "/k", true},
-	} {
-		if got := (ServerPair{Key: test.server}).Uses(test.keyPath, m); got != test.want {
-			t.Errorf("server reads %s, key_path is %q: got %v", test.server, test.keyPath, got)
 		}
 	}
 }
@@ -71,16 +58,23 @@ func TestProgram(t *testing.T) {
 	}
 }
 
-func TestReadServerFile(t *testing.T) {
+func TestReadFile(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "f")
 	must(t, os.WriteFile(file, []byte("x"), 0o600))
-	if text, err := ReadServerFile(file); string(text) != "x" || err != nil {
+	if text, err := ReadFile(file); string(text) != "x" || err != nil {
 		t.Errorf("got %q, %v", text, err)
 	}
-	must(t, os.Truncate(file, maxServerFile+1))
+	must(t, os.Truncate(file, maxFile+1))
 	for _, path := range []string{file, filepath.Dir(file), file + ".missing"} {
-		if _, err := ReadServerFile(path); err == nil {
+		if _, err := ReadFile(path); err == nil {
 			t.Errorf("%s: got no error", path)
 		}
+	}
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
 	}
 }

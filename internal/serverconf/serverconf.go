@@ -1,4 +1,5 @@
-package target
+// Package serverconf asks servers which certificates and keys they use.
+package serverconf
 
 import (
 	"errors"
@@ -8,69 +9,73 @@ import (
 	"strings"
 
 	"certctl-agent/internal/hostfile"
+	"certctl-agent/internal/printable"
+	"certctl-agent/internal/targetconf"
 )
 
-// ServerPair is a certificate and its key as a server's own configuration
+// Pair is a certificate and its key as a server's own configuration
 // names them.
-type ServerPair struct {
+type Pair struct {
 	Cert  string // absolute
 	Key   string // absolute, unless the server takes the key from elsewhere; "": not certain
 	Where string // file and line
 }
 
-// Uses reports whether the server reads the key of m once m is installed with
-// its key at keyPath, or only in the key store.
-func (p ServerPair) Uses(keyPath Path, m *Material) bool {
-	return keyPath != "" && resolved(p.Key) == resolved(string(keyPath)) || m.InKeyStore(Path(p.Key))
+// Reads reports whether the server reads its key from the file at path.
+func (p Pair) Reads(path targetconf.Path) bool {
+	return hostfile.Real(p.Key) == hostfile.Real(string(path))
 }
 
-// errUnnamed is the answer of a server that does not use a certificate at all.
-var errUnnamed = errors.New("it does not use that file")
+// ErrUnnamed is the answer of a server that does not use a certificate at all.
+var ErrUnnamed = errors.New("it does not use that file")
 
-// unclearError is the answer of a server that uses a certificate, but with a
+// UnclearError is the answer of a server that uses a certificate, but with a
 // key that cannot be told from it.
-type unclearError struct{ error }
+type UnclearError struct{ error }
 
-func unclear(format string, args ...any) error { return unclearError{fmt.Errorf(format, args...)} }
+// Unwrap returns the reason.
+func (e *UnclearError) Unwrap() error { return e.error }
+
+func unclear(format string, args ...any) error { return &UnclearError{fmt.Errorf(format, args...)} }
 
 // KeyFor finds the key that belongs to cert. Only one answer is an answer. A
 // key in the certificate's own file is one, with cert as its name.
-func KeyFor(cert Path, pairs []ServerPair) (ServerPair, error) {
-	var found []ServerPair
-	want := resolved(string(cert))
+func KeyFor(cert targetconf.Path, pairs []Pair) (Pair, error) {
+	var found []Pair
+	want := hostfile.Real(string(cert))
 	for _, pair := range pairs {
-		if pair.Cert != string(cert) && resolved(pair.Cert) != want {
+		if pair.Cert != string(cert) && hostfile.Real(pair.Cert) != want {
 			continue
 		}
-		same := func(f ServerPair) bool { return f.Key == pair.Key || resolved(f.Key) == resolved(pair.Key) }
+		same := func(f Pair) bool { return f.Key == pair.Key || hostfile.Real(f.Key) == hostfile.Real(pair.Key) }
 		if !slices.ContainsFunc(found, same) {
 			found = append(found, pair)
 		}
 	}
 	switch len(found) {
 	case 0:
-		return ServerPair{}, fmt.Errorf("the server's own configuration names no key for %s: %w", cert, errUnnamed)
+		return Pair{}, fmt.Errorf("the server's own configuration names no key for %s: %w", cert, ErrUnnamed)
 	case 1:
 	default:
 		var keys []string
 		for _, pair := range found[:min(len(found), 4)] {
-			keys = append(keys, clip(pair.Key)+" ("+pair.Where+")")
+			keys = append(keys, printable.Quote(pair.Key)+" ("+pair.Where+")")
 		}
-		return ServerPair{}, unclear("the server's own configuration names several keys for %s: %s: give each key a certificate file of its own",
+		return Pair{}, unclear("the server's own configuration names several keys for %s: %s: give each key a certificate file of its own",
 			cert, strings.Join(keys, ", "))
 	}
 	if found[0].Key == "" {
-		return ServerPair{}, unclear("the server's own configuration names no key for %s that is certain to be the one (%s): name its key file there, right beside it",
+		return Pair{}, unclear("the server's own configuration names no key for %s that is certain to be the one (%s): name its key file there, right beside it",
 			cert, found[0].Where)
 	}
-	key, err := ParsePath(found[0].Key)
+	key, err := targetconf.ParsePath(found[0].Key)
 	if err == nil && strings.Contains(string(key), "$") {
-		err = fmt.Errorf("%s holds a variable: write the path in full there", clip(string(key)))
+		err = fmt.Errorf("%s holds a variable: write the path in full there", printable.Quote(string(key)))
 	}
 	if err != nil {
-		return ServerPair{}, unclear("the key that the server's own configuration names for %s (%s) cannot be used: %w", cert, found[0].Where, err)
+		return Pair{}, unclear("the key that the server's own configuration names for %s (%s) cannot be used: %w", cert, found[0].Where, err)
 	}
-	if found[0].Key = string(key); resolved(string(key)) == want {
+	if found[0].Key = string(key); hostfile.Real(string(key)) == want {
 		found[0].Key = string(cert)
 	}
 	return found[0], nil
@@ -120,12 +125,12 @@ func afterFlags(argv []string) int {
 	return min(at, len(argv))
 }
 
-// maxServerFile bounds one file of a server's configuration.
-const maxServerFile = 4 << 20
+// maxFile bounds one file of a server's configuration.
+const maxFile = 4 << 20
 
-// ReadServerFile reads a file of a server's own configuration. Its directory
+// ReadFile reads a file of a server's own configuration. Its directory
 // may be somebody else's.
-func ReadServerFile(path string) ([]byte, error) {
-	data, _, err := hostfile.Read(path, maxServerFile)
+func ReadFile(path string) ([]byte, error) {
+	data, _, err := hostfile.Read(path, maxFile)
 	return data, err
 }

@@ -1,4 +1,4 @@
-package target
+package connector
 
 import (
 	"bytes"
@@ -13,6 +13,9 @@ import (
 	"time"
 
 	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/policy"
+	"certctl-agent/internal/serverconf"
+	"certctl-agent/internal/targetconf"
 	"certctl-agent/internal/testing/testca"
 )
 
@@ -28,7 +31,7 @@ func TestPairFiles(t *testing.T) {
 	encode := func(certs ...*x509.Certificate) int { return len(certs) }
 	blocks := func(f File) int { return bytes.Count(f.Data, []byte("-----BEGIN")) }
 
-	p := Pair{CertPath: "/c", KeyPath: "/k", KeyFile: FileOptions{Mode: 0o640}}
+	p := Pair{CertPath: "/c", KeyPath: "/k", KeyFile: targetconf.FileOptions{Mode: 0o640}}
 	files, warnings := p.Files(m)
 	if len(files) != 2 || len(warnings) != 0 || files[0].Path != "/c" || blocks(files[0]) != 1+encode(m.Chain...) ||
 		files[1].Path != "/k" || files[1].Kind != KeyFile || *files[1].Mode != 0o640 {
@@ -41,7 +44,7 @@ func TestPairFiles(t *testing.T) {
 	}
 
 	chain := filepath.Join(t.TempDir(), "chain.pem")
-	p = Pair{CertPath: "/c", ChainPath: Path(chain)}
+	p = Pair{CertPath: "/c", ChainPath: targetconf.Path(chain)}
 	files, _ = p.Files(m)
 	if len(files) != 2 || blocks(files[0]) != 1 || files[1].Path != chain || blocks(files[1]) != len(m.Chain) {
 		t.Errorf("with chain_path and no key_path: got %+v", files)
@@ -61,7 +64,7 @@ func TestPairFiles(t *testing.T) {
 	link := filepath.Join(t.TempDir(), "key.pem")
 	must(t, os.Symlink(m.KeyPath, link))
 	for _, path := range []string{m.KeyPath, link} {
-		p = Pair{CertPath: "/c", KeyPath: Path(path)}
+		p = Pair{CertPath: "/c", KeyPath: targetconf.Path(path)}
 		if files, _ = p.Files(m); len(files) != 1 {
 			t.Errorf("%s: the key store's own file is a destination", path)
 		}
@@ -71,13 +74,13 @@ func TestPairFiles(t *testing.T) {
 // What the server says decides what becomes of key_path.
 func TestSettle(t *testing.T) {
 	const cert = "/tls/site.pem"
-	at := func(key string) []ServerPair { return []ServerPair{{cert, key, "conf:7"}} }
+	at := func(key string) []serverconf.Pair { return []serverconf.Pair{{Cert: cert, Key: key, Where: "conf:7"}} }
 	broken := errors.New("exit status 1")
 	tests := []struct {
 		name    string
 		config  string
 		overlay string
-		pairs   []ServerPair
+		pairs   []serverconf.Pair
 		err     error  // the server gives no answer
 		want    string // key_path
 		says    string // in the error, or in the warning
@@ -115,13 +118,13 @@ func TestSettle(t *testing.T) {
 			if test.overlay != "" {
 				must(t, os.WriteFile(filepath.Join(dir, "t.json"), []byte(test.overlay), 0o600))
 			}
-			config, err := Merge([]byte(test.config), "Apache", "t", OpenOverlays(dir))
+			config, err := targetconf.Merge([]byte(test.config), "Apache", "t", targetconf.OpenOverlays(dir))
 			must(t, err)
 			p := Pair{CertPath: cert}
 			must(t, config.Decode(&p, "key_path"))
-			found, err := ServerPair{}, test.err
+			found, err := serverconf.Pair{}, test.err
 			if err == nil {
-				found, err = KeyFor(cert, test.pairs)
+				found, err = serverconf.KeyFor(cert, test.pairs)
 			}
 			warnings, err := p.Settle(Params{Config: config, Log: slog.New(slog.DiscardHandler)}, &Material{KeyPath: "/store/c.key"}, "httpd", found, err)
 			said := strings.Join(warnings, "\n")
@@ -142,7 +145,7 @@ func TestSettle(t *testing.T) {
 // is as secret as a key file.
 func TestOneFile(t *testing.T) {
 	m := material(t)
-	p := Pair{CertPath: "/all.pem", KeyPath: "/all.pem", CertFile: FileOptions{Mode: 0o644}, KeyFile: FileOptions{Mode: 0o640}}
+	p := Pair{CertPath: "/all.pem", KeyPath: "/all.pem", CertFile: targetconf.FileOptions{Mode: 0o644}, KeyFile: targetconf.FileOptions{Mode: 0o640}}
 	files, warnings := p.Files(m)
 	want := slices.Concat(m.Key(), pemutil.EncodeCertificates(m.Leaf), pemutil.EncodeCertificates(m.Chain...))
 	if len(files) != 1 || len(warnings) != 0 || files[0].Path != "/all.pem" || files[0].Kind != KeyFile || *files[0].Mode != 0o640 || !bytes.Equal(files[0].Data, want) {
@@ -168,7 +171,7 @@ func TestPairCheck(t *testing.T) {
 }
 
 func TestCommands(t *testing.T) {
-	params := Params{Policy: &Policy{}, Common: Common{CommandTimeout: Duration(5 * time.Second)}}
+	params := Params{Policy: &policy.Policy{}, Common: targetconf.Common{CommandTimeout: targetconf.Duration(5 * time.Second)}}
 	p := Pair{ValidateCommand: "nginx -t"}
 	validate, reload, err := p.Commands(params)
 	if err != nil || validate == nil || validate.Timeout != 5*time.Second || reload != nil {

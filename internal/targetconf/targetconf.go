@@ -1,4 +1,6 @@
-package target
+// Package targetconf decodes the configuration of a target: the control plane's
+// word under the overlays of this host.
+package targetconf
 
 import (
 	"bytes"
@@ -11,6 +13,7 @@ import (
 	"unicode"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/printable"
 	"certctl-agent/internal/secret"
 )
 
@@ -58,7 +61,7 @@ const (
 // may be nil.
 func Merge(job json.RawMessage, typ, targetID string, overlays *Overlays) (*Config, error) {
 	if !api.ValidID(targetID) {
-		return nil, fmt.Errorf("target id %s cannot name a file: 1 to 128 of A-Z a-z 0-9 . _ - are allowed", clip(targetID))
+		return nil, fmt.Errorf("target id %s cannot name a file: 1 to 128 of A-Z a-z 0-9 . _ - are allowed", printable.Quote(targetID))
 	}
 	c := &Config{targetID: targetID, overlays: overlays}
 	var err error
@@ -92,7 +95,7 @@ func Merge(job json.RawMessage, typ, targetID string, overlays *Overlays) (*Conf
 		}
 		if want != typ {
 			return nil, Invalid(pinKey, "the job is for a target of type %s, and this host allows only %s for target %s (%s)",
-				clip(typ), clip(want), targetID, overlays.path(targetID))
+				printable.Quote(typ), printable.Quote(want), targetID, overlays.path(targetID))
 		}
 	}
 	return c, nil

@@ -1,4 +1,4 @@
-package target
+package targetconf
 
 import (
 	"bytes"
@@ -134,7 +134,7 @@ func trustedWay(path string) error {
 	_, err := hostfile.Follow(path, func(at string, info fs.FileInfo) error {
 		switch {
 		case !info.IsDir():
-			return trustedLink(at, info)
+			return hostfile.TrustedLink(at, info)
 		case info.Mode()&fs.ModeSticky != 0: // there nobody can move what belongs to another
 			return trustedOwner(info, at)
 		}

@@ -1,4 +1,4 @@
-package target
+package targetconf
 
 import (
 	"strings"
@@ -89,25 +89,5 @@ func TestFileName(t *testing.T) {
 	}
 	if got := FileName("a").Or("d"); got != "a" {
 		t.Errorf("Or: got %q", got)
-	}
-}
-
-func TestFileOptions(t *testing.T) {
-	f := FileOptions{Mode: 0o640, Owner: "root"}.File("/k", KeyFile, []byte("x"))
-	if f.Mode == nil || *f.Mode != 0o640 || f.DefaultMode != 0o600 || f.Owner != "root" || f.Path != "/k" {
-		t.Errorf("key: got %+v", f)
-	}
-	f = FileOptions{}.File("/c", CertificateFile, nil)
-	if f.Mode != nil || f.DefaultMode != 0o644 {
-		t.Errorf("certificate: got %+v", f)
-	}
-}
-
-// No error repeats more of a foreign text than fits on a line, nor anything
-// that a terminal would obey.
-func TestClip(t *testing.T) {
-	got := clip("\x1b[31m\u202e" + strings.Repeat("é", 200))
-	if len(got) > 900 || strings.ContainsAny(got, "\x1b\u202e") || !strings.Contains(got, "...") {
-		t.Errorf("got %s", got)
 	}
 }

@@ -1,13 +1,15 @@
-// Package target is the contract between a Deployment job and the connector
-// that carries it out: what is installed, how a target's configuration is
-// decoded, and what the control plane may make this host write and run.
-package target
+// Package connector is the contract between a Deployment job and the connector
+// that carries it out.
+package connector
 
 import (
 	"context"
 	"crypto/x509"
 	"io/fs"
 	"log/slog"
+
+	"certctl-agent/internal/policy"
+	"certctl-agent/internal/targetconf"
 )
 
 // A Connector installs certificates on one target. One is made for each job
@@ -26,15 +28,15 @@ type Factory func(Params) (Connector, error)
 // Params is what every connector is made from.
 type Params struct {
 	TargetID string
-	Config   *Config // the job's configuration under the host's overlays
-	Common   Common  // the part of it that all types share
-	Policy   *Policy // what may be written and run here
+	Config   *targetconf.Config // the job's configuration under the host's overlays
+	Common   targetconf.Common  // the part of it that all types share
+	Policy   *policy.Policy     // what may be written and run here
 	Log      *slog.Logger
 
 	// Query runs a command that changes nothing and returns what it printed.
 	// Connectors ask the server itself with it which key it reads. Nil: nobody
 	// can be asked.
-	Query func(ctx context.Context, c Command) (stdout []byte, err error)
+	Query func(ctx context.Context, c policy.Command) (stdout []byte, err error)
 
 	Yield Yield // nil: this deployment holds nothing that others need
 }
@@ -76,7 +78,7 @@ const (
 	CertificateFile Kind = iota // public
 	KeyFile                     // holds a private key, perhaps beside certificates
 	ConfigFile                  // written for a server to read, such as Envoy's sds.json
-	StoreFile                   // a file of the agent's own key store, exempt from Policy
+	StoreFile                   // a file of the agent's own key store, exempt from policy.Policy
 )
 
 // Secret reports whether a file of this kind holds a private key.
@@ -105,6 +107,19 @@ type File struct {
 	// KeepOthers puts the PEM blocks of the file that is there which are neither
 	// certificates nor keys, such as DH PARAMETERS, behind Data.
 	KeepOthers bool
+}
+
+// NewFile is the destination at path with the mode and owner that are configured
+// for it.
+func NewFile(path targetconf.Path, kind Kind, data []byte, o targetconf.FileOptions) File {
+	f := File{Path: string(path), Kind: kind, Data: data, DefaultMode: 0o644, Owner: string(o.Owner), Group: string(o.Group)}
+	if kind.Secret() {
+		f.DefaultMode = 0o600
+	}
+	if o.Mode != 0 {
+		f.Mode = new(fs.FileMode(o.Mode))
+	}
+	return f
 }
 
 // BusyError means that a deployment did not begin because others have not

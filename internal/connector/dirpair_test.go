@@ -1,14 +1,16 @@
-package target
+package connector
 
 import (
 	"strings"
 	"testing"
+
+	"certctl-agent/internal/targetconf"
 )
 
 func TestDirPair(t *testing.T) {
 	tests := []struct {
 		job       string
-		cert, key Path
+		cert, key targetconf.Path
 		wantErr   string
 	}{
 		{job: `{"cert_dir": "/tls"}`, cert: "/tls/cert.pem", key: "/tls/key.pem"},
@@ -20,7 +22,7 @@ func TestDirPair(t *testing.T) {
 		{job: `{}`, wantErr: "cert_dir"},
 	}
 	for _, test := range tests {
-		config, err := Merge([]byte(test.job), "Traefik", "t1", nil)
+		config, err := targetconf.Merge([]byte(test.job), "Traefik", "t1", nil)
 		if err != nil {
 			t.Fatal(err)
 		}

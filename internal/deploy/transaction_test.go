@@ -19,9 +19,10 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/connector/nginx"
 	"certctl-agent/internal/keystore"
-	"certctl-agent/internal/target"
+	"certctl-agent/internal/policy"
 	"certctl-agent/internal/testing/testca"
 	"certctl-agent/internal/transaction"
 )
@@ -36,13 +37,13 @@ type host struct {
 	dir   string
 	keys  *keystore.Store
 	files *transaction.Store
-	run   func(ctx context.Context, c target.Command) error
+	run   func(ctx context.Context, c policy.Command) error
 	d     *Deployer
 }
 
 func openHost(t *testing.T, dir string) *host {
 	t.Helper()
-	h := &host{t: t, dir: dir, run: func(context.Context, target.Command) error { return nil }}
+	h := &host{t: t, dir: dir, run: func(context.Context, policy.Command) error { return nil }}
 	log := slog.New(slog.DiscardHandler)
 	for _, name := range []string{"state", "www"} {
 		if err := os.MkdirAll(h.path(name), 0o700); err != nil {
@@ -56,9 +57,9 @@ func openHost(t *testing.T, dir string) *host {
 	if h.keys, err = keystore.Open(keystore.Owner{}, h.path("keys"), log); err != nil {
 		t.Fatal(err)
 	}
-	policy := &target.Policy{Protected: []string{h.path("state"), h.path("keys")}}
-	h.files, err = transaction.Open(transaction.Options{State: state, StatePath: h.path("state"), Policy: policy, Log: log,
-		Run: func(ctx context.Context, c target.Command) error { return h.run(ctx, c) }})
+	rules := &policy.Policy{Protected: []string{h.path("state"), h.path("keys")}}
+	h.files, err = transaction.Open(transaction.Options{State: state, StatePath: h.path("state"), Policy: rules, Log: log,
+		Run: func(ctx context.Context, c policy.Command) error { return h.run(ctx, c) }})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -66,8 +67,8 @@ func openHost(t *testing.T, dir string) *host {
 	if _, err := h.files.Recover(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	h.d = New(Options{Plane: h, Keys: h.keys, Policy: policy, Log: log, Settle: h.files.Settle, Connectors: map[string]target.Factory{
-		"NGINX": func(p target.Params) (target.Connector, error) { return nginx.New(p, h.files) },
+	h.d = New(Options{Plane: h, Keys: h.keys, Policy: rules, Log: log, Settle: h.files.Settle, Connectors: map[string]connector.Factory{
+		"NGINX": func(p connector.Params) (connector.Connector, error) { return nginx.New(p, h.files) },
 	}})
 	return h
 }
@@ -149,14 +150,14 @@ func TestTransaction(t *testing.T) {
 			if !h.served(ownKey).Equal(first) {
 				t.Error("another certificate is served")
 			}
-			h.run = func(context.Context, target.Command) error { return errors.New("a command ran") }
+			h.run = func(context.Context, policy.Command) error { return errors.New("a command ran") }
 			if got := h.deploy(ownKey); got.Status != api.StatusCompleted || !got.Unchanged {
 				t.Errorf("the same once more: %+v", got)
 			}
 
 			second := h.renew(ca, "csr-2")
 			reloads := 0
-			h.run = func(_ context.Context, c target.Command) error {
+			h.run = func(_ context.Context, c policy.Command) error {
 				if c.Argv[0] == "reload" {
 					if reloads++; reloads == 1 {
 						return errors.New("exit status 1")
@@ -189,7 +190,7 @@ func TestTransaction(t *testing.T) {
 func TestKilled(t *testing.T) {
 	if *crashDir != "" {
 		h := openHost(t, *crashDir)
-		h.run = func(_ context.Context, c target.Command) error {
+		h.run = func(_ context.Context, c policy.Command) error {
 			fmt.Println(c.Argv[0])
 			time.Sleep(rand.N(5 * time.Millisecond))
 			return nil

@@ -1,4 +1,4 @@
-package target
+package targetconf
 
 import (
 	"encoding/json"
@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"certctl-agent/internal/printable"
 )
 
 // Mode is the permission bits of a file; 0 is "not configured". In JSON it is
@@ -54,7 +56,7 @@ func (m *Mode) parseOctal(text string) error {
 	if meant, err := strconv.ParseUint(text, 10, 32); err == nil && Mode(meant).plausible() {
 		hint = fmt.Sprintf(", so \"%04o\" (or the number %d) was probably meant", meant, meant)
 	}
-	return fmt.Errorf("a string holds the mode in octal, such as \"0640\", and %s is no plausible one%s", clip(text), hint)
+	return fmt.Errorf("a string holds the mode in octal, such as \"0640\", and %s is no plausible one%s", printable.Quote(text), hint)
 }
 
 // plausible reports whether some file could sensibly have these bits: the
@@ -138,15 +140,20 @@ func ParsePath(text string) (Path, error) {
 	if text == "" {
 		return "", nil
 	}
-	if !filepath.IsAbs(text) || strings.ContainsFunc(text, isControl) {
-		return "", fmt.Errorf("expected an absolute path, got %s", clip(text))
+	if !filepath.IsAbs(text) || strings.ContainsFunc(text, printable.IsControl) {
+		return "", fmt.Errorf("expected an absolute path, got %s", printable.Quote(text))
 	}
 	for element := range strings.SplitSeq(filepath.ToSlash(text), "/") {
 		if element == ".." {
-			return "", fmt.Errorf("expected a path without \"..\", got %s", clip(text))
+			return "", fmt.Errorf("expected a path without \"..\", got %s", printable.Quote(text))
 		}
 	}
 	return Path(filepath.Clean(text)), nil
+}
+
+// Join is the file called name in the directory p.
+func (p Path) Join(name FileName) Path {
+	return Path(filepath.Join(string(p), string(name)))
 }
 
 // FileName is the plain name of a file: no directory in it, no dot in front.
@@ -158,8 +165,8 @@ func (n *FileName) UnmarshalJSON(raw []byte) error {
 	if json.Unmarshal(raw, &text) != nil {
 		return errors.New("expected a file name, got " + kindOf(raw))
 	}
-	if strings.HasPrefix(text, ".") || strings.ContainsAny(text, `/\`) || strings.ContainsFunc(text, isControl) || len(text) > 200 {
-		return fmt.Errorf("expected a plain file name, without a directory and not starting with a dot, got %s", clip(text))
+	if strings.HasPrefix(text, ".") || strings.ContainsAny(text, `/\`) || strings.ContainsFunc(text, printable.IsControl) || len(text) > 200 {
+		return fmt.Errorf("expected a plain file name, without a directory and not starting with a dot, got %s", printable.Quote(text))
 	}
 	*n = FileName(text)
 	return nil
@@ -185,8 +192,8 @@ func (a *Account) UnmarshalJSON(raw []byte) error {
 		}
 		text = string(raw)
 	}
-	if strings.ContainsFunc(text, isControl) || strings.ContainsAny(text, ":/ ") || len(text) > 256 {
-		return fmt.Errorf("expected a name or a number of an account, got %s", clip(text))
+	if strings.ContainsFunc(text, printable.IsControl) || strings.ContainsAny(text, ":/ ") || len(text) > 256 {
+		return fmt.Errorf("expected a name or a number of an account, got %s", printable.Quote(text))
 	}
 	*a = Account(text)
 	return nil
@@ -197,18 +204,6 @@ type FileOptions struct {
 	Mode  Mode
 	Owner Account
 	Group Account
-}
-
-// File is the destination at path under these options.
-func (o FileOptions) File(path Path, kind Kind, data []byte) File {
-	f := File{Path: string(path), Kind: kind, Data: data, DefaultMode: 0o644, Owner: string(o.Owner), Group: string(o.Group)}
-	if kind.Secret() {
-		f.DefaultMode = 0o600
-	}
-	if o.Mode != 0 {
-		f.Mode = new(fs.FileMode(o.Mode))
-	}
-	return f
 }
 
 // parseBool takes true, false, and what operators write for them in a form
@@ -239,25 +234,14 @@ func parseInt(raw []byte) (int64, error) {
 	return n, nil
 }
 
-func isControl(r rune) bool { return r < ' ' || r == 0x7f }
-
 // shown is a JSON value for an error: scalars as they are, others by kind.
 func shown(raw []byte) string {
 	var text string
 	switch {
 	case json.Unmarshal(raw, &text) == nil:
-		return clip(text)
+		return printable.Quote(text)
 	case raw[0] == '{' || raw[0] == '[':
 		return kindOf(raw)
 	}
-	return strings.Trim(clip(string(raw)), `"`)
-}
-
-// clip quotes a text from outside for an error: one line, of bounded length.
-func clip(text string) string {
-	const most = 120
-	if len(text) > most {
-		text = strings.ToValidUTF8(text[:most], "") + "..."
-	}
-	return strconv.QuoteToASCII(text)
+	return strings.Trim(printable.Quote(string(raw)), `"`)
 }

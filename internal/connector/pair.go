@@ -1,4 +1,4 @@
-package target
+package connector
 
 import (
 	"bytes"
@@ -7,20 +7,24 @@ import (
 	"os"
 	"slices"
 
+	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/policy"
+	"certctl-agent/internal/serverconf"
+	"certctl-agent/internal/targetconf"
 )
 
 // Pair is the configuration of the targets that read a certificate and its key
 // from two files, with the chain in a third or after the certificate; or all of
 // it from one file, which key_path and cert_path both name.
 type Pair struct {
-	CertPath  Path `json:"cert_path"`
-	KeyPath   Path `json:"key_path"`   // none: the key is not installed, the server reads the key store
-	ChainPath Path `json:"chain_path"` // none: the chain follows the leaf in CertPath
+	CertPath  targetconf.Path `json:"cert_path"`
+	KeyPath   targetconf.Path `json:"key_path"`   // none: the key is not installed, the server reads the key store
+	ChainPath targetconf.Path `json:"chain_path"` // none: the chain follows the leaf in CertPath
 
-	CertFile  FileOptions `json:"cert_file_*"`
-	KeyFile   FileOptions `json:"key_file_*" config:"secret"`
-	ChainFile FileOptions `json:"chain_file_*"`
+	CertFile  targetconf.FileOptions `json:"cert_file_*"`
+	KeyFile   targetconf.FileOptions `json:"key_file_*" config:"secret"`
+	ChainFile targetconf.FileOptions `json:"chain_file_*"`
 
 	ValidateCommand string `json:"validate_command"`
 	ReloadCommand   string `json:"reload_command"`
@@ -39,16 +43,16 @@ func (p *Pair) Check(required ...string) error {
 	}
 	for _, key := range required {
 		if !given[key] {
-			return Invalid(key, "is required")
+			return targetconf.Invalid(key, "is required")
 		}
 	}
 	switch {
 	case p.oneFile() && p.ChainPath != "":
-		return Invalid("chain_path", "has no place where key_path and cert_path are one file: that holds the chain too")
+		return targetconf.Invalid("chain_path", "has no place where key_path and cert_path are one file: that holds the chain too")
 	case p.ChainPath != "" && p.ChainPath == p.CertPath:
-		return Invalid("chain_path", "is the same file as cert_path: leave it out, and the chain follows the certificate there")
+		return targetconf.Invalid("chain_path", "is the same file as cert_path: leave it out, and the chain follows the certificate there")
 	case p.ChainPath != "" && p.ChainPath == p.KeyPath:
-		return Invalid("chain_path", "is the same file as key_path")
+		return targetconf.Invalid("chain_path", "is the same file as key_path")
 	}
 	return nil
 }
@@ -60,36 +64,41 @@ func (p *Pair) Check(required ...string) error {
 // mismatch not when they test their configuration but when they load it, and end
 // or turn TLS off. Only an overlay, the word of this host's owner, goes before
 // an answer that is not clear. A server that gives none is in warnings.
-func (p *Pair) Settle(params Params, m *Material, server string, found ServerPair, err error) (warnings []string, _ error) {
+func (p *Pair) Settle(params Params, m *Material, server string, found serverconf.Pair, err error) (warnings []string, _ error) {
 	if params.Config.Masked("key_path") {
 		if err != nil {
 			return nil, params.Config.MaskedError("key_path", err)
 		}
 		params.Log.Info("key path taken from the server's own configuration", "server", server, "key_path", found.Key, "where", found.Where)
-		p.KeyPath = Path(found.Key)
+		p.KeyPath = targetconf.Path(found.Key)
 		return nil, p.Check()
 	}
-	_, isUnclear := errors.AsType[unclearError](err)
+	_, isUnclear := errors.AsType[*serverconf.UnclearError](err)
 	switch {
-	case errors.Is(err, errUnnamed):
+	case errors.Is(err, serverconf.ErrUnnamed):
 		return []string{fmt.Sprintf("%s will not load the certificate: its configuration does not name %s, or only by a variable or a table", server, p.CertPath)}, nil
 	case isUnclear && !params.Config.Local("key_path"):
-		return nil, Invalid("key_path", "it is not certain that %s would read the new certificate with the new key, and with another one TLS would fail: %v; or put key_path into an overlay", server, err)
+		return nil, targetconf.Invalid("key_path", "it is not certain that %s would read the new certificate with the new key, and with another one TLS would fail: %v; or put key_path into an overlay", server, err)
 	case err != nil:
 		return []string{fmt.Sprintf("nobody has compared key_path with the key that %s reads: %v", server, err)}, nil
-	case found.Uses(p.KeyPath, m):
+	case p.matches(found, m):
 		return nil, nil
 	case found.Key == string(p.CertPath):
-		return nil, Invalid("key_path", "%s reads the key of %s from that same file (%s), so TLS would fail: set key_path to %s as well, and the file will hold both; or name a key file in the configuration of %s",
+		return nil, targetconf.Invalid("key_path", "%s reads the key of %s from that same file (%s), so TLS would fail: set key_path to %s as well, and the file will hold both; or name a key file in the configuration of %s",
 			server, p.CertPath, found.Where, p.CertPath, server)
 	}
-	return nil, Invalid("key_path", "%s reads the key of %s from %s (%s), so the new certificate would meet another key there, and TLS would fail: name that file",
+	return nil, targetconf.Invalid("key_path", "%s reads the key of %s from %s (%s), so the new certificate would meet another key there, and TLS would fail: name that file",
 		server, p.CertPath, found.Key, found.Where)
+}
+
+// matches reports whether the server reads the key of m once m is installed.
+func (p *Pair) matches(found serverconf.Pair, m *Material) bool {
+	return p.KeyPath != "" && found.Reads(p.KeyPath) || m.InKeyStore(targetconf.Path(found.Key))
 }
 
 // Commands are the configured commands, checked. One that is not configured is
 // nil.
-func (p *Pair) Commands(params Params) (validate, reload *Command, err error) {
+func (p *Pair) Commands(params Params) (validate, reload *policy.Command, err error) {
 	if validate, err = params.Command("validate_command", p.ValidateCommand); err != nil {
 		return nil, nil, err
 	}
@@ -104,21 +113,21 @@ func (p *Pair) Files(m *Material) (files []File, warnings []string) {
 	if p.oneFile() {
 		// The key first, as Postfix's smtpd_tls_chain_files wants it; the others
 		// take any order.
-		return []File{p.KeyFile.File(p.KeyPath, KeyFile, slices.Concat(m.Key(), cert, chain))}, nil
+		return []File{NewFile(p.KeyPath, KeyFile, slices.Concat(m.Key(), cert, chain), p.KeyFile)}, nil
 	}
 	if p.ChainPath == "" {
 		cert = append(cert, chain...)
 	}
-	files = append(files, p.CertFile.File(p.CertPath, CertificateFile, cert))
+	files = append(files, NewFile(p.CertPath, CertificateFile, cert, p.CertFile))
 	if p.ChainPath != "" {
 		if len(m.Chain) > 0 {
-			files = append(files, p.ChainFile.File(p.ChainPath, CertificateFile, chain))
+			files = append(files, NewFile(p.ChainPath, CertificateFile, chain, p.ChainFile))
 		} else if _, err := os.Lstat(string(p.ChainPath)); err == nil {
 			warnings = append(warnings, fmt.Sprintf("the certificate came without a chain, and %s is left as it is", p.ChainPath))
 		}
 	}
 	if p.KeyPath != "" && !m.InKeyStore(p.KeyPath) {
-		files = append(files, p.KeyFile.File(p.KeyPath, KeyFile, m.Key()))
+		files = append(files, NewFile(p.KeyPath, KeyFile, m.Key(), p.KeyFile))
 	}
 	return files, warnings
 }
@@ -131,19 +140,19 @@ func (m *Material) Key() []byte {
 // InKeyStore reports whether path is, or leads to, the key store's own file of
 // this key. Such a destination is none: the transaction makes the key the
 // current one there anyway.
-func (m *Material) InKeyStore(path Path) bool {
-	return m.KeyPath != "" && resolved(string(path)) == resolved(m.KeyPath)
+func (m *Material) InKeyStore(path targetconf.Path) bool {
+	return m.KeyPath != "" && hostfile.Real(string(path)) == hostfile.Real(m.KeyPath)
 }
 
 // Command splits and checks the command line that was configured under key.
 // An empty one is none.
-func (p *Params) Command(key, line string) (*Command, error) {
+func (p *Params) Command(key, line string) (*policy.Command, error) {
 	if line == "" {
 		return nil, nil
 	}
-	c, err := p.Policy.Command(line, p.Common.CommandTimeout.Or(defaultCommandTimeout))
+	c, err := p.Policy.Command(line, p.Common.CommandDeadline())
 	if err != nil {
-		return nil, &ConfigError{Key: key, Problem: err.Error()}
+		return nil, &targetconf.ConfigError{Key: key, Problem: err.Error()}
 	}
 	return &c, nil
 }

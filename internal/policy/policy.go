@@ -1,4 +1,6 @@
-package target
+// Package policy is what this host lets its control plane do: which files may be
+// written and which commands may run.
+package policy
 
 import (
 	"fmt"
@@ -11,6 +13,7 @@ import (
 
 	"certctl-agent/internal/command"
 	"certctl-agent/internal/hostfile"
+	"certctl-agent/internal/printable"
 )
 
 // Policy is what the control plane may make this host write and run. It comes
@@ -44,7 +47,7 @@ func (p *Policy) Command(line string, timeout time.Duration) (Command, error) {
 		return Command{}, err
 	}
 	if p.Commands != nil && !slices.ContainsFunc(p.Commands, func(allowed []string) bool { return matches(allowed, argv) }) {
-		return Command{}, fmt.Errorf("%s is not among the commands that CERTCTL_ALLOWED_COMMANDS allows", clip(line))
+		return Command{}, fmt.Errorf("%s is not among the commands that CERTCTL_ALLOWED_COMMANDS allows", printable.Quote(line))
 	}
 	return Command{Argv: argv, Timeout: timeout}, nil
 }
@@ -60,8 +63,8 @@ func matches(allowed, argv []string) bool {
 // absolute, clean and free of symlinks: the caller resolves them, since only
 // it knows the directory that it will write to.
 func (p *Policy) CheckPath(path string) error {
-	if !filepath.IsAbs(path) || filepath.Clean(path) != path || strings.ContainsFunc(path, isControl) {
-		return fmt.Errorf("%s is no absolute path in its shortest form", clip(path))
+	if !filepath.IsAbs(path) || filepath.Clean(path) != path || strings.ContainsFunc(path, printable.IsControl) {
+		return fmt.Errorf("%s is no absolute path in its shortest form", printable.Quote(path))
 	}
 	if own := firstHolding(p.Protected, path); own != "" {
 		return fmt.Errorf("%s is in %s, which is the agent's own: nothing is installed there", path, own)
@@ -73,7 +76,7 @@ func (p *Policy) CheckPath(path string) error {
 		return nil
 	}
 	for _, dir := range p.Paths {
-		if real, err := hostfile.Follow(filepath.Clean(dir), trustedLink); err == nil && below(real, path) {
+		if real, err := hostfile.Follow(filepath.Clean(dir), hostfile.TrustedLink); err == nil && below(real, path) {
 			return nil
 		}
 	}
@@ -206,7 +209,7 @@ func firstHolding(dirs []string, path string) string {
 		}
 	}
 	for _, dir := range dirs {
-		real := resolved(dir)
+		real := hostfile.Real(dir)
 		if below(strings.ToLower(real), strings.ToLower(path)) || below(strings.ToLower(dir), strings.ToLower(path)) {
 			return dir
 		}
@@ -222,38 +225,4 @@ func firstHolding(dirs []string, path string) string {
 func below(dir, path string) bool {
 	rest, ok := strings.CutPrefix(path, dir)
 	return ok && (rest == "" || dir == string(filepath.Separator) || rest[0] == filepath.Separator)
-}
-
-// resolved is path without symlinks, as far as it exists: the elements that do
-// not are kept as they are.
-func resolved(path string) string {
-	real, err := Resolve(path)
-	if err != nil {
-		return filepath.Clean(path)
-	}
-	return real
-}
-
-// Resolve follows the symlinks of path. What does not exist yet, at its end or
-// behind a symlink that leads nowhere, is kept by name: that is where a file
-// would be created.
-func Resolve(path string) (string, error) {
-	return hostfile.Follow(filepath.Clean(path), func(string, fs.FileInfo) error { return nil })
-}
-
-// trustedLink refuses a symlink that others than root and the agent's own user
-// could have made: it would let them choose which directory is allowed.
-func trustedLink(at string, info fs.FileInfo) error {
-	if info.Mode().Type() != fs.ModeSymlink {
-		return nil
-	}
-	dir, err := os.Lstat(filepath.Dir(at))
-	if err != nil {
-		return err
-	}
-	shared := dir.Mode().Perm()&0o022 != 0 && dir.Mode()&fs.ModeSticky == 0
-	if shared || !hostfile.Ours(dir) || !hostfile.Ours(info) {
-		return fmt.Errorf("%s is a symlink that others could change", at)
-	}
-	return nil
 }

@@ -1,9 +1,8 @@
-package target
+package targetconf
 
 import (
 	"encoding/json"
 	"fmt"
-
 	"os"
 	"path/filepath"
 	"slices"

@@ -1,0 +1,30 @@
+package connector
+
+import (
+	"certctl-agent/internal/targetconf"
+)
+
+// DirPair is the configuration of the targets that read a certificate, with its
+// chain after it, and its key from two files of one directory.
+type DirPair struct {
+	CertDir  targetconf.Path     `json:"cert_dir" config:"required"`
+	CertName targetconf.FileName `json:"cert_file"` // cert.pem
+	KeyName  targetconf.FileName `json:"key_file"`  // key.pem
+
+	CertFile targetconf.FileOptions `json:"cert_file_*"`
+	KeyFile  targetconf.FileOptions `json:"key_file_*" config:"secret"`
+}
+
+// Pair is the same as paths.
+func (d *DirPair) Pair() (Pair, error) {
+	p := Pair{
+		CertPath: d.CertDir.Join(d.CertName.Or("cert.pem")),
+		KeyPath:  d.CertDir.Join(d.KeyName.Or("key.pem")),
+		CertFile: d.CertFile,
+		KeyFile:  d.KeyFile,
+	}
+	if p.CertPath == p.KeyPath {
+		return Pair{}, targetconf.Invalid("key_file", "is the same file as cert_file")
+	}
+	return p, nil
+}
