@@ -96,7 +96,7 @@ func writable(path string) bool {
 func (c *checker) overlays() {
 	dir := c.config.TargetsDir
 	overlays := overlaysOf(c.config)
-	if _, err := targetconf.Merge(nil, "", "default", overlays); err != nil {
+	if _, err := targetconf.Merge(nil, "", nil, "default", overlays); err != nil {
 		c.fail("overlays", "", "%v", err)
 		return
 	}
@@ -115,7 +115,7 @@ func (c *checker) overlays() {
 		if !isOverlay {
 			continue
 		}
-		if _, err := targetconf.Merge(nil, "", name, overlays); err != nil {
+		if _, err := targetconf.Merge(nil, "", nil, name, overlays); err != nil {
 			c.fail("overlays", "", "%v", err)
 			bad++
 			continue

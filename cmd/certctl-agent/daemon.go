@@ -55,7 +55,7 @@ type daemon struct {
 	served *installed.Inventory
 
 	abandoned []string // warnings of state that an earlier agent id left
-	files     *transaction.Store
+	files     *transaction.Engine
 	plane     *controlplane.Client
 	key       atomic.Pointer[func() secret.String] // where the client gets the API key; replaced by a reload
 	agent     *agent.Agent
@@ -226,18 +226,18 @@ func (d *daemon) build(rules *policy.Policy, p process) error {
 			Log:       d.log,
 		}),
 		Deployer: deploy.New(deploy.Options{
-			Plane:      d.plane,
-			Keys:       d.keys,
-			Connectors: all.Connectors(d.files),
-			Overlays:   overlaysOf(cfg),
-			Policy:     rules,
-			Verify:     cfg.VerifyDeployment,
-			Log:        d.log,
+			Plane:    d.plane,
+			Keys:     d.keys,
+			Engine:   d.files,
+			Types:    all.Types(),
+			Overlays: overlaysOf(cfg),
+			Policy:   rules,
+			Verify:   cfg.VerifyDeployment,
+			Log:      d.log,
 			Query: func(ctx context.Context, c policy.Command) ([]byte, error) {
 				return command.Query(ctx, c.Argv, c.Timeout)
 			},
-			Settle: d.files.Settle,
-			Heard:  func(call string, err error) { d.agent.Heard(call, err) },
+			Heard: func(call string, err error) { d.agent.Heard(call, err) },
 		}),
 		Surveyor:          surveyor,
 		Ledger:            d.ledger,

@@ -1,57 +1,147 @@
-// Package connector is the contract between a Deployment job and the connector
-// that carries it out.
+// Package connector is the contract between the kinds of target and the engine
+// that deploys to them. A connector looks and proposes; it never writes. What
+// it proposes is a Plan, which package transaction carries out as a whole or
+// not at all.
 package connector
 
 import (
+	"bytes"
 	"context"
 	"crypto/x509"
+	"errors"
+	"fmt"
 	"io/fs"
 	"log/slog"
+	"slices"
+	"strings"
+	"time"
 
+	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/policy"
+	"certctl-agent/internal/serverconf"
 	"certctl-agent/internal/targetconf"
+	"certctl-agent/internal/tlsprobe"
 )
 
-// A Connector installs certificates on one target. One is made for each job
-// and used once.
-type Connector interface {
-	// Deploy installs m as one transaction. When it returns an error, the
-	// target is as it was before, unless the error says that it needs a person
-	// (BrokenError). A cancelled context rolls back.
-	Deploy(ctx context.Context, m *Material) (Result, error)
+// A Type is one kind of target. Nothing else in the program names it.
+type Type struct {
+	Name    string            // as the control plane spells it
+	Aliases map[string]string // other spellings of configuration keys, to the main one
+
+	// New checks the whole configuration and touches nothing. Nil: the control
+	// plane has this type, and this version of the agent does not support it.
+	New func(*targetconf.Config, Host) (Connector, error)
 }
 
-// A Factory makes the connector of one target type. It checks the whole
-// configuration and touches nothing.
-type Factory func(Params) (Connector, error)
+// Find returns the type of types that is called name. The error says that there
+// is none, or that this version of the agent does not support it.
+func Find(types []Type, name string) (Type, error) {
+	var supported []string
+	for _, typ := range types {
+		switch {
+		case typ.Name == name && typ.New == nil:
+			return typ, fmt.Errorf("target type %s is not supported by this agent version", name)
+		case typ.Name == name:
+			return typ, nil
+		case typ.New != nil:
+			supported = append(supported, typ.Name)
+		}
+	}
+	slices.Sort(supported)
+	return Type{}, fmt.Errorf("target type %.100q is unknown (case matters); this agent version supports %s", name, strings.Join(supported, ", "))
+}
 
-// Params is what every connector is made from.
-type Params struct {
-	TargetID string
-	Config   *targetconf.Config // the job's configuration under the host's overlays
-	Common   targetconf.Common  // the part of it that all types share
-	Policy   *policy.Policy     // what may be written and run here
-	Log      *slog.Logger
+// Host is what this machine lends a connector.
+type Host struct {
+	Policy *policy.Policy // what may be written and run here
+	Log    *slog.Logger
 
 	// Query runs a command that changes nothing and returns what it printed.
 	// Connectors ask the server itself with it which key it reads. Nil: nobody
 	// can be asked.
-	Query func(ctx context.Context, c policy.Command) (stdout []byte, err error)
-
-	Yield Yield // nil: this deployment holds nothing that others need
+	Query serverconf.Query
 }
 
-// A Yield calls wait, which waits for other deployments, and gives others this
-// deployment's place meanwhile. The context that wait gets ends when the agent
-// stops: a deployment that only waits has nothing to finish. The error is
-// wait's, or says that the place could not be had again.
-type Yield func(wait func(context.Context) error) error
-
-// Result says what a successful deployment did.
-type Result struct {
-	Unchanged bool     // everything was in place: nothing written, nothing reloaded
-	Warnings  []string // for the log, one line each
+// Command splits and checks the command line that is configured under key. An
+// empty one is none.
+func (h Host) Command(config *targetconf.Config, key, line string) (*policy.Command, error) {
+	if line == "" {
+		return nil, nil
+	}
+	c, err := h.Policy.Command(line, time.Duration(config.Common.CommandTimeout))
+	if err != nil {
+		return nil, targetconf.Invalid(key, "%v", err)
+	}
+	return &c, nil
 }
+
+// A Connector knows one product. It reads and proposes; it never writes. One is
+// made for each deployment.
+type Connector interface {
+	// Plan says what installing m takes. It may be called again when something
+	// changed before the plan was carried out.
+	Plan(ctx context.Context, m *Material) (*Plan, error)
+}
+
+// A Plan is everything that one deployment changes. The engine saves what is
+// there, makes the changes in this order, after the promotion of the key, and
+// undoes them in reverse order after a failure, a cancellation or a crash.
+type Plan struct {
+	Files    []File          // on this host, swapped together
+	Changes  []Change        // elsewhere, after the files; those that cannot be undone last
+	Validate *policy.Command // nil: none
+	Reload   Reload
+
+	// Serves is where the certificate can be seen once it is installed. Nil:
+	// nowhere, or the configuration does not say.
+	Serves *tlsprobe.Endpoint
+
+	Warnings []string // for the log, one line each
+}
+
+// Reload makes a server use the files that are in place: the new ones or, after
+// a rollback, the old ones again.
+type Reload struct {
+	Command *policy.Command // nil: none
+
+	// Call does it where it takes more than a command. After a crash the next
+	// deployment calls it, since nothing else can. Nil: nothing.
+	Call func(ctx context.Context) error
+	Does string // what Call does, for people
+
+	// Wait is how long the server may go on reading its files after Command has
+	// returned. They are not touched meanwhile, unless a verification has shown
+	// that the server is done.
+	Wait time.Duration
+}
+
+// A Change replaces one thing that is not a file of this host. After a crash, a
+// new Connector of the same configuration is asked for it again, so its methods
+// must converge: each may have been carried out before, in whole or in part.
+type Change interface {
+	// ID names what is replaced ("client-ssl /Common/www"). It is stable: the
+	// journal knows the Change by it.
+	ID() string
+
+	// Read returns what an undo needs, nil if there is nothing, and whether the
+	// target is as Write would make it.
+	Read(ctx context.Context) (was []byte, same bool, err error)
+
+	// Write makes the change. The engine has saved what Read returned.
+	Write(ctx context.Context) error
+
+	// Restore takes the change back. Was is what Read returned before the first
+	// Write, perhaps in an earlier process. The error may be ErrIrrevocable.
+	Restore(ctx context.Context, was []byte) error
+
+	// Finish removes what only an undo needed. It is called after each
+	// deployment that succeeded, one that had nothing to change included. A
+	// failure is a warning: the next deployment tries again.
+	Finish(ctx context.Context) error
+}
+
+// ErrIrrevocable is the answer of a Change that cannot be taken back.
+var ErrIrrevocable = errors.New("it cannot be undone")
 
 // Material is what a deployment installs.
 type Material struct {
@@ -61,13 +151,20 @@ type Material struct {
 	KeyPEM        []byte              // the private key of Leaf, as the key store holds it
 
 	// KeyPath is the file in the agent's own key store that holds the key once
-	// this transaction is done. Servers may read it directly.
+	// the deployment is done. Servers may read it directly.
 	KeyPath string
+}
 
-	// KeyFiles make a pending key the current one. They are part of the
-	// transaction that installs its certificate and are undone with it. Empty
-	// when the key is current already.
-	KeyFiles []File
+// Key is the private key as it is written: one newline at its end.
+func (m *Material) Key() []byte {
+	return append(bytes.TrimRight(m.KeyPEM, "\r\n"), '\n')
+}
+
+// InKeyStore reports whether path is, or leads to, the key store's own file of
+// this key. Such a destination is none: the engine makes the key the current
+// one there anyway.
+func (m *Material) InKeyStore(path targetconf.Path) bool {
+	return m.KeyPath != "" && hostfile.Real(string(path)) == hostfile.Real(m.KeyPath)
 }
 
 // A Kind says what a file holds.
@@ -78,14 +175,13 @@ const (
 	CertificateFile Kind = iota // public
 	KeyFile                     // holds a private key, perhaps beside certificates
 	ConfigFile                  // written for a server to read, such as Envoy's sds.json
-	StoreFile                   // a file of the agent's own key store, exempt from policy.Policy
 )
 
 // Secret reports whether a file of this kind holds a private key.
-func (k Kind) Secret() bool { return k == KeyFile || k == StoreFile }
+func (k Kind) Secret() bool { return k == KeyFile }
 
-// File is one destination of a transaction. Mode, owner and group come from
-// the configuration when set, else from the file that is there, else from
+// File is one destination on this host. Mode, owner and group come from the
+// configuration when set, else from the file that is there, else from
 // DefaultMode and the agent's own user.
 type File struct {
 	Path        string // absolute
@@ -100,13 +196,18 @@ type File struct {
 	// the same connector, which may be replaced. Nil: none is.
 	Written func(old []byte) bool
 
-	// Keep puts a file that is there in place once more with the bytes that it
-	// has, for a server that watches it. Data is not used.
+	// Keep puts a file that is there, and not Written, in place once more with
+	// the bytes that it has, for a server that watches it.
 	Keep bool
 
 	// KeepOthers puts the PEM blocks of the file that is there which are neither
 	// certificates nor keys, such as DH PARAMETERS, behind Data.
 	KeepOthers bool
+
+	// From is the content of the file that is there which Data was made from,
+	// empty if there was none. If it has changed since, the plan is made again.
+	// Nil: Data does not depend on it.
+	From []byte
 }
 
 // NewFile is the destination at path with the mode and owner that are configured
@@ -121,26 +222,3 @@ func NewFile(path targetconf.Path, kind Kind, data []byte, o targetconf.FileOpti
 	}
 	return f
 }
-
-// BusyError means that a deployment did not begin because others have not
-// ended. Nothing was touched, and another try may succeed.
-type BusyError struct{ Err error }
-
-func (e *BusyError) Error() string { return e.Err.Error() }
-
-func (e *BusyError) Unwrap() error { return e.Err }
-
-// BrokenError is a failed rollback: the target needs a person.
-type BrokenError struct {
-	Cause    error  // what failed first
-	Rollback error  // what failed while undoing it
-	Backups  string // directory that holds the old files
-}
-
-func (e *BrokenError) Error() string {
-	return e.Cause.Error() + "; putting the old files back failed as well, so this target needs a person: " +
-		e.Rollback.Error() + "; the old files are in " + e.Backups
-}
-
-// Unwrap gives both failures.
-func (e *BrokenError) Unwrap() []error { return []error{e.Cause, e.Rollback} }

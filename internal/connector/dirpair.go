@@ -8,8 +8,8 @@ import (
 // chain after it, and its key from two files of one directory.
 type DirPair struct {
 	CertDir  targetconf.Path     `json:"cert_dir" config:"required"`
-	CertName targetconf.FileName `json:"cert_file"` // cert.pem
-	KeyName  targetconf.FileName `json:"key_file"`  // key.pem
+	CertName targetconf.FileName `json:"cert_file" default:"cert.pem"`
+	KeyName  targetconf.FileName `json:"key_file" default:"key.pem"`
 
 	CertFile targetconf.FileOptions `json:"cert_file_*"`
 	KeyFile  targetconf.FileOptions `json:"key_file_*" config:"secret"`
@@ -18,8 +18,8 @@ type DirPair struct {
 // Pair is the same as paths.
 func (d *DirPair) Pair() (Pair, error) {
 	p := Pair{
-		CertPath: d.CertDir.Join(d.CertName.Or("cert.pem")),
-		KeyPath:  d.CertDir.Join(d.KeyName.Or("key.pem")),
+		CertPath: d.CertDir.Join(d.CertName),
+		KeyPath:  d.CertDir.Join(d.KeyName),
 		CertFile: d.CertFile,
 		KeyFile:  d.KeyFile,
 	}

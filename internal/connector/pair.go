@@ -1,13 +1,11 @@
 package connector
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"os"
 	"slices"
 
-	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/policy"
 	"certctl-agent/internal/serverconf"
@@ -57,27 +55,28 @@ func (p *Pair) Check(required ...string) error {
 	return nil
 }
 
-// Settle compares the pair with what server answered when it was asked for the
+// Match compares the pair with what server answered when it was asked for the
 // key of CertPath: found, or err. A masked key_path becomes the server's. A pair
 // that the server would read with another key is refused, and so is one of which
 // it says that it uses it, but not clearly with which key: most servers find the
 // mismatch not when they test their configuration but when they load it, and end
 // or turn TLS off. Only an overlay, the word of this host's owner, goes before
 // an answer that is not clear. A server that gives none is in warnings.
-func (p *Pair) Settle(params Params, m *Material, server string, found serverconf.Pair, err error) (warnings []string, _ error) {
-	if params.Config.Masked("key_path") {
+func (p *Pair) Match(config *targetconf.Config, host Host, m *Material, server string, found serverconf.Pair, err error) (warnings []string, _ error) {
+	if config.Masked("key_path") {
 		if err != nil {
-			return nil, params.Config.MaskedError("key_path", err)
+			return nil, config.MaskedError("key_path", err)
 		}
-		params.Log.Info("key path taken from the server's own configuration", "server", server, "key_path", found.Key, "where", found.Where)
+		host.Log.Info("key path taken from the server's own configuration", "server", server, "key_path", found.Key, "where", found.Where)
 		p.KeyPath = targetconf.Path(found.Key)
+		config.Learn("key_path", found.Key, fmt.Sprintf("%s (%s)", server, found.Where))
 		return nil, p.Check()
 	}
 	_, isUnclear := errors.AsType[*serverconf.UnclearError](err)
 	switch {
 	case errors.Is(err, serverconf.ErrUnnamed):
 		return []string{fmt.Sprintf("%s will not load the certificate: its configuration does not name %s, or only by a variable or a table", server, p.CertPath)}, nil
-	case isUnclear && !params.Config.Local("key_path"):
+	case isUnclear && !config.Local("key_path"):
 		return nil, targetconf.Invalid("key_path", "it is not certain that %s would read the new certificate with the new key, and with another one TLS would fail: %v; or put key_path into an overlay", server, err)
 	case err != nil:
 		return []string{fmt.Sprintf("nobody has compared key_path with the key that %s reads: %v", server, err)}, nil
@@ -98,61 +97,38 @@ func (p *Pair) matches(found serverconf.Pair, m *Material) bool {
 
 // Commands are the configured commands, checked. One that is not configured is
 // nil.
-func (p *Pair) Commands(params Params) (validate, reload *policy.Command, err error) {
-	if validate, err = params.Command("validate_command", p.ValidateCommand); err != nil {
+func (p *Pair) Commands(config *targetconf.Config, host Host) (validate, reload *policy.Command, err error) {
+	if validate, err = host.Command(config, "validate_command", p.ValidateCommand); err != nil {
 		return nil, nil, err
 	}
-	reload, err = params.Command("reload_command", p.ReloadCommand)
+	reload, err = host.Command(config, "reload_command", p.ReloadCommand)
 	return validate, reload, err
 }
 
-// Files are the destinations of m, and what there is to warn of.
-func (p *Pair) Files(m *Material) (files []File, warnings []string) {
+// Plan is the plan to put m into these files.
+func (p *Pair) Plan(m *Material) *Plan {
+	plan := new(Plan)
 	cert := pemutil.EncodeCertificates(m.Leaf)
 	chain := pemutil.EncodeCertificates(m.Chain...)
 	if p.oneFile() {
 		// The key first, as Postfix's smtpd_tls_chain_files wants it; the others
 		// take any order.
-		return []File{NewFile(p.KeyPath, KeyFile, slices.Concat(m.Key(), cert, chain), p.KeyFile)}, nil
+		plan.Files = []File{NewFile(p.KeyPath, KeyFile, slices.Concat(m.Key(), cert, chain), p.KeyFile)}
+		return plan
 	}
 	if p.ChainPath == "" {
 		cert = append(cert, chain...)
 	}
-	files = append(files, NewFile(p.CertPath, CertificateFile, cert, p.CertFile))
+	plan.Files = append(plan.Files, NewFile(p.CertPath, CertificateFile, cert, p.CertFile))
 	if p.ChainPath != "" {
 		if len(m.Chain) > 0 {
-			files = append(files, NewFile(p.ChainPath, CertificateFile, chain, p.ChainFile))
+			plan.Files = append(plan.Files, NewFile(p.ChainPath, CertificateFile, chain, p.ChainFile))
 		} else if _, err := os.Lstat(string(p.ChainPath)); err == nil {
-			warnings = append(warnings, fmt.Sprintf("the certificate came without a chain, and %s is left as it is", p.ChainPath))
+			plan.Warnings = append(plan.Warnings, fmt.Sprintf("the certificate came without a chain, and %s is left as it is", p.ChainPath))
 		}
 	}
 	if p.KeyPath != "" && !m.InKeyStore(p.KeyPath) {
-		files = append(files, NewFile(p.KeyPath, KeyFile, m.Key(), p.KeyFile))
+		plan.Files = append(plan.Files, NewFile(p.KeyPath, KeyFile, m.Key(), p.KeyFile))
 	}
-	return files, warnings
-}
-
-// Key is the private key as it is written: one newline at its end.
-func (m *Material) Key() []byte {
-	return append(bytes.TrimRight(m.KeyPEM, "\r\n"), '\n')
-}
-
-// InKeyStore reports whether path is, or leads to, the key store's own file of
-// this key. Such a destination is none: the transaction makes the key the
-// current one there anyway.
-func (m *Material) InKeyStore(path targetconf.Path) bool {
-	return m.KeyPath != "" && hostfile.Real(string(path)) == hostfile.Real(m.KeyPath)
-}
-
-// Command splits and checks the command line that was configured under key.
-// An empty one is none.
-func (p *Params) Command(key, line string) (*policy.Command, error) {
-	if line == "" {
-		return nil, nil
-	}
-	c, err := p.Policy.Command(line, p.Common.CommandDeadline())
-	if err != nil {
-		return nil, &targetconf.ConfigError{Key: key, Problem: err.Error()}
-	}
-	return &c, nil
+	return plan
 }

@@ -32,7 +32,8 @@ func TestPairFiles(t *testing.T) {
 	blocks := func(f File) int { return bytes.Count(f.Data, []byte("-----BEGIN")) }
 
 	p := Pair{CertPath: "/c", KeyPath: "/k", KeyFile: targetconf.FileOptions{Mode: 0o640}}
-	files, warnings := p.Files(m)
+	plan := p.Plan(m)
+	files, warnings := plan.Files, plan.Warnings
 	if len(files) != 2 || len(warnings) != 0 || files[0].Path != "/c" || blocks(files[0]) != 1+encode(m.Chain...) ||
 		files[1].Path != "/k" || files[1].Kind != KeyFile || *files[1].Mode != 0o640 {
 		t.Errorf("without chain_path: got %+v, %q", files, warnings)
@@ -45,18 +46,18 @@ func TestPairFiles(t *testing.T) {
 
 	chain := filepath.Join(t.TempDir(), "chain.pem")
 	p = Pair{CertPath: "/c", ChainPath: targetconf.Path(chain)}
-	files, _ = p.Files(m)
+	files = p.Plan(m).Files
 	if len(files) != 2 || blocks(files[0]) != 1 || files[1].Path != chain || blocks(files[1]) != len(m.Chain) {
 		t.Errorf("with chain_path and no key_path: got %+v", files)
 	}
 
 	m.Chain = nil
-	if files, warnings = p.Files(m); len(files) != 1 || len(warnings) != 0 {
-		t.Errorf("without a chain: got %+v, %q", files, warnings)
+	if plan = p.Plan(m); len(plan.Files) != 1 || len(plan.Warnings) != 0 {
+		t.Errorf("without a chain: got %+v, %q", plan.Files, plan.Warnings)
 	}
 	must(t, os.WriteFile(chain, nil, 0o600))
-	if files, warnings = p.Files(m); len(files) != 1 || len(warnings) != 1 || !strings.Contains(warnings[0], chain) {
-		t.Errorf("without a chain, over an old one: got %+v, %q", files, warnings)
+	if plan = p.Plan(m); len(plan.Files) != 1 || len(plan.Warnings) != 1 || !strings.Contains(plan.Warnings[0], chain) {
+		t.Errorf("without a chain, over an old one: got %+v, %q", plan.Files, plan.Warnings)
 	}
 
 	// The server reads the key store's own file, by a link that leads nowhere
@@ -65,14 +66,14 @@ func TestPairFiles(t *testing.T) {
 	must(t, os.Symlink(m.KeyPath, link))
 	for _, path := range []string{m.KeyPath, link} {
 		p = Pair{CertPath: "/c", KeyPath: targetconf.Path(path)}
-		if files, _ = p.Files(m); len(files) != 1 {
+		if files = p.Plan(m).Files; len(files) != 1 {
 			t.Errorf("%s: the key store's own file is a destination", path)
 		}
 	}
 }
 
 // What the server says decides what becomes of key_path.
-func TestSettle(t *testing.T) {
+func TestMatch(t *testing.T) {
 	const cert = "/tls/site.pem"
 	at := func(key string) []serverconf.Pair { return []serverconf.Pair{{Cert: cert, Key: key, Where: "conf:7"}} }
 	broken := errors.New("exit status 1")
@@ -118,7 +119,7 @@ func TestSettle(t *testing.T) {
 			if test.overlay != "" {
 				must(t, os.WriteFile(filepath.Join(dir, "t.json"), []byte(test.overlay), 0o600))
 			}
-			config, err := targetconf.Merge([]byte(test.config), "Apache", "t", targetconf.OpenOverlays(dir))
+			config, err := targetconf.Merge([]byte(test.config), "Apache", nil, "t", targetconf.OpenOverlays(dir))
 			must(t, err)
 			p := Pair{CertPath: cert}
 			must(t, config.Decode(&p, "key_path"))
@@ -126,7 +127,7 @@ func TestSettle(t *testing.T) {
 			if err == nil {
 				found, err = serverconf.KeyFor(cert, test.pairs)
 			}
-			warnings, err := p.Settle(Params{Config: config, Log: slog.New(slog.DiscardHandler)}, &Material{KeyPath: "/store/c.key"}, "httpd", found, err)
+			warnings, err := p.Match(config, Host{Log: slog.New(slog.DiscardHandler)}, &Material{KeyPath: "/store/c.key"}, "httpd", found, err)
 			said := strings.Join(warnings, "\n")
 			if err != nil {
 				said = err.Error()
@@ -146,7 +147,8 @@ func TestSettle(t *testing.T) {
 func TestOneFile(t *testing.T) {
 	m := material(t)
 	p := Pair{CertPath: "/all.pem", KeyPath: "/all.pem", CertFile: targetconf.FileOptions{Mode: 0o644}, KeyFile: targetconf.FileOptions{Mode: 0o640}}
-	files, warnings := p.Files(m)
+	plan := p.Plan(m)
+	files, warnings := plan.Files, plan.Warnings
 	want := slices.Concat(m.Key(), pemutil.EncodeCertificates(m.Leaf), pemutil.EncodeCertificates(m.Chain...))
 	if len(files) != 1 || len(warnings) != 0 || files[0].Path != "/all.pem" || files[0].Kind != KeyFile || *files[0].Mode != 0o640 || !bytes.Equal(files[0].Data, want) {
 		t.Errorf("got %d files: %+v, %q", len(files), files, warnings)
@@ -171,22 +173,26 @@ func TestPairCheck(t *testing.T) {
 }
 
 func TestCommands(t *testing.T) {
-	params := Params{Policy: &policy.Policy{}, Common: targetconf.Common{CommandTimeout: targetconf.Duration(5 * time.Second)}}
+	host := Host{Policy: &policy.Policy{}}
+	timeout := func(job string) *targetconf.Config {
+		config, err := targetconf.Merge([]byte(job), "NGINX", nil, "t", nil)
+		must(t, err)
+		return config
+	}
 	p := Pair{ValidateCommand: "nginx -t"}
-	validate, reload, err := p.Commands(params)
+	validate, reload, err := p.Commands(timeout(`{"command_timeout":"5s"}`), host)
 	if err != nil || validate == nil || validate.Timeout != 5*time.Second || reload != nil {
 		t.Errorf("got %v, %v, %v", validate, reload, err)
 	}
-	params.Common.CommandTimeout = 0
-	if validate, _, _ = p.Commands(params); validate.Timeout != time.Minute {
+	if validate, _, _ = p.Commands(timeout(`{}`), host); validate.Timeout != time.Minute {
 		t.Errorf("default timeout: got %v", validate.Timeout)
 	}
 	p.ReloadCommand = "nginx -s reload; reboot"
-	if _, _, err := p.Commands(params); err == nil || !strings.Contains(err.Error(), "reload_command: ") {
+	if _, _, err := p.Commands(timeout(`{}`), host); err == nil || !strings.Contains(err.Error(), "reload_command: ") {
 		t.Errorf("a semicolon: got %v", err)
 	}
 	p.ValidateCommand = "$(reboot)"
-	if _, _, err := p.Commands(params); err == nil || !strings.Contains(err.Error(), "validate_command: ") {
+	if _, _, err := p.Commands(timeout(`{}`), host); err == nil || !strings.Contains(err.Error(), "validate_command: ") {
 		t.Errorf("a substitution: got %v", err)
 	}
 }

@@ -17,8 +17,10 @@ import (
 	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/policy"
 	"certctl-agent/internal/printable"
+	"certctl-agent/internal/serverconf"
 	"certctl-agent/internal/targetconf"
 	"certctl-agent/internal/tlsprobe"
+	"certctl-agent/internal/transaction"
 )
 
 // maxError bounds what the control plane is told of a failure, in bytes.
@@ -41,27 +43,33 @@ type Keys interface {
 	Prune(certID string, deployed keystore.Key) error
 }
 
+// Engine carries out what connectors propose.
+type Engine interface {
+	// Settle makes sure that no interrupted deployment can undo, later, what one
+	// to the target does with the key. An error holds the deployment back.
+	Settle(ctx context.Context, targetID, keyPath string) error
+
+	// Deploy is that of transaction.Engine.
+	Deploy(ctx context.Context, d transaction.Deployment) (transaction.Result, error)
+}
+
 // Options is what a Deployer needs.
 type Options struct {
-	Plane      Plane
-	Keys       Keys
-	Connectors map[string]connector.Factory // by target type
-	Overlays   *targetconf.Overlays
-	Policy     *policy.Policy
-	Verify     bool // report what the live endpoint serves
-	Log        *slog.Logger
+	Plane    Plane
+	Keys     Keys
+	Engine   Engine
+	Types    []connector.Type
+	Overlays *targetconf.Overlays
+	Policy   *policy.Policy
+	Verify   bool // report what the live endpoint serves
+	Log      *slog.Logger
 
 	// Probe asks an endpoint for its certificate. Nil: tlsprobe.Probe.
 	Probe func(context.Context, tlsprobe.Endpoint) (tlsprobe.Result, error)
 
 	// Query runs a command of a server to learn from what it prints. Nil: no
 	// server is asked, and a masked path has to come from an overlay.
-	Query func(context.Context, policy.Command) ([]byte, error)
-
-	// Settle makes sure that no interrupted transaction can undo, later, what
-	// a deployment to the target does with the key. An error holds the
-	// deployment back. Nil: there are none.
-	Settle func(ctx context.Context, targetID, keyPath string) error
+	Query serverconf.Query
 
 	// Heard is told of each report that failed and that Deploy itself does not
 	// act on, so that a 410 is not lost. Nil: nobody listens.
@@ -101,7 +109,7 @@ type Turn struct {
 	// take the promotion back. It may be called more than once.
 	Share func()
 
-	Yield connector.Yield // called to wait for others, before anything is touched
+	Yield transaction.Yield // called to wait for others, before anything is touched
 }
 
 // New returns a Deployer.
@@ -143,7 +151,7 @@ func (d *Deployer) Deploy(calls, work context.Context, job api.Job, turn Turn) (
 	a.outcome.Duration = time.Since(began)
 	a.outcome.Status = api.StatusCompleted
 	if err != nil {
-		_, broken := errors.AsType[*connector.BrokenError](err)
+		_, broken := errors.AsType[*transaction.BrokenError](err)
 		_, panicked := errors.AsType[*panicError](err)
 		a.outcome.Status = api.StatusFailed
 		a.outcome.Broken = broken || panicked
@@ -159,8 +167,8 @@ type attempt struct {
 	turn      Turn
 	log       *slog.Logger
 	config    *targetconf.Config
-	common    targetconf.Common
 	connector connector.Connector // nil: nothing to install
+	serves    *tlsprobe.Endpoint  // where what was installed can be seen; nil: nowhere
 	outcome   Outcome
 }
 
@@ -176,7 +184,7 @@ func (a *attempt) run(calls, work context.Context) (err error) {
 		return err
 	}
 	a.reportRunning(calls)
-	if err := a.plan(); err != nil {
+	if err := a.prepare(); err != nil {
 		return err
 	}
 	m, err := a.fetch(calls)
@@ -211,10 +219,10 @@ func (a *attempt) run(calls, work context.Context) (err error) {
 // settle ends what earlier transactions left, before the key is looked for: to
 // undo one can make another key the current one.
 func (a *attempt) settle(ctx context.Context) error {
-	if a.o.Settle == nil || !api.ValidID(a.job.CertificateID) || !api.ValidID(a.job.TargetID) {
+	if !api.ValidID(a.job.CertificateID) || !api.ValidID(a.job.TargetID) {
 		return nil
 	}
-	if err := a.o.Settle(ctx, a.job.TargetID, a.o.Keys.Path(a.job.CertificateID)); err != nil {
+	if err := a.o.Engine.Settle(ctx, a.job.TargetID, a.o.Keys.Path(a.job.CertificateID)); err != nil {
 		return temporaryError{err}
 	}
 	return nil
@@ -235,27 +243,36 @@ func (a *attempt) reportRunning(ctx context.Context) {
 	}
 }
 
-// install runs the connector's transaction, of which the promotion of the key
-// is a part.
+// install has the engine carry out what the connector proposes, of which the
+// promotion of the key is a part.
 func (a *attempt) install(ctx context.Context, m *connector.Material, key keystore.Key) error {
 	if a.connector == nil {
 		return a.o.Keys.Promote(a.job.CertificateID, key)
 	}
-	changes, err := a.o.Keys.Promotion(a.job.CertificateID, key)
+	promotion, err := a.o.Keys.Promotion(a.job.CertificateID, key)
 	if err != nil {
 		return err
 	}
-	for _, change := range changes {
+	for _, change := range promotion {
 		defer clear(change.Data)
-		m.KeyFiles = append(m.KeyFiles, connector.File{Path: change.Path, Kind: connector.StoreFile, Data: change.Data,
-			Mode: new(keystore.FileMode), DefaultMode: keystore.FileMode})
 	}
-	result, err := a.connector.Deploy(ctx, m)
+	common := &a.config.Common
+	result, err := a.o.Engine.Deploy(ctx, transaction.Deployment{
+		Target:     a.job.TargetID,
+		Connector:  a.connector,
+		Material:   m,
+		Promotion:  promotion,
+		Verify:     common.Verifier(m.Leaf),
+		Backups:    common.Retention,
+		ReplaceAny: common.ReplaceAny,
+		Yield:      a.turn.Yield,
+	})
 	for _, warning := range result.Warnings {
 		a.warn(warning)
 	}
+	a.serves = result.Serves
 	a.outcome.Unchanged = err == nil && result.Unchanged
-	if _, busy := errors.AsType[*connector.BusyError](err); busy {
+	if _, busy := errors.AsType[*transaction.BusyError](err); busy {
 		return temporaryError{err}
 	}
 	return err

@@ -27,6 +27,7 @@ import (
 	"certctl-agent/internal/targetconf"
 	"certctl-agent/internal/testing/testca"
 	"certctl-agent/internal/tlsprobe"
+	"certctl-agent/internal/transaction"
 )
 
 // world is everything that a Deployer meets, faked but for the key store.
@@ -45,9 +46,11 @@ type world struct {
 	statusErr error
 	statuses  []string // reported, as job=status
 
-	deploy    func(ctx context.Context, m *connector.Material) (connector.Result, error)
+	deploy    func(ctx context.Context, m *connector.Material) (transaction.Result, error)
 	installed []string // targets, in order
 	material  *connector.Material
+	promotion []keystore.Change
+	settle    func(ctx context.Context, targetID, keyPath string) error // nil: nothing to settle
 }
 
 func newWorld(t *testing.T) *world {
@@ -59,14 +62,17 @@ func newWorld(t *testing.T) *world {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { w.keys.Close() })
-	w.deploy = func(context.Context, *connector.Material) (connector.Result, error) { return connector.Result{}, nil }
+	w.deploy = func(context.Context, *connector.Material) (transaction.Result, error) {
+		return transaction.Result{}, nil
+	}
 	w.options = Options{
-		Plane:      w,
-		Keys:       w.keys,
-		Connectors: map[string]connector.Factory{"NGINX": w.connector, "Apache": w.connector},
-		Overlays:   targetconf.OpenOverlays(t.TempDir()),
-		Policy:     &policy.Policy{},
-		Log:        log,
+		Plane:    w,
+		Keys:     w.keys,
+		Engine:   w,
+		Types:    []connector.Type{{Name: "NGINX", New: w.connector}, {Name: "Apache", New: w.connector}, {Name: "F5"}},
+		Overlays: targetconf.OpenOverlays(t.TempDir()),
+		Policy:   &policy.Policy{},
+		Log:      log,
 	}
 	return w
 }
@@ -89,34 +95,47 @@ func (w *world) ReportStatus(ctx context.Context, job string, s api.JobStatus) e
 	return w.statusErr
 }
 
-func (w *world) connector(p connector.Params) (connector.Connector, error) {
+func (w *world) connector(c *targetconf.Config, _ connector.Host) (connector.Connector, error) {
 	var config struct {
 		Path string `json:"cert_path"`
 	}
-	if err := p.Config.Decode(&config); err != nil {
-		return nil, err
+	return &fakeConnector{endpoint: c.Common.Endpoint()}, c.Decode(&config)
+}
+
+// fakeConnector proposes nothing.
+type fakeConnector struct{ endpoint *tlsprobe.Endpoint }
+
+// Plan implements connector.Connector.
+func (c *fakeConnector) Plan(context.Context, *connector.Material) (*connector.Plan, error) {
+	return &connector.Plan{Serves: c.endpoint}, nil
+}
+
+// Settle is the engine's.
+func (w *world) Settle(ctx context.Context, targetID, keyPath string) error {
+	if w.settle == nil {
+		return nil
 	}
-	return &fakeConnector{w, p.TargetID}, nil
+	return w.settle(ctx, targetID, keyPath)
 }
 
-// fakeConnector puts the key files in place, as a transaction does, and leaves the
-// rest to world.deploy.
-type fakeConnector struct {
-	w  *world
-	id string
-}
-
-func (c *fakeConnector) Deploy(ctx context.Context, m *connector.Material) (connector.Result, error) {
-	c.w.mu.Lock()
-	c.w.material = m
-	c.w.installed = append(c.w.installed, c.id)
-	c.w.mu.Unlock()
-	result, err := c.w.deploy(ctx, m)
-	for _, file := range m.KeyFiles {
+// Deploy is the engine's: it puts the key in place, and leaves the rest to
+// world.deploy.
+func (w *world) Deploy(ctx context.Context, d transaction.Deployment) (transaction.Result, error) {
+	w.mu.Lock()
+	w.material, w.promotion = d.Material, d.Promotion
+	w.installed = append(w.installed, d.Target)
+	w.mu.Unlock()
+	plan, err := d.Connector.Plan(ctx, d.Material)
+	if err != nil {
+		return transaction.Result{}, err
+	}
+	result, err := w.deploy(ctx, d.Material)
+	for _, change := range d.Promotion {
 		if err == nil {
-			err = os.WriteFile(file.Path, file.Data, *file.Mode)
+			err = os.WriteFile(change.Path, change.Data, keystore.FileMode)
 		}
 	}
+	result.Serves = plan.Serves
 	return result, err
 }
 
@@ -167,8 +186,8 @@ func (w *world) role(leaf *x509.Certificate) keystore.Role {
 func TestCompleted(t *testing.T) {
 	w := newWorld(t)
 	first := w.renew("cert-1", testca.Template{CommonName: "web.example.org", Intermediates: 1})
-	w.deploy = func(context.Context, *connector.Material) (connector.Result, error) {
-		return connector.Result{Warnings: []string{"a chain file was left"}}, nil
+	w.deploy = func(context.Context, *connector.Material) (transaction.Result, error) {
+		return transaction.Result{Warnings: []string{"a chain file was left"}}, nil
 	}
 	got := w.run(job(`{"cert_path":"/x","surprise":1}`))
 	if got.Status != api.StatusCompleted || got.Error != "" || got.Unchanged || got.Broken || got.Verification != nil {
@@ -178,7 +197,7 @@ func TestCompleted(t *testing.T) {
 		t.Errorf("certificate in the outcome: %+v", got)
 	}
 	m := w.material
-	if !m.Leaf.Equal(first.Leaf) || len(m.Chain) != 2 || m.KeyPath != w.keys.Path("cert-1") || len(m.KeyFiles) != 1 || m.KeyFiles[0].Kind != connector.StoreFile {
+	if !m.Leaf.Equal(first.Leaf) || len(m.Chain) != 2 || m.KeyPath != w.keys.Path("cert-1") || len(w.promotion) != 1 {
 		t.Errorf("material %+v", m)
 	}
 	if bytes.ContainsFunc(m.KeyPEM, func(r rune) bool { return r != 0 }) {
@@ -199,18 +218,18 @@ func TestCompleted(t *testing.T) {
 	// The next round keeps the key before as the previous one.
 	second := w.renew("cert-1", testca.Template{})
 	w.run(job(`{}`))
-	if len(w.material.KeyFiles) != 2 {
-		t.Errorf("key files: %+v", w.material.KeyFiles)
+	if len(w.promotion) != 2 {
+		t.Errorf("key files: %+v", w.promotion)
 	}
 	if a, b := w.role(first.Leaf), w.role(second.Leaf); a != keystore.Previous || b != keystore.Current {
 		t.Errorf("roles %q, %q, want previous, current", a, b)
 	}
 
-	w.deploy = func(context.Context, *connector.Material) (connector.Result, error) {
-		return connector.Result{Unchanged: true}, nil
+	w.deploy = func(context.Context, *connector.Material) (transaction.Result, error) {
+		return transaction.Result{Unchanged: true}, nil
 	}
-	if got := w.run(job(`{}`)); !got.Unchanged || got.Status != api.StatusCompleted || len(w.material.KeyFiles) != 0 {
-		t.Errorf("the same once more: %+v, key files %v", got, w.material.KeyFiles)
+	if got := w.run(job(`{}`)); !got.Unchanged || got.Status != api.StatusCompleted || len(w.promotion) != 0 {
+		t.Errorf("the same once more: %+v, key files %v", got, w.promotion)
 	}
 }
 
@@ -357,9 +376,9 @@ func TestStopping(t *testing.T) {
 	}
 	// Once begun, the transaction does not end with the calls.
 	ctx, cancel = context.WithCancel(t.Context())
-	w.deploy = func(work context.Context, m *connector.Material) (connector.Result, error) {
+	w.deploy = func(work context.Context, m *connector.Material) (transaction.Result, error) {
 		cancel()
-		return connector.Result{}, work.Err()
+		return transaction.Result{}, work.Err()
 	}
 	if got, err := New(w.options).Deploy(ctx, t.Context(), job(`{}`), Turn{}); err != nil || got.Status != api.StatusCompleted {
 		t.Errorf("got %+v, %v", got, err)
@@ -460,17 +479,17 @@ func TestNothingToInstall(t *testing.T) {
 func TestConnectorFails(t *testing.T) {
 	tests := []struct {
 		name   string
-		deploy func(context.Context, *connector.Material) (connector.Result, error)
+		deploy func(context.Context, *connector.Material) (transaction.Result, error)
 		want   string
 		broken bool
 	}{
-		{"rolled back", func(context.Context, *connector.Material) (connector.Result, error) {
-			return connector.Result{}, errors.New("reload failed: exit status 1; the previous certificate is back in place")
+		{"rolled back", func(context.Context, *connector.Material) (transaction.Result, error) {
+			return transaction.Result{}, errors.New("reload failed: exit status 1; the previous certificate is back in place")
 		}, "reload failed", false},
-		{"not rolled back", func(context.Context, *connector.Material) (connector.Result, error) {
-			return connector.Result{}, &connector.BrokenError{Cause: errors.New("reload"), Rollback: errors.New("disk"), Backups: "/b"}
+		{"not rolled back", func(context.Context, *connector.Material) (transaction.Result, error) {
+			return transaction.Result{}, &transaction.BrokenError{Cause: errors.New("reload"), Rollback: errors.New("disk"), Backups: "/b"}
 		}, "needs a person", true},
-		{"panic", func(context.Context, *connector.Material) (connector.Result, error) {
+		{"panic", func(context.Context, *connector.Material) (transaction.Result, error) {
 			panic("boom")
 		}, "internal error", true},
 	}
@@ -506,14 +525,14 @@ func TestTargetsOfOneCertificate(t *testing.T) {
 		issued := w.renew("cert-1", testca.Template{})
 		w.installed = nil
 		promotions := 0
-		w.deploy = func(ctx context.Context, m *connector.Material) (connector.Result, error) {
+		w.deploy = func(ctx context.Context, m *connector.Material) (transaction.Result, error) {
 			w.mu.Lock()
-			if len(m.KeyFiles) > 0 {
+			if len(w.promotion) > 0 {
 				promotions++
 			}
 			w.mu.Unlock()
 			time.Sleep(time.Minute)
-			return connector.Result{}, nil
+			return transaction.Result{}, nil
 		}
 		d := New(w.options)
 		began := time.Now()
@@ -558,8 +577,8 @@ func TestSettledFirst(t *testing.T) {
 	w.run(job(`{}`)) // promotes the key
 	w.statuses, w.installed = nil, nil
 	var asked []string
-	unsettled := &connector.BusyError{Err: errors.New("not undone yet")}
-	w.options.Settle = func(_ context.Context, targetID, keyPath string) error {
+	unsettled := &transaction.BusyError{Err: errors.New("not undone yet")}
+	w.settle = func(_ context.Context, targetID, keyPath string) error {
 		if asked = append(asked, targetID+" "+filepath.Base(keyPath)); len(asked) == 1 {
 			return unsettled
 		}
@@ -586,8 +605,10 @@ func TestSettledFirst(t *testing.T) {
 func TestBusyTarget(t *testing.T) {
 	w := newWorld(t)
 	w.renew("cert-1", testca.Template{})
-	busy := &connector.BusyError{Err: errors.New("another deployment holds it")}
-	w.deploy = func(context.Context, *connector.Material) (connector.Result, error) { return connector.Result{}, busy }
+	busy := &transaction.BusyError{Err: errors.New("another deployment holds it")}
+	w.deploy = func(context.Context, *connector.Material) (transaction.Result, error) {
+		return transaction.Result{}, busy
+	}
 	if got, err := New(w.options).Deploy(t.Context(), t.Context(), job(`{}`), Turn{}); !errors.Is(err, busy) || got.Status != "" {
 		t.Errorf("got %+v, %v, want a temporary error", got, err)
 	}
@@ -690,9 +711,9 @@ func TestVerification(t *testing.T) {
 				issued := w.renew("cert-1", testca.Template{})
 				fingerprint := pemutil.Fingerprint(issued.Leaf)
 				var began time.Time
-				w.deploy = func(context.Context, *connector.Material) (connector.Result, error) {
+				w.deploy = func(context.Context, *connector.Material) (transaction.Result, error) {
 					began = time.Now()
-					return connector.Result{}, nil
+					return transaction.Result{}, nil
 				}
 				w.options.Verify = !test.off
 				w.options.Probe = func(ctx context.Context, endpoint tlsprobe.Endpoint) (tlsprobe.Result, error) {

@@ -36,7 +36,7 @@ type host struct {
 	t     *testing.T
 	dir   string
 	keys  *keystore.Store
-	files *transaction.Store
+	files *transaction.Engine
 	run   func(ctx context.Context, c policy.Command) error
 	d     *Deployer
 }
@@ -67,9 +67,7 @@ func openHost(t *testing.T, dir string) *host {
 	if _, err := h.files.Recover(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	h.d = New(Options{Plane: h, Keys: h.keys, Policy: rules, Log: log, Settle: h.files.Settle, Connectors: map[string]connector.Factory{
-		"NGINX": func(p connector.Params) (connector.Connector, error) { return nginx.New(p, h.files) },
-	}})
+	h.d = New(Options{Plane: h, Keys: h.keys, Engine: h.files, Types: []connector.Type{nginx.Type()}, Policy: rules, Log: log})
 	return h
 }
 

@@ -22,11 +22,11 @@ const (
 // verify looks at what the target serves until that is the new certificate or
 // the budget is spent. Nil where there is nothing to look at or to say.
 func (a *attempt) verify(ctx context.Context, leaf *x509.Certificate) *api.Verification {
-	endpoint, ok := a.common.Endpoint()
-	endpoint.KeyType = leaf.PublicKeyAlgorithm
-	if !a.o.Verify || a.connector == nil || !ok {
+	if !a.o.Verify || a.serves == nil {
 		return nil
 	}
+	endpoint := *a.serves
+	endpoint.KeyType = leaf.PublicKeyAlgorithm
 	report := &api.Verification{TargetID: a.job.TargetID, ExpectedFingerprint: a.outcome.Fingerprint}
 	budget, cancel := context.WithTimeout(ctx, verifyBudget)
 	defer cancel()
@@ -37,7 +37,7 @@ func (a *attempt) verify(ctx context.Context, leaf *x509.Certificate) *api.Verif
 			report.ActualFingerprint, report.Error = result.Fingerprint, ""
 		case budget.Err() == nil || report.ActualFingerprint == "":
 			// The host may be a proxy's, which sends the header itself.
-			endpoint.ProxyProtocol = a.common.Check.ProxyProtocol && !endpoint.ProxyProtocol
+			endpoint.ProxyProtocol = a.serves.ProxyProtocol && !endpoint.ProxyProtocol
 			// The end of the budget cuts a look short; an earlier one said more.
 			report.ActualFingerprint, report.Error = api.Unreachable, printable.Clip(err.Error(), maxError)
 		}

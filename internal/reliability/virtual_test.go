@@ -213,11 +213,8 @@ func (l *life) open() error {
 		Enroller: enroll.New(enroll.Options{Keys: l.keys, Plane: l.client, Algorithm: "ecdsa-p256", Log: w.log}),
 		Deployer: deploy.New(deploy.Options{Plane: l, Keys: l.keys, Policy: policy, Verify: true, Log: w.log, Probe: w.probe,
 			Overlays: targetconf.OpenOverlays(w.site.path("targets.d")),
-			Connectors: map[string]connector.Factory{"NGINX": func(p connector.Params) (connector.Connector, error) {
-				return nginx.New(p, files)
-			}},
-			Settle: files.Settle,
-			Heard:  func(call string, err error) { l.agent.Heard(call, err) },
+			Types:    []connector.Type{nginx.Type()}, Engine: files,
+			Heard: func(call string, err error) { l.agent.Heard(call, err) },
 		}),
 		Surveyor: surveyor,
 		Ledger:   l.jobs, Served: served, Notify: silent{}, Log: w.log, Repair: files.Repair,

@@ -2,6 +2,7 @@
 package serverconf
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -9,9 +10,13 @@ import (
 	"strings"
 
 	"certctl-agent/internal/hostfile"
+	"certctl-agent/internal/policy"
 	"certctl-agent/internal/printable"
 	"certctl-agent/internal/targetconf"
 )
+
+// Query runs a command that changes nothing and returns what it printed.
+type Query func(ctx context.Context, c policy.Command) (stdout []byte, err error)
 
 // Pair is a certificate and its key as a server's own configuration
 // names them.
@@ -81,11 +86,54 @@ func KeyFor(cert targetconf.Path, pairs []Pair) (Pair, error) {
 	return found[0], nil
 }
 
-// Program is the index in argv of the program that a command starts, if it is
+// starting is the first of commands that starts one of programs itself, and the
+// index of that program in its words; -1: none does.
+func starting(commands []policy.Command, programs ...string) (c policy.Command, at int) {
+	for _, c := range commands {
+		if at := program(c.Argv, programs...); at >= 0 {
+			return c, at
+		}
+	}
+	return policy.Command{}, -1
+}
+
+// printer is the call of the program name, which prints the configuration of a
+// mail server: the one beside the first of programs that the job's commands start,
+// with the -c of that command. The reload says which server it is about, so it
+// goes first.
+func printer(name string, validate, reload policy.Command, programs ...string) (policy.Command, error) {
+	c, at := starting([]policy.Command{reload, validate}, programs...)
+	if at < 0 {
+		return c, fmt.Errorf("neither reload_command nor validate_command starts %s itself", strings.Join(programs, " or "))
+	}
+	call := append(slices.Clone(c.Argv[:at]), name)
+	if strings.Contains(c.Argv[at], "/") {
+		call[at] = filepath.Join(filepath.Dir(c.Argv[at]), name)
+	}
+	c.Argv = append(call, configFlag(c.Argv[at+1:])...)
+	return c, nil
+}
+
+// configFlag is the flag -c of words with its value, which may be in the same
+// word, as all these programs have it.
+func configFlag(words []string) []string {
+	for i, word := range words {
+		value, ok := strings.CutPrefix(word, "-c")
+		if ok && value == "" && i+1 < len(words) {
+			value = words[i+1]
+		}
+		if ok {
+			return []string{"-c", value}
+		}
+	}
+	return nil
+}
+
+// program is the index in argv of the program that a command starts, if it is
 // one of names; else -1. sudo and doas are looked through. A longer name is
 // another program, such as a script around a server, and must not be started
 // with words that nobody allowed: only a version or a variant may follow.
-func Program(argv []string, names ...string) int {
+func program(argv []string, names ...string) int {
 	at := 0
 	if first := filepath.Base(argv[0]); first == "sudo" || first == "doas" {
 		at = afterFlags(argv)

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"certctl-agent/internal/policy"
 	"certctl-agent/internal/targetconf"
 )
 
@@ -52,7 +53,7 @@ func TestProgram(t *testing.T) {
 		"systemctl reload nginx": -1, "true": -1, "sudo": -1, "sudo -u": -1,
 		"nginx-deploy --all": -1, "nginx.sh": -1, "sudo systemctl reload nginx": -1, "sudo -u nginx /opt/deploy": -1,
 	} {
-		if got := Program(strings.Fields(line), "nginx"); got != want {
+		if got := program(strings.Fields(line), "nginx"); got != want {
 			t.Errorf("%s: got %d, want %d", line, got, want)
 		}
 	}
@@ -71,6 +72,9 @@ func TestReadFile(t *testing.T) {
 		}
 	}
 }
+
+// words is the command of a line that needs no quotes.
+func words(line string) policy.Command { return policy.Command{Argv: strings.Fields(line)} }
 
 func must(t *testing.T, err error) {
 	t.Helper()

@@ -24,12 +24,12 @@ type Common struct {
 	Address  string `json:"address"`
 	Port     int    `json:"port"`
 
-	Check           VerifyOptions `json:"post_deploy_verify"`
-	CheckAttempts   int           `json:"post_deploy_verify_attempts"`
-	CheckBackoff    Duration      `json:"post_deploy_verify_backoff"`
-	CheckMaxBackoff Duration      `json:"post_deploy_verify_max_backoff"`
+	Verify           VerifyOptions `json:"post_deploy_verify"`
+	VerifyAttempts   int           `json:"post_deploy_verify_attempts" default:"3"`
+	VerifyBackoff    Duration      `json:"post_deploy_verify_backoff" default:"1s"`
+	VerifyMaxBackoff Duration      `json:"post_deploy_verify_max_backoff" default:"16s"`
 
-	CommandTimeout Duration `json:"command_timeout"`
+	CommandTimeout Duration `json:"command_timeout" default:"1m"`
 	Retention      int      `json:"backup_retention"`
 	DropRoot       bool     `json:"drop_root"`
 
@@ -42,7 +42,7 @@ type Common struct {
 type VerifyOptions struct {
 	Enabled    bool     `json:"enabled"`
 	Endpoint   string   `json:"endpoint"` // host:port
-	Timeout    Duration `json:"timeout"`
+	Timeout    Duration `json:"timeout" default:"10s"`
 	ServerName string   `json:"server_name"`
 	StartTLS   string   `json:"starttls"` // smtp, imap, pop3
 
@@ -51,14 +51,10 @@ type VerifyOptions struct {
 	ProxyProtocol bool `json:"proxy_protocol"`
 }
 
-// Defaults and bounds.
+// Bounds.
 const (
-	defaultCommandTimeout = time.Minute
-	defaultVerifyTimeout  = 10 * time.Second
-	defaultAttempts       = 3
-	defaultBackoff        = time.Second
-	defaultMaxBackoff     = 16 * time.Second
-	maxAttempts           = 100
+	maxAttempts  = 100
+	maxRetention = 1000
 
 	// maxVerify bounds the check as a whole, whatever attempts, timeout and
 	// backoff add up to. The new files are unproven meanwhile, and others wait
@@ -66,84 +62,81 @@ const (
 	// need a share of. A server that does not use what it was told to load five
 	// minutes ago will not.
 	maxVerify = 5 * time.Minute
-
-	maxRetention = 1000
 )
-
-// DecodeCommon takes the keys that all types share.
-func DecodeCommon(c *Config) (Common, error) {
-	var common Common
-	if err := c.Decode(&common); err != nil {
-		return Common{}, err
-	}
-	return common, common.check()
-}
 
 func (c *Common) check() error {
 	switch {
 	case c.Port < 0 || c.Port > 65535:
 		return Invalid("port", "expected 1 to 65535, got %d", c.Port)
-	case c.CheckAttempts < 0 || c.CheckAttempts > maxAttempts:
-		return Invalid("post_deploy_verify_attempts", "expected 1 to %d, got %d", maxAttempts, c.CheckAttempts)
+	case c.VerifyAttempts < 0 || c.VerifyAttempts > maxAttempts:
+		return Invalid("post_deploy_verify_attempts", "expected 1 to %d, got %d", maxAttempts, c.VerifyAttempts)
 	case c.Retention < -1 || c.Retention > maxRetention:
 		return Invalid("backup_retention", "expected -1 (none), 0 (the default) or up to %d, got %d", maxRetention, c.Retention)
-	case c.Check.StartTLS != "" && !slices.Contains([]string{"smtp", "imap", "pop3"}, c.Check.StartTLS):
-		return Invalid("post_deploy_verify.starttls", "expected smtp, imap or pop3, got %s", printable.Quote(c.Check.StartTLS))
-	case !c.Check.Enabled:
+	case c.Verify.StartTLS != "" && !slices.Contains([]string{"smtp", "imap", "pop3"}, c.Verify.StartTLS):
+		return Invalid("post_deploy_verify.starttls", "expected smtp, imap or pop3, got %s", printable.Quote(c.Verify.StartTLS))
+	case !c.Verify.Enabled:
 		return nil
-	case c.Check.Endpoint == "":
-		if _, ok := c.Endpoint(); !ok {
+	case c.Verify.Endpoint == "":
+		if c.Endpoint() == nil {
 			return Invalid("post_deploy_verify.endpoint", "is required when enabled is true: host:port")
 		}
 		return nil
 	}
-	host, port, err := net.SplitHostPort(c.Check.Endpoint)
+	host, port, err := net.SplitHostPort(c.Verify.Endpoint)
 	if n, portErr := strconv.ParseUint(port, 10, 16); err != nil || portErr != nil || n == 0 || host == "" {
-		return Invalid("post_deploy_verify.endpoint", "expected host:port, got %s", printable.Quote(c.Check.Endpoint))
+		return Invalid("post_deploy_verify.endpoint", "expected host:port, got %s", printable.Quote(c.Verify.Endpoint))
 	}
 	return nil
 }
 
-// CommandDeadline is how long a command of this target may take.
-func (c *Common) CommandDeadline() time.Duration { return c.CommandTimeout.Or(defaultCommandTimeout) }
-
-// Endpoint is what the target serves its certificate at, for the report to the
-// control plane; false when the configuration does not say.
-func (c *Common) Endpoint() (tlsprobe.Endpoint, bool) {
+// Endpoint is where the target serves its certificate. It returns nil if the
+// configuration does not say.
+func (c *Common) Endpoint() *tlsprobe.Endpoint {
 	host := cmp.Or(c.Host, c.Hostname, c.Target, c.Address)
 	if host == "" {
-		return tlsprobe.Endpoint{}, false
+		return nil
 	}
 	host = strings.Trim(host, "[]") // of a literal IPv6 address
 	port := strconv.Itoa(cmp.Or(c.Port, 443))
-	return tlsprobe.Endpoint{
+	return &tlsprobe.Endpoint{
 		Address:    net.JoinHostPort(host, port),
 		ServerName: host,
-		StartTLS:   cmp.Or(c.Check.StartTLS, tlsprobe.GuessStartTLS(port)),
+		StartTLS:   cmp.Or(c.Verify.StartTLS, tlsprobe.GuessStartTLS(port)),
 
-		ProxyProtocol: c.Check.ProxyProtocol,
-	}, true
+		ProxyProtocol: c.Verify.ProxyProtocol,
+	}
 }
 
-// Verify is the check that is part of the transaction: the endpoint must serve
-// leaf. Nil when it is off.
-func (c *Common) Verify(leaf *x509.Certificate) func(context.Context) error {
-	if !c.Check.Enabled {
+// VerifiedAt is the endpoint that must serve the certificate before the
+// deployment counts. It returns nil if that is not wanted.
+func (c *Common) VerifiedAt() *tlsprobe.Endpoint {
+	if !c.Verify.Enabled {
 		return nil
 	}
-	endpoint, _ := c.Endpoint()
-	if c.Check.Endpoint != "" {
-		host, port, _ := net.SplitHostPort(c.Check.Endpoint)
-		endpoint = tlsprobe.Endpoint{Address: c.Check.Endpoint, ServerName: host, StartTLS: cmp.Or(c.Check.StartTLS, tlsprobe.GuessStartTLS(port))}
+	endpoint := c.Endpoint()
+	if c.Verify.Endpoint != "" {
+		host, port, _ := net.SplitHostPort(c.Verify.Endpoint)
+		endpoint = &tlsprobe.Endpoint{Address: c.Verify.Endpoint, ServerName: host, StartTLS: cmp.Or(c.Verify.StartTLS, tlsprobe.GuessStartTLS(port))}
 	}
-	endpoint.ServerName = cmp.Or(c.Check.ServerName, endpoint.ServerName)
-	endpoint.KeyType, endpoint.ProxyProtocol = leaf.PublicKeyAlgorithm, c.Check.ProxyProtocol
+	endpoint.ServerName = cmp.Or(c.Verify.ServerName, endpoint.ServerName)
+	endpoint.ProxyProtocol = c.Verify.ProxyProtocol
+	return endpoint
+}
+
+// Verifier is the check that is part of the deployment: the endpoint must serve
+// leaf. It returns nil if that is not wanted.
+func (c *Common) Verifier(leaf *x509.Certificate) func(context.Context) error {
+	at := c.VerifiedAt()
+	if at == nil {
+		return nil
+	}
+	endpoint := *at
+	endpoint.KeyType = leaf.PublicKeyAlgorithm
 	fingerprint := pemutil.Fingerprint(leaf)
 	return func(ctx context.Context) error {
 		ctx, cancel := context.WithTimeoutCause(ctx, maxVerify, fmt.Errorf("given up after %s, the most that it may take in all", maxVerify))
 		defer cancel()
-		attempts := cmp.Or(c.CheckAttempts, defaultAttempts)
-		pause, most := c.CheckBackoff.Or(defaultBackoff), c.CheckMaxBackoff.Or(defaultMaxBackoff)
+		attempts, pause, most := c.VerifyAttempts, time.Duration(c.VerifyBackoff), time.Duration(c.VerifyMaxBackoff)
 		for attempt := 1; ; attempt++ {
 			err := c.probe(ctx, endpoint, fingerprint)
 			if err == nil {
@@ -164,7 +157,7 @@ func (c *Common) Verify(leaf *x509.Certificate) func(context.Context) error {
 }
 
 func (c *Common) probe(ctx context.Context, endpoint tlsprobe.Endpoint, fingerprint string) error {
-	ctx, cancel := context.WithTimeout(ctx, c.Check.Timeout.Or(defaultVerifyTimeout))
+	ctx, cancel := context.WithTimeout(ctx, time.Duration(c.Verify.Timeout))
 	defer cancel()
 	result, err := tlsprobe.Probe(ctx, endpoint)
 	if err != nil {

@@ -23,9 +23,11 @@ import (
 
 func common(t *testing.T, config string) (Common, error) {
 	t.Helper()
-	c, err := Merge(json.RawMessage(config), "NGINX", "t-1", nil)
-	must(t, err)
-	return DecodeCommon(c)
+	c, err := Merge(json.RawMessage(config), "NGINX", nil, "t-1", nil)
+	if err != nil {
+		return Common{}, err
+	}
+	return c.Common, nil
 }
 
 func TestEndpoint(t *testing.T) {
@@ -45,8 +47,9 @@ func TestEndpoint(t *testing.T) {
 	for _, test := range tests {
 		c, err := common(t, test.config)
 		must(t, err)
-		if got, ok := c.Endpoint(); got != test.want || ok != (test.want.Address != "") {
-			t.Errorf("%s: got %+v, %v, want %+v", test.config, got, ok, test.want)
+		got := c.Endpoint()
+		if got == nil && test.want.Address != "" || got != nil && *got != test.want {
+			t.Errorf("%s: got %+v, want %+v", test.config, got, test.want)
 		}
 	}
 }
@@ -127,13 +130,13 @@ func TestVerifyAsked(t *testing.T) {
 	c, err := common(t, `{"post_deploy_verify":{"enabled":true,"endpoint":"`+listener.Addr().String()+`","proxy_protocol":"true"},"post_deploy_verify_attempts":1}`)
 	must(t, err)
 	for _, leaf := range []*x509.Certificate{onRSA.Leaf, onECDSA.Leaf} {
-		if err := c.Verify(leaf)(t.Context()); err != nil {
+		if err := c.Verifier(leaf)(t.Context()); err != nil {
 			t.Errorf("%v: %v", leaf.PublicKeyAlgorithm, err)
 		}
 	}
 	c, err = common(t, `{"host":"h","post_deploy_verify":{"proxy_protocol":true}}`)
 	must(t, err)
-	if endpoint, ok := c.Endpoint(); !ok || !endpoint.ProxyProtocol {
+	if endpoint := c.Endpoint(); endpoint == nil || !endpoint.ProxyProtocol {
 		t.Errorf("the report looks at %+v", endpoint)
 	}
 }
@@ -154,27 +157,27 @@ func TestVerify(t *testing.T) {
 		return c
 	}
 	c := config(server(t, before, before, after), "")
-	if err := c.Verify(want)(t.Context()); err != nil {
+	if err := c.Verifier(want)(t.Context()); err != nil {
 		t.Errorf("served at the third attempt: %v", err)
 	}
 	c = config(server(t, before), `,"post_deploy_verify_attempts":2`)
-	err := c.Verify(want)(t.Context())
+	err := c.Verifier(want)(t.Context())
 	if err == nil || !strings.Contains(err.Error(), "attempt 2 of 2") || !strings.Contains(err.Error(), pemutil.Fingerprint(was)) || !strings.Contains(err.Error(), pemutil.Fingerprint(want)) {
 		t.Errorf("never served: got %v, want both fingerprints", err)
 	}
 	c = config("127.0.0.1:1", `,"post_deploy_verify_attempts":"1"`)
-	if err := c.Verify(want)(t.Context()); err == nil || !strings.Contains(err.Error(), "127.0.0.1:1") {
+	if err := c.Verifier(want)(t.Context()); err == nil || !strings.Contains(err.Error(), "127.0.0.1:1") {
 		t.Errorf("nobody there: got %v", err)
 	}
 	c = config("127.0.0.1:1", "")
-	c.CheckBackoff = Duration(time.Hour)
+	c.VerifyBackoff = Duration(time.Hour)
 	ctx, cancel := context.WithCancelCause(t.Context())
 	time.AfterFunc(5*time.Millisecond, func() { cancel(errors.New("shutting down")) })
-	if err := c.Verify(want)(ctx); err == nil {
+	if err := c.Verifier(want)(ctx); err == nil {
 		t.Error("cancelled: got no error")
 	}
 	c, err = common(t, `{"post_deploy_verify":{"endpoint":"127.0.0.1:1"}}`)
-	if err != nil || c.Verify(want) != nil {
+	if err != nil || c.Verifier(want) != nil {
 		t.Errorf("without enabled it is on: %v", err)
 	}
 }
@@ -186,7 +189,7 @@ func TestVerifyEnds(t *testing.T) {
 			"post_deploy_verify_attempts":100,"post_deploy_verify_backoff":"40s","post_deploy_verify_max_backoff":"1h"}`)
 		must(t, err)
 		began := time.Now()
-		err = c.Verify(new(x509.Certificate))(t.Context())
+		err = c.Verifier(new(x509.Certificate))(t.Context())
 		if err == nil || !strings.Contains(err.Error(), "given up after 5m0s") || !strings.Contains(err.Error(), "refused") {
 			t.Errorf("got %v, want the bound and what was seen last", err)
 		}

@@ -35,15 +35,18 @@ func OpenOverlays(dir string) *Overlays { return &Overlays{dir: dir} }
 func RequireOverlays(dir string) *Overlays { return &Overlays{dir: dir, required: true} }
 
 // path is the file that would supply a value for one target alone.
-func (o *Overlays) path(targetID string) string {
+func (o *Overlays) path(targetID string) string { return o.file(targetID + overlaySuffix) }
+
+func (o *Overlays) file(name string) string {
 	if o == nil || o.dir == "" {
-		return targetID + overlaySuffix + " in the directory of CERTCTL_TARGETS_DIR"
+		return name + " in the directory of CERTCTL_TARGETS_DIR"
 	}
-	return filepath.Join(o.dir, targetID+overlaySuffix)
+	return filepath.Join(o.dir, name)
 }
 
-// read parses one overlay; no file is no values.
-func (o *Overlays) read(name string) (map[string]*value, error) {
+// readOverlay parses one overlay; no file is no values.
+func (c *Config) readOverlay(name string) (map[string]*value, error) {
+	o := c.overlays
 	if o == nil || o.dir == "" {
 		return nil, nil
 	}
@@ -54,7 +57,7 @@ func (o *Overlays) read(name string) (map[string]*value, error) {
 	if err != nil {
 		return nil, fmt.Errorf("overlay %s: %w", filepath.Join(o.dir, name), err)
 	}
-	values, err := parseObject(bytes.TrimPrefix(data, []byte("\ufeff"))) // some editors put a byte order mark first
+	values, err := c.parseObject(bytes.TrimPrefix(data, []byte("\ufeff"))) // some editors put a byte order mark first
 	if err != nil {
 		return nil, fmt.Errorf("overlay %s: %w", filepath.Join(o.dir, name), err)
 	}
@@ -82,15 +85,15 @@ func (o *Overlays) readFile(name string) ([]byte, error) {
 	if err := trustedWay(filepath.Join(o.dir, name)); err != nil {
 		return nil, err
 	}
-	data, info, err := readOverlay(root, name)
+	data, info, err := readIn(root, name)
 	if err != nil {
 		return nil, err
 	}
 	return data, trusted(info, filepath.Join(o.dir, name))
 }
 
-// readOverlay fails with fs.ErrNotExist only where not even a link is there.
-func readOverlay(root *os.Root, name string) ([]byte, fs.FileInfo, error) {
+// readIn fails with fs.ErrNotExist only where not even a link is there.
+func readIn(root *os.Root, name string) ([]byte, fs.FileInfo, error) {
 	for again := true; ; again = false {
 		data, info, err := hostfile.ReadIn(root, name, maxOverlay)
 		if !errors.Is(err, fs.ErrNotExist) {

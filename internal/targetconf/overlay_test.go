@@ -83,7 +83,7 @@ func TestOverlayTrust(t *testing.T) {
 			o := overlays(t, "t-1.json", `{"key_path":"/k"}`)
 			file := filepath.Join(o.dir, "t-1.json")
 			test.damage(t, o.dir, file)
-			_, err := Merge(nil, "NGINX", "t-1", o)
+			_, err := Merge(nil, "NGINX", nil, "t-1", o)
 			if err == nil || !strings.Contains(err.Error(), test.says) || !strings.Contains(err.Error(), o.dir) {
 				t.Errorf("got %v, want %q and the file's name in it", err, test.says)
 			}
@@ -96,7 +96,7 @@ func TestOverlayTrust(t *testing.T) {
 
 func TestNoOverlays(t *testing.T) {
 	for name, o := range map[string]*Overlays{"nil": nil, "no directory named": OpenOverlays(""), "no directory there": OpenOverlays(filepath.Join(t.TempDir(), "x"))} {
-		if _, err := Merge(nil, "NGINX", "t-1", o); err != nil {
+		if _, err := Merge(nil, "NGINX", nil, "t-1", o); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -107,12 +107,12 @@ func TestRequiredOverlays(t *testing.T) {
 	base := t.TempDir()
 	must(t, os.Chmod(base, 0o755))
 	for _, dir := range []string{filepath.Join(base, "none"), filepath.Join(base, "none", "deeper")} {
-		_, err := Merge(nil, "NGINX", "t-1", RequireOverlays(dir))
+		_, err := Merge(nil, "NGINX", nil, "t-1", RequireOverlays(dir))
 		if err == nil || !strings.Contains(err.Error(), "CERTCTL_TARGETS_DIR") || !strings.Contains(err.Error(), dir) {
 			t.Errorf("missing: got %v", err)
 		}
 		must(t, os.MkdirAll(dir, 0o755))
-		if _, err := Merge(nil, "NGINX", "t-1", RequireOverlays(dir)); err != nil {
+		if _, err := Merge(nil, "NGINX", nil, "t-1", RequireOverlays(dir)); err != nil {
 			t.Errorf("empty: got %v", err)
 		}
 		must(t, os.RemoveAll(dir))
@@ -122,11 +122,9 @@ func TestRequiredOverlays(t *testing.T) {
 // Only this host says that any file may be replaced.
 func TestReplaceAnyFileIsLocal(t *testing.T) {
 	replaceAny := func(o *Overlays) bool {
-		c, err := Merge([]byte(`{"replace_any_file":true,"Replace_Any_File":true}`), "NGINX", "t-1", o)
+		c, err := Merge([]byte(`{"replace_any_file":true,"Replace_Any_File":true}`), "NGINX", nil, "t-1", o)
 		must(t, err)
-		common, err := DecodeCommon(c)
-		must(t, err)
-		return common.ReplaceAny
+		return c.Common.ReplaceAny
 	}
 	if replaceAny(nil) {
 		t.Error("the control plane said so, and it counts")
@@ -140,7 +138,7 @@ func TestReplaceAnyFileIsLocal(t *testing.T) {
 func TestOverlayLinkInside(t *testing.T) {
 	o := overlays(t, "data.json", `{"key_path":"/k"}`)
 	must(t, os.Symlink("data.json", filepath.Join(o.dir, "t-1.json")))
-	c, err := Merge(nil, "NGINX", "t-1", o)
+	c, err := Merge(nil, "NGINX", nil, "t-1", o)
 	if err != nil || !c.Local("key_path") {
 		t.Errorf("got %v", err)
 	}
@@ -154,7 +152,7 @@ func must(t *testing.T, err error) {
 }
 
 func TestOverlayWithByteOrderMark(t *testing.T) {
-	c, err := Merge(nil, "NGINX", "t-1", overlays(t, "t-1.json", "\ufeff{\"key_path\":\"/k\"}"))
+	c, err := Merge(nil, "NGINX", nil, "t-1", overlays(t, "t-1.json", "\ufeff{\"key_path\":\"/k\"}"))
 	if err != nil || !c.Local("key_path") {
 		t.Errorf("got %v", err)
 	}

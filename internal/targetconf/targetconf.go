@@ -4,9 +4,11 @@ package targetconf
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"reflect"
 	"slices"
 	"strings"
@@ -20,19 +22,30 @@ import (
 // Config is a target's configuration: the job's own under the host's overlays.
 // Decode turns it into a connector's struct.
 type Config struct {
+	Common Common // the part that all types share
+
 	overlays *Overlays
 	targetID string
-	prefix   string            // of a nested object: "post_deploy_verify."
-	values   map[string]*value // by folded main name
+	aliases  map[string]string  // folded, to the folded main names
+	prefix   string             // of a nested object: "post_deploy_verify."
+	values   map[string]*value  // by folded main name
+	settings map[string]Setting // what was decoded, by name; shared with nested objects
 }
 
 type value struct {
 	key    string // as it was written
 	alias  bool   // that is not the main name
 	raw    json.RawMessage
-	masked bool // the control plane withheld it
-	local  bool // an overlay supplied it
-	used   bool // some struct has a field for it
+	masked bool   // the control plane withheld it
+	from   string // the overlay that supplied it; "": the job
+	used   bool   // some struct has a field for it
+}
+
+// Setting is one key of a configuration with what it came to, for people.
+type Setting struct {
+	Key    string `json:"key"`
+	Value  string `json:"value"`  // as JSON; a secret is not in it
+	Source string `json:"source"` // "job", "default", or the overlay's file
 }
 
 // ConfigError is one thing wrong with a target's configuration.
@@ -56,16 +69,19 @@ const (
 	replaceKey = "replace_any_file"
 )
 
-// Merge lays the host's overlays over a job's configuration: the job without
-// its masked values, then default.json, then the target's own file. overlays
-// may be nil.
-func Merge(job json.RawMessage, typ, targetID string, overlays *Overlays) (*Config, error) {
+// Merge lays the host's overlays over the configuration of a job for a target of
+// type typ: the job without its masked values, then default.json, then the
+// target's own file. Aliases are those of the type. Overlays may be nil.
+func Merge(job json.RawMessage, typ string, aliases map[string]string, targetID string, overlays *Overlays) (*Config, error) {
 	if !api.ValidID(targetID) {
 		return nil, fmt.Errorf("target id %s cannot name a file: 1 to 128 of A-Z a-z 0-9 . _ - are allowed", printable.Quote(targetID))
 	}
-	c := &Config{targetID: targetID, overlays: overlays}
+	c := &Config{targetID: targetID, overlays: overlays, aliases: make(map[string]string), settings: make(map[string]Setting)}
+	for alias, key := range aliases {
+		c.aliases[fold(alias)] = fold(key)
+	}
 	var err error
-	if c.values, err = parseObject(job); err != nil {
+	if c.values, err = c.parseObject(job); err != nil {
 		return nil, fmt.Errorf("target config: %w", err)
 	}
 	for _, v := range c.values {
@@ -75,12 +91,12 @@ func Merge(job json.RawMessage, typ, targetID string, overlays *Overlays) (*Conf
 		delete(c.values, fold(key)) // only this host's word counts
 	}
 	for _, name := range []string{defaultOverlay, targetID + overlaySuffix} {
-		layer, err := overlays.read(name)
+		layer, err := c.readOverlay(name)
 		if err != nil {
 			return nil, err
 		}
 		for key, v := range layer {
-			v.local = true
+			v.from = name
 			c.values[key] = v
 		}
 		if targetID+overlaySuffix == defaultOverlay {
@@ -98,13 +114,27 @@ func Merge(job json.RawMessage, typ, targetID string, overlays *Overlays) (*Conf
 				printable.Quote(typ), printable.Quote(want), targetID, overlays.path(targetID))
 		}
 	}
-	return c, nil
+	if typ == "" {
+		return c, nil // nobody decodes it
+	}
+	if err := c.Decode(&c.Common); err != nil {
+		return nil, err
+	}
+	return c, c.Common.check()
+}
+
+// Target is the id of the target.
+func (c *Config) Target() string { return c.targetID }
+
+// Settings lists what was decoded so far, sorted by key.
+func (c *Config) Settings() []Setting {
+	return slices.SortedFunc(maps.Values(c.settings), func(a, b Setting) int { return cmp.Compare(a.Key, b.Key) })
 }
 
 // parseObject reads one JSON object. A key that is there twice, in whatever
 // spelling encoding/json takes for the same, counts where it comes last; null
 // is no value. A main name goes before its alias, unless it is empty.
-func parseObject(data []byte) (map[string]*value, error) {
+func (c *Config) parseObject(data []byte) (map[string]*value, error) {
 	values := make(map[string]*value)
 	if len(bytes.TrimSpace(data)) == 0 {
 		return values, nil
@@ -130,7 +160,7 @@ func parseObject(data []byte) (map[string]*value, error) {
 		if string(raw) == "null" {
 			continue
 		}
-		name, isAlias := mainName(key)
+		name, isAlias := c.mainName(key)
 		next := &value{key: key, raw: raw, alias: isAlias}
 		if before := values[name]; before != nil && before.alias != isAlias {
 			main, alias := next, before
@@ -147,17 +177,11 @@ func parseObject(data []byte) (map[string]*value, error) {
 }
 
 // mainName is the folded name under which key is kept. Some keys have two.
-func mainName(key string) (name string, isAlias bool) {
-	switch name := fold(key); name {
-	case fold("combined_pem_path"):
-		return fold("pem_path"), true
-	case fold("watch_dir"):
-		return fold("cert_dir"), true
-	case fold("admin_url"):
-		return fold("admin_api"), true
-	default:
-		return name, false
+func (c *Config) mainName(key string) (name string, isAlias bool) {
+	if name, isAlias = c.aliases[fold(key)]; isAlias {
+		return name, true
 	}
+	return fold(key), false
 }
 
 // fold maps the spellings that encoding/json takes for one key to one string:
@@ -188,7 +212,7 @@ func isMask(raw json.RawMessage) bool {
 // Masked reports whether the control plane withheld key and no overlay
 // supplies it.
 func (c *Config) Masked(key string) bool {
-	name, _ := mainName(key)
+	name, _ := c.mainName(key)
 	v := c.values[name]
 	return v != nil && v.masked
 }
@@ -196,9 +220,9 @@ func (c *Config) Masked(key string) bool {
 // Local reports whether an overlay supplied key, which makes it the word of
 // this host's owner.
 func (c *Config) Local(key string) bool {
-	name, _ := mainName(key)
+	name, _ := c.mainName(key)
 	v := c.values[name]
-	return v != nil && v.local
+	return v != nil && v.from != ""
 }
 
 // MaskedError says that key is masked and what supplies it. why says what
@@ -225,8 +249,8 @@ func (c *Config) Unknown() []string {
 }
 
 // Decode fills the struct that v points to. Fields are named by their json
-// tag; the tag config:"required" refuses an absent or empty value. Fields may
-// be strings, integers, booleans (both also accepted as JSON strings),
+// tag; the tag config:"required" refuses an absent or empty value, and the tag
+// default has what stands for one. Fields may be strings, integers, booleans (both also accepted as JSON strings),
 // secret.String, structs, the types of this package, whatever else
 // encoding/json decodes, and embedded structs. A field of type FileOptions
 // with the tag json:"cert_file_*" takes cert_file_mode, cert_file_owner and
@@ -261,6 +285,13 @@ func (c *Config) decode(v reflect.Value, resolvable []string) error {
 		if err := c.decodeKey(key, v.Field(i), resolvable); err != nil {
 			return err
 		}
+		if value := field.Tag.Get("default"); value != "" && v.Field(i).IsZero() && !c.Masked(key) {
+			raw, _ := json.Marshal(value) // a string always can be
+			if err := c.decodeValue(key, v.Field(i), raw); err != nil {
+				return fmt.Errorf("default of %s: %w", key, err)
+			}
+			c.note(key, raw, "default")
+		}
 		if option == optionRequired && v.Field(i).IsZero() && !c.Masked(key) {
 			return Invalid(c.prefix+key, "is required")
 		}
@@ -275,9 +306,12 @@ const (
 )
 
 func (c *Config) decodeKey(key string, dst reflect.Value, resolvable []string) error {
-	name, _ := mainName(key)
+	name, _ := c.mainName(key)
 	val := c.values[name]
 	if val == nil {
+		if dst.Kind() == reflect.Struct && !isLeaf(dst) {
+			return c.nested(key, nil).decode(dst, nil) // for its defaults
+		}
 		return nil
 	}
 	val.used = true
@@ -288,6 +322,9 @@ func (c *Config) decodeKey(key string, dst reflect.Value, resolvable []string) e
 		return c.MaskedError(key, nil)
 	}
 	err := c.decodeValue(key, dst, val.raw)
+	if err == nil && !dst.IsZero() {
+		c.noteValue(key, val, dst)
+	}
 	if _, ok := errors.AsType[*ConfigError](err); ok || err == nil {
 		return err
 	}
@@ -329,18 +366,72 @@ func (c *Config) decodeValue(key string, dst reflect.Value, raw json.RawMessage)
 		}
 		dst.SetInt(n)
 	case reflect.Struct:
-		values, err := parseObject(raw)
+		values, err := c.parseObject(raw)
 		if err != nil {
 			return err
 		}
-		nested := &Config{targetID: c.targetID, overlays: c.overlays, prefix: c.prefix + key + ".", values: values}
-		return nested.decode(dst, nil)
+		return c.nested(key, values).decode(dst, nil)
 	default:
 		if json.Unmarshal(raw, dst.Addr().Interface()) != nil {
 			return fmt.Errorf("expected %s, got %s", dst.Type(), kindOf(raw))
 		}
 	}
 	return nil
+}
+
+// nested is the configuration in the object at key.
+func (c *Config) nested(key string, values map[string]*value) *Config {
+	from := ""
+	if v := c.values[fold(key)]; v != nil {
+		from = v.from
+	}
+	for _, v := range values {
+		v.from = from
+	}
+	return &Config{targetID: c.targetID, overlays: c.overlays, settings: c.settings, prefix: c.prefix + key + ".", values: values}
+}
+
+// isLeaf reports whether dst is a struct that is decoded as a single value.
+func isLeaf(dst reflect.Value) bool {
+	switch dst.Addr().Interface().(type) {
+	case json.Unmarshaler, *secret.String:
+		return true
+	}
+	return false
+}
+
+// noteValue keeps a value for Settings, unless it is an object, whose keys are
+// kept, or a secret.
+func (c *Config) noteValue(key string, val *value, dst reflect.Value) {
+	raw, source := val.raw, "job"
+	if val.from != "" {
+		source = c.overlays.file(val.from)
+	}
+	if _, isSecret := dst.Addr().Interface().(*secret.String); isSecret {
+		raw = json.RawMessage(`"[redacted]"`)
+	}
+	if dst.Kind() != reflect.Struct || isLeaf(dst) {
+		c.note(key, raw, source)
+	}
+}
+
+// Default sets a value that the configuration does not have, and that a tag
+// cannot have either since it depends on others.
+func Default[T ~string](c *Config, key string, dst *T, value string) {
+	if *dst == "" {
+		*dst = T(value)
+		c.Learn(key, value, "default")
+	}
+}
+
+// Learn notes a value that a key got from elsewhere, for Settings.
+func (c *Config) Learn(key, value, source string) {
+	raw, _ := json.Marshal(value) // a string always can be
+	c.note(key, raw, source)
+}
+
+func (c *Config) note(key string, raw json.RawMessage, source string) {
+	c.settings[c.prefix+key] = Setting{Key: c.prefix + key, Value: string(raw), Source: source}
 }
 
 func (c *Config) decodeFileOptions(prefix string, secret bool, options *FileOptions) error {

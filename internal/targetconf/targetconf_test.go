@@ -50,7 +50,7 @@ type sample struct {
 func decodeSample(t *testing.T, job string, o *Overlays, resolvable ...string) (sample, *Config, error) {
 	t.Helper()
 	var s sample
-	c, err := Merge(json.RawMessage(job), "NGINX", "t-1", o)
+	c, err := Merge(json.RawMessage(job), "NGINX", map[string]string{"combined_pem_path": "pem_path", "watch_dir": "cert_dir", "admin_url": "admin_api"}, "t-1", o)
 	if err != nil {
 		return s, nil, err
 	}
@@ -154,6 +154,44 @@ func TestTypePin(t *testing.T) {
 	}
 }
 
+// Settings say where each value came from, and no secret.
+func TestSettings(t *testing.T) {
+	var s struct {
+		Path     Path          `json:"cert_path"`
+		Name     FileName      `json:"name" default:"cert.pem"`
+		Other    FileName      `json:"other" default:"key.pem"`
+		Password secret.String `json:"password"`
+		Unset    string        `json:"unset"`
+		Masked   Path          `json:"key_path" default:"/k"`
+	}
+	o := overlays(t, "t-1.json", `{"password":"hunter2","post_deploy_verify":{"timeout":"5s"}}`)
+	c, err := Merge([]byte(`{"path_alias":"/a","name":"x","password":"********","key_path":"********","command_timeout":0}`),
+		"NGINX", map[string]string{"path_alias": "cert_path"}, "t-1", o)
+	must(t, err)
+	must(t, c.Decode(&s, "key_path"))
+	if s.Name != "x" || s.Other != "key.pem" || s.Password.Reveal() != "hunter2" || s.Masked != "" {
+		t.Errorf("decoded %+v", s)
+	}
+	overlay := filepath.Join(o.dir, "t-1.json")
+	want := map[string]Setting{
+		"cert_path": {"cert_path", `"/a"`, "job"}, "name": {"name", `"x"`, "job"}, "other": {"other", `"key.pem"`, "default"},
+		"password": {"password", `"[redacted]"`, overlay}, "post_deploy_verify.timeout": {"post_deploy_verify.timeout", `"5s"`, overlay},
+		"command_timeout": {"command_timeout", `"1m"`, "default"},
+	}
+	for _, got := range c.Settings() {
+		if is, ok := want[got.Key]; ok && is != got {
+			t.Errorf("got %+v, want %+v", got, is)
+		}
+		delete(want, got.Key)
+		if got.Key == "unset" || got.Key == "key_path" || strings.Contains(got.Value, "hunter2") {
+			t.Errorf("got %+v", got)
+		}
+	}
+	if len(want) > 0 {
+		t.Errorf("missing: %v", want)
+	}
+}
+
 func TestDecode(t *testing.T) {
 	got, c, err := decodeSample(t, `{"cert_path":"/a//b/c","port":"8443","enabled":"Yes","tags":{"x":1},"password":"hunter2",
 		"key_file_mode":"0640","key_file_owner":33,"key_file_group":"ssl-cert","cert_file_mode":416,"name":"cert.pem","timeout":"10s",
@@ -162,7 +200,7 @@ func TestDecode(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got.CertPath != "/a/b/c" || got.Port != 8443 || !got.Enabled || got.Tags["x"] != 1 || got.Password.Reveal() != "hunter2" || got.Name != "cert.pem" ||
-		got.Timeout.Or(0) != 10*time.Second || got.Nested.Endpoint != "h:1" || got.Nested.Attempts != 5 {
+		got.Timeout != Duration(10*time.Second) || got.Nested.Endpoint != "h:1" || got.Nested.Attempts != 5 {
 		t.Errorf("got %+v", got)
 	}
 	if want := (FileOptions{Mode: 0o640, Owner: "33", Group: "ssl-cert"}); got.KeyFile != want {
@@ -217,13 +255,13 @@ func TestMistakes(t *testing.T) {
 			t.Errorf("%s: the error shows a secret: %v", test.config, err)
 		}
 	}
-	if _, err := Merge(json.RawMessage(`{}`), "NGINX", "../x", nil); err == nil {
+	if _, err := Merge(json.RawMessage(`{}`), "NGINX", nil, "../x", nil); err == nil {
 		t.Error("a target id with a path in it: got no error")
 	}
-	if c, err := Merge(nil, "NGINX", "x", nil); err != nil || c.Decode(&struct{}{}) != nil {
+	if c, err := Merge(nil, "NGINX", nil, "x", nil); err != nil || c.Decode(&struct{}{}) != nil {
 		t.Errorf("no config at all: %v", err)
 	}
-	if c, err := Merge(nil, "NGINX", "default", overlays(t, "default.json", `{"port":1}`)); err != nil || !c.Local("port") {
+	if c, err := Merge(nil, "NGINX", nil, "default", overlays(t, "default.json", `{"port":1}`)); err != nil || !c.Local("port") {
 		t.Errorf("a target called default: %v", err)
 	}
 }
@@ -241,10 +279,10 @@ func FuzzParseObject(f *testing.F) {
 			Host string `json:"host"`
 		}
 		if json.Unmarshal(data, &want) != nil {
-			_, _ = parseObject(data)
+			_, _ = new(Config).parseObject(data)
 			return
 		}
-		values, err := parseObject(data)
+		values, err := new(Config).parseObject(data)
 		if err != nil {
 			if string(data[0]) == "n" {
 				return // null is no object here
@@ -255,7 +293,7 @@ func FuzzParseObject(f *testing.F) {
 			}
 			return
 		}
-		c := &Config{values: values}
+		c := &Config{values: values, settings: make(map[string]Setting)}
 		var got struct {
 			Key  string `json:"key_path"`
 			Host string `json:"host"`
@@ -270,7 +308,7 @@ func FuzzParseObject(f *testing.F) {
 }
 
 func ExampleConfig_Decode() {
-	c, _ := Merge(json.RawMessage(`{"cert_path": "/etc/nginx/tls/cert.pem", "cert_file_mode": 640}`), "NGINX", "web", nil)
+	c, _ := Merge(json.RawMessage(`{"cert_path": "/etc/nginx/tls/cert.pem", "cert_file_mode": 640}`), "NGINX", nil, "web", nil)
 	var config struct {
 		CertPath Path        `json:"cert_path" config:"required"`
 		CertFile FileOptions `json:"cert_file_*"`

@@ -109,14 +109,6 @@ func (d *Duration) UnmarshalJSON(raw []byte) error {
 	return nil
 }
 
-// Or is d, or def when d is not configured.
-func (d Duration) Or(def time.Duration) time.Duration {
-	if d == 0 {
-		return def
-	}
-	return time.Duration(d)
-}
-
 // Path is an absolute path without "..", cleaned.
 type Path string
 
@@ -170,14 +162,6 @@ func (n *FileName) UnmarshalJSON(raw []byte) error {
 	}
 	*n = FileName(text)
 	return nil
-}
-
-// Or is n, or def when n is not configured.
-func (n FileName) Or(def FileName) FileName {
-	if n == "" {
-		return def
-	}
-	return n
 }
 
 // Account is a user or a group: its name, or its number.

@@ -55,9 +55,6 @@ func TestDuration(t *testing.T) {
 			t.Errorf("%s: got %v, %v, want an error with %q", test.json, time.Duration(got), err, test.says)
 		}
 	}
-	if got := Duration(0).Or(time.Second); got != time.Second {
-		t.Errorf("Or: got %v", got)
-	}
 }
 
 func TestBool(t *testing.T) {
@@ -83,11 +80,5 @@ func TestFileName(t *testing.T) {
 		if err := new(FileName).UnmarshalJSON([]byte(name)); err == nil {
 			t.Errorf("%s: got no error", name)
 		}
-	}
-	if got := FileName("").Or("d"); got != "d" {
-		t.Errorf("Or: got %q", got)
-	}
-	if got := FileName("a").Or("d"); got != "a" {
-		t.Errorf("Or: got %q", got)
 	}
 }

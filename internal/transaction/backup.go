@@ -30,9 +30,9 @@ func isSetName(name string) bool {
 }
 
 // nextSet is the name for a new backup set of a target.
-func (s *Store) nextSet(id string) (string, error) {
+func (e *Engine) nextSet(id string) (string, error) {
 	number := 0
-	sets, err := s.sets(id)
+	sets, err := e.sets(id)
 	if err != nil {
 		return "", err
 	}
@@ -45,15 +45,15 @@ func (s *Store) nextSet(id string) (string, error) {
 }
 
 // sets lists the backup sets of a target, oldest first.
-func (s *Store) sets(id string) ([]string, error) {
-	entries, err := fs.ReadDir(s.backups.FS(), id)
+func (e *Engine) sets(id string) ([]string, error) {
+	entries, err := fs.ReadDir(e.backups.FS(), id)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("list the backups in %s: %w", s.backups.join(id), reason(err))
+		return nil, fmt.Errorf("list the backups in %s: %w", e.backups.join(id), reason(err))
 	}
 	var names []string
-	for _, e := range entries {
-		if isSetName(e.Name()) {
-			names = append(names, e.Name())
+	for _, item := range entries {
+		if isSetName(item.Name()) {
+			names = append(names, item.Name())
 		}
 	}
 	slices.Sort(names)
@@ -61,78 +61,91 @@ func (s *Store) sets(id string) ([]string, error) {
 }
 
 // setPath is where a person finds a backup set.
-func (s *Store) setPath(r *record) string {
+func (e *Engine) setPath(r *record) string {
 	if r.Set == "" {
-		return "(none: there were no old files)"
+		return "(none: there was nothing)"
 	}
-	return s.backups.join(r.Target + "/" + r.Set)
+	return e.backups.join(r.Target + "/" + r.Set)
 }
 
-// backUp copies the old files to the backup directory, durably.
-func (s *Store) backUp(r *record, files []*dest) error {
-	if r.Set == "" {
+// backUp copies what was there before to the backup directory, durably.
+func (a *attempt) backUp() error {
+	if a.record.Set == "" {
 		return nil
 	}
-	err := s.writeSet(r, files)
-	if err != nil {
-		return fmt.Errorf("back up the old files to %s: %w", s.setPath(r), reason(err))
+	if err := a.writeSet(&a.record); err != nil {
+		return fmt.Errorf("back up the old files to %s: %w", a.setPath(&a.record), reason(err))
 	}
 	return nil
 }
 
-func (s *Store) writeSet(r *record, files []*dest) error {
-	home, err := s.disk.subdir(s.backups, r.Target)
+func (a *attempt) writeSet(r *record) error {
+	home, err := a.disk.subdir(a.backups, r.Target)
 	if err != nil {
 		return err
 	}
 	defer home.Close()
-	set, err := s.disk.subdir(home, r.Set)
+	set, err := a.disk.subdir(home, r.Set)
 	if err != nil {
 		return err
 	}
 	defer set.Close()
-	for _, f := range files {
+	for _, f := range a.files {
 		if f.Old == nil {
 			continue
 		}
-		if _, err := s.disk.put(set, f.Old.Backup, f.old, private()); err != nil {
+		if _, err := a.disk.put(set, f.Old.Backup, f.oldData, private()); err != nil {
 			return err
 		}
 	}
-	list, err := json.MarshalIndent(r.Files, "", "\t")
+	for _, c := range a.changes {
+		if c.was == nil {
+			continue
+		}
+		if _, err := a.disk.put(set, c.Backup, c.was, private()); err != nil {
+			return err
+		}
+	}
+	list, err := json.MarshalIndent(contents{r.Files, r.Changes}, "", "\t")
 	if err != nil {
 		return err
 	}
-	if _, err := s.disk.put(set, manifest, list, private()); err != nil {
+	if _, err := a.disk.put(set, manifest, list, private()); err != nil {
 		return err
 	}
-	return s.disk.syncDir(set)
+	return a.disk.syncDir(set)
 }
 
-// backupName is the name of an old file in its set: for a person to recognise,
+// contents is what a backup set holds, for a person.
+type contents struct {
+	Files   []fileRecord   `json:"files"`
+	Changes []changeRecord `json:"changes,omitempty"`
+}
+
+// backupName is the name of an old file or value in its set: for a person to recognise,
 // and unlike any other in the set.
 func backupName(i int, name string) string {
 	return fmt.Sprintf("%d-%s", i, strings.ToValidUTF8(name[:min(len(name), 200)], ""))
 }
 
-// openSet opens the backup set of a record.
-func (s *Store) openSet(r *record) (*dir, error) {
-	home, err := enter(s.backups, r.Target)
+// openSet opens a backup set of a target.
+func (e *Engine) openSet(id, set string) (*dir, error) {
+	home, err := enter(e.backups, id)
 	if err != nil {
 		return nil, err
 	}
 	defer home.Close()
-	return enter(home, r.Set)
+	return enter(home, set)
 }
 
 // prune removes the oldest sets until keep are left, and those that are not
 // complete; a negative keep leaves none.
-func (s *Store) prune(id string, keep int) error {
-	sets, err := s.sets(id)
+func (e *Engine) prune(id string, keep int) error {
+	sets, err := e.sets(id)
 	if err != nil || len(sets) == 0 {
 		return err
 	}
-	home, err := enter(s.backups, id)
+	home, err := enter(e.backups, id)
 	if err != nil {
 		return err
 	}
@@ -145,22 +158,22 @@ func (s *Store) prune(id string, keep int) error {
 			continue
 		}
 		removed = true
-		if err := s.removeSet(home, name); err != nil {
+		if err := e.removeSet(home, name); err != nil {
 			return fmt.Errorf("remove backup %s: %w", home.join(name), reason(err))
 		}
 	}
 	if !removed {
 		return nil
 	}
-	return s.disk.syncDir(home)
+	return e.disk.syncDir(home)
 }
 
 // dropSet removes the backup set of a record whose old files are in place.
-func (s *Store) dropSet(r *record) error {
+func (e *Engine) dropSet(r *record) error {
 	if r.Set == "" {
 		return nil
 	}
-	home, err := enter(s.backups, r.Target)
+	home, err := enter(e.backups, r.Target)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -168,13 +181,13 @@ func (s *Store) dropSet(r *record) error {
 		return err
 	}
 	defer home.Close()
-	if err := s.removeSet(home, r.Set); err != nil {
-		return fmt.Errorf("remove backup %s: %w", s.setPath(r), reason(err))
+	if err := e.removeSet(home, r.Set); err != nil {
+		return fmt.Errorf("remove backup %s: %w", e.setPath(r), reason(err))
 	}
-	return s.disk.syncDir(home)
+	return e.disk.syncDir(home)
 }
 
-func (s *Store) removeSet(home *dir, name string) error {
+func (e *Engine) removeSet(home *dir, name string) error {
 	set, err := enter(home, name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -183,17 +196,17 @@ func (s *Store) removeSet(home *dir, name string) error {
 		return err
 	}
 	defer set.Close()
-	if err := s.disk.remove(set, manifest); err != nil {
+	if err := e.disk.remove(set, manifest); err != nil {
 		return err
 	}
 	entries, err := fs.ReadDir(set.FS(), ".")
 	if err != nil {
 		return err
 	}
-	for _, e := range entries {
-		if err := s.disk.remove(set, e.Name()); err != nil {
+	for _, item := range entries {
+		if err := e.disk.remove(set, item.Name()); err != nil {
 			return err
 		}
 	}
-	return s.disk.remove(home, name)
+	return e.disk.remove(home, name)
 }

@@ -18,8 +18,8 @@ func TestRetention(t *testing.T) {
 		w := newWorld(t, t.TempDir())
 		s := w.mustStore(t, nil)
 		for i := range 8 {
-			_, err := s.Deploy(t.Context(), Transaction{Target: "t1", Backups: test.keep,
-				Files: []connector.File{{Path: w.path("site/file"), Data: version(i)}}})
+			_, err := s.deploy(t.Context(), Transaction{Deployment{Target: "t1", Backups: test.keep},
+				proposal{Files: []connector.File{{Path: w.path("site/file"), Data: version(i)}}}})
 			check(t, err)
 		}
 		sets := w.backups(t)

@@ -21,7 +21,7 @@ type scenario struct {
 	kill  bool // for TestKilled too
 	first bool // nothing is in place before
 	tx    func(w world) Transaction
-	fault func(w world) func(step) error // nil: none
+	fault func(w world) func(Step) error // nil: none
 	want  string                         // condition at its end
 }
 
@@ -34,14 +34,14 @@ var scenarios = []scenario{
 		return tx
 	}},
 	{name: "mounted", tx: world.renewal, want: "new",
-		fault: func(w world) func(step) error { return mounted(w.path("private/key.pem")) }},
+		fault: func(w world) func(Step) error { return mounted(w.path("private/key.pem")) }},
 	{name: "mounted rollback", kill: true, want: "old",
 		tx: func(w world) Transaction {
 			tx := w.renewal()
-			tx.Reload = &policy.Command{Argv: []string{"fail"}}
+			tx.Reload.Command = &policy.Command{Argv: []string{"fail"}}
 			return tx
 		},
-		fault: func(w world) func(step) error { return mounted(w.path("private/key.pem")) }},
+		fault: func(w world) func(Step) error { return mounted(w.path("private/key.pem")) }},
 	{name: "no backups", want: "new", tx: func(w world) Transaction {
 		tx := w.renewal()
 		tx.Backups = -1
@@ -57,20 +57,20 @@ func (sc scenario) prepare(t testing.TB, w world) {
 }
 
 // run runs the scenario to its end or to an error from before.
-func (sc scenario) run(w world, before func(step) error) error {
+func (sc scenario) run(w world, before func(Step) error) error {
 	s, err := w.store(sc.hook(w, before))
 	if err != nil {
 		return err
 	}
 	defer s.opts.State.Close()
 	defer s.Close()
-	_, err = s.Deploy(context.Background(), sc.tx(w))
+	_, err = s.deploy(context.Background(), sc.tx(w))
 	return err
 }
 
 // hook calls before for each step that the scenario's own fault lets happen.
-func (sc scenario) hook(w world, before func(step) error) func(step) error {
-	return func(s step) error {
+func (sc scenario) hook(w world, before func(Step) error) func(Step) error {
+	return func(s Step) error {
 		if sc.fault != nil {
 			if err := sc.fault(w)(s); err != nil {
 				return err
@@ -83,7 +83,7 @@ func (sc scenario) hook(w world, before func(step) error) func(step) error {
 // recovered recovers a crashed world and checks it, and deploys once more if
 // it is asked to.
 func (sc scenario) recovered(w world, again bool) error {
-	s, err := w.store(sc.hook(w, func(step) error { return nil }))
+	s, err := w.store(sc.hook(w, func(Step) error { return nil }))
 	if err != nil {
 		return err
 	}
@@ -109,7 +109,7 @@ func (sc scenario) recovered(w world, again bool) error {
 		return nil
 	}
 	tx := w.renewal()
-	if _, err := s.Deploy(context.Background(), tx); err != nil {
+	if _, err := s.deploy(context.Background(), tx); err != nil {
 		return fmt.Errorf("second deployment: %w", err)
 	}
 	if got := w.condition(sc.first); got != "new" {
@@ -118,7 +118,7 @@ func (sc scenario) recovered(w world, again bool) error {
 	if left := w.leftovers(); len(left) > 0 {
 		return fmt.Errorf("after the second deployment there is still %v", left)
 	}
-	if result, err := s.Deploy(context.Background(), tx); err != nil || !result.Unchanged {
+	if result, err := s.deploy(context.Background(), tx); err != nil || !result.Unchanged {
 		return fmt.Errorf("third deployment: unchanged %t, error %w", result.Unchanged, err)
 	}
 	return nil
@@ -135,7 +135,7 @@ func TestKilled(t *testing.T) {
 			steps := 0
 			w := newWorld(t, ramDir(t))
 			sc.prepare(t, w)
-			_ = sc.run(w, func(step) error { steps++; return nil })
+			_ = sc.run(w, func(Step) error { steps++; return nil })
 			if got := w.condition(sc.first); got != sc.want {
 				t.Fatalf("%s without a crash: %s, want %s", sc.name, got, sc.want)
 			}
@@ -145,7 +145,7 @@ func TestKilled(t *testing.T) {
 					w := newWorld(t, ramDir(t))
 					sc.prepare(t, w)
 					child := exec.Command(os.Args[0])
-					child.Env = []string{"FILESET_CHILD=kill", "BASE=" + w.base, "SCENARIO=" + strconv.Itoa(i), "STEP=" + strconv.Itoa(n),
+					child.Env = []string{"TRANSACTION_CHILD=kill", "BASE=" + w.base, "SCENARIO=" + strconv.Itoa(i), "STEP=" + strconv.Itoa(n),
 						"OLD=" + pemOf(0), "NEW=" + pemOf(1)}
 					out, err := child.CombinedOutput()
 					if status, ok := child.ProcessState.Sys().(syscall.WaitStatus); !ok || status.Signal() != syscall.SIGKILL {
@@ -192,7 +192,7 @@ func childKill() int {
 	index, _ := strconv.Atoi(os.Getenv("SCENARIO"))
 	last, _ := strconv.Atoi(os.Getenv("STEP"))
 	n := 0
-	err := scenarios[index].run(world{os.Getenv("BASE")}, func(step) error {
+	err := scenarios[index].run(world{os.Getenv("BASE")}, func(Step) error {
 		if n++; n == last {
 			if err := syscall.Kill(os.Getpid(), syscall.SIGKILL); err != nil {
 				return err

@@ -13,93 +13,124 @@ import (
 	"certctl-agent/internal/policy"
 )
 
-// undoWait bounds telling the server about the old files, which no cancelled
-// context stops, beyond what its reload command may take by itself.
-const undoWait = time.Minute
+const (
+	// undoWait bounds what a rollback asks of others, which no cancelled context
+	// stops: each Restore, and the reload beyond what its command may take by
+	// itself.
+	undoWait = time.Minute
 
-// transaction is one Deploy under way.
-type transaction struct {
-	*Store
-	tx     Transaction
+	// finishWait bounds each Finish.
+	finishWait = time.Minute
+
+	// maxPlans bounds how often a plan is made again because somebody else
+	// changed what it was made from.
+	maxPlans = 3
+)
+
+// attempt is one deployment under way.
+type attempt struct {
+	*Engine
+	Deployment
 	log    *slog.Logger
-	result connector.Result
+	plan   *connector.Plan
+	result Result
 
-	record record
-	files  []*dest // in the order of record.Files
-	clean  bool    // the target's last transaction ended clean
-	told   bool    // the server may know of the new files
+	record  record
+	files   []*dest   // in the order of record.Files
+	changes []*change // in the order of the plan
+	clean   bool      // the target's last deployment ended clean
+	loaded  bool      // the server may have read the new files
 }
 
-// Deploy runs one transaction. When it fails, the target is as it was before,
-// unless the error is a connector.BrokenError. A cancelled context rolls back.
-func (s *Store) Deploy(ctx context.Context, tx Transaction) (connector.Result, error) {
-	release, err := s.acquire(ctx, tx.Target, tx.Yield)
+// Deploy carries out one deployment. When it fails, the target is as it was
+// before, unless the error is a BrokenError. A cancelled context rolls back.
+func (e *Engine) Deploy(ctx context.Context, d Deployment) (Result, error) {
+	release, err := e.acquire(ctx, d.Target, d.Yield)
 	if err != nil {
-		return connector.Result{}, err
+		return Result{}, err
 	}
 	defer release()
-	t := &transaction{Store: s, tx: tx, log: s.opts.Log.With("target", tx.Target)}
-	if err := t.settle(ctx); err != nil {
-		return connector.Result{}, err
-	}
-	defer func() { closeAll(t.files) }()
-	if err := t.resolve(); err != nil {
-		return connector.Result{}, err
-	}
-	unlock, err := s.lock(ctx, directories(t.files), tx.Yield)
-	if err != nil {
-		return connector.Result{}, err
-	}
-	defer unlock()
-	if err := t.contested(); err != nil {
-		return connector.Result{}, err
-	}
-	if err := t.inspect(); err != nil {
-		return connector.Result{}, err
-	}
-	if t.unchanged() {
-		err := t.verify(ctx)
-		if t.result.Unchanged = err == nil; err == nil || ctx.Err() != nil {
-			return t.result, err
+	for try := 1; ; try++ {
+		a := &attempt{Engine: e, Deployment: d, log: e.opts.Log.With("target", d.Target)}
+		err := a.deploy(ctx)
+		if errors.Is(err, errStale) && try < maxPlans {
+			continue
 		}
-		// The files are right and the server does not serve them: it was never
-		// told, and telling it is what a transaction does.
-		t.log.Info("files are in place but not in use: deploying again", "error", err)
+		return a.result, err
 	}
-	err = t.run(ctx)
-	return t.result, err
 }
 
-// settle ends the target's earlier transaction, if it did not end.
-func (t *transaction) settle(ctx context.Context) error {
-	r, err := t.load(t.tx.Target)
-	if r != nil && r.Phase != restored || err != nil {
-		if _, err := t.recoverLoaded(ctx, t.tx.Target, r, err); err != nil {
-			return unsettledError(t.tx.Target, err)
+func (a *attempt) deploy(ctx context.Context) error {
+	if err := a.settle(ctx); err != nil {
+		return err
+	}
+	var err error
+	if a.plan, err = a.Connector.Plan(ctx, a.Material); err != nil {
+		return err
+	}
+	a.result = Result{Warnings: slices.Clone(a.plan.Warnings), Serves: a.plan.Serves}
+	a.matchOwed()
+	defer func() { closeAll(a.files) }()
+	if err := a.resolve(); err != nil {
+		return a.abandon(ctx, err)
+	}
+	unlock, err := a.lock(ctx, directories(a.files), a.Yield)
+	if err != nil {
+		return a.abandon(ctx, err)
+	}
+	defer unlock()
+	if err := a.contested(); err != nil {
+		return err
+	}
+	if err := a.inspect(ctx); err != nil {
+		return a.abandon(ctx, err)
+	}
+	if a.unchanged() {
+		err := a.verify(ctx)
+		if err == nil {
+			a.result.Unchanged, a.result.Warnings = true, nil
+			a.finishChanges(ctx)
 		}
-		if r, err = t.load(t.tx.Target); err != nil {
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
+		// The files are right and the server does not serve them: it was never
+		// told, and telling it is what a deployment does.
+		a.log.Info("files are in place but not in use: deploying again", "error", err)
+	}
+	return a.run(ctx)
+}
+
+// settle ends the target's earlier deployment, if it did not end.
+func (a *attempt) settle(ctx context.Context) error {
+	r, err := a.load(a.Target)
+	if r != nil && r.Phase != restored || err != nil {
+		if _, err := a.recoverLoaded(ctx, a.Target, r, err); err != nil {
+			return unsettledError(a.Target, err)
+		}
+		if r, err = a.load(a.Target); err != nil {
 			return err
 		}
 	}
 	if r != nil {
-		t.record.Owed = &owed{r.Reload}
+		a.record.Owed = &owed{Command: r.Reload, Changes: r.Changes, Set: r.Set}
 	}
-	t.clean = r == nil && !t.isAside(t.tx.Target)
+	a.clean = r == nil && !a.isAside(a.Target)
 	return nil
 }
 
 // contested refuses files that the recovery of another target has yet to put
 // back: it would find there what it does not know, or take the new ones away.
-func (t *transaction) contested() error {
-	ids, err := t.recorded()
+func (a *attempt) contested() error {
+	ids, err := a.recorded()
 	if err != nil {
 		return err
 	}
 	for _, id := range ids {
-		if id == t.tx.Target {
+		if id == a.Target {
 			continue
 		}
-		if r, err := t.load(id); err != nil || r == nil || r.Phase != swapping || !r.shares(t.files) {
+		if r, err := a.load(id); err != nil || r == nil || r.Phase != swapping || !r.shares(a.files) {
 			continue
 		}
 		return unsettledError(id, errors.New("it has a file in common with this one"))
@@ -110,162 +141,185 @@ func (t *transaction) contested() error {
 // shares reports whether one of the files is the record's too.
 func (r *record) shares(files []*dest) bool {
 	return slices.ContainsFunc(files, func(f *dest) bool {
-		return slices.ContainsFunc(r.Files, func(e entry) bool { return e.Dir == f.Dir && e.Name == f.Name })
+		return slices.ContainsFunc(r.Files, func(e fileRecord) bool { return e.Dir == f.Dir && e.Name == f.Name })
 	})
 }
 
 // unsettledError holds a deployment back until the one of target id that a
 // crash or a failure interrupted is settled.
 func unsettledError(id string, err error) error {
-	return &connector.BusyError{Err: fmt.Errorf("an earlier deployment of target %s was interrupted and is not undone yet: %w", id, err)}
+	return &BusyError{Err: fmt.Errorf("an earlier deployment of target %s was interrupted and is not undone yet: %w", id, err)}
 }
 
-// wanted are the files of the transaction in the order in which they are put
-// in place.
-func (t *transaction) wanted() []connector.File {
-	if t.tx.Material == nil {
-		return t.tx.Files
-	}
-	return slices.Concat(t.tx.Material.KeyFiles, t.tx.Files)
-}
-
-func (t *transaction) resolve() error {
-	for _, file := range t.wanted() {
-		f, err := t.open(file)
+func (a *attempt) resolve() error {
+	for _, promoted := range a.Promotion {
+		f, err := openPrivate(promoted)
 		if err != nil {
 			return err
 		}
-		t.files = append(t.files, f)
+		a.files = append(a.files, f)
+	}
+	for _, file := range a.plan.Files {
+		f, err := open(file, a.opts.Policy)
+		if err != nil {
+			return err
+		}
+		a.files = append(a.files, f)
 	}
 	return nil
 }
 
 // inspect reads what is in place, and drafts the journal record.
-func (t *transaction) inspect() error {
-	t.record.Target, t.record.Reload = t.tx.Target, t.tx.Reload
-	if t.record.Keep = t.tx.Backups; t.record.Keep == 0 {
-		t.record.Keep = t.opts.Retention
+func (a *attempt) inspect(ctx context.Context) error {
+	a.record.Target, a.record.Reload = a.Target, a.plan.Reload.Command
+	if a.record.Keep = a.Backups; a.record.Keep == 0 {
+		a.record.Keep = a.opts.Retention
 	}
-	old := false
-	for i, file := range t.wanted() {
-		warning, err := t.files[i].inspect(file, i)
+	for i, f := range a.files {
+		warning, err := f.inspect(i)
 		if err != nil {
 			return err
 		}
 		if warning != "" {
-			t.result.Warnings = append(t.result.Warnings, warning)
+			a.result.Warnings = append(a.result.Warnings, warning)
 		}
-		old = old || t.files[i].Old != nil
 	}
-	if err := distinct(t.files); err != nil {
+	if err := distinct(a.files); err != nil {
 		return err
 	}
-	if err := t.guard(); err != nil {
+	for _, f := range a.files {
+		if err := a.guard(f); err != nil {
+			return err
+		}
+	}
+	if err := a.readChanges(ctx); err != nil {
 		return err
 	}
-	if !old {
+	if !slices.ContainsFunc(a.files, func(f *dest) bool { return f.Old != nil }) &&
+		!slices.ContainsFunc(a.changes, func(c *change) bool { return c.was != nil }) {
 		return nil
 	}
 	var err error
-	t.record.Set, err = t.nextSet(t.tx.Target)
+	a.record.Set, err = a.nextSet(a.Target)
 	return err
 }
 
-// unchanged reports whether there is nothing to do. A transaction without
-// files is all in its Apply, whose effect cannot be seen here.
-func (t *transaction) unchanged() bool {
-	return t.clean && len(t.tx.Files) > 0 && !slices.ContainsFunc(t.files, func(f *dest) bool { return !f.upToDate() })
+// unchanged reports whether there is nothing to do.
+func (a *attempt) unchanged() bool {
+	return a.clean && !slices.ContainsFunc(a.files, func(f *dest) bool { return !f.upToDate() }) &&
+		!slices.ContainsFunc(a.changes, func(c *change) bool { return !c.same })
 }
 
 // run does everything that changes something.
-func (t *transaction) run(ctx context.Context) error {
-	if err := t.stage(ctx); err != nil {
-		return t.abort(err)
+func (a *attempt) run(ctx context.Context) error {
+	if err := a.stage(ctx); err != nil {
+		return a.abort(ctx, err)
 	}
-	err := t.swap(ctx)
+	err := a.swap(ctx)
 	if err == nil {
-		err = t.activate(ctx)
+		err = a.writeChanges(ctx)
 	}
 	if err == nil {
-		err = t.commit()
+		err = a.activate(ctx)
 	}
-	if _, broken := errors.AsType[*connector.BrokenError](err); broken {
+	if err == nil {
+		err = a.commit()
+	}
+	if _, broken := errors.AsType[*BrokenError](err); broken {
 		return err
 	}
 	if err != nil {
-		return t.rollBack(ctx, err)
+		return a.rollBack(ctx, err)
 	}
-	if err := t.finish(&t.record); err != nil {
+	if err := a.finish(&a.record); err != nil {
 		// Whatever is left is removed by the next deployment or start.
-		t.result.Warnings = append(t.result.Warnings, "cleaning up after the deployment: "+err.Error())
+		a.result.Warnings = append(a.result.Warnings, "cleaning up after the deployment: "+err.Error())
 	}
+	a.finishChanges(ctx)
 	return nil
 }
 
 // commit makes the new files final. When it fails, the journal says for
 // certain that they are not.
-func (t *transaction) commit() error {
-	err := t.mark(committed)
+func (a *attempt) commit() error {
+	err := a.mark(committed)
 	if unsure, ok := errors.AsType[*unsureError](err); ok {
-		if again := t.mark(swapping); again != nil {
+		if again := a.mark(swapping); again != nil {
 			// A rollback under a record that may say "committed" could end
 			// in a mix. So the new files stay, which are good ones.
-			return &connector.BrokenError{Cause: unsure, Rollback: again, Backups: t.setPath(&t.record)}
+			return &BrokenError{Cause: unsure, Rollback: again, Backups: a.setPath(&a.record)}
 		}
 	}
 	return err
 }
 
-// mark moves the transaction to another phase, durably.
-func (t *transaction) mark(p phase) error {
-	r := t.record
+// mark moves the deployment to another phase, durably.
+func (a *attempt) mark(p phase) error {
+	r := a.record
 	r.Phase = p
-	r.Files = nil
-	for _, f := range t.files {
-		r.Files = append(r.Files, f.entry)
+	r.Files, r.Changes = nil, nil
+	for _, f := range a.files {
+		r.Files = append(r.Files, f.fileRecord)
 	}
-	if err := t.save(&r); err != nil {
+	for _, c := range a.changes {
+		if c.written || !c.same {
+			r.Changes = append(r.Changes, c.changeRecord)
+		}
+	}
+	if err := a.save(&r); err != nil {
 		return err
 	}
-	t.record = r
+	a.record = r
 	return nil
 }
 
-// finish cleans up behind a committed transaction.
-func (s *Store) finish(r *record) error {
-	if err := s.prune(r.Target, r.Keep); err != nil {
+// finish cleans up behind a committed deployment.
+func (e *Engine) finish(r *record) error {
+	if err := e.prune(r.Target, r.Keep); err != nil {
 		return err
 	}
 	// A record that could not be followed is settled: every file is new.
-	if err := s.disk.remove(s.journal, r.Target+asideSuffix); err != nil {
+	if err := e.disk.remove(e.journal, r.Target+asideSuffix); err != nil {
 		return err
 	}
-	return s.forget(r.Target)
+	return e.forget(r.Target)
 }
 
 // activate makes the server use the new files.
-func (t *transaction) activate(ctx context.Context) error {
-	if t.tx.Validate != nil {
-		if err := t.command(ctx, t.tx.Validate); err != nil {
+func (a *attempt) activate(ctx context.Context) error {
+	if a.plan.Validate != nil {
+		if err := a.command(ctx, a.plan.Validate); err != nil {
 			return fmt.Errorf("validate failed: %w", err)
 		}
 	}
-	if t.tx.Reload != nil || t.tx.Apply != nil {
-		t.told = true
-	}
-	if t.tx.Reload != nil {
-		if err := t.command(ctx, t.tx.Reload); err != nil {
+	if a.plan.Reload.Command != nil || a.plan.Reload.Call != nil {
+		a.loaded = true
+		if err := a.reload(ctx); err != nil {
 			return fmt.Errorf("reload failed: %w", err)
 		}
 	}
-	if err := t.call(ctx, t.tx.Apply); err != nil {
-		return fmt.Errorf("reload failed: %w", err)
+	if a.Verify == nil {
+		time.Sleep(a.plan.Reload.Wait) // no cancellation cuts it short: a rollback changes the files too
+		return cancelled(ctx)
 	}
-	return t.verify(ctx)
+	err := a.verify(ctx)
+	if err != nil {
+		time.Sleep(a.plan.Reload.Wait)
+	}
+	return err
 }
 
-func (t *transaction) verify(ctx context.Context) error {
-	if err := t.call(ctx, t.tx.Verify); err != nil {
+func (a *attempt) reload(ctx context.Context) error {
+	if a.plan.Reload.Command != nil {
+		if err := a.command(ctx, a.plan.Reload.Command); err != nil {
+			return err
+		}
+	}
+	return a.call(ctx, a.plan.Reload.Call)
+}
+
+func (a *attempt) verify(ctx context.Context) error {
+	if err := a.call(ctx, a.Verify); err != nil {
 		return fmt.Errorf("verification failed: %w", err)
 	}
 	// The last moment at which a cancelled deployment is undone.
@@ -280,89 +334,113 @@ func cancelled(ctx context.Context) error {
 }
 
 // command runs one command. The policy was asked when it was made.
-func (s *Store) command(ctx context.Context, c *policy.Command) error {
+func (e *Engine) command(ctx context.Context, c *policy.Command) error {
 	if err := cancelled(ctx); err != nil {
 		return err
 	}
-	if err := s.disk.step(step{op: "run", path: c.Argv[0]}); err != nil {
+	if err := e.disk.step(Step{Op: "run", Path: c.Argv[0]}); err != nil {
 		return err
 	}
-	return s.opts.Run(ctx, *c)
+	return e.opts.Run(ctx, *c)
 }
 
-// call runs a connector's function, if there is one. A panic in it must not
-// leave the new files in place unproven.
-func (t *transaction) call(ctx context.Context, f func(context.Context) error) (err error) {
+// call runs a function that is not the engine's, if there is one.
+func (a *attempt) call(ctx context.Context, f func(context.Context) error) error {
 	if f == nil {
 		return nil
 	}
 	if err := cancelled(ctx); err != nil {
 		return err
 	}
-	if err := t.disk.step(step{op: "run", path: "connector"}); err != nil {
+	if err := a.disk.step(Step{Op: "run", Path: "connector"}); err != nil {
 		return err
 	}
+	return contain(func() error { return f(ctx) })
+}
+
+// contain makes an error of a panic, which must not leave anything in place
+// unproven.
+func contain(f func() error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
 		}
 	}()
-	return f(ctx)
+	return f()
 }
 
-// abort ends a transaction that has put nothing in place.
-func (t *transaction) abort(cause error) error {
-	return errors.Join(fmt.Errorf("%w; nothing was changed", cause), t.discard(t.files, &t.record))
+// abandon ends a deployment that has not begun. One before it may have been
+// interrupted by a crash between its changes and their undo: they are undone
+// now, since the job is over.
+func (a *attempt) abandon(ctx context.Context, cause error) error {
+	if _, busy := errors.AsType[*BusyError](cause); busy || errors.Is(cause, errStale) || a.record.Owed == nil || len(a.changes) == 0 {
+		return cause
+	}
+	if err := a.restoreChanges(ctx); err != nil {
+		return &BrokenError{Cause: cause, Rollback: err, Backups: a.backups.join(a.Target)}
+	}
+	owed := a.record.Owed
+	if owed.Command == nil && a.plan.Reload.Call == nil {
+		return errors.Join(cause, a.forget(a.Target))
+	}
+	return errors.Join(cause, a.save(&record{Target: a.Target, Phase: restored, Reload: owed.Command}))
 }
 
-// rollBack puts the old files back after cause.
-func (t *transaction) rollBack(ctx context.Context, cause error) error {
-	if err := t.putAllBack(&t.record, t.files); err != nil {
-		return &connector.BrokenError{Cause: cause, Rollback: err, Backups: t.setPath(&t.record)}
+// abort ends a deployment that has put nothing in place.
+func (a *attempt) abort(ctx context.Context, cause error) error {
+	cause = fmt.Errorf("%w; nothing was changed", cause)
+	if err := a.discard(a.files, &a.record); err != nil {
+		return errors.Join(cause, err)
+	}
+	return a.abandon(ctx, cause)
+}
+
+// rollBack undoes everything after cause.
+func (a *attempt) rollBack(ctx context.Context, cause error) error {
+	err := errors.Join(a.restoreChanges(ctx), a.putAllBack(&a.record, a.files))
+	if err != nil {
+		return &BrokenError{Cause: cause, Rollback: err, Backups: a.setPath(&a.record)}
 	}
 	// Whatever of the rest fails is done once more at the next start.
-	if err := t.settleOld(&t.record); err != nil {
-		t.log.Warn("cleaning up after a rollback failed", "error", err)
+	a.record.Changes = nil
+	if err := a.recordRestored(&a.record); err != nil {
+		a.log.Warn("cleaning up after a rollback failed", "error", err)
 	}
-	cause = fmt.Errorf("%w; %s", cause, t.outcome())
-	if err := t.tellOld(ctx); err != nil {
+	cause = fmt.Errorf("%w; %s", cause, a.rolledBackTo())
+	if err := a.reloadOld(ctx); err != nil {
 		return fmt.Errorf("%w, but the server could not be made to load that: %w", cause, err)
 	}
-	if err := t.forget(t.tx.Target); err != nil {
-		t.log.Warn("cleaning up after a rollback failed", "error", err)
+	if err := a.forget(a.Target); err != nil {
+		a.log.Warn("cleaning up after a rollback failed", "error", err)
 	}
 	return cause
 }
 
-// tellOld makes the server use the old files again.
-func (t *transaction) tellOld(ctx context.Context) error {
-	if !t.told && !slices.ContainsFunc(t.files, func(f *dest) bool { return f.placed }) {
+// reloadOld makes the server use the old files again.
+func (a *attempt) reloadOld(ctx context.Context) error {
+	if !a.loaded && !slices.ContainsFunc(a.files, func(f *dest) bool { return f.placed }) {
 		return nil
 	}
 	wait := undoWait
-	if t.tx.Reload != nil {
-		wait += t.tx.Reload.Timeout
+	if a.plan.Reload.Command != nil {
+		wait += a.plan.Reload.Command.Timeout
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), wait)
 	defer cancel()
-	if t.tx.Reload != nil {
-		if err := t.command(ctx, t.tx.Reload); err != nil {
-			return err
-		}
+	err := a.reload(ctx)
+	if err == nil {
+		time.Sleep(a.plan.Reload.Wait)
 	}
-	if t.tx.Undo != nil {
-		return t.call(ctx, t.tx.Undo)
-	}
-	return t.call(ctx, t.tx.Apply)
+	return err
 }
 
-// outcome says what a rollback left, for the end of an error.
-func (t *transaction) outcome() string {
+// rolledBackTo says what a rollback left, for the end of an error.
+func (a *attempt) rolledBackTo() string {
 	switch {
-	case t.record.hadFiles():
+	case a.record.hadFiles() || slices.ContainsFunc(a.changes, func(c *change) bool { return c.was != nil }):
 		return "the previous certificate is back in place"
-	case len(t.tx.Files) > 0:
-		return "there was no certificate before, so the new files were removed"
+	case len(a.plan.Changes) > 0:
+		return "there was no certificate before, so the new one was removed"
 	}
-	return "the files are as before"
+	return "there was no certificate before, so the new files were removed"
 }

@@ -15,10 +15,10 @@ import (
 	"certctl-agent/internal/policy"
 )
 
-// deploy runs one transaction in a new Store.
-func (w world) deploy(t *testing.T, tx Transaction) (connector.Result, error) {
+// deploy runs one transaction in a new Engine.
+func (w world) deploy(t *testing.T, tx Transaction) (Result, error) {
 	t.Helper()
-	return w.mustStore(t, nil).Deploy(t.Context(), tx)
+	return w.mustStore(t, nil).deploy(t.Context(), tx)
 }
 
 func (w world) want(t *testing.T, first bool, want string) {
@@ -41,15 +41,15 @@ func TestDeploy(t *testing.T) {
 			w.old(t)
 		}
 		var ran []string
-		s := w.mustStore(t, func(s step) error {
-			if s.op == "run" {
-				ran = append(ran, s.path+" sees "+w.condition(first))
+		s := w.mustStore(t, func(s Step) error {
+			if s.Op == "run" {
+				ran = append(ran, s.Path+" sees "+w.condition(first))
 			}
 			return nil
 		})
 		tx := w.renewal()
 		tx.Verify = func(context.Context) error { return nil }
-		result, err := s.Deploy(t.Context(), tx)
+		result, err := s.deploy(t.Context(), tx)
 		if err != nil || result.Unchanged || len(result.Warnings) > 0 {
 			t.Fatalf("got %+v, %v", result, err)
 		}
@@ -64,14 +64,14 @@ func TestDeploy(t *testing.T) {
 		// Again: nothing is written and nothing runs but the verification.
 		ran = nil
 		wrote := 0
-		s.disk.before = func(s step) error {
-			if s.op != "run" {
+		s.disk.before = func(s Step) error {
+			if s.Op != "run" {
 				wrote++
 			}
-			ran = append(ran, s.path)
+			ran = append(ran, s.Path)
 			return nil
 		}
-		result, err = s.Deploy(t.Context(), tx)
+		result, err = s.deploy(t.Context(), tx)
 		if err != nil || !result.Unchanged || wrote > 0 || !slices.Equal(ran, []string{"connector"}) {
 			t.Errorf("again: %+v, %v, %d writes, ran %q", result, err, wrote, ran)
 		}
@@ -83,7 +83,7 @@ func TestDeploy(t *testing.T) {
 func TestUnchangedButNotServed(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	s := w.mustStore(t, nil)
-	if _, err := s.Deploy(t.Context(), w.renewal()); err != nil {
+	if _, err := s.deploy(t.Context(), w.renewal()); err != nil {
 		t.Fatal(err)
 	}
 	served := false
@@ -95,7 +95,7 @@ func TestUnchangedButNotServed(t *testing.T) {
 		}
 		return nil
 	}
-	result, err := s.Deploy(t.Context(), tx)
+	result, err := s.deploy(t.Context(), tx)
 	if err != nil || result.Unchanged || !served {
 		t.Errorf("got %+v, %v, reloaded %t", result, err, served)
 	}
@@ -113,12 +113,18 @@ func TestRollBack(t *testing.T) {
 	}{
 		{"validate", func(w world, tx *Transaction) { tx.Validate = &policy.Command{Argv: []string{"fail-v"}} }, false,
 			"validate failed: exit status 1; the previous certificate is back in place", "fail-v reload"},
-		{"reload", func(w world, tx *Transaction) { tx.Reload = &policy.Command{Argv: []string{"fail-r"}} }, false,
+		{"reload", func(w world, tx *Transaction) { tx.Reload.Command = &policy.Command{Argv: []string{"fail-r"}} }, false,
 			"reload failed: exit status 1; the previous certificate is back in place, but the server could not be made to load that: exit status 1", "validate fail-r fail-r"},
 		{"verify", func(w world, tx *Transaction) { tx.Verify = fail }, false,
 			"verification failed: is broken; the previous certificate is back in place", "validate reload connector reload"},
-		{"apply", func(w world, tx *Transaction) {
-			tx.Apply, tx.Undo = fail, func(context.Context) error { return nil }
+		{"reload by call", func(w world, tx *Transaction) {
+			calls := 0
+			tx.Reload.Call = func(context.Context) error {
+				if calls++; calls == 1 {
+					return broken
+				}
+				return nil
+			}
 		}, false,
 			"reload failed: is broken; the previous certificate is back in place", "validate reload connector reload connector"},
 		{"panic", func(w world, tx *Transaction) { tx.Verify = func(context.Context) error { panic("oh") } }, false,
@@ -133,15 +139,15 @@ func TestRollBack(t *testing.T) {
 				w.old(t)
 			}
 			var runs []string
-			s := w.mustStore(t, func(s step) error {
-				if s.op == "run" {
-					runs = append(runs, s.path)
+			s := w.mustStore(t, func(s Step) error {
+				if s.Op == "run" {
+					runs = append(runs, s.Path)
 				}
 				return nil
 			})
 			tx := w.renewal()
 			test.change(w, &tx)
-			_, err := s.Deploy(t.Context(), tx)
+			_, err := s.deploy(t.Context(), tx)
 			if err == nil || !strings.HasPrefix(err.Error(), test.want) || test.name != "panic" && err.Error() != test.want {
 				t.Errorf("got error %q, want %q", err, test.want)
 			}
@@ -171,7 +177,7 @@ func TestReloadOwed(t *testing.T) {
 	}
 	tx := w.renewal()
 	tx.Validate = nil
-	if _, err := s.Deploy(t.Context(), tx); err == nil || reloads != 2 {
+	if _, err := s.deploy(t.Context(), tx); err == nil || reloads != 2 {
 		t.Fatalf("got error %v after %d reloads", err, reloads)
 	}
 	if err := s.Repair(t.Context(), t.Context()); err == nil {
@@ -179,13 +185,13 @@ func TestReloadOwed(t *testing.T) {
 	}
 
 	// A transaction that fails before it changes anything does not lose it.
-	s.disk.before = func(s step) error {
-		if s.op == "create" && strings.HasPrefix(s.path, w.path("site")) {
+	s.disk.before = func(s Step) error {
+		if s.Op == "create" && strings.HasPrefix(s.Path, w.path("site")) {
 			return errors.New("disk is gone")
 		}
 		return nil
 	}
-	if _, err := s.Deploy(t.Context(), tx); err == nil || !strings.HasSuffix(err.Error(), "disk is gone; nothing was changed") {
+	if _, err := s.deploy(t.Context(), tx); err == nil || !strings.HasSuffix(err.Error(), "disk is gone; nothing was changed") {
 		t.Errorf("got error %v", err)
 	}
 	s.disk.before = nil
@@ -210,13 +216,13 @@ func TestCancelled(t *testing.T) {
 		w.old(t)
 		ctx, cancel := context.WithCancelCause(t.Context())
 		n := 0
-		s := w.mustStore(t, func(step) error {
+		s := w.mustStore(t, func(Step) error {
 			if n++; n == at {
 				cancel(cause)
 			}
 			return nil
 		})
-		_, err := s.Deploy(ctx, w.renewal())
+		_, err := s.deploy(ctx, w.renewal())
 		cancel(nil)
 		if n < at {
 			t.Logf("cancelled at %d steps", at-1)
@@ -244,20 +250,20 @@ func TestFailingStep(t *testing.T) {
 			w.old(t)
 			n := 0
 			s := w.mustStore(t, nil)
-			s.disk.before = func(s step) error {
-				if n++; n == at || forever && n > at && s.op != "run" {
+			s.disk.before = func(s Step) error {
+				if n++; n == at || forever && n > at && s.Op != "run" {
 					return errors.New("input/output error")
 				}
 				return nil
 			}
 			tx := w.renewal()
 			tx.Verify = func(context.Context) error { return nil }
-			_, err := s.Deploy(t.Context(), tx)
+			_, err := s.deploy(t.Context(), tx)
 			if n < at {
 				break
 			}
 			s.disk.before = nil
-			broken, isBroken := errors.AsType[*connector.BrokenError](err)
+			broken, isBroken := errors.AsType[*BrokenError](err)
 			switch got := w.condition(false); {
 			case err == nil && got != "new" || err != nil && !isBroken && got != "old":
 				t.Errorf("step %d, forever %t: error %v, in place: %s", at, forever, err, got)
@@ -321,8 +327,8 @@ func TestRefusedBeforeAnythingIsTouched(t *testing.T) {
 			tx := w.renewal()
 			test.change(t, w, &tx)
 			s := w.mustStore(t, nil)
-			s.disk.before = func(s step) error { t.Errorf("%s %s", s.op, s.path); return nil }
-			if _, err := s.Deploy(t.Context(), tx); err == nil || !strings.Contains(err.Error(), test.want) {
+			s.disk.before = func(s Step) error { t.Errorf("%s %s", s.Op, s.Path); return nil }
+			if _, err := s.deploy(t.Context(), tx); err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("got error %v, want %q", err, test.want)
 			}
 		})
@@ -355,7 +361,7 @@ func TestKeepOthers(t *testing.T) {
 	const others = "-----BEGIN DH PARAMETERS-----\nMAA=\n-----END DH PARAMETERS-----\n"
 	before, after := pairs()
 	w := newWorld(t, t.TempDir())
-	tx := Transaction{Target: "t1", Files: []connector.File{{Path: w.path("site/cert.pem"), Kind: connector.CertificateFile, Data: after.cert, KeepOthers: true}}}
+	tx := Transaction{Deployment{Target: "t1"}, proposal{Files: []connector.File{{Path: w.path("site/cert.pem"), Kind: connector.CertificateFile, Data: after.cert, KeepOthers: true}}}}
 	for old, want := range map[string]string{"": "", string(before.cert): "", others + string(before.cert): others} {
 		w.write(t, "site/cert.pem", []byte(old), 0o644)
 		for _, unchanged := range []bool{false, true} {
@@ -379,7 +385,7 @@ func TestKeepOthers(t *testing.T) {
 		release()
 		return wait(t.Context())
 	}
-	_, err = s.Deploy(t.Context(), tx)
+	_, err = s.deploy(t.Context(), tx)
 	check(t, err)
 	if got, err := os.ReadFile(w.path("site/cert.pem")); err != nil || string(got) != string(after.cert)+others {
 		t.Errorf("got\n%s, %v", got, err)
@@ -393,7 +399,8 @@ func TestKeep(t *testing.T) {
 	before, err := os.Stat(w.path("site/watched"))
 	check(t, err)
 	tx := w.renewal()
-	tx.Files = append(tx.Files, connector.File{Path: w.path("site/watched"), Kind: connector.ConfigFile, Keep: true})
+	tx.Files = append(tx.Files, connector.File{Path: w.path("site/watched"), Kind: connector.ConfigFile, Data: []byte("ours"), Keep: true,
+		Written: func(old []byte) bool { return string(old) == "ours" }})
 	_, err = w.deploy(t, tx)
 	check(t, err)
 	after, err := os.Stat(w.path("site/watched"))
@@ -405,21 +412,27 @@ func TestKeep(t *testing.T) {
 		t.Errorf("again: %+v, %v", result, err)
 	}
 	check(t, os.Remove(w.path("site/watched")))
-	if _, err := w.deploy(t, tx); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("without the file: %v", err)
+	for _, data := range []string{"ours", "ours too"} {
+		tx.Files[len(tx.Files)-1].Data = []byte(data)
+		if _, err := w.deploy(t, tx); err != nil {
+			t.Errorf("without a file of the operator's: %v", err)
+		}
+		if got, _ := os.ReadFile(w.path("site/watched")); string(got) != data {
+			t.Errorf("holds %q, want %q", got, data)
+		}
 	}
 }
 
 // TestWarnings: what a transaction that succeeds has to say is not lost.
 func TestWarnings(t *testing.T) {
 	w := newWorld(t, t.TempDir())
-	s := w.mustStore(t, func(s step) error {
-		if s.op == "remove" && strings.HasSuffix(s.path, ".json") {
+	s := w.mustStore(t, func(s Step) error {
+		if s.Op == "remove" && strings.HasSuffix(s.Path, ".json") {
 			return errors.New("input/output error")
 		}
 		return nil
 	})
-	result, err := s.Deploy(t.Context(), w.renewal())
+	result, err := s.deploy(t.Context(), w.renewal())
 	if err != nil || len(result.Warnings) != 1 || !strings.Contains(result.Warnings[0], "cleaning up") {
 		t.Errorf("got %+v, %v", result, err)
 	}
@@ -432,41 +445,18 @@ func TestChangedMeanwhile(t *testing.T) {
 	w.old(t)
 	mine := []byte("what a person wrote meanwhile")
 	s := w.mustStore(t, nil)
-	s.disk.before = func(s step) error {
-		if s.op == "mkdir" { // of the backup set
+	s.disk.before = func(s Step) error {
+		if s.Op == "mkdir" { // of the backup set
 			w.write(t, "site/cert.pem", mine, 0o640)
 		}
 		return nil
 	}
-	_, err := s.Deploy(t.Context(), w.renewal())
+	_, err := s.deploy(t.Context(), w.renewal())
 	if !errors.Is(err, errReplaced) {
 		t.Errorf("got error %v", err)
 	}
 	if got, _ := os.ReadFile(w.path("site/cert.pem")); !bytes.Equal(got, mine) {
 		t.Errorf("in place is %q", got)
-	}
-}
-
-// TestApplyOnly: a transaction without files is all in its functions.
-func TestApplyOnly(t *testing.T) {
-	w := newWorld(t, t.TempDir())
-	s := w.mustStore(t, nil)
-	var calls []string
-	note := func(name string, err error) func(context.Context) error {
-		return func(context.Context) error { calls = append(calls, name); return err }
-	}
-	tx := Transaction{Target: "t1", Apply: note("apply", nil), Undo: note("undo", nil)}
-	for range 2 {
-		if result, err := s.Deploy(t.Context(), tx); err != nil || result.Unchanged {
-			t.Fatalf("got %+v, %v", result, err)
-		}
-	}
-	tx.Verify = note("verify", errors.New("is broken"))
-	if _, err := s.Deploy(t.Context(), tx); err == nil || err.Error() != "verification failed: is broken; the files are as before" {
-		t.Errorf("got error %v", err)
-	}
-	if got := strings.Join(calls, " "); got != "apply apply apply verify undo" {
-		t.Errorf("called %s", got)
 	}
 }
 
@@ -479,13 +469,13 @@ func TestOneAtATime(t *testing.T) {
 	tx.Verify = func(context.Context) error {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 		defer cancel()
-		_, err := s.Deploy(ctx, w.renewal())
+		_, err := s.deploy(ctx, w.renewal())
 		if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "another deployment of target t1") {
 			t.Errorf("got error %v", err)
 		}
 		return nil
 	}
-	if _, err := s.Deploy(t.Context(), tx); err != nil {
+	if _, err := s.deploy(t.Context(), tx); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -500,7 +490,7 @@ func BenchmarkDeploy(b *testing.B) {
 				if !unchanged {
 					tx.Files[2].Data = []byte{byte(i), byte(i >> 8)}
 				}
-				if _, err := s.Deploy(b.Context(), tx); err != nil {
+				if _, err := s.deploy(b.Context(), tx); err != nil {
 					b.Fatal(err)
 				}
 			}

@@ -26,23 +26,36 @@ const (
 // certificates.
 const maxFile = 4 << 20
 
-// A step is one change to the disk, or one command.
-type step struct {
-	op   string // create, write, chmod, chown, setxattr, removexattr, truncate, sync, rename, remove, mkdir, syncdir, run
-	path string
+// A Step is one change to the disk, one command, or one call of a connector.
+type Step struct {
+	// Op is create, write, chmod, chown, setxattr, removexattr, truncate, sync,
+	// rename, remove, mkdir, syncdir, run, change, restore or finish.
+	Op   string
+	Path string // or the name of a Change
+
 	to   string     // rename: the new path
 	data []byte     // write, truncate: the bytes
 	attr attributes // chown, chmod
+}
+
+// Touches reports whether others than the agent notice the step: a file of the
+// target is replaced, a command runs, a connector is called.
+func (s Step) Touches() bool {
+	switch s.Op {
+	case "rename", "run", "change", "restore", "finish":
+		return true
+	}
+	return false
 }
 
 // disk makes every change that this package makes to a disk, one step at a
 // time, so that a test can stop at, fail or record each of them. That is why
 // the journal is not written by atomicfile.
 type disk struct {
-	before func(step) error // called before each step; nil outside tests
+	before func(Step) error // called before each step; nil outside tests
 }
 
-func (d disk) step(s step) error {
+func (d disk) step(s Step) error {
 	if d.before == nil {
 		return nil
 	}
@@ -68,7 +81,7 @@ func (a attributes) equal(b attributes) bool {
 // it. Its name becomes durable with the next syncDir.
 func (d disk) put(at *dir, name string, data []byte, a attributes) (fs.FileInfo, error) {
 	path := at.join(name)
-	if err := d.step(step{op: "create", path: path}); err != nil {
+	if err := d.step(Step{Op: "create", Path: path}); err != nil {
 		return nil, err
 	}
 	f, err := at.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, privateFile)
@@ -86,7 +99,7 @@ func (d disk) put(at *dir, name string, data []byte, a attributes) (fs.FileInfo,
 // fill gives an empty file its bytes before its attributes, since those may
 // let others read it.
 func (d disk) fill(f *os.File, path string, data []byte, a attributes) (fs.FileInfo, error) {
-	if err := d.step(step{op: "write", path: path, data: data}); err != nil {
+	if err := d.step(Step{Op: "write", Path: path, data: data}); err != nil {
 		return nil, err
 	}
 	if _, err := f.Write(data); err != nil {
@@ -113,13 +126,13 @@ func (d disk) overwrite(at *dir, name string, info fs.FileInfo, data []byte, a a
 	if err := d.setAttributes(f, path, a); err != nil {
 		return err
 	}
-	if err := d.step(step{op: "write", path: path, data: data}); err != nil {
+	if err := d.step(Step{Op: "write", Path: path, data: data}); err != nil {
 		return err
 	}
 	if _, err := f.WriteAt(data, 0); err != nil {
 		return err
 	}
-	if err := d.step(step{op: "truncate", path: path, data: data}); err != nil {
+	if err := d.step(Step{Op: "truncate", Path: path, data: data}); err != nil {
 		return err
 	}
 	if err := f.Truncate(int64(len(data))); err != nil {
@@ -147,7 +160,7 @@ func (d disk) setAttributes(f *os.File, path string, a attributes) error {
 		gid = -1
 	}
 	if uid != -1 || gid != -1 {
-		if err := d.step(step{op: "chown", path: path, attr: a}); err != nil {
+		if err := d.step(Step{Op: "chown", Path: path, attr: a}); err != nil {
 			return err
 		}
 		if err := f.Chown(uid, gid); err != nil {
@@ -157,7 +170,7 @@ func (d disk) setAttributes(f *os.File, path string, a attributes) error {
 	if err := d.setXattrs(f, path, a.Xattrs); err != nil {
 		return err
 	}
-	if err := d.step(step{op: "chmod", path: path, attr: a}); err != nil {
+	if err := d.step(Step{Op: "chmod", Path: path, attr: a}); err != nil {
 		return err
 	}
 	return f.Chmod(a.Mode)
@@ -174,7 +187,7 @@ func (d disk) setXattrs(f *os.File, path string, want map[string][]byte) error {
 		if old, ok := has[name]; ok && bytes.Equal(old, value) {
 			continue
 		}
-		if err := d.step(step{op: "setxattr", path: path}); err != nil {
+		if err := d.step(Step{Op: "setxattr", Path: path}); err != nil {
 			return err
 		}
 		if err := setXattr(f, name, value); err != nil {
@@ -182,7 +195,7 @@ func (d disk) setXattrs(f *os.File, path string, want map[string][]byte) error {
 		}
 	}
 	if _, ok := has[accessACL]; ok && want[accessACL] == nil {
-		if err := d.step(step{op: "removexattr", path: path}); err != nil {
+		if err := d.step(Step{Op: "removexattr", Path: path}); err != nil {
 			return err
 		}
 		if err := removeXattr(f, accessACL); err != nil {
@@ -193,7 +206,7 @@ func (d disk) setXattrs(f *os.File, path string, want map[string][]byte) error {
 }
 
 func (d disk) sync(f *os.File, path string) error {
-	if err := d.step(step{op: "sync", path: path}); err != nil {
+	if err := d.step(Step{Op: "sync", Path: path}); err != nil {
 		return err
 	}
 	return f.Sync()
@@ -201,7 +214,7 @@ func (d disk) sync(f *os.File, path string) error {
 
 // rename moves a file onto another name of its directory.
 func (d disk) rename(at *dir, from, to string) error {
-	if err := d.step(step{op: "rename", path: at.join(from), to: at.join(to)}); err != nil {
+	if err := d.step(Step{Op: "rename", Path: at.join(from), to: at.join(to)}); err != nil {
 		return err
 	}
 	return at.Rename(from, to)
@@ -212,7 +225,7 @@ func (d disk) remove(at *dir, name string) error {
 	if _, err := at.Lstat(name); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	if err := d.step(step{op: "remove", path: at.join(name)}); err != nil {
+	if err := d.step(Step{Op: "remove", Path: at.join(name)}); err != nil {
 		return err
 	}
 	if err := at.Remove(name); !errors.Is(err, fs.ErrNotExist) {
@@ -223,7 +236,7 @@ func (d disk) remove(at *dir, name string) error {
 
 // syncDir makes the names in a directory durable.
 func (d disk) syncDir(at *dir) error {
-	if err := d.step(step{op: "syncdir", path: at.path}); err != nil {
+	if err := d.step(Step{Op: "syncdir", Path: at.path}); err != nil {
 		return err
 	}
 	f, err := at.Open(".")
@@ -242,7 +255,7 @@ func (d disk) syncDir(at *dir) error {
 // opens it.
 func (d disk) subdir(at *dir, name string) (*dir, error) {
 	if _, err := at.Lstat(name); errors.Is(err, fs.ErrNotExist) {
-		if err := d.step(step{op: "mkdir", path: at.join(name)}); err != nil {
+		if err := d.step(Step{Op: "mkdir", Path: at.join(name)}); err != nil {
 			return nil, err
 		}
 		if err := at.Mkdir(name, privateDir); err != nil {

@@ -15,7 +15,6 @@ import (
 	"testing"
 	"time"
 
-	"certctl-agent/internal/connector"
 	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/policy"
 )
@@ -60,7 +59,7 @@ func TestMountedFile(t *testing.T) {
 		tx := w.renewal()
 		want := after.key
 		if fails {
-			tx.Reload = &policy.Command{Argv: []string{"fail"}}
+			tx.Reload.Command = &policy.Command{Argv: []string{"fail"}}
 			want = before.key
 		}
 		if _, err := w.deploy(t, tx); (err != nil) != fails {
@@ -79,7 +78,7 @@ func TestMountedFile(t *testing.T) {
 		check(t, os.Chown(w.path("private"), uidKeep, gidKeep))
 		tx.Files[0].Data = append(bytes.Clone(want), '\n')
 		_, err := w.deploy(t, tx)
-		_, broken := errors.AsType[*connector.BrokenError](err)
+		_, broken := errors.AsType[*BrokenError](err)
 		if broken || !errors.Is(err, syscall.EBUSY) || !strings.Contains(err.Error(), "others can change") {
 			t.Errorf("in another user's directory: %v", err)
 		}
@@ -125,7 +124,7 @@ func TestDiskFull(t *testing.T) {
 		w.old(t)
 		s := w.mustStore(t, nil)
 		fill(t, w.path("state"))
-		_, err := s.Deploy(t.Context(), w.renewal())
+		_, err := s.deploy(t.Context(), w.renewal())
 		if !errors.Is(err, syscall.ENOSPC) || !strings.HasSuffix(err.Error(), "nothing was changed") {
 			t.Errorf("got error %v", err)
 		}
@@ -179,8 +178,8 @@ func TestReadOnly(t *testing.T) {
 	tx := w.renewal()
 	tx.Verify = func(context.Context) error { remount(syscall.MS_RDONLY); return errors.New("is broken") }
 	s := w.mustStore(t, nil)
-	_, err = s.Deploy(t.Context(), tx)
-	broken, ok := errors.AsType[*connector.BrokenError](err)
+	_, err = s.deploy(t.Context(), tx)
+	broken, ok := errors.AsType[*BrokenError](err)
 	if !ok || !errors.Is(err, syscall.EROFS) || !strings.Contains(err.Error(), "needs a person") || !strings.Contains(err.Error(), w.path("site/cert.pem")) {
 		t.Fatalf("got error %v", err)
 	}
@@ -204,7 +203,7 @@ func asUser(t *testing.T, part string, env ...string) *exec.Cmd {
 	// By this name even a user who may not enter the directory of the test
 	// binary can run it.
 	child := exec.Command("/proc/self/exe")
-	child.Env = append(env, "FILESET_CHILD="+part, "OLD="+pemOf(0), "NEW="+pemOf(1))
+	child.Env = append(env, "TRANSACTION_CHILD="+part, "OLD="+pemOf(0), "NEW="+pemOf(1))
 	child.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}, Pdeathsig: syscall.SIGKILL}
 	return child
 }
@@ -280,7 +279,7 @@ func childDeploy() int {
 	w := world{os.Getenv("BASE")}
 	s, err := w.store(nil)
 	if err == nil {
-		_, err = s.Deploy(context.Background(), w.renewal())
+		_, err = s.deploy(context.Background(), w.renewal())
 	}
 	if err != nil {
 		fmt.Print(err)
@@ -319,12 +318,12 @@ func TestHostileOwner(t *testing.T) {
 	succeeded, refused := 0, make(map[string]int)
 	for end := time.Now().Add(1500 * time.Millisecond); time.Now().Before(end); {
 		tx := w.renewal()
-		tx.Material = nil
+		tx.Promotion = nil
 		tx.Files[0].Path, tx.Files[1].Path = w.path("theirs/site/key.pem"), w.path("theirs/site/cert.pem")
 		tx.Files = tx.Files[:2]
 		tx.Files[1].Data = fmt.Appendf(nil, "certificate %d", succeeded)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-		_, err := s.Deploy(ctx, tx)
+		_, err := s.deploy(ctx, tx)
 		cancel()
 		if err == nil {
 			succeeded++

@@ -55,34 +55,34 @@ type flight struct {
 
 // fly starts the recovery of a target unless one is under way, and returns that
 // in any case. Calls bounds waiting, work the reload.
-func (s *Store) fly(calls, work context.Context, id string, reload bool) *flight {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if f := s.flights[id]; f != nil {
+func (e *Engine) fly(calls, work context.Context, id string, reload bool) *flight {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if f := e.flights[id]; f != nil {
 		return f
 	}
 	f := &flight{reload: reload, landing: make(chan struct{}), done: make(chan struct{})}
 	f.land = sync.OnceFunc(func() { close(f.landing) })
-	if s.flights == nil {
-		s.flights = make(map[string]*flight)
+	if e.flights == nil {
+		e.flights = make(map[string]*flight)
 	}
-	s.flights[id] = f
+	e.flights[id] = f
 	go func() {
-		f.err = s.recoverTarget(calls, work, id, f)
+		f.err = e.recoverTarget(calls, work, id, f)
 		f.land()
-		s.mu.Lock()
-		delete(s.flights, id)
-		s.mu.Unlock()
+		e.mu.Lock()
+		delete(e.flights, id)
+		e.mu.Unlock()
 		close(f.done)
 	}()
 	return f
 }
 
 // flying reports whether the recovery of a target is under way.
-func (s *Store) flying(id string) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.flights[id] != nil
+func (e *Engine) flying(id string) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.flights[id] != nil
 }
 
 // await reports whether a flight has ended. It waits no longer than until the
@@ -128,16 +128,16 @@ func deadline(ctx context.Context, wait time.Duration) (until <-chan struct{}, c
 	return limit.Done(), func() { stop(); end() }
 }
 
-// Close releases the Store's directory handles. A recovery that a dead file
+// Close releases the Engine's directory handles. A recovery that a dead file
 // system keeps is left behind.
-func (s *Store) Close() error {
-	s.mu.Lock()
-	under := slices.Collect(maps.Values(s.flights))
-	s.mu.Unlock()
+func (e *Engine) Close() error {
+	e.mu.Lock()
+	under := slices.Collect(maps.Values(e.flights))
+	e.mu.Unlock()
 	until, cancel := deadline(context.Background(), closeWait)
 	defer cancel()
 	for _, f := range under {
 		f.await(until)
 	}
-	return errors.Join(s.backups.Close(), s.journal.Close())
+	return errors.Join(e.backups.Close(), e.journal.Close())
 }

@@ -33,7 +33,7 @@ func locked(t *testing.T, path string) (unlock func()) {
 // certificate old.
 func (w world) torn(t *testing.T) {
 	t.Helper()
-	w.crash(t, func(s step) bool { return s.op == "rename" && s.to == w.path("site/cert.pem") })
+	w.crash(t, func(s Step) bool { return s.Op == "rename" && s.to == w.path("site/cert.pem") })
 	if w.matches(false) == nil {
 		t.Fatal("the pair is not torn")
 	}
@@ -60,12 +60,12 @@ func TestRecoverUntilSettled(t *testing.T) {
 			t.Errorf("found %+v, %v after %v", found, err, time.Since(began))
 		}
 		for range 2 {
-			_, err = s.Deploy(t.Context(), w.renewal())
-			if _, busy := errors.AsType[*connector.BusyError](err); !busy {
+			_, err = s.deploy(t.Context(), w.renewal())
+			if _, busy := errors.AsType[*BusyError](err); !busy {
 				t.Errorf("a deployment on top of it: %v, want one that can be tried again", err)
 			}
 			err = s.Settle(t.Context(), "t1", "")
-			if _, busy := errors.AsType[*connector.BusyError](err); !busy || !strings.Contains(err.Error(), "site") {
+			if _, busy := errors.AsType[*BusyError](err); !busy || !strings.Contains(err.Error(), "site") {
 				t.Errorf("before a deployment: %v, want one that can be tried again", err)
 			}
 			if err := s.Repair(t.Context(), t.Context()); err == nil || !strings.Contains(err.Error(), "another deployment holds it") {
@@ -98,7 +98,7 @@ func TestSettleDuringReload(t *testing.T) {
 		go func() { repaired <- s.Repair(t.Context(), t.Context()) }()
 		time.Sleep(time.Second)
 		err := s.Settle(t.Context(), "t1", "")
-		if _, busy := errors.AsType[*connector.BusyError](err); !busy || !errors.Is(err, errReloads) {
+		if _, busy := errors.AsType[*BusyError](err); !busy || !errors.Is(err, errReloads) {
 			t.Errorf("while the reload runs: %v", err)
 		}
 		check(t, <-repaired)
@@ -113,8 +113,8 @@ func TestRepairAfterInputError(t *testing.T) {
 	w.old(t)
 	w.torn(t)
 	s := w.mustStore(t, nil)
-	s.disk.before = func(s step) error {
-		if s.op == "rename" {
+	s.disk.before = func(s Step) error {
+		if s.Op == "rename" {
 			return syscall.EIO
 		}
 		return nil
@@ -154,8 +154,8 @@ func TestDeadMount(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		answer := make(chan struct{})
 		var hangs atomic.Int64
-		s := w.mustStore(t, func(st step) error {
-			if strings.HasPrefix(st.path, w.path("site")) && st.op != "run" {
+		s := w.mustStore(t, func(st Step) error {
+			if strings.HasPrefix(st.Path, w.path("site")) && st.Op != "run" {
 				hangs.Add(1)
 				<-answer
 			}
@@ -176,19 +176,19 @@ func TestDeadMount(t *testing.T) {
 		}
 		began = time.Now()
 		err = s.Settle(t.Context(), "t1", "")
-		if _, busy := errors.AsType[*connector.BusyError](err); !busy || time.Since(began) != settleWait+closeWait {
+		if _, busy := errors.AsType[*BusyError](err); !busy || time.Since(began) != settleWait+closeWait {
 			t.Errorf("a job for it: %v after %v", err, time.Since(began))
 		}
 		err = s.Settle(t.Context(), "t2", w.path("keys/c1.key"))
-		if _, busy := errors.AsType[*connector.BusyError](err); !busy {
+		if _, busy := errors.AsType[*BusyError](err); !busy {
 			t.Errorf("a job with the key that it put in place: %v", err)
 		}
 		check(t, s.Settle(t.Context(), "t2", w.path("keys/c2.key")))
 		check(t, os.Mkdir(w.path("other"), 0o755))
 		s.opts.Policy.Paths = append(s.opts.Policy.Paths, w.path("other"))
 		tx := w.renewal()
-		tx.Target, tx.Material, tx.Files = "t2", nil, []connector.File{{Path: w.path("other/cert.pem"), Data: []byte("x"), DefaultMode: 0o644}}
-		if _, err := s.Deploy(t.Context(), tx); err != nil {
+		tx.Target, tx.Promotion, tx.Files = "t2", nil, []connector.File{{Path: w.path("other/cert.pem"), Data: []byte("x"), DefaultMode: 0o644}}
+		if _, err := s.deploy(t.Context(), tx); err != nil {
 			t.Errorf("another target: %v", err)
 		}
 
@@ -242,14 +242,14 @@ func TestContested(t *testing.T) {
 	w.torn(t)
 	s := w.mustStore(t, nil)
 	tx := w.renewal()
-	tx.Target, tx.Material = "t2", nil
-	_, err := s.Deploy(t.Context(), tx)
-	if _, busy := errors.AsType[*connector.BusyError](err); !busy || !strings.Contains(err.Error(), "target t1 was interrupted") {
+	tx.Target, tx.Promotion = "t2", nil
+	_, err := s.deploy(t.Context(), tx)
+	if _, busy := errors.AsType[*BusyError](err); !busy || !strings.Contains(err.Error(), "target t1 was interrupted") {
 		t.Errorf("got %v, want one that can be tried again", err)
 	}
 	check(t, s.Repair(t.Context(), t.Context()))
 	w.want(t, false, "old")
-	if _, err := s.Deploy(t.Context(), tx); err != nil {
+	if _, err := s.deploy(t.Context(), tx); err != nil {
 		t.Error(err)
 	}
 }
@@ -259,7 +259,7 @@ func TestRepairPanics(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
 	w.torn(t)
-	s := w.mustStore(t, func(step) error { panic("bug") })
+	s := w.mustStore(t, func(Step) error { panic("bug") })
 	if err := s.Repair(t.Context(), t.Context()); err == nil || !strings.Contains(err.Error(), "panic: bug") {
 		t.Errorf("got %v", err)
 	}
@@ -289,13 +289,13 @@ func TestYield(t *testing.T) {
 		unlock, err := s.lock(t.Context(), []*dir{d}, nil)
 		check(t, err)
 		began := time.Now()
-		_, err = s.Deploy(t.Context(), tx)
-		if _, busy := errors.AsType[*connector.BusyError](err); !busy || yields != 1 || time.Since(began) != lockWait {
+		_, err = s.deploy(t.Context(), tx)
+		if _, busy := errors.AsType[*BusyError](err); !busy || yields != 1 || time.Since(began) != lockWait {
 			t.Errorf("got %v after %v, gave its place away %d times", err, time.Since(began), yields)
 		}
 		time.AfterFunc(time.Minute, unlock)
 		began = time.Now()
-		if _, err := s.Deploy(t.Context(), tx); err != nil || yields != 2 || time.Since(began) != time.Minute {
+		if _, err := s.deploy(t.Context(), tx); err != nil || yields != 2 || time.Since(began) != time.Minute {
 			t.Errorf("got %v after %v, gave its place away %d times", err, time.Since(began), yields)
 		}
 
@@ -304,8 +304,8 @@ func TestYield(t *testing.T) {
 		defer unlock()
 		tx.Files[0].Data = []byte("another") // or nothing is to be done
 		began = time.Now()
-		_, err = s.Deploy(t.Context(), tx)
-		if _, busy := errors.AsType[*connector.BusyError](err); busy || err == nil || yields != 3 || time.Since(began) != lockWait {
+		_, err = s.deploy(t.Context(), tx)
+		if _, busy := errors.AsType[*BusyError](err); busy || err == nil || yields != 3 || time.Since(began) != lockWait {
 			t.Errorf("got %v after %v, gave its place away %d times", err, time.Since(began), yields)
 		}
 
@@ -315,8 +315,8 @@ func TestYield(t *testing.T) {
 			return wait(ctx)
 		}
 		began = time.Now()
-		_, err = s.Deploy(t.Context(), tx)
-		if _, busy := errors.AsType[*connector.BusyError](err); !busy || time.Since(began) != time.Second {
+		_, err = s.deploy(t.Context(), tx)
+		if _, busy := errors.AsType[*BusyError](err); !busy || time.Since(began) != time.Second {
 			t.Errorf("the agent stops: got %v after %v", err, time.Since(began))
 		}
 
@@ -325,8 +325,8 @@ func TestYield(t *testing.T) {
 			check(t, wait(t.Context()))
 			return context.Canceled
 		}
-		_, err = s.Deploy(t.Context(), tx)
-		if _, busy := errors.AsType[*connector.BusyError](err); !busy || !errors.Is(err, context.Canceled) {
+		_, err = s.deploy(t.Context(), tx)
+		if _, busy := errors.AsType[*BusyError](err); !busy || !errors.Is(err, context.Canceled) {
 			t.Errorf("the agent stops before the transaction has its place again: got %v", err)
 		}
 	})
@@ -341,7 +341,7 @@ func holding(t *testing.T, environment ...string) {
 	answer, out, err := os.Pipe()
 	check(t, err)
 	child := exec.Command(os.Args[0])
-	child.Env = append(environment, "FILESET_CHILD=lock")
+	child.Env = append(environment, "TRANSACTION_CHILD=lock")
 	child.Stdin, child.Stdout = in, out
 	check(t, child.Start())
 	in.Close()

@@ -7,25 +7,21 @@ import (
 	"os"
 	"slices"
 
-	"certctl-agent/internal/connector"
 	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/pemutil"
 )
 
 // guard refuses what would destroy something else, or give a key away.
-func (t *transaction) guard() error {
-	for i, file := range t.wanted() {
-		f := t.files[i]
-		if f.Old != nil {
-			if err := t.mayReplace(f, file); err != nil {
-				return fmt.Errorf("%s: %w", f.Path, err)
-			}
+func (a *attempt) guard(f *dest) error {
+	if f.Old != nil {
+		if err := a.mayReplace(f); err != nil {
+			return fmt.Errorf("%s: %w", f.Path, err)
 		}
-		if file.Kind.Secret() {
-			if err := t.guardKey(f, file); err != nil {
-				return fmt.Errorf("%s: %w", f.Path, err)
-			}
+	}
+	if f.secret() {
+		if err := a.guardKey(f); err != nil {
+			return fmt.Errorf("%s: %w", f.Path, err)
 		}
 	}
 	return nil
@@ -33,22 +29,22 @@ func (t *transaction) guard() error {
 
 // mayReplace refuses to destroy what is not this target's to replace. No list
 // of places is complete, so the content decides.
-func (t *transaction) mayReplace(f *dest, file connector.File) error {
-	was := pemutil.ContentOf(f.old)
+func (a *attempt) mayReplace(f *dest) error {
+	was := pemutil.ContentOf(f.oldData)
 	switch {
-	case f.Private, file.Keep, isEmpty(f.old), bytes.Equal(f.old, f.data):
+	case f.Private, f.kept, isEmpty(f.oldData), bytes.Equal(f.oldData, f.data):
 		return nil
-	case file.Written != nil && file.Written(f.old):
+	case f.file.Written != nil && f.file.Written(f.oldData):
 		return nil
-	case pemutil.HoldsPrivateKey(f.old) && !pemutil.HoldsPrivateKey(f.data):
+	case pemutil.HoldsPrivateKey(f.oldData) && !pemutil.HoldsPrivateKey(f.data):
 		return errors.New("the file that is there holds a private key, and the new one would not, so that a server which reads its key from it could not start again: " +
 			"configure a file of its own for the certificate, or one for both as the server's page of the documentation says; if no server needs the key, remove the file")
 	case was.Keys && was.Certificates && pemutil.ContentOf(f.data) == pemutil.Content{Keys: true}:
 		return errors.New("the file that is there holds certificates beside the private key, and the new one would hold the key alone, so that a server which reads both from it could not start again: " +
 			"configure a file of its own for the key; if no server needs the certificates, remove them from the file")
-	case was == pemutil.Content{} && !t.tx.ReplaceAny && !t.leftTorn(f):
+	case was == pemutil.Content{} && !a.ReplaceAny && !a.leftTorn(f):
 		return fmt.Errorf(`the file that is there holds neither a certificate nor a key, and this agent did not write it, so it is not replaced: `+
-			`correct the path, or remove the file, or put {"replace_any_file": true} into %s.json of CERTCTL_TARGETS_DIR`, t.tx.Target)
+			`correct the path, or remove the file, or put {"replace_any_file": true} into %s.json of CERTCTL_TARGETS_DIR`, a.Target)
 	}
 	return nil
 }
@@ -56,13 +52,16 @@ func (t *transaction) mayReplace(f *dest, file connector.File) error {
 // leftTorn reports whether an interrupted deployment of this target may have
 // left anything at all in f: a person was asked, and the next deployment
 // replaces it.
-func (t *transaction) leftTorn(f *dest) bool {
-	data, _, _, err := read(t.journal, t.tx.Target+asideSuffix)
+func (a *attempt) leftTorn(f *dest) bool {
+	if a.journal == nil {
+		return false // a preview
+	}
+	data, _, _, err := read(a.journal, a.Target+asideSuffix)
 	if err != nil {
 		return false
 	}
 	r, err := decode(bytes.TrimSpace(data))
-	return err == nil && slices.ContainsFunc(r.Files, func(e entry) bool { return e.Dir == f.at.path && e.Name == f.Name })
+	return err == nil && slices.ContainsFunc(r.Files, func(e fileRecord) bool { return e.Dir == f.at.path && e.Name == f.Name })
 }
 
 // isEmpty reports whether data says nothing: a placeholder, or what a power cut
@@ -74,7 +73,7 @@ func isEmpty(data []byte) bool { return len(bytes.Trim(data, " \t\r\n\x00")) == 
 // above it, can put a file of their own there just before a renewal. It is in
 // order where the configuration names them, and where that file holds a key of
 // the same certificate: then they have had it already.
-func (t *transaction) guardKey(f *dest, file connector.File) error {
+func (a *attempt) guardKey(f *dest) error {
 	by := f.at.lentBy()
 	if by == "" {
 		return nil
@@ -87,7 +86,7 @@ func (t *transaction) guardKey(f *dest, file connector.File) error {
 		return nil
 	}
 	if f.Old == nil {
-		if f.want.Mode&0o070 != 0 && file.Group == "" {
+		if f.want.Mode&0o070 != 0 && f.file.Group == "" {
 			f.want.GID = os.Getegid() // not the one that the directory hands on
 		}
 		return nil
@@ -95,41 +94,44 @@ func (t *transaction) guardKey(f *dest, file connector.File) error {
 	var taken string
 	_, acl := f.want.Xattrs[accessACL]
 	switch {
-	case file.Owner == "" && !hostfile.Ours(f.now):
+	case f.file.Owner == "" && !hostfile.Ours(f.now):
 		taken = fmt.Sprintf("its owner, user %d", f.Old.UID)
 	case acl:
 		taken = "its access control list"
 	case f.want.Mode&0o070 == 0 || f.want.GID == os.Getegid():
 		return nil
-	case file.Group == "":
+	case f.file.Group == "":
 		taken = fmt.Sprintf("its group %d and mode %04o", f.want.GID, f.want.Mode)
-	case file.Mode == nil:
+	case f.file.Mode == nil:
 		taken = fmt.Sprintf("group %d by its mode %04o", f.want.GID, f.want.Mode)
 	default:
 		return nil
 	}
-	if t.holdsOwnKey(f.old) {
+	if a.holdsOwnKey(f.oldData) {
 		return nil
 	}
 	return fmt.Errorf("the new key is not given to %s: others can put files into %s, and this one does not hold the key that it had: "+
 		"set owner, group and mode of the file in %s.json of CERTCTL_TARGETS_DIR; or check whose the file is, and let directory %s belong to root and be writable by nobody else",
-		taken, f.at.path, t.tx.Target, by)
+		taken, f.at.path, a.Target, by)
 }
 
 // holdsOwnKey reports whether data holds a private key that the agent has for
 // the certificate: the one that is current, or was before, or is becoming so.
-func (t *transaction) holdsOwnKey(data []byte) bool {
+func (a *attempt) holdsOwnKey(data []byte) bool {
 	key, err := pemutil.ParseKey(data)
-	if err != nil || t.tx.Material == nil {
+	if err != nil {
 		return false
 	}
 	own := func(encoded []byte) bool {
 		has, err := pemutil.ParseKey(encoded)
 		return err == nil && pemutil.SamePrivateKey(has, key)
 	}
-	m := t.tx.Material
-	if own(m.KeyPEM) || slices.ContainsFunc(m.KeyFiles, func(file connector.File) bool { return own(file.Data) }) {
+	if slices.ContainsFunc(a.Promotion, func(c keystore.Change) bool { return own(c.Data) }) {
 		return true
+	}
+	m := a.Material
+	if m == nil || own(m.KeyPEM) {
+		return m != nil
 	}
 	if m.KeyPath == "" {
 		return false

@@ -22,13 +22,13 @@ import (
 // refused runs a transaction that must not change anything.
 func (w world) refused(t *testing.T, tx Transaction, want ...string) {
 	t.Helper()
-	s := w.mustStore(t, func(s step) error {
-		if s.op != "mkdir" && s.op != "syncdir" {
-			t.Errorf("%s %s", s.op, s.path)
+	s := w.mustStore(t, func(s Step) error {
+		if s.Op != "mkdir" && s.Op != "syncdir" {
+			t.Errorf("%s %s", s.Op, s.Path)
 		}
 		return nil
 	})
-	_, err := s.Deploy(t.Context(), tx)
+	_, err := s.deploy(t.Context(), tx)
 	for _, want := range want {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("got error %v, want one that says %q", err, want)
@@ -78,7 +78,7 @@ func TestForeignKeyFile(t *testing.T) {
 				}
 				s := w.mustStore(t, nil)
 				s.opts.Policy.Paths = append(s.opts.Policy.Paths, w.path("real"))
-				_, err := s.Deploy(t.Context(), tx)
+				_, err := s.deploy(t.Context(), tx)
 				if err == nil || !strings.Contains(err.Error(), "not given to its "+what) &&
 					!(strings.Contains(how, "of all") && strings.Contains(err.Error(), "anyone could have put it there")) {
 					t.Errorf("%s, %s: got error %v", how, what, err)
@@ -97,7 +97,7 @@ func TestForeignKeyFile(t *testing.T) {
 
 				// With all of it configured, the file has no say.
 				tx.Files[0].Owner, tx.Files[0].Group, tx.Files[0].Mode = "0", "4003", new(fs.FileMode(0o640))
-				_, err = s.Deploy(t.Context(), tx)
+				_, err = s.deploy(t.Context(), tx)
 				check(t, err)
 				info, err := os.Stat(tx.Files[0].Path)
 				check(t, err)
@@ -121,15 +121,15 @@ func TestForeignKeyFileKeepsWorking(t *testing.T) {
 		"promoted before": func(w world, tx *Transaction) {
 			w.write(t, "keys/c1.previous", before.key, 0o600)
 			w.write(t, "keys/c1.key", after.key, 0o600)
-			tx.Material = &connector.Material{KeyPEM: after.key, KeyPath: w.path("keys/c1.key")}
+			tx.Material, tx.Promotion = &connector.Material{KeyPEM: after.key, KeyPath: w.path("keys/c1.key")}, nil
 		},
 		"still current": func(w world, tx *Transaction) {
-			tx.Material = &connector.Material{KeyPEM: after.key, KeyPath: w.path("keys/c1.key")}
+			tx.Material, tx.Promotion = &connector.Material{KeyPEM: after.key, KeyPath: w.path("keys/c1.key")}, nil
 		},
 		"there already": func(w world, tx *Transaction) {
 			w.write(t, "private/key.pem", slices.Concat(after.key, before.cert), 0o640)
 			tx.Files[0].Data = slices.Concat(after.key, after.cert)
-			tx.Material = &connector.Material{KeyPEM: after.key}
+			tx.Material, tx.Promotion = &connector.Material{KeyPEM: after.key}, nil
 		},
 	}
 	for name, change := range tests {
@@ -155,7 +155,7 @@ func TestForeignKeyFileKeepsWorking(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
 	tx := w.renewal()
-	tx.Material = &connector.Material{KeyPEM: after.key, KeyPath: w.path("keys/c1.key")}
+	tx.Material, tx.Promotion = &connector.Material{KeyPEM: after.key, KeyPath: w.path("keys/c1.key")}, nil
 	check(t, os.Chown(w.path("private"), uidKeep, gidKeep))
 	check(t, os.Chown(w.path("keys"), uidKeep, gidKeep))
 	w.refused(t, tx, "not given to its owner")
@@ -212,7 +212,7 @@ func TestForgedKey(t *testing.T) {
 		check(t, os.Chown(w.path("private/key.pem"), uidKeep, gidKeep))
 		check(t, os.Chown(w.path("private"), uidKeep, gidKeep))
 		tx := w.renewal()
-		tx.Material = &connector.Material{KeyPEM: tx.Files[0].Data, KeyPath: w.path("keys/c1.key")}
+		tx.Material, tx.Promotion = &connector.Material{KeyPEM: tx.Files[0].Data, KeyPath: w.path("keys/c1.key")}, nil
 		if bytes.Equal(content, forged) {
 			w.refused(t, tx, "not given to its owner")
 			continue
@@ -331,7 +331,7 @@ func TestMayReplace(t *testing.T) {
 			for _, any := range []bool{false, true} {
 				w := newWorld(t, t.TempDir())
 				w.write(t, "site/file", test.old, 0o600)
-				tx := Transaction{Target: "t1", ReplaceAny: any, Files: []connector.File{{Path: w.path("site/file"), Kind: test.kind, Data: test.data}}}
+				tx := Transaction{Deployment{Target: "t1", ReplaceAny: any}, proposal{Files: []connector.File{{Path: w.path("site/file"), Kind: test.kind, Data: test.data}}}}
 				if test.want != "" && !(any && test.want == foreign) {
 					w.refused(t, tx, test.want, "site/file: ")
 					continue
@@ -352,7 +352,7 @@ func TestMayReplaceOwn(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	written := func(old []byte) bool { return bytes.HasPrefix(old, []byte("ours")) }
 	file := connector.File{Path: w.path("site/file"), Kind: connector.ConfigFile, Data: []byte("ours 2"), Written: written}
-	tx := Transaction{Target: "t1", Files: []connector.File{file}}
+	tx := Transaction{Deployment{Target: "t1"}, proposal{Files: []connector.File{file}}}
 	w.write(t, "site/file", []byte("theirs"), 0o600)
 	w.refused(t, tx, `{"replace_any_file": true} into t1.json`)
 	w.write(t, "site/file", []byte("ours 1"), 0o600)

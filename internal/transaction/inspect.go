@@ -14,18 +14,22 @@ import (
 
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/hostfile"
+	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/policy"
 )
 
 // dest is one destination of a transaction that is under way. The first half
 // is journalled; what follows are its handle and its bytes.
 type dest struct {
-	entry
-	at   *dir
-	data []byte      // new bytes; nil in recovery
-	old  []byte      // old bytes, if there are any
-	want attributes  // of the new file
-	now  fs.FileInfo // what is in place, as far as this transaction knows; nil: nothing
+	fileRecord
+	at      *dir
+	file    connector.File // as it was proposed; nothing in recovery
+	data    []byte         // new bytes
+	oldData []byte         // old bytes, if there are any
+	kept    bool           // the new bytes are the old ones, whatever they are
+	want    attributes     // of the new file
+	now     fs.FileInfo    // what is in place, as far as this deployment knows; nil: nothing
 
 	staged fs.FileInfo // the new file, once it exists
 	placed bool        // what is in place may be the new file
@@ -34,40 +38,50 @@ type dest struct {
 // others are the mode bits that a file with a private key never has.
 const others = 0o007
 
+// errStale is a plan that was made from what is no longer there.
+var errStale = errors.New("it was changed by someone else while the deployment was prepared")
+
 // open resolves a destination and asks the policy.
-func (s *Store) open(file connector.File) (*dest, error) {
+func open(file connector.File, rules *policy.Policy) (*dest, error) {
 	at, name, err := resolve(file.Path)
 	if _, missing := errors.AsType[*missingError](err); missing {
 		// The advice to make a directory must not hide that it is of no use.
-		err = cmp.Or(s.refusal(file), err)
+		err = cmp.Or(refusal(file.Path, rules), err)
 	}
 	if err != nil {
 		return nil, err
 	}
-	f := &dest{at: at, data: file.Data}
-	f.entry = entry{
-		Path: file.Path, Dir: at.path, Name: name, Private: file.Kind == connector.StoreFile,
-		Stage: temporary(), Restore: temporary(), New: digestOf(file.Data),
+	if err := rules.CheckPath(at.join(name)); err != nil {
+		at.Close()
+		return nil, err
 	}
-	if !f.Private {
-		if err := s.opts.Policy.CheckPath(at.join(name)); err != nil {
-			at.Close()
-			return nil, err
-		}
+	return newDest(at, name, file), nil
+}
+
+// openPrivate resolves a file of the agent's own key store.
+func openPrivate(promoted keystore.Change) (*dest, error) {
+	at, name, err := resolve(promoted.Path)
+	if err != nil {
+		return nil, err
 	}
+	f := newDest(at, name, connector.File{Path: promoted.Path, Kind: connector.KeyFile, Data: promoted.Data, Mode: new(fs.FileMode(keystore.FileMode))})
+	f.Private = true
 	return f, nil
 }
 
+func newDest(at *dir, name string, file connector.File) *dest {
+	return &dest{at: at, file: file, data: file.Data, fileRecord: fileRecord{
+		Path: file.Path, Dir: at.path, Name: name, Stage: temporary(), Restore: temporary(), New: digestOf(file.Data),
+	}}
+}
+
 // refusal asks the policy for a path whose directories are not all there.
-func (s *Store) refusal(file connector.File) error {
-	if file.Kind == connector.StoreFile {
-		return nil
-	}
-	path, err := hostfile.Resolve(file.Path)
+func refusal(path string, rules *policy.Policy) error {
+	real, err := hostfile.Resolve(path)
 	if err != nil {
 		return nil
 	}
-	return s.opts.Policy.CheckPath(path)
+	return rules.CheckPath(real)
 }
 
 // distinct refuses two destinations that are one file. Both names can differ
@@ -87,34 +101,47 @@ func distinct(files []*dest) error {
 }
 
 // inspect reads what is in place, and decides what the new file will look like.
-func (f *dest) inspect(file connector.File, index int) (warning string, err error) {
+// Index is the file's number in the deployment.
+func (f *dest) inspect(index int) (warning string, err error) {
 	data, info, has, err := read(f.at, f.Name)
 	switch {
-	case errors.Is(err, fs.ErrNotExist) && !file.Keep:
+	case errors.Is(err, fs.ErrNotExist):
 	case errors.Is(err, fs.ErrPermission):
 		return "", fmt.Errorf("%s: the agent's user cannot read the file that is there, so it could not put it back: %w", f.Path, reason(err))
 	case err != nil:
 		return "", fmt.Errorf("%s: %w", f.Path, reason(err))
 	default:
-		f.old, f.now = data, info
-		if file.Keep {
-			f.data, f.New = data, digestOf(data)
-		}
-		if file.KeepOthers {
-			f.data = slices.Concat(f.data, pemutil.OtherBlocks(data))
-			f.New = digestOf(f.data)
-		}
-		f.Old = &saved{Backup: backupName(index, f.Name), Digest: digestOf(data), attributes: has}
-		if owner := has.UID; f.at.anyone() && !hostfile.Ours(info) {
-			return "", fmt.Errorf("%s belongs to user %d, in a directory where every user can create files: anyone could have put it there to get at the new one", f.Path, owner)
+		f.found(data, info, has, index)
+		if f.at.anyone() && !hostfile.Ours(info) {
+			return "", fmt.Errorf("%s belongs to user %d, in a directory where every user can create files: anyone could have put it there to get at the new one", f.Path, has.UID)
 		}
 	}
-	return f.decide(file)
+	if f.file.From != nil && !bytes.Equal(f.file.From, f.oldData) {
+		return "", fmt.Errorf("%s: %w", f.Path, errStale)
+	}
+	return f.decide()
 }
+
+// found takes the file that is there.
+func (f *dest) found(data []byte, info fs.FileInfo, has attributes, index int) {
+	f.oldData, f.now = data, info
+	if f.kept = f.file.Keep && !(f.file.Written != nil && f.file.Written(data)); f.kept {
+		f.data = data
+	}
+	if f.file.KeepOthers {
+		f.data = slices.Concat(f.data, pemutil.OtherBlocks(data))
+	}
+	f.New = digestOf(f.data)
+	f.Old = &oldFile{Backup: backupName(index, f.Name), Digest: digestOf(data), attributes: has}
+}
+
+// secret reports whether the file holds a private key.
+func (f *dest) secret() bool { return f.file.Kind.Secret() }
 
 // decide sets the attributes of the new file: those that are configured, else
 // those of the file that is there, else the default.
-func (f *dest) decide(file connector.File) (warning string, err error) {
+func (f *dest) decide() (warning string, err error) {
+	file := f.file
 	f.want = attributes{Mode: file.DefaultMode.Perm(), UID: -1, GID: -1}
 	if f.want.Mode == 0 {
 		f.want.Mode = privateFile
@@ -132,7 +159,7 @@ func (f *dest) decide(file connector.File) (warning string, err error) {
 	if f.want.Mode != f.want.Mode.Perm() {
 		return "", fmt.Errorf("%s: mode %v is more than permissions", f.Path, f.want.Mode)
 	}
-	if file.Kind.Secret() && f.want.Mode&others != 0 {
+	if f.secret() && f.want.Mode&others != 0 {
 		if file.Mode != nil {
 			return "", fmt.Errorf("%s: mode %04o would let every user at a private key: at most 0770", f.Path, f.want.Mode)
 		}
@@ -182,7 +209,7 @@ func groupNumber(name string) (string, error) {
 
 // upToDate reports whether the file is what it would be after the transaction.
 func (f *dest) upToDate() bool {
-	return f.Old != nil && f.Old.attributes.equal(f.want) && bytes.Equal(f.old, f.data)
+	return f.Old != nil && f.Old.attributes.equal(f.want) && bytes.Equal(f.oldData, f.data)
 }
 
 // directories returns the distinct directories of files that are to be locked.
@@ -202,6 +229,6 @@ func directories(files []*dest) []*dir {
 func closeAll(files []*dest) {
 	for _, f := range files {
 		f.at.Close()
-		clear(f.old)
+		clear(f.oldData)
 	}
 }

@@ -27,7 +27,7 @@ func TestModeAndOwner(t *testing.T) {
 		{"configured", 0o604, connector.File{Mode: mode(0o660), DefaultMode: 0o644}, 0o660, ""},
 		{"key", 0o640, connector.File{Kind: connector.KeyFile, DefaultMode: 0o600}, 0o640, ""},
 		{"loose key", 0o644, connector.File{Kind: connector.KeyFile, DefaultMode: 0o600}, 0o640, "tightened"},
-		{"loose key in the store", 0o666, connector.File{Kind: connector.StoreFile}, 0o660, "tightened"},
+		{"very loose key", 0o666, connector.File{Kind: connector.KeyFile}, 0o660, "tightened"},
 		{"configured key", 0o644, connector.File{Kind: connector.KeyFile, Mode: mode(0o400)}, 0o400, ""},
 	}
 	for _, test := range tests {
@@ -40,7 +40,7 @@ func TestModeAndOwner(t *testing.T) {
 				}
 			}
 			test.file.Path, test.file.Data = w.path("site/file"), version(2)
-			result, err := w.deploy(t, Transaction{Target: "t1", Files: []connector.File{test.file}})
+			result, err := w.deploy(t, Transaction{Deployment{Target: "t1"}, proposal{Files: []connector.File{test.file}}})
 			check(t, err)
 			info, err := os.Stat(w.path("site/file"))
 			check(t, err)
@@ -78,7 +78,7 @@ func TestConfiguredOwner(t *testing.T) {
 		w := newWorld(t, t.TempDir())
 		w.write(t, "site/file", []byte("same"), 0o640)
 		check(t, os.Chown(w.path("site/file"), uidKeep, gidKeep))
-		tx := Transaction{Target: "t1", Files: []connector.File{{Path: w.path("site/file"), Data: []byte("same"), Owner: test.owner, Group: test.group}}}
+		tx := Transaction{Deployment{Target: "t1"}, proposal{Files: []connector.File{{Path: w.path("site/file"), Data: []byte("same"), Owner: test.owner, Group: test.group}}}}
 		for _, unchanged := range []bool{false, true} {
 			result, err := w.deploy(t, tx)
 			check(t, err)

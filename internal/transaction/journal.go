@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io/fs"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"certctl-agent/internal/api"
@@ -42,43 +43,55 @@ const maxRecord = 4 << 20
 // record is what the journal holds of a transaction. It never holds bytes of a
 // file: those that are needed again are in the backup set.
 type record struct {
-	Target string  `json:"target"`
-	Phase  phase   `json:"phase"`
-	Files  []entry `json:"files"`
-	Set    string  `json:"set,omitempty"` // backup set; empty: there were no old files
-	Keep   int     `json:"keep"`          // sets to keep after success; -1: none
+	Target string       `json:"target"`
+	Phase  phase        `json:"phase"`
+	Files  []fileRecord `json:"files"`
+	Set    string       `json:"set,omitempty"` // backup set; empty: there was nothing before
+	Keep   int          `json:"keep"`          // sets to keep after success; -1: none
+
+	// Changes may have been made, and what undoes them is in the set.
+	Changes []changeRecord `json:"changes,omitempty"`
 
 	Reload *policy.Command `json:"reload,omitempty"`
 
-	// Owed is the reload of an earlier record that this one replaced before
-	// that reload was done.
+	// Owed is what an earlier record, which this one replaced, still asked for.
 	Owed *owed `json:"owed,omitempty"`
 }
 
-// owed is a reload still to be done. A nil Command means that only the next
-// deployment can do it, since it takes more than a command.
+// owed is what is still to be done of a deployment whose old files are back in
+// place: the reload, and the undo of changes. A nil Command means that only the
+// next deployment can reload, since it takes more than a command.
 type owed struct {
 	Command *policy.Command `json:"command,omitempty"`
+	Changes []changeRecord  `json:"changes,omitempty"`
+	Set     string          `json:"set,omitempty"` // where what undoes them is
 }
 
-// entry is one destination.
-type entry struct {
-	Path    string `json:"path"` // as configured, for messages
-	Dir     string `json:"dir"`  // directory in which the file really is
-	Name    string `json:"name"`
-	Private bool   `json:"private,omitempty"` // a file of the agent's own key store
-	Stage   string `json:"stage"`             // temporary name of the new file
-	Restore string `json:"restore"`           // temporary name of the old file when it is put back
-	New     digest `json:"new"`
-	Old     *saved `json:"old,omitempty"` // nil: there was no file
+// changeRecord is one Change.
+type changeRecord struct {
+	Name   string `json:"name"`             // its ID
+	Backup string `json:"backup,omitempty"` // name in the backup set; "": there was nothing
+	Digest digest `json:"sha256,omitempty"`
+}
+
+// fileRecord is one destination.
+type fileRecord struct {
+	Path    string   `json:"path"` // as configured, for messages
+	Dir     string   `json:"dir"`  // directory in which the file really is
+	Name    string   `json:"name"`
+	Private bool     `json:"private,omitempty"` // a file of the agent's own key store
+	Stage   string   `json:"stage"`             // temporary name of the new file
+	Restore string   `json:"restore"`           // temporary name of the old file when it is put back
+	New     digest   `json:"new"`
+	Old     *oldFile `json:"old,omitempty"` // nil: there was no file
 
 	// InPlace is set before the file is overwritten: what is there after a
 	// crash may be torn.
 	InPlace bool `json:"in_place,omitempty"`
 }
 
-// saved is an old file.
-type saved struct {
+// oldFile is an old file.
+type oldFile struct {
 	Backup string `json:"backup"` // name in the backup set
 	Digest digest `json:"sha256"`
 	attributes
@@ -140,6 +153,14 @@ func (r *record) check() error {
 	if !api.ValidID(r.Target) || r.Set != "" && !isSetName(r.Set) {
 		return errors.New("journal record has a bad name in it")
 	}
+	changes := r.Changes
+	if r.Owed != nil {
+		changes = slices.Concat(changes, r.Owed.Changes)
+	}
+	if slices.ContainsFunc(changes, func(c changeRecord) bool { return c.Backup != "" && !plain(c.Backup) }) ||
+		r.Owed != nil && r.Owed.Set != "" && !isSetName(r.Owed.Set) {
+		return errors.New("journal record has a bad name in it")
+	}
 	for _, f := range r.Files {
 		if !filepath.IsAbs(f.Dir) || !plain(f.Name) || !isTemporaryName(f.Stage) || !isTemporaryName(f.Restore) ||
 			f.Old != nil && !plain(f.Old.Backup) {
@@ -164,19 +185,19 @@ func isTemporaryName(name string) bool {
 func temporary() string { return ".certctl-" + strings.ToLower(rand.Text()[:20]) }
 
 // save makes r the record of its target, durably.
-func (s *Store) save(r *record) error {
+func (e *Engine) save(r *record) error {
 	data, err := encode(r)
 	if err != nil {
 		return err
 	}
 	temp := temporary()
-	if _, err := s.disk.put(s.journal, temp, data, private()); err != nil {
-		return fmt.Errorf("write the journal in %s: %w", s.journal.path, reason(err))
+	if _, err := e.disk.put(e.journal, temp, data, private()); err != nil {
+		return fmt.Errorf("write the journal in %s: %w", e.journal.path, reason(err))
 	}
-	if err := s.disk.rename(s.journal, temp, r.Target+recordSuffix); err != nil {
-		return errors.Join(fmt.Errorf("write the journal in %s: %w", s.journal.path, reason(err)), s.disk.remove(s.journal, temp))
+	if err := e.disk.rename(e.journal, temp, r.Target+recordSuffix); err != nil {
+		return errors.Join(fmt.Errorf("write the journal in %s: %w", e.journal.path, reason(err)), e.disk.remove(e.journal, temp))
 	}
-	if err := s.disk.syncDir(s.journal); err != nil {
+	if err := e.disk.syncDir(e.journal); err != nil {
 		return &unsureError{err}
 	}
 	return nil
@@ -194,13 +215,13 @@ const (
 )
 
 // load returns the record of a target, or nil when there is none.
-func (s *Store) load(id string) (*record, error) {
-	data, _, _, err := read(s.journal, id+recordSuffix)
+func (e *Engine) load(id string) (*record, error) {
+	data, _, _, err := read(e.journal, id+recordSuffix)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read %s: %w", s.journal.join(id+recordSuffix), reason(err))
+		return nil, fmt.Errorf("read %s: %w", e.journal.join(id+recordSuffix), reason(err))
 	}
 	r, err := decode(bytes.TrimSpace(data))
 	if err == nil && r.Target != id {
@@ -218,10 +239,10 @@ type damagedError struct{ error }
 func (e *damagedError) Unwrap() error { return e.error }
 
 // forget removes the record of a target, durably.
-func (s *Store) forget(id string) error {
-	err := s.disk.remove(s.journal, id+recordSuffix)
+func (e *Engine) forget(id string) error {
+	err := e.disk.remove(e.journal, id+recordSuffix)
 	if err == nil {
-		err = s.disk.syncDir(s.journal)
+		err = e.disk.syncDir(e.journal)
 	}
 	if err != nil {
 		return fmt.Errorf("remove the journal record of target %s: %w", id, reason(err))
@@ -232,14 +253,14 @@ func (s *Store) forget(id string) error {
 // setAside keeps a record that cannot be followed, for a person. While it is
 // there, the target counts as not clean; the next deployment that succeeds
 // replaces every file, and removes it.
-func (s *Store) setAside(id string) error {
-	if err := s.disk.rename(s.journal, id+recordSuffix, id+asideSuffix); err != nil {
+func (e *Engine) setAside(id string) error {
+	if err := e.disk.rename(e.journal, id+recordSuffix, id+asideSuffix); err != nil {
 		return fmt.Errorf("set the journal record of target %s aside: %w", id, reason(err))
 	}
-	return s.disk.syncDir(s.journal)
+	return e.disk.syncDir(e.journal)
 }
 
-func (s *Store) isAside(id string) bool {
-	_, err := s.journal.Lstat(id + asideSuffix)
+func (e *Engine) isAside(id string) bool {
+	_, err := e.journal.Lstat(id + asideSuffix)
 	return err == nil
 }

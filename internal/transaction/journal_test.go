@@ -15,9 +15,9 @@ func someRecord() *record {
 	return &record{
 		Target: "t1", Phase: swapping, Set: "00000001-20260101T000000Z", Keep: 3,
 		Reload: &policy.Command{Argv: []string{"nginx", "-s", "reload"}}, Owed: &owed{},
-		Files: []entry{
+		Files: []fileRecord{
 			{Path: "/link/key.pem", Dir: "/etc/nginx", Name: "key.pem", Stage: temporary(), Restore: temporary(), New: digestOf([]byte("new")),
-				Old: &saved{Backup: "0-key.pem", Digest: digestOf([]byte("old")), attributes: attributes{Mode: 0o640, UID: 1, GID: 2,
+				Old: &oldFile{Backup: "0-key.pem", Digest: digestOf([]byte("old")), attributes: attributes{Mode: 0o640, UID: 1, GID: 2,
 					Xattrs: map[string][]byte{"user.x": {0, 1, 0xff}}}}},
 			{Path: "/new", Dir: "/", Name: "new", Stage: temporary(), Restore: temporary(), New: digestOf(nil), InPlace: true, Private: true},
 		},
@@ -90,15 +90,15 @@ func TestJournalHoldsNoKey(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
 	records := 0
-	s := w.mustStore(t, func(s step) error {
-		if s.op == "write" && strings.HasPrefix(s.path, w.path("state/journal")) {
+	s := w.mustStore(t, func(s Step) error {
+		if s.Op == "write" && strings.HasPrefix(s.Path, w.path("state/journal")) {
 			if records++; bytes.Contains(s.data, []byte("PRIVATE")) {
 				t.Errorf("a key in the journal: %s", s.data)
 			}
 		}
 		return nil
 	})
-	_, err := s.Deploy(t.Context(), w.renewal())
+	_, err := s.deploy(t.Context(), w.renewal())
 	check(t, err)
 	if records != 3 {
 		t.Errorf("%d records were written, want staging, swapping, committed", records)

@@ -11,7 +11,6 @@ import (
 	"syscall"
 	"time"
 
-	"certctl-agent/internal/connector"
 	"certctl-agent/internal/printable"
 )
 
@@ -30,8 +29,8 @@ const (
 )
 
 // waitFor waits for other transactions: nothing of this one has begun. That its
-// place is not had again after the wait is a connector.BusyError.
-func waitFor(ctx context.Context, yield connector.Yield, wait func(context.Context) error) error {
+// place is not had again after the wait is a BusyError.
+func waitFor(ctx context.Context, yield Yield, wait func(context.Context) error) error {
 	if yield == nil {
 		return wait(ctx)
 	}
@@ -42,15 +41,15 @@ func waitFor(ctx context.Context, yield connector.Yield, wait func(context.Conte
 		return err
 	})
 	if waited && err != nil {
-		return &connector.BusyError{Err: fmt.Errorf("wait for a place after that: %w", err)}
+		return &BusyError{Err: fmt.Errorf("wait for a place after that: %w", err)}
 	}
 	return err
 }
 
 // hold is the directories that one transaction has locked.
 type hold struct {
-	*Store
-	yield connector.Yield
+	*Engine
+	yield Yield
 	locks []func() // how to release each
 }
 
@@ -65,12 +64,12 @@ func (h *hold) release() {
 // ends. The order is that of the directories' numbers, so that two transactions
 // with two directories in common cannot each hold one; and no try ever blocks,
 // since any user who can open a directory can lock it for ever.
-func (s *Store) lock(ctx context.Context, dirs []*dir, yield connector.Yield) (unlock func(), err error) {
+func (e *Engine) lock(ctx context.Context, dirs []*dir, yield Yield) (unlock func(), err error) {
 	dirs = slices.SortedFunc(slices.Values(dirs), func(a, b *dir) int {
 		x, y := statOf(a), statOf(b)
 		return cmp.Or(cmp.Compare(x.Dev, y.Dev), cmp.Compare(x.Ino, y.Ino))
 	})
-	h := &hold{Store: s, yield: yield}
+	h := &hold{Engine: e, yield: yield}
 	for _, d := range dirs {
 		if err := h.take(ctx, d); err != nil {
 			h.release()
@@ -99,7 +98,7 @@ func (h *hold) take(ctx context.Context, d *dir) error {
 			h.locks = append(h.locks, release)
 		}
 		if err != nil {
-			return &connector.BusyError{Err: fmt.Errorf("another deployment of this agent holds it: %w", err)}
+			return &BusyError{Err: fmt.Errorf("another deployment of this agent holds it: %w", err)}
 		}
 	} else {
 		h.locks = append(h.locks, release)
@@ -143,7 +142,7 @@ func (h *hold) await(ctx context.Context, f *os.File, d *dir) error {
 		case <-bound:
 			return fmt.Errorf("another deployment holds it, or another program does: %s; given up after %s", describe(by), lockWait)
 		case <-ctx.Done():
-			return &connector.BusyError{Err: fmt.Errorf("another deployment holds it, or another program does: %s: %w", describe(by), context.Cause(ctx))}
+			return &BusyError{Err: fmt.Errorf("another deployment holds it, or another program does: %s: %w", describe(by), context.Cause(ctx))}
 		}
 		if locked, err := h.flock(f, d); locked || err != nil {
 			return err

@@ -72,8 +72,8 @@ func search(ctx context.Context, match func([]byte) (int, bool)) (found []holder
 	if err != nil {
 		return nil
 	}
-	for _, entry := range entries {
-		pid, err := strconv.Atoi(entry.Name())
+	for _, fileRecord := range entries {
+		pid, err := strconv.Atoi(fileRecord.Name())
 		if err != nil || !holds(ctx, pid, match) {
 			continue
 		}

@@ -10,8 +10,6 @@ import (
 	"strings"
 	"testing"
 	"time"
-
-	"certctl-agent/internal/connector"
 )
 
 // TestForeignLock: the lock of a user who runs no agent does not count, whoever
@@ -50,8 +48,8 @@ func TestForeignLock(t *testing.T) {
 				defer time.AfterFunc(enough, cancel).Stop()
 				return wait(ctx)
 			}
-			_, err := s.Deploy(t.Context(), tx)
-			if _, busy := errors.AsType[*connector.BusyError](err); busy != test.counts || err != nil && !busy {
+			_, err := s.deploy(t.Context(), tx)
+			if _, busy := errors.AsType[*BusyError](err); busy != test.counts || err != nil && !busy {
 				t.Fatalf("got %v", err)
 			}
 			said := log.String()
@@ -64,7 +62,7 @@ func TestForeignLock(t *testing.T) {
 					t.Error("there is no warning")
 				}
 			}
-			for _, want := range []string{test.user, "fileset.test", w.path("site")} {
+			for _, want := range []string{test.user, "transaction.tes", w.path("site")} {
 				if !strings.Contains(said, want) {
 					t.Errorf("nothing says %q: %s", want, said)
 				}

@@ -2,7 +2,9 @@
 
 package transaction
 
-import "context"
+import (
+	"context"
+)
 
 // lockHolders finds nobody: this system does not say who holds a lock.
 func lockHolders(context.Context, *dir) []holder { return nil }

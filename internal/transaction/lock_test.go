@@ -23,7 +23,7 @@ func TestTwoProcesses(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
 	child := exec.Command(os.Args[0])
-	child.Env = []string{"FILESET_CHILD=lock", "DIR=" + w.path("site")}
+	child.Env = []string{"TRANSACTION_CHILD=lock", "DIR=" + w.path("site")}
 	_, err := child.StdinPipe()
 	check(t, err)
 	out, err := child.StdoutPipe()
@@ -38,14 +38,14 @@ func TestTwoProcesses(t *testing.T) {
 	s := w.mustStore(t, nil)
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
-	if _, err := s.Deploy(ctx, w.renewal()); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "another deployment holds it") {
+	if _, err := s.deploy(ctx, w.renewal()); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "another deployment holds it") {
 		t.Errorf("while another process holds the lock: %v", err)
 	}
 	w.want(t, false, "old")
 
 	done := make(chan error, 1)
 	go func() {
-		_, err := s.Deploy(t.Context(), w.renewal())
+		_, err := s.deploy(t.Context(), w.renewal())
 		done <- err
 	}()
 	check(t, child.Process.Kill())
@@ -105,7 +105,7 @@ func TestLockOrder(t *testing.T) {
 	}
 	dirs[1][0], dirs[1][2] = dirs[1][2], dirs[1][0]
 	// Two of them, since one has a table of its own beside the files' locks.
-	var stores [2]Store
+	var stores [2]Engine
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	done := make(chan error)

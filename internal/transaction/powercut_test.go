@@ -38,12 +38,12 @@ type disks struct {
 type modelDir struct {
 	attributes
 	durable map[string]int // file by name; sub-directories are in disks.dirs
-	pending []change
+	pending []diskChange
 	now     map[string]int
 }
 
 // change is one change of a directory's names.
-type change struct {
+type diskChange struct {
 	op       string // create, remove, rename, mkdir
 	from, to string
 	file     int
@@ -86,18 +86,18 @@ func load(t testing.TB, base string) *disks {
 
 // note applies one step to the model. It is called before the step happens, so
 // what the step does is computed here.
-func (m *disks) note(s step) {
-	d := m.dirs[path.Dir(s.path)]
-	name := path.Base(s.path)
-	alter := func(c change) {
+func (m *disks) note(s Step) {
+	d := m.dirs[path.Dir(s.Path)]
+	name := path.Base(s.Path)
+	alter := func(c diskChange) {
 		d.pending = append(d.pending, c)
 		c.apply(d.now)
 	}
 	file := func() *modelFile { return m.nodes[d.now[name]] }
-	switch s.op {
+	switch s.Op {
 	case "create":
 		c := content{"", attributes{Mode: 0o600, UID: os.Geteuid(), GID: os.Getegid()}}
-		alter(change{op: "create", to: name, file: len(m.nodes)})
+		alter(diskChange{op: "create", to: name, file: len(m.nodes)})
 		m.nodes = append(m.nodes, &modelFile{c, c})
 	case "write":
 		f := file()
@@ -119,24 +119,24 @@ func (m *disks) note(s step) {
 		f := file()
 		f.durable = f.now
 	case "rename":
-		alter(change{op: "rename", from: name, to: path.Base(s.to), file: d.now[name]})
+		alter(diskChange{op: "rename", from: name, to: path.Base(s.to), file: d.now[name]})
 	case "remove":
-		if _, isDir := m.dirs[s.path]; isDir {
+		if _, isDir := m.dirs[s.Path]; isDir {
 			// Its files are gone before, so its name decides nothing.
 			return
 		}
-		alter(change{op: "remove", from: name})
+		alter(diskChange{op: "remove", from: name})
 	case "mkdir":
-		m.dirs[s.path] = &modelDir{attributes: attributes{Mode: 0o700, UID: os.Geteuid(), GID: os.Getegid()},
+		m.dirs[s.Path] = &modelDir{attributes: attributes{Mode: 0o700, UID: os.Geteuid(), GID: os.Getegid()},
 			durable: make(map[string]int), now: make(map[string]int)}
-		alter(change{op: "mkdir", to: name})
+		alter(diskChange{op: "mkdir", to: name})
 	case "syncdir":
-		d := m.dirs[s.path]
+		d := m.dirs[s.Path]
 		d.durable, d.pending = maps.Clone(d.now), nil
 	}
 }
 
-func (c change) apply(names map[string]int) {
+func (c diskChange) apply(names map[string]int) {
 	switch c.op {
 	case "create":
 		names[c.to] = c.file
@@ -317,7 +317,7 @@ type powerCuts struct {
 
 // explore runs something on the world in base and, after each of its steps,
 // cuts the power in every way.
-func (x *powerCuts) explore(t *testing.T, run func(w world, before func(step) error) error) {
+func (x *powerCuts) explore(t *testing.T, run func(w world, before func(Step) error) error) {
 	m := load(t, x.base)
 	var found []image
 	collect := func() {
@@ -328,7 +328,7 @@ func (x *powerCuts) explore(t *testing.T, run func(w world, before func(step) er
 			}
 		})
 	}
-	err := run(world{x.base}, func(s step) error {
+	err := run(world{x.base}, func(s Step) error {
 		collect()
 		m.note(s)
 		return nil
@@ -404,7 +404,7 @@ func cutScenario(t *testing.T, sc scenario) (first, more int) {
 	todo := x.todo
 	for apart := max(1, len(todo)/recoveries*stride); len(todo) > 0; todo = todo[min(apart, len(todo)):] {
 		x.reset(t, todo[0])
-		x.explore(t, func(w world, before func(step) error) error {
+		x.explore(t, func(w world, before func(Step) error) error {
 			s, err := w.store(sc.hook(w, before))
 			if err != nil {
 				return err

@@ -2,4 +2,8 @@
 
 package transaction
 
+import ()
+
+import ()
+
 const stride = 1

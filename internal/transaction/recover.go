@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/connector"
 )
 
 // recoverWait bounds the wait for the directories of a target that is to be
@@ -34,12 +33,12 @@ type Recovery struct {
 // as that is possible within startWait. It must run before the first Deploy.
 // What it finds in a single target is logged and never an error, since it must
 // not keep the agent from serving others.
-func (s *Store) Recover(ctx context.Context) (Recovery, error) {
+func (e *Engine) Recover(ctx context.Context) (Recovery, error) {
 	var found Recovery
-	if err := s.sweep(s.journal); err != nil {
+	if err := e.sweep(e.journal); err != nil {
 		return found, err
 	}
-	ids, err := s.recorded()
+	ids, err := e.recorded()
 	if err != nil {
 		return found, err
 	}
@@ -47,7 +46,7 @@ func (s *Store) Recover(ctx context.Context) (Recovery, error) {
 	defer cancel()
 	flights := make([]*flight, len(ids))
 	for i, id := range ids {
-		flights[i] = s.fly(ctx, ctx, id, false)
+		flights[i] = e.fly(ctx, ctx, id, false)
 	}
 	for i, id := range ids {
 		f, err := flights[i], errNoAnswer
@@ -60,7 +59,7 @@ func (s *Store) Recover(ctx context.Context) (Recovery, error) {
 		list := &found.Failed
 		switch {
 		case err != nil:
-			s.opts.Log.Error("an interrupted deployment could not be undone and will be tried again: until then nothing is deployed to its target", "target", id, "error", err)
+			e.opts.Log.Error("an interrupted deployment could not be undone and will be tried again: until then nothing is deployed to its target", "target", id, "error", err)
 		case f.outcome == setAside:
 			list = &found.SetAside
 		case f.outcome == finished:
@@ -80,20 +79,20 @@ func (s *Store) Recover(ctx context.Context) (Recovery, error) {
 // those that could not be before, and runs the reloads that this made
 // necessary. What fails is in the error, and is tried again by the next call.
 // Calls ends when the agent stops and bounds waiting; work bounds the reloads.
-func (s *Store) Repair(calls, work context.Context) error {
-	ids, err := s.recorded()
+func (e *Engine) Repair(calls, work context.Context) error {
+	ids, err := e.recorded()
 	errs := []error{err}
 	until, cancel := deadline(calls, repairWait)
 	defer cancel()
 	flights := make([]*flight, len(ids))
 	for i, id := range ids {
-		flights[i] = s.fly(calls, work, id, true)
+		flights[i] = e.fly(calls, work, id, true)
 	}
 	for i, id := range ids {
 		f := flights[i]
 		ended := f.await(until)
 		for ended && !f.reload { // it was under way already
-			f = s.fly(calls, work, id, true)
+			f = e.fly(calls, work, id, true)
 			ended = f.await(until)
 		}
 		switch {
@@ -108,21 +107,21 @@ func (s *Store) Repair(calls, work context.Context) error {
 
 // Settle makes sure that no interrupted transaction can undo, later, what a
 // deployment to target id is about to do with the key at keyPath: those of the
-// target and those that put that key in place. An error is a connector.BusyError.
-func (s *Store) Settle(ctx context.Context, id, keyPath string) error {
-	ids, err := s.recorded()
+// target and those that put that key in place. An error is a BusyError.
+func (e *Engine) Settle(ctx context.Context, id, keyPath string) error {
+	ids, err := e.recorded()
 	if err != nil {
-		return &connector.BusyError{Err: err}
+		return &BusyError{Err: err}
 	}
 	until, enough := deadline(ctx, settleWait+closeWait)
 	defer enough()
 	ctx, cancel := context.WithTimeoutCause(ctx, settleWait, fmt.Errorf("given up after %s", settleWait))
 	defer cancel()
 	for _, other := range ids {
-		if !s.concerns(other, id, keyPath) {
+		if !e.concerns(other, id, keyPath) {
 			continue
 		}
-		f := s.fly(ctx, ctx, other, false)
+		f := e.fly(ctx, ctx, other, false)
 		select {
 		case <-f.done:
 		case <-until:
@@ -137,16 +136,16 @@ func (s *Store) Settle(ctx context.Context, id, keyPath string) error {
 
 // concerns reports whether the record of a target has to be settled before a
 // deployment to target id.
-func (s *Store) concerns(recorded, id, keyPath string) bool {
-	if recorded == id && s.flying(id) {
+func (e *Engine) concerns(recorded, id, keyPath string) bool {
+	if recorded == id && e.flying(id) {
 		return true
 	}
-	r, err := s.load(recorded)
+	r, err := e.load(recorded)
 	if recorded == id {
 		return err != nil || r != nil && r.Phase != restored
 	}
 	return err == nil && r != nil && r.Phase == swapping &&
-		slices.ContainsFunc(r.Files, func(e entry) bool { return e.Private && e.Path == keyPath })
+		slices.ContainsFunc(r.Files, func(e fileRecord) bool { return e.Private && e.Path == keyPath })
 }
 
 // Interrupted lists the targets whose transactions another agent, with the state
@@ -160,23 +159,23 @@ func Interrupted(path string) ([]string, error) {
 		return nil, fmt.Errorf("open the journal: %w", err)
 	}
 	defer root.Close()
-	s := &Store{journal: &dir{Root: root, path: root.Name()}}
+	s := &Engine{journal: &dir{Root: root, path: root.Name()}}
 	ids, err := s.recorded()
 	return slices.DeleteFunc(ids, func(id string) bool {
 		r, err := s.load(id)
-		return err == nil && (r == nil || r.Phase == restored || r.Phase == committed)
+		return err == nil && (r == nil || r.Phase == restored && len(r.Changes) == 0 || r.Phase == committed)
 	}), err
 }
 
 // recorded lists the targets that have a journal record.
-func (s *Store) recorded() ([]string, error) {
-	entries, err := fs.ReadDir(s.journal.FS(), ".")
+func (e *Engine) recorded() ([]string, error) {
+	entries, err := fs.ReadDir(e.journal.FS(), ".")
 	if err != nil {
-		return nil, fmt.Errorf("list the journal in %s: %w", s.journal.path, reason(err))
+		return nil, fmt.Errorf("list the journal in %s: %w", e.journal.path, reason(err))
 	}
 	var ids []string
-	for _, e := range entries {
-		if id, ok := strings.CutSuffix(e.Name(), recordSuffix); ok {
+	for _, item := range entries {
+		if id, ok := strings.CutSuffix(item.Name(), recordSuffix); ok {
 			ids = append(ids, id)
 		}
 	}
@@ -184,38 +183,41 @@ func (s *Store) recorded() ([]string, error) {
 }
 
 // recoverTarget is one flight.
-func (s *Store) recoverTarget(calls, work context.Context, id string, f *flight) (err error) {
+func (e *Engine) recoverTarget(calls, work context.Context, id string, f *flight) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
 		}
 	}()
 	if !api.ValidID(id) {
-		return fmt.Errorf("journal record is not usable: %s: target id %q is not valid", s.journal.join(id+recordSuffix), id)
+		return fmt.Errorf("journal record is not usable: %s: target id %q is not valid", e.journal.join(id+recordSuffix), id)
 	}
-	release, ok := s.targets.Try(id)
+	release, ok := e.targets.Try(id)
 	if !ok {
 		return errUnderWay
 	}
 	defer release()
 	ctx, cancel := context.WithTimeoutCause(calls, recoverWait, fmt.Errorf("given up after %s", recoverWait))
 	defer cancel()
-	r, err := s.load(id)
+	r, err := e.load(id)
 	if r == nil && err == nil {
 		return nil // settled meanwhile
 	}
 	known := r != nil && r.Phase == restored
-	if f.outcome, err = s.recoverLoaded(ctx, id, r, err); err != nil {
+	if f.outcome, err = e.recoverLoaded(ctx, id, r, err); err != nil {
 		return err
 	}
-	switch log := s.opts.Log.With("target", id); {
+	switch log := e.opts.Log.With("target", id); {
 	case known || f.outcome == setAside: // which has a line of its own
 	case f.outcome == finished:
 		log.Info("finished an interrupted deployment: the new files are in place")
 	default:
 		log.Warn("undid an interrupted deployment: the old files are in place")
+		if r != nil && len(r.Changes) > 0 {
+			log.Info("what it changed elsewhere is left for the next deployment of the target")
+		}
 	}
-	if r, err = s.load(id); err != nil || r == nil || r.Phase != restored || r.Reload == nil {
+	if r, err = e.load(id); err != nil || r == nil || r.Phase != restored || r.Reload == nil {
 		// Without a command only the next deployment can tell the server, and
 		// it will, as long as the record is there.
 		return err
@@ -223,7 +225,7 @@ func (s *Store) recoverTarget(calls, work context.Context, id string, f *flight)
 	if f.owing = true; !f.reload {
 		return nil
 	}
-	return s.reloadOwed(ctx, work, r, f)
+	return e.reloadOwed(ctx, work, r, f)
 }
 
 // An outcome is how recovery of one target ended.
@@ -237,27 +239,30 @@ const (
 
 // recoverLoaded brings one target to all-old or all-new. The error is one that
 // another try may not have.
-func (s *Store) recoverLoaded(ctx context.Context, id string, r *record, loadErr error) (outcome, error) {
+func (e *Engine) recoverLoaded(ctx context.Context, id string, r *record, loadErr error) (outcome, error) {
 	err := loadErr
 	if err == nil {
 		switch r.Phase {
 		case restored:
-			return rolledBack, s.dropSet(r)
+			if len(r.Changes) > 0 {
+				return rolledBack, nil // the next deployment needs the set
+			}
+			return rolledBack, e.dropSet(r)
 		case committed:
-			return finished, s.finish(r)
+			return finished, e.finish(r)
 		}
-		err = s.undo(ctx, r)
+		err = e.undo(ctx, r)
 	}
 	if _, damaged := errors.AsType[*damagedError](err); !damaged {
 		return rolledBack, err
 	}
-	s.opts.Log.Error("an interrupted deployment needs a person: its journal record was set aside, and nothing else was touched; the next deployment replaces every file",
-		"target", id, "error", err, "record", s.journal.join(id+asideSuffix), "backups", s.backups.join(id))
-	return setAside, s.setAside(id)
+	e.opts.Log.Error("an interrupted deployment needs a person: its journal record was set aside, and nothing else was touched; the next deployment replaces every file",
+		"target", id, "error", err, "record", e.journal.join(id+asideSuffix), "backups", e.backups.join(id))
+	return setAside, e.setAside(id)
 }
 
 // undo puts the old files of an interrupted transaction back.
-func (s *Store) undo(ctx context.Context, r *record) error {
+func (e *Engine) undo(ctx context.Context, r *record) error {
 	files, moved, err := reopen(r)
 	defer closeAll(files)
 	if err != nil {
@@ -265,49 +270,49 @@ func (s *Store) undo(ctx context.Context, r *record) error {
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, recoverWait, fmt.Errorf("given up after %s", recoverWait))
 	defer cancel()
-	unlock, err := s.lock(ctx, directories(files), nil)
+	unlock, err := e.lock(ctx, directories(files), nil)
 	if err != nil {
 		return err
 	}
 	defer unlock()
 	if r.Phase == staging {
-		return s.discard(files, r)
+		return e.discard(files, r)
 	}
 	// Whatever else is to be done: these hold keys.
-	if err := s.removeTemporaries(files); err != nil {
+	if err := e.removeTemporaries(files); err != nil {
 		return err
 	}
 	if moved != nil {
 		return &damagedError{moved}
 	}
-	if err := s.compare(r, files); err != nil {
+	if err := e.compare(r, files); err != nil {
 		return err
 	}
-	if err := s.putAllBack(r, files); err != nil {
-		return fmt.Errorf("put the old files back from %s: %w", s.setPath(r), err)
+	if err := e.putAllBack(r, files); err != nil {
+		return fmt.Errorf("put the old files back from %s: %w", e.setPath(r), err)
 	}
-	return s.settleOld(r)
+	return e.recordRestored(r)
 }
 
-// settleOld records that every old file is in place, and that the server has
-// to be told. Where there was no old file it has nothing to go back to.
-func (s *Store) settleOld(r *record) error {
-	if !r.hadFiles() {
-		if err := s.dropSet(r); err != nil {
+// recordRestored records that every old file is in place, and that the server
+// has to reload. Where there was no old file it has nothing to go back to.
+func (e *Engine) recordRestored(r *record) error {
+	if !r.hadFiles() && len(r.Changes) == 0 {
+		if err := e.dropSet(r); err != nil {
 			return err
 		}
-		return s.forget(r.Target)
+		return e.forget(r.Target)
 	}
 	r.Phase, r.Owed = restored, nil
-	if err := s.save(r); err != nil {
+	if err := e.save(r); err != nil || len(r.Changes) > 0 {
 		return err
 	}
-	return s.dropSet(r)
+	return e.dropSet(r)
 }
 
 // hadFiles reports whether the target had any of its files before.
 func (r *record) hadFiles() bool {
-	return slices.ContainsFunc(r.Files, func(e entry) bool { return !e.Private && e.Old != nil })
+	return slices.ContainsFunc(r.Files, func(e fileRecord) bool { return !e.Private && e.Old != nil })
 }
 
 // reopen opens the directories of a record. A file whose directory is gone is
@@ -325,7 +330,7 @@ func reopen(r *record) (files []*dest, moved, err error) {
 		if err != nil {
 			return files, moved, err
 		}
-		files = append(files, &dest{entry: e, at: at})
+		files = append(files, &dest{fileRecord: e, at: at})
 		if at.path != e.Dir {
 			moved = fmt.Errorf("directory %s is now %s", e.Dir, at.path)
 		}
@@ -336,7 +341,7 @@ func reopen(r *record) (files []*dest, moved, err error) {
 // compare finds out which files have to be put back, and gets their bytes. If
 // a file is neither the old nor the new one, a person was here: what they did
 // is not undone.
-func (s *Store) compare(r *record, files []*dest) error {
+func (e *Engine) compare(r *record, files []*dest) error {
 	var strange []string
 	for _, f := range files {
 		data, info, has, err := read(f.at, f.Name)
@@ -358,7 +363,7 @@ func (s *Store) compare(r *record, files []*dest) error {
 	if len(strange) > 0 {
 		return &damagedError{fmt.Errorf("changed by someone else since: %s", strings.Join(strange, ", "))}
 	}
-	return s.fetch(r, files)
+	return e.fetch(r, files)
 }
 
 // transient reports whether another try to read a backup may succeed: there was
@@ -369,19 +374,19 @@ func transient(err error) bool {
 }
 
 // fetch reads the old files that have to be put back from their backups.
-func (s *Store) fetch(r *record, files []*dest) error {
+func (e *Engine) fetch(r *record, files []*dest) error {
 	for _, f := range files {
 		if !f.placed || f.Old == nil {
 			continue
 		}
-		set, err := s.openSet(r)
+		set, err := e.openSet(r.Target, r.Set)
 		if transient(err) {
 			return fmt.Errorf("backup of %s: %w", f.Path, err)
 		}
 		if err != nil {
 			return &damagedError{err}
 		}
-		f.old, _, _, err = read(set, f.Old.Backup)
+		f.oldData, _, _, err = read(set, f.Old.Backup)
 		set.Close()
 		if transient(err) {
 			return fmt.Errorf("backup of %s: %w", f.Path, reason(err))
@@ -389,7 +394,7 @@ func (s *Store) fetch(r *record, files []*dest) error {
 		if err != nil {
 			return &damagedError{fmt.Errorf("backup of %s: %w", f.Path, reason(err))}
 		}
-		if digestOf(f.old) != f.Old.Digest {
+		if digestOf(f.oldData) != f.Old.Digest {
 			return &damagedError{fmt.Errorf("backup of %s is damaged", f.Path)}
 		}
 	}
@@ -398,32 +403,36 @@ func (s *Store) fetch(r *record, files []*dest) error {
 
 // reloadOwed runs the reload that a record asks for. Ctx bounds the wait for the
 // directories.
-func (s *Store) reloadOwed(ctx, work context.Context, r *record, f *flight) error {
+func (e *Engine) reloadOwed(ctx, work context.Context, r *record, f *flight) error {
 	files, _, err := reopen(r)
 	defer closeAll(files)
 	if err != nil {
 		return err
 	}
 	// Another agent could be half-way through the same directories.
-	unlock, err := s.lock(ctx, directories(files), nil)
+	unlock, err := e.lock(ctx, directories(files), nil)
 	if err != nil {
 		return err
 	}
 	defer unlock()
 	f.land()
-	release, err := s.reloads.Acquire(work, "")
+	release, err := e.reloads.Acquire(work, "")
 	if err != nil {
 		return err
 	}
 	defer release()
 	// What may run could have been narrowed since, for the sake of this very
 	// command.
-	c, err := s.opts.Policy.Command(strings.Join(r.Reload.Argv, " "), r.Reload.Timeout)
+	c, err := e.opts.Policy.Command(strings.Join(r.Reload.Argv, " "), r.Reload.Timeout)
 	if err != nil {
 		return err
 	}
-	if err := s.command(work, &c); err != nil {
+	if err := e.command(work, &c); err != nil {
 		return fmt.Errorf("reload: %w", err)
 	}
-	return s.forget(r.Target)
+	if len(r.Changes) > 0 {
+		r.Reload = nil
+		return e.save(r)
+	}
+	return e.forget(r.Target)
 }

@@ -17,23 +17,23 @@ var errCrash = errors.New("crash")
 
 // crash leaves the world as a crash before the given step would: that step and
 // all after it fail.
-func (w world) crash(t *testing.T, at func(step) bool) {
+func (w world) crash(t *testing.T, at func(Step) bool) {
 	t.Helper()
 	crashed := false
 	s := w.mustStore(t, nil)
-	s.disk.before = func(s step) error {
+	s.disk.before = func(s Step) error {
 		if crashed = crashed || at(s); crashed {
 			return errCrash
 		}
 		return nil
 	}
-	if _, err := s.Deploy(t.Context(), w.renewal()); !errors.Is(err, errCrash) {
+	if _, err := s.deploy(t.Context(), w.renewal()); !errors.Is(err, errCrash) {
 		t.Fatalf("no crash: %v", err)
 	}
 }
 
 // afterSwap is the moment at which every file is new and nothing is proven.
-func afterSwap(s step) bool { return s.op == "run" }
+func afterSwap(s Step) bool { return s.Op == "run" }
 
 func TestRecover(t *testing.T) {
 	w := newWorld(t, t.TempDir())
@@ -82,8 +82,8 @@ func TestDeployRecovers(t *testing.T) {
 	w.old(t)
 	w.crash(t, afterSwap)
 	reloads := 0
-	s := w.mustStore(t, func(s step) error {
-		if s.op == "run" && s.path == "reload" {
+	s := w.mustStore(t, func(s Step) error {
+		if s.Op == "run" && s.Path == "reload" {
 			reloads++
 		}
 		return nil
@@ -92,10 +92,10 @@ func TestDeployRecovers(t *testing.T) {
 	// place then, and the server has to be told.
 	before, _ := pairs()
 	tx := w.renewal()
-	tx.Material = nil
+	tx.Promotion = nil
 	tx.Files = tx.Files[:2]
 	tx.Files[0].Data, tx.Files[1].Data = before.key, before.cert
-	result, err := s.Deploy(t.Context(), tx)
+	result, err := s.deploy(t.Context(), tx)
 	if err != nil || result.Unchanged || reloads != 1 {
 		t.Errorf("got %+v, %v, %d reloads", result, err, reloads)
 	}
@@ -158,7 +158,7 @@ func TestSetAside(t *testing.T) {
 			if test.name == "moved" {
 				s.opts.Policy.Paths = append(s.opts.Policy.Paths, w.path("elsewhere"))
 			}
-			result, err := s.Deploy(t.Context(), w.renewal())
+			result, err := s.deploy(t.Context(), w.renewal())
 			if err != nil || result.Unchanged {
 				t.Errorf("the next deployment: %+v, %v", result, err)
 			}
@@ -176,7 +176,7 @@ func TestSetAside(t *testing.T) {
 func TestDirectoryGone(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
-	w.crash(t, func(s step) bool { return s.op == "rename" && strings.HasPrefix(s.path, w.path("private")) })
+	w.crash(t, func(s Step) bool { return s.Op == "rename" && strings.HasPrefix(s.Path, w.path("private")) })
 	check(t, os.RemoveAll(w.path("site")))
 	found, err := w.mustStore(t, nil).Recover(t.Context())
 	if err != nil || !slices.Equal(found.SetAside, []string{"t1"}) {
@@ -192,7 +192,7 @@ func TestDirectoryGone(t *testing.T) {
 func TestOrphans(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
-	w.crash(t, func(s step) bool { return s.op == "rename" && strings.HasPrefix(s.path, w.path("site")) })
+	w.crash(t, func(s Step) bool { return s.Op == "rename" && strings.HasPrefix(s.Path, w.path("site")) })
 	if left := w.leftovers(); len(left) == 0 {
 		t.Fatal("the crash left nothing")
 	}
@@ -200,7 +200,7 @@ func TestOrphans(t *testing.T) {
 	s := w.mustStore(t, nil)
 	_, err := s.Recover(t.Context())
 	check(t, err)
-	_, err = s.Deploy(t.Context(), w.renewal())
+	_, err = s.deploy(t.Context(), w.renewal())
 	check(t, err)
 	w.want(t, false, "new")
 }
@@ -211,8 +211,8 @@ func TestRecoverAgain(t *testing.T) {
 	w.old(t)
 	w.crash(t, afterSwap)
 	s := w.mustStore(t, nil)
-	s.disk.before = func(s step) error {
-		if s.op == "rename" {
+	s.disk.before = func(s Step) error {
+		if s.Op == "rename" {
 			return errors.New("input/output error")
 		}
 		return nil
@@ -221,7 +221,7 @@ func TestRecoverAgain(t *testing.T) {
 	if err != nil || !slices.Equal(found.Failed, []string{"t1"}) {
 		t.Errorf("found %+v, %v", found, err)
 	}
-	if _, err := s.Deploy(t.Context(), w.renewal()); err == nil || !strings.Contains(err.Error(), "an earlier deployment of target t1 was interrupted") {
+	if _, err := s.deploy(t.Context(), w.renewal()); err == nil || !strings.Contains(err.Error(), "an earlier deployment of target t1 was interrupted") {
 		t.Errorf("a deployment on top of it: %v", err)
 	}
 	s.disk.before = nil

@@ -14,38 +14,38 @@ import (
 // the backup directory. Nothing is in place when it returns, and the bytes
 // that are needed to go on or to go back are durable. (The names of the new
 // files become so with the renames.)
-func (t *transaction) stage(ctx context.Context) error {
-	if err := t.mark(staging); err != nil {
+func (a *attempt) stage(ctx context.Context) error {
+	if err := a.mark(staging); err != nil {
 		return err
 	}
-	if t.isAside(t.tx.Target) {
-		if err := t.sweepOrphans(); err != nil {
+	if a.isAside(a.Target) {
+		if err := a.sweepOrphans(); err != nil {
 			return err
 		}
 	}
-	for _, f := range t.files {
+	for _, f := range a.files {
 		if err := cancelled(ctx); err != nil {
 			return err
 		}
 		var err error
-		if f.staged, err = t.disk.put(f.at, f.Stage, f.data, f.want); err != nil {
+		if f.staged, err = a.disk.put(f.at, f.Stage, f.data, f.want); err != nil {
 			return fmt.Errorf("write the new %s: %w", f.Path, reason(err))
 		}
 	}
-	if err := t.backUp(&t.record, t.files); err != nil {
+	if err := a.backUp(); err != nil {
 		return err
 	}
-	return t.mark(swapping)
+	return a.mark(swapping)
 }
 
 // syncAll makes the names in all directories of files durable.
-func (s *Store) syncAll(files []*dest) error {
+func (e *Engine) syncAll(files []*dest) error {
 	var done []*dir
 	for _, f := range files {
 		if slices.ContainsFunc(done, func(d *dir) bool { return os.SameFile(d.info, f.at.info) }) {
 			continue
 		}
-		if err := s.disk.syncDir(f.at); err != nil {
+		if err := e.disk.syncDir(f.at); err != nil {
 			return err
 		}
 		done = append(done, f.at)
@@ -55,37 +55,37 @@ func (s *Store) syncAll(files []*dest) error {
 
 // discard ends a transaction that has put nothing in place: no copy of a key
 // stays behind.
-func (s *Store) discard(files []*dest, r *record) error {
-	if err := s.removeTemporaries(files); err != nil {
+func (e *Engine) discard(files []*dest, r *record) error {
+	if err := e.removeTemporaries(files); err != nil {
 		return err
 	}
-	if err := s.dropSet(r); err != nil {
+	if err := e.dropSet(r); err != nil {
 		return err
 	}
-	if r.Owed != nil {
-		return s.save(&record{Target: r.Target, Phase: restored, Reload: r.Owed.Command})
+	if r.Owed == nil {
+		return e.forget(r.Target)
 	}
-	return s.forget(r.Target)
+	return e.save(&record{Target: r.Target, Phase: restored, Reload: r.Owed.Command, Changes: r.Owed.Changes, Set: r.Owed.Set})
 }
 
 // removeTemporaries removes whatever of them is there, durably.
-func (s *Store) removeTemporaries(files []*dest) error {
+func (e *Engine) removeTemporaries(files []*dest) error {
 	for _, f := range files {
 		for _, name := range []string{f.Stage, f.Restore} {
-			if err := s.disk.remove(f.at, name); err != nil {
+			if err := e.disk.remove(f.at, name); err != nil {
 				return fmt.Errorf("remove temporary %s, which may hold a key: %w", f.at.join(name), reason(err))
 			}
 		}
 	}
-	return s.syncAll(files)
+	return e.syncAll(files)
 }
 
 // sweepOrphans removes the temporaries of a transaction whose record is lost.
 // The lock on a directory says that they are in nobody's use; the key
 // directory is not locked, and left alone.
-func (t *transaction) sweepOrphans() error {
-	for _, d := range directories(t.files) {
-		if err := t.sweep(d); err != nil {
+func (a *attempt) sweepOrphans() error {
+	for _, d := range directories(a.files) {
+		if err := a.sweep(d); err != nil {
 			return err
 		}
 	}
@@ -93,36 +93,36 @@ func (t *transaction) sweepOrphans() error {
 }
 
 // sweep removes every temporary of this package from a directory.
-func (s *Store) sweep(d *dir) error {
+func (e *Engine) sweep(d *dir) error {
 	entries, err := fs.ReadDir(d.FS(), ".")
 	if err != nil {
 		return fmt.Errorf("list %s: %w", d.path, reason(err))
 	}
-	for _, e := range entries {
-		if !isTemporaryName(e.Name()) || !e.Type().IsRegular() {
+	for _, item := range entries {
+		if !isTemporaryName(item.Name()) || !item.Type().IsRegular() {
 			continue
 		}
-		if err := s.disk.remove(d, e.Name()); err != nil {
-			return fmt.Errorf("remove temporary %s, which may hold a key: %w", d.join(e.Name()), reason(err))
+		if err := e.disk.remove(d, item.Name()); err != nil {
+			return fmt.Errorf("remove temporary %s, which may hold a key: %w", d.join(item.Name()), reason(err))
 		}
 	}
 	return nil
 }
 
 // swap puts every new file in place, durably.
-func (t *transaction) swap(ctx context.Context) error {
-	for _, f := range t.files {
+func (a *attempt) swap(ctx context.Context) error {
+	for _, f := range a.files {
 		if err := cancelled(ctx); err != nil {
 			return err
 		}
-		if err := t.place(f); err != nil {
+		if err := a.place(f); err != nil {
 			return fmt.Errorf("replace %s: %w", f.Path, reason(err))
 		}
 	}
-	if err := t.syncAll(t.files); err != nil {
+	if err := a.syncAll(a.files); err != nil {
 		return err
 	}
-	for _, f := range t.files {
+	for _, f := range a.files {
 		if err := f.isInPlace(); err != nil {
 			return fmt.Errorf("replace %s: %w", f.Path, reason(err))
 		}
@@ -131,7 +131,7 @@ func (t *transaction) swap(ctx context.Context) error {
 }
 
 // place puts one new file in place of what was there when it was inspected.
-func (t *transaction) place(f *dest) error {
+func (a *attempt) place(f *dest) error {
 	info, err := f.at.Lstat(f.Name)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -143,9 +143,9 @@ func (t *transaction) place(f *dest) error {
 	case f.now == nil || !same(info, f.now):
 		return errReplaced
 	}
-	err = t.disk.rename(f.at, f.Stage, f.Name)
+	err = a.disk.rename(f.at, f.Stage, f.Name)
 	if errors.Is(err, syscall.EBUSY) && f.now != nil {
-		return t.overwrite(f)
+		return a.overwrite(f)
 	}
 	if err != nil {
 		return err
@@ -162,19 +162,19 @@ func same(a, b fs.FileInfo) bool {
 // overwrite replaces the bytes of a file that cannot be renamed over, such as
 // a single file mounted into a container. That it may be torn after a crash is
 // journalled first.
-func (t *transaction) overwrite(f *dest) error {
+func (a *attempt) overwrite(f *dest) error {
 	if err := f.mayOverwrite(); err != nil {
 		return err
 	}
-	t.log.Warn("file cannot be renamed over, as if it were mounted there: overwriting it in place", "file", f.at.join(f.Name))
-	if err := t.noteInPlace(&t.record, f); err != nil {
+	a.log.Warn("file cannot be renamed over, as if it were mounted there: overwriting it in place", "file", f.at.join(f.Name))
+	if err := a.noteInPlace(&a.record, f); err != nil {
 		return err
 	}
 	f.placed = true
-	if err := t.disk.overwrite(f.at, f.Name, f.now, f.data, f.want); err != nil {
+	if err := a.disk.overwrite(f.at, f.Name, f.now, f.data, f.want); err != nil {
 		return err
 	}
-	return t.disk.remove(f.at, f.Stage)
+	return a.disk.remove(f.at, f.Stage)
 }
 
 // mayOverwrite refuses to write into a file that someone else could have
@@ -207,33 +207,33 @@ func (f *dest) isInPlace() error {
 // putAllBack puts the old files back, durably, in the order in which the new
 // ones were put in place: the file that a server watches is the last in both
 // directions. It goes on after an error, so that as much as possible is right.
-func (s *Store) putAllBack(r *record, files []*dest) error {
+func (e *Engine) putAllBack(r *record, files []*dest) error {
 	var errs []error
 	for _, f := range files {
 		if !f.placed {
 			continue
 		}
-		if err := s.putBack(r, f); err != nil {
+		if err := e.putBack(r, f); err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", f.Path, reason(err)))
 		}
 	}
-	errs = append(errs, s.removeTemporaries(files))
+	errs = append(errs, e.removeTemporaries(files))
 	return errors.Join(errs...)
 }
 
 // putBack puts one old file back, or removes the new one.
-func (s *Store) putBack(r *record, f *dest) error {
+func (e *Engine) putBack(r *record, f *dest) error {
 	if f.Old == nil {
 		if err := f.isInPlace(); errors.Is(err, fs.ErrNotExist) {
 			return nil
 		} else if err != nil {
 			return err
 		}
-		return s.disk.remove(f.at, f.Name)
+		return e.disk.remove(f.at, f.Name)
 	}
-	_, err := s.disk.put(f.at, f.Restore, f.old, f.Old.attributes)
+	_, err := e.disk.put(f.at, f.Restore, f.oldData, f.Old.attributes)
 	if err == nil {
-		err = s.disk.rename(f.at, f.Restore, f.Name)
+		err = e.disk.rename(f.at, f.Restore, f.Name)
 	}
 	full := errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 	if !full && !errors.Is(err, syscall.EBUSY) {
@@ -248,14 +248,14 @@ func (s *Store) putBack(r *record, f *dest) error {
 	}
 	// With no space for the journal either, a crash in the next moment would
 	// make this file look changed by a person. Giving up would be worse.
-	if err := s.noteInPlace(r, f); err != nil && !full {
+	if err := e.noteInPlace(r, f); err != nil && !full {
 		return err
 	}
-	return s.disk.overwrite(f.at, f.Name, f.now, f.old, f.Old.attributes)
+	return e.disk.overwrite(f.at, f.Name, f.now, f.oldData, f.Old.attributes)
 }
 
 // noteInPlace journals that one file is about to be overwritten.
-func (s *Store) noteInPlace(r *record, f *dest) error {
+func (e *Engine) noteInPlace(r *record, f *dest) error {
 	if f.InPlace {
 		return nil
 	}
@@ -267,7 +267,7 @@ func (s *Store) noteInPlace(r *record, f *dest) error {
 			noted.Files[i].InPlace = true
 		}
 	}
-	if err := s.save(&noted); err != nil {
+	if err := e.save(&noted); err != nil {
 		return err
 	}
 	*r = noted

@@ -1,22 +1,28 @@
-// Package transaction replaces the files of one target as a single transaction:
-// after it, whatever happened in between, the target has either all its new
-// files or all its old ones.
+// Package transaction is the engine that deploys. A connector proposes a plan;
+// the engine carries it out, together with the promotion of the key, so that
+// whatever happens in between the target ends up either all new or as it was.
 //
+//	settle    what an earlier deployment of the target left, after a crash
+//	plan      ask the connector
 //	resolve   walk to every destination directory by handle, trusting no link
 //	lock      flock the directories, so that two agents on a host take turns
 //	inspect   read what is there; done if nothing would change
 //	journal   "staging": the names of the temporaries about to be made
 //	stage     new files beside their destinations: mode, owner, attributes, sync
-//	back up   old files below the state directory, sync
-//	journal   "swapping": from here on a crash is undone at the next start
+//	back up   old files and what undoes the changes, in the state directory, sync
+//	journal   "swapping": from here on a crash is undone
 //	swap      rename everything into place, sync the directories
-//	command   validate, reload, apply, verify
+//	change    what is not a file of this host
+//	command   validate, reload, verify
 //	journal   "committed": from here on a crash is finished at the next start
 //	prune     surplus backups, then the journal record
+//	finish    remove what only an undo of the changes needed
 //
-// A failure before "swapping" removes the temporaries. A later one puts the old
-// files back, records that ("restored") and reloads again. Recover does the
-// same from the journal alone, so every step may be the last before a crash.
+// A failure before "swapping" removes the temporaries. A later one takes the
+// changes back, puts the old files back, records that ("restored") and reloads
+// again. Recover does so for files from the journal alone, so every step may be
+// the last before a crash. A change takes a connector to be undone: the journal
+// keeps what that needs, and the next deployment of the target goes on from it.
 package transaction
 
 import (
@@ -28,14 +34,16 @@ import (
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/connector"
+	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/namelock"
 	"certctl-agent/internal/policy"
+	"certctl-agent/internal/tlsprobe"
 )
 
 // DefaultRetention is how many backup sets of a target are kept.
 const DefaultRetention = 3
 
-// Options is what a Store works with.
+// Options is what an Engine works with.
 type Options struct {
 	State     *os.Root // backups and journal are made below it
 	StatePath string   // of State, for messages
@@ -47,102 +55,123 @@ type Options struct {
 
 	Retention int // backup sets to keep; 0: DefaultRetention, -1: none after success
 	Log       *slog.Logger
+
+	// Before is called before each change to the disk, each command and each
+	// call of a connector; its error stands for theirs. With it a test stops or
+	// fails a deployment at any step. Nil: nothing.
+	Before func(Step) error
 }
 
-// Store runs transactions. It is safe for concurrent use; transactions of one
-// target, or into one directory, wait for each other.
-type Store struct {
+// Engine carries out deployments. It is safe for concurrent use; deployments to
+// one target, or into one directory, wait for each other.
+type Engine struct {
 	opts    Options
 	disk    disk
 	journal *dir
 	backups *dir
 	targets namelock.Table // by target id
-	dirs    namelock.Table // by device and inode: what a transaction puts files into
+	dirs    namelock.Table // by device and inode: what a deployment puts files into
 	reloads namelock.Table // one name: the reloads after recovery take turns
 
 	mu      sync.Mutex         // guards flights
 	flights map[string]*flight // by target id: recoveries under way; see flight.go
 }
 
-// Transaction is one deployment.
-type Transaction struct {
-	Target string // id, valid as api.ValidID has it
+// Deployment is one use of a connector.
+type Deployment struct {
+	Target    string // id, valid as api.ValidID has it
+	Connector connector.Connector
+	Material  *connector.Material
 
-	// Material's KeyFiles are put in place before Files. Nil: there are none.
-	Material *connector.Material
-	Files    []connector.File
+	// Promotion makes a pending key the current one. Its files are put in place
+	// before all others and are undone with them. Empty: the key is current.
+	Promotion []keystore.Change
 
-	Validate *policy.Command // nil: none
-	Reload   *policy.Command // nil: none
+	Verify  func(ctx context.Context) error // nil: none
+	Backups int                             // sets to keep; 0: the Engine's default, -1: none after success
 
-	// Apply tells a server about the new files after Reload, or instead of
-	// it, where that takes more than a command. Nil: nothing.
-	Apply func(ctx context.Context) error
-
-	// Undo tells it about the old files once they are back. Nil: Apply again.
-	Undo func(ctx context.Context) error
-
-	Verify func(ctx context.Context) error // nil: none
-
-	Backups int // sets to keep; 0: the Store's default, -1: none after success
-
-	// ReplaceAny lets Files replace files that hold neither certificates nor
+	// ReplaceAny lets files replace files that hold neither certificates nor
 	// keys: this host's owner has said so.
 	ReplaceAny bool
 
-	Yield connector.Yield // called while the transaction waits for others; may be nil
+	Yield Yield // called while the deployment waits for others; nil: it holds nothing that they need
 }
 
-// NewTransaction begins the Transaction of one deployment with what all connectors have in
-// common. The connector adds its files and commands.
-func NewTransaction(p connector.Params, m *connector.Material) Transaction {
-	return Transaction{
-		Target:     p.TargetID,
-		Material:   m,
-		Verify:     p.Common.Verify(m.Leaf),
-		Backups:    p.Common.Retention,
-		ReplaceAny: p.Common.ReplaceAny,
-		Yield:      p.Yield,
-	}
+// A Yield calls wait, which waits for other deployments, and gives others this
+// deployment's place meanwhile. The context that wait gets ends when the agent
+// stops: a deployment that only waits has nothing to finish. The error is
+// wait's, or says that the place could not be had again.
+type Yield func(wait func(context.Context) error) error
+
+// Result says what a deployment did.
+type Result struct {
+	Unchanged bool     // everything was in place: nothing written, run or sent
+	Warnings  []string // for the log, one line each
+
+	// Serves is the plan's: where the certificate can be seen. Nil: nowhere.
+	Serves *tlsprobe.Endpoint
 }
 
-// Open makes a Store, and the directories it needs.
-func Open(opts Options) (*Store, error) {
+// BusyError means that a deployment did not begin because others have not
+// ended. Nothing was touched, and another try may succeed.
+type BusyError struct{ Err error }
+
+func (e *BusyError) Error() string { return e.Err.Error() }
+
+func (e *BusyError) Unwrap() error { return e.Err }
+
+// BrokenError is a failed rollback: the target needs a person.
+type BrokenError struct {
+	Cause    error  // what failed first
+	Rollback error  // what failed while undoing it
+	Backups  string // directory that holds what was there before
+}
+
+func (e *BrokenError) Error() string {
+	return e.Cause.Error() + "; undoing it failed as well, so this target needs a person: " +
+		e.Rollback.Error() + "; what was there before is in " + e.Backups
+}
+
+// Unwrap gives both failures.
+func (e *BrokenError) Unwrap() []error { return []error{e.Cause, e.Rollback} }
+
+// Open makes an Engine, and the directories it needs.
+func Open(opts Options) (*Engine, error) {
 	if opts.Retention == 0 {
 		opts.Retention = DefaultRetention
 	}
-	s := &Store{opts: opts}
-	return s, s.openDirs()
+	e := &Engine{opts: opts, disk: disk{before: opts.Before}}
+	return e, e.openDirs()
 }
 
-func (s *Store) openDirs() (err error) {
-	state := &dir{Root: s.opts.State, path: s.opts.StatePath}
-	if s.backups, err = s.disk.subdir(state, "backups"); err != nil {
+func (e *Engine) openDirs() (err error) {
+	state := &dir{Root: e.opts.State, path: e.opts.StatePath}
+	if e.backups, err = e.disk.subdir(state, "backups"); err != nil {
 		return err
 	}
-	if s.journal, err = s.disk.subdir(state, "journal"); err != nil {
-		s.backups.Close()
+	if e.journal, err = e.disk.subdir(state, "journal"); err != nil {
+		e.backups.Close()
 	}
 	return err
 }
 
 // acquire waits for the target and returns how to release it.
-func (s *Store) acquire(ctx context.Context, id string, yield connector.Yield) (release func(), err error) {
+func (e *Engine) acquire(ctx context.Context, id string, yield Yield) (release func(), err error) {
 	if !api.ValidID(id) {
 		return nil, fmt.Errorf("target id %q is not valid", id)
 	}
-	if release, ok := s.targets.Try(id); ok {
+	if release, ok := e.targets.Try(id); ok {
 		return release, nil
 	}
 	err = waitFor(ctx, yield, func(ctx context.Context) (err error) {
-		release, err = s.targets.Acquire(ctx, id)
+		release, err = e.targets.Acquire(ctx, id)
 		return err
 	})
 	if err != nil {
 		if release != nil {
 			release()
 		}
-		return nil, &connector.BusyError{Err: fmt.Errorf("wait for another deployment of target %s: %w", id, err)}
+		return nil, &BusyError{Err: fmt.Errorf("wait for another deployment of target %s: %w", id, err)}
 	}
 	return release, nil
 }

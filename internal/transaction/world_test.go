@@ -17,13 +17,14 @@ import (
 
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/hostfile"
+	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/policy"
 	"certctl-agent/internal/testing/testca"
 )
 
 // TestMain lets a test run parts of itself in a child process.
 func TestMain(m *testing.M) {
-	if part := os.Getenv("FILESET_CHILD"); part != "" {
+	if part := os.Getenv("TRANSACTION_CHILD"); part != "" {
 		os.Exit(childMain(part))
 	}
 	os.Exit(m.Run())
@@ -63,7 +64,7 @@ func root() bool { return os.Geteuid() == 0 }
 // are about the order of syncs, not about their time.
 func ramDir(t testing.TB) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("/dev/shm", "fileset")
+	dir, err := os.MkdirTemp("/dev/shm", "transaction")
 	if err != nil {
 		return t.TempDir()
 	}
@@ -89,13 +90,13 @@ func (w world) policy() *policy.Policy {
 	return &policy.Policy{Paths: []string{w.path("site"), w.path("private")}}
 }
 
-// store opens the world's Store. Commands that start with "fail" fail.
-func (w world) store(before func(step) error) (*Store, error) {
+// store opens the world's Engine. Commands that start with "fail" fail.
+func (w world) store(before func(Step) error) (*Engine, error) {
 	state, err := os.OpenRoot(w.path("state"))
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{opts: Options{
+	s := &Engine{opts: Options{
 		State: state, StatePath: w.path("state"), Policy: w.policy(), Log: slog.New(slog.DiscardHandler), Retention: DefaultRetention,
 		Run: func(ctx context.Context, c policy.Command) error {
 			if strings.HasPrefix(c.Argv[0], "fail") {
@@ -107,7 +108,7 @@ func (w world) store(before func(step) error) (*Store, error) {
 	return s, s.openDirs()
 }
 
-func (w world) mustStore(t testing.TB, before func(step) error) *Store {
+func (w world) mustStore(t testing.TB, before func(Step) error) *Engine {
 	t.Helper()
 	s, err := w.store(before)
 	check(t, err)
@@ -133,24 +134,49 @@ func (w world) write(t testing.TB, name string, data []byte, mode fs.FileMode) {
 	check(t, os.Chmod(w.path(name), mode))
 }
 
+// Transaction is a Deployment with what its connector proposes.
+type Transaction struct {
+	Deployment
+	proposal
+}
+
+type proposal = connector.Plan
+
+// planned is a connector that proposes one plan.
+type planned connector.Plan
+
+// Plan implements connector.Connector.
+func (p planned) Plan(context.Context, *connector.Material) (*connector.Plan, error) {
+	plan := connector.Plan(p)
+	return &plan, nil
+}
+
+func (e *Engine) deploy(ctx context.Context, tx Transaction) (Result, error) {
+	tx.Deployment.Connector = planned(tx.proposal)
+	return e.Deploy(ctx, tx.Deployment)
+}
+
 // renewal is the transaction that replaces old by new, and makes the new key
 // the current one.
 func (w world) renewal() Transaction {
 	before, after := pairs()
-	mode := fs.FileMode(0o600)
 	return Transaction{
-		Target: "t1",
-		Material: &connector.Material{KeyFiles: []connector.File{
-			{Path: w.path("keys/c1.previous"), Kind: connector.StoreFile, Data: before.key, Mode: &mode},
-			{Path: w.path("keys/c1.key"), Kind: connector.StoreFile, Data: after.key, Mode: &mode},
-		}},
-		Files: []connector.File{
-			{Path: w.path("private/key.pem"), Kind: connector.KeyFile, Data: after.key, DefaultMode: 0o600},
-			{Path: w.path("site/cert.pem"), Kind: connector.CertificateFile, Data: after.cert, DefaultMode: 0o644},
-			{Path: w.path("site/chain.pem"), Kind: connector.CertificateFile, Data: after.chain, DefaultMode: 0o644},
+		Deployment: Deployment{
+			Target: "t1",
+			Promotion: []keystore.Change{
+				{Path: w.path("keys/c1.previous"), Data: before.key},
+				{Path: w.path("keys/c1.key"), Data: after.key},
+			},
 		},
-		Validate: &policy.Command{Argv: []string{"validate"}},
-		Reload:   &policy.Command{Argv: []string{"reload"}},
+		proposal: proposal{
+			Files: []connector.File{
+				{Path: w.path("private/key.pem"), Kind: connector.KeyFile, Data: after.key, DefaultMode: 0o600},
+				{Path: w.path("site/cert.pem"), Kind: connector.CertificateFile, Data: after.cert, DefaultMode: 0o644},
+				{Path: w.path("site/chain.pem"), Kind: connector.CertificateFile, Data: after.chain, DefaultMode: 0o644},
+			},
+			Validate: &policy.Command{Argv: []string{"validate"}},
+			Reload:   connector.Reload{Command: &policy.Command{Argv: []string{"reload"}}},
+		},
 	}
 }
 
@@ -288,10 +314,10 @@ func check(t testing.TB, err error) {
 }
 
 // mounted makes renames onto one file fail, as if it were mounted there.
-func mounted(path string) func(step) error {
-	return func(s step) error {
-		if s.op == "rename" && s.to == path {
-			return &os.LinkError{Op: "rename", Old: s.path, New: s.to, Err: syscall.EBUSY}
+func mounted(path string) func(Step) error {
+	return func(s Step) error {
+		if s.Op == "rename" && s.to == path {
+			return &os.LinkError{Op: "rename", Old: s.Path, New: s.to, Err: syscall.EBUSY}
 		}
 		return nil
 	}

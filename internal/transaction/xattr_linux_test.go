@@ -135,7 +135,7 @@ func TestTooManyAttributes(t *testing.T) {
 	for i := range 10 {
 		set(t, w.path("site/cert.pem"), "user."+string(rune('a'+i)), make([]byte, 60<<10))
 	}
-	_, err := w.deploy(t, Transaction{Target: "t1", Files: []connector.File{{Path: w.path("site/cert.pem"), Data: []byte("x")}}})
+	_, err := w.deploy(t, Transaction{Deployment{Target: "t1"}, proposal{Files: []connector.File{{Path: w.path("site/cert.pem"), Data: []byte("x")}}}})
 	if err == nil || !strings.Contains(err.Error(), "hold more than 256 KiB") {
 		t.Errorf("600 KiB of attributes: error %v", err)
 	}

@@ -2,7 +2,9 @@
 
 package transaction
 
-import "os"
+import (
+	"os"
+)
 
 const accessACL = "system.posix_acl_access"
 

@@ -2,10 +2,8 @@ package all
 
 import (
 	"log/slog"
-	"maps"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 
@@ -14,24 +12,31 @@ import (
 	"certctl-agent/internal/targetconf"
 )
 
-// Each type has its page, and refuses an empty configuration without making a
-// connector that is nil and looks as if it were not.
-func TestConnectors(t *testing.T) {
-	connectors := Connectors(nil)
-	if len(connectors) < 3 {
-		t.Errorf("got the types %q", slices.Sorted(maps.Keys(connectors)))
-	}
-	for typ, build := range connectors {
-		if _, err := os.Stat(filepath.Join("../../../docs/targets", strings.ToLower(typ)+".md")); err != nil {
-			t.Errorf("%s has no page: %v", typ, err)
+// Each type that is supported has its page, and refuses a configuration that is
+// none.
+func TestTypes(t *testing.T) {
+	supported := 0
+	names := make(map[string]bool)
+	for _, typ := range Types() {
+		if names[typ.Name] {
+			t.Errorf("%s is there twice", typ.Name)
 		}
-		config, err := targetconf.Merge([]byte(`{"cert_path":5,"key_path":5,"pem_path":5,"cert_dir":5,"admin_api":5}`), typ, "t-1", nil)
+		if names[typ.Name] = true; typ.New == nil {
+			continue
+		}
+		supported++
+		if _, err := os.Stat(filepath.Join("../../../docs/targets", strings.ToLower(typ.Name)+".md")); err != nil {
+			t.Errorf("%s has no page: %v", typ.Name, err)
+		}
+		config, err := targetconf.Merge([]byte(`{"cert_path":5,"key_path":5,"pem_path":5,"cert_dir":5,"admin_api":5}`), typ.Name, typ.Aliases, "t-1", nil)
 		if err != nil {
 			t.Fatal(err)
 		}
-		c, err := build(connector.Params{TargetID: "t-1", Config: config, Policy: &policy.Policy{}, Log: slog.New(slog.DiscardHandler)})
-		if c != nil || err == nil {
-			t.Errorf("%s: got %v, %v, want nil and an error", typ, c, err)
+		if _, err := typ.New(config, connector.Host{Policy: &policy.Policy{}, Log: slog.New(slog.DiscardHandler)}); err == nil {
+			t.Errorf("%s: got no error", typ.Name)
 		}
+	}
+	if supported < 8 {
+		t.Errorf("%d types are supported", supported)
 	}
 }

@@ -11,23 +11,19 @@ import (
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/connector/conformance"
 	"certctl-agent/internal/policy"
+	"certctl-agent/internal/targetconf"
 	"certctl-agent/internal/testing/testca"
-	"certctl-agent/internal/transaction"
 )
-
-var build = conformance.Constructor(New)
 
 func TestConformance(t *testing.T) {
 	// The httpd of this suite reads no files, so nobody needs to wait for it.
-	hasty := conformance.Constructor(func(p connector.Params, files *transaction.Store) (*Connector, error) {
-		c, err := New(p, files)
-		if err == nil {
-			c.settleTime = 0
-		}
-		return c, err
-	})
+	hasty := Type()
+	hasty.New = func(c *targetconf.Config, host connector.Host) (connector.Connector, error) {
+		made, err := newConnector(c, host)
+		return impatient{made}, err
+	}
 	conformance.Run(t, conformance.Harness{
-		Type: "Apache", New: hasty, Required: []string{"cert_path", "validate_command", "reload_command"},
+		Type: hasty, Required: []string{"cert_path", "validate_command", "reload_command"},
 		Config: func(dir string) map[string]any {
 			return map[string]any{
 				"cert_path":        filepath.Join(dir, "cert.pem"),
@@ -40,6 +36,17 @@ func TestConformance(t *testing.T) {
 			return map[string][]byte{"cert.pem": append(conformance.PEM(m.Leaf), conformance.PEM(m.Chain...)...), "key.pem": m.KeyPEM}
 		},
 	})
+}
+
+// impatient is a connector to an httpd that is not waited for.
+type impatient struct{ connector.Connector }
+
+func (i impatient) Plan(ctx context.Context, m *connector.Material) (*connector.Plan, error) {
+	plan, err := i.Connector.Plan(ctx, m)
+	if err == nil {
+		plan.Reload.Wait = 0
+	}
+	return plan, err
 }
 
 // TestOtherBlocks: httpd reads DH PARAMETERS from the certificate's file.
@@ -55,7 +62,7 @@ func TestOtherBlocks(t *testing.T) {
 	}
 	m := host.Material(t, ca)
 	for _, unchanged := range []bool{false, true} {
-		result, err := host.Deploy(t.Context(), "Apache", build, config, m)
+		result, err := host.Deploy(t.Context(), Type(), config, m)
 		if err != nil || result.Unchanged != unchanged {
 			t.Fatalf("got %+v, %v, want it unchanged: %v", result, err, unchanged)
 		}

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"certctl-agent/internal/connector/conformance"
+	"certctl-agent/internal/serverconf"
 	"certctl-agent/internal/testing/liveserver"
 )
 
@@ -27,7 +28,7 @@ func must(t *testing.T, err error) {
 
 // A key in the certificate's file survives only if the target knows that it is there.
 func TestOneFile(t *testing.T) {
-	l := conformance.Start(t, liveserver.StartApacheInOneFile, build)
+	l := conformance.Start(t, liveserver.StartApacheInOneFile, Type())
 	all, started := l.Config["cert_path"].(string), readPID(l.Dir)
 	l.MustDeploy(t, l.NewMaterial(t))
 	l.MustDeploy(t, l.NewMaterial(t), "key_path", "********")
@@ -41,7 +42,7 @@ func TestOneFile(t *testing.T) {
 // httpd says what it reads however its configuration is written. The host deploys to
 // files that no running server reads.
 func TestWrittenInOtherWays(t *testing.T) {
-	l := conformance.Start(t, liveserver.StartApache, build) // for its modules
+	l := conformance.Start(t, liveserver.StartApache, Type()) // for its modules
 	text, err := os.ReadFile(filepath.Join(l.Dir, "httpd.conf"))
 	must(t, err)
 	common, _, found := strings.Cut(string(text), "<VirtualHost")
@@ -74,11 +75,12 @@ func TestWrittenInOtherWays(t *testing.T) {
 			}
 			must(t, os.WriteFile(filepath.Join(l.Dir, "httpd.conf"), []byte(common+test.text), 0o644))
 			cert, want := filepath.Join(l.Watched, test.cert), filepath.Join(l.Watched, test.want)
-			connector, err := l.Connector(l.Type, build, map[string]any{
+			made, err := l.Connector(Type(), map[string]any{
 				"cert_path": cert, "key_path": "********", "validate_command": l.Config["validate_command"], "reload_command": l.Config["reload_command"],
 			})
 			must(t, err)
-			if got, err := connector.(*Connector).askServer(t.Context()); err != nil || got.Key != want {
+			a := made.(*apache)
+			if got, err := serverconf.HTTPD(t.Context(), l.Query, a.pair.CertPath, *a.validate, *a.reload); err != nil || got.Key != want {
 				t.Errorf("got %+v, %v, want %s", got, err, want)
 			}
 		})
@@ -86,7 +88,7 @@ func TestWrittenInOtherWays(t *testing.T) {
 }
 
 func TestLive(t *testing.T) {
-	l := conformance.Start(t, liveserver.StartApache, build)
+	l := conformance.Start(t, liveserver.StartApache, Type())
 	command := strings.TrimSuffix(l.Config["reload_command"].(string), " -k graceful")
 	started := readPID(l.Dir)
 	cert, key := l.Config["cert_path"].(string), l.Config["key_path"].(string)

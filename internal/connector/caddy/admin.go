@@ -21,10 +21,6 @@ import (
 )
 
 const (
-	// defaultTimeout bounds one call. A change returns when the new
-	// configuration is running, which takes well under a second.
-	defaultTimeout = time.Minute
-
 	// maxConfig bounds a configuration that Caddy hands out, in bytes. With
 	// thousands of pairs in it, it is some ten MiB.
 	maxConfig = 64 << 20
@@ -35,6 +31,7 @@ const (
 
 // admin is a client of Caddy's admin API (https://caddyserver.com/docs/api).
 type admin struct {
+	address string // as configured
 	base    string // URL
 	host    string // Host header; "": that of base
 	client  *http.Client
@@ -48,13 +45,13 @@ const caddyUser = "caddy"
 // newAdmin checks an address. What is sent there holds private keys, so it must
 // be on this host, and Caddy's, unless anywhere says that this host's owner
 // named it.
-func newAdmin(address string, anywhere bool) (*admin, error) {
+func newAdmin(address string, timeout time.Duration, anywhere bool) (*admin, error) {
 	dialer := &peer.Dialer{Users: []string{caddyUser}, Anyone: anywhere}
 	transport := &http.Transport{
 		DialContext:       dialer.DialContext, // and no proxy
 		DisableKeepAlives: true,               // each change starts another admin server
 	}
-	a := &admin{timeout: defaultTimeout, client: &http.Client{
+	a := &admin{address: address, timeout: timeout, client: &http.Client{
 		Transport:     transport,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}}

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 )
 
 func TestNewAdmin(t *testing.T) {
@@ -33,7 +34,7 @@ func TestNewAdmin(t *testing.T) {
 		{"unix//run/../etc/admin.sock", false, ""},
 	}
 	for _, test := range tests {
-		a, err := newAdmin(test.address, test.anywhere)
+		a, err := newAdmin(test.address, time.Minute, test.anywhere)
 		switch {
 		case test.base == "" && err == nil:
 			t.Errorf("%s: accepted as %s", test.address, a.base)
@@ -60,7 +61,7 @@ func TestUnixSocket(t *testing.T) {
 	server.Listener = listener
 	server.Start()
 	defer server.Close()
-	a, err := newAdmin("unix/"+socket, false)
+	a, err := newAdmin("unix/"+socket, time.Minute, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -79,7 +80,7 @@ func TestOrigin(t *testing.T) {
 			}
 		}))
 		defer server.Close()
-		a, err := newAdmin(server.URL, false)
+		a, err := newAdmin(server.URL, time.Minute, false)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -122,7 +123,7 @@ func TestCallErrors(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			server := httptest.NewServer(test.handler)
 			defer server.Close()
-			a, err := newAdmin(server.URL, false)
+			a, err := newAdmin(server.URL, time.Minute, false)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -136,7 +137,7 @@ func TestCallErrors(t *testing.T) {
 
 func TestReloadWithoutConfiguration(t *testing.T) {
 	api := newFake(t, "null")
-	a, err := newAdmin(api.URL, false)
+	a, err := newAdmin(api.URL, time.Minute, false)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -8,14 +8,14 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/connector/conformance"
 	"certctl-agent/internal/testing/testca"
+	"certctl-agent/internal/transaction"
 )
-
-var build = conformance.Constructor(New)
 
 const running = `{"apps":{"http":{"servers":{}},"tls":{"certificates":{"load_files":[{"certificate":"c","key":"k"}]}}}}`
 
@@ -28,16 +28,33 @@ func TestConformance(t *testing.T) {
 		return map[string][]byte{"cert.pem": fullChain(m), "key.pem": m.KeyPEM}
 	}
 	t.Run("api", func(t *testing.T) {
-		api := newFake(t, running)
+		servers := new(sync.Map) // a fake for each directory
+		api := func(dir string) *fake {
+			if api, ok := servers.Load(dir); ok {
+				return api.(*fake)
+			}
+			api := newFake(t, running)
+			servers.Store(dir, api)
+			return api
+		}
 		conformance.Run(t, conformance.Harness{
-			Type: "Caddy", New: build,
-			Config: func(string) map[string]any { return map[string]any{"admin_url": api.URL} },
-			Want:   func(*connector.Material) map[string][]byte { return nil },
+			Type:   Type(),
+			Config: func(dir string) map[string]any { return map[string]any{"admin_url": api(dir).URL} },
+			State: func(dir string) map[string]string {
+				return map[string]string{
+					"load_pem":                      strings.Trim(api(dir).get("apps/tls/certificates/load_pem"), "null[]"),
+					"load_files":                    api(dir).get("apps/tls/certificates/load_files"),
+					"changes" + conformance.Written: fmt.Sprint(api(dir).made()),
+				}
+			},
+			Want: func(m *connector.Material) map[string][]byte {
+				return map[string][]byte{"load_pem": []byte(element(m, ourTag)), "load_files": []byte(`[{"certificate":"c","key":"k"}]`)}
+			},
 		})
 	})
 	t.Run("file, reload by command", func(t *testing.T) {
 		conformance.Run(t, conformance.Harness{
-			Type: "Caddy", New: build, Required: []string{"cert_dir"}, Want: pair,
+			Type: Type(), Required: []string{"cert_dir"}, Want: pair,
 			Config: func(dir string) map[string]any {
 				return map[string]any{"mode": "file", "cert_dir": dir, "reload_command": "caddy reload --force"}
 			},
@@ -46,7 +63,7 @@ func TestConformance(t *testing.T) {
 	t.Run("file, reload by the admin API", func(t *testing.T) {
 		api := newFake(t, running)
 		conformance.Run(t, conformance.Harness{
-			Type: "Caddy", New: build, Required: []string{"cert_dir"}, Want: pair,
+			Type: Type(), Required: []string{"cert_dir"}, Want: pair,
 			Config: func(dir string) map[string]any {
 				return map[string]any{"mode": "file", "cert_dir": dir, "admin_api": api.URL}
 			},
@@ -79,7 +96,7 @@ func TestNew(t *testing.T) {
 	}
 	host := conformance.NewHost(t, nil)
 	for _, test := range tests {
-		_, err := host.Connector("Caddy", build, test.config)
+		_, err := host.Connector(Type(), test.config)
 		if (err == nil) != (test.says == "") || err != nil && !strings.Contains(err.Error(), test.says) {
 			t.Errorf("%v: got %v, want an error with %q", test.config, err, test.says)
 		}
@@ -88,7 +105,7 @@ func TestNew(t *testing.T) {
 	if err := os.WriteFile(overlay, []byte(`{"admin_url": "https://192.0.2.1:2021"}`), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := host.Connector("Caddy", build, map[string]any{"admin_api": "http://192.0.2.2"}); err != nil {
+	if _, err := host.Connector(Type(), map[string]any{"admin_api": "http://192.0.2.2"}); err != nil {
 		t.Errorf("an address that the overlay names: %v", err)
 	}
 }
@@ -107,8 +124,8 @@ func newFixture(t *testing.T, config string) *fixture {
 	return f
 }
 
-func (f *fixture) deploy(ctx context.Context, m *connector.Material) (connector.Result, error) {
-	return f.Deploy(ctx, "Caddy", build, f.config, m)
+func (f *fixture) deploy(ctx context.Context, m *connector.Material) (transaction.Result, error) {
+	return f.Deploy(ctx, Type(), f.config, m)
 }
 
 // element is what m is in load_pem.
@@ -174,7 +191,6 @@ func TestDeployByAPI(t *testing.T) {
 func TestKeyPromotion(t *testing.T) {
 	f := newFixture(t, running)
 	m := f.Material(t, f.ca)
-	m.KeyFiles = []connector.File{{Path: m.KeyPath, Kind: connector.StoreFile, Data: m.KeyPEM, DefaultMode: 0o600}}
 	f.api.before = func(w http.ResponseWriter, r *http.Request) bool {
 		if r.Method == http.MethodGet {
 			return false
@@ -185,21 +201,24 @@ func TestKeyPromotion(t *testing.T) {
 		http.Error(w, `{"error":"not today"}`, http.StatusInternalServerError)
 		return true
 	}
-	if _, err := f.deploy(t.Context(), m); err == nil || !strings.Contains(err.Error(), "not today") {
+	promoted := func() (transaction.Result, error) {
+		return f.Deploy(t.Context(), Type(), f.config, m, conformance.Promotion(m))
+	}
+	if _, err := promoted(); err == nil || !strings.Contains(err.Error(), "not today") {
 		t.Errorf("got %v, want Caddy's own words", err)
 	}
 	if _, err := os.Stat(m.KeyPath); !os.IsNotExist(err) {
 		t.Errorf("the key is still in place (%v)", err)
 	}
 	f.api.before = nil
-	if _, err := f.deploy(t.Context(), m); err != nil {
+	if _, err := promoted(); err != nil {
 		t.Fatal(err)
 	}
 	// The same pair with a key that is not promoted yet is something to do.
 	if err := os.Remove(m.KeyPath); err != nil {
 		t.Fatal(err)
 	}
-	if result, err := f.deploy(t.Context(), m); err != nil || result.Unchanged {
+	if result, err := promoted(); err != nil || result.Unchanged {
 		t.Errorf("got %+v, %v, want a change", result, err)
 	}
 	if _, err := os.Stat(m.KeyPath); err != nil {

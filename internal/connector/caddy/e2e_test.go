@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"certctl-agent/internal/connector/conformance"
 	"certctl-agent/internal/pemutil"
@@ -26,7 +27,7 @@ func start(t *testing.T, listen string, certificates map[string]any) *conformanc
 	listen = strings.ReplaceAll(listen, "DIR", host.Dir)
 	endpoint := fmt.Sprintf("127.0.0.1:%d", needs.FreePort(t))
 	l := &conformance.Live{
-		Host: host, Type: "Caddy", New: build, CA: testca.Must(t),
+		Host: host, Type: Type(), CA: testca.Must(t),
 		Endpoint: tlsprobe.Endpoint{Address: endpoint, ServerName: "localhost"},
 		Watched:  filepath.Join(host.Dir, "tls"),
 		Config:   conformance.Verified(endpoint),
@@ -72,7 +73,7 @@ func must(t *testing.T, err error) {
 // tags are those of the pairs that Caddy holds, in order.
 func tags(t *testing.T, l *conformance.Live) string {
 	t.Helper()
-	a, err := newAdmin(l.Config["admin_api"].(string), false)
+	a, err := newAdmin(l.Config["admin_api"].(string), time.Minute, false)
 	must(t, err)
 	reply, err := a.call(t.Context(), http.MethodGet, loadPEM, nil)
 	must(t, err)
@@ -116,7 +117,7 @@ func TestLiveAPI(t *testing.T) {
 		}
 	})
 	t.Run("renewal beside others", func(t *testing.T) {
-		a, err := newAdmin(l.Config["admin_api"].(string), false)
+		a, err := newAdmin(l.Config["admin_api"].(string), time.Minute, false)
 		must(t, err)
 		issued, err := l.CA.Issue(testca.Template{Names: []string{"other.example.org"}})
 		must(t, err)

@@ -32,65 +32,69 @@ type loadedPair struct {
 	Tags        []string `json:"tags"`
 }
 
-// loading puts one pair into the running configuration.
-type loading struct {
+// pairChange puts one pair into the running configuration, in place of the one
+// with the same tag.
+type pairChange struct {
 	admin *admin
 	tag   string
 	pair  loadedPair
-
-	previous json.RawMessage // the element before; nil: there was none
-	changed  bool            // apply may have changed something
-	undone   bool
 }
 
-// apply loads the pair, in place of the one with the same tag.
-func (l *loading) apply(ctx context.Context) error {
-	return l.set(ctx, func(current json.RawMessage, was *loadedPair) (json.RawMessage, error) {
-		next := l.pair
-		next.Tags = []string{l.tag}
+// ID implements connector.Change.
+func (c *pairChange) ID() string { return "load_pem " + c.tag }
+
+// Read implements connector.Change. What an undo needs is the element of
+// load_pem as it is.
+func (c *pairChange) Read(ctx context.Context) (was []byte, same bool, err error) {
+	list, err := c.admin.list(ctx)
+	if err != nil {
+		return nil, false, err
+	}
+	index, pair, err := list.find(c.tag)
+	if err != nil || pair == nil {
+		return nil, false, err
+	}
+	return list.elements[index], pair.Certificate == c.pair.Certificate && pair.Key == c.pair.Key, nil
+}
+
+// Write implements connector.Change.
+func (c *pairChange) Write(ctx context.Context) error {
+	return c.set(ctx, func(was *loadedPair) (json.RawMessage, error) {
+		next := c.pair
+		next.Tags = []string{c.tag}
 		if was != nil {
-			if was.Certificate == next.Certificate && was.Key == next.Key {
-				return current, nil
-			}
 			next.Tags = was.Tags // an operator may have added one, to select the pair by
 		}
-		l.previous, l.changed = current, true
 		return json.Marshal(next)
 	})
 }
 
-// undo puts back what apply found.
-func (l *loading) undo(ctx context.Context) error {
-	if !l.changed {
-		return nil
-	}
-	err := l.set(ctx, func(json.RawMessage, *loadedPair) (json.RawMessage, error) { return l.previous, nil })
-	l.undone = err == nil
-	return err
+// Restore implements connector.Change.
+func (c *pairChange) Restore(ctx context.Context, was []byte) error {
+	return c.set(ctx, func(*loadedPair) (json.RawMessage, error) { return was, nil })
 }
+
+// Finish implements connector.Change.
+func (c *pairChange) Finish(context.Context) error { return nil }
 
 // set replaces this target's element by what next makes of it; nil stands for
 // no element. The entity tag of the list guards the index against changes that
 // others make (https://caddyserver.com/docs/api#concurrent-config-changes).
-func (l *loading) set(ctx context.Context, next func(json.RawMessage, *loadedPair) (json.RawMessage, error)) error {
+func (c *pairChange) set(ctx context.Context, next func(*loadedPair) (json.RawMessage, error)) error {
 	for try := 1; ; try++ {
-		list, err := l.admin.list(ctx)
+		list, err := c.admin.list(ctx)
 		if err != nil {
 			return err
 		}
-		index, was, err := list.find(l.tag)
+		index, was, err := list.find(c.tag)
 		if err != nil {
 			return err
 		}
-		var current json.RawMessage
-		if was != nil {
-			current = list.elements[index]
-		}
-		element, err := next(current, was)
+		element, err := next(was)
 		if err != nil {
 			return err
 		}
-		err = l.admin.replace(ctx, list, index, element)
+		err = c.admin.replace(ctx, list, index, element)
 		if !conflict(err) || try == maxTries {
 			return err
 		}

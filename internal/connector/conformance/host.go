@@ -13,25 +13,13 @@ import (
 	"testing"
 
 	"certctl-agent/internal/connector"
+	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/policy"
+	"certctl-agent/internal/serverconf"
 	"certctl-agent/internal/targetconf"
 	"certctl-agent/internal/testing/testca"
 	"certctl-agent/internal/transaction"
 )
-
-// New is the constructor of a connector, as internal/connector/all knows it.
-type New func(connector.Params, *transaction.Store) (connector.Connector, error)
-
-// Constructor makes a New of a connector's own.
-func Constructor[C connector.Connector](build func(connector.Params, *transaction.Store) (C, error)) New {
-	return func(p connector.Params, files *transaction.Store) (connector.Connector, error) {
-		c, err := build(p, files)
-		if err != nil {
-			return nil, err
-		}
-		return c, nil
-	}
-}
 
 // TargetID is the id of the target that a Host deploys to.
 const TargetID = "target-1"
@@ -43,20 +31,30 @@ type Host struct {
 	StateDir string
 	Overlays string // directory of overlays; empty at first
 	Policy   *policy.Policy
-	Files    *transaction.Store
-	Query    func(ctx context.Context, c policy.Command) (stdout []byte, err error)
+	Query    serverconf.Query
 
-	log *output
+	// Before is asked before each step of the engine. Nil: nobody is.
+	Before func(transaction.Step) error
+
+	state  *os.Root
+	run    func(ctx context.Context, c policy.Command) error
+	engine *transaction.Engine
+	log    *output
 }
 
 // NewHost makes a Host whose commands are run by run.
 func NewHost(t testing.TB, run func(ctx context.Context, c policy.Command) error) *Host {
 	t.Helper()
-	base, err := filepath.EvalSymlinks(t.TempDir())
+	return newHost(t, t.TempDir(), run)
+}
+
+func newHost(t testing.TB, base string, run func(ctx context.Context, c policy.Command) error) *Host {
+	t.Helper()
+	base, err := filepath.EvalSymlinks(base)
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := &Host{log: new(output), Query: QueryCommand}
+	h := &Host{log: new(output), Query: QueryCommand, run: run}
 	for path, name := range map[*string]string{&h.Dir: "target", &h.KeyDir: "keys", &h.StateDir: "state", &h.Overlays: "overlays"} {
 		*path = filepath.Join(base, name)
 		mode := os.FileMode(0o700)
@@ -71,17 +69,41 @@ func NewHost(t testing.TB, run func(ctx context.Context, c policy.Command) error
 		_ = os.Chmod(dir, 0o755) // the same servers must get here
 	}
 	h.Policy = &policy.Policy{Protected: []string{h.KeyDir, h.StateDir, h.Overlays}}
-	state, err := os.OpenRoot(h.StateDir)
-	if err != nil {
+	if h.state, err = os.OpenRoot(h.StateDir); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { state.Close() })
-	h.Files, err = transaction.Open(transaction.Options{State: state, StatePath: h.StateDir, Policy: h.Policy, Run: run, Log: h.Logger()})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { h.Files.Close() })
+	t.Cleanup(func() { h.state.Close() })
+	h.Restart(t)
+	t.Cleanup(func() { h.engine.Close() })
 	return h
+}
+
+// Restart opens the engine as the start of the agent does, and recovers what was
+// interrupted.
+func (h *Host) Restart(t testing.TB) {
+	t.Helper()
+	if h.engine != nil {
+		h.engine.Close()
+	}
+	var err error
+	h.engine, err = transaction.Open(transaction.Options{
+		State: h.state, StatePath: h.StateDir, Policy: h.Policy, Run: h.run, Log: h.Logger(),
+		Before: func(s transaction.Step) error {
+			if h.Before == nil {
+				return nil
+			}
+			return h.Before(s)
+		},
+	})
+	if err == nil {
+		_, err = h.engine.Recover(t.Context())
+	}
+	if err == nil {
+		err = h.engine.Repair(t.Context(), t.Context())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
 }
 
 // Logger logs to where Log reads, from debug on.
@@ -93,31 +115,39 @@ func (h *Host) Logger() *slog.Logger {
 func (h *Host) Log() string { return h.log.String() }
 
 // Connector makes a connector the way that a deployment does.
-func (h *Host) Connector(typ string, build New, config map[string]any) (connector.Connector, error) {
-	job, err := json.Marshal(config)
-	if err != nil {
-		return nil, err
-	}
-	merged, err := targetconf.Merge(job, typ, TargetID, targetconf.OpenOverlays(h.Overlays))
-	if err != nil {
-		return nil, err
-	}
-	common, err := targetconf.DecodeCommon(merged)
-	if err != nil {
-		return nil, err
-	}
-	return build(connector.Params{
-		TargetID: TargetID, Config: merged, Common: common, Policy: h.Policy, Log: h.Logger(), Query: h.Query,
-	}, h.Files)
+func (h *Host) Connector(typ connector.Type, config map[string]any) (connector.Connector, error) {
+	_, c, err := h.connector(typ, config)
+	return c, err
 }
 
-// Deploy makes a connector and lets it deploy m.
-func (h *Host) Deploy(ctx context.Context, typ string, build New, config map[string]any, m *connector.Material) (connector.Result, error) {
-	c, err := h.Connector(typ, build, config)
+func (h *Host) connector(typ connector.Type, config map[string]any) (*targetconf.Config, connector.Connector, error) {
+	job, err := json.Marshal(config)
 	if err != nil {
-		return connector.Result{}, err
+		return nil, nil, err
 	}
-	return c.Deploy(ctx, m)
+	merged, err := targetconf.Merge(job, typ.Name, typ.Aliases, TargetID, targetconf.OpenOverlays(h.Overlays))
+	if err != nil {
+		return nil, nil, err
+	}
+	c, err := typ.New(merged, connector.Host{Policy: h.Policy, Query: h.Query, Log: h.Logger()})
+	return merged, c, err
+}
+
+// Deploy makes a connector and has the engine deploy m with it. Promoted says
+// that the key of m becomes the current one with it.
+func (h *Host) Deploy(ctx context.Context, typ connector.Type, config map[string]any, m *connector.Material, promoted ...keystore.Change) (transaction.Result, error) {
+	merged, c, err := h.connector(typ, config)
+	if err != nil {
+		return transaction.Result{}, err
+	}
+	return h.engine.Deploy(ctx, transaction.Deployment{
+		Target: TargetID, Connector: c, Material: m, Promotion: promoted, Verify: merged.Common.Verifier(m.Leaf), ReplaceAny: merged.Common.ReplaceAny,
+	})
+}
+
+// Promotion makes the key of m the current one.
+func Promotion(m *connector.Material) keystore.Change {
+	return keystore.Change{Path: m.KeyPath, Data: m.KeyPEM}
 }
 
 // Material is a new certificate for localhost and 127.0.0.1, with an

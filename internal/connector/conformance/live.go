@@ -17,13 +17,13 @@ import (
 	"certctl-agent/internal/testing/needs"
 	"certctl-agent/internal/testing/testca"
 	"certctl-agent/internal/tlsprobe"
+	"certctl-agent/internal/transaction"
 )
 
 // Live is a real server, and a host that deploys to it.
 type Live struct {
 	*Host
-	Type     string
-	New      New
+	Type     connector.Type
 	CA       *testca.CA
 	Endpoint tlsprobe.Endpoint
 	Others   []tlsprobe.Endpoint // that serve the same certificate
@@ -34,9 +34,9 @@ type Live struct {
 
 // Start starts a real server, whose certificate is then taken away: the state
 // in which a first deployment finds it.
-func Start(t *testing.T, start liveserver.Starter, build New) *Live {
+func Start(t *testing.T, start liveserver.Starter, typ connector.Type) *Live {
 	t.Helper()
-	l := &Live{Host: NewHost(t, RunCommand), New: build, CA: testca.Must(t)}
+	l := &Live{Host: NewHost(t, RunCommand), Type: typ, CA: testca.Must(t)}
 	first := l.NewMaterial(t)
 	server, err := start(t.Context(), l.Dir, liveserver.Pair{
 		Certificate: append(PEM(first.Leaf), PEM(first.Chain...)...), Key: first.KeyPEM,
@@ -53,7 +53,7 @@ func Start(t *testing.T, start liveserver.Starter, build New) *Live {
 			t.Logf("%s said:\n%s", server.Name, server.Log())
 		}
 	})
-	l.Type, l.Config, l.Watched = server.Type, server.Config, filepath.Dir(server.CertPath)
+	l.Config, l.Watched = server.Config, filepath.Dir(server.CertPath)
 	l.Endpoint, l.Others = server.Endpoint, server.Others
 	l.Endpoint.ServerName = "localhost"
 	maps.Copy(l.Config, Verified(l.Endpoint.Address))
@@ -67,12 +67,12 @@ func Start(t *testing.T, start liveserver.Starter, build New) *Live {
 }
 
 // Deploy deploys m with changes to Config, key and value in turn.
-func (l *Live) Deploy(ctx context.Context, m *connector.Material, changes ...any) (connector.Result, error) {
+func (l *Live) Deploy(ctx context.Context, m *connector.Material, changes ...any) (transaction.Result, error) {
 	config := maps.Clone(l.Config)
 	for i := 0; i < len(changes); i += 2 {
 		config[changes[i].(string)] = changes[i+1]
 	}
-	return l.Host.Deploy(ctx, l.Type, l.New, config, m)
+	return l.Host.Deploy(ctx, l.Type, config, m)
 }
 
 // NewMaterial is Material of the host, by l's CA.
@@ -104,7 +104,7 @@ func (l *Live) Refuses(t testing.TB, m *connector.Material, says string, changes
 	if err == nil || !strings.Contains(err.Error(), says) {
 		t.Errorf("got %v, want an error with %q", err, says)
 	}
-	if broken, ok := errors.AsType[*connector.BrokenError](err); ok {
+	if broken, ok := errors.AsType[*transaction.BrokenError](err); ok {
 		t.Errorf("the rollback failed: %v", broken)
 	}
 	if after := l.files(t); !maps.Equal(before, after) {

@@ -20,22 +20,29 @@ import (
 	"time"
 
 	"certctl-agent/internal/connector"
+	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/policy"
 	"certctl-agent/internal/testing/testca"
+	"certctl-agent/internal/transaction"
 )
 
 // Harness describes one connector to the suite.
 type Harness struct {
-	Type string
-	New  New
+	Type connector.Type
 
-	// Config is a complete configuration whose destinations are below dir. Its
-	// commands are not run: the suite fakes them.
+	// Config is a complete configuration whose destinations are below dir, which
+	// is another one for each target. Its commands are not run: the suite fakes
+	// them.
 	Config func(dir string) map[string]any
 
-	// Want is what the files below dir hold once m is installed, by their
-	// names in dir.
+	// State is everything of the target that a deployment may change, by name,
+	// wherever that is. What a name that ends in written holds may change without
+	// the target having changed, and does whenever the target is written to. Nil:
+	// the files below dir.
+	State func(dir string) map[string]string
+
+	// Want is what State holds, but for attributes, once m is installed.
 	Want func(m *connector.Material) map[string][]byte
 
 	// Required are the keys without which the configuration is refused.
@@ -45,14 +52,29 @@ type Harness struct {
 	Secrets []string
 }
 
-// Run puts a connector through the suite.
+// What the names of State end in that are not content.
+const (
+	Written    = " (written)"    // when it was
+	attributes = " (attributes)" // mode and owner
+)
+
+// Run puts a connector through the suite. Nothing in it knows what kind of
+// target that is.
 func Run(t *testing.T, h Harness) {
 	s := &suite{Harness: h, ca: testca.Must(t)}
+	if s.State == nil {
+		s.State = files
+	}
 	t.Run("installs", s.installs)
-	t.Run("second deployment changes nothing", s.idempotent)
+	t.Run("second deployment changes nothing", s.unchanged)
 	t.Run("renews, keeping mode and owner", s.renews)
-	t.Run("rolls back a first deployment", func(t *testing.T) { s.rollsBack(t, false) })
-	t.Run("rolls back a renewal", func(t *testing.T) { s.rollsBack(t, true) })
+	for _, renewal := range []bool{false, true} {
+		name := map[bool]string{false: "first deployment", true: "renewal"}[renewal]
+		t.Run(name+" fails", func(t *testing.T) { s.fails(t, renewal) })
+		t.Run(name+" fails at each step", func(t *testing.T) { s.atEachStep(t, renewal, failing) })
+		t.Run(name+" is cancelled at each step", func(t *testing.T) { s.atEachStep(t, renewal, cancelling) })
+		t.Run(name+" is killed at each step", func(t *testing.T) { s.atEachStep(t, renewal, killing) })
+	}
 	t.Run("configuration errors", s.configErrors)
 	t.Run("policy", s.policy)
 }
@@ -62,7 +84,7 @@ type suite struct {
 	ca *testca.CA
 }
 
-// rig is a host with faked commands.
+// rig is a target with faked commands.
 type rig struct {
 	*suite
 	*Host
@@ -73,21 +95,38 @@ type rig struct {
 
 func (s *suite) rig(t *testing.T) *rig {
 	r := &rig{suite: s, t: t, commands: new(commands)}
-	r.Host = NewHost(t, func(ctx context.Context, c policy.Command) error { return r.commands.run(ctx, c) })
+	r.Host = newHost(t, ramDir(t), func(ctx context.Context, c policy.Command) error { return r.commands.run(ctx, c) })
 	r.Host.Query = nil
+	r.Policy.Paths = []string{r.Dir} // for memory is in /dev, where nothing is installed
 	return r
 }
 
-func (r *rig) deploy(ctx context.Context, m *connector.Material) (connector.Result, error) {
+// ramDir is a temporary directory, in memory where there is one: the suite is
+// about the order of steps, not about their time.
+func ramDir(t *testing.T) string {
+	dir, err := os.MkdirTemp("/dev/shm", "conformance")
+	if err != nil {
+		return t.TempDir()
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+// deploy deploys m, whose key is not the current one before.
+func (r *rig) deploy(ctx context.Context, m *connector.Material) (transaction.Result, error) {
 	r.t.Helper()
 	config := r.Config(r.Dir)
 	maps.Copy(config, r.extra)
-	result, err := r.Host.Deploy(ctx, r.Type, r.New, config, m)
+	var promotion []keystore.Change
+	if !r.isCurrent(m) {
+		promotion = append(promotion, Promotion(m))
+	}
+	result, err := r.Host.Deploy(ctx, r.Type, config, m, promotion...)
 	r.checkSecrets(m, err)
 	return result, err
 }
 
-func (r *rig) mustDeploy(m *connector.Material) connector.Result {
+func (r *rig) mustDeploy(m *connector.Material) transaction.Result {
 	r.t.Helper()
 	result, err := r.deploy(r.t.Context(), m)
 	if err != nil {
@@ -96,13 +135,30 @@ func (r *rig) mustDeploy(m *connector.Material) connector.Result {
 	return result
 }
 
+// isCurrent reports whether the key of m is the current one.
+func (r *rig) isCurrent(m *connector.Material) bool {
+	data, err := os.ReadFile(m.KeyPath)
+	return err == nil && bytes.Equal(data, m.KeyPEM)
+}
+
 // checkSecrets looks for key material and secrets of the configuration in
-// everything that was said.
+// everything that was said, and in the journal.
 func (r *rig) checkSecrets(m *connector.Material, err error) {
 	r.t.Helper()
 	said := r.Log()
 	if err != nil {
 		said += err.Error()
+	}
+	journal, err := filepath.Glob(filepath.Join(r.StateDir, "journal", "*"))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	for _, name := range journal {
+		record, err := os.ReadFile(name)
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		said += string(record)
 	}
 	secrets := slices.Clone(r.Secrets)
 	for line := range strings.Lines(string(m.KeyPEM)) {
@@ -112,40 +168,40 @@ func (r *rig) checkSecrets(m *connector.Material, err error) {
 	}
 	for _, secret := range secrets {
 		if secret != "" && strings.Contains(said, secret) {
-			r.t.Errorf("a secret shows in the log or in the error:\n%s", said)
+			r.t.Errorf("a secret shows in the log, in the journal or in the error:\n%s", said)
 		}
 	}
 }
 
-// checkFiles compares the target with what it should hold, and finds what
+// state is what must survive a failed deployment.
+func (r *rig) state() map[string]string {
+	state := r.State(r.Dir)
+	maps.DeleteFunc(state, func(name, _ string) bool { return strings.HasSuffix(name, Written) })
+	return state
+}
+
+// checkInstalled compares the target with what it should hold, and finds what
 // should not be there: a server may load a whole directory.
-func (r *rig) checkFiles(m *connector.Material) {
+func (r *rig) checkInstalled(m *connector.Material) {
 	r.t.Helper()
-	got := r.snapshot()
+	got := r.state()
 	want := r.Want(m)
 	for name, data := range want {
-		if f, ok := got[name]; !ok || !bytes.Equal([]byte(f.data), data) {
-			r.t.Errorf("%s: got %d bytes (there: %v), want %d", name, len(f.data), ok, len(data))
+		if got[name] != string(data) {
+			r.t.Errorf("%s: got %d bytes, want %d", name, len(got[name]), len(data))
 		}
 	}
 	for name := range got {
-		if _, ok := want[name]; !ok {
+		if _, ok := want[strings.TrimSuffix(name, attributes)]; !ok {
 			r.t.Errorf("%s should not be there", name)
 		}
 	}
 }
 
-// entry is what must survive a failed deployment.
-type entry struct {
-	data  string
-	mode  fs.FileMode
-	owner string
-}
-
-func (r *rig) snapshot() map[string]entry {
-	r.t.Helper()
-	files := make(map[string]entry)
-	err := filepath.WalkDir(r.Dir, func(path string, d fs.DirEntry, err error) error {
+// files is the state of a target that is files below dir.
+func files(dir string) map[string]string {
+	state := make(map[string]string)
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
 			return err
 		}
@@ -157,14 +213,16 @@ func (r *rig) snapshot() map[string]entry {
 		if err != nil {
 			return err
 		}
-		name, err := filepath.Rel(r.Dir, path)
-		files[name] = entry{string(data), info.Mode(), owner(info)}
+		name, err := filepath.Rel(dir, path)
+		state[name] = string(data)
+		state[name+attributes] = info.Mode().String() + " " + owner(info)
+		state[name+Written] = info.ModTime().String()
 		return err
 	})
 	if err != nil {
-		r.t.Fatal(err)
+		panic(err) // a test's own directory
 	}
-	return files
+	return state
 }
 
 // owner is a file's user and group, as far as the platform has them.
@@ -179,14 +237,15 @@ func owner(info fs.FileInfo) string {
 func (s *suite) installs(t *testing.T) {
 	r := s.rig(t)
 	m := r.Material(t, s.ca)
-	r.commands.each = func(int) { r.checkFiles(m) } // a command sees the new files, all of them
+	r.commands.each = func(int) { r.checkInstalled(m) } // a command sees the new certificate, all of it
 	if result := r.mustDeploy(m); result.Unchanged {
 		t.Error("the first deployment reports that nothing changed")
 	}
-	r.checkFiles(m)
-	for name, f := range r.snapshot() {
-		if want := fs.FileMode(0o600); bytes.Contains([]byte(f.data), []byte("PRIVATE KEY")) && f.mode.Perm() != want {
-			t.Errorf("%s holds a key and has mode %v, want %v", name, f.mode, want)
+	r.checkInstalled(m)
+	state := r.state()
+	for name, data := range state {
+		if has := state[name+attributes]; has != "" && strings.Contains(data, "PRIVATE KEY") && !strings.HasPrefix(has, fs.FileMode(0o600).String()) {
+			t.Errorf("%s holds a key and is %s, want 0600", name, has)
 		}
 	}
 	for _, c := range r.commands.ran {
@@ -196,22 +255,11 @@ func (s *suite) installs(t *testing.T) {
 	}
 }
 
-func (s *suite) idempotent(t *testing.T) {
+func (s *suite) unchanged(t *testing.T) {
 	r := s.rig(t)
 	m := r.Material(t, s.ca)
 	r.mustDeploy(m)
-	times := func() map[string]time.Time {
-		all := make(map[string]time.Time)
-		for name := range r.snapshot() {
-			info, err := os.Lstat(filepath.Join(r.Dir, name))
-			if err != nil {
-				t.Fatal(err)
-			}
-			all[name] = info.ModTime()
-		}
-		return all
-	}
-	before, ran := times(), len(r.commands.ran)
+	before, ran := r.State(r.Dir), len(r.commands.ran)
 	result := r.mustDeploy(m)
 	if !result.Unchanged {
 		t.Error("a second deployment of the same certificate reports a change")
@@ -219,49 +267,65 @@ func (s *suite) idempotent(t *testing.T) {
 	if got := len(r.commands.ran); got != ran {
 		t.Errorf("it ran %d commands, want none", got-ran)
 	}
-	if after := times(); !maps.EqualFunc(before, after, time.Time.Equal) {
-		t.Errorf("it wrote: files changed from %v to %v", before, after)
+	if after := r.State(r.Dir); !maps.Equal(before, after) {
+		t.Errorf("it wrote: changed from %v to %v", before, after)
 	}
 }
 
-// renew gives the installed files another mode and, as root, another owner,
+// giveAway gives the installed files another mode and, as root, another owner,
 // so that keeping them can be told from making them anew.
-func (r *rig) setAside() {
+func (r *rig) giveAway() {
 	r.t.Helper()
-	for name, f := range r.snapshot() {
-		path := filepath.Join(r.Dir, name)
-		if err := os.Chmod(path, f.mode.Perm()&0o640|0o440); err != nil {
-			r.t.Fatal(err)
+	err := filepath.WalkDir(r.Dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
 		}
-		if os.Geteuid() == 0 {
-			if err := os.Lchown(path, 4201, 4202); err != nil {
-				r.t.Fatal(err)
-			}
+		info, err := d.Info()
+		if err != nil {
+			return err
 		}
+		err = os.Chmod(path, info.Mode().Perm()&0o640|0o440)
+		if err == nil && os.Geteuid() == 0 {
+			err = os.Lchown(path, 4201, 4202)
+		}
+		return err
+	})
+	if err != nil {
+		r.t.Fatal(err)
 	}
 }
 
 func (s *suite) renews(t *testing.T) {
 	r := s.rig(t)
 	r.mustDeploy(r.Material(t, s.ca))
-	r.setAside()
-	before := r.snapshot()
+	r.giveAway()
+	before := r.state()
 	m := r.Material(t, s.ca)
 	r.mustDeploy(m)
-	r.checkFiles(m)
-	for name, f := range r.snapshot() {
-		if was := before[name]; f.mode != was.mode || f.owner != was.owner {
-			t.Errorf("%s: mode %v and owner %s, were %v and %s", name, f.mode, f.owner, was.mode, was.owner)
+	r.checkInstalled(m)
+	for name, value := range r.state() {
+		if strings.HasSuffix(name, attributes) && value != before[name] {
+			t.Errorf("%s is %s, was %s", name, value, before[name])
 		}
 	}
 }
 
-// rollsBack fails, then cancels, a deployment at each of its commands and at
-// its verification.
-func (s *suite) rollsBack(t *testing.T, renewal bool) {
+// prepared is a rig before a deployment of m.
+func (s *suite) prepared(t *testing.T, renewal bool) (*rig, *connector.Material) {
+	r := s.rig(t)
+	if renewal {
+		r.mustDeploy(r.Material(t, s.ca))
+		r.giveAway()
+		r.commands.reset()
+	}
+	return r, r.Material(t, s.ca)
+}
+
+// fails has a deployment fail for each reason that a target can give, and be
+// cancelled there.
+func (s *suite) fails(t *testing.T, renewal bool) {
 	probe := s.rig(t)
 	probe.mustDeploy(probe.Material(t, s.ca))
-	stages := len(probe.commands.ran)
 
 	type attempt struct {
 		name string
@@ -271,17 +335,17 @@ func (s *suite) rollsBack(t *testing.T, renewal bool) {
 	add := func(name string, do func(r *rig, m *connector.Material) error) {
 		attempts = append(attempts, attempt{name, do})
 	}
-	for stage := range stages {
-		add(fmt.Sprintf("command %d fails", stage+1), func(r *rig, m *connector.Material) error {
-			r.commands.fail = map[int]error{stage: errors.New("exit status 1: made to fail")}
+	for n := range probe.commands.ran {
+		add(fmt.Sprintf("command %d fails", n+1), func(r *rig, m *connector.Material) error {
+			r.commands.fail = map[int]error{n: errors.New("exit status 1: made to fail")}
 			_, err := r.deploy(r.t.Context(), m)
 			return err
 		})
-		add(fmt.Sprintf("cancelled in command %d", stage+1), func(r *rig, m *connector.Material) error {
+		add(fmt.Sprintf("cancelled in command %d", n+1), func(r *rig, m *connector.Material) error {
 			ctx, cancel := context.WithCancel(r.t.Context())
 			defer cancel()
-			r.commands.each = func(n int) {
-				if n == stage {
+			r.commands.each = func(i int) {
+				if i == n {
 					cancel()
 				}
 			}
@@ -303,32 +367,139 @@ func (s *suite) rollsBack(t *testing.T, renewal bool) {
 	for _, a := range attempts {
 		t.Run(a.name, func(t *testing.T) {
 			t.Parallel() // some connectors wait for their server
-			r := s.rig(t)
-			if renewal {
-				r.mustDeploy(r.Material(t, s.ca))
-				r.setAside()
-				r.commands.reset()
-			}
-			before := r.snapshot()
-			m := r.Material(t, s.ca)
-			m.KeyFiles = []connector.File{{
-				Path: m.KeyPath, Kind: connector.StoreFile, Data: m.KeyPEM, DefaultMode: 0o600,
-			}}
+			r, m := s.prepared(t, renewal)
+			before := r.state()
 			err := a.do(r, m)
 			if err == nil {
 				t.Fatal("the deployment reports success")
 			}
-			if broken, ok := errors.AsType[*connector.BrokenError](err); ok {
+			if broken, ok := errors.AsType[*transaction.BrokenError](err); ok {
 				t.Fatalf("the rollback failed: %v", broken)
 			}
-			if after := r.snapshot(); !maps.Equal(before, after) {
-				t.Errorf("%v\nthe target changed: from %v to %v", err, slices.Sorted(maps.Keys(before)), slices.Sorted(maps.Keys(after)))
-			}
-			if _, err := os.Lstat(m.KeyPath); !errors.Is(err, fs.ErrNotExist) {
-				t.Errorf("the pending key became the current one all the same (%v)", err)
-			}
+			r.checkAsBefore(before, m, err)
 		})
 	}
+}
+
+// checkAsBefore fails the test unless the target is as it was, and the key of m
+// is not the current one.
+func (r *rig) checkAsBefore(before map[string]string, m *connector.Material, err error) {
+	r.t.Helper()
+	if after := r.state(); !maps.Equal(before, after) {
+		r.t.Errorf("%v\nthe target changed: from %v to %v", err, slices.Sorted(maps.Keys(before)), slices.Sorted(maps.Keys(after)))
+	}
+	if r.isCurrent(m) {
+		r.t.Errorf("%v\nthe pending key became the current one all the same", err)
+	}
+}
+
+// A way to disturb a deployment at one of its steps.
+type way int
+
+const (
+	failing    way = iota // that step fails
+	cancelling            // the deployment is cancelled there
+	killing               // nothing happens any more, and the agent starts again
+)
+
+var errDisturbed = errors.New("made to fail")
+
+// atEachStep disturbs a deployment at each step of the engine in turn.
+func (s *suite) atEachStep(t *testing.T, renewal bool, how way) {
+	var steps []transaction.Step
+	probe, m := s.prepared(t, renewal)
+	probe.Before = func(step transaction.Step) error { steps = append(steps, step); return nil }
+	probe.mustDeploy(m)
+	if len(steps) < 5 {
+		t.Fatalf("a deployment has %d steps", len(steps))
+	}
+	for n, step := range steps {
+		if !step.Touches() && n%4 != int(how) {
+			continue // the engine's own tests stop it at each of these
+		}
+		t.Run(fmt.Sprint(n), func(t *testing.T) {
+			if how != killing {
+				s.disturb(t, renewal, how, n)
+				return
+			}
+			s.kill(t, renewal, n, true)
+			s.kill(t, renewal, n, false)
+		})
+	}
+}
+
+// disturb fails or cancels a deployment at its n-th step. It either succeeds all
+// the same, as behind the commit, or leaves everything as it was.
+func (s *suite) disturb(t *testing.T, renewal bool, how way, n int) {
+	r, m := s.prepared(t, renewal)
+	before := r.state()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var at transaction.Step
+	r.Before = func(step transaction.Step) error {
+		if n--; n != -1 {
+			return nil
+		}
+		if at = step; how == failing {
+			return errDisturbed
+		}
+		cancel()
+		return nil
+	}
+	_, err := r.deploy(ctx, m)
+	r.Before = nil
+	if broken, ok := errors.AsType[*transaction.BrokenError](err); ok {
+		t.Fatalf("%s %s: the rollback failed: %v", at.Op, at.Path, broken)
+	}
+	if err == nil {
+		r.checkInstalled(m)
+		return
+	}
+	if how == failing && !errors.Is(err, errDisturbed) || how == cancelling && !errors.Is(err, context.Canceled) {
+		t.Errorf("%s %s: got error %v", at.Op, at.Path, err)
+	}
+	r.checkAsBefore(before, m, fmt.Errorf("%s %s: %w", at.Op, at.Path, err))
+	r.mustDeploy(m)
+	r.checkInstalled(m)
+}
+
+// kill kills the agent at the n-th step of a deployment and starts it again. The
+// job runs once more, and then succeeds or fails.
+func (s *suite) kill(t *testing.T, renewal bool, n int, succeeds bool) {
+	r, m := s.prepared(t, renewal)
+	before := r.state()
+	var at transaction.Step
+	r.Before = func(step transaction.Step) error {
+		if n--; n == -1 {
+			at = step
+		}
+		if n < 0 {
+			return errDisturbed
+		}
+		return nil
+	}
+	_, _ = r.deploy(t.Context(), m) // nobody is there any more to hear of its error
+	r.Before = nil
+	r.Restart(t)
+
+	committed := r.isCurrent(m)
+	if !succeeds {
+		r.extra = s.verifyElsewhere(t)
+		_, err := r.deploy(t.Context(), m)
+		switch {
+		case err == nil:
+			t.Errorf("killed at %s %s: a deployment whose verification fails reports success", at.Op, at.Path)
+		case committed:
+			r.checkInstalled(m)
+		default:
+			r.checkAsBefore(before, m, fmt.Errorf("killed at %s %s: %w", at.Op, at.Path, err))
+		}
+		r.extra = nil
+	}
+	if _, err := r.deploy(t.Context(), m); err != nil || !r.isCurrent(m) {
+		t.Errorf("killed at %s %s: the next deployment: %v", at.Op, at.Path, err)
+	}
+	r.checkInstalled(m)
 }
 
 // verifyElsewhere is a configuration whose verification meets another
@@ -362,11 +533,11 @@ func (s *suite) verifyElsewhere(t *testing.T) map[string]any {
 
 func (s *suite) configErrors(t *testing.T) {
 	r := s.rig(t)
-	m := r.Material(t, s.ca)
+	m, before := r.Material(t, s.ca), r.state()
 	try := func(key, what string, change func(config map[string]any)) {
 		config := r.Config(r.Dir)
 		change(config)
-		_, err := r.Host.Deploy(t.Context(), r.Type, r.New, config, m)
+		_, err := r.Host.Deploy(t.Context(), r.Type, config, m)
 		if err == nil || !strings.Contains(err.Error(), key) {
 			t.Errorf("%s %s: got %v, want an error that names the key", key, what, err)
 		}
@@ -381,8 +552,8 @@ func (s *suite) configErrors(t *testing.T) {
 	}
 	try("post_deploy_verify", "no object", func(config map[string]any) { config["post_deploy_verify"] = "on" })
 	try("command_timeout", "next to nothing", func(config map[string]any) { config["command_timeout"] = 60 })
-	if files := r.snapshot(); len(files) > 0 {
-		t.Errorf("files were written: %v", slices.Sorted(maps.Keys(files)))
+	if after := r.state(); !maps.Equal(before, after) {
+		t.Errorf("the target changed: from %v to %v", before, after)
 	}
 	if len(r.commands.ran) > 0 {
 		t.Errorf("commands were run: %v", r.commands.ran)
@@ -393,24 +564,28 @@ func (s *suite) policy(t *testing.T) {
 	r := s.rig(t)
 	m := r.Material(t, s.ca)
 	r.Policy.Paths = []string{r.StateDir + "-elsewhere"}
-	if _, err := r.deploy(t.Context(), m); len(s.Want(m)) > 0 && (err == nil || !strings.Contains(err.Error(), "CERTCTL_ALLOWED_PATHS")) {
+	_, err := r.deploy(t.Context(), m)
+	if err != nil && !strings.Contains(err.Error(), "CERTCTL_ALLOWED_PATHS") {
 		t.Errorf("a destination that is not allowed: got %v", err)
 	}
-	if files := r.snapshot(); len(files) > 0 {
-		t.Errorf("files were written: %v", slices.Sorted(maps.Keys(files)))
+	if written := files(r.Dir); len(written) > 0 {
+		t.Errorf("files were written: %v", slices.Sorted(maps.Keys(written)))
 	}
-	r.Policy.Paths = nil
-	r.mustDeploy(m)
+	r.Policy.Paths = []string{r.Dir}
+	if result := r.mustDeploy(m); err == nil && !result.Unchanged {
+		t.Error("destinations were not written and not refused")
+	}
 	if len(r.commands.ran) == 0 {
 		return
 	}
 	r = s.rig(t)
+	before := r.state()
 	r.Policy.Commands = [][]string{{"/bin/true"}}
 	if _, err := r.deploy(t.Context(), m); err == nil || !strings.Contains(err.Error(), "CERTCTL_ALLOWED_COMMANDS") || !strings.Contains(err.Error(), "_command") {
 		t.Errorf("a command that is not allowed: got %v", err)
 	}
-	if files := r.snapshot(); len(files) > 0 || len(r.commands.ran) > 0 {
-		t.Errorf("files were written (%d) or commands run (%d)", len(files), len(r.commands.ran))
+	if after := r.state(); !maps.Equal(before, after) || len(r.commands.ran) > 0 {
+		t.Errorf("the target changed to %v, or commands were run (%d)", after, len(r.commands.ran))
 	}
 }
 

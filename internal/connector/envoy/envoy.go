@@ -13,55 +13,51 @@ import (
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/targetconf"
-	"certctl-agent/internal/transaction"
 )
 
-// Config is what can be set for a target of type Envoy.
-type Config struct {
-	CertDir   targetconf.Path     `json:"cert_dir" config:"required"`
-	CertName  targetconf.FileName `json:"cert_filename"`  // cert.pem
-	KeyName   targetconf.FileName `json:"key_filename"`   // key.pem
-	ChainName targetconf.FileName `json:"chain_filename"` // none: the chain follows the leaf in the certificate's file
-
-	SDSConfig  bool   `json:"sds_config"`      // write sds.json beside them
-	SecretName string `json:"sds_secret_name"` // server_cert
+// Type is the kind of target.
+func Type() connector.Type {
+	return connector.Type{Name: "Envoy", Aliases: map[string]string{"watch_dir": "cert_dir"}, New: newConnector}
 }
 
-const (
-	sdsName           = "sds.json"
-	defaultSecretName = "server_cert"
-)
+// config is what can be set.
+type config struct {
+	CertDir   targetconf.Path     `json:"cert_dir" config:"required"`
+	CertName  targetconf.FileName `json:"cert_filename" default:"cert.pem"`
+	KeyName   targetconf.FileName `json:"key_filename" default:"key.pem"`
+	ChainName targetconf.FileName `json:"chain_filename"` // none: the chain follows the leaf in the certificate's file
 
-// Connector is one deployment to Envoy.
-type Connector struct {
-	params connector.Params
-	files  *transaction.Store
-	config Config
+	SDSConfig  bool   `json:"sds_config"` // write sds.json beside them
+	SecretName string `json:"sds_secret_name" default:"server_cert"`
+}
+
+const sdsName = "sds.json"
+
+type envoy struct {
+	config config
+	common targetconf.Common
 	pair   connector.Pair
 }
 
-var _ connector.Connector = (*Connector)(nil)
-
-// New checks the configuration.
-func New(p connector.Params, files *transaction.Store) (*Connector, error) {
-	c := &Connector{params: p, files: files}
-	if err := p.Config.Decode(&c.config); err != nil {
+func newConnector(c *targetconf.Config, _ connector.Host) (connector.Connector, error) {
+	e := &envoy{common: c.Common}
+	if err := c.Decode(&e.config); err != nil {
 		return nil, err
 	}
-	return c, c.resolve()
+	return e, e.resolve()
 }
 
 // resolve makes paths of the names.
-func (c *Connector) resolve() error {
+func (e *envoy) resolve() error {
 	names := map[targetconf.FileName]string{}
 	for _, file := range []struct {
 		key  string
 		name targetconf.FileName
 		path *targetconf.Path
 	}{
-		{"cert_filename", c.config.CertName.Or("cert.pem"), &c.pair.CertPath},
-		{"key_filename", c.config.KeyName.Or("key.pem"), &c.pair.KeyPath},
-		{"chain_filename", c.config.ChainName, &c.pair.ChainPath},
+		{"cert_filename", e.config.CertName, &e.pair.CertPath},
+		{"key_filename", e.config.KeyName, &e.pair.KeyPath},
+		{"chain_filename", e.config.ChainName, &e.pair.ChainPath},
 	} {
 		if file.name == "" {
 			continue
@@ -69,40 +65,36 @@ func (c *Connector) resolve() error {
 		if other := names[file.name]; other != "" {
 			return targetconf.Invalid(file.key, "is the same file as %s", other)
 		}
-		if file.name == sdsName && c.config.SDSConfig {
+		if file.name == sdsName && e.config.SDSConfig {
 			return targetconf.Invalid(file.key, "is the file that sds_config writes")
 		}
 		names[file.name] = file.key
-		*file.path = c.config.CertDir.Join(file.name)
+		*file.path = e.config.CertDir.Join(file.name)
 	}
 	return nil
 }
 
-// Deploy implements connector.Connector.
-func (c *Connector) Deploy(ctx context.Context, m *connector.Material) (connector.Result, error) {
-	files, warnings := c.pair.Files(m)
-	if c.config.SDSConfig {
-		sds, err := c.sds(pemutil.Fingerprint(m.Leaf))
-		if err != nil {
-			return connector.Result{}, err
-		}
-		// The last one: at its event the pair is complete.
-		file := connector.NewFile(c.config.CertDir.Join(sdsName), connector.ConfigFile, sds, targetconf.FileOptions{})
-		file.Written = isSDS
-		files = append(files, file)
-		if c.pair.ChainPath != "" && len(m.Chain) > 0 {
-			warnings = append(warnings, "Envoy serves the certificate without its chain, since a secret names a single certificate file: leave chain_filename out")
-		}
-	}
-	tx := transaction.NewTransaction(c.params, m)
-	tx.Files = files
-	result, err := c.files.Deploy(ctx, tx)
-	if err == nil && !result.Unchanged && !c.config.SDSConfig {
-		warnings = append(warnings, "Envoy reads a certificate that its static configuration names only when it starts, and goes on with the old one: "+
+// Plan implements connector.Connector.
+func (e *envoy) Plan(_ context.Context, m *connector.Material) (*connector.Plan, error) {
+	plan := e.pair.Plan(m)
+	plan.Serves = e.common.Endpoint()
+	if !e.config.SDSConfig {
+		plan.Warnings = append(plan.Warnings, "Envoy reads a certificate that its static configuration names only when it starts, and goes on with the old one: "+
 			"set sds_config, unless a secret of your own with watched_directory names the files")
+		return plan, nil
 	}
-	result.Warnings = append(warnings, result.Warnings...)
-	return result, err
+	sds, err := e.sds(pemutil.Fingerprint(m.Leaf))
+	if err != nil {
+		return nil, err
+	}
+	// The last one: at its event the pair is complete.
+	file := connector.NewFile(e.config.CertDir.Join(sdsName), connector.ConfigFile, sds, targetconf.FileOptions{})
+	file.Written = isSDS
+	plan.Files = append(plan.Files, file)
+	if e.pair.ChainPath != "" && len(m.Chain) > 0 {
+		plan.Warnings = append(plan.Warnings, "Envoy serves the certificate without its chain, since a secret names a single certificate file: leave chain_filename out")
+	}
+	return plan, nil
 }
 
 // The parts of a DiscoveryResponse
@@ -142,20 +134,16 @@ func isSDS(data []byte) bool {
 }
 
 // sds is sds.json. The fingerprint as its version makes each one another.
-func (c *Connector) sds(fingerprint string) ([]byte, error) {
-	name := c.config.SecretName
-	if name == "" {
-		name = defaultSecretName
-	}
+func (e *envoy) sds(fingerprint string) ([]byte, error) {
 	data, err := json.MarshalIndent(discoveryResponse{
 		VersionInfo: fingerprint,
 		Resources: []secret{{
 			Type: secretType,
-			Name: name,
+			Name: e.config.SecretName,
 			TLSCertificate: tlsCertificate{
-				CertificateChain: dataSource{c.pair.CertPath},
-				PrivateKey:       dataSource{c.pair.KeyPath},
-				WatchedDirectory: directory{c.config.CertDir},
+				CertificateChain: dataSource{e.pair.CertPath},
+				PrivateKey:       dataSource{e.pair.KeyPath},
+				WatchedDirectory: directory{e.config.CertDir},
 			},
 		}},
 	}, "", "  ")

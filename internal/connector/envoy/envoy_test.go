@@ -15,13 +15,11 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-var build = conformance.Constructor(New)
-
 func TestConformance(t *testing.T) {
 	run := func(name string, extra map[string]any, want func(m *connector.Material) map[string][]byte) {
 		t.Run(name, func(t *testing.T) {
 			conformance.Run(t, conformance.Harness{
-				Type: "Envoy", New: build, Required: []string{"cert_dir"}, Want: want,
+				Type: Type(), Required: []string{"cert_dir"}, Want: want,
 				Config: func(dir string) map[string]any {
 					config := map[string]any{"cert_dir": dir}
 					maps.Copy(config, extra)
@@ -77,7 +75,7 @@ func TestNew(t *testing.T) {
 	host := conformance.NewHost(t, nil)
 	for _, test := range tests {
 		test.config["cert_dir"] = host.Dir
-		if _, err := host.Connector("Envoy", build, test.config); err == nil || !strings.Contains(err.Error(), test.says) {
+		if _, err := host.Connector(Type(), test.config); err == nil || !strings.Contains(err.Error(), test.says) {
 			t.Errorf("%v: got %v, want an error with %q", test.config, err, test.says)
 		}
 	}
@@ -86,7 +84,7 @@ func TestNew(t *testing.T) {
 func TestChainApartWarns(t *testing.T) {
 	host := conformance.NewHost(t, nil)
 	config := map[string]any{"cert_dir": filepath.Clean(host.Dir), "chain_filename": "chain.pem", "sds_config": true}
-	result, err := host.Deploy(t.Context(), "Envoy", build, config, host.Material(t, testca.Must(t)))
+	result, err := host.Deploy(t.Context(), Type(), config, host.Material(t, testca.Must(t)))
 	if err != nil || len(result.Warnings) != 1 || !strings.Contains(result.Warnings[0], "chain_filename") {
 		t.Errorf("got %q, %v, want a warning that names chain_filename", result.Warnings, err)
 	}
@@ -106,7 +104,7 @@ func TestNotTold(t *testing.T) {
 		maps.Copy(config, test.config)
 		m := host.Material(t, testca.Must(t))
 		for _, unchanged := range []bool{false, true} {
-			result, err := host.Deploy(t.Context(), "Envoy", build, config, m)
+			result, err := host.Deploy(t.Context(), Type(), config, m)
 			if err != nil || result.Unchanged != unchanged {
 				t.Fatalf("%v: got %+v, %v, want it unchanged: %v", config, result, err, unchanged)
 			}

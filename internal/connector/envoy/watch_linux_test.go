@@ -94,14 +94,14 @@ func TestWatch(t *testing.T) {
 	var m *connector.Material
 	for range 10 {
 		m = host.Material(t, ca)
-		if _, err := host.Deploy(t.Context(), "Envoy", build, config, m); err != nil {
+		if _, err := host.Deploy(t.Context(), Type(), config, m); err != nil {
 			t.Fatal(err)
 		}
 		check("rotation", m)
 	}
 	config["post_deploy_verify"] = map[string]any{"enabled": true, "endpoint": "127.0.0.1:1"}
 	config["post_deploy_verify_attempts"] = 1
-	if _, err := host.Deploy(t.Context(), "Envoy", build, config, host.Material(t, ca)); err == nil {
+	if _, err := host.Deploy(t.Context(), Type(), config, host.Material(t, ca)); err == nil {
 		t.Fatal("a failed verification passes")
 	}
 	want = append(want, want...)
@@ -141,7 +141,7 @@ func TestWatchWhileRotating(t *testing.T) {
 	go func() {
 		deployed <- func() error {
 			for range rotations {
-				if _, err := host.Deploy(t.Context(), "Envoy", build, config, host.Material(t, ca)); err != nil {
+				if _, err := host.Deploy(t.Context(), Type(), config, host.Material(t, ca)); err != nil {
 					return err
 				}
 				<-read // the next one would be another pair

@@ -27,7 +27,7 @@ func must(t *testing.T, err error) {
 }
 
 func TestLive(t *testing.T) {
-	l := conformance.Start(t, liveserver.StartHAProxy, build)
+	l := conformance.Start(t, liveserver.StartHAProxy, Type())
 	pem := l.Config["pem_path"].(string)
 
 	t.Run("first deployment", func(t *testing.T) { l.MustDeploy(t, l.NewMaterial(t)) })
@@ -74,7 +74,7 @@ func onRSA(t *testing.T, host *conformance.Host, ca *testca.CA) *connector.Mater
 // HAProxy uses the parameters that stand behind the key after a renewal too.
 func TestLiveParameters(t *testing.T) {
 	openssl := needs.Need(t, "openssl")
-	l := conformance.Start(t, liveserver.StartHAProxy, build)
+	l := conformance.Start(t, liveserver.StartHAProxy, Type())
 	parameters, err := exec.Command(openssl, "genpkey", "-genparam", "-algorithm", "DH", "-pkeyopt", "group:ffdhe3072").Output()
 	must(t, err)
 	must(t, os.WriteFile(l.Config["pem_path"].(string), parameters, 0o600))
@@ -89,7 +89,7 @@ func TestLiveParameters(t *testing.T) {
 // A listener with two certificates that expects the PROXY protocol: each
 // renewal is verified, whichever certificate HAProxy prefers.
 func TestLiveTwoKeysBehindProxy(t *testing.T) {
-	l := conformance.Start(t, liveserver.StartHAProxy, build)
+	l := conformance.Start(t, liveserver.StartHAProxy, Type())
 	conf := filepath.Join(l.Dir, "haproxy.cfg")
 	text, err := os.ReadFile(conf)
 	must(t, err)

@@ -9,11 +9,15 @@ import (
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/policy"
 	"certctl-agent/internal/targetconf"
-	"certctl-agent/internal/transaction"
 )
 
-// Config is what can be set for a target of type HAProxy.
-type Config struct {
+// Type is the kind of target.
+func Type() connector.Type {
+	return connector.Type{Name: "HAProxy", Aliases: map[string]string{"combined_pem_path": "pem_path"}, New: newConnector}
+}
+
+// config is what can be set.
+type config struct {
 	PEMPath targetconf.Path        `json:"pem_path" config:"required"`
 	PEMFile targetconf.FileOptions `json:"pem_file_*" config:"secret"`
 
@@ -21,43 +25,40 @@ type Config struct {
 	ReloadCommand   string `json:"reload_command" config:"required"`
 }
 
-// Connector is one deployment to HAProxy.
-type Connector struct {
-	params   connector.Params
-	files    *transaction.Store
-	config   Config
+type haproxy struct {
+	config   config
+	common   targetconf.Common
 	validate *policy.Command
 	reload   *policy.Command
 }
 
-var _ connector.Connector = (*Connector)(nil)
-
-// New checks the configuration.
-func New(p connector.Params, files *transaction.Store) (*Connector, error) {
-	c := &Connector{params: p, files: files}
-	err := p.Config.Decode(&c.config)
+func newConnector(c *targetconf.Config, host connector.Host) (connector.Connector, error) {
+	h := &haproxy{common: c.Common}
+	err := c.Decode(&h.config)
 	if err != nil {
 		return nil, err
 	}
-	if c.validate, err = p.Command("validate_command", c.config.ValidateCommand); err != nil {
+	if h.validate, err = host.Command(c, "validate_command", h.config.ValidateCommand); err != nil {
 		return nil, err
 	}
-	if c.reload, err = p.Command("reload_command", c.config.ReloadCommand); err != nil {
+	if h.reload, err = host.Command(c, "reload_command", h.config.ReloadCommand); err != nil {
 		return nil, err
 	}
-	return c, nil
+	return h, nil
 }
 
-// Deploy implements connector.Connector.
-func (c *Connector) Deploy(ctx context.Context, m *connector.Material) (connector.Result, error) {
+// Plan implements connector.Connector.
+func (h *haproxy) Plan(_ context.Context, m *connector.Material) (*connector.Plan, error) {
 	data := append(pemutil.EncodeCertificates(m.Leaf), pemutil.EncodeCertificates(m.Chain...)...)
 	data = append(data, m.Key()...)
-	file := connector.NewFile(c.config.PEMPath, connector.KeyFile, data, c.config.PEMFile)
+	file := connector.NewFile(h.config.PEMPath, connector.KeyFile, data, h.config.PEMFile)
 	// HAProxy finds each kind of block wherever it stands
 	// (https://docs.haproxy.org/2.6/configuration.html#5.1-crt).
 	file.KeepOthers = true
-	tx := transaction.NewTransaction(c.params, m)
-	tx.Files = []connector.File{file}
-	tx.Validate, tx.Reload = c.validate, c.reload
-	return c.files.Deploy(ctx, tx)
+	return &connector.Plan{
+		Files:    []connector.File{file},
+		Validate: h.validate,
+		Reload:   connector.Reload{Command: h.reload},
+		Serves:   h.common.Endpoint(),
+	}, nil
 }

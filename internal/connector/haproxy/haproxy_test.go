@@ -15,9 +15,7 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-var build = conformance.Constructor(New)
-
-func config(dir string) map[string]any {
+func configIn(dir string) map[string]any {
 	return map[string]any{
 		"pem_path":         filepath.Join(dir, "site.pem"),
 		"validate_command": "haproxy -c -f /etc/haproxy/haproxy.cfg",
@@ -31,15 +29,15 @@ func want(m *connector.Material) map[string][]byte {
 
 func TestConformance(t *testing.T) {
 	conformance.Run(t, conformance.Harness{
-		Type: "HAProxy", New: build, Required: []string{"pem_path", "reload_command"}, Config: config, Want: want,
+		Type: Type(), Required: []string{"pem_path", "reload_command"}, Config: configIn, Want: want,
 	})
 }
 
 func TestConformanceOfAlias(t *testing.T) {
 	conformance.Run(t, conformance.Harness{
-		Type: "HAProxy", New: build, Required: []string{"reload_command"}, Want: want,
+		Type: Type(), Required: []string{"reload_command"}, Want: want,
 		Config: func(dir string) map[string]any {
-			c := config(dir)
+			c := configIn(dir)
 			c["combined_pem_path"] = c["pem_path"]
 			delete(c, "pem_path")
 			delete(c, "validate_command")
@@ -60,7 +58,7 @@ func TestOtherBlocks(t *testing.T) {
 	for range 2 {
 		m := host.Material(t, ca)
 		for _, unchanged := range []bool{false, true} {
-			result, err := host.Deploy(t.Context(), "HAProxy", build, config(host.Dir), m)
+			result, err := host.Deploy(t.Context(), Type(), configIn(host.Dir), m)
 			if err != nil || result.Unchanged != unchanged {
 				t.Fatalf("got %+v, %v, want it unchanged: %v", result, err, unchanged)
 			}
@@ -75,9 +73,9 @@ func TestOtherBlocks(t *testing.T) {
 // The file holds the key, so its mode is a key file's.
 func TestMode(t *testing.T) {
 	host := conformance.NewHost(t, nil)
-	c := config(host.Dir)
+	c := configIn(host.Dir)
 	c["pem_file_mode"] = "0644"
-	if _, err := host.Connector("HAProxy", build, c); err == nil || !strings.Contains(err.Error(), "pem_file_mode") || !strings.Contains(err.Error(), "0770") {
+	if _, err := host.Connector(Type(), c); err == nil || !strings.Contains(err.Error(), "pem_file_mode") || !strings.Contains(err.Error(), "0770") {
 		t.Errorf("a mode that lets others read: got %v", err)
 	}
 }

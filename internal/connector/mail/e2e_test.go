@@ -19,7 +19,7 @@ func TestPostfix(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can start Postfix")
 	}
-	l := conformance.Start(t, liveserver.StartPostfix, buildPostfix)
+	l := conformance.Start(t, liveserver.StartPostfix, Postfix())
 	live(t, l, "where=\"main.cf, smtpd_tls_key_file\"")
 }
 
@@ -29,7 +29,7 @@ func TestPostfixInOneFile(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can start Postfix")
 	}
-	l := conformance.Start(t, liveserver.StartPostfixInOneFile, buildPostfix)
+	l := conformance.Start(t, liveserver.StartPostfixInOneFile, Postfix())
 	oneFile(t, l)
 	l.Rotate(t, time.Second)
 }
@@ -40,7 +40,7 @@ func TestPostfixParameters(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can start Postfix")
 	}
-	l := conformance.Start(t, liveserver.StartPostfix, buildPostfix)
+	l := conformance.Start(t, liveserver.StartPostfix, Postfix())
 	cert, key := l.Config["cert_path"].(string), l.Config["key_path"].(string)
 	l.MustDeploy(t, l.NewMaterial(t))
 	main, master := filepath.Join(l.Dir, "postfix", "main.cf"), filepath.Join(l.Dir, "postfix", "master.cf")
@@ -60,12 +60,12 @@ func TestPostfixParameters(t *testing.T) {
 	for _, test := range tests {
 		must(t, os.WriteFile(main, []byte(common+test.main), 0o644))
 		must(t, os.WriteFile(master, []byte(string(services)+"127.0.0.1:1 inet n - n - 0 smtpd\n"+test.overrides), 0o644))
-		connector, err := l.Connector(l.Type, buildPostfix, map[string]any{
+		connector, err := l.Connector(Postfix(), map[string]any{
 			"cert_path": cert, "key_path": key, "validate_command": l.Config["validate_command"], "reload_command": l.Config["reload_command"],
 		})
 		must(t, err)
-		found, asked := connector.(*Connector).askServer(t.Context())
-		warnings, err := connector.(*Connector).config.Settle(connector.(*Connector).params, l.NewMaterial(t), postfix, found, asked)
+		found, asked := connector.(*mail).askServer(t.Context())
+		warnings, err := connector.(*mail).config.Match(connector.(*mail).target, connector.(*mail).host, l.NewMaterial(t), postfix, found, asked)
 		if test.refused == "" && (err != nil || len(warnings) > 0) || test.refused != "" && (err == nil || !strings.Contains(err.Error(), test.refused)) {
 			t.Errorf("%q and %q: got %v, %q, want %q", test.main, test.overrides, err, warnings, test.refused)
 		}
@@ -78,7 +78,7 @@ func TestPostfixServerNames(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can start Postfix")
 	}
-	l := conformance.Start(t, liveserver.StartPostfix, buildPostfix)
+	l := conformance.Start(t, liveserver.StartPostfix, Postfix())
 	l.MustDeploy(t, l.NewMaterial(t))
 	table := filepath.Join(l.Dir, "postfix", "names")
 	cert, key := filepath.Join(l.Watched, "named.pem"), filepath.Join(l.Watched, "named.key")
@@ -104,7 +104,7 @@ func TestPostfixServerNames(t *testing.T) {
 }
 
 func TestDovecotInOneFile(t *testing.T) {
-	oneFile(t, conformance.Start(t, liveserver.StartDovecotInOneFile, buildDovecot))
+	oneFile(t, conformance.Start(t, liveserver.StartDovecotInOneFile, Dovecot()))
 }
 
 // oneFile deploys to a server that reads key and certificate from one file. A target
@@ -117,7 +117,7 @@ func oneFile(t *testing.T, l *conformance.Live) {
 }
 
 func TestDovecot(t *testing.T) {
-	l := conformance.Start(t, liveserver.StartDovecot, buildDovecot)
+	l := conformance.Start(t, liveserver.StartDovecot, Dovecot())
 	live(t, l, "where=\"doveconf, ssl_key\"")
 	t.Run("rotation under load", func(t *testing.T) { l.Rotate(t, time.Second) })
 }

@@ -4,37 +4,28 @@
 package mail
 
 import (
-	"cmp"
 	"context"
-	"slices"
 
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/policy"
 	"certctl-agent/internal/serverconf"
 	"certctl-agent/internal/targetconf"
-	"certctl-agent/internal/transaction"
 )
 
-// Config is what can be set for a target of type Postfix or Dovecot. Nothing
-// is required: there are defaults for each mode.
-type Config struct {
+// config is what can be set. Nothing is required: there are defaults for each
+// mode.
+type config struct {
 	connector.Pair
 	Mode string `json:"mode"` // postfix or dovecot; "": the one of the type
 }
 
-// Connector is one deployment to a mail server.
-type Connector struct {
-	params   connector.Params
-	files    *transaction.Store
-	config   Config
+type mail struct {
+	target   *targetconf.Config
+	host     connector.Host
+	config   config
 	validate *policy.Command
 	reload   *policy.Command
-
-	// pairs asks the server which keys it uses with which certificates.
-	pairs func(ctx context.Context) ([]serverconf.Pair, error)
 }
-
-var _ connector.Connector = (*Connector)(nil)
 
 // The modes.
 const (
@@ -42,60 +33,62 @@ const (
 	dovecot = "dovecot"
 )
 
-// NewPostfix checks the configuration of a target of type Postfix.
-func NewPostfix(p connector.Params, files *transaction.Store) (*Connector, error) {
-	return build(p, files, postfix)
+// Postfix is the kind of target.
+func Postfix() connector.Type { return connector.Type{Name: "Postfix", New: newConnector(postfix)} }
+
+// Dovecot is the kind of target.
+func Dovecot() connector.Type { return connector.Type{Name: "Dovecot", New: newConnector(dovecot)} }
+
+func newConnector(mode string) func(*targetconf.Config, connector.Host) (connector.Connector, error) {
+	return func(c *targetconf.Config, host connector.Host) (connector.Connector, error) {
+		s := &mail{target: c, host: host}
+		config := &s.config
+		if err := c.Decode(config, "key_path"); err != nil {
+			return nil, err
+		}
+		targetconf.Default(c, "mode", &config.Mode, mode)
+		switch config.Mode {
+		case postfix:
+			targetconf.Default(c, "validate_command", &config.ValidateCommand, "postfix check")
+			targetconf.Default(c, "reload_command", &config.ReloadCommand, "postfix reload")
+		case dovecot:
+			targetconf.Default(c, "validate_command", &config.ValidateCommand, "doveconf -n")
+			targetconf.Default(c, "reload_command", &config.ReloadCommand, "doveadm reload")
+		default:
+			return nil, targetconf.Invalid("mode", "expected %s or %s", postfix, dovecot)
+		}
+		targetconf.Default(c, "cert_path", &config.CertPath, "/etc/"+config.Mode+"/certs/cert.pem")
+		if !c.Masked("key_path") {
+			targetconf.Default(c, "key_path", &config.KeyPath, "/etc/"+config.Mode+"/certs/key.pem")
+		}
+		if err := config.Check(); err != nil {
+			return nil, err
+		}
+		var err error
+		s.validate, s.reload, err = config.Commands(c, host)
+		return s, err
+	}
 }
 
-// NewDovecot checks the configuration of a target of type Dovecot.
-func NewDovecot(p connector.Params, files *transaction.Store) (*Connector, error) {
-	return build(p, files, dovecot)
+// askServer finds the key of cert_path in the mail server's own configuration.
+func (s *mail) askServer(ctx context.Context) (serverconf.Pair, error) {
+	if s.config.Mode == postfix {
+		return serverconf.Postfix(ctx, s.host.Query, s.config.CertPath, s.config.KeyPath, *s.validate, *s.reload)
+	}
+	return serverconf.Dovecot(ctx, s.host.Query, s.config.CertPath, *s.validate, *s.reload)
 }
 
-func build(p connector.Params, files *transaction.Store, mode string) (*Connector, error) {
-	c := &Connector{params: p, files: files}
-	config := &c.config
-	if err := p.Config.Decode(config, "key_path"); err != nil {
-		return nil, err
-	}
-	config.Mode = cmp.Or(config.Mode, mode)
-	switch config.Mode {
-	case postfix:
-		c.pairs = c.askPostfix
-		config.ValidateCommand = cmp.Or(config.ValidateCommand, "postfix check")
-		config.ReloadCommand = cmp.Or(config.ReloadCommand, "postfix reload")
-	case dovecot:
-		c.pairs = c.askDovecot
-		config.ValidateCommand = cmp.Or(config.ValidateCommand, "doveconf -n")
-		config.ReloadCommand = cmp.Or(config.ReloadCommand, "doveadm reload")
-	default:
-		return nil, targetconf.Invalid("mode", "expected %s or %s", postfix, dovecot)
-	}
-	config.CertPath = cmp.Or(config.CertPath, targetconf.Path("/etc/"+config.Mode+"/certs/cert.pem"))
-	if !p.Config.Masked("key_path") {
-		config.KeyPath = cmp.Or(config.KeyPath, targetconf.Path("/etc/"+config.Mode+"/certs/key.pem"))
-	}
-	if err := config.Check(); err != nil {
-		return nil, err
-	}
-	var err error
-	c.validate, c.reload, err = config.Commands(p)
-	return c, err
-}
-
-// Deploy implements connector.Connector.
-func (c *Connector) Deploy(ctx context.Context, m *connector.Material) (connector.Result, error) {
-	config := c.config
+// Plan implements connector.Connector.
+func (s *mail) Plan(ctx context.Context, m *connector.Material) (*connector.Plan, error) {
+	pair := s.config.Pair
 	// Neither server's own check compares a certificate with its key.
-	found, err := c.askServer(ctx)
-	asked, err := config.Settle(c.params, m, config.Mode, found, err)
+	found, err := s.askServer(ctx)
+	asked, err := pair.Match(s.target, s.host, m, s.config.Mode, found, err)
 	if err != nil {
-		return connector.Result{}, err
+		return nil, err
 	}
-	files, warnings := config.Files(m)
-	tx := transaction.NewTransaction(c.params, m)
-	tx.Files, tx.Validate, tx.Reload = files, c.validate, c.reload
-	result, err := c.files.Deploy(ctx, tx)
-	result.Warnings = slices.Concat(asked, warnings, result.Warnings)
-	return result, err
+	plan := pair.Plan(m)
+	plan.Validate, plan.Reload.Command, plan.Serves = s.validate, s.reload, s.target.Common.Endpoint()
+	plan.Warnings = append(asked, plan.Warnings...)
+	return plan, nil
 }

@@ -10,15 +10,10 @@ import (
 	"certctl-agent/internal/connector/conformance"
 )
 
-var (
-	buildPostfix = conformance.Constructor(NewPostfix)
-	buildDovecot = conformance.Constructor(NewDovecot)
-)
-
 // harness is a configuration that leaves the commands to their defaults.
-func harness(typ string, build conformance.New) conformance.Harness {
+func harness(typ connector.Type) conformance.Harness {
 	return conformance.Harness{
-		Type: typ, New: build,
+		Type: typ,
 		Config: func(dir string) map[string]any {
 			return map[string]any{"cert_path": filepath.Join(dir, "cert.pem"), "key_path": filepath.Join(dir, "key.pem")}
 		},
@@ -28,11 +23,11 @@ func harness(typ string, build conformance.New) conformance.Harness {
 	}
 }
 
-func TestPostfixConformance(t *testing.T) { conformance.Run(t, harness("Postfix", buildPostfix)) }
-func TestDovecotConformance(t *testing.T) { conformance.Run(t, harness("Dovecot", buildDovecot)) }
+func TestPostfixConformance(t *testing.T) { conformance.Run(t, harness(Postfix())) }
+func TestDovecotConformance(t *testing.T) { conformance.Run(t, harness(Dovecot())) }
 
 func TestConformanceWithChain(t *testing.T) {
-	h := harness("Postfix", buildPostfix)
+	h := harness(Postfix())
 	h.Config = func(dir string) map[string]any {
 		return map[string]any{
 			"cert_path": filepath.Join(dir, "cert.pem"), "key_path": filepath.Join(dir, "key.pem"), "chain_path": filepath.Join(dir, "chain.pem"),
@@ -46,9 +41,9 @@ func TestConformanceWithChain(t *testing.T) {
 }
 
 func TestConformanceInOneFile(t *testing.T) {
-	for typ, build := range map[string]conformance.New{"Postfix": buildPostfix, "Dovecot": buildDovecot} {
-		t.Run(typ, func(t *testing.T) {
-			h := harness(typ, build)
+	for _, typ := range []connector.Type{Postfix(), Dovecot()} {
+		t.Run(typ.Name, func(t *testing.T) {
+			h := harness(typ)
 			h.Config = func(dir string) map[string]any {
 				return map[string]any{"cert_path": filepath.Join(dir, "all.pem"), "key_path": filepath.Join(dir, "all.pem")}
 			}
@@ -62,7 +57,7 @@ func TestConformanceInOneFile(t *testing.T) {
 
 func TestOneFileRefused(t *testing.T) {
 	config := map[string]any{"cert_path": "/all.pem", "key_path": "/all.pem", "chain_path": "/chain.pem"}
-	if _, err := conformance.NewHost(t, nil).Connector("Postfix", buildPostfix, config); err == nil || !strings.Contains(err.Error(), "chain_path: has no place") {
+	if _, err := conformance.NewHost(t, nil).Connector(Postfix(), config); err == nil || !strings.Contains(err.Error(), "chain_path: has no place") {
 		t.Errorf("one file and a chain: got %v", err)
 	}
 }
@@ -74,24 +69,24 @@ func TestDefaults(t *testing.T) {
 	masked[1] = ""
 	tests := []struct {
 		name   string
-		build  conformance.New
+		typ    connector.Type
 		config map[string]any
 		want   [4]string
 	}{
-		{"Postfix", buildPostfix, map[string]any{}, inPostfix},
-		{"Dovecot", buildDovecot, map[string]any{}, inDovecot},
-		{"Postfix of mode dovecot", buildPostfix, map[string]any{"mode": "dovecot"}, inDovecot},
-		{"Dovecot of mode postfix", buildDovecot, map[string]any{"mode": "postfix"}, inPostfix},
-		{"empty values", buildPostfix, map[string]any{"mode": "", "cert_path": "", "key_path": "", "validate_command": "", "reload_command": ""}, inPostfix},
-		{"key_path masked", buildDovecot, map[string]any{"key_path": "********"}, masked},
+		{"Postfix", Postfix(), map[string]any{}, inPostfix},
+		{"Dovecot", Dovecot(), map[string]any{}, inDovecot},
+		{"Postfix of mode dovecot", Postfix(), map[string]any{"mode": "dovecot"}, inDovecot},
+		{"Dovecot of mode postfix", Dovecot(), map[string]any{"mode": "postfix"}, inPostfix},
+		{"empty values", Postfix(), map[string]any{"mode": "", "cert_path": "", "key_path": "", "validate_command": "", "reload_command": ""}, inPostfix},
+		{"key_path masked", Dovecot(), map[string]any{"key_path": "********"}, masked},
 	}
 	for _, test := range tests {
-		connector, err := conformance.NewHost(t, nil).Connector("any", test.build, test.config)
+		connector, err := conformance.NewHost(t, nil).Connector(test.typ, test.config)
 		if err != nil {
 			t.Errorf("%s: %v", test.name, err)
 			continue
 		}
-		c := connector.(*Connector)
+		c := connector.(*mail)
 		got := [4]string{string(c.config.CertPath), string(c.config.KeyPath), strings.Join(c.validate.Argv, " "), strings.Join(c.reload.Argv, " ")}
 		if got != test.want {
 			t.Errorf("%s: got %q, want %q", test.name, got, test.want)
@@ -101,7 +96,7 @@ func TestDefaults(t *testing.T) {
 
 func TestMode(t *testing.T) {
 	for _, mode := range []string{"exim", "Postfix"} {
-		_, err := conformance.NewHost(t, nil).Connector("Postfix", buildPostfix, map[string]any{"mode": mode})
+		_, err := conformance.NewHost(t, nil).Connector(Postfix(), map[string]any{"mode": mode})
 		if err == nil || !strings.Contains(err.Error(), "mode: expected postfix or dovecot") {
 			t.Errorf("mode %s: got %v", mode, err)
 		}

@@ -1,6 +1,8 @@
 package nginx
 
 import (
+	"crypto/rand"
+	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
@@ -10,14 +12,15 @@ import (
 	"testing"
 	"time"
 
-	"certctl-agent/internal/connector"
 	"certctl-agent/internal/connector/conformance"
+	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/testing/liveserver"
+	"certctl-agent/internal/testing/testca"
 )
 
 // start starts nginx and returns the command line that it was started by.
 func start(t *testing.T) (l *conformance.Live, command string) {
-	l = conformance.Start(t, liveserver.StartNGINX, build)
+	l = conformance.Start(t, liveserver.StartNGINX, Type())
 	return l, strings.TrimSuffix(l.Config["reload_command"].(string), " -s reload")
 }
 
@@ -68,8 +71,10 @@ func TestLive(t *testing.T) {
 		m := l.NewMaterial(t)
 		must(t, os.Remove(key))
 		must(t, os.Symlink(m.KeyPath, key))
-		m.KeyFiles = []connector.File{{Path: m.KeyPath, Kind: connector.StoreFile, Data: m.KeyPEM, DefaultMode: 0o600}}
-		l.MustDeploy(t, m)
+		if _, err := l.Host.Deploy(t.Context(), Type(), l.Config, m, conformance.Promotion(m)); err != nil {
+			t.Fatal(err)
+		}
+		conformance.Serves(t, l.Endpoint, pemutil.Fingerprint(m.Leaf))
 		must(t, os.Remove(key))
 		must(t, os.WriteFile(key, m.KeyPEM, 0o600))
 	})
@@ -81,7 +86,13 @@ func TestLive(t *testing.T) {
 func TestKeysOfTwoTypes(t *testing.T) {
 	l, _ := start(t)
 	cert, key := l.Config["cert_path"].(string), l.Config["key_path"].(string)
-	other := writePair(t, l.Watched, "rsa", newRSA(t))
+	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
+	must(t, err)
+	issued, err := testca.Must(t).Issue(testca.Template{Key: rsaKey})
+	must(t, err)
+	other := filepath.Join(l.Watched, "rsa")
+	must(t, os.WriteFile(other+".crt", issued.LeafPEM(), 0o600))
+	must(t, os.WriteFile(other+".key", issued.KeyPEM(), 0o600))
 	conf := filepath.Join(l.Dir, "nginx.conf")
 	text, err := os.ReadFile(conf)
 	must(t, err)
@@ -90,8 +101,6 @@ func TestKeysOfTwoTypes(t *testing.T) {
 		"ssl_certificate "+cert+";", "ssl_certificate "+other+".crt; ssl_certificate "+cert+";",
 	).Replace(string(text))
 	must(t, os.WriteFile(conf, []byte(changed), 0o644))
-	rsaKey, err := os.ReadFile(other + ".key")
-	must(t, err)
 
 	// Which of the two certificates a probe meets is up to the server.
 	unverified := []any{"post_deploy_verify", map[string]any{"enabled": false}}
@@ -103,7 +112,7 @@ func TestKeysOfTwoTypes(t *testing.T) {
 		offers(t, l.Endpoint.Address, tls.TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256, func(leaf *x509.Certificate) bool { return leaf.PublicKeyAlgorithm == x509.RSA })
 	}
 	l.Refuses(t, l.NewMaterial(t), "reads the key of "+cert+" from "+key, append(unverified, "key_path", other+".key")...)
-	if now, err := os.ReadFile(other + ".key"); err != nil || string(now) != string(rsaKey) {
+	if now, err := os.ReadFile(other + ".key"); err != nil || string(now) != string(issued.KeyPEM()) {
 		t.Errorf("the RSA key is not the one that it was (%v)", err)
 	}
 }

@@ -5,56 +5,47 @@ package nginx
 
 import (
 	"context"
-	"slices"
 
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/policy"
-	"certctl-agent/internal/transaction"
+	"certctl-agent/internal/serverconf"
+	"certctl-agent/internal/targetconf"
 )
 
-// Config is what can be set for a target of type NGINX. cert_path and both
-// commands are required.
-type Config struct {
-	connector.Pair
-}
+// Type is the kind of target.
+func Type() connector.Type { return connector.Type{Name: "NGINX", New: newConnector} }
 
-// Connector is one deployment to nginx.
-type Connector struct {
-	params   connector.Params
-	files    *transaction.Store
-	config   Config
+type nginx struct {
+	config   *targetconf.Config
+	host     connector.Host
+	pair     connector.Pair
 	validate *policy.Command
 	reload   *policy.Command
 }
 
-var _ connector.Connector = (*Connector)(nil)
-
-// New checks the configuration.
-func New(p connector.Params, files *transaction.Store) (*Connector, error) {
-	c := &Connector{params: p, files: files}
-	if err := p.Config.Decode(&c.config, "key_path"); err != nil {
+func newConnector(c *targetconf.Config, host connector.Host) (connector.Connector, error) {
+	n := &nginx{config: c, host: host}
+	if err := c.Decode(&n.pair, "key_path"); err != nil {
 		return nil, err
 	}
-	if err := c.config.Check("cert_path", "validate_command", "reload_command"); err != nil {
+	if err := n.pair.Check("cert_path", "validate_command", "reload_command"); err != nil {
 		return nil, err
 	}
 	var err error
-	c.validate, c.reload, err = c.config.Commands(p)
-	return c, err
+	n.validate, n.reload, err = n.pair.Commands(c, host)
+	return n, err
 }
 
-// Deploy implements connector.Connector.
-func (c *Connector) Deploy(ctx context.Context, m *connector.Material) (connector.Result, error) {
-	pair := c.config.Pair
-	found, err := c.askServer(ctx)
-	asked, err := pair.Settle(c.params, m, "nginx", found, err)
+// Plan implements connector.Connector.
+func (n *nginx) Plan(ctx context.Context, m *connector.Material) (*connector.Plan, error) {
+	pair := n.pair
+	found, err := serverconf.NGINX(ctx, n.host.Query, pair.CertPath, *n.validate, *n.reload)
+	asked, err := pair.Match(n.config, n.host, m, "nginx", found, err)
 	if err != nil {
-		return connector.Result{}, err
+		return nil, err
 	}
-	files, warnings := pair.Files(m)
-	tx := transaction.NewTransaction(c.params, m)
-	tx.Files, tx.Validate, tx.Reload = files, c.validate, c.reload
-	result, err := c.files.Deploy(ctx, tx)
-	result.Warnings = slices.Concat(asked, warnings, result.Warnings)
-	return result, err
+	plan := pair.Plan(m)
+	plan.Validate, plan.Reload.Command, plan.Serves = n.validate, n.reload, n.config.Common.Endpoint()
+	plan.Warnings = append(asked, plan.Warnings...)
+	return plan, nil
 }

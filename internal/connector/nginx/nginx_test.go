@@ -8,8 +8,6 @@ import (
 	"certctl-agent/internal/connector/conformance"
 )
 
-var build = conformance.Constructor(New)
-
 func TestConformance(t *testing.T) {
 	config := func(dir string) map[string]any {
 		return map[string]any{
@@ -23,7 +21,7 @@ func TestConformance(t *testing.T) {
 	required := []string{"cert_path", "validate_command", "reload_command"}
 	t.Run("chain apart", func(t *testing.T) {
 		conformance.Run(t, conformance.Harness{
-			Type: "NGINX", New: build, Required: required, Config: config,
+			Type: Type(), Required: required, Config: config,
 			Want: func(m *connector.Material) map[string][]byte {
 				return map[string][]byte{"cert.pem": conformance.PEM(m.Leaf), "chain.pem": conformance.PEM(m.Chain...), "key.pem": m.KeyPEM}
 			},
@@ -31,7 +29,7 @@ func TestConformance(t *testing.T) {
 	})
 	t.Run("full chain", func(t *testing.T) {
 		conformance.Run(t, conformance.Harness{
-			Type: "NGINX", New: build, Required: required,
+			Type: Type(), Required: required,
 			Config: func(dir string) map[string]any {
 				c := config(dir)
 				delete(c, "chain_path")

@@ -8,90 +8,79 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
-	"fmt"
-	"io/fs"
 	"path/filepath"
 	"strings"
 
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/policy"
-	"certctl-agent/internal/serverconf"
 	"certctl-agent/internal/targetconf"
-	"certctl-agent/internal/transaction"
 )
 
-// Config is what can be set for a target of type Traefik.
-type Config struct {
+// Type is the kind of target.
+func Type() connector.Type {
+	return connector.Type{Name: "Traefik", Aliases: map[string]string{"watch_dir": "cert_dir"}, New: newConnector}
+}
+
+// config is what can be set.
+type config struct {
 	connector.DirPair
 	DynamicConfig targetconf.Path `json:"dynamic_config"` // none: somebody else tells Traefik
 	ReloadCommand string          `json:"reload_command"` // none: Traefik needs none
 }
 
-// Connector is one deployment to Traefik.
-type Connector struct {
-	params connector.Params
-	files  *transaction.Store
-	config Config
+type traefik struct {
+	config config
+	common targetconf.Common
 	pair   connector.Pair
 	reload *policy.Command
 }
 
-var _ connector.Connector = (*Connector)(nil)
-
-// New checks the configuration.
-func New(p connector.Params, files *transaction.Store) (*Connector, error) {
-	c := &Connector{params: p, files: files}
-	err := p.Config.Decode(&c.config)
+func newConnector(c *targetconf.Config, host connector.Host) (connector.Connector, error) {
+	t := &traefik{common: c.Common}
+	err := c.Decode(&t.config)
 	if err != nil {
 		return nil, err
 	}
-	if c.pair, err = c.config.Pair(); err != nil {
+	if t.pair, err = t.config.Pair(); err != nil {
 		return nil, err
 	}
-	if err := c.checkDynamic(); err != nil {
+	if err := t.checkDynamic(); err != nil {
 		return nil, err
 	}
-	c.reload, err = p.Command("reload_command", c.config.ReloadCommand)
-	return c, err
+	if t.reload, err = host.Command(c, "reload_command", t.config.ReloadCommand); err != nil {
+		return nil, err
+	}
+	return t, nil
 }
 
-func (c *Connector) checkDynamic() error {
-	if c.config.DynamicConfig == "" {
+func (t *traefik) checkDynamic() error {
+	if t.config.DynamicConfig == "" {
 		return nil
 	}
-	switch strings.ToLower(filepath.Ext(string(c.config.DynamicConfig))) {
+	switch strings.ToLower(filepath.Ext(string(t.config.DynamicConfig))) {
 	case ".yml", ".yaml", ".toml":
 	default:
 		return targetconf.Invalid("dynamic_config", "expected a .yml, .yaml or .toml file: Traefik loads no others")
 	}
 	// Traefik runs these files through text/template.
-	if strings.Contains(string(c.pair.CertPath+c.pair.KeyPath), "{{") {
+	if strings.Contains(string(t.pair.CertPath+t.pair.KeyPath), "{{") {
 		return targetconf.Invalid("cert_dir", "holds {{, which Traefik would take for a template")
 	}
 	return nil
 }
 
-// Deploy implements connector.Connector.
-func (c *Connector) Deploy(ctx context.Context, m *connector.Material) (connector.Result, error) {
-	files, warnings := c.pair.Files(m)
-	if c.config.DynamicConfig != "" {
-		dynamic, err := c.dynamic(pemutil.Fingerprint(m.Leaf))
-		if err != nil {
-			return connector.Result{}, err
-		}
-		files = append(files, dynamic)
-	}
-	tx := transaction.NewTransaction(c.params, m)
-	tx.Files, tx.Reload = files, c.reload
-	result, err := c.files.Deploy(ctx, tx)
-	if err == nil && !result.Unchanged && c.config.DynamicConfig == "" && c.reload == nil {
-		warnings = append(warnings, "Traefik is not told of the new certificate and goes on with the old one until something else changes "+
+// Plan implements connector.Connector.
+func (t *traefik) Plan(_ context.Context, m *connector.Material) (*connector.Plan, error) {
+	plan := t.pair.Plan(m)
+	plan.Reload.Command, plan.Serves = t.reload, t.common.Endpoint()
+	if t.config.DynamicConfig != "" {
+		plan.Files = append(plan.Files, t.dynamic(pemutil.Fingerprint(m.Leaf)))
+	} else if t.reload == nil {
+		plan.Warnings = append(plan.Warnings, "Traefik is not told of the new certificate and goes on with the old one until something else changes "+
 			"its dynamic configuration: set dynamic_config to a file that Traefik watches")
 	}
-	result.Warnings = append(warnings, result.Warnings...)
-	return result, err
+	return plan, nil
 }
 
 // marker begins a dynamic configuration that is ours to replace.
@@ -100,29 +89,23 @@ const marker = "# Written by certctl-agent"
 // dynamic is the file that Traefik watches. One that an operator wrote keeps
 // its bytes: being replaced is all that it takes for Traefik to read the pair
 // again.
-func (c *Connector) dynamic(fingerprint string) (connector.File, error) {
-	path := c.config.DynamicConfig
-	file := connector.NewFile(path, connector.ConfigFile, c.content(fingerprint), targetconf.FileOptions{})
-	was, err := serverconf.ReadFile(string(path))
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return file, fmt.Errorf("dynamic_config: %w", err)
-	}
-	file.Keep = err == nil && !isOurs(was)
-	file.Written = isOurs
-	return file, nil
+func (t *traefik) dynamic(fingerprint string) connector.File {
+	file := connector.NewFile(t.config.DynamicConfig, connector.ConfigFile, t.content(fingerprint), targetconf.FileOptions{})
+	file.Keep, file.Written = true, isOurs
+	return file
 }
 
 func isOurs(data []byte) bool { return bytes.HasPrefix(data, []byte(marker)) }
 
 // content names the pair. The fingerprint makes every version of the file
 // another one, for whoever compares.
-func (c *Connector) content(fingerprint string) []byte {
+func (t *traefik) content(fingerprint string) []byte {
 	lines := []string{
 		marker + " for the certificate " + fingerprint + ".",
 		"# Changes are lost with the next one, unless this first comment goes.",
 	}
-	cert, key := quote(c.pair.CertPath), quote(c.pair.KeyPath)
-	if strings.EqualFold(filepath.Ext(string(c.config.DynamicConfig)), ".toml") {
+	cert, key := quote(t.pair.CertPath), quote(t.pair.KeyPath)
+	if strings.EqualFold(filepath.Ext(string(t.config.DynamicConfig)), ".toml") {
 		lines = append(lines, "[[tls.certificates]]", "  certFile = "+cert, "  keyFile = "+key)
 	} else {
 		lines = append(lines, "tls:", "  certificates:", "    - certFile: "+cert, "      keyFile: "+key)

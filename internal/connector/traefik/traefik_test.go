@@ -16,9 +16,8 @@ import (
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/policy"
 	"certctl-agent/internal/testing/testca"
+	"certctl-agent/internal/transaction"
 )
-
-var build = conformance.Constructor(New)
 
 func TestConformance(t *testing.T) {
 	config := func(dir string) map[string]any { return map[string]any{"cert_dir": dir} }
@@ -26,11 +25,11 @@ func TestConformance(t *testing.T) {
 		return map[string][]byte{"cert.pem": append(conformance.PEM(m.Leaf), conformance.PEM(m.Chain...)...), "key.pem": m.KeyPEM}
 	}
 	t.Run("pair alone", func(t *testing.T) {
-		conformance.Run(t, conformance.Harness{Type: "Traefik", New: build, Required: []string{"cert_dir"}, Config: config, Want: want})
+		conformance.Run(t, conformance.Harness{Type: Type(), Required: []string{"cert_dir"}, Config: config, Want: want})
 	})
 	t.Run("dynamic configuration and reload", func(t *testing.T) {
 		conformance.Run(t, conformance.Harness{
-			Type: "Traefik", New: build, Required: []string{"cert_dir"},
+			Type: Type(), Required: []string{"cert_dir"},
 			Config: func(d string) map[string]any {
 				c := config(d)
 				c["dynamic_config"] = filepath.Join(d, "certctl.yml")
@@ -72,9 +71,9 @@ func newFixture(t *testing.T, dynamic string) *fixture {
 	return f
 }
 
-func (f *fixture) deploy(t *testing.T, m *connector.Material) connector.Result {
+func (f *fixture) deploy(t *testing.T, m *connector.Material) transaction.Result {
 	t.Helper()
-	result, err := f.Deploy(t.Context(), "Traefik", build, f.config, m)
+	result, err := f.Deploy(t.Context(), Type(), f.config, m)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -147,7 +146,7 @@ func TestOperatorsOwn(t *testing.T) {
 
 	before = f.stat(t)
 	f.config["reload_command"] = "/nonexistent/reload"
-	if _, err := f.Deploy(t.Context(), "Traefik", build, f.config, f.Material(t, f.ca)); err == nil {
+	if _, err := f.Deploy(t.Context(), Type(), f.config, f.Material(t, f.ca)); err == nil {
 		t.Error("a failed reload passes")
 	}
 	check("rollback", before, true)
@@ -167,7 +166,7 @@ func TestNew(t *testing.T) {
 	for _, test := range tests {
 		was := f.config[test.key]
 		f.config[test.key] = test.value
-		if _, err := f.Connector("Traefik", build, f.config); err == nil || !strings.Contains(err.Error(), test.says) {
+		if _, err := f.Connector(Type(), f.config); err == nil || !strings.Contains(err.Error(), test.says) {
 			t.Errorf("%s = %q: got %v, want an error with %q", test.key, test.value, err, test.says)
 		}
 		if f.config[test.key] = was; was == nil {
@@ -182,7 +181,7 @@ func TestUnreadableDynamic(t *testing.T) {
 	if err := os.Mkdir(f.dynamic, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := f.Deploy(t.Context(), "Traefik", build, f.config, f.Material(t, f.ca)); err == nil || !strings.Contains(err.Error(), "dynamic_config") {
+	if _, err := f.Deploy(t.Context(), Type(), f.config, f.Material(t, f.ca)); err == nil || !strings.Contains(err.Error(), "dynamic_config") {
 		t.Errorf("got %v, want an error that names dynamic_config", err)
 	}
 }
@@ -205,7 +204,7 @@ func TestNotTold(t *testing.T) {
 		}
 		m := host.Material(t, testca.Must(t))
 		for _, unchanged := range []bool{false, true} {
-			result, err := host.Deploy(t.Context(), "Traefik", build, config, m)
+			result, err := host.Deploy(t.Context(), Type(), config, m)
 			if err != nil || result.Unchanged != unchanged {
 				t.Fatalf("%v: got %+v, %v, want it unchanged: %v", config, result, err, unchanged)
 			}

@@ -1,4 +1,4 @@
-package nginx
+package serverconf
 
 import (
 	"fmt"
@@ -8,7 +8,7 @@ import (
 
 // tree writes directives with all words quoted, so that a test sees where one
 // ends.
-func tree(list []directive) string {
+func tree(list []nginxDirective) string {
 	var b strings.Builder
 	for _, d := range list {
 		fmt.Fprintf(&b, "%q", append([]string{d.name}, d.args...))
@@ -19,7 +19,7 @@ func tree(list []directive) string {
 	return b.String()
 }
 
-func TestParse(t *testing.T) {
+func TestNGINXParse(t *testing.T) {
 	tests := []struct{ text, want string }{
 		{"", ""},
 		{"a b c;", `["a" "b" "c"]`},
@@ -35,7 +35,7 @@ func TestParse(t *testing.T) {
 		{"content_by_lua_block { local t = {a = '}'} -- }\n --[[ } ]] x = [[ } ]] s = \"\\\"}\" } b;", `["content_by_lua_block"]["b"]`},
 	}
 	for _, test := range tests {
-		list, err := parse("f", test.text)
+		list, err := parseNGINX("f", test.text)
 		if strings.Contains(test.text, "#not#") {
 			if err == nil {
 				t.Errorf("%q: got %s, want an error: the comment hides the semicolon", test.text, tree(list))
@@ -48,7 +48,7 @@ func TestParse(t *testing.T) {
 	}
 }
 
-func TestParseErrors(t *testing.T) {
+func TestNGINXParseErrors(t *testing.T) {
 	for text, says := range map[string]string{
 		"a":                      "f:1: unexpected end",
 		"a b":                    "unexpected end",
@@ -65,29 +65,29 @@ func TestParseErrors(t *testing.T) {
 		"x_by_lua_block { ' }":   "unexpected end",
 		strings.Repeat("a{", 50): "too deep",
 	} {
-		if list, err := parse("f", text); err == nil || !strings.Contains(err.Error(), says) {
+		if list, err := parseNGINX("f", text); err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%q: got %s, %v, want an error with %q", text, tree(list), err, says)
 		}
 	}
 }
 
-func FuzzParse(f *testing.F) {
+func FuzzNGINXParse(f *testing.F) {
 	for _, seed := range []string{"a b;", `a "b\"" 'c' {d;}`, "#x\na${b};", "x_by_lua_block{[[}]]'}'--}\n}", "a{b{c{d;}}}", `\`, `"`, "include x;"} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, text string) {
-		list, err := parse("f", text)
+		list, err := parseNGINX("f", text)
 		if err == nil && strings.TrimSpace(text) != "" && list == nil && !strings.Contains(text, "#") {
 			t.Errorf("%q parses to nothing", text)
 		}
 	})
 }
 
-func FuzzPairsInDump(f *testing.F) {
+func FuzzNGINXPairs(f *testing.F) {
 	f.Add("# configuration file /etc/nginx/nginx.conf:\nhttp{include *.d;server{ssl_certificate a;ssl_certificate_key b;}}\n# configuration file /etc/nginx/x.d:\nserver{}\n")
 	f.Add("# configuration file /n:\ninclude n; include n;")
 	f.Fuzz(func(t *testing.T, dump string) {
-		pairs, err := pairsInDump(dump)
+		pairs, err := nginxDumpPairs(dump)
 		if err != nil && pairs != nil {
 			t.Errorf("got pairs and an error: %v", err)
 		}

@@ -1,6 +1,7 @@
-package nginx
+package serverconf
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/ed25519"
@@ -14,52 +15,50 @@ import (
 	"strings"
 	"testing"
 
-	"certctl-agent/internal/connector/conformance"
 	"certctl-agent/internal/policy"
-	"certctl-agent/internal/serverconf"
 	"certctl-agent/internal/testing/testca"
 )
 
-const main = "# configuration file /etc/nginx/nginx.conf:\n"
+const nginxMain = "# configuration file /etc/nginx/nginx.conf:\n"
 
-func TestKeyInDump(t *testing.T) {
+func TestNGINXKeyInDump(t *testing.T) {
 	tests := []struct {
 		name string
 		dump string
 		want string // key, or part of the error
 	}{
-		{"same block", main + `http { server { ssl_certificate /c.pem; ssl_certificate_key /k.pem; } }`, "/k.pem"},
-		{"inherited from http", main + `http { ssl_certificate /c.pem; ssl_certificate_key /k.pem; server { listen 443 ssl; } }`, "/k.pem"},
-		{"key inherited, certificate not", main + `http { ssl_certificate_key /k.pem; server { ssl_certificate /c.pem; } }`, "/k.pem"},
-		{"the server's own goes before the inherited", main + `http { ssl_certificate /x; ssl_certificate_key /y; server { ssl_certificate /c.pem; ssl_certificate_key /k.pem; } }`, "/k.pem"},
-		{"relative to the main file's directory", main + `http { server { ssl_certificate ../../c.pem; ssl_certificate_key tls/k.pem; } }`, "/etc/nginx/tls/k.pem"},
-		{"quoted", main + `http { server { ssl_certificate "/c.pem"; ssl_certificate_key '/k k.pem'; } }`, "/k k.pem"},
-		{"two pairs in one block, of which nothing is there", main + `http { server { ssl_certificate /rsa; ssl_certificate /c.pem; ssl_certificate_key /rsa.key; ssl_certificate_key /k.pem; } }`, "no key for /c.pem that is certain"},
-		{"more keys than certificates", main + `http { server { ssl_certificate /c.pem; ssl_certificate_key /k.pem; ssl_certificate_key /x; } }`, "/k.pem"},
-		{"the same pair twice", main + `http { server { ssl_certificate /c.pem; ssl_certificate_key /k.pem; } server { ssl_certificate /c.pem; ssl_certificate_key /k.pem; } }`, "/k.pem"},
-		{"stream", main + `stream { server { ssl_certificate /c.pem; ssl_certificate_key /k.pem; } }`, "/k.pem"},
-		{"include, relative with a wildcard", main + "http { include sites/*.conf; }\n# configuration file /etc/nginx/sites/a.conf:\nserver { include tls; }\n\n# configuration file /etc/nginx/tls:\nssl_certificate /c.pem; ssl_certificate_key /k.pem;\n", "/k.pem"},
-		{"not included where it would count", main + "http { include sites/*.conf; }\n# configuration file /etc/nginx/other/a.conf:\nserver { ssl_certificate /c.pem; ssl_certificate_key /k.pem; }\n", "names no key"},
-		{"none", main + `http { server { ssl_certificate /other; ssl_certificate_key /k.pem; } }`, "names no key for /c.pem"},
-		{"no key", main + `http { server { ssl_certificate /c.pem; } }`, "no key for /c.pem that is certain"},
-		{"in a comment", main + "http { server { # ssl_certificate /c.pem; ssl_certificate_key /k.pem;\n } }", "names no key"},
-		{"of a proxied connection", main + `http { server { proxy_ssl_certificate /c.pem; proxy_ssl_certificate_key /k.pem; } }`, "names no key"},
-		{"several", main + `http { server { ssl_certificate /c.pem; ssl_certificate_key /k1; } server { ssl_certificate /c.pem; ssl_certificate_key /k2; } }`, `several keys for /c.pem: "/k1" (/etc/nginx/nginx.conf:1), "/k2" (`},
-		{"an engine's", main + `http { server { ssl_certificate /c.pem; ssl_certificate_key engine:pkcs11:secret-pin; } }`, "cannot be used"},
-		{"in the configuration itself", main + `http { server { ssl_certificate /c.pem; ssl_certificate_key "data:secret-pin"; } server { ssl_certificate /c.pem; ssl_certificate_key /k; } }`, `several keys for /c.pem: "data:" (/etc/nginx/nginx.conf:1), "/k" (`},
-		{"a variable", main + `http { server { ssl_certificate /c.pem; ssl_certificate_key $ssl_server_name.key; } }`, "cannot be used"},
-		{"in the same file", main + `http { server { ssl_certificate /c.pem; ssl_certificate_key /c.pem; } }`, "/c.pem"},
-		{"a file twice", main + "a;\n" + main + "b;", "twice"},
-		{"an include in a circle", main + "include nginx.conf;", "too deep"},
+		{"same block", nginxMain + `http { server { ssl_certificate /c.pem; ssl_certificate_key /k.pem; } }`, "/k.pem"},
+		{"inherited from http", nginxMain + `http { ssl_certificate /c.pem; ssl_certificate_key /k.pem; server { listen 443 ssl; } }`, "/k.pem"},
+		{"key inherited, certificate not", nginxMain + `http { ssl_certificate_key /k.pem; server { ssl_certificate /c.pem; } }`, "/k.pem"},
+		{"the server's own goes before the inherited", nginxMain + `http { ssl_certificate /x; ssl_certificate_key /y; server { ssl_certificate /c.pem; ssl_certificate_key /k.pem; } }`, "/k.pem"},
+		{"relative to the main file's directory", nginxMain + `http { server { ssl_certificate ../../c.pem; ssl_certificate_key tls/k.pem; } }`, "/etc/nginx/tls/k.pem"},
+		{"quoted", nginxMain + `http { server { ssl_certificate "/c.pem"; ssl_certificate_key '/k k.pem'; } }`, "/k k.pem"},
+		{"two pairs in one block, of which nothing is there", nginxMain + `http { server { ssl_certificate /rsa; ssl_certificate /c.pem; ssl_certificate_key /rsa.key; ssl_certificate_key /k.pem; } }`, "no key for /c.pem that is certain"},
+		{"more keys than certificates", nginxMain + `http { server { ssl_certificate /c.pem; ssl_certificate_key /k.pem; ssl_certificate_key /x; } }`, "/k.pem"},
+		{"the same pair twice", nginxMain + `http { server { ssl_certificate /c.pem; ssl_certificate_key /k.pem; } server { ssl_certificate /c.pem; ssl_certificate_key /k.pem; } }`, "/k.pem"},
+		{"stream", nginxMain + `stream { server { ssl_certificate /c.pem; ssl_certificate_key /k.pem; } }`, "/k.pem"},
+		{"include, relative with a wildcard", nginxMain + "http { include sites/*.conf; }\n# configuration file /etc/nginx/sites/a.conf:\nserver { include tls; }\n\n# configuration file /etc/nginx/tls:\nssl_certificate /c.pem; ssl_certificate_key /k.pem;\n", "/k.pem"},
+		{"not included where it would count", nginxMain + "http { include sites/*.conf; }\n# configuration file /etc/nginx/other/a.conf:\nserver { ssl_certificate /c.pem; ssl_certificate_key /k.pem; }\n", "names no key"},
+		{"none", nginxMain + `http { server { ssl_certificate /other; ssl_certificate_key /k.pem; } }`, "names no key for /c.pem"},
+		{"no key", nginxMain + `http { server { ssl_certificate /c.pem; } }`, "no key for /c.pem that is certain"},
+		{"in a comment", nginxMain + "http { server { # ssl_certificate /c.pem; ssl_certificate_key /k.pem;\n } }", "names no key"},
+		{"of a proxied connection", nginxMain + `http { server { proxy_ssl_certificate /c.pem; proxy_ssl_certificate_key /k.pem; } }`, "names no key"},
+		{"several", nginxMain + `http { server { ssl_certificate /c.pem; ssl_certificate_key /k1; } server { ssl_certificate /c.pem; ssl_certificate_key /k2; } }`, `several keys for /c.pem: "/k1" (/etc/nginx/nginx.conf:1), "/k2" (`},
+		{"an engine's", nginxMain + `http { server { ssl_certificate /c.pem; ssl_certificate_key engine:pkcs11:secret-pin; } }`, "cannot be used"},
+		{"in the configuration itself", nginxMain + `http { server { ssl_certificate /c.pem; ssl_certificate_key "data:secret-pin"; } server { ssl_certificate /c.pem; ssl_certificate_key /k; } }`, `several keys for /c.pem: "data:" (/etc/nginx/nginx.conf:1), "/k" (`},
+		{"a variable", nginxMain + `http { server { ssl_certificate /c.pem; ssl_certificate_key $ssl_server_name.key; } }`, "cannot be used"},
+		{"in the same file", nginxMain + `http { server { ssl_certificate /c.pem; ssl_certificate_key /c.pem; } }`, "/c.pem"},
+		{"a file twice", nginxMain + "a;\n" + nginxMain + "b;", "twice"},
+		{"an include in a circle", nginxMain + "include nginx.conf;", "too deep"},
 		{"nothing", "", "printed no configuration"},
-		{"no configuration", main + "http {", "unexpected end"},
+		{"no configuration", nginxMain + "http {", "unexpected end"},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			var found serverconf.Pair
-			pairs, err := pairsInDump(test.dump)
+			var found Pair
+			pairs, err := nginxDumpPairs(test.dump)
 			if err == nil {
-				found, err = serverconf.KeyFor("/c.pem", pairs)
+				found, err = KeyFor("/c.pem", pairs)
 			}
 			if strings.HasPrefix(test.want, "/") {
 				if err != nil || found.Key != test.want {
@@ -80,7 +79,7 @@ func TestKeyInDump(t *testing.T) {
 // Of several pairs in one block nginx gives each certificate the key of its type,
 // whatever the order. The files say which one that is; a certificate that is not
 // there yet takes the key that is left.
-func TestSeveralPairs(t *testing.T) {
+func TestNGINXSeveralPairs(t *testing.T) {
 	dir := t.TempDir()
 	rsa, ec, ed := writePair(t, dir, "rsa", newRSA(t)), writePair(t, dir, "ec", nil), writePair(t, dir, "ed", newEd25519(t))
 	again := filepath.Join(dir, "again")
@@ -115,7 +114,7 @@ func TestSeveralPairs(t *testing.T) {
 			for _, cert := range test.certs {
 				block.WriteString("ssl_certificate " + cert + ".crt;")
 			}
-			pairs, err := pairsInDump(main + "http { server {" + block.String() + "} }")
+			pairs, err := nginxDumpPairs(nginxMain + "http { server {" + block.String() + "} }")
 			got := make(map[string]string)
 			for _, pair := range pairs {
 				got[strings.TrimSuffix(pair.Cert, ".crt")] = strings.TrimSuffix(pair.Key, ".key")
@@ -145,25 +144,25 @@ func writePair(t *testing.T, dir, name string, key crypto.Signer) string {
 	issued, err := testca.Must(t).Issue(testca.Template{Key: key})
 	must(t, err)
 	path := filepath.Join(dir, name)
-	must(t, os.WriteFile(path+".crt", conformance.PEM(issued.Leaf), 0o600))
+	must(t, os.WriteFile(path+".crt", issued.LeafPEM(), 0o600))
 	must(t, os.WriteFile(path+".key", issued.KeyPEM(), 0o600))
 	return path
 }
 
 // Includes that double at each level are cut off before they fill the memory.
-func TestIncludeBomb(t *testing.T) {
-	dump := main + "include a0; include a0;\n"
+func TestNGINXIncludeBomb(t *testing.T) {
+	dump := nginxMain + "include a0; include a0;\n"
 	for i := range 30 {
 		dump += "# configuration file /etc/nginx/a" + string(rune('A'+i)) + ":\ninclude b*;\n"
 	}
 	dump = strings.ReplaceAll(dump, "include b*;", "include a[A-^]; include a[A-^];")
 	dump = strings.ReplaceAll(dump, "include a0;", "include a[A-^];")
-	if _, err := pairsInDump(dump); err == nil || !strings.Contains(err.Error(), "too") {
+	if _, err := nginxDumpPairs(dump); err == nil || !strings.Contains(err.Error(), "too") {
 		t.Errorf("got %v", err)
 	}
 }
 
-func TestPairsOnDisk(t *testing.T) {
+func TestNGINXDiskPairs(t *testing.T) {
 	dir := t.TempDir()
 	write := func(name, text string) {
 		if err := os.MkdirAll(filepath.Dir(filepath.Join(dir, name)), 0o755); err != nil {
@@ -176,22 +175,22 @@ func TestPairsOnDisk(t *testing.T) {
 	write("nginx.conf", "http { include sites/*; }")
 	write("sites/a", "server { ssl_certificate /c.pem; ssl_certificate_key k.pem; }")
 	write("sites/.hidden", "server { ssl_certificate /c.pem; ssl_certificate_key other.pem; }")
-	pairs, err := pairsOnDisk(filepath.Join(dir, "nginx.conf"))
-	want := []serverconf.Pair{{Cert: "/c.pem", Key: filepath.Join(dir, "k.pem"), Where: filepath.Join(dir, "sites/a") + ":1"}}
+	pairs, err := nginxDiskPairs(filepath.Join(dir, "nginx.conf"))
+	want := []Pair{{Cert: "/c.pem", Key: filepath.Join(dir, "k.pem"), Where: filepath.Join(dir, "sites/a") + ":1"}}
 	if err != nil || !slices.Equal(pairs, want) {
 		t.Errorf("got %v, %v, want %v", pairs, err, want)
 	}
 	write("nginx.conf", "include missing;")
-	if _, err := pairsOnDisk(filepath.Join(dir, "nginx.conf")); !errors.Is(err, os.ErrNotExist) {
+	if _, err := nginxDiskPairs(filepath.Join(dir, "nginx.conf")); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("an include that is not there: %v", err)
 	}
 	write("nginx.conf", "include sites;")
-	if _, err := pairsOnDisk(filepath.Join(dir, "nginx.conf")); err == nil || !strings.Contains(err.Error(), "not a regular file") {
+	if _, err := nginxDiskPairs(filepath.Join(dir, "nginx.conf")); err == nil || !strings.Contains(err.Error(), "not a regular file") {
 		t.Errorf("an include of a directory: %v", err)
 	}
 }
 
-func TestFindCall(t *testing.T) {
+func TestNGINXCall(t *testing.T) {
 	tests := []struct{ validate, reload, want string }{
 		{"nginx -t", "systemctl reload nginx", "nginx"},
 		{"/usr/sbin/nginx -t -q -c /etc/nginx/nginx.conf", "", "/usr/sbin/nginx -c /etc/nginx/nginx.conf"},
@@ -203,20 +202,19 @@ func TestFindCall(t *testing.T) {
 		{"systemctl reload nginx", "service nginx reload", ""},
 	}
 	for _, test := range tests {
-		got, err := findCall(strings.Fields(test.validate), append(strings.Fields(test.reload), "")[:max(1, len(strings.Fields(test.reload)))])
-		if strings.Join(got, " ") != test.want || (err == nil) != (test.want != "") {
+		got, err := nginxCall(words(test.validate), words(cmp.Or(test.reload, "true")))
+		if strings.Join(got.Argv, " ") != test.want || (err == nil) != (test.want != "") {
 			t.Errorf("%q and %q: got %q, %v, want %q", test.validate, test.reload, got, err, test.want)
 		}
 	}
 }
 
-func TestQueryFails(t *testing.T) {
-	c := &Connector{validate: &policy.Command{Argv: []string{"nginx", "-t"}}, reload: &policy.Command{Argv: []string{"true"}}}
-	if _, err := c.askServer(t.Context()); err == nil || !strings.Contains(err.Error(), "cannot be asked") {
+func TestNGINXFails(t *testing.T) {
+	if _, err := NGINX(t.Context(), nil, "/c.pem", words("nginx -t"), words("true")); err == nil || !strings.Contains(err.Error(), "cannot be asked") {
 		t.Errorf("nobody to ask: %v", err)
 	}
-	c.params.Query = func(context.Context, policy.Command) ([]byte, error) { return nil, errors.New("exit status 1") }
-	if _, err := c.askServer(t.Context()); err == nil || !strings.Contains(err.Error(), "exit status 1") {
+	query := func(context.Context, policy.Command) ([]byte, error) { return nil, errors.New("exit status 1") }
+	if _, err := NGINX(t.Context(), query, "/c.pem", words("nginx -t"), words("true")); err == nil || !strings.Contains(err.Error(), "exit status 1") {
 		t.Errorf("nginx fails: %v", err)
 	}
 }

@@ -1,4 +1,4 @@
-package mail
+package serverconf
 
 import (
 	"context"
@@ -11,7 +11,6 @@ import (
 	"testing"
 
 	"certctl-agent/internal/policy"
-	"certctl-agent/internal/serverconf"
 	"certctl-agent/internal/targetconf"
 )
 
@@ -31,11 +30,9 @@ tlsproxy_tls_key_file = /etc/postfix/key.pem
 `
 
 // pairsOf lists the pairs of a Postfix that answers with these.
-func pairsOf(t *testing.T, keyPath, main, overrides string, services map[string]string) ([]serverconf.Pair, error) {
+func pairsOf(t *testing.T, keyPath, main, overrides string, services map[string]string) ([]Pair, error) {
 	t.Helper()
-	c := &Connector{validate: &policy.Command{Argv: []string{"postfix", "check"}}, reload: &policy.Command{Argv: []string{"postfix", "reload"}}}
-	c.config.KeyPath = targetconf.Path(keyPath)
-	c.params.Query = func(_ context.Context, command policy.Command) ([]byte, error) {
+	query := func(_ context.Context, command policy.Command) ([]byte, error) {
 		switch line := strings.Join(command.Argv, " "); line {
 		case "postconf -x":
 			return []byte(main), nil
@@ -51,7 +48,7 @@ func pairsOf(t *testing.T, keyPath, main, overrides string, services map[string]
 			return []byte(answer), nil
 		}
 	}
-	return c.askPostfix(t.Context())
+	return askPostfix(t.Context(), query, keyPath, words("postfix check"), words("postfix reload"))
 }
 
 func TestPostfixPairs(t *testing.T) {
@@ -85,7 +82,29 @@ func TestPostfixPairs(t *testing.T) {
 	}
 }
 
-func TestTooManyServices(t *testing.T) {
+// postconf is the one beside the program that the job starts.
+func TestPostfixCall(t *testing.T) {
+	tests := []struct{ reload, validate, want string }{
+		{"postfix reload", "postfix check", "postconf -P"},
+		{"systemctl reload postfix", "/usr/sbin/postfix -c /etc/x check", "/usr/sbin/postconf -c /etc/x -P"},
+		{"/opt/postfix -c/etc/y -v reload", "postfix -c /etc/x check", "/opt/postconf -c /etc/y -P"},
+		{"sudo -n postfix reload", "true", "sudo -n postconf -P"},
+		{"systemctl reload postfix", "true", ""},
+	}
+	for _, test := range tests {
+		var got string
+		query := func(_ context.Context, command policy.Command) ([]byte, error) {
+			got = strings.Join(command.Argv, " ")
+			return nil, nil
+		}
+		_, err := askPostfix(t.Context(), query, "", words(test.validate), words(test.reload))
+		if got != test.want || (err == nil) != (test.want != "") {
+			t.Errorf("%q and %q: got %q, %v, want %q", test.reload, test.validate, got, err, test.want)
+		}
+	}
+}
+
+func TestPostfixTooManyServices(t *testing.T) {
 	var overrides strings.Builder
 	for i := range maxServices + 1 {
 		fmt.Fprintf(&overrides, "%d/inet/x = %d\n", i, i)
@@ -95,11 +114,11 @@ func TestTooManyServices(t *testing.T) {
 	}
 }
 
-func check(t *testing.T, name string, cert targetconf.Path, pairs []serverconf.Pair, err error, want string) {
+func check(t *testing.T, name string, cert targetconf.Path, pairs []Pair, err error, want string) {
 	t.Helper()
-	var found serverconf.Pair
+	var found Pair
 	if err == nil {
-		found, err = serverconf.KeyFor(cert, pairs)
+		found, err = KeyFor(cert, pairs)
 	}
 	got := found.Key + " " + found.Where
 	if err != nil {
@@ -113,7 +132,7 @@ func check(t *testing.T, name string, cert targetconf.Path, pairs []serverconf.P
 // The key of a chain file is in the file before, if that holds nothing but a key;
 // else it is in the file itself. A file that is not there yet holds what the target
 // puts there.
-func TestChainFiles(t *testing.T) {
+func TestPostfixChainFiles(t *testing.T) {
 	dir := t.TempDir()
 	const key, cert = "-----BEGIN PRIVATE KEY-----\n", "-----BEGIN CERTIFICATE-----\n"
 	for name, text := range map[string]string{"key": key, "cert": cert, "both": key + cert, "ca": cert} {

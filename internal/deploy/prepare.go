@@ -5,9 +5,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"maps"
-	"slices"
-	"strings"
 	"time"
 
 	"certctl-agent/internal/api"
@@ -26,12 +23,8 @@ const maxSkew = 5 * time.Minute
 // RFC 5280 allows 64 characters, and nobody stops a hostile signer.
 const maxCommonName = 256
 
-// remoteTypes exist on the control plane. An agent that has no connector for
-// one says so, which is another thing than a name that nobody knows.
-var remoteTypes = []string{"F5", "SSH", "JavaKeystore", "KubernetesSecrets", "AWSACM", "AzureKeyVault", "IIS", "WinCertStore"}
-
-// plan checks the job and makes its connector. It touches nothing.
-func (a *attempt) plan() error {
+// prepare checks the job and makes its connector. It touches nothing.
+func (a *attempt) prepare() error {
 	if !api.ValidID(a.job.CertificateID) {
 		return fmt.Errorf("the certificate id %.200q is not valid: expected 1 to 128 of A-Z a-z 0-9 . _ -", a.job.CertificateID)
 	}
@@ -41,22 +34,18 @@ func (a *attempt) plan() error {
 	if !api.ValidID(a.job.TargetID) {
 		return fmt.Errorf("the target id %.200q is not valid: expected 1 to 128 of A-Z a-z 0-9 . _ -", a.job.TargetID)
 	}
-	build, err := a.factory()
+	typ, err := a.targetType()
 	if err != nil {
 		return err
 	}
 	// Also for an empty type: an overlay may say that it must be another.
-	a.config, err = targetconf.Merge(a.job.TargetConfig, a.job.TargetType, a.job.TargetID, a.o.Overlays)
-	if err != nil || build == nil {
+	a.config, err = targetconf.Merge(a.job.TargetConfig, typ.Name, typ.Aliases, a.job.TargetID, a.o.Overlays)
+	if err != nil || typ.New == nil {
 		return err
 	}
-	a.common, err = targetconf.DecodeCommon(a.config)
+	a.connector, err = typ.New(a.config, connector.Host{Policy: a.o.Policy, Query: a.o.Query, Log: a.log})
 	if err != nil {
-		return err
-	}
-	a.connector, err = build(connector.Params{
-		TargetID: a.job.TargetID, Config: a.config, Common: a.common, Policy: a.o.Policy, Query: a.o.Query, Yield: a.turn.Yield, Log: a.log})
-	if err != nil {
+		a.connector = nil
 		return err
 	}
 	if unknown := a.config.Unknown(); len(unknown) > 0 {
@@ -65,17 +54,12 @@ func (a *attempt) plan() error {
 	return nil
 }
 
-// factory returns the one of the job's type, nil for the empty type.
-func (a *attempt) factory() (connector.Factory, error) {
-	typ := a.job.TargetType
-	if typ == "" || a.o.Connectors[typ] != nil {
-		return a.o.Connectors[typ], nil
+// targetType returns the job's, or none for the empty type.
+func (a *attempt) targetType() (connector.Type, error) {
+	if a.job.TargetType == "" {
+		return connector.Type{}, nil
 	}
-	if slices.Contains(remoteTypes, typ) {
-		return nil, fmt.Errorf("target type %s is not supported by this agent version", typ)
-	}
-	return nil, fmt.Errorf("target type %.100q is unknown (case matters); this agent version supports %s",
-		typ, strings.Join(slices.Sorted(maps.Keys(a.o.Connectors)), ", "))
+	return connector.Find(a.o.Types, a.job.TargetType)
 }
 
 // fetch gets the certificate and its chain in order.
@@ -102,7 +86,7 @@ func (a *attempt) fetch(ctx context.Context) (*connector.Material, error) {
 		a.warn(fmt.Sprintf("the certificate %q in the chain issued neither the leaf nor another certificate of it, and is left out",
 			printable.Clip(cert.Subject.String(), maxCommonName)))
 	}
-	if last := len(chain) - 1; a.common.DropRoot && last >= 0 && pemutil.IsSelfSigned(chain[last]) {
+	if last := len(chain) - 1; a.config != nil && a.config.Common.DropRoot && last >= 0 && pemutil.IsSelfSigned(chain[last]) {
 		chain = chain[:last]
 	}
 	a.outcome.CommonName = printable.Clip(leaf.Subject.CommonName, maxCommonName)

@@ -1,32 +1,30 @@
-package apache
+package serverconf
 
 import (
 	"path/filepath"
 	"regexp"
 	"strings"
-
-	"certctl-agent/internal/serverconf"
 )
 
-// setting is one SSLCertificateFile or SSLCertificateKeyFile.
-type setting struct {
+// httpdSetting is one SSLCertificateFile or SSLCertificateKeyFile.
+type httpdSetting struct {
 	value string
 	where string // file:line
 }
 
-// scope is what one virtual host, or the server around them, sets.
-type scope struct {
-	certs, keys []setting
+// httpdScope is what one virtual host, or the server around them, sets.
+type httpdScope struct {
+	certs, keys []httpdSetting
 }
 
-// pairsInDump reads httpd's answer to -D DUMP_RUN_CFG and -D DUMP_CONFIG, which
+// httpdPairs reads httpd's answer to -D DUMP_RUN_CFG and -D DUMP_CONFIG, which
 // has each directive in force on a line of its own, with the number of its line
 // before it and the name of its file before the first of them. It reports false if
 // the configuration is not there. A variable of the running httpd's environment may
 // be unknown to the one that was asked: where it may be part of cert, it is.
-func pairsInDump(dump, cert string) (pairs []serverconf.Pair, ok bool) {
-	var server scope
-	var hosts []*scope
+func httpdPairs(dump, cert string) (pairs []Pair, ok bool) {
+	var server httpdScope
+	var hosts []*httpdScope
 	current := &server
 	root, file, number := "", "", ""
 	for line := range strings.Lines(dump) {
@@ -42,18 +40,18 @@ func pairsInDump(dump, cert string) (pairs []serverconf.Pair, ok bool) {
 			}
 			continue
 		}
-		words := split(line)
+		words := httpdWords(line)
 		if len(words) == 0 {
 			continue
 		}
-		add := func(list *[]setting) {
+		add := func(list *[]httpdSetting) {
 			if len(words) == 2 {
-				*list = append(*list, setting{words[1], file + ":" + number})
+				*list = append(*list, httpdSetting{words[1], file + ":" + number})
 			}
 		}
 		switch strings.ToLower(words[0]) {
 		case "<virtualhost":
-			current = new(scope)
+			current = new(httpdScope)
 			hosts = append(hosts, current)
 		case "</virtualhost>":
 			current = &server
@@ -97,28 +95,28 @@ func fits(template, path string) bool {
 
 // inherit adds what a virtual host has from the server around it: the first that
 // it sets itself stands for the first there, and so on.
-func (s *scope) inherit(server *scope) {
+func (s *httpdScope) inherit(server *httpdScope) {
 	s.certs = append(s.certs, server.certs[min(len(s.certs), len(server.certs)):]...)
 	s.keys = append(s.keys, server.keys[min(len(s.keys), len(server.keys)):]...)
 }
 
 // pairs takes the first certificate with the first key, and so on. For a
 // certificate without one httpd reads the key from the certificate's own file.
-func (s *scope) pairs(root string) []serverconf.Pair {
-	var pairs []serverconf.Pair
+func (s *httpdScope) pairs(root string) []Pair {
+	var pairs []Pair
 	for i, cert := range s.certs {
 		key := cert
 		if i < len(s.keys) {
 			key = s.keys[i]
 		}
-		pairs = append(pairs, serverconf.Pair{Cert: full(root, cert.value), Key: full(root, key.value), Where: key.where})
+		pairs = append(pairs, Pair{Cert: httpdPath(root, cert.value), Key: httpdPath(root, key.value), Where: key.where})
 	}
 	return pairs
 }
 
-// full makes a path absolute. Of a key that a token holds only the scheme is
+// httpdPath makes a path absolute. Of a key that a token holds only the scheme is
 // kept, which nobody takes for a path.
-func full(root, value string) string {
+func httpdPath(root, value string) string {
 	if scheme := "pkcs11:"; strings.HasPrefix(value, scheme) {
 		return scheme
 	}
@@ -128,9 +126,9 @@ func full(root, value string) string {
 	return filepath.Join(root, value)
 }
 
-// split parts a line into words as ap_getword_conf does: a word may be quoted,
+// httpdWords parts a line into words as ap_getword_conf does: a word may be quoted,
 // and a backslash in it escapes a quote or a backslash. A comment has none.
-func split(line string) []string {
+func httpdWords(line string) []string {
 	var words []string
 	for line = strings.TrimSpace(line); line != "" && (len(words) > 0 || line[0] != '#'); line = strings.TrimSpace(line) {
 		if quote := line[0]; quote == '"' || quote == '\'' {

@@ -1,4 +1,4 @@
-package mail
+package serverconf
 
 import (
 	"testing"
@@ -6,7 +6,7 @@ import (
 	"certctl-agent/internal/targetconf"
 )
 
-const dump = `# 2.3.19.1: /etc/dovecot/dovecot.conf
+const dovecot23 = `# 2.3.19.1: /etc/dovecot/dovecot.conf
 mail_location = maildir:~/Maildir
 service imap-login {
   inet_listener imaps {
@@ -40,7 +40,7 @@ protocol pop3 {
 
 // What doveconf -n of Dovecot 2.4 prints: names of settings with _file, a path
 // without <, and the settings of one prefix either in full or in a block.
-const dump24 = `# 2.4.1-4 (7d8c0e5759): /etc/dovecot/dovecot.conf
+const dovecot24 = `# 2.4.1-4 (7d8c0e5759): /etc/dovecot/dovecot.conf
 dovecot_config_version = 2.4.1
 dovecot_storage_version = 2.4.1
 protocols {
@@ -99,26 +99,26 @@ func TestDovecotPairs(t *testing.T) {
 		cert targetconf.Path
 		want string
 	}{
-		{"general", dump, "/c.pem", "/c.key doveconf, ssl_key"},
-		{"as a client", dump, "/client.pem", "/client.key doveconf, ssl_client_key"},
-		{"block", dump, "/a.pem", "/a.key doveconf, local_name a.example, ssl_key"},
-		{"blocks that differ", dump, "/l.pem", "several keys"},
-		{"key in the configuration itself", dump, "/b.pem", "no key for /b.pem that is certain"},
+		{"general", dovecot23, "/c.pem", "/c.key doveconf, ssl_key"},
+		{"as a client", dovecot23, "/client.pem", "/client.key doveconf, ssl_client_key"},
+		{"block", dovecot23, "/a.pem", "/a.key doveconf, local_name a.example, ssl_key"},
+		{"blocks that differ", dovecot23, "/l.pem", "several keys"},
+		{"key in the configuration itself", dovecot23, "/b.pem", "no key for /b.pem that is certain"},
 		{"one file", "ssl_cert = </c.pem\nssl_key = </c.pem\n", "/c.pem", "/c.pem doveconf, ssl_key"},
 		{"certificate in the configuration itself", "ssl_cert = /c.pem\nssl_key = </c.key\n", "/c.pem", "does not use that file"},
-		{"2.4", dump24, "/c.pem", "/c.key doveconf, ssl_server_key_file"},
-		{"2.4, second certificate", dump24, "/alt.pem", "/alt.key doveconf, ssl_server_alt_key_file"},
-		{"2.4, as a client", dump24, "/client.pem", "/client.key doveconf, ssl_client_key_file"},
-		{"2.4, block", dump24, "/a.pem", "/a.key doveconf, local_name a.example, ssl_server_key_file"},
-		{"2.4, blocks that differ", dump24, "/l.pem", "several keys"},
-		{"2.4, key in the configuration itself", dump24, "/b.pem", "no key for /b.pem that is certain"},
-		{"2.4, variable", dump24, "/v.pem", "no key for /v.pem that is certain"},
-		{"2.4, one file", dump24, "/one file.pem", "/one file.pem doveconf, local_name one.example, ssl_server_key_file"},
-		{"2.4, key from around the block", dump24, "/own.pem", "/c.key doveconf, local_name key.example, ssl_server_key_file"},
-		{"2.4, not named", dump24, "/other.pem", "does not use that file"},
-		{"relative path", dump, "/alt.pem", "absolute path"},
-		{"not named", dump, "/other.pem", "names no key"},
-		{"another key for some", dump + "protocol imap {\n  ssl_key = </other.key\n}\n", "/c.pem", "several keys"},
+		{"2.4", dovecot24, "/c.pem", "/c.key doveconf, ssl_server_key_file"},
+		{"2.4, second certificate", dovecot24, "/alt.pem", "/alt.key doveconf, ssl_server_alt_key_file"},
+		{"2.4, as a client", dovecot24, "/client.pem", "/client.key doveconf, ssl_client_key_file"},
+		{"2.4, block", dovecot24, "/a.pem", "/a.key doveconf, local_name a.example, ssl_server_key_file"},
+		{"2.4, blocks that differ", dovecot24, "/l.pem", "several keys"},
+		{"2.4, key in the configuration itself", dovecot24, "/b.pem", "no key for /b.pem that is certain"},
+		{"2.4, variable", dovecot24, "/v.pem", "no key for /v.pem that is certain"},
+		{"2.4, one file", dovecot24, "/one file.pem", "/one file.pem doveconf, local_name one.example, ssl_server_key_file"},
+		{"2.4, key from around the block", dovecot24, "/own.pem", "/c.key doveconf, local_name key.example, ssl_server_key_file"},
+		{"2.4, not named", dovecot24, "/other.pem", "does not use that file"},
+		{"relative path", dovecot23, "/alt.pem", "absolute path"},
+		{"not named", dovecot23, "/other.pem", "names no key"},
+		{"another key for some", dovecot23 + "protocol imap {\n  ssl_key = </other.key\n}\n", "/c.pem", "several keys"},
 		{"nonsense", "}\n}\n{\n = \nssl_ = \nssl_server {\n {\n", "/c.pem", "names no key"},
 	}
 	for _, test := range tests {
@@ -127,8 +127,8 @@ func TestDovecotPairs(t *testing.T) {
 }
 
 func FuzzDovecotPairs(f *testing.F) {
-	f.Add(dump)
-	f.Add(dump24)
+	f.Add(dovecot23)
+	f.Add(dovecot24)
 	f.Add("ssl_server {\n}\n}\nssl_cert = <\n{ {\n")
 	f.Fuzz(func(t *testing.T, dump string) {
 		for _, pair := range dovecotPairs(dump) {

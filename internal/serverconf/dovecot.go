@@ -1,33 +1,45 @@
-package mail
+package serverconf
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"strings"
 
-	"certctl-agent/internal/serverconf"
+	"certctl-agent/internal/policy"
+	"certctl-agent/internal/targetconf"
 )
 
-// askDovecot reads the settings that are not at their defaults. Without -P
-// doveconf hides keys, their files' names too; that other secrets are in the
-// answer is why nothing of it is ever shown but file names.
-func (c *Connector) askDovecot(ctx context.Context) ([]serverconf.Pair, error) {
-	dump, err := c.query(ctx, "doveconf", []string{"doveadm", "doveconf"}, "-n", "-P")
-	if err != nil {
-		return nil, err
+// Dovecot finds the key of cert in those of Dovecot's settings that are not at
+// their defaults. Without -P doveconf hides keys, their files' names too; that
+// other secrets are in the answer is why nothing of it is ever shown but file
+// names.
+func Dovecot(ctx context.Context, query Query, cert targetconf.Path, validate, reload policy.Command) (Pair, error) {
+	if query == nil {
+		return Pair{}, errors.New("dovecot cannot be asked here")
 	}
-	return dovecotPairs(dump), nil
+	call, err := printer("doveconf", validate, reload, "doveadm", "doveconf")
+	var dump []byte
+	if err == nil {
+		call.Argv = append(call.Argv, "-n", "-P")
+		dump, err = query(ctx, call)
+	}
+	if err != nil {
+		return Pair{}, fmt.Errorf("ask dovecot for its configuration: %w", err)
+	}
+	return KeyFor(cert, dovecotPairs(string(dump)))
 }
 
-// block is a block of settings, such as protocol imap { }, or the whole file.
-type block struct {
+// dovecotBlock is a block of settings, such as protocol imap { }, or the whole file.
+type dovecotBlock struct {
 	name   string
-	around *block // nil: the whole file
+	around *dovecotBlock // nil: the whole file
 	set    map[string]string
 }
 
 // get is the value of a setting here: a block has what it does not set itself
 // from the block around it.
-func (b *block) get(name string) string {
+func (b *dovecotBlock) get(name string) string {
 	for ; b != nil; b = b.around {
 		if value, ok := b.set[name]; ok {
 			return value
@@ -36,31 +48,31 @@ func (b *block) get(name string) string {
 	return ""
 }
 
-// families are the settings that name a certificate and its key. The names with
+// dovecotFamilies are the settings that name a certificate and its key. The names with
 // _file are those of Dovecot 2.4, which may also print them without their first
 // words, in a block of that name: ssl_server { cert_file = … }.
-var families = [...][2]string{
+var dovecotFamilies = [...][2]string{
 	{"ssl_cert", "ssl_key"}, {"ssl_alt_cert", "ssl_alt_key"}, {"ssl_client_cert", "ssl_client_key"},
 	{"ssl_server_cert_file", "ssl_server_key_file"}, {"ssl_server_alt_cert_file", "ssl_server_alt_key_file"},
 	{"ssl_client_cert_file", "ssl_client_key_file"},
 }
 
 // dovecotPairs lists the pairs of each block that doveconf prints.
-func dovecotPairs(dump string) []serverconf.Pair {
+func dovecotPairs(dump string) []Pair {
 	type level struct {
-		*block
+		*dovecotBlock
 		prefix string // of the names of settings
 	}
-	general := &block{name: "doveconf", set: make(map[string]string)}
-	blocks, open := []*block{general}, []level{{block: general}}
+	general := &dovecotBlock{name: "doveconf", set: make(map[string]string)}
+	blocks, open := []*dovecotBlock{general}, []level{{dovecotBlock: general}}
 	for line := range strings.Lines(dump) {
 		line = strings.TrimSpace(line)
 		current := open[len(open)-1]
 		if name, opens := strings.CutSuffix(line, " {"); opens {
-			next := level{block: current.block, prefix: name + "_"}
+			next := level{dovecotBlock: current.dovecotBlock, prefix: name + "_"}
 			if name != "ssl_server" && name != "ssl_client" {
-				next = level{block: &block{name: "doveconf, " + name, around: current.block, set: make(map[string]string)}}
-				blocks = append(blocks, next.block)
+				next = level{dovecotBlock: &dovecotBlock{name: "doveconf, " + name, around: current.dovecotBlock, set: make(map[string]string)}}
+				blocks = append(blocks, next.dovecotBlock)
 			}
 			open = append(open, next)
 		} else if line == "}" && len(open) > 1 {
@@ -72,12 +84,12 @@ func dovecotPairs(dump string) []serverconf.Pair {
 			current.set[name] = value
 		}
 	}
-	var pairs []serverconf.Pair
+	var pairs []Pair
 	for _, b := range blocks {
-		for _, family := range families {
+		for _, family := range dovecotFamilies {
 			if cert := dovecotFile(family[0], b.get(family[0])); cert != "" {
 				key := dovecotFile(family[1], b.get(family[1]))
-				pairs = append(pairs, serverconf.Pair{Cert: cert, Key: key, Where: b.name + ", " + family[1]})
+				pairs = append(pairs, Pair{Cert: cert, Key: key, Where: b.name + ", " + family[1]})
 			}
 		}
 	}

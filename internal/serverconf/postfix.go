@@ -1,15 +1,17 @@
-package mail
+package serverconf
 
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"os"
 	"slices"
 	"strings"
 
-	"certctl-agent/internal/serverconf"
+	"certctl-agent/internal/policy"
+	"certctl-agent/internal/targetconf"
 )
 
 // parameters are those of Postfix, expanded, by name.
@@ -18,10 +20,30 @@ type parameters map[string]string
 // maxServices bounds how many different sets of overrides are looked at.
 const maxServices = 64
 
+// Postfix finds the key of cert in Postfix's own configuration. keyPath is the
+// key file of the job.
+func Postfix(ctx context.Context, query Query, cert, keyPath targetconf.Path, validate, reload policy.Command) (Pair, error) {
+	if query == nil {
+		return Pair{}, errors.New("postfix cannot be asked here")
+	}
+	pairs, err := askPostfix(ctx, query, string(keyPath), validate, reload)
+	if err != nil {
+		return Pair{}, fmt.Errorf("ask postfix for its configuration: %w", err)
+	}
+	return KeyFor(cert, pairs)
+}
+
 // askPostfix has postconf print main.cf, and main.cf again as each service of
 // master.cf sees it that overrides something. postconf expands all parameters.
-func (c *Connector) askPostfix(ctx context.Context) ([]serverconf.Pair, error) {
-	ask := func(args ...string) (string, error) { return c.query(ctx, "postconf", []string{"postfix"}, args...) }
+func askPostfix(ctx context.Context, query Query, keyPath string, validate, reload policy.Command) ([]Pair, error) {
+	postconf, err := printer("postconf", validate, reload, "postfix")
+	if err != nil {
+		return nil, err
+	}
+	ask := func(args ...string) (string, error) {
+		stdout, err := query(ctx, policy.Command{Argv: slices.Concat(postconf.Argv, args), Timeout: postconf.Timeout})
+		return string(stdout), err
+	}
 	main, err := ask("-x")
 	if err != nil {
 		return nil, err
@@ -30,7 +52,6 @@ func (c *Connector) askPostfix(ctx context.Context) ([]serverconf.Pair, error) {
 	if err != nil {
 		return nil, err
 	}
-	keyPath := string(c.config.KeyPath)
 	pairs := parametersOf(main).pairs("main.cf", keyPath)
 	services := servicesOf(overrides)
 	if len(services) > maxServices {
@@ -85,8 +106,8 @@ func servicesOf(overrides string) []service {
 
 // pairs lists those of the server, of the clients and of tlsproxy: each has a
 // family of parameters, such as smtpd_tls_.
-func (p parameters) pairs(where, keyPath string) []serverconf.Pair {
-	var pairs []serverconf.Pair
+func (p parameters) pairs(where, keyPath string) []Pair {
+	var pairs []Pair
 	for _, name := range slices.Sorted(maps.Keys(p)) {
 		family, ok := strings.CutSuffix(name, "_cert_file")
 		if !ok {
@@ -101,7 +122,7 @@ func (p parameters) pairs(where, keyPath string) []serverconf.Pair {
 		for _, algorithm := range []string{"_", "_ec", "_d"} {
 			key := family + algorithm + "key_file"
 			if cert := p[family+algorithm+"cert_file"]; cert != "" {
-				pairs = append(pairs, serverconf.Pair{Cert: cert, Key: p[key], Where: where + ", " + key})
+				pairs = append(pairs, Pair{Cert: cert, Key: p[key], Where: where + ", " + key})
 			}
 		}
 	}
@@ -112,10 +133,10 @@ func (p parameters) pairs(where, keyPath string) []serverconf.Pair {
 // its certificate and the chain in this order, in one file or in several. So the
 // key is in the file itself, unless the file before holds a key and nothing else.
 // A file before that does not exist yet will be what the target's key_path says.
-func chainPairs(files []string, keyPath, where string) []serverconf.Pair {
-	var pairs []serverconf.Pair
+func chainPairs(files []string, keyPath, where string) []Pair {
+	var pairs []Pair
 	for i, cert := range files {
-		pair := serverconf.Pair{Cert: cert, Key: cert, Where: where}
+		pair := Pair{Cert: cert, Key: cert, Where: where}
 		if i > 0 && holdsOnlyKeys(files[i-1]) {
 			pair.Key = files[i-1]
 		} else if i > 0 && !exists(files[i-1]) {
@@ -134,6 +155,6 @@ func exists(path string) bool {
 }
 
 func holdsOnlyKeys(path string) bool {
-	data, err := serverconf.ReadFile(path)
+	data, err := ReadFile(path)
 	return err == nil && bytes.Contains(data, []byte("PRIVATE KEY-----")) && !bytes.Contains(data, []byte("CERTIFICATE-----"))
 }

@@ -1,15 +1,13 @@
-package apache
+package serverconf
 
 import (
 	"slices"
 	"strings"
 	"testing"
-
-	"certctl-agent/internal/serverconf"
 )
 
-// dumped is an answer of httpd whose configuration has these lines.
-func dumped(lines string) string {
+// httpdDump is an answer of httpd whose configuration has these lines.
+func httpdDump(lines string) string {
 	var dump strings.Builder
 	dump.WriteString("Syntax OK\n# In file: /etc/apache2/f.conf\n")
 	for line := range strings.Lines(lines) {
@@ -18,7 +16,7 @@ func dumped(lines string) string {
 	return dump.String() + "\nServerRoot: \"/etc/apache2\"\nMain DocumentRoot: \"/var/www\"\nDefine: DUMP_CONFIG\n"
 }
 
-func TestPairsInDump(t *testing.T) {
+func TestHTTPDPairs(t *testing.T) {
 	tests := []struct {
 		name, text string
 		want       string // key, or part of the error
@@ -47,11 +45,11 @@ func TestPairsInDump(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			pairs, ok := pairsInDump(dumped(test.text), "/c.pem")
+			pairs, ok := httpdPairs(httpdDump(test.text), "/c.pem")
 			if !ok {
 				t.Fatal("this is no configuration")
 			}
-			found, err := serverconf.KeyFor("/c.pem", pairs)
+			found, err := KeyFor("/c.pem", pairs)
 			if strings.HasPrefix(test.want, "/") {
 				if err != nil || found.Key != test.want || found.Where != "/etc/apache2/f.conf:7" {
 					t.Errorf("got %+v, %v, want %q", found, err, test.want)
@@ -66,28 +64,28 @@ func TestPairsInDump(t *testing.T) {
 			}
 		})
 	}
-	if _, ok := pairsInDump("Syntax OK\nServerRoot: \"/etc/apache2\"\n", "/c.pem"); ok {
+	if _, ok := httpdPairs("Syntax OK\nServerRoot: \"/etc/apache2\"\n", "/c.pem"); ok {
 		t.Error("an answer without a configuration is taken for one")
 	}
 }
 
-func TestSplit(t *testing.T) {
+func TestHTTPDWords(t *testing.T) {
 	for line, want := range map[string][]string{
 		"": nil, "  # x": nil, "a b": {"a", "b"}, ` a  "b \"c\\" 'd e'f `: {"a", `b "c\`, "d e", "f"}, `a "b`: {"a", "b"}, `a #b`: {"a", "#b"}, `a "`: {"a", ""},
 	} {
-		if got := split(line); !slices.Equal(got, want) {
+		if got := httpdWords(line); !slices.Equal(got, want) {
 			t.Errorf("%q: got %q, want %q", line, got, want)
 		}
 	}
 }
 
-func FuzzPairsInDump(f *testing.F) {
+func FuzzHTTPDPairs(f *testing.F) {
 	for _, seed := range []string{"<VirtualHost a>\nSSLCertificateFile \"/c\" \n</VirtualHost>", "SSLCertificateKeyFile ${A}${B}\nSSLCertificateFile /${", "</VirtualHost>\n</VirtualHost>", "# In file: \n#1:\nServerRoot: \""} {
 		f.Add(seed)
-		f.Add(dumped(seed))
+		f.Add(httpdDump(seed))
 	}
 	f.Fuzz(func(t *testing.T, dump string) {
-		pairs, _ := pairsInDump(dump, "/c")
+		pairs, _ := httpdPairs(dump, "/c")
 		for _, pair := range pairs {
 			if !strings.Contains(pair.Where, ":") || pair.Key == "" {
 				t.Errorf("%q: a pair from nowhere: %+v", dump, pair)

@@ -1,4 +1,4 @@
-package nginx
+package serverconf
 
 import (
 	"errors"
@@ -6,23 +6,23 @@ import (
 	"strings"
 )
 
-// directive is one directive of a configuration, with its block if it has one.
-type directive struct {
+// nginxDirective is one directive of a configuration, with its block if it has one.
+type nginxDirective struct {
 	name  string
 	args  []string
-	block []directive
+	block []nginxDirective
 	where string // file:line
 }
 
-// maxDepth bounds how deep blocks and includes nest; real configurations stay
+// maxNesting bounds how deep blocks and includes nest; real configurations stay
 // below ten.
-const maxDepth = 32
+const maxNesting = 32
 
-// parse reads one configuration file by the rules of nginx's own reader
+// parseNGINX reads one configuration file by the rules of nginx's own reader
 // (ngx_conf_read_token): words are parted by white space and end at a ; or {;
 // a quote, or a # for a comment, counts only where a word begins.
-func parse(file, text string) ([]directive, error) {
-	p := &parser{file: file, text: text, line: 1}
+func parseNGINX(file, text string) ([]nginxDirective, error) {
+	p := &nginxParser{file: file, text: text, line: 1}
 	block, err := p.block(0)
 	if err != nil {
 		return nil, fmt.Errorf("%s:%d: %w", file, p.line, err)
@@ -30,7 +30,7 @@ func parse(file, text string) ([]directive, error) {
 	return block, nil
 }
 
-type parser struct {
+type nginxParser struct {
 	file string
 	text string // what is left
 	line int
@@ -41,11 +41,11 @@ var (
 	errQuote = errors.New("a closing quote is followed by something")
 )
 
-func (p *parser) block(depth int) ([]directive, error) {
-	if depth > maxDepth {
+func (p *nginxParser) block(depth int) ([]nginxDirective, error) {
+	if depth > maxNesting {
 		return nil, errors.New("blocks nest too deep")
 	}
-	var list []directive
+	var list []nginxDirective
 	for {
 		word, mark, err := p.next()
 		switch {
@@ -58,7 +58,7 @@ func (p *parser) block(depth int) ([]directive, error) {
 		case mark != 'w':
 			return nil, fmt.Errorf("unexpected %q", mark)
 		}
-		d := directive{name: word, where: fmt.Sprintf("%s:%d", p.file, p.line)}
+		d := nginxDirective{name: word, where: fmt.Sprintf("%s:%d", p.file, p.line)}
 		if mark, err = p.rest(&d); err != nil {
 			return nil, err
 		}
@@ -77,7 +77,7 @@ func (p *parser) block(depth int) ([]directive, error) {
 }
 
 // rest reads a directive's arguments and the mark that ends them.
-func (p *parser) rest(d *directive) (mark rune, err error) {
+func (p *nginxParser) rest(d *nginxDirective) (mark rune, err error) {
 	for {
 		word, mark, err := p.next()
 		switch {
@@ -97,7 +97,7 @@ func (p *parser) rest(d *directive) (mark rune, err error) {
 
 // next returns the next word (mark 'w'), one of ; { } as the mark, or 0 at the
 // end.
-func (p *parser) next() (word string, mark rune, err error) {
+func (p *nginxParser) next() (word string, mark rune, err error) {
 	for p.text != "" {
 		switch c := p.text[0]; c {
 		case ' ', '\t', '\r', '\n':
@@ -122,12 +122,12 @@ func (p *parser) next() (word string, mark rune, err error) {
 	return "", 0, nil
 }
 
-func (p *parser) skip(n int) {
+func (p *nginxParser) skip(n int) {
 	p.line += strings.Count(p.text[:n], "\n")
 	p.text = p.text[n:]
 }
 
-func (p *parser) quoted(quote byte) (string, error) {
+func (p *nginxParser) quoted(quote byte) (string, error) {
 	for i := 1; i < len(p.text); i++ {
 		switch p.text[i] {
 		case '\\':
@@ -144,7 +144,7 @@ func (p *parser) quoted(quote byte) (string, error) {
 	return "", errEnd
 }
 
-func (p *parser) bare() (string, error) {
+func (p *nginxParser) bare() (string, error) {
 	for i := 0; i < len(p.text); i++ {
 		switch p.text[i] {
 		case '\\':
@@ -172,7 +172,7 @@ func unescape(word string) string {
 
 // skipLua passes over a block of Lua, in which braces, quotes and comments
 // follow Lua's rules.
-func (p *parser) skipLua() error {
+func (p *nginxParser) skipLua() error {
 	depth := 1
 	for i := 0; i < len(p.text); i++ {
 		switch rest := p.text[i:]; {

@@ -1,4 +1,4 @@
-package nginx
+package serverconf
 
 import (
 	"context"
@@ -10,32 +10,33 @@ import (
 	"strings"
 
 	"certctl-agent/internal/policy"
-	"certctl-agent/internal/serverconf"
+	"certctl-agent/internal/targetconf"
 )
 
-// askServer finds the key of cert_path in nginx's own configuration, as the
-// nginx that the job's commands name prints it (nginx -T). It refuses to while
-// the files of a first deployment are missing, and names the configuration
-// file that it tested; that one is then read from disk.
-func (c *Connector) askServer(ctx context.Context) (serverconf.Pair, error) {
-	argv, err := findCall(c.validate.Argv, c.reload.Argv)
+// NGINX finds the key of cert in nginx's own configuration, as the nginx that
+// the job's commands name prints it (nginx -T). It refuses to while the files of
+// a first deployment are missing, and names the configuration file that it
+// tested; that one is then read from disk.
+func NGINX(ctx context.Context, query Query, cert targetconf.Path, validate, reload policy.Command) (Pair, error) {
+	call, err := nginxCall(validate, reload)
 	if err != nil {
-		return serverconf.Pair{}, err
+		return Pair{}, err
 	}
-	if c.params.Query == nil {
-		return serverconf.Pair{}, errors.New("nginx cannot be asked here")
+	if query == nil {
+		return Pair{}, errors.New("nginx cannot be asked here")
 	}
-	var pairs []serverconf.Pair
-	dump, err := c.params.Query(ctx, policy.Command{Argv: append(argv, "-T", "-q"), Timeout: c.validate.Timeout})
+	call.Argv = append(call.Argv, "-T", "-q")
+	var pairs []Pair
+	dump, err := query(ctx, call)
 	if err == nil {
-		pairs, err = pairsInDump(string(dump))
+		pairs, err = nginxDumpPairs(string(dump))
 	} else if file := testedFile(err.Error()); file != "" {
-		pairs, err = pairsOnDisk(file)
+		pairs, err = nginxDiskPairs(file)
 	}
 	if err != nil {
-		return serverconf.Pair{}, fmt.Errorf("ask nginx for its configuration: %w", err)
+		return Pair{}, fmt.Errorf("ask nginx for its configuration: %w", err)
 	}
-	return serverconf.KeyFor(c.config.CertPath, pairs)
+	return KeyFor(cert, pairs)
 }
 
 // testedFile finds the configuration file in what nginx says when a test has
@@ -57,20 +58,21 @@ func lastCut(s, separator string) (before, after string, found bool) {
 	return s, "", false
 }
 
-// findCall looks for nginx itself in the commands of a job.
-func findCall(commands ...[]string) ([]string, error) {
-	for _, argv := range commands {
-		if at := serverconf.Program(argv, "nginx", "openresty", "angie", "freenginx", "tengine"); at >= 0 {
-			return append(slices.Clone(argv[:at+1]), configFlags(argv[at+1:])...), nil
-		}
+// nginxCall is the call of nginx in the commands of a job, with the flags that
+// choose its configuration.
+func nginxCall(validate, reload policy.Command) (policy.Command, error) {
+	c, at := starting([]policy.Command{validate, reload}, "nginx", "openresty", "angie", "freenginx", "tengine")
+	if at < 0 {
+		return c, errors.New("neither validate_command nor reload_command starts nginx itself, so it cannot be asked")
 	}
-	return nil, errors.New("neither validate_command nor reload_command starts nginx itself, so it cannot be asked")
+	c.Argv = append(slices.Clone(c.Argv[:at+1]), nginxFlags(c.Argv[at+1:])...)
+	return c, nil
 }
 
-// configFlags are those of nginx's flags that choose its configuration. As in
+// nginxFlags are those of nginx's flags that choose its configuration. As in
 // nginx, one word may hold several flags, and a value may follow its flag in
 // the same word.
-func configFlags(words []string) []string {
+func nginxFlags(words []string) []string {
 	var kept []string
 	for i := 0; i < len(words); i++ {
 		flags, _ := strings.CutPrefix(words[i], "-")
@@ -90,8 +92,8 @@ func configFlags(words []string) []string {
 	return kept
 }
 
-// section is one configuration file.
-type section struct {
+// nginxFile is one configuration file.
+type nginxFile struct {
 	path string
 	text string
 }
@@ -99,10 +101,10 @@ type section struct {
 // dumpHeader comes before each file in the output of nginx -T.
 const dumpHeader = "# configuration file "
 
-// pairsInDump reads the output of nginx -T.
-func pairsInDump(dump string) ([]serverconf.Pair, error) {
-	var sections []section
-	start, at := 0, 0 // of the section's text, and of the line
+// nginxDumpPairs reads the output of nginx -T.
+func nginxDumpPairs(dump string) ([]Pair, error) {
+	var sections []nginxFile
+	start, at := 0, 0 // of the file's text, and of the line
 	end := func() {
 		if len(sections) > 0 {
 			sections[len(sections)-1].text = dump[start:at]
@@ -112,7 +114,7 @@ func pairsInDump(dump string) ([]serverconf.Pair, error) {
 		path, ok := strings.CutPrefix(strings.TrimRight(line, "\r\n"), dumpHeader)
 		if path, isHeader := strings.CutSuffix(path, ":"); ok && isHeader {
 			end()
-			sections = append(sections, section{path: filepath.Clean(path)})
+			sections = append(sections, nginxFile{path: filepath.Clean(path)})
 			start = at + len(line)
 		}
 		at += len(line)
@@ -129,8 +131,8 @@ func pairsInDump(dump string) ([]serverconf.Pair, error) {
 		}
 		seen[s.path] = true
 	}
-	return pairs(sections[0].path, func(pattern string) ([]section, error) {
-		var found []section
+	return nginxPairs(sections[0].path, func(pattern string) ([]nginxFile, error) {
+		var found []nginxFile
 		for _, s := range sections {
 			if included(pattern, s.path) {
 				found = append(found, s)
@@ -153,13 +155,13 @@ func included(pattern, path string) bool {
 	return ok && err == nil
 }
 
-// maxFiles bounds how many files one configuration is made of, a file that is
+// maxIncluded bounds how many files one configuration is made of, a file that is
 // included twice counting twice.
-const maxFiles = 4096
+const maxIncluded = 4096
 
-// pairsOnDisk reads a configuration from its files.
-func pairsOnDisk(main string) ([]serverconf.Pair, error) {
-	return pairs(filepath.Clean(main), func(pattern string) ([]section, error) {
+// nginxDiskPairs reads a configuration from its files.
+func nginxDiskPairs(main string) ([]Pair, error) {
+	return nginxPairs(filepath.Clean(main), func(pattern string) ([]nginxFile, error) {
 		paths := []string{pattern}
 		if strings.ContainsAny(pattern, "*?[") {
 			var err error
@@ -167,40 +169,40 @@ func pairsOnDisk(main string) ([]serverconf.Pair, error) {
 				return nil, err
 			}
 		}
-		var found []section
+		var found []nginxFile
 		for _, path := range paths {
 			if !included(pattern, path) {
 				continue
 			}
-			text, err := serverconf.ReadFile(path)
+			text, err := ReadFile(path)
 			if err != nil {
 				return nil, err
 			}
-			found = append(found, section{path, string(text)})
+			found = append(found, nginxFile{path, string(text)})
 		}
 		return found, nil
 	})
 }
 
-// pairs lists the certificates and keys of all server blocks.
-func pairs(main string, open func(pattern string) ([]section, error)) ([]serverconf.Pair, error) {
-	w := &walker{dir: filepath.Dir(main), open: open}
+// nginxPairs lists the certificates and keys of all server blocks.
+func nginxPairs(main string, open func(pattern string) ([]nginxFile, error)) ([]Pair, error) {
+	w := &nginxWalker{dir: filepath.Dir(main), open: open}
 	list, err := w.include(main, 0)
 	if err != nil {
 		return nil, err
 	}
-	w.walk("", list, scope{})
+	w.walk("", list, nginxScope{})
 	return w.pairs, nil
 }
 
-type walker struct {
+type nginxWalker struct {
 	dir   string // what relative paths are relative to: where the main file is
-	open  func(pattern string) ([]section, error)
+	open  func(pattern string) ([]nginxFile, error)
 	files int
-	pairs []serverconf.Pair
+	pairs []Pair
 }
 
-func (w *walker) full(path string) string {
+func (w *nginxWalker) full(path string) string {
 	if filepath.IsAbs(path) {
 		return filepath.Clean(path)
 	}
@@ -208,20 +210,20 @@ func (w *walker) full(path string) string {
 }
 
 // include parses the files that an include of path takes.
-func (w *walker) include(path string, depth int) ([]directive, error) {
-	if depth > maxDepth {
+func (w *nginxWalker) include(path string, depth int) ([]nginxDirective, error) {
+	if depth > maxNesting {
 		return nil, errors.New("includes nest too deep")
 	}
 	sections, err := w.open(w.full(path))
 	if err != nil {
 		return nil, err
 	}
-	if w.files += len(sections); w.files > maxFiles {
+	if w.files += len(sections); w.files > maxIncluded {
 		return nil, errors.New("there are too many includes")
 	}
-	var all []directive
+	var all []nginxDirective
 	for _, s := range sections {
-		list, err := parse(s.path, s.text)
+		list, err := parseNGINX(s.path, s.text)
 		if err != nil {
 			return nil, err
 		}
@@ -234,13 +236,13 @@ func (w *walker) include(path string, depth int) ([]directive, error) {
 }
 
 // expand puts the content of included files where their include is.
-func (w *walker) expand(list []directive, depth int) ([]directive, error) {
-	var all []directive
+func (w *nginxWalker) expand(list []nginxDirective, depth int) ([]nginxDirective, error) {
+	var all []nginxDirective
 	for _, d := range list {
 		var err error
 		switch {
 		case d.name == "include" && len(d.args) == 1 && d.block == nil:
-			var included []directive
+			var included []nginxDirective
 			if included, err = w.include(d.args[0], depth+1); err == nil {
 				all = append(all, included...)
 			}
@@ -255,14 +257,14 @@ func (w *walker) expand(list []directive, depth int) ([]directive, error) {
 	return all, nil
 }
 
-// scope is what a block has of certificates and keys. A block that sets none
+// nginxScope is what a block has of certificates and keys. A block that sets none
 // of one kind has those of the block around it.
-type scope struct {
-	certs, keys []directive
+type nginxScope struct {
+	certs, keys []nginxDirective
 }
 
-func (w *walker) walk(name string, list []directive, outer scope) {
-	var own scope
+func (w *nginxWalker) walk(name string, list []nginxDirective, outer nginxScope) {
+	var own nginxScope
 	for _, d := range list {
 		switch {
 		case len(d.args) != 1:
@@ -291,7 +293,7 @@ func (w *walker) walk(name string, list []directive, outer scope) {
 // ones, and in the end each certificate has the key of its type, in whatever order
 // they are named. So of several, the files themselves have to say what belongs
 // together, and one certificate that is not there yet gets the key that is left.
-func (w *walker) pair(s scope) {
+func (w *nginxWalker) pair(s nginxScope) {
 	keys := make([]string, min(len(s.keys), len(s.certs))) // further ones are not read
 	for i := range keys {
 		keys[i] = w.keyFile(s.keys[i].args[0])
@@ -311,7 +313,7 @@ func (w *walker) pair(s scope) {
 		key[lone] = spare
 	}
 	for i, cert := range s.certs {
-		pair := serverconf.Pair{Cert: w.full(cert.args[0]), Where: cert.where}
+		pair := Pair{Cert: w.full(cert.args[0]), Where: cert.where}
 		if at := key[i]; at >= 0 {
 			pair.Key, pair.Where = keys[at], s.keys[at].where
 		}
@@ -344,11 +346,11 @@ func belong(cert, key string) bool {
 	if !filepath.IsAbs(key) || strings.Contains(key, "$") {
 		return false
 	}
-	certPEM, err := serverconf.ReadFile(cert)
+	certPEM, err := ReadFile(cert)
 	if err != nil {
 		return false
 	}
-	keyPEM, err := serverconf.ReadFile(key)
+	keyPEM, err := ReadFile(key)
 	if err != nil {
 		return false
 	}
@@ -359,7 +361,7 @@ func belong(cert, key string) bool {
 // keyFile is the file of an ssl_certificate_key, which need not be one: of a
 // key that the value itself, an engine or a provider holds only the scheme is
 // kept, and a variable stays what it is. Neither is taken for a path.
-func (w *walker) keyFile(value string) string {
+func (w *nginxWalker) keyFile(value string) string {
 	for _, scheme := range []string{"data:", "engine:", "store:"} {
 		if strings.HasPrefix(value, scheme) {
 			return scheme

@@ -1,4 +1,4 @@
-package apache
+package serverconf
 
 import (
 	"context"
@@ -8,10 +8,9 @@ import (
 	"testing"
 
 	"certctl-agent/internal/policy"
-	"certctl-agent/internal/serverconf"
 )
 
-func TestFindCall(t *testing.T) {
+func TestHTTPDCall(t *testing.T) {
 	tests := []struct{ validate, reload, want string }{
 		{"apachectl configtest", "apachectl graceful", "apachectl"},
 		{"/usr/sbin/apache2 -t -f /etc/x.conf -D TLS", "true", "/usr/sbin/apache2 -f /etc/x.conf -D TLS"},
@@ -21,17 +20,17 @@ func TestFindCall(t *testing.T) {
 		{"systemctl is-active apache2", "systemctl reload apache2", ""},
 	}
 	for _, test := range tests {
-		got, err := findCall(strings.Fields(test.validate), strings.Fields(test.reload))
-		if strings.Join(got, " ") != test.want || (err == nil) != (test.want != "") {
+		got, err := httpdCall(words(test.validate), words(test.reload))
+		if strings.Join(got.Argv, " ") != test.want || (err == nil) != (test.want != "") {
 			t.Errorf("%q and %q: got %q, %v, want %q", test.validate, test.reload, got, err, test.want)
 		}
 	}
 }
 
 // An httpd without mod_info prints nothing, and is asked again with it.
-func TestAskServer(t *testing.T) {
+func TestHTTPD(t *testing.T) {
 	configuration := "# In file: /a.conf\n#  2:\nSSLCertificateFile /c.pem\n#  3:\nSSLCertificateKeyFile k.pem\nServerRoot: \"/srv\"\n"
-	want := serverconf.Pair{Cert: "/c.pem", Key: "/srv/k.pem", Where: "/a.conf:3"}
+	want := Pair{Cert: "/c.pem", Key: "/srv/k.pem", Where: "/a.conf:3"}
 	tests := []struct {
 		name   string
 		answer func(loads string) (string, error)
@@ -60,13 +59,12 @@ func TestAskServer(t *testing.T) {
 			return "", errors.New("exit status 1: Syntax error")
 		}, "Syntax error"},
 	}
-	c := &Connector{validate: &policy.Command{Argv: []string{"httpd", "-f", "/x", "-t"}}, reload: &policy.Command{Argv: []string{"true"}}}
-	c.config.CertPath = "/c.pem"
-	if _, err := c.askServer(t.Context()); err == nil || !strings.Contains(err.Error(), "cannot be asked") {
+	validate, reload := words("httpd -f /x -t"), words("true")
+	if _, err := HTTPD(t.Context(), nil, "/c.pem", validate, reload); err == nil || !strings.Contains(err.Error(), "cannot be asked") {
 		t.Errorf("nobody to ask: %v", err)
 	}
 	for _, test := range tests {
-		c.params.Query = func(_ context.Context, command policy.Command) ([]byte, error) {
+		query := func(_ context.Context, command policy.Command) ([]byte, error) {
 			line, loads := command.Argv, ""
 			if line[3] == "-C" {
 				line, loads = slices.Concat(line[:3], line[5:]), line[4]
@@ -77,7 +75,7 @@ func TestAskServer(t *testing.T) {
 			answer, err := test.answer(loads)
 			return []byte(answer), err
 		}
-		found, err := c.askServer(t.Context())
+		found, err := HTTPD(t.Context(), query, "/c.pem", validate, reload)
 		if test.says == "" && (err != nil || found != want) {
 			t.Errorf("%s: got %+v, %v, want %+v", test.name, found, err, want)
 		}

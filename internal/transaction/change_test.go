@@ -1,0 +1,330 @@
+package transaction
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+
+	"certctl-agent/internal/connector"
+)
+
+// elsewhere is a target that is not a file of this host: values by name.
+type elsewhere struct {
+	values map[string]string
+	calls  []string
+
+	fail map[string]error // by call, such as "write one"
+}
+
+func (s *elsewhere) call(name string) error {
+	s.calls = append(s.calls, name)
+	return s.fail[name]
+}
+
+// remote replaces one value. It is made anew for each deployment, as connectors
+// make theirs.
+type remote struct {
+	at        *elsewhere
+	name, new string
+}
+
+func (r *remote) ID() string { return r.name }
+
+func (r *remote) Read(context.Context) ([]byte, bool, error) {
+	value, ok := r.at.values[r.name]
+	if err := r.at.fail["read "+r.name]; err != nil || !ok {
+		return nil, false, err
+	}
+	return []byte(value), value == r.new, nil
+}
+
+func (r *remote) Write(context.Context) error {
+	err := r.at.call("write " + r.name)
+	r.at.values[r.name] = r.new // the answer to a request that was carried out may be lost
+	return err
+}
+
+func (r *remote) Restore(_ context.Context, was []byte) error {
+	if err := r.at.call("restore " + r.name); err != nil {
+		return err
+	}
+	if r.at.values[r.name] = string(was); was == nil {
+		delete(r.at.values, r.name)
+	}
+	return nil
+}
+
+func (r *remote) Finish(context.Context) error { return r.at.call("finish " + r.name) }
+
+// remoteRenewal is the renewal of a world with two changes behind its files.
+func (w world) remoteRenewal(at *elsewhere, value string) Transaction {
+	tx := w.renewal()
+	tx.Changes = []connector.Change{&remote{at, "/a/one", value}, &remote{at, "two", value}}
+	return tx
+}
+
+func TestChanges(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	w.old(t)
+	at := &elsewhere{values: map[string]string{"/a/one": "old"}}
+	s := w.mustStore(t, nil)
+	if _, err := s.deploy(t.Context(), w.remoteRenewal(at, "new")); err != nil {
+		t.Fatal(err)
+	}
+	w.want(t, false, "new")
+	if want := []string{"write /a/one", "write two", "finish /a/one", "finish two"}; !slices.Equal(at.calls, want) {
+		t.Errorf("calls %q, want %q", at.calls, want)
+	}
+	at.calls = nil
+	wrote := 0
+	s.disk.before = func(s Step) error {
+		if s.Op != "finish" {
+			wrote++
+		}
+		return nil
+	}
+	result, err := s.deploy(t.Context(), w.remoteRenewal(at, "new"))
+	if err != nil || !result.Unchanged || wrote > 0 {
+		t.Errorf("again: %+v, %v, %d steps", result, err, wrote)
+	}
+	if want := []string{"finish /a/one", "finish two"}; !slices.Equal(at.calls, want) {
+		t.Errorf("again: calls %q, want %q", at.calls, want)
+	}
+	s.disk.before = nil
+	at.values["two"] = "somebody else's"
+	at.calls = nil
+	if result, err := s.deploy(t.Context(), w.remoteRenewal(at, "new")); err != nil || result.Unchanged {
+		t.Errorf("a change only: %+v, %v", result, err)
+	}
+	if slices.Contains(at.calls, "write /a/one") || !slices.Contains(at.calls, "write two") {
+		t.Errorf("a change only: calls %q", at.calls)
+	}
+}
+
+func TestChangeRollBack(t *testing.T) {
+	broken := errors.New("is broken")
+	for _, test := range []struct {
+		name  string
+		fail  map[string]error
+		alter func(tx *Transaction)
+		says  string
+		calls string
+		want  map[string]string // values at the end
+		final bool              // BrokenError
+	}{
+		{"second write", map[string]error{"write two": broken}, nil, "change two: is broken; the previous certificate is back in place",
+			"write /a/one, write two, restore two, restore /a/one", map[string]string{"/a/one": "old"}, false},
+		{"verification", nil, func(tx *Transaction) { tx.Verify = func(context.Context) error { return broken } },
+			"verification failed: is broken; the previous certificate is back in place",
+			"write /a/one, write two, restore two, restore /a/one", map[string]string{"/a/one": "old"}, false},
+		{"look", map[string]error{"read two": broken}, nil, "look at two: is broken", "", map[string]string{"/a/one": "old"}, false},
+		{"restore", map[string]error{"write two": broken, "restore /a/one": broken}, nil, "needs a person: /a/one: is broken",
+			"write /a/one, write two, restore two, restore /a/one", map[string]string{"/a/one": "new"}, true},
+		{"cannot be undone", map[string]error{"write two": broken, "restore two": fmt.Errorf("%w: remove it", connector.ErrIrrevocable)}, nil,
+			"needs a person: two: it cannot be undone: remove it",
+			"write /a/one, write two, restore two, restore /a/one", map[string]string{"/a/one": "old", "two": "new"}, true},
+		{"finish", map[string]error{"finish two": broken}, nil, "", "write /a/one, write two, finish /a/one, finish two",
+			map[string]string{"/a/one": "new", "two": "new"}, false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			w := newWorld(t, t.TempDir())
+			w.old(t)
+			at := &elsewhere{values: map[string]string{"/a/one": "old"}, fail: test.fail}
+			tx := w.remoteRenewal(at, "new")
+			if test.alter != nil {
+				test.alter(&tx)
+			}
+			result, err := w.deploy(t, tx)
+			if _, final := errors.AsType[*BrokenError](err); final != test.final || (err == nil) != (test.says == "") ||
+				err != nil && !strings.Contains(err.Error(), test.says) {
+				t.Errorf("got %v, want %q", err, test.says)
+			}
+			if got := strings.Join(at.calls, ", "); got != test.calls {
+				t.Errorf("calls %s, want %s", got, test.calls)
+			}
+			if !maps.Equal(at.values, test.want) {
+				t.Errorf("values %v, want %v", at.values, test.want)
+			}
+			if err != nil {
+				w.want(t, false, "old")
+				return
+			}
+			w.want(t, false, "new")
+			if got := strings.Join(result.Warnings, " "); !strings.Contains(got, "two: is broken") {
+				t.Errorf("warnings %q", got)
+			}
+		})
+	}
+}
+
+// TestUndoIsSaved: what undoes a change is on disk, for the agent alone, before
+// the change is made.
+func TestUndoIsSaved(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	w.old(t)
+	at := &elsewhere{values: map[string]string{"/a/one": "a secret"}}
+	saved := func() string {
+		sets := w.backups(t)
+		if len(sets) == 0 {
+			return ""
+		}
+		entries, err := os.ReadDir(w.path("state/backups/t1/" + sets[len(sets)-1]))
+		check(t, err)
+		for _, entry := range entries {
+			path := w.path("state/backups/t1/" + sets[len(sets)-1] + "/" + entry.Name())
+			data, err := os.ReadFile(path)
+			check(t, err)
+			info, err := entry.Info()
+			check(t, err)
+			if string(data) == "a secret" && info.Mode().Perm() == 0o600 {
+				return entry.Name()
+			}
+		}
+		return ""
+	}
+	looked := false
+	s := w.mustStore(t, func(s Step) error {
+		if s.Op == "change" && s.Path == "/a/one" {
+			if looked = true; saved() == "" {
+				t.Error("the change is made, and what undoes it is not saved")
+			}
+			journal, err := os.ReadFile(w.path("state/journal/t1.json"))
+			if err != nil || !strings.Contains(string(journal), "/a/one") || strings.Contains(string(journal), "a secret") {
+				t.Errorf("the journal holds %s, %v", journal, err)
+			}
+		}
+		return nil
+	})
+	if _, err := s.deploy(t.Context(), w.remoteRenewal(at, "new")); err != nil || !looked {
+		t.Fatal(err, looked)
+	}
+}
+
+// errKilled stands for a process that has ended: nothing happens any more.
+var errKilled = errors.New("killed")
+
+// killAt makes a hook with which nothing happens from the n-th step on.
+func killAt(n int) func(Step) error {
+	return func(Step) error {
+		if n--; n < 0 {
+			return errKilled
+		}
+		return nil
+	}
+}
+
+// TestChangesKilled kills a deployment with changes at every step. The next one
+// either succeeds, or fails and then everything is as it was before the first.
+func TestChangesKilled(t *testing.T) {
+	killed, owed := 0, 0
+	for n := 0; ; n++ {
+		ended := false
+		for _, then := range []string{"succeeds", "is refused", "fails", "cannot look"} {
+			base := newWorld(t, ramDir(t))
+			base.old(t)
+			at := &elsewhere{values: map[string]string{"/a/one": "old"}}
+			s := base.mustStore(t, nil)
+			s.disk.before = killAt(n)
+			_, err := s.deploy(t.Context(), base.remoteRenewal(at, "new"))
+			if err == nil {
+				ended = true
+				break
+			}
+			killed++
+			at.calls, at.fail = nil, nil
+
+			s = base.mustStore(t, nil)
+			if _, err := s.Recover(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if at.values["/a/one"] == "new" {
+				owed++
+			}
+			tx := base.remoteRenewal(at, "newer")
+			want, condition := map[string]string{"/a/one": "old"}, "old"
+			switch then {
+			case "succeeds":
+				want, condition = map[string]string{"/a/one": "newer", "two": "newer"}, "new"
+			case "is refused":
+				tx.Files[0].Path = "/etc/passwd"
+			case "fails":
+				tx.Verify = func(context.Context) error { return errors.New("serves another certificate") }
+			case "cannot look":
+				at.fail = map[string]error{"read two": errors.New("no answer")}
+			}
+			committed := base.condition(false) == "new"
+			_, err = s.deploy(t.Context(), tx)
+			if (err == nil) != (then == "succeeds") {
+				t.Fatalf("step %d, then %s: %v", n, then, err)
+			}
+			if committed && then != "succeeds" {
+				want, condition = map[string]string{"/a/one": "new", "two": "new"}, "new" // before the second one
+			}
+			if !maps.Equal(at.values, want) {
+				t.Errorf("step %d, then %s (%v): values %v, want %v", n, then, err, at.values, want)
+			}
+			if got := base.condition(false); got != condition {
+				t.Errorf("step %d, then %s (%v): %s, want %s", n, then, err, got, condition)
+			}
+			if left := base.leftovers(); len(left) > 0 {
+				t.Errorf("step %d, then %s: left behind %v", n, then, left)
+			}
+			if err := s.Repair(t.Context(), t.Context()); err != nil {
+				t.Errorf("step %d, then %s: repair: %v", n, then, err)
+			}
+			at.fail = nil
+			if _, err := s.deploy(t.Context(), base.remoteRenewal(at, "newer")); err != nil || at.values["two"] != "newer" {
+				t.Errorf("step %d, then %s, then once more: %v, %v", n, then, err, at.values)
+			}
+			if got := base.journal(t); len(got) > 0 {
+				t.Errorf("step %d, then %s: the journal still holds %v", n, then, got)
+			}
+		}
+		if ended {
+			break
+		}
+	}
+	t.Logf("killed %d deployments, %d of them with a change made", killed, owed)
+	if owed == 0 {
+		t.Error("no deployment was killed behind a change")
+	}
+}
+
+// TestStale: a plan that was made from what is no longer there is made again,
+// and not for ever.
+func TestStale(t *testing.T) {
+	for _, times := range []int{1, maxPlans} {
+		w := newWorld(t, t.TempDir())
+		w.write(t, "site/store", []byte("0"), 0o644)
+		plans := 0
+		tx := Transaction{Deployment: Deployment{Target: "t1"}}
+		tx.Connector = planFunc(func() *connector.Plan {
+			was, err := os.ReadFile(w.path("site/store"))
+			check(t, err)
+			if plans++; plans <= times {
+				w.write(t, "site/store", fmt.Append(nil, plans), 0o644)
+			}
+			return &connector.Plan{Files: []connector.File{{Path: w.path("site/store"), Data: append(was, " and ours"...), From: was}}}
+		})
+		tx.ReplaceAny = true
+		_, err := w.mustStore(t, nil).Deploy(t.Context(), tx.Deployment)
+		got, _ := os.ReadFile(w.path("site/store"))
+		if times < maxPlans && (err != nil || string(got) != "1 and ours") {
+			t.Errorf("changed once: %v, %s", err, got)
+		}
+		if times == maxPlans && (!errors.Is(err, errStale) || plans != maxPlans) {
+			t.Errorf("changed again and again: %v after %d plans", err, plans)
+		}
+	}
+}
+
+type planFunc func() *connector.Plan
+
+func (f planFunc) Plan(context.Context, *connector.Material) (*connector.Plan, error) {
+	return f(), nil
+}
