@@ -2,8 +2,6 @@ package serverconf
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"strings"
 
 	"certctl-agent/internal/policy"
@@ -15,19 +13,15 @@ import (
 // other secrets are in the answer is why nothing of it is ever shown but file
 // names.
 func Dovecot(ctx context.Context, query Query, cert targetconf.Path, validate, reload policy.Command) (Pair, error) {
-	if query == nil {
-		return Pair{}, errors.New("dovecot cannot be asked here")
-	}
-	call, err := printer("doveconf", validate, reload, "doveadm", "doveconf")
-	var dump []byte
-	if err == nil {
+	return ask("dovecot", query, cert, func() ([]Pair, error) {
+		call, err := printer("doveconf", validate, reload, "doveadm", "doveconf")
+		if err != nil {
+			return nil, err
+		}
 		call.Argv = append(call.Argv, "-n", "-P")
-		dump, err = query(ctx, call)
-	}
-	if err != nil {
-		return Pair{}, fmt.Errorf("ask dovecot for its configuration: %w", err)
-	}
-	return KeyFor(cert, dovecotPairs(string(dump)))
+		dump, err := query(ctx, call)
+		return dovecotPairs(string(dump)), err
+	})
 }
 
 // dovecotBlock is a block of settings, such as protocol imap { }, or the whole file.

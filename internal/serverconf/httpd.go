@@ -3,9 +3,9 @@ package serverconf
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -23,24 +23,21 @@ func HTTPD(ctx context.Context, query Query, cert targetconf.Path, validate, rel
 	if err != nil {
 		return Pair{}, err
 	}
-	if query == nil {
-		return Pair{}, errors.New("httpd cannot be asked here")
-	}
-	failure := errors.New("it printed none, which takes mod_info")
-	for _, load := range loadInfo() {
-		stdout, err := query(ctx, policy.Command{
-			Argv:    slices.Concat(call.Argv, load, []string{"-t", "-D", "DUMP_RUN_CFG", "-D", "DUMP_CONFIG"}),
-			Timeout: call.Timeout,
-		})
-		if pairs, ok := httpdPairs(string(stdout), string(cert)); err == nil && ok {
-			return KeyFor(cert, pairs)
+	return ask("httpd", query, cert, func() ([]Pair, error) {
+		for _, load := range loadInfo() {
+			stdout, err := query(ctx, policy.Command{
+				Argv:    slices.Concat(call.Argv, load, []string{"-t", "-D", "DUMP_RUN_CFG", "-D", "DUMP_CONFIG"}),
+				Timeout: call.Timeout,
+			})
+			if pairs, ok := httpdPairs(string(stdout), string(cert)); err == nil && ok {
+				return pairs, nil
+			}
+			if err != nil && load == nil {
+				return nil, err // no module mends that
+			}
 		}
-		if err != nil && load == nil {
-			failure = err
-			break // no module mends that
-		}
-	}
-	return Pair{}, fmt.Errorf("ask httpd for its configuration: %w", failure)
+		return nil, errors.New("it printed none, which takes mod_info")
+	})
 }
 
 // infoModules is where distributions keep mod_info: Debian, Alpine, SUSE, Gentoo;
@@ -87,4 +84,152 @@ func httpdCall(validate, reload policy.Command) (policy.Command, error) {
 		}
 	}
 	return c, nil
+}
+
+// httpdSetting is one SSLCertificateFile or SSLCertificateKeyFile.
+type httpdSetting struct {
+	value string
+	where string // file:line
+}
+
+// httpdScope is what one virtual host, or the server around them, sets.
+type httpdScope struct {
+	certs, keys []httpdSetting
+}
+
+// httpdPairs reads httpd's answer to -D DUMP_RUN_CFG and -D DUMP_CONFIG, which
+// has each directive in force on a line of its own, with the number of its line
+// before it and the name of its file before the first of them. It reports false if
+// the configuration is not there. A variable of the running httpd's environment may
+// be unknown to the one that was asked: where it may be part of cert, it is.
+func httpdPairs(dump, cert string) (pairs []Pair, ok bool) {
+	var server httpdScope
+	var hosts []*httpdScope
+	current := &server
+	root, file, number := "", "", ""
+	for line := range strings.Lines(dump) {
+		line = strings.TrimSpace(line)
+		if quoted, found := strings.CutPrefix(line, "ServerRoot: "); found {
+			root = strings.Trim(quoted, `"`)
+		}
+		if comment, found := strings.CutPrefix(line, "#"); found {
+			if name, found := strings.CutPrefix(comment, " In file: "); found {
+				file, ok = name, true
+			} else {
+				number = strings.Trim(comment, " :")
+			}
+			continue
+		}
+		words := httpdWords(line)
+		if len(words) == 0 {
+			continue
+		}
+		add := func(list *[]httpdSetting) {
+			if len(words) == 2 {
+				*list = append(*list, httpdSetting{words[1], file + ":" + number})
+			}
+		}
+		switch strings.ToLower(words[0]) {
+		case "<virtualhost":
+			current = new(httpdScope)
+			hosts = append(hosts, current)
+		case "</virtualhost>":
+			current = &server
+		case "sslcertificatefile":
+			add(&current.certs)
+		case "sslcertificatekeyfile":
+			add(&current.keys)
+		}
+	}
+	pairs = server.pairs(root)
+	for _, host := range hosts {
+		host.inherit(&server)
+		pairs = append(pairs, host.pairs(root)...)
+	}
+	for i, pair := range pairs {
+		if strings.Contains(pair.Cert, "${") && fits(pair.Cert, cert) {
+			pairs[i].Cert = cert
+		}
+	}
+	return pairs, ok
+}
+
+// fits reports whether path is what template can become when its variables, such
+// as ${name}, are known.
+func fits(template, path string) bool {
+	var pattern strings.Builder
+	for i, part := range strings.Split(template, "${") {
+		if i > 0 {
+			if _, rest, closed := strings.Cut(part, "}"); closed {
+				pattern.WriteString(".*")
+				part = rest
+			} else {
+				part = "${" + part
+			}
+		}
+		pattern.WriteString(regexp.QuoteMeta(part))
+	}
+	ok, err := regexp.MatchString("^(?s:"+pattern.String()+")$", path)
+	return ok && err == nil
+}
+
+// inherit adds what a virtual host has from the server around it: the first that
+// it sets itself stands for the first there, and so on.
+func (s *httpdScope) inherit(server *httpdScope) {
+	s.certs = append(s.certs, server.certs[min(len(s.certs), len(server.certs)):]...)
+	s.keys = append(s.keys, server.keys[min(len(s.keys), len(server.keys)):]...)
+}
+
+// pairs takes the first certificate with the first key, and so on. For a
+// certificate without one httpd reads the key from the certificate's own file.
+func (s *httpdScope) pairs(root string) []Pair {
+	var pairs []Pair
+	for i, cert := range s.certs {
+		key := cert
+		if i < len(s.keys) {
+			key = s.keys[i]
+		}
+		pairs = append(pairs, Pair{Cert: httpdPath(root, cert.value), Key: httpdPath(root, key.value), Where: key.where})
+	}
+	return pairs
+}
+
+// httpdPath makes a path absolute. Of a key that a token holds only the scheme is
+// kept, which nobody takes for a path.
+func httpdPath(root, value string) string {
+	if scheme := "pkcs11:"; strings.HasPrefix(value, scheme) {
+		return scheme
+	}
+	if filepath.IsAbs(value) {
+		return filepath.Clean(value)
+	}
+	return filepath.Join(root, value)
+}
+
+// httpdWords parts a line into words as ap_getword_conf does: a word may be quoted,
+// and a backslash in it escapes a quote or a backslash. A comment has none.
+func httpdWords(line string) []string {
+	var words []string
+	for line = strings.TrimSpace(line); line != "" && (len(words) > 0 || line[0] != '#'); line = strings.TrimSpace(line) {
+		if quote := line[0]; quote == '"' || quote == '\'' {
+			var word strings.Builder
+			i := 1
+			for ; i < len(line) && line[i] != quote; i++ {
+				if line[i] == '\\' && i+1 < len(line) && (line[i+1] == quote || line[i+1] == '\\') {
+					i++
+				}
+				word.WriteByte(line[i])
+			}
+			words = append(words, word.String())
+			line = line[min(i+1, len(line)):]
+			continue
+		}
+		end := strings.IndexAny(line, " \t")
+		if end < 0 {
+			end = len(line)
+		}
+		words = append(words, line[:end])
+		line = line[end:]
+	}
+	return words
 }

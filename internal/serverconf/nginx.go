@@ -22,40 +22,33 @@ func NGINX(ctx context.Context, query Query, cert targetconf.Path, validate, rel
 	if err != nil {
 		return Pair{}, err
 	}
-	if query == nil {
-		return Pair{}, errors.New("nginx cannot be asked here")
-	}
-	call.Argv = append(call.Argv, "-T", "-q")
-	var pairs []Pair
-	dump, err := query(ctx, call)
-	if err == nil {
-		pairs, err = nginxDumpPairs(string(dump))
-	} else if file := testedFile(err.Error()); file != "" {
-		pairs, err = nginxDiskPairs(file)
-	}
-	if err != nil {
-		return Pair{}, fmt.Errorf("ask nginx for its configuration: %w", err)
-	}
-	return KeyFor(cert, pairs)
+	return ask("nginx", query, cert, func() ([]Pair, error) {
+		call.Argv = append(call.Argv, "-T", "-q")
+		dump, err := query(ctx, call)
+		if err == nil {
+			return nginxDumpPairs(string(dump))
+		}
+		if file := testedFile(err.Error()); file != "" {
+			return nginxDiskPairs(file)
+		}
+		return nil, err
+	})
 }
 
 // testedFile finds the configuration file in what nginx says when a test has
 // failed, "" where it does not say that.
 func testedFile(output string) string {
+	const named = "configuration file "
 	before, _, failed := strings.Cut(output, " test failed")
-	_, file, named := lastCut(before, "configuration file ")
-	if !failed || !named || !strings.HasPrefix(file, "/") || strings.ContainsAny(file, " \t") {
+	at := strings.LastIndex(before, named)
+	if !failed || at < 0 {
+		return ""
+	}
+	file := before[at+len(named):]
+	if !strings.HasPrefix(file, "/") || strings.ContainsAny(file, " \t") {
 		return ""
 	}
 	return file
-}
-
-// lastCut is strings.Cut at the last separator.
-func lastCut(s, separator string) (before, after string, found bool) {
-	if i := strings.LastIndex(s, separator); i >= 0 {
-		return s[:i], s[i+len(separator):], true
-	}
-	return s, "", false
 }
 
 // nginxCall is the call of nginx in the commands of a job, with the flags that

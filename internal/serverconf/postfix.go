@@ -3,7 +3,6 @@ package serverconf
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -23,14 +22,9 @@ const maxServices = 64
 // Postfix finds the key of cert in Postfix's own configuration. keyPath is the
 // key file of the job.
 func Postfix(ctx context.Context, query Query, cert, keyPath targetconf.Path, validate, reload policy.Command) (Pair, error) {
-	if query == nil {
-		return Pair{}, errors.New("postfix cannot be asked here")
-	}
-	pairs, err := askPostfix(ctx, query, string(keyPath), validate, reload)
-	if err != nil {
-		return Pair{}, fmt.Errorf("ask postfix for its configuration: %w", err)
-	}
-	return KeyFor(cert, pairs)
+	return ask("postfix", query, cert, func() ([]Pair, error) {
+		return askPostfix(ctx, query, string(keyPath), validate, reload)
+	})
 }
 
 // askPostfix has postconf print main.cf, and main.cf again as each service of

@@ -15,7 +15,8 @@ import (
 	"certctl-agent/internal/targetconf"
 )
 
-// Query runs a command that changes nothing and returns what it printed.
+// Query runs a command that changes nothing and returns what it printed. Nil:
+// nobody can be asked.
 type Query func(ctx context.Context, c policy.Command) (stdout []byte, err error)
 
 // Pair is a certificate and its key as a server's own configuration
@@ -42,6 +43,18 @@ type UnclearError struct{ error }
 func (e *UnclearError) Unwrap() error { return e.error }
 
 func unclear(format string, args ...any) error { return &UnclearError{fmt.Errorf(format, args...)} }
+
+// ask finds the key of cert among the pairs that server answers with.
+func ask(server string, query Query, cert targetconf.Path, pairs func() ([]Pair, error)) (Pair, error) {
+	if query == nil {
+		return Pair{}, errors.New(server + " cannot be asked here")
+	}
+	found, err := pairs()
+	if err != nil {
+		return Pair{}, fmt.Errorf("ask %s for its configuration: %w", server, err)
+	}
+	return KeyFor(cert, found)
+}
 
 // KeyFor finds the key that belongs to cert. Only one answer is an answer. A
 // key in the certificate's own file is one, with cert as its name.
