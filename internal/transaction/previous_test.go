@@ -2,7 +2,6 @@ package transaction
 
 import (
 	"encoding/json"
-	"io/fs"
 	"maps"
 	"path/filepath"
 	"reflect"
@@ -11,6 +10,7 @@ import (
 	"testing"
 
 	"certctl-agent/internal/connector"
+	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/policy"
 	"certctl-agent/internal/testing/previous"
 )
@@ -25,7 +25,7 @@ const (
 
 // previousAgent is an agent on such a host. Everything that this test needs of
 // the engine is here.
-type previousAgent struct{ *Store }
+type previousAgent struct{ *Engine }
 
 func startPrevious(t *testing.T, w world, mounts bool) previousAgent {
 	t.Helper()
@@ -37,20 +37,20 @@ func startPrevious(t *testing.T, w world, mounts bool) previousAgent {
 
 func (a previousAgent) deploy(t *testing.T, w world) (unchanged bool) {
 	t.Helper()
-	mode := fs.FileMode(0o600)
-	result, err := a.Deploy(t.Context(), Transaction{
-		Target: "t1",
-		Material: &connector.Material{KeyFiles: []connector.File{
-			{Path: w.path("keys/c1.previous"), Kind: connector.StoreFile, Data: []byte(previousOldKey), Mode: &mode},
-			{Path: w.path("keys/c1.key"), Kind: connector.StoreFile, Data: []byte(previousNewKey), Mode: &mode},
+	result, err := a.Engine.deploy(t.Context(), Transaction{
+		Deployment{Target: "t1", Promotion: []keystore.Change{
+			{Path: w.path("keys/c1.previous"), Data: []byte(previousOldKey)},
+			{Path: w.path("keys/c1.key"), Data: []byte(previousNewKey)},
 		}},
-		Files: []connector.File{
-			{Path: w.path("private/key.pem"), Kind: connector.KeyFile, Data: []byte(previousNewKey), DefaultMode: 0o600},
-			{Path: w.path("site/cert.pem"), Kind: connector.CertificateFile, Data: []byte(previousNewCert), DefaultMode: 0o644},
-			{Path: w.path("site/chain.pem"), Kind: connector.CertificateFile, Data: []byte(previousNewChain), DefaultMode: 0o644},
+		proposal{
+			Files: []connector.File{
+				{Path: w.path("private/key.pem"), Kind: connector.KeyFile, Data: []byte(previousNewKey), DefaultMode: 0o600},
+				{Path: w.path("site/cert.pem"), Kind: connector.CertificateFile, Data: []byte(previousNewCert), DefaultMode: 0o644},
+				{Path: w.path("site/chain.pem"), Kind: connector.CertificateFile, Data: []byte(previousNewChain), DefaultMode: 0o644},
+			},
+			Validate: &policy.Command{Argv: []string{"validate"}},
+			Reload:   connector.Reload{Command: &policy.Command{Argv: []string{"reload"}}},
 		},
-		Validate: &policy.Command{Argv: []string{"validate"}},
-		Reload:   &policy.Command{Argv: []string{"reload"}},
 	})
 	check(t, err)
 	return result.Unchanged

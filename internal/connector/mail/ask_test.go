@@ -9,6 +9,7 @@ import (
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/connector/conformance"
 	"certctl-agent/internal/policy"
+	"certctl-agent/internal/testing/testca"
 )
 
 // Whatever keeps the server from being asked is in the error, which names the
@@ -34,7 +35,7 @@ func TestMaskedAndNotToBeHad(t *testing.T) {
 	for _, test := range tests {
 		host := conformance.NewHost(t, nil)
 		host.Query = test.query
-		_, err := host.Deploy(t.Context(), test.typ, map[string]any{"key_path": "********"}, nil)
+		_, err := host.Deploy(t.Context(), test.typ, map[string]any{"key_path": "********"}, host.Material(t, testca.Must(t)))
 		if err == nil || !strings.Contains(err.Error(), test.says) || !strings.Contains(err.Error(), conformance.TargetID+".json") {
 			t.Errorf("%s: got %v, want an error with %q and the overlay", test.name, err, test.says)
 		}
