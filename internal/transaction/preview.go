@@ -1,0 +1,111 @@
+package transaction
+
+import (
+	"context"
+	"io/fs"
+	"log/slog"
+	"os"
+	"strconv"
+
+	"certctl-agent/internal/connector"
+	"certctl-agent/internal/policy"
+)
+
+// Preview is what a deployment would do to its target. Problems are those that
+// would have it refused; each is also beside what it is of.
+type Preview struct {
+	Files    []FilePreview   `json:"files"`
+	Changes  []ChangePreview `json:"changes"`
+	Warnings []string        `json:"warnings,omitempty"`
+	Problems []string        `json:"problems,omitempty"`
+}
+
+// FilePreview is one file that would be put in place.
+type FilePreview struct {
+	Path     string `json:"path"`                // as configured
+	Real     string `json:"real,omitempty"`      // after links; "": not known
+	OldMode  string `json:"old_mode,omitempty"`  // octal; "": there is no file
+	NewMode  string `json:"new_mode,omitempty"`  // octal
+	OldOwner string `json:"old_owner,omitempty"` // user and group numbers
+	NewOwner string `json:"new_owner,omitempty"`
+	Size     int    `json:"size"` // of the new content, in bytes
+	Changes  bool   `json:"content_changes"`
+	Secret   bool   `json:"holds_key"`
+	Problem  string `json:"problem,omitempty"`
+}
+
+// ChangePreview is one thing elsewhere that would be replaced.
+type ChangePreview struct {
+	Name    string `json:"name"`
+	Changes bool   `json:"changes"`
+	Problem string `json:"problem,omitempty"`
+}
+
+// NewPreview looks at what the plan of d would do under the given policy. It
+// changes nothing, takes no lock, and needs no state directory.
+func NewPreview(ctx context.Context, d Deployment, plan *connector.Plan, rules *policy.Policy) *Preview {
+	a := &attempt{Engine: &Engine{opts: Options{Policy: rules, Log: slog.New(slog.DiscardHandler)}}, Deployment: d, plan: plan}
+	defer func() { closeAll(a.files) }()
+	p := &Preview{Files: []FilePreview{}, Changes: []ChangePreview{}, Warnings: plan.Warnings}
+	for i, file := range plan.Files {
+		p.Files = append(p.Files, p.file(a, file, i))
+	}
+	if err := distinct(a.files); err != nil {
+		p.Problems = append(p.Problems, err.Error())
+	}
+	for _, c := range plan.Changes {
+		_, same, err := c.Read(ctx)
+		look := ChangePreview{Name: c.ID(), Changes: !same}
+		if err != nil {
+			look.Problem = err.Error()
+			p.Problems = append(p.Problems, c.ID()+": "+look.Problem)
+		}
+		p.Changes = append(p.Changes, look)
+	}
+	return p
+}
+
+// file looks at one file.
+func (p *Preview) file(a *attempt, file connector.File, i int) FilePreview {
+	look := FilePreview{Path: file.Path, Size: len(file.Data), Secret: file.Kind.Secret(), Changes: true}
+	refuse := func(err error) FilePreview {
+		look.Problem = err.Error()
+		p.Problems = append(p.Problems, look.Problem)
+		return look
+	}
+	f, err := open(file, a.opts.Policy)
+	if err != nil {
+		return refuse(err)
+	}
+	a.files = append(a.files, f)
+	look.Real = f.at.join(f.Name)
+	warning, err := f.inspect(i)
+	if err == nil {
+		err = a.guard(f)
+	}
+	if warning != "" {
+		p.Warnings = append(p.Warnings, warning)
+	}
+	look.Size, look.NewMode, look.NewOwner = len(f.data), octal(f.want.Mode), ownerOf(f.want.UID, f.want.GID)
+	if f.Old != nil {
+		look.OldMode, look.OldOwner = octal(f.Old.Mode), ownerOf(f.Old.UID, f.Old.GID)
+		look.Changes = f.Old.Digest != digestOf(f.data)
+	}
+	if err != nil {
+		return refuse(err)
+	}
+	return look
+}
+
+func octal(mode fs.FileMode) string { return "0" + strconv.FormatUint(uint64(mode.Perm()), 8) }
+
+// ownerOf is a file's user and group, as numbers. -1 is whoever creates it.
+func ownerOf(uid, gid int) string {
+	if uid == -1 {
+		uid = os.Geteuid()
+	}
+	if gid == -1 {
+		gid = os.Getegid()
+	}
+	return strconv.Itoa(uid) + ":" + strconv.Itoa(gid)
+}
