@@ -209,7 +209,7 @@ func (d *daemon) build(rules *policy.Policy, p process) error {
 	cfg := d.config
 	key := cfg.KeyFunc(d.log)
 	d.key.Store(&key)
-	d.plane = newClient(cfg, func() secret.String { return (*d.key.Load())() }, func(server time.Time) { d.agent.ObserveDate(server) })
+	d.plane = newClient(cfg, func() secret.String { return (*d.key.Load())() }, func(o api.Observation) { d.agent.Observe(o) })
 	d.onClose(d.plane.Close)
 
 	surveyor, err := d.surveyor()
@@ -237,7 +237,6 @@ func (d *daemon) build(rules *policy.Policy, p process) error {
 			Query: func(ctx context.Context, c policy.Command) ([]byte, error) {
 				return command.Query(ctx, c.Argv, c.Timeout)
 			},
-			Heard: func(call string, err error) { d.agent.Heard(call, err) },
 		}),
 		Surveyor:          surveyor,
 		Ledger:            d.ledger,
@@ -434,7 +433,7 @@ func (d *daemon) close() {
 
 // newClient is the connection of the daemon and of the commands that talk to
 // the control plane.
-func newClient(cfg *config.Config, key func() secret.String, onDate func(time.Time)) *controlplane.Client {
+func newClient(cfg *config.Config, key func() secret.String, observe func(api.Observation)) *controlplane.Client {
 	return controlplane.New(controlplane.Options{
 		Server:             cfg.Server,
 		AgentID:            cfg.AgentID,
@@ -444,7 +443,7 @@ func newClient(cfg *config.Config, key func() secret.String, onDate func(time.Ti
 		InsecureSkipVerify: cfg.InsecureSkipVerify,
 		Proxy:              cfg.Proxy.ForRequest,
 		UserAgent:          buildinfo.UserAgent(),
-		OnDate:             onDate,
+		Observe:            observe,
 	})
 }
 

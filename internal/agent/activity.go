@@ -132,7 +132,6 @@ func (a *Agent) afterFirst(act *activity) {
 func (a *Agent) heartbeat() func() {
 	err := a.o.Plane.Heartbeat(a.calls, a.o.Describe(a.calls))
 	a.inContact.Store(err == nil)
-	a.Heard("heartbeat", err)
 	return func() {
 		if err == nil && a.beat.stats.LastSuccess.IsZero() {
 			a.log.Info("first heartbeat accepted")
@@ -146,7 +145,6 @@ func (a *Agent) heartbeat() func() {
 func (a *Agent) claim() func() {
 	begun := time.Now()
 	work, err := a.o.Plane.Work(a.claims)
-	a.Heard("poll", err)
 	if err != nil || a.isRetired() {
 		return func() { a.ended(a.poll, err) }
 	}
@@ -161,7 +159,6 @@ func (a *Agent) claim() func() {
 func (a *Agent) survey() func() {
 	begun := time.Now()
 	stats, err := a.o.Surveyor.Run(a.calls)
-	a.Heard("discoveries", err)
 	return func() {
 		a.lastScan = scanStatus(stats, err)
 		if err == nil {

@@ -29,7 +29,7 @@ import (
 )
 
 // Plane is the control plane as the loop uses it. Errors mean what package api
-// says of them.
+// says of them; how each call ended, whoever made it, goes to Agent.Observe.
 type Plane interface {
 	Heartbeat(ctx context.Context, h api.Heartbeat) error
 	Work(ctx context.Context) (api.Work, error)
@@ -198,9 +198,27 @@ func (a *Agent) Retired() <-chan struct{} { return a.retired }
 // Rescan asks for a scan now. It never blocks.
 func (a *Agent) Rescan() { poke(a.rescans) }
 
-// ObserveDate is told the control plane's clock with every answer.
-func (a *Agent) ObserveDate(server time.Time) {
-	skew := time.Until(server).Round(time.Second)
+// Observe takes note of what a call told about the control plane: its clock, and
+// with a 410 that this agent may be retired. Any goroutine may call it; it never
+// blocks.
+func (a *Agent) Observe(o api.Observation) {
+	if !o.Date.IsZero() {
+		a.observeClock(o.Date.Sub(o.Received).Round(time.Second))
+	}
+	switch {
+	case errors.Is(o.Err, api.ErrRetired):
+		a.retireOnce.Do(func() {
+			status, _ := errors.AsType[*api.StatusError](o.Err)
+			a.log.Error("the control plane has retired this agent: it stops for good",
+				"call", o.Call, "status", status.Status, "body", status.Body, "agent_id", a.o.AgentID)
+			close(a.retired)
+		})
+	case errors.Is(o.Err, api.ErrGone):
+		poke(a.asks)
+	}
+}
+
+func (a *Agent) observeClock(skew time.Duration) {
 	a.skewNanos.Store(int64(skew))
 	if skew.Abs() <= maxSkew {
 		return
@@ -337,22 +355,6 @@ func (a *Agent) contain(work func()) (err error) {
 	}()
 	work()
 	return nil
-}
-
-// Heard is told how a call ended, by whoever made it and from any goroutine: a
-// 410 may be this agent's retirement.
-func (a *Agent) Heard(call string, err error) {
-	switch {
-	case errors.Is(err, api.ErrRetired):
-		a.retireOnce.Do(func() {
-			status, _ := errors.AsType[*api.StatusError](err)
-			a.log.Error("the control plane has retired this agent: it stops for good",
-				"call", call, "status", status.Status, "body", status.Body, "agent_id", a.o.AgentID)
-			close(a.retired)
-		})
-	case errors.Is(err, api.ErrGone):
-		poke(a.asks)
-	}
 }
 
 // lost reports whether a refusal that may be a gateway's has to be believed: it

@@ -200,6 +200,12 @@ func (w *world) done(names ...string) string {
 
 func (w *world) count(name string) int { return len(w.times(name)) }
 
+// answer ends a call as the client does: the agent observes it first.
+func (w *world) answer(call string, err error) error {
+	w.agent.Observe(api.Observation{Call: call, Err: err})
+	return err
+}
+
 type plane struct{ w *world }
 
 func (p plane) Heartbeat(ctx context.Context, _ api.Heartbeat) error {
@@ -207,7 +213,7 @@ func (p plane) Heartbeat(ctx context.Context, _ api.Heartbeat) error {
 	if p.w.heartbeat == nil {
 		return nil
 	}
-	return p.w.heartbeat(ctx, p.w.count("heartbeat"))
+	return p.w.answer("heartbeat", p.w.heartbeat(ctx, p.w.count("heartbeat")))
 }
 
 func (p plane) Work(ctx context.Context) (api.Work, error) {
@@ -215,7 +221,8 @@ func (p plane) Work(ctx context.Context) (api.Work, error) {
 	if p.w.work == nil {
 		return api.Work{}, nil
 	}
-	return p.w.work(ctx, p.w.count("poll"))
+	work, err := p.w.work(ctx, p.w.count("poll"))
+	return work, p.w.answer("poll", err)
 }
 
 func (p plane) ReportStatus(_ context.Context, job string, s api.JobStatus) error {
@@ -223,7 +230,7 @@ func (p plane) ReportStatus(_ context.Context, job string, s api.JobStatus) erro
 	if p.w.report == nil {
 		return nil
 	}
-	return p.w.report(job, s)
+	return p.w.answer("status report", p.w.report(job, s))
 }
 
 func (p plane) ReportVerification(_ context.Context, job string, v api.Verification) error {
@@ -231,7 +238,7 @@ func (p plane) ReportVerification(_ context.Context, job string, v api.Verificat
 	if p.w.verify == nil {
 		return nil
 	}
-	return p.w.verify(job, v)
+	return p.w.answer("verification", p.w.verify(job, v))
 }
 
 type enroller struct{ w *world }
@@ -241,7 +248,7 @@ func (e enroller) Enroll(ctx context.Context, job api.Job) error {
 	if e.w.enroll == nil {
 		return nil
 	}
-	return e.w.enroll(ctx, job)
+	return e.w.answer("CSR", e.w.enroll(ctx, job))
 }
 
 type deployer struct{ w *world }
@@ -255,7 +262,8 @@ func (d deployer) Deploy(calls, work context.Context, job api.Job, turn deploy.T
 	if d.w.deploy == nil {
 		return deploy.Outcome{Status: api.StatusCompleted}, nil
 	}
-	return d.w.deploy(calls, work, job)
+	outcome, err := d.w.deploy(calls, work, job)
+	return outcome, d.w.answer("certificate", err)
 }
 
 type surveyor struct{ w *world }
@@ -265,7 +273,8 @@ func (s surveyor) Run(ctx context.Context) (survey.Stats, error) {
 	if s.w.survey == nil {
 		return survey.Stats{}, nil
 	}
-	return s.w.survey(ctx)
+	stats, err := s.w.survey(ctx)
+	return stats, s.w.answer("discovery report", err)
 }
 
 type notifier struct{}
@@ -563,6 +572,24 @@ func TestRetirement(t *testing.T) {
 			minimum: map[string]int{"heartbeat": 2},
 		},
 		{
+			name: "a call of a deployment that goes on, confirmed by a heartbeat",
+			setUp: func(w *world) {
+				w.work = once(1, deployment("j1", "t1"))
+				w.deploy = func(_, work context.Context, _ api.Job) (deploy.Outcome, error) {
+					_ = w.answer("status report", gone("status report", false)) // "Running"
+					return deploy.Outcome{Status: api.StatusCompleted}, sleep(work, time.Second)
+				}
+				w.heartbeat = func(_ context.Context, n int) error {
+					if n == 2 {
+						return gone("heartbeat", true)
+					}
+					return nil
+				}
+			},
+			unborn:  []string{"report"},
+			minimum: map[string]int{"heartbeat": 2, "deploy": 1},
+		},
+		{
 			name: "several calls at once",
 			setUp: func(w *world) {
 				w.heartbeat = func(ctx context.Context, n int) error {
@@ -730,12 +757,13 @@ func TestRescanAndRefusedJobs(t *testing.T) {
 func TestClockSkewIsSaidOnce(t *testing.T) {
 	w := newWorld(t)
 	a := agent.New(w.options)
-	a.ObserveDate(time.Now())
+	observe := func(server time.Time) { a.Observe(api.Observation{Date: server, Received: time.Now()}) }
+	observe(time.Now())
 	if strings.Contains(w.log.String(), "clock") {
 		t.Error("warned about a clock that agrees")
 	}
 	for range 3 {
-		a.ObserveDate(time.Now().Add(10 * time.Minute))
+		observe(time.Now().Add(10 * time.Minute))
 	}
 	if got := strings.Count(w.log.String(), "time synchronisation"); got != 1 {
 		t.Errorf("%d warnings about the clock, want one", got)

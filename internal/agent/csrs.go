@@ -133,7 +133,6 @@ func (a *Agent) startEnrol(job api.Job) {
 	tries.last = time.Now()
 	a.spawn(func() func() {
 		err := a.o.Enroller.Enroll(a.claims, job)
-		a.Heard("csr", err)
 		if a.lost(&tries.patience, err) {
 			err = &enroll.RefusedError{Reason: "given up after several tries: " + err.Error(), Err: err}
 		}

@@ -144,7 +144,6 @@ func (a *Agent) send(ctx context.Context, due []report) []delivered {
 		err := down
 		if err == nil {
 			err = a.sendOne(ctx, r)
-			a.Heard("job status", err)
 		}
 		results = append(results, delivered{r.Job, err})
 		stuck[r.Job] = err != nil

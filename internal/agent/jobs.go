@@ -266,7 +266,6 @@ func (a *Agent) deploy(t *turn, since time.Time, unsure bool, patience *pace.Pat
 	if panicked != nil {
 		outcome, err = deploy.Outcome{Status: api.StatusFailed, Error: panicked.Error(), Broken: true}, nil
 	}
-	a.Heard("deployment", err)
 	if err != nil && context.Cause(a.calls) == nil && time.Since(since) > reportTTL {
 		outcome.Status, outcome.Error, err = api.StatusFailed, "given up after a week: "+err.Error(), nil
 	}

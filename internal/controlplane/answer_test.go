@@ -279,7 +279,7 @@ func TestRetryAfter(t *testing.T) {
 		defer p.Close()
 		var serverTime time.Time
 		opts := options(p, p.RegisterAgent("web1"))
-		opts.OnDate = func(date time.Time) { serverTime = date }
+		opts.Observe = func(o api.Observation) { serverTime = o.Date }
 		c := controlplane.New(opts)
 		defer c.Close()
 		server := time.Now().Add(skew)
@@ -298,7 +298,7 @@ func TestRetryAfter(t *testing.T) {
 			}
 		}
 		if !serverTime.Equal(server.Truncate(time.Second)) {
-			t.Errorf("OnDate got %v, want %v", serverTime, server)
+			t.Errorf("Observe got %v, want %v", serverTime, server)
 		}
 	})
 }

@@ -72,9 +72,9 @@ type Options struct {
 	// Timeout bounds one request; 0 means DefaultTimeout.
 	Timeout time.Duration
 
-	// OnDate, when set, gets the Date of each answer, from which the caller
-	// tells how far this host's clock is off. It must not block.
-	OnDate func(server time.Time)
+	// Observe, when set, learns how each request ended, before the caller does:
+	// a 410 means the same whoever made the call. It must not block.
+	Observe func(api.Observation)
 
 	// Dial makes connections; nil means the network. Tests give an in-memory
 	// one. The network is "tcp", or "udp" for LocalAddr.
@@ -244,6 +244,15 @@ type call struct {
 
 // do sends a request and decodes a success into answer, unless that is nil.
 func (c *Client) do(ctx context.Context, call call, answer any) error {
+	seen := api.Observation{Call: call.name}
+	seen.Err = c.send(ctx, call, answer, &seen)
+	if c.opts.Observe != nil {
+		c.opts.Observe(seen)
+	}
+	return seen.Err
+}
+
+func (c *Client) send(ctx context.Context, call call, answer any, seen *api.Observation) error {
 	session := c.session.Load()
 	key := session.key
 	if c.opts.KeyFunc != nil {
@@ -264,14 +273,13 @@ func (c *Client) do(ctx context.Context, call call, answer any) error {
 		return c.failure(ctx, call, key, err)
 	}
 	defer resp.Body.Close()
-	date, err := http.ParseTime(resp.Header.Get("Date"))
-	if err != nil {
-		date = time.Now()
-	} else if c.opts.OnDate != nil {
-		c.opts.OnDate(date)
+	seen.Received = time.Now()
+	now := seen.Received
+	if date, err := http.ParseTime(resp.Header.Get("Date")); err == nil {
+		seen.Date, now = date, date
 	}
 	if resp.StatusCode < 200 || resp.StatusCode > 299 {
-		return refusal(call, resp, key, date)
+		return refusal(call, resp, key, now)
 	}
 	if err := decode(resp, call, answer); err != nil {
 		return c.failure(ctx, call, key, err)

@@ -13,6 +13,7 @@ import (
 	"io"
 	"log"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -209,7 +210,10 @@ func TestIdentifiersStayOneSegment(t *testing.T) {
 func TestRetirement(t *testing.T) {
 	p := devplane.Start(t, devplane.Options{GonePolls: true})
 	agent := p.RegisterAgent("web1")
-	c := newClient(t, options(p, agent))
+	var observed []api.Observation
+	opts := options(p, agent)
+	opts.Observe = func(o api.Observation) { observed = append(observed, o) }
+	c := newClient(t, opts)
 	p.Retire(agent)
 	err := c.Heartbeat(t.Context(), api.Heartbeat{})
 	if !errors.Is(err, api.ErrRetired) || !strings.Contains(err.Error(), "Agent has been retired (request req-") {
@@ -219,7 +223,9 @@ func TestRetirement(t *testing.T) {
 		t.Errorf("poll: %v, want api.ErrRetired", err)
 	}
 	p.Inject(devplane.Fault{Status: http.StatusGone})
+	_, err = c.Certificate(t.Context(), "c")
 	for _, err := range []error{
+		err,
 		c.ReportStatus(t.Context(), "j", api.JobStatus{Status: api.StatusRunning}),
 		c.SubmitCSR(t.Context(), "c", nil),
 		c.ReportVerification(t.Context(), "j", api.Verification{}),
@@ -229,6 +235,21 @@ func TestRetirement(t *testing.T) {
 		if !errors.Is(err, api.ErrGone) || errors.Is(err, api.ErrRetired) {
 			t.Errorf("%v, want api.ErrGone", err)
 		}
+	}
+	// Whoever made a call, its 410 is observed.
+	want := []string{"heartbeat", "poll", "certificate", "status report", "CSR", "verification", "discovery report", "health"}
+	var calls []string
+	for i, o := range observed {
+		calls = append(calls, o.Call)
+		if retired := errors.Is(o.Err, api.ErrRetired); retired != (i < 2) || errors.Is(o.Err, api.ErrGone) == retired {
+			t.Errorf("observed %+v", o)
+		}
+		if o.Received.IsZero() || o.Date.IsZero() {
+			t.Errorf("the observation of a %s has no time: %+v", o.Call, o)
+		}
+	}
+	if !slices.Equal(calls, want) {
+		t.Errorf("observed %q, want %q", calls, want)
 	}
 }
 

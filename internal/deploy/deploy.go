@@ -70,10 +70,6 @@ type Options struct {
 	// Query runs a command of a server to learn from what it prints. Nil: no
 	// server is asked, and a masked path has to come from an overlay.
 	Query serverconf.Query
-
-	// Heard is told of each report that failed and that Deploy itself does not
-	// act on, so that a 410 is not lost. Nil: nobody listens.
-	Heard func(call string, err error)
 }
 
 // Outcome is the verdict on a job.
@@ -238,9 +234,6 @@ func (a *attempt) reportRunning(ctx context.Context) {
 	a.log.Debug("the control plane was not told that the job runs", "error", err)
 	status, answered := errors.AsType[*api.StatusError](err)
 	a.outcome.Unsure = !answered || status.Status >= 500 // a gateway's answer says nothing of what is behind it
-	if a.o.Heard != nil {
-		a.o.Heard("job status", err)
-	}
 }
 
 // install has the engine carry out what the connector proposes, of which the

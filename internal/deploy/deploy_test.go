@@ -618,17 +618,8 @@ func TestRunningIsRefused(t *testing.T) {
 	w := newWorld(t)
 	w.renew("cert-1", testca.Template{})
 	w.statusErr = &api.StatusError{Call: "job status", Status: http.StatusGone}
-	var heard error
-	w.options.Heard = func(call string, err error) { heard = err }
 	if got := w.run(job(`{}`)); got.Status != api.StatusCompleted {
 		t.Errorf("outcome %+v", got)
-	}
-	if !errors.Is(heard, api.ErrGone) {
-		t.Errorf("heard %v, want ErrGone", heard)
-	}
-	w.options.Heard = nil
-	if got := w.run(job(`{}`)); got.Status != api.StatusCompleted {
-		t.Errorf("with nobody listening: %+v", got)
 	}
 }
 

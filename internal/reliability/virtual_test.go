@@ -194,7 +194,7 @@ func (l *life) open() error {
 	l.client = controlplane.New(controlplane.Options{
 		Server: w.plane.ServerURL(), AgentID: w.agent, APIKey: secret.New(w.plane.APIKey), Roots: w.plane.Roots(),
 		UserAgent: "certctl-agent/1.0.0 (linux/amd64)", Dial: l.dial,
-		OnDate: func(server time.Time) { l.agent.ObserveDate(server) },
+		Observe: func(o api.Observation) { l.agent.Observe(o) },
 	})
 	l.closes = append(l.closes, func() error { l.client.Close(); return nil })
 	var surveyor agent.Surveyor
@@ -214,7 +214,6 @@ func (l *life) open() error {
 		Deployer: deploy.New(deploy.Options{Plane: l, Keys: l.keys, Policy: policy, Verify: true, Log: w.log, Probe: w.probe,
 			Overlays: targetconf.OpenOverlays(w.site.path("targets.d")),
 			Types:    []connector.Type{nginx.Type()}, Engine: files,
-			Heard: func(call string, err error) { l.agent.Heard(call, err) },
 		}),
 		Surveyor: surveyor,
 		Ledger:   l.jobs, Served: served, Notify: silent{}, Log: w.log, Repair: files.Repair,
