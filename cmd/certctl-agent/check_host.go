@@ -9,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 
+	"certctl-agent/internal/app"
 	"certctl-agent/internal/command"
 	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/targetconf"
@@ -24,7 +25,7 @@ func (c *checker) disk() {
 		c.directory("state directory", c.config.StateDir)
 	}
 	if c.config.StateDir != "" && c.config.Server != nil {
-		for _, warning := range abandonedWarnings(c.config) {
+		for _, warning := range app.AbandonedWarnings(c.config) {
 			c.warn("earlier state", "", "%s", warning)
 		}
 	}
@@ -95,7 +96,7 @@ func writable(path string) bool {
 // overlays reads every overlay as a deployment would.
 func (c *checker) overlays() {
 	dir := c.config.TargetsDir
-	overlays := overlaysOf(c.config)
+	overlays := app.Overlays(c.config)
 	if _, err := targetconf.Merge(nil, "", nil, "default", overlays); err != nil {
 		c.fail("overlays", "", "%v", err)
 		return

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/app"
 	"certctl-agent/internal/buildinfo"
 	"certctl-agent/internal/proxy"
 )
@@ -154,9 +155,9 @@ func (c *checker) clock(date string) {
 func (c *checker) identity(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
-	client := newClient(c.config, nil, nil)
+	client := app.NewClient(c.config)
 	defer client.Close()
-	err := client.Heartbeat(ctx, newHeartbeat(ctx, client))
+	err := client.Heartbeat(ctx, app.NewHeartbeat(ctx, client))
 	switch {
 	case err == nil:
 		c.ok("agent", "the control plane knows %s and takes its key", c.config.AgentID)

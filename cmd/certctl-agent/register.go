@@ -10,6 +10,7 @@ import (
 	"unicode/utf8"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/app"
 	"certctl-agent/internal/config"
 )
 
@@ -63,7 +64,7 @@ func runRegister(ctx context.Context, p process) error {
 	if err != nil {
 		return fmt.Errorf("find out this host's name: %w", err)
 	}
-	client := newClient(cfg, nil, nil)
+	client := app.NewClient(cfg)
 	defer client.Close()
 	agent, err := client.Register(ctx, api.Registration{Name: cfg.Name, Hostname: hostname})
 	if err != nil {

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/app"
 	"certctl-agent/internal/config"
 	"certctl-agent/internal/discovery"
 	"certctl-agent/internal/printable"
@@ -65,13 +66,9 @@ func runScan(ctx context.Context, p process) error {
 	if err != nil {
 		return err
 	}
-	scanner, err := discovery.New(discovery.Options{
-		Dirs:      dirs,
-		Exclude:   cfg.DiscoveryExclude,
-		Passwords: passwords(cfg),
-		MaxRate:   cfg.DiscoveryMaxRate,
-		Log:       quiet(),
-	})
+	options := app.ScanOptions(cfg)
+	options.Dirs, options.Log = dirs, quiet()
+	scanner, err := discovery.New(options)
 	if err != nil {
 		return err
 	}

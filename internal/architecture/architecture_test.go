@@ -25,6 +25,7 @@ const module = "certctl-agent"
 // element of a path.
 var layers = [][]string{
 	{"cmd/*"},
+	{"internal/app"},
 	{"internal/agent"},
 	{"internal/deploy", "internal/enroll", "internal/survey", "internal/connector/all"},
 	{"internal/connector/*"},
@@ -39,7 +40,7 @@ var layers = [][]string{
 }
 
 // leaves may import one another where one clearly serves the other.
-const leafLayer = 9
+const leafLayer = 10
 
 // testOnly reports whether a package serves tests and the demo, never the agent.
 func testOnly(pkg string) bool {

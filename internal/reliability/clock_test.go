@@ -76,7 +76,7 @@ func TestSkewIsSaidOnce(t *testing.T) {
 				if got := strings.Count(string(log.since(0)), "check time synchronisation"); got != want {
 					t.Errorf("%d warnings in an hour, want %d", got, want)
 				}
-				if snapshot, err := w.life.agent.Snapshot(t.Context()); err != nil || (snapshot.ClockSkewSeconds-skew.Seconds()) > 2 {
+				if snapshot, err := w.life.app.Agent.Snapshot(t.Context()); err != nil || (snapshot.ClockSkewSeconds-skew.Seconds()) > 2 {
 					t.Errorf("the status says a skew of %v s (%v)", snapshot.ClockSkewSeconds, err)
 				}
 				// Nothing else depends on it.
@@ -120,7 +120,7 @@ func TestClockWentBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, 1, []server{{id: "web", cert: "cert"}})
 		defer w.close()
-		if err := os.CopyFS(w.site.path("state"), os.DirFS(dir)); err != nil {
+		if err := os.CopyFS(w.stateDir(), os.DirFS(dir)); err != nil {
 			t.Fatal(err)
 		}
 		for _, job := range claimed {

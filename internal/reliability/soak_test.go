@@ -74,7 +74,7 @@ func TestSoak(t *testing.T) {
 		}
 		w := newWorld(t, 1, servers)
 		defer w.close()
-		w.scan = true
+		w.configure("CERTCTL_DISCOVERY_DIRS="+w.site.path("www"), "CERTCTL_DISCOVERY_INTERVAL=15m")
 		w.start()
 		for i := range 4 {
 			w.plane.StartIssuance(fmt.Sprint("cert", i))

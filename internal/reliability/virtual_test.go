@@ -22,26 +22,13 @@ import (
 	"testing/synctest"
 	"time"
 
-	"certctl-agent/internal/agent"
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/connector"
-	"certctl-agent/internal/connector/nginx"
-	"certctl-agent/internal/controlplane"
-	"certctl-agent/internal/deploy"
-	"certctl-agent/internal/discovery"
-	"certctl-agent/internal/enroll"
-	"certctl-agent/internal/installed"
-	"certctl-agent/internal/keystore"
-	"certctl-agent/internal/ledger"
+	"certctl-agent/internal/app"
+	"certctl-agent/internal/config"
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/policy"
-	"certctl-agent/internal/secret"
-	"certctl-agent/internal/statedir"
-	"certctl-agent/internal/survey"
-	"certctl-agent/internal/targetconf"
 	"certctl-agent/internal/testing/devplane"
 	"certctl-agent/internal/tlsprobe"
-	"certctl-agent/internal/transaction"
 )
 
 // world is a control plane, a host, and the agents that lived on it one after
@@ -55,7 +42,8 @@ type world struct {
 	site  *site
 	lives int
 	life  *life // nil: no agent runs
-	scan  bool  // discovery is on
+
+	config *config.Config
 
 	healing []func()      // each takes a fault back
 	over    chan struct{} // closed at the end of the run
@@ -76,16 +64,14 @@ type outcomeKey struct {
 	claim int
 }
 
-// life is one agent from start to end.
+// life is one agent from start to end, and the control plane as it sees it, with
+// a note of what that was told and what it said.
 type life struct {
-	world  *world
-	agent  *agent.Agent
-	client *controlplane.Client
-	keys   *keystore.Store
-	jobs   *ledger.Ledger
-	stop   context.CancelFunc
-	ended  chan error
-	closes []func() error
+	app.Plane
+	world *world
+	app   *app.App
+	stop  context.CancelFunc
+	ended chan error
 
 	mu    sync.Mutex // guards what follows
 	dead  bool
@@ -105,15 +91,20 @@ func newWorldWith(t *testing.T, seed uint64, servers []server, options devplane.
 		out = t.Output()
 	}
 	w.log = slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	base := fastDir(t)
+	options.Dir = base
 	var err error
 	if w.plane, err = devplane.New(options); err != nil {
 		t.Fatal(err)
 	}
 	w.agent = w.plane.RegisterAgent("web")
-	base := fastDir(t)
 	if w.site, err = newSite(filepath.Join(base, "host"), servers); err != nil {
 		t.Fatal(err)
 	}
+	if err := os.Mkdir(w.site.path("targets.d"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	w.configure()
 	certs := make(map[string][]string)
 	for _, x := range servers {
 		config := w.site.config(x, "validate "+x.id, "reload "+x.id)
@@ -143,7 +134,38 @@ func (w *world) draw(n int) int {
 	return w.draws.IntN(n)
 }
 
-// start starts an agent as the daemon does. Intervals are the defaults.
+// configure is what the operator of the host has set.
+func (w *world) configure(more ...string) {
+	set := slices.Concat([]string{
+		"CERTCTL_SERVER_URL=" + w.plane.URL,
+		"CERTCTL_SERVER_CA_BUNDLE_PATH=" + w.plane.CAFile(),
+		"CERTCTL_API_KEY=" + w.plane.APIKey,
+		"CERTCTL_AGENT_ID=" + w.agent,
+		"CERTCTL_KEY_DIR=" + w.site.keyDir(),
+		"CERTCTL_STATE_DIR=" + w.site.path("state"),
+		"CERTCTL_TARGETS_DIR=" + w.site.path("targets.d"),
+		"CERTCTL_ALLOWED_PATHS=" + w.site.path("www"),
+		"CERTCTL_MAX_DEPLOYS=2",
+		"CERTCTL_SHUTDOWN_GRACE=20s",
+	}, more)
+	getenv := func(name string) string {
+		for _, setting := range slices.Backward(set) {
+			if value, ok := strings.CutPrefix(setting, name+"="); ok {
+				return value
+			}
+		}
+		return ""
+	}
+	var err error
+	if w.config, err = config.Load(nil, getenv, config.Options{DefaultFile: w.site.path("no.env")}); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// stateDir is the agent's.
+func (w *world) stateDir() string { return w.config.InstanceStateDir() }
+
+// start starts an agent as the daemon does.
 func (w *world) start() {
 	w.lives++
 	l := &life{world: w, ended: make(chan error, 1)}
@@ -152,81 +174,32 @@ func (w *world) start() {
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	l.stop = stop
-	go func() { l.ended <- l.agent.Run(ctx) }()
+	go func() { l.ended <- l.app.Agent.Run(ctx) }()
 	w.life = l
 }
 
-func (l *life) open() error {
+func (l *life) open() (err error) {
 	w := l.world
-	state, err := statedir.Open(w.site.path("state"), w.agent, "machine")
+	l.app, err = app.Open(context.Background(), app.Options{Config: w.config, Log: w.log, Notify: silent{}, MachineID: "machine",
+		Seams: app.Seams{
+			Dial:  l.dial,
+			Plane: func(p app.Plane) app.Plane { l.Plane = p; return l },
+			Run:   l.run,
+			Query: l.query,
+			Probe: w.probe,
+			Rand:  func(n int64) int64 { w.mu.Lock(); defer w.mu.Unlock(); return w.draws.Int64N(n) },
+		}})
 	if err != nil {
 		return err
 	}
-	l.closes = append(l.closes, func() error { state.Close(); return nil })
-	if l.keys, err = keystore.Open(keystore.Owner{}, w.site.keyDir(), w.log); err != nil {
-		return err
-	}
-	l.closes = append(l.closes, l.keys.Close)
-	if l.jobs, err = ledger.Open(state.Root, w.log); err != nil {
-		return err
-	}
-	l.closes = append(l.closes, l.jobs.Close)
-	served, err := installed.Open(state.Root)
-	if err != nil {
-		return err
-	}
-	policy := &policy.Policy{Paths: []string{w.site.path("www")}, Protected: []string{w.site.path("keys"), w.site.path("state")}}
-	files, err := transaction.Open(transaction.Options{State: state.Root, StatePath: state.Path, Policy: policy, Run: l.run, Log: w.log})
-	if err != nil {
-		return err
-	}
-	l.closes = append(l.closes, files.Close)
-	recovery, err := files.Recover(context.Background())
-	if err != nil {
-		return err
-	}
-	if len(recovery.Failed)+len(recovery.SetAside) > 0 {
-		return fmt.Errorf("recovery: %+v", recovery)
+	if found := l.app.Recovered; len(found.Failed)+len(found.SetAside) > 0 {
+		return fmt.Errorf("recovery: %+v", found)
 	}
 	if err := w.site.checkPairs(); err != nil {
 		return fmt.Errorf("after recovery: %w", err)
 	}
-	l.client = controlplane.New(controlplane.Options{
-		Server: w.plane.ServerURL(), AgentID: w.agent, APIKey: secret.New(w.plane.APIKey), Roots: w.plane.Roots(),
-		UserAgent: "certctl-agent/1.0.0 (linux/amd64)", Dial: l.dial,
-		Observe: func(o api.Observation) { l.agent.Observe(o) },
-	})
-	l.closes = append(l.closes, func() error { l.client.Close(); return nil })
-	var surveyor agent.Surveyor
-	if w.scan {
-		dirs := []string{w.site.path("www")}
-		scanner, err := discovery.New(discovery.Options{Dirs: dirs, State: state.Root, Index: "discovery.index", Log: w.log})
-		if err != nil {
-			return err
-		}
-		surveyor = survey.New(survey.Options{Scanner: scanner, Plane: l.client, AgentID: w.agent, Dirs: dirs,
-			Interval: scanEvery, Log: w.log})
-	}
-	l.agent = agent.New(agent.Options{
-		AgentID:  w.agent,
-		Plane:    l,
-		Enroller: enroll.New(enroll.Options{Keys: l.keys, Plane: l.client, Algorithm: "ecdsa-p256", Log: w.log}),
-		Deployer: deploy.New(deploy.Options{Plane: l, Keys: l.keys, Policy: policy, Verify: true, Log: w.log, Probe: w.probe,
-			Overlays: targetconf.OpenOverlays(w.site.path("targets.d")),
-			Types:    []connector.Type{nginx.Type()}, Engine: files,
-		}),
-		Surveyor: surveyor,
-		Ledger:   l.jobs, Served: served, Notify: silent{}, Log: w.log, Repair: files.Repair,
-		Describe:          func(context.Context) api.Heartbeat { return api.Heartbeat{Version: "1.0.0", Hostname: "web"} },
-		HeartbeatInterval: time.Minute, PollInterval: 30 * time.Second, DiscoveryInterval: scanEvery,
-		StartupJitter: true, MaxDeploys: 2, ShutdownGrace: 20 * time.Second,
-		Rand: func(n int64) int64 { w.mu.Lock(); defer w.mu.Unlock(); return w.draws.Int64N(n) },
-	})
 	return nil
 }
-
-// scanEvery is how often a world with discovery scans.
-const scanEvery = 15 * time.Minute
 
 type silent struct{}
 
@@ -291,10 +264,8 @@ func (l *life) end() {
 	if err := <-l.ended; err != nil {
 		l.world.fail("the agent ended with %v", err)
 	}
-	for _, c := range slices.Backward(l.closes) {
-		if err := c(); err != nil {
-			l.world.fail("close: %v", err)
-		}
+	if err := l.app.Close(); err != nil {
+		l.world.fail("close: %v", err)
 	}
 }
 
@@ -345,18 +316,11 @@ func copyTree(to, from string) error {
 	})
 }
 
-// The control plane as the agent sees it, with a note of what it was told and
-// what it said.
-
-func (l *life) Heartbeat(ctx context.Context, h api.Heartbeat) error {
-	return l.client.Heartbeat(ctx, h)
-}
-
 func (l *life) Work(ctx context.Context) (api.Work, error) {
 	l.mu.Lock()
 	l.polls++
 	l.mu.Unlock()
-	work, err := l.client.Work(ctx)
+	work, err := l.Plane.Work(ctx)
 	l.mu.Lock()
 	l.polls--
 	dead := l.dead
@@ -378,14 +342,6 @@ func (l *life) Work(ctx context.Context) (api.Work, error) {
 	return work, err
 }
 
-func (l *life) Certificate(ctx context.Context, id string) ([]byte, error) {
-	return l.client.Certificate(ctx, id)
-}
-
-func (l *life) ReportVerification(ctx context.Context, job string, v api.Verification) error {
-	return l.client.ReportVerification(ctx, job, v)
-}
-
 func (l *life) ReportStatus(ctx context.Context, job string, s api.JobStatus) error {
 	if s.Status != api.StatusRunning && !l.isDead() {
 		w := l.world
@@ -396,7 +352,7 @@ func (l *life) ReportStatus(ctx context.Context, job string, s api.JobStatus) er
 		}
 		w.mu.Unlock()
 	}
-	return l.client.ReportStatus(ctx, job, s)
+	return l.Plane.ReportStatus(ctx, job, s)
 }
 
 // run is a server's command: it loads the pair that is in place.
@@ -429,6 +385,12 @@ func (l *life) run(ctx context.Context, c policy.Command) error {
 		w.loaded[c.Argv[1]+".example.org:443"] = pemutil.Fingerprint(leaf)
 	}
 	return nil
+}
+
+// query would ask a server: these name no program that could be asked.
+func (l *life) query(_ context.Context, c policy.Command) ([]byte, error) {
+	l.world.fail("the agent ran %q", c.Argv)
+	return nil, errors.ErrUnsupported
 }
 
 // probe looks at what a server has loaded.
@@ -589,8 +551,8 @@ func (w *world) settle() {
 				w.fail("job %s of type %s was claimed and is still %s: %v", job.ID, job.Type, job.Status, history(job))
 			}
 		}
-		unfinished, undelivered := w.life.jobs.Counts()
-		journal, _ := os.ReadDir(w.site.path("state", "journal")) // reloads that are owed
+		unfinished, undelivered := w.life.app.Ledger.Counts()
+		journal, _ := os.ReadDir(filepath.Join(w.stateDir(), "journal")) // reloads that are owed
 		if open+unfinished+undelivered+len(journal) == 0 {
 			return
 		}
@@ -627,7 +589,7 @@ func history(job devplane.Job) string {
 
 // verdict looks at the end of a run.
 func (w *world) verdict() {
-	keys := w.life.keys
+	keys := w.life.app.Keys
 	for _, x := range w.site.servers {
 		versions := w.plane.Versions(x.cert)
 		if len(versions) == 0 {
@@ -659,7 +621,7 @@ func (w *world) verdict() {
 			w.fail("claim %d of job %s has more than one outcome: %q", key.claim, key.job, all)
 		}
 	}
-	if left := w.site.leftOver(w.site.path("state")); len(left) > 0 {
+	if left := w.site.leftOver(w.stateDir()); len(left) > 0 {
 		w.fail("left over: %q", left)
 	}
 	if err := w.site.checkSecrets(); err != nil {

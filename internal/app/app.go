@@ -1,0 +1,318 @@
+// Package app builds the agent out of its parts. The daemon runs what it
+// builds, and so do the tests in virtual time.
+package app
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"certctl-agent/internal/agent"
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/buildinfo"
+	"certctl-agent/internal/command"
+	"certctl-agent/internal/config"
+	"certctl-agent/internal/connector/all"
+	"certctl-agent/internal/controlplane"
+	"certctl-agent/internal/deploy"
+	"certctl-agent/internal/discovery"
+	"certctl-agent/internal/enroll"
+	"certctl-agent/internal/installed"
+	"certctl-agent/internal/keystore"
+	"certctl-agent/internal/ledger"
+	"certctl-agent/internal/pace"
+	"certctl-agent/internal/policy"
+	"certctl-agent/internal/secret"
+	"certctl-agent/internal/statedir"
+	"certctl-agent/internal/status"
+	"certctl-agent/internal/survey"
+	"certctl-agent/internal/tlsprobe"
+	"certctl-agent/internal/transaction"
+)
+
+// Options is what an App is built from.
+type Options struct {
+	Config    *config.Config
+	Log       *slog.Logger
+	Notify    agent.Notifier
+	MachineID string        // identifies this host; see statedir.Open
+	Watchdog  time.Duration // between two signs of life to Notify; 0: none
+
+	Seams
+}
+
+// Seams are where a test takes the place of the world. Nil means the world.
+type Seams struct {
+	Dial  func(ctx context.Context, network, address string) (net.Conn, error) // to the control plane
+	Plane func(Plane) Plane                                                    // sees every call of an agent at work
+	Run   func(ctx context.Context, c policy.Command) error
+	Query func(ctx context.Context, c policy.Command) (stdout []byte, err error)
+	Probe func(ctx context.Context, e tlsprobe.Endpoint) (tlsprobe.Result, error)
+	Rand  pace.Rand
+}
+
+// Plane is the control plane as an agent at work uses it.
+type Plane interface {
+	agent.Plane
+	enroll.Plane
+	deploy.Plane
+	survey.Plane
+}
+
+// App is an agent that is ready to run.
+type App struct {
+	Agent     *agent.Agent
+	Keys      *keystore.Store
+	Ledger    *ledger.Ledger
+	Recovered transaction.Recovery // what Open did about transactions of an earlier run
+
+	opts      Options
+	state     *statedir.Dir
+	abandoned []string // warnings about state that an earlier agent id left
+	served    *installed.Inventory
+	policy    *policy.Policy
+	engine    *transaction.Engine
+	key       atomic.Pointer[func() secret.String] // where the client gets the API key; Reload replaces it
+	client    *controlplane.Client
+	plane     Plane // client, perhaps behind a seam
+
+	closers []func() error
+}
+
+// Open opens everything on disk, brings what a crash left half done to one side
+// or the other, and builds the agent. It sends nothing.
+func Open(ctx context.Context, o Options) (*App, error) {
+	a := &App{opts: o.withDefaults(), policy: newPolicy(o.Config)}
+	if err := a.open(ctx); err != nil {
+		a.Close()
+		return nil, err
+	}
+	return a, nil
+}
+
+func (o Options) withDefaults() Options {
+	if o.Plane == nil {
+		o.Plane = func(p Plane) Plane { return p }
+	}
+	if o.Run == nil {
+		o.Run = func(ctx context.Context, c policy.Command) error {
+			_, err := command.Run(ctx, c.Argv, c.Timeout)
+			return err
+		}
+	}
+	if o.Query == nil {
+		o.Query = func(ctx context.Context, c policy.Command) ([]byte, error) {
+			return command.Query(ctx, c.Argv, c.Timeout)
+		}
+	}
+	if o.Rand == nil {
+		o.Rand = pace.Global
+	}
+	return o
+}
+
+func (a *App) open(ctx context.Context) error {
+	// The key directory first: the state directory is made in it.
+	if err := a.openKeys(); err != nil {
+		return err
+	}
+	if err := a.openState(); err != nil {
+		return err
+	}
+	if err := a.openTransactions(ctx); err != nil {
+		return err
+	}
+	a.connect()
+	return a.build()
+}
+
+// openKeys opens the key directory and locks it, which removes what a crash left
+// there.
+func (a *App) openKeys() (err error) {
+	cfg := a.opts.Config
+	a.Keys, err = keystore.Open(keystore.Owner{Agent: cfg.AgentID, StateDir: cfg.StateDir}, cfg.KeyDir, a.opts.Log)
+	if err != nil {
+		return err
+	}
+	a.onClose(a.Keys.Close)
+	return nil
+}
+
+// openState opens the state directory and what is recorded in it.
+func (a *App) openState() (err error) {
+	cfg, log := a.opts.Config, a.opts.Log
+	if a.state, err = statedir.Open(cfg.InstanceStateDir(), cfg.AgentID, a.opts.MachineID); err != nil {
+		return err
+	}
+	a.onClose(func() error { a.state.Close(); return nil })
+	if a.state.Cloned {
+		log.Warn(clonedWarning, "state_dir", a.state.Path)
+	}
+	a.abandoned = AbandonedWarnings(cfg)
+	for _, warning := range a.abandoned {
+		log.Warn("earlier state", "warning", warning)
+	}
+	if a.Ledger, err = ledger.Open(a.state.Root, log); err != nil {
+		return err
+	}
+	a.onClose(a.Ledger.Close)
+	if a.served, err = installed.Open(a.state.Root); err != nil {
+		log.Error("the list of served certificates starts anew", "error", err)
+	}
+	return nil
+}
+
+// openTransactions ends what transactions of an earlier run left half done.
+func (a *App) openTransactions(ctx context.Context) (err error) {
+	a.engine, err = transaction.Open(transaction.Options{
+		State:     a.state.Root,
+		StatePath: a.state.Path,
+		Policy:    a.policy,
+		Run:       a.opts.Run,
+		Retention: a.opts.Config.BackupRetention,
+		Log:       a.opts.Log,
+	})
+	if err != nil {
+		return err
+	}
+	a.onClose(a.engine.Close)
+	if a.Recovered, err = a.engine.Recover(ctx); err != nil {
+		return fmt.Errorf("recover from the last run: %w", err)
+	}
+	return nil
+}
+
+// connect makes the client. The agent observes all that it hears.
+func (a *App) connect() {
+	cfg := a.opts.Config
+	key := cfg.KeyFunc(a.opts.Log)
+	a.key.Store(&key)
+	o := clientOptions(cfg)
+	o.KeyFunc = func() secret.String { return (*a.key.Load())() }
+	o.Observe = func(seen api.Observation) { a.Agent.Observe(seen) } // made before anything is sent
+	o.Dial = a.opts.Dial
+	a.client = controlplane.New(o)
+	a.onClose(func() error { a.client.Close(); return nil })
+	a.plane = a.opts.Plane(a.client)
+}
+
+// build makes the agent and those who do its work.
+func (a *App) build() error {
+	surveyor, err := a.surveyor()
+	if err != nil {
+		return err
+	}
+	cfg := a.opts.Config
+	a.Agent = agent.New(agent.Options{
+		AgentID: cfg.AgentID,
+		Plane:   a.plane,
+		Enroller: enroll.New(enroll.Options{
+			Keys:      a.Keys,
+			Plane:     a.plane,
+			Algorithm: cfg.KeyAlgorithm,
+			Log:       a.opts.Log,
+		}),
+		Deployer: deploy.New(deploy.Options{
+			Plane:    a.plane,
+			Keys:     a.Keys,
+			Engine:   a.engine,
+			Types:    all.Types(),
+			Overlays: Overlays(cfg),
+			Policy:   a.policy,
+			Verify:   cfg.VerifyDeployment,
+			Log:      a.opts.Log,
+			Probe:    a.opts.Probe,
+			Query:    a.opts.Query,
+		}),
+		Surveyor:          surveyor,
+		Ledger:            a.Ledger,
+		Served:            a.served,
+		Notify:            a.opts.Notify,
+		Log:               a.opts.Log,
+		Describe:          a.describe,
+		Repair:            a.engine.Repair,
+		HeartbeatInterval: cfg.HeartbeatInterval,
+		PollInterval:      cfg.PollInterval,
+		DiscoveryInterval: cfg.DiscoveryInterval,
+		StartupJitter:     cfg.StartupJitter,
+		MaxDeploys:        cfg.MaxDeploys,
+		ShutdownGrace:     cfg.ShutdownGrace,
+		WatchdogInterval:  a.opts.Watchdog,
+		Rand:              a.opts.Rand,
+		Base: status.Snapshot{
+			Version:  buildinfo.Version(),
+			Commit:   buildinfo.Commit(),
+			AgentID:  cfg.AgentID,
+			Server:   cfg.Server.String(),
+			Warnings: a.standingWarnings(),
+		},
+	})
+	return nil
+}
+
+// surveyor scans and reports; nil: discovery is off.
+func (a *App) surveyor() (agent.Surveyor, error) {
+	cfg := a.opts.Config
+	if len(cfg.DiscoveryDirs) == 0 {
+		return nil, nil
+	}
+	o := ScanOptions(cfg)
+	o.Skip = []string{cfg.KeyDir, cfg.StateDir}
+	o.State, o.Index = a.state.Root, "discovery.index"
+	o.Log = a.opts.Log
+	scanner, err := discovery.New(o)
+	if err != nil {
+		return nil, err
+	}
+	return survey.New(survey.Options{
+		Scanner:  scanner,
+		Plane:    a.plane,
+		AgentID:  cfg.AgentID,
+		Dirs:     cfg.DiscoveryDirs,
+		Interval: cfg.DiscoveryInterval,
+		Log:      a.opts.Log,
+	}), nil
+}
+
+const clonedWarning = "this state was written on another machine: if this one is a copy of it, both now act as the same agent; register this host under an id of its own, or remove the file \"machine\" in the state directory if the host was only moved"
+
+func (a *App) standingWarnings() []string {
+	warnings := slices.Concat(a.opts.Config.Warnings, a.abandoned)
+	if a.state.Cloned {
+		warnings = append(warnings, clonedWarning)
+	}
+	return warnings
+}
+
+// describe is what a heartbeat says of this host.
+func (a *App) describe(ctx context.Context) api.Heartbeat {
+	if a.state.Cloned {
+		a.opts.Log.Warn("heartbeat of an agent whose state was written on another machine", "agent_id", a.opts.Config.AgentID)
+	}
+	return NewHeartbeat(ctx, a.client)
+}
+
+// Reload takes what can change under a running agent from a configuration that
+// was read again, the API key and the CA bundle, and scans now.
+func (a *App) Reload(fresh *config.Config) {
+	key := fresh.KeyFunc(a.opts.Log)
+	a.key.Store(&key)
+	a.client.Reload(fresh.APIKey, fresh.Roots)
+	a.Agent.Rescan()
+}
+
+func (a *App) onClose(f func() error) { a.closers = append(a.closers, f) }
+
+// Close releases what Open opened, the last first. The agent must have ended.
+func (a *App) Close() error {
+	var errs []error
+	for _, f := range slices.Backward(a.closers) {
+		errs = append(errs, f())
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,100 @@
+package app
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"runtime"
+	"strings"
+
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/buildinfo"
+	"certctl-agent/internal/config"
+	"certctl-agent/internal/controlplane"
+	"certctl-agent/internal/discovery"
+	"certctl-agent/internal/policy"
+	"certctl-agent/internal/printable"
+	"certctl-agent/internal/secret"
+	"certctl-agent/internal/statedir"
+	"certctl-agent/internal/targetconf"
+	"certctl-agent/internal/transaction"
+)
+
+// The parts that commands use without an agent.
+
+// NewClient is the connection of a command to the control plane.
+func NewClient(cfg *config.Config) *controlplane.Client { return controlplane.New(clientOptions(cfg)) }
+
+func clientOptions(cfg *config.Config) controlplane.Options {
+	return controlplane.Options{
+		Server:             cfg.Server,
+		AgentID:            cfg.AgentID,
+		APIKey:             cfg.APIKey,
+		Roots:              cfg.Roots,
+		InsecureSkipVerify: cfg.InsecureSkipVerify,
+		Proxy:              cfg.Proxy.ForRequest,
+		UserAgent:          buildinfo.UserAgent(),
+	}
+}
+
+// NewHeartbeat says what this process is and runs on. A host that does not know
+// its name reports none.
+func NewHeartbeat(ctx context.Context, client *controlplane.Client) api.Heartbeat {
+	hostname, _ := os.Hostname()
+	return api.Heartbeat{
+		Version:      buildinfo.Version(),
+		Hostname:     hostname,
+		OS:           runtime.GOOS,
+		Architecture: runtime.GOARCH,
+		IPAddress:    client.LocalAddr(ctx),
+	}
+}
+
+// ScanOptions are those of a scan of the configured directories.
+func ScanOptions(cfg *config.Config) discovery.Options {
+	return discovery.Options{
+		Dirs:      cfg.DiscoveryDirs,
+		Exclude:   cfg.DiscoveryExclude,
+		Passwords: func() ([]secret.String, error) { return cfg.DiscoveryPasswords, nil },
+		MaxRate:   cfg.DiscoveryMaxRate,
+	}
+}
+
+// Overlays are this host's own words on its targets.
+func Overlays(cfg *config.Config) *targetconf.Overlays {
+	if cfg.TargetsDirNamed {
+		return targetconf.RequireOverlays(cfg.TargetsDir)
+	}
+	return targetconf.OpenOverlays(cfg.TargetsDir)
+}
+
+// newPolicy is what the control plane may make this host write and run.
+func newPolicy(cfg *config.Config) *policy.Policy {
+	protected := []string{cfg.KeyDir, cfg.StateDir, cfg.TargetsDir}
+	for _, path := range []string{cfg.File, cfg.APIKeyFile, cfg.CABundle} {
+		if path != "" {
+			protected = append(protected, path)
+		}
+	}
+	return &policy.Policy{Paths: cfg.AllowedPaths, Commands: cfg.AllowedCommands, Protected: protected}
+}
+
+// maxAbandoned bounds the ids in one warning, in bytes.
+const maxAbandoned = 1 << 10
+
+// AbandonedWarnings tell of deployments that were interrupted under another
+// agent id or control plane. They are not undone here: such a record does not
+// say which host it is of, and a key directory can come with a disk.
+func AbandonedWarnings(cfg *config.Config) []string {
+	var warnings []string
+	for _, dir := range statedir.Abandoned(cfg.InstanceStateDir()) {
+		ids, err := transaction.Interrupted(dir)
+		if err != nil || len(ids) == 0 {
+			continue
+		}
+		list := printable.Clip(strings.Join(ids, ", "), maxAbandoned)
+		warnings = append(warnings, fmt.Sprintf("deployments were interrupted under another agent id or server, and their files may not match (targets %s): "+
+			"start the agent once with the earlier -agent-id and -server, which undoes them, or check these files and remove %s", list, dir))
+	}
+	return warnings
+}
