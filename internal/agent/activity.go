@@ -22,8 +22,8 @@ type activity struct {
 	stats    status.Activity
 }
 
-func (a *Agent) newActivity(name string, interval time.Duration, yields bool) *activity {
-	return &activity{name: name, interval: interval, pacer: pace.New(interval, yields, a.o.Rand), timer: stoppedTimer()}
+func (a *Agent) newActivity(name string, interval time.Duration, newPacer func(time.Duration, pace.Rand) *pace.Pacer) *activity {
+	return &activity{name: name, interval: interval, pacer: newPacer(interval, a.o.Rand), timer: stoppedTimer()}
 }
 
 // stoppedTimer returns a timer whose channel never fires until it is reset, so

@@ -182,12 +182,12 @@ func New(o Options) *Agent {
 		rescans: make(chan struct{}, 1),
 		retired: make(chan struct{}),
 	}
-	a.beat = a.newActivity(status.Heartbeat, o.HeartbeatInterval, false)
-	a.poll = a.newActivity(status.Poll, o.PollInterval, true)
-	a.scan = a.newActivity(status.Discovery, o.DiscoveryInterval, true)
-	a.repair = a.newActivity("repair", o.PollInterval, true)
+	a.beat = a.newActivity(status.Heartbeat, o.HeartbeatInterval, pace.New)
+	a.poll = a.newActivity(status.Poll, o.PollInterval, pace.NewYielding)
+	a.scan = a.newActivity(status.Discovery, o.DiscoveryInterval, pace.NewYielding)
+	a.repair = a.newActivity("repair", o.PollInterval, pace.NewYielding)
 	a.jobs = newJobTable(o.MaxDeploys)
-	a.csrs = newCSRTable(pace.New(o.PollInterval, false, o.Rand))
+	a.csrs = newCSRTable(pace.New(o.PollInterval, o.Rand))
 	a.delivery = newDeliveryTable()
 	return a
 }

@@ -127,7 +127,7 @@ func (a *Agent) startCSRs() {
 func (a *Agent) startEnrol(job api.Job) {
 	tries := a.csrs.tries[job.ID]
 	if tries == nil {
-		tries = &csrTries{pacer: pace.New(a.o.PollInterval, false, a.o.Rand)}
+		tries = &csrTries{pacer: pace.New(a.o.PollInterval, a.o.Rand)}
 		a.csrs.tries[job.ID] = tries
 	}
 	tries.last = time.Now()

@@ -68,7 +68,7 @@ func (a *Agent) noteReports(job string) {
 	}
 	p := a.delivery.jobs[job]
 	if p == nil {
-		p = &pacedDelivery{pacer: pace.New(a.o.PollInterval, true, a.o.Rand), patience: new(pace.Patience)}
+		p = &pacedDelivery{pacer: pace.NewYielding(a.o.PollInterval, a.o.Rand), patience: new(pace.Patience)}
 		a.delivery.jobs[job] = p
 	}
 	if repeat := undelivered[0].Report.Repeat; p.repeat != repeat {

@@ -333,7 +333,7 @@ func (a *Agent) deployed(w *waitingJob, t *turn, o deploy.Outcome, err error) {
 		a.log.Info("deployment left for the next start", "job", job.ID, "target", job.TargetID, "error", err)
 	case err != nil:
 		if w.pacer == nil {
-			w.pacer = pace.New(a.o.PollInterval, true, a.o.Rand)
+			w.pacer = pace.NewYielding(a.o.PollInterval, a.o.Rand)
 		}
 		wait := w.pacer.Next(pace.After(err))
 		w.due = time.Now().Add(wait)

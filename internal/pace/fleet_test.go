@@ -47,8 +47,8 @@ func simulate(seed uint64, until time.Duration, answer func(now time.Duration) p
 	rnd := rand.New(rand.NewPCG(seed, seed))
 	var queue schedule
 	for range fleetSize {
-		poll := &activity{pacer: pace.New(polls, true, rnd.Int64N)}
-		beat := &activity{pacer: pace.New(heartbeats, false, rnd.Int64N), poll: poll, heartbeat: true}
+		poll := &activity{pacer: pace.NewYielding(polls, rnd.Int64N)}
+		beat := &activity{pacer: pace.New(heartbeats, rnd.Int64N), poll: poll, heartbeat: true}
 		beat.due = beat.pacer.First()
 		queue = append(queue, beat)
 	}

@@ -47,17 +47,22 @@ func After(err error) Outcome {
 type Pacer struct {
 	interval time.Duration
 	draw     Rand
-	yields   bool
+	yields   bool // see NewYielding
 
 	failures int // in a row
 	slow     int // tries still to be spread over one more interval
 }
 
-// New returns the Pacer of an activity that is due every interval. One that
-// yields gives way when the control plane is short of capacity: a host whose
-// work comes a little later is well, one whose heartbeat is missing is not.
-func New(interval time.Duration, yields bool, draw Rand) *Pacer {
-	return &Pacer{interval: interval, yields: yields, draw: draw}
+// New returns the Pacer of an activity that is due every interval.
+func New(interval time.Duration, draw Rand) *Pacer {
+	return &Pacer{interval: interval, draw: draw}
+}
+
+// NewYielding returns the Pacer of an activity that gives way when the control
+// plane is overloaded: a host whose work comes a little later is well, one
+// whose heartbeat is missing is not.
+func NewYielding(interval time.Duration, draw Rand) *Pacer {
+	return &Pacer{interval: interval, draw: draw, yields: true}
 }
 
 // Failures is the number of failures in a row.

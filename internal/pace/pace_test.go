@@ -53,7 +53,10 @@ func TestNextStaysInItsRange(t *testing.T) {
 				name string
 				draw pace.Rand
 			}{{"low", low}, {"high", high}, {"random", pace.Global}} {
-				p := pace.New(interval, test.yields, end.draw)
+				p := pace.New(interval, end.draw)
+				if test.yields {
+					p = pace.NewYielding(interval, end.draw)
+				}
 				var got time.Duration
 				for _, o := range test.outcomes {
 					got = p.Next(o)
@@ -88,16 +91,16 @@ func TestAfter(t *testing.T) {
 }
 
 func TestFirstCoversTheInterval(t *testing.T) {
-	if got := pace.New(interval, false, low).First(); got != 0 {
+	if got := pace.New(interval, low).First(); got != 0 {
 		t.Errorf("lowest first delay = %v, want 0", got)
 	}
-	if got := pace.New(interval, false, high).First(); got < interval-time.Second || got >= interval {
+	if got := pace.New(interval, high).First(); got < interval-time.Second || got >= interval {
 		t.Errorf("highest first delay = %v, want just under %v", got, interval)
 	}
 }
 
 func TestTinyIntervalDoesNotPanic(t *testing.T) {
-	p := pace.New(1, true, pace.Global)
+	p := pace.NewYielding(1, pace.Global)
 	for range 100 {
 		p.First()
 		p.Next(pace.Outcome{Failed: true})

@@ -110,7 +110,7 @@ func (s *Survey) Run(ctx context.Context) (Stats, error) {
 		scanning, cancelScan = context.WithTimeoutCause(ctx, s.opts.Interval-s.opts.Interval/sendShare, ErrUnfinished)
 		defer cancelScan()
 	}
-	run := &run{Survey: s, ctx: ctx, began: time.Now(), pacer: pace.New(retryInterval, false, s.draw)}
+	run := &run{Survey: s, ctx: ctx, began: time.Now(), pacer: pace.New(retryInterval, s.draw)}
 	summary, err := s.opts.Scanner.Scan(scanning, run.collect)
 	problems := append(summary.Errors, run.named()...)
 	if err != nil && run.failed == nil && errors.Is(context.Cause(scanning), ErrUnfinished) {
