@@ -16,14 +16,27 @@ type activity struct {
 	interval time.Duration
 	pacer    *pace.Pacer
 	timer    *time.Timer
-	running  bool
-	again    bool // asked for while it ran
-	begun    time.Time
-	stats    status.Activity
+
+	// work does it once, in a goroutine of its own. The loop calls done, unless
+	// that is nil, before it counts the outcome.
+	work func() (done func(), err error)
+
+	off       bool                 // not configured: it never starts
+	untilDone bool                 // it ends with its first success, until it is needed again
+	first     func() time.Duration // delay of the first start, where that is spread
+	next      *activity            // to be started after the first try of this one; nil: none
+
+	running bool
+	again   bool // asked for while it ran
+	begun   time.Time
+	stats   status.Activity
 }
 
-func (a *Agent) newActivity(name string, interval time.Duration, newPacer func(time.Duration, pace.Rand) *pace.Pacer) *activity {
-	return &activity{name: name, interval: interval, pacer: newPacer(interval, a.o.Rand), timer: stoppedTimer()}
+func (a *Agent) newActivity(name string, interval time.Duration, newPacer func(time.Duration, pace.Rand) *pace.Pacer, work func() (func(), error)) *activity {
+	pacer := newPacer(interval, a.o.Rand)
+	act := &activity{name: name, interval: interval, pacer: pacer, timer: stoppedTimer(), work: work, first: pacer.First}
+	a.activities = append(a.activities, act)
+	return act
 }
 
 // stoppedTimer returns a timer whose channel never fires until it is reset, so
@@ -46,24 +59,22 @@ func (a *Agent) begin(act *activity) {
 		act.again = true
 		return
 	}
-	if act == a.scan && a.o.Surveyor == nil {
+	if act.off {
 		return
 	}
 	act.timer.Stop()
 	act.running = true
 	act.begun = time.Now()
 	act.stats.LastAttempt = act.begun
-	switch act {
-	case a.beat:
-		a.spawn(a.heartbeat, func(err error) { a.ended(a.beat, err) })
-	case a.poll:
-		a.firstPoll()
-		a.spawn(a.claim, func(err error) { a.ended(a.poll, err) })
-	case a.scan:
-		a.spawn(a.survey, func(err error) { a.ended(a.scan, err) })
-	case a.repair:
-		a.spawn(a.mend, func(err error) { a.ended(a.repair, err) })
-	}
+	a.spawn(func() func() {
+		done, err := act.work()
+		return func() {
+			if done != nil {
+				done()
+			}
+			a.ended(act, err)
+		}
+	}, func(err error) { a.ended(act, err) })
 }
 
 // ended takes the outcome of an activity and sets its next start.
@@ -93,8 +104,15 @@ func (a *Agent) ended(act *activity, err error) {
 	if a.stopping {
 		return
 	}
-	act.after(wait)
-	a.afterFirst(act)
+	if act.untilDone && err == nil {
+		act.stats.NextDue = time.Time{}
+	} else {
+		act.after(wait)
+	}
+	if next := act.next; next != nil {
+		act.next = nil
+		a.startFirst(next)
+	}
 	a.tellServiceManager()
 	if act.again {
 		act.again = false
@@ -113,50 +131,43 @@ func (a *Agent) logFailure(act *activity, err error, wait time.Duration) {
 	level("try failed", "activity", act.name, "error", err, "in_a_row", act.pacer.Failures(), "next_try_in", wait.Round(time.Millisecond).String())
 }
 
-// afterFirst keeps the order of the start: no poll before a heartbeat has been
-// tried, so that a retired agent learns it before it claims work; no scan
-// before the first poll.
-func (a *Agent) afterFirst(act *activity) {
-	switch {
-	case act == a.beat && a.poll.stats.NextDue.IsZero():
-		a.poll.after(a.firstDelay(a.poll))
-	case act == a.poll && !a.polled:
-		a.polled = true
-		if a.o.Surveyor != nil && a.scan.stats.LastAttempt.IsZero() {
-			a.scan.after(a.firstDelay(a.poll))
-		}
+// startFirst sets the first start of an activity, unless it was asked for before.
+func (a *Agent) startFirst(act *activity) {
+	if act.off || !act.stats.LastAttempt.IsZero() {
+		return
 	}
+	var delay time.Duration
+	if a.o.StartupJitter {
+		delay = act.first()
+	}
+	act.after(delay)
 }
 
 // heartbeat is the work of one heartbeat.
-func (a *Agent) heartbeat() func() {
-	err := a.o.Plane.Heartbeat(a.calls, a.o.Describe(a.calls))
+func (a *Agent) heartbeat() (done func(), err error) {
+	err = a.o.Plane.Heartbeat(a.calls, a.o.Describe(a.calls))
 	a.inContact.Store(err == nil)
 	return func() {
 		if err == nil && a.beat.stats.LastSuccess.IsZero() {
 			a.log.Info("first heartbeat accepted")
 		}
-		a.ended(a.beat, err)
-	}
+	}, err
 }
 
 // claim is the work of one poll: what it brings is on disk before the loop
 // hears of it, since the control plane hands out a deployment only once.
-func (a *Agent) claim() func() {
+func (a *Agent) claim() (done func(), err error) {
 	begun := time.Now()
 	work, err := a.o.Plane.Work(a.claims)
 	if err != nil || a.isRetired() {
-		return func() { a.ended(a.poll, err) }
+		return nil, err
 	}
 	claimed := a.record(work)
-	return func() {
-		a.take(claimed, begun)
-		a.ended(a.poll, nil)
-	}
+	return func() { a.take(claimed, begun) }, nil
 }
 
 // survey is the work of one scan.
-func (a *Agent) survey() func() {
+func (a *Agent) survey() (done func(), err error) {
 	begun := time.Now()
 	stats, err := a.o.Surveyor.Run(a.calls)
 	return func() {
@@ -165,15 +176,14 @@ func (a *Agent) survey() func() {
 			a.log.Info("scan reported", "files", stats.Files, "certificates", stats.Certificates,
 				"reports", stats.Reports, "errors", stats.Errors, "took", time.Since(begun).Round(time.Millisecond).String())
 		}
-		a.ended(a.scan, err)
-	}
+	}, err
 }
 
 // repairLater looks after what a deployment that failed, or could not begin,
 // has left or met: a rollback that was not complete, a server that was not told.
 func (a *Agent) repairLater() {
 	switch {
-	case a.o.Repair == nil || a.stopping:
+	case a.repair.off || a.stopping:
 	case a.repair.running:
 		a.repair.again = true
 	case a.repair.stats.NextDue.After(time.Now()): // no later than that
@@ -182,21 +192,14 @@ func (a *Agent) repairLater() {
 	}
 }
 
-// mend retries what recovery and rollbacks left to do, until nothing is left.
-func (a *Agent) mend() func() {
-	err := a.o.Repair(a.calls, a.work)
-	return func() {
-		a.ended(a.repair, err)
-		if err == nil && !a.repair.running {
-			a.repair.timer.Stop()
-			a.repair.stats.NextDue = time.Time{}
-		}
-	}
+// repairOnce retries what recovery and rollbacks left to do.
+func (a *Agent) repairOnce() (done func(), err error) {
+	return nil, a.o.Repair(a.calls, a.work)
 }
 
-// firstPoll takes up, at the time of the first poll, what an earlier run of
-// the agent left unfinished or unreported.
-func (a *Agent) firstPoll() {
+// resume resumes, at the time of the first poll, what an earlier run of the
+// agent left unfinished or unreported.
+func (a *Agent) resume() {
 	if a.resumed {
 		return
 	}

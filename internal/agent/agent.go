@@ -159,14 +159,13 @@ type Agent struct {
 	claims     context.Context // as work, but ends at once when retired: polls and CSRs
 	stopClaims context.CancelFunc
 
-	beat, poll, scan *activity
-	resumed          bool // unfinished jobs have been taken up
-	polled           bool // the first poll has been tried
+	beat, poll, scan, repair *activity
+	activities               []*activity // all of them
+	resumed                  bool        // unfinished jobs have been taken up
 
 	jobs     jobTable
 	csrs     csrTable
 	delivery deliveryTable
-	repair   *activity
 	counters status.Counters
 	lastScan status.Scan
 	told     string // to the service manager
@@ -182,10 +181,18 @@ func New(o Options) *Agent {
 		rescans: make(chan struct{}, 1),
 		retired: make(chan struct{}),
 	}
-	a.beat = a.newActivity(status.Heartbeat, o.HeartbeatInterval, pace.New)
-	a.poll = a.newActivity(status.Poll, o.PollInterval, pace.NewYielding)
-	a.scan = a.newActivity(status.Discovery, o.DiscoveryInterval, pace.NewYielding)
-	a.repair = a.newActivity("repair", o.PollInterval, pace.NewYielding)
+	a.beat = a.newActivity(status.Heartbeat, o.HeartbeatInterval, pace.New, a.heartbeat)
+	a.poll = a.newActivity(status.Poll, o.PollInterval, pace.NewYielding, a.claim)
+	a.scan = a.newActivity(status.Discovery, o.DiscoveryInterval, pace.NewYielding, a.survey)
+	a.repair = a.newActivity("repair", o.PollInterval, pace.NewYielding, a.repairOnce)
+	a.scan.off, a.repair.off = o.Surveyor == nil, o.Repair == nil
+	a.repair.untilDone = true
+
+	// No poll before a heartbeat has been tried, so that a retired agent learns
+	// it before it claims work; no scan before the first poll. A scan's own
+	// interval is too long to spread the first one over.
+	a.beat.next, a.poll.next = a.poll, a.scan
+	a.scan.first = a.poll.pacer.First
 	a.jobs = newJobTable(o.MaxDeploys)
 	a.csrs = newCSRTable(pace.New(o.PollInterval, o.Rand))
 	a.delivery = newDeliveryTable()
@@ -252,10 +259,8 @@ func (a *Agent) Run(ctx context.Context) error {
 		watchdog = ticker.C
 	}
 	a.tellServiceManager()
-	a.beat.after(a.firstDelay(a.beat))
-	if a.o.Repair != nil {
-		a.repair.after(0)
-	}
+	a.startFirst(a.beat)
+	a.begin(a.repair)
 
 	for {
 		select {
@@ -273,6 +278,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		case <-a.beat.timer.C:
 			a.begin(a.beat)
 		case <-a.poll.timer.C:
+			a.resume()
 			a.begin(a.poll)
 		case <-a.scan.timer.C:
 			a.begin(a.scan)
@@ -296,8 +302,8 @@ func (a *Agent) stop(watchdog <-chan time.Time, cause error) error {
 	if cause != nil {
 		a.stopClaims()
 	}
-	for _, activity := range []*activity{a.beat, a.poll, a.scan, a.repair} {
-		activity.timer.Stop()
+	for _, act := range a.activities {
+		act.timer.Stop()
 	}
 	a.jobs.timer.Stop()
 	a.delivery.timer.Stop()
@@ -371,13 +377,6 @@ func (a *Agent) isRetired() bool {
 	default:
 		return false
 	}
-}
-
-func (a *Agent) firstDelay(act *activity) time.Duration {
-	if !a.o.StartupJitter {
-		return 0
-	}
-	return act.pacer.First()
 }
 
 func poke(c chan struct{}) {

@@ -34,7 +34,7 @@ func (a *Agent) snapshot() status.Snapshot {
 		status.Poll:      a.poll.state(),
 		status.Delivery:  a.delivery.state(),
 	}
-	if a.o.Surveyor != nil {
+	if !a.scan.off {
 		s.Activities[status.Discovery] = a.scan.state()
 	}
 	s.Jobs = status.Jobs{
