@@ -33,7 +33,7 @@ type activity struct {
 }
 
 func (a *Agent) newActivity(name string, interval time.Duration, newPacer func(time.Duration, pace.Rand) *pace.Pacer, work func() (func(), error)) *activity {
-	pacer := newPacer(interval, a.o.Rand)
+	pacer := newPacer(interval, a.opts.Rand)
 	act := &activity{name: name, interval: interval, pacer: pacer, timer: stoppedTimer(), work: work, first: pacer.First}
 	a.activities = append(a.activities, act)
 	return act
@@ -137,7 +137,7 @@ func (a *Agent) startFirst(act *activity) {
 		return
 	}
 	var delay time.Duration
-	if a.o.StartupJitter {
+	if a.opts.StartupJitter {
 		delay = act.first()
 	}
 	act.after(delay)
@@ -145,7 +145,7 @@ func (a *Agent) startFirst(act *activity) {
 
 // heartbeat is the work of one heartbeat.
 func (a *Agent) heartbeat() (done func(), err error) {
-	err = a.o.Plane.Heartbeat(a.calls, a.o.Describe(a.calls))
+	err = a.opts.Plane.Heartbeat(a.calls, a.opts.Describe(a.calls))
 	a.inContact.Store(err == nil)
 	return func() {
 		if err == nil && a.beat.stats.LastSuccess.IsZero() {
@@ -158,7 +158,7 @@ func (a *Agent) heartbeat() (done func(), err error) {
 // hears of it, since the control plane hands out a deployment only once.
 func (a *Agent) claim() (done func(), err error) {
 	begun := time.Now()
-	work, err := a.o.Plane.Work(a.claims)
+	work, err := a.opts.Plane.Work(a.claims)
 	if err != nil || a.isRetired() {
 		return nil, err
 	}
@@ -169,7 +169,7 @@ func (a *Agent) claim() (done func(), err error) {
 // survey is the work of one scan.
 func (a *Agent) survey() (done func(), err error) {
 	begun := time.Now()
-	stats, err := a.o.Surveyor.Run(a.calls)
+	stats, err := a.opts.Surveyor.Run(a.calls)
 	return func() {
 		a.lastScan = scanStatus(stats, err)
 		if err == nil {
@@ -180,7 +180,7 @@ func (a *Agent) survey() (done func(), err error) {
 }
 
 // repairLater looks after what a deployment that failed, or could not begin,
-// has left or met: a rollback that was not complete, a server that was not told.
+// has left or met: a rollback that was not complete, a server that was not lastStatus.
 func (a *Agent) repairLater() {
 	switch {
 	case a.repair.off || a.stopping:
@@ -194,7 +194,7 @@ func (a *Agent) repairLater() {
 
 // repairOnce retries what recovery and rollbacks left to do.
 func (a *Agent) repairOnce() (done func(), err error) {
-	return nil, a.o.Repair(a.calls, a.work)
+	return nil, a.opts.Repair(a.calls, a.work)
 }
 
 // resume resumes, at the time of the first poll, what an earlier run of the

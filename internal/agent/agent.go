@@ -133,12 +133,12 @@ var errStopping = errors.New("the agent is stopping")
 
 // Agent is the loop. Make one with New, run it once.
 type Agent struct {
-	o   Options
-	log *slog.Logger
+	opts Options
+	log  *slog.Logger
 
 	events  chan func()   // to the loop, from its goroutines
-	asks    chan struct{} // "send a heartbeat at once", from any goroutine
-	rescans chan struct{} // "scan now", from outside
+	beatNow chan struct{} // "send a heartbeat at once", from any goroutine
+	scanNow chan struct{} // "scan now", from outside
 
 	retireOnce sync.Once
 	retired    chan struct{} // closed when the control plane retired this agent
@@ -163,29 +163,29 @@ type Agent struct {
 	activities               []*activity // all of them
 	resumed                  bool        // unfinished jobs have been taken up
 
-	jobs     jobTable
-	csrs     csrTable
-	delivery deliveryTable
-	counters status.Counters
-	lastScan status.Scan
-	told     string // to the service manager
+	jobs       jobTable
+	csrs       csrTable
+	delivery   deliveryTable
+	counters   status.Counters
+	lastScan   status.Scan
+	lastStatus string // that the service manager has
 }
 
 // New returns an agent that has not started.
-func New(o Options) *Agent {
+func New(opts Options) *Agent {
 	a := &Agent{
-		o:       o,
-		log:     o.Log,
+		opts:    opts,
+		log:     opts.Log,
 		events:  make(chan func()),
-		asks:    make(chan struct{}, 1),
-		rescans: make(chan struct{}, 1),
+		beatNow: make(chan struct{}, 1),
+		scanNow: make(chan struct{}, 1),
 		retired: make(chan struct{}),
 	}
-	a.beat = a.newActivity(status.Heartbeat, o.HeartbeatInterval, pace.New, a.heartbeat)
-	a.poll = a.newActivity(status.Poll, o.PollInterval, pace.NewYielding, a.claim)
-	a.scan = a.newActivity(status.Discovery, o.DiscoveryInterval, pace.NewYielding, a.survey)
-	a.repair = a.newActivity("repair", o.PollInterval, pace.NewYielding, a.repairOnce)
-	a.scan.off, a.repair.off = o.Surveyor == nil, o.Repair == nil
+	a.beat = a.newActivity(status.Heartbeat, opts.HeartbeatInterval, pace.New, a.heartbeat)
+	a.poll = a.newActivity(status.Poll, opts.PollInterval, pace.NewYielding, a.claim)
+	a.scan = a.newActivity(status.Discovery, opts.DiscoveryInterval, pace.NewYielding, a.survey)
+	a.repair = a.newActivity("repair", opts.PollInterval, pace.NewYielding, a.repairOnce)
+	a.scan.off, a.repair.off = opts.Surveyor == nil, opts.Repair == nil
 	a.repair.untilDone = true
 
 	// No poll before a heartbeat has been tried, so that a retired agent learns
@@ -193,8 +193,8 @@ func New(o Options) *Agent {
 	// interval is too long to spread the first one over.
 	a.beat.next, a.poll.next = a.poll, a.scan
 	a.scan.first = a.poll.pacer.First
-	a.jobs = newJobTable(o.MaxDeploys)
-	a.csrs = newCSRTable(pace.New(o.PollInterval, o.Rand))
+	a.jobs = newJobTable(opts.MaxDeploys)
+	a.csrs = newCSRTable(pace.New(opts.PollInterval, opts.Rand))
 	a.delivery = newDeliveryTable()
 	return a
 }
@@ -203,7 +203,7 @@ func New(o Options) *Agent {
 func (a *Agent) Retired() <-chan struct{} { return a.retired }
 
 // Rescan asks for a scan now. It never blocks.
-func (a *Agent) Rescan() { poke(a.rescans) }
+func (a *Agent) Rescan() { wake(a.scanNow) }
 
 // Observe takes note of what a call told about the control plane: its clock, and
 // with a 410 that this agent may be retired. Any goroutine may call it; it never
@@ -217,11 +217,11 @@ func (a *Agent) Observe(o api.Observation) {
 		a.retireOnce.Do(func() {
 			status, _ := errors.AsType[*api.StatusError](o.Err)
 			a.log.Error("the control plane has retired this agent: it stops for good",
-				"call", o.Call, "status", status.Status, "body", status.Body, "agent_id", a.o.AgentID)
+				"call", o.Call, "status", status.Status, "body", status.Body, "agent_id", a.opts.AgentID)
 			close(a.retired)
 		})
 	case errors.Is(o.Err, api.ErrGone):
-		poke(a.asks)
+		wake(a.beatNow)
 	}
 }
 
@@ -247,14 +247,14 @@ func (a *Agent) Run(ctx context.Context) error {
 	defer a.stopWork(nil)
 	a.claims, a.stopClaims = context.WithCancel(a.work)
 	defer a.stopClaims()
-	a.jobs.unfinished = a.o.Ledger.Unfinished()
-	for _, d := range a.o.Ledger.Undelivered() {
+	a.jobs.unfinished = a.opts.Ledger.Unfinished()
+	for _, d := range a.opts.Ledger.Undelivered() {
 		a.noteReports(d.Job)
 	}
 
 	var watchdog <-chan time.Time
-	if a.o.WatchdogInterval > 0 {
-		ticker := time.NewTicker(a.o.WatchdogInterval)
+	if a.opts.WatchdogInterval > 0 {
+		ticker := time.NewTicker(a.opts.WatchdogInterval)
 		defer ticker.Stop()
 		watchdog = ticker.C
 	}
@@ -265,15 +265,15 @@ func (a *Agent) Run(ctx context.Context) error {
 	for {
 		select {
 		case <-ctx.Done():
-			a.log.Info("stopping", "cause", context.Cause(ctx).Error(), "grace", a.o.ShutdownGrace.String())
+			a.log.Info("stopping", "cause", context.Cause(ctx).Error(), "grace", a.opts.ShutdownGrace.String())
 			return a.stop(watchdog, nil)
 		case <-a.retired:
 			return a.stop(watchdog, api.ErrRetired)
 		case event := <-a.events:
 			event()
-		case <-a.asks:
+		case <-a.beatNow:
 			a.begin(a.beat)
-		case <-a.rescans:
+		case <-a.scanNow:
 			a.begin(a.scan)
 		case <-a.beat.timer.C:
 			a.begin(a.beat)
@@ -289,7 +289,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		case <-a.delivery.timer.C:
 			a.deliver()
 		case <-watchdog:
-			a.o.Notify.Watchdog()
+			a.opts.Notify.Watchdog()
 		}
 	}
 }
@@ -313,19 +313,19 @@ func (a *Agent) stop(watchdog <-chan time.Time, cause error) error {
 		a.goroutine.Wait()
 		close(done)
 	}()
-	grace := time.NewTimer(a.o.ShutdownGrace)
+	grace := time.NewTimer(a.opts.ShutdownGrace)
 	defer grace.Stop()
 	for {
 		select {
 		case event := <-a.events:
 			event()
-		case <-a.asks:
-		case <-a.rescans:
+		case <-a.beatNow:
+		case <-a.scanNow:
 		case <-grace.C:
-			a.log.Warn("the shutdown grace is over: running transactions are rolled back", "grace", a.o.ShutdownGrace.String())
+			a.log.Warn("the shutdown grace is over: running transactions are rolled back", "grace", a.opts.ShutdownGrace.String())
 			a.stopWork(errStopping)
 		case <-watchdog:
-			a.o.Notify.Watchdog()
+			a.opts.Notify.Watchdog()
 		case <-done:
 			if cause == nil && !a.isRetired() {
 				a.deliverLast()
@@ -379,7 +379,7 @@ func (a *Agent) isRetired() bool {
 	}
 }
 
-func poke(c chan struct{}) {
+func wake(c chan struct{}) {
 	select {
 	case c <- struct{}{}:
 	default:

@@ -150,8 +150,8 @@ func (w *world) stop() error {
 
 var errTest = errors.New("no route to host")
 
-func gone(call string, decides bool) error {
-	return &api.StatusError{Call: call, Status: http.StatusGone, Body: "Agent has been retired", Decides: decides}
+func gone(call string, final bool) error {
+	return &api.StatusError{Call: call, Status: http.StatusGone, Body: "Agent has been retired", Final: final}
 }
 
 func (w *world) begun(at time.Time) { w.note(at, "start", "") }

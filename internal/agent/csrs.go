@@ -127,12 +127,12 @@ func (a *Agent) startCSRs() {
 func (a *Agent) startEnrol(job api.Job) {
 	tries := a.csrs.tries[job.ID]
 	if tries == nil {
-		tries = &csrTries{pacer: pace.New(a.o.PollInterval, a.o.Rand)}
+		tries = &csrTries{pacer: pace.New(a.opts.PollInterval, a.opts.Rand)}
 		a.csrs.tries[job.ID] = tries
 	}
 	tries.last = time.Now()
 	a.spawn(func() func() {
-		err := a.o.Enroller.Enroll(a.claims, job)
+		err := a.opts.Enroller.Enroll(a.claims, job)
 		if a.lost(&tries.patience, err) {
 			err = &enroll.RefusedError{Reason: "given up after several tries: " + err.Error(), Err: err}
 		}

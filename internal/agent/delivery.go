@@ -61,14 +61,14 @@ func newDeliveryTable() deliveryTable {
 
 // noteReports takes note of what there is to report on a job.
 func (a *Agent) noteReports(job string) {
-	undelivered := a.o.Ledger.UndeliveredOf(job)
+	undelivered := a.opts.Ledger.UndeliveredOf(job)
 	if len(undelivered) == 0 {
 		delete(a.delivery.jobs, job)
 		return
 	}
 	p := a.delivery.jobs[job]
 	if p == nil {
-		p = &pacedDelivery{pacer: pace.NewYielding(a.o.PollInterval, a.o.Rand), patience: new(pace.Patience)}
+		p = &pacedDelivery{pacer: pace.NewYielding(a.opts.PollInterval, a.opts.Rand), patience: new(pace.Patience)}
 		a.delivery.jobs[job] = p
 	}
 	if repeat := undelivered[0].Report.Repeat; p.repeat != repeat {
@@ -120,7 +120,7 @@ func (a *Agent) dueReports(now time.Time) []report {
 			a.delivery.expect(p.due)
 			continue
 		}
-		for _, d := range a.o.Ledger.UndeliveredOf(job) {
+		for _, d := range a.opts.Ledger.UndeliveredOf(job) {
 			if !d.Report.Repeat || p.repeat {
 				due = append(due, report{d, p.patience})
 			}
@@ -155,38 +155,38 @@ func (a *Agent) send(ctx context.Context, due []report) []delivered {
 	return results
 }
 
-// sendOne delivers one report and settles it in the ledger. The error is
+// sendOne delivers one report and takes it off the ledger. The error is
 // temporary.
 func (a *Agent) sendOne(ctx context.Context, r report) error {
 	if time.Since(r.Recorded) > reportTTL {
-		return a.settle(r, "a week has passed")
+		return a.giveUp(r, "a week has passed")
 	}
 	var err error
 	if r.Report.Verification != nil {
-		err = a.o.Plane.ReportVerification(ctx, r.Job, *r.Report.Verification)
+		err = a.opts.Plane.ReportVerification(ctx, r.Job, *r.Report.Verification)
 	} else {
-		err = a.o.Plane.ReportStatus(ctx, r.Job, *r.Report.Status)
+		err = a.opts.Plane.ReportStatus(ctx, r.Job, *r.Report.Status)
 	}
 	lost := a.lost(r.patience, err)
 	switch {
 	case err == nil:
-		if err := a.o.Ledger.Delivered(r.Delivery); err != nil {
+		if err := a.opts.Ledger.Delivered(r.Delivery); err != nil {
 			a.log.Error("a delivered report could not be removed from the ledger: after a restart it is sent again", "job", r.Job, "error", err)
 		}
 		return nil
 	case lost:
-		return a.settle(r, "it is still refused after several tries: "+err.Error())
+		return a.giveUp(r, "it is still refused after several tries: "+err.Error())
 	case api.Temporary(err):
 		return err
 	}
-	return a.settle(r, err.Error())
+	return a.giveUp(r, err.Error())
 }
 
-// settle gives a report up. What follows it has patience of its own.
-func (a *Agent) settle(r report, reason string) error {
+// giveUp gives a report up. What follows it has patience of its own.
+func (a *Agent) giveUp(r report, reason string) error {
 	*r.patience = pace.Patience{}
 	a.log.Error("a report is given up", "job", r.Job, "reason", reason)
-	if err := a.o.Ledger.Drop(r.Delivery, reason); err != nil {
+	if err := a.opts.Ledger.Drop(r.Delivery, reason); err != nil {
 		a.log.Error("a report could not be removed from the ledger", "job", r.Job, "error", err)
 	}
 	return nil
@@ -244,7 +244,7 @@ func (a *Agent) setDeliveryTimer(now time.Time) {
 // deliverLast tries once more to deliver what is left when the agent stops.
 func (a *Agent) deliverLast() {
 	var due []report
-	for _, d := range a.o.Ledger.Undelivered() {
+	for _, d := range a.opts.Ledger.Undelivered() {
 		if !d.Report.Repeat {
 			due = append(due, report{d, new(pace.Patience)})
 		}

@@ -29,9 +29,9 @@ type waitingJob struct {
 	job   api.Job
 	since time.Time // claimed or taken up
 
-	// unsure: an earlier try said that the job runs, or may have, and does not
-	// know what became of that.
-	unsure bool
+	// runningUnanswered: an earlier try reported, or may have, that the job
+	// runs, and got no answer.
+	runningUnanswered bool
 
 	pacer    *pace.Pacer
 	due      time.Time
@@ -48,8 +48,8 @@ func newJobTable(slots int) jobTable {
 	}
 }
 
-func (t *jobTable) add(job api.Job, unsure bool) {
-	t.waiting = append(t.waiting, &waitingJob{job: job, since: time.Now(), unsure: unsure})
+func (t *jobTable) add(job api.Job, runningUnanswered bool) {
+	t.waiting = append(t.waiting, &waitingJob{job: job, since: time.Now(), runningUnanswered: runningUnanswered})
 }
 
 // claimed is what a poll brought, recorded.
@@ -103,9 +103,9 @@ func (a *Agent) record(work api.Work) claimed {
 	}
 	c.again = make(map[string]bool)
 	for _, job := range deployments {
-		c.again[job.ID] = len(a.o.Ledger.UndeliveredOf(job.ID)) > 0
+		c.again[job.ID] = len(a.opts.Ledger.UndeliveredOf(job.ID)) > 0
 	}
-	accepted, refused := a.o.Ledger.Claim(deployments, time.Now())
+	accepted, refused := a.opts.Ledger.Claim(deployments, time.Now())
 	for _, r := range refused {
 		a.refuse(r.Job.ID, "the job could not be recorded on the agent's disk, so it was not begun: "+r.Err.Error())
 		c.refused = append(c.refused, r.Job.ID)
@@ -120,7 +120,7 @@ func (a *Agent) refuse(job, reason string) {
 	if !api.ValidID(job) {
 		return
 	}
-	if err := a.o.Ledger.Report(job, api.JobStatus{Status: api.StatusFailed, Error: reason}); err != nil {
+	if err := a.opts.Ledger.Report(job, api.JobStatus{Status: api.StatusFailed, Error: reason}); err != nil {
 		a.log.Error("the refusal of a job could not be recorded and may not reach the control plane", "job", job, "error", err)
 	}
 }
@@ -145,7 +145,7 @@ func (a *Agent) startJobs() {
 	now := time.Now()
 	var later []*waitingJob
 	for _, w := range a.jobs.waiting {
-		if newer, ok := a.o.Ledger.Job(w.job.ID); ok {
+		if newer, ok := a.opts.Ledger.Job(w.job.ID); ok {
 			w.job = newer // handed out again while it waited
 		}
 		if w.due.After(now) || a.jobs.busy(w.job) || !a.startDeployment(w) {
@@ -244,7 +244,7 @@ func (a *Agent) startDeployment(w *waitingJob) bool {
 	}
 	t := &turn{Agent: a, job: job, slot: true}
 	a.spawn(func() func() {
-		outcome, err := a.deploy(t, w.since, w.unsure, &w.patience)
+		outcome, err := a.deploy(t, w.since, w.runningUnanswered, &w.patience)
 		return func() { a.deployed(w, t, outcome, err) }
 	}, func(err error) {
 		a.deployed(w, t, deploy.Outcome{Status: api.StatusFailed, Error: err.Error()}, nil)
@@ -253,15 +253,15 @@ func (a *Agent) startDeployment(w *waitingJob) bool {
 }
 
 // deploy carries out one deployment and makes its outcome durable.
-func (a *Agent) deploy(t *turn, since time.Time, unsure bool, patience *pace.Patience) (deploy.Outcome, error) {
+func (a *Agent) deploy(t *turn, since time.Time, runningUnanswered bool, patience *pace.Patience) (deploy.Outcome, error) {
 	job := t.job
-	if err := a.o.Ledger.Start(job.ID); err != nil {
+	if err := a.opts.Ledger.Start(job.ID); err != nil {
 		a.log.Warn("the ledger could not note that a job has begun", "job", job.ID, "error", err)
 	}
 	var outcome deploy.Outcome
 	var err error
 	panicked := a.contain(func() {
-		outcome, err = a.o.Deployer.Deploy(a.calls, a.work, job, deploy.Turn{Share: t.share, Yield: t.yield})
+		outcome, err = a.opts.Deployer.Deploy(a.calls, a.work, job, deploy.Turn{Share: t.share, Yield: t.yield})
 	})
 	if panicked != nil {
 		outcome, err = deploy.Outcome{Status: api.StatusFailed, Error: panicked.Error(), Broken: true}, nil
@@ -280,11 +280,11 @@ func (a *Agent) deploy(t *turn, since time.Time, unsure bool, patience *pace.Pat
 		// taken up again by the next start.
 		return outcome, errStopping
 	}
-	if err := a.o.Ledger.Finish(job.ID, reports(outcome, unsure)); err != nil {
+	if err := a.opts.Ledger.Finish(job.ID, reports(outcome, runningUnanswered)); err != nil {
 		a.log.Error("the outcome of a job could not be recorded: after a restart it would run again", "job", job.ID, "error", err)
 	}
 	if outcome.Status == api.StatusCompleted && job.TargetID != "" {
-		if err := a.o.Served.Put(servedBy(job, outcome)); err != nil {
+		if err := a.opts.Served.Put(servedBy(job, outcome)); err != nil {
 			a.log.Warn("the list of served certificates could not be written", "error", err)
 		}
 	}
@@ -294,14 +294,14 @@ func (a *Agent) deploy(t *turn, since time.Time, unsure bool, patience *pace.Pat
 // reports are what the control plane is told of an outcome, in order. A
 // "Running" that is still on its way would undo the verdict when it arrives, so
 // after one that was not answered the verdict is said twice.
-func reports(o deploy.Outcome, unsure bool) []ledger.Report {
+func reports(o deploy.Outcome, runningUnanswered bool) []ledger.Report {
 	var all []ledger.Report
 	if o.Verification != nil {
 		all = append(all, ledger.Report{Verification: o.Verification})
 	}
 	verdict := ledger.Report{Status: &api.JobStatus{Status: o.Status, Error: o.Error}}
 	all = append(all, verdict)
-	if unsure || o.Unsure {
+	if runningUnanswered || o.Unsure {
 		verdict.Repeat = true
 		all = append(all, verdict)
 	}
@@ -333,11 +333,11 @@ func (a *Agent) deployed(w *waitingJob, t *turn, o deploy.Outcome, err error) {
 		a.log.Info("deployment left for the next start", "job", job.ID, "target", job.TargetID, "error", err)
 	case err != nil:
 		if w.pacer == nil {
-			w.pacer = pace.NewYielding(a.o.PollInterval, a.o.Rand)
+			w.pacer = pace.NewYielding(a.opts.PollInterval, a.opts.Rand)
 		}
 		wait := w.pacer.Next(pace.After(err))
 		w.due = time.Now().Add(wait)
-		w.unsure = w.unsure || o.Unsure
+		w.runningUnanswered = w.runningUnanswered || o.Unsure
 		a.jobs.waiting = append(a.jobs.waiting, w)
 		a.log.Warn("deployment not begun: it is tried again", "job", job.ID, "target", job.TargetID, "error", err, "next_try_in", wait.Round(time.Millisecond).String())
 		a.repairLater()

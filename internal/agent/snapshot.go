@@ -18,7 +18,7 @@ func (a *Agent) Snapshot(ctx context.Context) (status.Snapshot, error) {
 		return status.Snapshot{}, context.Cause(ctx)
 	}
 	s := <-reply
-	for _, entry := range a.o.Served.All() {
+	for _, entry := range a.opts.Served.All() {
 		s.Certificates = append(s.Certificates, status.Certificate(entry))
 	}
 	return s, nil
@@ -26,7 +26,7 @@ func (a *Agent) Snapshot(ctx context.Context) (status.Snapshot, error) {
 
 // snapshot runs in the loop.
 func (a *Agent) snapshot() status.Snapshot {
-	s := a.o.Base
+	s := a.opts.Base
 	s.Started = a.started
 	s.Taken = time.Now()
 	s.Activities = map[string]status.Activity{
@@ -93,7 +93,7 @@ func (a *Agent) tellServiceManager() {
 		line = fmt.Sprintf("in contact; %d deployments running, %d waiting, %d reports to deliver",
 			len(a.jobs.running), len(a.jobs.waiting), len(a.delivery.jobs))
 	}
-	if line != a.told && a.o.Notify.Status(line) {
-		a.told = line
+	if line != a.lastStatus && a.opts.Notify.Status(line) {
+		a.lastStatus = line
 	}
 }

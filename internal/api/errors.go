@@ -38,7 +38,7 @@ type StatusError struct {
 	Status     int           // HTTP status code
 	Body       string        // at most 1 KiB of the answer, printable
 	RetryAfter time.Duration // 0 where the answer had none; at most 15 minutes
-	Decides    bool          // a 410 to this call is final: heartbeat and poll
+	Final      bool          // a 410 to this call is final: heartbeat and poll
 	Own        bool          // the control plane itself says so; see Refusal
 }
 
@@ -72,7 +72,7 @@ func (e *StatusError) Error() string {
 		text += ": the API key is wrong or expired"
 	case e.Status == http.StatusForbidden:
 		text += ": the API key lacks the permission"
-	case e.Status == http.StatusNotFound && e.Decides:
+	case e.Status == http.StatusNotFound && e.Final:
 		text += ": the control plane does not know this agent id"
 	case e.Is(ErrRedirected):
 		text += ": a redirect is never followed: check the server URL"
@@ -90,9 +90,9 @@ func (e *StatusError) Error() string {
 func (e *StatusError) Is(target error) bool {
 	switch target {
 	case ErrRetired:
-		return e.Status == http.StatusGone && e.Decides
+		return e.Status == http.StatusGone && e.Final
 	case ErrGone:
-		return e.Status == http.StatusGone && !e.Decides
+		return e.Status == http.StatusGone && !e.Final
 	case ErrRedirected:
 		return e.Status >= 300 && e.Status < 400
 	}
@@ -107,7 +107,7 @@ func (e *StatusError) blames() bool {
 		http.StatusTooEarly, http.StatusTooManyRequests:
 		return false
 	case http.StatusNotFound:
-		return !e.Decides
+		return !e.Final
 	}
 	return e.Status >= 400 && e.Status < 500
 }
@@ -138,7 +138,7 @@ func Doubtful(err error) bool {
 func Denied(err error) bool {
 	status, ok := errors.AsType[*StatusError](err)
 	return ok && (status.Status == http.StatusUnauthorized || status.Status == http.StatusForbidden ||
-		status.Status == http.StatusNotFound && status.Decides)
+		status.Status == http.StatusNotFound && status.Final)
 }
 
 // RateLimited reports whether the control plane asked to come back later. On a

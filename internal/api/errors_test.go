@@ -16,7 +16,7 @@ import (
 func TestVerdicts(t *testing.T) {
 	call := func(status int) error { return &api.StatusError{Call: "status report", Status: status, Own: true} }
 	gateway := func(status int) error { return &api.StatusError{Call: "status report", Status: status} }
-	poll := func(status int) error { return &api.StatusError{Call: "poll", Status: status, Decides: true} }
+	poll := func(status int) error { return &api.StatusError{Call: "poll", Status: status, Final: true} }
 	for _, test := range []struct {
 		err       error
 		temporary bool
@@ -87,15 +87,15 @@ func TestSentinels(t *testing.T) {
 		err                       api.StatusError
 		retired, gone, redirected bool
 	}{
-		{api.StatusError{Status: 410, Decides: true}, true, false, false},
+		{api.StatusError{Status: 410, Final: true}, true, false, false},
 		{api.StatusError{Status: 410}, false, true, false},
 		{api.StatusError{Status: 308}, false, false, true},
-		{api.StatusError{Status: 404, Decides: true}, false, false, false},
+		{api.StatusError{Status: 404, Final: true}, false, false, false},
 	} {
 		err := fmt.Errorf("heartbeat: %w", &test.err)
 		if errors.Is(err, api.ErrRetired) != test.retired || errors.Is(err, api.ErrGone) != test.gone ||
 			errors.Is(err, api.ErrRedirected) != test.redirected {
-			t.Errorf("%v (decides: %v): retired %v, gone %v, redirected %v", err, test.err.Decides,
+			t.Errorf("%v (final: %v): retired %v, gone %v, redirected %v", err, test.err.Final,
 				errors.Is(err, api.ErrRetired), errors.Is(err, api.ErrGone), errors.Is(err, api.ErrRedirected))
 		}
 	}
@@ -110,7 +110,7 @@ func TestStatusErrorText(t *testing.T) {
 		{api.StatusError{Call: "poll", Status: 599}, "poll: the control plane answered 599"},
 		{api.StatusError{Call: "poll", Status: 401}, "the API key is wrong"},
 		{api.StatusError{Call: "poll", Status: 403}, "lacks the permission"},
-		{api.StatusError{Call: "poll", Status: 404, Decides: true}, "does not know this agent id"},
+		{api.StatusError{Call: "poll", Status: 404, Final: true}, "does not know this agent id"},
 		{api.StatusError{Call: "poll", Status: 302}, "never followed"},
 		{api.StatusError{Call: "CSR", Status: 404, Body: "default backend"}, "(not in the control plane's own form: a proxy or gateway may have answered): default backend"},
 		{api.StatusError{Call: "CSR", Status: 404, Body: "no agent", Own: true}, "404 Not Found: no agent"},

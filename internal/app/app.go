@@ -86,8 +86,8 @@ type App struct {
 
 // Open opens everything on disk, brings what a crash left half done to one side
 // or the other, and builds the agent. It sends nothing.
-func Open(ctx context.Context, o Options) (*App, error) {
-	a := &App{opts: o.withDefaults(), policy: newPolicy(o.Config)}
+func Open(ctx context.Context, opts Options) (*App, error) {
+	a := &App{opts: opts.withDefaults(), policy: newPolicy(opts.Config)}
 	if err := a.open(ctx); err != nil {
 		a.Close()
 		return nil, err
@@ -95,25 +95,25 @@ func Open(ctx context.Context, o Options) (*App, error) {
 	return a, nil
 }
 
-func (o Options) withDefaults() Options {
-	if o.Plane == nil {
-		o.Plane = func(p Plane) Plane { return p }
+func (opts Options) withDefaults() Options {
+	if opts.Plane == nil {
+		opts.Plane = func(p Plane) Plane { return p }
 	}
-	if o.Run == nil {
-		o.Run = func(ctx context.Context, c policy.Command) error {
+	if opts.Run == nil {
+		opts.Run = func(ctx context.Context, c policy.Command) error {
 			_, err := command.Run(ctx, c.Argv, c.Timeout)
 			return err
 		}
 	}
-	if o.Query == nil {
-		o.Query = func(ctx context.Context, c policy.Command) ([]byte, error) {
+	if opts.Query == nil {
+		opts.Query = func(ctx context.Context, c policy.Command) ([]byte, error) {
 			return command.Query(ctx, c.Argv, c.Timeout)
 		}
 	}
-	if o.Rand == nil {
-		o.Rand = pace.Global
+	if opts.Rand == nil {
+		opts.Rand = pace.Global
 	}
-	return o
+	return opts
 }
 
 func (a *App) open(ctx context.Context) error {
@@ -192,11 +192,11 @@ func (a *App) connect() {
 	cfg := a.opts.Config
 	key := cfg.KeyFunc(a.opts.Log)
 	a.key.Store(&key)
-	o := clientOptions(cfg)
-	o.KeyFunc = func() secret.String { return (*a.key.Load())() }
-	o.Observe = func(seen api.Observation) { a.Agent.Observe(seen) } // made before anything is sent
-	o.Dial = a.opts.Dial
-	a.client = controlplane.New(o)
+	opts := clientOptions(cfg)
+	opts.KeyFunc = func() secret.String { return (*a.key.Load())() }
+	opts.Observe = func(seen api.Observation) { a.Agent.Observe(seen) } // made before anything is sent
+	opts.Dial = a.opts.Dial
+	a.client = controlplane.New(opts)
 	a.onClose(func() error { a.client.Close(); return nil })
 	a.plane = a.opts.Plane(a.client)
 }
@@ -261,11 +261,11 @@ func (a *App) surveyor() (agent.Surveyor, error) {
 	if len(cfg.DiscoveryDirs) == 0 {
 		return nil, nil
 	}
-	o := ScanOptions(cfg)
-	o.Skip = []string{cfg.KeyDir, cfg.StateDir}
-	o.State, o.Index = a.state.Root, "discovery.index"
-	o.Log = a.opts.Log
-	scanner, err := discovery.New(o)
+	opts := ScanOptions(cfg)
+	opts.Skip = []string{cfg.KeyDir, cfg.StateDir}
+	opts.State, opts.Index = a.state.Root, "discovery.index"
+	opts.Log = a.opts.Log
+	scanner, err := discovery.New(opts)
 	if err != nil {
 		return nil, err
 	}

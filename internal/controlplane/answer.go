@@ -85,7 +85,7 @@ func refusal(call call, resp *http.Response, key secret.String, now time.Time) e
 		Status:     resp.StatusCode,
 		Body:       clip(text, key),
 		RetryAfter: retryAfter(resp.Header.Get("Retry-After"), now),
-		Decides:    call.decides,
+		Final:      call.final,
 		Own:        fields.Own(resp.StatusCode),
 	}
 }

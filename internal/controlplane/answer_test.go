@@ -228,7 +228,7 @@ func TestErrorBodies(t *testing.T) {
 		body = test.body
 		err := c.Heartbeat(t.Context(), api.Heartbeat{})
 		status, ok := errors.AsType[*api.StatusError](err)
-		if !ok || status.Body != test.want || status.Status != 400 || status.Call != "heartbeat" || !status.Decides {
+		if !ok || status.Body != test.want || status.Status != 400 || status.Call != "heartbeat" || !status.Final {
 			t.Errorf("%s: %#v, want body %q", test.name, err, test.want)
 		}
 	}

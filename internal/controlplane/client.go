@@ -140,7 +140,7 @@ func (c *Client) Close() { c.session.Load().transport.CloseIdleConnections() }
 // Heartbeat says that the agent is alive. Its 410 is api.ErrRetired.
 func (c *Client) Heartbeat(ctx context.Context, beat api.Heartbeat) error {
 	return c.acknowledged(ctx, call{name: "heartbeat", method: http.MethodPost, path: api.HeartbeatPath(c.opts.AgentID),
-		ids: []string{c.opts.AgentID}, body: beat, decides: true})
+		ids: []string{c.opts.AgentID}, body: beat, final: true})
 }
 
 // Work polls. Deployment jobs in the answer are claimed by it and do not come
@@ -148,7 +148,7 @@ func (c *Client) Heartbeat(ctx context.Context, beat api.Heartbeat) error {
 func (c *Client) Work(ctx context.Context) (api.Work, error) {
 	var work api.Work
 	err := c.do(ctx, call{name: "poll", method: http.MethodGet, path: api.WorkPath(c.opts.AgentID),
-		ids: []string{c.opts.AgentID}, limit: maxWork, decides: true}, &work)
+		ids: []string{c.opts.AgentID}, limit: maxWork, final: true}, &work)
 	return work, err
 }
 
@@ -232,14 +232,14 @@ func (c *Client) Health(ctx context.Context) error {
 
 // call is one request.
 type call struct {
-	name    string // for messages
-	method  string
-	path    string
-	ids     []string // what path was made from
-	body    any      // nil: none
-	limit   int64    // of the answer; 0 means maxAnswer
-	decides bool     // a 410 is final
-	public  bool     // no key
+	name   string // for messages
+	method string
+	path   string
+	ids    []string // what path was made from
+	body   any      // nil: none
+	limit  int64    // of the answer; 0 means maxAnswer
+	final  bool     // a 410 is final
+	public bool     // no key
 }
 
 // do sends a request and decodes a success into answer, unless that is nil.

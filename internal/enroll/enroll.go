@@ -58,12 +58,12 @@ type Options struct {
 
 // Enroller handles AwaitingCSR jobs. It is safe for concurrent use.
 type Enroller struct {
-	o     Options
+	opts  Options
 	certs namelock.Table // by certificate id: the first CSR wins, so they must not race
 }
 
 // New returns an Enroller.
-func New(o Options) *Enroller { return &Enroller{o: o} }
+func New(opts Options) *Enroller { return &Enroller{opts: opts} }
 
 // Enroll submits the CSR of one job. Nil means that it was accepted, a
 // RefusedError that it never will be. Any other error is temporary: the job
@@ -71,7 +71,7 @@ func New(o Options) *Enroller { return &Enroller{o: o} }
 func (e *Enroller) Enroll(ctx context.Context, job api.Job) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			e.o.Log.Error("panic contained; please report it", "job", job.ID, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
+			e.opts.Log.Error("panic contained; please report it", "job", job.ID, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
 			err = refused(fmt.Errorf("internal error of the agent: %v", p))
 		}
 	}()
@@ -84,7 +84,7 @@ func (e *Enroller) Enroll(ctx context.Context, job api.Job) (err error) {
 	}
 	defer release()
 
-	key, err := e.o.Keys.Pending(job.CertificateID, job.ID, e.o.Algorithm)
+	key, err := e.opts.Keys.Pending(job.CertificateID, job.ID, e.opts.Algorithm)
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrKey, err)
 	}
@@ -93,7 +93,7 @@ func (e *Enroller) Enroll(ctx context.Context, job api.Job) (err error) {
 	if err != nil {
 		return e.refuse(job, key, err)
 	}
-	err = e.o.Plane.SubmitCSR(ctx, job.CertificateID, request)
+	err = e.opts.Plane.SubmitCSR(ctx, job.CertificateID, request)
 	if err != nil && !api.Temporary(err) {
 		return e.refuse(job, key, err)
 	}
@@ -105,8 +105,8 @@ func (e *Enroller) refuse(job api.Job, key keystore.Key, cause error) error {
 	// The key of an earlier try may have been signed: its answer may have been
 	// lost. Only one that this very request was the first to use was not.
 	if key.Fresh {
-		if err := e.o.Keys.Discard(job.CertificateID, job.ID); err != nil {
-			e.o.Log.Warn("the key of a refused CSR could not be removed", "job", job.ID, "certificate", job.CertificateID, "error", err)
+		if err := e.opts.Keys.Discard(job.CertificateID, job.ID); err != nil {
+			e.opts.Log.Warn("the key of a refused CSR could not be removed", "job", job.ID, "certificate", job.CertificateID, "error", err)
 		}
 	}
 	return refused(cause)

@@ -19,7 +19,7 @@ func TestLostClaim(t *testing.T) {
 		defer w.close()
 		w.start()
 		w.plane.StartIssuance("cert")
-		w.settle()
+		w.waitUntilDone()
 
 		job := w.plane.Redeploy("cert")[0]
 		w.plane.Inject(devplane.Fault{Call: devplane.CallWork, LoseAnswer: true, Times: 1})

@@ -35,7 +35,7 @@ func TestNotYetValid(t *testing.T) {
 				begun := time.Now()
 				w.start()
 				w.plane.StartIssuance("cert")
-				w.settle()
+				w.waitUntilDone()
 				job := w.plane.Jobs()[1]
 				if job.Status != test.want {
 					t.Errorf("the deployment is %s (%s), want %s", job.Status, job.Error, test.want)

@@ -318,7 +318,7 @@ func (h *host) records() map[string]bool {
 	for _, name := range files {
 		data, err := os.ReadFile(name)
 		if err != nil {
-			continue // settled meanwhile
+			continue // taken off the ledger meanwhile
 		}
 		var file struct {
 			Record struct {
@@ -500,7 +500,7 @@ func (h *host) run(quiet bool) (f figures, err error) {
 		}
 	}
 	h.proxy.Heal()
-	if f.lost, err = h.settle(); err != nil {
+	if f.lost, err = h.waitUntilDone(); err != nil {
 		return f, err
 	}
 	f.descriptors, f.goroutines, err = h.dump()
@@ -508,9 +508,9 @@ func (h *host) run(quiet bool) (f figures, err error) {
 	return f, errors.Join(err, h.verdict())
 }
 
-// settle waits until every job has ended. What a poll's answer took with it is
+// waitUntilDone waits until every job has ended. What a poll's answer took with it is
 // handed out again, as control planes do for an agent that was silent.
-func (h *host) settle() (lost int, err error) {
+func (h *host) waitUntilDone() (lost int, err error) {
 	deadline := time.Now().Add(90 * time.Second)
 	orphans := make(map[string]time.Time)
 	for ; time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
@@ -645,7 +645,7 @@ func (h *host) verdict() error {
 	state := h.stateDir()
 	for _, name := range h.site.leftOver(state) {
 		if filepath.Dir(name) == filepath.Join(state, "jobs") && strings.HasSuffix(name, ".json") {
-			continue // a verdict that is to be repeated: settle has looked
+			continue // a verdict that is to be repeated: waitUntilDone has looked
 		}
 		fail("left over: %s", name)
 	}

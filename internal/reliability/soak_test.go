@@ -100,7 +100,7 @@ func TestSoak(t *testing.T) {
 					w.heal()
 				}
 			}
-			w.settle()
+			w.waitUntilDone()
 		}
 		// In the second hour every target has all the backups that it keeps.
 		hour()

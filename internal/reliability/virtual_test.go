@@ -530,8 +530,8 @@ func (w *world) afterCrash() {
 	}
 }
 
-// settle waits, in a world that is well again, until every job has ended.
-func (w *world) settle() {
+// waitUntilDone waits, in a world that is well again, until every job has ended.
+func (w *world) waitUntilDone() {
 	time.Sleep(5 * time.Minute) // what is late has arrived
 	deadline := time.Now().Add(3 * time.Hour)
 	for {
@@ -750,7 +750,7 @@ func virtualRun(t *testing.T, seed uint64) {
 		w.start()
 		w.chaos()
 		w.heal()
-		w.settle()
+		w.waitUntilDone()
 		w.verdict()
 		livesLived.Add(int64(w.lives))
 		for _, job := range w.plane.Jobs() {
