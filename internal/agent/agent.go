@@ -69,12 +69,6 @@ type Ledger interface {
 	Drop(d ledger.Delivery, reason string) error
 }
 
-// Inventory remembers what was installed where, across restarts.
-type Inventory interface {
-	Put(installed.Entry) error
-	All() []installed.Entry
-}
-
 // Notifier tells the service manager.
 type Notifier interface {
 	Status(text string) (sent bool)
@@ -83,15 +77,15 @@ type Notifier interface {
 
 // Options is what the loop needs.
 type Options struct {
-	AgentID  string
-	Plane    Plane
-	Enroller Enroller
-	Deployer Deployer
-	Surveyor Surveyor // nil: discovery is off
-	Ledger   Ledger
-	Served   Inventory
-	Notify   Notifier
-	Log      *slog.Logger
+	AgentID   string
+	Plane     Plane
+	Enroller  Enroller
+	Deployer  Deployer
+	Surveyor  Surveyor // nil: discovery is off
+	Ledger    Ledger
+	Installed *installed.List // across restarts
+	Notify    Notifier
+	Log       *slog.Logger
 
 	// Describe says what the next heartbeat reports. It may look up names.
 	Describe func(ctx context.Context) api.Heartbeat

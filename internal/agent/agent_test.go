@@ -95,7 +95,7 @@ func newWorld(t *testing.T) *world {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { w.ledger.Close() })
-	served, err := installed.Open(root)
+	list, err := installed.Open(root)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -105,7 +105,7 @@ func newWorld(t *testing.T) *world {
 		Enroller:          enroller{w},
 		Deployer:          deployer{w},
 		Ledger:            w.ledger,
-		Served:            served,
+		Installed:         list,
 		Notify:            notifier{},
 		Log:               log,
 		Describe:          func(context.Context) api.Heartbeat { return api.Heartbeat{Version: "1"} },

@@ -284,7 +284,7 @@ func (a *Agent) deploy(t *turn, since time.Time, runningUnanswered bool, patienc
 		a.log.Error("the outcome of a job could not be recorded: after a restart it would run again", "job", job.ID, "error", err)
 	}
 	if outcome.Status == api.StatusCompleted && job.TargetID != "" {
-		if err := a.opts.Served.Put(servedBy(job, outcome)); err != nil {
+		if err := a.opts.Installed.Put(entryOf(job, outcome)); err != nil {
 			a.log.Warn("the list of served certificates could not be written", "error", err)
 		}
 	}
@@ -308,7 +308,7 @@ func reports(o deploy.Outcome, runningUnanswered bool) []ledger.Report {
 	return all
 }
 
-func servedBy(job api.Job, o deploy.Outcome) installed.Entry {
+func entryOf(job api.Job, o deploy.Outcome) installed.Entry {
 	return installed.Entry{
 		CertificateID: job.CertificateID,
 		CommonName:    o.CommonName,

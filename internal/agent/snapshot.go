@@ -18,7 +18,7 @@ func (a *Agent) Snapshot(ctx context.Context) (status.Snapshot, error) {
 		return status.Snapshot{}, context.Cause(ctx)
 	}
 	s := <-reply
-	for _, entry := range a.opts.Served.All() {
+	for _, entry := range a.opts.Installed.All() {
 		s.Certificates = append(s.Certificates, status.Certificate(entry))
 	}
 	return s, nil

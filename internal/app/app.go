@@ -74,7 +74,7 @@ type App struct {
 	opts      Options
 	state     *statedir.Dir
 	abandoned []string // warnings about state that an earlier agent id left
-	served    *installed.Inventory
+	installed *installed.List
 	policy    *policy.Policy
 	engine    *transaction.Engine
 	key       atomic.Pointer[func() secret.String] // where the client gets the API key; Reload replaces it
@@ -161,7 +161,7 @@ func (a *App) openState() (err error) {
 		return err
 	}
 	a.onClose(a.Ledger.Close)
-	if a.served, err = installed.Open(a.state.Root); err != nil {
+	if a.installed, err = installed.Open(a.state.Root); err != nil {
 		log.Error("the list of served certificates starts anew", "error", err)
 	}
 	return nil
@@ -231,7 +231,7 @@ func (a *App) build() error {
 		}),
 		Surveyor:          surveyor,
 		Ledger:            a.Ledger,
-		Served:            a.served,
+		Installed:         a.installed,
 		Notify:            a.opts.Notify,
 		Log:               a.opts.Log,
 		Describe:          a.describe,

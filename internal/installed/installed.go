@@ -18,7 +18,7 @@ import (
 )
 
 const (
-	name    = "served.json"
+	name    = "served.json" // like its field "served": hosts have such files
 	version = 1
 
 	// maxEntries bounds the file: no host has as many targets. Beyond it the
@@ -45,38 +45,37 @@ type file struct {
 	Served  []Entry `json:"served"`
 }
 
-// Inventory is safe for concurrent use.
-type Inventory struct {
+// List is what is installed on this host. It is safe for concurrent use.
+type List struct {
 	root *os.Root
 
 	mu      sync.Mutex // guards entries and the file
 	entries map[string]Entry
 }
 
-// Open reads the inventory in root. One that is damaged is no reason not to
-// start: it is set aside, and the error says so beside a usable, empty
-// inventory.
-func Open(root *os.Root) (*Inventory, error) {
-	inv := &Inventory{root: root, entries: make(map[string]Entry)}
-	err := inv.read()
+// Open reads the list in root. A damaged one is no reason not to start: it is
+// set aside, and the error says so beside a usable, empty list.
+func Open(root *os.Root) (*List, error) {
+	l := &List{root: root, entries: make(map[string]Entry)}
+	err := l.read()
 	if err == nil || errors.Is(err, fs.ErrNotExist) {
-		return inv, nil
+		return l, nil
 	}
 	if aside := root.Rename(name, name+".damaged"); aside != nil {
-		return inv, fmt.Errorf("read the list of served certificates: %w; setting it aside: %w", err, aside)
+		return l, fmt.Errorf("read the list of served certificates: %w; setting it aside: %w", err, aside)
 	}
-	return inv, fmt.Errorf("read the list of served certificates: %w; it was set aside as %s.damaged", err, name)
+	return l, fmt.Errorf("read the list of served certificates: %w; it was set aside as %s.damaged", err, name)
 }
 
-func (inv *Inventory) read() error {
-	info, err := inv.root.Lstat(name)
+func (l *List) read() error {
+	info, err := l.root.Lstat(name)
 	if err != nil {
 		return err
 	}
 	if !info.Mode().IsRegular() || info.Size() > maxBytes {
 		return fmt.Errorf("%s is no regular file of at most %d bytes", name, maxBytes)
 	}
-	data, err := inv.root.ReadFile(name)
+	data, err := l.root.ReadFile(name)
 	if err != nil {
 		return err
 	}
@@ -88,34 +87,34 @@ func (inv *Inventory) read() error {
 		return fmt.Errorf("format version %d is not %d", f.Version, version)
 	}
 	for _, entry := range f.Served {
-		inv.entries[entry.TargetID] = entry
+		l.entries[entry.TargetID] = entry
 	}
 	return nil
 }
 
 // Put records what a target serves, replacing what it served before.
-func (inv *Inventory) Put(entry Entry) error {
-	inv.mu.Lock()
-	defer inv.mu.Unlock()
-	inv.entries[entry.TargetID] = entry
-	for len(inv.entries) > maxEntries {
-		oldest := slices.MinFunc(slices.Collect(maps.Values(inv.entries)), func(a, b Entry) int { return a.DeployedAt.Compare(b.DeployedAt) })
-		delete(inv.entries, oldest.TargetID)
+func (l *List) Put(entry Entry) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.entries[entry.TargetID] = entry
+	for len(l.entries) > maxEntries {
+		oldest := slices.MinFunc(slices.Collect(maps.Values(l.entries)), func(a, b Entry) int { return a.DeployedAt.Compare(b.DeployedAt) })
+		delete(l.entries, oldest.TargetID)
 	}
-	data, err := json.Marshal(file{Version: version, Served: inv.sorted()})
+	data, err := json.Marshal(file{Version: version, Served: l.sorted()})
 	if err != nil {
 		return err
 	}
-	return atomicfile.WriteFile(inv.root, name, data, 0o600)
+	return atomicfile.WriteFile(l.root, name, data, 0o600)
 }
 
 // All returns the entries, by target id.
-func (inv *Inventory) All() []Entry {
-	inv.mu.Lock()
-	defer inv.mu.Unlock()
-	return inv.sorted()
+func (l *List) All() []Entry {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.sorted()
 }
 
-func (inv *Inventory) sorted() []Entry {
-	return slices.SortedFunc(maps.Values(inv.entries), func(a, b Entry) int { return strings.Compare(a.TargetID, b.TargetID) })
+func (l *List) sorted() []Entry {
+	return slices.SortedFunc(maps.Values(l.entries), func(a, b Entry) int { return strings.Compare(a.TargetID, b.TargetID) })
 }

@@ -11,18 +11,18 @@ import (
 	"certctl-agent/internal/installed"
 )
 
-func open(t *testing.T, dir string) *installed.Inventory {
+func open(t *testing.T, dir string) *installed.List {
 	t.Helper()
 	root, err := os.OpenRoot(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { root.Close() })
-	inv, err := installed.Open(root)
+	list, err := installed.Open(root)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return inv
+	return list
 }
 
 func TestSurvivesRestart(t *testing.T) {
@@ -33,9 +33,9 @@ func TestSurvivesRestart(t *testing.T) {
 	newer.CommonName = "new"
 	other := installed.Entry{TargetID: "a", NotAfter: at}
 
-	inv := open(t, dir)
+	list := open(t, dir)
 	for _, entry := range []installed.Entry{first, other, newer} {
-		if err := inv.Put(entry); err != nil {
+		if err := list.Put(entry); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -63,12 +63,12 @@ func TestDamagedIsSetAside(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer root.Close()
-		inv, err := installed.Open(root)
+		list, err := installed.Open(root)
 		if err == nil || !strings.Contains(err.Error(), "set aside") {
 			t.Errorf("%q: error = %v, want one that says it was set aside", content, err)
 		}
-		if err := inv.Put(installed.Entry{TargetID: "t"}); err != nil {
-			t.Errorf("%q: an inventory that was set aside cannot be used: %v", content, err)
+		if err := list.Put(installed.Entry{TargetID: "t"}); err != nil {
+			t.Errorf("%q: a list that was set aside cannot be used: %v", content, err)
 		}
 		if kept, err := os.ReadFile(filepath.Join(dir, "served.json.damaged")); err != nil || string(kept) != content {
 			t.Errorf("%q: kept %q, %v", content, kept, err)
@@ -88,11 +88,11 @@ func TestBounded(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "served.json"), []byte(content), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	inv := open(t, dir)
-	if err := inv.Put(installed.Entry{TargetID: "new", DeployedAt: start.Add(time.Hour * 24)}); err != nil {
+	list := open(t, dir)
+	if err := list.Put(installed.Entry{TargetID: "new", DeployedAt: start.Add(time.Hour * 24)}); err != nil {
 		t.Fatal(err)
 	}
-	all := inv.All()
+	all := list.All()
 	if len(all) != 4096 || all[0].TargetID != "new" || all[1].TargetID != "t0001" {
 		t.Errorf("%d entries, first %q and %q: want 4096 without the oldest", len(all), all[0].TargetID, all[1].TargetID)
 	}
