@@ -179,8 +179,8 @@ func (a *Agent) survey() (done func(), err error) {
 	}, err
 }
 
-// repairLater looks after what a deployment that failed, or could not begin,
-// has left or met: a rollback that was not complete, a server that was not lastStatus.
+// repairLater schedules a repair after a deployment that failed or could not
+// begin: a rollback may be incomplete, or a server may not have reloaded.
 func (a *Agent) repairLater() {
 	switch {
 	case a.repair.off || a.stopping:
@@ -192,13 +192,13 @@ func (a *Agent) repairLater() {
 	}
 }
 
-// repairOnce retries what recovery and rollbacks left to do.
+// repairOnce retries the rest of recoveries and rollbacks.
 func (a *Agent) repairOnce() (done func(), err error) {
 	return nil, a.opts.Repair(a.calls, a.work)
 }
 
-// resume resumes, at the time of the first poll, what an earlier run of the
-// agent left unfinished or unreported.
+// resume resumes, with the first poll, the jobs and reports that an earlier run
+// of the agent did not finish.
 func (a *Agent) resume() {
 	if a.resumed {
 		return

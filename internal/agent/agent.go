@@ -28,8 +28,9 @@ import (
 	"certctl-agent/internal/survey"
 )
 
-// Plane is the control plane as the loop uses it. Errors mean what package api
-// says of them; how each call ended, whoever made it, goes to Agent.Observe.
+// Plane is the control plane as the loop uses it. Package api says what its
+// errors mean. The client also reports every call, the loop's own and those of
+// others, to Agent.Observe.
 type Plane interface {
 	Heartbeat(ctx context.Context, h api.Heartbeat) error
 	Work(ctx context.Context) (api.Work, error)
@@ -94,7 +95,7 @@ type Options struct {
 	// finishes them, and reloads, so that the server uses the old files again.
 	// It is called at the start and after a deployment that failed, until it
 	// succeeds. Calls ends when the agent stops and bounds waiting, work ends
-	// with the shutdown grace. Nil: nothing.
+	// with the shutdown grace. Nil: there is nothing to repair.
 	Repair func(calls, work context.Context) error
 
 	HeartbeatInterval time.Duration // 60 s by default
@@ -155,7 +156,7 @@ type Agent struct {
 
 	beat, poll, scan, repair *activity
 	activities               []*activity // all of them
-	resumed                  bool        // unfinished jobs have been taken up
+	resumed                  bool        // unfinished jobs have been resumed
 
 	jobs       jobTable
 	csrs       csrTable
@@ -199,9 +200,9 @@ func (a *Agent) Retired() <-chan struct{} { return a.retired }
 // Rescan asks for a scan now. It never blocks.
 func (a *Agent) Rescan() { wake(a.scanNow) }
 
-// Observe takes note of what a call told about the control plane: its clock, and
-// with a 410 that this agent may be retired. Any goroutine may call it; it never
-// blocks.
+// Observe records what a call showed of the control plane: its clock and, if it
+// answered 410, that this agent may be retired. Any goroutine may call it. It
+// never blocks.
 func (a *Agent) Observe(o api.Observation) {
 	if !o.Date.IsZero() {
 		a.observeClock(o.Date.Sub(o.Received).Round(time.Second))

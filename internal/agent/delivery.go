@@ -37,7 +37,7 @@ type deliveryTable struct {
 type pacedDelivery struct {
 	pacer  *pace.Pacer
 	due    time.Time
-	repeat bool // what is due is a repetition
+	repeat bool // the report that is due is a repetition
 
 	// patience is with the first report; a running round owns it.
 	patience *pace.Patience
@@ -132,7 +132,7 @@ func (a *Agent) dueReports(now time.Time) []report {
 
 // send tries each report once. Within a job it keeps the order: what follows
 // a report that did not arrive is not tried. When the network is gone or the
-// control plane is short of capacity, the rest shares that outcome untried.
+// control plane is overloaded, the rest shares that outcome untried.
 func (a *Agent) send(ctx context.Context, due []report) []delivered {
 	var results []delivered
 	var down error

@@ -27,7 +27,7 @@ type jobTable struct {
 // certificate busy, or a try could not begin.
 type waitingJob struct {
 	job   api.Job
-	since time.Time // claimed or taken up
+	since time.Time // when it was claimed or resumed
 
 	// runningUnanswered: an earlier try reported, or may have, that the job
 	// runs, and got no answer.
@@ -64,8 +64,8 @@ type claimed struct {
 // the log: a control plane that is broken sends them with every poll.
 const maxNameless = 20
 
-// record makes what a poll brought durable. It runs in the poll's goroutine:
-// the loop does not wait for a disk.
+// record writes the jobs of a poll to disk. It runs in the poll's goroutine: the
+// loop does not wait for a disk.
 func (a *Agent) record(work api.Work) claimed {
 	var c claimed
 	var deployments []api.Job
@@ -125,7 +125,7 @@ func (a *Agent) refuse(job, reason string) {
 	}
 }
 
-// take starts what a poll brought that began at the given time.
+// take starts the jobs of a poll that began at the given time.
 func (a *Agent) take(c claimed, begun time.Time) {
 	a.takeCSRs(c.csrs, begun)
 	for _, job := range c.deployments {
@@ -277,7 +277,7 @@ func (a *Agent) deploy(t *turn, since time.Time, runningUnanswered bool, patienc
 	}
 	if outcome.Status == api.StatusFailed && !outcome.Broken && context.Cause(a.work) != nil {
 		// Rolled back because the agent stops: not the job's failure. It is
-		// taken up again by the next start.
+		// resumed by the next start.
 		return outcome, errStopping
 	}
 	if err := a.opts.Ledger.Finish(job.ID, reports(outcome, runningUnanswered)); err != nil {
@@ -291,7 +291,7 @@ func (a *Agent) deploy(t *turn, since time.Time, runningUnanswered bool, patienc
 	return outcome, nil
 }
 
-// reports are what the control plane is told of an outcome, in order. A
+// reports lists the reports on an outcome, in order. A
 // "Running" that is still on its way would undo the verdict when it arrives, so
 // after one that was not answered the verdict is said twice.
 func reports(o deploy.Outcome, runningUnanswered bool) []ledger.Report {

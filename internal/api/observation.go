@@ -2,10 +2,10 @@ package api
 
 import "time"
 
-// Observation is what one call told about the control plane, whoever made it.
+// Observation is what one call showed of the control plane.
 type Observation struct {
 	Call     string    // as in StatusError
-	Date     time.Time // the control plane's clock; zero if the answer did not tell, or none came
-	Received time.Time // this host's clock when the answer began; zero if none came
+	Date     time.Time // the control plane's clock; zero if there was no answer, or no Date in it
+	Received time.Time // this host's clock when the answer began; zero if there was none
 	Err      error     // how the call ended
 }

@@ -69,7 +69,7 @@ type App struct {
 	Agent     *agent.Agent
 	Keys      *keystore.Store
 	Ledger    *ledger.Ledger
-	Recovered transaction.Recovery // what Open did about transactions of an earlier run
+	Recovered transaction.Recovery // of transactions of an earlier run, by Open
 
 	opts      Options
 	state     *statedir.Dir
@@ -84,8 +84,8 @@ type App struct {
 	closers []func() error
 }
 
-// Open opens everything on disk, brings what a crash left half done to one side
-// or the other, and builds the agent. It sends nothing.
+// Open opens everything on disk, rolls back or finishes what a crash left half
+// done, and builds the agent. It sends nothing.
 func Open(ctx context.Context, opts Options) (*App, error) {
 	a := &App{opts: opts.withDefaults(), policy: newPolicy(opts.Config)}
 	if err := a.open(ctx); err != nil {
@@ -143,7 +143,8 @@ func (a *App) openKeys() (err error) {
 	return nil
 }
 
-// openState opens the state directory and what is recorded in it.
+// openState opens the state directory, the ledger and the list of installed
+// certificates.
 func (a *App) openState() (err error) {
 	cfg, log := a.opts.Config, a.opts.Log
 	if a.state, err = statedir.Open(cfg.InstanceStateDir(), cfg.AgentID, a.opts.MachineID); err != nil {
@@ -167,7 +168,8 @@ func (a *App) openState() (err error) {
 	return nil
 }
 
-// openTransactions ends what transactions of an earlier run left half done.
+// openTransactions rolls back or finishes the transactions that an earlier run
+// left half done.
 func (a *App) openTransactions(ctx context.Context) (err error) {
 	a.engine, err = transaction.Open(transaction.Options{
 		State:     a.state.Root,
@@ -187,7 +189,7 @@ func (a *App) openTransactions(ctx context.Context) (err error) {
 	return nil
 }
 
-// connect makes the client. The agent observes all that it hears.
+// connect makes the client. The agent observes every call.
 func (a *App) connect() {
 	cfg := a.opts.Config
 	key := cfg.KeyFunc(a.opts.Log)
@@ -201,7 +203,7 @@ func (a *App) connect() {
 	a.plane = a.opts.Plane(a.client)
 }
 
-// build makes the agent and those who do its work.
+// build makes the agent and the parts that do its work.
 func (a *App) build() error {
 	surveyor, err := a.surveyor()
 	if err != nil {
@@ -255,7 +257,7 @@ func (a *App) build() error {
 	return nil
 }
 
-// surveyor scans and reports; nil: discovery is off.
+// surveyor returns nil if discovery is off.
 func (a *App) surveyor() (agent.Surveyor, error) {
 	cfg := a.opts.Config
 	if len(cfg.DiscoveryDirs) == 0 {
@@ -289,7 +291,7 @@ func (a *App) standingWarnings() []string {
 	return warnings
 }
 
-// describe is what a heartbeat says of this host.
+// describe makes the heartbeat's description of this host.
 func (a *App) describe(ctx context.Context) api.Heartbeat {
 	if a.state.Cloned {
 		a.opts.Log.Warn("heartbeat of an agent whose state was written on another machine", "agent_id", a.opts.Config.AgentID)
@@ -297,8 +299,9 @@ func (a *App) describe(ctx context.Context) api.Heartbeat {
 	return NewHeartbeat(ctx, a.client)
 }
 
-// Reload takes what can change under a running agent from a configuration that
-// was read again, the API key and the CA bundle, and scans now.
+// Reload takes the API key and the CA bundle from a configuration that was read
+// again, and starts a scan. The other settings cannot change under a running
+// agent.
 func (a *App) Reload(fresh *config.Config) {
 	key := fresh.KeyFunc(a.opts.Log)
 	a.key.Store(&key)

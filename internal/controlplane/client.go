@@ -72,8 +72,8 @@ type Options struct {
 	// Timeout bounds one request; 0 means DefaultTimeout.
 	Timeout time.Duration
 
-	// Observe, when set, learns how each request ended, before the caller does:
-	// a 410 means the same whoever made the call. It must not block.
+	// Observe, when set, records the outcome of each request before the caller
+	// gets it, so that no caller has to pass on a 410. It must not block.
 	Observe func(api.Observation)
 
 	// Dial makes connections; nil means the network. Tests give an in-memory

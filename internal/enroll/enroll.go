@@ -15,7 +15,7 @@ import (
 	"certctl-agent/internal/printable"
 )
 
-// maxReason bounds what the control plane is told, in bytes.
+// maxReason bounds the reason that is reported to the control plane, in bytes.
 const maxReason = 2 << 10
 
 // ErrKey means that the key store could not make or keep a key: the control

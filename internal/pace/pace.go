@@ -1,6 +1,6 @@
-// Package pace decides how long to wait: jitter, back-off, and manners towards
-// a control plane that is short of capacity. It is arithmetic only; whoever
-// owns the timer owns the Pacer.
+// Package pace decides how long to wait: jitter, back-off, and less haste while
+// the control plane is overloaded. It is arithmetic only: the owner of the timer
+// owns the Pacer.
 package pace
 
 import (

@@ -25,7 +25,7 @@ type Patience struct {
 // another one. Any other outcome than a doubtful refusal starts over.
 func (p *Patience) Lost(err error) bool { return p.Lasts(api.Doubtful(err)) }
 
-// Lasts is Lost for who decides otherwise what is doubtful.
+// Lasts is Lost for callers with a rule of their own for what is doubtful.
 func (p *Patience) Lasts(doubtful bool) bool {
 	if !doubtful {
 		*p = Patience{}
