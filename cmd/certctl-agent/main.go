@@ -42,6 +42,7 @@ type subcommand struct {
 func subcommands() []subcommand {
 	return []subcommand{
 		{"check", "look at the configuration, the disk and the control plane, changing nothing", runCheck},
+		{"plan", "show what a deployment would do, doing nothing", runPlan},
 		{"register", "register this host with the control plane and print its agent id", runRegister},
 		{"scan", "list the certificates on this host's disks", runScan},
 		{"status", "ask the running daemon how it is", runStatus},

@@ -39,10 +39,14 @@ func (p *Pair) Check(required ...string) error {
 		"validate_command": p.ValidateCommand != "",
 		"reload_command":   p.ReloadCommand != "",
 	}
+	var missing []error
 	for _, key := range required {
 		if !given[key] {
-			return targetconf.Invalid(key, "is required")
+			missing = append(missing, targetconf.Invalid(key, "is required"))
 		}
+	}
+	if len(missing) > 0 {
+		return targetconf.Join(missing...)
 	}
 	switch {
 	case p.oneFile() && p.ChainPath != "":
@@ -98,11 +102,9 @@ func (p *Pair) matches(found serverconf.Pair, m *Material) bool {
 // Commands are the configured commands, checked. One that is not configured is
 // nil.
 func (p *Pair) Commands(config *targetconf.Config, host Host) (validate, reload *policy.Command, err error) {
-	if validate, err = host.Command(config, "validate_command", p.ValidateCommand); err != nil {
-		return nil, nil, err
-	}
-	reload, err = host.Command(config, "reload_command", p.ReloadCommand)
-	return validate, reload, err
+	validate, validateErr := host.Command(config, "validate_command", p.ValidateCommand)
+	reload, reloadErr := host.Command(config, "reload_command", p.ReloadCommand)
+	return validate, reload, targetconf.Join(validateErr, reloadErr)
 }
 
 // Plan is the plan to put m into these files.

@@ -61,6 +61,40 @@ func Invalid(key, format string, args ...any) error {
 	return &ConfigError{Key: key, Problem: fmt.Sprintf(format, args...)}
 }
 
+// Problems are several things wrong with a configuration.
+type Problems []error
+
+func (p Problems) Error() string {
+	var all []string
+	for _, err := range p {
+		all = append(all, err.Error())
+	}
+	return strings.Join(all, "; ")
+}
+
+// Unwrap gives each of them.
+func (p Problems) Unwrap() []error { return p }
+
+// Join makes one error of those that are not nil, as errors.Join does, on one
+// line. It returns nil if there are none.
+func Join(errs ...error) error {
+	var problems Problems
+	for _, err := range errs {
+		if several, ok := err.(Problems); ok {
+			problems = append(problems, several...)
+		} else if err != nil {
+			problems = append(problems, err)
+		}
+	}
+	switch len(problems) {
+	case 0:
+		return nil
+	case 1:
+		return problems[0]
+	}
+	return problems
+}
+
 const (
 	// pinKey in an overlay says which type the target must have.
 	pinKey = "target_type"
@@ -263,13 +297,12 @@ func (c *Config) Decode(v any, resolvable ...string) error {
 }
 
 func (c *Config) decode(v reflect.Value, resolvable []string) error {
+	var errs []error
 	for i := range v.NumField() {
 		field := v.Type().Field(i)
 		key, named := field.Tag.Lookup("json")
 		if field.Anonymous && !named {
-			if err := c.decode(v.Field(i), resolvable); err != nil {
-				return err
-			}
+			errs = append(errs, c.decode(v.Field(i), resolvable))
 			continue
 		}
 		if !named {
@@ -277,13 +310,12 @@ func (c *Config) decode(v reflect.Value, resolvable []string) error {
 		}
 		option := field.Tag.Get("config")
 		if options, ok := v.Field(i).Addr().Interface().(*FileOptions); ok {
-			if err := c.decodeFileOptions(strings.TrimSuffix(key, "*"), option == optionSecret, options); err != nil {
-				return err
-			}
+			errs = append(errs, c.decodeFileOptions(strings.TrimSuffix(key, "*"), option == optionSecret, options))
 			continue
 		}
 		if err := c.decodeKey(key, v.Field(i), resolvable); err != nil {
-			return err
+			errs = append(errs, err)
+			continue
 		}
 		if value := field.Tag.Get("default"); value != "" && v.Field(i).IsZero() && !c.Masked(key) {
 			raw, _ := json.Marshal(value) // a string always can be
@@ -293,10 +325,10 @@ func (c *Config) decode(v reflect.Value, resolvable []string) error {
 			c.note(key, raw, "default")
 		}
 		if option == optionRequired && v.Field(i).IsZero() && !c.Masked(key) {
-			return Invalid(c.prefix+key, "is required")
+			errs = append(errs, Invalid(c.prefix+key, "is required"))
 		}
 	}
-	return nil
+	return Join(errs...)
 }
 
 // What a config tag may say.

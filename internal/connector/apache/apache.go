@@ -29,12 +29,9 @@ func newConnector(c *targetconf.Config, host connector.Host) (connector.Connecto
 	if err := c.Decode(&a.pair, "key_path"); err != nil {
 		return nil, err
 	}
-	if err := a.pair.Check("cert_path", "validate_command", "reload_command"); err != nil {
-		return nil, err
-	}
 	var err error
 	a.validate, a.reload, err = a.pair.Commands(c, host)
-	return a, err
+	return a, targetconf.Join(a.pair.Check("cert_path", "validate_command", "reload_command"), err)
 }
 
 // loadTime is how long httpd is given to read its files once it has been told

@@ -34,17 +34,13 @@ type haproxy struct {
 
 func newConnector(c *targetconf.Config, host connector.Host) (connector.Connector, error) {
 	h := &haproxy{common: c.Common}
-	err := c.Decode(&h.config)
-	if err != nil {
+	if err := c.Decode(&h.config); err != nil {
 		return nil, err
 	}
-	if h.validate, err = host.Command(c, "validate_command", h.config.ValidateCommand); err != nil {
-		return nil, err
-	}
-	if h.reload, err = host.Command(c, "reload_command", h.config.ReloadCommand); err != nil {
-		return nil, err
-	}
-	return h, nil
+	var validateErr, reloadErr error
+	h.validate, validateErr = host.Command(c, "validate_command", h.config.ValidateCommand)
+	h.reload, reloadErr = host.Command(c, "reload_command", h.config.ReloadCommand)
+	return h, targetconf.Join(validateErr, reloadErr)
 }
 
 // Plan implements connector.Connector.

@@ -61,12 +61,9 @@ func newConnector(mode string) func(*targetconf.Config, connector.Host) (connect
 		if !c.Masked("key_path") {
 			targetconf.Default(c, "key_path", &config.KeyPath, "/etc/"+config.Mode+"/certs/key.pem")
 		}
-		if err := config.Check(); err != nil {
-			return nil, err
-		}
 		var err error
 		s.validate, s.reload, err = config.Commands(c, host)
-		return s, err
+		return s, targetconf.Join(config.Check(), err)
 	}
 }
 

@@ -28,12 +28,9 @@ func newConnector(c *targetconf.Config, host connector.Host) (connector.Connecto
 	if err := c.Decode(&n.pair, "key_path"); err != nil {
 		return nil, err
 	}
-	if err := n.pair.Check("cert_path", "validate_command", "reload_command"); err != nil {
-		return nil, err
-	}
 	var err error
 	n.validate, n.reload, err = n.pair.Commands(c, host)
-	return n, err
+	return n, targetconf.Join(n.pair.Check("cert_path", "validate_command", "reload_command"), err)
 }
 
 // Plan implements connector.Connector.

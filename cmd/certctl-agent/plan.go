@@ -1,0 +1,188 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+	"text/tabwriter"
+
+	"certctl-agent/internal/app"
+	"certctl-agent/internal/config"
+)
+
+const planHelp = `Usage: certctl-agent plan -type TYPE [-config FILE] [-target ID] [-cert FILE]
+         [-certificate ID] [-json] [flags of the daemon]
+
+Shows what a deployment to a target would do on this host, and does nothing: the
+configuration and where each value comes from, each file, each command and whether
+it may run, what would change elsewhere, and every problem. It is the way to write
+an overlay (CERTCTL_TARGETS_DIR): change it, and look again.
+
+  -type TYPE       the target's type, as the control plane spells it (NGINX, …)
+  -config FILE     the target's configuration, a JSON object; - is standard input;
+                   without it, only the overlays count. (The agent's own configuration
+                   file is that of CERTCTL_CONFIG.)
+  -target ID       the target's id, for its overlay
+  -cert FILE       the certificate with its chain, as PEM; without it, one made for
+                   the purpose stands in
+  -certificate ID  the certificate's id, whose keys in the key directory tell what
+                   the files that are there hold
+  -json            print one document
+
+Examples:
+  certctl-agent plan -type NGINX -target t-web1 -config target.json
+  echo '{"pem_path": "/etc/haproxy/site.pem"}' | certctl-agent plan -type HAProxy -config -
+
+Exit status: 0 the deployment could begin, 1 it would be refused, 2 usage.
+
+`
+
+// maxTargetConfig bounds what is read of a target's configuration and of a
+// certificate, in bytes; it is what a job may bring.
+const maxTargetConfig = 1 << 20
+
+func runPlan(ctx context.Context, p process) error {
+	target := app.Target{ID: "target"}
+	var asJSON bool
+	var configFile, certFile string
+	cfg, err := config.Load(p.args, p.getenv, config.Options{
+		Flags: func(f *flag.FlagSet) {
+			f.StringVar(&target.Type, "type", "", "type of the target")
+			f.StringVar(&configFile, "config", "", "configuration of the target")
+			f.StringVar(&target.ID, "target", target.ID, "id of the target")
+			f.StringVar(&certFile, "cert", "", "certificate")
+			f.StringVar(&target.CertificateID, "certificate", "", "id of the certificate")
+			f.BoolVar(&asJSON, "json", false, "print JSON")
+		},
+		Ignore: func(setting string) bool {
+			return !slices.Contains([]string{"key-dir", "state-dir", "targets-dir", "allowed-paths", "allowed-commands"}, setting)
+		},
+	})
+	if errors.Is(err, flag.ErrHelp) {
+		fmt.Fprint(p.stdout, planHelp)
+		return err
+	}
+	if err != nil {
+		return err
+	}
+	if target.Type == "" {
+		return config.NewUsageError("name the target's type: -type NGINX, for example")
+	}
+	if target.Config, err = readInput(p.stdin, configFile); err != nil {
+		return fmt.Errorf("the target's configuration: %w", err)
+	}
+	if target.Cert, err = readInput(p.stdin, certFile); err != nil {
+		return fmt.Errorf("the certificate: %w", err)
+	}
+	preview, err := app.NewPreview(ctx, cfg, target)
+	if err != nil {
+		return err
+	}
+	if asJSON {
+		err = printJSON(p.stdout, preview)
+	} else {
+		err = printPreview(p.stdout, preview)
+	}
+	if err == nil && preview.Refused {
+		return finding{}
+	}
+	return err
+}
+
+// readInput reads a file that the caller named, "-" for standard input, and
+// nothing for "".
+func readInput(stdin io.Reader, name string) ([]byte, error) {
+	switch name {
+	case "":
+		return nil, nil
+	case "-":
+	default:
+		file, err := os.Open(name)
+		if err != nil {
+			return nil, err
+		}
+		defer file.Close()
+		stdin = file
+	}
+	data, err := io.ReadAll(io.LimitReader(stdin, maxTargetConfig+1))
+	if err == nil && len(data) > maxTargetConfig {
+		err = fmt.Errorf("it is longer than %d bytes", maxTargetConfig)
+	}
+	return data, err
+}
+
+func printPreview(w io.Writer, p *app.Preview) error {
+	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	line := func(format string, args ...any) { fmt.Fprintf(table, format+"\n", args...) }
+	section := func(name string, n int) {
+		if n > 0 {
+			line("%s", name)
+		}
+	}
+	line("target %s, type %s", p.Target, p.Type)
+	section("settings", len(p.Settings)+len(p.Unknown))
+	for _, s := range p.Settings {
+		line("  %s\t%s\t%s", s.Key, s.Value, s.Source)
+	}
+	for _, key := range p.Unknown {
+		line("  %s\t\tunknown to this type, ignored", shown(key))
+	}
+	section("files", len(p.Files))
+	for _, f := range p.Files {
+		path, was := f.Path, "new file"
+		if f.Real != "" && f.Real != f.Path {
+			path += " → " + f.Real
+		}
+		if f.OldMode != "" {
+			was = fmt.Sprintf("was %s %s", f.OldMode, f.OldOwner)
+		}
+		does := "content changes"
+		if !f.Changes {
+			does = "content is the same"
+		}
+		if f.Problem != "" {
+			does = "REFUSED"
+		}
+		line("  %s\t%s %s\t%s\t%d bytes\t%s", path, f.NewMode, f.NewOwner, was, f.Size, does)
+	}
+	section("commands", len(p.Commands))
+	for _, c := range p.Commands {
+		allowed := "allowed"
+		if !c.Allowed {
+			allowed = "REFUSED"
+		}
+		line("  %s\t%s\t%s", c.Key, c.Line, allowed)
+	}
+	section("elsewhere", len(p.Changes))
+	for _, c := range p.Changes {
+		does := "changes"
+		if !c.Changes {
+			does = "is the same"
+		}
+		line("  %s\t%s", c.Name, does)
+	}
+	section("verification", len(p.Verified)+len(p.Reported))
+	if p.Verified != "" {
+		line("  before the deployment counts\t%s", p.Verified)
+	}
+	if p.Reported != "" {
+		line("  reported to the control plane\t%s", p.Reported)
+	}
+	section("warnings", len(p.Warnings))
+	for _, warning := range p.Warnings {
+		line("  %s", shown(warning))
+	}
+	section("problems: a deployment would be refused", len(p.Problems))
+	for _, problem := range p.Problems {
+		line("  %s", shown(problem))
+	}
+	return table.Flush()
+}
+
+// shown keeps what others say on one line.
+func shown(text string) string { return strings.Join(strings.Fields(text), " ") }
