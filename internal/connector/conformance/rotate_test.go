@@ -89,3 +89,65 @@ func TestRotate(t *testing.T) {
 		})
 	}
 }
+
+// TestTurnedAway: a server that says goodbye before TLS has failed no handshake.
+func TestTurnedAway(t *testing.T) {
+	for _, test := range []struct {
+		protocol, greeting string
+		away               bool
+	}{
+		{tlsprobe.IMAP, "* BYE Shutting down\r\n", true},
+		{tlsprobe.IMAP, "* NO\r\n", false},
+		{tlsprobe.SMTP, "421 shutting down\r\n", true},
+		{tlsprobe.SMTP, "554 no service\r\n", false},
+		{tlsprobe.POP3, "-ERR [SYS/TEMP] later\r\n", true},
+		{tlsprobe.POP3, "-ERR\r\n", false},
+		{"", "* BYE Shutting down\r\n", false},
+		{tlsprobe.IMAP, "", false},
+	} {
+		listener, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var serving sync.WaitGroup
+		serving.Go(func() {
+			if conn, err := listener.Accept(); err == nil {
+				_, _ = conn.Write([]byte(test.greeting))
+				conn.Close()
+			}
+		})
+		run := new(rotation)
+		run.connect(t.Context(), tlsprobe.Endpoint{Address: listener.Addr().String(), StartTLS: test.protocol})
+		listener.Close()
+		serving.Wait()
+		want := Figures{Failed: 1}
+		if test.away {
+			want = Figures{TurnedAway: 1}
+		}
+		if run.figures != want {
+			t.Errorf("%s %q: got %v, want %v", test.protocol, test.greeting, run.figures, want)
+		}
+	}
+}
+
+func TestNoticed(t *testing.T) {
+	for _, test := range []struct {
+		figures         Figures
+		rounds, clients int
+		want            bool
+	}{
+		{Figures{Rotations: 50}, 50, 1, false},
+		{Figures{Rotations: 49}, 50, 1, true},
+		{Figures{Rotations: 50, Failed: 1}, 50, 1, true},
+		{Figures{Rotations: 50, Stale: 1}, 50, 1, true},
+		{Figures{Rotations: 50, TurnedAway: 5}, 50, 1, false},
+		{Figures{Rotations: 50, TurnedAway: 6}, 50, 1, true},
+		{Figures{Rotations: 50, TurnedAway: 10}, 50, 2, false},
+		{Figures{Rotations: 1, TurnedAway: 1}, 1, 1, false},
+		{Figures{Rotations: 1, TurnedAway: 2}, 1, 1, true},
+	} {
+		if got := test.figures.noticed(test.rounds, test.clients); got != test.want {
+			t.Errorf("%v: got %v", test.figures, got)
+		}
+	}
+}
