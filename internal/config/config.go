@@ -199,7 +199,16 @@ func (p Problems) Unwrap() []error { return p }
 // or Problems. With Problems comes what could be read, for showing it to the
 // operator and for nothing else.
 func Load(args []string, getenv func(string) string, options Options) (*Config, error) {
-	flags := newFlagSet(options)
+	config := &Config{}
+	l := loader{
+		config:   config,
+		settings: settings(config),
+		getenv:   getenv,
+		ignore:   options.Ignore,
+		set:      make(map[string]string),
+		sources:  make(map[string]source),
+	}
+	flags := newFlagSet(l.settings, l.set, options)
 	if err := flags.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
 			return nil, err
@@ -209,28 +218,17 @@ func Load(args []string, getenv func(string) string, options Options) (*Config, 
 	if flags.NArg() > 0 && !options.Args {
 		return nil, NewUsageError("unexpected argument %q", flags.Arg(0))
 	}
-	l := loader{
-		config:  &Config{Args: flags.Args()},
-		getenv:  getenv,
-		ignore:  options.Ignore,
-		given:   make(map[string]string),
-		sources: make(map[string]source),
-	}
-	flags.Visit(func(f *flag.Flag) {
-		if value, ok := f.Value.(*text); ok {
-			l.given[f.Name] = value.value
-		}
-	})
+	config.Args = flags.Args()
 	l.readFile(cmp.Or(options.DefaultFile, DefaultFile))
-	for _, s := range settings() {
+	for _, s := range l.settings {
 		l.apply(s)
 	}
 	l.finish()
-	l.config.again = func() (*Config, error) { return Load(args, getenv, options) }
+	config.again = func() (*Config, error) { return Load(args, getenv, options) }
 	if len(l.problems) > 0 {
-		return l.config, l.problems
+		return config, l.problems
 	}
-	return l.config, nil
+	return config, nil
 }
 
 // Reload loads the configuration anew from the same flags and environment:
@@ -252,22 +250,18 @@ func (c *Config) InstanceStateDir() string {
 	return filepath.Join(c.StateDir, hex.EncodeToString(sum[:8]))
 }
 
-// text is a flag whose value is kept as it is, so that problems of all
-// settings are reported at once, wherever they come from.
-type text struct {
-	value   string
-	boolean bool
-}
-
-func (t *text) String() string         { return "" }
-func (t *text) Set(value string) error { t.value = value; return nil }
-func (t *text) IsBoolFlag() bool       { return t.boolean }
-
-func newFlagSet(options Options) *flag.FlagSet {
+// newFlagSet returns flags that keep their values as they are in set, so that
+// problems of all settings are reported at once, wherever they come from.
+func newFlagSet(settings []setting, set map[string]string, options Options) *flag.FlagSet {
 	flags := flag.NewFlagSet("", flag.ContinueOnError)
 	flags.SetOutput(io.Discard) // errors are the caller's to print
-	for _, s := range settings() {
-		flags.Var(&text{boolean: s.boolean}, s.flag, s.doc)
+	for _, s := range settings {
+		keep := func(value string) error { set[s.flag] = value; return nil }
+		if _, ok := s.field.(boolean); ok {
+			flags.BoolFunc(s.flag, s.doc, keep)
+		} else {
+			flags.Func(s.flag, s.doc, keep)
+		}
 	}
 	if options.Flags != nil {
 		options.Flags(flags)
@@ -288,9 +282,10 @@ const (
 // loader is the state of one Load.
 type loader struct {
 	config   *Config
+	settings []setting // of config
 	getenv   func(string) string
 	ignore   func(string) bool
-	given    map[string]string // flags
+	set      map[string]string // by flag, on the command line
 	file     *envFile
 	sources  map[string]source // by flag
 	problems Problems
@@ -298,7 +293,7 @@ type loader struct {
 
 // lookup finds the value of a setting.
 func (l *loader) lookup(flag, variable, fallback string) (string, source) {
-	if value, ok := l.given[flag]; ok {
+	if value, ok := l.set[flag]; ok {
 		return strings.TrimSpace(value), fromFlag
 	}
 	if value := l.environment(variable); value != "" {
@@ -339,6 +334,11 @@ func (l *loader) describe(from source) string {
 	return "default"
 }
 
+// setting is the row of a flag.
+func (l *loader) setting(flag string) setting {
+	return l.settings[slices.IndexFunc(l.settings, func(s setting) bool { return s.flag == flag })]
+}
+
 func (l *loader) problem(s setting, err error) {
 	if l.ignore == nil || !l.ignore(s.flag) {
 		l.problems = append(l.problems, l.explain(s, err))
@@ -360,7 +360,7 @@ func (l *loader) explain(s setting, err error) error {
 // readFile reads the configuration file: the one that is named, which must be
 // there, or else the default one.
 func (l *loader) readFile(fallback string) {
-	s := settings()[0]
+	s := l.setting("config")
 	path, from := l.lookup(s.flag, s.variable, fallback)
 	l.sources[s.flag] = from
 	if path == "" {
@@ -400,7 +400,7 @@ func (l *loader) readFile(fallback string) {
 // are slips of the pen.
 func (l *loader) warnUnknown() {
 	known := slices.Clone(proxyVariables)
-	for _, s := range settings()[1:] {
+	for _, s := range l.settings[1:] {
 		known = append(known, s.variable)
 	}
 	var unknown []string
@@ -419,11 +419,11 @@ func (l *loader) apply(s setting) {
 	value, from := l.lookup(s.flag, s.variable, s.value)
 	l.sources[s.flag] = from
 	hidden := s.secret
-	if s.parse != nil && (value != "" || from == fromFlag) {
-		err := s.parse(l.config, value)
+	if s.field != nil && (value != "" || from == fromFlag) {
+		err := s.field.set(value)
 		if err != nil && s.lenient {
 			l.config.warn(fmt.Sprintf("%v: the default, %s, is used", l.explain(s, err), s.value))
-			value, from, err = s.value, fromDefault, s.parse(l.config, s.value)
+			value, from, err = s.value, fromDefault, s.field.set(s.value)
 		}
 		if err != nil {
 			l.problem(s, err)
@@ -458,13 +458,13 @@ func (l *loader) finish() {
 	c := l.config
 	l.finishKey()
 	if c.AgentID == "" {
-		l.problem(setting{flag: "agent-id", variable: "CERTCTL_AGENT_ID"},
-			errors.New("is required: register an agent first, with certctl-agent register or POST /api/v1/agents"))
+		l.problem(l.setting("agent-id"), errors.New("is required: register an agent first, with certctl-agent register or POST /api/v1/agents"))
 	}
 	if c.StateDir == "" && c.KeyDir != "" {
 		c.StateDir = filepath.Join(c.KeyDir, ".state")
 		c.show("state-dir", c.StateDir)
 	}
+	c.BackupRetention = cmp.Or(c.BackupRetention, DefaultBackupRetention)
 	c.TargetsDirNamed = l.sources["targets-dir"] != fromDefault
 	l.finishProxy()
 	if c.InsecureSkipVerify {
@@ -502,18 +502,16 @@ func (l *loader) finishKey() {
 		}
 	}
 	if c.APIKeyFile != "" {
-		file := setting{flag: "api-key-file", variable: "CERTCTL_API_KEY_FILE"}
 		key, _, warning, err := readKey(c.APIKeyFile)
 		if err != nil {
-			l.problem(file, err)
+			l.problem(l.setting("api-key-file"), err)
 		}
 		c.APIKey = key
 		c.warn(warning)
 		return
 	}
 	if c.APIKey.IsZero() {
-		l.problem(setting{flag: "api-key", variable: "CERTCTL_API_KEY"},
-			errors.New("is required: set it, or CERTCTL_API_KEY_FILE to a file that holds it"))
+		l.problem(l.setting("api-key"), errors.New("is required: set it, or CERTCTL_API_KEY_FILE to a file that holds it"))
 	}
 }
 

@@ -139,12 +139,12 @@ func TestEverySetting(t *testing.T) {
 		{"log-level", "WARN", func(c *Config) any { return c.LogLevel }, slog.LevelWarn},
 		{"log-format", "Text", func(c *Config) any { return c.LogFormat }, "text"},
 	} {
-		i := slices.IndexFunc(settings(), func(s setting) bool { return s.flag == test.flag })
+		i := slices.IndexFunc(settings(new(Config)), func(s setting) bool { return s.flag == test.flag })
 		if i < 0 {
 			t.Errorf("there is no flag -%s", test.flag)
 			continue
 		}
-		variable := settings()[i].variable
+		variable := settings(new(Config))[i].variable
 		file := write(t, "agent.env", variable+"='"+test.value+"'\n")
 		fromFile := environment{"CERTCTL_CONFIG": file}
 		for _, name := range []string{"CERTCTL_API_KEY", "CERTCTL_AGENT_ID"} {

@@ -1,9 +1,6 @@
 package config
 
 import (
-	"bytes"
-	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -13,7 +10,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 
 	"certctl-agent/internal/command"
 	"certctl-agent/internal/secret"
@@ -92,39 +88,8 @@ func withoutURL(err error) error {
 	return errors.New("it cannot be parsed")
 }
 
-// parseBundle reads the certificates that the control plane's must chain to.
-// The warning is about those that it holds and that cannot be used: bundles of
-// whole systems have a few that Go refuses, but in one of two that is the one
-// that matters. Anybody may read the file.
-func parseBundle(path string) (pool *x509.CertPool, warning string, err error) {
-	data, _, _, err := readTrusted(path, maxBundle)
-	if err != nil {
-		return nil, "", err
-	}
-	data = bytes.ReplaceAll(data, byteOrderMark, nil) // within, too: bundles are joined from files
-	begun, used := bytes.Count(data, []byte("-----BEGIN ")), 0
-	reason := errors.New("it is not valid PEM")
-	pool = x509.NewCertPool()
-	for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) {
-		certificate, err := x509.ParseCertificate(block.Bytes)
-		switch {
-		case block.Type != "CERTIFICATE":
-			reason = fmt.Errorf("%.40q is not CERTIFICATE", block.Type)
-		case err != nil:
-			reason = err
-		default:
-			pool.AddCert(certificate)
-			used++
-		}
-	}
-	switch {
-	case used == 0:
-		return nil, "", fmt.Errorf("%s holds no PEM certificate that can be parsed", path)
-	case used < begun:
-		warning = fmt.Sprintf("%s (CERTCTL_SERVER_CA_BUNDLE_PATH): %d of its %d PEM blocks are not used; of the last of them: %v", path, begun-used, begun, reason)
-	}
-	return pool, warning, nil
-}
+// parseKey keeps a bad key too, so that it is not also said to be missing.
+func parseKey(value string) (secret.String, error) { return secret.New(value), checkKey(value) }
 
 // checkKey refuses an API key that cannot stand in a header (RFC 6750, 2.1,
 // allows even less). It does not quote it.
@@ -137,27 +102,18 @@ func checkKey(key string) error {
 	return nil
 }
 
-func checkAgentID(id string) error {
+// parseAgentID keeps a bad id too, as parseKey does.
+func parseAgentID(id string) (string, error) {
 	const longest = 1024
 	if id == "." || id == ".." || len(id) > longest {
-		return fmt.Errorf("%.64q cannot be an agent id", id)
+		return id, fmt.Errorf("%.64q cannot be an agent id", id)
 	}
 	for _, c := range id {
 		if c <= ' ' || c == 0x7f || c == '\uFFFD' {
-			return fmt.Errorf("%.64q cannot be an agent id: it holds a blank or a control character", id)
+			return id, fmt.Errorf("%.64q cannot be an agent id: it holds a blank or a control character", id)
 		}
 	}
-	return nil
-}
-
-func parseBool(value string) (bool, error) {
-	switch strings.ToLower(value) {
-	case "1", "t", "true", "yes", "on":
-		return true, nil
-	case "0", "f", "false", "no", "off":
-		return false, nil
-	}
-	return false, fmt.Errorf("%q is neither true nor false", value)
+	return id, nil
 }
 
 func parseLevel(value string) (slog.Level, error) {
@@ -172,38 +128,6 @@ func parseLevel(value string) (slog.Level, error) {
 		return slog.LevelError, nil
 	}
 	return 0, fmt.Errorf("%q is none of debug, info, warn, error", value)
-}
-
-func parseDuration(value string, lowest, highest time.Duration) (time.Duration, error) {
-	d, err := time.ParseDuration(value)
-	if _, noUnit := strconv.ParseFloat(value, 64); noUnit == nil && value != "0" {
-		return 0, fmt.Errorf("%q has no unit: write %ss for seconds", value, value)
-	}
-	if err != nil {
-		return 0, fmt.Errorf("%q is no duration such as 90s, 5m or 6h", value)
-	}
-	if d < lowest || d > highest {
-		return 0, fmt.Errorf("%q is out of range: from %v to %v", value, lowest, highest)
-	}
-	return d, nil
-}
-
-func parseInt(value string, lowest, highest int) (int, error) {
-	n, err := strconv.Atoi(value)
-	if err != nil {
-		return 0, fmt.Errorf("%q is no whole number", value)
-	}
-	if n < lowest || n > highest {
-		return 0, fmt.Errorf("%d is out of range: from %d to %d", n, lowest, highest)
-	}
-	return n, nil
-}
-
-func parseWord(value string, words ...string) (string, error) {
-	if word := strings.ToLower(value); slices.Contains(words, word) {
-		return word, nil
-	}
-	return "", fmt.Errorf("%q is none of %s", value, strings.Join(words, ", "))
 }
 
 // parsePath makes a path absolute, so that it means the same wherever it is
@@ -288,24 +212,6 @@ func parseGlobs(value string) ([]string, error) {
 		}
 	}
 	return globs, nil
-}
-
-// parsePasswords reads one password per line; what is on a line is the
-// password, blanks included.
-func parsePasswords(path string) (passwords []secret.String, warning string, err error) {
-	if path, err = parsePath(path); err != nil {
-		return nil, "", err
-	}
-	data, _, warning, err := readTrusted(path, maxSecretFile)
-	if err != nil {
-		return nil, "", err
-	}
-	for line := range strings.Lines(string(withoutMark(data))) {
-		if line = strings.TrimRight(line, "\r\n"); line != "" {
-			passwords = append(passwords, secret.New(line))
-		}
-	}
-	return passwords, warning, nil
 }
 
 // parseRequiredPath is parsePath for what cannot be left out.

@@ -34,8 +34,9 @@ func TestBundleWithoutUsableCertificate(t *testing.T) {
 		"a bad certificate": "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
 		"too long":          strings.Repeat("\n", maxBundle+1),
 	} {
-		if pool, _, err := parseBundle(write(t, "ca.pem", content)); err == nil || pool != nil {
-			t.Errorf("%s: pool %v, error %v", name, pool, err)
+		c := new(Config)
+		if err := (bundle{c}).set(write(t, "ca.pem", content)); err == nil || c.Roots != nil {
+			t.Errorf("%s: pool %v, error %v", name, c.Roots, err)
 		}
 	}
 }
@@ -90,14 +91,15 @@ func TestBundleMayBeRead(t *testing.T) {
 	}
 }
 
-func TestParseBool(t *testing.T) {
+func TestBoolean(t *testing.T) {
 	for want, values := range map[bool][]string{
 		true:  {"1", "t", "T", "true", "True", "TRUE", "yes", "on", "ON"},
 		false: {"0", "f", "F", "false", "FALSE", "no", "No", "off"},
 	} {
 		for _, value := range values {
-			if got, err := parseBool(value); err != nil || got != want {
-				t.Errorf("parseBool(%q) = %v, %v, want %v", value, got, err, want)
+			got := !want
+			if err := (boolean{&got}).set(value); err != nil || got != want {
+				t.Errorf("boolean %q = %v, %v, want %v", value, got, err, want)
 			}
 		}
 	}

@@ -71,7 +71,7 @@ func (c Config) LogValue() slog.Value {
 // is set.
 func Usage(w io.Writer) {
 	var text strings.Builder
-	for _, s := range settings() {
+	for _, s := range settings(new(Config)) {
 		fmt.Fprintf(&text, "  -%s (%s)\n", s.flag, s.variable)
 		fmt.Fprintf(&text, "        %s.\n", strings.ReplaceAll(s.doc, "`", ""))
 		fmt.Fprintf(&text, "        Default: %s.\n", strings.ReplaceAll(s.shownDefault(), "`", ""))

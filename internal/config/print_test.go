@@ -15,7 +15,7 @@ var update = flag.Bool("update", false, "write the reference in docs/configurati
 func reference() string {
 	var table strings.Builder
 	table.WriteString("| flag | variable | default | meaning |\n| --- | --- | --- | --- |\n")
-	for _, s := range settings() {
+	for _, s := range settings(new(Config)) {
 		shown := s.defaults
 		if shown == "" {
 			shown = "`" + s.value + "`"
@@ -59,7 +59,7 @@ func TestReferenceIsUpToDate(t *testing.T) {
 func TestNamesFollowTheRule(t *testing.T) {
 	old := map[string]string{"server": "CERTCTL_SERVER_URL", "name": "CERTCTL_AGENT_NAME",
 		"ca-bundle": "CERTCTL_SERVER_CA_BUNDLE_PATH", "insecure-skip-verify": "CERTCTL_SERVER_TLS_INSECURE_SKIP_VERIFY"}
-	for _, s := range settings() {
+	for _, s := range settings(new(Config)) {
 		want, known := old[s.flag]
 		if !known {
 			want = "CERTCTL_" + strings.ToUpper(strings.ReplaceAll(s.flag, "-", "_"))
@@ -73,7 +73,7 @@ func TestNamesFollowTheRule(t *testing.T) {
 func TestUsageNamesEverySetting(t *testing.T) {
 	var text strings.Builder
 	Usage(&text)
-	for _, s := range settings() {
+	for _, s := range settings(new(Config)) {
 		if !strings.Contains(text.String(), "  -"+s.flag+" ("+s.variable+")\n") {
 			t.Errorf("the help text does not name -%s", s.flag)
 		}

@@ -1,0 +1,174 @@
+package config
+
+import (
+	"bytes"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"certctl-agent/internal/secret"
+)
+
+// field is one field of a Config, and the form that its value has in flags,
+// variables and files. set is called with the default too, unless that is
+// empty; an empty value reaches it only from a flag. After an error the field
+// may be set all the same.
+type field interface {
+	set(value string) error
+}
+
+type text struct{ to *string }
+
+func (f text) set(value string) error {
+	*f.to = value
+	return nil
+}
+
+// boolean is a field whose flag may stand without a value.
+type boolean struct{ to *bool }
+
+func (f boolean) set(value string) error {
+	switch strings.ToLower(value) {
+	case "1", "t", "true", "yes", "on":
+		*f.to = true
+	case "0", "f", "false", "no", "off":
+		*f.to = false
+	default:
+		return fmt.Errorf("%q is neither true nor false", value)
+	}
+	return nil
+}
+
+type integer struct {
+	to              *int
+	lowest, highest int
+}
+
+func (f integer) set(value string) error {
+	n, err := strconv.Atoi(value)
+	if err != nil {
+		return fmt.Errorf("%q is no whole number", value)
+	}
+	if n < f.lowest || n > f.highest {
+		return fmt.Errorf("%d is out of range: from %d to %d", n, f.lowest, f.highest)
+	}
+	*f.to = n
+	return nil
+}
+
+type duration struct {
+	to              *time.Duration
+	lowest, highest time.Duration
+}
+
+func (f duration) set(value string) error {
+	d, err := time.ParseDuration(value)
+	if _, noUnit := strconv.ParseFloat(value, 64); noUnit == nil && value != "0" {
+		return fmt.Errorf("%q has no unit: write %ss for seconds", value, value)
+	}
+	if err != nil {
+		return fmt.Errorf("%q is no duration such as 90s, 5m or 6h", value)
+	}
+	if d < f.lowest || d > f.highest {
+		return fmt.Errorf("%q is out of range: from %v to %v", value, f.lowest, f.highest)
+	}
+	*f.to = d
+	return nil
+}
+
+// word is one of several words, in any case.
+type word struct {
+	to    *string
+	words []string
+}
+
+func (f word) set(value string) error {
+	word := strings.ToLower(value)
+	if !slices.Contains(f.words, word) {
+		return fmt.Errorf("%q is none of %s", value, strings.Join(f.words, ", "))
+	}
+	*f.to = word
+	return nil
+}
+
+// parsed is a field with a grammar of its own.
+func parsed[T any](to *T, parse func(string) (T, error)) field { return parsedField[T]{to, parse} }
+
+type parsedField[T any] struct {
+	to    *T
+	parse func(string) (T, error)
+}
+
+func (f parsedField[T]) set(value string) (err error) {
+	*f.to, err = f.parse(value)
+	return err
+}
+
+// bundle is the file of the certificates that the control plane's must chain to.
+// A warning is about those that it holds and that cannot be used: bundles of
+// whole systems have a few that Go refuses, but in one of two that is the one
+// that matters. Anybody may read the file.
+type bundle struct{ c *Config }
+
+func (f bundle) set(value string) error {
+	path, err := parsePath(value)
+	if err != nil || path == "" {
+		return err
+	}
+	f.c.CABundle = path
+	data, _, _, err := readTrusted(path, maxBundle)
+	if err != nil {
+		return err
+	}
+	data = bytes.ReplaceAll(data, byteOrderMark, nil) // within, too: bundles are joined from files
+	begun, used := bytes.Count(data, []byte("-----BEGIN ")), 0
+	reason := errors.New("it is not valid PEM")
+	pool := x509.NewCertPool()
+	for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) {
+		certificate, err := x509.ParseCertificate(block.Bytes)
+		switch {
+		case block.Type != "CERTIFICATE":
+			reason = fmt.Errorf("%.40q is not CERTIFICATE", block.Type)
+		case err != nil:
+			reason = err
+		default:
+			pool.AddCert(certificate)
+			used++
+		}
+	}
+	if used == 0 {
+		return fmt.Errorf("%s holds no PEM certificate that can be parsed", path)
+	}
+	if used < begun {
+		f.c.warn(fmt.Sprintf("%s (CERTCTL_SERVER_CA_BUNDLE_PATH): %d of its %d PEM blocks are not used; of the last of them: %v", path, begun-used, begun, reason))
+	}
+	f.c.Roots = pool
+	return nil
+}
+
+// passwords is a file with one password per line; what is on a line is the
+// password, blanks included.
+type passwords struct{ c *Config }
+
+func (f passwords) set(value string) error {
+	path, err := parsePath(value)
+	if err != nil || path == "" {
+		return err
+	}
+	data, _, warning, err := readTrusted(path, maxSecretFile)
+	if err != nil {
+		return err
+	}
+	f.c.warn(warning)
+	for line := range strings.Lines(string(withoutMark(data))) {
+		if line = strings.TrimRight(line, "\r\n"); line != "" {
+			f.c.DiscoveryPasswords = append(f.c.DiscoveryPasswords, secret.New(line))
+		}
+	}
+	return nil
+}
