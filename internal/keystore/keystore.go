@@ -30,6 +30,7 @@ import (
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/atomicfile"
 	"certctl-agent/internal/csr"
+	"certctl-agent/internal/filelock"
 	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/pemutil"
 )
@@ -89,7 +90,7 @@ type Change struct {
 type Store struct {
 	dir  string // absolute
 	root *os.Root
-	lock *os.File // held; nil where the file system has no locks
+	lock *filelock.Lock // nil where the file system has no locks
 	log  *slog.Logger
 	busy chan struct{} // 1 slot: held by whoever lists and changes pending keys
 
@@ -137,9 +138,7 @@ func (s *Store) begin(owner Owner) error {
 
 // Close gives up the lock and releases the directory.
 func (s *Store) Close() error {
-	if s.lock != nil {
-		s.lock.Close()
-	}
+	s.lock.Close()
 	return s.root.Close()
 }
 

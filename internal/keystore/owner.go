@@ -1,9 +1,9 @@
 package keystore
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -12,6 +12,7 @@ import (
 	"syscall"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/filelock"
 	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/printable"
 )
@@ -35,57 +36,21 @@ type Owner struct {
 
 // acquire takes the lock, which ends with the process, however that ends. Two
 // agents on one directory would overwrite, promote and prune each other's keys.
-func (s *Store) acquire(agent string) error {
-	file, err := s.root.OpenFile(lockFile, os.O_RDWR|os.O_CREATE, 0o600)
-	switch {
-	case errors.Is(err, syscall.EROFS):
-		return nil // there is nothing to protect
-	case isAny(err, syscall.ENOSPC, syscall.EDQUOT):
-		s.unlocked(err)
-		return nil
-	case err != nil:
-		return fmt.Errorf("open the lock of the key directory %s: %w", s.dir, err)
-	}
-	err = syscall.EINTR
-	for errors.Is(err, syscall.EINTR) {
-		err = syscall.Flock(int(file.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
-	}
-	switch {
-	case err == nil:
-		s.lock = file
-		hostname, _ := os.Hostname()
-		// A full disk costs the name only.
-		_ = file.Truncate(0)
-		_, _ = fmt.Fprintf(file, "agent %s, process %d on host %s\n", agent, os.Getpid(), hostname)
-		return nil
-	case errors.Is(err, syscall.EWOULDBLOCK):
-		const longest = 2 << 10
-		holder, _ := io.ReadAll(io.LimitReader(file, longest))
-		file.Close()
+func (s *Store) acquire(agent string) (err error) {
+	hostname, _ := os.Hostname()
+	s.lock, err = filelock.Take(s.root, lockFile, fmt.Sprintf("agent %s, process %d on host %s", agent, os.Getpid(), hostname))
+	if held, ok := errors.AsType[*filelock.HeldError](err); ok {
 		return fmt.Errorf("%w: %s is in use by %s; stop that first, or give this one a key directory of its own (-key-dir, CERTCTL_KEY_DIR)",
-			ErrLocked, s.dir, orUnknown(printable.Clip(holder, longest)))
-	case isAny(err, syscall.ENOLCK, syscall.ENOSYS, syscall.EOPNOTSUPP, syscall.ENOTSUP, syscall.EINVAL, syscall.EBADF):
-		file.Close()
-		s.unlocked(err)
+			ErrLocked, s.dir, cmp.Or(held.By, "a process that has not said which"))
+	}
+	switch {
+	case err == nil, errors.Is(err, syscall.EROFS): // there is nothing to protect
+		return nil
+	case filelock.Unsupported(err), errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+		s.log.Warn("the key directory cannot be locked: make sure that no second agent uses it", "dir", s.dir, "error", err)
 		return nil
 	}
-	file.Close()
 	return fmt.Errorf("lock the key directory %s: %w", s.dir, err)
-}
-
-func (s *Store) unlocked(err error) {
-	s.log.Warn("the key directory cannot be locked: make sure that no second agent uses it", "dir", s.dir, "error", err)
-}
-
-func orUnknown(holder string) string {
-	if holder == "" {
-		return "a process that has not said which"
-	}
-	return holder
-}
-
-func isAny(err error, others ...error) bool {
-	return slices.ContainsFunc(others, func(other error) bool { return errors.Is(err, other) })
 }
 
 // systemDirs are shared whether or not something is in them yet.

@@ -11,19 +11,14 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
-	"time"
 
 	"certctl-agent/internal/atomicfile"
+	"certctl-agent/internal/filelock"
 )
 
 const (
 	lockFile    = "lock"
 	machineFile = "machine"
-
-	// Abandoned holds a lock for a moment, which must not refuse a start.
-	lockTries = 3
-	lockPause = 50 * time.Millisecond
 )
 
 // ErrLocked means that another process runs with the same state.
@@ -38,7 +33,7 @@ type Dir struct {
 	// probably a copy of that one, and both now act as the same agent.
 	Cloned bool
 
-	lock *os.File
+	lock *filelock.Lock
 }
 
 // Open makes path and everything above it that is missing, 0700 and durably, and
@@ -62,7 +57,7 @@ func Open(path, agentID, machineID string) (*Dir, error) {
 	}
 	d := &Dir{Path: path, Root: root}
 	if err := d.acquire(); err != nil {
-		root.Close()
+		d.Close()
 		return nil, err
 	}
 	if err := d.identify(agentID, machineID); err != nil {
@@ -87,23 +82,15 @@ func tighten(path string) error {
 	return nil
 }
 
-func (d *Dir) acquire() error {
-	file, err := d.Root.OpenFile(lockFile, os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return fmt.Errorf("open the lock of the state directory %s: %w", d.Path, err)
-	}
-	for range lockTries {
-		if err = syscall.Flock(int(file.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err == nil {
-			d.lock = file
-			return nil
-		}
-		time.Sleep(lockPause)
-	}
-	file.Close()
-	if errors.Is(err, syscall.EWOULDBLOCK) {
+func (d *Dir) acquire() (err error) {
+	d.lock, err = filelock.Take(d.Root, lockFile, "")
+	if _, held := errors.AsType[*filelock.HeldError](err); held {
 		return fmt.Errorf("%w: %s; stop it first, or give this one a state directory of its own (CERTCTL_STATE_DIR)", ErrLocked, d.Path)
 	}
-	return fmt.Errorf("lock the state directory %s: %w", d.Path, err)
+	if err != nil {
+		return fmt.Errorf("lock the state directory %s: %w", d.Path, err)
+	}
+	return nil
 }
 
 // identify compares the machine with the one that wrote the state.
@@ -139,27 +126,15 @@ func Abandoned(path string) []string {
 	var left []string
 	for _, entry := range entries[:min(len(entries), maxSiblings)] {
 		other := filepath.Join(base, entry.Name())
-		if entry.IsDir() && entry.Name() != own && unlocked(filepath.Join(other, lockFile)) {
+		if entry.IsDir() && entry.Name() != own && filelock.Free(filepath.Join(other, lockFile)) {
 			left = append(left, other)
 		}
 	}
 	return left
 }
 
-// unlocked reports whether a lock file is there and nobody holds it.
-func unlocked(path string) bool {
-	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK|syscall.O_NOFOLLOW, 0)
-	if err != nil {
-		return false
-	}
-	defer file.Close()
-	return syscall.Flock(int(file.Fd()), syscall.LOCK_SH|syscall.LOCK_NB) == nil
-}
-
 // Close gives up the lock.
 func (d *Dir) Close() {
-	if d.lock != nil {
-		d.lock.Close()
-	}
+	d.lock.Close()
 	d.Root.Close()
 }
