@@ -1,10 +1,10 @@
 package config
 
 import (
-	"io"
-	"os"
 	"slices"
 	"strings"
+
+	"certctl-agent/internal/hostfile"
 )
 
 // maxMounts bounds what is read of the table of mounts, in bytes. A node of
@@ -16,13 +16,8 @@ const maxMounts = 8 << 20
 // the sticky bit, but mounts it read-only, and keeps it where only root of the
 // node can enter.
 func isConfigMap(dir string) bool {
-	file, err := os.Open("/proc/self/mountinfo")
-	if err != nil {
-		return false // not Linux, most likely
-	}
-	defer file.Close()
-	table, err := io.ReadAll(io.LimitReader(file, maxMounts))
-	return err == nil && len(table) < maxMounts && mountsConfigMap(string(table), dir)
+	table, _, err := hostfile.Read("/proc/self/mountinfo", maxMounts) // only Linux has it
+	return err == nil && mountsConfigMap(string(table), dir)
 }
 
 // mountsConfigMap looks dir up in a table of mounts (proc_pid_mountinfo(5)). The

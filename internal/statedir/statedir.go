@@ -14,11 +14,15 @@ import (
 
 	"certctl-agent/internal/atomicfile"
 	"certctl-agent/internal/filelock"
+	"certctl-agent/internal/hostfile"
 )
 
 const (
 	lockFile    = "lock"
 	machineFile = "machine"
+
+	// maxMachine bounds what is read of the latter: a hash.
+	maxMachine = 1 << 10
 )
 
 // ErrLocked means that another process runs with the same state.
@@ -101,7 +105,7 @@ func (d *Dir) identify(agentID, machineID string) error {
 	}
 	sum := sha256.Sum256([]byte(machineID + "\n" + agentID))
 	want := hex.EncodeToString(sum[:])
-	was, err := d.Root.ReadFile(machineFile)
+	was, _, err := hostfile.ReadIn(d.Root, machineFile, maxMachine)
 	switch {
 	case errors.Is(err, fs.ErrNotExist), err == nil && len(was) == 0:
 		return atomicfile.WriteFile(d.Root, machineFile, []byte(want+"\n"), 0o600)

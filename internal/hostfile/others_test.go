@@ -1,0 +1,104 @@
+package hostfile
+
+import (
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"path"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// others are the packages that open files for reading by themselves, and what
+// they mean to do otherwise. All others read by Read or ReadIn, or have no
+// files to read.
+var others = map[string]string{
+	"cmd/certctl-agent":    "scan only tries to open what it was told to scan; /etc/machine-id is root's",
+	"internal/atomicfile":  "opens directories, to sync them",
+	"internal/discovery":   "reads the beginning only of most files, without changing their times of access, and judges them by what was found in the directory",
+	"internal/filelock":    "opens a lock that may be another agent's and reads nothing; the lock it takes holds a name that it cuts",
+	"internal/installed":   "follows no link: one in the place of its file is damage",
+	"internal/ledger":      "a record that is too long is damage: its beginning is searched for the job's id",
+	"internal/peer":        "reads tables of /proc, line by line",
+	"internal/status":      "opens a directory, to name a socket in it by a short path",
+	"internal/transaction": "follows no link, reads no other file than the one it has looked at, and its attributes too; finds the holders of locks in /proc",
+}
+
+// TestOthers finds the places that open files for reading.
+func TestOthers(t *testing.T) {
+	root := filepath.Join("..", "..")
+	set := token.NewFileSet()
+	found := 0
+	err := filepath.WalkDir(root, func(name string, entry fs.DirEntry, err error) error {
+		if err != nil || entry.IsDir() || !strings.HasSuffix(name, ".go") || strings.HasSuffix(name, "_test.go") {
+			return err
+		}
+		rel, err := filepath.Rel(root, name)
+		if err != nil {
+			return err
+		}
+		dir := filepath.ToSlash(filepath.Dir(rel))
+		if dir == "internal/hostfile" || dir == "cmd/certctl-demo" || strings.HasPrefix(dir, "internal/testing/") || dir == "internal/connector/conformance" {
+			return nil // the demo and what tests use read their own files
+		}
+		file, err := parser.ParseFile(set, name, nil, parser.SkipObjectResolution)
+		if err != nil {
+			return err
+		}
+		for _, at := range reads(file) {
+			found++
+			if others[dir] == "" && others[path.Dir(dir)] == "" {
+				t.Errorf("%s: %s opens a file by itself: use hostfile, or say in this test what is meant to differ", set.Position(at), dir)
+			}
+		}
+		return nil
+	})
+	if err != nil || found < 5 {
+		t.Errorf("found %d places: %v", found, err)
+	}
+}
+
+// reads are the calls that open a file for reading: of package os and of methods
+// such as those of *os.Root.
+func reads(file *ast.File) []token.Pos {
+	ours := make(map[string]bool) // names of packages of this module
+	for _, spec := range file.Imports {
+		if name := strings.Trim(spec.Path.Value, `"`); strings.HasPrefix(name, "certctl-agent/") {
+			ours[path.Base(name)] = true
+		}
+	}
+	var all []token.Pos
+	ast.Inspect(file, func(n ast.Node) bool {
+		call, ok := n.(*ast.CallExpr)
+		if !ok {
+			return true
+		}
+		selector, ok := call.Fun.(*ast.SelectorExpr)
+		if !ok {
+			return true
+		}
+		pkg, _ := selector.X.(*ast.Ident)
+		switch name := selector.Sel.Name; {
+		case pkg != nil && ours[pkg.Name]:
+		case name == "Open", name == "ReadFile", name == "OpenFile" && !writes(call):
+			all = append(all, call.Pos())
+		}
+		return true
+	})
+	return all
+}
+
+// writes reports whether a call opens a file to write it only.
+func writes(call *ast.CallExpr) bool {
+	found := false
+	for _, argument := range call.Args {
+		ast.Inspect(argument, func(n ast.Node) bool {
+			name, ok := n.(*ast.Ident)
+			found = found || ok && name.Name == "O_WRONLY"
+			return true
+		})
+	}
+	return found
+}
