@@ -6,7 +6,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"log/slog"
 	"strings"
 	"time"
 
@@ -32,7 +31,7 @@ Exit status: 0 nothing failed, 1 a failure, 2 usage.
 // checkTimeout bounds each step that uses the network.
 const checkTimeout = 15 * time.Second
 
-// Levels of a finding.
+// Levels of a result.
 const (
 	levelOK      = "ok"
 	levelWarning = "warning"
@@ -119,7 +118,7 @@ func runCheck(ctx context.Context, p process) error {
 		err = c.print(p.stdout)
 	}
 	if err == nil && c.failed() {
-		return finding{}
+		return errPrinted
 	}
 	return err
 }
@@ -167,6 +166,3 @@ func (c *checker) printJSON(w io.Writer) error {
 	}
 	return printJSON(w, document)
 }
-
-// quiet is for parts that log what check says in its own words.
-func quiet() *slog.Logger { return slog.New(slog.DiscardHandler) }

@@ -19,7 +19,7 @@ import (
 // Exit codes.
 const (
 	exitOK      = 0 // stopped, retired, or nothing wrong
-	exitFailure = 1 // configuration or runtime failure, or a finding
+	exitFailure = 1 // configuration or runtime failure, or check found one
 	exitUsage   = 2 // the command line is wrong
 )
 
@@ -67,6 +67,9 @@ func run(ctx context.Context, p process) int {
 	if status, ok := errors.AsType[exitStatus](err); ok {
 		return int(status)
 	}
+	if errors.Is(err, errPrinted) {
+		return exitFailure
+	}
 	printError(p.stderr, err)
 	if _, usage := errors.AsType[*config.UsageError](err); usage {
 		return exitUsage
@@ -91,8 +94,5 @@ func dispatch(ctx context.Context, p process) error {
 	return config.NewUsageError("there is no command %q; see certctl-agent -h", name)
 }
 
-// finding is an error whose text has been printed already; only the exit code
-// is left to say.
-type finding struct{}
-
-func (finding) Error() string { return "" }
+// errPrinted is a failure that its command has shown already.
+var errPrinted = errors.New("printed already")

@@ -26,9 +26,7 @@ func printError(w io.Writer, err error) {
 	for _, line := range lines {
 		text = append(text, printable.Clip(line.Error(), maxShown))
 	}
-	if all := strings.Join(text, "\n"); all != "" {
-		fmt.Fprintln(w, "certctl-agent: "+all)
-	}
+	fmt.Fprintln(w, "certctl-agent: "+strings.Join(text, "\n"))
 }
 
 // unwrapped is the writer behind one that lets only print what prints.

@@ -7,6 +7,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"os"
 	"path/filepath"
@@ -67,7 +68,7 @@ func runScan(ctx context.Context, p process) error {
 		return err
 	}
 	options := app.ScanOptions(cfg)
-	options.Dirs, options.Log = dirs, quiet()
+	options.Dirs, options.Log = dirs, slog.New(slog.DiscardHandler) // the summary says it
 	scanner, err := discovery.New(options)
 	if err != nil {
 		return err

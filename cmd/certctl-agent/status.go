@@ -53,7 +53,7 @@ func runStatus(ctx context.Context, p process) error {
 	if err != nil {
 		return err
 	}
-	if chosen := given(map[string]bool{"-json": asJSON, "-metrics": asMetrics, "-check": check, "-ready": ready}); len(chosen) > 1 {
+	if chosen := setFlags(map[string]bool{"-json": asJSON, "-metrics": asMetrics, "-check": check, "-ready": ready}); len(chosen) > 1 {
 		return config.NewUsageError("%s exclude one another", strings.Join(chosen, " and "))
 	}
 	snapshot, err := ask(ctx, cfg.StateDir)
@@ -73,8 +73,8 @@ func runStatus(ctx context.Context, p process) error {
 	return status.Render(p.stdout, snapshot)
 }
 
-// given lists the flags that are set.
-func given(flags map[string]bool) []string {
+// setFlags lists the flags that are set.
+func setFlags(flags map[string]bool) []string {
 	maps.DeleteFunc(flags, func(_ string, set bool) bool { return !set })
 	return slices.Sorted(maps.Keys(flags))
 }
