@@ -21,8 +21,8 @@ import (
 )
 
 const (
-	// DefaultTimeout is the deadline of a command that has none configured.
-	DefaultTimeout = 60 * time.Second
+	// defaultTimeout is the deadline of a command that has none configured.
+	defaultTimeout = 60 * time.Second
 
 	// maxLine is the longest command line, in bytes.
 	maxLine = 1024
@@ -71,7 +71,7 @@ func Split(line string) ([]string, error) {
 // includes that output. In the last case the command has been killed, together
 // with what it started, except for what has left its process group.
 //
-// A timeout of 0 means DefaultTimeout.
+// A timeout of 0 means defaultTimeout.
 func Run(ctx context.Context, argv []string, timeout time.Duration) (string, error) {
 	var output clipped
 	err := run(ctx, argv, timeout, &output, &output)
@@ -103,7 +103,7 @@ func run(ctx context.Context, argv []string, timeout time.Duration, stdout, stde
 		return err
 	}
 	if timeout <= 0 {
-		timeout = DefaultTimeout
+		timeout = defaultTimeout
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("not done after %v", timeout))
 	defer cancel()

@@ -24,11 +24,11 @@ import (
 	"certctl-agent/internal/secret"
 )
 
-// DefaultFile is the configuration file where none is named.
-const DefaultFile = "/etc/certctl/agent.env"
+// defaultFile is the configuration file where none is named.
+const defaultFile = "/etc/certctl/agent.env"
 
-// DefaultBackupRetention is how many sets of replaced files a target keeps.
-const DefaultBackupRetention = 3
+// defaultBackupRetention is how many sets of replaced files a target keeps.
+const defaultBackupRetention = 3
 
 // Config is everything that an operator can choose. It does not change: Reload
 // makes another one. It can be printed; secrets in it redact themselves.
@@ -219,7 +219,7 @@ func Load(args []string, getenv func(string) string, options Options) (*Config, 
 		return nil, NewUsageError("unexpected argument %q", flags.Arg(0))
 	}
 	config.Args = flags.Args()
-	l.readFile(cmp.Or(options.DefaultFile, DefaultFile))
+	l.readFile(cmp.Or(options.DefaultFile, defaultFile))
 	for _, s := range l.settings {
 		l.apply(s)
 	}
@@ -464,7 +464,7 @@ func (l *loader) finish() {
 		c.StateDir = filepath.Join(c.KeyDir, ".state")
 		c.show("state-dir", c.StateDir)
 	}
-	c.BackupRetention = cmp.Or(c.BackupRetention, DefaultBackupRetention)
+	c.BackupRetention = cmp.Or(c.BackupRetention, defaultBackupRetention)
 	c.TargetsDirNamed = l.sources["targets-dir"] != fromDefault
 	l.finishProxy()
 	if c.InsecureSkipVerify {

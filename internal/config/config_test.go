@@ -50,6 +50,12 @@ func mustLoad(t *testing.T, e environment, args ...string) *Config {
 	return c
 }
 
+// origin says where the value of a setting comes from.
+func origin(c *Config, flag string) string {
+	i := slices.IndexFunc(c.Values(), func(v Value) bool { return v.Flag == flag })
+	return c.Values()[i].Origin
+}
+
 // write makes a file that is trusted.
 func write(t *testing.T, name, content string) string {
 	t.Helper()
@@ -173,7 +179,7 @@ func TestEverySetting(t *testing.T) {
 			if got := test.got(c); !reflect.DeepEqual(got, test.want) {
 				t.Errorf("%s=%q by %s gives %v, want %v", test.flag, test.value, given.how, got, test.want)
 			}
-			if got := c.Origin(test.flag); got != given.origin {
+			if got := origin(c, test.flag); got != given.origin {
 				t.Errorf("origin of %s = %q, want %q", test.flag, got, given.origin)
 			}
 		}
@@ -188,7 +194,7 @@ func TestPrecedence(t *testing.T) {
 	if want := "flag 8 text 30s"; got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}
-	got = fmt.Sprint(c.Origin("name"), " ", c.Origin("max-deploys"), " ", c.Origin("log-format"), " ", c.Origin("poll-interval"), " ", c.Origin("config"))
+	got = fmt.Sprint(origin(c, "name"), " ", origin(c, "max-deploys"), " ", origin(c, "log-format"), " ", origin(c, "poll-interval"), " ", origin(c, "config"))
 	if want := "flag environment " + file + " default environment"; got != want {
 		t.Errorf("origins %s, want %s", got, want)
 	}
@@ -359,7 +365,7 @@ func TestLegacyValuesAreForgiven(t *testing.T) {
 			t.Errorf("no warning says %s:\n%s", want, warnings)
 		}
 	}
-	if got := c.Origin("log-level"); got != "default" {
+	if got := origin(c, "log-level"); got != "default" {
 		t.Errorf("origin of the log level = %q, want default", got)
 	}
 }

@@ -18,17 +18,6 @@ type Value struct {
 // Values are all settings, in the order of the reference.
 func (c *Config) Values() []Value { return c.values }
 
-// Origin says where the value of a setting comes from, by the flag's name:
-// "flag", "environment", the path of the configuration file, or "default".
-func (c *Config) Origin(flag string) string {
-	for _, v := range c.values {
-		if v.Flag == flag {
-			return v.Origin
-		}
-	}
-	return ""
-}
-
 // Changed names, by their variables, the settings that differ from those of
 // another Config. A changed content of a file that a setting names does not
 // count.

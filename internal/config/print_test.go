@@ -20,7 +20,7 @@ func reference() string {
 		if shown == "" {
 			shown = "`" + s.value + "`"
 		}
-		shown = strings.Replace(shown, DefaultFile, "`"+DefaultFile+"`", 1)
+		shown = strings.Replace(shown, defaultFile, "`"+defaultFile+"`", 1)
 		fmt.Fprintf(&table, "| `-%s` | `%s` | %s | %s |\n", s.flag, s.variable, shown, s.doc)
 	}
 	return table.String()

@@ -39,7 +39,7 @@ type setting struct {
 // -config comes first: the file is a source of all others.
 func settings(c *Config) []setting {
 	return []setting{
-		{flag: "config", variable: "CERTCTL_CONFIG", defaults: DefaultFile + ", if it exists",
+		{flag: "config", variable: "CERTCTL_CONFIG", defaults: defaultFile + ", if it exists",
 			doc: "Configuration file: KEY=VALUE lines in the syntax of systemd's EnvironmentFile, with the variables of this table as keys"},
 		{flag: "server", variable: "CERTCTL_SERVER_URL", field: parsed(&c.Server, parseServer), value: "https://localhost:8443",
 			doc: "URL of the control plane. HTTPS only; a path prefix is kept"},

@@ -30,12 +30,12 @@ type HeldError struct {
 	By string // the owner that it named, on one line; "" for none
 }
 
-// Error says by whom the lock is held.
+// Error says who has the lock.
 func (e *HeldError) Error() string {
 	if e.By == "" {
-		return "held by a process that has not said which"
+		return "in use by a process that has not said which"
 	}
-	return "held by " + e.By
+	return "in use by " + e.By
 }
 
 // Take locks a file in root, made if missing, and writes the owner into it, for

@@ -34,11 +34,11 @@ func TestTake(t *testing.T) {
 		t.Error("a lock that is not there is free")
 	}
 	for _, test := range []struct{ owner, by, says string }{
-		{"", "", "held by a process that has not said which"},
-		{"agent a longer name\x1b, process 1", "agent a longer name\ufffd, process 1", "held by agent a longer name\ufffd, process 1"},
-		{"agent b", "agent b", "held by agent b"},
-		{"", "agent b", "held by agent b"}, // the one before it
-		{strings.Repeat("x", 2*maxOwner), strings.Repeat("x", maxOwner), "held by xxx"},
+		{"", "", "in use by a process that has not said which"},
+		{"agent a longer name\x1b, process 1", "agent a longer name\ufffd, process 1", "in use by agent a longer name\ufffd, process 1"},
+		{"agent b", "agent b", "in use by agent b"},
+		{"", "agent b", "in use by agent b"}, // the one before it
+		{strings.Repeat("x", 2*maxOwner), strings.Repeat("x", maxOwner), "in use by xxx"},
 	} {
 		lock, err := Take(root, "lock", test.owner)
 		must(t, err)

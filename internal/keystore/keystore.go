@@ -70,7 +70,6 @@ const (
 // Key is a private key as the store holds it.
 type Key struct {
 	Role   Role
-	Name   string // of its file
 	PEM    []byte // in the form that fleets have: SEC1 for ECDSA, PKCS #8 for others
 	Signer crypto.Signer
 	Fresh  bool // made by this very call: no CSR for it has been sent
@@ -98,8 +97,8 @@ type Store struct {
 }
 
 // Open opens the key directory, made if missing, locks it, and closes it to
-// others, unless it looks as if these used it (see Inspect). The error is
-// ErrLocked when another process has it open.
+// others, unless it looks as if these used it (see Inspect). The error is a
+// *filelock.HeldError when another process has it open.
 func Open(owner Owner, dir string, log *slog.Logger) (*Store, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
@@ -466,7 +465,7 @@ func (s *Store) read(certID string, role Role) (Key, error) {
 		clear(data)
 		return Key{}, fmt.Errorf("read the %s key %s: %w: %w", role, filepath.Join(s.dir, name), errDamaged, err)
 	}
-	return Key{Role: role, Name: name, PEM: data, Signer: signer}, nil
+	return Key{Role: role, PEM: data, Signer: signer}, nil
 }
 
 func (s *Store) readFile(name string) ([]byte, error) {

@@ -209,7 +209,7 @@ func TestRounds(t *testing.T) {
 	if _, err := s.Find("cert-1", keys[0].Signer.Public()); !errors.Is(err, ErrNoKey) {
 		t.Errorf("the key of two rounds ago: %v, want ErrNoKey", err)
 	}
-	if got, want := files(t, dir), sorted(keys[1].Name, keys[2].Name, "cert-1.key", "cert-1.previous"); !slices.Equal(got, want) {
+	if got, want := files(t, dir), sorted(pendingName("cert-1", "job-1"), pendingName("cert-1", "job-2"), "cert-1.key", "cert-1.previous"); !slices.Equal(got, want) {
 		t.Errorf("files %v, want %v", got, want)
 	}
 }
@@ -271,7 +271,7 @@ func TestPruneAfterCrash(t *testing.T) {
 	deploy(t, s, "cert-1", key)
 	next := pending(t, s, "cert-1", "c")
 	deploy(t, s, "cert-1", next)
-	if got, want := files(t, dir), sorted(key.Name, next.Name, "cert-1.key", "cert-1.previous"); !slices.Equal(got, want) {
+	if got, want := files(t, dir), sorted(pendingName("cert-1", "b"), pendingName("cert-1", "c"), "cert-1.key", "cert-1.previous"); !slices.Equal(got, want) {
 		t.Errorf("files %v, want %v", got, want)
 	}
 	if _, err := s.Find("cert-1", old.Signer.Public()); !errors.Is(err, ErrNoKey) {
@@ -303,7 +303,7 @@ func TestPromotePrevious(t *testing.T) {
 	deploy(t, s, "cert-1", waiting)
 	next := pending(t, s, "cert-1", "d")
 	deploy(t, s, "cert-1", next)
-	if got, want := files(t, dir), sorted(waiting.Name, next.Name, "cert-1.key", "cert-1.previous"); !slices.Equal(got, want) {
+	if got, want := files(t, dir), sorted(pendingName("cert-1", "c"), pendingName("cert-1", "d"), "cert-1.key", "cert-1.previous"); !slices.Equal(got, want) {
 		t.Errorf("files %v, want %v", got, want)
 	}
 }
@@ -328,7 +328,7 @@ func TestDamagedPending(t *testing.T) {
 	var text bytes.Buffer
 	s := openLogged(t, dir, slog.New(slog.NewTextHandler(&text, nil)))
 	key := pending(t, s, "cert-1", "a")
-	name := filepath.Join(dir, key.Name)
+	name := filepath.Join(dir, pendingName("cert-1", "a"))
 	for _, damage := range []string{"", "torn"} {
 		do(t, os.WriteFile(name, []byte(damage), 0o600))
 		fresh := pending(t, s, "cert-1", "a")
@@ -340,13 +340,13 @@ func TestDamagedPending(t *testing.T) {
 		}
 		key = fresh
 	}
-	if !strings.Contains(text.String(), "level=ERROR") || !strings.Contains(text.String(), key.Name) {
+	if !strings.Contains(text.String(), "level=ERROR") || !strings.Contains(text.String(), filepath.Base(name)) {
 		t.Errorf("log: %s", &text)
 	}
 	later, last := pending(t, s, "cert-1", "b"), pending(t, s, "cert-1", "c")
 	deploy(t, s, "cert-1", later)
 	deploy(t, s, "cert-1", last)
-	if got, want := files(t, dir), sorted(later.Name, last.Name, "cert-1.key", "cert-1.previous"); !slices.Equal(got, want) {
+	if got, want := files(t, dir), sorted(pendingName("cert-1", "b"), pendingName("cert-1", "c"), "cert-1.key", "cert-1.previous"); !slices.Equal(got, want) {
 		t.Errorf("files %v, want %v", got, want)
 	}
 }

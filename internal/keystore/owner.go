@@ -1,7 +1,6 @@
 package keystore
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -25,9 +24,6 @@ const (
 	stateName = ".state"
 )
 
-// ErrLocked means that another process uses the key directory.
-var ErrLocked = errors.New("another agent uses this key directory")
-
 // Owner is who opens a key directory.
 type Owner struct {
 	Agent    string // its id, for another one that finds the directory locked
@@ -40,8 +36,8 @@ func (s *Store) acquire(agent string) (err error) {
 	hostname, _ := os.Hostname()
 	s.lock, err = filelock.Take(s.root, lockFile, fmt.Sprintf("agent %s, process %d on host %s", agent, os.Getpid(), hostname))
 	if held, ok := errors.AsType[*filelock.HeldError](err); ok {
-		return fmt.Errorf("%w: %s is in use by %s; stop that first, or give this one a key directory of its own (-key-dir, CERTCTL_KEY_DIR)",
-			ErrLocked, s.dir, cmp.Or(held.By, "a process that has not said which"))
+		return fmt.Errorf("another agent uses this key directory: %s is %w; stop that first, or give this one a key directory of its own (-key-dir, CERTCTL_KEY_DIR)",
+			s.dir, held)
 	}
 	switch {
 	case err == nil, errors.Is(err, syscall.EROFS): // there is nothing to protect

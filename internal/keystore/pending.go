@@ -47,7 +47,7 @@ type pendingKey struct {
 // key returns the key in the form that it has once it is current.
 func (p pendingKey) key() (Key, error) {
 	data, err := pemutil.EncodeKey(p.signer)
-	return Key{Role: Pending, Name: p.name, PEM: data, Signer: p.signer}, err
+	return Key{Role: Pending, PEM: data, Signer: p.signer}, err
 }
 
 // pendingName is a function of the job's id alone, so that a restarted agent

@@ -44,8 +44,8 @@ const (
 	maxBytes = 16 << 20
 )
 
-// ErrUnknown means that the ledger has no unfinished job of that id.
-var ErrUnknown = errors.New("the ledger holds no such unfinished job")
+// errUnknown means that the ledger has no unfinished job of that id.
+var errUnknown = errors.New("the ledger holds no such unfinished job")
 
 // Report is one report on a job: exactly one of Verification and Status is set.
 type Report struct {
@@ -250,7 +250,7 @@ func (l *Ledger) change(step, job string, apply func(*record)) error {
 	defer l.hold()()
 	old := l.get(job)
 	if old == nil || old.State == finished {
-		return fmt.Errorf("%s job %s: %w", step, job, ErrUnknown)
+		return fmt.Errorf("%s job %s: %w", step, job, errUnknown)
 	}
 	r := *old
 	apply(&r)
@@ -351,19 +351,6 @@ func (l *Ledger) settle(d Delivery) error {
 		return nil // the disk was full when it was to be written
 	}
 	return err
-}
-
-// Counts returns how many jobs are unfinished and how many reports undelivered.
-func (l *Ledger) Counts() (unfinished, undelivered int) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for _, r := range l.records {
-		if r.State != finished {
-			unfinished++
-		}
-		undelivered += len(r.Reports)
-	}
-	return unfinished, undelivered
 }
 
 // save makes a record durable and takes it over in memory. What the disk

@@ -551,7 +551,7 @@ func (w *world) waitUntilDone() {
 				w.fail("job %s of type %s was claimed and is still %s: %v", job.ID, job.Type, job.Status, history(job))
 			}
 		}
-		unfinished, undelivered := w.life.app.Ledger.Counts()
+		unfinished, undelivered := len(w.life.app.Ledger.Unfinished()), len(w.life.app.Ledger.Undelivered())
 		journal, _ := os.ReadDir(filepath.Join(w.stateDir(), "journal")) // reloads that are owed
 		if open+unfinished+undelivered+len(journal) == 0 {
 			return

@@ -25,9 +25,6 @@ const (
 	maxMachine = 1 << 10
 )
 
-// ErrLocked means that another process runs with the same state.
-var ErrLocked = errors.New("another agent is running with this state directory")
-
 // Dir is an open, locked state directory.
 type Dir struct {
 	Path string
@@ -41,9 +38,7 @@ type Dir struct {
 }
 
 // Open makes path and everything above it that is missing, 0700 and durably, and
-// locks it.
-// The error is ErrLocked when another process holds the lock; the lock ends
-// with the process, however it ends.
+// locks it. The lock ends with the process, however that ends.
 //
 // machineID identifies this machine, such as the content of /etc/machine-id;
 // it is kept only as a hash together with agentID. Empty: not known, and the
@@ -89,7 +84,7 @@ func tighten(path string) error {
 func (d *Dir) acquire() (err error) {
 	d.lock, err = filelock.Take(d.Root, lockFile, "")
 	if _, held := errors.AsType[*filelock.HeldError](err); held {
-		return fmt.Errorf("%w: %s; stop it first, or give this one a state directory of its own (CERTCTL_STATE_DIR)", ErrLocked, d.Path)
+		return fmt.Errorf("another agent is running with this state directory: %s; stop it first, or give this one a state directory of its own (CERTCTL_STATE_DIR)", d.Path)
 	}
 	if err != nil {
 		return fmt.Errorf("lock the state directory %s: %w", d.Path, err)

@@ -60,7 +60,7 @@ func (m *metrics) agent(s Snapshot) {
 	m.family("start_time_seconds", "gauge", "Start of the agent, as Unix time.")
 	m.sample("start_time_seconds", unix(s.Started))
 	m.family("last_contact_timestamp_seconds", "gauge", "When the control plane last accepted a heartbeat or a poll, as Unix time; 0 if never.")
-	m.sample("last_contact_timestamp_seconds", unix(s.Contact()))
+	m.sample("last_contact_timestamp_seconds", unix(s.contact()))
 	m.family("clock_skew_seconds", "gauge", "How far the control plane's clock is ahead of this host's.")
 	m.sample("clock_skew_seconds", s.ClockSkewSeconds)
 	m.family("warnings", "gauge", "Standing warnings; certctl-agent status names them.")

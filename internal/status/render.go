@@ -29,7 +29,7 @@ func Render(w io.Writer, s Snapshot) error {
 	table := tabwriter.NewWriter(&text, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(table, "agent\t%s\n", field(s.AgentID))
 	fmt.Fprintf(table, "server\t%s\n", field(s.Server))
-	fmt.Fprintf(table, "contact\t%s\n", ago(s.Taken, s.Contact()))
+	fmt.Fprintf(table, "contact\t%s\n", ago(s.Taken, s.contact()))
 	fmt.Fprintf(table, "jobs\t%d running, %d waiting, %d not reported yet; %d CSRs under way\n",
 		s.Jobs.Running, s.Jobs.Waiting, s.Jobs.Undelivered, s.Jobs.CSRs)
 	if scan := s.LastScan; !scan.Ended.IsZero() {

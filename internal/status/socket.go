@@ -38,14 +38,14 @@ const (
 )
 
 var (
-	// ErrNotRunning means that no daemon listens in the state directory.
-	ErrNotRunning = errors.New("no agent is running")
+	// errNotRunning means that no daemon listens in the state directory.
+	errNotRunning = errors.New("no agent is running")
 
-	// ErrStuck means that there is a daemon whose loop does not answer.
-	ErrStuck = errors.New("the agent's loop is stuck")
+	// errStuck means that there is a daemon whose loop does not answer.
+	errStuck = errors.New("the agent's loop is stuck")
 
-	// ErrRunning means that another daemon listens already.
-	ErrRunning = errors.New("another agent is running")
+	// errRunning means that another daemon listens already.
+	errRunning = errors.New("another agent is running")
 )
 
 // Source asks the loop for a snapshot. It returns an error when ctx ends before
@@ -65,14 +65,14 @@ type Server struct {
 
 // Listen makes the socket in a state directory, 0600 from the moment that it
 // exists. It replaces the socket of a process that is gone; with one that lives
-// it returns ErrRunning.
+// it fails.
 func Listen(dir string, source Source, log *slog.Logger) (*Server, error) {
 	path := filepath.Join(dir, SocketName)
 	switch conn, err := dial(context.Background(), dir); {
 	case err == nil:
 		conn.Close()
-		return nil, fmt.Errorf("listen on %s: %w", path, ErrRunning)
-	case !errors.Is(err, ErrNotRunning):
+		return nil, fmt.Errorf("listen on %s: %w", path, errRunning)
+	case !errors.Is(err, errNotRunning):
 		return nil, fmt.Errorf("listen on %s: %w", path, err)
 	}
 	listener, err := bind(dir)
@@ -150,7 +150,7 @@ func bind(dir string) (*net.UnixListener, error) {
 func dial(ctx context.Context, dir string) (net.Conn, error) {
 	address, release, err := address(dir)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%w with the state directory %s", ErrNotRunning, dir)
+		return nil, fmt.Errorf("%w with the state directory %s", errNotRunning, dir)
 	}
 	if err != nil {
 		return nil, err
@@ -158,7 +158,7 @@ func dial(ctx context.Context, dir string) (net.Conn, error) {
 	defer release()
 	conn, err := (&net.Dialer{Timeout: ioTimeout}).DialContext(ctx, "unix", address)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
-		return nil, fmt.Errorf("%w with the state directory %s", ErrNotRunning, dir)
+		return nil, fmt.Errorf("%w with the state directory %s", errNotRunning, dir)
 	}
 	return conn, err
 }
@@ -190,8 +190,8 @@ func (s *Server) answer(contentType string, write func(io.Writer, Snapshot) erro
 	}
 }
 
-// Get asks the daemon of a state directory. The error is ErrNotRunning where
-// there is none, and ErrStuck where its loop does not answer.
+// Get asks the daemon of a state directory. The error says whether there is none
+// or its loop does not answer.
 func Get(ctx context.Context, dir string) (Snapshot, error) {
 	ctx, cancel := context.WithTimeout(ctx, getTimeout)
 	defer cancel()
@@ -214,7 +214,7 @@ func Get(ctx context.Context, dir string) (Snapshot, error) {
 		return Snapshot{}, asked(dir, err)
 	}
 	if resp.StatusCode != http.StatusOK {
-		return Snapshot{}, fmt.Errorf("%w: it answers %s", ErrStuck, resp.Status)
+		return Snapshot{}, fmt.Errorf("%w: it answers %s", errStuck, resp.Status)
 	}
 	var s Snapshot
 	if err := json.Unmarshal(body, &s); err != nil {
@@ -226,10 +226,10 @@ func Get(ctx context.Context, dir string) (Snapshot, error) {
 // asked explains why there is no answer.
 func asked(dir string, err error) error {
 	switch {
-	case errors.Is(err, ErrNotRunning):
+	case errors.Is(err, errNotRunning):
 		return err
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded):
-		return fmt.Errorf("%w: no answer within %v in %s", ErrStuck, getTimeout, dir)
+		return fmt.Errorf("%w: no answer within %v in %s", errStuck, getTimeout, dir)
 	}
 	return fmt.Errorf("ask the agent in %s: %w", dir, err)
 }

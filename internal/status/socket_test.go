@@ -75,16 +75,16 @@ func TestGet(t *testing.T) {
 	if _, err := os.Lstat(filepath.Join(dir, SocketName)); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the socket outlives the server: %v", err)
 	}
-	if _, err := Get(t.Context(), dir); !errors.Is(err, ErrNotRunning) {
-		t.Errorf("after Close: %v, want ErrNotRunning", err)
+	if _, err := Get(t.Context(), dir); !errors.Is(err, errNotRunning) {
+		t.Errorf("after Close: %v, want errNotRunning", err)
 	}
 }
 
 func TestGetWithoutDaemon(t *testing.T) {
 	dir := shortDir(t)
 	for _, dir := range []string{dir, filepath.Join(dir, "none"), filepath.Join(dir, strings.Repeat("x", 200))} {
-		if _, err := Get(t.Context(), dir); runtime.GOOS == "linux" && !errors.Is(err, ErrNotRunning) || err == nil {
-			t.Errorf("%s: %v, want ErrNotRunning", dir, err)
+		if _, err := Get(t.Context(), dir); runtime.GOOS == "linux" && !errors.Is(err, errNotRunning) || err == nil {
+			t.Errorf("%s: %v, want errNotRunning", dir, err)
 		}
 	}
 }
@@ -106,8 +106,8 @@ func TestLongPath(t *testing.T) {
 func TestSecondDaemon(t *testing.T) {
 	dir := shortDir(t)
 	serve(t, dir, fixed(busy()))
-	if _, err := Listen(dir, fixed(Snapshot{}), slog.New(slog.DiscardHandler)); !errors.Is(err, ErrRunning) {
-		t.Errorf("second daemon: %v, want ErrRunning", err)
+	if _, err := Listen(dir, fixed(Snapshot{}), slog.New(slog.DiscardHandler)); !errors.Is(err, errRunning) {
+		t.Errorf("second daemon: %v, want errRunning", err)
 	}
 	if got, err := Get(t.Context(), dir); err != nil || got.Version != busy().Version {
 		t.Errorf("the first one answers %v, %v", got, err)
@@ -170,8 +170,8 @@ func TestStuckLoop(t *testing.T) {
 func TestGetFromStuckDaemon(t *testing.T) {
 	dir := shortDir(t)
 	serve(t, dir, func(context.Context) (Snapshot, error) { return Snapshot{}, context.DeadlineExceeded })
-	if _, err := Get(t.Context(), dir); !errors.Is(err, ErrStuck) {
-		t.Errorf("loop without an answer: %v, want ErrStuck", err)
+	if _, err := Get(t.Context(), dir); !errors.Is(err, errStuck) {
+		t.Errorf("loop without an answer: %v, want errStuck", err)
 	}
 
 	// A process that is stopped accepts, and says nothing at all.
@@ -183,8 +183,8 @@ func TestGetFromStuckDaemon(t *testing.T) {
 	defer l.Close()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
-	if _, err := Get(ctx, silent); !errors.Is(err, ErrStuck) {
-		t.Errorf("silent daemon: %v, want ErrStuck", err)
+	if _, err := Get(ctx, silent); !errors.Is(err, errStuck) {
+		t.Errorf("silent daemon: %v, want errStuck", err)
 	}
 }
 

@@ -89,8 +89,8 @@ type Scan struct {
 	Error           string    `json:"error,omitempty"`
 }
 
-// Contact is when the control plane last accepted a heartbeat or a poll.
-func (s Snapshot) Contact() time.Time {
+// contact is when the control plane last accepted a heartbeat or a poll.
+func (s Snapshot) contact() time.Time {
 	contact := s.Activities[Heartbeat].LastSuccess
 	if poll := s.Activities[Poll].LastSuccess; poll.After(contact) {
 		return poll
@@ -101,22 +101,21 @@ func (s Snapshot) Contact() time.Time {
 // missedIntervals is how many heartbeats may fail before an agent is not ready.
 const missedIntervals = 5
 
-// ErrNotReady is an agent that runs but is not in contact with its control
-// plane.
-var ErrNotReady = errors.New("not ready")
+// errNotReady means that an agent runs without contact with its control plane.
+var errNotReady = errors.New("not ready")
 
-// Ready judges for a readiness probe: nil, or an ErrNotReady with the reason.
+// Ready judges for a readiness probe: nil, or the reason why it is not.
 // For a liveness probe it is enough that Get has got an answer: an outage of
 // the control plane must not restart a fleet.
 func Ready(s Snapshot) error {
-	contact := s.Contact()
+	contact := s.contact()
 	beat := s.Activities[Heartbeat]
 	if contact.IsZero() {
-		return fmt.Errorf("%w: no contact with %s since the start%s", ErrNotReady, s.Server, because(beat.LastError))
+		return fmt.Errorf("%w: no contact with %s since the start%s", errNotReady, s.Server, because(beat.LastError))
 	}
 	interval := time.Duration(beat.IntervalSeconds * float64(time.Second))
 	if age := s.Taken.Sub(contact); age > missedIntervals*interval {
-		return fmt.Errorf("%w: no contact with %s for %v%s", ErrNotReady, s.Server, age.Round(time.Second), because(beat.LastError))
+		return fmt.Errorf("%w: no contact with %s for %v%s", errNotReady, s.Server, age.Round(time.Second), because(beat.LastError))
 	}
 	return nil
 }

@@ -82,7 +82,7 @@ func TestReady(t *testing.T) {
 		{"never", Snapshot{Taken: now, Server: "https://cp"}, "no contact with https://cp since the start"},
 	} {
 		err := Ready(test.s)
-		if test.want == "" && err != nil || test.want != "" && (!errors.Is(err, ErrNotReady) || !strings.Contains(err.Error(), test.want)) {
+		if test.want == "" && err != nil || test.want != "" && (!errors.Is(err, errNotReady) || !strings.Contains(err.Error(), test.want)) {
 			t.Errorf("%s: %v, want %q", test.name, err, test.want)
 		}
 	}
