@@ -91,7 +91,7 @@ type Store struct {
 	root *os.Root
 	lock *filelock.Lock // nil where the file system has no locks
 	log  *slog.Logger
-	busy chan struct{} // 1 slot: held by whoever lists and changes pending keys
+	busy chan struct{} // of one: held by whoever lists and changes pending keys
 
 	totalLimit int // maxPendingTotal
 }

@@ -78,7 +78,7 @@ type Ledger struct {
 	log  *slog.Logger
 
 	// busy is held by whoever changes records, on disk and then in memory. It
-	// is a 1-slot channel because disks are slow.
+	// is a channel of one because disks are slow.
 	busy chan struct{}
 
 	mu      sync.Mutex // guards what follows; held for memory only

@@ -1,6 +1,6 @@
 // Package namelock serialises work by name: one holder at a time for each. Unlike
-// a sync.Mutex, a slot can be given up waiting for, and waiting for one does
-// not stop virtual time in a testing/synctest bubble.
+// a sync.Mutex, one can stop waiting for a lock, and waiting for it does not
+// stop virtual time in a testing/synctest bubble.
 package namelock
 
 import (
@@ -8,70 +8,70 @@ import (
 	"sync"
 )
 
-// Table hands out the slots. The zero value is ready. It remembers only names
+// Table hands out the locks. The zero value is ready. It remembers only names
 // that are held or waited for.
 type Table struct {
-	mu    sync.Mutex // guards slots; never held while waiting
-	slots map[string]*slot
+	mu    sync.Mutex // guards locks; never held while waiting
+	locks map[string]*lock
 }
 
-type slot struct {
-	token chan struct{} // holds the one token while the slot is free
+type lock struct {
+	token chan struct{} // holds the one token while the lock is free
 	users int           // holders and waiters
 }
 
-// Acquire waits for the slot of name. The release that it returns may be
+// Acquire waits for the lock of name. The release that it returns may be
 // called more than once. When ctx ends first, Acquire returns its cause.
 func (t *Table) Acquire(ctx context.Context, name string) (release func(), err error) {
-	s := t.join(name)
+	l := t.join(name)
 	select {
-	case <-s.token:
-		return t.release(name, s), nil
+	case <-l.token:
+		return t.release(name, l), nil
 	case <-ctx.Done():
-		t.leave(name, s)
+		t.leave(name, l)
 		return nil, context.Cause(ctx)
 	}
 }
 
-// Try takes the slot of name if it is free. It never waits.
+// Try takes the lock of name if it is free. It never waits.
 func (t *Table) Try(name string) (release func(), ok bool) {
-	s := t.join(name)
+	l := t.join(name)
 	select {
-	case <-s.token:
-		return t.release(name, s), true
+	case <-l.token:
+		return t.release(name, l), true
 	default:
-		t.leave(name, s)
+		t.leave(name, l)
 		return nil, false
 	}
 }
 
-func (t *Table) release(name string, s *slot) func() {
+func (t *Table) release(name string, l *lock) func() {
 	return sync.OnceFunc(func() {
-		s.token <- struct{}{}
-		t.leave(name, s)
+		l.token <- struct{}{}
+		t.leave(name, l)
 	})
 }
 
-func (t *Table) join(name string) *slot {
+func (t *Table) join(name string) *lock {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.slots == nil {
-		t.slots = make(map[string]*slot)
+	if t.locks == nil {
+		t.locks = make(map[string]*lock)
 	}
-	s := t.slots[name]
-	if s == nil {
-		s = &slot{token: make(chan struct{}, 1)}
-		s.token <- struct{}{}
-		t.slots[name] = s
+	l := t.locks[name]
+	if l == nil {
+		l = &lock{token: make(chan struct{}, 1)}
+		l.token <- struct{}{}
+		t.locks[name] = l
 	}
-	s.users++
-	return s
+	l.users++
+	return l
 }
 
-func (t *Table) leave(name string, s *slot) {
+func (t *Table) leave(name string, l *lock) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if s.users--; s.users == 0 {
-		delete(t.slots, name)
+	if l.users--; l.users == 0 {
+		delete(t.locks, name)
 	}
 }

@@ -40,8 +40,8 @@ func TestOneHolderForEachName(t *testing.T) {
 		if got, want := time.Since(began), 3*time.Second; got != want {
 			t.Errorf("took %v, want %v: names must not wait for each other", got, want)
 		}
-		if len(table.slots) > 0 {
-			t.Errorf("%d names are remembered", len(table.slots))
+		if len(table.locks) > 0 {
+			t.Errorf("%d names are remembered", len(table.locks))
 		}
 	})
 }
@@ -71,7 +71,7 @@ func TestTryNeverWaits(t *testing.T) {
 	var table Table
 	release, ok := table.Try("a")
 	if !ok {
-		t.Fatal("a free slot was refused")
+		t.Fatal("a free lock was refused")
 	}
 	if _, ok := table.Try("a"); ok {
 		t.Error("a has two holders")
@@ -79,10 +79,10 @@ func TestTryNeverWaits(t *testing.T) {
 	release()
 	release()
 	if release, ok = table.Try("a"); !ok {
-		t.Fatal("the slot is not free again")
+		t.Fatal("the lock is not free again")
 	}
 	release()
-	if len(table.slots) > 0 {
-		t.Errorf("%d names are remembered", len(table.slots))
+	if len(table.locks) > 0 {
+		t.Errorf("%d names are remembered", len(table.locks))
 	}
 }
