@@ -54,7 +54,7 @@ type checker struct {
 
 // add keeps a result on one line: a part of it is what others say.
 func (c *checker) add(r result) {
-	r.Detail = printable.Clip(r.Detail, maxShown)
+	r.Detail = printable.Line(r.Detail, maxShown)
 	c.results = append(c.results, r)
 }
 
@@ -136,7 +136,7 @@ func (c *checker) print(w io.Writer) error {
 	text.WriteString("settings\n")
 	for _, v := range c.config.Values() {
 		if v.Text != "" {
-			fmt.Fprintf(&text, "  %-42s %s (%s)\n", v.Variable, printable.Clip(v.Text, maxShown), v.Origin)
+			fmt.Fprintf(&text, "  %-42s %s (%s)\n", v.Variable, printable.Line(v.Text, maxShown), v.Origin)
 		}
 	}
 	text.WriteString("checks\n")

@@ -147,10 +147,10 @@ func newLogger(w io.Writer, format string, level slog.Leveler) *slog.Logger {
 		switch text := a.Value; {
 		case a.Key == "stack": // of our own code, on lines
 		case text.Kind() == slog.KindString:
-			a.Value = slog.StringValue(printable.Clip(text.String(), maxLogValue))
+			a.Value = slog.StringValue(printable.Line(text.String(), maxLogValue))
 		case text.Kind() == slog.KindAny:
 			if err, ok := text.Any().(error); ok {
-				a.Value = slog.StringValue(printable.Clip(err.Error(), maxLogValue))
+				a.Value = slog.StringValue(printable.Line(err.Error(), maxLogValue))
 			}
 		}
 		return a

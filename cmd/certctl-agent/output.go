@@ -24,7 +24,7 @@ func printError(w io.Writer, err error) {
 	}
 	var text []string
 	for _, line := range lines {
-		text = append(text, printable.Clip(line.Error(), maxShown))
+		text = append(text, printable.Line(line.Error(), maxShown))
 	}
 	fmt.Fprintln(w, "certctl-agent: "+strings.Join(text, "\n"))
 }

@@ -211,7 +211,7 @@ func (t scanTable) print(found []api.DiscoveredCertificate, summary discovery.Su
 	for _, c := range found {
 		days, state := t.expiry(c.NotAfter)
 		counts[state]++
-		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\n", days, state, clip(nameOf(c)), clip(c.IssuerDN), keyOf(c), printable.Clip(c.SourcePath, 4096))
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\n", days, state, column(nameOf(c)), column(c.IssuerDN), keyOf(c), printable.Line(c.SourcePath, 4096))
 	}
 	if err := table.Flush(); err != nil {
 		return err
@@ -228,7 +228,7 @@ func (t scanTable) print(found []api.DiscoveredCertificate, summary discovery.Su
 		fmt.Fprintf(&end, "passed over: %s\n", tally(summary.Skipped))
 	}
 	for _, failure := range summary.Errors {
-		fmt.Fprintf(&end, "error: %s\n", printable.Clip(failure, 4096))
+		fmt.Fprintf(&end, "error: %s\n", printable.Line(failure, 4096))
 	}
 	_, err := io.WriteString(out, lines+printable.Text(end.String()))
 	return err
@@ -269,7 +269,7 @@ func keyOf(c api.DiscoveredCertificate) string {
 	return fmt.Sprintf("%s %d", c.KeyAlgorithm, c.KeySize)
 }
 
-func clip(text string) string { return printable.Clip(text, maxColumn) }
+func column(text string) string { return printable.Line(text, maxColumn) }
 
 // colourise marks whole lines, so that the columns stay where they are.
 func colourise(lines string) string {

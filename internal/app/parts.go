@@ -92,7 +92,7 @@ func AbandonedWarnings(cfg *config.Config) []string {
 		if err != nil || len(ids) == 0 {
 			continue
 		}
-		list := printable.Clip(strings.Join(ids, ", "), maxAbandoned)
+		list := printable.Line(strings.Join(ids, ", "), maxAbandoned)
 		warnings = append(warnings, fmt.Sprintf("deployments were interrupted under another agent id or server, and their files may not match (targets %s): "+
 			"start the agent once with the earlier -agent-id and -server, which undoes them, or check these files and remove %s", list, dir))
 	}

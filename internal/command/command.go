@@ -187,7 +187,7 @@ func program(argv []string) string {
 	if len(argv) == 0 {
 		return "command"
 	}
-	return printable.Clip(argv[0], 200)
+	return printable.Line(argv[0], 200)
 }
 
 // clipped keeps the beginning and the end of what is written, since either may
@@ -216,9 +216,9 @@ func (c *clipped) Write(data []byte) (int, error) {
 // String is at most maxOutput bytes on one line, without key material.
 func (c *clipped) String() string {
 	if !c.cut {
-		return printable.Clip(redact(string(c.head)+string(c.tail), true, true), maxOutput)
+		return printable.Line(redact(string(c.head)+string(c.tail), true, true), maxOutput)
 	}
-	return printable.Clip(redact(string(c.head), true, false)+cutMark+redact(string(c.tail), false, true), maxOutput)
+	return printable.Line(redact(string(c.head), true, false)+cutMark+redact(string(c.tail), false, true), maxOutput)
 }
 
 // limited keeps maxAnswer bytes and discards what follows, so that the writer

@@ -176,7 +176,7 @@ func clip(text string, key secret.String) string {
 	if !key.IsZero() {
 		text = strings.ReplaceAll(text, key.Reveal(), key.String())
 	}
-	return printable.Clip(text, maxErrorText)
+	return printable.Line(text, maxErrorText)
 }
 
 // callError is a failure whose text is safe and whose cause can be asked for.

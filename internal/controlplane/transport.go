@@ -114,7 +114,7 @@ func proxyAnswer(_ context.Context, proxy *url.URL, _ *http.Request, resp *http.
 	if resp.StatusCode == http.StatusOK {
 		return nil
 	}
-	return fmt.Errorf("the proxy %s answered %s", proxy.Host, printable.Clip(resp.Status, 100))
+	return fmt.Errorf("the proxy %s answered %s", proxy.Host, printable.Line(resp.Status, 100))
 }
 
 // LocalAddr returns the local IP address of the route to the control plane, or

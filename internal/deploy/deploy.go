@@ -151,7 +151,7 @@ func (d *Deployer) Deploy(calls, work context.Context, job api.Job, turn Turn) (
 		_, panicked := errors.AsType[*panicError](err)
 		a.outcome.Status = api.StatusFailed
 		a.outcome.Broken = broken || panicked
-		a.outcome.Error = printable.Clip(err.Error(), maxError)
+		a.outcome.Error = printable.Line(err.Error(), maxError)
 	}
 	return a.outcome, nil
 }

@@ -84,12 +84,12 @@ func (a *attempt) fetch(ctx context.Context) (*connector.Material, error) {
 	}
 	for _, cert := range stray {
 		a.warn(fmt.Sprintf("the certificate %q in the chain issued neither the leaf nor another certificate of it, and is left out",
-			printable.Clip(cert.Subject.String(), maxCommonName)))
+			printable.Line(cert.Subject.String(), maxCommonName)))
 	}
 	if last := len(chain) - 1; a.config != nil && a.config.Common.DropRoot && last >= 0 && pemutil.IsSelfSigned(chain[last]) {
 		chain = chain[:last]
 	}
-	a.outcome.CommonName = printable.Clip(leaf.Subject.CommonName, maxCommonName)
+	a.outcome.CommonName = printable.Line(leaf.Subject.CommonName, maxCommonName)
 	a.outcome.NotAfter = leaf.NotAfter
 	a.outcome.Fingerprint = pemutil.Fingerprint(leaf)
 	return &connector.Material{CertificateID: id, Leaf: leaf, Chain: chain, KeyPath: a.o.Keys.Path(id)}, nil

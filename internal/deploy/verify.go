@@ -39,7 +39,7 @@ func (a *attempt) verify(ctx context.Context, leaf *x509.Certificate) *api.Verif
 			// The host may be a proxy's, which sends the header itself.
 			endpoint.ProxyProtocol = a.serves.ProxyProtocol && !endpoint.ProxyProtocol
 			// The end of the budget cuts a look short; an earlier one said more.
-			report.ActualFingerprint, report.Error = api.Unreachable, printable.Clip(err.Error(), maxError)
+			report.ActualFingerprint, report.Error = api.Unreachable, printable.Line(err.Error(), maxError)
 		}
 		if report.ActualFingerprint == report.ExpectedFingerprint {
 			report.Verified = true

@@ -45,7 +45,7 @@ func (e *RefusedError) Error() string { return e.Reason }
 func (e *RefusedError) Unwrap() error { return e.Err }
 
 func refused(err error) *RefusedError {
-	return &RefusedError{Reason: printable.Clip(err.Error(), maxReason), Err: err}
+	return &RefusedError{Reason: printable.Line(err.Error(), maxReason), Err: err}
 }
 
 // Options is what an Enroller needs.

@@ -50,7 +50,7 @@ func Take(root *os.Root, name, owner string) (*Lock, error) {
 		defer file.Close()
 		if errors.Is(err, syscall.EWOULDBLOCK) {
 			by, _ := io.ReadAll(io.LimitReader(file, maxOwner))
-			return nil, &HeldError{By: printable.Clip(by, maxOwner)}
+			return nil, &HeldError{By: printable.Line(by, maxOwner)}
 		}
 		return nil, err
 	}

@@ -88,9 +88,9 @@ func Inspect(dir string, owner Owner) error {
 		switch {
 		case entry.IsDir() && (name == stateName || name == state), isArtifact(name):
 		case !isKeyFile(name) || entry.IsDir():
-			return refuse(fmt.Sprintf("holds %q, which is not the agent's", printable.Clip(name, 100)))
+			return refuse(fmt.Sprintf("holds %q, which is not the agent's", printable.Line(name, 100)))
 		case readByOthers(root, name):
-			return refuse(fmt.Sprintf("others can read the key %q in it", printable.Clip(name, 100)))
+			return refuse(fmt.Sprintf("others can read the key %q in it", printable.Line(name, 100)))
 		}
 	}
 	return nil

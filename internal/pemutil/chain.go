@@ -56,7 +56,7 @@ func OrderChain(leaf *x509.Certificate, rest []*x509.Certificate) (ordered, stra
 	follow(leaf)
 	if len(unused) > 0 && len(ordered) == 0 && !IsSelfSigned(leaf) {
 		return nil, nil, fmt.Errorf("none of its %d certificates issued the leaf; the first is %q",
-			len(unused), printable.Clip(unused[0].Subject.String(), 200))
+			len(unused), printable.Line(unused[0].Subject.String(), 200))
 	}
 	return ordered, unused, nil
 }

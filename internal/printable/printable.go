@@ -13,13 +13,13 @@ import (
 
 const ellipsis = "…"
 
-// Clip returns text on one line and in at most limit bytes of UTF-8. Every run
+// Line returns text on one line, in at most limit bytes of UTF-8. Every run
 // of white space, line breaks too, becomes one space, and whatever else does not
 // print becomes U+FFFD: control characters (so that no terminal escape acts),
 // invalid UTF-8, and format characters (so that a bidirectional override cannot
 // make a line read as another). What does not fit is cut, and an ellipsis says
 // so.
-func Clip[T ~string | ~[]byte](text T, limit int) string {
+func Line[T ~string | ~[]byte](text T, limit int) string {
 	var out strings.Builder
 	fits := 0 // bytes of out that leave room for the ellipsis
 	space := false
@@ -60,7 +60,7 @@ func Quote(text string) string {
 // IsControl reports whether r is an ASCII control character.
 func IsControl(r rune) bool { return r < ' ' || r == 0x7f }
 
-// Text is Clip for text of several lines, such as the output of a command of
+// Text is Line for text of several lines, such as the output of a command of
 // ours: line ends, tabs and blanks stay, and nothing is cut.
 func Text(text string) string {
 	return strings.Map(func(r rune) rune { // an invalid byte is utf8.RuneError here

@@ -9,7 +9,7 @@ import (
 	"certctl-agent/internal/printable"
 )
 
-func TestClip(t *testing.T) {
+func TestLine(t *testing.T) {
 	tests := []struct {
 		name  string
 		text  string
@@ -40,11 +40,11 @@ func TestClip(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			if got := printable.Clip(test.text, test.limit); got != test.want {
-				t.Errorf("Clip(%q, %d) = %q, want %q", test.text, test.limit, got, test.want)
+			if got := printable.Line(test.text, test.limit); got != test.want {
+				t.Errorf("Line(%q, %d) = %q, want %q", test.text, test.limit, got, test.want)
 			}
-			if got := printable.Clip([]byte(test.text), test.limit); got != test.want {
-				t.Errorf("Clip([]byte(%q), %d) = %q, want %q", test.text, test.limit, got, test.want)
+			if got := printable.Line([]byte(test.text), test.limit); got != test.want {
+				t.Errorf("Line([]byte(%q), %d) = %q, want %q", test.text, test.limit, got, test.want)
 			}
 		})
 	}
@@ -69,23 +69,23 @@ func TestWriter(t *testing.T) {
 	}
 }
 
-func FuzzClip(f *testing.F) {
+func FuzzLine(f *testing.F) {
 	f.Add("plain text", 100)
 	f.Add("\x1b[2J\x1b[H \u202e é\xff\n", 7)
 	f.Add(strings.Repeat("é ", 50), 20)
 	f.Fuzz(func(t *testing.T, text string, limit int) {
-		got := printable.Clip(text, limit)
+		got := printable.Line(text, limit)
 		if len(got) > max(limit, 0) {
-			t.Errorf("Clip(%q, %d) has %d bytes", text, limit, len(got))
+			t.Errorf("Line(%q, %d) has %d bytes", text, limit, len(got))
 		}
 		if !utf8.ValidString(got) || strings.ContainsFunc(got, func(r rune) bool { return !unicode.IsPrint(r) }) {
-			t.Errorf("Clip(%q, %d) = %q does not print", text, limit, got)
+			t.Errorf("Line(%q, %d) = %q does not print", text, limit, got)
 		}
 		if strings.TrimSpace(got) != got || strings.Contains(got, "  ") {
-			t.Errorf("Clip(%q, %d) = %q has white space left", text, limit, got)
+			t.Errorf("Line(%q, %d) = %q has white space left", text, limit, got)
 		}
-		if again := printable.Clip(got, limit); again != got {
-			t.Errorf("Clip(%q, %d) = %q, and of that %q", text, limit, got, again)
+		if again := printable.Line(got, limit); again != got {
+			t.Errorf("Line(%q, %d) = %q, and of that %q", text, limit, got, again)
 		}
 	})
 }

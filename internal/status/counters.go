@@ -79,7 +79,7 @@ func (c *Counters) CSR(result string) { count(&c.CSRs, result) }
 // Job counts the end of a deployment.
 func (c *Counters) Job(targetType, outcome string, took time.Duration) {
 	// Printable here already: two that print alike would be one metric twice.
-	if targetType = printable.Clip(targetType, maxType); targetType == "" {
+	if targetType = printable.Line(targetType, maxType); targetType == "" {
 		targetType = noType
 	}
 	if _, known := c.Deployments[targetType]; !known && len(c.Deployments) >= maxTypes {

@@ -190,7 +190,7 @@ func (m *metrics) sample(name string, value float64, labels ...string) {
 // escape makes a label value of a string that may come from anywhere: one bad
 // byte would have the whole text refused, and people read it on terminals.
 func escape(value string) string {
-	return strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(printable.Clip(value, maxLabel))
+	return strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(printable.Line(value, maxLabel))
 }
 
 func number(v float64) string { return strconv.FormatFloat(v, 'f', -1, 64) }

@@ -47,7 +47,7 @@ func Render(w io.Writer, s Snapshot) error {
 	if len(s.Warnings) > 0 {
 		fmt.Fprintln(&text, "\nwarnings")
 		for _, warning := range s.Warnings {
-			fmt.Fprintf(&text, "  %s\n", printable.Clip(warning, 1000))
+			fmt.Fprintf(&text, "  %s\n", printable.Line(warning, 1000))
 		}
 	}
 	_, err := io.WriteString(w, text.String())
@@ -79,7 +79,7 @@ func renderActivities(w io.Writer, s Snapshot) {
 		}
 		switch {
 		case a.LastError != "":
-			outcome = printable.Clip(a.LastError, maxError)
+			outcome = printable.Line(a.LastError, maxError)
 		case !a.LastSuccess.IsZero():
 			outcome = "ok"
 		}
@@ -110,7 +110,7 @@ func renderCertificates(w io.Writer, s Snapshot) {
 
 // field is a string from outside in a cell.
 func field(s string) string {
-	if s = printable.Clip(s, maxField); s == "" {
+	if s = printable.Line(s, maxField); s == "" {
 		return "-"
 	}
 	return s

@@ -68,7 +68,7 @@ func (d *dialogue) send(line string) error {
 func (d *dialogue) line() (string, error) {
 	line, err := d.in.ReadSlice('\n')
 	if errors.Is(err, bufio.ErrBufferFull) {
-		return "", fmt.Errorf("the server sent a line longer than %d bytes: %s", maxReplyLine, printable.Clip(line, 100))
+		return "", fmt.Errorf("the server sent a line longer than %d bytes: %s", maxReplyLine, printable.Line(line, 100))
 	}
 	if err != nil {
 		return "", err
@@ -78,7 +78,7 @@ func (d *dialogue) line() (string, error) {
 
 // refusal is an answer other than the one that goes on.
 func refusal(to, answer string) error {
-	return fmt.Errorf("the server answered %s with: %s", to, printable.Clip(answer, 200))
+	return fmt.Errorf("the server answered %s with: %s", to, printable.Line(answer, 200))
 }
 
 var errTooManyLines = fmt.Errorf("the server sent more than %d lines", maxReplyLines)

@@ -184,7 +184,7 @@ type holder struct {
 const maxCommand = 32
 
 func (h holder) String() string {
-	return fmt.Sprintf("process %d (%s) of user %d", h.pid, printable.Clip(h.command, maxCommand), h.uid)
+	return fmt.Sprintf("process %d (%s) of user %d", h.pid, printable.Line(h.command, maxCommand), h.uid)
 }
 
 // foreign reports that the holders are known and all foreign. An agent's lock is

@@ -220,5 +220,5 @@ func message(answer []byte) string {
 	if json.Unmarshal(answer, &said) != nil {
 		said.Error = string(answer[:min(len(answer), 8*maxMessage)])
 	}
-	return printable.Clip(withoutKeys(said.Error), maxMessage)
+	return printable.Line(withoutKeys(said.Error), maxMessage)
 }
