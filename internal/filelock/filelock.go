@@ -27,15 +27,15 @@ type Lock struct{ file *os.File }
 
 // HeldError means that another process holds the lock.
 type HeldError struct {
-	By string // the owner that it named, on one line; "" for none
+	by string // the owner that it named, on one line; "" for none
 }
 
 // Error says who has the lock.
 func (e *HeldError) Error() string {
-	if e.By == "" {
+	if e.by == "" {
 		return "in use by a process that has not said which"
 	}
-	return "in use by " + e.By
+	return "in use by " + e.by
 }
 
 // Take locks a file in root, made if missing, and writes the owner into it, for
@@ -50,7 +50,7 @@ func Take(root *os.Root, name, owner string) (*Lock, error) {
 		defer file.Close()
 		if errors.Is(err, syscall.EWOULDBLOCK) {
 			by, _ := io.ReadAll(io.LimitReader(file, maxOwner))
-			return nil, &HeldError{By: printable.Line(by, maxOwner)}
+			return nil, &HeldError{by: printable.Line(by, maxOwner)}
 		}
 		return nil, err
 	}

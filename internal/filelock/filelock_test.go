@@ -47,7 +47,7 @@ func TestTake(t *testing.T) {
 		}
 		_, err = Take(root, "lock", "another")
 		held, ok := errors.AsType[*HeldError](err)
-		if !ok || held.By != test.by || !strings.HasPrefix(err.Error(), test.says) {
+		if !ok || held.by != test.by || !strings.HasPrefix(err.Error(), test.says) {
 			t.Errorf("%.40q: got %.80v", test.owner, err)
 		}
 		lock.Close()
