@@ -12,6 +12,8 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+
+	"certctl-agent/internal/hostfile"
 )
 
 // WriteFile replaces the file name in root, or makes it, with data and exactly
@@ -30,7 +32,22 @@ func WriteFile(root *os.Root, name string, data []byte, mode fs.FileMode) error 
 // a power cut may bring the old file back, whole. It is for many files whose
 // directory is then synced once.
 func Replace(root *os.Root, name string, data []byte, mode fs.FileMode) error {
-	temporary, err := writeTemporary(root, name, data, mode)
+	return replace(root, name, data, mode, -1, -1)
+}
+
+// Rewrite is WriteFile for a file that keeps the mode and the owner it was seen
+// with. It has them before it gets its name: an agent that is not root could not
+// read it otherwise.
+func Rewrite(root *os.Root, name string, data []byte, was fs.FileInfo) error {
+	uid, gid := hostfile.Owner(was)
+	if err := replace(root, name, data, was.Mode().Perm(), uid, gid); err != nil {
+		return err
+	}
+	return SyncDir(root, path.Dir(name))
+}
+
+func replace(root *os.Root, name string, data []byte, mode fs.FileMode, uid, gid int) error {
+	temporary, err := writeTemporary(root, name, data, mode, uid, gid)
 	if err != nil {
 		return fmt.Errorf("write %s: %w", name, err)
 	}
@@ -43,7 +60,7 @@ func Replace(root *os.Root, name string, data []byte, mode fs.FileMode) error {
 // Create is WriteFile for a file that must not be there yet: of two processes
 // that make it at the same time one gets fs.ErrExist, and the other's file stays.
 func Create(root *os.Root, name string, data []byte, mode fs.FileMode) error {
-	temporary, err := writeTemporary(root, name, data, mode)
+	temporary, err := writeTemporary(root, name, data, mode, -1, -1)
 	if err != nil {
 		return fmt.Errorf("write %s: %w", name, err)
 	}
@@ -64,8 +81,9 @@ func Create(root *os.Root, name string, data []byte, mode fs.FileMode) error {
 }
 
 // writeTemporary makes a complete, synced file beside name, since a rename is
-// atomic only within one file system.
-func writeTemporary(root *os.Root, name string, data []byte, mode fs.FileMode) (temporary string, err error) {
+// atomic only within one file system. Its owner is the agent's user if uid and gid
+// are -1.
+func writeTemporary(root *os.Root, name string, data []byte, mode fs.FileMode, uid, gid int) (temporary string, err error) {
 	temporary = temporaryName(name)
 	// The content may be a key: nobody else may open the file before it has its
 	// mode, which Chmod then sets without regard to the umask.
@@ -78,7 +96,14 @@ func writeTemporary(root *os.Root, name string, data []byte, mode fs.FileMode) (
 			err = errors.Join(err, root.Remove(temporary))
 		}
 	}()
-	err = file.Chmod(mode)
+	if uid != -1 || gid != -1 {
+		if err = file.Chown(uid, gid); err != nil {
+			err = fmt.Errorf("keep the file's owner: %w", err)
+		}
+	}
+	if err == nil {
+		err = file.Chmod(mode)
+	}
 	if err == nil {
 		_, err = file.Write(data)
 	}

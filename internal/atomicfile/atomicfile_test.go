@@ -14,6 +14,7 @@ import (
 	"testing"
 
 	"certctl-agent/internal/atomicfile"
+	"certctl-agent/internal/hostfile"
 )
 
 func openRoot(t *testing.T, dir string) *os.Root {
@@ -297,6 +298,43 @@ func TestCreate(t *testing.T) {
 		t.Errorf("mode %v, %v", info.Mode(), err)
 	}
 	if got := tree(t, root); !slices.Equal(got, []string{"a"}) {
+		t.Errorf("files %q", got)
+	}
+}
+
+// TestRewrite: mode and owner are those of the file before.
+func TestRewrite(t *testing.T) {
+	dir := t.TempDir()
+	root := openRoot(t, dir)
+	if err := root.WriteFile("f", []byte("old"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	uid, gid := os.Getuid(), os.Getgid()
+	if uid == 0 {
+		uid, gid = 12345, 12346
+	}
+	if err := errors.Join(root.Chown("f", uid, gid), root.Chmod("f", 0o664)); err != nil {
+		t.Fatal(err)
+	}
+	was, err := root.Stat("f")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := atomicfile.Rewrite(root, "f", []byte("new"), was); err != nil {
+		t.Fatal(err)
+	}
+	is, err := root.Stat("f")
+	if err != nil {
+		t.Fatal(err)
+	}
+	gotUID, gotGID := hostfile.Owner(is)
+	if gotUID != uid || gotGID != gid || is.Mode() != 0o664 || os.SameFile(was, is) {
+		t.Errorf("the file is of %d:%d, mode %v, want another one of %d:%d, mode 0664", gotUID, gotGID, is.Mode(), uid, gid)
+	}
+	if got, err := root.ReadFile("f"); err != nil || string(got) != "new" {
+		t.Errorf("content %q, %v", got, err)
+	}
+	if got := tree(t, root); !slices.Equal(got, []string{"f"}) {
 		t.Errorf("files %q", got)
 	}
 }

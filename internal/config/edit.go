@@ -1,7 +1,6 @@
 package config
 
 import (
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -10,7 +9,6 @@ import (
 	"strings"
 
 	"certctl-agent/internal/atomicfile"
-	"certctl-agent/internal/hostfile"
 )
 
 // SetInFile sets one key of an environment file and leaves everything else as
@@ -102,46 +100,15 @@ func quote(value string) (string, error) {
 	return `"` + escaped + `"`, nil
 }
 
-// replace puts data in place of a file, with the mode and the owner that it
-// had; info is nil where there was none. It is atomicfile.WriteFile but for the
-// owner, which the file must have before it gets its name: an agent that is not
-// root could not read it else.
+// replace puts data in place of a file; info is nil where there was none.
 func replace(path string, data []byte, info fs.FileInfo) error {
 	dir, err := os.OpenRoot(filepath.Dir(path))
 	if err != nil {
 		return err
 	}
 	defer dir.Close()
-	name := filepath.Base(path)
-	temporary := "." + name + "." + rand.Text() + ".tmp"
-	f, err := dir.OpenFile(temporary, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
+	if info == nil {
+		return atomicfile.WriteFile(dir, filepath.Base(path), data, 0o600)
 	}
-	if err := errors.Join(fill(f, data, info), f.Close()); err != nil {
-		dir.Remove(temporary)
-		return err
-	}
-	if err := dir.Rename(temporary, name); err != nil {
-		dir.Remove(temporary)
-		return err
-	}
-	return atomicfile.SyncDir(dir, ".")
-}
-
-func fill(f *os.File, data []byte, info fs.FileInfo) error {
-	mode := fs.FileMode(0o600)
-	if info != nil {
-		mode = info.Mode().Perm()
-		if err := f.Chown(hostfile.Owner(info)); err != nil {
-			return fmt.Errorf("keep the file's owner: %w", err)
-		}
-	}
-	if err := f.Chmod(mode); err != nil {
-		return err
-	}
-	if _, err := f.Write(data); err != nil {
-		return err
-	}
-	return f.Sync()
+	return atomicfile.Rewrite(dir, filepath.Base(path), data, info)
 }
