@@ -320,7 +320,7 @@ func (l *Ledger) UndeliveredOf(job string) []Delivery {
 // job removes its record. A delivery that a newer claim has superseded is none
 // of the job's any more, and changes nothing.
 func (l *Ledger) Delivered(d Delivery) error {
-	if err := l.settle(d); err != nil {
+	if err := l.removeReport(d); err != nil {
 		return fmt.Errorf("note the delivery of a report on job %s: %w", d.Job, err)
 	}
 	return nil
@@ -328,13 +328,14 @@ func (l *Ledger) Delivered(d Delivery) error {
 
 // Drop gives a report up, for the reason given. Logging that is the caller's.
 func (l *Ledger) Drop(d Delivery, reason string) error {
-	if err := l.settle(d); err != nil {
+	if err := l.removeReport(d); err != nil {
 		return fmt.Errorf("drop a report on job %s (%s): %w", d.Job, reason, err)
 	}
 	return nil
 }
 
-func (l *Ledger) settle(d Delivery) error {
+// removeReport removes a report, and with the last one of a job its record.
+func (l *Ledger) removeReport(d Delivery) error {
 	defer l.hold()()
 	old := l.get(d.Job)
 	if old == nil || old.Seq != d.seq {
