@@ -27,8 +27,8 @@ const (
 	// maxLine is the longest command line, in bytes.
 	maxLine = 1024
 
-	// metacharacters would mean something to a shell. There is none, but whoever
-	// wrote them expected one.
+	// metacharacters mean something to a shell. There is none here, but the
+	// author of the command expected one.
 	metacharacters = ";|&$(){}<>\\\"'`\r\n\x00"
 
 	// maxOutput bounds what is kept of the output for errors, in bytes.

@@ -6,7 +6,7 @@ import (
 	"unicode"
 )
 
-// redaction stands for what a command printed and nobody may read in a log.
+// redaction replaces a part of a command's output that must not reach a log.
 const redaction = "[redacted]"
 
 const (

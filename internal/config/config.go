@@ -37,8 +37,8 @@ type Config struct {
 	// trailing slash, the default port left out.
 	Server *url.URL
 
-	// APIKey is the key as it was when the configuration was loaded. Whoever
-	// runs for longer asks KeyFunc, which notices a changed key file.
+	// APIKey is the key as it was when the configuration was loaded. The daemon
+	// asks KeyFunc instead, which notices a changed key file.
 	APIKey secret.String
 
 	// APIKeyFile is where the key comes from, or "" where it was given

@@ -141,8 +141,8 @@ func checkCommonName(name string) error {
 	return nil
 }
 
-// checkText is for all names: what is no printable ASCII has no place in any
-// of the ASN.1 types that hold them (IA5String), or hides from whoever reads it.
+// checkText is for all names: only printable ASCII fits the ASN.1 type that holds
+// them (IA5String), and nothing else is sure to be seen by a reader.
 func checkText(name string) error {
 	for _, r := range name {
 		switch {

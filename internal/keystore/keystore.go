@@ -91,7 +91,7 @@ type Store struct {
 	root *os.Root
 	lock *filelock.Lock // nil where the file system has no locks
 	log  *slog.Logger
-	busy chan struct{} // of one: held by whoever lists and changes pending keys
+	busy chan struct{} // of one: held while pending keys are listed and changed
 
 	totalLimit int // maxPendingTotal
 }
@@ -149,7 +149,7 @@ func (s *Store) tighten() error {
 		return fmt.Errorf("look at the key directory: %w", err)
 	}
 	// Mode 0700 closes it to everybody but its owner. That may be the user of
-	// the agent before this one, so it is no refusal.
+	// the agent before this one, so it is not refused.
 	if owner, _ := hostfile.Owner(info); !hostfile.Ours(info) {
 		s.log.Warn("the key directory belongs to another user, who can read every key: chown it to the agent's user", "dir", s.dir, "owner", owner)
 	}
@@ -177,7 +177,7 @@ func (s *Store) tighten() error {
 	return nil
 }
 
-// hold waits until nobody else changes pending keys.
+// hold waits for its turn to list and change pending keys.
 func (s *Store) hold() (release func()) {
 	s.busy <- struct{}{}
 	return func() { <-s.busy }
@@ -250,7 +250,7 @@ func (s *Store) reuse(certID, jobID string) (Key, error) {
 	if p.sequence, err = nextSequence(all); err != nil {
 		return Key{}, err
 	}
-	// In the place of the same key, so it is no loss.
+	// It replaces the same key, so nothing is lost.
 	if err := s.writePending(p, atomicfile.WriteFile); err != nil {
 		return Key{}, err
 	}

@@ -28,12 +28,12 @@ const (
 	tagLength = 16
 
 	// sequenceHeader is a PEM header of pending keys: the order in which their
-	// CSRs were last sent. Time stamps would depend on the clock never going
-	// back, and on nobody copying the directory.
+	// CSRs were last sent. Time stamps would be wrong once the clock goes back
+	// or the directory is copied.
 	sequenceHeader = "Sequence"
 )
 
-// errDamaged means that a file is there and is no private key.
+// errDamaged means that a file exists but is not a private key.
 var errDamaged = errors.New("it is no private key")
 
 // pendingKey is a file of a pending key.

@@ -77,8 +77,8 @@ type Ledger struct {
 	root *os.Root
 	log  *slog.Logger
 
-	// busy is held by whoever changes records, on disk and then in memory. It
-	// is a channel of one because disks are slow.
+	// busy is held while records are changed, on disk and then in memory. It is
+	// a channel of one because disks are slow.
 	busy chan struct{}
 
 	mu      sync.Mutex // guards what follows; held for memory only
@@ -118,7 +118,7 @@ func openDir(state *os.Root) (*os.Root, error) {
 // Close releases the directory.
 func (l *Ledger) Close() error { return l.root.Close() }
 
-// hold waits until nobody else changes records.
+// hold waits for its turn to change records.
 func (l *Ledger) hold() (release func()) {
 	l.busy <- struct{}{}
 	return func() { <-l.busy }
@@ -371,8 +371,8 @@ func (l *Ledger) get(id string) *record {
 	return l.records[id]
 }
 
-// put takes a record over. Records are never changed in place, so whoever holds
-// an older one can go on reading it.
+// put takes a record over. Records are never changed in place, so a caller
+// that has an older one can go on reading it.
 func (l *Ledger) put(r *record) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

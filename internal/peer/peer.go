@@ -22,7 +22,7 @@ import (
 )
 
 // acceptTimeout is how long a server may take to accept a connection. Until
-// then nobody can say whose it is.
+// then its user is unknown.
 const acceptTimeout = 10 * time.Second
 
 // ErrUntrusted is wrapped by the error for a listener that may not be sent a
@@ -32,7 +32,7 @@ var ErrUntrusted = errors.New("not trusted with a secret")
 // Dialer connects to servers that run on this host as root, as the agent's own
 // user or as one of Users. The zero Dialer is ready to use.
 type Dialer struct {
-	Users []string // names; one that this host does not know is nobody
+	Users []string // names; one that this host does not know matches no user
 
 	// Anyone turns all checks off: this host's owner has named the address.
 	Anyone bool
