@@ -159,8 +159,8 @@ type Options struct {
 	// must run without an API key.
 	Ignore func(setting string) bool
 
-	// DefaultFile is read if it exists and no other file is named; "" means
-	// the constant of that name.
+	// DefaultFile is read if it exists and no other file is named; "" means the
+	// host's own, /etc/certctl/agent.env.
 	DefaultFile string
 }
 
