@@ -21,11 +21,11 @@ import (
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/deploy"
+	"certctl-agent/internal/discovery"
 	"certctl-agent/internal/installed"
 	"certctl-agent/internal/ledger"
 	"certctl-agent/internal/pace"
 	"certctl-agent/internal/status"
-	"certctl-agent/internal/survey"
 )
 
 // Plane is the control plane as the loop uses it. Package api says what its
@@ -53,7 +53,7 @@ type Deployer interface {
 
 // Surveyor scans the disks once and reports what it found.
 type Surveyor interface {
-	Run(ctx context.Context) (survey.Stats, error)
+	Run(ctx context.Context) (discovery.Stats, error)
 }
 
 // Ledger keeps claimed jobs and undelivered reports on disk; see package ledger.

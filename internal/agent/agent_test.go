@@ -19,10 +19,10 @@ import (
 	"certctl-agent/internal/agent"
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/deploy"
+	"certctl-agent/internal/discovery"
 	"certctl-agent/internal/installed"
 	"certctl-agent/internal/ledger"
 	"certctl-agent/internal/pace"
-	"certctl-agent/internal/survey"
 )
 
 const (
@@ -52,7 +52,7 @@ type world struct {
 	turn      func(ctx context.Context, job api.Job, turn deploy.Turn) (deploy.Outcome, error) // instead of deploy
 	report    func(job string, s api.JobStatus) error
 	verify    func(job string, v api.Verification) error
-	survey    func(ctx context.Context) (survey.Stats, error)
+	survey    func(ctx context.Context) (discovery.Stats, error)
 }
 
 // call is one thing the agent did.
@@ -268,10 +268,10 @@ func (d deployer) Deploy(calls, work context.Context, job api.Job, turn deploy.T
 
 type surveyor struct{ w *world }
 
-func (s surveyor) Run(ctx context.Context) (survey.Stats, error) {
+func (s surveyor) Run(ctx context.Context) (discovery.Stats, error) {
 	s.w.note(time.Now(), "scan", "")
 	if s.w.survey == nil {
-		return survey.Stats{}, nil
+		return discovery.Stats{}, nil
 	}
 	stats, err := s.w.survey(ctx)
 	return stats, s.w.answer("discovery report", err)
@@ -407,7 +407,7 @@ func TestHeartbeatsKeepTheirRhythm(t *testing.T) {
 		}},
 		{"a scan that takes an hour", func(w *world) {
 			w.options.Surveyor = surveyor{w}
-			w.survey = func(ctx context.Context) (survey.Stats, error) { return survey.Stats{}, forever(ctx) }
+			w.survey = func(ctx context.Context) (discovery.Stats, error) { return discovery.Stats{}, forever(ctx) }
 		}},
 		{"reports that nobody takes", func(w *world) {
 			w.work = once(1, deployment("j1", "t1"))
@@ -423,7 +423,7 @@ func TestHeartbeatsKeepTheirRhythm(t *testing.T) {
 			}
 			w.enroll = func(context.Context, api.Job) error { panic("enroll") }
 			w.deploy = func(_, _ context.Context, _ api.Job) (deploy.Outcome, error) { panic("deploy") }
-			w.survey = func(context.Context) (survey.Stats, error) { panic("survey") }
+			w.survey = func(context.Context) (discovery.Stats, error) { panic("survey") }
 		}},
 	}
 	for _, test := range tests {

@@ -5,8 +5,8 @@ import (
 	"fmt"
 	"time"
 
+	"certctl-agent/internal/discovery"
 	"certctl-agent/internal/status"
-	"certctl-agent/internal/survey"
 )
 
 // Snapshot asks the loop how it is. An answer proves that the loop turns.
@@ -64,7 +64,7 @@ func (t *deliveryTable) state() status.Activity {
 }
 
 // scanStatus is what the snapshot keeps of a scan.
-func scanStatus(s survey.Stats, err error) status.Scan {
+func scanStatus(s discovery.Stats, err error) status.Scan {
 	last := status.Scan{
 		Ended:           time.Now(),
 		DurationSeconds: s.Duration.Seconds(),

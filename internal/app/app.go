@@ -30,7 +30,6 @@ import (
 	"certctl-agent/internal/secret"
 	"certctl-agent/internal/statedir"
 	"certctl-agent/internal/status"
-	"certctl-agent/internal/survey"
 	"certctl-agent/internal/tlsprobe"
 	"certctl-agent/internal/transaction"
 )
@@ -61,7 +60,7 @@ type Plane interface {
 	agent.Plane
 	enroll.Plane
 	deploy.Plane
-	survey.Plane
+	discovery.Plane
 }
 
 // App is an agent that is ready to run.
@@ -271,7 +270,7 @@ func (a *App) surveyor() (agent.Surveyor, error) {
 	if err != nil {
 		return nil, err
 	}
-	return survey.New(survey.Options{
+	return discovery.NewReporter(discovery.ReporterOptions{
 		Scanner:  scanner,
 		Plane:    a.plane,
 		AgentID:  cfg.AgentID,

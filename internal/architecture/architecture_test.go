@@ -27,7 +27,7 @@ var layers = [][]string{
 	{"cmd/*"},
 	{"internal/app"},
 	{"internal/agent"},
-	{"internal/deploy", "internal/enroll", "internal/survey", "internal/connector/all"},
+	{"internal/deploy", "internal/enroll", "internal/connector/all"},
 	{"internal/connector/*"},
 	{"internal/transaction"},
 	{"internal/connector"},

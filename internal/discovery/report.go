@@ -1,6 +1,4 @@
-// Package survey carries one scan of the disks from the walk to reports that
-// the control plane has accepted.
-package survey
+package discovery
 
 import (
 	"cmp"
@@ -13,7 +11,6 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/discovery"
 	"certctl-agent/internal/pace"
 )
 
@@ -55,19 +52,16 @@ var (
 	ErrUnfinished = errors.New("the scan ended early because the next one is almost due; that one does not read again what this one has read")
 )
 
-// Scanner finds certificates; see discovery.Scanner.
-type Scanner interface {
-	Scan(ctx context.Context, emit func([]api.DiscoveredCertificate) error) (discovery.Summary, error)
-}
-
 // Plane takes reports. Its errors are those of package api.
 type Plane interface {
 	ReportDiscovery(ctx context.Context, report api.DiscoveryReport) error
 }
 
-// Options is what a survey needs.
-type Options struct {
-	Scanner  Scanner
+// ReporterOptions is what a Reporter needs.
+type ReporterOptions struct {
+	Scanner interface {
+		Scan(ctx context.Context, emit func([]api.DiscoveredCertificate) error) (Summary, error)
+	}
 	Plane    Plane
 	AgentID  string
 	Dirs     []string      // as configured
@@ -75,17 +69,20 @@ type Options struct {
 	Log      *slog.Logger
 }
 
-// Survey scans and reports. Run is not to be called twice at a time.
-type Survey struct {
-	opts Options
+// Reporter carries scans from the walk to reports that the control plane has
+// accepted. Run is not to be called twice at a time.
+type Reporter struct {
+	opts ReporterOptions
 	gap  time.Duration
 	draw pace.Rand
 }
 
-// New returns a Survey.
-func New(o Options) *Survey { return &Survey{opts: o, gap: gap, draw: pace.Global} }
+// NewReporter returns a Reporter.
+func NewReporter(o ReporterOptions) *Reporter {
+	return &Reporter{opts: o, gap: gap, draw: pace.Global}
+}
 
-// Stats says what a survey saw and what became of it.
+// Stats says what a scan saw and what became of it.
 type Stats struct {
 	Files        int
 	Certificates int // found; the same one at two paths counts twice
@@ -101,7 +98,7 @@ type Stats struct {
 // Run scans once and returns when everything that was found has been accepted
 // or refused for good. Nothing found and no errors: nothing is sent. After an
 // error the next scan reports it all again.
-func (s *Survey) Run(ctx context.Context) (Stats, error) {
+func (s *Reporter) Run(ctx context.Context) (Stats, error) {
 	scanning := ctx
 	if s.opts.Interval > 0 {
 		var cancel, cancelScan context.CancelFunc
@@ -110,33 +107,33 @@ func (s *Survey) Run(ctx context.Context) (Stats, error) {
 		scanning, cancelScan = context.WithTimeoutCause(ctx, s.opts.Interval-s.opts.Interval/sendShare, ErrUnfinished)
 		defer cancelScan()
 	}
-	run := &run{Survey: s, ctx: ctx, began: time.Now(), pacer: pace.New(retryInterval, s.draw)}
-	summary, err := s.opts.Scanner.Scan(scanning, run.collect)
-	problems := append(summary.Errors, run.named()...)
-	if err != nil && run.failed == nil && errors.Is(context.Cause(scanning), ErrUnfinished) {
+	r := &reports{Reporter: s, ctx: ctx, began: time.Now(), pacer: pace.New(retryInterval, s.draw)}
+	summary, err := s.opts.Scanner.Scan(scanning, r.collect)
+	problems := append(summary.Errors, r.named()...)
+	if err != nil && r.failed == nil && errors.Is(context.Cause(scanning), ErrUnfinished) {
 		if !errors.Is(err, ErrUnfinished) {
 			err = fmt.Errorf("%w: %w", ErrUnfinished, err)
 		}
-		problems = append(problems, discovery.Problem(cmp.Or(summary.Reached, "the scan"), ErrUnfinished.Error()))
+		problems = append(problems, Problem(cmp.Or(summary.Reached, "the scan"), ErrUnfinished.Error()))
 	}
-	run.stats.Files, run.stats.Certificates, run.stats.Errors = summary.Files, summary.Certificates, len(problems)
-	run.stats.Skipped, run.stats.Formats = summary.Skipped, summary.Formats
-	run.stats.Duration = time.Since(run.began) - run.sending
-	if run.failed == nil && ctx.Err() == nil {
+	r.stats.Files, r.stats.Certificates, r.stats.Errors = summary.Files, summary.Certificates, len(problems)
+	r.stats.Skipped, r.stats.Formats = summary.Skipped, summary.Formats
+	r.stats.Duration = time.Since(r.began) - r.sending
+	if r.failed == nil && ctx.Err() == nil {
 		// What was found before a scan broke off is true all the same.
-		err = errors.Join(err, run.finish(problems))
+		err = errors.Join(err, r.finish(problems))
 	}
 	if err != nil && ctx.Err() != nil {
 		if cause := context.Cause(ctx); !errors.Is(err, cause) {
 			err = fmt.Errorf("%w: %w", cause, err)
 		}
 	}
-	return run.stats, err
+	return r.stats, err
 }
 
-// run is one survey.
-type run struct {
-	*Survey
+// reports are those of one scan.
+type reports struct {
+	*Reporter
 	ctx     context.Context
 	began   time.Time
 	sending time.Duration // spent on reports
@@ -157,7 +154,7 @@ type run struct {
 }
 
 // collect gathers certificates until a report is full.
-func (r *run) collect(found []api.DiscoveredCertificate) error {
+func (r *reports) collect(found []api.DiscoveredCertificate) error {
 	for _, cert := range found {
 		encoded, err := json.Marshal(cert)
 		if err != nil {
@@ -181,16 +178,16 @@ func (r *run) collect(found []api.DiscoveredCertificate) error {
 }
 
 // leaveOut leaves an entry out that fits into no report.
-func (r *run) leaveOut(path string, size int) {
+func (r *reports) leaveOut(path string, size int) {
 	r.stats.Refused++
 	if len(r.large) < maxNamed {
-		r.large = append(r.large, discovery.Problem(path, fmt.Sprintf("a certificate takes %d bytes in a report, whose limit is %d: it is left out", size, maxBody)))
+		r.large = append(r.large, Problem(path, fmt.Sprintf("a certificate takes %d bytes in a report, whose limit is %d: it is left out", size, maxBody)))
 	}
 	r.tooLargeInAll++
 }
 
 // named is what the errors of the scan say about entries that were too large.
-func (r *run) named() []string {
+func (r *reports) named() []string {
 	if more := r.tooLargeInAll - len(r.large); more > 0 {
 		return append(r.large, fmt.Sprintf("and %d more certificates too large for a report", more))
 	}
@@ -198,7 +195,7 @@ func (r *run) named() []string {
 }
 
 // envelope is the size of a report without certificates.
-func (r *run) envelope(problems []string) int {
+func (r *reports) envelope(problems []string) int {
 	encoded, err := json.Marshal(r.report(nil, problems))
 	if err != nil {
 		return maxBody
@@ -207,7 +204,7 @@ func (r *run) envelope(problems []string) int {
 }
 
 // finish sends what is left, with the errors of the scan.
-func (r *run) finish(problems []string) error {
+func (r *reports) finish(problems []string) error {
 	if len(r.pending) > 0 && r.envelope(problems)+r.size >= maxBody {
 		if err := r.flush(nil); err != nil {
 			return err
@@ -224,7 +221,7 @@ func (r *run) finish(problems []string) error {
 	return nil
 }
 
-func (r *run) flush(problems []string) error {
+func (r *reports) flush(problems []string) error {
 	began := time.Now()
 	r.failed = r.send(r.pending, problems, r.envelope(problems)+r.size)
 	r.sending += time.Since(began)
@@ -233,7 +230,7 @@ func (r *run) flush(problems []string) error {
 	return r.failed
 }
 
-func (r *run) report(certs []api.DiscoveredCertificate, problems []string) api.DiscoveryReport {
+func (r *reports) report(certs []api.DiscoveredCertificate, problems []string) api.DiscoveryReport {
 	report := api.DiscoveryReport{
 		AgentID:        r.opts.AgentID,
 		Directories:    r.opts.Dirs,
@@ -252,7 +249,7 @@ func (r *run) report(certs []api.DiscoveredCertificate, problems []string) api.D
 
 // send delivers one report, in halves where it is refused as a whole: for its
 // size, or for one entry that the control plane does not like.
-func (r *run) send(certs []api.DiscoveredCertificate, problems []string, size int) error {
+func (r *reports) send(certs []api.DiscoveredCertificate, problems []string, size int) error {
 	err := r.deliver(r.report(certs, problems))
 	switch {
 	case err == nil:
@@ -294,7 +291,7 @@ func (r *run) send(certs []api.DiscoveredCertificate, problems []string, size in
 
 // refusedEnough reports whether looking for the entries that the control plane
 // does not like costs more than it is worth.
-func (r *run) refusedEnough() bool {
+func (r *reports) refusedEnough() bool {
 	return r.stats.Reported == 0 && r.refused >= maxRefused || r.refused >= maxRefusedInAll
 }
 
@@ -328,7 +325,7 @@ func tooLarge(err error) bool {
 }
 
 // deliver sends a report until it is answered for good.
-func (r *run) deliver(report api.DiscoveryReport) error {
+func (r *reports) deliver(report api.DiscoveryReport) error {
 	if r.stats.Reports > 0 && r.gap > 0 {
 		if err := r.pause(r.gap/2 + time.Duration(r.draw(int64(r.gap)))); err != nil {
 			return err
@@ -356,7 +353,7 @@ func (r *run) deliver(report api.DiscoveryReport) error {
 	}
 }
 
-func (r *run) pause(d time.Duration) error {
+func (r *reports) pause(d time.Duration) error {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
 	select {

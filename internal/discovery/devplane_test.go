@@ -1,4 +1,4 @@
-package survey_test
+package discovery
 
 import (
 	"context"
@@ -10,9 +10,7 @@ import (
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/controlplane"
-	"certctl-agent/internal/discovery"
 	"certctl-agent/internal/secret"
-	"certctl-agent/internal/survey"
 	"certctl-agent/internal/testing/corpus"
 	"certctl-agent/internal/testing/devplane"
 )
@@ -23,15 +21,15 @@ type repeated struct {
 	n    int
 }
 
-func (r repeated) Scan(_ context.Context, emit func([]api.DiscoveredCertificate) error) (discovery.Summary, error) {
+func (r repeated) Scan(_ context.Context, emit func([]api.DiscoveredCertificate) error) (Summary, error) {
 	for i := range r.n {
 		cert := r.cert
 		cert.SourcePath = fmt.Sprintf("/srv/%05d.pem", i)
 		if err := emit([]api.DiscoveredCertificate{cert}); err != nil {
-			return discovery.Summary{}, err
+			return Summary{}, err
 		}
 	}
-	return discovery.Summary{Certificates: r.n}, nil
+	return Summary{Certificates: r.n}, nil
 }
 
 // TestArrivesComplete: real scan, real client, and a control plane with the
@@ -44,7 +42,7 @@ func TestArrivesComplete(t *testing.T) {
 		t.Fatal(err)
 	}
 	synctest.Test(t, func(t *testing.T) {
-		scanner, err := discovery.New(discovery.Options{Dirs: []string{dir}, Log: slog.New(slog.DiscardHandler)})
+		scanner, err := New(Options{Dirs: []string{dir}, Log: slog.New(slog.DiscardHandler)})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -57,8 +55,10 @@ func TestArrivesComplete(t *testing.T) {
 		}
 		for _, test := range []struct {
 			name    string
-			scanner survey.Scanner
-			want    int
+			scanner interface {
+				Scan(context.Context, func([]api.DiscoveredCertificate) error) (Summary, error)
+			}
+			want int
 		}{{"scan", scanner, len(tree.Certificates)}, {"many", repeated{one, many}, many}} {
 			plane, err := devplane.New(devplane.Options{RateLimit: true, Rate: 0.5, Burst: 2})
 			if err != nil {
@@ -68,7 +68,7 @@ func TestArrivesComplete(t *testing.T) {
 			client := controlplane.New(controlplane.Options{Server: plane.ServerURL(), AgentID: agent, APIKey: secret.New(plane.APIKey),
 				Roots: plane.Roots(), UserAgent: "certctl-agent/1 (linux/amd64)", Dial: plane.Dial})
 			began := time.Now()
-			stats, err := survey.New(survey.Options{Scanner: test.scanner, Plane: client, AgentID: agent, Dirs: scanner.Dirs(),
+			stats, err := NewReporter(ReporterOptions{Scanner: test.scanner, Plane: client, AgentID: agent, Dirs: scanner.Dirs(),
 				Interval: 6 * time.Hour, Log: slog.New(slog.DiscardHandler)}).Run(t.Context())
 			if err != nil {
 				t.Errorf("%s: %v", test.name, err)

@@ -1,5 +1,5 @@
 //go:build !race
 
-package survey_test
+package discovery
 
 const many = 50_000

@@ -1,6 +1,6 @@
 //go:build race
 
-package survey_test
+package discovery
 
 // many is fewer under the race detector, which makes JSON ten times slower.
 const many = 5_000

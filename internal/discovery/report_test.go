@@ -1,4 +1,4 @@
-package survey
+package discovery
 
 import (
 	"bytes"
@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/discovery"
 )
 
 // fakeScanner finds n certificates.
@@ -33,19 +32,19 @@ func fakeCertificate(i, pad int) api.DiscoveredCertificate {
 	}
 }
 
-func (f fakeScanner) Scan(ctx context.Context, emit func([]api.DiscoveredCertificate) error) (discovery.Summary, error) {
+func (f fakeScanner) Scan(ctx context.Context, emit func([]api.DiscoveredCertificate) error) (Summary, error) {
 	batch := make([]api.DiscoveredCertificate, 0, 10)
 	for i := range f.n {
 		batch = append(batch, fakeCertificate(i, f.pad))
 		if len(batch) == cap(batch) || i == f.n-1 {
 			if err := emit(batch); err != nil {
-				return discovery.Summary{Certificates: i + 1}, err
+				return Summary{Certificates: i + 1}, err
 			}
 			clear(batch) // as the real one does
 			batch = batch[:0]
 		}
 	}
-	return discovery.Summary{Files: 2 * f.n, Certificates: f.n, Errors: f.errors}, f.err
+	return Summary{Files: 2 * f.n, Certificates: f.n, Errors: f.errors}, f.err
 }
 
 // fakePlane answers as told and remembers what it accepted.
@@ -81,14 +80,14 @@ func (p *fakePlane) ReportDiscovery(ctx context.Context, report api.DiscoveryRep
 	return nil
 }
 
-func status(code int, after time.Duration) error {
+func refusal(code int, after time.Duration) error {
 	return &api.StatusError{Call: "discovery report", Status: code, RetryAfter: after, Own: true}
 }
 
 func gateway(code int) error { return &api.StatusError{Call: "discovery report", Status: code} }
 
-func newSurvey(scanner fakeScanner, plane *fakePlane, log *slog.Logger) *Survey {
-	return New(Options{Scanner: scanner, Plane: plane, AgentID: "agent-1", Dirs: []string{"/srv"}, Interval: 6 * time.Hour, Log: log})
+func newReporter(scanner fakeScanner, plane *fakePlane, log *slog.Logger) *Reporter {
+	return NewReporter(ReporterOptions{Scanner: scanner, Plane: plane, AgentID: "agent-1", Dirs: []string{"/srv"}, Interval: 6 * time.Hour, Log: log})
 }
 
 func TestReportsAreCompleteAndInOrder(t *testing.T) {
@@ -96,7 +95,7 @@ func TestReportsAreCompleteAndInOrder(t *testing.T) {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				plane := &fakePlane{t: t}
-				s := newSurvey(fakeScanner{n: n, pad: 300, errors: []string{"/srv/broken.pem: damaged"}}, plane, slog.New(slog.DiscardHandler))
+				s := newReporter(fakeScanner{n: n, pad: 300, errors: []string{"/srv/broken.pem: damaged"}}, plane, slog.New(slog.DiscardHandler))
 				stats, err := s.Run(t.Context())
 				if err != nil {
 					t.Fatal(err)
@@ -125,10 +124,10 @@ func TestReportsAreCompleteAndInOrder(t *testing.T) {
 
 func TestEmptyScan(t *testing.T) {
 	plane := &fakePlane{t: t}
-	if _, err := newSurvey(fakeScanner{}, plane, slog.New(slog.DiscardHandler)).Run(t.Context()); err != nil || plane.calls != 0 {
+	if _, err := newReporter(fakeScanner{}, plane, slog.New(slog.DiscardHandler)).Run(t.Context()); err != nil || plane.calls != 0 {
 		t.Errorf("nothing found: %d reports, error %v, want none", plane.calls, err)
 	}
-	if _, err := newSurvey(fakeScanner{errors: []string{"/x: y"}}, plane, slog.New(slog.DiscardHandler)).Run(t.Context()); err != nil || plane.calls != 1 {
+	if _, err := newReporter(fakeScanner{errors: []string{"/x: y"}}, plane, slog.New(slog.DiscardHandler)).Run(t.Context()); err != nil || plane.calls != 1 {
 		t.Fatalf("errors only: %d reports, error %v, want one", plane.calls, err)
 	}
 	body, _ := json.Marshal(plane.reports[0])
@@ -149,7 +148,7 @@ func TestGatewaysSizeLimit(t *testing.T) {
 				return nil
 			}}
 			began := time.Now()
-			stats, err := newSurvey(fakeScanner{n: 1000, pad: 1500}, plane, slog.New(slog.DiscardHandler)).Run(t.Context())
+			stats, err := newReporter(fakeScanner{n: 1000, pad: 1500}, plane, slog.New(slog.DiscardHandler)).Run(t.Context())
 			if err != nil || stats.Reported != 1000 || time.Since(began) > most {
 				t.Errorf("%d: reported %d after %v, error %v; want 1000 within %v", code, stats.Reported, time.Since(began), err, most)
 			}
@@ -163,11 +162,11 @@ func TestSizeLimit(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			plane := &fakePlane{t: t, answer: func(_ int, body []byte, _ api.DiscoveryReport) error {
 				if len(body) > 100<<10 {
-					return status(code, 0)
+					return refusal(code, 0)
 				}
 				return nil
 			}}
-			stats, err := newSurvey(fakeScanner{n: 1000, pad: 1500}, plane, slog.New(slog.DiscardHandler)).Run(t.Context())
+			stats, err := newReporter(fakeScanner{n: 1000, pad: 1500}, plane, slog.New(slog.DiscardHandler)).Run(t.Context())
 			if err != nil || stats.Reported != 1000 || len(plane.paths) != 1000 || !slices.IsSorted(plane.paths) {
 				t.Errorf("%d: reported %d, arrived %d, error %v; want 1000 in order", code, stats.Reported, len(plane.paths), err)
 			}
@@ -181,13 +180,13 @@ func TestOneBadEntryIsLeftOutAndNamed(t *testing.T) {
 		plane := &fakePlane{t: t, answer: func(_ int, _ []byte, report api.DiscoveryReport) error {
 			for _, cert := range report.Certificates {
 				if cert.SourcePath == bad {
-					return status(http.StatusBadRequest, 0)
+					return refusal(http.StatusBadRequest, 0)
 				}
 			}
 			return nil
 		}}
 		var log bytes.Buffer
-		stats, err := newSurvey(fakeScanner{n: 300, errors: []string{"/x: y"}}, plane, slog.New(slog.NewTextHandler(&log, nil))).Run(t.Context())
+		stats, err := newReporter(fakeScanner{n: 300, errors: []string{"/x: y"}}, plane, slog.New(slog.NewTextHandler(&log, nil))).Run(t.Context())
 		if err != nil || stats.Reported != 299 || stats.Refused != 1 || slices.Contains(plane.paths, bad) {
 			t.Errorf("stats %+v, error %v; want 299 reported and one refused", stats, err)
 		}
@@ -210,7 +209,7 @@ func TestCertificateThatAGatewayForbids(t *testing.T) {
 			}
 			return nil
 		}}
-		stats, err := newSurvey(fakeScanner{n: 1000, pad: 1500}, plane, slog.New(slog.DiscardHandler)).Run(t.Context())
+		stats, err := newReporter(fakeScanner{n: 1000, pad: 1500}, plane, slog.New(slog.DiscardHandler)).Run(t.Context())
 		if err != nil || stats.Reported != 999 || stats.Refused != 1 || slices.Contains(plane.paths, bad) {
 			t.Errorf("stats %+v, error %v; want 999 reported and one refused", stats, err)
 		}
@@ -219,8 +218,8 @@ func TestCertificateThatAGatewayForbids(t *testing.T) {
 
 func TestPlaneThatRefusesEverythingIsLeftAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		plane := &fakePlane{t: t, answer: func(int, []byte, api.DiscoveryReport) error { return status(http.StatusBadRequest, 0) }}
-		_, err := newSurvey(fakeScanner{n: 5000}, plane, slog.New(slog.DiscardHandler)).Run(t.Context())
+		plane := &fakePlane{t: t, answer: func(int, []byte, api.DiscoveryReport) error { return refusal(http.StatusBadRequest, 0) }}
+		_, err := newReporter(fakeScanner{n: 5000}, plane, slog.New(slog.DiscardHandler)).Run(t.Context())
 		if err == nil || plane.calls > 100 {
 			t.Errorf("%d calls, error %v; want an error after a few", plane.calls, err)
 		}
@@ -234,13 +233,13 @@ func TestRetries(t *testing.T) {
 		wantErr  bool
 		min, max time.Duration
 	}{
-		{"rate limited", []error{status(429, time.Second)}, false, time.Second, 31 * time.Second},
-		{"unavailable", []error{status(503, 0), status(503, 0)}, false, 54 * time.Second, 200 * time.Second},
-		{"floor", []error{status(503, 10*time.Minute)}, false, 10 * time.Minute, 11 * time.Minute},
+		{"rate limited", []error{refusal(429, time.Second)}, false, time.Second, 31 * time.Second},
+		{"unavailable", []error{refusal(503, 0), refusal(503, 0)}, false, 54 * time.Second, 200 * time.Second},
+		{"floor", []error{refusal(503, 10*time.Minute)}, false, 10 * time.Minute, 11 * time.Minute},
 		{"network", []error{errors.New("no route to host")}, false, 27 * time.Second, 63 * time.Second},
-		{"unknown agent today", []error{status(500, 0)}, false, 27 * time.Second, 63 * time.Second},
-		{"retired", []error{status(410, 0)}, true, 0, 1},
-		{"permanent", []error{status(404, 0)}, true, 0, 1},
+		{"unknown agent today", []error{refusal(500, 0)}, false, 27 * time.Second, 63 * time.Second},
+		{"retired", []error{refusal(410, 0)}, true, 0, 1},
+		{"permanent", []error{refusal(404, 0)}, true, 0, 1},
 		{"a gateway's 404", []error{gateway(404), gateway(404)}, false, 54 * time.Second, 200 * time.Second},
 		{"a gateway's 400", []error{gateway(400)}, false, 27 * time.Second, 63 * time.Second},
 		{"a gateway's 404 that lasts", slices.Repeat([]error{gateway(404)}, 100), true, 10 * time.Minute, 20 * time.Minute},
@@ -255,7 +254,7 @@ func TestRetries(t *testing.T) {
 					return nil
 				}}
 				began := time.Now()
-				stats, err := newSurvey(fakeScanner{n: 3}, plane, slog.New(slog.DiscardHandler)).Run(t.Context())
+				stats, err := newReporter(fakeScanner{n: 3}, plane, slog.New(slog.DiscardHandler)).Run(t.Context())
 				if (err != nil) != test.wantErr || !test.wantErr && stats.Reported != 3 {
 					t.Errorf("reported %d, error %v, want error: %v", stats.Reported, err, test.wantErr)
 				}
@@ -272,9 +271,9 @@ func TestRetries(t *testing.T) {
 
 func TestGivesUpWhenTheNextScanIsDue(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		plane := &fakePlane{t: t, answer: func(int, []byte, api.DiscoveryReport) error { return status(503, 0) }}
+		plane := &fakePlane{t: t, answer: func(int, []byte, api.DiscoveryReport) error { return refusal(503, 0) }}
 		began := time.Now()
-		_, err := newSurvey(fakeScanner{n: 3}, plane, slog.New(slog.DiscardHandler)).Run(t.Context())
+		_, err := newReporter(fakeScanner{n: 3}, plane, slog.New(slog.DiscardHandler)).Run(t.Context())
 		if !errors.Is(err, ErrOverdue) || time.Since(began) != 6*time.Hour {
 			t.Errorf("error %v after %v, want ErrOverdue after 6h", err, time.Since(began))
 		}
@@ -286,10 +285,10 @@ func TestCancelled(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		plane := &fakePlane{t: t, answer: func(int, []byte, api.DiscoveryReport) error {
 			time.AfterFunc(time.Second, cancel)
-			return status(503, 0)
+			return refusal(503, 0)
 		}}
 		began := time.Now()
-		_, err := newSurvey(fakeScanner{n: 3}, plane, slog.New(slog.DiscardHandler)).Run(ctx)
+		_, err := newReporter(fakeScanner{n: 3}, plane, slog.New(slog.DiscardHandler)).Run(ctx)
 		if !errors.Is(err, context.Canceled) || time.Since(began) != time.Second {
 			t.Errorf("error %v after %v, want context.Canceled at once", err, time.Since(began))
 		}
@@ -300,7 +299,7 @@ func TestBrokenScanReportsWhatItFound(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		broken := errors.New("too many file systems do not answer")
 		plane := &fakePlane{t: t}
-		stats, err := newSurvey(fakeScanner{n: 3, err: broken}, plane, slog.New(slog.DiscardHandler)).Run(t.Context())
+		stats, err := newReporter(fakeScanner{n: 3, err: broken}, plane, slog.New(slog.DiscardHandler)).Run(t.Context())
 		if !errors.Is(err, broken) || stats.Reported != 3 {
 			t.Errorf("reported %d, error %v; want 3 and the scan's error", stats.Reported, err)
 		}
@@ -308,9 +307,9 @@ func TestBrokenScanReportsWhatItFound(t *testing.T) {
 }
 
 // scanFunc is a scanner that does as told.
-type scanFunc func(ctx context.Context, emit func([]api.DiscoveredCertificate) error) (discovery.Summary, error)
+type scanFunc func(ctx context.Context, emit func([]api.DiscoveredCertificate) error) (Summary, error)
 
-func (f scanFunc) Scan(ctx context.Context, emit func([]api.DiscoveredCertificate) error) (discovery.Summary, error) {
+func (f scanFunc) Scan(ctx context.Context, emit func([]api.DiscoveredCertificate) error) (Summary, error) {
 	return f(ctx, emit)
 }
 
@@ -321,7 +320,7 @@ func TestWhatDoesNotFitIsLeftOutAndNamed(t *testing.T) {
 		const large, rest = 100, 300
 		long := strings.Repeat("/"+strings.Repeat("x", 200), 15) + "/end.pem"
 		plane := &fakePlane{t: t}
-		stats, err := New(Options{Scanner: scanFunc(func(_ context.Context, emit func([]api.DiscoveredCertificate) error) (discovery.Summary, error) {
+		stats, err := NewReporter(ReporterOptions{Scanner: scanFunc(func(_ context.Context, emit func([]api.DiscoveredCertificate) error) (Summary, error) {
 			for i := range large + rest {
 				cert := fakeCertificate(i, 300)
 				if i < large {
@@ -333,10 +332,10 @@ func TestWhatDoesNotFitIsLeftOutAndNamed(t *testing.T) {
 					cert.SourcePath = long
 				}
 				if err := emit([]api.DiscoveredCertificate{cert}); err != nil {
-					return discovery.Summary{}, err
+					return Summary{}, err
 				}
 			}
-			return discovery.Summary{Certificates: large + rest, Errors: []string{"/x: y"}}, nil
+			return Summary{Certificates: large + rest, Errors: []string{"/x: y"}}, nil
 		}), Plane: plane, AgentID: "agent-1", Dirs: []string{"/srv"}, Interval: 6 * time.Hour, Log: slog.New(slog.DiscardHandler)}).Run(t.Context())
 		if err != nil || stats.Reported != rest || stats.Refused != large || plane.calls != stats.Reports {
 			t.Errorf("stats %+v after %d calls, error %v; want %d reported and %d left out", stats, plane.calls, err, rest, large)
@@ -357,12 +356,12 @@ func TestRefusedEntriesDoNotHideOthers(t *testing.T) {
 			plane := &fakePlane{t: t, answer: func(_ int, _ []byte, report api.DiscoveryReport) error {
 				for _, cert := range report.Certificates {
 					if cert.SourcePath < fmt.Sprintf("/srv/%05d.pem", test.bad) {
-						return status(http.StatusBadRequest, 0)
+						return refusal(http.StatusBadRequest, 0)
 					}
 				}
 				return nil
 			}}
-			stats, err := newSurvey(fakeScanner{n: test.bad + test.good, pad: 5000, errors: []string{"/x: y"}}, plane, slog.New(slog.DiscardHandler)).Run(t.Context())
+			stats, err := newReporter(fakeScanner{n: test.bad + test.good, pad: 5000, errors: []string{"/x: y"}}, plane, slog.New(slog.DiscardHandler)).Run(t.Context())
 			// One report may hold both kinds when enough have been refused.
 			const perReport = maxBody / 5000
 			if err != nil || stats.Reported < test.good-perReport || stats.Reported+stats.Refused != test.bad+test.good || plane.calls > test.maxCalls {
@@ -381,12 +380,12 @@ func TestUnfinishedScanIsReported(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		plane := &fakePlane{t: t}
 		began := time.Now()
-		stats, err := New(Options{Scanner: scanFunc(func(ctx context.Context, emit func([]api.DiscoveredCertificate) error) (discovery.Summary, error) {
+		stats, err := NewReporter(ReporterOptions{Scanner: scanFunc(func(ctx context.Context, emit func([]api.DiscoveredCertificate) error) (Summary, error) {
 			if err := emit([]api.DiscoveredCertificate{fakeCertificate(1, 300), fakeCertificate(2, 300)}); err != nil {
-				return discovery.Summary{}, err
+				return Summary{}, err
 			}
 			<-ctx.Done()
-			return discovery.Summary{Certificates: 2, Errors: []string{"/x: y"}, Reached: "/srv/00002.pem"}, context.Cause(ctx)
+			return Summary{Certificates: 2, Errors: []string{"/x: y"}, Reached: "/srv/00002.pem"}, context.Cause(ctx)
 		}), Plane: plane, AgentID: "agent-1", Dirs: []string{"/srv"}, Interval: 6 * time.Hour, Log: slog.New(slog.DiscardHandler)}).Run(t.Context())
 		if !errors.Is(err, ErrUnfinished) || stats.Reported != 2 || len(plane.reports) != 1 {
 			t.Fatalf("stats %+v, error %v; want a report and %v", stats, err, ErrUnfinished)
