@@ -23,6 +23,7 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/ber"
 )
 
 // manyNames is a certificate with n names of one character, and DER of about
@@ -176,13 +177,13 @@ func slowStore(t testing.TB, iterations int, salt byte) []byte {
 		t.Fatal("testdata/secret.p12 has no PBKDF2")
 	}
 	at += len(oidPBKDF2) + 2
-	if data[at] != tagOctetString {
+	if data[at] != ber.TagOctetString {
 		t.Fatalf("testdata/secret.p12: no salt at %d", at)
 	}
 	data[at+2] ^= 0xff
 	data[at+3] = salt
 	at += 2 + int(data[at+1])
-	if data[at] != tagInteger || data[at+1] != 2 {
+	if data[at] != ber.TagInteger || data[at+1] != 2 {
 		t.Fatalf("testdata/secret.p12: no iterations of two bytes at %d", at)
 	}
 	data[at+2], data[at+3] = byte(iterations>>8), byte(iterations)

@@ -11,6 +11,7 @@ import (
 	"unicode/utf8"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/ber"
 )
 
 // What a report says of one certificate is bounded: a file may hold a hundred thousand names, and
@@ -39,18 +40,18 @@ const (
 // fields and a validity are asked for. Whatever else cannot be read is left out, or shown as it is
 // encoded, and does not cost the rest.
 func describe(der []byte) (api.DiscoveredCertificate, error) {
-	tbs := sequence(der).inside(tagSequence)
-	if tbs.at(tagExplicit0) {
-		tbs.next(tagExplicit0) // version
+	tbs := ber.Sequence(der).Inside(ber.TagSequence)
+	if tbs.At(ber.TagExplicit0) {
+		tbs.Next(ber.TagExplicit0) // version
 	}
-	serial := tbs.next(tagInteger)
-	tbs.next(tagSequence) // signature
-	issuer := tbs.next(tagSequence)
-	validity := tbs.inside(tagSequence)
-	subject := tbs.next(tagSequence)
-	key := tbs.next(tagSequence)
-	if tbs.err != nil {
-		return api.DiscoveredCertificate{}, fmt.Errorf("x509: damaged certificate: %w", tbs.err)
+	serial := tbs.Next(ber.TagInteger)
+	tbs.Next(ber.TagSequence) // signature
+	issuer := tbs.Next(ber.TagSequence)
+	validity := tbs.Inside(ber.TagSequence)
+	subject := tbs.Next(ber.TagSequence)
+	key := tbs.Next(ber.TagSequence)
+	if tbs.Err != nil {
+		return api.DiscoveredCertificate{}, fmt.Errorf("x509: damaged certificate: %w", tbs.Err)
 	}
 	notBefore, err := readTime(validity)
 	if err != nil {
@@ -68,13 +69,13 @@ func describe(der []byte) (api.DiscoveredCertificate, error) {
 	}
 	issuerName, subjectName := readName(issuer), readName(subject)
 	cut = issuerName.cut || subjectName.cut
-	extensions := readExtensions(tbs.rest)
+	extensions := readExtensions(tbs.Rest)
 	cut = cut || extensions.cut
 	algorithm, bits := publicKey(key)
 	c := api.DiscoveredCertificate{
 		CommonName:   bounded(subjectName.commonName),
 		SANs:         extensions.names(),
-		SerialNumber: bounded(serialNumber(serial.body)),
+		SerialNumber: bounded(serialNumber(serial.Body)),
 		IssuerDN:     bounded(issuerName.String()),
 		SubjectDN:    bounded(subjectName.String()),
 		NotBefore:    notBefore.Format(time.RFC3339),
@@ -123,14 +124,14 @@ var errTime = errors.New("it is not a point in time")
 
 // readTime reads UTCTime or GeneralizedTime in any form of X.680 and some more: without seconds,
 // with a fraction of one, with an offset, or under each other's tag.
-func readTime(f *fields) (time.Time, error) {
-	tag := byte(tagUTCTime)
-	if f.at(tagGeneralizedTime) {
-		tag = tagGeneralizedTime
+func readTime(f *ber.Fields) (time.Time, error) {
+	tag := byte(ber.TagUTCTime)
+	if f.At(ber.TagGeneralizedTime) {
+		tag = ber.TagGeneralizedTime
 	}
-	octets := f.next(tag).body
-	if f.err != nil {
-		return time.Time{}, f.err
+	octets := f.Next(tag).Body
+	if f.Err != nil {
+		return time.Time{}, f.Err
 	}
 	digits := 0
 	for digits < len(octets) && octets[digits] >= '0' && octets[digits] <= '9' {
@@ -147,7 +148,7 @@ func readTime(f *fields) (time.Time, error) {
 	}
 	var year int
 	switch {
-	case digits == 14, tag == tagGeneralizedTime && (digits == 10 || digits == 12):
+	case digits == 14, tag == ber.TagGeneralizedTime && (digits == 10 || digits == 12):
 		year = 100*two() + two()
 	case digits == 10 || digits == 12:
 		if year = 1900 + two(); year < 1950 { // RFC 5280, 4.1.2.5.1
@@ -184,29 +185,29 @@ type extensions struct {
 // readExtensions reads what follows the public key (RFC 5280, 4.1): identifiers, which nobody uses,
 // and the extensions.
 func readExtensions(b []byte) (x extensions) {
-	for part, err := range (value{body: b}).children() {
-		if err != nil || part.tag != tagExplicit3 {
+	for part, err := range (ber.Value{Body: b}).Children() {
+		if err != nil || part.Tag != ber.TagExplicit3 {
 			continue
 		}
-		for extension, err := range sequenceIn(part.body).children() {
+		for extension, err := range sequenceIn(part.Body).Children() {
 			if err != nil {
 				break
 			}
-			f := fields{rest: extension.body}
-			id := f.oid()
-			if f.at(tagBoolean) {
-				f.next(tagBoolean) // critical
+			f := ber.Fields{Rest: extension.Body}
+			id := f.OID()
+			if f.At(ber.TagBoolean) {
+				f.Next(ber.TagBoolean) // critical
 			}
-			content := sequenceIn(f.octets(tagOctetString))
+			content := sequenceIn(f.Octets(ber.TagOctetString))
 			switch {
-			case f.err != nil:
+			case f.Err != nil:
 			case id == oidSubjectAltName:
 				x.readNames(content)
 			case id == oidBasicConstraints:
-				ca := fields{rest: content.body}
-				if ca.at(tagBoolean) {
+				ca := ber.Fields{Rest: content.Body}
+				if ca.At(ber.TagBoolean) {
 					// BER has any octet but zero for TRUE (X.690, 8.2.2).
-					x.isCA = x.isCA || strings.Trim(string(ca.next(tagBoolean).body), "\x00") != ""
+					x.isCA = x.isCA || strings.Trim(string(ca.Next(ber.TagBoolean).Body), "\x00") != ""
 				}
 			}
 		}
@@ -215,22 +216,22 @@ func readExtensions(b []byte) (x extensions) {
 }
 
 // sequenceIn is the SEQUENCE at the start of b, or an empty one.
-func sequenceIn(b []byte) value {
-	v, _, err := element(b)
-	if err != nil || v.tag != tagSequence {
-		return value{}
+func sequenceIn(b []byte) ber.Value {
+	v, _, err := ber.Element(b)
+	if err != nil || v.Tag != ber.TagSequence {
+		return ber.Value{}
 	}
 	return v
 }
 
 // readNames reads the names of RFC 5280, 4.2.1.6 that a report has.
-func (x *extensions) readNames(names value) {
-	for name, err := range names.children() {
+func (x *extensions) readNames(names ber.Value) {
+	for name, err := range names.Children() {
 		if err != nil {
 			return
 		}
 		var list *[]string
-		switch name.tag {
+		switch name.Tag {
 		case 0x81:
 			list = &x.mails
 		case 0x82:
@@ -242,19 +243,19 @@ func (x *extensions) readNames(names value) {
 		default:
 			continue
 		}
-		x.bytes += len(name.body)
+		x.bytes += len(name.Body)
 		if len(x.hosts)+len(x.mails)+len(x.ips)+len(x.uris) == maxNames || x.bytes > maxNameBytes {
 			x.cut = true
 			return
 		}
-		shown := string(name.body)
-		switch name.tag {
+		shown := string(name.Body)
+		switch name.Tag {
 		case 0x86:
 			if uri, err := url.Parse(shown); err == nil {
 				shown = uri.String()
 			}
 		case 0x87:
-			shown = net.IP(name.body).String()
+			shown = net.IP(name.Body).String()
 		}
 		*list = append(*list, text(shown))
 	}
@@ -276,46 +277,46 @@ var errNoCertificate = errors.New("not a certificate")
 // shape (RFC 5280, 4.1): its own bytes, and what follows it, which OpenSSL
 // ignores too.
 func firstCertificate(b []byte) (der, rest []byte, err error) {
-	outer, rest, err := element(b)
+	outer, rest, err := ber.Element(b)
 	if err != nil {
-		if len(b) > 0 && b[0] == tagSequence {
+		if len(b) > 0 && b[0] == ber.TagSequence {
 			return nil, nil, fmt.Errorf("damaged certificate: %w", err)
 		}
 		return nil, nil, errNoCertificate
 	}
-	if outer.tag != tagSequence {
+	if outer.Tag != ber.TagSequence {
 		return nil, rest, errNoCertificate
 	}
-	parts := fields{rest: outer.body}
-	parts.next(tagSequence)
-	parts.next(tagSequence)
-	parts.next(tagBitString)
-	if errors.Is(parts.err, errTruncated) {
-		return nil, rest, fmt.Errorf("damaged certificate: %w", parts.err)
+	parts := ber.Fields{Rest: outer.Body}
+	parts.Next(ber.TagSequence)
+	parts.Next(ber.TagSequence)
+	parts.Next(ber.TagBitString)
+	if errors.Is(parts.Err, ber.ErrTruncated) {
+		return nil, rest, fmt.Errorf("damaged certificate: %w", parts.Err)
 	}
-	if parts.err != nil {
+	if parts.Err != nil {
 		return nil, rest, errNoCertificate
 	}
-	return outer.full, rest, nil
+	return outer.Full, rest, nil
 }
 
 // looksLikeCertificate reports whether b, the beginning of a file, is that of a certificate: up to
 // the validity, which neither a request nor a revocation list has in that place.
 func looksLikeCertificate(b []byte) bool {
 	for range 2 { // Certificate, TBSCertificate
-		header := headerLength(b)
-		if header == 0 || b[0] != tagSequence {
+		header := ber.HeaderLength(b)
+		if header == 0 || b[0] != ber.TagSequence {
 			return false
 		}
 		b = b[header:]
 	}
-	tbs := fields{rest: b}
-	if tbs.at(tagExplicit0) {
-		tbs.next(tagExplicit0)
+	tbs := ber.Fields{Rest: b}
+	if tbs.At(ber.TagExplicit0) {
+		tbs.Next(ber.TagExplicit0)
 	}
-	tbs.next(tagInteger)
-	algorithm := tbs.inside(tagSequence)
-	tbs.next(tagSequence) // issuer
-	validity := tbs.inside(tagSequence)
-	return algorithm.at(tagOID) && (validity.at(tagUTCTime) || validity.at(tagGeneralizedTime))
+	tbs.Next(ber.TagInteger)
+	algorithm := tbs.Inside(ber.TagSequence)
+	tbs.Next(ber.TagSequence) // issuer
+	validity := tbs.Inside(ber.TagSequence)
+	return algorithm.At(ber.TagOID) && (validity.At(ber.TagUTCTime) || validity.At(ber.TagGeneralizedTime))
 }

@@ -20,6 +20,7 @@ import (
 	"unicode/utf16"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/ber"
 	"certctl-agent/internal/testing/needs"
 )
 
@@ -100,24 +101,24 @@ func TestNamesAsGoWritesThem(t *testing.T) {
 			var set []string
 			for range 1 + random.IntN(4)/3*random.IntN(3) {
 				value := values[random.IntN(len(values))]
-				tag := byte(tagUTF8String)
+				tag := byte(ber.TagUTF8String)
 				switch random.IntN(4) {
 				case 0:
-					tag = tagT61String
+					tag = ber.TagT61String
 				case 1:
-					tag = tagBMPString
+					tag = ber.TagBMPString
 					var wide []byte
 					for _, unit := range utf16.Encode([]rune(strings.ReplaceAll(value, "\U0001F600", "x"))) {
 						wide = append(wide, byte(unit>>8), byte(unit))
 					}
 					value = string(wide)
 				}
-				set = append(set, tlv(tagSequence, tlv(tagOID, "\x55\x04"+string(types[random.IntN(len(types))])), tlv(tag, value)))
+				set = append(set, tlv(ber.TagSequence, tlv(ber.TagOID, "\x55\x04"+string(types[random.IntN(len(types))])), tlv(tag, value)))
 			}
 			rdns = append(rdns, tlv(0x31, set...))
 		}
 		p := ordinaryParts()
-		p.subject, p.issuer = tlv(tagSequence, rdns...), tlv(tagSequence, slices.Concat(rdns, rdns)...)
+		p.subject, p.issuer = tlv(ber.TagSequence, rdns...), tlv(ber.TagSequence, slices.Concat(rdns, rdns)...)
 		cert, err := x509.ParseCertificate(p.der())
 		if err != nil {
 			t.Fatalf("crypto/x509 does not read the name %x: %v", p.subject, err)
@@ -147,7 +148,7 @@ func tlv(tag byte, parts ...string) string {
 
 // rdn is one attribute in an RDN of its own; id is its type's last octet below 2.5.4.
 func rdn(id, tag byte, text string) string {
-	return tlv(0x31, tlv(tagSequence, tlv(tagOID, "\x55\x04"+string(id)), tlv(tag, text)))
+	return tlv(0x31, tlv(ber.TagSequence, tlv(ber.TagOID, "\x55\x04"+string(id)), tlv(tag, text)))
 }
 
 // parts is a certificate to be put together. It is signed with nothing.
@@ -157,28 +158,28 @@ type parts struct {
 
 func ordinaryParts() parts {
 	return parts{
-		version:   tlv(tagExplicit0, tlv(tagInteger, "\x02")),
-		serial:    tlv(tagInteger, "\x07"),
-		issuer:    tlv(tagSequence, rdn(3, tagUTF8String, "ca")),
-		notBefore: tlv(tagUTCTime, "250101000000Z"),
-		notAfter:  tlv(tagUTCTime, "350101000000Z"),
-		subject:   tlv(tagSequence, rdn(3, tagUTF8String, "host")),
-		key:       tlv(tagSequence, tlv(tagSequence, tlv(tagOID, "\x2b\x65\x70")), tlv(tagBitString, "\x00"+strings.Repeat("k", 32))),
+		version:   tlv(ber.TagExplicit0, tlv(ber.TagInteger, "\x02")),
+		serial:    tlv(ber.TagInteger, "\x07"),
+		issuer:    tlv(ber.TagSequence, rdn(3, ber.TagUTF8String, "ca")),
+		notBefore: tlv(ber.TagUTCTime, "250101000000Z"),
+		notAfter:  tlv(ber.TagUTCTime, "350101000000Z"),
+		subject:   tlv(ber.TagSequence, rdn(3, ber.TagUTF8String, "host")),
+		key:       tlv(ber.TagSequence, tlv(ber.TagSequence, tlv(ber.TagOID, "\x2b\x65\x70")), tlv(ber.TagBitString, "\x00"+strings.Repeat("k", 32))),
 	}
 }
 
 func (p parts) der() []byte {
 	extensions := ""
 	if p.extensions != "" {
-		extensions = tlv(tagExplicit3, tlv(tagSequence, p.extensions))
+		extensions = tlv(ber.TagExplicit3, tlv(ber.TagSequence, p.extensions))
 	}
-	algorithm := tlv(tagSequence, tlv(tagOID, "\x2b\x65\x70"))
-	return []byte(tlv(tagSequence, tlv(tagSequence, p.version, p.serial, algorithm, p.issuer, tlv(tagSequence, p.notBefore, p.notAfter),
-		p.subject, p.key, extensions), algorithm, tlv(tagBitString, "\x00"+strings.Repeat("s", 64))))
+	algorithm := tlv(ber.TagSequence, tlv(ber.TagOID, "\x2b\x65\x70"))
+	return []byte(tlv(ber.TagSequence, tlv(ber.TagSequence, p.version, p.serial, algorithm, p.issuer, tlv(ber.TagSequence, p.notBefore, p.notAfter),
+		p.subject, p.key, extensions), algorithm, tlv(ber.TagBitString, "\x00"+strings.Repeat("s", 64))))
 }
 
 func extension(id string, content ...string) string {
-	return tlv(tagSequence, tlv(tagOID, id), tlv(tagOctetString, content...))
+	return tlv(ber.TagSequence, tlv(ber.TagOID, id), tlv(ber.TagOctetString, content...))
 }
 
 // TestOddCertificates: one thing that crypto/x509 refuses, and everything that a person reads all
@@ -187,16 +188,16 @@ func TestOddCertificates(t *testing.T) {
 	t.Parallel()
 	const alone = "openssl refuses it"
 	subject := func(rdns ...string) func(*parts) {
-		return func(p *parts) { p.subject = tlv(tagSequence, rdns...) }
+		return func(p *parts) { p.subject = tlv(ber.TagSequence, rdns...) }
 	}
 	extensions := func(list ...string) func(*parts) {
 		return func(p *parts) { p.extensions = strings.Join(list, "") }
 	}
 	constraints := func(content string) func(*parts) { return extensions(extension(oidBasicConstraints, content)) }
-	names := func(list ...string) string { return extension(oidSubjectAltName, tlv(tagSequence, list...)) }
+	names := func(list ...string) string { return extension(oidSubjectAltName, tlv(ber.TagSequence, list...)) }
 	notBefore := func(tag byte, text string) func(*parts) { return func(p *parts) { p.notBefore = tlv(tag, text) } }
-	serial := func(octets string) func(*parts) { return func(p *parts) { p.serial = tlv(tagInteger, octets) } }
-	ca := tlv(tagSequence, tlv(tagBoolean, "\xff"))
+	serial := func(octets string) func(*parts) { return func(p *parts) { p.serial = tlv(ber.TagInteger, octets) } }
+	ca := tlv(ber.TagSequence, tlv(ber.TagBoolean, "\xff"))
 
 	tests := []struct {
 		what   string
@@ -204,27 +205,27 @@ func TestOddCertificates(t *testing.T) {
 		want   string // the fields that differ from those of the ordinary certificate
 		remark string
 	}{
-		{"underscore in a PrintableString", subject(rdn(3, tagPrintableString, "a_b")), "cn=a_b dn=CN=a_b", ""},
-		{"at sign in a PrintableString", subject(rdn(10, tagPrintableString, "a@b"), rdn(3, tagUTF8String, "x")), "cn=x dn=CN=x,O=a@b", ""},
-		{"letters in a NumericString", subject(rdn(3, tagNumericString, "abc")), "cn=abc dn=CN=abc", ""},
-		{"VisibleString", subject(rdn(3, tagVisibleString, "abc")), "cn=abc dn=CN=abc", alone},
-		{"UniversalString", subject(rdn(3, tagUniversalString, "\x00\x00\x00a\x00\x01\xf6\x00")), "cn=a\U0001F600 dn=CN=a\U0001F600", ""},
-		{"Latin-1 in an IA5String", subject(rdn(3, tagIA5String, "gr\xfcezi")), "cn=grüezi dn=CN=grüezi", ""},
-		{"Latin-1 in a UTF8String", subject(rdn(3, tagUTF8String, "gr\xfcezi")), "cn=grüezi dn=CN=grüezi", alone},
-		{"UTF-8 in a PrintableString", subject(rdn(3, tagPrintableString, "gr\xc3\xbcezi")), "cn=grüezi dn=CN=grüezi", alone},
-		{"half a character in a BMPString", subject(rdn(3, tagBMPString, "\x00a\x00")), "cn=a dn=CN=a", alone},
-		{"an INTEGER as a name", subject(rdn(10, tagInteger, "\x05"), rdn(3, tagUTF8String, "x")), "cn=x dn=CN=x,O=#020105", alone},
-		{"an unknown attribute", subject(rdn(3, tagUTF8String, "x"), tlv(0x31, tlv(tagSequence, tlv(tagOID, "\x2a\x03\x04"), tlv(tagIA5String, "y")))),
+		{"underscore in a PrintableString", subject(rdn(3, ber.TagPrintableString, "a_b")), "cn=a_b dn=CN=a_b", ""},
+		{"at sign in a PrintableString", subject(rdn(10, ber.TagPrintableString, "a@b"), rdn(3, ber.TagUTF8String, "x")), "cn=x dn=CN=x,O=a@b", ""},
+		{"letters in a NumericString", subject(rdn(3, ber.TagNumericString, "abc")), "cn=abc dn=CN=abc", ""},
+		{"VisibleString", subject(rdn(3, ber.TagVisibleString, "abc")), "cn=abc dn=CN=abc", alone},
+		{"UniversalString", subject(rdn(3, ber.TagUniversalString, "\x00\x00\x00a\x00\x01\xf6\x00")), "cn=a\U0001F600 dn=CN=a\U0001F600", ""},
+		{"Latin-1 in an IA5String", subject(rdn(3, ber.TagIA5String, "gr\xfcezi")), "cn=grüezi dn=CN=grüezi", ""},
+		{"Latin-1 in a UTF8String", subject(rdn(3, ber.TagUTF8String, "gr\xfcezi")), "cn=grüezi dn=CN=grüezi", alone},
+		{"UTF-8 in a PrintableString", subject(rdn(3, ber.TagPrintableString, "gr\xc3\xbcezi")), "cn=grüezi dn=CN=grüezi", alone},
+		{"half a character in a BMPString", subject(rdn(3, ber.TagBMPString, "\x00a\x00")), "cn=a dn=CN=a", alone},
+		{"an INTEGER as a name", subject(rdn(10, ber.TagInteger, "\x05"), rdn(3, ber.TagUTF8String, "x")), "cn=x dn=CN=x,O=#020105", alone},
+		{"an unknown attribute", subject(rdn(3, ber.TagUTF8String, "x"), tlv(0x31, tlv(ber.TagSequence, tlv(ber.TagOID, "\x2a\x03\x04"), tlv(ber.TagIA5String, "y")))),
 			"cn=x dn=1.2.3.4=#160179,CN=x", ""},
-		{"no attribute", subject(rdn(3, tagUTF8String, "x"), tlv(0x31, tlv(tagSequence, tlv(tagInteger, "\x01")))), "cn=x dn=#31053003020101,CN=x", alone},
-		{"an attribute without a value", subject(rdn(3, tagUTF8String, "x"), tlv(0x31, tlv(tagSequence, tlv(tagOID, "\x55\x04\x0a")))), "cn=x dn=#31073005060355040a,CN=x", alone},
-		{"a truncated name", subject(rdn(3, tagUTF8String, "x"), "\x31\x20"), "cn=x dn=#310a300806035504030c01783120,CN=x", alone},
-		{"TRUE as 1", constraints(tlv(tagSequence, tlv(tagBoolean, "\x01"))), "ca=true", ""},
-		{"FALSE said", constraints(tlv(tagSequence, tlv(tagBoolean, "\x00"))), "", ""},
-		{"a long length", constraints("\x30\x81\x03" + tlv(tagBoolean, "\xff")), "ca=true", ""},
-		{"a length with zeros in front", constraints("\x30\x85\x00\x00\x00\x00\x03" + tlv(tagBoolean, "\xff")), "ca=true", ""},
-		{"an indefinite length", constraints("\x30\x80" + tlv(tagBoolean, "\xff") + "\x00\x00"), "ca=true", ""},
-		{"critical as 1", extensions(tlv(tagSequence, tlv(tagOID, oidBasicConstraints), tlv(tagBoolean, "\x01"), tlv(tagOctetString, ca))), "ca=true", ""},
+		{"no attribute", subject(rdn(3, ber.TagUTF8String, "x"), tlv(0x31, tlv(ber.TagSequence, tlv(ber.TagInteger, "\x01")))), "cn=x dn=#31053003020101,CN=x", alone},
+		{"an attribute without a value", subject(rdn(3, ber.TagUTF8String, "x"), tlv(0x31, tlv(ber.TagSequence, tlv(ber.TagOID, "\x55\x04\x0a")))), "cn=x dn=#31073005060355040a,CN=x", alone},
+		{"a truncated name", subject(rdn(3, ber.TagUTF8String, "x"), "\x31\x20"), "cn=x dn=#310a300806035504030c01783120,CN=x", alone},
+		{"TRUE as 1", constraints(tlv(ber.TagSequence, tlv(ber.TagBoolean, "\x01"))), "ca=true", ""},
+		{"FALSE said", constraints(tlv(ber.TagSequence, tlv(ber.TagBoolean, "\x00"))), "", ""},
+		{"a long length", constraints("\x30\x81\x03" + tlv(ber.TagBoolean, "\xff")), "ca=true", ""},
+		{"a length with zeros in front", constraints("\x30\x85\x00\x00\x00\x00\x03" + tlv(ber.TagBoolean, "\xff")), "ca=true", ""},
+		{"an indefinite length", constraints("\x30\x80" + tlv(ber.TagBoolean, "\xff") + "\x00\x00"), "ca=true", ""},
+		{"critical as 1", extensions(tlv(ber.TagSequence, tlv(ber.TagOID, oidBasicConstraints), tlv(ber.TagBoolean, "\x01"), tlv(ber.TagOctetString, ca))), "ca=true", ""},
 		{"an extension of noise", extensions(extension("\x55\x1d\x0f", "noise"), extension(oidBasicConstraints, ca)), "ca=true", ""},
 		{"names of noise", extensions(extension(oidSubjectAltName, "noise"), extension(oidBasicConstraints, ca)), "ca=true", ""},
 		{"an extension twice", extensions(extension(oidBasicConstraints, ca), names(tlv(0x82, "a")), names(tlv(0x82, "b"))), "ca=true san=a,b", ""},
@@ -233,28 +234,28 @@ func TestOddCertificates(t *testing.T) {
 		{"an address of five bytes", extensions(names(tlv(0x87, "\x01\x02\x03\x04\x05"), tlv(0x82, "a"))), "san=a,?0102030405", ""},
 		{"a URI that is none", extensions(names(tlv(0x86, "http://a b/%zz"))), "san=http://a b/%zz", ""},
 		{"Latin-1 in a host name", extensions(names(tlv(0x82, "a\xfc"))), "san=a\uFFFD", ""},
-		{"a host name in a directory name", extensions(names(tlv(0xa4, tlv(tagSequence)), tlv(0x82, "a"))), "san=a", ""},
-		{"no seconds", notBefore(tagUTCTime, "2501021530Z"), "from=2025-01-02T15:30:00Z", alone},
-		{"an offset", notBefore(tagUTCTime, "250102153000+0130"), "from=2025-01-02T14:00:00Z", ""},
-		{"no zone", notBefore(tagUTCTime, "250102153000"), "from=2025-01-02T15:30:00Z", alone},
-		{"a fraction", notBefore(tagGeneralizedTime, "20250102153000.25Z"), "from=2025-01-02T15:30:00Z", alone},
-		{"four digits of a year in a UTCTime", notBefore(tagUTCTime, "20250102153000Z"), "from=2025-01-02T15:30:00Z", alone},
-		{"GeneralizedTime before 2050", notBefore(tagGeneralizedTime, "20250102153000Z"), "from=2025-01-02T15:30:00Z", ""},
-		{"a leap second", notBefore(tagUTCTime, "161231235960Z"), "from=2017-01-01T00:00:00Z", alone},
-		{"30 February", notBefore(tagUTCTime, "250230000000Z"), "from=2025-03-02T00:00:00Z", alone},
-		{"year 9999 and an offset", notBefore(tagGeneralizedTime, "99991231235959-0100"), "from=9999-12-31T23:59:59Z", alone},
+		{"a host name in a directory name", extensions(names(tlv(0xa4, tlv(ber.TagSequence)), tlv(0x82, "a"))), "san=a", ""},
+		{"no seconds", notBefore(ber.TagUTCTime, "2501021530Z"), "from=2025-01-02T15:30:00Z", alone},
+		{"an offset", notBefore(ber.TagUTCTime, "250102153000+0130"), "from=2025-01-02T14:00:00Z", ""},
+		{"no zone", notBefore(ber.TagUTCTime, "250102153000"), "from=2025-01-02T15:30:00Z", alone},
+		{"a fraction", notBefore(ber.TagGeneralizedTime, "20250102153000.25Z"), "from=2025-01-02T15:30:00Z", alone},
+		{"four digits of a year in a UTCTime", notBefore(ber.TagUTCTime, "20250102153000Z"), "from=2025-01-02T15:30:00Z", alone},
+		{"GeneralizedTime before 2050", notBefore(ber.TagGeneralizedTime, "20250102153000Z"), "from=2025-01-02T15:30:00Z", ""},
+		{"a leap second", notBefore(ber.TagUTCTime, "161231235960Z"), "from=2017-01-01T00:00:00Z", alone},
+		{"30 February", notBefore(ber.TagUTCTime, "250230000000Z"), "from=2025-03-02T00:00:00Z", alone},
+		{"year 9999 and an offset", notBefore(ber.TagGeneralizedTime, "99991231235959-0100"), "from=9999-12-31T23:59:59Z", alone},
 		{"a negative serial number", serial("\xff\x01"), "serial=-ff", ""},
 		{"a serial number of 40 octets", serial("\x01" + strings.Repeat("\x00", 39)), "serial=1" + strings.Repeat("0", 78), ""},
 		{"a serial number with zeros in front", serial("\x00\x00\x05"), "serial=5", alone},
 		{"an empty serial number", serial(""), "serial=0", alone},
-		{"no issuer", func(p *parts) { p.issuer = tlv(tagSequence) }, "issuer=", ""},
+		{"no issuer", func(p *parts) { p.issuer = tlv(ber.TagSequence) }, "issuer=", ""},
 		{"RSA without NULL", func(p *parts) {
-			p.key = tlv(tagSequence, tlv(tagSequence, tlv(tagOID, "\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01")),
-				tlv(tagBitString, "\x00", tlv(tagSequence, tlv(tagInteger, "\x00\xc1"+strings.Repeat("\x01", 127)), tlv(tagInteger, "\x03"))))
+			p.key = tlv(ber.TagSequence, tlv(ber.TagSequence, tlv(ber.TagOID, "\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01")),
+				tlv(ber.TagBitString, "\x00", tlv(ber.TagSequence, tlv(ber.TagInteger, "\x00\xc1"+strings.Repeat("\x01", 127)), tlv(ber.TagInteger, "\x03"))))
 		}, "key=RSA/1024", ""},
-		{"a key of noise", func(p *parts) { p.key = tlv(tagSequence, "noise") }, "key=unreadable/0", alone},
+		{"a key of noise", func(p *parts) { p.key = tlv(ber.TagSequence, "noise") }, "key=unreadable/0", alone},
 		{"an RSA key of noise", func(p *parts) {
-			p.key = tlv(tagSequence, tlv(tagSequence, tlv(tagOID, "\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01"), "\x05\x00"), tlv(tagBitString, "\x00noise"))
+			p.key = tlv(ber.TagSequence, tlv(ber.TagSequence, tlv(ber.TagOID, "\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01"), "\x05\x00"), tlv(ber.TagBitString, "\x00noise"))
 		}, "key=RSA/0", ""},
 	}
 	openssl := needs.Need(t, "openssl")
@@ -327,7 +328,7 @@ func TestKeyAlgorithms(t *testing.T) {
 		t.Fatal(err)
 	}
 	key := func(oid string, bytes int, parameters ...string) string {
-		return tlv(tagSequence, tlv(tagSequence, tlv(tagOID, oid), strings.Join(parameters, "")), tlv(tagBitString, "\x00"+strings.Repeat("k", bytes)))
+		return tlv(ber.TagSequence, tlv(ber.TagSequence, tlv(ber.TagOID, oid), strings.Join(parameters, "")), tlv(ber.TagBitString, "\x00"+strings.Repeat("k", bytes)))
 	}
 	const nist, ec = "\x60\x86\x48\x01\x65\x03\x04", "\x2a\x86\x48\xce\x3d\x02\x01"
 	for _, test := range []struct {
@@ -346,7 +347,7 @@ func TestKeyAlgorithms(t *testing.T) {
 		{key("\x2a\x85\x03\x02\x02\x13", 66), "GOST R 34.10-2001", 256},
 		{key("\x2a\x03\x04", 66), "1.2.3.4", 0},
 		{key("\x69\x83\xb1\xdb\x9b\xe2\xb3\x98\x97\xc6\xfb\x88\x9e\xe4\x8a\xa4\xd8\xc8\x6a", 66), "2.25.2251964738561382262029280714062963818", 0},
-		{key(ec, 65, tlv(tagOID, "\x2a\x03\x04")), "ECDSA", 0},
+		{key(ec, 65, tlv(ber.TagOID, "\x2a\x03\x04")), "ECDSA", 0},
 		{key(ec, 65, "\x05\x00"), "ECDSA", 0},
 		{key("\x2a\x86\x48\xce\x38\x04\x01", 65), "DSA", 0}, // parameters of the issuer
 	} {
@@ -362,9 +363,9 @@ func TestKeyAlgorithms(t *testing.T) {
 func TestHugeCertificates(t *testing.T) {
 	many := func(n int, s string) string { return strings.Repeat(s, n) }
 	names := func(list string) func(*parts) {
-		return func(p *parts) { p.extensions = extension(oidSubjectAltName, tlv(tagSequence, list)) }
+		return func(p *parts) { p.extensions = extension(oidSubjectAltName, tlv(ber.TagSequence, list)) }
 	}
-	subject := func(rdns string) func(*parts) { return func(p *parts) { p.subject = tlv(tagSequence, rdns) } }
+	subject := func(rdns string) func(*parts) { return func(p *parts) { p.subject = tlv(ber.TagSequence, rdns) } }
 	for _, test := range []struct {
 		what   string
 		change func(*parts)
@@ -377,13 +378,13 @@ func TestHugeCertificates(t *testing.T) {
 		{"names as long as they may be", names(many(maxNameBytes/1024, tlv(0x82, many(1024, "a")))), nil},
 		{"longer ones", names(many(maxNameBytes/1024, tlv(0x82, many(1025, "a")))), errCut},
 		{"one very long name", names(tlv(0x82, many(1_000_000, "a"))), errCut},
-		{"a subject of many attributes", subject(many(80_000, rdn(10, tagUTF8String, "a")) + rdn(3, tagUTF8String, "host")), errCut},
-		{"a subject of one RDN", subject(tlv(0x31, many(80_000, rdn(10, tagUTF8String, "a")[2:])) + rdn(3, tagUTF8String, "host")), errCut},
-		{"a subject of many unknown attributes", subject(many(80_000, tlv(0x31, tlv(tagSequence, tlv(tagOID, "\x2a\x03"), tlv(tagUTF8String, "a")))) + rdn(3, tagUTF8String, "host")), errCut},
-		{"a long attribute", subject(rdn(10, tagBMPString, many(1_000_000, "\x20\xac")) + rdn(3, tagUTF8String, "host")), errCut},
-		{"a long serial number", func(p *parts) { p.serial = tlv(tagInteger, many(1_000_000, "\x81")) }, errCut},
+		{"a subject of many attributes", subject(many(80_000, rdn(10, ber.TagUTF8String, "a")) + rdn(3, ber.TagUTF8String, "host")), errCut},
+		{"a subject of one RDN", subject(tlv(0x31, many(80_000, rdn(10, ber.TagUTF8String, "a")[2:])) + rdn(3, ber.TagUTF8String, "host")), errCut},
+		{"a subject of many unknown attributes", subject(many(80_000, tlv(0x31, tlv(ber.TagSequence, tlv(ber.TagOID, "\x2a\x03"), tlv(ber.TagUTF8String, "a")))) + rdn(3, ber.TagUTF8String, "host")), errCut},
+		{"a long attribute", subject(rdn(10, ber.TagBMPString, many(1_000_000, "\x20\xac")) + rdn(3, ber.TagUTF8String, "host")), errCut},
+		{"a long serial number", func(p *parts) { p.serial = tlv(ber.TagInteger, many(1_000_000, "\x81")) }, errCut},
 		{"a long name of an algorithm", func(p *parts) {
-			p.key = tlv(tagSequence, tlv(tagSequence, tlv(tagOID, many(1_000_000, "\x81")+"\x01")))
+			p.key = tlv(ber.TagSequence, tlv(ber.TagSequence, tlv(ber.TagOID, many(1_000_000, "\x81")+"\x01")))
 		}, nil},
 	} {
 		p := ordinaryParts()

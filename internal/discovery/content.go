@@ -7,6 +7,8 @@ import (
 	"path"
 	"strings"
 	"unicode/utf8"
+
+	"certctl-agent/internal/ber"
 )
 
 // Source formats of a report.
@@ -204,7 +206,7 @@ func (c *content) binary(data []byte, promised promise) {
 		c.more(rest)
 	case !errors.Is(err, errNoCertificate):
 		c.fail(err)
-	case data[0] != tagSequence || promised == promisesStore:
+	case data[0] != ber.TagSequence || promised == promisesStore:
 		c.fail(errUnknown)
 	}
 }
@@ -245,7 +247,7 @@ var errUnknown = errors.New("neither PEM nor any other format that is known here
 // more adds the certificates that follow the first one directly. Anything else
 // there is trailing garbage, as to OpenSSL.
 func (c *content) more(rest []byte) {
-	for len(rest) > 0 && rest[0] == tagSequence {
+	for len(rest) > 0 && rest[0] == ber.TagSequence {
 		der, after, err := firstCertificate(rest)
 		if err != nil {
 			return

@@ -13,6 +13,7 @@ import (
 	"testing/iotest"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/ber"
 	"certctl-agent/internal/testing/corpus"
 )
 
@@ -43,8 +44,8 @@ func TestParse(t *testing.T) {
 		}
 		return data
 	}
-	store := pkcs12Of(tlv(tagSequence, tlv(tagOID, oidData), tlv(tagExplicit0, tlv(tagOctetString, tlv(tagSequence, tlv(tagSequence, tlv(tagOID, oidCertBag),
-		tlv(tagExplicit0, tlv(tagSequence, tlv(tagOID, oidX509Certificate), tlv(tagExplicit0, tlv(tagOctetString, string(der)))))))))))
+	store := pkcs12Of(tlv(ber.TagSequence, tlv(ber.TagOID, oidData), tlv(ber.TagExplicit0, tlv(ber.TagOctetString, tlv(ber.TagSequence, tlv(ber.TagSequence, tlv(ber.TagOID, oidCertBag),
+		tlv(ber.TagExplicit0, tlv(ber.TagSequence, tlv(ber.TagOID, oidX509Certificate), tlv(ber.TagExplicit0, tlv(ber.TagOctetString, string(der)))))))))))
 	rc2, rc4 := sample("rc2-40.p12"), sample("rc4.p12")
 	wrapped := base64.StdEncoding.EncodeToString
 	base64Of := func(b []byte) []byte {
@@ -129,8 +130,8 @@ func TestParse(t *testing.T) {
 		{"no certificate in the block", "a.pem", bytes.ReplaceAll(key, []byte("PRIVATE KEY"), []byte("CERTIFICATE")), 0, errNoCertificate.Error()},
 		{"no end", "a.txt", text[:len(text)-30], 0, errPEM.Error()},
 		{"one without an end before a good one", "a.pem", slices.Concat(text[:100], []byte("\n"), text), 1, errPEM.Error()},
-		{"truncated DER", "a.der", der[:len(der)-9], 0, errTruncated.Error()},
-		{"truncated DER without an extension", "a", der[:len(der)-9], 0, errTruncated.Error()},
+		{"truncated DER", "a.der", der[:len(der)-9], 0, ber.ErrTruncated.Error()},
+		{"truncated DER without an extension", "a", der[:len(der)-9], 0, ber.ErrTruncated.Error()},
 		{"damaged PKCS#12 with markers", "a.pem", pem.EncodeToMemory(&pem.Block{Type: "PKCS12", Bytes: store[:200]}), 0, "damaged PKCS#12"},
 		{"BKS", "a.bks", sample("bc.bks"), 0, errBouncyCastle.Error()},
 		{"UBER", "a.jks", sample("bc.uber"), 0, errBouncyCastle.Error()},
@@ -355,14 +356,14 @@ func FuzzIndex(f *testing.F) {
 // encryptedPart is a part of a PKCS#12 that is encrypted with a key derived in so many rounds, and
 // that no password opens.
 func encryptedPart(rounds string, ciphertext int) string {
-	method := tlv(tagSequence, tlv(tagOID, oidPBE+"\x03"), tlv(tagSequence, tlv(tagOctetString, "salt"), tlv(tagInteger, rounds)))
-	return tlv(tagSequence, tlv(tagOID, oidEncryptedData), tlv(tagExplicit0, tlv(tagSequence, tlv(tagInteger, "\x00"),
-		tlv(tagSequence, tlv(tagOID, oidData), method, tlv(tagContext0, strings.Repeat("x", ciphertext))))))
+	method := tlv(ber.TagSequence, tlv(ber.TagOID, oidPBE+"\x03"), tlv(ber.TagSequence, tlv(ber.TagOctetString, "salt"), tlv(ber.TagInteger, rounds)))
+	return tlv(ber.TagSequence, tlv(ber.TagOID, oidEncryptedData), tlv(ber.TagExplicit0, tlv(ber.TagSequence, tlv(ber.TagInteger, "\x00"),
+		tlv(ber.TagSequence, tlv(ber.TagOID, oidData), method, tlv(ber.TagContext0, strings.Repeat("x", ciphertext))))))
 }
 
 func pkcs12Of(parts ...string) []byte {
-	return []byte(tlv(tagSequence, tlv(tagInteger, "\x03"), tlv(tagSequence, tlv(tagOID, oidData),
-		tlv(tagExplicit0, tlv(tagOctetString, tlv(tagSequence, parts...))))))
+	return []byte(tlv(ber.TagSequence, tlv(ber.TagInteger, "\x03"), tlv(ber.TagSequence, tlv(ber.TagOID, oidData),
+		tlv(ber.TagExplicit0, tlv(ber.TagOctetString, tlv(ber.TagSequence, parts...))))))
 }
 
 // A file with many encrypted parts would ask for the work of many files.

@@ -4,6 +4,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+
+	"certctl-agent/internal/ber"
 )
 
 // Java's own key store formats. Certificates are in clear; private keys are
@@ -40,13 +42,13 @@ func isBouncyCastle(b []byte) bool {
 		return true
 	}
 	for range 3 {
-		header := headerLength(b)
-		if header == 0 || b[0] != tagSequence {
+		header := ber.HeaderLength(b)
+		if header == 0 || b[0] != ber.TagSequence {
 			return false
 		}
 		b = b[header:]
 	}
-	return len(b) > 0 && b[0] == tagOID
+	return len(b) > 0 && b[0] == ber.TagOID
 }
 
 func (c *content) jks(data []byte) {

@@ -2,11 +2,10 @@ package discovery
 
 import (
 	"cmp"
-	"crypto/x509"
 	"encoding/hex"
 	"strings"
-	"unicode/utf16"
-	"unicode/utf8"
+
+	"certctl-agent/internal/ber"
 )
 
 // commonAttributes are the attributes that crypto/x509/pkix knows, in the order in which it writes
@@ -70,37 +69,37 @@ type attribute struct {
 	joined bool // in the same RDN as the attribute before
 }
 
-func readName(name value) (n distinguishedName) {
+func readName(name ber.Value) (n distinguishedName) {
 	size := 0
 	fits := func(encoded []byte) bool {
 		size += len(encoded)
 		n.cut = size > maxText
 		return !n.cut
 	}
-	for rdn, err := range name.children() {
+	for rdn, err := range name.Children() {
 		if err != nil {
-			if fits(name.body) {
-				n.attributes = append(n.attributes, attribute{raw: name.body})
+			if fits(name.Body) {
+				n.attributes = append(n.attributes, attribute{raw: name.Body})
 			}
 			return n
 		}
 		joined := false
-		for pair, err := range rdn.children() {
-			f := fields{rest: pair.body}
-			id := f.next(tagOID).body
-			v, _, valueErr := element(f.rest)
-			if err != nil || f.err != nil || valueErr != nil {
-				if fits(rdn.full) {
-					n.attributes = append(n.attributes, attribute{raw: rdn.full, joined: joined})
+		for pair, err := range rdn.Children() {
+			f := ber.Fields{Rest: pair.Body}
+			id := f.Next(ber.TagOID).Body
+			v, _, valueErr := ber.Element(f.Rest)
+			if err != nil || f.Err != nil || valueErr != nil {
+				if fits(rdn.Full) {
+					n.attributes = append(n.attributes, attribute{raw: rdn.Full, joined: joined})
 				}
 				break
 			}
 			isCommonName := string(id) == idCommonName
-			if !fits(pair.full) && !isCommonName {
+			if !fits(pair.Full) && !isCommonName {
 				continue
 			}
-			a := attribute{oid: oidText(id), raw: v.full, joined: joined}
-			if a.text, a.isText = v.text(); a.isText && isCommonName {
+			a := attribute{oid: ber.OIDText(id), raw: v.Full, joined: joined}
+			if a.text, a.isText = v.Text(maxText); a.isText && isCommonName {
 				n.commonName = a.text
 			}
 			if !n.cut {
@@ -110,57 +109,6 @@ func readName(name value) (n distinguishedName) {
 		}
 	}
 	return n
-}
-
-// oidText is an object identifier in dotted form.
-func oidText(octets []byte) string {
-	const maxOID = 128 // the longest known are a third of that
-	var oid x509.OID
-	if len(octets) > maxOID || oid.UnmarshalBinary(octets) != nil {
-		return "unreadable"
-	}
-	return oid.String()
-}
-
-// text is the value of a character string, and whether v is one. A string that is not what its
-// type says is read as UTF-8 or else as Latin-1: nearly all of those were written by a program
-// that knew neither type nor encoding.
-func (v value) text() (string, bool) {
-	body := v.body[:min(len(v.body), maxText+utf8.UTFMax)]
-	switch v.tag {
-	case tagBMPString:
-		units := make([]uint16, 0, len(body)/2)
-		for ; len(body) >= 2; body = body[2:] {
-			units = append(units, uint16(body[0])<<8|uint16(body[1]))
-		}
-		if n := len(units); n > 0 && units[n-1] == 0 { // a terminator
-			units = units[:n-1]
-		}
-		return string(utf16.Decode(units)), true
-	case tagUniversalString:
-		var b strings.Builder
-		for ; len(body) >= 4; body = body[4:] {
-			b.WriteRune(rune(uint32(body[0])<<24 | uint32(body[1])<<16 | uint32(body[2])<<8 | uint32(body[3])))
-		}
-		return b.String(), true
-	case tagT61String:
-		return latin1(body), true // as crypto/x509 takes it
-	case tagUTF8String, tagNumericString, tagPrintableString, tagIA5String, tagVisibleString, tagGeneralString,
-		tagUTCTime, tagGeneralizedTime:
-		if utf8.Valid(body) || len(body) < len(v.body) {
-			return string(body), true
-		}
-		return latin1(body), true
-	}
-	return "", false
-}
-
-func latin1(octets []byte) string {
-	wide := make([]byte, 0, 2*len(octets))
-	for _, octet := range octets {
-		wide = utf8.AppendRune(wide, rune(octet))
-	}
-	return string(wide)
 }
 
 // String is the name as crypto/x509/pkix writes it where all attributes are common ones: control

@@ -17,6 +17,8 @@ import (
 	"slices"
 	"strings"
 	"unicode/utf16"
+
+	"certctl-agent/internal/ber"
 )
 
 // PKCS#12 (RFC 7292), PBES2 (RFC 8018) and the object identifiers of both, as
@@ -63,27 +65,27 @@ var (
 // not looked into. The MAC is not checked: a wrong password shows in the
 // padding and in what comes out, and a report needs no proof of origin.
 func (c *content) pkcs12(b []byte) {
-	pfx := sequence(b)
-	pfx.integer()
-	info := pfx.inside(tagSequence)
-	if kind := info.oid(); info.err == nil && kind != oidData {
+	pfx := ber.Sequence(b)
+	pfx.Integer()
+	info := pfx.Inside(ber.TagSequence)
+	if kind := info.OID(); info.Err == nil && kind != oidData {
 		c.fail(errPKCS12Signed)
 		return
 	}
-	safes := sequence(info.inside(tagExplicit0).octets(tagOctetString))
-	if info.err != nil {
-		safes.err = info.err
+	safes := ber.Sequence(info.Inside(ber.TagExplicit0).Octets(ber.TagOctetString))
+	if info.Err != nil {
+		safes.Err = info.Err
 	}
 	encrypted := 0
-	for safes.err == nil && len(safes.rest) > 0 {
-		safe := safes.inside(tagSequence)
-		kind := safe.oid()
-		content := safe.inside(tagExplicit0)
+	for safes.Err == nil && len(safes.Rest) > 0 {
+		safe := safes.Inside(ber.TagSequence)
+		kind := safe.OID()
+		content := safe.Inside(ber.TagExplicit0)
 		switch {
-		case content.err != nil:
-			c.fail(fmt.Errorf("damaged PKCS#12: %w", content.err))
+		case content.Err != nil:
+			c.fail(fmt.Errorf("damaged PKCS#12: %w", content.Err))
 		case kind == oidData:
-			c.damaged(c.bags(content.octets(tagOctetString), 0))
+			c.damaged(c.bags(content.Octets(ber.TagOctetString), 0))
 		case kind == oidEncryptedData:
 			if encrypted++; encrypted > maxEncrypted {
 				c.fail(errPKCS12Parts)
@@ -94,7 +96,7 @@ func (c *content) pkcs12(b []byte) {
 			c.fail(errPKCS12Signed)
 		}
 	}
-	c.damaged(safes.err)
+	c.damaged(safes.Err)
 }
 
 func (c *content) damaged(err error) {
@@ -106,46 +108,46 @@ func (c *content) damaged(err error) {
 // bags adds the certificates of a SafeContents.
 func (c *content) bags(b []byte, depth int) error {
 	if depth > maxBagDepth {
-		return errBER
+		return ber.ErrInvalid
 	}
-	contents := sequence(b)
-	for contents.err == nil && len(contents.rest) > 0 {
-		bag := contents.inside(tagSequence)
-		kind := bag.oid()
-		v := bag.inside(tagExplicit0)
+	contents := ber.Sequence(b)
+	for contents.Err == nil && len(contents.Rest) > 0 {
+		bag := contents.Inside(ber.TagSequence)
+		kind := bag.OID()
+		v := bag.Inside(ber.TagExplicit0)
 		switch {
-		case v.err != nil:
-			return v.err
+		case v.Err != nil:
+			return v.Err
 		case kind == oidSafeContentsBag:
-			if err := c.bags(v.rest, depth+1); err != nil {
+			if err := c.bags(v.Rest, depth+1); err != nil {
 				return err
 			}
 		case kind == oidCertBag:
-			cert := v.inside(tagSequence)
-			if cert.oid() != oidX509Certificate {
+			cert := v.Inside(ber.TagSequence)
+			if cert.OID() != oidX509Certificate {
 				continue // an SDSI certificate
 			}
-			der := cert.inside(tagExplicit0).octets(tagOctetString)
+			der := cert.Inside(ber.TagExplicit0).Octets(ber.TagOctetString)
 			der, _, err := firstCertificate(der)
 			if err != nil {
-				return cmp.Or(cert.err, err)
+				return cmp.Or(cert.Err, err)
 			}
 			c.add(der, formatPKCS12)
 		}
 	}
-	return contents.err
+	return contents.Err
 }
 
 // encryptedBags tries the passwords, the empty one first.
-func (c *content) encryptedBags(data *fields) {
-	encrypted := data.inside(tagSequence)
-	encrypted.integer()
-	info := encrypted.inside(tagSequence)
-	info.oid()
-	algorithm := info.inside(tagSequence)
-	ciphertext := info.octets(tagContext0)
-	if info.err != nil {
-		c.damaged(info.err)
+func (c *content) encryptedBags(data *ber.Fields) {
+	encrypted := data.Inside(ber.TagSequence)
+	encrypted.Integer()
+	info := encrypted.Inside(ber.TagSequence)
+	info.OID()
+	algorithm := info.Inside(ber.TagSequence)
+	ciphertext := info.Octets(ber.TagContext0)
+	if info.Err != nil {
+		c.damaged(info.Err)
 		return
 	}
 	scheme, err := encryptionScheme(algorithm)
@@ -224,28 +226,28 @@ var methods = map[string]string{
 
 // errMethod says what a file needs and this does not have. what begins the sentence.
 func errMethod(what, id string) error {
-	dotted := oidText([]byte(id))
+	dotted := ber.OIDText([]byte(id))
 	return fmt.Errorf("%s %s (OID %s), which is not supported; writing the file anew with OpenSSL 3 or Java 17 helps",
 		what, cmp.Or(methods[dotted], "an unknown method"), dotted)
 }
 
-func encryptionScheme(algorithm *fields) (scheme, error) {
-	id := algorithm.oid()
-	if algorithm.err != nil {
-		return scheme{}, algorithm.err
+func encryptionScheme(algorithm *ber.Fields) (scheme, error) {
+	id := algorithm.OID()
+	if algorithm.Err != nil {
+		return scheme{}, algorithm.Err
 	}
 	if id == oidPBES2 {
-		return pbes2(algorithm.inside(tagSequence))
+		return pbes2(algorithm.Inside(ber.TagSequence))
 	}
 	which, ok := strings.CutPrefix(id, oidPBE)
 	if !ok || len(which) != 1 || pbeCiphers[which[0]].keySize == 0 {
 		return scheme{}, errMethod("the certificates are encrypted with", id)
 	}
 	s := pbeCiphers[which[0]]
-	parameters := algorithm.inside(tagSequence)
-	s.salt = parameters.octets(tagOctetString)
-	s.rounds = parameters.integer()
-	return s, s.check(parameters.err)
+	parameters := algorithm.Inside(ber.TagSequence)
+	s.salt = parameters.Octets(ber.TagOctetString)
+	s.rounds = parameters.Integer()
+	return s, s.check(parameters.Err)
 }
 
 func twoKeyTripleDES(key []byte) (cipher.Block, error) {
@@ -270,33 +272,33 @@ var pbes2Ciphers = map[string]scheme{
 }
 
 // pbes2 reads the parameters of RFC 8018, appendix A.4.
-func pbes2(parameters *fields) (scheme, error) {
-	kdf := parameters.inside(tagSequence)
-	if id := kdf.oid(); kdf.err == nil && id != oidPBKDF2 {
+func pbes2(parameters *ber.Fields) (scheme, error) {
+	kdf := parameters.Inside(ber.TagSequence)
+	if id := kdf.OID(); kdf.Err == nil && id != oidPBKDF2 {
 		return scheme{}, errMethod("the key is derived with", id)
 	}
-	derivation := kdf.inside(tagSequence)
-	salt := derivation.octets(tagOctetString)
-	rounds := derivation.integer()
-	if derivation.at(tagInteger) {
-		derivation.integer() // keyLength: the cipher has only one
+	derivation := kdf.Inside(ber.TagSequence)
+	salt := derivation.Octets(ber.TagOctetString)
+	rounds := derivation.Integer()
+	if derivation.At(ber.TagInteger) {
+		derivation.Integer() // keyLength: the cipher has only one
 	}
 	prf := sha1.New
-	if derivation.at(tagSequence) {
-		id := derivation.inside(tagSequence).oid()
+	if derivation.At(ber.TagSequence) {
+		id := derivation.Inside(ber.TagSequence).OID()
 		if prf = pbes2Hashes[id]; prf == nil {
 			return scheme{}, errMethod("the key is derived with", id)
 		}
 	}
-	encryption := parameters.inside(tagSequence)
-	id := encryption.oid()
+	encryption := parameters.Inside(ber.TagSequence)
+	id := encryption.OID()
 	s, ok := pbes2Ciphers[id]
-	if encryption.err == nil && !ok {
+	if encryption.Err == nil && !ok {
 		return s, errMethod("the certificates are encrypted with", id)
 	}
-	s.iv = encryption.octets(tagOctetString)
+	s.iv = encryption.Octets(ber.TagOctetString)
 	s.salt, s.rounds, s.prf, s.isPBES2 = salt, rounds, prf, true
-	return s, s.check(cmp.Or(kdf.err, derivation.err, encryption.err))
+	return s, s.check(cmp.Or(kdf.Err, derivation.Err, encryption.Err))
 }
 
 func (s scheme) check(err error) error {
@@ -358,7 +360,7 @@ func (s scheme) open(password, ciphertext []byte) ([]byte, error) {
 			return nil, err
 		}
 		stream.XORKeyStream(plain, ciphertext)
-		if _, rest, err := element(plain); err != nil || len(rest) > 0 {
+		if _, rest, err := ber.Element(plain); err != nil || len(rest) > 0 {
 			return nil, errPassword // there is no padding to tell
 		}
 		return plain, nil
@@ -372,7 +374,7 @@ func (s scheme) open(password, ciphertext []byte) ([]byte, error) {
 		s.iv = pkcs12KDF(password, s.salt, s.rounds, 2, size)
 	}
 	if len(s.iv) != size || len(ciphertext) == 0 || len(ciphertext)%size != 0 {
-		return nil, errBER
+		return nil, ber.ErrInvalid
 	}
 	cipher.NewCBCDecrypter(block, s.iv).CryptBlocks(plain, ciphertext)
 	padding := int(plain[len(plain)-1])

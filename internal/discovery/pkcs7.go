@@ -3,6 +3,8 @@ package discovery
 import (
 	"bytes"
 	"fmt"
+
+	"certctl-agent/internal/ber"
 )
 
 // Object identifiers, as their content octets.
@@ -21,36 +23,36 @@ func isSignedData(b []byte) bool {
 
 // hasContentType reports whether b is a SEQUENCE that begins with want.
 func hasContentType(b []byte, want string) bool {
-	header := headerLength(b)
-	return header > 0 && b[0] == tagSequence && bytes.HasPrefix(b[header:], []byte(want))
+	header := ber.HeaderLength(b)
+	return header > 0 && b[0] == ber.TagSequence && bytes.HasPrefix(b[header:], []byte(want))
 }
 
 // pkcs7 adds the certificates of signedData (RFC 5652, 5.1), the form in which
 // bundles are handed around; its signature is of no interest.
 func (c *content) pkcs7(b []byte) error {
-	info := sequence(b)
-	info.oid()
-	signed := info.inside(tagExplicit0).inside(tagSequence)
-	signed.integer()         // version
-	signed.next(0x31)        // digestAlgorithms
-	signed.next(tagSequence) // encapContentInfo
-	if signed.err != nil {
-		return fmt.Errorf("damaged PKCS#7: %w", signed.err)
+	info := ber.Sequence(b)
+	info.OID()
+	signed := info.Inside(ber.TagExplicit0).Inside(ber.TagSequence)
+	signed.Integer()             // version
+	signed.Next(0x31)            // digestAlgorithms
+	signed.Next(ber.TagSequence) // encapContentInfo
+	if signed.Err != nil {
+		return fmt.Errorf("damaged PKCS#7: %w", signed.Err)
 	}
-	if !signed.at(tagExplicit0) {
+	if !signed.At(ber.TagExplicit0) {
 		return nil
 	}
-	certificates := signed.next(tagExplicit0)
-	for choice, err := range certificates.children() {
+	certificates := signed.Next(ber.TagExplicit0)
+	for choice, err := range certificates.Children() {
 		if err != nil {
 			return fmt.Errorf("damaged PKCS#7: %w", err)
 		}
-		if choice.tag == tagSequence { // the other choices are attribute certificates
-			c.add(choice.full, formatPKCS7)
+		if choice.Tag == ber.TagSequence { // the other choices are attribute certificates
+			c.add(choice.Full, formatPKCS7)
 		}
 	}
-	if signed.err != nil {
-		return fmt.Errorf("damaged PKCS#7: %w", signed.err)
+	if signed.Err != nil {
+		return fmt.Errorf("damaged PKCS#7: %w", signed.Err)
 	}
 	return nil
 }

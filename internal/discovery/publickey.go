@@ -1,5 +1,7 @@
 package discovery
 
+import "certctl-agent/internal/ber"
+
 import "math/bits"
 
 // keyAlgorithm is a kind of public key: what a report calls it, and how its size is found.
@@ -121,22 +123,22 @@ var curves = map[string]int{
 
 // publicKey names the algorithm of a SubjectPublicKeyInfo, an unknown one by its object identifier,
 // and the size of the key in bits; 0: unknown.
-func publicKey(info value) (algorithm string, size int) {
-	f := fields{rest: info.body}
-	identifier := f.inside(tagSequence)
-	oid := oidText(identifier.next(tagOID).body)
+func publicKey(info ber.Value) (algorithm string, size int) {
+	f := ber.Fields{Rest: info.Body}
+	identifier := f.Inside(ber.TagSequence)
+	oid := ber.OIDText(identifier.Next(ber.TagOID).Body)
 	known, ok := keyAlgorithms[oid]
 	if !ok {
 		return oid, 0
 	}
-	if oid == oidEC && curveOf(identifier.rest) == oidSM2 {
+	if oid == oidEC && curveOf(identifier.Rest) == oidSM2 {
 		known.name = "SM2"
 	}
-	key := f.next(tagBitString).body
+	key := f.Next(ber.TagBitString).Body
 	if len(key) == 0 {
 		return known.name, 0
 	}
-	return known.name, known.bits(identifier.rest, key[1:]) // without the number of unused bits
+	return known.name, known.bits(identifier.Rest, key[1:]) // without the number of unused bits
 }
 
 func fixedBits(n int) func([]byte, []byte) int { return func(_, _ []byte) int { return n } }
@@ -144,11 +146,11 @@ func fixedBits(n int) func([]byte, []byte) int { return func(_, _ []byte) int { 
 func keyBits(_, key []byte) int { return 8 * len(key) }
 
 // modulusBits: RSAPublicKey (RFC 8017, A.1.1).
-func modulusBits(_, key []byte) int { return bitLength(sequence(key).next(tagInteger).body) }
+func modulusBits(_, key []byte) int { return bitLength(ber.Sequence(key).Next(ber.TagInteger).Body) }
 
 // primeBits: the parameters of DSA and of both kinds of DH begin with the prime (RFC 3279).
 func primeBits(parameters, _ []byte) int {
-	return bitLength(sequence(parameters).next(tagInteger).body)
+	return bitLength(ber.Sequence(parameters).Next(ber.TagInteger).Body)
 }
 
 // curveBits: the parameters are the curve's name, or the curve itself (X9.62; RFC 3279, 2.3.5).
@@ -156,20 +158,20 @@ func curveBits(parameters, _ []byte) int {
 	if oid := curveOf(parameters); oid != "" {
 		return curves[oid]
 	}
-	explicit := sequence(parameters)
-	explicit.next(tagInteger)     // version
-	explicit.next(tagSequence)    // field
-	explicit.next(tagSequence)    // coefficients
-	explicit.next(tagOctetString) // base point
-	return bitLength(explicit.next(tagInteger).body)
+	explicit := ber.Sequence(parameters)
+	explicit.Next(ber.TagInteger)     // version
+	explicit.Next(ber.TagSequence)    // field
+	explicit.Next(ber.TagSequence)    // coefficients
+	explicit.Next(ber.TagOctetString) // base point
+	return bitLength(explicit.Next(ber.TagInteger).Body)
 }
 
 func curveOf(parameters []byte) string {
-	f := fields{rest: parameters}
-	if !f.at(tagOID) {
+	f := ber.Fields{Rest: parameters}
+	if !f.At(ber.TagOID) {
 		return ""
 	}
-	return oidText(f.next(tagOID).body)
+	return ber.OIDText(f.Next(ber.TagOID).Body)
 }
 
 // bitLength is the length of an INTEGER that is not negative.
