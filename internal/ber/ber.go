@@ -31,6 +31,7 @@ const (
 	TagUniversalString = 0x1c
 	TagBMPString       = 0x1e
 	TagSequence        = 0x30
+	TagSet             = 0x31
 	TagContext0        = 0x80 // [0] IMPLICIT on a primitive type
 	TagExplicit0       = 0xa0 // [0] EXPLICIT, or IMPLICIT on a constructed type
 	TagExplicit3       = 0xa3

@@ -166,25 +166,26 @@ func TestIndexIsReadInBounds(t *testing.T) {
 // many iterations.
 func slowStore(t testing.TB, iterations int, salt byte) []byte {
 	t.Helper()
-	data, err := os.ReadFile("testdata/secret.p12")
+	data, err := os.ReadFile("../pkcs12/testdata/secret.p12")
 	if err != nil {
 		t.Fatal(err)
 	}
 	data = slices.Clone(data)
 	// The salt of PBKDF2 is an OCTET STRING before the INTEGER of the iterations.
+	const oidPBKDF2 = "\x2a\x86\x48\x86\xf7\x0d\x01\x05\x0c"
 	at := bytes.Index(data, []byte(oidPBKDF2))
 	if at < 0 {
-		t.Fatal("testdata/secret.p12 has no PBKDF2")
+		t.Fatal("../pkcs12/testdata/secret.p12 has no PBKDF2")
 	}
 	at += len(oidPBKDF2) + 2
 	if data[at] != ber.TagOctetString {
-		t.Fatalf("testdata/secret.p12: no salt at %d", at)
+		t.Fatalf("../pkcs12/testdata/secret.p12: no salt at %d", at)
 	}
 	data[at+2] ^= 0xff
 	data[at+3] = salt
 	at += 2 + int(data[at+1])
 	if data[at] != ber.TagInteger || data[at+1] != 2 {
-		t.Fatalf("testdata/secret.p12: no iterations of two bytes at %d", at)
+		t.Fatalf("../pkcs12/testdata/secret.p12: no iterations of two bytes at %d", at)
 	}
 	data[at+2], data[at+3] = byte(iterations>>8), byte(iterations)
 	return data
@@ -221,7 +222,7 @@ func TestEffortIsBounded(t *testing.T) {
 				locked, unread := 0, 0
 				for _, problem := range summary.Errors {
 					switch {
-					case strings.HasSuffix(problem, errPKCS12Locked.Error()):
+					case strings.HasSuffix(problem, errLocked.Error()):
 						locked++
 					case strings.Contains(problem, fmt.Sprintf("like %d more files of user %d", stores-i-2, owner)):
 						unread++
@@ -314,7 +315,7 @@ func TestFailuresAreRemembered(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, summary := scanAll(t, s)
-	if summary.Read != 2 || len(summary.Errors) != 2 || !strings.HasSuffix(summary.Errors[1], errPKCS12Locked.Error()) {
+	if summary.Read != 2 || len(summary.Errors) != 2 || !strings.HasSuffix(summary.Errors[1], errLocked.Error()) {
 		t.Errorf("read %d files, errors %q; want what is remembered of the first", summary.Read, summary.Errors)
 	}
 	s.locked = []string{"another"}

@@ -21,6 +21,7 @@ import (
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/ber"
+	"certctl-agent/internal/testing/corpus"
 	"certctl-agent/internal/testing/needs"
 )
 
@@ -131,20 +132,7 @@ func TestNamesAsGoWritesThem(t *testing.T) {
 	}
 }
 
-// tlv is one element of DER.
-func tlv(tag byte, parts ...string) string {
-	body := strings.Join(parts, "")
-	switch n := len(body); {
-	case n < 0x80:
-		return string([]byte{tag, byte(n)}) + body
-	case n < 1<<8:
-		return string([]byte{tag, 0x81, byte(n)}) + body
-	case n < 1<<16:
-		return string([]byte{tag, 0x82, byte(n >> 8), byte(n)}) + body
-	default:
-		return string([]byte{tag, 0x83, byte(n >> 16), byte(n >> 8), byte(n)}) + body
-	}
-}
+func tlv(tag byte, parts ...string) string { return corpus.TLV(tag, parts...) }
 
 // rdn is one attribute in an RDN of its own; id is its type's last octet below 2.5.4.
 func rdn(id, tag byte, text string) string {

@@ -9,6 +9,8 @@ import (
 	"unicode/utf8"
 
 	"certctl-agent/internal/ber"
+	"certctl-agent/internal/jks"
+	"certctl-agent/internal/pkcs12"
 )
 
 // Source formats of a report.
@@ -53,7 +55,7 @@ const headSize = 4096
 // of a key store under any name. Beyond those only text can hold one, as PEM,
 // anywhere in it; text has no NUL. (Text in UTF-16 has; no tool writes PEM so.)
 func worthReading(name string, head []byte) bool {
-	return promiseOf(name) != promisesNothing || isJKS(head) || looksLikePKCS12(head) ||
+	return promiseOf(name) != promisesNothing || jks.Is(head) || pkcs12.Is(head) ||
 		bytes.IndexByte(head, 0) < 0 || looksLikeDER(name, head)
 }
 
@@ -78,7 +80,7 @@ type content struct {
 	locked bool
 
 	passwords []string
-	work      int64 // spent on trying passwords, as scheme.work counts it
+	stores    *pkcs12.Reader // nil: there has been none
 }
 
 func (c *content) add(der []byte, format string) {
@@ -117,9 +119,9 @@ func parse(name string, data []byte, passwords []string) content {
 // signed reads what its first bytes tell apart.
 func (c *content) signed(data []byte, promised promise) bool {
 	switch {
-	case isJKS(data):
+	case jks.Is(data):
 		c.jks(data)
-	case looksLikePKCS12(data):
+	case pkcs12.Is(data):
 		c.pkcs12(data)
 	case promised != promisesNothing && isSignedData(data):
 		if err := c.pkcs7(data); err != nil {
@@ -180,7 +182,7 @@ func (c *content) block(block pemBlock) error {
 	if isSignedData(block.der) {
 		return c.pkcs7(block.der)
 	}
-	if block.store && looksLikePKCS12(block.der) {
+	if block.store && pkcs12.Is(block.der) {
 		c.pkcs12(block.der)
 		return nil
 	}
@@ -224,7 +226,7 @@ func (c *content) bareBase64(data []byte, promised promise) (isDER bool) {
 	}
 	c.inside(decoded, func() {
 		// Under any other name it does not get to spend time on passwords.
-		if looksLikePKCS12(decoded) && promised != promisesStore {
+		if pkcs12.Is(decoded) && promised != promisesStore {
 			c.fail(errBase64Store)
 			return
 		}

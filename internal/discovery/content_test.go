@@ -37,16 +37,15 @@ func TestParse(t *testing.T) {
 		}
 		return wide
 	}
-	sample := func(name string) []byte {
-		data, err := os.ReadFile(filepath.Join("testdata/seeds", name))
+	sample := func(path string) []byte {
+		data, err := os.ReadFile(path)
 		if err != nil {
 			t.Fatal(err)
 		}
 		return data
 	}
-	store := pkcs12Of(tlv(ber.TagSequence, tlv(ber.TagOID, oidData), tlv(ber.TagExplicit0, tlv(ber.TagOctetString, tlv(ber.TagSequence, tlv(ber.TagSequence, tlv(ber.TagOID, oidCertBag),
-		tlv(ber.TagExplicit0, tlv(ber.TagSequence, tlv(ber.TagOID, oidX509Certificate), tlv(ber.TagExplicit0, tlv(ber.TagOctetString, string(der)))))))))))
-	rc2, rc4 := sample("rc2-40.p12"), sample("rc4.p12")
+	store := corpus.PKCS12(corpus.PKCS12Certificate(der))
+	rc2, rc4 := sample("../pkcs12/testdata/rc2-40.p12"), sample("../pkcs12/testdata/rc4.p12")
 	wrapped := base64.StdEncoding.EncodeToString
 	base64Of := func(b []byte) []byte {
 		lines := strings.Split(string(pem.EncodeToMemory(&pem.Block{Type: "X", Bytes: b})), "\n")
@@ -133,14 +132,14 @@ func TestParse(t *testing.T) {
 		{"truncated DER", "a.der", der[:len(der)-9], 0, ber.ErrTruncated.Error()},
 		{"truncated DER without an extension", "a", der[:len(der)-9], 0, ber.ErrTruncated.Error()},
 		{"damaged PKCS#12 with markers", "a.pem", pem.EncodeToMemory(&pem.Block{Type: "PKCS12", Bytes: store[:200]}), 0, "damaged PKCS#12"},
-		{"BKS", "a.bks", sample("bc.bks"), 0, errBouncyCastle.Error()},
-		{"UBER", "a.jks", sample("bc.uber"), 0, errBouncyCastle.Error()},
-		{"BCFKS", "a.keystore", sample("bc.bcfks"), 0, errBouncyCastle.Error()},
+		{"BKS", "a.bks", sample("testdata/seeds/bc.bks"), 0, errBouncyCastle.Error()},
+		{"UBER", "a.jks", sample("testdata/seeds/bc.uber"), 0, errBouncyCastle.Error()},
+		{"BCFKS", "a.keystore", sample("testdata/seeds/bc.bcfks"), 0, errBouncyCastle.Error()},
 		{"DER of another kind as a store", "a.p12", []byte{0x30, 3, 2, 1, 0}, 0, errUnknown.Error()},
 		{"damaged inside", "a.der", bytes.Replace(der, []byte("261123"), []byte("26xx23"), 1), 0, "x509: "},
-		{"damaged JKS", "a.jks", corpus.JKS(2, der, der)[:len(der)+100], 1, errJKSTruncated.Error()},
+		{"damaged JKS", "a.jks", corpus.JKS(2, der, der)[:len(der)+100], 1, "the Java key store ends before it is complete"},
 		{"unknown entry of a JKS", "a.jks", bytes.Replace(corpus.JKS(2, der), []byte{0, 0, 0, 2, 0, 6}, []byte{0, 0, 0, 9, 0, 6}, 1), 0, "unknown kind 9"},
-		{"secret key in a JCEKS", "a.jks", bytes.Replace(bytes.Replace(corpus.JKS(2, der), []byte{0xfe, 0xed, 0xfe, 0xed}, []byte{0xce, 0xce, 0xce, 0xce}, 1), []byte{0, 0, 0, 2, 0, 6}, []byte{0, 0, 0, 3, 0, 6}, 1), 0, errJKSSecret.Error()},
+		{"secret key in a JCEKS", "a.jks", bytes.Replace(bytes.Replace(corpus.JKS(2, der), []byte{0xfe, 0xed, 0xfe, 0xed}, []byte{0xce, 0xce, 0xce, 0xce}, 1), []byte{0, 0, 0, 2, 0, 6}, []byte{0, 0, 0, 3, 0, 6}, 1), 0, "the Java key store holds a secret key"},
 		{"damaged PKCS#7", "a.p7b", corpus.PKCS7(der)[:200], 0, "damaged PKCS#7"},
 		{"UTF-16", "a.pem", utf16(text), 0, errUnknown.Error()},
 		{"not DER", "a.der", []byte("text"), 0, errUnknown.Error()},
@@ -199,7 +198,7 @@ func TestEncodePEM(t *testing.T) {
 // addSeeds adds one file of each kind.
 func addSeeds(f *testing.F) {
 	text, der := testCertificate(f)
-	store, err := os.ReadFile("testdata/secret.p12")
+	store, err := os.ReadFile("../pkcs12/testdata/secret.p12")
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -209,9 +208,13 @@ func addSeeds(f *testing.F) {
 		pem.EncodeToMemory(&pem.Block{Type: "PKCS7", Bytes: corpus.PKCS7(der)})} {
 		f.Add(data)
 	}
-	files, err := filepath.Glob("testdata/seeds/*")
-	if err != nil {
-		f.Fatal(err)
+	var files []string
+	for _, pattern := range []string{"testdata/seeds/*", "../pkcs12/testdata/*.p12", "../jks/testdata/*.jceks"} {
+		matches, err := filepath.Glob(pattern)
+		if err != nil || len(matches) == 0 {
+			f.Fatalf("no samples in %s: %v", pattern, err)
+		}
+		files = append(files, matches...)
 	}
 	for _, file := range files {
 		data, err := os.ReadFile(file)
@@ -284,19 +287,6 @@ func FuzzPKCS7(f *testing.F) {
 	})
 }
 
-func FuzzPKCS12(f *testing.F) {
-	addSeeds(f)
-	f.Fuzz(func(t *testing.T, data []byte) {
-		if bytes.Contains(data, []byte("\x2a\x86\x48\x86\xf7\x0d\x01\x05\x0c")) && len(data) > 2000 {
-			return // key derivation takes its time
-		}
-		c := content{passwords: []string{"correct horse"}}
-		c.pkcs12(data)
-		var known certificates
-		appendOutcome(nil, c, &known)
-	})
-}
-
 // FuzzPEM: every certificate that encoding/pem finds is found.
 func FuzzPEM(f *testing.F) {
 	addSeeds(f)
@@ -353,31 +343,6 @@ func FuzzIndex(f *testing.F) {
 	})
 }
 
-// encryptedPart is a part of a PKCS#12 that is encrypted with a key derived in so many rounds, and
-// that no password opens.
-func encryptedPart(rounds string, ciphertext int) string {
-	method := tlv(ber.TagSequence, tlv(ber.TagOID, oidPBE+"\x03"), tlv(ber.TagSequence, tlv(ber.TagOctetString, "salt"), tlv(ber.TagInteger, rounds)))
-	return tlv(ber.TagSequence, tlv(ber.TagOID, oidEncryptedData), tlv(ber.TagExplicit0, tlv(ber.TagSequence, tlv(ber.TagInteger, "\x00"),
-		tlv(ber.TagSequence, tlv(ber.TagOID, oidData), method, tlv(ber.TagContext0, strings.Repeat("x", ciphertext))))))
-}
-
-func pkcs12Of(parts ...string) []byte {
-	return []byte(tlv(ber.TagSequence, tlv(ber.TagInteger, "\x03"), tlv(ber.TagSequence, tlv(ber.TagOID, oidData),
-		tlv(ber.TagExplicit0, tlv(ber.TagOctetString, tlv(ber.TagSequence, parts...))))))
-}
-
-// A file with many encrypted parts would ask for the work of many files.
-func TestPKCS12Parts(t *testing.T) {
-	part := encryptedPart("\x01", 16)
-	for parts, want := range map[int]error{maxEncrypted: errPKCS12Locked, maxEncrypted + 1: errPKCS12Parts} {
-		var c content
-		c.pkcs12(pkcs12Of(strings.Repeat(part, parts)))
-		if last := c.causes[len(c.causes)-1]; last != want.Error() {
-			t.Errorf("%d parts: got %q", parts, c.causes)
-		}
-	}
-}
-
 // TestPKCS12Work: what a file may cost does not grow with its iterations, its parts, its size or
 // the number of passwords.
 func TestPKCS12Work(t *testing.T) {
@@ -395,16 +360,16 @@ func TestPKCS12Work(t *testing.T) {
 		passwords []string
 		costly    bool
 	}{
-		{"a thousand iterations, ten passwords", pkcs12Of(encryptedPart("\x03\xe8", 16)), many[:10], false},
-		{"a million iterations, ten passwords", pkcs12Of(encryptedPart(million, 16)), many[:10], true},
-		{"two thousand million", pkcs12Of(encryptedPart("\x7f\xff\xff\xff", 16)), nil, true},
-		{"300,000 in each of four parts", pkcs12Of(strings.Repeat(encryptedPart("\x04\x93\xe0", 16), 4)), many[:1], true},
-		{"a megabyte, a thousand passwords", pkcs12Of(encryptedPart("\x01", 1<<20-8)), many, true},
-		{"several in one file", armour(pkcs12Of(encryptedPart(million, 16)), pkcs12Of(encryptedPart(million, 16)), pkcs12Of(encryptedPart(million, 16))), nil, true},
+		{"a thousand iterations, ten passwords", corpus.PKCS12(corpus.PKCS12Locked("\x03\xe8", 16)), many[:10], false},
+		{"a million iterations, ten passwords", corpus.PKCS12(corpus.PKCS12Locked(million, 16)), many[:10], true},
+		{"two thousand million", corpus.PKCS12(corpus.PKCS12Locked("\x7f\xff\xff\xff", 16)), nil, true},
+		{"300,000 in each of four parts", corpus.PKCS12(strings.Repeat(corpus.PKCS12Locked("\x04\x93\xe0", 16), 4)), many[:1], true},
+		{"a megabyte, a thousand passwords", corpus.PKCS12(corpus.PKCS12Locked("\x01", 1<<20-8)), many, true},
+		{"several in one file", armour(corpus.PKCS12(corpus.PKCS12Locked(million, 16)), corpus.PKCS12(corpus.PKCS12Locked(million, 16)), corpus.PKCS12(corpus.PKCS12Locked(million, 16))), nil, true},
 	} {
 		c := parse("a.p12", test.data, test.passwords)
-		if !c.locked || c.work > maxWork {
-			t.Errorf("%s: locked %v, work %d of %d", test.what, c.locked, c.work, maxWork)
+		if !c.locked || c.stores.Work < 0 {
+			t.Errorf("%s: locked %v, %d of %d left to work", test.what, c.locked, c.stores.Work, maxWork)
 		}
 		if named := slices.Contains(c.causes, errCostly.Error()); named != test.costly {
 			t.Errorf("%s: %q", test.what, c.causes)

@@ -460,7 +460,7 @@ func TestRate(t *testing.T) {
 
 func TestPasswordsAreTriedWhenTheyChange(t *testing.T) {
 	dir := t.TempDir()
-	store, err := os.ReadFile("testdata/secret.p12")
+	store, err := os.ReadFile("../pkcs12/testdata/secret.p12")
 	if err != nil {
 		t.Fatal(err)
 	}

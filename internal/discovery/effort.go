@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/pkcs12"
 )
 
 // A file can ask for any amount of work: the derivation of a key takes as many
@@ -93,7 +94,7 @@ func countedAs[T any](known map[uint32]T, owner uint32) uint32 {
 // lookInto returns the outcome of a file's bytes, or nil when there is no
 // processor time for it.
 func (r *run) lookInto(name string, data []byte, owner uint32) []byte {
-	store := looksLikePKCS12(data) || promiseOf(name) == promisesStore || bytes.Contains(data, []byte(pemBegin+"PKCS12"))
+	store := pkcs12.Is(data) || promiseOf(name) == promisesStore || bytes.Contains(data, []byte(pemBegin+"PKCS12"))
 	if !store && len(data) < measuredSize {
 		return appendOutcome(nil, parse(name, data, r.words), &r.known)
 	}

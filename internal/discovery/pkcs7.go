@@ -7,24 +7,14 @@ import (
 	"certctl-agent/internal/ber"
 )
 
-// Object identifiers, as their content octets.
-const (
-	oidData          = "\x2a\x86\x48\x86\xf7\x0d\x01\x07\x01"
-	oidSignedData    = "\x2a\x86\x48\x86\xf7\x0d\x01\x07\x02"
-	oidEnvelopedData = "\x2a\x86\x48\x86\xf7\x0d\x01\x07\x03"
-	oidEncryptedData = "\x2a\x86\x48\x86\xf7\x0d\x01\x07\x06"
-)
+// oidSignedData is the object identifier of PKCS#7 with a signature, as its content octets.
+const oidSignedData = "\x2a\x86\x48\x86\xf7\x0d\x01\x07\x02"
 
 // isSignedData reports whether b begins as a PKCS#7 ContentInfo with
 // signedData does, whatever the form of its length.
 func isSignedData(b []byte) bool {
-	return hasContentType(b, "\x06\x09"+oidSignedData)
-}
-
-// hasContentType reports whether b is a SEQUENCE that begins with want.
-func hasContentType(b []byte, want string) bool {
 	header := ber.HeaderLength(b)
-	return header > 0 && b[0] == ber.TagSequence && bytes.HasPrefix(b[header:], []byte(want))
+	return header > 0 && b[0] == ber.TagSequence && bytes.HasPrefix(b[header:], []byte("\x06\x09"+oidSignedData))
 }
 
 // pkcs7 adds the certificates of signedData (RFC 5652, 5.1), the form in which

@@ -347,3 +347,43 @@ func JKS(version byte, ders ...[]byte) []byte {
 	}
 	return append(b, make([]byte, 20)...)
 }
+
+// TLV is one element of DER.
+func TLV(tag byte, parts ...string) string {
+	body := strings.Join(parts, "")
+	switch n := len(body); {
+	case n < 0x80:
+		return string([]byte{tag, byte(n)}) + body
+	case n < 1<<8:
+		return string([]byte{tag, 0x81, byte(n)}) + body
+	case n < 1<<16:
+		return string([]byte{tag, 0x82, byte(n >> 8), byte(n)}) + body
+	default:
+		return string([]byte{tag, 0x83, byte(n >> 16), byte(n >> 8), byte(n)}) + body
+	}
+}
+
+const (
+	pkcs7Data      = "\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x07\x01"
+	pkcs7Encrypted = "\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x07\x06"
+)
+
+// PKCS12 is a key store (RFC 7292) of parts that the next two functions make. It has no MAC.
+func PKCS12(parts ...string) []byte {
+	return []byte(TLV(0x30, "\x02\x01\x03", TLV(0x30, pkcs7Data, TLV(0xa0, TLV(0x04, TLV(0x30, parts...))))))
+}
+
+// PKCS12Certificate is a part with a certificate that is not encrypted.
+func PKCS12Certificate(der []byte) string {
+	const certBag, x509Certificate = "\x06\x0b\x2a\x86\x48\x86\xf7\x0d\x01\x0c\x0a\x01\x03", "\x06\x0a\x2a\x86\x48\x86\xf7\x0d\x01\x09\x16\x01"
+	bag := TLV(0x30, certBag, TLV(0xa0, TLV(0x30, x509Certificate, TLV(0xa0, TLV(0x04, string(der))))))
+	return TLV(0x30, pkcs7Data, TLV(0xa0, TLV(0x04, TLV(0x30, bag))))
+}
+
+// PKCS12Locked is a part of so many bytes that is encrypted with a key derived in so many rounds,
+// an INTEGER's octets, and that no password opens.
+func PKCS12Locked(rounds string, ciphertext int) string {
+	const with3DES = "\x06\x0a\x2a\x86\x48\x86\xf7\x0d\x01\x0c\x01\x03"
+	method := TLV(0x30, with3DES, TLV(0x30, TLV(0x04, "salt"), TLV(0x02, rounds)))
+	return TLV(0x30, pkcs7Encrypted, TLV(0xa0, TLV(0x30, "\x02\x01\x00", TLV(0x30, pkcs7Data, method, TLV(0x80, strings.Repeat("x", ciphertext))))))
+}

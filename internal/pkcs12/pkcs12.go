@@ -1,4 +1,6 @@
-package discovery
+// Package pkcs12 reads key stores in PKCS#12 (RFC 7292), called .p12 and .pfx: by default those of
+// Java since version 9, and what Windows and browsers export.
+package pkcs12
 
 import (
 	"bytes"
@@ -21,55 +23,108 @@ import (
 	"certctl-agent/internal/ber"
 )
 
-// PKCS#12 (RFC 7292), PBES2 (RFC 8018) and the object identifiers of both, as
-// their content octets.
+// PKCS#12, PBES2 (RFC 8018) and the object identifiers of both, as their content octets.
 const (
-	oidCertBag         = "\x2a\x86\x48\x86\xf7\x0d\x01\x0c\x0a\x01\x03"
-	oidSafeContentsBag = "\x2a\x86\x48\x86\xf7\x0d\x01\x0c\x0a\x01\x06"
-	oidX509Certificate = "\x2a\x86\x48\x86\xf7\x0d\x01\x09\x16\x01"
+	oidPKCS7         = "\x2a\x86\x48\x86\xf7\x0d\x01\x07"
+	oidData          = oidPKCS7 + "\x01"
+	oidEnvelopedData = oidPKCS7 + "\x03"
+	oidEncryptedData = oidPKCS7 + "\x06"
+
+	oidBag             = "\x2a\x86\x48\x86\xf7\x0d\x01\x0c\x0a\x01"
+	oidKeyBag          = oidBag + "\x01"
+	oidShroudedKeyBag  = oidBag + "\x02"
+	oidCertBag         = oidBag + "\x03"
+	oidSafeContentsBag = oidBag + "\x06"
+
+	oidPKCS9           = "\x2a\x86\x48\x86\xf7\x0d\x01\x09"
+	oidFriendlyName    = oidPKCS9 + "\x14"
+	oidLocalKeyID      = oidPKCS9 + "\x15"
+	oidX509Certificate = oidPKCS9 + "\x16\x01"
 
 	oidPBES2  = "\x2a\x86\x48\x86\xf7\x0d\x01\x05\x0d"
 	oidPBKDF2 = "\x2a\x86\x48\x86\xf7\x0d\x01\x05\x0c"
 	oidPBE    = "\x2a\x86\x48\x86\xf7\x0d\x01\x0c\x01" // and one more octet: the cipher
 
-	// maxWork bounds the work that one file can ask for, over all its parts and all passwords, in
-	// bytes that are hashed: one to two seconds. Firefox asks for a million iterations of 128 bytes.
-	maxWork = 256 << 20
-
-	// maxEncrypted bounds the encrypted parts of one file, since each asks for
-	// that work again; tools write one.
+	// maxEncrypted bounds the encrypted parts of one store, since each asks for the work of trying
+	// passwords again; tools write one.
 	maxEncrypted = 4
 
 	// maxBagDepth bounds how deep bags nest; no tool nests them at all.
 	maxBagDepth = 8
+
+	// maxAlias bounds the bytes of an entry's name.
+	maxAlias = 1 << 10
 )
 
-// looksLikePKCS12 reports whether b begins as a PFX does: a SEQUENCE with
-// version 3 and a ContentInfo with data or signedData.
-func looksLikePKCS12(b []byte) bool {
-	if !hasContentType(b, "\x02\x01\x03\x30") {
-		return false
+// Is reports whether data begins as a store does (RFC 7292, 4): a SEQUENCE with version 3 and a
+// ContentInfo of PKCS#7. A head of a few bytes is enough.
+func Is(data []byte) bool {
+	for _, want := range []string{"\x02\x01\x03", "\x06\x09" + oidPKCS7} {
+		header := ber.HeaderLength(data)
+		if header == 0 || data[0] != ber.TagSequence {
+			return false
+		}
+		if data = data[header:]; string(data[:min(len(data), len(want))]) != want[:min(len(data), len(want))] {
+			return false
+		}
+		data = data[min(len(data), len(want)):]
 	}
-	at := bytes.Index(b[:min(len(b), 32)], []byte("\x06\x09"+oidData[:8]))
-	return at > 0
+	return true
+}
+
+// Kind is what an entry is.
+type Kind int
+
+const (
+	Certificate  Kind = iota // X.509
+	EncryptedKey             // EncryptedPrivateKeyInfo of PKCS#8, as it is in the store
+	Key                      // PrivateKeyInfo of PKCS#8
+	Other                    // a bag of another kind: a revocation list, a secret
+)
+
+// Entry is one thing in a store. Its slices may be part of the store's bytes.
+type Entry struct {
+	Kind  Kind
+	Alias string // friendlyName; "": there is none
+	ID    []byte // localKeyId: a key and its certificate have the same one
+	DER   []byte
+}
+
+// Reader reads stores with the same passwords.
+type Reader struct {
+	Passwords []string // in the order in which they are tried
+
+	// Work is what trying passwords may still cost, over all stores that are read, in bytes that are
+	// hashed. Hashing a hundred million or two takes a second. A file can ask for any number of
+	// iterations, so there is no way to read one without a bound.
+	Work int64
 }
 
 var (
-	errPKCS12Locked = errors.New("PKCS#12: no configured password opens the certificates")
-	errPKCS12Parts  = fmt.Errorf("PKCS#12: it has more than %d encrypted parts, and what follows is not looked into", maxEncrypted)
-	errCostly       = errors.New("PKCS#12: trying every password costs more than one file may: put the right one first in the list, or write the file anew with fewer iterations (openssl pkcs12 -export -iter 10000)")
-	errPKCS12Signed = errors.New("PKCS#12: the contents are signed or enveloped with a public key, which is not supported")
+	// ErrPassword: none of the passwords decrypts a part of a store.
+	ErrPassword = errors.New("PKCS#12: none of the passwords is right")
+
+	// ErrWork: trying another password would cost more than Work.
+	ErrWork = errors.New("PKCS#12: trying all passwords costs too much")
+
+	errParts  = fmt.Errorf("PKCS#12: it has more than %d encrypted parts, and what follows is not looked into", maxEncrypted)
+	errSigned = errors.New("PKCS#12: the contents are signed or enveloped with a public key, which is not supported")
 )
 
-// pkcs12 adds the certificates of a PFX. Keys stay encrypted: their bags are
-// not looked into. The MAC is not checked: a wrong password shows in the
-// padding and in what comes out, and a report needs no proof of origin.
-func (c *content) pkcs12(b []byte) {
-	pfx := ber.Sequence(b)
+// Read hands out the entries of a store, in their order, and a problem for each part that it cannot
+// read. Keys are not decrypted. The MAC is not checked: a wrong password shows in the padding and
+// in what comes out.
+func (r *Reader) Read(data []byte, entry func(Entry), problem func(error)) {
+	damaged := func(err error) {
+		if err != nil {
+			problem(fmt.Errorf("damaged PKCS#12: %w", err))
+		}
+	}
+	pfx := ber.Sequence(data)
 	pfx.Integer()
 	info := pfx.Inside(ber.TagSequence)
 	if kind := info.OID(); info.Err == nil && kind != oidData {
-		c.fail(errPKCS12Signed)
+		problem(errSigned)
 		return
 	}
 	safes := ber.Sequence(info.Inside(ber.TagExplicit0).Octets(ber.TagOctetString))
@@ -83,30 +138,30 @@ func (c *content) pkcs12(b []byte) {
 		content := safe.Inside(ber.TagExplicit0)
 		switch {
 		case content.Err != nil:
-			c.fail(fmt.Errorf("damaged PKCS#12: %w", content.Err))
+			damaged(content.Err)
 		case kind == oidData:
-			c.damaged(c.bags(content.Octets(ber.TagOctetString), 0))
+			damaged(readBags(content.Octets(ber.TagOctetString), 0, entry))
 		case kind == oidEncryptedData:
 			if encrypted++; encrypted > maxEncrypted {
-				c.fail(errPKCS12Parts)
+				problem(errParts)
 				return
 			}
-			c.encryptedBags(content)
+			part, err := readEncrypted(content)
+			if err == nil {
+				err = r.open(part, entry)
+			}
+			if err != nil {
+				problem(err)
+			}
 		case kind == oidEnvelopedData:
-			c.fail(errPKCS12Signed)
+			problem(errSigned)
 		}
 	}
-	c.damaged(safes.Err)
+	damaged(safes.Err)
 }
 
-func (c *content) damaged(err error) {
-	if err != nil {
-		c.fail(fmt.Errorf("damaged PKCS#12: %w", err))
-	}
-}
-
-// bags adds the certificates of a SafeContents.
-func (c *content) bags(b []byte, depth int) error {
+// readBags hands out the entries of a SafeContents.
+func readBags(b []byte, depth int, entry func(Entry)) error {
 	if depth > maxBagDepth {
 		return ber.ErrInvalid
 	}
@@ -115,31 +170,66 @@ func (c *content) bags(b []byte, depth int) error {
 		bag := contents.Inside(ber.TagSequence)
 		kind := bag.OID()
 		v := bag.Inside(ber.TagExplicit0)
-		switch {
-		case v.Err != nil:
+		if v.Err != nil {
 			return v.Err
-		case kind == oidSafeContentsBag:
-			if err := c.bags(v.Rest, depth+1); err != nil {
+		}
+		if kind == oidSafeContentsBag {
+			if err := readBags(v.Rest, depth+1, entry); err != nil {
 				return err
 			}
-		case kind == oidCertBag:
+			continue
+		}
+		e := Entry{Kind: Other, DER: v.Rest}
+		switch kind {
+		case oidKeyBag:
+			e.Kind = Key
+		case oidShroudedKeyBag:
+			e.Kind = EncryptedKey
+		case oidCertBag:
 			cert := v.Inside(ber.TagSequence)
 			if cert.OID() != oidX509Certificate {
-				continue // an SDSI certificate
+				break // an SDSI certificate
 			}
-			der := cert.Inside(ber.TagExplicit0).Octets(ber.TagOctetString)
-			der, _, err := firstCertificate(der)
-			if err != nil {
-				return cmp.Or(cert.Err, err)
+			inner := cert.Inside(ber.TagExplicit0)
+			if e.Kind, e.DER = Certificate, inner.Octets(ber.TagOctetString); inner.Err != nil {
+				return inner.Err
 			}
-			c.add(der, formatPKCS12)
 		}
+		e.readAttributes(bag)
+		entry(e)
 	}
 	return contents.Err
 }
 
-// encryptedBags tries the passwords, the empty one first.
-func (c *content) encryptedBags(data *ber.Fields) {
+// readAttributes reads what follows the value of a bag. Damage to it costs an entry no more than
+// its name.
+func (e *Entry) readAttributes(bag *ber.Fields) {
+	for attribute, err := range bag.Next(ber.TagSet).Children() {
+		if err != nil {
+			return
+		}
+		f := ber.Fields{Rest: attribute.Body}
+		kind := f.OID()
+		v, _, err := ber.Element(f.Inside(ber.TagSet).Rest)
+		if err != nil {
+			continue
+		}
+		switch kind {
+		case oidFriendlyName:
+			e.Alias, _ = v.Text(maxAlias)
+		case oidLocalKeyID:
+			e.ID, _ = v.Octets()
+		}
+	}
+}
+
+// encryptedPart is a part of a store that a password opens.
+type encryptedPart struct {
+	scheme     scheme
+	ciphertext []byte
+}
+
+func readEncrypted(data *ber.Fields) (encryptedPart, error) {
 	encrypted := data.Inside(ber.TagSequence)
 	encrypted.Integer()
 	info := encrypted.Inside(ber.TagSequence)
@@ -147,36 +237,39 @@ func (c *content) encryptedBags(data *ber.Fields) {
 	algorithm := info.Inside(ber.TagSequence)
 	ciphertext := info.Octets(ber.TagContext0)
 	if info.Err != nil {
-		c.damaged(info.Err)
-		return
+		return encryptedPart{}, fmt.Errorf("damaged PKCS#12: %w", info.Err)
 	}
 	scheme, err := encryptionScheme(algorithm)
 	if err != nil {
-		c.fail(fmt.Errorf("PKCS#12: %w", err))
-		return
+		return encryptedPart{}, fmt.Errorf("PKCS#12: %w", err)
 	}
-	for _, password := range slices.Concat([]string{""}, c.passwords) {
-		for _, form := range scheme.forms(password) {
-			work := scheme.work(len(ciphertext))
-			if c.work+work > maxWork {
-				c.locked = true
-				c.fail(errCostly)
-				return
+	return encryptedPart{scheme, ciphertext}, nil
+}
+
+// open tries the passwords.
+func (r *Reader) open(part encryptedPart, entry func(Entry)) error {
+	for _, password := range r.Passwords {
+		for _, form := range part.scheme.forms(password) {
+			work := part.scheme.work(len(part.ciphertext))
+			if work > r.Work {
+				return ErrWork
 			}
-			c.work += work
-			plain, err := scheme.open(form, ciphertext)
+			r.Work -= work
+			plain, err := part.scheme.open(form, part.ciphertext)
 			if err != nil {
 				continue
 			}
-			var opened content
-			if opened.bags(plain, 0) == nil {
-				c.certs = append(c.certs, opened.certs...)
-				return
+			var opened []Entry
+			if readBags(plain, 0, func(e Entry) { opened = append(opened, e) }) != nil {
+				continue
 			}
+			for _, e := range opened {
+				entry(e)
+			}
+			return nil
 		}
 	}
-	c.locked = true
-	c.fail(errPKCS12Locked)
+	return ErrPassword
 }
 
 // scheme is a password-based encryption with its parameters.

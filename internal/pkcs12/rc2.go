@@ -1,4 +1,4 @@
-package discovery
+package pkcs12
 
 import (
 	"crypto/cipher"
@@ -30,7 +30,7 @@ func newRC2(key []byte) (cipher.Block, error) {
 }
 
 func (*rc2) BlockSize() int      { return 8 }
-func (*rc2) Encrypt(_, _ []byte) { panic("discovery: RC2 only decrypts") }
+func (*rc2) Encrypt(_, _ []byte) { panic("pkcs12: RC2 only decrypts") }
 
 func (k *rc2) Decrypt(dst, src []byte) {
 	var r [4]uint16

@@ -1,0 +1,87 @@
+package discovery
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+
+	"certctl-agent/internal/ber"
+	"certctl-agent/internal/jks"
+	"certctl-agent/internal/pkcs12"
+)
+
+// maxWork bounds the work that one file can ask for, over all its parts and all passwords, in bytes
+// that are hashed: one to two seconds. Firefox asks for a million iterations of 128 bytes.
+const maxWork = 256 << 20
+
+var (
+	errLocked = errors.New("PKCS#12: no configured password opens the certificates")
+	errCostly = errors.New("PKCS#12: trying every password costs more than one file may: put the right one first in the list, or write the file anew with fewer iterations (openssl pkcs12 -export -iter 10000)")
+)
+
+// pkcs12 adds the certificates of a PKCS#12 store. A report needs no proof of origin, so its MAC is of no
+// interest.
+func (c *content) pkcs12(data []byte) {
+	if c.stores == nil {
+		c.stores = &pkcs12.Reader{Passwords: slices.Concat([]string{""}, c.passwords), Work: maxWork}
+	}
+	c.stores.Read(data, func(e pkcs12.Entry) {
+		if e.Kind != pkcs12.Certificate {
+			return
+		}
+		der, _, err := firstCertificate(e.DER)
+		if err != nil {
+			c.fail(fmt.Errorf("damaged PKCS#12: %w", err))
+			return
+		}
+		c.add(der, formatPKCS12)
+	}, func(err error) {
+		switch {
+		case errors.Is(err, pkcs12.ErrPassword):
+			c.locked, err = true, errLocked
+		case errors.Is(err, pkcs12.ErrWork):
+			c.locked, err = true, errCostly
+		}
+		c.fail(err)
+	})
+}
+
+// jks adds the certificates of a Java key store.
+func (c *content) jks(data []byte) {
+	err := jks.Read(data, func(e jks.Entry) {
+		for _, cert := range e.Chain {
+			if !cert.X509 {
+				continue
+			}
+			der, _, err := firstCertificate(cert.Encoded)
+			if err != nil {
+				c.fail(err)
+				continue
+			}
+			c.add(der, formatJKS)
+		}
+	})
+	if err != nil {
+		c.fail(err)
+	}
+}
+
+var errBouncyCastle = errors.New("a key store of BouncyCastle (BKS, UBER or BCFKS), which is not supported: " +
+	"keytool -importkeystore -deststoretype PKCS12 makes one that is read")
+
+// isBouncyCastle reports whether b begins as BKS and UBER do, with a version and the length of
+// their salt, or as BCFKS: in DER, with an encrypted store and the algorithm of its encryption.
+func isBouncyCastle(b []byte) bool {
+	if len(b) >= 8 && binary.BigEndian.Uint32(b) <= 2 && binary.BigEndian.Uint32(b[4:]) == 20 {
+		return true
+	}
+	for range 3 {
+		header := ber.HeaderLength(b)
+		if header == 0 || b[0] != ber.TagSequence {
+			return false
+		}
+		b = b[header:]
+	}
+	return len(b) > 0 && b[0] == ber.TagOID
+}
