@@ -3,8 +3,10 @@ package pemutil
 import (
 	"bytes"
 	"encoding/asn1"
-	"encoding/binary"
 	"strings"
+
+	"certctl-agent/internal/jks"
+	"certctl-agent/internal/pkcs12"
 )
 
 // Content is what a file that is about to be replaced seems to hold. It is
@@ -81,7 +83,7 @@ func labels(data []byte) func(yield func(label string, begins bool) bool) {
 			if !closed || !bytes.HasSuffix(before, []byte("--")) {
 				continue
 			}
-			before = bytes.TrimSuffix(bytes.TrimRight(before, "-"), []byte("\xef\xbb\xbf")) // byte order mark
+			before = bytes.TrimSuffix(bytes.TrimRight(before, "-"), []byte(byteOrderMark))
 			begins := len(before) == 0 || bytes.HasSuffix(before, []byte("\n")) || bytes.HasSuffix(before, []byte("\r"))
 			if !yield(string(bytes.TrimSpace(label)), begins) {
 				return
@@ -90,20 +92,8 @@ func labels(data []byte) func(yield func(label string, begins bool) bool) {
 	}
 }
 
-// isStore reports whether data is a PKCS#12 file or a Java key store.
-func isStore(data []byte) bool {
-	if len(data) >= 12 {
-		switch binary.BigEndian.Uint32(data) {
-		case 0xfeedfeed, 0xcececece: // JKS, JCEKS
-			return true
-		}
-	}
-	// PFX ::= SEQUENCE { version INTEGER 3, ... } (RFC 7292, section 4). Some
-	// programs write one of indefinite length.
-	version := []byte{asn1.TagInteger, 1, 3}
-	body, ok := sequence(data)
-	return ok && bytes.HasPrefix(body, version) || bytes.HasPrefix(data, append([]byte{0x30, 0x80}, version...))
-}
+// isStore reports whether data is a key store.
+func isStore(data []byte) bool { return pkcs12.Is(data) || jks.Is(data) }
 
 // sequence returns the content of the one SEQUENCE that data is.
 func sequence(data []byte) ([]byte, bool) {
