@@ -23,6 +23,7 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/discovery/index"
 	"certctl-agent/internal/secret"
 )
 
@@ -99,7 +100,7 @@ func New(o Options) (*Scanner, error) {
 		}
 		dirs = append(dirs, filepath.Clean(dir))
 	}
-	slices.SortFunc(dirs, comparePaths)
+	slices.SortFunc(dirs, index.ComparePaths)
 	o.Dirs = slices.Compact(dirs)
 	for _, pattern := range o.Exclude {
 		if _, err := path.Match(pattern, ""); err != nil || pattern == "" {
@@ -113,7 +114,7 @@ func New(o Options) (*Scanner, error) {
 		return nil, err
 	}
 	if o.State != nil { // a kill may have left it half written
-		(&indexWriter{root: o.State, name: o.Index}).remove()
+		index.CleanUp(o.State, o.Index)
 	}
 	return &Scanner{opts: o, stall: stallAfter, racy: racyWindow, aside: runUnnoticed, names: maxListing, ownerTime: ownerTime, scanTime: scanTime, ownerBytes: ownerBytes, hung: make(map[string]int)}, nil
 }
@@ -182,7 +183,7 @@ func (r *run) passwords() error {
 	if r.retryLocked {
 		r.s.opened.forget()
 	}
-	r.words, r.s.locked, r.s.scanned = list, list, true
+	r.parser.Passwords, r.s.locked, r.s.scanned = list, list, true
 	return err
 }
 
@@ -214,7 +215,7 @@ const (
 // Problem is an entry of a report's errors: a path and what is wrong with it.
 // A path can have 4 KiB. Of a long one both ends are kept, and the cause always.
 func Problem(path, cause string) string {
-	path = printablePath(path)
+	path = api.TextOfPath(path)
 	if len(path) > maxProblemPath {
 		path = strings.ToValidUTF8(path[:maxProblemPath/2], "") + "…" + strings.ToValidUTF8(path[len(path)-maxProblemPath/2:], "")
 	}
@@ -222,7 +223,7 @@ func Problem(path, cause string) string {
 	if len(problem) > maxProblem {
 		problem = strings.ToValidUTF8(problem[:maxProblem], "") + "…"
 	}
-	return text(problem)
+	return api.Text(problem)
 }
 
 func (p *problems) add(path, cause string) { p.note(Problem(path, cause)) }

@@ -155,7 +155,7 @@ func TestChanges(t *testing.T) {
 	if err != nil || len(files) != 500 {
 		t.Fatalf("%d files, error %v", len(files), err)
 	}
-	cert, err := os.ReadFile("testdata/ed25519.pem")
+	cert, err := os.ReadFile("certfile/testdata/ed25519.pem")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -209,7 +209,7 @@ func TestChanges(t *testing.T) {
 
 func TestRecentFilesAreReadAgain(t *testing.T) {
 	dir := t.TempDir()
-	cert, err := os.ReadFile("testdata/ed25519.pem")
+	cert, err := os.ReadFile("certfile/testdata/ed25519.pem")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -226,7 +226,7 @@ func TestRecentFilesAreReadAgain(t *testing.T) {
 // TestLinks: letsencrypt, Debian's /etc/ssl/certs and Kubernetes volumes.
 func TestLinks(t *testing.T) {
 	outside, dir := t.TempDir(), t.TempDir()
-	cert, err := os.ReadFile("testdata/ed25519.pem")
+	cert, err := os.ReadFile("certfile/testdata/ed25519.pem")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -283,7 +283,7 @@ func TestLinks(t *testing.T) {
 
 func TestRootsAndExclusions(t *testing.T) {
 	dir := t.TempDir()
-	cert, err := os.ReadFile("testdata/ed25519.pem")
+	cert, err := os.ReadFile("certfile/testdata/ed25519.pem")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -358,7 +358,7 @@ func TestNewRefuses(t *testing.T) {
 
 func TestLargeDirectoryComesInOrder(t *testing.T) {
 	dir := t.TempDir()
-	cert, err := os.ReadFile("testdata/ed25519.pem")
+	cert, err := os.ReadFile("certfile/testdata/ed25519.pem")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -417,7 +417,7 @@ func TestCancel(t *testing.T) {
 
 func TestOneScanAtATime(t *testing.T) {
 	dir := t.TempDir()
-	cert, err := os.ReadFile("testdata/ed25519.pem")
+	cert, err := os.ReadFile("certfile/testdata/ed25519.pem")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -498,4 +498,13 @@ func TestProblemsAreBounded(t *testing.T) {
 	if len(list) > maxProblems+1 || total > 2*maxProblemBytes || !strings.HasPrefix(list[len(list)-1], "and ") {
 		t.Errorf("%d problems of %d bytes, the last %q", len(list), total, list[len(list)-1])
 	}
+}
+
+func testCertificate(t testing.TB) (text, der []byte) {
+	t.Helper()
+	text, err := os.ReadFile("certfile/testdata/ed25519.pem")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text, mustDecode(text)
 }

@@ -1,14 +1,13 @@
 package discovery
 
 import (
-	"bytes"
 	"crypto/sha256"
 	"fmt"
 	"sync"
 	"time"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/pkcs12"
+	"certctl-agent/internal/discovery/certfile"
 )
 
 // A file can ask for any amount of work: the derivation of a key takes as many
@@ -93,10 +92,10 @@ func countedAs[T any](known map[uint32]T, owner uint32) uint32 {
 
 // lookInto returns the outcome of a file's bytes, or nil when there is no
 // processor time for it.
-func (r *run) lookInto(name string, data []byte, owner uint32) []byte {
-	store := pkcs12.Is(data) || promiseOf(name) == promisesStore || bytes.Contains(data, []byte(pemBegin+"PKCS12"))
+func (r *run) lookInto(name string, data []byte, owner uint32) certfile.Outcome {
+	store := certfile.IsStore(name, data)
 	if !store && len(data) < measuredSize {
-		return appendOutcome(nil, parse(name, data, r.words), &r.known)
+		return r.parser.Parse(name, data)
 	}
 	var digest [sha256.Size]byte
 	if store {
@@ -109,7 +108,7 @@ func (r *run) lookInto(name string, data []byte, owner uint32) []byte {
 		return nil
 	}
 	began := threadTime()
-	outcome := appendOutcome(nil, parse(name, data, r.words), &r.known)
+	outcome := r.parser.Parse(name, data)
 	r.effort.count(owner, len(data), threadTime()-began)
 	if store {
 		r.s.opened.put(digest, outcome)
@@ -122,17 +121,17 @@ func (r *run) lookInto(name string, data []byte, owner uint32) []byte {
 // touched, does not cost a second time.
 type outcomes struct {
 	mu    sync.Mutex
-	known map[[sha256.Size]byte][]byte // guarded by mu
-	bytes int                          // guarded by mu
+	known map[[sha256.Size]byte]certfile.Outcome // guarded by mu
+	bytes int                                    // guarded by mu
 }
 
-func (o *outcomes) get(digest [sha256.Size]byte) []byte {
+func (o *outcomes) get(digest [sha256.Size]byte) certfile.Outcome {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return o.known[digest]
 }
 
-func (o *outcomes) put(digest [sha256.Size]byte, outcome []byte) {
+func (o *outcomes) put(digest [sha256.Size]byte, outcome certfile.Outcome) {
 	size := len(digest) + len(outcome)
 	if size > maxOpenedBytes/8 {
 		return
@@ -140,7 +139,7 @@ func (o *outcomes) put(digest [sha256.Size]byte, outcome []byte) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.known == nil || o.bytes+size > maxOpenedBytes {
-		o.known, o.bytes = make(map[[sha256.Size]byte][]byte), 0
+		o.known, o.bytes = make(map[[sha256.Size]byte]certfile.Outcome), 0
 	}
 	o.known[digest] = outcome
 	o.bytes += size

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -13,115 +12,10 @@ import (
 	"syscall"
 	"testing"
 
+	"certctl-agent/internal/discovery/certfile"
+	"certctl-agent/internal/discovery/index"
 	"certctl-agent/internal/testing/corpus"
 )
-
-func TestComparePaths(t *testing.T) {
-	ordered := []string{"/", "/a", "/a/b", "/a/b/c", "/a/b-c", "/a-b", "/a.b/c", "/ab", "/b"}
-	for i, a := range ordered {
-		for j, b := range ordered {
-			if got, want := comparePaths(a, b), i-j; got < 0 != (want < 0) || got > 0 != (want > 0) {
-				t.Errorf("comparePaths(%q, %q) = %d, want the sign of %d", a, b, got, want)
-			}
-		}
-	}
-}
-
-// newIndexWriter writes into a directory of its own.
-func newIndexWriter(t *testing.T, dir string, old *os.File) *indexWriter {
-	t.Helper()
-	root, err := os.OpenRoot(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { root.Close() })
-	return &indexWriter{root: root, name: "index", header: indexHeader([]string{"/r"}), old: old}
-}
-
-func readIndex(t *testing.T, path string) (files []indexed, last error) {
-	t.Helper()
-	f, err := os.Open(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	r, err := newIndexReader(f, indexHeader([]string{"/r"}))
-	if err != nil {
-		return nil, err
-	}
-	for {
-		file, err := r.next()
-		if err != nil {
-			return files, err
-		}
-		files = append(files, file)
-	}
-}
-
-// TestIndexPrefix: where the first difference is, at each record, the new
-// index is the same as one written from scratch.
-func TestIndexPrefix(t *testing.T) {
-	const n = 40
-	dir := t.TempDir()
-	path := filepath.Join(dir, "index")
-	outcome := func(i int) []byte { return bytes.Repeat([]byte{byte(i)}, 5000*(i%3)+3) }
-	w := newIndexWriter(t, dir, nil)
-	for i := range n {
-		w.add(i/30, fmt.Sprintf("/r/%d", i/7), fmt.Appendf(nil, "f%02d", i), []byte("stamp"), outcome(i))
-	}
-	if err := w.commit(); err != nil {
-		t.Fatal(err)
-	}
-	whole, last := readIndex(t, path)
-	if len(whole) != n || last != io.EOF {
-		t.Fatalf("read %d records back, %v", len(whole), last)
-	}
-	original, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for change := range n + 1 {
-		if err := os.WriteFile(path, original, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		old, err := os.Open(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		w := newIndexWriter(t, dir, old)
-		for i, file := range whole {
-			if i == change {
-				w.add(file.root, file.dir, file.name, []byte("other"), file.outcome)
-			} else {
-				w.keep(file)
-			}
-		}
-		if err := w.commit(); err != nil {
-			t.Fatal(err)
-		}
-		old.Close()
-		got, last := readIndex(t, path)
-		if len(got) != n || last != io.EOF {
-			t.Fatalf("change at %d: read %d records back, %v", change, len(got), last)
-		}
-		for i, file := range got {
-			want := whole[i]
-			if i == change {
-				want.stamp = []byte("other")
-			}
-			if file.root != want.root || file.dir != want.dir || !bytes.Equal(file.name, want.name) || !bytes.Equal(file.stamp, want.stamp) || !bytes.Equal(file.outcome, want.outcome) {
-				t.Fatalf("change at %d: record %d is of %s/%s", change, i, file.dir, file.name)
-			}
-		}
-		if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 {
-			t.Fatalf("change at %d: %v in the directory, %v", change, entries, err)
-		}
-	}
-	// Without a change nothing was written.
-	if data, err := os.ReadFile(path); err != nil || !bytes.Equal(data, original) {
-		t.Error("an unchanged index was rewritten")
-	}
-}
 
 // TestDamagedIndex: whatever happens to the index, the scan is right and the
 // next one remembers again.
@@ -144,8 +38,9 @@ func TestDamagedIndex(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	const headerSize = 16 + 32 // magic and digest
 	damage := map[string][]byte{"empty": {}, "all zeros": make([]byte, len(good)), "without an end": good[:len(good)-8]}
-	for _, at := range []int{0, 20, int(headerSize), int(headerSize) + 5, int(headerSize) + 100, len(good) / 2, len(good) - 12} {
+	for _, at := range []int{0, 20, headerSize, headerSize + 5, headerSize + 100, len(good) / 2, len(good) - 12} {
 		flipped := slices.Clone(good)
 		flipped[at] ^= 0x10
 		damage[fmt.Sprintf("bit at %d", at)] = flipped
@@ -182,14 +77,14 @@ func TestIndexThatLies(t *testing.T) {
 	if err := syscall.Lstat(path, &st); err != nil {
 		t.Fatal(err)
 	}
-	w := &indexWriter{root: root, name: "index", header: indexHeader([]string{dir})}
-	w.add(0, dir, []byte("a.pem"), appendStamp(nil, statusOf(&st)), []byte{0, 0, 200})
-	if err := w.commit(); err != nil {
+	w := index.NewWriter(root, "index", []string{dir}, nil)
+	w.Add(0, dir, []byte("a.pem"), appendStamp(nil, statusOf(&st)), []byte{0, 0, 200})
+	if err := w.Commit(); err != nil {
 		t.Fatal(err)
 	}
 	s := newScanner(t, Options{Dirs: []string{dir}, State: root, Index: "index"})
-	if _, err := s.Scan(t.Context(), nil); !errors.Is(err, errDamagedOutcome) {
-		t.Errorf("error %v, want %v", err, errDamagedOutcome)
+	if _, err := s.Scan(t.Context(), nil); !errors.Is(err, certfile.ErrDamaged) {
+		t.Errorf("error %v, want %v", err, certfile.ErrDamaged)
 	}
 	if found, _ := scanAll(t, s); len(found) != 1 {
 		t.Errorf("the scan after it finds %d certificates, want 1", len(found))

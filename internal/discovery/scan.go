@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/discovery/certfile"
+	"certctl-agent/internal/discovery/index"
 )
 
 const (
@@ -58,8 +60,7 @@ type run struct {
 	own         []ownDir
 	mounts      mounts
 	retryLocked bool
-	words       []string // passwords
-	known       certificates
+	parser      certfile.Parser
 
 	tasks    chan *task
 	segments chan *segment
@@ -74,8 +75,8 @@ type run struct {
 	named    sync.Map          // mount points of hung file systems already named
 	linked   map[identity]bool // files reached by links; owned by the walk
 	open     *segment          // being filled; owned by the walk
-	old      *indexReader
-	oldFile  indexed // next of the old index, when haveOld; owned by the walk
+	old      *index.Reader
+	oldFile  index.File // next of the old index, when haveOld; owned by the walk
 	haveOld  bool
 	problems problems
 
@@ -84,7 +85,7 @@ type run struct {
 
 	summary Summary // Skipped: owned by the walk; Read, Formats: by the emitter
 	effort  effort
-	writer  *indexWriter
+	writer  *index.Writer
 
 	// Owned by the emitter.
 	batch      []api.DiscoveredCertificate
@@ -117,14 +118,14 @@ type entry struct {
 	owner uint32
 	link  bool
 	hit   bool
-	kept  indexed // when hit
+	kept  index.File // when hit
 
 	*reading // when read
 }
 
 // reading is what came of a file that was opened.
 type reading struct {
-	outcome []byte
+	outcome certfile.Outcome
 	stamp   []byte // nil: not to be remembered
 	problem string
 	unread  bool // its owner's processor time is used up
@@ -188,7 +189,7 @@ func (r *run) scan() error {
 	r.awaitWorkers()
 	r.nameLeftOut()
 	if r.last.dir != nil {
-		r.summary.Reached = printablePath(join(r.last.dir.shown, string(r.last.name)))
+		r.summary.Reached = api.TextOfPath(join(r.last.dir.shown, string(r.last.name)))
 	}
 	return cmp.Or(emitted, walked)
 }
@@ -285,10 +286,10 @@ func (r *run) join(n *node) error {
 func (r *run) put(e entry, mount string) error {
 	s := r.open
 	// An entry of the index holds the whole block that it is in.
-	holds := max(e.size, headSize/8)
+	holds := max(e.size, certfile.HeadSize/8)
 	if e.hit {
-		if holds = 0; s == nil || s.block != e.kept.at.block {
-			holds = int64(len(r.old.block))
+		if holds = 0; s == nil || s.block != e.kept.Block {
+			holds = int64(e.kept.BlockSize)
 		}
 	}
 	if s != nil && holds > 0 && (s.bytes > 0 && s.bytes+holds > segmentBytes || !e.hit && s.on != "" && s.on != mount) {
@@ -302,7 +303,7 @@ func (r *run) put(e entry, mount string) error {
 	}
 	s.bytes += holds
 	if e.hit {
-		s.block = e.kept.at.block
+		s.block = e.kept.Block
 	} else {
 		s.on, s.reads = mount, true
 	}
@@ -468,9 +469,9 @@ func (w *worker) read(full, name string, e *entry) (status, []byte, error) {
 	if !now.isRegular() || now.size > MaxFileSize {
 		return now, nil, nil // it changed since; the next scan counts it as what it is
 	}
-	head, err := w.fill(fd, 0, headSize)
-	if err != nil || len(head) < headSize || !worthReading(name, head) {
-		if !worthReading(name, head) {
+	head, err := w.fill(fd, 0, certfile.HeadSize)
+	if err != nil || len(head) < certfile.HeadSize || !certfile.WorthReading(name, head) {
+		if !certfile.WorthReading(name, head) {
 			head = nil
 		}
 		return now, head, err
@@ -529,39 +530,35 @@ func (r *run) openIndex() (closeOld func()) {
 	if o.State == nil {
 		return func() {}
 	}
-	r.writer = &indexWriter{root: o.State, name: o.Index, header: indexHeader(o.Dirs)}
-	old, err := o.State.Open(o.Index)
-	if err != nil {
-		if !errors.Is(err, fs.ErrNotExist) {
-			o.Log.Warn("index of the last scan not read: every file is read again", "error", err.Error())
-		}
-		return func() {}
-	}
-	r.old, err = newIndexReader(old, r.writer.header)
-	if err != nil {
+	old, err := index.Open(o.State, o.Index, o.Dirs)
+	r.old = old
+	r.writer = index.NewWriter(o.State, o.Index, o.Dirs, old)
+	switch {
+	case err == nil:
+		return func() { old.Close() }
+	case errors.Is(err, index.ErrDamaged), errors.Is(err, index.ErrForeign):
 		o.Log.Info("index of the last scan thrown away: every file is read again", "reason", err.Error())
-		r.old = nil
-	} else {
-		r.writer.old = old
+	case !errors.Is(err, fs.ErrNotExist):
+		o.Log.Warn("index of the last scan not read: every file is read again", "error", err.Error())
 	}
-	return func() { old.Close() }
+	return func() {}
 }
 
 // lookUp finds a file in the old index, which is read on up to there.
-func (r *run) lookUp(n *node, f *file) (indexed, bool) {
+func (r *run) lookUp(n *node, f *file) (index.File, bool) {
 	for r.advance() {
-		order := cmp.Or(cmp.Compare(r.oldFile.root, n.root), comparePaths(r.oldFile.dir, n.path), bytes.Compare(r.oldFile.name, f.name))
+		order := r.oldFile.Compare(n.root, n.path, f.name)
 		if order > 0 {
 			break
 		}
 		r.haveOld = false
 		if order == 0 {
-			unchanged := bytes.Equal(appendStamp(make([]byte, 0, 64), f.status), r.oldFile.stamp)
-			return r.oldFile, unchanged && !(r.retryLocked && isLocked(r.oldFile.outcome))
+			unchanged := bytes.Equal(appendStamp(make([]byte, 0, 64), f.status), r.oldFile.Stamp)
+			return r.oldFile, unchanged && !(r.retryLocked && certfile.Outcome(r.oldFile.Outcome).Locked())
 		}
 		r.noteGone()
 	}
-	return indexed{}, false
+	return index.File{}, false
 }
 
 // noteGone: the new index differs from here on.
@@ -578,7 +575,7 @@ func (r *run) advance() bool {
 		return r.haveOld
 	}
 	var err error
-	r.oldFile, err = r.old.next()
+	r.oldFile, err = r.old.Next()
 	switch {
 	case err == nil:
 		r.haveOld = true
@@ -617,7 +614,7 @@ func (r *run) emitSegment(s *segment) error {
 		}
 	}
 	if s.gone && r.writer != nil {
-		r.writer.differ()
+		r.writer.Differ()
 	}
 	for i := range s.entries {
 		if err := r.emitEntry(&s.entries[i]); err != nil {
@@ -632,12 +629,12 @@ func (r *run) emitSegment(s *segment) error {
 }
 
 func (r *run) emitEntry(e *entry) error {
-	var outcome []byte
+	var outcome certfile.Outcome
 	switch {
 	case e.hit:
-		outcome = e.kept.outcome
+		outcome = e.kept.Outcome
 		if r.writer != nil {
-			r.writer.keep(e.kept)
+			r.writer.Keep(e.kept)
 		}
 	case e.reading == nil:
 		return nil
@@ -648,7 +645,7 @@ func (r *run) emitEntry(e *entry) error {
 		r.summary.Read++
 		outcome = e.outcome
 		if r.writer != nil && e.stamp != nil {
-			r.writer.add(e.dir.root, e.dir.path, e.name, e.stamp, outcome)
+			r.writer.Add(e.dir.root, e.dir.path, e.name, e.stamp, outcome)
 		}
 		if e.problem != "" {
 			r.problems.add(join(e.dir.shown, string(e.name)), e.problem)
@@ -656,7 +653,7 @@ func (r *run) emitEntry(e *entry) error {
 		}
 	}
 	r.last = entry{dir: e.dir, name: e.name}
-	if holdsNothing(outcome) {
+	if outcome.Empty() {
 		return nil
 	}
 	if !r.mayReport(e.owner) {
@@ -664,8 +661,8 @@ func (r *run) emitEntry(e *entry) error {
 		return nil
 	}
 	path := join(e.dir.shown, string(e.name))
-	source := printablePath(path)
-	return emitOutcome(outcome, source,
+	source := api.TextOfPath(path)
+	return outcome.Report(source,
 		func(cert api.DiscoveredCertificate) error {
 			r.summary.Formats[cert.SourceFormat]++
 			r.s.found.Add(1)
@@ -705,8 +702,8 @@ func (r *run) finishIndex(scanned error) {
 	if r.writer == nil {
 		return
 	}
-	if _, panicked := errors.AsType[*panicError](scanned); panicked || errors.Is(scanned, errDamagedOutcome) {
-		r.writer.abandon()
+	if _, panicked := errors.AsType[*panicError](scanned); panicked || errors.Is(scanned, certfile.ErrDamaged) {
+		r.writer.Abandon()
 		if !panicked {
 			// Its checksums are right: it would fail every scan alike.
 			_ = r.s.opts.State.Remove(r.s.opts.Index)
@@ -714,11 +711,15 @@ func (r *run) finishIndex(scanned error) {
 		return
 	}
 	if scanned != nil {
-		r.writer.keepAfter(r.last.dir, r.last.name)
+		if r.last.dir == nil {
+			r.writer.KeepAfter(-1, "", nil)
+		} else {
+			r.writer.KeepAfter(r.last.dir.root, r.last.dir.path, r.last.name)
+		}
 	} else if r.advance() {
-		r.writer.differ() // what is left of the old one is gone
+		r.writer.Differ() // what is left of the old one is gone
 	}
-	if err := r.writer.commit(); err != nil {
+	if err := r.writer.Commit(); err != nil {
 		r.s.opts.Log.Warn("index not written: the next scan reads every file", "error", err.Error())
 	}
 }

@@ -13,6 +13,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"certctl-agent/internal/discovery/certfile"
 )
 
 const (
@@ -459,7 +461,7 @@ func (r *run) forbidden(real string) string {
 	switch {
 	case r.inOwn(real):
 		return skipOwn
-	case promiseOf(name) == promisesKey:
+	case certfile.IsKey(name):
 		return skipKey
 	case r.excluded(dir, name):
 		return skipExcluded
@@ -490,7 +492,7 @@ func (r *run) sortOut(n *node, files *nameList, name []byte, mode fs.FileMode) {
 		switch {
 		case len(r.s.opts.Exclude) > 0 && r.excludedIn(n, string(name)):
 			n.skip(skipExcluded)
-		case promiseOf(string(name)) == promisesKey:
+		case certfile.IsKey(string(name)):
 			n.skip(skipKey)
 		case r.anyFile && slices.Contains(r.s.opts.Dirs, join(n.path, string(name))):
 			n.skip(skipNamed)
@@ -604,7 +606,7 @@ func (r *run) follow(w *worker, n *node, f *file) bool {
 		})
 	}
 	if err != nil {
-		if promiseOf(string(f.name)) != promisesNothing || err == errHung {
+		if certfile.Promises(string(f.name)) || err == errHung {
 			n.problem(join(n.shown, string(f.name)), fmt.Errorf("the link leads nowhere: %s", cause(err)))
 		} else {
 			n.skip(skipDangling)
@@ -742,7 +744,7 @@ func resolveRoot(dir string) (real string, isFile bool, err error) {
 		return real, false, err
 	case !info.Mode().IsRegular():
 		return "", false, errors.New("neither a directory nor a regular file")
-	case promiseOf(path.Base(dir)) == promisesKey:
+	case certfile.IsKey(dir):
 		return "", false, errors.New("it is called like a private key: those files (.key) are not read")
 	}
 	real, err = filepath.EvalSymlinks(path.Dir(dir))

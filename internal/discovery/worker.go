@@ -6,6 +6,8 @@ import (
 	"path"
 	"sync/atomic"
 	"time"
+
+	"certctl-agent/internal/api"
 )
 
 // A file system whose server is gone does not return from a call at all. So
@@ -82,7 +84,7 @@ func (r *run) wait(t *task, path string) error {
 		return nil
 	}
 	if _, named := r.named.LoadOrStore(t.mount, true); !named {
-		r.problems.add(path, t.err.Error()+"; everything on "+printablePath(t.mount)+" is skipped")
+		r.problems.add(path, t.err.Error()+"; everything on "+api.TextOfPath(t.mount)+" is skipped")
 	}
 	return nil
 }

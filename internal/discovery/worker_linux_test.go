@@ -52,7 +52,7 @@ func mountDead(t *testing.T, point string) (revive func()) {
 
 func TestHungMount(t *testing.T) {
 	dir := t.TempDir()
-	cert, err := os.ReadFile("testdata/ed25519.pem")
+	cert, err := os.ReadFile("certfile/testdata/ed25519.pem")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -108,7 +108,7 @@ func TestHungMount(t *testing.T) {
 // hangs. Everything but the link is found.
 func TestLinkToHungMount(t *testing.T) {
 	outside, dir := t.TempDir(), t.TempDir()
-	cert, err := os.ReadFile("testdata/ed25519.pem")
+	cert, err := os.ReadFile("certfile/testdata/ed25519.pem")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -163,7 +163,7 @@ func TestCancelWhileAMountHangs(t *testing.T) {
 
 func TestLowestPriority(t *testing.T) {
 	dir := t.TempDir()
-	cert, err := os.ReadFile("testdata/ed25519.pem")
+	cert, err := os.ReadFile("certfile/testdata/ed25519.pem")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,4 +1,8 @@
-package discovery
+// Package certfile finds the X.509 certificates in the bytes of a file, whatever
+// it is called and in whichever of the usual formats they are, and describes
+// each as a report does. Only certificates leave it: private keys are neither
+// decrypted nor copied.
+package certfile
 
 import (
 	"bytes"
@@ -21,6 +25,15 @@ const (
 	formatPKCS12 = "PKCS12"
 	formatJKS    = "JKS"
 )
+
+// formats in the order of their numbers in an Outcome.
+var formats = []string{formatPEM, formatDER, formatPKCS7, formatPKCS12, formatJKS}
+
+// IsKey reports whether a file of that name is a private key's: it is not to be read.
+func IsKey(name string) bool { return promiseOf(name) == promisesKey }
+
+// Promises reports whether the name of a file says that there are certificates in it, or a key.
+func Promises(name string) bool { return promiseOf(name) != promisesNothing }
 
 // promise is what the name of a file says about its content.
 type promise int
@@ -47,16 +60,22 @@ func promiseOf(name string) promise {
 	return promisesNothing
 }
 
-// headSize is how much of a file is looked at before the rest is read.
-const headSize = 4096
+// HeadSize is how much of a file is looked at before the rest is read.
+const HeadSize = 4096
 
-// worthReading reports whether a file that begins with head can hold a
+// WorthReading reports whether a file that begins with head can hold a
 // certificate. A name that promises one is believed, and so is the signature
 // of a key store under any name. Beyond those only text can hold one, as PEM,
 // anywhere in it; text has no NUL. (Text in UTF-16 has; no tool writes PEM so.)
-func worthReading(name string, head []byte) bool {
+func WorthReading(name string, head []byte) bool {
 	return promiseOf(name) != promisesNothing || jks.Is(head) || pkcs12.Is(head) ||
 		bytes.IndexByte(head, 0) < 0 || looksLikeDER(name, head)
+}
+
+// IsStore reports whether a file is a key store by its name or content: reading it may cost the time
+// of trying passwords.
+func IsStore(name string, data []byte) bool {
+	return pkcs12.Is(data) || promiseOf(name) == promisesStore || bytes.Contains(data, []byte(pemBegin+labelPKCS12))
 }
 
 // looksLikeDER reports whether a file is read as DER though its name does not promise that: it has
@@ -99,7 +118,20 @@ func (c *content) fail(err error) {
 	}
 }
 
-// parse finds the certificates in data, the bytes of a file of that name.
+// Parser looks into files. It may do so for several at a time.
+type Parser struct {
+	Passwords []string // tried on PKCS#12 stores after the empty one, in order
+
+	recent cache
+}
+
+// Parse finds the certificates in data, the bytes of a file of that name. It
+// keeps none of them.
+func (p *Parser) Parse(name string, data []byte) Outcome {
+	return p.outcome(parse(name, data, p.Passwords))
+}
+
+// parse is Parse before the certificates are described.
 func parse(name string, data []byte, passwords []string) content {
 	c := content{passwords: passwords}
 	promised := promiseOf(name)
@@ -196,7 +228,7 @@ func (c *content) block(block pemBlock) error {
 
 // binary reads what a name promised and PEM is not.
 func (c *content) binary(data []byte, promised promise) {
-	if isText(data[:min(len(data), headSize)]) {
+	if isText(data[:min(len(data), HeadSize)]) {
 		if c.bareBase64(data, promised) || promised != promisesDER {
 			return
 		}

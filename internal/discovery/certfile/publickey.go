@@ -1,4 +1,4 @@
-package discovery
+package certfile
 
 import "certctl-agent/internal/ber"
 

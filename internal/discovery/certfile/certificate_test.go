@@ -1,4 +1,4 @@
-package discovery
+package certfile
 
 import (
 	"bytes"
@@ -42,7 +42,7 @@ func checkAgainstGo(t *testing.T, der []byte) {
 		return
 	}
 	want := api.DiscoveredCertificate{
-		CommonName:   text(cert.Subject.CommonName),
+		CommonName:   api.Text(cert.Subject.CommonName),
 		SANs:         []string{},
 		SerialNumber: cert.SerialNumber.Text(16),
 		IssuerDN:     got.IssuerDN,
@@ -54,22 +54,22 @@ func checkAgainstGo(t *testing.T, der []byte) {
 		IsCA:         cert.IsCA,
 	}
 	for _, name := range cert.DNSNames {
-		want.SANs = append(want.SANs, text(name))
+		want.SANs = append(want.SANs, api.Text(name))
 	}
 	for _, address := range cert.EmailAddresses {
-		want.SANs = append(want.SANs, text(address))
+		want.SANs = append(want.SANs, api.Text(address))
 	}
 	for _, ip := range cert.IPAddresses {
 		want.SANs = append(want.SANs, ip.String())
 	}
 	for _, uri := range cert.URIs {
-		want.SANs = append(want.SANs, text(uri.String()))
+		want.SANs = append(want.SANs, api.Text(uri.String()))
 	}
 	if !slices.ContainsFunc(cert.Issuer.Names, isUncommon) {
-		want.IssuerDN = text(cert.Issuer.String())
+		want.IssuerDN = api.Text(cert.Issuer.String())
 	}
 	if !slices.ContainsFunc(cert.Subject.Names, isUncommon) {
-		want.SubjectDN = text(cert.Subject.String())
+		want.SubjectDN = api.Text(cert.Subject.String())
 	}
 	switch key := cert.PublicKey.(type) {
 	case *rsa.PublicKey:
@@ -125,7 +125,7 @@ func TestNamesAsGoWritesThem(t *testing.T) {
 			t.Fatalf("crypto/x509 does not read the name %x: %v", p.subject, err)
 		}
 		got, err := describe(p.der())
-		if err != nil || got.SubjectDN != text(cert.Subject.String()) || got.IssuerDN != text(cert.Issuer.String()) || got.CommonName != text(cert.Subject.CommonName) {
+		if err != nil || got.SubjectDN != api.Text(cert.Subject.String()) || got.IssuerDN != api.Text(cert.Issuer.String()) || got.CommonName != api.Text(cert.Subject.CommonName) {
 			t.Fatalf("%x: got %q, %q, %q, %v\nwant %q, %q, %q", p.der(), got.SubjectDN, got.IssuerDN, got.CommonName, err,
 				cert.Subject, cert.Issuer, cert.Subject.CommonName)
 		}
@@ -291,7 +291,9 @@ func TestOddCertificates(t *testing.T) {
 			continue
 		}
 		file := filepath.Join(dir, "a.der")
-		write(t, file, der)
+		if err := os.WriteFile(file, der, 0o600); err != nil {
+			t.Fatal(err)
+		}
 		output, err := exec.CommandContext(t.Context(), openssl, "x509", "-in", file, "-inform", "DER", "-noout", "-subject", "-startdate",
 			"-dateopt", "iso_8601", "-nameopt", "RFC2253,-esc_msb", "-ext", "basicConstraints").CombinedOutput()
 		said := string(output)
@@ -396,10 +398,10 @@ func TestHugeCertificates(t *testing.T) {
 		if spent > 4*maxNames || took > time.Second {
 			t.Errorf("%s: %v allocations, %v", test.what, spent, took)
 		}
-		var known certificates
+		var parser Parser
 		for range 2 { // the second one is not hidden by the first
 			c := content{certs: []found{{der, formatDER}}}
-			outcome := appendOutcome(nil, c, &known)
+			outcome := parser.outcome(c)
 			if named := bytes.Contains(outcome, []byte(errCut.Error())); named != (test.err != nil) {
 				t.Errorf("%s: named: %v", test.what, named)
 			}

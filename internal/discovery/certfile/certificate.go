@@ -1,4 +1,4 @@
-package discovery
+package certfile
 
 import (
 	"errors"
@@ -63,7 +63,7 @@ func describe(der []byte) (api.DiscoveredCertificate, error) {
 	}
 	var cut bool // anything is left out
 	bounded := func(s string) string {
-		s, isCut := bound(text(s))
+		s, isCut := bound(api.Text(s))
 		cut = cut || isCut
 		return s
 	}
@@ -88,12 +88,6 @@ func describe(der []byte) (api.DiscoveredCertificate, error) {
 		return c, errCut
 	}
 	return c, nil
-}
-
-// text makes s safe for the control plane, which drops an entry with a NUL in
-// a name and stores nothing but UTF-8.
-func text(s string) string {
-	return strings.ReplaceAll(strings.ToValidUTF8(s, "\uFFFD"), "\x00", "\uFFFD")
 }
 
 // bound shortens s, which is valid UTF-8, to maxText bytes and an ellipsis.
@@ -257,7 +251,7 @@ func (x *extensions) readNames(names ber.Value) {
 		case 0x87:
 			shown = net.IP(name.Body).String()
 		}
-		*list = append(*list, text(shown))
+		*list = append(*list, api.Text(shown))
 	}
 }
 

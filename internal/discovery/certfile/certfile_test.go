@@ -1,4 +1,4 @@
-package discovery
+package certfile
 
 import (
 	"bytes"
@@ -10,7 +10,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"testing/iotest"
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/ber"
@@ -45,7 +44,7 @@ func TestParse(t *testing.T) {
 		return data
 	}
 	store := corpus.PKCS12(corpus.PKCS12Certificate(der))
-	rc2, rc4 := sample("../pkcs12/testdata/rc2-40.p12"), sample("../pkcs12/testdata/rc4.p12")
+	rc2, rc4 := sample("../../pkcs12/testdata/rc2-40.p12"), sample("../../pkcs12/testdata/rc4.p12")
 	wrapped := base64.StdEncoding.EncodeToString
 	base64Of := func(b []byte) []byte {
 		lines := strings.Split(string(pem.EncodeToMemory(&pem.Block{Type: "X", Bytes: b})), "\n")
@@ -146,11 +145,10 @@ func TestParse(t *testing.T) {
 		{"unknown store", "a.jks", []byte{1, 2, 3, 4}, 0, errUnknown.Error()},
 	}
 	for _, test := range tests {
-		c := parse(test.name, test.data, []string{"correct horse"})
-		var known certificates
+		parser := Parser{Passwords: []string{"correct horse"}}
 		var found []api.DiscoveredCertificate
 		var causes []string
-		err := emitOutcome(appendOutcome(nil, c, &known), "/x/"+test.name,
+		err := parser.Parse(test.name, test.data).Report("/x/"+test.name,
 			func(cert api.DiscoveredCertificate) error { found = append(found, cert); return nil },
 			func(cause string) { causes = append(causes, cause) })
 		if err != nil {
@@ -167,21 +165,8 @@ func TestParse(t *testing.T) {
 		if test.cause == "" && len(causes) > 0 || test.cause != "" && (len(causes) != 1 || !strings.Contains(causes[0], test.cause)) {
 			t.Errorf("%s: causes %q, want %q", test.what, causes, test.cause)
 		}
-		if len(found) > 0 && len(test.data) >= headSize && !worthReading(test.name, test.data[:headSize]) {
+		if len(found) > 0 && len(test.data) >= HeadSize && !WorthReading(test.name, test.data[:HeadSize]) {
 			t.Errorf("%s: the head hides the certificate", test.what)
-		}
-	}
-}
-
-func TestNamesAreSafeText(t *testing.T) {
-	for in, want := range map[string]string{"plain": "plain", "a\x00b": "a\uFFFDb", "a\xffb": "a\uFFFDb", "": ""} {
-		if got := text(in); got != want {
-			t.Errorf("text(%q) = %q, want %q", in, got, want)
-		}
-	}
-	for in, want := range map[string]string{"/a/é": "/a/é", "/a/\xe9": `/a/\xe9`, "/a/\xff\x01": "/a/\\xff\x01"} {
-		if got := printablePath(in); got != want {
-			t.Errorf("printablePath(%q) = %q, want %q", in, got, want)
 		}
 	}
 }
@@ -198,7 +183,7 @@ func TestEncodePEM(t *testing.T) {
 // addSeeds adds one file of each kind.
 func addSeeds(f *testing.F) {
 	text, der := testCertificate(f)
-	store, err := os.ReadFile("../pkcs12/testdata/secret.p12")
+	store, err := os.ReadFile("../../pkcs12/testdata/secret.p12")
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -209,7 +194,7 @@ func addSeeds(f *testing.F) {
 		f.Add(data)
 	}
 	var files []string
-	for _, pattern := range []string{"testdata/seeds/*", "../pkcs12/testdata/*.p12", "../jks/testdata/*.jceks"} {
+	for _, pattern := range []string{"testdata/seeds/*", "../../pkcs12/testdata/*.p12", "../../jks/testdata/*.jceks"} {
 		matches, err := filepath.Glob(pattern)
 		if err != nil || len(matches) == 0 {
 			f.Fatalf("no samples in %s: %v", pattern, err)
@@ -232,15 +217,14 @@ func fuzzFile(t *testing.T, name string, data []byte) {
 		return
 	}
 	before := bytes.Clone(data)
-	var known certificates
-	outcome := appendOutcome(nil, parse(name, data, []string{"correct horse"}), &known)
-	err := emitOutcome(outcome, "/x", func(cert api.DiscoveredCertificate) error {
+	parser := Parser{Passwords: []string{"correct horse"}}
+	err := parser.Parse(name, data).Report("/x", func(cert api.DiscoveredCertificate) error {
 		block, rest := pem.Decode([]byte(cert.PEMData))
 		if block == nil || len(rest) > 0 || block.Type != "CERTIFICATE" {
 			t.Errorf("PEM of a certificate: %q", cert.PEMData)
 		}
 		for _, s := range append([]string{cert.CommonName, cert.SubjectDN, cert.IssuerDN}, cert.SANs...) {
-			if s != text(s) {
+			if s != api.Text(s) {
 				t.Errorf("unsafe text %q", s)
 			}
 		}
@@ -282,8 +266,7 @@ func FuzzPKCS7(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) {
 		var c content
 		_ = c.pkcs7(data)
-		var known certificates
-		appendOutcome(nil, c, &known)
+		new(Parser).outcome(c)
 	})
 }
 
@@ -315,31 +298,11 @@ func FuzzCertificate(f *testing.F) {
 // FuzzOutcome: what a damaged index holds is an error, and no more.
 func FuzzOutcome(f *testing.F) {
 	text, _ := testCertificate(f)
-	var known certificates
-	f.Add(appendOutcome(nil, parse("a.pem", text, nil), &known))
-	f.Add(appendOutcome(nil, parse("a.der", []byte("x"), nil), &known))
+	var parser Parser
+	f.Add([]byte(parser.Parse("a.pem", text)))
+	f.Add([]byte(parser.Parse("a.der", []byte("x"))))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		_ = emitOutcome(data, "/x", func(api.DiscoveredCertificate) error { return nil }, func(string) {})
-	})
-}
-
-func FuzzIndex(f *testing.F) {
-	header := indexHeader([]string{"/a"})
-	f.Add([]byte{})
-	f.Add(make([]byte, blockHeader))
-	f.Add([]byte("\x03\x00\x00\x00\x00\x00\x00\x00\x02d\x00"))
-	f.Fuzz(func(t *testing.T, data []byte) {
-		r, err := newIndexReader(iotest.HalfReader(bytes.NewReader(append(bytes.Clone(header), data...))), header)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for {
-			file, err := r.next()
-			if err != nil {
-				return
-			}
-			_ = emitOutcome(file.outcome, "/x", func(api.DiscoveredCertificate) error { return nil }, func(string) {})
-		}
+		_ = Outcome(data).Report("/x", func(api.DiscoveredCertificate) error { return nil }, func(string) {})
 	})
 }
 
@@ -375,4 +338,9 @@ func TestPKCS12Work(t *testing.T) {
 			t.Errorf("%s: %q", test.what, c.causes)
 		}
 	}
+}
+
+func mustDecode(cert []byte) []byte {
+	block, _ := pem.Decode(cert)
+	return block.Bytes
 }

@@ -1,4 +1,4 @@
-package discovery
+package certfile
 
 import (
 	"encoding/binary"

@@ -1,0 +1,193 @@
+package certfile
+
+import (
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"slices"
+	"strings"
+	"sync"
+
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/discovery/record"
+)
+
+// Outcome is what a file held, as bytes: the form in which it goes from the
+// reader to the goroutine that reports it, and into the index. An unchanged file
+// is reported from there without being parsed.
+//
+//	flags, causes (list of strings), certificates (list of format, certificate)
+type Outcome []byte
+
+const flagLocked = 1
+
+// ErrDamaged: bytes are not an outcome.
+var ErrDamaged = errors.New("a file's record in the index is damaged")
+
+func (p *Parser) outcome(c content) Outcome {
+	// Describing may add causes, so certificates are put aside first.
+	var certs []byte
+	n := 0
+	for _, cert := range c.certs {
+		encoded, err := p.recent.encode(cert.der)
+		if err != nil && (cert.format != formatDER || !isOtherSigned(cert.der)) {
+			c.fail(err)
+		}
+		if encoded == nil {
+			continue
+		}
+		certs = append(certs, byte(slices.Index(formats, cert.format)))
+		certs = record.AppendString(certs, encoded)
+		n++
+	}
+	flags := byte(0)
+	if c.locked {
+		flags = flagLocked
+	}
+	b := binary.AppendUvarint([]byte{flags}, uint64(len(c.causes)))
+	for _, cause := range c.causes {
+		b = record.AppendString(b, cause)
+	}
+	b = binary.AppendUvarint(b, uint64(n))
+	return append(b, certs...)
+}
+
+// Locked reports whether a password would show more.
+func (o Outcome) Locked() bool { return len(o) > 0 && o[0]&flagLocked != 0 }
+
+// Empty reports whether there is nothing to report.
+func (o Outcome) Empty() bool { return len(o) == 3 && o[1]|o[2] == 0 }
+
+// Report hands out the certificates of a file, and the causes of damage to it.
+// source is the path to report.
+func (o Outcome) Report(source string, cert func(api.DiscoveredCertificate) error, cause func(string)) error {
+	d := record.Decoder{Rest: o}
+	d.Byte()
+	for range d.Length() {
+		if text := d.String(); !d.Damaged {
+			cause(text)
+		}
+	}
+	for range d.Length() {
+		format := int(d.Byte())
+		found := decodeCertificate(d.Bytes())
+		if d.Damaged || format >= len(formats) {
+			return ErrDamaged
+		}
+		found.SourcePath, found.SourceFormat = source, formats[format]
+		if err := cert(found); err != nil {
+			return err
+		}
+	}
+	if d.Damaged {
+		return ErrDamaged
+	}
+	return nil
+}
+
+func appendCertificate(b []byte, c api.DiscoveredCertificate, der []byte) []byte {
+	b = record.AppendString(b, der)
+	for _, s := range []string{c.FingerprintSHA256, c.CommonName, c.SerialNumber, c.IssuerDN, c.SubjectDN, c.NotBefore, c.NotAfter, c.KeyAlgorithm} {
+		b = record.AppendString(b, s)
+	}
+	b = binary.AppendUvarint(b, uint64(c.KeySize))
+	b = append(b, 0)
+	if c.IsCA {
+		b[len(b)-1] = 1
+	}
+	b = binary.AppendUvarint(b, uint64(len(c.SANs)))
+	for _, san := range c.SANs {
+		b = record.AppendString(b, san)
+	}
+	return b
+}
+
+func decodeCertificate(b []byte) api.DiscoveredCertificate {
+	d := record.Decoder{Rest: b}
+	der := d.Bytes()
+	d.Share()
+	c := api.DiscoveredCertificate{
+		FingerprintSHA256: d.String(),
+		CommonName:        d.String(),
+		SerialNumber:      d.String(),
+		IssuerDN:          d.String(),
+		SubjectDN:         d.String(),
+		NotBefore:         d.String(),
+		NotAfter:          d.String(),
+		KeyAlgorithm:      d.String(),
+		KeySize:           int(d.Uvarint()),
+		IsCA:              d.Byte() == 1,
+	}
+	c.SANs = make([]string, d.Length())
+	for i := range c.SANs {
+		c.SANs[i] = d.String()
+	}
+	c.PEMData = encodePEM(der)
+	return c
+}
+
+// encodePEM is pem.EncodeToMemory for a certificate, at a third of the cost:
+// it is most of what an unchanged certificate costs.
+func encodePEM(der []byte) string {
+	const (
+		begin = "-----BEGIN CERTIFICATE-----\n"
+		end   = "-----END CERTIFICATE-----\n"
+		line  = 48 // bytes that make 64 characters (RFC 7468, 2)
+	)
+	var b strings.Builder
+	b.Grow(len(begin) + base64.StdEncoding.EncodedLen(len(der)) + len(der)/line + 1 + len(end))
+	b.WriteString(begin)
+	var text [65]byte
+	for part := range slices.Chunk(der, line) {
+		b.Write(append(base64.StdEncoding.AppendEncode(text[:0], part), '\n'))
+	}
+	b.WriteString(end)
+	return b.String()
+}
+
+// cache remembers the encoded form of certificates seen lately: hosts
+// have many copies of the same authorities, and of each chain.
+type cache struct {
+	mu     sync.Mutex
+	size   int // bytes in recent
+	recent map[[sha256.Size]byte][]byte
+}
+
+// maxRecentBytes bounds what is remembered: about 500 certificates.
+const maxRecentBytes = 1 << 20
+
+// encode returns the encoded form of a certificate, with errCut when some of it was left out.
+func (c *cache) encode(der []byte) ([]byte, error) {
+	digest := sha256.Sum256(der)
+	c.mu.Lock()
+	encoded := c.recent[digest]
+	c.mu.Unlock()
+	if encoded != nil {
+		return encoded, nil
+	}
+	described, err := describe(der)
+	if err != nil && err != errCut {
+		return nil, err
+	}
+	described.FingerprintSHA256 = hex.EncodeToString(digest[:])
+	encoded = appendCertificate(nil, described, der)
+	if err != nil {
+		return encoded, err // not remembered: each file that holds it has to be named
+	}
+
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(encoded) > maxRecentBytes/8 {
+		return encoded, nil
+	}
+	if c.recent == nil || c.size+len(encoded) > maxRecentBytes {
+		// Starting over is simpler than ageing and as good here: what is
+		// common comes back with its next copy.
+		c.recent, c.size = make(map[[sha256.Size]byte][]byte), 0
+	}
+	c.recent[digest] = encoded
+	c.size += len(encoded)
+	return encoded, nil
+}
