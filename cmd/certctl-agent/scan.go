@@ -20,6 +20,7 @@ import (
 	"certctl-agent/internal/app"
 	"certctl-agent/internal/config"
 	"certctl-agent/internal/discovery"
+	"certctl-agent/internal/discovery/certfile"
 	"certctl-agent/internal/printable"
 )
 
@@ -138,7 +139,7 @@ func canScan(path string) error {
 		return fmt.Errorf("%s has %d bytes: files over %d are not read", path, info.Size(), discovery.MaxFileSize)
 	case !info.Mode().IsRegular() && !info.IsDir():
 		return fmt.Errorf("%s is neither a directory nor a regular file", path)
-	case !info.IsDir() && strings.EqualFold(filepath.Ext(path), ".key"):
+	case !info.IsDir() && certfile.IsKey(path):
 		return fmt.Errorf("%s is called like a private key: those files (.key) are not read", path)
 	}
 	file, err := os.Open(path)

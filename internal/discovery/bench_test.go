@@ -39,7 +39,7 @@ func BenchmarkScan(b *testing.B) {
 	}
 	scanner := func() *Scanner {
 		s := newScanner(b, Options{Dirs: []string{dir}})
-		s.aside = func(f func()) { f() } // with the priority of the others
+		s.idle = func(f func()) { f() } // with the priority of the others
 		return s
 	}
 	ways := []struct {

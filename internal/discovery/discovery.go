@@ -69,7 +69,7 @@ type Scanner struct {
 	opts  Options
 	stall time.Duration // stallAfter
 	racy  time.Duration // racyWindow
-	aside func(func())  // runUnnoticed
+	idle  func(func())  // runAtIdlePriority
 	names int           // maxListing
 
 	ownerTime, scanTime time.Duration // the constants of these names
@@ -116,7 +116,7 @@ func New(o Options) (*Scanner, error) {
 	if o.State != nil { // a kill may have left it half written
 		index.CleanUp(o.State, o.Index)
 	}
-	return &Scanner{opts: o, stall: stallAfter, racy: racyWindow, aside: runUnnoticed, names: maxListing, ownerTime: ownerTime, scanTime: scanTime, ownerBytes: ownerBytes, hung: make(map[string]int)}, nil
+	return &Scanner{opts: o, stall: stallAfter, racy: racyWindow, idle: runAtIdlePriority, names: maxListing, ownerTime: ownerTime, scanTime: scanTime, ownerBytes: ownerBytes, hung: make(map[string]int)}, nil
 }
 
 // Dirs are the directories that are scanned, sorted.
@@ -156,7 +156,7 @@ func (s *Scanner) Scan(ctx context.Context, emit func([]api.DiscoveredCertificat
 	s.files.Store(0)
 	s.found.Store(0)
 	r := newRun(ctx, s, emit)
-	if err := r.passwords(); err != nil {
+	if err := r.readPasswords(); err != nil {
 		r.problems.add("passwords for PKCS#12", err.Error())
 	}
 	err := r.scan()
@@ -166,10 +166,10 @@ func (s *Scanner) Scan(ctx context.Context, emit func([]api.DiscoveredCertificat
 	return r.summary, err
 }
 
-// passwords reads the configured ones. A file that no password opened is
+// readPasswords reads the configured ones. A file that no password opened is
 // tried again when they have changed, and once after a start: what they were
 // before is not written down anywhere.
-func (r *run) passwords() error {
+func (r *run) readPasswords() error {
 	var list []string
 	var err error
 	if r.s.opts.Passwords != nil {

@@ -169,13 +169,13 @@ func (r *run) scan() error {
 	group.Go(func() { r.watch(pool) })
 	var walked, emitted error // walked is set before segments is closed
 	group.Go(func() {
-		r.s.aside(func() {
+		r.s.idle(func() {
 			defer close(r.segments)
 			walked = r.guard("walk", r.walkAll)
 		})
 	})
 	group.Go(func() {
-		r.s.aside(func() {
+		r.s.idle(func() {
 			if emitted = r.guard("emit", r.emitAll); emitted != nil {
 				r.cancel(emitted)
 				r.finishIndex(emitted)
@@ -244,7 +244,7 @@ func (r *run) awaitWorkers() {
 
 func (r *run) newWorker() *worker {
 	w := &worker{r: r}
-	r.workers.Go(func() { r.s.aside(func() { r.work(w) }) })
+	r.workers.Go(func() { r.s.idle(func() { r.work(w) }) })
 	return w
 }
 
@@ -454,7 +454,7 @@ func (w *worker) read(full, name string, e *entry) (status, []byte, error) {
 	}
 	var fd int
 	err := retry(func() (err error) {
-		fd, err = openQuietly(full, flags, func(handle int, st *syscall.Stat_t) error { return w.r.mayRead(handle, st, e) })
+		fd, err = openWithoutAtime(full, flags, func(handle int, st *syscall.Stat_t) error { return w.r.mayRead(handle, st, e) })
 		return err
 	})
 	if err != nil {

@@ -57,7 +57,9 @@ func changeTimes(st *syscall.Stat_t) (modified, changed int64) {
 	return st.Mtimespec.Nano(), st.Ctimespec.Nano()
 }
 
-func openQuietly(path string, flags int, may func(fd int, st *syscall.Stat_t) error) (int, error) {
+// openWithoutAtime opens a file; access times cannot be left alone here. may
+// decides about a regular file once it is open.
+func openWithoutAtime(path string, flags int, may func(fd int, st *syscall.Stat_t) error) (int, error) {
 	fd, err := syscall.Open(path, flags, 0)
 	if err != nil {
 		return -1, err
@@ -87,5 +89,5 @@ func pathOf(fd int) (string, error) {
 // standard library knows of no better one here.
 func threadTime() time.Duration { return time.Duration(time.Now().UnixNano()) }
 
-// runUnnoticed runs f; threads have no priority of their own here.
-func runUnnoticed(f func()) { f() }
+// runAtIdlePriority runs f; threads have no priority of their own here.
+func runAtIdlePriority(f func()) { f() }

@@ -103,12 +103,12 @@ func readEntries(dir *os.File, buffer []byte, each func(name []byte, mode fs.Fil
 
 func changeTimes(st *syscall.Stat_t) (modified, changed int64) { return st.Mtim.Nano(), st.Ctim.Nano() }
 
-// openQuietly opens a regular file and leaves its access time alone, where this
-// user may ask for that. Of anything else it returns a handle that tells what it
+// openWithoutAtime opens a regular file and leaves its access time alone, where
+// this user may ask for that. Of anything else it returns a handle that tells what it
 // is and opens nothing: the owner of a directory on the way can turn it into a
 // link to /dev at any moment, and to open a watchdog is to start it. may decides
 // about a regular file before it is opened.
-func openQuietly(path string, flags int, may func(handle int, st *syscall.Stat_t) error) (int, error) {
+func openWithoutAtime(path string, flags int, may func(handle int, st *syscall.Stat_t) error) (int, error) {
 	const pathOnly = 0x200000 // O_PATH, open(2)
 	handle, err := syscall.Open(path, pathOnly|flags&(syscall.O_NOFOLLOW|syscall.O_CLOEXEC), 0)
 	if err != nil {
@@ -154,10 +154,10 @@ func threadTime() time.Duration {
 	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
 }
 
-// runUnnoticed runs f on a thread of its own that has the lowest CPU priority
+// runAtIdlePriority runs f on a thread of its own that has the lowest CPU priority
 // and gets the disk when nobody else wants it. The thread ends with the
 // goroutine of f. That a priority cannot be set is no reason not to scan.
-func runUnnoticed(f func()) {
+func runAtIdlePriority(f func()) {
 	const (
 		whoProcess = 1       // IOPRIO_WHO_PROCESS: of 0, this thread
 		idle       = 3 << 13 // IOPRIO_CLASS_IDLE
@@ -170,7 +170,7 @@ func runUnnoticed(f func()) {
 			// The first thread cannot end, and its priority is what ps shows.
 			// While it is held here, the next one is another.
 			defer runtime.UnlockOSThread()
-			runUnnoticed(f)
+			runAtIdlePriority(f)
 			return
 		}
 		_ = syscall.Setpriority(syscall.PRIO_PROCESS, 0, 19)
