@@ -389,7 +389,7 @@ func TestLongPathKeepsItsCause(t *testing.T) {
 		!strings.HasPrefix(summary.Errors[0], dir) || !strings.Contains(summary.Errors[0], "/damaged.pem: damaged certificate") {
 		t.Errorf("errors %q; want both ends of the path, and the cause", summary.Errors)
 	}
-	if problem := Problem("/a", strings.Repeat("é", maxProblem)); len(problem) > maxProblem+len("…") {
+	if problem := problemOf("/a", strings.Repeat("é", maxProblem)); len(problem) > maxProblem+len("…") {
 		t.Errorf("a problem of %d bytes", len(problem))
 	}
 }

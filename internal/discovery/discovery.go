@@ -41,8 +41,8 @@ const (
 	maxWorkers = 4
 )
 
-// ErrBusy is returned by Scan while another scan runs.
-var ErrBusy = errors.New("a scan is running already")
+// errBusy is returned by Scan while another scan runs.
+var errBusy = errors.New("a scan is running already")
 
 // Options says what to scan and how.
 type Options struct {
@@ -145,7 +145,7 @@ type Summary struct {
 // The summary is complete as far as the scan came.
 func (s *Scanner) Scan(ctx context.Context, emit func([]api.DiscoveredCertificate) error) (Summary, error) {
 	if !s.running.CompareAndSwap(false, true) {
-		return Summary{}, ErrBusy
+		return Summary{}, errBusy
 	}
 	defer s.running.Store(false)
 	// A scan leaves garbage that a process with little else to do would keep
@@ -212,9 +212,9 @@ const (
 	maxProblemBytes = 64 << 10 // of all
 )
 
-// Problem is an entry of a report's errors: a path and what is wrong with it.
+// problemOf is an entry of a report's errors: a path and what is wrong with it.
 // A path can have 4 KiB. Of a long one both ends are kept, and the cause always.
-func Problem(path, cause string) string {
+func problemOf(path, cause string) string {
 	path = api.TextOfPath(path)
 	if len(path) > maxProblemPath {
 		path = strings.ToValidUTF8(path[:maxProblemPath/2], "") + "…" + strings.ToValidUTF8(path[len(path)-maxProblemPath/2:], "")
@@ -226,7 +226,7 @@ func Problem(path, cause string) string {
 	return api.Text(problem)
 }
 
-func (p *problems) add(path, cause string) { p.note(Problem(path, cause)) }
+func (p *problems) add(path, cause string) { p.note(problemOf(path, cause)) }
 
 func (p *problems) note(problem string) {
 	p.mu.Lock()

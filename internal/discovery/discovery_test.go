@@ -427,8 +427,8 @@ func TestOneScanAtATime(t *testing.T) {
 		_, err := s.Scan(t.Context(), nil)
 		return err
 	})
-	if !errors.Is(err, ErrBusy) {
-		t.Errorf("second scan: error %v, want ErrBusy", err)
+	if !errors.Is(err, errBusy) {
+		t.Errorf("second scan: error %v, want errBusy", err)
 	}
 }
 

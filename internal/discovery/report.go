@@ -44,12 +44,12 @@ const (
 )
 
 var (
-	// ErrOverdue ends a scan whose reports did not arrive before the next one
+	// errOverdue ends a scan whose reports did not arrive before the next one
 	// is due.
-	ErrOverdue = errors.New("the reports of this scan were not accepted before the next scan is due")
+	errOverdue = errors.New("the reports of this scan were not accepted before the next scan is due")
 
-	// ErrUnfinished ends a scan that takes too long. What it found is reported.
-	ErrUnfinished = errors.New("the scan ended early because the next one is almost due; that one does not read again what this one has read")
+	// errUnfinished ends a scan that takes too long. What it found is reported.
+	errUnfinished = errors.New("the scan ended early because the next one is almost due; that one does not read again what this one has read")
 )
 
 // Plane takes reports. Its errors are those of package api.
@@ -102,19 +102,19 @@ func (s *Reporter) Run(ctx context.Context) (Stats, error) {
 	scanning := ctx
 	if s.opts.Interval > 0 {
 		var cancel, cancelScan context.CancelFunc
-		ctx, cancel = context.WithTimeoutCause(ctx, s.opts.Interval, ErrOverdue)
+		ctx, cancel = context.WithTimeoutCause(ctx, s.opts.Interval, errOverdue)
 		defer cancel()
-		scanning, cancelScan = context.WithTimeoutCause(ctx, s.opts.Interval-s.opts.Interval/sendShare, ErrUnfinished)
+		scanning, cancelScan = context.WithTimeoutCause(ctx, s.opts.Interval-s.opts.Interval/sendShare, errUnfinished)
 		defer cancelScan()
 	}
 	r := &reports{Reporter: s, ctx: ctx, began: time.Now(), pacer: pace.New(retryInterval, s.draw)}
 	summary, err := s.opts.Scanner.Scan(scanning, r.collect)
 	problems := append(summary.Errors, r.named()...)
-	if err != nil && r.failed == nil && errors.Is(context.Cause(scanning), ErrUnfinished) {
-		if !errors.Is(err, ErrUnfinished) {
-			err = fmt.Errorf("%w: %w", ErrUnfinished, err)
+	if err != nil && r.failed == nil && errors.Is(context.Cause(scanning), errUnfinished) {
+		if !errors.Is(err, errUnfinished) {
+			err = fmt.Errorf("%w: %w", errUnfinished, err)
 		}
-		problems = append(problems, Problem(cmp.Or(summary.Reached, "the scan"), ErrUnfinished.Error()))
+		problems = append(problems, problemOf(cmp.Or(summary.Reached, "the scan"), errUnfinished.Error()))
 	}
 	r.stats.Files, r.stats.Certificates, r.stats.Errors = summary.Files, summary.Certificates, len(problems)
 	r.stats.Skipped, r.stats.Formats = summary.Skipped, summary.Formats
@@ -181,7 +181,7 @@ func (r *reports) collect(found []api.DiscoveredCertificate) error {
 func (r *reports) leaveOut(path string, size int) {
 	r.stats.Refused++
 	if len(r.large) < maxNamed {
-		r.large = append(r.large, Problem(path, fmt.Sprintf("a certificate takes %d bytes in a report, whose limit is %d: it is left out", size, maxBody)))
+		r.large = append(r.large, problemOf(path, fmt.Sprintf("a certificate takes %d bytes in a report, whose limit is %d: it is left out", size, maxBody)))
 	}
 	r.tooLargeInAll++
 }

@@ -274,8 +274,8 @@ func TestGivesUpWhenTheNextScanIsDue(t *testing.T) {
 		plane := &fakePlane{t: t, answer: func(int, []byte, api.DiscoveryReport) error { return refusal(503, 0) }}
 		began := time.Now()
 		_, err := newReporter(fakeScanner{n: 3}, plane, slog.New(slog.DiscardHandler)).Run(t.Context())
-		if !errors.Is(err, ErrOverdue) || time.Since(began) != 6*time.Hour {
-			t.Errorf("error %v after %v, want ErrOverdue after 6h", err, time.Since(began))
+		if !errors.Is(err, errOverdue) || time.Since(began) != 6*time.Hour {
+			t.Errorf("error %v after %v, want errOverdue after 6h", err, time.Since(began))
 		}
 	})
 }
@@ -387,10 +387,10 @@ func TestUnfinishedScanIsReported(t *testing.T) {
 			<-ctx.Done()
 			return Summary{Certificates: 2, Errors: []string{"/x: y"}, Reached: "/srv/00002.pem"}, context.Cause(ctx)
 		}), Plane: plane, AgentID: "agent-1", Dirs: []string{"/srv"}, Interval: 6 * time.Hour, Log: slog.New(slog.DiscardHandler)}).Run(t.Context())
-		if !errors.Is(err, ErrUnfinished) || stats.Reported != 2 || len(plane.reports) != 1 {
-			t.Fatalf("stats %+v, error %v; want a report and %v", stats, err, ErrUnfinished)
+		if !errors.Is(err, errUnfinished) || stats.Reported != 2 || len(plane.reports) != 1 {
+			t.Fatalf("stats %+v, error %v; want a report and %v", stats, err, errUnfinished)
 		}
-		if got, want := plane.reports[0].Errors, []string{"/x: y", "/srv/00002.pem: " + ErrUnfinished.Error()}; !slices.Equal(got, want) {
+		if got, want := plane.reports[0].Errors, []string{"/x: y", "/srv/00002.pem: " + errUnfinished.Error()}; !slices.Equal(got, want) {
 			t.Errorf("errors %q, want %q", got, want)
 		}
 		if took := time.Since(began); took >= 6*time.Hour {

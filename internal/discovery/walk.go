@@ -156,7 +156,7 @@ func (n *node) skip(reason string) {
 }
 
 func (n *node) problem(name string, err error) {
-	n.problems = append(n.problems, Problem(name, cause(err)))
+	n.problems = append(n.problems, problemOf(name, cause(err)))
 }
 
 // frame is a directory whose subdirectories are being walked.

@@ -23,9 +23,10 @@ const (
 	// maxChain bounds the certificates of an entry, which take more memory than bytes of the store
 	// when they are empty. A file of a megabyte has no room for that many real ones.
 	maxChain = 10_000
-
-	typeX509 = "X.509"
 )
+
+// X509 is the type of a certificate whose encoding is DER.
+const X509 = "X.509"
 
 var (
 	errFormat    = errors.New("it is not a Java key store")
@@ -54,7 +55,7 @@ type Entry struct {
 
 // Certificate is one in a store.
 type Certificate struct {
-	X509    bool // Java's type is "X.509": Encoded is DER
+	Type    string // of java.security.cert.Certificate; X509 in every store that keytool makes
 	Encoded []byte
 }
 
@@ -107,11 +108,13 @@ func (r *reader) entry() (e Entry, err error) {
 }
 
 func (r *reader) certificate() Certificate {
-	x509 := true
+	kind := X509
 	if r.typed {
-		x509 = string(r.bytes(r.uint16())) == typeX509
+		if named := r.bytes(r.uint16()); string(named) != kind {
+			kind = string(named)
+		}
 	}
-	return Certificate{X509: x509, Encoded: r.bytes(r.uint32())}
+	return Certificate{Type: kind, Encoded: r.bytes(r.uint32())}
 }
 
 // reader reads until the first error, which stays; then it returns zeros.

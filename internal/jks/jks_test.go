@@ -49,13 +49,13 @@ func TestRead(t *testing.T) {
 		for i, want := range []string{"a", "bc"} {
 			e := entries[i]
 			if e.Alias != []string{"alias0", "alias1"}[i] || !e.Created.Equal(created) || e.Key != nil ||
-				len(e.Chain) != 1 || !e.Chain[0].X509 || string(e.Chain[0].Encoded) != want {
+				len(e.Chain) != 1 || e.Chain[0].Type != X509 || string(e.Chain[0].Encoded) != want {
 				t.Errorf("version %d: entry %d is %+v", version, i, e)
 			}
 		}
 	}
 	other := bytes.ReplaceAll(corpus.JKS(2, []byte("a")), []byte("X.509"), []byte("X.508"))
-	if entries, err := read(other); err != nil || len(entries) != 1 || entries[0].Chain[0].X509 {
+	if entries, err := read(other); err != nil || len(entries) != 1 || entries[0].Chain[0].Type != "X.508" {
 		t.Errorf("another type of certificate: %+v, %v", entries, err)
 	}
 }

@@ -2,9 +2,9 @@ package pemutil
 
 import (
 	"bytes"
-	"encoding/asn1"
 	"strings"
 
+	"certctl-agent/internal/ber"
 	"certctl-agent/internal/jks"
 	"certctl-agent/internal/pkcs12"
 )
@@ -97,13 +97,9 @@ func isStore(data []byte) bool { return pkcs12.Is(data) || jks.Is(data) }
 
 // sequence returns the content of the one SEQUENCE that data is.
 func sequence(data []byte) ([]byte, bool) {
-	var outer asn1.RawValue
-	rest, err := asn1.Unmarshal(data, &outer)
+	outer, rest, err := ber.Element(data)
 	// Some programs end a DER file with a line feed.
-	if err != nil || len(bytes.Trim(rest, "\r\n")) > 0 || outer.Class != asn1.ClassUniversal || outer.Tag != asn1.TagSequence {
-		return nil, false
-	}
-	return outer.Bytes, true
+	return outer.Body, err == nil && outer.Tag == ber.TagSequence && len(bytes.Trim(rest, "\r\n")) == 0
 }
 
 // isKeyDER reports whether data has the outer shape of a private key: a small
@@ -114,19 +110,11 @@ func isKeyDER(data []byte) bool {
 	if !ok {
 		return false
 	}
-	var first, second asn1.RawValue
-	body, err := asn1.Unmarshal(body, &first)
-	if err != nil || first.Class != asn1.ClassUniversal {
+	const universal = 0xc0 // the bits of the tag that are zero
+	first, rest, err := ber.Element(body)
+	second, _, err2 := ber.Element(rest)
+	if err != nil || err2 != nil || second.Tag&universal != 0 {
 		return false
 	}
-	if _, err := asn1.Unmarshal(body, &second); err != nil || second.Class != asn1.ClassUniversal {
-		return false
-	}
-	switch first.Tag {
-	case asn1.TagInteger:
-		return len(first.Bytes) == 1
-	case asn1.TagSequence:
-		return second.Tag == asn1.TagOctetString
-	}
-	return false
+	return first.Tag == ber.TagInteger && len(first.Body) == 1 || first.Tag == ber.TagSequence && second.Tag == ber.TagOctetString
 }

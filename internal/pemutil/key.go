@@ -30,9 +30,9 @@ var (
 	// ErrNoKey means that there is no private key block.
 	ErrNoKey = errors.New("there is no PRIVATE KEY block in it")
 
-	// ErrEncrypted means that the private key is under a passphrase, which
+	// errEncrypted means that the private key is under a passphrase, which
 	// nobody could type when a server restarts at night.
-	ErrEncrypted = errors.New("the private key is encrypted: store it without a passphrase (openssl pkey -in FILE -out FILE)")
+	errEncrypted = errors.New("the private key is encrypted: store it without a passphrase (openssl pkey -in FILE -out FILE)")
 )
 
 // ParseKey returns the first private key in data: PKCS#8, PKCS#1 (RSA PRIVATE
@@ -53,7 +53,7 @@ func ParseKey(data []byte) (crypto.Signer, error) {
 		defer clear(block.Bytes)
 		// RFC 1421, section 4.6.1.1: how encryption shows before PKCS#8.
 		if block.Type == encryptedType || strings.Contains(block.Headers["Proc-Type"], "ENCRYPTED") {
-			return nil, ErrEncrypted
+			return nil, errEncrypted
 		}
 		return parseKeyBlock(block)
 	}

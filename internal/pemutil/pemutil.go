@@ -21,8 +21,8 @@ const (
 	byteOrderMark = "\ufeff"
 )
 
-// ErrNoCertificate means that there is no CERTIFICATE block.
-var ErrNoCertificate = errors.New("there is no CERTIFICATE block in it")
+// errNoCertificate means that there is no CERTIFICATE block.
+var errNoCertificate = errors.New("there is no CERTIFICATE block in it")
 
 // ParseCertificates returns the certificates of all CERTIFICATE blocks in their
 // order. Text around the blocks and blocks of other types are ignored, except
@@ -58,7 +58,7 @@ func ParseCertificates(data []byte) ([]*x509.Certificate, error) {
 		return nil, fmt.Errorf("%d of %d CERTIFICATE blocks cannot be read: no valid PEM", begun-len(certs), begun)
 	}
 	if len(certs) == 0 {
-		return nil, ErrNoCertificate
+		return nil, errNoCertificate
 	}
 	return certs, nil
 }

@@ -95,8 +95,8 @@ type Reader struct {
 	Passwords []string // in the order in which they are tried
 
 	// Work is what trying passwords may still cost, over all stores that are read, in bytes that are
-	// hashed. Hashing a hundred million or two takes a second. A file can ask for any number of
-	// iterations, so there is no way to read one without a bound.
+	// hashed; 256 MiB take one to two seconds. A store can ask for any number of iterations, so none
+	// is read without a bound.
 	Work int64
 }
 
@@ -146,11 +146,7 @@ func (r *Reader) Read(data []byte, entry func(Entry), problem func(error)) {
 				problem(errParts)
 				return
 			}
-			part, err := readEncrypted(content)
-			if err == nil {
-				err = r.open(part, entry)
-			}
-			if err != nil {
+			if err := r.readEncrypted(content, entry); err != nil {
 				problem(err)
 			}
 		case kind == oidEnvelopedData:
@@ -223,13 +219,8 @@ func (e *Entry) readAttributes(bag *ber.Fields) {
 	}
 }
 
-// encryptedPart is a part of a store that a password opens.
-type encryptedPart struct {
-	scheme     scheme
-	ciphertext []byte
-}
-
-func readEncrypted(data *ber.Fields) (encryptedPart, error) {
+// readEncrypted tries the passwords on a part of a store.
+func (r *Reader) readEncrypted(data *ber.Fields, entry func(Entry)) error {
 	encrypted := data.Inside(ber.TagSequence)
 	encrypted.Integer()
 	info := encrypted.Inside(ber.TagSequence)
@@ -237,25 +228,20 @@ func readEncrypted(data *ber.Fields) (encryptedPart, error) {
 	algorithm := info.Inside(ber.TagSequence)
 	ciphertext := info.Octets(ber.TagContext0)
 	if info.Err != nil {
-		return encryptedPart{}, fmt.Errorf("damaged PKCS#12: %w", info.Err)
+		return fmt.Errorf("damaged PKCS#12: %w", info.Err)
 	}
 	scheme, err := encryptionScheme(algorithm)
 	if err != nil {
-		return encryptedPart{}, fmt.Errorf("PKCS#12: %w", err)
+		return fmt.Errorf("PKCS#12: %w", err)
 	}
-	return encryptedPart{scheme, ciphertext}, nil
-}
-
-// open tries the passwords.
-func (r *Reader) open(part encryptedPart, entry func(Entry)) error {
+	work := scheme.work(len(ciphertext))
 	for _, password := range r.Passwords {
-		for _, form := range part.scheme.forms(password) {
-			work := part.scheme.work(len(part.ciphertext))
+		for _, form := range scheme.forms(password) {
 			if work > r.Work {
 				return ErrWork
 			}
 			r.Work -= work
-			plain, err := part.scheme.open(form, part.ciphertext)
+			plain, err := scheme.open(form, ciphertext)
 			if err != nil {
 				continue
 			}

@@ -51,7 +51,7 @@ func (c *content) pkcs12(data []byte) {
 func (c *content) jks(data []byte) {
 	err := jks.Read(data, func(e jks.Entry) {
 		for _, cert := range e.Chain {
-			if !cert.X509 {
+			if cert.Type != jks.X509 {
 				continue
 			}
 			der, _, err := firstCertificate(cert.Encoded)
