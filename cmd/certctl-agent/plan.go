@@ -89,7 +89,7 @@ func runPlan(ctx context.Context, p process) error {
 		err = printPreview(p.stdout, preview)
 	}
 	if err == nil && preview.Refused {
-		return finding{}
+		return errPrinted
 	}
 	return err
 }

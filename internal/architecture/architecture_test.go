@@ -34,9 +34,10 @@ var layers = [][]string{
 	{"internal/serverconf"},
 	{"internal/config", "internal/controlplane", "internal/discovery", "internal/installed", "internal/keystore", "internal/ledger", "internal/statedir", "internal/status",
 		"internal/targetconf"},
-	{"internal/policy", "internal/tlsprobe"},
-	{"internal/api", "internal/atomicfile", "internal/ber", "internal/buildinfo", "internal/command", "internal/csr", "internal/discovery/certfile", "internal/discovery/index", "internal/discovery/record", "internal/filelock", "internal/hostfile", "internal/jks", "internal/namelock", "internal/pace",
-		"internal/peer", "internal/pemutil", "internal/pkcs12", "internal/printable", "internal/proxy", "internal/sdnotify", "internal/secret"},
+	{"internal/discovery/certfile", "internal/discovery/index", "internal/policy", "internal/tlsprobe"},
+	{"internal/api", "internal/atomicfile", "internal/ber", "internal/buildinfo", "internal/command", "internal/csr", "internal/discovery/record", "internal/filelock",
+		"internal/hostfile", "internal/jks", "internal/namelock", "internal/pace", "internal/peer", "internal/pemutil", "internal/pkcs12", "internal/printable", "internal/proxy",
+		"internal/sdnotify", "internal/secret"},
 }
 
 // leaves may import one another where one clearly serves the other.
