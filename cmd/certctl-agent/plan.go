@@ -142,11 +142,13 @@ func printPreview(w io.Writer, p *app.Preview) error {
 			was = fmt.Sprintf("was %s %s", f.OldMode, f.OldOwner)
 		}
 		does := "content changes"
-		if !f.Changes {
-			does = "content is the same"
-		}
-		if f.Problem != "" {
+		switch {
+		case f.Problem != "":
 			does = "REFUSED"
+		case f.Secret:
+			does = "the new key"
+		case !f.Changes:
+			does = "content is the same"
 		}
 		line("  %s\t%s %s\t%s\t%d bytes\t%s", path, f.NewMode, f.NewOwner, was, f.Size, does)
 	}

@@ -148,7 +148,8 @@ type Config struct {
 
 // Options adapt Load to a command. The zero value is the daemon's.
 type Options struct {
-	// Flags adds flags that are the command's own.
+	// Flags adds flags that are the command's own. One that has the name of a
+	// setting's takes its place.
 	Flags func(*flag.FlagSet)
 
 	// Args lets arguments follow the flags.
@@ -255,16 +256,19 @@ func (c *Config) InstanceStateDir() string {
 func newFlagSet(settings []setting, set map[string]string, options Options) *flag.FlagSet {
 	flags := flag.NewFlagSet("", flag.ContinueOnError)
 	flags.SetOutput(io.Discard) // errors are the caller's to print
+	if options.Flags != nil {
+		options.Flags(flags)
+	}
 	for _, s := range settings {
+		if flags.Lookup(s.flag) != nil {
+			continue
+		}
 		keep := func(value string) error { set[s.flag] = value; return nil }
 		if _, ok := s.field.(boolean); ok {
 			flags.BoolFunc(s.flag, s.doc, keep)
 		} else {
 			flags.Func(s.flag, s.doc, keep)
 		}
-	}
-	if options.Flags != nil {
-		options.Flags(flags)
 	}
 	return flags
 }
