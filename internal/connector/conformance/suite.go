@@ -145,9 +145,10 @@ func (r *rig) isCurrent(m *connector.Material) bool {
 // everything that was said, and in the journal.
 func (r *rig) checkSecrets(m *connector.Material, err error) {
 	r.t.Helper()
-	said := r.Log()
+	var said strings.Builder
+	said.WriteString(r.Log())
 	if err != nil {
-		said += err.Error()
+		said.WriteString(err.Error())
 	}
 	journal, err := filepath.Glob(filepath.Join(r.StateDir, "journal", "*"))
 	if err != nil {
@@ -158,7 +159,7 @@ func (r *rig) checkSecrets(m *connector.Material, err error) {
 		if err != nil {
 			r.t.Fatal(err)
 		}
-		said += string(record)
+		said.WriteString(string(record))
 	}
 	secrets := slices.Clone(r.Secrets)
 	for line := range strings.Lines(string(m.KeyPEM)) {
@@ -167,8 +168,8 @@ func (r *rig) checkSecrets(m *connector.Material, err error) {
 		}
 	}
 	for _, secret := range secrets {
-		if secret != "" && strings.Contains(said, secret) {
-			r.t.Errorf("a secret shows in the log, in the journal or in the error:\n%s", said)
+		if secret != "" && strings.Contains(said.String(), secret) {
+			r.t.Errorf("a secret shows in the log, in the journal or in the error:\n%s", said.String())
 		}
 	}
 }
