@@ -42,7 +42,7 @@ func TestConformance(t *testing.T) {
 			Config: func(dir string) map[string]any { return map[string]any{"admin_url": api(dir).URL} },
 			State: func(dir string) map[string]string {
 				return map[string]string{
-					"load_pem":                      strings.Trim(api(dir).get("apps/tls/certificates/load_pem"), "null[]"),
+					"load_pem":                      strings.Trim(api(dir).get("apps/tls/certificates/load_pem"), "nul[]"),
 					"load_files":                    api(dir).get("apps/tls/certificates/load_files"),
 					"changes" + conformance.Written: fmt.Sprint(api(dir).made()),
 				}
