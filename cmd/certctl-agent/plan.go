@@ -6,13 +6,16 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"os"
+	"os/user"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 
 	"certctl-agent/internal/app"
 	"certctl-agent/internal/config"
+	"certctl-agent/internal/hostfile"
+	"certctl-agent/internal/printable"
 )
 
 const planHelp = `Usage: certctl-agent plan -type TYPE [-config FILE] [-target ID] [-cert FILE]
@@ -27,12 +30,16 @@ an overlay (CERTCTL_TARGETS_DIR): change it, and look again.
   -config FILE     the target's configuration, a JSON object; - is standard input;
                    without it, only the overlays count. (The agent's own configuration
                    file is that of CERTCTL_CONFIG.)
-  -target ID       the target's id, for its overlay
-  -cert FILE       the certificate with its chain, as PEM; without it, one made for
-                   the purpose stands in
-  -certificate ID  the certificate's id, whose keys in the key directory tell what
-                   the files that are there hold
+  -target ID       the target's id, for its overlay ID.json (` + unnamedTarget + `)
+  -cert FILE       the certificate with its chain, as PEM; - is standard input;
+                   without it, one made for the purpose stands in
+  -certificate ID  the certificate's id: a server may read its key in the key
+                   directory, and one of the keys there must be the one of -cert
   -json            print one document
+
+Of the daemon's settings, CERTCTL_ALLOWED_PATHS, CERTCTL_ALLOWED_COMMANDS,
+CERTCTL_KEY_DIR, CERTCTL_TARGETS_DIR and their flags count. Run it as the user of
+the daemon: files are looked at with the rights of whoever runs it.
 
 Examples:
   certctl-agent plan -type NGINX -target t-web1 -config target.json
@@ -42,12 +49,15 @@ Exit status: 0 the deployment could begin, 1 it would be refused, 2 usage.
 
 `
 
+// unnamedTarget stands for a target's id that was not given.
+const unnamedTarget = "TARGET-ID"
+
 // maxTargetConfig bounds what is read of a target's configuration and of a
 // certificate, in bytes; it is what a job may bring.
 const maxTargetConfig = 1 << 20
 
 func runPlan(ctx context.Context, p process) error {
-	target := app.Target{ID: "target"}
+	target := app.Target{ID: unnamedTarget}
 	var asJSON bool
 	var configFile, certFile string
 	cfg, err := config.Load(p.args, p.getenv, config.Options{
@@ -72,6 +82,9 @@ func runPlan(ctx context.Context, p process) error {
 	}
 	if target.Type == "" {
 		return config.NewUsageError("name the target's type: -type NGINX, for example")
+	}
+	if configFile == "-" && certFile == "-" {
+		return config.NewUsageError("-config and -cert cannot both be standard input")
 	}
 	if target.Config, err = readInput(p.stdin, configFile); err != nil {
 		return fmt.Errorf("the target's configuration: %w", err)
@@ -101,18 +114,13 @@ func readInput(stdin io.Reader, name string) ([]byte, error) {
 	case "":
 		return nil, nil
 	case "-":
-	default:
-		file, err := os.Open(name)
-		if err != nil {
-			return nil, err
+		data, err := io.ReadAll(io.LimitReader(stdin, maxTargetConfig+1))
+		if err == nil && len(data) > maxTargetConfig {
+			err = fmt.Errorf("it is longer than %d bytes", maxTargetConfig)
 		}
-		defer file.Close()
-		stdin = file
+		return data, err
 	}
-	data, err := io.ReadAll(io.LimitReader(stdin, maxTargetConfig+1))
-	if err == nil && len(data) > maxTargetConfig {
-		err = fmt.Errorf("it is longer than %d bytes", maxTargetConfig)
-	}
+	data, _, err := hostfile.Read(name, maxTargetConfig)
 	return data, err
 }
 
@@ -124,33 +132,33 @@ func printPreview(w io.Writer, p *app.Preview) error {
 			line("%s", name)
 		}
 	}
-	line("target %s, type %s", p.Target, p.Type)
+	line("target %s, type %s, seen as user %s", shown(p.Target), p.Type, accountName(strconv.Itoa(p.UID), userName))
 	section("settings", len(p.Settings)+len(p.Unknown))
 	for _, s := range p.Settings {
-		line("  %s\t%s\t%s", s.Key, s.Value, s.Source)
+		line("  %s\t%s\t%s", s.Key, shown(s.Value), shown(s.Source))
 	}
 	for _, key := range p.Unknown {
 		line("  %s\t\tunknown to this type, ignored", shown(key))
 	}
 	section("files", len(p.Files))
 	for _, f := range p.Files {
-		path, was := f.Path, "new file"
+		path, was, does := f.Path, "new file", "content changes"
 		if f.Real != "" && f.Real != f.Path {
 			path += " → " + f.Real
 		}
 		if f.OldMode != "" {
-			was = fmt.Sprintf("was %s %s", f.OldMode, f.OldOwner)
+			was = "was " + f.OldMode + " " + ownerOf(f.OldOwner)
 		}
-		does := "content changes"
 		switch {
 		case f.Problem != "":
-			does = "REFUSED"
-		case f.Secret:
-			does = "the new key"
+			line("  %s\tREFUSED", shown(path))
+			continue
 		case !f.Changes:
 			does = "content is the same"
+		case f.Secret:
+			does = "the new key"
 		}
-		line("  %s\t%s %s\t%s\t%d bytes\t%s", path, f.NewMode, f.NewOwner, was, f.Size, does)
+		line("  %s\t%s %s\t%s\t%d bytes\t%s", shown(path), f.NewMode, ownerOf(f.NewOwner), was, f.Size, does)
 	}
 	section("commands", len(p.Commands))
 	for _, c := range p.Commands {
@@ -158,22 +166,25 @@ func printPreview(w io.Writer, p *app.Preview) error {
 		if !c.Allowed {
 			allowed = "REFUSED"
 		}
-		line("  %s\t%s\t%s", c.Key, c.Line, allowed)
+		line("  %s\t%s\t%s", c.Key, shown(c.Line), allowed)
 	}
 	section("elsewhere", len(p.Changes))
 	for _, c := range p.Changes {
 		does := "changes"
-		if !c.Changes {
+		switch {
+		case c.Problem != "":
+			does = "REFUSED"
+		case !c.Changes:
 			does = "is the same"
 		}
-		line("  %s\t%s", c.Name, does)
+		line("  %s\t%s", shown(c.Name), does)
 	}
 	section("verification", len(p.Verified)+len(p.Reported))
 	if p.Verified != "" {
-		line("  before the deployment counts\t%s", p.Verified)
+		line("  before the deployment counts\t%s", shown(p.Verified))
 	}
 	if p.Reported != "" {
-		line("  reported to the control plane\t%s", p.Reported)
+		line("  reported to the control plane\t%s", shown(p.Reported))
 	}
 	section("warnings", len(p.Warnings))
 	for _, warning := range p.Warnings {
@@ -186,5 +197,35 @@ func printPreview(w io.Writer, p *app.Preview) error {
 	return table.Flush()
 }
 
-// shown keeps what others say on one line.
-func shown(text string) string { return strings.Join(strings.Fields(text), " ") }
+// shown keeps what others say on one line, in one column.
+func shown(text string) string { return printable.Line(text, maxShown) }
+
+// ownerOf puts names to the numbers of a user and a group.
+func ownerOf(numbers string) string {
+	uid, gid, _ := strings.Cut(numbers, ":")
+	return accountName(uid, userName) + ":" + accountName(gid, groupName)
+}
+
+// accountName is a name, or the number of one who has none.
+func accountName(number string, name func(string) (string, error)) string {
+	if found, err := name(number); err == nil {
+		return shown(found)
+	}
+	return number
+}
+
+func userName(number string) (string, error) {
+	u, err := user.LookupId(number)
+	if err != nil {
+		return "", err
+	}
+	return u.Username, nil
+}
+
+func groupName(number string) (string, error) {
+	g, err := user.LookupGroupId(number)
+	if err != nil {
+		return "", err
+	}
+	return g.Name, nil
+}

@@ -2,11 +2,15 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"certctl-agent/internal/app"
 	"certctl-agent/internal/testing/testca"
@@ -105,10 +109,9 @@ func TestPlanRefused(t *testing.T) {
 		config string
 		says   []string
 	}{
-		"values":        {`{"cert_path": 5, "key_file_mode": "0644", "port": "x"}`, []string{"port: "}},
-		"more values":   {`{"cert_path": 5, "key_file_mode": "0644"}`, []string{"cert_path: ", "key_file_mode: "}},
-		"commands":      {`{"cert_path": "/c", "validate_command": "true", "reload_command": "reboot"}`, []string{"validate_command: ", "reload_command: ", "CERTCTL_ALLOWED_COMMANDS", "REFUSED"}},
-		"masked":        {`{"cert_path": "********"}`, []string{"sent it masked", "target.json"}},
+		"values":        {`{"cert_path": 5, "key_file_mode": "0644", "port": "x"}`, []string{"port: ", "cert_path: ", "key_file_mode: "}},
+		"commands":      {`{"cert_path": "/etc/shadow", "validate_command": "true", "reload_command": "reboot"}`, []string{"validate_command: ", "reload_command: ", "CERTCTL_ALLOWED_COMMANDS", "REFUSED", "/etc/shadow is refused"}},
+		"masked":        {`{"cert_path": "********"}`, []string{"sent it masked", "TARGET-ID.json"}},
 		"files":         {`{"cert_path": "/etc/shadow", "key_path": "/nowhere/key.pem", "validate_command": "nginx -t", "reload_command": "nginx -t"}`, []string{"/etc/shadow", "/nowhere"}},
 		"not an object": {`[]`, []string{"a JSON object"}},
 	} {
@@ -122,10 +125,118 @@ func TestPlanRefused(t *testing.T) {
 			}
 		}
 	}
-	for args, want := range map[string]int{"": exitUsage, "-type ACME": exitFailure, "-type F5": exitFailure, "-type NGINX -cert " + dir + "/none": exitFailure} {
+	if err := syscall.Mkfifo(filepath.Join(dir, "pipe"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for args, want := range map[string]int{"": exitUsage, "-type ACME": exitFailure, "-type F5": exitFailure, "-type NGINX -cert " + dir + "/none": exitFailure,
+		"-type NGINX -cert -": exitUsage, "-type NGINX -cert " + dir + "/pipe": exitFailure} {
 		if code, out := planned(t, settings, "{}", strings.Fields(args)...); code != want {
 			t.Errorf("%q: exit code %d, want %d: %s", args, code, want, out)
 		}
+	}
+}
+
+// TestPlanOfCertificate: a certificate that would be refused is, with a key that
+// this host has and without.
+func TestPlanOfCertificate(t *testing.T) {
+	dir, settings := planHost(t)
+	config := `{"pem_path": "` + dir + `/tls/site.pem", "reload_command": "true"}`
+	if err := os.Mkdir(settings["CERTCTL_KEY_DIR"], 0o700); err != nil {
+		t.Fatal(err)
+	}
+	ca := testca.Must(t)
+	key := filepath.Join(settings["CERTCTL_KEY_DIR"], "c-1.key")
+	for name, test := range map[string]struct {
+		template testca.Template
+		id       string
+		says     string // "": it would not be refused
+	}{
+		"good":                  {id: "c-1"},
+		"of no id":              {},
+		"of another key":        {id: "c-2", says: "none of this agent's private keys belongs to the certificate"},
+		"expired":               {template: testca.Template{NotBefore: time.Now().Add(-2 * time.Hour), NotAfter: time.Now().Add(-time.Hour)}, id: "c-1", says: "the certificate expired at"},
+		"not valid for an hour": {template: testca.Template{NotBefore: time.Now().Add(time.Hour)}, id: "c-1", says: "is not valid before"},
+	} {
+		issued, err := ca.Issue(test.template)
+		if err != nil {
+			t.Fatal(err)
+		}
+		cert := filepath.Join(dir, "issued.pem")
+		if err := errors.Join(os.WriteFile(cert, issued.PEM(), 0o600), os.WriteFile(key, issued.KeyPEM(), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		before := treeOf(t, dir)
+		code, out := planned(t, settings, config, "-type", "HAProxy", "-cert", cert, "-certificate", test.id)
+		if refused := code == exitFailure; refused != (test.says != "") || !strings.Contains(out, test.says) {
+			t.Errorf("%s: exit code %d, want it to say %q:\n%s", name, code, test.says, out)
+		}
+		if after := treeOf(t, dir); before != after {
+			t.Errorf("%s: it wrote: %s, then %s", name, before, after)
+		}
+	}
+	// A server may read its key in the key directory: which certificate's it is
+	// has to be said.
+	config = `{"cert_dir": "` + filepath.Dir(key) + `", "key_file": "c-1.key"}`
+	if code, out := planned(t, settings, config, "-type", "Traefik"); code != exitFailure || !strings.Contains(out, "say which certificate it is") {
+		t.Errorf("exit code %d:\n%s", code, out)
+	}
+}
+
+// TestPlanOfHostileValues: they stay in their place on a terminal, nothing is a
+// command that may not run, and no value of a key that nobody knows is shown.
+func TestPlanOfHostileValues(t *testing.T) {
+	dir, settings := planHost(t)
+	script := filepath.Join(dir, "nginx")
+	if err := os.WriteFile(script, []byte("#!/bin/sh\ntouch "+dir+"/ran\n"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	settings["CERTCTL_ALLOWED_COMMANDS"] = "true"
+	config := `{"cert_path": "` + dir + `/tls/cert.pem", "key_path": "********", "validate_command": "` + script + ` -t", "reload_command": "true \n\u001b[2J\tREFUSED",
+		"host": "\u001b]0;x\u0007\u202e", "pass\u001bword\nx": "hunter2", "post_deploy_verify": {"secret": "hunter3"}}`
+	for _, format := range []string{"-json=false", "-json"} {
+		code, out := planned(t, settings, config, "-type", "NGINX", format)
+		if code != exitFailure || strings.ContainsAny(out, "\x1b\a\u202e") || strings.Contains(out, "hunter") {
+			t.Errorf("exit code %d: %q", code, out)
+		}
+		if format != "-json" {
+			for line := range strings.Lines(out) {
+				if strings.HasPrefix(line, "\ufffd") || strings.HasPrefix(line, "x") {
+					t.Errorf("a line of the configuration's own: %q", line)
+				}
+			}
+			continue
+		}
+		var document map[string]any
+		if err := json.Unmarshal([]byte(out), &document); err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range []string{"settings", "unknown_keys", "commands", "files", "changes", "warnings", "problems"} {
+			if _, isList := document[name].([]any); !isList {
+				t.Errorf("%s is %v, not a list", name, document[name])
+			}
+		}
+	}
+	config = `{"cert_path": "` + dir + `/tls/cert.pem", "key_path": "********", "validate_command": "` + script + ` -t", "reload_command": "true"}`
+	code, out := planned(t, settings, config, "-type", "NGINX")
+	if _, err := os.Stat(filepath.Join(dir, "ran")); err == nil || code != exitFailure || !strings.Contains(out, "it was not asked, since a command") {
+		t.Errorf("it ran a command that may not run: %v; exit code %d: %s", err == nil, code, out)
+	}
+}
+
+// TestPlanOrder: what somebody chose comes first, whatever it is called.
+func TestPlanOrder(t *testing.T) {
+	_, settings := planHost(t)
+	_, out := planned(t, settings, `{"cert_dir": "/srv/tls"}`, "-type", "Envoy", "-json")
+	var document app.Preview
+	if err := json.Unmarshal([]byte(out), &document); err != nil {
+		t.Fatal(err)
+	}
+	var keys []string
+	for _, s := range document.Settings {
+		keys = append(keys, s.Key)
+	}
+	if want := []string{"cert_dir", "cert_filename", "command_timeout"}; len(keys) < 3 || !slices.Equal(keys[:3], want) {
+		t.Errorf("got %v, want %v first", keys, want)
 	}
 }
 

@@ -1,6 +1,7 @@
 package app
 
 import (
+	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -8,10 +9,13 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math/big"
+	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -20,6 +24,8 @@ import (
 	"certctl-agent/internal/config"
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/connector/all"
+	"certctl-agent/internal/deploy"
+	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/policy"
 	"certctl-agent/internal/targetconf"
@@ -37,8 +43,8 @@ type Target struct {
 	// for the purpose stands in.
 	Cert []byte
 
-	// CertificateID says whose key in the key directory is the one from before.
-	// "": nobody's.
+	// CertificateID says whose keys in the key directory are the certificate's.
+	// "": nobody's, and none is looked for.
 	CertificateID string
 }
 
@@ -47,8 +53,9 @@ type Target struct {
 type Preview struct {
 	Target   string               `json:"target"`
 	Type     string               `json:"type"`
+	UID      int                  `json:"uid"` // of the user whose rights the files were looked at with
 	Settings []targetconf.Setting `json:"settings"`
-	Unknown  []string             `json:"unknown_keys"` // which are ignored
+	Unknown  []string             `json:"unknown_keys"` // which are ignored, as are their values
 	Commands []PreviewCommand     `json:"commands"`
 
 	transaction.Preview
@@ -80,55 +87,97 @@ func NewPreview(ctx context.Context, cfg *config.Config, target Target) (*Previe
 	if target.CertificateID != "" && !api.ValidID(target.CertificateID) {
 		return nil, fmt.Errorf("the certificate id %.200q is not valid: expected 1 to 128 of A-Z a-z 0-9 . _ -", target.CertificateID)
 	}
-	rules := newPolicy(cfg)
-	p := &Preview{Target: target.ID, Type: target.Type}
+	p := &Preview{
+		Target: target.ID, Type: target.Type, UID: os.Geteuid(), Settings: []targetconf.Setting{}, Unknown: []string{}, Commands: []PreviewCommand{},
+		Preview: transaction.Preview{Files: []transaction.FilePreview{}, Changes: []transaction.ChangePreview{}, Warnings: []string{}, Problems: []string{}},
+	}
+	look := looker{Preview: p, cfg: cfg, target: target, rules: newPolicy(cfg)}
 	merged, err := targetconf.Merge(target.Config, typ.Name, typ.Aliases, target.ID, Overlays(cfg))
-	if err == nil {
-		err = p.plan(ctx, typ, merged, cfg, target, rules)
-	}
-	if problems, ok := err.(targetconf.Problems); ok {
-		for _, problem := range problems {
-			p.Problems = append(p.Problems, problem.Error())
-		}
-	} else if err != nil {
-		p.Problems = append(p.Problems, err.Error())
-	}
+	look.problem(err)
 	if merged != nil {
-		p.Settings, p.Unknown = merged.Settings(), merged.Unknown()
-		p.commands(rules)
+		look.all(ctx, typ, merged, err == nil)
+	}
+	if target.CertificateID == "" && slices.ContainsFunc(p.Problems, func(problem string) bool { return strings.Contains(problem, cfg.KeyDir) }) {
+		p.Warnings = append(p.Warnings, "a problem is about the key directory, where a server may read its key if it is the certificate's own: say which certificate it is")
 	}
 	p.Refused = len(p.Problems) > 0
 	return p, nil
 }
 
-func (p *Preview) plan(ctx context.Context, typ connector.Type, merged *targetconf.Config, cfg *config.Config, target Target, rules *policy.Policy) error {
+// looker makes a Preview.
+type looker struct {
+	*Preview
+	cfg    *config.Config
+	target Target
+	rules  *policy.Policy
+}
+
+// problem adds what is wrong, each thing once.
+func (l *looker) problem(err error) {
+	problems := targetconf.Problems{err}
+	if several, ok := err.(targetconf.Problems); ok {
+		problems = several
+	}
+	for _, problem := range problems {
+		if problem != nil && !slices.Contains(l.Problems, problem.Error()) {
+			l.Problems = append(l.Problems, problem.Error())
+		}
+	}
+}
+
+// all looks at everything that can be looked at, so that whoever reads it need
+// not mend one problem to learn of the next. Sound says that the part of the
+// configuration that all types share is.
+func (l *looker) all(ctx context.Context, typ connector.Type, merged *targetconf.Config, sound bool) {
+	m, err := l.material(merged.Common.DropRoot)
+	l.problem(err)
 	made, err := typ.New(merged, connector.Host{
-		Policy: rules,
+		// A command that may not run is no reason not to look at the files.
+		Policy: &policy.Policy{Paths: l.rules.Paths, Protected: l.rules.Protected},
 		Log:    slog.New(slog.DiscardHandler),
 		Query: func(ctx context.Context, c policy.Command) ([]byte, error) {
+			if l.commands(merged); slices.ContainsFunc(l.Commands, func(c PreviewCommand) bool { return !c.Allowed }) {
+				return nil, errors.New("it was not asked, since a command of the target may not run")
+			}
 			return command.Query(ctx, c.Argv, c.Timeout)
 		},
 	})
-	if err != nil {
-		return err
+	l.problem(err)
+	if err == nil && sound && m != nil {
+		l.problem(l.plan(ctx, made, m, &merged.Common))
 	}
-	m, err := target.material(cfg, merged.Common.DropRoot)
-	if err != nil {
-		return err
+	l.commands(merged)
+	l.Settings, l.Unknown = merged.Settings(), append(l.Unknown, merged.Unknown()...)
+	// What somebody chose before what nobody did.
+	slices.SortStableFunc(l.Settings, func(a, b targetconf.Setting) int {
+		return cmp.Compare(chosen(a), chosen(b))
+	})
+}
+
+// chosen is 0 for what somebody chose, and 1 for a default.
+func chosen(s targetconf.Setting) int {
+	if s.Source == "default" {
+		return 1
 	}
+	return 0
+}
+
+func (l *looker) plan(ctx context.Context, made connector.Connector, m *connector.Material, common *targetconf.Common) error {
 	plan, err := made.Plan(ctx, m)
 	if err != nil {
 		return err
 	}
-	p.Preview = *transaction.NewPreview(ctx, transaction.Deployment{
-		Target: target.ID, Material: m, ReplaceAny: merged.Common.ReplaceAny,
-	}, plan, rules)
+	look := transaction.NewPreview(ctx, transaction.Deployment{
+		Target: l.target.ID, Material: m, ReplaceAny: common.ReplaceAny,
+	}, plan, l.rules)
+	l.Files, l.Changes = look.Files, look.Changes
+	l.Warnings, l.Problems = append(l.Warnings, look.Warnings...), append(l.Problems, look.Problems...)
 	if does := plan.Reload.Does; does != "" {
-		p.Changes = append(p.Changes, transaction.ChangePreview{Name: does, Changes: true})
+		l.Changes = append(l.Changes, transaction.ChangePreview{Name: does, Changes: true})
 	}
-	p.Verified, p.Reported = addressOf(merged.Common.VerifiedAt()), ""
-	if cfg.VerifyDeployment {
-		p.Reported = addressOf(plan.Serves)
+	l.Verified = addressOf(common.VerifiedAt())
+	if l.cfg.VerifyDeployment {
+		l.Reported = addressOf(plan.Serves)
 	}
 	return nil
 }
@@ -141,50 +190,71 @@ func addressOf(e *tlsprobe.Endpoint) string {
 }
 
 // commands says of each command line whether it may run.
-func (p *Preview) commands(rules *policy.Policy) {
-	for _, setting := range p.Settings {
+func (l *looker) commands(merged *targetconf.Config) {
+	l.Commands = []PreviewCommand{}
+	for _, setting := range merged.Settings() {
 		var line string
 		if !strings.HasSuffix(setting.Key, "_command") || json.Unmarshal([]byte(setting.Value), &line) != nil {
 			continue
 		}
 		c := PreviewCommand{Key: setting.Key, Line: line, Allowed: true}
-		if _, err := rules.Command(line, 0); err != nil {
+		if _, err := l.rules.Command(line, 0); err != nil {
 			c.Allowed, c.Problem = false, err.Error()
+			l.problem(targetconf.Invalid(setting.Key, "%v", err))
 		}
-		p.Commands = append(p.Commands, c)
+		l.Commands = append(l.Commands, c)
 	}
 }
 
-// material is what the deployment would install. Its key is a new one: the key
-// itself does not matter here, but that there is one.
-func (t Target) material(cfg *config.Config, dropRoot bool) (*connector.Material, error) {
+// material is what the deployment would install. Where the certificate is not
+// one of this host's keys, a new key stands in: which one it is does not matter
+// here, but that there is one.
+func (l *looker) material(dropRoot bool) (*connector.Material, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, err
 	}
-	m := &connector.Material{CertificateID: t.CertificateID}
+	m := &connector.Material{CertificateID: l.target.CertificateID}
 	if m.KeyPEM, err = pemutil.EncodeKey(key); err != nil {
 		return nil, err
 	}
-	if t.CertificateID != "" {
-		m.KeyPath = filepath.Join(cfg.KeyDir, t.CertificateID+".key")
+	if m.CertificateID != "" {
+		m.KeyPath = filepath.Join(l.cfg.KeyDir, m.CertificateID+".key")
 	}
-	if len(t.Cert) == 0 {
+	if len(l.target.Cert) == 0 {
 		m.Leaf, err = standIn(key)
 		return m, err
 	}
-	certs, err := pemutil.ParseCertificates(t.Cert)
+	certs, err := pemutil.ParseCertificates(l.target.Cert)
 	if err != nil {
 		return nil, fmt.Errorf("the certificate: %w", err)
 	}
 	m.Leaf = certs[0]
-	if m.Chain, _, err = pemutil.OrderChain(m.Leaf, certs[1:]); err != nil {
+	chain, warnings, err := deploy.Chain(m.Leaf, certs[1:], dropRoot)
+	if err != nil {
 		return nil, fmt.Errorf("the chain of the certificate: %w", err)
 	}
-	if last := len(m.Chain) - 1; dropRoot && last >= 0 && pemutil.IsSelfSigned(m.Chain[last]) {
-		m.Chain = m.Chain[:last]
+	m.Chain, l.Warnings = chain, append(l.Warnings, warnings...)
+	_, err = deploy.Wait(m.Leaf)
+	return m, targetconf.Join(err, l.findKey(m))
+}
+
+// findKey takes the key of the certificate from the key directory, and reports
+// whether it is there.
+func (l *looker) findKey(m *connector.Material) error {
+	if m.CertificateID == "" {
+		return nil
 	}
-	return m, nil
+	keys, err := keystore.Look(l.cfg.KeyDir)
+	if err != nil {
+		return err
+	}
+	defer keys.Close()
+	key, err := keys.Find(m.CertificateID, m.Leaf.PublicKey)
+	if err == nil {
+		m.KeyPEM = key.PEM
+	}
+	return err
 }
 
 // standIn is a certificate that nobody would accept.

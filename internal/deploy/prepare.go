@@ -78,21 +78,31 @@ func (a *attempt) fetch(ctx context.Context) (*connector.Material, error) {
 		return nil, fmt.Errorf("certificate %s as the control plane sent it: %w", id, err)
 	}
 	leaf := certs[0]
-	chain, stray, err := pemutil.OrderChain(leaf, certs[1:])
+	chain, warnings, err := Chain(leaf, certs[1:], a.config != nil && a.config.Common.DropRoot)
 	if err != nil {
 		return nil, fmt.Errorf("the chain of certificate %s: %w", id, err)
 	}
-	for _, cert := range stray {
-		a.warn(fmt.Sprintf("the certificate %q in the chain issued neither the leaf nor another certificate of it, and is left out",
-			printable.Line(cert.Subject.String(), maxCommonName)))
-	}
-	if last := len(chain) - 1; a.config != nil && a.config.Common.DropRoot && last >= 0 && pemutil.IsSelfSigned(chain[last]) {
-		chain = chain[:last]
+	for _, warning := range warnings {
+		a.warn(warning)
 	}
 	a.outcome.CommonName = printable.Line(leaf.Subject.CommonName, maxCommonName)
 	a.outcome.NotAfter = leaf.NotAfter
 	a.outcome.Fingerprint = pemutil.Fingerprint(leaf)
 	return &connector.Material{CertificateID: id, Leaf: leaf, Chain: chain, KeyPath: a.o.Keys.Path(id)}, nil
+}
+
+// Chain is the chain that is installed behind leaf: rest in issuing order, with
+// its root or without.
+func Chain(leaf *x509.Certificate, rest []*x509.Certificate, dropRoot bool) (chain []*x509.Certificate, warnings []string, err error) {
+	chain, stray, err := pemutil.OrderChain(leaf, rest)
+	for _, cert := range stray {
+		warnings = append(warnings, fmt.Sprintf("the certificate %q in the chain issued neither the leaf nor another certificate of it, and is left out",
+			printable.Line(cert.Subject.String(), maxCommonName)))
+	}
+	if last := len(chain) - 1; dropRoot && last >= 0 && pemutil.IsSelfSigned(chain[last]) {
+		chain = chain[:last]
+	}
+	return chain, warnings, err
 }
 
 // findKey finds the private key of the certificate and adds it to m.
@@ -109,21 +119,28 @@ func (a *attempt) findKey(m *connector.Material) (keystore.Key, error) {
 	return key, nil
 }
 
-// checkValidity waits for a certificate that is about to become valid.
-func (a *attempt) checkValidity(leaf *x509.Certificate) error {
+// Wait is how long it takes until a certificate is valid, 0 or less for one that
+// is. One that is not, and will not be soon, is refused.
+func Wait(leaf *x509.Certificate) (time.Duration, error) {
 	now := time.Now()
 	if now.After(leaf.NotAfter) {
-		return fmt.Errorf("the certificate expired at %s; nothing was touched", leaf.NotAfter.UTC().Format(time.RFC3339))
+		return 0, fmt.Errorf("the certificate expired at %s; nothing was touched", leaf.NotAfter.UTC().Format(time.RFC3339))
 	}
 	wait := leaf.NotBefore.Sub(now)
 	if wait > maxSkew {
-		return fmt.Errorf("the certificate is not valid before %s, which is %s ahead: check this host's clock and the control plane's; nothing was touched",
+		return 0, fmt.Errorf("the certificate is not valid before %s, which is %s ahead: check this host's clock and the control plane's; nothing was touched",
 			leaf.NotBefore.UTC().Format(time.RFC3339), wait.Round(time.Second))
 	}
-	if wait <= 0 {
-		return nil
+	return wait, nil
+}
+
+// checkValidity waits for a certificate that is about to become valid.
+func (a *attempt) checkValidity(leaf *x509.Certificate) error {
+	wait, err := Wait(leaf)
+	if err != nil || wait <= 0 {
+		return err
 	}
-	err := a.turn.Yield(func(ctx context.Context) error {
+	err = a.turn.Yield(func(ctx context.Context) error {
 		select {
 		case <-time.After(wait):
 			return nil

@@ -122,6 +122,16 @@ func Open(owner Owner, dir string, log *slog.Logger) (*Store, error) {
 	return s, nil
 }
 
+// Look opens the key directory as it is, for Find alone: it makes nothing,
+// changes nothing and takes no lock.
+func Look(dir string) (*Store, error) {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, fmt.Errorf("open the key directory: %w", err)
+	}
+	return &Store{dir: dir, root: root, busy: make(chan struct{}, 1)}, nil
+}
+
 func (s *Store) begin(owner Owner) error {
 	if err := s.acquire(owner.Agent); err != nil {
 		return err

@@ -105,7 +105,9 @@ const (
 
 // Merge lays the host's overlays over the configuration of a job for a target of
 // type typ: the job without its masked values, then default.json, then the
-// target's own file. Aliases are those of the type. Overlays may be nil.
+// target's own file. Aliases are those of the type. Overlays may be nil. Beside
+// an error in the common part there is a Config, for whoever wants to know what
+// else is wrong.
 func Merge(job json.RawMessage, typ string, aliases map[string]string, targetID string, overlays *Overlays) (*Config, error) {
 	if !api.ValidID(targetID) {
 		return nil, fmt.Errorf("target id %s cannot name a file: 1 to 128 of A-Z a-z 0-9 . _ - are allowed", printable.Quote(targetID))
@@ -152,7 +154,7 @@ func Merge(job json.RawMessage, typ string, aliases map[string]string, targetID 
 		return c, nil // nobody decodes it
 	}
 	if err := c.Decode(&c.Common); err != nil {
-		return nil, err
+		return c, err
 	}
 	return c, c.Common.check()
 }

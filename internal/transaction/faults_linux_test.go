@@ -168,6 +168,10 @@ func TestReadOnly(t *testing.T) {
 	check(t, syscall.Mount(w.path("site"), w.path("site"), "", syscall.MS_BIND, ""))
 	w.old(t)
 	remount(syscall.MS_RDONLY)
+	tx := w.renewal()
+	if look := NewPreview(t.Context(), tx.Deployment, &tx.proposal, w.policy()); len(look.Problems) != 2 || !strings.Contains(look.Problems[0], "read-only file system") {
+		t.Errorf("the preview has the problems %q", look.Problems)
+	}
 	_, err := w.deploy(t, w.renewal())
 	if !errors.Is(err, syscall.EROFS) || !strings.HasSuffix(err.Error(), "read-only file system; nothing was changed") {
 		t.Errorf("got error %v", err)
@@ -175,7 +179,7 @@ func TestReadOnly(t *testing.T) {
 	w.want(t, false, "old")
 
 	remount(0)
-	tx := w.renewal()
+	tx = w.renewal()
 	tx.Verify = func(context.Context) error { remount(syscall.MS_RDONLY); return errors.New("is broken") }
 	s := w.mustStore(t, nil)
 	_, err = s.deploy(t.Context(), tx)
@@ -257,7 +261,7 @@ func TestOrdinaryUser(t *testing.T) {
 			if err != nil {
 				t.Fatalf("child: %v", err)
 			}
-			if got := string(out); !strings.Contains(got, test.want) || test.want == "" && got != "" {
+			if got := string(out); !strings.Contains(got, test.want) || test.want == "" && got != "" || strings.Contains(got, "preview") {
 				t.Errorf("error %q, want %q", got, test.want)
 			}
 			if left := w.leftovers(); len(left) > 0 {
@@ -279,7 +283,11 @@ func childDeploy() int {
 	w := world{os.Getenv("BASE")}
 	s, err := w.store(nil)
 	if err == nil {
-		_, err = s.deploy(context.Background(), w.renewal())
+		tx := w.renewal()
+		look := NewPreview(context.Background(), tx.Deployment, &tx.proposal, w.policy())
+		if _, err = s.deploy(context.Background(), tx); (err != nil) != (len(look.Problems) > 0) {
+			fmt.Printf("the preview had the problems %q. ", look.Problems)
+		}
 	}
 	if err != nil {
 		fmt.Print(err)

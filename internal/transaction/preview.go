@@ -2,10 +2,13 @@ package transaction
 
 import (
 	"context"
+	"fmt"
 	"io/fs"
 	"log/slog"
 	"os"
+	"slices"
 	"strconv"
+	"syscall"
 
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/policy"
@@ -16,8 +19,8 @@ import (
 type Preview struct {
 	Files    []FilePreview   `json:"files"`
 	Changes  []ChangePreview `json:"changes"`
-	Warnings []string        `json:"warnings,omitempty"`
-	Problems []string        `json:"problems,omitempty"`
+	Warnings []string        `json:"warnings"`
+	Problems []string        `json:"problems"`
 }
 
 // FilePreview is one file that would be put in place.
@@ -83,6 +86,9 @@ func (p *Preview) file(a *attempt, file connector.File, i int) FilePreview {
 	if err == nil {
 		err = a.guard(f)
 	}
+	if err == nil && !f.upToDate() {
+		err = f.mayPlace()
+	}
 	if warning != "" {
 		p.Warnings = append(p.Warnings, warning)
 	}
@@ -95,6 +101,25 @@ func (p *Preview) file(a *attempt, file connector.File, i int) FilePreview {
 		return refuse(err)
 	}
 	return look
+}
+
+// mayPlace reports whether this process may put the new file into its directory
+// and give it away, which a deployment finds out by doing it.
+func (f *dest) mayPlace() error {
+	const writeAndSearch = 0o3
+	if err := syscall.Access(f.at.path, writeAndSearch); err != nil {
+		return fmt.Errorf("%s: the agent's user cannot put files into %s: %w", f.Path, f.at.path, err)
+	}
+	if os.Geteuid() == 0 {
+		return nil
+	}
+	if f.want.UID != -1 && f.want.UID != os.Geteuid() {
+		return fmt.Errorf("%s: the agent's user cannot give the new file to user %d: only root can", f.Path, f.want.UID)
+	}
+	if groups, err := os.Getgroups(); err == nil && f.want.GID != -1 && f.want.GID != os.Getegid() && !slices.Contains(groups, f.want.GID) {
+		return fmt.Errorf("%s: the agent's user cannot give the new file to group %d: it is not in it", f.Path, f.want.GID)
+	}
+	return nil
 }
 
 func octal(mode fs.FileMode) string { return "0" + strconv.FormatUint(uint64(mode.Perm()), 8) }
