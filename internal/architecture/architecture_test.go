@@ -143,6 +143,57 @@ func TestImportsPointDown(t *testing.T) {
 	}
 }
 
+// TestTableOfLayers: docs/architecture.md has each package in its layer, and no
+// other. Layers are numbered from the leaves, which are 0; what serves tests has
+// none.
+func TestTableOfLayers(t *testing.T) {
+	text, err := os.ReadFile(filepath.Join("..", "..", "docs", "architecture.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, table, _ := strings.Cut(string(text), "| layer | package |")
+	table, _, _ = strings.Cut(table, "\n\n")
+	rows := make(map[string]string) // from package or pattern to layer
+	for line := range strings.Lines(table) {
+		cells := strings.Split(line, "|")
+		if len(cells) < 4 || !strings.Contains(cells[2], "`") {
+			continue
+		}
+		for _, name := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(cells[2], -1) {
+			rows[strings.ReplaceAll(name[1], "<name>", "*")] = strings.TrimSpace(cells[1])
+		}
+	}
+	used := make(map[string]bool)
+	for _, s := range sources(t) {
+		if s.test {
+			continue
+		}
+		row := s.dir
+		if _, named := rows[row]; !named {
+			row = path.Dir(s.dir) + "/*"
+		}
+		want := strconv.Itoa(leafLayer - layerOf(s.dir))
+		if testOnly(s.dir) {
+			want = "–"
+		}
+		if used[row] = true; rows[row] != want {
+			t.Errorf("the table has package %s in layer %q, want %q", s.dir, rows[row], want)
+		}
+	}
+	for row := range rows {
+		if !used[row] {
+			t.Errorf("the table has %s, which does not exist", row)
+		}
+	}
+	for _, layer := range layers {
+		for _, pkg := range layer {
+			if rows[pkg] == "" && pkg != "cmd/*" {
+				t.Errorf("the layers of this test have %s, the table does not", pkg)
+			}
+		}
+	}
+}
+
 func TestStandardLibraryOnly(t *testing.T) {
 	for _, s := range sources(t) {
 		for _, imported := range s.imports {
