@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"certctl-agent/internal/app"
+	"certctl-agent/internal/connector/all"
 	"certctl-agent/internal/testing/testca"
 )
 
@@ -256,4 +258,50 @@ func treeOf(t *testing.T, dir string) string {
 		t.Fatal(err)
 	}
 	return all.String()
+}
+
+// TestPlanShowsDefaults: what the pages of the targets call a default is shown as
+// one, with the same value.
+func TestPlanShowsDefaults(t *testing.T) {
+	dir, settings := planHost(t)
+	code := regexp.MustCompile("`([^`]+)`")
+	found := 0
+	for _, typ := range all.Types() {
+		if typ.New == nil {
+			continue
+		}
+		shown := make(map[string]string)
+		for _, mode := range []string{"", `, "mode": "file"`} { // Caddy's second one
+			// A bad port ends it before anything is asked.
+			_, out := planned(t, settings, `{"cert_dir": "`+dir+`", "port": "x"`+mode+`}`, "-type", typ.Name, "-json")
+			var document app.Preview
+			if err := json.Unmarshal([]byte(out), &document); err != nil {
+				t.Fatal(err)
+			}
+			for _, s := range document.Settings {
+				if s.Source == "default" {
+					shown[s.Key] = strings.Trim(s.Value, `"`)
+				}
+			}
+		}
+		page, err := os.ReadFile(filepath.Join("../../docs/targets", strings.ToLower(typ.Name)+".md"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(page)) {
+			cells := strings.Split(line, "|")
+			if len(cells) != 5 {
+				continue
+			}
+			keys, values := code.FindAllStringSubmatch(cells[1], -1), code.FindAllStringSubmatch(cells[3], -1)
+			for i := range min(len(keys), len(values)) {
+				if found++; shown[keys[i][1]] != values[i][1] {
+					t.Errorf("%s: the page has the default %s of %s, plan shows %q", typ.Name, values[i][1], keys[i][1], shown[keys[i][1]])
+				}
+			}
+		}
+	}
+	if found < 15 {
+		t.Errorf("the pages have %d defaults: the test does not find them any more", found)
+	}
 }
