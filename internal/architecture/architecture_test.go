@@ -306,3 +306,106 @@ func TestDocsNameTests(t *testing.T) {
 		t.Errorf("the docs name %d tests: the pattern does not find them any more", found)
 	}
 }
+
+// othersWords are texts of the runbook's tables that the program passes on.
+var othersWords = map[string]string{
+	"no space left on device":         "the kernel's",
+	"connection refused":              "the kernel's",
+	"key values mismatch":             "OpenSSL's",
+	"Syntax error on line":            "httpd's",
+	"unable to load":                  "HAProxy's",
+	`open() ".../nginx.pid" failed`:   "nginx's",
+	"disabling TLS support":           "Postfix's",
+	"403 Forbidden: host not allowed": "Caddy's",
+	"client is not allowed":           "Caddy's",
+	"412 Precondition Failed":         "Caddy's",
+	"loading new config":              "Caddy's",
+}
+
+// TestRunbookQuotesMessages: each text that the tables of docs/operations.md and
+// of the targets' pages say to look for is one that the program can say. Where the
+// page has an ellipsis, the message has what varies. A key of the configuration
+// that leads a text varies too.
+func TestRunbookQuotesMessages(t *testing.T) {
+	var messages []string
+	for _, s := range sources(t) {
+		if !s.test && !testOnly(s.dir) && s.dir != "cmd/certctl-demo" {
+			messages = append(messages, literals(s.file)...)
+		}
+	}
+	pages, err := filepath.Glob(filepath.Join("..", "..", "docs", "targets", "*.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	key := regexp.MustCompile(`^[a-z_]+: `)
+	found, passedOn := 0, make(map[string]bool)
+	for _, page := range append(pages, filepath.Join("..", "..", "docs", "operations.md")) {
+		text, err := os.ReadFile(page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, quoted := range quotedMessages(string(text)) {
+			found++
+			pattern := regexp.MustCompile(strings.ReplaceAll(regexp.QuoteMeta(key.ReplaceAllString(quoted, "")), "…", ".*"))
+			switch {
+			case othersWords[quoted] != "":
+				passedOn[quoted] = true
+			case !slices.ContainsFunc(messages, pattern.MatchString):
+				t.Errorf("%s: the program never says %q", filepath.Base(page), quoted)
+			}
+		}
+	}
+	if found < 80 {
+		t.Errorf("the tables have %d texts: the test does not find them any more", found)
+	}
+	for text := range othersWords {
+		if !passedOn[text] {
+			t.Errorf("no table has %q any more", text)
+		}
+	}
+}
+
+// quotedMessages are the texts in the first column of a page's tables of messages.
+func quotedMessages(page string) (texts []string) {
+	for _, heading := range []string{"| message |", "| error contains |", "| the error says |", "| error | what to do |"} {
+		_, table, _ := strings.Cut(page, heading)
+		table, _, _ = strings.Cut(table, "\n\n")
+		for line := range strings.Lines(table) {
+			cell, _, _ := strings.Cut(strings.TrimPrefix(line, "|"), "|")
+			for _, quoted := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(cell, -1) {
+				texts = append(texts, quoted[1])
+			}
+		}
+	}
+	return texts
+}
+
+// literals are the strings of a file, those that are added up as one.
+func literals(file *ast.File) []string {
+	var all []string
+	ast.Inspect(file, func(n ast.Node) bool {
+		switch n := n.(type) {
+		case *ast.BinaryExpr:
+			if text := sum(n); text != "" {
+				all = append(all, text)
+				return false
+			}
+		case *ast.BasicLit:
+			all = append(all, sum(n))
+		}
+		return true
+	})
+	return all
+}
+
+// sum is what an expression of strings is, as far as they are written out.
+func sum(e ast.Expr) string {
+	switch e := e.(type) {
+	case *ast.BinaryExpr:
+		return sum(e.X) + sum(e.Y)
+	case *ast.BasicLit:
+		text, _ := strconv.Unquote(e.Value)
+		return text
+	}
+	return ""
+}
