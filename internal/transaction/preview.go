@@ -61,7 +61,7 @@ func NewPreview(ctx context.Context, d Deployment, plan *connector.Plan, rules *
 		look := ChangePreview{Name: c.ID(), Changes: !same}
 		if err != nil {
 			look.Problem = err.Error()
-			p.Problems = append(p.Problems, c.ID()+": "+look.Problem)
+			p.Problems = append(p.Problems, "look at "+c.ID()+": "+look.Problem)
 		}
 		p.Changes = append(p.Changes, look)
 	}

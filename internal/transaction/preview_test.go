@@ -60,7 +60,7 @@ func TestPreviewProblems(t *testing.T) {
 		connector.File{Path: w.path("site/chain.pem")})
 	got := NewPreview(context.Background(), tx.Deployment, &tx.proposal, w.policy())
 	all := strings.Join(got.Problems, "\n")
-	for _, says := range []string{"/etc/shadow is in none", "holds neither a certificate", "nowhere", "are the same file", "two: no answer"} {
+	for _, says := range []string{"/etc/shadow is in none", "holds neither a certificate", "nowhere", "are the same file", "look at two: no answer"} {
 		if !strings.Contains(all, says) {
 			t.Errorf("got %s, want %q in it", all, says)
 		}
