@@ -70,7 +70,7 @@ func runPlan(ctx context.Context, p process) error {
 			f.BoolVar(&asJSON, "json", false, "print JSON")
 		},
 		Ignore: func(setting string) bool {
-			return !slices.Contains([]string{"key-dir", "state-dir", "targets-dir", "allowed-paths", "allowed-commands"}, setting)
+			return !slices.Contains([]string{"config", "key-dir", "state-dir", "targets-dir", "allowed-paths", "allowed-commands"}, setting)
 		},
 	})
 	if errors.Is(err, flag.ErrHelp) {

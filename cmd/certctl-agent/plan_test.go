@@ -225,6 +225,17 @@ func TestPlanOfHostileValues(t *testing.T) {
 	}
 }
 
+// TestPlanOfUnreadableSettings: what the daemon may write and run is not known
+// without its configuration file, and a guess would be worse than nothing.
+func TestPlanOfUnreadableSettings(t *testing.T) {
+	dir, settings := planHost(t)
+	settings["CERTCTL_CONFIG"] = filepath.Join(dir, "agent.env")
+	code, out := planned(t, settings, `{"pem_path": "`+dir+`/tls/site.pem", "reload_command": "true"}`, "-type", "HAProxy")
+	if code != exitFailure || !strings.Contains(out, "CERTCTL_CONFIG") || strings.Contains(out, "allowed") {
+		t.Errorf("exit code %d: %s", code, out)
+	}
+}
+
 // TestPlanOrder: what somebody chose comes first, whatever it is called.
 func TestPlanOrder(t *testing.T) {
 	_, settings := planHost(t)
