@@ -90,19 +90,20 @@ func elementAt(b []byte, depth int) (v Value, rest []byte, err error) {
 	return v, b[end:], nil
 }
 
-// HeaderLength is the length of tag and length at the start of b; 0: they are incomplete.
-func HeaderLength(b []byte) int {
-	if len(b) < 2 {
-		return 0
+// Open returns what follows the header of a SEQUENCE at the start of b, or nil if there is none. The
+// SEQUENCE may end after b, which is the head of a file.
+func Open(b []byte) []byte {
+	if len(b) < 2 || b[0] != TagSequence {
+		return nil
 	}
-	n := 2
+	header := 2
 	if b[1] > 0x80 {
-		n += int(b[1] - 0x80)
+		header += int(b[1] - 0x80)
 	}
-	if n > len(b) {
-		return 0
+	if header > len(b) {
+		return nil
 	}
-	return n
+	return b[header:]
 }
 
 // indefinite reads an element whose end is marked by two zero octets

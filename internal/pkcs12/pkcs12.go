@@ -59,17 +59,10 @@ const (
 // Is reports whether data begins as a store does (RFC 7292, 4): a SEQUENCE with version 3 and a
 // ContentInfo of PKCS#7. A head of a few bytes is enough.
 func Is(data []byte) bool {
-	for _, want := range []string{"\x02\x01\x03", "\x06\x09" + oidPKCS7} {
-		header := ber.HeaderLength(data)
-		if header == 0 || data[0] != ber.TagSequence {
-			return false
-		}
-		if data = data[header:]; string(data[:min(len(data), len(want))]) != want[:min(len(data), len(want))] {
-			return false
-		}
-		data = data[min(len(data), len(want)):]
-	}
-	return true
+	info, ok := bytes.CutPrefix(ber.Open(data), []byte("\x02\x01\x03"))
+	kind := ber.Open(info)
+	const want = "\x06\x09" + oidPKCS7
+	return ok && kind != nil && strings.HasPrefix(want, string(kind[:min(len(kind), len(want))]))
 }
 
 // Kind is what an entry is.

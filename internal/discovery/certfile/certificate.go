@@ -297,14 +297,7 @@ func firstCertificate(b []byte) (der, rest []byte, err error) {
 // looksLikeCertificate reports whether b, the beginning of a file, is that of a certificate: up to
 // the validity, which neither a request nor a revocation list has in that place.
 func looksLikeCertificate(b []byte) bool {
-	for range 2 { // Certificate, TBSCertificate
-		header := ber.HeaderLength(b)
-		if header == 0 || b[0] != ber.TagSequence {
-			return false
-		}
-		b = b[header:]
-	}
-	tbs := ber.Fields{Rest: b}
+	tbs := ber.Fields{Rest: ber.Open(ber.Open(b))}
 	if tbs.At(ber.TagExplicit0) {
 		tbs.Next(ber.TagExplicit0)
 	}

@@ -13,8 +13,7 @@ const oidSignedData = "\x2a\x86\x48\x86\xf7\x0d\x01\x07\x02"
 // isSignedData reports whether b begins as a PKCS#7 ContentInfo with
 // signedData does, whatever the form of its length.
 func isSignedData(b []byte) bool {
-	header := ber.HeaderLength(b)
-	return header > 0 && b[0] == ber.TagSequence && bytes.HasPrefix(b[header:], []byte("\x06\x09"+oidSignedData))
+	return bytes.HasPrefix(ber.Open(b), []byte("\x06\x09"+oidSignedData))
 }
 
 // pkcs7 adds the certificates of signedData (RFC 5652, 5.1), the form in which

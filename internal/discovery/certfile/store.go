@@ -76,12 +76,6 @@ func isBouncyCastle(b []byte) bool {
 	if len(b) >= 8 && binary.BigEndian.Uint32(b) <= 2 && binary.BigEndian.Uint32(b[4:]) == 20 {
 		return true
 	}
-	for range 3 {
-		header := ber.HeaderLength(b)
-		if header == 0 || b[0] != ber.TagSequence {
-			return false
-		}
-		b = b[header:]
-	}
-	return len(b) > 0 && b[0] == ber.TagOID
+	algorithm := ber.Open(ber.Open(ber.Open(b)))
+	return len(algorithm) > 0 && algorithm[0] == ber.TagOID
 }
