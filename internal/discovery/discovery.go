@@ -24,6 +24,7 @@ import (
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/discovery/index"
+	"certctl-agent/internal/discovery/record"
 	"certctl-agent/internal/secret"
 )
 
@@ -75,7 +76,9 @@ type Scanner struct {
 	ownerTime, scanTime time.Duration // the constants of these names
 	ownerBytes          int           // likewise
 
-	opened outcomes
+	// opened has the outcomes of key stores, as long as the passwords stay the same: a copy, or one
+	// that was only touched, does not cost a second time.
+	opened record.Recent
 
 	files, found atomic.Int64 // of the scan that runs, or of the last one
 
@@ -181,7 +184,7 @@ func (r *run) readPasswords() error {
 	}
 	r.retryLocked = !r.s.scanned || !slices.Equal(list, r.s.locked)
 	if r.retryLocked {
-		r.s.opened.forget()
+		r.s.opened.Forget()
 	}
 	r.parser.Passwords, r.s.locked, r.s.scanned = list, list, true
 	return err

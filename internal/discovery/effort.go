@@ -41,9 +41,6 @@ const (
 
 	// maxOwners bounds the users that are told apart.
 	maxOwners = 1 << 10
-
-	// maxOpenedBytes bounds what is remembered of key stores by their digest.
-	maxOpenedBytes = 1 << 20
 )
 
 // effort is the processor time that files have taken in one scan.
@@ -100,7 +97,7 @@ func (r *run) lookInto(name string, data []byte, owner uint32) certfile.Outcome 
 	var digest [sha256.Size]byte
 	if store {
 		digest = sha256.Sum256(data)
-		if outcome := r.s.opened.get(digest); outcome != nil {
+		if outcome := r.s.opened.Get(digest); outcome != nil {
 			return outcome
 		}
 	}
@@ -111,44 +108,9 @@ func (r *run) lookInto(name string, data []byte, owner uint32) certfile.Outcome 
 	outcome := r.parser.Parse(name, data)
 	r.effort.count(owner, len(data), threadTime()-began)
 	if store {
-		r.s.opened.put(digest, outcome)
+		r.s.opened.Put(digest, outcome)
 	}
 	return outcome
-}
-
-// outcomes remembers key stores by the digest of their bytes, from scan to
-// scan, while the passwords stay the same: a copy, or one that was only
-// touched, does not cost a second time.
-type outcomes struct {
-	mu    sync.Mutex
-	known map[[sha256.Size]byte]certfile.Outcome // guarded by mu
-	bytes int                                    // guarded by mu
-}
-
-func (o *outcomes) get(digest [sha256.Size]byte) certfile.Outcome {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.known[digest]
-}
-
-func (o *outcomes) put(digest [sha256.Size]byte, outcome certfile.Outcome) {
-	size := len(digest) + len(outcome)
-	if size > maxOpenedBytes/8 {
-		return
-	}
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.known == nil || o.bytes+size > maxOpenedBytes {
-		o.known, o.bytes = make(map[[sha256.Size]byte]certfile.Outcome), 0
-	}
-	o.known[digest] = outcome
-	o.bytes += size
-}
-
-func (o *outcomes) forget() {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.known, o.bytes = nil, 0
 }
 
 // leftOut are files of each user that were passed over for the sake of others.

@@ -13,6 +13,7 @@ import (
 	"unicode/utf8"
 
 	"certctl-agent/internal/ber"
+	"certctl-agent/internal/discovery/record"
 	"certctl-agent/internal/jks"
 	"certctl-agent/internal/pkcs12"
 )
@@ -122,7 +123,7 @@ func (c *content) fail(err error) {
 type Parser struct {
 	Passwords []string // tried on PKCS#12 stores after the empty one, in order
 
-	recent cache
+	recent record.Recent
 }
 
 // Parse finds the certificates in data, the bytes of a file of that name. It

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"slices"
 	"strings"
-	"sync"
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/discovery/record"
@@ -31,7 +30,7 @@ func (p *Parser) outcome(c content) Outcome {
 	var certs []byte
 	n := 0
 	for _, cert := range c.certs {
-		encoded, err := p.recent.encode(cert.der)
+		encoded, err := p.encode(cert.der)
 		if err != nil && (cert.format != formatDER || !isOtherSigned(cert.der)) {
 			c.fail(err)
 		}
@@ -147,24 +146,11 @@ func encodePEM(der []byte) string {
 	return b.String()
 }
 
-// cache remembers the encoded form of certificates seen lately: hosts
+// encode returns the encoded form of a certificate, with errCut when some of it was left out. Hosts
 // have many copies of the same authorities, and of each chain.
-type cache struct {
-	mu     sync.Mutex
-	size   int // bytes in recent
-	recent map[[sha256.Size]byte][]byte
-}
-
-// maxRecentBytes bounds what is remembered: about 500 certificates.
-const maxRecentBytes = 1 << 20
-
-// encode returns the encoded form of a certificate, with errCut when some of it was left out.
-func (c *cache) encode(der []byte) ([]byte, error) {
+func (p *Parser) encode(der []byte) ([]byte, error) {
 	digest := sha256.Sum256(der)
-	c.mu.Lock()
-	encoded := c.recent[digest]
-	c.mu.Unlock()
-	if encoded != nil {
+	if encoded := p.recent.Get(digest); encoded != nil {
 		return encoded, nil
 	}
 	described, err := describe(der)
@@ -172,22 +158,9 @@ func (c *cache) encode(der []byte) ([]byte, error) {
 		return nil, err
 	}
 	described.FingerprintSHA256 = hex.EncodeToString(digest[:])
-	encoded = appendCertificate(nil, described, der)
-	if err != nil {
-		return encoded, err // not remembered: each file that holds it has to be named
+	encoded := appendCertificate(nil, described, der)
+	if err == nil { // each file that holds one that is cut has to be named
+		p.recent.Put(digest, encoded)
 	}
-
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if len(encoded) > maxRecentBytes/8 {
-		return encoded, nil
-	}
-	if c.recent == nil || c.size+len(encoded) > maxRecentBytes {
-		// Starting over is simpler than ageing and as good here: what is
-		// common comes back with its next copy.
-		c.recent, c.size = make(map[[sha256.Size]byte][]byte), 0
-	}
-	c.recent[digest] = encoded
-	c.size += len(encoded)
-	return encoded, nil
+	return encoded, err
 }

@@ -1,8 +1,12 @@
-// Package record is the encoding of what is remembered between scans. Strings
-// and lists have their length before them, as a varint.
+// Package record is the encoding of what is remembered between scans, and the memory of what was
+// encoded lately. Strings and lists have their length before them, as a varint.
 package record
 
-import "encoding/binary"
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"sync"
+)
 
 // AppendString appends a string with its length before it.
 func AppendString[S ~string | ~[]byte](b []byte, s S) []byte {
@@ -65,4 +69,46 @@ func (d *Decoder) Byte() byte {
 	b := d.Rest[0]
 	d.Rest = d.Rest[1:]
 	return b
+}
+
+// Recent remembers records by the digest of what they were made from. It may be used by several
+// goroutines.
+type Recent struct {
+	mu    sync.Mutex
+	known map[[sha256.Size]byte][]byte // guarded by mu
+	bytes int                          // guarded by mu
+}
+
+// maxRecent bounds the bytes that are remembered: about 500 certificates.
+const maxRecent = 1 << 20
+
+// Get returns the record of a digest, or nil.
+func (r *Recent) Get(digest [sha256.Size]byte) []byte {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.known[digest]
+}
+
+// Put remembers a record, unless it would take the place of many others.
+func (r *Recent) Put(digest [sha256.Size]byte, record []byte) {
+	size := len(digest) + len(record)
+	if size > maxRecent/8 {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.known == nil || r.bytes+size > maxRecent {
+		// Starting over is simpler than ageing and as good here: what is
+		// common comes back with its next copy.
+		r.known, r.bytes = make(map[[sha256.Size]byte][]byte), 0
+	}
+	r.known[digest] = record
+	r.bytes += size
+}
+
+// Forget drops all records.
+func (r *Recent) Forget() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.known, r.bytes = nil, 0
 }
