@@ -74,7 +74,7 @@ func describe(der []byte) (api.DiscoveredCertificate, error) {
 	algorithm, bits := publicKey(key)
 	c := api.DiscoveredCertificate{
 		CommonName:   bounded(subjectName.commonName),
-		SANs:         extensions.names(),
+		SANs:         make([]string, 0, extensions.count), // never nil
 		SerialNumber: bounded(serialNumber(serial.Body)),
 		IssuerDN:     bounded(issuerName.String()),
 		SubjectDN:    bounded(subjectName.String()),
@@ -83,6 +83,9 @@ func describe(der []byte) (api.DiscoveredCertificate, error) {
 		KeyAlgorithm: algorithm,
 		KeySize:      bits,
 		IsCA:         extensions.isCA,
+	}
+	for _, names := range extensions.names {
+		c.SANs = append(c.SANs, names...)
 	}
 	if cut {
 		return c, errCut
@@ -170,11 +173,15 @@ func readTime(f *ber.Fields) (time.Time, error) {
 
 // extensions is what a report has of a certificate's extensions.
 type extensions struct {
-	isCA                    bool
-	hosts, mails, ips, uris []string
-	bytes                   int // of all names
-	cut                     bool
+	isCA         bool
+	names        [len(nameTags)][]string
+	count, bytes int // of all names
+	cut          bool
 }
+
+// nameTags are the names that a report has, in the order of the protocol: dNSName, rfc822Name,
+// iPAddress and uniformResourceIdentifier of RFC 5280, 4.2.1.6.
+const nameTags = "\x82\x81\x87\x86"
 
 // readExtensions reads what follows the public key (RFC 5280, 4.1): identifiers, which nobody uses,
 // and the extensions.
@@ -218,50 +225,33 @@ func sequenceIn(b []byte) ber.Value {
 	return v
 }
 
-// readNames reads the names of RFC 5280, 4.2.1.6 that a report has.
+// readNames reads the names that a report has.
 func (x *extensions) readNames(names ber.Value) {
 	for name, err := range names.Children() {
 		if err != nil {
 			return
 		}
-		var list *[]string
-		switch name.Tag {
-		case 0x81:
-			list = &x.mails
-		case 0x82:
-			list = &x.hosts
-		case 0x86:
-			list = &x.uris
-		case 0x87:
-			list = &x.ips
-		default:
+		kind := strings.IndexByte(nameTags, name.Tag)
+		if kind < 0 {
 			continue
 		}
+		x.count++
 		x.bytes += len(name.Body)
-		if len(x.hosts)+len(x.mails)+len(x.ips)+len(x.uris) == maxNames || x.bytes > maxNameBytes {
+		if x.count > maxNames || x.bytes > maxNameBytes {
 			x.cut = true
 			return
 		}
 		shown := string(name.Body)
 		switch name.Tag {
+		case 0x87:
+			shown = net.IP(name.Body).String()
 		case 0x86:
 			if uri, err := url.Parse(shown); err == nil {
 				shown = uri.String()
 			}
-		case 0x87:
-			shown = net.IP(name.Body).String()
 		}
-		*list = append(*list, api.Text(shown))
+		x.names[kind] = append(x.names[kind], api.Text(shown))
 	}
-}
-
-// names is never nil, in the order of the protocol.
-func (x *extensions) names() []string {
-	all := make([]string, 0, len(x.hosts)+len(x.mails)+len(x.ips)+len(x.uris))
-	for _, list := range [][]string{x.hosts, x.mails, x.ips, x.uris} {
-		all = append(all, list...)
-	}
-	return all
 }
 
 // errNoCertificate: well-formed, but something else.
