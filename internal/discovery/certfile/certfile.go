@@ -234,11 +234,9 @@ func (c *content) binary(data []byte, promised promise) {
 			return
 		}
 	}
-	der, rest, err := firstCertificate(data)
+	err := c.der(data)
 	switch {
 	case err == nil:
-		c.add(der, formatDER)
-		c.more(rest)
 	case !errors.Is(err, errNoCertificate):
 		c.fail(err)
 	case data[0] != ber.TagSequence || promised == promisesStore:
@@ -263,14 +261,7 @@ func (c *content) bareBase64(data []byte, promised promise) (isDER bool) {
 			c.fail(errBase64Store)
 			return
 		}
-		if isDER = c.signed(decoded, promised); isDER {
-			return
-		}
-		if der, rest, err := firstCertificate(decoded); err == nil {
-			isDER = true
-			c.add(der, formatDER)
-			c.more(rest)
-		}
+		isDER = c.signed(decoded, promised) || c.der(decoded) == nil
 	})
 	return isDER
 }
@@ -279,17 +270,14 @@ func (c *content) bareBase64(data []byte, promised promise) (isDER bool) {
 // kind, such as a key, is no error.
 var errUnknown = errors.New("neither PEM nor any other format that is known here")
 
-// more adds the certificates that follow the first one directly. Anything else
-// there is trailing garbage, as to OpenSSL.
-func (c *content) more(rest []byte) {
-	for len(rest) > 0 && rest[0] == ber.TagSequence {
-		der, after, err := firstCertificate(rest)
-		if err != nil {
-			return
-		}
-		c.add(der, formatDER)
-		rest = after
+// der adds the certificate at the start of b, and those that follow it directly. Anything else that
+// follows is trailing garbage, as to OpenSSL.
+func (c *content) der(b []byte) error {
+	cert, rest, err := firstCertificate(b)
+	for next := err; next == nil; cert, rest, next = firstCertificate(rest) {
+		c.add(cert, formatDER)
 	}
+	return err
 }
 
 // isOtherSigned reports whether der is a signed object of another kind: a

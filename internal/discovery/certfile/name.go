@@ -3,6 +3,7 @@ package certfile
 import (
 	"cmp"
 	"encoding/hex"
+	"slices"
 	"strings"
 
 	"certctl-agent/internal/ber"
@@ -140,12 +141,7 @@ func (n distinguishedName) String() string {
 }
 
 func (n distinguishedName) isCommon() bool {
-	for _, a := range n.attributes {
-		if attributeName(a.oid) == "" || !a.isText {
-			return false
-		}
-	}
-	return true
+	return !slices.ContainsFunc(n.attributes, func(a attribute) bool { return attributeName(a.oid) == "" || !a.isText })
 }
 
 func attributeName(oid string) string {

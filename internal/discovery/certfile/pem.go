@@ -96,12 +96,7 @@ func wrappedPEM(data []byte, found func(text []byte)) {
 		if end < 0 {
 			end = len(data)
 		}
-		text := make([]byte, 0, end)
-		for _, octet := range data[:end] {
-			if octet > ' ' { // it may be folded, in YAML
-				text = append(text, octet)
-			}
-		}
+		text := unfold(data[:end])
 		data = data[end:]
 		text = text[:len(text)/4*4] // what follows the last line's end is not needed
 		n, err := base64.StdEncoding.Decode(text, text)
@@ -111,9 +106,20 @@ func wrappedPEM(data []byte, found func(text []byte)) {
 	}
 }
 
-// decodePEM decodes what is between the markers. Headers (RFC 1421, 4.4) are
-// passed over: base64 has no colon.
+// decodePEM decodes what is between the markers.
 func decodePEM(body []byte) ([]byte, error) {
+	text := unfold(body)
+	n, err := base64.StdEncoding.Decode(text, text)
+	if err != nil || n == 0 {
+		clear(text)
+		return nil, errPEM
+	}
+	return text[:n], nil
+}
+
+// unfold is base64 without line ends and blanks. Headers (RFC 1421, 4.4) are passed over: base64 has
+// no colon.
+func unfold(body []byte) []byte {
 	text := make([]byte, 0, len(body))
 	for line := range bytes.Lines(body) {
 		if bytes.IndexByte(line, ':') >= 0 {
@@ -129,10 +135,5 @@ func decodePEM(body []byte) ([]byte, error) {
 			}
 		}
 	}
-	n, err := base64.StdEncoding.Decode(text, text)
-	if err != nil || n == 0 {
-		clear(text)
-		return nil, errPEM
-	}
-	return text[:n], nil
+	return text
 }

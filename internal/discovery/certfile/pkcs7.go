@@ -25,19 +25,13 @@ func (c *content) pkcs7(b []byte) error {
 	signed.Integer()             // version
 	signed.Next(0x31)            // digestAlgorithms
 	signed.Next(ber.TagSequence) // encapContentInfo
-	if signed.Err != nil {
-		return fmt.Errorf("damaged PKCS#7: %w", signed.Err)
-	}
-	if !signed.At(ber.TagExplicit0) {
-		return nil
-	}
-	certificates := signed.Next(ber.TagExplicit0)
-	for choice, err := range certificates.Children() {
-		if err != nil {
-			return fmt.Errorf("damaged PKCS#7: %w", err)
-		}
-		if choice.Tag == ber.TagSequence { // the other choices are attribute certificates
-			c.add(choice.Full, formatPKCS7)
+	if signed.At(ber.TagExplicit0) {
+		for choice, err := range signed.Next(ber.TagExplicit0).Children() {
+			if err != nil {
+				signed.Err = err
+			} else if choice.Tag == ber.TagSequence { // the other choices are attribute certificates
+				c.add(choice.Full, formatPKCS7)
+			}
 		}
 	}
 	if signed.Err != nil {
