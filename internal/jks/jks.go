@@ -82,7 +82,7 @@ func Read(data []byte, entry func(Entry)) error {
 func (r *reader) entry() (e Entry, err error) {
 	tag := r.uint32()
 	e.Alias = string(r.bytes(r.uint16()))
-	e.Created = r.time()
+	e.Created = time.UnixMilli(int64(r.number(8)))
 	certificates := 1
 	switch tag {
 	case tagKey:
@@ -142,26 +142,15 @@ func (r *reader) bytes(n int) []byte {
 	return b
 }
 
-// time reads milliseconds since 1970.
-func (r *reader) time() time.Time {
-	if b := r.bytes(8); b != nil {
-		return time.UnixMilli(int64(binary.BigEndian.Uint64(b)))
+func (r *reader) number(size int) (n uint64) {
+	for _, octet := range r.bytes(size) {
+		n = n<<8 | uint64(octet)
 	}
-	return time.Time{}
+	return n
 }
 
-func (r *reader) uint16() int {
-	if b := r.bytes(2); b != nil {
-		return int(binary.BigEndian.Uint16(b))
-	}
-	return 0
-}
+func (r *reader) uint16() int { return int(r.number(2)) }
 
-// uint32 is clipped so that it is not a negative int on any platform; no length
-// that large fits in a file that is read.
-func (r *reader) uint32() int {
-	if b := r.bytes(4); b != nil {
-		return int(min(binary.BigEndian.Uint32(b), 1<<31-1))
-	}
-	return 0
-}
+// uint32 is clipped so that it is not a negative int on any platform; no length that large fits in
+// a file that is read.
+func (r *reader) uint32() int { return int(min(r.number(4), 1<<31-1)) }

@@ -79,12 +79,8 @@ func parseKeyBlock(block *pem.Block) (crypto.Signer, error) {
 		return nil, fmt.Errorf("the %s block is damaged: %w", block.Type, err)
 	}
 	switch key := key.(type) {
-	case *ecdsa.PrivateKey:
-		return key, nil
-	case *rsa.PrivateKey:
-		return key, nil
-	case ed25519.PrivateKey:
-		return key, nil
+	case *ecdsa.PrivateKey, *rsa.PrivateKey, ed25519.PrivateKey:
+		return key.(crypto.Signer), nil
 	}
 	return nil, fmt.Errorf("a key of type %T cannot sign: expected ECDSA, RSA or Ed25519", key)
 }

@@ -258,8 +258,7 @@ type scheme struct {
 	salt    []byte
 	rounds  int
 	iv      []byte           // nil: derived from the password (RFC 7292, appendix B)
-	prf     func() hash.Hash // of PBKDF2
-	isPBES2 bool
+	prf     func() hash.Hash // of PBKDF2; nil: the scheme is an older one
 }
 
 // pbeCiphers are those of RFC 7292, appendix C. OpenSSL before 3 and Java before 17 encrypt
@@ -369,7 +368,7 @@ func pbes2(parameters *ber.Fields) (scheme, error) {
 		return s, errMethod("the certificates are encrypted with", id)
 	}
 	s.iv = encryption.Octets(ber.TagOctetString)
-	s.salt, s.rounds, s.prf, s.isPBES2 = salt, rounds, prf, true
+	s.salt, s.rounds, s.prf = salt, rounds, prf
 	return s, s.check(cmp.Or(kdf.Err, derivation.Err, encryption.Err))
 }
 
@@ -385,7 +384,7 @@ func (s scheme) check(err error) error {
 func (s scheme) work(ciphertext int) int64 {
 	hashed, blocks := sha1.BlockSize, (s.keySize+sha1.Size-1)/sha1.Size
 	switch {
-	case s.isPBES2:
+	case s.prf != nil:
 		prf := s.prf()
 		hashed, blocks = 2*prf.BlockSize(), (s.keySize+prf.Size()-1)/prf.Size() // HMAC hashes twice
 	case s.block != nil:
@@ -398,7 +397,7 @@ func (s scheme) work(ciphertext int) int64 {
 // The older schemes take UTF-16 with two zero octets behind, but for an empty
 // password some tools leave those out too.
 func (s scheme) forms(password string) [][]byte {
-	if s.isPBES2 {
+	if s.prf != nil {
 		return [][]byte{[]byte(password)}
 	}
 	var form []byte
@@ -411,12 +410,10 @@ func (s scheme) forms(password string) [][]byte {
 	return [][]byte{form}
 }
 
-var errPassword = errors.New("wrong password")
-
 // open decrypts, with a block cipher in CBC mode, and removes the padding (RFC 8018, 6.1.1).
 func (s scheme) open(password, ciphertext []byte) ([]byte, error) {
 	var key []byte
-	if s.isPBES2 {
+	if s.prf != nil {
 		derived, err := pbkdf2.Key(s.prf, string(password), s.salt, s.rounds, s.keySize)
 		if err != nil {
 			return nil, err
@@ -433,7 +430,7 @@ func (s scheme) open(password, ciphertext []byte) ([]byte, error) {
 		}
 		stream.XORKeyStream(plain, ciphertext)
 		if _, rest, err := ber.Element(plain); err != nil || len(rest) > 0 {
-			return nil, errPassword // there is no padding to tell
+			return nil, ber.ErrInvalid // there is no padding to tell
 		}
 		return plain, nil
 	}
@@ -451,7 +448,7 @@ func (s scheme) open(password, ciphertext []byte) ([]byte, error) {
 	cipher.NewCBCDecrypter(block, s.iv).CryptBlocks(plain, ciphertext)
 	padding := int(plain[len(plain)-1])
 	if padding < 1 || padding > size || !bytes.HasSuffix(plain, bytes.Repeat([]byte{byte(padding)}, padding)) {
-		return nil, errPassword
+		return nil, ber.ErrInvalid
 	}
 	return plain[:len(plain)-padding], nil
 }
