@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"certctl-agent/internal/printable"
@@ -76,6 +77,15 @@ func (d *dialogue) line() (string, error) {
 	return strings.TrimRight(string(line), "\r\n"), nil
 }
 
+// expect reads a line that must begin with these words.
+func (d *dialogue) expect(to string, words ...string) error {
+	line, err := d.line()
+	if err == nil && !hasWords(line, words...) {
+		err = refusal(to, line)
+	}
+	return err
+}
+
 // refusal is an answer other than the one that goes on.
 func refusal(to, answer string) error {
 	return fmt.Errorf("the server answered %s with: %s", to, printable.Line(answer, 200))
@@ -95,11 +105,8 @@ func (d *dialogue) smtp() error {
 	if err != nil {
 		return err
 	}
-	offered := false
-	for _, extension := range extensions {
-		offered = offered || strings.EqualFold(strings.TrimSpace(extension), "STARTTLS")
-	}
-	if !offered {
+	isSTARTTLS := func(extension string) bool { return strings.EqualFold(strings.TrimSpace(extension), "STARTTLS") }
+	if !slices.ContainsFunc(extensions, isSTARTTLS) {
 		return errors.New("the server does not offer STARTTLS")
 	}
 	if err := d.send("STARTTLS"); err != nil {
@@ -146,12 +153,9 @@ func addressLiteral(local net.Addr) string {
 
 // imap is RFC 9051, section 6.2.1.
 func (d *dialogue) imap() error {
-	greeting, err := d.line()
-	if err != nil {
+	// Not BYE, and not PREAUTH, after which TLS is out of reach.
+	if err := d.expect("the connection", "*", "OK"); err != nil {
 		return err
-	}
-	if !hasWords(greeting, "*", "OK") { // not BYE, and not PREAUTH, after which TLS is out of reach
-		return refusal("the connection", greeting)
 	}
 	if err := d.send(imapTag + " STARTTLS"); err != nil {
 		return err
@@ -173,33 +177,17 @@ func (d *dialogue) imap() error {
 
 // pop3 is RFC 2595, section 4.
 func (d *dialogue) pop3() error {
-	greeting, err := d.line()
-	if err != nil {
+	if err := d.expect("the connection", "+OK"); err != nil {
 		return err
-	}
-	if !hasWords(greeting, "+OK") {
-		return refusal("the connection", greeting)
 	}
 	if err := d.send("STLS"); err != nil {
 		return err
 	}
-	answer, err := d.line()
-	if err == nil && !hasWords(answer, "+OK") {
-		err = refusal("STLS", answer)
-	}
-	return err
+	return d.expect("STLS", "+OK")
 }
 
 // hasWords reports whether line begins with these words, in any case.
 func hasWords(line string, words ...string) bool {
 	fields := strings.Fields(line)
-	if len(fields) < len(words) {
-		return false
-	}
-	for i, word := range words {
-		if !strings.EqualFold(fields[i], word) {
-			return false
-		}
-	}
-	return true
+	return len(fields) >= len(words) && slices.EqualFunc(fields[:len(words)], words, strings.EqualFold)
 }

@@ -51,11 +51,12 @@ const (
 // Result is what an endpoint serves. The server has proved that it holds the
 // private key of the leaf.
 type Result struct {
-	Leaf        *x509.Certificate
-	Chain       []*x509.Certificate // as sent, the leaf first
 	Fingerprint string              // of the leaf: SHA-256 of the DER, lower-case hex
-	Version     string              // such as "TLS 1.3"
-	Group       string              // of the key exchange, such as "X25519MLKEM768"; "" where there is none
+	State       tls.ConnectionState // the first peer certificate is the leaf
+}
+
+func (r Result) keyType() x509.PublicKeyAlgorithm {
+	return r.State.PeerCertificates[0].PublicKeyAlgorithm
 }
 
 // GuessStartTLS is the protocol that is usual on a port, such as SMTP on 587,
@@ -100,7 +101,7 @@ func probe(ctx context.Context, endpoint Endpoint) (Result, error) {
 	if _, refused := errors.AsType[*refusedError](err); refused {
 		result, err = connect(ctx, endpoint, suites("TLS_"), 0)
 	}
-	if err != nil || endpoint.KeyType == 0 || result.Leaf.PublicKeyAlgorithm == endpoint.KeyType {
+	if err != nil || endpoint.KeyType == 0 || result.keyType() == endpoint.KeyType {
 		return result, err
 	}
 	var offered []uint16
@@ -114,7 +115,7 @@ func probe(ctx context.Context, endpoint Endpoint) (Result, error) {
 	}
 	// The suites of TLS 1.3 say nothing of the key.
 	other, err := connect(ctx, endpoint, offered, tls.VersionTLS12)
-	if err == nil && other.Leaf.PublicKeyAlgorithm == endpoint.KeyType {
+	if err == nil && other.keyType() == endpoint.KeyType {
 		return other, nil
 	}
 	return result, nil
@@ -205,17 +206,7 @@ func handshake(ctx context.Context, conn net.Conn, serverName string, offered []
 	if len(served.PeerCertificates) == 0 {
 		return Result{}, errors.New("TLS handshake: the server has sent no certificate")
 	}
-	leaf := served.PeerCertificates[0]
-	result := Result{
-		Leaf:        leaf,
-		Chain:       served.PeerCertificates,
-		Fingerprint: pemutil.Fingerprint(leaf),
-		Version:     tls.VersionName(served.Version),
-	}
-	if served.CurveID != 0 {
-		result.Group = served.CurveID.String()
-	}
-	return result, nil
+	return Result{pemutil.Fingerprint(served.PeerCertificates[0]), served}, nil
 }
 
 // isAlert reports whether err is an alert that the server sent.

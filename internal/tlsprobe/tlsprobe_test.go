@@ -92,17 +92,17 @@ func TestProbe(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if want := pemutil.Fingerprint(test.want.Leaf); result.Fingerprint != want || !result.Leaf.Equal(test.want.Leaf) {
+			if want := pemutil.Fingerprint(test.want.Leaf); result.Fingerprint != want || !result.State.PeerCertificates[0].Equal(test.want.Leaf) {
 				t.Errorf("fingerprint = %s, want %s", result.Fingerprint, want)
 			}
-			if !slices.EqualFunc(result.Chain, test.want.Chain, (*x509.Certificate).Equal) {
-				t.Errorf("the chain has %d certificates, want the %d that were sent", len(result.Chain), len(test.want.Chain))
+			if chain := result.State.PeerCertificates; !slices.EqualFunc(chain, test.want.Chain, (*x509.Certificate).Equal) {
+				t.Errorf("the chain has %d certificates, want the %d that were sent", len(chain), len(test.want.Chain))
 			}
-			if result.Version != test.version {
-				t.Errorf("version = %s, want %s", result.Version, test.version)
+			if version := tls.VersionName(result.State.Version); version != test.version {
+				t.Errorf("version = %s, want %s", version, test.version)
 			}
-			if test.version == "TLS 1.3" && result.Group != "X25519MLKEM768" {
-				t.Errorf("group = %q, want X25519MLKEM768", result.Group)
+			if group := result.State.CurveID; test.version == "TLS 1.3" && group != tls.X25519MLKEM768 {
+				t.Errorf("group = %v, want X25519MLKEM768", group)
 			}
 		})
 	}
@@ -264,7 +264,7 @@ func TestKeyType(t *testing.T) {
 				t.Fatal(err)
 			}
 			if want := pemutil.Fingerprint(test.got.Leaf); result.Fingerprint != want {
-				t.Errorf("got the certificate with %v, want the one with %v", result.Leaf.PublicKeyAlgorithm, test.got.Leaf.PublicKeyAlgorithm)
+				t.Errorf("got the certificate with %v, want the one with %v", result.State.PeerCertificates[0].PublicKeyAlgorithm, test.got.Leaf.PublicKeyAlgorithm)
 			}
 		})
 	}
