@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"slices"
 	"time"
 
 	"certctl-agent/internal/api"
@@ -298,15 +299,12 @@ func (r *reports) refusedEnough() bool {
 // refusesContent reports whether another body may be accepted. 400 is also
 // what a body over the limit gets.
 func refusesContent(err error) bool {
+	return answered(err, http.StatusBadRequest, http.StatusRequestEntityTooLarge, http.StatusUnprocessableEntity) || forbidden(err)
+}
+
+func answered(err error, statuses ...int) bool {
 	status, ok := errors.AsType[*api.StatusError](err)
-	if !ok {
-		return false
-	}
-	switch status.Status {
-	case http.StatusBadRequest, http.StatusRequestEntityTooLarge, http.StatusUnprocessableEntity:
-		return true
-	}
-	return forbidden(err)
+	return ok && slices.Contains(statuses, status.Status)
 }
 
 // forbidden reports whether a gateway forbids what the control plane has not
@@ -315,13 +313,6 @@ func refusesContent(err error) bool {
 func forbidden(err error) bool {
 	status, ok := errors.AsType[*api.StatusError](err)
 	return ok && status.Status == http.StatusForbidden && !status.Own
-}
-
-// tooLarge reports whether the body is over a limit. A gateway's limit is as
-// good a reason to send less as the control plane's.
-func tooLarge(err error) bool {
-	status, ok := errors.AsType[*api.StatusError](err)
-	return ok && status.Status == http.StatusRequestEntityTooLarge
 }
 
 // deliver sends a report until it is answered for good.
@@ -341,8 +332,8 @@ func (r *reports) deliver(report api.DiscoveryReport) error {
 			return nil
 		case errors.Is(err, api.ErrRetired) || errors.Is(err, api.ErrGone) || !api.Temporary(err) || r.ctx.Err() != nil:
 			return err
-		case tooLarge(err) || r.believes && doubtful:
-			return err
+		case answered(err, http.StatusRequestEntityTooLarge) || r.believes && doubtful:
+			return err // a gateway's limit is as good a reason to send less as the control plane's
 		}
 		wait := r.pacer.Next(pace.After(err))
 		r.opts.Log.Warn("discovery report not delivered: trying again", "certificates", len(report.Certificates),
@@ -354,10 +345,8 @@ func (r *reports) deliver(report api.DiscoveryReport) error {
 }
 
 func (r *reports) pause(d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
 	select {
-	case <-timer.C:
+	case <-time.After(d):
 		return nil
 	case <-r.ctx.Done():
 		return r.ctx.Err()
