@@ -68,7 +68,7 @@ func TestArrivesComplete(t *testing.T) {
 			client := controlplane.New(controlplane.Options{Server: plane.ServerURL(), AgentID: agent, APIKey: secret.New(plane.APIKey),
 				Roots: plane.Roots(), UserAgent: "certctl-agent/1 (linux/amd64)", Dial: plane.Dial})
 			began := time.Now()
-			stats, err := NewReporter(ReporterOptions{Scanner: test.scanner, Plane: client, AgentID: agent, Dirs: scanner.Dirs(),
+			stats, err := NewReporter(ReporterOptions{Scanner: test.scanner, Plane: client, AgentID: agent, Dirs: scanner.opts.Dirs,
 				Interval: 6 * time.Hour, Log: slog.New(slog.DiscardHandler)}).Run(t.Context())
 			if err != nil {
 				t.Errorf("%s: %v", test.name, err)

@@ -122,9 +122,6 @@ func New(o Options) (*Scanner, error) {
 	return &Scanner{opts: o, stall: stallAfter, racy: racyWindow, idle: runAtIdlePriority, names: maxListing, ownerTime: ownerTime, scanTime: scanTime, ownerBytes: ownerBytes, hung: make(map[string]int)}, nil
 }
 
-// Dirs are the directories that are scanned, sorted.
-func (s *Scanner) Dirs() []string { return slices.Clone(s.opts.Dirs) }
-
 // Progress is how many files the running scan, or the last one, has seen and
 // how many certificates it has handed out.
 func (s *Scanner) Progress() (files, certificates int64) { return s.files.Load(), s.found.Load() }
@@ -191,13 +188,6 @@ func (r *run) readPasswords() error {
 }
 
 func workers() int { return min(max(runtime.GOMAXPROCS(0), 2), maxWorkers) }
-
-// mount is a mounted file system.
-type mount struct {
-	point string
-	kind  string
-	local bool
-}
 
 // problems collects the errors of a scan within bounds, so that a tree full of
 // damage fits in a report.

@@ -111,14 +111,10 @@ type segment struct {
 
 // entry is a file in a segment: as the index has it, or to be read.
 type entry struct {
-	dir   *node
-	name  []byte
-	size  int64
-	id    identity
-	owner uint32
-	link  bool
-	hit   bool
-	kept  index.File // when hit
+	dir *node
+	file
+	hit  bool
+	kept index.File // when hit
 
 	*reading // when read
 }
@@ -152,11 +148,10 @@ func newRun(ctx context.Context, s *Scanner, emit func([]api.DiscoveredCertifica
 // scan runs the goroutines of a scan and waits for them.
 func (r *run) scan() error {
 	defer r.cancel(nil)
-	table, err := mountTable()
-	if err != nil {
+	var err error
+	if r.mounts, err = mountTable(); err != nil {
 		r.s.opts.Log.Warn("mounted file systems are not known: all count as local", "error", err.Error())
 	}
-	r.mounts = mounts{table}
 	r.findOwn()
 	closeIndex := r.openIndex()
 	defer closeIndex()
@@ -201,7 +196,7 @@ func (r *run) findOwn() {
 		if retry(func() error { return syscall.Stat(dir, &st) }) != nil {
 			continue
 		}
-		own := ownDir{statusOf(&st).identity(), dir}
+		own := ownDir{statusOf(&st).identity, dir}
 		if real, err := filepath.EvalSymlinks(dir); err == nil {
 			own.real = real
 		}
@@ -265,14 +260,14 @@ func (r *run) join(n *node) error {
 		if f.link {
 			// A file that several links lead to counts once.
 			const maxLinked = 1 << 16
-			if id := f.identity(); r.linked[id] {
+			if r.linked[f.identity] {
 				r.summary.Skipped[skipAgain]++
 				continue
 			} else if len(r.linked) < maxLinked {
-				r.linked[id] = true
+				r.linked[f.identity] = true
 			}
 		}
-		e := entry{dir: n, name: f.name, size: f.size, id: f.identity(), owner: f.owner, link: f.link}
+		e := entry{dir: n, file: *f}
 		e.kept, e.hit = r.lookUp(n, f)
 		if err := r.put(e, n.mount); err != nil {
 			return err
@@ -430,7 +425,7 @@ var errForbidden = errors.New("the path leads to a file that is not to be read")
 // mayRead decides about a file that is open by handle only: a path that was
 // looked at before may lead anywhere by now.
 func (r *run) mayRead(handle int, st *syscall.Stat_t, e *entry) error {
-	if !e.link && statusOf(st).identity() == e.id {
+	if !e.link && statusOf(st).identity == e.identity {
 		return nil
 	}
 	real, err := pathOf(handle)
@@ -461,20 +456,19 @@ func (w *worker) read(full, name string, e *entry) (status, []byte, error) {
 		return status{}, nil, err
 	}
 	defer syscall.Close(fd)
-	var st syscall.Stat_t
-	if err := retry(func() error { return syscall.Fstat(fd, &st) }); err != nil {
+	now, err := statusOfOpen(fd)
+	if err != nil {
 		return status{}, nil, err
 	}
-	now := statusOf(&st)
 	if !now.isRegular() || now.size > MaxFileSize {
 		return now, nil, nil // it changed since; the next scan counts it as what it is
 	}
 	head, err := w.fill(fd, 0, certfile.HeadSize)
-	if err != nil || len(head) < certfile.HeadSize || !certfile.WorthReading(name, head) {
-		if !certfile.WorthReading(name, head) {
-			head = nil
-		}
-		return now, head, err
+	if err != nil || !certfile.WorthReading(name, head) {
+		return now, nil, err
+	}
+	if len(head) < certfile.HeadSize {
+		return now, head, nil
 	}
 	data, err := w.fill(fd, len(head), MaxFileSize+1)
 	if len(data) > MaxFileSize {
@@ -652,7 +646,7 @@ func (r *run) emitEntry(e *entry) error {
 			return nil
 		}
 	}
-	r.last = entry{dir: e.dir, name: e.name}
+	r.last = entry{dir: e.dir, file: file{name: e.name}}
 	if outcome.Empty() {
 		return nil
 	}

@@ -11,7 +11,7 @@ import (
 
 // mountTable maps every mount point to what is mounted there. It waits for
 // none of them.
-func mountTable() (map[string]mount, error) {
+func mountTable() (mounts, error) {
 	const (
 		noWait = 2      // MNT_NOWAIT
 		local  = 0x1000 // MNT_LOCAL
@@ -24,10 +24,10 @@ func mountTable() (map[string]mount, error) {
 	if n, err = syscall.Getfsstat(list, noWait); err != nil {
 		return nil, err
 	}
-	table := make(map[string]mount)
+	table := make(mounts)
 	for _, fs := range list[:n] {
 		point, kind := fromC(fs.Mntonname[:]), fromC(fs.Fstypename[:])
-		table[point] = mount{point: point, kind: kind, local: fs.Flags&local != 0 && kind != "devfs" && kind != "autofs"}
+		table[point] = mount{point, fs.Flags&local != 0 && kind != "devfs" && kind != "autofs"}
 	}
 	return table, nil
 }

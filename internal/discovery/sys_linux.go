@@ -25,13 +25,13 @@ var localFileSystems = map[string]bool{
 
 // mountTable maps every mount point to what is mounted there. It touches none
 // of them, so a dead server cannot make it wait.
-func mountTable() (map[string]mount, error) {
+func mountTable() (mounts, error) {
 	// proc(5): id parent device root MOUNT-POINT options [tags ...] - TYPE source options
 	data, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
 		return nil, err
 	}
-	table := make(map[string]mount)
+	table := make(mounts)
 	for line := range strings.Lines(string(data)) {
 		before, after, _ := strings.Cut(line, " - ")
 		fields, kind := strings.Fields(before), strings.Fields(after)
@@ -39,7 +39,7 @@ func mountTable() (map[string]mount, error) {
 			continue
 		}
 		point := unescapeMount(fields[4])
-		table[point] = mount{point: point, kind: kind[0], local: localFileSystems[kind[0]] && point != "/dev"}
+		table[point] = mount{point, localFileSystems[kind[0]] && point != "/dev"}
 	}
 	return table, nil
 }

@@ -102,20 +102,24 @@ func (l *nameList) sort() {
 
 // status is what stat says about a file.
 type status struct {
-	dev, ino          uint64
+	identity
 	size              int64
 	modified, changed int64 // ns since 1970
 	mode, owner       uint32
 }
 
-func (s status) identity() identity { return identity{s.dev, s.ino} }
-
 func (s status) isRegular() bool { return s.mode&syscall.S_IFMT == syscall.S_IFREG }
 
 func statusOf(st *syscall.Stat_t) status {
-	s := status{dev: uint64(st.Dev), ino: st.Ino, size: st.Size, mode: uint32(st.Mode), owner: st.Uid}
+	s := status{identity: identity{uint64(st.Dev), st.Ino}, size: st.Size, mode: uint32(st.Mode), owner: st.Uid}
 	s.modified, s.changed = changeTimes(st)
 	return s
+}
+
+func statusOfOpen(fd int) (status, error) {
+	var st syscall.Stat_t
+	err := retry(func() error { return syscall.Fstat(fd, &st) })
+	return statusOf(&st), err
 }
 
 // file is a regular file to look into.
@@ -137,7 +141,11 @@ type node struct {
 	all    *nameList // of a part: the files of the directory, from lo to hi
 	lo, hi int
 
-	// Set when the task is done.
+	listing // set when the task is done
+}
+
+// listing is what a task has seen of a directory.
+type listing struct {
 	files    []file
 	rest     *nameList // files to be looked at in parts
 	dirs     *nameList
@@ -179,12 +187,11 @@ func (r *run) walk() error {
 		var top *node
 		if root.isFile {
 			top = &node{root: i, path: path.Dir(root.path), shown: path.Dir(root.path), real: path.Dir(root.real)}
-			top.task = newTask(r.mounts.of(top.real).point, r.listFile(top, path.Base(root.path)))
+			r.start(top, r.mounts.of(top.real).point, func(w *worker, n *node) { r.examineOne(w, n, path.Base(root.path)) })
 		} else {
 			top = &node{root: i, path: root.path, shown: root.path, real: root.real}
-			top.task = newTask(r.mounts.of(root.real).point, r.list(top, true))
+			r.start(top, r.mounts.of(top.real).point, func(w *worker, n *node) { r.list(w, n, true) })
 		}
-		r.queue(top.task)
 		if err := r.walkFrom(top); err != nil {
 			return err
 		}
@@ -241,12 +248,21 @@ func (r *run) startChild(parent *node, name string) *node {
 		n.shown = join(parent.shown, name)
 	}
 	mount := parent.mount
-	if m, ok := r.mounts.at(n.real); ok {
+	if m, ok := r.mounts[n.real]; ok {
 		mount = m.point
 	}
-	n.task = newTask(mount, r.list(n, false))
-	r.queue(n.task)
+	r.start(n, mount, func(w *worker, n *node) { r.list(w, n, false) })
 	return n
+}
+
+// start queues a task that looks at a directory. It works on a copy of n.
+func (r *run) start(n *node, mount string, look func(*worker, *node)) {
+	n.task = newTask(mount, func(w *worker) func() {
+		done := *n
+		look(w, &done)
+		return func() { n.listing = done.listing }
+	})
+	r.queue(n.task)
 }
 
 // visit waits for a directory and passes its files on.
@@ -263,12 +279,7 @@ func (r *run) visit(n *node) error {
 	for lo := 0; lo < total || len(parts) > 0; {
 		for ; lo < total && len(parts) < lookAhead; lo += partSize {
 			part := &node{root: n.root, path: n.path, shown: n.shown, real: n.real, all: n.rest, lo: lo, hi: min(lo+partSize, total)}
-			part.task = newTask(n.mount, func(w *worker) func() {
-				done := *part
-				r.examineAt(w, &done, false)
-				return func() { part.take(&done) }
-			})
-			r.queue(part.task)
+			r.start(part, n.mount, func(w *worker, part *node) { r.examineAt(w, part, false) })
 			parts = append(parts, part)
 		}
 		part := parts[0]
@@ -285,12 +296,6 @@ func (r *run) visit(n *node) error {
 	return nil
 }
 
-// take sets the outcome of a task, which worked on a copy.
-func (n *node) take(done *node) {
-	n.files, n.rest, n.dirs, n.current, n.self = done.files, done.rest, done.dirs, done.current, done.self
-	n.problems, n.skipped, n.seen = done.problems, done.skipped, done.seen
-}
-
 // absorb adds what a task counted to the summary.
 func (r *run) absorb(n *node) {
 	r.s.files.Add(int64(n.seen))
@@ -304,26 +309,18 @@ func (r *run) absorb(n *node) {
 }
 
 // list reads a directory, and looks at its files when they are few.
-func (r *run) list(n *node, isRoot bool) func(*worker) func() {
-	return func(w *worker) func() {
-		done := *n
-		if err := r.readDirectory(w, &done, isRoot); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			done.problem(done.shown, err)
-		}
-		return func() { n.take(&done) }
+func (r *run) list(w *worker, n *node, isRoot bool) {
+	if err := r.readDirectory(w, n, isRoot); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		n.problem(n.shown, err)
 	}
 }
 
-// listFile looks at one file of a directory.
-func (r *run) listFile(n *node, name string) func(*worker) func() {
-	return func(w *worker) func() {
-		done := *n
-		done.all, done.hi = &nameList{}, 1
-		done.all.add([]byte(name), false)
-		w.tick()
-		r.examineAt(w, &done, true)
-		return func() { n.take(&done) }
-	}
+// examineOne looks at one file of a directory.
+func (r *run) examineOne(w *worker, n *node, name string) {
+	n.all, n.hi = &nameList{}, 1
+	n.all.add([]byte(name), false)
+	w.tick()
+	r.examineAt(w, n, true)
 }
 
 // examineAt opens a directory and looks at some of its files.
@@ -419,12 +416,12 @@ func openDirectory(path string, isRoot bool) (*os.File, status, error) {
 	if err != nil {
 		return nil, status{}, err
 	}
-	var st syscall.Stat_t
-	if err := retry(func() error { return syscall.Fstat(int(dir.Fd()), &st) }); err != nil {
+	st, err := statusOfOpen(int(dir.Fd()))
+	if err != nil {
 		dir.Close()
 		return nil, status{}, err
 	}
-	return dir, statusOf(&st), nil
+	return dir, st, nil
 }
 
 // isOwn reports whether an open directory is one of the agent's own, or below
@@ -434,7 +431,7 @@ func (r *run) isOwn(dir *os.File, st status) bool {
 	if len(r.own) == 0 {
 		return false
 	}
-	if slices.ContainsFunc(r.own, func(own ownDir) bool { return own.identity == st.identity() }) {
+	if slices.ContainsFunc(r.own, func(own ownDir) bool { return own.identity == st.identity }) {
 		return true
 	}
 	real, err := pathOf(int(dir.Fd()))
@@ -513,7 +510,7 @@ func (r *run) passOver(n *node, name string) string {
 	if slices.Contains(r.s.opts.Dirs, full) {
 		return skipNamed // it is walked as a root of its own
 	}
-	if m, ok := r.mounts.at(join(n.real, name)); ok && !m.local {
+	if m, ok := r.mounts[join(n.real, name)]; ok && !m.local {
 		return skipMount
 	}
 	switch join(n.real, name) {
@@ -709,24 +706,17 @@ func (r *run) limit(w *worker) bool {
 func (r *run) resolveRoots() error {
 	var tasks []*task
 	for i, dir := range r.s.opts.Dirs {
-		root := &r.roots[i]
-		root.path = dir
+		r.roots[i].path = dir
 		t := newTask("", func(w *worker) func() {
-			var found struct {
-				real   string
-				isFile bool
-			}
-			err := w.following(dir, func() (err error) {
-				found.real, found.isFile, err = resolveRoot(dir)
-				return err
-			})
-			return func() { root.real, root.isFile, root.err = found.real, found.isFile, err }
+			resolved := root{path: dir}
+			resolved.err = w.following(dir, resolved.resolve)
+			return func() { r.roots[i] = resolved }
 		})
 		r.queue(t)
 		tasks = append(tasks, t)
 	}
 	for i, t := range tasks {
-		if err := r.wait(t, r.roots[i].path); err != nil {
+		if err := r.wait(t, r.s.opts.Dirs[i]); err != nil {
 			return err
 		}
 		r.anyFile = r.anyFile || r.roots[i].isFile
@@ -734,19 +724,21 @@ func (r *run) resolveRoots() error {
 	return nil
 }
 
-func resolveRoot(dir string) (real string, isFile bool, err error) {
-	if real, err = filepath.EvalSymlinks(dir); err != nil {
-		return "", false, err
+func (r *root) resolve() (err error) {
+	if r.real, err = filepath.EvalSymlinks(r.path); err != nil {
+		return err
 	}
-	info, err := os.Stat(real)
+	info, err := os.Stat(r.real)
 	switch {
 	case err != nil || info.IsDir():
-		return real, false, err
+		return err
 	case !info.Mode().IsRegular():
-		return "", false, errors.New("neither a directory nor a regular file")
-	case certfile.IsKey(dir):
-		return "", false, errors.New("it is called like a private key: those files (.key) are not read")
+		return errors.New("neither a directory nor a regular file")
+	case certfile.IsKey(r.path):
+		return errors.New("it is called like a private key: those files (.key) are not read")
 	}
-	real, err = filepath.EvalSymlinks(path.Dir(dir))
-	return join(real, path.Base(dir)), true, err
+	r.isFile = true
+	above, err := filepath.EvalSymlinks(path.Dir(r.path))
+	r.real = join(above, path.Base(r.path))
+	return err
 }

@@ -133,7 +133,7 @@ func TestPathThatIsReplaced(t *testing.T) {
 	r.findOwn()
 	w := &worker{r: r}
 	read := func(path string, id identity) error {
-		_, _, err := w.read(path, filepath.Base(path), &entry{id: id})
+		_, _, err := w.read(path, filepath.Base(path), &entry{file: file{status: status{identity: id}}})
 		return err
 	}
 	// As the walk has seen them.
@@ -151,10 +151,10 @@ func TestPathThatIsReplaced(t *testing.T) {
 	link(t, filepath.Join(outside, "other"), filepath.Join(dir, "b"))
 
 	opened := watchOpens(t, filepath.Join(own, "agent"))
-	if err := read(file, statusOf(&inA).identity()); !errors.Is(err, errForbidden) || len(opened()) > 0 {
+	if err := read(file, statusOf(&inA).identity); !errors.Is(err, errForbidden) || len(opened()) > 0 {
 		t.Errorf("a file of the agent: error %v, want %v, and that it is not opened", err, errForbidden)
 	}
-	if err := read(filepath.Join(dir, "b", "served.pem"), statusOf(&inB).identity()); err != nil {
+	if err := read(filepath.Join(dir, "b", "served.pem"), statusOf(&inB).identity); err != nil {
 		t.Errorf("a file that was replaced by another: %v", err)
 	}
 	n := &node{path: filepath.Join(dir, "a", "agent"), shown: filepath.Join(dir, "a", "agent"), real: filepath.Join(dir, "a", "agent")}

@@ -201,19 +201,19 @@ func (s *Scanner) countHung(mount string, change int) (total int) {
 	return total
 }
 
-// mounts is what is mounted where, as of the start of the scan.
-type mounts struct{ table map[string]mount }
-
-// at is what is mounted at exactly this path.
-func (m *mounts) at(real string) (mount, bool) {
-	found, ok := m.table[real]
-	return found, ok
+// mount is a mounted file system.
+type mount struct {
+	point string
+	local bool
 }
 
+// mounts is what is mounted where, as of the start of the scan.
+type mounts map[string]mount
+
 // of is the file system that a path is on.
-func (m *mounts) of(real string) mount {
+func (m mounts) of(real string) mount {
 	for {
-		if found, ok := m.table[real]; ok {
+		if found, ok := m[real]; ok {
 			return found
 		}
 		if real == "/" || real == "." || real == "" {
@@ -226,8 +226,8 @@ func (m *mounts) of(real string) mount {
 // mayEnter reports whether a directory on another device than its parent may
 // be entered: a subvolume, which is no mount, or a local file system that was
 // mounted since the table was read.
-func (m *mounts) mayEnter(real string) bool {
-	if found, ok := m.table[real]; ok {
+func (m mounts) mayEnter(real string) bool {
+	if found, ok := m[real]; ok {
 		return found.local
 	}
 	table, err := mountTable()
