@@ -27,8 +27,7 @@ const (
 )
 
 var (
-	// ErrNoKey means that there is no private key block.
-	ErrNoKey = errors.New("there is no PRIVATE KEY block in it")
+	errNoKey = errors.New("there is no PRIVATE KEY block in it")
 
 	// errEncrypted means that the private key is under a passphrase, which
 	// nobody could type when a server restarts at night.
@@ -45,7 +44,7 @@ func ParseKey(data []byte) (crypto.Signer, error) {
 		var block *pem.Block
 		block, data = pem.Decode(data)
 		if block == nil {
-			return nil, ErrNoKey
+			return nil, errNoKey
 		}
 		if !strings.HasSuffix(block.Type, privateKeySuffix) {
 			continue
