@@ -6,7 +6,6 @@ import (
 	"sync"
 	"time"
 
-	"certctl-agent/internal/api"
 	"certctl-agent/internal/discovery/certfile"
 )
 
@@ -135,10 +134,6 @@ func (l leftOut) note(e *entry) {
 // certificates.
 func (r *run) mayReport(owner uint32) bool {
 	return owner == rootUser || r.reported[countedAs(r.reported, owner)] < r.s.ownerBytes
-}
-
-func (r *run) countReported(owner uint32, cert api.DiscoveredCertificate) {
-	r.reported[countedAs(r.reported, owner)] += weight(cert)
 }
 
 // nameLeftOut adds one error for each user, so that one user's files do not

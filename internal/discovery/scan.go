@@ -660,9 +660,10 @@ func (r *run) emitEntry(e *entry) error {
 		func(cert api.DiscoveredCertificate) error {
 			r.summary.Formats[cert.SourceFormat]++
 			r.s.found.Add(1)
-			r.countReported(e.owner, cert)
+			size := weight(cert)
+			r.reported[countedAs(r.reported, e.owner)] += size
 			r.batch = append(r.batch, cert)
-			if r.batchBytes += weight(cert); len(r.batch) < emitAtOnce && r.batchBytes < emitBytes {
+			if r.batchBytes += size; len(r.batch) < emitAtOnce && r.batchBytes < emitBytes {
 				return nil
 			}
 			return r.emitBatch()

@@ -12,7 +12,7 @@ import (
 // commonAttributes are the attributes that crypto/x509/pkix knows, in the order in which it writes
 // them, which is the order that control planes have in their databases.
 var commonAttributes = []struct{ oid, name string }{
-	{"2.5.4.5", "SERIALNUMBER"},
+	{oidSerialNumber, "SERIALNUMBER"},
 	{oidCommonName, "CN"},
 	{"2.5.4.11", "OU"},
 	{"2.5.4.10", "O"},
@@ -24,8 +24,9 @@ var commonAttributes = []struct{ oid, name string }{
 }
 
 const (
-	oidCommonName = "2.5.4.3"
-	idCommonName  = "\x55\x04\x03" // the same, encoded
+	oidSerialNumber = "2.5.4.5"
+	oidCommonName   = "2.5.4.3"
+	idCommonName    = "\x55\x04\x03" // the same, encoded
 )
 
 // otherAttributes are the names of RFC 4514, section 3, and beyond those the ones that OpenSSL has
@@ -117,8 +118,21 @@ func readName(name ber.Value) (n distinguishedName) {
 // RFC 4514, in the order of the certificate; pkix would write those attributes as a number and hex.
 func (n distinguishedName) String() string {
 	var b strings.Builder
+	write := func(rdn []attribute) {
+		for i, a := range rdn {
+			switch {
+			case i > 0:
+				b.WriteByte('+')
+			case b.Len() > 0:
+				b.WriteByte(',')
+			}
+			a.write(&b)
+		}
+	}
 	if n.isCommon() {
-		n.writeCommon(&b)
+		for _, known := range commonAttributes {
+			write(n.common(known.oid))
+		}
 		return b.String()
 	}
 	for end := len(n.attributes); end > 0; {
@@ -126,15 +140,7 @@ func (n distinguishedName) String() string {
 		for n.attributes[begin].joined {
 			begin--
 		}
-		if b.Len() > 0 {
-			b.WriteByte(',')
-		}
-		for i, a := range n.attributes[begin:end] {
-			if i > 0 {
-				b.WriteByte('+')
-			}
-			a.write(&b)
-		}
+		write(n.attributes[begin:end])
 		end = begin
 	}
 	return b.String()
@@ -153,33 +159,20 @@ func attributeName(oid string) string {
 	return ""
 }
 
-// writeCommon writes what pkix.Name keeps: the values of one type together, of CN and SERIALNUMBER
-// the last one alone, unless that is empty.
-func (n distinguishedName) writeCommon(b *strings.Builder) {
-	for _, known := range commonAttributes {
-		var values []string
-		for _, a := range n.attributes {
-			if a.oid == known.oid {
-				values = append(values, a.text)
-			}
-		}
-		if last := len(values) - 1; last >= 0 && (known.name == "CN" || known.name == "SERIALNUMBER") {
-			if values = values[last:]; values[0] == "" {
-				values = nil
-			}
-		}
-		for i, v := range values {
-			switch {
-			case i > 0:
-				b.WriteByte('+')
-			case b.Len() > 0:
-				b.WriteByte(',')
-			}
-			b.WriteString(known.name)
-			b.WriteByte('=')
-			escape(b, v)
+// common is what pkix.Name keeps of one type: of CN and SERIALNUMBER the last one alone, unless that
+// is empty.
+func (n distinguishedName) common(oid string) (list []attribute) {
+	for _, a := range n.attributes {
+		if a.oid == oid {
+			list = append(list, a)
 		}
 	}
+	if last := len(list) - 1; last >= 0 && (oid == oidCommonName || oid == oidSerialNumber) {
+		if list = list[last:]; list[0].text == "" {
+			return nil
+		}
+	}
+	return list
 }
 
 // write writes an attribute (RFC 4514, 2.3 and 2.4): with its name and as text where it has both,

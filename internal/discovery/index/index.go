@@ -296,29 +296,22 @@ func (w *Writer) write(b []byte) {
 // Commit ends the new index and puts it in place of the old one. It is not
 // synced: what a power cut damages is noticed and thrown away.
 func (w *Writer) Commit() error {
-	if w.file == nil {
-		return w.wrap(w.failed)
-	}
-	w.flush()
-	w.write(make([]byte, blockHeader))
-	if err := w.file.Close(); w.failed == nil {
-		w.failed = err
-	}
-	w.file = nil
-	if w.failed == nil {
-		w.failed = w.root.Rename(w.temporary(), w.name)
+	if w.file != nil {
+		w.flush()
+		w.write(make([]byte, blockHeader))
+		w.failed = cmp.Or(w.failed, w.file.Close())
+		w.file = nil
+		if w.failed == nil {
+			w.failed = w.root.Rename(w.temporary(), w.name)
+		}
+		if w.failed != nil {
+			w.remove()
+		}
 	}
 	if w.failed != nil {
-		w.remove()
+		return fmt.Errorf("write the index %s: %w", w.name, w.failed)
 	}
-	return w.wrap(w.failed)
-}
-
-func (w *Writer) wrap(err error) error {
-	if err == nil {
-		return nil
-	}
-	return fmt.Errorf("write the index %s: %w", w.name, err)
+	return nil
 }
 
 // Abandon leaves the old index as it is.
@@ -363,11 +356,7 @@ func ComparePaths(a, b string) int {
 	for i := range min(len(a), len(b)) {
 		switch x, y := a[i], b[i]; {
 		case x == y:
-		case x == '/':
-			return -1
-		case y == '/':
-			return 1
-		case x < y:
+		case x == '/' || y != '/' && x < y:
 			return -1
 		default:
 			return 1
