@@ -61,7 +61,6 @@ func Check(commonName string, sans []string) error {
 	return err
 }
 
-// names sorts the names into an unsigned request.
 func names(commonName string, sans []string) (*x509.CertificateRequest, error) {
 	commonName = strings.TrimSpace(commonName)
 	if err := checkCommonName(commonName); err != nil {
@@ -93,7 +92,6 @@ func identity(name string) string {
 	return strings.ToLower(name)
 }
 
-// addSAN adds a name under the kind that it looks like.
 func addSAN(request *x509.CertificateRequest, name string) error {
 	if err := checkText(name); err != nil {
 		return err

@@ -145,7 +145,6 @@ func newRun(ctx context.Context, s *Scanner, emit func([]api.DiscoveredCertifica
 	return r
 }
 
-// scan runs the goroutines of a scan and waits for them.
 func (r *run) scan() error {
 	defer r.cancel(nil)
 	var err error
@@ -189,7 +188,6 @@ func (r *run) scan() error {
 	return cmp.Or(emitted, walked)
 }
 
-// findOwn finds the directories of the agent.
 func (r *run) findOwn() {
 	for _, dir := range r.s.opts.Skip {
 		var st syscall.Stat_t
@@ -216,7 +214,6 @@ func (r *run) guard(what string, f func() error) (err error) {
 	return f()
 }
 
-// panicError is a panic that was contained.
 type panicError struct {
 	in     string
 	reason any
@@ -277,7 +274,6 @@ func (r *run) join(n *node) error {
 	return nil
 }
 
-// put adds a file to the open segment.
 func (r *run) put(e entry, mount string) error {
 	s := r.open
 	// An entry of the index holds the whole block that it is in.
@@ -309,7 +305,6 @@ func (r *run) put(e entry, mount string) error {
 	return nil
 }
 
-// newSegment opens a segment.
 func (r *run) newSegment() *segment {
 	select {
 	case r.open = <-r.free:
@@ -332,7 +327,6 @@ func (r *run) recycle(s *segment) {
 	}
 }
 
-// flush hands the open segment on.
 func (r *run) flush() error {
 	s := r.open
 	r.open = nil
@@ -361,7 +355,6 @@ func (r *run) flush() error {
 	}
 }
 
-// readSegment reads the files that are not in the index.
 func (r *run) readSegment(entries []entry) func(*worker) func() {
 	return func(w *worker) func() {
 		done := make([]*reading, len(entries))
@@ -518,7 +511,6 @@ func appendStamp(b []byte, s status) []byte {
 	return binary.LittleEndian.AppendUint64(b, uint64(s.changed))
 }
 
-// openIndex opens the index of the last scan and prepares the next one.
 func (r *run) openIndex() (closeOld func()) {
 	o := r.s.opts
 	if o.State == nil {
@@ -583,7 +575,6 @@ func (r *run) advance() bool {
 	return r.haveOld
 }
 
-// emitAll hands out what the segments hold, in order.
 func (r *run) emitAll() error {
 	for {
 		select {

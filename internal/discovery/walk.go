@@ -444,7 +444,6 @@ func (r *run) inOwn(real string) bool {
 	return slices.ContainsFunc(r.own, func(own ownDir) bool { return isBelow(real, own.real) })
 }
 
-// isBelow reports whether a path is dir, or below it.
 func isBelow(path, dir string) bool {
 	return dir == "/" || strings.HasPrefix(path, dir) && (len(path) == len(dir) || path[len(dir)] == '/')
 }
@@ -526,7 +525,6 @@ func (r *run) excludedIn(n *node, name string) bool {
 	return r.excluded(n.path, name) || len(n.shown) != len(n.path) && r.excluded(n.shown, name)
 }
 
-// excluded reports whether a pattern matches.
 func (r *run) excluded(dir, name string) bool {
 	for _, pattern := range r.s.opts.Exclude {
 		subject := name

@@ -64,7 +64,6 @@ func newTask(mount string, do func(*worker) (commit func())) *task {
 	return &task{mount: mount, do: do, done: make(chan struct{})}
 }
 
-// queue gives a task to the workers.
 func (r *run) queue(t *task) {
 	select {
 	case r.tasks <- t:
@@ -89,7 +88,6 @@ func (r *run) wait(t *task, path string) error {
 	return nil
 }
 
-// work is the life of a worker.
 func (r *run) work(w *worker) {
 	for {
 		select {

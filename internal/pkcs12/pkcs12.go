@@ -212,7 +212,6 @@ func (e *Entry) readAttributes(bag *ber.Fields) {
 	}
 }
 
-// readEncrypted tries the passwords on a part of a store.
 func (r *Reader) readEncrypted(data *ber.Fields, entry func(Entry)) error {
 	encrypted := data.Inside(ber.TagSequence)
 	encrypted.Integer()

@@ -47,7 +47,6 @@ func (c *content) pkcs12(data []byte) {
 	})
 }
 
-// jks adds the certificates of a Java key store.
 func (c *content) jks(data []byte) {
 	err := jks.Read(data, func(e jks.Entry) {
 		for _, cert := range e.Chain {
