@@ -144,13 +144,11 @@ func (r *Reader) Next() (File, error) {
 		d := record.Decoder{Rest: r.block[r.current.end:]}
 		entry := record.Decoder{Rest: d.Bytes()}
 		r.current.end = len(r.block) - len(d.Rest)
-		switch kind := entry.Byte(); {
-		case d.Damaged:
-			return File{}, ErrDamaged
-		case kind == kindDirectory:
+		switch entry.Byte() {
+		case kindDirectory:
 			r.root = int(entry.Uvarint())
 			r.dir = entry.String()
-		case kind == kindFile:
+		case kindFile:
 			file := File{Root: r.root, Dir: r.dir, Name: entry.Bytes(), Stamp: entry.Bytes(), Outcome: entry.Rest,
 				Block: r.current.block, BlockSize: len(r.block), end: r.current.end}
 			if !entry.Damaged {
