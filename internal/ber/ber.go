@@ -1,6 +1,5 @@
-// Package ber reads the encodings of X.690, DER and BER. Tools that stream write
-// PKCS#7 and PKCS#12 with indefinite lengths and strings in pieces, which
-// encoding/asn1 refuses.
+// Package ber reads the encodings of X.690, DER and BER. Tools that stream write PKCS#7 and PKCS#12
+// with indefinite lengths and strings in pieces, which encoding/asn1 refuses.
 package ber
 
 import (
@@ -38,8 +37,7 @@ const (
 
 	constructed = 0x20
 
-	// maxDepth bounds how deep indefinite lengths nest. PKCS#7 and PKCS#12
-	// need about ten levels.
+	// maxDepth bounds how deep indefinite lengths nest. PKCS#7 and PKCS#12 need about ten levels.
 	maxDepth = 32
 )
 
@@ -106,8 +104,7 @@ func Open(b []byte) []byte {
 	return b[header:]
 }
 
-// indefinite reads an element whose end is marked by two zero octets
-// (X.690, 8.1.3.6).
+// indefinite reads an element whose end is marked by two zero octets (X.690, 8.1.3.6).
 func indefinite(b []byte, depth int) (v Value, rest []byte, err error) {
 	if b[0]&constructed == 0 {
 		return v, nil, ErrInvalid

@@ -34,12 +34,11 @@ const (
 	maxQuoted = 100
 )
 
-// New returns a PEM certificate request, signed by signer with the hash that
-// goes with its key: SHA-256 for RSA and P-256, SHA-384 for P-384, SHA-512 for
-// P-521. Its subject is the common name alone; its subject alternative names are
-// the entries of sans, each of the kind that it looks like: IP address, URI,
-// e-mail address or else DNS name. Blanks around names are dropped, and so are
-// empty and repeated entries. An RSA key under 2048 bits is refused.
+// New returns a PEM certificate request, signed by signer with the hash that goes with its key:
+// SHA-256 for RSA and P-256, SHA-384 for P-384, SHA-512 for P-521. Its subject is the common name
+// alone; its subject alternative names are the entries of sans, each of the kind that it looks
+// like: IP address, URI, e-mail address or else DNS name. Blanks around names are dropped, and so
+// are empty and repeated entries. An RSA key under 2048 bits is refused.
 func New(signer crypto.Signer, commonName string, sans []string) ([]byte, error) {
 	if err := checkKey(signer.Public()); err != nil {
 		return nil, err
@@ -203,8 +202,7 @@ func isAlphanumeric(c byte) bool {
 	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9'
 }
 
-// checkMailbox is RFC 5321, section 4.1.2, without quoted strings and address
-// literals.
+// checkMailbox is RFC 5321, section 4.1.2, without quoted strings and address literals.
 func checkMailbox(local, domain string) error {
 	if len(local) > 64 { // section 4.5.3.1.1
 		return errors.New("the part before the @ has more than 64 bytes")

@@ -1,8 +1,7 @@
-// Package discovery finds the X.509 certificates on a host's disks. A scan
-// walks directories, reads what can hold a certificate, and hands out what it
-// finds in the order of the walk, a few at a time, so that the size of a tree
-// shows in none of its buffers. Only certificates leave it: private keys are
-// neither decrypted nor copied.
+// Package discovery finds the X.509 certificates on a host's disks. A scan walks directories, reads
+// what can hold a certificate, and hands out what it finds in the order of the walk, a few at a
+// time, so that the size of a tree shows in none of its buffers. Only certificates leave it:
+// private keys are neither decrypted nor copied.
 package discovery
 
 import (
@@ -32,9 +31,8 @@ import (
 const MaxFileSize = 1 << 20
 
 const (
-	// stallAfter is how long one call on a file or directory may take before
-	// its file system counts as hung. A busy disk lets those who come last, as
-	// a scan does, wait for many seconds.
+	// stallAfter is how long one call on a file or directory may take before its file system counts
+	// as hung. A busy disk lets those who come last, as a scan does, wait for many seconds.
 	stallAfter = time.Minute
 
 	// maxWorkers bounds the threads of a scan. More do not help: it is bound
@@ -138,18 +136,16 @@ type Summary struct {
 	Duration     time.Duration
 }
 
-// Scan walks the directories once. emit gets the certificates in the order of
-// the walk, a few at a time, in one goroutine; the slice is valid during the
-// call only. An error of emit ends the scan, and so does ctx, within 100 ms and
-// the time that it takes to keep the index of what was read.
-// The summary is complete as far as the scan came.
+// Scan walks the directories once. emit gets the certificates in the order of the walk, a few at a
+// time, in one goroutine; the slice is valid during the call only. An error of emit ends the scan,
+// and so does ctx, within 100 ms and the time that it takes to keep the index of what was read. The
+// summary is complete as far as the scan came.
 func (s *Scanner) Scan(ctx context.Context, emit func([]api.DiscoveredCertificate) error) (Summary, error) {
 	if !s.running.CompareAndSwap(false, true) {
 		return Summary{}, errBusy
 	}
 	defer s.running.Store(false)
-	// A scan leaves garbage that a process with little else to do would keep
-	// for minutes.
+	// A scan leaves garbage that a process with little else to do would keep for minutes.
 	defer debug.FreeOSMemory()
 
 	began := time.Now()
@@ -166,9 +162,8 @@ func (s *Scanner) Scan(ctx context.Context, emit func([]api.DiscoveredCertificat
 	return r.summary, err
 }
 
-// readPasswords reads the configured ones. A file that no password opened is
-// tried again when they have changed, and once after a start: what they were
-// before is not written down anywhere.
+// readPasswords reads the configured ones. A file that no password opened is tried again when they
+// have changed, and once after a start: what they were before is not written down anywhere.
 func (r *run) readPasswords() error {
 	var list []string
 	var err error
@@ -242,8 +237,7 @@ func (p *problems) list() []string {
 	return list
 }
 
-// cause is what went wrong, without the operation and the path that the
-// standard library adds.
+// cause is what went wrong, without the operation and the path that the standard library adds.
 func cause(err error) string {
 	if pathError, ok := errors.AsType[*fs.PathError](err); ok {
 		err = pathError.Err

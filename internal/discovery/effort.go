@@ -9,11 +9,10 @@ import (
 	"certctl-agent/internal/discovery/certfile"
 )
 
-// A file can ask for any amount of work: the derivation of a key takes as many
-// iterations as it says, once for each password. What one file may cost is
-// bounded where it is read; here is what many may. Only the work beyond what a
-// file of that size ordinarily takes counts, so a large tree of ordinary files
-// never comes to these limits. What does is named, and read by the next scan,
+// A file can ask for any amount of work: the derivation of a key takes as many iterations as it
+// says, once for each password. What one file may cost is bounded where it is read; here is what
+// many may. Only the work beyond what a file of that size ordinarily takes counts, so a large tree
+// of ordinary files never comes to these limits. What does is named, and read by the next scan,
 // which finds the rest in the index.
 
 const (
@@ -32,10 +31,9 @@ const (
 	// is smaller takes a millisecond or two.
 	measuredSize = 64 << 10
 
-	// ownerBytes is how much a scan reports of the files of one user, as weight
-	// counts it: over a hundred thousand certificates. With links to one file,
-	// a user can have any number of them, and what comes later in the walk
-	// would be reported never.
+	// ownerBytes is how much a scan reports of the files of one user, as weight counts it: over a
+	// hundred thousand certificates. With links to one file, a user can have any number of them,
+	// and what comes later in the walk would be reported never.
 	ownerBytes = 512 << 20
 
 	// maxOwners bounds the users that are told apart.
@@ -54,9 +52,8 @@ type effort struct {
 // rootUser is the user whose files no other user's can keep from a report.
 const rootUser = 0
 
-// allows reports whether a file may be looked into. After the limit of the
-// whole scan only key stores may not, those of root excepted: everything else is
-// cheap.
+// allows reports whether a file may be looked into. After the limit of the whole scan only key
+// stores may not, those of root excepted: everything else is cheap.
 func (e *effort) allows(owner uint32, store bool) bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -77,8 +74,7 @@ func (e *effort) count(owner uint32, size int, took time.Duration) {
 	e.owners[countedAs(e.owners, owner)] += took
 }
 
-// countedAs is the user under whom a file is counted: from maxOwners on, all but
-// root are one.
+// countedAs is the user under whom a file is counted: from maxOwners on, all but root are one.
 func countedAs[T any](known map[uint32]T, owner uint32) uint32 {
 	if _, ok := known[owner]; !ok && len(known) >= maxOwners && owner != rootUser {
 		return ^uint32(0) // no user: chown(2)
@@ -86,8 +82,7 @@ func countedAs[T any](known map[uint32]T, owner uint32) uint32 {
 	return owner
 }
 
-// lookInto returns the outcome of a file's bytes, or nil when there is no
-// processor time for it.
+// lookInto returns the outcome of a file's bytes, or nil when there is no processor time for it.
 func (r *run) lookInto(name string, data []byte, owner uint32) certfile.Outcome {
 	store := certfile.IsStore(name, data)
 	if !store && len(data) < measuredSize {
@@ -130,14 +125,12 @@ func (l leftOut) note(e *entry) {
 	l[owner] = first
 }
 
-// mayReport reports whether there is room in the report for a file's
-// certificates.
+// mayReport reports whether there is room in the report for a file's certificates.
 func (r *run) mayReport(owner uint32) bool {
 	return owner == rootUser || r.reported[countedAs(r.reported, owner)] < r.s.ownerBytes
 }
 
-// nameLeftOut adds one error for each user, so that one user's files do not
-// fill the report.
+// nameLeftOut adds one error for each user, so that one user's files do not fill the report.
 func (r *run) nameLeftOut() {
 	for owner, first := range r.unread {
 		r.problems.add(first.path, fmt.Sprintf("not looked into, like %d more files of user %d: the processor time that a scan has for such files is used up; the next scan goes on", first.files-1, owner))

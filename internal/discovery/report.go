@@ -16,8 +16,7 @@ import (
 )
 
 const (
-	// maxBody is the size that no report reaches, half of what control planes
-	// take by default.
+	// maxBody is the size that no report reaches, half of what control planes take by default.
 	maxBody = 512 << 10
 
 	// gap is the mean pause between the reports of one scan. A fleet shares
@@ -27,12 +26,11 @@ const (
 	// retryInterval is the unit of the back-off between tries of one report.
 	retryInterval = 30 * time.Second
 
-	// maxRefused bounds how many entries are refused one by one before a
-	// single report was accepted, and maxRefusedInAll how many in one scan:
-	// each costs several requests. From then on a refused report is left out
-	// as a whole and the next one is tried, so a control plane that takes none
-	// is not asked about fifty thousand entries, and entries that it does not
-	// like cannot keep others from it.
+	// maxRefused bounds how many entries are refused one by one before a single report was
+	// accepted, and maxRefusedInAll how many in one scan: each costs several requests. From then on
+	// a refused report is left out as a whole and the next one is tried, so a control plane that
+	// takes none is not asked about fifty thousand entries, and entries that it does not like
+	// cannot keep others from it.
 	maxRefused      = 20
 	maxRefusedInAll = 200
 
@@ -45,8 +43,7 @@ const (
 )
 
 var (
-	// errOverdue ends a scan whose reports did not arrive before the next one
-	// is due.
+	// errOverdue ends a scan whose reports did not arrive before the next one is due.
 	errOverdue = errors.New("the reports of this scan were not accepted before the next scan is due")
 
 	// errUnfinished ends a scan that takes too long. What it found is reported.
@@ -96,9 +93,8 @@ type Stats struct {
 	Duration     time.Duration // of the scan, without waiting for the control plane
 }
 
-// Run scans once and returns when everything that was found has been accepted
-// or refused for good. Nothing found and no errors: nothing is sent. After an
-// error the next scan reports it all again.
+// Run scans once and returns when everything that was found has been accepted or refused for good.
+// Nothing found and no errors: nothing is sent. After an error the next scan reports it all again.
 func (s *Reporter) Run(ctx context.Context) (Stats, error) {
 	scanning := ctx
 	if s.opts.Interval > 0 {
@@ -307,9 +303,8 @@ func answered(err error, statuses ...int) bool {
 	return ok && slices.Contains(statuses, status.Status)
 }
 
-// forbidden reports whether a gateway forbids what the control plane has not
-// seen. Some look for attacks in what is sent, and anybody can have a certificate
-// made whose name looks like one.
+// forbidden reports whether a gateway forbids what the control plane has not seen. Some look for
+// attacks in what is sent, and anybody can have a certificate made whose name looks like one.
 func forbidden(err error) bool {
 	status, ok := errors.AsType[*api.StatusError](err)
 	return ok && status.Status == http.StatusForbidden && !status.Own

@@ -35,10 +35,9 @@ const (
 	emitAtOnce = 64
 	emitBytes  = 256 << 10
 
-	// racyWindow is how long a file must have been left alone before what was
-	// read of it is believed later. A file system's clock may tick as slowly as
-	// every two seconds, and a change within one tick leaves all times as they
-	// are.
+	// racyWindow is how long a file must have been left alone before what was read of it is
+	// believed later. A file system's clock may tick as slowly as every two seconds, and a change
+	// within one tick leaves all times as they are.
 	racyWindow = 2 * time.Second
 )
 
@@ -46,9 +45,8 @@ type identity struct{ dev, ino uint64 }
 
 // run is one scan. Fields without a remark are set before its goroutines start.
 //
-// The walk (one goroutine) goes through the directories in order, beside it
-// the old index; it hands segments to the goroutine that emits, and what has
-// to be read to the workers.
+// The walk (one goroutine) goes through the directories in order, beside it the old index; it hands
+// segments to the goroutine that emits, and what has to be read to the workers.
 type run struct {
 	s      *Scanner
 	ctx    context.Context
@@ -434,8 +432,7 @@ func (r *run) mayRead(handle int, st *syscall.Stat_t, e *entry) error {
 // read returns the bytes of a file, or none when its head tells that there is
 // nothing in it. They are valid until the next call.
 func (w *worker) read(full, name string, e *entry) (status, []byte, error) {
-	// It was a regular file a moment ago; should it be a pipe now, opening it
-	// must not wait.
+	// It was a regular file a moment ago; should it be a pipe now, opening it must not wait.
 	flags := syscall.O_RDONLY | syscall.O_NONBLOCK | syscall.O_NOCTTY | syscall.O_CLOEXEC
 	if !e.link {
 		flags |= syscall.O_NOFOLLOW

@@ -9,8 +9,7 @@ import (
 	"unsafe"
 )
 
-// mountTable maps every mount point to what is mounted there. It waits for
-// none of them.
+// mountTable maps every mount point to what is mounted there. It waits for none of them.
 func mountTable() (mounts, error) {
 	const (
 		noWait = 2      // MNT_NOWAIT
@@ -43,8 +42,7 @@ func fromC(name []int8) string {
 	return string(b)
 }
 
-// readEntries hands out some entries of a directory, or io.EOF after the last
-// one.
+// readEntries hands out some entries of a directory, or io.EOF after the last one.
 func readEntries(dir *os.File, _ []byte, each func(name []byte, mode fs.FileMode)) error {
 	entries, err := dir.ReadDir(1024)
 	for _, entry := range entries {

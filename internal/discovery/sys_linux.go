@@ -103,11 +103,10 @@ func readEntries(dir *os.File, buffer []byte, each func(name []byte, mode fs.Fil
 
 func changeTimes(st *syscall.Stat_t) (modified, changed int64) { return st.Mtim.Nano(), st.Ctim.Nano() }
 
-// openWithoutAtime opens a regular file and leaves its access time alone, where
-// this user may ask for that. Of anything else it returns a handle that tells what it
-// is and opens nothing: the owner of a directory on the way can turn it into a
-// link to /dev at any moment, and to open a watchdog is to start it. may decides
-// about a regular file before it is opened.
+// openWithoutAtime opens a regular file and leaves its access time alone, where this user may ask
+// for that. Of anything else it returns a handle that tells what it is and opens nothing: the owner
+// of a directory on the way can turn it into a link to /dev at any moment, and to open a watchdog
+// is to start it. may decides about a regular file before it is opened.
 func openWithoutAtime(path string, flags int, may func(handle int, st *syscall.Stat_t) error) (int, error) {
 	const pathOnly = 0x200000 // O_PATH, open(2)
 	handle, err := syscall.Open(path, pathOnly|flags&(syscall.O_NOFOLLOW|syscall.O_CLOEXEC), 0)

@@ -21,8 +21,7 @@ const (
 	// partSize is how many files one task looks at.
 	partSize = 512
 
-	// lookAhead is how many directories beside each other are read ahead of
-	// the walk.
+	// lookAhead is how many directories beside each other are read ahead of the walk.
 	lookAhead = 8
 
 	// tickEvery is how many files are looked at under one tick. Looking at one
@@ -64,8 +63,7 @@ type ownDir struct {
 	real string // without symbolic links
 }
 
-// nameList holds the names of a directory in one piece of memory: a directory
-// can have a million.
+// nameList holds the names of a directory in one piece of memory: a directory can have a million.
 type nameList struct {
 	text []byte
 	refs []nameRef
@@ -386,11 +384,10 @@ func (r *run) readDirectory(w *worker, n *node, isRoot bool) error {
 	return nil
 }
 
-// currentOf is the subdirectory whose files are reported as those of n, or "".
-// Kubernetes writes each version of a mounted Secret into a directory of its
-// own, named after the time, and makes ..data a link to the newest; programs
-// read tls.crt, a link to ..data/tls.crt. So that is the path to report: it
-// stays the same, and it is the one in the server's configuration.
+// currentOf is the subdirectory whose files are reported as those of n, or "". Kubernetes writes
+// each version of a mounted Secret into a directory of its own, named after the time, and makes
+// ..data a link to the newest; programs read tls.crt, a link to ..data/tls.crt. So that is the path
+// to report: it stays the same, and it is the one in the server's configuration.
 func (r *run) currentOf(n *node, files *nameList) string {
 	const link = "..data"
 	_, found := slices.BinarySearchFunc(files.refs, link, func(ref nameRef, name string) int {
@@ -424,9 +421,8 @@ func openDirectory(path string, isRoot bool) (*os.File, status, error) {
 	return dir, st, nil
 }
 
-// isOwn reports whether an open directory is one of the agent's own, or below
-// one. Only the kernel knows: the owner of a directory on the way to it can
-// turn that into a link at any moment.
+// isOwn reports whether an open directory is one of the agent's own, or below one. Only the kernel
+// knows: the owner of a directory on the way to it can turn that into a link at any moment.
 func (r *run) isOwn(dir *os.File, st status) bool {
 	if len(r.own) == 0 {
 		return false
@@ -438,8 +434,7 @@ func (r *run) isOwn(dir *os.File, st status) bool {
 	return err == nil && r.inOwn(real)
 }
 
-// inOwn reports whether a real path is that of a directory of the agent, or
-// below one.
+// inOwn reports whether a real path is that of a directory of the agent, or below one.
 func (r *run) inOwn(real string) bool {
 	return slices.ContainsFunc(r.own, func(own ownDir) bool { return isBelow(real, own.real) })
 }
@@ -699,8 +694,7 @@ func (r *run) limit(w *worker) bool {
 	return true
 }
 
-// resolveRoots resolves the configured directories. One may be a link to
-// something that hangs.
+// resolveRoots resolves the configured directories. One may be a link to something that hangs.
 func (r *run) resolveRoots() error {
 	var tasks []*task
 	for i, dir := range r.s.opts.Dirs {

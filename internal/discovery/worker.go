@@ -10,10 +10,9 @@ import (
 	"certctl-agent/internal/api"
 )
 
-// A file system whose server is gone does not return from a call at all. So
-// everything that touches a scanned file is a task: a worker does it, and the
-// scan waits for it within bounds. A worker that hangs is given up and
-// replaced; what it returns one day is not looked at.
+// A file system whose server is gone does not return from a call at all. So everything that touches
+// a scanned file is a task: a worker does it, and the scan waits for it within bounds. A worker
+// that hangs is given up and replaced; what it returns one day is not looked at.
 
 const (
 	// maxHung bounds the workers that hang at one time, over all scans.
@@ -29,9 +28,8 @@ var (
 	errManyHung = errors.New("too many file systems do not answer: the scan was given up")
 )
 
-// task is one piece of work on a file system. What do has found takes effect
-// by commit, so that a worker that was given up changes nothing when it comes
-// back.
+// task is one piece of work on a file system. What do has found takes effect by commit, so that a
+// worker that was given up changes nothing when it comes back.
 type task struct {
 	mount string
 	do    func(*worker) (commit func())
@@ -221,9 +219,8 @@ func (m mounts) of(real string) mount {
 	}
 }
 
-// mayEnter reports whether a directory on another device than its parent may
-// be entered: a subvolume, which is no mount, or a local file system that was
-// mounted since the table was read.
+// mayEnter reports whether a directory on another device than its parent may be entered: a
+// subvolume, which is no mount, or a local file system that was mounted since the table was read.
 func (m mounts) mayEnter(real string) bool {
 	if found, ok := m[real]; ok {
 		return found.local

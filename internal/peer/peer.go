@@ -38,9 +38,8 @@ type Dialer struct {
 	Anyone bool
 }
 
-// DialContext connects to a "tcp" or "unix" address. localhost is 127.0.0.1:
-// where it is also ::1, a server that is told to listen at localhost leaves
-// that address to others.
+// DialContext connects to a "tcp" or "unix" address. localhost is 127.0.0.1: where it is also ::1,
+// a server that is told to listen at localhost leaves that address to others.
 func (d *Dialer) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
 	if host, port, err := net.SplitHostPort(address); err == nil && network != "unix" &&
 		strings.EqualFold(strings.TrimSuffix(host, "."), "localhost") {
@@ -84,8 +83,7 @@ func (d *Dialer) check(ctx context.Context, conn net.Conn, trusted []int) error 
 	return nil
 }
 
-// overflowUser stands for every user that has no number in this process's user
-// namespace.
+// overflowUser stands for every user that has no number in this process's user namespace.
 const overflowUser = 65534
 
 func trustedUsers(names []string) []int {

@@ -20,9 +20,8 @@ import (
 	"certctl-agent/internal/hostfile"
 )
 
-// owners are the users at the other end of conn: the one who listens at a unix
-// socket, or those who accepted a TCP connection. There is one, unless someone
-// is playing tricks.
+// owners are the users at the other end of conn: the one who listens at a unix socket, or those who
+// accepted a TCP connection. There is one, unless someone is playing tricks.
 func owners(ctx context.Context, conn net.Conn) ([]int, error) {
 	switch c := conn.(type) {
 	case *net.UnixConn:

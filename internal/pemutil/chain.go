@@ -16,16 +16,14 @@ import (
 // elsewhere. Chains in use have up to five certificates.
 const maxChain = 32
 
-// maxRSABits bounds the key that a signature is checked with. The work grows
-// with the square of its length, and a megabyte would hold one that takes
-// minutes.
+// maxRSABits bounds the key that a signature is checked with. The work grows with the square of its
+// length, and a megabyte would hold one that takes minutes.
 const maxRSABits = 16384
 
-// OrderChain returns rest in issuing order, without leaf: each certificate
-// issued the one before it, which is the order that TLS asks for (RFC 5246,
-// section 7.4.2). A self-signed root ends it, where there is one. Repeated
-// certificates are dropped. Where an issuer is there more than once, as with
-// cross-signed ones, the path through the first of them comes first.
+// OrderChain returns rest in issuing order, without leaf: each certificate issued the one before
+// it, which is the order that TLS asks for (RFC 5246, section 7.4.2). A self-signed root ends it,
+// where there is one. Repeated certificates are dropped. Where an issuer is there more than once,
+// as with cross-signed ones, the path through the first of them comes first.
 //
 // Certificates that issued none of the others are no use to a client, and are
 // returned as stray. It is an error when all are: then the issuer of leaf has
@@ -64,8 +62,7 @@ func OrderChain(leaf *x509.Certificate, rest []*x509.Certificate) (ordered, stra
 // IsSelfSigned reports whether cert is signed with its own key, as roots are.
 func IsSelfSigned(cert *x509.Certificate) bool { return issued(cert, cert) }
 
-// issued reports whether child was signed with the key of parent, under its
-// name.
+// issued reports whether child was signed with the key of parent, under its name.
 func issued(parent, child *x509.Certificate) bool {
 	// RFC 5280, section 7.1: names match without regard to case, and some CAs
 	// encode the same name in two string types.

@@ -20,9 +20,8 @@ const (
 	encryptedType    = "ENCRYPTED PRIVATE KEY"
 	privateKeySuffix = "PRIVATE KEY"
 
-	// maxKey bounds the DER of a key. An RSA key of 16384 bits takes 9 KiB; the
-	// work of reading one grows with the square of its length, and a megabyte
-	// would hold one that takes minutes.
+	// maxKey bounds the DER of a key. An RSA key of 16384 bits takes 9 KiB; the work of reading one
+	// grows with the square of its length, and a megabyte would hold one that takes minutes.
 	maxKey = 16 << 10
 )
 
@@ -34,10 +33,9 @@ var (
 	errEncrypted = errors.New("the private key is encrypted: store it without a passphrase (openssl pkey -in FILE -out FILE)")
 )
 
-// ParseKey returns the first private key in data: PKCS#8, PKCS#1 (RSA PRIVATE
-// KEY) or SEC 1 (EC PRIVATE KEY). Blocks of other types, such as the EC
-// PARAMETERS that openssl writes before a key, are passed over. Errors say
-// nothing about the key itself.
+// ParseKey returns the first private key in data: PKCS#8, PKCS#1 (RSA PRIVATE KEY) or SEC 1 (EC
+// PRIVATE KEY). Blocks of other types, such as the EC PARAMETERS that openssl writes before a key,
+// are passed over. Errors say nothing about the key itself.
 func ParseKey(data []byte) (crypto.Signer, error) {
 	data = bytes.TrimPrefix(data, []byte(byteOrderMark)) // without a copy of the key
 	for {
@@ -84,9 +82,8 @@ func parseKeyBlock(block *pem.Block) (crypto.Signer, error) {
 	return nil, fmt.Errorf("a key of type %T cannot sign: expected ECDSA, RSA or Ed25519", key)
 }
 
-// EncodeKey returns the PEM of a private key: ECDSA as SEC 1, which is what
-// existing fleets have on disk, RSA and Ed25519 as PKCS#8. The caller clears it
-// after use.
+// EncodeKey returns the PEM of a private key: ECDSA as SEC 1, which is what existing fleets have on
+// disk, RSA and Ed25519 as PKCS#8. The caller clears it after use.
 func EncodeKey(key crypto.Signer) ([]byte, error) {
 	block := pem.Block{Type: pkcs8Type}
 	var err error
@@ -109,10 +106,9 @@ func SamePublicKey(a, b crypto.PublicKey) bool {
 	return ok && b != nil && key.Equal(b)
 }
 
-// SamePrivateKey reports whether a and b are the same key in full. That they
-// have one public key is no proof: of an RSA key with three primes crypto/x509
-// does not check that they belong to it, so anybody can make such a key for
-// anybody's certificate.
+// SamePrivateKey reports whether a and b are the same key in full. That they have one public key is
+// no proof: of an RSA key with three primes crypto/x509 does not check that they belong to it, so
+// anybody can make such a key for anybody's certificate.
 func SamePrivateKey(a, b crypto.Signer) bool {
 	key, ok := a.(interface{ Equal(crypto.PrivateKey) bool })
 	return ok && b != nil && key.Equal(b)

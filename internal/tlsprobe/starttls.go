@@ -13,9 +13,8 @@ import (
 )
 
 const (
-	// maxReplyLine is the longest line a server may send before TLS, in bytes.
-	// RFC 5321, section 4.5.3.1.5, allows 512; an IMAP greeting lists
-	// capabilities and may be longer.
+	// maxReplyLine is the longest line a server may send before TLS, in bytes. RFC 5321, section
+	// 4.5.3.1.5, allows 512; an IMAP greeting lists capabilities and may be longer.
 	maxReplyLine = 4096
 
 	// maxReplyLines bounds the lines of one reply. EHLO is answered with one for

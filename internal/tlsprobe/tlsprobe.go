@@ -1,10 +1,8 @@
-// Package tlsprobe finds out which certificate an endpoint serves, after
-// STARTTLS too.
+// Package tlsprobe finds out which certificate an endpoint serves, after STARTTLS too.
 //
-// It verifies no chain, since the certificate may be of a private CA that this
-// host does not trust. It compares nothing either: callers compare the
-// fingerprint with the one they expect, and must rely on a result for nothing
-// else.
+// It verifies no chain, since the certificate may be of a private CA that this host does not trust.
+// It compares nothing either: callers compare the fingerprint with the one they expect, and must
+// rely on a result for nothing else.
 package tlsprobe
 
 import (
@@ -73,8 +71,7 @@ func GuessStartTLS(port string) string {
 	return ""
 }
 
-// Probe connects to an endpoint and returns what it serves. All of it ends with
-// ctx.
+// Probe connects to an endpoint and returns what it serves. All of it ends with ctx.
 func Probe(ctx context.Context, endpoint Endpoint) (Result, error) {
 	if _, ok := ctx.Deadline(); !ok {
 		var cancel context.CancelFunc
@@ -93,9 +90,8 @@ func Probe(ctx context.Context, endpoint Endpoint) (Result, error) {
 	return Result{}, fmt.Errorf("probe %s: %w", endpoint.Address, err)
 }
 
-// probe asks as browsers do. A server that refuses that is offered all that
-// crypto/tls has, and one that answers with a key of another type is asked as
-// by a client that knows no other than KeyType.
+// probe asks as browsers do. A server that refuses that is offered all that crypto/tls has, and one
+// that answers with a key of another type is asked as by a client that knows no other than KeyType.
 func probe(ctx context.Context, endpoint Endpoint) (Result, error) {
 	result, err := connect(ctx, endpoint, nil, 0)
 	if _, refused := errors.AsType[*refusedError](err); refused {

@@ -1,7 +1,6 @@
-// Package certfile finds the X.509 certificates in the bytes of a file, whatever
-// it is called and in whichever of the usual formats they are, and describes
-// each as a report does. Only certificates leave it: private keys are neither
-// decrypted nor copied.
+// Package certfile finds the X.509 certificates in the bytes of a file, whatever it is called and
+// in whichever of the usual formats they are, and describes each as a report does. Only
+// certificates leave it: private keys are neither decrypted nor copied.
 package certfile
 
 import (
@@ -126,8 +125,7 @@ type Parser struct {
 	recent record.Recent
 }
 
-// Parse finds the certificates in data, the bytes of a file of that name. It
-// keeps none of them.
+// Parse finds the certificates in data, the bytes of a file of that name. It keeps none of them.
 func (p *Parser) Parse(name string, data []byte) Outcome {
 	return p.outcome(parse(name, data, p.Passwords))
 }
@@ -168,8 +166,7 @@ func (c *content) signed(data []byte, promised promise) bool {
 	return true
 }
 
-// pem reads PEM blocks and reports whether there were any that can hold
-// certificates.
+// pem reads PEM blocks and reports whether there were any that can hold certificates.
 func (c *content) pem(data []byte) bool {
 	any := false
 	found := func(block pemBlock) {

@@ -257,9 +257,8 @@ func (x *extensions) readNames(names ber.Value) {
 // errNoCertificate: well-formed, but something else.
 var errNoCertificate = errors.New("not a certificate")
 
-// firstCertificate is the certificate at the start of b, judged by its outer
-// shape (RFC 5280, 4.1): its own bytes, and what follows it, which OpenSSL
-// ignores too.
+// firstCertificate is the certificate at the start of b, judged by its outer shape (RFC 5280, 4.1):
+// its own bytes, and what follows it, which OpenSSL ignores too.
 func firstCertificate(b []byte) (der, rest []byte, err error) {
 	outer, rest, err := ber.Element(b)
 	if err != nil {

@@ -37,9 +37,8 @@ type pemBlock struct {
 	der []byte
 	err error
 
-	// embedded: the block does not begin a line, as inside indented YAML, a
-	// JSON string or source code. It may be an example in a text, so damage to
-	// it means nothing.
+	// embedded: the block does not begin a line, as inside indented YAML, a JSON string or source
+	// code. It may be an example in a text, so damage to it means nothing.
 	embedded bool
 
 	// store: by its label it is a key store, which may cost the time of trying passwords.

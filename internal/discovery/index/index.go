@@ -71,8 +71,7 @@ type position struct {
 	end   int
 }
 
-// File is one file of an index. Its slices stay valid, and hold the whole block
-// that they are in.
+// File is one file of an index. Its slices stay valid, and hold the whole block that they are in.
 type File struct {
 	Root    int    // number of the root
 	Dir     string // path of its directory
@@ -102,8 +101,7 @@ type Reader struct {
 	dir     string
 }
 
-// Open opens the index of the last scan. It returns ErrDamaged or ErrForeign
-// when that is no use.
+// Open opens the index of the last scan. It returns ErrDamaged or ErrForeign when that is no use.
 func Open(root *os.Root, name string, roots []string) (*Reader, error) {
 	file, err := root.Open(name)
 	if err != nil {

@@ -34,8 +34,7 @@ func (d *Decoder) Uvarint() uint64 {
 	return n
 }
 
-// Length is the number of elements of a list, each of which takes a byte or
-// more.
+// Length is the number of elements of a list, each of which takes a byte or more.
 func (d *Decoder) Length() int {
 	n := d.Uvarint()
 	if n > uint64(len(d.Rest)) {
