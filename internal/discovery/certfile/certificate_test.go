@@ -27,7 +27,7 @@ import (
 
 // isUncommon: pkix has no name for it.
 func isUncommon(a pkix.AttributeTypeAndValue) bool {
-	return !slices.ContainsFunc(commonAttributes, func(known struct{ oid, name string }) bool { return known.oid == a.Type.String() })
+	return !slices.Contains(commonAttributes, a.Type.String())
 }
 
 // checkAgainstGo: what crypto/x509 reads is read here alike.

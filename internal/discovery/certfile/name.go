@@ -11,17 +11,7 @@ import (
 
 // commonAttributes are the attributes that crypto/x509/pkix knows, in the order in which it writes
 // them, which is the order that control planes have in their databases.
-var commonAttributes = []struct{ oid, name string }{
-	{oidSerialNumber, "SERIALNUMBER"},
-	{oidCommonName, "CN"},
-	{"2.5.4.11", "OU"},
-	{"2.5.4.10", "O"},
-	{"2.5.4.17", "POSTALCODE"},
-	{"2.5.4.9", "STREET"},
-	{"2.5.4.7", "L"},
-	{"2.5.4.8", "ST"},
-	{"2.5.4.6", "C"},
-}
+var commonAttributes = []string{oidSerialNumber, oidCommonName, "2.5.4.11", "2.5.4.10", "2.5.4.17", "2.5.4.9", "2.5.4.7", "2.5.4.8", "2.5.4.6"}
 
 const (
 	oidSerialNumber = "2.5.4.5"
@@ -29,9 +19,18 @@ const (
 	idCommonName    = "\x55\x04\x03" // the same, encoded
 )
 
-// otherAttributes are the names of RFC 4514, section 3, and beyond those the ones that OpenSSL has
-// for attributes of public certificates.
-var otherAttributes = map[string]string{
+// attributeNames are those of crypto/x509/pkix and of RFC 4514, section 3, and beyond them the ones
+// that OpenSSL has for attributes of public certificates.
+var attributeNames = map[string]string{
+	oidSerialNumber:              "SERIALNUMBER",
+	oidCommonName:                "CN",
+	"2.5.4.6":                    "C",
+	"2.5.4.7":                    "L",
+	"2.5.4.8":                    "ST",
+	"2.5.4.9":                    "STREET",
+	"2.5.4.10":                   "O",
+	"2.5.4.11":                   "OU",
+	"2.5.4.17":                   "POSTALCODE",
 	"0.9.2342.19200300.100.1.1":  "UID",
 	"0.9.2342.19200300.100.1.25": "DC",
 	"0.9.2342.19200300.100.1.3":  "mail",
@@ -130,8 +129,8 @@ func (n distinguishedName) String() string {
 		}
 	}
 	if n.isCommon() {
-		for _, known := range commonAttributes {
-			write(n.common(known.oid))
+		for _, oid := range commonAttributes {
+			write(n.common(oid))
 		}
 		return b.String()
 	}
@@ -147,16 +146,7 @@ func (n distinguishedName) String() string {
 }
 
 func (n distinguishedName) isCommon() bool {
-	return !slices.ContainsFunc(n.attributes, func(a attribute) bool { return attributeName(a.oid) == "" || !a.isText })
-}
-
-func attributeName(oid string) string {
-	for _, known := range commonAttributes {
-		if known.oid == oid {
-			return known.name
-		}
-	}
-	return ""
+	return !slices.ContainsFunc(n.attributes, func(a attribute) bool { return !slices.Contains(commonAttributes, a.oid) || !a.isText })
 }
 
 // common is what pkix.Name keeps of one type: of CN and SERIALNUMBER the last one alone, unless that
@@ -178,10 +168,7 @@ func (n distinguishedName) common(oid string) (list []attribute) {
 // write writes an attribute (RFC 4514, 2.3 and 2.4): with its name and as text where it has both,
 // else in hex.
 func (a attribute) write(b *strings.Builder) {
-	name := attributeName(a.oid)
-	if name == "" {
-		name = otherAttributes[a.oid]
-	}
+	name := attributeNames[a.oid]
 	b.WriteString(cmp.Or(name, a.oid))
 	if a.oid != "" {
 		b.WriteByte('=')
