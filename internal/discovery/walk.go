@@ -130,11 +130,12 @@ type file struct {
 // node is a directory, or a part of the files of a large one.
 type node struct {
 	*task
-	root  int
-	path  string
-	shown string // path as it is reported
-	real  string // path without symbolic links
-	dev   uint64 // of the directory above
+	root   int
+	isRoot bool // the path may be a link
+	path   string
+	shown  string // path as it is reported
+	real   string // path without symbolic links
+	dev    uint64 // of the directory above
 
 	all    *nameList // of a part: the files of the directory, from lo to hi
 	lo, hi int
@@ -165,14 +166,6 @@ func (n *node) problem(name string, err error) {
 	n.problems = append(n.problems, problemOf(name, cause(err)))
 }
 
-// frame is a directory whose subdirectories are being walked.
-type frame struct {
-	parent *node
-	names  *nameList
-	next   int
-	ahead  []*node // read ahead, from next on
-}
-
 // walk visits the directories in order and hands their files to join. Workers
 // read directories ahead of it.
 func (r *run) walk() error {
@@ -182,52 +175,69 @@ func (r *run) walk() error {
 			r.problems.add(root.path, cause(root.err))
 			continue
 		}
-		var top *node
+		top := &node{root: i, isRoot: true, path: root.path, shown: root.path, real: root.real}
+		look := r.list
 		if root.isFile {
-			top = &node{root: i, path: path.Dir(root.path), shown: path.Dir(root.path), real: path.Dir(root.real)}
-			r.start(top, r.mounts.of(top.real).point, func(w *worker, n *node) { r.examineOne(w, n, path.Base(root.path)) })
-		} else {
-			top = &node{root: i, path: root.path, shown: root.path, real: root.real}
-			r.start(top, r.mounts.of(top.real).point, func(w *worker, n *node) { r.list(w, n, true) })
+			top.path, top.shown, top.real = path.Dir(root.path), path.Dir(root.path), path.Dir(root.real)
+			look = func(w *worker, n *node) { r.examineOne(w, n, path.Base(root.path)) }
 		}
-		if err := r.walkFrom(top); err != nil {
+		r.start(top, r.mounts.of(top.real).point, look)
+		if err := r.visit(top); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (r *run) walkFrom(top *node) error {
-	var stack []*frame
-	visit := func(n *node) error {
-		if err := r.visit(n); err != nil {
-			return err
-		}
-		if n.dirs != nil {
-			stack = append(stack, &frame{parent: n, names: n.dirs})
-		}
-		return nil
-	}
-	if err := visit(top); err != nil {
+// visit passes the files of a directory on, and then visits those below it.
+func (r *run) visit(n *node) error {
+	if err := r.take(n); err != nil {
 		return err
 	}
-	for len(stack) > 0 {
-		f := stack[len(stack)-1]
-		if f.next == len(f.names.refs) {
-			stack = stack[:len(stack)-1]
-			continue
+	if n.rest != nil {
+		part := func(i int) *node { return r.startPart(n, i*partSize) }
+		if err := inOrder((len(n.rest.refs)+partSize-1)/partSize, part, r.take); err != nil {
+			return err
 		}
-		for len(f.ahead) < lookAhead && f.next+len(f.ahead) < len(f.names.refs) {
-			f.ahead = append(f.ahead, r.startChild(f.parent, string(f.names.name(f.next+len(f.ahead)))))
+		n.rest = nil
+	}
+	if n.dirs == nil {
+		return nil
+	}
+	child := func(i int) *node { return r.startChild(n, string(n.dirs.name(i))) }
+	return inOrder(len(n.dirs.refs), child, r.visit)
+}
+
+// inOrder visits nodes one after the other, each with the next ones started ahead of it.
+func inOrder(total int, start func(int) *node, visit func(*node) error) error {
+	var ahead []*node
+	for i := range total {
+		for len(ahead) < lookAhead && i+len(ahead) < total {
+			ahead = append(ahead, start(i+len(ahead)))
 		}
-		n := f.ahead[0]
-		f.ahead = append(f.ahead[:0:0], f.ahead[1:]...)
-		f.next++
+		n := ahead[0]
+		ahead = append(ahead[:0:0], ahead[1:]...)
 		if err := visit(n); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// take waits for the task of a node, adds what it counted to the summary, and passes its files on.
+func (r *run) take(n *node) error {
+	if err := r.wait(n.task, n.shown); err != nil {
+		return err
+	}
+	r.s.files.Add(int64(n.seen))
+	for _, problem := range n.problems {
+		r.problems.note(problem)
+	}
+	for reason, count := range n.skipped {
+		r.summary.Skipped[reason] += count
+	}
+	n.problems, n.skipped = nil, nil
+	return r.join(n)
 }
 
 func join(dir, name string) string {
@@ -249,8 +259,15 @@ func (r *run) startChild(parent *node, name string) *node {
 	if m, ok := r.mounts[n.real]; ok {
 		mount = m.point
 	}
-	r.start(n, mount, func(w *worker, n *node) { r.list(w, n, false) })
+	r.start(n, mount, r.list)
 	return n
+}
+
+// startPart starts a task for some of the files of a large directory, from lo on.
+func (r *run) startPart(n *node, lo int) *node {
+	part := &node{root: n.root, path: n.path, shown: n.shown, real: n.real, all: n.rest, lo: lo, hi: min(lo+partSize, len(n.rest.refs))}
+	r.start(part, n.mount, r.examineAt)
+	return part
 }
 
 // start queues a task that looks at a directory. It works on a copy of n.
@@ -263,52 +280,9 @@ func (r *run) start(n *node, mount string, look func(*worker, *node)) {
 	r.queue(n.task)
 }
 
-// visit waits for a directory and passes its files on.
-func (r *run) visit(n *node) error {
-	if err := r.wait(n.task, n.shown); err != nil {
-		return err
-	}
-	r.absorb(n)
-	if err := r.join(n); err != nil || n.rest == nil {
-		return err
-	}
-	var parts []*node
-	total := len(n.rest.refs)
-	for lo := 0; lo < total || len(parts) > 0; {
-		for ; lo < total && len(parts) < lookAhead; lo += partSize {
-			part := &node{root: n.root, path: n.path, shown: n.shown, real: n.real, all: n.rest, lo: lo, hi: min(lo+partSize, total)}
-			r.start(part, n.mount, func(w *worker, part *node) { r.examineAt(w, part, false) })
-			parts = append(parts, part)
-		}
-		part := parts[0]
-		parts = parts[1:]
-		if err := r.wait(part.task, part.shown); err != nil {
-			return err
-		}
-		r.absorb(part)
-		if err := r.join(part); err != nil {
-			return err
-		}
-	}
-	n.rest = nil
-	return nil
-}
-
-// absorb adds what a task counted to the summary.
-func (r *run) absorb(n *node) {
-	r.s.files.Add(int64(n.seen))
-	for _, problem := range n.problems {
-		r.problems.note(problem)
-	}
-	for reason, count := range n.skipped {
-		r.summary.Skipped[reason] += count
-	}
-	n.problems, n.skipped = nil, nil
-}
-
 // list reads a directory, and looks at its files when they are few.
-func (r *run) list(w *worker, n *node, isRoot bool) {
-	if err := r.readDirectory(w, n, isRoot); err != nil && !errors.Is(err, fs.ErrNotExist) {
+func (r *run) list(w *worker, n *node) {
+	if err := r.readDirectory(w, n); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		n.problem(n.shown, err)
 	}
 }
@@ -318,37 +292,30 @@ func (r *run) examineOne(w *worker, n *node, name string) {
 	n.all, n.hi = &nameList{}, 1
 	n.all.add([]byte(name), false)
 	w.tick()
-	r.examineAt(w, n, true)
+	r.examineAt(w, n)
 }
 
 // examineAt opens a directory and looks at some of its files.
-func (r *run) examineAt(w *worker, n *node, isRoot bool) {
-	dir, st, err := openDirectory(n.path, isRoot)
+func (r *run) examineAt(w *worker, n *node) {
+	dir, err := r.openDirectory(n)
 	if err != nil {
 		n.problem(n.shown, err)
+	}
+	if dir == nil {
 		return
 	}
 	defer dir.Close()
-	if r.isOwn(dir, st) {
-		n.skip(skipOwn)
-		return
-	}
 	r.examine(w, n, dir)
 }
 
-func (r *run) readDirectory(w *worker, n *node, isRoot bool) error {
+func (r *run) readDirectory(w *worker, n *node) error {
 	w.tick()
-	dir, st, err := openDirectory(n.path, isRoot)
-	if err != nil {
+	dir, err := r.openDirectory(n)
+	if dir == nil {
 		return err
 	}
 	defer dir.Close()
-	n.self = st
-	if r.isOwn(dir, st) {
-		n.skip(skipOwn)
-		return nil
-	}
-	if !isRoot && n.self.dev != n.dev && !r.mounts.mayEnter(n.real) {
+	if !n.isRoot && n.self.dev != n.dev && !r.mounts.mayEnter(n.real) {
 		n.skip(skipMount) // mounted since the scan began
 		return nil
 	}
@@ -403,22 +370,27 @@ func (r *run) currentOf(n *node, files *nameList) string {
 	return target
 }
 
-// openDirectory opens a directory, which is no link unless it is a root.
-func openDirectory(path string, isRoot bool) (*os.File, status, error) {
+// openDirectory opens the directory of a node, which is not a link unless it is a root. One of the
+// agent's own is counted as skipped, and the file is nil.
+func (r *run) openDirectory(n *node) (*os.File, error) {
 	flags := os.O_RDONLY | syscall.O_DIRECTORY
-	if !isRoot {
+	if !n.isRoot {
 		flags |= syscall.O_NOFOLLOW
 	}
-	dir, err := os.OpenFile(path, flags, 0)
+	dir, err := os.OpenFile(n.path, flags, 0)
 	if err != nil {
-		return nil, status{}, err
+		return nil, err
 	}
-	st, err := statusOfOpen(int(dir.Fd()))
-	if err != nil {
+	if n.self, err = statusOfOpen(int(dir.Fd())); err != nil {
 		dir.Close()
-		return nil, status{}, err
+		return nil, err
 	}
-	return dir, st, nil
+	if r.isOwn(dir, n.self) {
+		dir.Close()
+		n.skip(skipOwn)
+		return nil, nil
+	}
+	return dir, nil
 }
 
 // isOwn reports whether an open directory is one of the agent's own, or below one. Only the kernel

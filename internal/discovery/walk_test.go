@@ -158,7 +158,7 @@ func TestPathThatIsReplaced(t *testing.T) {
 		t.Errorf("a file that was replaced by another: %v", err)
 	}
 	n := &node{path: filepath.Join(dir, "a", "agent"), shown: filepath.Join(dir, "a", "agent"), real: filepath.Join(dir, "a", "agent")}
-	if err := r.readDirectory(w, n, false); err != nil || len(n.files) > 0 || n.skipped[skipOwn] != 1 {
+	if err := r.readDirectory(w, n); err != nil || len(n.files) > 0 || n.skipped[skipOwn] != 1 {
 		t.Errorf("a directory of the agent: error %v, %d files, skipped %v", err, len(n.files), n.skipped)
 	}
 }
