@@ -265,7 +265,7 @@ func (r *run) startChild(parent *node, name string) *node {
 
 // startPart starts a task for some of the files of a large directory, from lo on.
 func (r *run) startPart(n *node, lo int) *node {
-	part := &node{root: n.root, path: n.path, shown: n.shown, real: n.real, all: n.rest, lo: lo, hi: min(lo+partSize, len(n.rest.refs))}
+	part := &node{root: n.root, isRoot: n.isRoot, path: n.path, shown: n.shown, real: n.real, all: n.rest, lo: lo, hi: min(lo+partSize, len(n.rest.refs))}
 	r.start(part, n.mount, r.examineAt)
 	return part
 }

@@ -282,3 +282,19 @@ func TestNamesOfADirectoryAreBounded(t *testing.T) {
 		t.Errorf("found %d certificates, %d files, errors %q; want the directory to be cut short and named", len(found), summary.Files, summary.Errors)
 	}
 }
+
+// TestLinkToALargeDirectory: one that is configured is read in parts like any other.
+func TestLinkToALargeDirectory(t *testing.T) {
+	outside := t.TempDir()
+	text, _ := testCertificate(t)
+	const n = partSize + 1
+	for i := range n {
+		write(t, filepath.Join(outside, "large", fmt.Sprintf("%04d.pem", i)), text)
+	}
+	top := filepath.Join(outside, "link")
+	link(t, filepath.Join(outside, "large"), top)
+	found, summary := scanAll(t, newScanner(t, Options{Dirs: []string{top}}))
+	if len(found) != n || len(summary.Errors) > 0 {
+		t.Errorf("found %d certificates, errors %q; want %d", len(found), summary.Errors, n)
+	}
+}
