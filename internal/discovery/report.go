@@ -83,13 +83,11 @@ func NewReporter(o ReporterOptions) *Reporter {
 // Stats says what a scan saw and what became of it.
 type Stats struct {
 	Files        int
-	Certificates int // found; the same one at two paths counts twice
-	Reported     int // of these, accepted by the control plane
-	Refused      int // of these, left out: refused, or too large for a report
-	Reports      int // accepted
-	Errors       int // files and directories that could not be read or parsed
-	Skipped      map[string]int
-	Formats      map[string]int
+	Certificates int           // found; the same one at two paths counts twice
+	Reported     int           // of these, accepted by the control plane
+	Refused      int           // of these, left out: refused, or too large for a report
+	Reports      int           // accepted
+	Errors       int           // files and directories that could not be read or parsed
 	Duration     time.Duration // of the scan, without waiting for the control plane
 }
 
@@ -114,7 +112,6 @@ func (s *Reporter) Run(ctx context.Context) (Stats, error) {
 		problems = append(problems, problemOf(cmp.Or(summary.Reached, "the scan"), errUnfinished.Error()))
 	}
 	r.stats.Files, r.stats.Certificates, r.stats.Errors = summary.Files, summary.Certificates, len(problems)
-	r.stats.Skipped, r.stats.Formats = summary.Skipped, summary.Formats
 	r.stats.Duration = time.Since(r.began) - r.sending
 	if r.failed == nil && ctx.Err() == nil {
 		// What was found before a scan broke off is true all the same.
@@ -144,10 +141,10 @@ type reports struct {
 	pending []api.DiscoveredCertificate
 	size    int // of pending in the body
 
-	large         []string // errors that name what does not fit into a report
-	tooLargeInAll int      // named or not
-	refused       int      // entries that the control plane refused alone
-	refusal       error    // of the last of them
+	large    []string // errors that name what does not fit into a report
+	tooLarge int      // certificates that do not, named or not
+	refused  int      // entries that the control plane refused alone
+	refusal  error    // of the last of them
 }
 
 // collect gathers certificates until a report is full.
@@ -160,7 +157,11 @@ func (r *reports) collect(found []api.DiscoveredCertificate) error {
 		size := len(encoded) + len(",")
 		envelope := r.envelope(nil)
 		if envelope+size >= maxBody {
-			r.leaveOut(cert.SourcePath, size)
+			r.stats.Refused++
+			r.tooLarge++
+			if len(r.large) < maxNamed {
+				r.large = append(r.large, problemOf(cert.SourcePath, fmt.Sprintf("a certificate takes %d bytes in a report, whose limit is %d: it is left out", size, maxBody)))
+			}
 			continue
 		}
 		if len(r.pending) > 0 && envelope+r.size+size >= maxBody {
@@ -174,18 +175,9 @@ func (r *reports) collect(found []api.DiscoveredCertificate) error {
 	return nil
 }
 
-// leaveOut leaves an entry out that fits into no report.
-func (r *reports) leaveOut(path string, size int) {
-	r.stats.Refused++
-	if len(r.large) < maxNamed {
-		r.large = append(r.large, problemOf(path, fmt.Sprintf("a certificate takes %d bytes in a report, whose limit is %d: it is left out", size, maxBody)))
-	}
-	r.tooLargeInAll++
-}
-
 // named is what the errors of the scan say about entries that were too large.
 func (r *reports) named() []string {
-	if more := r.tooLargeInAll - len(r.large); more > 0 {
+	if more := r.tooLarge - len(r.large); more > 0 {
 		return append(r.large, fmt.Sprintf("and %d more certificates too large for a report", more))
 	}
 	return r.large

@@ -22,8 +22,8 @@ import (
 	"certctl-agent/internal/pemutil"
 )
 
-// DefaultTimeout bounds a probe whose context has no deadline.
-const DefaultTimeout = 10 * time.Second
+// defaultTimeout bounds a probe whose context has no deadline.
+const defaultTimeout = 10 * time.Second
 
 // Endpoint is where to look.
 type Endpoint struct {
@@ -75,7 +75,7 @@ func GuessStartTLS(port string) string {
 func Probe(ctx context.Context, endpoint Endpoint) (Result, error) {
 	if _, ok := ctx.Deadline(); !ok {
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, DefaultTimeout)
+		ctx, cancel = context.WithTimeout(ctx, defaultTimeout)
 		defer cancel()
 	}
 	result, err := probe(ctx, endpoint)
