@@ -1,6 +1,6 @@
-// Package csr makes PKCS#10 certificate requests, and the keys for them. The
-// names come from the control plane, so what is wrong with one is said here in
-// words, rather than found by a CA or by a client of the finished certificate.
+// Package csr makes PKCS#10 certificate requests, and the keys for them. The names come from the
+// control plane. A bad one is refused here, with the reason, before a CA refuses it or a client of
+// the finished certificate does.
 package csr
 
 import (

@@ -393,7 +393,7 @@ func (r *run) readFile(w *worker, e *entry) *reading {
 	if err != nil {
 		return &reading{problem: cause(err)}
 	}
-	w.rest() // what follows is no call: a slow key derivation is no hung disk
+	w.rest() // a slow key derivation must not count as a hung disk
 	result := &reading{}
 	if err := r.guard(full, func() error {
 		result.outcome = r.lookInto(name, data, e.owner)
@@ -579,7 +579,7 @@ func (r *run) emitAll() error {
 			return context.Cause(r.ctx)
 		case s, more := <-r.segments:
 			if !more {
-				// A cancelled task leaves files out, so its outcome is no outcome.
+				// A cancelled task leaves files out: the scan is not complete.
 				return cmp.Or(r.emitBatch(), context.Cause(r.ctx))
 			}
 			if err := r.emitSegment(s); err != nil {

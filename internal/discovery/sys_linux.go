@@ -126,7 +126,7 @@ func openWithoutAtime(path string, flags int, may func(handle int, st *syscall.S
 	switch err {
 	case syscall.EPERM:
 		return syscall.Open(same, flags&^syscall.O_NOFOLLOW, 0)
-	case syscall.ENOENT: // there is no /proc
+	case syscall.ENOENT: // /proc is not mounted
 		if fd, err = syscall.Open(path, flags, 0); err != nil {
 			return -1, err
 		}
@@ -139,8 +139,8 @@ func openWithoutAtime(path string, flags int, may func(handle int, st *syscall.S
 	return fd, err
 }
 
-// pathOf is where an open file is, without symbolic links. The kernel appends
-// " (deleted)" to the path of one that is nowhere any more.
+// pathOf is where an open file is, without symbolic links. The kernel appends " (deleted)" to the
+// path of a deleted one.
 func pathOf(fd int) (string, error) { return os.Readlink("/proc/self/fd/" + strconv.Itoa(fd)) }
 
 // threadTime is the processor time that this thread has taken.
@@ -155,7 +155,7 @@ func threadTime() time.Duration {
 
 // runAtIdlePriority runs f on a thread of its own that has the lowest CPU priority
 // and gets the disk when nobody else wants it. The thread ends with the
-// goroutine of f. That a priority cannot be set is no reason not to scan.
+// goroutine of f. Where a priority cannot be set, f runs all the same.
 func runAtIdlePriority(f func()) {
 	const (
 		whoProcess = 1       // IOPRIO_WHO_PROCESS: of 0, this thread

@@ -44,7 +44,7 @@ type task struct {
 type worker struct {
 	r       *run
 	active  atomic.Int64           // when its last call began, ns since the scan began; 0: none
-	task    atomic.Pointer[task]   // what it works on; whoever takes it away decides what becomes of it
+	task    atomic.Pointer[task]   // what it works on; the goroutine that takes it away ends the task
 	link    atomic.Pointer[string] // the symbolic link it follows, or nil
 	blamed  string                 // what hangs; set before task is taken away
 	entries [16 << 10]byte         // of the directory that is read
@@ -55,7 +55,7 @@ type worker struct {
 // tick says that a call on a file system begins.
 func (w *worker) tick() { w.active.Store(int64(max(time.Since(w.r.began), 1))) }
 
-// rest says that what follows is no call on a file system.
+// rest says that no call on a file system is under way.
 func (w *worker) rest() { w.active.Store(0) }
 
 func newTask(mount string, do func(*worker) (commit func())) *task {
@@ -203,7 +203,7 @@ type mount struct {
 	local bool
 }
 
-// mounts is what is mounted where, as of the start of the scan.
+// mounts are the mounted file systems by mount point, as of the start of the scan.
 type mounts map[string]mount
 
 // of is the file system that a path is on.
@@ -220,15 +220,12 @@ func (m mounts) of(real string) mount {
 }
 
 // mayEnter reports whether a directory on another device than its parent may be entered: a
-// subvolume, which is no mount, or a local file system that was mounted since the table was read.
+// subvolume, which is not a mount, or a local file system that was mounted since the table was read.
 func (m mounts) mayEnter(real string) bool {
 	if found, ok := m[real]; ok {
 		return found.local
 	}
 	table, err := mountTable()
-	if err != nil {
-		return false
-	}
 	found, mounted := table[real]
-	return !mounted || found.local
+	return err == nil && (!mounted || found.local)
 }

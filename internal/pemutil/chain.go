@@ -78,7 +78,7 @@ func issued(parent, child *x509.Certificate) bool {
 		return true
 	}
 	// What cannot be checked (MD5, DSA, algorithms of tomorrow) is believed when the
-	// key identifiers agree: the order of a chain is no question of trust.
+	// key identifiers agree: the order of a chain is not a question of trust.
 	_, insecure := errors.AsType[x509.InsecureAlgorithmError](err)
 	return (insecure || errors.Is(err, x509.ErrUnsupportedAlgorithm)) &&
 		(len(child.AuthorityKeyId) == 0 || bytes.Equal(parent.SubjectKeyId, child.AuthorityKeyId))

@@ -263,8 +263,8 @@ func (c *content) bareBase64(data []byte, promised promise) (isDER bool) {
 	return isDER
 }
 
-// errUnknown: the name promised something that is not there. DER of another
-// kind, such as a key, is no error.
+// errUnknown: the name promised something that is not there. DER of another kind, such as a key, is
+// not an error.
 var errUnknown = errors.New("neither PEM nor any other format that is known here")
 
 // der adds the certificate at the start of b, and those that follow it directly. Anything else that

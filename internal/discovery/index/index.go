@@ -50,10 +50,10 @@ const (
 var (
 	castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-	// ErrDamaged: an index cannot be read on.
+	// ErrDamaged: an index cannot be read any further.
 	ErrDamaged = errors.New("the index of the last scan is damaged")
 
-	// ErrForeign: an index is no use to this scan.
+	// ErrForeign: an index is of no use to this scan.
 	ErrForeign = errors.New("the index of the last scan is of other directories, or of another version of the agent")
 )
 
@@ -101,7 +101,7 @@ type Reader struct {
 	dir     string
 }
 
-// Open opens the index of the last scan. It returns ErrDamaged or ErrForeign when that is no use.
+// Open opens the index of the last scan. It returns ErrDamaged or ErrForeign if that is of no use.
 func Open(root *os.Root, name string, roots []string) (*Reader, error) {
 	file, err := root.Open(name)
 	if err != nil {
@@ -201,7 +201,7 @@ type Writer struct {
 	failed  error
 }
 
-// NewWriter returns a Writer that takes what is the same from old; nil: there is none.
+// NewWriter returns a Writer that takes what is the same from old, which is nil after the first scan.
 func NewWriter(root *os.Root, name string, roots []string, old *Reader) *Writer {
 	w := &Writer{root: root, name: name, header: headerOf(roots)}
 	if old != nil {
@@ -233,8 +233,8 @@ func (w *Writer) Add(root int, dir string, name, stamp, outcome []byte) {
 	w.append(root, dir, name, stamp, outcome)
 }
 
-// Differ says that the last index differs from here on: it begins the new one,
-// with what is the same copied.
+// Differ begins the new index, because the last one differs from here on. It copies what is the
+// same.
 func (w *Writer) Differ() {
 	if w.file != nil || w.failed != nil || w.same.block > maxSize-maxRecord {
 		return
@@ -340,7 +340,7 @@ func (w *Writer) KeepAfter(root int, dir string, name []byte) {
 	}
 }
 
-// remove clears the temporary away; one that stays is overwritten next time.
+// remove removes the temporary file. A leftover is overwritten next time.
 func (w *Writer) remove() { _ = w.root.Remove(w.temporary()) }
 
 // ComparePaths orders paths as the walk does: component by component, so that
