@@ -106,10 +106,12 @@ func (c *content) add(der []byte, format string) {
 	c.certs = append(c.certs, found{der, format})
 }
 
+// fail notes the cause of damage, if err is one.
 func (c *content) fail(err error) {
 	// A file of damaged blocks must not fill the report alone.
 	const maxCauses = 8
 	switch {
+	case err == nil:
 	case len(c.causes) > 0 && c.causes[len(c.causes)-1] == err.Error():
 	case len(c.causes) < maxCauses:
 		c.causes = append(c.causes, err.Error())
@@ -155,9 +157,7 @@ func (c *content) signed(data []byte, promised promise) bool {
 	case pkcs12.Is(data):
 		c.pkcs12(data)
 	case promised != promisesNothing && isSignedData(data):
-		if err := c.pkcs7(data); err != nil {
-			c.fail(err)
-		}
+		c.fail(c.pkcs7(data))
 	case promised != promisesNothing && isBouncyCastle(data):
 		c.fail(errBouncyCastle)
 	default:
@@ -171,14 +171,9 @@ func (c *content) pem(data []byte) bool {
 	any := false
 	found := func(block pemBlock) {
 		if block.err == nil {
-			err := c.block(block)
-			if err == nil {
-				any = true
-				return
-			}
-			block.err = err
+			block.err = c.block(block)
 		}
-		if !block.embedded {
+		if block.err == nil || !block.embedded {
 			any = true
 			c.fail(block.err)
 		}

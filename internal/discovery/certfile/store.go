@@ -48,7 +48,7 @@ func (c *content) pkcs12(data []byte) {
 }
 
 func (c *content) jks(data []byte) {
-	err := jks.Read(data, func(e jks.Entry) {
+	c.fail(jks.Read(data, func(e jks.Entry) {
 		for _, cert := range e.Chain {
 			if cert.Type != jks.X509 {
 				continue
@@ -60,10 +60,7 @@ func (c *content) jks(data []byte) {
 			}
 			c.add(der, formatJKS)
 		}
-	})
-	if err != nil {
-		c.fail(err)
-	}
+	}))
 }
 
 var errBouncyCastle = errors.New("a key store of BouncyCastle (BKS, UBER or BCFKS), which is not supported: " +

@@ -201,7 +201,7 @@ type Writer struct {
 	failed  error
 }
 
-// NewWriter returns a Writer that takes what is the same from old, which is nil after the first scan.
+// NewWriter returns a Writer that takes what is the same from old, which is nil if there is none.
 func NewWriter(root *os.Root, name string, roots []string, old *Reader) *Writer {
 	w := &Writer{root: root, name: name, header: headerOf(roots)}
 	if old != nil {
