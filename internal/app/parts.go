@@ -62,10 +62,7 @@ func ScanOptions(cfg *config.Config) discovery.Options {
 
 // Overlays are this host's own words on its targets.
 func Overlays(cfg *config.Config) *targetconf.Overlays {
-	if cfg.TargetsDirNamed {
-		return targetconf.RequireOverlays(cfg.TargetsDir)
-	}
-	return targetconf.OpenOverlays(cfg.TargetsDir)
+	return targetconf.OpenOverlays(cfg.TargetsDir, cfg.TargetsDirNamed)
 }
 
 // newPolicy is what the control plane may make this host write and run.

@@ -7,7 +7,6 @@ import (
 	"cmp"
 	"crypto/sha256"
 	"crypto/x509"
-	"encoding/hex"
 	"errors"
 	"flag"
 	"fmt"
@@ -30,8 +29,9 @@ const defaultFile = "/etc/certctl/agent.env"
 // defaultBackupRetention is how many sets of replaced files a target keeps.
 const defaultBackupRetention = 3
 
-// Config is everything that an operator can choose. It does not change: Reload
-// makes another one. It can be printed; secrets in it redact themselves.
+// Config is everything that an operator can choose; the table of settings says
+// more. It does not change: Reload makes another one. It can be printed; secrets
+// in it redact themselves. Every path is absolute.
 type Config struct {
 	// Server is the control plane's base URL: https, a host in lower case, no
 	// trailing slash, the default port left out.
@@ -39,70 +39,41 @@ type Config struct {
 
 	// APIKey is the key as it was when the configuration was loaded. The daemon
 	// asks KeyFunc instead, which notices a changed key file.
-	APIKey secret.String
+	APIKey     secret.String
+	APIKeyFile string // where the key comes from, or "" where it was given directly
 
-	// APIKeyFile is where the key comes from, or "" where it was given
-	// directly.
-	APIKeyFile string
+	Name    string // for people; sent at registration only
+	AgentID string // names this agent in every path of the API
 
-	// Name of the agent, for people. It is sent at registration only.
-	Name string
-
-	// AgentID names this agent in every path of the API.
-	AgentID string
-
-	// KeyDir holds the private keys. Absolute, like every path here.
 	KeyDir string
 
 	// StateDir holds what must outlive a restart. One process at a time uses
 	// it. What belongs to an agent id and a server is in InstanceStateDir.
 	StateDir string
 
-	// CABundle is the file that Roots come from, or "".
-	CABundle string
-
-	// Roots verify the control plane's certificate; nil means the system's.
-	Roots *x509.CertPool
-
-	// InsecureSkipVerify accepts any certificate of the control plane.
+	CABundle           string         // the file that Roots come from, or ""
+	Roots              *x509.CertPool // verify the control plane's certificate; nil means the system's
 	InsecureSkipVerify bool
 
 	// Proxy chooses the proxy for requests to the control plane, from
 	// HTTPS_PROXY and NO_PROXY of the environment or the configuration file.
 	Proxy *proxy.Rules
 
-	// DiscoveryDirs are searched for certificates; none means that discovery
-	// is off.
-	DiscoveryDirs []string
-
-	// DiscoveryExclude are patterns of paths that are not searched.
-	DiscoveryExclude []string
-
-	// DiscoveryMaxRate bounds the files looked at in a second; 0 means no
-	// limit.
-	DiscoveryMaxRate int
-
-	// DiscoveryPasswords are tried on PKCS#12 files, after the empty one.
+	DiscoveryDirs      []string // none means that discovery is off
+	DiscoveryExclude   []string // patterns of paths
+	DiscoveryMaxRate   int      // files in a second; 0 means no limit
 	DiscoveryPasswords []secret.String
 
-	// HeartbeatInterval, PollInterval and DiscoveryInterval pace the three
-	// activities. The control plane takes an agent for dead after five minutes
-	// without a heartbeat.
+	// The control plane takes an agent for dead after five minutes without a
+	// heartbeat.
 	HeartbeatInterval time.Duration
 	PollInterval      time.Duration
 	DiscoveryInterval time.Duration
+	StartupJitter     bool // delays the first of each
 
-	// StartupJitter delays the first heartbeat, poll and scan.
-	StartupJitter bool
-
-	// MaxDeploys bounds the deployments at once; at least 1.
-	MaxDeploys int
-
-	// ShutdownGrace is for running deployments when the agent stops.
-	ShutdownGrace time.Duration
-
-	// KeyAlgorithm is the kind of key that is made, such as "ecdsa-p256".
-	KeyAlgorithm string
+	MaxDeploys    int           // at once; at least 1
+	ShutdownGrace time.Duration // for running deployments when the agent stops
+	KeyAlgorithm  string        // such as "ecdsa-p256"
 
 	// TargetsDir holds the overlays. It need not exist unless it was named.
 	TargetsDir      string
@@ -117,26 +88,15 @@ type Config struct {
 	// means any.
 	AllowedCommands [][]string
 
-	// BackupRetention is how many sets of replaced files a target keeps; -1
-	// means none after a success. Never 0.
-	BackupRetention int
-
-	// VerifyDeployment reports what the live endpoint serves afterwards.
+	BackupRetention  int // sets of replaced files for a target; -1 means none after a success. Never 0
 	VerifyDeployment bool
+	MetricsFile      string // "" for none
 
-	// MetricsFile is written for node_exporter's textfile collector, unless
-	// it is "".
-	MetricsFile string
-
-	// LogLevel and LogFormat ("json" or "text") shape the log.
 	LogLevel  slog.Level
-	LogFormat string
+	LogFormat string // "json" or "text"
 
-	// File is the configuration file that was read, or "" for none.
-	File string
-
-	// Args are what follows the flags, for commands that take arguments.
-	Args []string
+	File string   // the configuration file that was read, or "" for none
+	Args []string // what follows the flags, for commands that take arguments
 
 	// Warnings are what an operator should know about the configuration, one
 	// sentence each, to be logged at start and after each reload.
@@ -182,13 +142,7 @@ func (e *UsageError) Error() string { return e.reason }
 type Problems []error
 
 // Error is one line for each problem.
-func (p Problems) Error() string {
-	lines := make([]string, len(p))
-	for i, problem := range p {
-		lines[i] = problem.Error()
-	}
-	return strings.Join(lines, "\n")
-}
+func (p Problems) Error() string { return errors.Join(p...).Error() }
 
 // Unwrap returns the problems.
 func (p Problems) Unwrap() []error { return p }
@@ -248,7 +202,7 @@ func (c *Config) Reload() (*Config, error) {
 // that another one knows.
 func (c *Config) InstanceStateDir() string {
 	sum := sha256.Sum256(fmt.Appendf(nil, "%s\x00%v", c.AgentID, c.Server))
-	return filepath.Join(c.StateDir, hex.EncodeToString(sum[:8]))
+	return filepath.Join(c.StateDir, fmt.Sprintf("%x", sum[:8]))
 }
 
 // newFlagSet returns flags that keep their values as they are in set, so that
@@ -466,7 +420,7 @@ func (l *loader) finish() {
 	}
 	if c.StateDir == "" && c.KeyDir != "" {
 		c.StateDir = filepath.Join(c.KeyDir, ".state")
-		c.show("state-dir", c.StateDir)
+		c.values[slices.IndexFunc(c.values, func(v Value) bool { return v.Flag == "state-dir" })].Text = c.StateDir
 	}
 	c.BackupRetention = cmp.Or(c.BackupRetention, defaultBackupRetention)
 	c.TargetsDirNamed = l.sources["targets-dir"] != fromDefault
@@ -506,7 +460,7 @@ func (l *loader) finishKey() {
 		}
 	}
 	if c.APIKeyFile != "" {
-		key, _, warning, err := readKey(c.APIKeyFile)
+		key, _, warning, err := readKey(readTrusted, c.APIKeyFile)
 		if err != nil {
 			l.problem(l.setting("api-key-file"), err)
 		}
@@ -538,14 +492,5 @@ func (l *loader) finishProxy() {
 func (c *Config) warn(text string) {
 	if text != "" {
 		c.Warnings = append(c.Warnings, text)
-	}
-}
-
-// show replaces the text of a value whose default depends on another.
-func (c *Config) show(flag, text string) {
-	for i := range c.values {
-		if c.values[i].Flag == flag {
-			c.values[i].Text = text
-		}
 	}
 }

@@ -3,14 +3,16 @@ package config
 import (
 	"bytes"
 	"fmt"
+	"slices"
 	"strings"
 	"unicode/utf8"
+
+	"certctl-agent/internal/hostfile"
 )
 
 // assignment is one KEY=VALUE of an environment file.
 type assignment struct {
 	key, value string
-	line       int // where it begins, from 1
 	start, end int // its bytes, with the line end that closes it
 }
 
@@ -23,9 +25,9 @@ type envFile struct {
 
 // get returns the value of key: the last assignment counts.
 func (f *envFile) get(key string) string {
-	for i := len(f.assignments) - 1; i >= 0; i-- {
-		if f.assignments[i].key == key {
-			return f.assignments[i].value
+	for _, a := range slices.Backward(f.assignments) {
+		if a.key == key {
+			return a.value
 		}
 	}
 	return ""
@@ -56,15 +58,19 @@ func validKey(key string) bool {
 // them: a quote that is never closed (it swallows the rest of the file), a NUL,
 // and a line that begins with export (systemd ignores it).
 func parseEnvFile(data []byte) (*envFile, error) {
-	if i := bytes.IndexByte(data, 0); i >= 0 {
-		return nil, fmt.Errorf("line %d holds a NUL", lineAt(data, i))
-	}
-	if !utf8.Valid(data) {
-		return nil, fmt.Errorf("line %d is not UTF-8", lineAt(data, invalidAt(data)))
+	number := 0
+	for line := range bytes.Lines(data) {
+		number++
+		switch {
+		case bytes.IndexByte(line, 0) >= 0:
+			return nil, fmt.Errorf("line %d holds a NUL", number)
+		case !utf8.Valid(line):
+			return nil, fmt.Errorf("line %d is not UTF-8", number)
+		}
 	}
 	s := envScanner{text: string(data)}
-	if bytes.HasPrefix(data, byteOrderMark) {
-		s.pos = len(byteOrderMark)
+	if strings.HasPrefix(s.text, hostfile.ByteOrderMark) {
+		s.pos = len(hostfile.ByteOrderMark)
 	}
 	f := &envFile{}
 	for s.skipBlank(); s.pos < len(s.text); s.skipBlank() {
@@ -96,23 +102,9 @@ func parseEnvFile(data []byte) (*envFile, error) {
 			f.warnings = append(f.warnings, fmt.Sprintf("line %d is ignored: %.64q is no name of a variable", line, key))
 			continue
 		}
-		f.assignments = append(f.assignments, assignment{key: key, value: value, line: line, start: start, end: s.pos})
+		f.assignments = append(f.assignments, assignment{key: key, value: value, start: start, end: s.pos})
 	}
 	return f, nil
-}
-
-// lineAt returns the number of the line of the byte at pos.
-func lineAt(data []byte, pos int) int { return 1 + bytes.Count(data[:pos], []byte("\n")) }
-
-func invalidAt(data []byte) int {
-	for i := 0; i < len(data); {
-		r, size := utf8.DecodeRune(data[i:])
-		if r == utf8.RuneError && size == 1 {
-			return i
-		}
-		i += size
-	}
-	return len(data)
 }
 
 // envScanner is a position in an environment file.

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/secret"
 )
 
@@ -20,13 +21,6 @@ import (
 // may be set all the same.
 type field interface {
 	set(value string) error
-}
-
-type text struct{ to *string }
-
-func (f text) set(value string) error {
-	*f.to = value
-	return nil
 }
 
 // boolean is a field whose flag may stand without a value.
@@ -125,7 +119,7 @@ func (f bundle) set(value string) error {
 	if err != nil {
 		return err
 	}
-	data = bytes.ReplaceAll(data, byteOrderMark, nil) // within, too: bundles are joined from files
+	data = bytes.ReplaceAll(data, []byte(hostfile.ByteOrderMark), nil) // within, too: bundles are joined from files
 	begun, used := bytes.Count(data, []byte("-----BEGIN ")), 0
 	reason := errors.New("it is not valid PEM")
 	pool := x509.NewCertPool()
@@ -165,7 +159,7 @@ func (f passwords) set(value string) error {
 		return err
 	}
 	f.c.warn(warning)
-	for line := range strings.Lines(string(withoutMark(data))) {
+	for line := range strings.Lines(strings.TrimPrefix(string(data), hostfile.ByteOrderMark)) {
 		if line = strings.TrimRight(line, "\r\n"); line != "" {
 			f.c.DiscoveryPasswords = append(f.c.DiscoveryPasswords, secret.New(line))
 		}

@@ -10,21 +10,17 @@ import (
 	"sync"
 	"time"
 
+	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/secret"
 )
 
-// readKey reads an API key file.
-func readKey(path string) (key secret.String, info fs.FileInfo, warning string, err error) {
-	return readKeyBy(readTrusted, path)
-}
-
-// readKeyBy is readKey by readTrusted or openTrusted.
-func readKeyBy(read func(string, int64) ([]byte, fs.FileInfo, string, error), path string) (key secret.String, info fs.FileInfo, warning string, err error) {
+// readKey reads an API key file by readTrusted or openTrusted.
+func readKey(read func(string, int64) ([]byte, fs.FileInfo, string, error), path string) (key secret.String, info fs.FileInfo, warning string, err error) {
 	data, info, warning, err := read(path, maxSecretFile)
 	if err != nil {
 		return secret.String{}, nil, "", err
 	}
-	text := strings.TrimSpace(string(withoutMark(data)))
+	text := strings.TrimSpace(strings.TrimPrefix(string(data), hostfile.ByteOrderMark))
 	if text == "" {
 		return secret.String{}, nil, "", fmt.Errorf("%s is empty", path)
 	}
@@ -37,7 +33,7 @@ func readKeyBy(read func(string, int64) ([]byte, fs.FileInfo, string, error), pa
 // ReadKeyFile reads a secret that is sent as API keys are, from a file that is
 // held to the same rules: the bootstrap token of a registration.
 func ReadKeyFile(path string) (secret.String, error) {
-	key, _, _, err := readKey(path)
+	key, _, _, err := readKey(readTrusted, path)
 	return key, err
 }
 
@@ -138,7 +134,7 @@ func (f *keyFile) latest() (key secret.String, changed bool, err error) {
 	}
 	// Without a timeout of its own, which would leave one more read behind in the
 	// kernel each time. Callers do not wait for it.
-	key, read, _, err := readKeyBy(openTrusted, f.path)
+	key, read, _, err := readKey(openTrusted, f.path)
 	f.seen = nil
 	if err == nil && unchanged(info, read) { // else it is read again next time
 		f.seen = info

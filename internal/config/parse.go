@@ -88,6 +88,8 @@ func withoutURL(err error) error {
 	return errors.New("it cannot be parsed")
 }
 
+func parseText(value string) (string, error) { return value, nil }
+
 // parseKey keeps a bad key too, so that it is not also said to be missing.
 func parseKey(value string) (secret.String, error) { return secret.New(value), checkKey(value) }
 
@@ -117,17 +119,12 @@ func parseAgentID(id string) (string, error) {
 }
 
 func parseLevel(value string) (slog.Level, error) {
-	switch strings.ToLower(value) {
-	case "debug":
-		return slog.LevelDebug, nil
-	case "info":
-		return slog.LevelInfo, nil
-	case "warn":
-		return slog.LevelWarn, nil
-	case "error":
-		return slog.LevelError, nil
+	if !slices.Contains([]string{"debug", "info", "warn", "error"}, strings.ToLower(value)) {
+		return 0, fmt.Errorf("%q is none of debug, info, warn, error", value) // UnmarshalText takes info+2, too
 	}
-	return 0, fmt.Errorf("%q is none of debug, info, warn, error", value)
+	var level slog.Level
+	err := level.UnmarshalText([]byte(value))
+	return level, err
 }
 
 // parsePath makes a path absolute, so that it means the same wherever it is

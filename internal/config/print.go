@@ -1,6 +1,7 @@
 package config
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"log/slog"
@@ -63,15 +64,8 @@ func Usage(w io.Writer) {
 	for _, s := range settings(new(Config)) {
 		fmt.Fprintf(&text, "  -%s (%s)\n", s.flag, s.variable)
 		fmt.Fprintf(&text, "        %s.\n", strings.ReplaceAll(s.doc, "`", ""))
-		fmt.Fprintf(&text, "        Default: %s.\n", strings.ReplaceAll(s.shownDefault(), "`", ""))
+		fmt.Fprintf(&text, "        Default: %s.\n", strings.ReplaceAll(cmp.Or(s.defaults, s.value), "`", ""))
 	}
 	text.WriteString("HTTPS_PROXY and NO_PROXY count too, from the environment or the configuration file.\n")
 	io.WriteString(w, text.String())
-}
-
-func (s setting) shownDefault() string {
-	if s.defaults != "" {
-		return s.defaults
-	}
-	return s.value
 }

@@ -47,7 +47,7 @@ func settings(c *Config) []setting {
 			doc: "API key. On the command line it shows in ps: prefer a file"},
 		{flag: "api-key-file", variable: "CERTCTL_API_KEY_FILE", field: parsed(&c.APIKeyFile, parsePath), defaults: "none",
 			doc: "File with the API key, such as a Docker secret or a systemd credential, in place of the key itself. Read again when it changes"},
-		{flag: "name", variable: "CERTCTL_AGENT_NAME", field: text{&c.Name}, value: "certctl-agent",
+		{flag: "name", variable: "CERTCTL_AGENT_NAME", field: parsed(&c.Name, parseText), value: "certctl-agent",
 			doc: "Name of the agent, for people"},
 		{flag: "agent-id", variable: "CERTCTL_AGENT_ID", field: parsed(&c.AgentID, parseAgentID), defaults: "none, required",
 			doc: "Id that the control plane gave to this agent when it was registered"},

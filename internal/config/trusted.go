@@ -1,13 +1,11 @@
 package config
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
 	"time"
 
 	"certctl-agent/internal/hostfile"
@@ -16,9 +14,6 @@ import (
 // readTimeout is how long a file may take. A network file system whose server
 // does not answer holds a read for ever, and a reload or a stop with it.
 const readTimeout = 10 * time.Second
-
-// byteOrderMark is what some editors put before UTF-8 text.
-var byteOrderMark = []byte("\ufeff")
 
 // readTrusted reads a file that decides what the agent does, or who it is. It
 // refuses one that others can write, or put another one in the place of, or one
@@ -143,16 +138,8 @@ func trust(info fs.FileInfo, euid int) (warning string, err error) {
 		return "", fmt.Errorf("belongs to user %d, neither root nor the agent's own (%d): chown it%s", owner(info), euid, inContainers)
 	}
 	_, gid := hostfile.Owner(info)
-	if mode := info.Mode().Perm(); mode&0o004 != 0 || mode&0o040 != 0 && !trustedGroup(gid) {
+	if mode := info.Mode().Perm(); mode&0o004 != 0 || mode&0o040 != 0 && !hostfile.OwnGroup(gid) {
 		return fmt.Sprintf("can be read by others (mode %04o): chmod it to 0600", info.Mode().Perm()), nil
 	}
 	return "", nil
 }
-
-func trustedGroup(gid int) bool {
-	groups, err := os.Getgroups()
-	return gid == 0 || gid == os.Getegid() || err == nil && slices.Contains(groups, gid)
-}
-
-// withoutMark takes the byte order mark from the beginning of a text.
-func withoutMark(data []byte) []byte { return bytes.TrimPrefix(data, byteOrderMark) }

@@ -119,7 +119,7 @@ func TestMatch(t *testing.T) {
 			if test.overlay != "" {
 				must(t, os.WriteFile(filepath.Join(dir, "t.json"), []byte(test.overlay), 0o600))
 			}
-			config, err := targetconf.Merge([]byte(test.config), "Apache", nil, "t", targetconf.OpenOverlays(dir))
+			config, err := targetconf.Merge([]byte(test.config), "Apache", nil, "t", targetconf.OpenOverlays(dir, false))
 			must(t, err)
 			p := Pair{CertPath: cert}
 			must(t, config.Decode(&p, "key_path"))

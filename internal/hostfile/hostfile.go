@@ -9,9 +9,13 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 )
+
+// ByteOrderMark is what some editors put before UTF-8 text.
+const ByteOrderMark = "\ufeff"
 
 // Read reads a regular file of at most limit bytes. The info is that of the
 // file that was read, whatever has taken its name meanwhile.
@@ -112,6 +116,13 @@ func Owner(info fs.FileInfo) (uid, gid int) {
 func Ours(info fs.FileInfo) bool {
 	uid, _ := Owner(info)
 	return uid == 0 || uid == os.Geteuid()
+}
+
+// OwnGroup reports whether only root and the agent's own user are sure to be in
+// a group, or the agent itself is in it.
+func OwnGroup(gid int) bool {
+	groups, err := os.Getgroups()
+	return gid == 0 || gid == os.Getegid() || err == nil && slices.Contains(groups, gid)
 }
 
 // Real is path without symlinks, as far as it exists: the elements that do not

@@ -125,8 +125,7 @@ func readByOthers(root *os.Root, name string) bool {
 	if err != nil {
 		return false
 	}
-	groups, _ := os.Getgroups()
 	_, gid := hostfile.Owner(info)
-	others := info.Mode().Perm()&0o040 != 0 && gid != 0 && gid != os.Getegid() && !slices.Contains(groups, gid)
-	return others || info.Mode().Perm()&0o004 != 0
+	mode := info.Mode().Perm()
+	return mode&0o040 != 0 && !hostfile.OwnGroup(gid) || mode&0o004 != 0
 }

@@ -27,12 +27,9 @@ type Overlays struct {
 	required bool // dir must be there
 }
 
-// OpenOverlays returns the overlays in dir, which need not exist.
-func OpenOverlays(dir string) *Overlays { return &Overlays{dir: dir} }
-
-// RequireOverlays returns the overlays in dir. If it does not exist, every use
-// is an error: what they would have forbidden must not become possible.
-func RequireOverlays(dir string) *Overlays { return &Overlays{dir: dir, required: true} }
+// OpenOverlays returns the overlays in dir. If it is required and does not exist,
+// every use is an error: what they would have forbidden must not become possible.
+func OpenOverlays(dir string, required bool) *Overlays { return &Overlays{dir, required} }
 
 // path is the file that would supply a value for one target alone.
 func (o *Overlays) path(targetID string) string { return o.file(targetID + overlaySuffix) }
@@ -57,7 +54,7 @@ func (c *Config) readOverlay(name string) (map[string]*value, error) {
 	if err != nil {
 		return nil, fmt.Errorf("overlay %s: %w", filepath.Join(o.dir, name), err)
 	}
-	values, err := c.parseObject(bytes.TrimPrefix(data, []byte("\ufeff"))) // some editors put a byte order mark first
+	values, err := c.parseObject(bytes.TrimPrefix(data, []byte(hostfile.ByteOrderMark)))
 	if err != nil {
 		return nil, fmt.Errorf("overlay %s: %w", filepath.Join(o.dir, name), err)
 	}

@@ -95,7 +95,7 @@ func TestOverlayTrust(t *testing.T) {
 }
 
 func TestNoOverlays(t *testing.T) {
-	for name, o := range map[string]*Overlays{"nil": nil, "no directory named": OpenOverlays(""), "no directory there": OpenOverlays(filepath.Join(t.TempDir(), "x"))} {
+	for name, o := range map[string]*Overlays{"nil": nil, "no directory named": OpenOverlays("", false), "no directory there": OpenOverlays(filepath.Join(t.TempDir(), "x"), false)} {
 		if _, err := Merge(nil, "NGINX", nil, "t-1", o); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -107,12 +107,12 @@ func TestRequiredOverlays(t *testing.T) {
 	base := t.TempDir()
 	must(t, os.Chmod(base, 0o755))
 	for _, dir := range []string{filepath.Join(base, "none"), filepath.Join(base, "none", "deeper")} {
-		_, err := Merge(nil, "NGINX", nil, "t-1", RequireOverlays(dir))
+		_, err := Merge(nil, "NGINX", nil, "t-1", OpenOverlays(dir, true))
 		if err == nil || !strings.Contains(err.Error(), "CERTCTL_TARGETS_DIR") || !strings.Contains(err.Error(), dir) {
 			t.Errorf("missing: got %v", err)
 		}
 		must(t, os.MkdirAll(dir, 0o755))
-		if _, err := Merge(nil, "NGINX", nil, "t-1", RequireOverlays(dir)); err != nil {
+		if _, err := Merge(nil, "NGINX", nil, "t-1", OpenOverlays(dir, true)); err != nil {
 			t.Errorf("empty: got %v", err)
 		}
 		must(t, os.RemoveAll(dir))

@@ -25,7 +25,7 @@ func overlays(t *testing.T, files ...string) *Overlays {
 			t.Fatal(err)
 		}
 	}
-	return OpenOverlays(dir)
+	return OpenOverlays(dir, false)
 }
 
 type sample struct {
