@@ -194,7 +194,7 @@ func (a *App) connect() {
 	key := cfg.KeyFunc(a.opts.Log)
 	a.key.Store(&key)
 	opts := clientOptions(cfg)
-	opts.KeyFunc = func() secret.String { return (*a.key.Load())() }
+	opts.Key = func() secret.String { return (*a.key.Load())() }
 	opts.Observe = func(seen api.Observation) { a.Agent.Observe(seen) } // made before anything is sent
 	opts.Dial = a.opts.Dial
 	a.client = controlplane.New(opts)
@@ -304,7 +304,7 @@ func (a *App) describe(ctx context.Context) api.Heartbeat {
 func (a *App) Reload(fresh *config.Config) {
 	key := fresh.KeyFunc(a.opts.Log)
 	a.key.Store(&key)
-	a.client.Reload(fresh.APIKey, fresh.Roots)
+	a.client.Reload(fresh.Roots)
 	a.Agent.Rescan()
 }
 

@@ -29,10 +29,10 @@ func clientOptions(cfg *config.Config) controlplane.Options {
 	return controlplane.Options{
 		Server:             cfg.Server,
 		AgentID:            cfg.AgentID,
-		APIKey:             cfg.APIKey,
+		Key:                func() secret.String { return cfg.APIKey },
 		Roots:              cfg.Roots,
 		InsecureSkipVerify: cfg.InsecureSkipVerify,
-		Proxy:              cfg.Proxy.ForRequest,
+		Proxy:              cfg.Proxy.For,
 		UserAgent:          buildinfo.UserAgent(),
 	}
 }

@@ -25,8 +25,8 @@ import (
 // silence an agent for a day.
 const maxRetryAfter = 15 * time.Minute
 
-// decode reads a success into answer; nil stands for any. A proxy's page with
-// status 200 is not a success: it would swallow reports.
+// decode reads a success into answer. A proxy's page with status 200 is not a
+// success: it would swallow reports.
 func decode(resp *http.Response, call call, answer any) error {
 	if kind, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type")); kind == "text/html" {
 		return fmt.Errorf("%w: it is a web page: check the server URL", api.ErrUnreadable)
@@ -34,16 +34,10 @@ func decode(resp *http.Response, call call, answer any) error {
 	if coding := coding(resp); coding != "" {
 		return fmt.Errorf("%w: it is encoded (%s) although the request forbids that: look for a proxy that compresses", api.ErrUnreadable, coding)
 	}
-	limit := call.limit
-	if limit == 0 {
-		limit = maxAnswer
-	}
+	limit := cmp.Or(call.limit, maxAnswer)
 	body, err := io.ReadAll(io.LimitReader(resp.Body, limit+1))
 	if int64(len(body)) > limit {
 		return fmt.Errorf("%w: over %d KiB", api.ErrTooLarge, limit>>10)
-	}
-	if answer == nil {
-		return nil
 	}
 	if err != nil {
 		return fmt.Errorf("read the answer: %w", err)
@@ -142,8 +136,8 @@ func retryAfter(value string, now time.Time) time.Duration {
 
 // failure is the error for a request that got no usable answer.
 func (c *Client) failure(ctx context.Context, call call, key secret.String, err error) error {
-	if cause, ok := errors.AsType[*timeoutError](context.Cause(ctx)); ok {
-		err = cause
+	if context.Cause(ctx) == errTimeout {
+		err = errTimeout
 	}
 	text := fmt.Sprintf("%s: %s: %v", call.name, c.address, err)
 	if advice := advice(err); advice != "" {
@@ -188,10 +182,5 @@ type callError struct {
 func (e *callError) Error() string { return e.text }
 func (e *callError) Unwrap() error { return e.err }
 
-// timeoutError is context.DeadlineExceeded with the time that was not enough.
-type timeoutError struct{ after time.Duration }
-
-func (e *timeoutError) Error() string   { return fmt.Sprintf("no answer within %v", e.after) }
-func (e *timeoutError) Timeout() bool   { return true }
-func (e *timeoutError) Temporary() bool { return true }
-func (e *timeoutError) Unwrap() error   { return context.DeadlineExceeded }
+// errTimeout is context.DeadlineExceeded with the time that was not enough.
+var errTimeout error = &callError{fmt.Sprintf("no answer within %v", timeout), context.DeadlineExceeded}

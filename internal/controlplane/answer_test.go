@@ -18,7 +18,6 @@ import (
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/controlplane"
-	"certctl-agent/internal/secret"
 	"certctl-agent/internal/testing/devplane"
 )
 
@@ -33,7 +32,7 @@ func hostile(t *testing.T, handler http.HandlerFunc) *controlplane.Client {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return newClient(t, controlplane.Options{Server: u, AgentID: "agent-1", APIKey: secret.New("key"), UserAgent: testAgent,
+	return newClient(t, controlplane.Options{Server: u, AgentID: "agent-1", Key: fixed("key"), UserAgent: testAgent,
 		Roots: server.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs})
 }
 
@@ -329,8 +328,8 @@ func TestSlowBody(t *testing.T) {
 		if _, err := c.Work(t.Context()); api.Kind(err) != "timeout" {
 			t.Errorf("poll: %v, want a time-out", err)
 		}
-		if got := time.Since(start); got != controlplane.DefaultTimeout {
-			t.Errorf("gave up after %v, want %v", got, controlplane.DefaultTimeout)
+		if got := time.Since(start); got != timeout {
+			t.Errorf("gave up after %v, want %v", got, timeout)
 		}
 		if err := c.ReportStatus(t.Context(), "j", api.JobStatus{Status: api.StatusRunning}); api.Kind(err) != "timeout" {
 			t.Errorf("report: %v, want a time-out", err)

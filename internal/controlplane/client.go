@@ -21,9 +21,9 @@ import (
 	"certctl-agent/internal/secret"
 )
 
-// DefaultTimeout bounds one request from dialling to the last byte of the
-// answer. Signing a CSR is the slowest call, and takes seconds.
-const DefaultTimeout = 30 * time.Second
+// timeout bounds one request from dialling to the last byte of the answer.
+// Signing a CSR is the slowest call, and takes seconds.
+const timeout = 30 * time.Second
 
 // Bounds of an answer. Longer ones are api.ErrTooLarge.
 const (
@@ -42,35 +42,18 @@ const (
 
 // Options say where the control plane is and who asks.
 type Options struct {
-	// Server is the base URL. A path prefix is kept; the scheme is https.
-	Server *url.URL
+	Server  *url.URL // the base; a path prefix is kept; the scheme is https
+	AgentID string   // names this agent in the paths; Register needs none
 
-	// AgentID names this agent in the paths. Register and Health need none.
-	AgentID string
+	// Key is asked for the API key before every request, so that a key file can
+	// change under a running agent. Registration takes the bootstrap token in its
+	// place.
+	Key func() secret.String
 
-	// APIKey authorizes every call but Health. Registration takes the
-	// bootstrap token in its place.
-	APIKey secret.String
-
-	// KeyFunc, when set, is asked for the key before every request, so that a
-	// key file can change under a running agent. The zero secret means APIKey.
-	KeyFunc func() secret.String
-
-	// Roots verify the control plane and an HTTPS proxy; nil means the
-	// system's.
-	Roots *x509.CertPool
-
-	// InsecureSkipVerify accepts any certificate.
-	InsecureSkipVerify bool
-
-	// Proxy chooses the proxy, as http.Transport's field does; nil means none.
-	Proxy func(*http.Request) (*url.URL, error)
-
-	// UserAgent goes with every request.
-	UserAgent string
-
-	// Timeout bounds one request; 0 means DefaultTimeout.
-	Timeout time.Duration
+	Roots              *x509.CertPool // of the control plane and an HTTPS proxy; nil means the system's
+	InsecureSkipVerify bool           // accepts any certificate
+	Proxy              func(server *url.URL) *url.URL
+	UserAgent          string
 
 	// Observe, when set, records the outcome of each request before the caller
 	// gets it, so that no caller has to pass on a 410. It must not block.
@@ -87,55 +70,37 @@ type Options struct {
 // Their errors are api.StatusError for an answer that is no success, else wrap
 // what the network said. They hold no request body, no header and no key.
 type Client struct {
-	opts    Options
-	base    string // the server URL without trailing slash
-	address string // host:port of the server
-	session atomic.Pointer[session]
-}
-
-// session is what Reload replaces.
-type session struct {
-	key       secret.String
-	roots     *x509.CertPool
-	transport *http.Transport
+	opts      Options
+	base      string // the server URL without trailing slash
+	address   string // host:port of the server
+	transport atomic.Pointer[http.Transport]
 }
 
 // New returns a client; it does not connect.
 func New(opts Options) *Client {
-	if opts.Timeout == 0 {
-		opts.Timeout = DefaultTimeout
-	}
 	if opts.Dial == nil {
 		opts.Dial = (&net.Dialer{Timeout: dialTimeout}).DialContext
 	}
+	if opts.Proxy == nil {
+		opts.Proxy = func(*url.URL) *url.URL { return nil }
+	}
 	base := url.URL{Scheme: opts.Server.Scheme, Host: opts.Server.Host, Path: opts.Server.Path, RawPath: opts.Server.RawPath}
 	c := &Client{opts: opts, base: strings.TrimRight(base.String(), "/"), address: hostPort(&base)}
-	c.session.Store(&session{key: opts.APIKey, roots: opts.Roots, transport: c.newTransport(opts.Roots)})
+	c.transport.Store(c.newTransport(opts.Roots))
 	return c
 }
 
-// Reload replaces the API key and the trusted roots for requests that begin
-// from here on; those under way end as they began.
-func (c *Client) Reload(apiKey secret.String, roots *x509.CertPool) {
-	next := &session{key: apiKey, roots: roots}
-	for {
-		old := c.session.Load()
-		// A connection stays good for another key, but not for other roots.
-		if next.transport = old.transport; !roots.Equal(old.roots) {
-			next.transport = c.newTransport(roots)
-		}
-		if c.session.CompareAndSwap(old, next) {
-			if next.transport != old.transport {
-				old.transport.CloseIdleConnections()
-			}
-			return
-		}
+// Reload replaces the trusted roots for requests that begin from here on; those
+// under way end as they began.
+func (c *Client) Reload(roots *x509.CertPool) {
+	if !roots.Equal(c.transport.Load().TLSClientConfig.RootCAs) {
+		c.transport.Swap(c.newTransport(roots)).CloseIdleConnections()
 	}
 }
 
 // Close closes connections that are not in use. The client can still be used,
 // and would connect again.
-func (c *Client) Close() { c.session.Load().transport.CloseIdleConnections() }
+func (c *Client) Close() { c.transport.Load().CloseIdleConnections() }
 
 // Heartbeat says that the agent is alive. Its 410 is api.ErrRetired.
 func (c *Client) Heartbeat(ctx context.Context, beat api.Heartbeat) error {
@@ -214,7 +179,7 @@ func (c *Client) acknowledged(ctx context.Context, call call) error {
 	return err
 }
 
-// Register makes a new agent record and returns it; APIKey is the bootstrap
+// Register makes a new agent record and returns it; the key is the bootstrap
 // token here.
 func (c *Client) Register(ctx context.Context, registration api.Registration) (api.Agent, error) {
 	var agent api.Agent
@@ -223,11 +188,6 @@ func (c *Client) Register(ctx context.Context, registration api.Registration) (a
 		err = incomplete("registration", "id")
 	}
 	return agent, err
-}
-
-// Health asks whether the control plane can be reached. It sends no key.
-func (c *Client) Health(ctx context.Context) error {
-	return c.do(ctx, call{name: "health", method: http.MethodGet, path: api.HealthPath, public: true}, nil)
 }
 
 // call is one request.
@@ -239,10 +199,9 @@ type call struct {
 	body   any      // nil: none
 	limit  int64    // of the answer; 0 means maxAnswer
 	final  bool     // a 410 is final
-	public bool     // no key
 }
 
-// do sends a request and decodes a success into answer, unless that is nil.
+// do sends a request and decodes a success into answer.
 func (c *Client) do(ctx context.Context, call call, answer any) error {
 	seen := api.Observation{Call: call.name}
 	seen.Err = c.send(ctx, call, answer, &seen)
@@ -253,14 +212,8 @@ func (c *Client) do(ctx context.Context, call call, answer any) error {
 }
 
 func (c *Client) send(ctx context.Context, call call, answer any, seen *api.Observation) error {
-	session := c.session.Load()
-	key := session.key
-	if c.opts.KeyFunc != nil {
-		if latest := c.opts.KeyFunc(); !latest.IsZero() {
-			key = latest
-		}
-	}
-	ctx, cancel := context.WithTimeoutCause(ctx, c.opts.Timeout, &timeoutError{c.opts.Timeout})
+	key := c.opts.Key()
+	ctx, cancel := context.WithTimeoutCause(ctx, timeout, errTimeout)
 	defer cancel()
 	req, err := c.request(ctx, call, key)
 	if err != nil {
@@ -268,7 +221,7 @@ func (c *Client) send(ctx context.Context, call call, answer any, seen *api.Obse
 	}
 	// RoundTrip in place of an http.Client: it follows no redirect, keeps no
 	// cookie, and its errors quote no URL.
-	resp, err := session.transport.RoundTrip(req)
+	resp, err := c.transport.Load().RoundTrip(req)
 	if err != nil {
 		return c.failure(ctx, call, key, err)
 	}
@@ -306,7 +259,7 @@ func (c *Client) request(ctx context.Context, call call, key secret.String) (*ht
 	if err != nil {
 		return nil, errors.New("the server URL is no URL")
 	}
-	if !call.public && !key.IsZero() {
+	if !key.IsZero() {
 		req.Header.Set("Authorization", "Bearer "+key.Reveal())
 	}
 	req.Header.Set("Content-Type", "application/json")

@@ -30,17 +30,25 @@ import (
 // discardLog is for servers whose clients misbehave on purpose.
 var discardLog = log.New(io.Discard, "", 0)
 
+// timeout is that of one request.
+const timeout = 30 * time.Second
+
 const testAgent = "certctl-agent/1.0.0 (linux/amd64)"
 
 // options are those of a client for p that goes through memory where p has no
 // socket.
 func options(p *devplane.Plane, agent string) controlplane.Options {
-	opts := controlplane.Options{Server: p.ServerURL(), AgentID: agent, APIKey: secret.New(p.APIKey),
+	opts := controlplane.Options{Server: p.ServerURL(), AgentID: agent, Key: fixed(p.APIKey),
 		Roots: p.Roots(), UserAgent: testAgent}
 	if strings.HasSuffix(opts.Server.Host, ".test") {
 		opts.Dial = p.Dial
 	}
 	return opts
+}
+
+// fixed is a key that does not change.
+func fixed(key string) func() secret.String {
+	return func() secret.String { return secret.New(key) }
 }
 
 func newClient(t *testing.T, opts controlplane.Options) *controlplane.Client {
@@ -81,9 +89,6 @@ func TestEveryCall(t *testing.T) {
 			before := p.Connections()
 			c := newClient(t, options(p, agent.ID))
 
-			if err := c.Health(ctx); err != nil {
-				t.Fatal(err)
-			}
 			if err := c.Heartbeat(ctx, api.Heartbeat{Version: "1.0.0", Hostname: "web1", OS: "linux", Architecture: "amd64",
 				IPAddress: c.LocalAddr(ctx)}); err != nil {
 				t.Fatal(err)
@@ -161,7 +166,7 @@ func TestEveryCall(t *testing.T) {
 func TestOneConnection(t *testing.T) {
 	p := devplane.Start(t, devplane.Options{})
 	c := newClient(t, options(p, p.RegisterAgent("web1")))
-	if err := c.Health(t.Context()); err != nil {
+	if _, err := c.Work(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	var calls sync.WaitGroup
@@ -230,14 +235,13 @@ func TestRetirement(t *testing.T) {
 		c.SubmitCSR(t.Context(), "c", nil),
 		c.ReportVerification(t.Context(), "j", api.Verification{}),
 		c.ReportDiscovery(t.Context(), api.DiscoveryReport{}),
-		c.Health(t.Context()),
 	} {
 		if !errors.Is(err, api.ErrGone) || errors.Is(err, api.ErrRetired) {
 			t.Errorf("%v, want api.ErrGone", err)
 		}
 	}
 	// Whoever made a call, its 410 is observed.
-	want := []string{"heartbeat", "poll", "certificate", "status report", "CSR", "verification", "discovery report", "health"}
+	want := []string{"heartbeat", "poll", "certificate", "status report", "CSR", "verification", "discovery report"}
 	var calls []string
 	for i, o := range observed {
 		calls = append(calls, o.Call)
@@ -257,6 +261,8 @@ func TestReload(t *testing.T) {
 	p := devplane.Start(t, devplane.Options{})
 	agent := p.RegisterAgent("web1")
 	opts := options(p, agent)
+	key := p.APIKey
+	opts.Key = func() secret.String { return secret.New(key) }
 	c := newClient(t, opts)
 	check := func(when string, wantDenied bool) {
 		t.Helper()
@@ -267,31 +273,32 @@ func TestReload(t *testing.T) {
 	check("at first", false)
 	p.SetAPIKey("another")
 	check("key replaced on the server", true)
-	c.Reload(secret.New("another"), opts.Roots)
+	key = "another"
+	c.Reload(opts.Roots)
 	check("reloaded", false)
 	if got := p.Connections(); got != 1 {
 		t.Errorf("%d connections, want that a new key keeps the old one", got)
 	}
 
-	c.Reload(secret.New("another"), x509.NewCertPool())
+	c.Reload(x509.NewCertPool())
 	if _, err := c.Work(t.Context()); err == nil || !strings.Contains(err.Error(), "CERTCTL_SERVER_CA_BUNDLE_PATH") {
 		t.Errorf("with no roots: %v, want a refusal of the certificate", err)
 	}
-	c.Reload(secret.New("another"), opts.Roots)
+	c.Reload(opts.Roots)
 	check("roots back", false)
 }
 
-func TestKeyFunc(t *testing.T) {
+func TestKeyChanges(t *testing.T) {
 	p := devplane.Start(t, devplane.Options{})
 	opts := options(p, p.RegisterAgent("web1"))
 	var key atomic.Pointer[secret.String]
 	key.Store(new(secret.String))
-	opts.KeyFunc = func() secret.String { return *key.Load() }
+	opts.Key = func() secret.String { return *key.Load() }
 	c := newClient(t, opts)
 	for _, test := range []struct {
 		fromFile, onServer string
 		want               bool
-	}{{"", p.APIKey, true}, {"new", "new", true}, {"new", "newer", false}} {
+	}{{p.APIKey, p.APIKey, true}, {"new", "new", true}, {"new", "newer", false}} {
 		next := secret.New(test.fromFile)
 		key.Store(&next)
 		p.SetAPIKey(test.onServer)
@@ -346,8 +353,8 @@ func TestTimeout(t *testing.T) {
 		p.Inject(devplane.Fault{Call: devplane.CallWork, Delay: time.Minute, Times: 1})
 		start := time.Now()
 		_, err = c.Work(t.Context())
-		if got := time.Since(start); got != controlplane.DefaultTimeout || api.Kind(err) != "timeout" || !api.Temporary(err) {
-			t.Errorf("after %v: %v, want a time-out after %v", got, err, controlplane.DefaultTimeout)
+		if got := time.Since(start); got != timeout || api.Kind(err) != "timeout" || !api.Temporary(err) {
+			t.Errorf("after %v: %v, want a time-out after %v", got, err, timeout)
 		}
 		if !strings.Contains(err.Error(), "no answer within 30s") {
 			t.Errorf("error is %q", err)
@@ -389,7 +396,7 @@ func TestSecretsStayOut(t *testing.T) {
 		remove()
 	}
 	opts := options(p, agent)
-	opts.APIKey = secret.New("hunter2\nsecond line")
+	opts.Key = fixed("hunter2\nsecond line")
 	if _, err := newClient(t, opts).Work(t.Context()); err == nil || strings.Contains(err.Error(), "hunter2") {
 		t.Errorf("a key that is no header value: %v", err)
 	}

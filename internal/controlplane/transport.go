@@ -1,10 +1,10 @@
 package controlplane
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -51,7 +51,7 @@ func (c *Client) newTransport(roots *x509.CertPool) *http.Transport {
 	protocols.SetHTTP1(true)
 	protocols.SetHTTP2(true)
 	return &http.Transport{
-		Proxy:                  c.proxy,
+		Proxy:                  func(req *http.Request) (*url.URL, error) { return c.opts.Proxy(req.URL), nil },
 		DialContext:            c.opts.Dial,
 		DialTLSContext:         c.dialTLS(config),
 		TLSClientConfig:        config.Clone(),
@@ -95,19 +95,6 @@ func (c *Client) dialTLS(config *tls.Config) func(ctx context.Context, network, 
 	}
 }
 
-// proxy is the caller's choice, without its error: that quotes the proxy's
-// URL, password included.
-func (c *Client) proxy(req *http.Request) (*url.URL, error) {
-	if c.opts.Proxy == nil {
-		return nil, nil
-	}
-	proxy, err := c.opts.Proxy(req)
-	if err != nil {
-		return nil, errors.New("the proxy setting is no URL: check HTTPS_PROXY")
-	}
-	return proxy, nil
-}
-
 // proxyAnswer says who refused to connect. Without it the error is the bare
 // text of the proxy's status line.
 func proxyAnswer(_ context.Context, proxy *url.URL, _ *http.Request, resp *http.Response) error {
@@ -122,10 +109,8 @@ func proxyAnswer(_ context.Context, proxy *url.URL, _ *http.Request, resp *http.
 // knows it; nothing is sent.
 func (c *Client) LocalAddr(ctx context.Context) string {
 	address := c.address
-	if req, err := http.NewRequest(http.MethodGet, c.base, nil); err == nil {
-		if proxy, err := c.proxy(req); err == nil && proxy != nil {
-			address = hostPort(proxy)
-		}
+	if proxy := c.opts.Proxy(c.opts.Server); proxy != nil {
+		address = hostPort(proxy)
 	}
 	ctx, cancel := context.WithTimeout(ctx, localAddrTimeout)
 	defer cancel()
@@ -143,12 +128,6 @@ func (c *Client) LocalAddr(ctx context.Context) string {
 
 // hostPort is where to connect for a URL.
 func hostPort(u *url.URL) string {
-	port := u.Port()
-	if port == "" {
-		port = map[string]string{"http": "80", "socks5": "1080", "socks5h": "1080"}[u.Scheme]
-	}
-	if port == "" {
-		port = "443"
-	}
-	return net.JoinHostPort(u.Hostname(), port)
+	standard := map[string]string{"http": "80", "socks5": "1080", "socks5h": "1080"}
+	return net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), standard[u.Scheme], "443"))
 }

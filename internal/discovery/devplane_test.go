@@ -65,7 +65,7 @@ func TestArrivesComplete(t *testing.T) {
 				t.Fatal(err)
 			}
 			agent := plane.AddAgent("agent-1", "a")
-			client := controlplane.New(controlplane.Options{Server: plane.ServerURL(), AgentID: agent, APIKey: secret.New(plane.APIKey),
+			client := controlplane.New(controlplane.Options{Server: plane.ServerURL(), AgentID: agent, Key: func() secret.String { return secret.New(plane.APIKey) },
 				Roots: plane.Roots(), UserAgent: "certctl-agent/1 (linux/amd64)", Dial: plane.Dial})
 			began := time.Now()
 			stats, err := NewReporter(ReporterOptions{Scanner: test.scanner, Plane: client, AgentID: agent, Dirs: scanner.opts.Dirs,

@@ -5,11 +5,12 @@
 package proxy
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
-	"net/http"
 	"net/netip"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode"
@@ -31,9 +32,6 @@ type exception struct {
 	port    string // "" means any
 }
 
-// schemes are those that net/http can speak to a proxy.
-const schemes = "http, https, socks5, socks5h"
-
 // Parse takes the values of HTTPS_PROXY and NO_PROXY; either may be empty. The
 // error does not quote the proxy's URL, which may hold a password.
 func Parse(httpsProxy, noProxy string) (*Rules, error) {
@@ -47,12 +45,11 @@ func Parse(httpsProxy, noProxy string) (*Rules, error) {
 	}
 	// Blanks separate, too, as for curl: no entry holds one.
 	for entry := range strings.FieldsFuncSeq(strings.ToLower(noProxy), isSeparator) {
-		switch entry {
-		case "*":
+		if entry == "*" {
 			r.everything = true
-		default:
-			r.exceptions = append(r.exceptions, parseException(entry))
+			continue
 		}
+		r.exceptions = append(r.exceptions, parseException(entry))
 	}
 	return r, nil
 }
@@ -68,10 +65,9 @@ func parseURL(value string) (*url.URL, error) {
 	if err != nil || u.Hostname() == "" {
 		return nil, errors.New("is no URL of a proxy, such as http://proxy.example:3128")
 	}
-	switch u.Scheme {
-	case "http", "https", "socks5", "socks5h":
-	default:
-		return nil, fmt.Errorf("has scheme %q: a proxy's is one of %s", u.Scheme, schemes)
+	schemes := []string{"http", "https", "socks5", "socks5h"} // those that net/http can speak to a proxy
+	if !slices.Contains(schemes, u.Scheme) {
+		return nil, fmt.Errorf("has scheme %q: a proxy's is one of %s", u.Scheme, strings.Join(schemes, ", "))
 	}
 	// Most likely the rest of a password: everything before would be shown, as
 	// the host, and looked up.
@@ -126,10 +122,6 @@ func splitPort(entry string) (host, port string) {
 // URL returns the proxy, or nil; for display use Redacted.
 func (r *Rules) URL() *url.URL { return r.proxy }
 
-// ForRequest returns the proxy of a request, or nil for a direct connection.
-// It fits http.Transport's Proxy field; its error is always nil.
-func (r *Rules) ForRequest(req *http.Request) (*url.URL, error) { return r.For(req.URL), nil }
-
 // For returns the proxy for an https URL, or nil for a direct connection.
 // Loopback is never proxied.
 func (r *Rules) For(u *url.URL) *url.URL {
@@ -137,10 +129,7 @@ func (r *Rules) For(u *url.URL) *url.URL {
 		return nil
 	}
 	host := strings.TrimSuffix(strings.ToLower(u.Hostname()), ".")
-	port := u.Port()
-	if port == "" {
-		port = "443"
-	}
+	port := cmp.Or(u.Port(), "443")
 	address, err := netip.ParseAddr(host)
 	address = address.Unmap()
 	if host == "localhost" || err == nil && address.IsLoopback() {
