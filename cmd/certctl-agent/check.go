@@ -6,6 +6,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 
@@ -71,12 +72,7 @@ func (c *checker) fail(check, remedy, format string, args ...any) {
 }
 
 func (c *checker) failed() bool {
-	for _, r := range c.results {
-		if r.Level == levelFailure {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(c.results, func(r result) bool { return r.Level == levelFailure })
 }
 
 func runCheck(ctx context.Context, p process) error {
@@ -84,11 +80,6 @@ func runCheck(ctx context.Context, p process) error {
 	cfg, err := config.Load(p.args, p.getenv, config.Options{Flags: func(f *flag.FlagSet) {
 		f.BoolVar(&asJSON, "json", false, "print one JSON document")
 	}})
-	if errors.Is(err, flag.ErrHelp) {
-		fmt.Fprint(p.stdout, checkHelp)
-		config.Usage(p.stdout)
-		return err
-	}
 	c := &checker{config: cfg}
 	if err != nil {
 		problems, ok := errors.AsType[config.Problems](err)

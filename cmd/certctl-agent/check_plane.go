@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -38,10 +39,7 @@ func (c *checker) controlPlane(ctx context.Context) {
 
 // reach resolves the server's name and connects to it.
 func (c *checker) reach(ctx context.Context) bool {
-	host, port := c.config.Server.Hostname(), c.config.Server.Port()
-	if port == "" {
-		port = "443"
-	}
+	host, port := c.config.Server.Hostname(), cmp.Or(c.config.Server.Port(), "443")
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
 	addresses, err := net.DefaultResolver.LookupHost(ctx, host)

@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"flag"
+	"fmt"
 	"io"
 	"os"
 
@@ -36,17 +37,19 @@ type process struct {
 type subcommand struct {
 	name    string
 	summary string
+	help    string
+	flags   bool // the help goes on with the daemon's flags
 	run     func(ctx context.Context, p process) error
 }
 
 func subcommands() []subcommand {
 	return []subcommand{
-		{"check", "look at the configuration, the disk and the control plane, changing nothing", runCheck},
-		{"plan", "show what a deployment would do, doing nothing", runPlan},
-		{"register", "register this host with the control plane and print its agent id", runRegister},
-		{"scan", "list the certificates on this host's disks", runScan},
-		{"status", "ask the running daemon how it is", runStatus},
-		{"version", "print version, commit, Go and platform", runVersion},
+		{"check", "look at the configuration, the disk and the control plane, changing nothing", checkHelp, true, runCheck},
+		{"plan", "show what a deployment would do, doing nothing", planHelp, false, runPlan},
+		{"register", "register this host with the control plane and print its agent id", registerHelp, true, runRegister},
+		{"scan", "list the certificates on this host's disks", scanHelp, false, runScan},
+		{"status", "ask the running daemon how it is", statusHelp, false, runStatus},
+		{"version", "print version, commit, Go and platform", versionHelp, false, runVersion},
 	}
 }
 
@@ -86,10 +89,18 @@ func dispatch(ctx context.Context, p process) error {
 	}
 	name := p.args[0]
 	for _, c := range subcommands() {
-		if c.name == name {
-			p.args = p.args[1:]
-			return c.run(ctx, p)
+		if c.name != name {
+			continue
 		}
+		p.args = p.args[1:]
+		err := c.run(ctx, p)
+		if errors.Is(err, flag.ErrHelp) {
+			fmt.Fprint(p.stdout, c.help)
+			if c.flags {
+				config.Usage(p.stdout)
+			}
+		}
+		return err
 	}
 	return config.NewUsageError("there is no command %q; see certctl-agent -h", name)
 }

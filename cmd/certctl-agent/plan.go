@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -73,10 +72,6 @@ func runPlan(ctx context.Context, p process) error {
 			return !slices.Contains([]string{"config", "key-dir", "state-dir", "targets-dir", "allowed-paths", "allowed-commands"}, setting)
 		},
 	})
-	if errors.Is(err, flag.ErrHelp) {
-		fmt.Fprint(p.stdout, planHelp)
-		return err
-	}
 	if err != nil {
 		return err
 	}

@@ -43,11 +43,6 @@ func runRegister(ctx context.Context, p process) error {
 		// What registration is there to provide need not be there yet.
 		Ignore: func(setting string) bool { return setting == "api-key" || setting == "agent-id" },
 	})
-	if errors.Is(err, flag.ErrHelp) {
-		fmt.Fprint(p.stdout, registerHelp)
-		config.Usage(p.stdout)
-		return err
-	}
 	if err != nil {
 		return err
 	}

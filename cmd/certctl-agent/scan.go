@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -57,10 +56,6 @@ func runScan(ctx context.Context, p process) error {
 		},
 		Ignore: func(setting string) bool { return !strings.HasPrefix(setting, "discovery-") },
 	})
-	if errors.Is(err, flag.ErrHelp) {
-		fmt.Fprint(p.stdout, scanHelp)
-		return err
-	}
 	if err != nil {
 		return err
 	}
@@ -93,14 +88,10 @@ func runScan(ctx context.Context, p process) error {
 		return cmp.Or(strings.Compare(a.NotAfter, b.NotAfter), strings.Compare(a.SourcePath, b.SourcePath))
 	})
 	if asJSON {
-		failures := summary.Errors
-		if failures == nil {
-			failures = []string{}
-		}
 		return printJSON(p.stdout, struct {
 			Certificates []api.DiscoveredCertificate `json:"certificates"`
 			Errors       []string                    `json:"errors"`
-		}{found, failures})
+		}{found, append([]string{}, summary.Errors...)}) // a list in JSON, even if it is empty
 	}
 	table := scanTable{out: p.stdout, now: time.Now(), soon: time.Duration(soon) * 24 * time.Hour, colour: isTerminal(p.stdout)}
 	return table.print(found, summary)

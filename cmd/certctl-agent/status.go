@@ -46,10 +46,6 @@ func runStatus(ctx context.Context, p process) error {
 		},
 		Ignore: func(setting string) bool { return setting != "state-dir" && setting != "key-dir" },
 	})
-	if errors.Is(err, flag.ErrHelp) {
-		fmt.Fprint(p.stdout, statusHelp)
-		return err
-	}
 	if err != nil {
 		return err
 	}

@@ -33,7 +33,6 @@ func runVersion(_ context.Context, p process) error {
 	asJSON := flags.Bool("json", false, "print one JSON document")
 	switch err := flags.Parse(p.args); {
 	case errors.Is(err, flag.ErrHelp):
-		fmt.Fprint(p.stdout, versionHelp)
 		return err
 	case err != nil:
 		return config.NewUsageError("%v", err)
