@@ -159,7 +159,7 @@ func (a *Agent) heartbeat() (done func(), err error) {
 func (a *Agent) claim() (done func(), err error) {
 	begun := time.Now()
 	work, err := a.opts.Plane.Work(a.claims)
-	if err != nil || a.isRetired() {
+	if err != nil || a.retired.Err() != nil {
 		return nil, err
 	}
 	claimed := a.record(work)

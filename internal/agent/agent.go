@@ -136,7 +136,8 @@ type Agent struct {
 	scanNow chan struct{} // "scan now", from outside
 
 	retireOnce sync.Once
-	retired    chan struct{} // closed when the control plane retired this agent
+	retired    context.Context // ends when the control plane retires this agent
+	retire     context.CancelFunc
 	skewNanos  atomic.Int64
 	skewOnce   sync.Once
 	inContact  atomic.Bool // the last heartbeat was accepted
@@ -174,8 +175,8 @@ func New(opts Options) *Agent {
 		events:  make(chan func()),
 		beatNow: make(chan struct{}, 1),
 		scanNow: make(chan struct{}, 1),
-		retired: make(chan struct{}),
 	}
+	a.retired, a.retire = context.WithCancel(context.Background())
 	a.beat = a.newActivity(status.Heartbeat, opts.HeartbeatInterval, pace.New, a.heartbeat)
 	a.poll = a.newActivity(status.Poll, opts.PollInterval, pace.NewYielding, a.claim)
 	a.scan = a.newActivity(status.Discovery, opts.DiscoveryInterval, pace.NewYielding, a.survey)
@@ -194,9 +195,6 @@ func New(opts Options) *Agent {
 	return a
 }
 
-// Retired is closed, once, when the control plane has retired this agent.
-func (a *Agent) Retired() <-chan struct{} { return a.retired }
-
 // Rescan asks for a scan now. It never blocks.
 func (a *Agent) Rescan() { wake(a.scanNow) }
 
@@ -213,7 +211,7 @@ func (a *Agent) Observe(o api.Observation) {
 			status, _ := errors.AsType[*api.StatusError](o.Err)
 			a.log.Error("the control plane has retired this agent: it stops for good",
 				"call", o.Call, "status", status.Status, "body", status.Body, "agent_id", a.opts.AgentID)
-			close(a.retired)
+			a.retire()
 		})
 	case errors.Is(o.Err, api.ErrGone):
 		wake(a.beatNow)
@@ -262,7 +260,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			a.log.Info("stopping", "cause", context.Cause(ctx).Error(), "grace", a.opts.ShutdownGrace.String())
 			return a.stop(watchdog, nil)
-		case <-a.retired:
+		case <-a.retired.Done():
 			return a.stop(watchdog, api.ErrRetired)
 		case event := <-a.events:
 			event()
@@ -322,7 +320,7 @@ func (a *Agent) stop(watchdog <-chan time.Time, cause error) error {
 		case <-watchdog:
 			a.opts.Notify.Watchdog()
 		case <-done:
-			if cause == nil && !a.isRetired() {
+			if cause == nil && a.retired.Err() == nil {
 				a.deliverLast()
 				return nil
 			}
@@ -363,15 +361,6 @@ func (a *Agent) contain(work func()) (err error) {
 // for as long as what is behind them is down.
 func (a *Agent) lost(p *pace.Patience, err error) bool {
 	return p.Lost(err) && a.inContact.Load()
-}
-
-func (a *Agent) isRetired() bool {
-	select {
-	case <-a.retired:
-		return true
-	default:
-		return false
-	}
 }
 
 func wake(c chan struct{}) {
