@@ -30,7 +30,6 @@ type Deployments struct {
 	Seconds  Histogram         `json:"seconds"`
 }
 
-// Histogram counts durations, as Prometheus does.
 type Histogram struct {
 	Count   uint64   `json:"count"`
 	Sum     float64  `json:"sum"`
@@ -59,7 +58,6 @@ const (
 // rateLimited is the kind of an answer that asks to come later (api.Kind).
 const rateLimited = "rate_limited"
 
-// Failure counts a try that failed.
 func (c *Counters) Failure(activity, kind string) {
 	if kind == rateLimited {
 		count(&c.RateLimited, activity)
@@ -73,10 +71,8 @@ func (c *Counters) Failure(activity, kind string) {
 	c.Failures[activity] = kinds
 }
 
-// CSR counts a certificate request by what became of it.
 func (c *Counters) CSR(result string) { count(&c.CSRs, result) }
 
-// Job counts the end of a deployment.
 func (c *Counters) Job(targetType, outcome string, took time.Duration) {
 	// Printable here already: two that print alike would be one metric twice.
 	if targetType = printable.Line(targetType, maxType); targetType == "" {

@@ -51,20 +51,15 @@ func WriteMetricsFile(path string, s Snapshot) error {
 	return nil
 }
 
-// metrics is a text in the making.
 type metrics struct{ bytes.Buffer }
 
 func (m *metrics) agent(s Snapshot) {
 	m.family("build_info", "gauge", "Version of the agent; the value is always 1.")
 	m.sample("build_info", 1, "version", s.Version, "commit", s.Commit, "goversion", runtime.Version())
-	m.family("start_time_seconds", "gauge", "Start of the agent, as Unix time.")
-	m.sample("start_time_seconds", unix(s.Started))
-	m.family("last_contact_timestamp_seconds", "gauge", "When the control plane last accepted a heartbeat or a poll, as Unix time; 0 if never.")
-	m.sample("last_contact_timestamp_seconds", unix(s.contact()))
-	m.family("clock_skew_seconds", "gauge", "How far the control plane's clock is ahead of this host's.")
-	m.sample("clock_skew_seconds", s.ClockSkewSeconds)
-	m.family("warnings", "gauge", "Standing warnings; certctl-agent status names them.")
-	m.sample("warnings", float64(len(s.Warnings)))
+	m.gauge("start_time_seconds", "Start of the agent, as Unix time.", unix(s.Started))
+	m.gauge("last_contact_timestamp_seconds", "When the control plane last accepted a heartbeat or a poll, as Unix time; 0 if never.", unix(s.contact()))
+	m.gauge("clock_skew_seconds", "How far the control plane's clock is ahead of this host's.", s.ClockSkewSeconds)
+	m.gauge("warnings", "Standing warnings; certctl-agent status names them.", float64(len(s.Warnings)))
 }
 
 func (m *metrics) activities(s Snapshot) {
@@ -84,12 +79,10 @@ func (m *metrics) activities(s Snapshot) {
 
 	m.family("failures_total", "counter", "Failed tries, by activity and kind of failure.")
 	for _, activity := range slices.Sorted(maps.Keys(s.Counters.Failures)) {
-		kinds := s.Counters.Failures[activity]
-		for _, kind := range slices.Sorted(maps.Keys(kinds)) {
-			m.sample("failures_total", float64(kinds[kind]), "activity", activity, "kind", kind)
-		}
+		m.counts("failures_total", s.Counters.Failures[activity], "activity", activity, "kind")
 	}
-	m.counts("rate_limited_total", "Answers of 429, by activity.", "activity", s.Counters.RateLimited)
+	m.family("rate_limited_total", "counter", "Answers of 429, by activity.")
+	m.counts("rate_limited_total", s.Counters.RateLimited, "activity")
 }
 
 func (m *metrics) jobs(s Snapshot) {
@@ -97,17 +90,15 @@ func (m *metrics) jobs(s Snapshot) {
 	m.sample("jobs", float64(s.Jobs.Running), "state", "running")
 	m.sample("jobs", float64(s.Jobs.Waiting), "state", "waiting")
 	m.sample("jobs", float64(s.Jobs.Undelivered), "state", "undelivered")
-	m.counts("csrs_total", "Certificate requests, by result.", "result", s.Counters.CSRs)
+	m.family("csrs_total", "counter", "Certificate requests, by result.")
+	m.counts("csrs_total", s.Counters.CSRs, "result")
 }
 
 func (m *metrics) deployments(byType map[string]Deployments) {
 	types := slices.Sorted(maps.Keys(byType))
 	m.family("deployments_total", "counter", "Deployments that ended, by target type and outcome.")
 	for _, targetType := range types {
-		outcomes := byType[targetType].Outcomes
-		for _, outcome := range slices.Sorted(maps.Keys(outcomes)) {
-			m.sample("deployments_total", float64(outcomes[outcome]), "target_type", targetType, "outcome", outcome)
-		}
+		m.counts("deployments_total", byType[targetType].Outcomes, "target_type", targetType, "outcome")
 	}
 	m.family("deployment_duration_seconds", "histogram", "Time that deployments took, by target type.")
 	for _, targetType := range types {
@@ -139,16 +130,12 @@ func (m *metrics) scan(s Scan) {
 	if s.Ended.IsZero() {
 		return
 	}
-	gauge := func(metric, help string, value float64) {
-		m.family(metric, "gauge", help)
-		m.sample(metric, value)
-	}
-	gauge("scan_timestamp_seconds", "End of the last search for certificates, as Unix time.", unix(s.Ended))
-	gauge("scan_duration_seconds", "Time that the last search took.", s.DurationSeconds)
-	gauge("scan_files", "Files that the last search looked at.", float64(s.Files))
-	gauge("scan_certificates", "Certificates that the last search found.", float64(s.Certificates))
-	gauge("scan_refused", "Certificates of the last search that the control plane refused.", float64(s.Refused))
-	gauge("scan_errors", "Files that the last search could not read or parse.", float64(s.Errors))
+	m.gauge("scan_timestamp_seconds", "End of the last search for certificates, as Unix time.", unix(s.Ended))
+	m.gauge("scan_duration_seconds", "Time that the last search took.", s.DurationSeconds)
+	m.gauge("scan_files", "Files that the last search looked at.", float64(s.Files))
+	m.gauge("scan_certificates", "Certificates that the last search found.", float64(s.Certificates))
+	m.gauge("scan_refused", "Certificates of the last search that the control plane refused.", float64(s.Refused))
+	m.gauge("scan_errors", "Files that the last search could not read or parse.", float64(s.Errors))
 }
 
 // prefix is before every name.
@@ -163,11 +150,16 @@ func (m *metrics) family(name, kind, help string) {
 	fmt.Fprintf(m, "# HELP %s%s %s\n# TYPE %s%s %s\n", prefix, name, help, prefix, name, kind)
 }
 
-// counts writes a family of counters with one label.
-func (m *metrics) counts(name, help, label string, counts map[string]uint64) {
-	m.family(name, "counter", help)
+// gauge writes a family of one sample.
+func (m *metrics) gauge(name, help string, value float64) {
+	m.family(name, "gauge", help)
+	m.sample(name, value)
+}
+
+// counts writes samples that differ in their last label, whose name labels end with.
+func (m *metrics) counts(name string, counts map[string]uint64, labels ...string) {
 	for _, value := range slices.Sorted(maps.Keys(counts)) {
-		m.sample(name, float64(counts[value]), label, value)
+		m.sample(name, float64(counts[value]), append(labels, value)...)
 	}
 }
 

@@ -22,7 +22,6 @@ const (
 	maxError = 200
 )
 
-// Render writes a snapshot for people.
 func Render(w io.Writer, s Snapshot) error {
 	var text strings.Builder
 	fmt.Fprintf(&text, "certctl-agent %s, up %s\n", s.Version, span(s.Taken.Sub(s.Started)))

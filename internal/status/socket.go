@@ -94,7 +94,6 @@ func Listen(dir string, source Source, log *slog.Logger) (*Server, error) {
 	return s, nil
 }
 
-// Serve answers until Close.
 func (s *Server) Serve() {
 	if err := s.http.Serve(s.listener); !errors.Is(err, http.ErrServerClosed) {
 		s.log.Warn("the status socket does not answer any more", "error", err)
@@ -146,7 +145,6 @@ func bind(dir string) (*net.UnixListener, error) {
 	return listener, nil
 }
 
-// dial connects to the daemon of a state directory.
 func dial(ctx context.Context, dir string) (net.Conn, error) {
 	address, release, err := address(dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -170,7 +168,6 @@ func (s *Server) routes() http.Handler {
 	return mux
 }
 
-// answer serves a snapshot in one format.
 func (s *Server) answer(contentType string, write func(io.Writer, Snapshot) error) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		ctx, cancel := context.WithTimeout(r.Context(), askTimeout)
@@ -223,7 +220,6 @@ func Get(ctx context.Context, dir string) (Snapshot, error) {
 	return s, nil
 }
 
-// asked explains why there is no answer.
 func asked(dir string, err error) error {
 	switch {
 	case errors.Is(err, errNotRunning):

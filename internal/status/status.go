@@ -46,7 +46,6 @@ const (
 	Delivery  = "delivery" // of reports to the control plane
 )
 
-// Activity is something the agent does again and again.
 type Activity struct {
 	Running         bool      `json:"running,omitempty"`
 	LastAttempt     time.Time `json:"last_attempt,omitzero"`
