@@ -2,6 +2,7 @@ package command
 
 import (
 	"regexp"
+	"slices"
 	"strings"
 	"unicode"
 )
@@ -142,21 +143,13 @@ func wrapped(lines []string) int {
 
 // singles reports whether every line is one character, as grep -o prints them.
 func singles(lines []string) bool {
-	for _, line := range lines {
-		if len(strings.TrimSpace(line)) != 1 {
-			return false
-		}
-	}
-	return true
+	return !slices.ContainsFunc(lines, func(line string) bool { return len(strings.TrimSpace(line)) != 1 })
 }
 
 func hexLines(lines []string) bool {
-	for _, line := range lines {
-		if strings.Trim(strings.TrimSpace(line), "0123456789abcdefABCDEF") != "" {
-			return false
-		}
-	}
-	return true
+	return !slices.ContainsFunc(lines, func(line string) bool {
+		return strings.Trim(strings.TrimSpace(line), "0123456789abcdefABCDEF") != ""
+	})
 }
 
 // dumped returns how many lines from here on are a dump. The last one of a dump

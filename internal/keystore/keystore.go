@@ -460,13 +460,12 @@ func (s *Store) remove(name string) error {
 	return nil
 }
 
-// read reads the current or the previous key, whatever its form.
 func (s *Store) read(certID string, role Role) (Key, error) {
 	name := certID + currentExt
 	if role == Previous {
 		name = certID + previousExt
 	}
-	data, err := s.readFile(name)
+	data, _, err := hostfile.ReadIn(s.root, name, maxFile)
 	if err != nil {
 		return Key{}, fmt.Errorf("read the %s key: %w", role, err)
 	}
@@ -476,11 +475,6 @@ func (s *Store) read(certID string, role Role) (Key, error) {
 		return Key{}, fmt.Errorf("read the %s key %s: %w: %w", role, filepath.Join(s.dir, name), errDamaged, err)
 	}
 	return Key{Role: role, PEM: data, Signer: signer}, nil
-}
-
-func (s *Store) readFile(name string) ([]byte, error) {
-	data, _, err := hostfile.ReadIn(s.root, name, maxFile)
-	return data, err
 }
 
 func checkIDs(certID, jobID string) error {

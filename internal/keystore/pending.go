@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"crypto"
 	"crypto/sha256"
-	"encoding/hex"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -14,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 
+	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/pemutil"
 )
 
@@ -53,8 +53,7 @@ func (p pendingKey) key() (Key, error) {
 // pendingName is a function of the job's id alone, so that a restarted agent
 // finds the key again.
 func pendingName(certID, jobID string) string {
-	sum := sha256.Sum256([]byte(jobID))
-	return certID + "." + hex.EncodeToString(sum[:])[:tagLength] + pendingExt
+	return certID + "." + fmt.Sprintf("%x", sha256.Sum256([]byte(jobID)))[:tagLength] + pendingExt
 }
 
 // pendingOwner returns the certificate whose pending key has that name. Names
@@ -109,7 +108,7 @@ func nextSequence(all []pendingKey) (uint64, error) {
 }
 
 func (s *Store) readPending(name string) (pendingKey, error) {
-	data, err := s.readFile(name)
+	data, _, err := hostfile.ReadIn(s.root, name, maxFile)
 	if err != nil {
 		return pendingKey{}, fmt.Errorf("read the pending key %s: %w", name, err)
 	}

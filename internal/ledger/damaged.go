@@ -6,7 +6,6 @@ import (
 	"io/fs"
 	"path"
 	"slices"
-	"time"
 
 	"certctl-agent/internal/api"
 )
@@ -33,12 +32,9 @@ func (l *Ledger) setAside(name string, data []byte, cause error) {
 	if id == "" {
 		return
 	}
-	now := time.Now()
 	failed := &api.JobStatus{Status: api.StatusFailed,
 		Error: fmt.Sprintf("the agent's record of this job was damaged on its disk (%v): how far the job came is not known", cause)}
-	r := &record{Seq: l.nextSeq(), State: finished, Claimed: now, Job: api.Job{ID: id},
-		Reports: entries([]Report{{Status: failed}}, now)}
-	if err := l.save(r); err != nil {
+	if err := l.save(l.reported(id, failed)); err != nil {
 		l.log.Error("the failure of a job could not be recorded: it is reported only if it arrives before the agent ends", "job", id, "error", err)
 	}
 }

@@ -13,6 +13,7 @@
 package ledger
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -115,7 +116,6 @@ func openDir(state *os.Root) (*os.Root, error) {
 	return state.OpenRoot(dir)
 }
 
-// Close releases the directory.
 func (l *Ledger) Close() error { return l.root.Close() }
 
 // hold waits for its turn to change records.
@@ -278,16 +278,12 @@ func (l *Ledger) Report(job string, status api.JobStatus) error {
 	default:
 		l.log.Warn("a newer report on a job supersedes what was not delivered of it", "job", job, "undelivered", len(old.Reports))
 	}
-	now := time.Now()
-	r := &record{Seq: l.nextSeq(), State: finished, Claimed: now, Job: api.Job{ID: job},
-		Reports: entries([]Report{{Status: &status}}, now)}
-	if err := l.save(r); err != nil {
+	if err := l.save(l.reported(job, &status)); err != nil {
 		return fmt.Errorf("record a report on job %s: %w", job, err)
 	}
 	return nil
 }
 
-// Unfinished lists the jobs to carry out, in order of claim.
 func (l *Ledger) Unfinished() []api.Job {
 	var jobs []api.Job
 	for _, r := range l.sorted() {
@@ -408,10 +404,9 @@ func (l *Ledger) nextSeq() uint64 {
 func (l *Ledger) sorted() []*record {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return slices.SortedFunc(maps.Values(l.records), bySeq)
+	return slices.SortedFunc(maps.Values(l.records), func(a, b *record) int { return cmp.Compare(a.Seq, b.Seq) })
 }
 
-// load reads the directory, once, when it is opened.
 func (l *Ledger) load() error {
 	if err := atomicfile.Sweep(l.root); err != nil {
 		return err

@@ -2,9 +2,7 @@ package ledger
 
 import (
 	"bytes"
-	"cmp"
 	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -24,7 +22,6 @@ const (
 	maxRecord = 256 << 10
 )
 
-// state is how far a job has come.
 type state string
 
 const (
@@ -68,6 +65,13 @@ func entries(reports []Report, now time.Time) []entry {
 	return all
 }
 
+// reported is the record of a job of which nothing is left to do but one report.
+func (l *Ledger) reported(id string, status *api.JobStatus) *record {
+	now := time.Now()
+	return &record{Seq: l.nextSeq(), State: finished, Claimed: now, Job: api.Job{ID: id},
+		Reports: entries([]Report{{Status: status}}, now)}
+}
+
 func (r *record) deliveries() []Delivery {
 	var all []Delivery
 	for _, e := range r.Reports {
@@ -76,7 +80,6 @@ func (r *record) deliveries() []Delivery {
 	return all
 }
 
-// encode fills data.
 func (r *record) encode() error {
 	body, err := json.Marshal(r)
 	if err != nil {
@@ -134,10 +137,7 @@ func (r *record) check() error {
 	return nil
 }
 
-func digest(data []byte) string {
-	sum := sha256.Sum256(data)
-	return hex.EncodeToString(sum[:])
-}
+func digest(data []byte) string { return fmt.Sprintf("%x", sha256.Sum256(data)) }
 
 // fileName is the name of a job's record. A hash, so that ids which differ only
 // in case stay apart on every file system.
@@ -147,8 +147,6 @@ func isFileName(name string) bool {
 	hash, isRecord := strings.CutSuffix(name, ".json")
 	return isRecord && len(hash) == 32 && strings.Trim(hash, "0123456789abcdef") == ""
 }
-
-func bySeq(a, b *record) int { return cmp.Compare(a.Seq, b.Seq) }
 
 // sameJob reports whether two jobs are the same on disk.
 func sameJob(a, b api.Job) bool {

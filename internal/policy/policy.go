@@ -34,13 +34,11 @@ type Policy struct {
 	Protected []string
 }
 
-// Command is a command that the policy allows.
 type Command struct {
 	Argv    []string
 	Timeout time.Duration
 }
 
-// Command splits a command line and checks it.
 func (p *Policy) Command(line string, timeout time.Duration) (Command, error) {
 	argv, err := command.Split(line)
 	if err != nil {
@@ -88,61 +86,53 @@ func (p *Policy) CheckPath(path string) error {
 // are replaced only where they hold certificates or keys. It is for new ones,
 // and for the host's own trust in others.
 func fatalPaths() []string {
-	return slices.Concat(
-		[]string{ // the agent, the kernel, and root
-			"/etc/certctl", "/proc", "/sys", "/dev", "/boot", "/efi", "/root", "/var/root",
-		},
-		[]string{ // programs and libraries; of /usr, fatal knows more
-			"/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/usr/local/bin", "/usr/local/sbin", "/usr/local/lib", "/usr/local/lib32",
-			"/usr/local/lib64", "/usr/local/libexec", "/usr/local/games", "/opt/homebrew/bin", "/opt/homebrew/sbin", "/opt/homebrew/lib",
-			"/etc/ld.so.preload", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/ld.so.cache", "/etc/ld.so.nohwcap", "/etc/alternatives",
-		},
-		[]string{ // what is started, and when
-			"/etc/systemd", "/usr/local/lib/systemd", "/run/systemd", "/var/lib/systemd", "/etc/init", "/etc/init.d", "/etc/rc.d", "/etc/rc.local",
-			"/etc/rc.conf", "/etc/rc0.d", "/etc/rc1.d", "/etc/rc2.d", "/etc/rc3.d", "/etc/rc4.d", "/etc/rc5.d", "/etc/rc6.d", "/etc/rcS.d", "/etc/inittab",
-			"/etc/conf.d", "/etc/default", "/etc/sysconfig", "/etc/local.d", "/etc/runit", "/etc/sv", "/etc/s6", "/etc/inetd.conf", "/etc/xinetd.d",
-			"/etc/crontab", "/etc/anacrontab", "/etc/cron.d", "/etc/cron.hourly", "/etc/cron.daily", "/etc/cron.weekly", "/etc/cron.monthly",
-			"/etc/cron.yearly", "/etc/cron.allow", "/etc/cron.deny", "/etc/at.allow", "/etc/at.deny", "/etc/periodic", "/etc/crontabs", "/var/spool/cron",
-			"/var/spool/at", "/var/spool/anacron", "/var/at", "/etc/logrotate.d", "/etc/logrotate.conf", "/etc/newsyslog.d", "/etc/newsyslog.conf",
-			"/etc/tmpfiles.d", "/run/tmpfiles.d", "/etc/sysusers.d", "/run/sysusers.d", "/etc/update-motd.d", "/etc/letsencrypt/renewal-hooks",
-			"/etc/letsencrypt/renewal", "/etc/letsencrypt/cli.ini", "/etc/kubernetes/manifests", "/etc/xdg", "/etc/X11", "/etc/skel",
-			"/Library/LaunchDaemons", "/Library/LaunchAgents", "/Library/StartupItems", "/Library/PrivilegedHelperTools", "/Library/Extensions",
-			"/Library/SystemExtensions", "/Library/Security", "/Library/Keychains", "/Library/Apple", "/System", "/etc/emond.d", "/etc/paths", "/etc/paths.d",
-		},
-		[]string{ // devices, modules, kernel settings, network
-			"/etc/udev", "/run/udev", "/etc/modprobe.d", "/etc/modules", "/etc/modules-load.d", "/etc/depmod.d", "/etc/binfmt.d", "/run/binfmt.d", "/etc/sysctl.d",
-			"/etc/sysctl.conf", "/etc/kernel", "/etc/initramfs-tools", "/etc/dracut.conf.d", "/etc/grub.d", "/etc/fstab", "/etc/crypttab",
-			"/etc/network", "/etc/NetworkManager/dispatcher.d", "/etc/NetworkManager/conf.d", "/etc/NetworkManager/system-connections",
-			"/etc/NetworkManager/NetworkManager.conf", "/etc/networkd-dispatcher", "/etc/netplan", "/etc/dhcp", "/etc/dhcpcd.conf", "/etc/ppp", "/etc/acpi",
-			"/etc/hosts", "/etc/hosts.allow", "/etc/hosts.deny", "/etc/hosts.equiv", "/etc/resolv.conf", "/etc/cni", "/etc/cloud", "/var/lib/cloud",
-			"/etc/libvirt/hooks", "/etc/docker/daemon.json", "/etc/containers/systemd", "/etc/containers/policy.json",
-		},
-		[]string{ // who may do what
-			"/etc/sudoers", "/etc/sudoers.d", "/etc/sudo.conf", "/var/lib/sudo", "/var/db/sudo", "/etc/doas.conf", "/etc/doas.d", "/etc/polkit-1",
-			"/run/polkit-1", "/var/lib/polkit-1", "/etc/dbus-1", "/run/dbus", "/etc/pam.d", "/etc/pam.conf", "/etc/security", "/etc/selinux",
-			"/etc/apparmor.d", "/etc/audit", "/etc/ssh", "/var/empty", "/etc/nologin", "/run/nologin", "/etc/securetty", "/etc/login.defs", "/etc/login.access",
-			"/etc/passwd", "/etc/passwd-", "/etc/shadow", "/etc/shadow-", "/etc/group", "/etc/group-", "/etc/gshadow", "/etc/gshadow-",
-			"/etc/subuid", "/etc/subgid", "/etc/master.passwd", "/etc/pwd.db", "/etc/spwd.db", "/etc/shells", "/etc/nsswitch.conf", "/etc/krb5.keytab",
-			"/var/db/dslocal",
-		},
-		[]string{ // shells
-			"/etc/profile", "/etc/profile.d", "/etc/environment", "/etc/environment.d", "/etc/bashrc", "/etc/bash.bashrc", "/etc/bash_completion.d",
-			"/etc/inputrc", "/etc/zsh", "/etc/zshrc", "/etc/zshenv", "/etc/zprofile", "/etc/zlogin", "/etc/zlogout", "/etc/csh.cshrc", "/etc/csh.login",
-			"/etc/csh.logout", "/etc/ksh.kshrc", "/etc/mkshrc", "/etc/fish",
-		},
-		[]string{ // packages
-			"/etc/apt", "/var/lib/apt", "/var/cache/apt", "/etc/dpkg", "/var/lib/dpkg", "/etc/yum", "/etc/yum.conf", "/etc/yum.repos.d", "/etc/dnf",
-			"/etc/rpm", "/var/lib/rpm", "/etc/zypp", "/etc/pacman.conf", "/etc/pacman.d", "/var/lib/pacman", "/etc/apk", "/var/cache/apk", "/etc/pki/rpm-gpg",
-			"/etc/snap", "/var/lib/snapd",
-		},
-		[]string{ // whom the host trusts
-			"/etc/ca-certificates", "/etc/ca-certificates.conf", "/var/lib/ca-certificates", "/usr/local/share/ca-certificates",
-			"/etc/ssl/cert.pem", "/etc/ssl/ca-bundle.pem", "/etc/ssl/certs/ca-certificates.crt", "/etc/ssl/certs/ca-bundle.crt", "/etc/ssl/certs/ca-bundle.trust.crt",
-			"/etc/ssl/certs/java", "/etc/ssl/openssl.cnf", "/etc/pki/ca-trust", "/etc/pki/trust", "/etc/pki/java", "/etc/pki/nssdb", "/etc/pki/tls/cert.pem",
-			"/etc/pki/tls/openssl.cnf", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/pki/tls/certs/ca-bundle.trust.crt", "/usr/local/etc/ssl/cert.pem",
-			"/usr/local/etc/openssl/cert.pem", "/usr/local/etc/openssl@3/cert.pem",
-		},
-	)
+	return []string{
+		// the agent, the kernel, and root
+		"/etc/certctl", "/proc", "/sys", "/dev", "/boot", "/efi", "/root", "/var/root",
+		// programs and libraries; of /usr, fatal knows more
+		"/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/usr/local/bin", "/usr/local/sbin", "/usr/local/lib", "/usr/local/lib32",
+		"/usr/local/lib64", "/usr/local/libexec", "/usr/local/games", "/opt/homebrew/bin", "/opt/homebrew/sbin", "/opt/homebrew/lib",
+		"/etc/ld.so.preload", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/ld.so.cache", "/etc/ld.so.nohwcap", "/etc/alternatives",
+		// what is started, and when
+		"/etc/systemd", "/usr/local/lib/systemd", "/run/systemd", "/var/lib/systemd", "/etc/init", "/etc/init.d", "/etc/rc.d", "/etc/rc.local",
+		"/etc/rc.conf", "/etc/rc0.d", "/etc/rc1.d", "/etc/rc2.d", "/etc/rc3.d", "/etc/rc4.d", "/etc/rc5.d", "/etc/rc6.d", "/etc/rcS.d", "/etc/inittab",
+		"/etc/conf.d", "/etc/default", "/etc/sysconfig", "/etc/local.d", "/etc/runit", "/etc/sv", "/etc/s6", "/etc/inetd.conf", "/etc/xinetd.d",
+		"/etc/crontab", "/etc/anacrontab", "/etc/cron.d", "/etc/cron.hourly", "/etc/cron.daily", "/etc/cron.weekly", "/etc/cron.monthly",
+		"/etc/cron.yearly", "/etc/cron.allow", "/etc/cron.deny", "/etc/at.allow", "/etc/at.deny", "/etc/periodic", "/etc/crontabs", "/var/spool/cron",
+		"/var/spool/at", "/var/spool/anacron", "/var/at", "/etc/logrotate.d", "/etc/logrotate.conf", "/etc/newsyslog.d", "/etc/newsyslog.conf",
+		"/etc/tmpfiles.d", "/run/tmpfiles.d", "/etc/sysusers.d", "/run/sysusers.d", "/etc/update-motd.d", "/etc/letsencrypt/renewal-hooks",
+		"/etc/letsencrypt/renewal", "/etc/letsencrypt/cli.ini", "/etc/kubernetes/manifests", "/etc/xdg", "/etc/X11", "/etc/skel",
+		"/Library/LaunchDaemons", "/Library/LaunchAgents", "/Library/StartupItems", "/Library/PrivilegedHelperTools", "/Library/Extensions",
+		"/Library/SystemExtensions", "/Library/Security", "/Library/Keychains", "/Library/Apple", "/System", "/etc/emond.d", "/etc/paths", "/etc/paths.d",
+		// devices, modules, kernel settings, network
+		"/etc/udev", "/run/udev", "/etc/modprobe.d", "/etc/modules", "/etc/modules-load.d", "/etc/depmod.d", "/etc/binfmt.d", "/run/binfmt.d", "/etc/sysctl.d",
+		"/etc/sysctl.conf", "/etc/kernel", "/etc/initramfs-tools", "/etc/dracut.conf.d", "/etc/grub.d", "/etc/fstab", "/etc/crypttab",
+		"/etc/network", "/etc/NetworkManager/dispatcher.d", "/etc/NetworkManager/conf.d", "/etc/NetworkManager/system-connections",
+		"/etc/NetworkManager/NetworkManager.conf", "/etc/networkd-dispatcher", "/etc/netplan", "/etc/dhcp", "/etc/dhcpcd.conf", "/etc/ppp", "/etc/acpi",
+		"/etc/hosts", "/etc/hosts.allow", "/etc/hosts.deny", "/etc/hosts.equiv", "/etc/resolv.conf", "/etc/cni", "/etc/cloud", "/var/lib/cloud",
+		"/etc/libvirt/hooks", "/etc/docker/daemon.json", "/etc/containers/systemd", "/etc/containers/policy.json",
+		// who may do what
+		"/etc/sudoers", "/etc/sudoers.d", "/etc/sudo.conf", "/var/lib/sudo", "/var/db/sudo", "/etc/doas.conf", "/etc/doas.d", "/etc/polkit-1",
+		"/run/polkit-1", "/var/lib/polkit-1", "/etc/dbus-1", "/run/dbus", "/etc/pam.d", "/etc/pam.conf", "/etc/security", "/etc/selinux",
+		"/etc/apparmor.d", "/etc/audit", "/etc/ssh", "/var/empty", "/etc/nologin", "/run/nologin", "/etc/securetty", "/etc/login.defs", "/etc/login.access",
+		"/etc/passwd", "/etc/passwd-", "/etc/shadow", "/etc/shadow-", "/etc/group", "/etc/group-", "/etc/gshadow", "/etc/gshadow-",
+		"/etc/subuid", "/etc/subgid", "/etc/master.passwd", "/etc/pwd.db", "/etc/spwd.db", "/etc/shells", "/etc/nsswitch.conf", "/etc/krb5.keytab",
+		"/var/db/dslocal",
+		// shells
+		"/etc/profile", "/etc/profile.d", "/etc/environment", "/etc/environment.d", "/etc/bashrc", "/etc/bash.bashrc", "/etc/bash_completion.d",
+		"/etc/inputrc", "/etc/zsh", "/etc/zshrc", "/etc/zshenv", "/etc/zprofile", "/etc/zlogin", "/etc/zlogout", "/etc/csh.cshrc", "/etc/csh.login",
+		"/etc/csh.logout", "/etc/ksh.kshrc", "/etc/mkshrc", "/etc/fish",
+		// packages
+		"/etc/apt", "/var/lib/apt", "/var/cache/apt", "/etc/dpkg", "/var/lib/dpkg", "/etc/yum", "/etc/yum.conf", "/etc/yum.repos.d", "/etc/dnf",
+		"/etc/rpm", "/var/lib/rpm", "/etc/zypp", "/etc/pacman.conf", "/etc/pacman.d", "/var/lib/pacman", "/etc/apk", "/var/cache/apk", "/etc/pki/rpm-gpg",
+		"/etc/snap", "/var/lib/snapd",
+		// whom the host trusts
+		"/etc/ca-certificates", "/etc/ca-certificates.conf", "/var/lib/ca-certificates", "/usr/local/share/ca-certificates",
+		"/etc/ssl/cert.pem", "/etc/ssl/ca-bundle.pem", "/etc/ssl/certs/ca-certificates.crt", "/etc/ssl/certs/ca-bundle.crt", "/etc/ssl/certs/ca-bundle.trust.crt",
+		"/etc/ssl/certs/java", "/etc/ssl/openssl.cnf", "/etc/pki/ca-trust", "/etc/pki/trust", "/etc/pki/java", "/etc/pki/nssdb", "/etc/pki/tls/cert.pem",
+		"/etc/pki/tls/openssl.cnf", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/pki/tls/certs/ca-bundle.trust.crt", "/usr/local/etc/ssl/cert.pem",
+		"/usr/local/etc/openssl/cert.pem", "/usr/local/etc/openssl@3/cert.pem",
+	}
 }
 
 // trustDirs are where OpenSSL looks for the certificates that it trusts, under

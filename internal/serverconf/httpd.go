@@ -86,7 +86,6 @@ func httpdCall(validate, reload policy.Command) (policy.Command, error) {
 	return c, nil
 }
 
-// httpdSetting is one SSLCertificateFile or SSLCertificateKeyFile.
 type httpdSetting struct {
 	value string
 	where string // file:line

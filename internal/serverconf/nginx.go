@@ -85,7 +85,6 @@ func nginxFlags(words []string) []string {
 	return kept
 }
 
-// nginxFile is one configuration file.
 type nginxFile struct {
 	path string
 	text string
@@ -94,7 +93,6 @@ type nginxFile struct {
 // dumpHeader comes before each file in the output of nginx -T.
 const dumpHeader = "# configuration file "
 
-// nginxDumpPairs reads the output of nginx -T.
 func nginxDumpPairs(dump string) ([]Pair, error) {
 	var sections []nginxFile
 	start, at := 0, 0 // of the file's text, and of the line
@@ -152,7 +150,6 @@ func included(pattern, path string) bool {
 // included twice counting twice.
 const maxIncluded = 4096
 
-// nginxDiskPairs reads a configuration from its files.
 func nginxDiskPairs(main string) ([]Pair, error) {
 	return nginxPairs(filepath.Clean(main), func(pattern string) ([]nginxFile, error) {
 		paths := []string{pattern}
@@ -202,7 +199,6 @@ func (w *nginxWalker) full(path string) string {
 	return filepath.Join(w.dir, path)
 }
 
-// include parses the files that an include of path takes.
 func (w *nginxWalker) include(path string, depth int) ([]nginxDirective, error) {
 	if depth > maxNesting {
 		return nil, errors.New("includes nest too deep")
@@ -232,20 +228,17 @@ func (w *nginxWalker) include(path string, depth int) ([]nginxDirective, error) 
 func (w *nginxWalker) expand(list []nginxDirective, depth int) ([]nginxDirective, error) {
 	var all []nginxDirective
 	for _, d := range list {
+		content := []nginxDirective{d}
 		var err error
-		switch {
-		case d.name == "include" && len(d.args) == 1 && d.block == nil:
-			var included []nginxDirective
-			if included, err = w.include(d.args[0], depth+1); err == nil {
-				all = append(all, included...)
-			}
-		default:
-			d.block, err = w.expand(d.block, depth)
-			all = append(all, d)
+		if d.name == "include" && len(d.args) == 1 && d.block == nil {
+			content, err = w.include(d.args[0], depth+1)
+		} else {
+			content[0].block, err = w.expand(d.block, depth)
 		}
 		if err != nil {
 			return nil, err
 		}
+		all = append(all, content...)
 	}
 	return all, nil
 }

@@ -71,7 +71,6 @@ func parametersOf(answer string) parameters {
 	return p
 }
 
-// service is a service of master.cf with its -o flags.
 type service struct {
 	name  string
 	flags []string

@@ -39,7 +39,6 @@ var ErrUnnamed = errors.New("it does not use that file")
 // key that cannot be told from it.
 type UnclearError struct{ error }
 
-// Unwrap returns the reason.
 func (e *UnclearError) Unwrap() error { return e.error }
 
 func unclear(format string, args ...any) error { return &UnclearError{fmt.Errorf(format, args...)} }

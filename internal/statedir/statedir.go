@@ -4,7 +4,6 @@ package statedir
 
 import (
 	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -98,8 +97,7 @@ func (d *Dir) identify(agentID, machineID string) error {
 	if machineID == "" {
 		return nil
 	}
-	sum := sha256.Sum256([]byte(machineID + "\n" + agentID))
-	want := hex.EncodeToString(sum[:])
+	want := fmt.Sprintf("%x", sha256.Sum256([]byte(machineID+"\n"+agentID)))
 	was, _, err := hostfile.ReadIn(d.Root, machineFile, maxMachine)
 	switch {
 	case errors.Is(err, fs.ErrNotExist), err == nil && len(was) == 0:
@@ -132,7 +130,6 @@ func Abandoned(path string) []string {
 	return left
 }
 
-// Close gives up the lock.
 func (d *Dir) Close() {
 	d.lock.Close()
 	d.Root.Close()

@@ -16,7 +16,6 @@ import (
 	"certctl-agent/internal/tlsprobe"
 )
 
-// Common is the part of a target's configuration that all types share.
 type Common struct {
 	Host     string `json:"host"`
 	Hostname string `json:"hostname"`

@@ -56,7 +56,6 @@ type ConfigError struct {
 
 func (e *ConfigError) Error() string { return "target config: " + e.Key + ": " + e.Problem }
 
-// Invalid makes a ConfigError.
 func Invalid(key, format string, args ...any) error {
 	return &ConfigError{Key: key, Problem: fmt.Sprintf(format, args...)}
 }
@@ -72,7 +71,6 @@ func (p Problems) Error() string {
 	return strings.Join(all, "; ")
 }
 
-// Unwrap gives each of them.
 func (p Problems) Unwrap() []error { return p }
 
 // Join makes one error of those that are not nil, as errors.Join does, on one
@@ -126,7 +124,7 @@ func Merge(job json.RawMessage, typ string, aliases map[string]string, targetID 
 	for _, key := range []string{pinKey, replaceKey} {
 		delete(c.values, fold(key)) // only this host's word counts
 	}
-	for _, name := range []string{defaultOverlay, targetID + overlaySuffix} {
+	for _, name := range slices.Compact([]string{defaultOverlay, targetID + overlaySuffix}) {
 		layer, err := c.readOverlay(name)
 		if err != nil {
 			return nil, err
@@ -134,9 +132,6 @@ func Merge(job json.RawMessage, typ string, aliases map[string]string, targetID 
 		for key, v := range layer {
 			v.from = name
 			c.values[key] = v
-		}
-		if targetID+overlaySuffix == defaultOverlay {
-			break
 		}
 	}
 	if pin := c.values[fold(pinKey)]; pin != nil {
@@ -159,7 +154,6 @@ func Merge(job json.RawMessage, typ string, aliases map[string]string, targetID 
 	return c, c.Common.check()
 }
 
-// Target is the id of the target.
 func (c *Config) Target() string { return c.targetID }
 
 // Settings lists what was decoded so far, sorted by key.

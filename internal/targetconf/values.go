@@ -21,7 +21,6 @@ type Mode fs.FileMode
 // maxKeyMode is the most that a private key's file may grant.
 const maxKeyMode Mode = 0o770
 
-// UnmarshalJSON implements json.Unmarshaler.
 func (m *Mode) UnmarshalJSON(raw []byte) error {
 	var text string
 	if json.Unmarshal(raw, &text) == nil {
@@ -84,7 +83,6 @@ type Duration time.Duration
 // job slot is held all the while.
 const maxDuration = Duration(time.Hour)
 
-// UnmarshalJSON implements json.Unmarshaler.
 func (d *Duration) UnmarshalJSON(raw []byte) error {
 	text := string(raw)
 	_ = json.Unmarshal(raw, &text)
@@ -112,7 +110,6 @@ func (d *Duration) UnmarshalJSON(raw []byte) error {
 // Path is an absolute path without "..", cleaned.
 type Path string
 
-// UnmarshalJSON implements json.Unmarshaler.
 func (p *Path) UnmarshalJSON(raw []byte) error {
 	var text string
 	if json.Unmarshal(raw, &text) != nil {
@@ -151,7 +148,6 @@ func (p Path) Join(name FileName) Path {
 // FileName is the plain name of a file: no directory in it, no dot in front.
 type FileName string
 
-// UnmarshalJSON implements json.Unmarshaler.
 func (n *FileName) UnmarshalJSON(raw []byte) error {
 	var text string
 	if json.Unmarshal(raw, &text) != nil {
@@ -167,7 +163,6 @@ func (n *FileName) UnmarshalJSON(raw []byte) error {
 // Account is a user or a group: its name, or its number.
 type Account string
 
-// UnmarshalJSON implements json.Unmarshaler.
 func (a *Account) UnmarshalJSON(raw []byte) error {
 	var text string
 	if json.Unmarshal(raw, &text) != nil {
