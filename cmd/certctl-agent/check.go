@@ -47,7 +47,6 @@ type result struct {
 	Remedy string `json:"remedy,omitempty"`
 }
 
-// checker collects results.
 type checker struct {
 	config  *config.Config
 	results []result
@@ -121,7 +120,6 @@ func sourceOf(cfg *config.Config) string {
 	return "complete, with " + cfg.File
 }
 
-// print shows the settings and one line for each result.
 func (c *checker) print(w io.Writer) error {
 	var text strings.Builder
 	text.WriteString("settings\n")

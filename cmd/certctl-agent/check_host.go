@@ -18,7 +18,6 @@ import (
 // minSpace is what backups, ledger and a scan's index want at the least.
 const minSpace = 64 << 20
 
-// disk looks at the key and state directories.
 func (c *checker) disk() {
 	c.directory("key directory", c.config.KeyDir)
 	if c.config.StateDir != "" {
@@ -153,7 +152,6 @@ func (c *checker) programs() {
 	c.ok("programs", "%d in CERTCTL_ALLOWED_COMMANDS, all found", len(seen))
 }
 
-// discovery looks whether the configured directories can be read.
 func (c *checker) discovery() {
 	if len(c.config.DiscoveryDirs) == 0 {
 		c.ok("discovery", "off: CERTCTL_DISCOVERY_DIRS is not set")

@@ -37,7 +37,6 @@ func (c *checker) controlPlane(ctx context.Context) {
 	}
 }
 
-// reach resolves the server's name and connects to it.
 func (c *checker) reach(ctx context.Context) bool {
 	host, port := c.config.Server.Hostname(), cmp.Or(c.config.Server.Port(), "443")
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
@@ -115,7 +114,6 @@ func tlsRemedy(err error) string {
 	return "see docs/upgrade-to-tls.md"
 }
 
-// certificate looks at the control plane's certificate.
 func (c *checker) certificate(state *tls.ConnectionState) {
 	if state == nil || len(state.PeerCertificates) == 0 {
 		c.fail("tls", "", "the connection is not encrypted")
@@ -135,7 +133,6 @@ func (c *checker) certificate(state *tls.ConnectionState) {
 	}
 }
 
-// clock compares this host's clock with the control plane's.
 func (c *checker) clock(date string) {
 	server, err := http.ParseTime(date)
 	if err != nil {

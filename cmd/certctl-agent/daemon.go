@@ -21,7 +21,6 @@ import (
 	"certctl-agent/internal/sdnotify"
 )
 
-// daemon is the running program.
 type daemon struct {
 	config  *config.Config
 	log     *slog.Logger
@@ -85,7 +84,6 @@ func runDaemon(ctx context.Context, p process) error {
 	return d.serve(ctx)
 }
 
-// serve runs the agent, with SIGHUP beside it.
 func (d *daemon) serve(ctx context.Context) error {
 	// What runs beside the loop ends after it, not with ctx.
 	running, end := context.WithCancel(context.WithoutCancel(ctx))

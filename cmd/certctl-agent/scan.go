@@ -184,7 +184,6 @@ func isTerminal(w io.Writer) bool {
 	return err == nil && info.Mode()&os.ModeCharDevice != 0
 }
 
-// scanTable prints what was found for a person.
 type scanTable struct {
 	out    io.Writer
 	now    time.Time

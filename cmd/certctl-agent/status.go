@@ -69,7 +69,6 @@ func runStatus(ctx context.Context, p process) error {
 	return status.Render(p.stdout, snapshot)
 }
 
-// setFlags lists the flags that are set.
 func setFlags(flags map[string]bool) []string {
 	maps.DeleteFunc(flags, func(_ string, set bool) bool { return !set })
 	return slices.Sorted(maps.Keys(flags))

@@ -34,7 +34,6 @@ import (
 	"certctl-agent/internal/transaction"
 )
 
-// Options is what an App is built from.
 type Options struct {
 	Config    *config.Config
 	Log       *slog.Logger
@@ -63,7 +62,6 @@ type Plane interface {
 	discovery.Plane
 }
 
-// App is an agent that is ready to run.
 type App struct {
 	Agent     *agent.Agent
 	Keys      *keystore.Store
@@ -202,7 +200,6 @@ func (a *App) connect() {
 	a.plane = a.opts.Plane(a.client)
 }
 
-// build makes the agent and the parts that do its work.
 func (a *App) build() error {
 	surveyor, err := a.surveyor()
 	if err != nil {
@@ -290,7 +287,6 @@ func (a *App) standingWarnings() []string {
 	return warnings
 }
 
-// describe makes the heartbeat's description of this host.
 func (a *App) describe(ctx context.Context) api.Heartbeat {
 	if a.state.Cloned {
 		a.opts.Log.Warn("heartbeat of an agent whose state was written on another machine", "agent_id", a.opts.Config.AgentID)

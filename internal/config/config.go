@@ -135,7 +135,6 @@ func NewUsageError(format string, args ...any) error {
 	return &UsageError{fmt.Sprintf(format, args...)}
 }
 
-// Error says what is wrong with the command line.
 func (e *UsageError) Error() string { return e.reason }
 
 // Problems are all that is wrong with a configuration, one error each.
@@ -144,7 +143,6 @@ type Problems []error
 // Error is one line for each problem.
 func (p Problems) Error() string { return errors.Join(p...).Error() }
 
-// Unwrap returns the problems.
 func (p Problems) Unwrap() []error { return p }
 
 // Load reads the configuration: a flag beats the environment beats the
@@ -237,7 +235,6 @@ const (
 	fromDefault
 )
 
-// loader is the state of one Load.
 type loader struct {
 	config   *Config
 	settings []setting // of config
@@ -249,7 +246,6 @@ type loader struct {
 	problems Problems
 }
 
-// lookup finds the value of a setting.
 func (l *loader) lookup(flag, variable, fallback string) (string, source) {
 	if value, ok := l.set[flag]; ok {
 		return strings.TrimSpace(value), fromFlag
@@ -279,7 +275,6 @@ func (l *loader) environment(variable string) string {
 	return strings.TrimSpace(value[1 : len(value)-1])
 }
 
-// describe names a source.
 func (l *loader) describe(from source) string {
 	switch from {
 	case fromFlag:
@@ -292,7 +287,6 @@ func (l *loader) describe(from source) string {
 	return "default"
 }
 
-// setting is the row of a flag.
 func (l *loader) setting(flag string) setting {
 	return l.settings[slices.IndexFunc(l.settings, func(s setting) bool { return s.flag == flag })]
 }

@@ -124,7 +124,6 @@ func (s *envScanner) line() int {
 	return s.lines + 1
 }
 
-// skipBlank skips blanks and line ends.
 func (s *envScanner) skipBlank() {
 	for s.pos < len(s.text) && (isBlank(s.text[s.pos]) || isLineEnd(s.text[s.pos])) {
 		s.pos++
@@ -142,7 +141,6 @@ func (s *envScanner) untilLineEnd(stop string) string {
 	return s.text[start:s.pos]
 }
 
-// value reads a value and the line end that closes it.
 func (s *envScanner) value() (string, error) {
 	var value strings.Builder
 	for s.pos < len(s.text) {

@@ -43,7 +43,6 @@ func (c Config) String() string {
 	return strings.Join(words, " ")
 }
 
-// GoString is String, for %#v.
 func (c Config) GoString() string { return "config.Config{" + c.String() + "}" }
 
 // LogValue is String as attributes, for log/slog.

@@ -30,7 +30,6 @@ type HeldError struct {
 	by string // the owner that it named, on one line; "" for none
 }
 
-// Error says who has the lock.
 func (e *HeldError) Error() string {
 	if e.by == "" {
 		return "in use by a process that has not said which"

@@ -26,7 +26,6 @@ const (
 // math/rand/v2 serves; a test injects its own.
 type Rand func(n int64) int64
 
-// Global draws from the runtime's generator.
 func Global(n int64) int64 { return rand.Int64N(n) }
 
 // Outcome is how a try ended, as far as the next one cares. The zero value is
@@ -65,7 +64,6 @@ func NewYielding(interval time.Duration, draw Rand) *Pacer {
 	return &Pacer{interval: interval, draw: draw, yields: true}
 }
 
-// Failures is the number of failures in a row.
 func (p *Pacer) Failures() int { return p.failures }
 
 // First is a delay uniform in [0, interval), so that a fleet that starts at

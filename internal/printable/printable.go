@@ -75,13 +75,11 @@ func Text(text string) string {
 // character, as those of package fmt do.
 type Writer struct{ out io.Writer }
 
-// NewWriter returns a Writer to out.
 func NewWriter(out io.Writer) Writer { return Writer{out} }
 
 // Unwrap returns the writer behind it, for escapes of our own.
 func (w Writer) Unwrap() io.Writer { return w.out }
 
-// Write writes what prints of data.
 func (w Writer) Write(data []byte) (int, error) {
 	if _, err := io.WriteString(w.out, Text(string(data))); err != nil {
 		return 0, err
