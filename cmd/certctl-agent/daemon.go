@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
-	"sync"
 	"syscall"
 
 	"certctl-agent/internal/api"
@@ -85,16 +84,10 @@ func runDaemon(ctx context.Context, p process) error {
 }
 
 func (d *daemon) serve(ctx context.Context) error {
-	// What runs beside the loop ends after it, not with ctx.
-	running, end := context.WithCancel(context.WithoutCancel(ctx))
-	var beside sync.WaitGroup
-	defer beside.Wait()
-	defer end()
 	err := d.app.Serve(ctx, func() {
-		beside.Go(func() { d.serveHangups(running) })
 		d.notify.Ready()
 		d.log.Info("ready", "state_dir", d.config.InstanceStateDir(), "key_dir", d.config.KeyDir)
-	})
+	}, d.serveHangups)
 	d.notify.Stopping()
 	if errors.Is(err, api.ErrRetired) {
 		d.log.Info("stopped", "reason", "retired")

@@ -245,12 +245,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		a.noteReports(d.Job)
 	}
 
-	var watchdog <-chan time.Time
-	if a.opts.WatchdogInterval > 0 {
-		ticker := time.NewTicker(a.opts.WatchdogInterval)
-		defer ticker.Stop()
-		watchdog = ticker.C
-	}
+	watchdog := time.Tick(a.opts.WatchdogInterval) // nil if that is 0
 	a.tellServiceManager()
 	a.startFirst(a.beat)
 	a.begin(a.repair)
@@ -306,15 +301,14 @@ func (a *Agent) stop(watchdog <-chan time.Time, cause error) error {
 		a.goroutine.Wait()
 		close(done)
 	}()
-	grace := time.NewTimer(a.opts.ShutdownGrace)
-	defer grace.Stop()
+	grace := time.After(a.opts.ShutdownGrace)
 	for {
 		select {
 		case event := <-a.events:
 			event()
 		case <-a.beatNow:
 		case <-a.scanNow:
-		case <-grace.C:
+		case <-grace:
 			a.log.Warn("the shutdown grace is over: running transactions are rolled back", "grace", a.opts.ShutdownGrace.String())
 			a.stopWork(errStopping)
 		case <-watchdog:

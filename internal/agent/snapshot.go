@@ -43,7 +43,6 @@ func (a *Agent) snapshot() status.Snapshot {
 		CSRs:        len(a.csrs.inHand),
 		Undelivered: len(a.delivery.jobs),
 	}
-	s.Certificates = []status.Certificate{}
 	s.LastScan = a.lastScan
 	s.Counters = a.counters.Clone()
 	s.ClockSkewSeconds = time.Duration(a.skewNanos.Load()).Seconds()

@@ -12,10 +12,10 @@ import (
 // scraped twice a minute.
 const metricsInterval = 15 * time.Second
 
-// Serve runs the agent, with the status socket and the metrics file beside it.
-// It calls ready when the socket is there. What it returns is what the agent's
-// Run returns.
-func (a *App) Serve(ctx context.Context, ready func()) error {
+// Serve runs the agent, with the status socket, the metrics file and what is
+// given beside it. It calls ready when the socket is there. What it returns is
+// what the agent's Run returns.
+func (a *App) Serve(ctx context.Context, ready func(), given func(running context.Context)) error {
 	server, err := status.Listen(a.state.Path, a.Agent.Snapshot, a.opts.Log)
 	if err != nil {
 		return err
@@ -30,6 +30,7 @@ func (a *App) Serve(ctx context.Context, ready func()) error {
 	if a.opts.Config.MetricsFile != "" {
 		beside.Go(func() { a.writeMetrics(running) })
 	}
+	beside.Go(func() { given(running) })
 	ready()
 	return a.Agent.Run(ctx)
 }
@@ -37,8 +38,7 @@ func (a *App) Serve(ctx context.Context, ready func()) error {
 // writeMetrics keeps the file for node_exporter's textfile collector.
 func (a *App) writeMetrics(running context.Context) {
 	file := a.opts.Config.MetricsFile
-	tick := time.NewTicker(metricsInterval)
-	defer tick.Stop()
+	tick := time.Tick(metricsInterval)
 	failing := false
 	for {
 		ctx, cancel := context.WithTimeout(running, metricsInterval)
@@ -55,7 +55,7 @@ func (a *App) writeMetrics(running context.Context) {
 		}
 		failing = err != nil
 		select {
-		case <-tick.C:
+		case <-tick:
 		case <-running.Done():
 			return
 		}

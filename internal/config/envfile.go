@@ -125,9 +125,7 @@ func (s *envScanner) line() int {
 }
 
 func (s *envScanner) skipBlank() {
-	for s.pos < len(s.text) && (isBlank(s.text[s.pos]) || isLineEnd(s.text[s.pos])) {
-		s.pos++
-	}
+	s.pos = len(s.text) - len(strings.TrimLeft(s.text[s.pos:], " \t\r\n"))
 }
 
 // untilLineEnd returns what comes before the line end, or before any of stop.

@@ -87,12 +87,10 @@ func (f *keyFile) get() secret.String {
 	}
 	current := f.look
 	f.mu.Unlock()
-	timeout := time.NewTimer(time.Until(current.deadline))
-	defer timeout.Stop()
 	late := false
 	select {
 	case <-current.done:
-	case <-timeout.C:
+	case <-time.After(time.Until(current.deadline)):
 		late = true
 	}
 	f.mu.Lock()

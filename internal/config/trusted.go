@@ -35,13 +35,11 @@ func readTrusted(path string, limit int64) (data []byte, info fs.FileInfo, warni
 func within(limit time.Duration, work func() (finish func())) bool {
 	done := make(chan func(), 1)
 	go func() { done <- work() }()
-	timeout := time.NewTimer(limit)
-	defer timeout.Stop()
 	select {
 	case finish := <-done:
 		finish()
 		return true
-	case <-timeout.C:
+	case <-time.After(limit):
 		return false
 	}
 }

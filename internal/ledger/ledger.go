@@ -45,9 +45,6 @@ const (
 	maxBytes = 16 << 20
 )
 
-// errUnknown means that the ledger has no unfinished job of that id.
-var errUnknown = errors.New("the ledger holds no such unfinished job")
-
 // Report is one report on a job: exactly one of Verification and Status is set.
 type Report struct {
 	Verification *api.Verification `json:"verification,omitempty"`
@@ -250,7 +247,7 @@ func (l *Ledger) change(step, job string, apply func(*record)) error {
 	defer l.hold()()
 	old := l.get(job)
 	if old == nil || old.State == finished {
-		return fmt.Errorf("%s job %s: %w", step, job, errUnknown)
+		return fmt.Errorf("%s job %s: the ledger holds no such unfinished job", step, job)
 	}
 	r := *old
 	apply(&r)

@@ -165,18 +165,14 @@ func (m *metrics) counts(name string, counts map[string]uint64, labels ...string
 
 // sample writes one value; labels are names and values in turn.
 func (m *metrics) sample(name string, value float64, labels ...string) {
-	m.WriteString(prefix + name)
-	for i := 0; i+1 < len(labels); i += 2 {
-		separator := ","
-		if i == 0 {
-			separator = "{"
-		}
-		m.WriteString(separator + labels[i] + `="` + escape(labels[i+1]) + `"`)
+	var pairs []string
+	for pair := range slices.Chunk(labels, 2) {
+		pairs = append(pairs, pair[0]+`="`+escape(pair[1])+`"`)
 	}
-	if len(labels) > 0 {
-		m.WriteByte('}')
+	if pairs != nil {
+		name += "{" + strings.Join(pairs, ",") + "}"
 	}
-	m.WriteString(" " + number(value) + "\n")
+	m.WriteString(prefix + name + " " + number(value) + "\n")
 }
 
 // escape makes a label value of a string that may come from anywhere: one bad

@@ -43,9 +43,6 @@ var (
 
 	// errStuck means that there is a daemon whose loop does not answer.
 	errStuck = errors.New("the agent's loop is stuck")
-
-	// errRunning means that another daemon listens already.
-	errRunning = errors.New("another agent is running")
 )
 
 // Source asks the loop for a snapshot. It returns an error when ctx ends before
@@ -71,7 +68,7 @@ func Listen(dir string, source Source, log *slog.Logger) (*Server, error) {
 	switch conn, err := dial(context.Background(), dir); {
 	case err == nil:
 		conn.Close()
-		return nil, fmt.Errorf("listen on %s: %w", path, errRunning)
+		return nil, fmt.Errorf("listen on %s: another agent is running", path)
 	case !errors.Is(err, errNotRunning):
 		return nil, fmt.Errorf("listen on %s: %w", path, err)
 	}

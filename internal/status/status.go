@@ -4,7 +4,6 @@
 package status
 
 import (
-	"errors"
 	"fmt"
 	"time"
 )
@@ -100,9 +99,6 @@ func (s Snapshot) contact() time.Time {
 // missedIntervals is how many heartbeats may fail before an agent is not ready.
 const missedIntervals = 5
 
-// errNotReady means that an agent runs without contact with its control plane.
-var errNotReady = errors.New("not ready")
-
 // Ready judges for a readiness probe: nil, or the reason why it is not.
 // For a liveness probe it is enough that Get has got an answer: an outage of
 // the control plane must not restart a fleet.
@@ -110,11 +106,11 @@ func Ready(s Snapshot) error {
 	contact := s.contact()
 	beat := s.Activities[Heartbeat]
 	if contact.IsZero() {
-		return fmt.Errorf("%w: no contact with %s since the start%s", errNotReady, s.Server, because(beat.LastError))
+		return fmt.Errorf("not ready: no contact with %s since the start%s", s.Server, because(beat.LastError))
 	}
 	interval := time.Duration(beat.IntervalSeconds * float64(time.Second))
 	if age := s.Taken.Sub(contact); age > missedIntervals*interval {
-		return fmt.Errorf("%w: no contact with %s for %v%s", errNotReady, s.Server, age.Round(time.Second), because(beat.LastError))
+		return fmt.Errorf("not ready: no contact with %s for %v%s", s.Server, age.Round(time.Second), because(beat.LastError))
 	}
 	return nil
 }
