@@ -140,18 +140,9 @@ func (c *checker) print(w io.Writer) error {
 }
 
 func (c *checker) printJSON(w io.Writer) error {
-	type setting struct {
-		Variable string `json:"variable"`
-		Value    string `json:"value"`
-		Origin   string `json:"origin"`
-	}
-	document := struct {
-		Settings []setting `json:"settings"`
-		Checks   []result  `json:"checks"`
-		Failed   bool      `json:"failed"`
-	}{Checks: c.results, Failed: c.failed()}
-	for _, v := range c.config.Values() {
-		document.Settings = append(document.Settings, setting{v.Variable, v.Text, v.Origin})
-	}
-	return printJSON(w, document)
+	return printJSON(w, struct {
+		Settings []config.Value `json:"settings"`
+		Checks   []result       `json:"checks"`
+		Failed   bool           `json:"failed"`
+	}{c.config.Values(), c.results, c.failed()})
 }

@@ -53,7 +53,6 @@ func runRegister(ctx context.Context, p process) error {
 		if cfg.APIKey, err = config.ReadKeyFile(tokenFile); err != nil {
 			return fmt.Errorf("read the bootstrap token: %w", err)
 		}
-		cfg.APIKeyFile = "" // the token is sent, not the key
 	}
 	hostname, err := os.Hostname()
 	if err != nil {

@@ -61,8 +61,8 @@ func ScanOptions(cfg *config.Config) discovery.Options {
 }
 
 // Overlays are this host's own words on its targets.
-func Overlays(cfg *config.Config) *targetconf.Overlays {
-	return targetconf.OpenOverlays(cfg.TargetsDir, cfg.TargetsDirNamed)
+func Overlays(cfg *config.Config) targetconf.Overlays {
+	return targetconf.Overlays{Dir: cfg.TargetsDir, Required: cfg.TargetsDirNamed}
 }
 
 // newPolicy is what the control plane may make this host write and run.

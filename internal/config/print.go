@@ -10,10 +10,10 @@ import (
 
 // Value is one setting as it was resolved.
 type Value struct {
-	Flag     string // without the dash; "" where there is none
-	Variable string
-	Text     string // a secret is redacted; "" where nothing is set
-	Origin   string // "flag", "environment", "default", or the file's path
+	Flag     string `json:"-"` // without the dash; "" where there is none
+	Variable string `json:"variable"`
+	Text     string `json:"value"`  // a secret is redacted; "" where nothing is set
+	Origin   string `json:"origin"` // "flag", "environment", "default", or the file's path
 }
 
 // Values are all settings, in the order of the reference.

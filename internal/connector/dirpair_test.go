@@ -22,7 +22,7 @@ func TestDirPair(t *testing.T) {
 		{job: `{}`, wantErr: "cert_dir"},
 	}
 	for _, test := range tests {
-		config, err := targetconf.Merge([]byte(test.job), "Traefik", map[string]string{"watch_dir": "cert_dir"}, "t1", nil)
+		config, err := targetconf.Merge([]byte(test.job), "Traefik", map[string]string{"watch_dir": "cert_dir"}, "t1", targetconf.Overlays{})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -119,7 +119,7 @@ func TestMatch(t *testing.T) {
 			if test.overlay != "" {
 				must(t, os.WriteFile(filepath.Join(dir, "t.json"), []byte(test.overlay), 0o600))
 			}
-			config, err := targetconf.Merge([]byte(test.config), "Apache", nil, "t", targetconf.OpenOverlays(dir, false))
+			config, err := targetconf.Merge([]byte(test.config), "Apache", nil, "t", targetconf.Overlays{Dir: dir})
 			must(t, err)
 			p := Pair{CertPath: cert}
 			must(t, config.Decode(&p, "key_path"))
@@ -175,7 +175,7 @@ func TestPairCheck(t *testing.T) {
 func TestCommands(t *testing.T) {
 	host := Host{Policy: &policy.Policy{}}
 	timeout := func(job string) *targetconf.Config {
-		config, err := targetconf.Merge([]byte(job), "NGINX", nil, "t", nil)
+		config, err := targetconf.Merge([]byte(job), "NGINX", nil, "t", targetconf.Overlays{})
 		must(t, err)
 		return config
 	}

@@ -59,7 +59,7 @@ type Options struct {
 	Keys     Keys
 	Engine   Engine
 	Types    []connector.Type
-	Overlays *targetconf.Overlays
+	Overlays targetconf.Overlays
 	Policy   *policy.Policy
 	Verify   bool // report what the live endpoint serves
 	Log      *slog.Logger

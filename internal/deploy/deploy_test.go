@@ -70,7 +70,7 @@ func newWorld(t *testing.T) *world {
 		Keys:     w.keys,
 		Engine:   w,
 		Types:    []connector.Type{{Name: "NGINX", New: w.connector}, {Name: "Apache", New: w.connector}, {Name: "F5"}},
-		Overlays: targetconf.OpenOverlays(t.TempDir(), false),
+		Overlays: targetconf.Overlays{Dir: t.TempDir()},
 		Policy:   &policy.Policy{},
 		Log:      log,
 	}
@@ -263,14 +263,14 @@ func TestRefusedBeforeTouching(t *testing.T) {
 			if err := os.WriteFile(filepath.Join(dir, "target-1.json"), []byte(`{"target_type":"Apache"}`), 0o600); err != nil {
 				w.t.Fatal(err)
 			}
-			w.options.Overlays = targetconf.OpenOverlays(dir, false)
+			w.options.Overlays = targetconf.Overlays{Dir: dir}
 		}, "Apache"},
 		{"pinned type, empty type", func(w *world, j *api.Job) {
 			dir := w.t.TempDir()
 			if err := os.WriteFile(filepath.Join(dir, "target-1.json"), []byte(`{"target_type":"Apache"}`), 0o600); err != nil {
 				w.t.Fatal(err)
 			}
-			w.options.Overlays = targetconf.OpenOverlays(dir, false)
+			w.options.Overlays = targetconf.Overlays{Dir: dir}
 			j.TargetType = ""
 		}, "Apache"},
 		{"not found", func(w *world, j *api.Job) {

@@ -54,11 +54,11 @@ func Open(path, agentID, machineID string) (*Dir, error) {
 		return nil, fmt.Errorf("open the state directory: %w", err)
 	}
 	d := &Dir{Path: path, Root: root}
-	if err := d.acquire(); err != nil {
-		d.Close()
-		return nil, err
+	err = d.acquire()
+	if err == nil {
+		err = d.identify(agentID, machineID)
 	}
-	if err := d.identify(agentID, machineID); err != nil {
+	if err != nil {
 		d.Close()
 		return nil, err
 	}

@@ -23,7 +23,7 @@ import (
 
 func common(t *testing.T, config string) (Common, error) {
 	t.Helper()
-	c, err := Merge(json.RawMessage(config), "NGINX", nil, "t-1", nil)
+	c, err := Merge(json.RawMessage(config), "NGINX", nil, "t-1", Overlays{})
 	if err != nil {
 		return Common{}, err
 	}

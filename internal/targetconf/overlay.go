@@ -21,50 +21,38 @@ const (
 
 // Overlays is the directory where this host's owner has the last word on
 // targets: default.json for all of them, <target-id>.json for one. It is read
-// at each use. A nil Overlays holds nothing.
+// at each use. If it is required and does not exist, every use is an error: what
+// they would have forbidden must not become possible.
 type Overlays struct {
-	dir      string
-	required bool // dir must be there
+	Dir      string
+	Required bool
 }
-
-// OpenOverlays returns the overlays in dir. If it is required and does not exist,
-// every use is an error: what they would have forbidden must not become possible.
-func OpenOverlays(dir string, required bool) *Overlays { return &Overlays{dir, required} }
 
 // path is the file that would supply a value for one target alone.
-func (o *Overlays) path(targetID string) string { return o.file(targetID + overlaySuffix) }
+func (o Overlays) path(targetID string) string { return o.file(targetID + overlaySuffix) }
 
-func (o *Overlays) file(name string) string {
-	if o == nil || o.dir == "" {
-		return name + " in the directory of CERTCTL_TARGETS_DIR"
-	}
-	return filepath.Join(o.dir, name)
-}
+func (o Overlays) file(name string) string { return filepath.Join(o.Dir, name) }
 
 // readOverlay parses one overlay; no file is no values.
 func (c *Config) readOverlay(name string) (map[string]*value, error) {
-	o := c.overlays
-	if o == nil || o.dir == "" {
-		return nil, nil
-	}
-	data, err := o.readFile(name)
+	data, err := c.overlays.readFile(name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
-	if err != nil {
-		return nil, fmt.Errorf("overlay %s: %w", filepath.Join(o.dir, name), err)
+	var values map[string]*value
+	if err == nil {
+		values, err = c.parseObject(bytes.TrimPrefix(data, []byte(hostfile.ByteOrderMark)))
 	}
-	values, err := c.parseObject(bytes.TrimPrefix(data, []byte(hostfile.ByteOrderMark)))
 	if err != nil {
-		return nil, fmt.Errorf("overlay %s: %w", filepath.Join(o.dir, name), err)
+		return nil, fmt.Errorf("overlay %s: %w", c.overlays.file(name), err)
 	}
 	return values, nil
 }
 
 // readFile fails with fs.ErrNotExist only where that means that nobody wanted
 // an overlay.
-func (o *Overlays) readFile(name string) ([]byte, error) {
-	root, err := os.OpenRoot(o.dir)
+func (o Overlays) readFile(name string) ([]byte, error) {
+	root, err := os.OpenRoot(o.Dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, o.missing()
 	}
@@ -76,17 +64,17 @@ func (o *Overlays) readFile(name string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := trusted(info, o.dir); err != nil {
+	if err := trusted(info, o.Dir); err != nil {
 		return nil, err
 	}
-	if err := trustedWay(filepath.Join(o.dir, name)); err != nil {
+	if err := trustedWay(o.file(name)); err != nil {
 		return nil, err
 	}
 	data, info, err := readIn(root, name)
 	if err != nil {
 		return nil, err
 	}
-	return data, trusted(info, filepath.Join(o.dir, name))
+	return data, trusted(info, o.file(name))
 }
 
 // readIn fails with fs.ErrNotExist only where not even a link is there.
@@ -108,8 +96,8 @@ func readIn(root *os.Root, name string) ([]byte, fs.FileInfo, error) {
 
 // missing says why a directory that does not exist is not one that nobody
 // wanted.
-func (o *Overlays) missing() error {
-	for at := o.dir; ; at = filepath.Dir(at) {
+func (o Overlays) missing() error {
+	for at := o.Dir; ; at = filepath.Dir(at) {
 		_, err := os.Lstat(at)
 		switch {
 		case err == nil:
@@ -121,8 +109,8 @@ func (o *Overlays) missing() error {
 		default:
 			return err
 		}
-		if o.required {
-			return fmt.Errorf("directory %s does not exist, and CERTCTL_TARGETS_DIR names it: create it, or take the setting away", o.dir)
+		if o.Required {
+			return fmt.Errorf("directory %s does not exist, and CERTCTL_TARGETS_DIR names it: create it, or take the setting away", o.Dir)
 		}
 		return fs.ErrNotExist
 	}

@@ -81,10 +81,10 @@ func TestOverlayTrust(t *testing.T) {
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
 			o := overlays(t, "t-1.json", `{"key_path":"/k"}`)
-			file := filepath.Join(o.dir, "t-1.json")
-			test.damage(t, o.dir, file)
+			file := filepath.Join(o.Dir, "t-1.json")
+			test.damage(t, o.Dir, file)
 			_, err := Merge(nil, "NGINX", nil, "t-1", o)
-			if err == nil || !strings.Contains(err.Error(), test.says) || !strings.Contains(err.Error(), o.dir) {
+			if err == nil || !strings.Contains(err.Error(), test.says) || !strings.Contains(err.Error(), o.Dir) {
 				t.Errorf("got %v, want %q and the file's name in it", err, test.says)
 			}
 			if err != nil && strings.Contains(err.Error(), "hunter2") {
@@ -95,7 +95,7 @@ func TestOverlayTrust(t *testing.T) {
 }
 
 func TestNoOverlays(t *testing.T) {
-	for name, o := range map[string]*Overlays{"nil": nil, "no directory named": OpenOverlays("", false), "no directory there": OpenOverlays(filepath.Join(t.TempDir(), "x"), false)} {
+	for name, o := range map[string]Overlays{"no directory named": {}, "no directory there": {Dir: filepath.Join(t.TempDir(), "x")}} {
 		if _, err := Merge(nil, "NGINX", nil, "t-1", o); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -107,12 +107,12 @@ func TestRequiredOverlays(t *testing.T) {
 	base := t.TempDir()
 	must(t, os.Chmod(base, 0o755))
 	for _, dir := range []string{filepath.Join(base, "none"), filepath.Join(base, "none", "deeper")} {
-		_, err := Merge(nil, "NGINX", nil, "t-1", OpenOverlays(dir, true))
+		_, err := Merge(nil, "NGINX", nil, "t-1", Overlays{Dir: dir, Required: true})
 		if err == nil || !strings.Contains(err.Error(), "CERTCTL_TARGETS_DIR") || !strings.Contains(err.Error(), dir) {
 			t.Errorf("missing: got %v", err)
 		}
 		must(t, os.MkdirAll(dir, 0o755))
-		if _, err := Merge(nil, "NGINX", nil, "t-1", OpenOverlays(dir, true)); err != nil {
+		if _, err := Merge(nil, "NGINX", nil, "t-1", Overlays{Dir: dir, Required: true}); err != nil {
 			t.Errorf("empty: got %v", err)
 		}
 		must(t, os.RemoveAll(dir))
@@ -121,12 +121,12 @@ func TestRequiredOverlays(t *testing.T) {
 
 // Only this host says that any file may be replaced.
 func TestReplaceAnyFileIsLocal(t *testing.T) {
-	replaceAny := func(o *Overlays) bool {
+	replaceAny := func(o Overlays) bool {
 		c, err := Merge([]byte(`{"replace_any_file":true,"Replace_Any_File":true}`), "NGINX", nil, "t-1", o)
 		must(t, err)
 		return c.Common.ReplaceAny
 	}
-	if replaceAny(nil) {
+	if replaceAny(Overlays{}) {
 		t.Error("the control plane said so, and it counts")
 	}
 	if !replaceAny(overlays(t, "t-1.json", `{"replace_any_file":true}`)) {
@@ -137,7 +137,7 @@ func TestReplaceAnyFileIsLocal(t *testing.T) {
 // A Kubernetes volume serves its files through links inside of it.
 func TestOverlayLinkInside(t *testing.T) {
 	o := overlays(t, "data.json", `{"key_path":"/k"}`)
-	must(t, os.Symlink("data.json", filepath.Join(o.dir, "t-1.json")))
+	must(t, os.Symlink("data.json", filepath.Join(o.Dir, "t-1.json")))
 	c, err := Merge(nil, "NGINX", nil, "t-1", o)
 	if err != nil || !c.Local("key_path") {
 		t.Errorf("got %v", err)

@@ -24,7 +24,7 @@ import (
 type Config struct {
 	Common Common // the part that all types share
 
-	overlays *Overlays
+	overlays Overlays
 	targetID string
 	aliases  map[string]string  // folded, to the folded main names
 	prefix   string             // of a nested object: "post_deploy_verify."
@@ -103,10 +103,9 @@ const (
 
 // Merge lays the host's overlays over the configuration of a job for a target of
 // type typ: the job without its masked values, then default.json, then the
-// target's own file. Aliases are those of the type. Overlays may be nil. Beside
-// an error in the common part there is a Config, for whoever wants to know what
-// else is wrong.
-func Merge(job json.RawMessage, typ string, aliases map[string]string, targetID string, overlays *Overlays) (*Config, error) {
+// target's own file. Aliases are those of the type. Beside an error in the common
+// part there is a Config, for whoever wants to know what else is wrong.
+func Merge(job json.RawMessage, typ string, aliases map[string]string, targetID string, overlays Overlays) (*Config, error) {
 	if !api.ValidID(targetID) {
 		return nil, fmt.Errorf("target id %s cannot name a file: 1 to 128 of A-Z a-z 0-9 . _ - are allowed", printable.Quote(targetID))
 	}

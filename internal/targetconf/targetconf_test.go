@@ -14,7 +14,7 @@ import (
 )
 
 // overlays writes the given files, name and content in turn.
-func overlays(t *testing.T, files ...string) *Overlays {
+func overlays(t *testing.T, files ...string) Overlays {
 	t.Helper()
 	dir := t.TempDir()
 	if err := os.Chmod(dir, 0o755); err != nil {
@@ -25,7 +25,7 @@ func overlays(t *testing.T, files ...string) *Overlays {
 			t.Fatal(err)
 		}
 	}
-	return OpenOverlays(dir, false)
+	return Overlays{Dir: dir}
 }
 
 type sample struct {
@@ -47,7 +47,7 @@ type sample struct {
 	NotConfigured string
 }
 
-func decodeSample(t *testing.T, job string, o *Overlays, resolvable ...string) (sample, *Config, error) {
+func decodeSample(t *testing.T, job string, o Overlays, resolvable ...string) (sample, *Config, error) {
 	t.Helper()
 	var s sample
 	c, err := Merge(json.RawMessage(job), "NGINX", map[string]string{"combined_pem_path": "pem_path", "watch_dir": "cert_dir", "admin_url": "admin_api"}, "t-1", o)
@@ -112,7 +112,7 @@ func TestAliases(t *testing.T) {
 func TestMasked(t *testing.T) {
 	o := overlays(t)
 	_, _, err := decodeSample(t, `{"cert_path":"/c","key_path":"********"}`, o)
-	if err == nil || !strings.Contains(err.Error(), "key_path") || !strings.Contains(err.Error(), filepath.Join(o.dir, "t-1.json")) {
+	if err == nil || !strings.Contains(err.Error(), "key_path") || !strings.Contains(err.Error(), filepath.Join(o.Dir, "t-1.json")) {
 		t.Errorf("a masked path: got %v, want the key and the overlay's name", err)
 	}
 	got, c, err := decodeSample(t, `{"cert_path":"/c","key_path":"********"}`, o, "key_path")
@@ -125,14 +125,14 @@ func TestMasked(t *testing.T) {
 			t.Errorf("masked %s: got %v", key, err)
 		}
 	}
-	if _, _, err := decodeSample(t, `{"cert_path":"/c","private_thing":"********"}`, nil); err != nil {
+	if _, _, err := decodeSample(t, `{"cert_path":"/c","private_thing":"********"}`, Overlays{}); err != nil {
 		t.Errorf("a masked key that nobody reads: %v", err)
 	}
 	_, c, err = decodeSample(t, `{"cert_path":"/c","key_path":"********"}`, overlays(t, "default.json", `{"key_path":"/d"}`))
 	if err != nil || c.Masked("key_path") || !c.Local("key_path") || c.Local("cert_path") {
 		t.Errorf("supplied by an overlay: masked %v, local %v, %v", c.Masked("key_path"), c.Local("key_path"), err)
 	}
-	if _, _, err := decodeSample(t, `{"cert_path":"********"}`, nil); err == nil || !strings.Contains(err.Error(), "CERTCTL_TARGETS_DIR") {
+	if _, _, err := decodeSample(t, `{"cert_path":"********"}`, Overlays{Dir: "/no/such"}); err == nil || !strings.Contains(err.Error(), "/no/such/t-1.json") {
 		t.Errorf("without overlays: got %v, want the setting named", err)
 	}
 }
@@ -172,7 +172,7 @@ func TestSettings(t *testing.T) {
 	if s.Name != "x" || s.Other != "key.pem" || s.Password.Reveal() != "hunter2" || s.Masked != "" {
 		t.Errorf("decoded %+v", s)
 	}
-	overlay := filepath.Join(o.dir, "t-1.json")
+	overlay := filepath.Join(o.Dir, "t-1.json")
 	want := map[string]Setting{
 		"cert_path": {"cert_path", `"/a"`, "job"}, "name": {"name", `"x"`, "job"}, "other": {"other", `"key.pem"`, "default"},
 		"password": {"password", `"[redacted]"`, overlay}, "post_deploy_verify.timeout": {"post_deploy_verify.timeout", `"5s"`, overlay},
@@ -195,7 +195,7 @@ func TestSettings(t *testing.T) {
 func TestDecode(t *testing.T) {
 	got, c, err := decodeSample(t, `{"cert_path":"/a//b/c","port":"8443","enabled":"Yes","tags":{"x":1},"password":"hunter2",
 		"key_file_mode":"0640","key_file_owner":33,"key_file_group":"ssl-cert","cert_file_mode":416,"name":"cert.pem","timeout":"10s",
-		"nested":{"Endpoint":"h:1","attempts":"5","more":1},"zebra":1,"ant":2}`, nil)
+		"nested":{"Endpoint":"h:1","attempts":"5","more":1},"zebra":1,"ant":2}`, Overlays{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -244,7 +244,7 @@ func TestMistakes(t *testing.T) {
 		{`{"cert_path":"/c","name":7}`, "name", "plain file name"},
 	}
 	for _, test := range tests {
-		_, _, err := decodeSample(t, test.config, nil)
+		_, _, err := decodeSample(t, test.config, Overlays{})
 		if test.says == "plain file name" && err != nil && strings.Contains(err.Error(), "expected a file name") {
 			continue
 		}
@@ -255,10 +255,10 @@ func TestMistakes(t *testing.T) {
 			t.Errorf("%s: the error shows a secret: %v", test.config, err)
 		}
 	}
-	if _, err := Merge(json.RawMessage(`{}`), "NGINX", nil, "../x", nil); err == nil {
+	if _, err := Merge(json.RawMessage(`{}`), "NGINX", nil, "../x", Overlays{}); err == nil {
 		t.Error("a target id with a path in it: got no error")
 	}
-	if c, err := Merge(nil, "NGINX", nil, "x", nil); err != nil || c.Decode(&struct{}{}) != nil {
+	if c, err := Merge(nil, "NGINX", nil, "x", Overlays{}); err != nil || c.Decode(&struct{}{}) != nil {
 		t.Errorf("no config at all: %v", err)
 	}
 	if c, err := Merge(nil, "NGINX", nil, "default", overlays(t, "default.json", `{"port":1}`)); err != nil || !c.Local("port") {
@@ -308,7 +308,7 @@ func FuzzParseObject(f *testing.F) {
 }
 
 func ExampleConfig_Decode() {
-	c, _ := Merge(json.RawMessage(`{"cert_path": "/etc/nginx/tls/cert.pem", "cert_file_mode": 640}`), "NGINX", nil, "web", nil)
+	c, _ := Merge(json.RawMessage(`{"cert_path": "/etc/nginx/tls/cert.pem", "cert_file_mode": 640}`), "NGINX", nil, "web", Overlays{})
 	var config struct {
 		CertPath Path        `json:"cert_path" config:"required"`
 		CertFile FileOptions `json:"cert_file_*"`

@@ -28,7 +28,7 @@ func TestTypes(t *testing.T) {
 		if _, err := os.Stat(filepath.Join("../../../docs/targets", strings.ToLower(typ.Name)+".md")); err != nil {
 			t.Errorf("%s has no page: %v", typ.Name, err)
 		}
-		config, err := targetconf.Merge([]byte(`{"cert_path":5,"key_path":5,"pem_path":5,"cert_dir":5,"admin_api":5}`), typ.Name, typ.Aliases, "t-1", nil)
+		config, err := targetconf.Merge([]byte(`{"cert_path":5,"key_path":5,"pem_path":5,"cert_dir":5,"admin_api":5}`), typ.Name, typ.Aliases, "t-1", targetconf.Overlays{})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -125,7 +125,7 @@ func (h *Host) connector(typ connector.Type, config map[string]any) (*targetconf
 	if err != nil {
 		return nil, nil, err
 	}
-	merged, err := targetconf.Merge(job, typ.Name, typ.Aliases, TargetID, targetconf.OpenOverlays(h.Overlays, false))
+	merged, err := targetconf.Merge(job, typ.Name, typ.Aliases, TargetID, targetconf.Overlays{Dir: h.Overlays})
 	if err != nil {
 		return nil, nil, err
 	}
