@@ -133,23 +133,22 @@ func (c *checker) programs() {
 	if allowed == nil {
 		return // a warning of the configuration says what that means
 	}
-	seen := make(map[string]bool)
-	var missing []string
+	var programs, missing []string
 	for _, argv := range allowed {
-		if len(argv) == 0 || seen[argv[0]] {
-			continue
-		}
-		seen[argv[0]] = true
-		if _, err := command.Find(argv[0]); err != nil {
-			missing = append(missing, argv[0])
+		programs = append(programs, argv[0])
+	}
+	slices.Sort(programs)
+	programs = slices.Compact(programs)
+	for _, name := range programs {
+		if _, err := command.Find(name); err != nil {
+			missing = append(missing, name)
 		}
 	}
 	if len(missing) > 0 {
-		slices.Sort(missing)
 		c.warn("programs", "install them, or take them out of CERTCTL_ALLOWED_COMMANDS", "not found: %s", strings.Join(missing, ", "))
 		return
 	}
-	c.ok("programs", "%d in CERTCTL_ALLOWED_COMMANDS, all found", len(seen))
+	c.ok("programs", "%d in CERTCTL_ALLOWED_COMMANDS, all found", len(programs))
 }
 
 func (c *checker) discovery() {

@@ -265,22 +265,14 @@ func column(text string) string { return printable.Line(text, maxColumn) }
 // colourise marks whole lines, so that the columns stay where they are.
 func colourise(lines string) string {
 	const red, yellow, reset = "\x1b[31m", "\x1b[33m", "\x1b[0m"
+	colours := map[string]string{stateExpired: red, stateSoon: yellow}
 	var out strings.Builder
 	for line := range strings.Lines(lines) {
-		colour := ""
-		if fields := strings.Fields(line); len(fields) > 1 {
-			switch fields[1] {
-			case stateExpired:
-				colour = red
-			case stateSoon:
-				colour = yellow
-			}
+		fields := strings.Fields(line)
+		if len(fields) > 1 && colours[fields[1]] != "" {
+			line = colours[fields[1]] + strings.TrimSuffix(line, "\n") + reset + "\n"
 		}
-		if colour == "" {
-			out.WriteString(line)
-			continue
-		}
-		out.WriteString(colour + strings.TrimSuffix(line, "\n") + reset + "\n")
+		out.WriteString(line)
 	}
 	return out.String()
 }

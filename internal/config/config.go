@@ -276,15 +276,7 @@ func (l *loader) environment(variable string) string {
 }
 
 func (l *loader) describe(from source) string {
-	switch from {
-	case fromFlag:
-		return "flag"
-	case fromEnvironment:
-		return "environment"
-	case fromFile:
-		return l.config.File
-	}
-	return "default"
+	return [...]string{fromFlag: "flag", fromEnvironment: "environment", fromFile: l.config.File, fromDefault: "default"}[from]
 }
 
 func (l *loader) setting(flag string) setting {

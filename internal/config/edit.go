@@ -88,10 +88,8 @@ func setKey(data []byte, key, value string) ([]byte, error) {
 // quote writes a value so that systemd reads it back, and where it can so that
 // Docker, which knows no quotes, does too.
 func quote(value string) (string, error) {
-	for _, c := range value {
-		if c < ' ' || c == 0x7f || c == '\uFFFD' {
-			return "", errors.New("the value holds a line end or another control character")
-		}
+	if strings.ContainsFunc(value, unprintable) {
+		return "", errors.New("the value holds a line end or another control character")
 	}
 	if value == strings.Trim(value, " ") && !strings.ContainsAny(value, "'\"\\`$") {
 		return value, nil

@@ -10,8 +10,10 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 
 	"certctl-agent/internal/command"
+	"certctl-agent/internal/printable"
 	"certctl-agent/internal/secret"
 )
 
@@ -96,13 +98,15 @@ func parseKey(value string) (secret.String, error) { return secret.New(value), c
 // checkKey refuses an API key that cannot stand in a header (RFC 6750, 2.1,
 // allows even less). It does not quote it.
 func checkKey(key string) error {
-	for _, c := range []byte(key) {
-		if c <= ' ' || c > '~' {
-			return errors.New("holds a blank, a line end or another character that no API key holds")
-		}
+	if strings.ContainsFunc(key, func(c rune) bool { return c <= ' ' || c > '~' }) {
+		return errors.New("holds a blank, a line end or another character that no API key holds")
 	}
 	return nil
 }
+
+// unprintable reports whether r is a control character, or stands for a byte that
+// is not UTF-8.
+func unprintable(r rune) bool { return printable.IsControl(r) || r == utf8.RuneError }
 
 // parseAgentID keeps a bad id too, as parseKey does.
 func parseAgentID(id string) (string, error) {
@@ -110,10 +114,8 @@ func parseAgentID(id string) (string, error) {
 	if id == "." || id == ".." || len(id) > longest {
 		return id, fmt.Errorf("%.64q cannot be an agent id", id)
 	}
-	for _, c := range id {
-		if c <= ' ' || c == 0x7f || c == '\uFFFD' {
-			return id, fmt.Errorf("%.64q cannot be an agent id: it holds a blank or a control character", id)
-		}
+	if strings.Contains(id, " ") || strings.ContainsFunc(id, unprintable) {
+		return id, fmt.Errorf("%.64q cannot be an agent id: it holds a blank or a control character", id)
 	}
 	return id, nil
 }

@@ -3,6 +3,7 @@
 package filelock
 
 import (
+	"cmp"
 	"errors"
 	"io"
 	"os"
@@ -31,10 +32,7 @@ type HeldError struct {
 }
 
 func (e *HeldError) Error() string {
-	if e.by == "" {
-		return "in use by a process that has not said which"
-	}
-	return "in use by " + e.by
+	return "in use by " + cmp.Or(e.by, "a process that has not said which")
 }
 
 // Take locks a file in root, made if missing, and writes the owner into it, for

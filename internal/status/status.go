@@ -103,21 +103,17 @@ const missedIntervals = 5
 // For a liveness probe it is enough that Get has got an answer: an outage of
 // the control plane must not restart a fleet.
 func Ready(s Snapshot) error {
-	contact := s.contact()
-	beat := s.Activities[Heartbeat]
-	if contact.IsZero() {
-		return fmt.Errorf("not ready: no contact with %s since the start%s", s.Server, because(beat.LastError))
+	contact, beat := s.contact(), s.Activities[Heartbeat]
+	since := "since the start"
+	if !contact.IsZero() {
+		age := s.Taken.Sub(contact)
+		if age <= missedIntervals*time.Duration(beat.IntervalSeconds*float64(time.Second)) {
+			return nil
+		}
+		since = "for " + age.Round(time.Second).String()
 	}
-	interval := time.Duration(beat.IntervalSeconds * float64(time.Second))
-	if age := s.Taken.Sub(contact); age > missedIntervals*interval {
-		return fmt.Errorf("not ready: no contact with %s for %v%s", s.Server, age.Round(time.Second), because(beat.LastError))
+	if beat.LastError != "" {
+		since += ": " + beat.LastError
 	}
-	return nil
-}
-
-func because(reason string) string {
-	if reason == "" {
-		return ""
-	}
-	return ": " + reason
+	return fmt.Errorf("not ready: no contact with %s %s", s.Server, since)
 }
