@@ -20,9 +20,7 @@ const minSpace = 64 << 20
 
 func (c *checker) disk() {
 	c.directory("key directory", c.config.KeyDir)
-	if c.config.StateDir != "" {
-		c.directory("state directory", c.config.StateDir)
-	}
+	c.directory("state directory", c.config.StateDir)
 	if c.config.StateDir != "" && c.config.Server != nil {
 		for _, warning := range app.AbandonedWarnings(c.config) {
 			c.warn("earlier state", "", "%s", warning)

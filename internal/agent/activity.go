@@ -12,10 +12,9 @@ import (
 // activity is something done again and again: heartbeat, poll, discovery. It
 // is never started twice at once.
 type activity struct {
-	name     string
-	interval time.Duration
-	pacer    *pace.Pacer
-	timer    *time.Timer
+	name  string
+	pacer *pace.Pacer
+	timer *time.Timer
 
 	// work does it once, in a goroutine of its own. The loop calls done, unless
 	// that is nil, before it counts the outcome.
@@ -26,15 +25,14 @@ type activity struct {
 	first     func() time.Duration // delay of the first start, where that is spread
 	next      *activity            // to be started after the first try of this one; nil: none
 
-	running bool
-	again   bool // asked for while it ran
-	begun   time.Time
-	stats   status.Activity
+	again bool // asked for while it ran
+	stats status.Activity
 }
 
 func (a *Agent) newActivity(name string, interval time.Duration, newPacer func(time.Duration, pace.Rand) *pace.Pacer, work func() (func(), error)) *activity {
 	pacer := newPacer(interval, a.opts.Rand)
-	act := &activity{name: name, interval: interval, pacer: pacer, timer: stoppedTimer(), work: work, first: pacer.First}
+	act := &activity{name: name, pacer: pacer, timer: stoppedTimer(), work: work, first: pacer.First}
+	act.stats.IntervalSeconds = interval.Seconds()
 	a.activities = append(a.activities, act)
 	return act
 }
@@ -55,7 +53,7 @@ func (act *activity) after(d time.Duration) {
 
 // begin starts an activity, or has it start again at once if it is running.
 func (a *Agent) begin(act *activity) {
-	if act.running {
+	if act.stats.Running {
 		act.again = true
 		return
 	}
@@ -63,9 +61,8 @@ func (a *Agent) begin(act *activity) {
 		return
 	}
 	act.timer.Stop()
-	act.running = true
-	act.begun = time.Now()
-	act.stats.LastAttempt = act.begun
+	act.stats.Running = true
+	act.stats.LastAttempt = time.Now()
 	a.spawn(func() func() {
 		done, err := act.work()
 		return func() {
@@ -79,7 +76,7 @@ func (a *Agent) begin(act *activity) {
 
 // ended takes the outcome of an activity and sets its next start.
 func (a *Agent) ended(act *activity, err error) {
-	act.running = false
+	act.stats.Running = false
 	now := time.Now()
 	outcome := pace.After(err)
 	wait := act.pacer.Next(outcome)
@@ -88,7 +85,7 @@ func (a *Agent) ended(act *activity, err error) {
 		act.stats.LastError, act.stats.LastErrorKind = "", ""
 		// The rhythm is from start to start, however long it took. What took
 		// longer than its interval misses a turn.
-		if rest := wait - now.Sub(act.begun); rest > 0 {
+		if rest := wait - now.Sub(act.stats.LastAttempt); rest > 0 {
 			wait = rest
 		}
 	} else {
@@ -184,7 +181,7 @@ func (a *Agent) survey() (done func(), err error) {
 func (a *Agent) repairLater() {
 	switch {
 	case a.repair.off || a.stopping:
-	case a.repair.running:
+	case a.repair.stats.Running:
 		a.repair.again = true
 	case a.repair.stats.NextDue.After(time.Now()): // no later than that
 	default:

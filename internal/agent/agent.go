@@ -306,8 +306,6 @@ func (a *Agent) stop(watchdog <-chan time.Time, cause error) error {
 		select {
 		case event := <-a.events:
 			event()
-		case <-a.beatNow:
-		case <-a.scanNow:
 		case <-grace:
 			a.log.Warn("the shutdown grace is over: running transactions are rolled back", "grace", a.opts.ShutdownGrace.String())
 			a.stopWork(errStopping)

@@ -29,7 +29,6 @@ const (
 type deliveryTable struct {
 	jobs     map[string]*pacedDelivery
 	earliest time.Time // not after the first due time of jobs
-	running  bool
 	timer    *time.Timer
 	stats    status.Activity
 }
@@ -86,7 +85,7 @@ func (a *Agent) deliver(changed ...string) {
 	for _, job := range changed {
 		a.noteReports(job)
 	}
-	if a.stopping || !a.resumed || a.delivery.running {
+	if a.stopping || !a.resumed || a.delivery.stats.Running {
 		return
 	}
 	now := time.Now()
@@ -95,7 +94,7 @@ func (a *Agent) deliver(changed ...string) {
 		a.setDeliveryTimer(now)
 		return
 	}
-	a.delivery.running = true
+	a.delivery.stats.Running = true
 	a.spawn(func() func() {
 		results := a.send(a.calls, due)
 		return func() { a.sent(results) }
@@ -194,7 +193,7 @@ func (a *Agent) giveUp(r report, reason string) error {
 
 // sent takes the outcome of one round.
 func (a *Agent) sent(results []delivered) {
-	a.delivery.running = false
+	a.delivery.stats.Running = false
 	now := time.Now()
 	a.delivery.stats.LastAttempt = now
 	jobs := make([]string, 0, len(results))

@@ -30,12 +30,12 @@ func (a *Agent) snapshot() status.Snapshot {
 	s.Started = a.started
 	s.Taken = time.Now()
 	s.Activities = map[string]status.Activity{
-		status.Heartbeat: a.beat.state(),
-		status.Poll:      a.poll.state(),
-		status.Delivery:  a.delivery.state(),
+		status.Heartbeat: a.beat.stats,
+		status.Poll:      a.poll.stats,
+		status.Delivery:  a.delivery.stats,
 	}
 	if !a.scan.off {
-		s.Activities[status.Discovery] = a.scan.state()
+		s.Activities[status.Discovery] = a.scan.stats
 	}
 	s.Jobs = status.Jobs{
 		Running:     len(a.jobs.running),
@@ -46,19 +46,6 @@ func (a *Agent) snapshot() status.Snapshot {
 	s.LastScan = a.lastScan
 	s.Counters = a.counters.Clone()
 	s.ClockSkewSeconds = time.Duration(a.skewNanos.Load()).Seconds()
-	return s
-}
-
-func (act *activity) state() status.Activity {
-	s := act.stats
-	s.Running = act.running
-	s.IntervalSeconds = act.interval.Seconds()
-	return s
-}
-
-func (t *deliveryTable) state() status.Activity {
-	s := t.stats
-	s.Running = t.running
 	return s
 }
 
