@@ -2,6 +2,7 @@ package agent
 
 import (
 	"errors"
+	"maps"
 	"net/http"
 	"slices"
 	"time"
@@ -66,20 +67,12 @@ func (a *Agent) takeCSRs(jobs []api.Job, begun time.Time) {
 	t := &a.csrs
 	// An answer that was on its way while a CSR was accepted still shows that
 	// job; handling it again would make a second version of the certificate.
-	for id, at := range t.accepted {
-		if at.Before(begun) {
-			delete(t.accepted, id)
-		}
-	}
+	maps.DeleteFunc(t.accepted, func(_ string, at time.Time) bool { return at.Before(begun) })
 	shown := make(map[string]bool)
 	for _, job := range jobs {
 		shown[job.ID] = true
 	}
-	for id := range t.tries {
-		if !shown[id] && !t.inHand[id] {
-			delete(t.tries, id)
-		}
-	}
+	maps.DeleteFunc(t.tries, func(id string, _ *csrTries) bool { return !shown[id] && !t.inHand[id] })
 	now := time.Now()
 	if t.due.After(now) {
 		return

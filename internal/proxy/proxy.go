@@ -83,12 +83,10 @@ func parseURL(value string) (*url.URL, error) {
 // Redacted is a proxy's URL without what may be a secret: a password, or a user
 // name that stands alone, which is how tokens are given.
 func Redacted(u *url.URL) string {
-	if u.User != nil {
-		if _, ok := u.User.Password(); !ok {
-			shown := *u
-			shown.User = url.User("xxxxx")
-			return shown.String()
-		}
+	if _, ok := u.User.Password(); u.User != nil && !ok {
+		shown := *u
+		shown.User = url.User("xxxxx")
+		return shown.String()
 	}
 	return u.Redacted()
 }
