@@ -12,10 +12,10 @@ import (
 // scraped twice a minute.
 const metricsInterval = 15 * time.Second
 
-// Serve runs the agent, with the status socket, the metrics file and what is
-// given beside it. It calls ready when the socket is there. What it returns is
-// what the agent's Run returns.
-func (a *App) Serve(ctx context.Context, ready func(), given func(running context.Context)) error {
+// Serve runs the agent, with the status socket, the metrics file and other beside
+// it. It calls ready when the socket is there. What it returns is what the agent's
+// Run returns.
+func (a *App) Serve(ctx context.Context, ready func(), other func(running context.Context)) error {
 	server, err := status.Listen(a.state.Path, a.Agent.Snapshot, a.opts.Log)
 	if err != nil {
 		return err
@@ -30,7 +30,7 @@ func (a *App) Serve(ctx context.Context, ready func(), given func(running contex
 	if a.opts.Config.MetricsFile != "" {
 		beside.Go(func() { a.writeMetrics(running) })
 	}
-	beside.Go(func() { given(running) })
+	beside.Go(func() { other(running) })
 	ready()
 	return a.Agent.Run(ctx)
 }

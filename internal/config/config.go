@@ -430,7 +430,7 @@ func (l *loader) finish() {
 	}
 }
 
-// finishKey settles where the API key comes from. Between a key and a key file
+// finishKey decides where the API key comes from. Between a key and a key file
 // the stronger source counts, and in the same source the file.
 func (l *loader) finishKey() {
 	c := l.config

@@ -102,12 +102,10 @@ func Open(state *os.Root, log *slog.Logger) (*Ledger, error) {
 
 func openDir(state *os.Root) (*os.Root, error) {
 	err := state.Mkdir(dir, 0o700)
-	switch {
-	case err == nil:
-		if err := atomicfile.SyncDir(state, "."); err != nil {
-			return nil, err
-		}
-	case !errors.Is(err, fs.ErrExist):
+	if err == nil {
+		err = atomicfile.SyncDir(state, ".")
+	}
+	if err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, err
 	}
 	return state.OpenRoot(dir)
@@ -340,11 +338,10 @@ func (l *Ledger) removeReport(d Delivery) error {
 		return l.save(&r)
 	}
 	l.drop(d.Job)
-	err := atomicfile.Remove(l.root, fileName(d.Job))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil // the disk was full when it was to be written
+	if err := atomicfile.Remove(l.root, fileName(d.Job)); !errors.Is(err, fs.ErrNotExist) {
+		return err
 	}
-	return err
+	return nil // the disk was full when it was to be written
 }
 
 // save makes a record durable and takes it over in memory. What the disk
