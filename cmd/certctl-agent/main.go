@@ -62,7 +62,7 @@ func main() {
 func run(ctx context.Context, p process) int {
 	// A part of all that is printed comes from elsewhere, and root may read it on
 	// a terminal.
-	p.stdout, p.stderr = printable.NewWriter(p.stdout), printable.NewWriter(p.stderr)
+	p.stdout, p.stderr = printable.Writer{Out: p.stdout}, printable.Writer{Out: p.stderr}
 	err := dispatch(ctx, p)
 	if err == nil || errors.Is(err, flag.ErrHelp) {
 		return exitOK

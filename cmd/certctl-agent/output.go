@@ -32,7 +32,7 @@ func printError(w io.Writer, err error) {
 // unwrapped is the writer behind one that lets only print what prints.
 func unwrapped(w io.Writer) io.Writer {
 	if w, ok := w.(printable.Writer); ok {
-		return w.Unwrap()
+		return w.Out
 	}
 	return w
 }

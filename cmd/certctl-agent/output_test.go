@@ -89,7 +89,7 @@ func TestCommandsPrintWhatPrints(t *testing.T) {
 func TestPrintJSON(t *testing.T) {
 	want := []string{"a\x1b\u202e\u200d\u009b", "\U000e0001", "證書", "\\u001b", "a\nb\"<&>"}
 	var out strings.Builder
-	if err := printJSON(printable.NewWriter(&out), want); err != nil {
+	if err := printJSON(printable.Writer{Out: &out}, want); err != nil {
 		t.Fatal(err)
 	}
 	if strings.ContainsAny(out.String(), "\x1b\u202e\u200d\u009b\U000e0001\ufffd") || !strings.Contains(out.String(), "證書") {

@@ -189,8 +189,7 @@ func (a *App) openTransactions(ctx context.Context) (err error) {
 // connect makes the client. The agent observes every call.
 func (a *App) connect() {
 	cfg := a.opts.Config
-	key := cfg.KeyFunc(a.opts.Log)
-	a.key.Store(&key)
+	a.key.Store(new(cfg.KeyFunc(a.opts.Log)))
 	opts := clientOptions(cfg)
 	opts.Key = func() secret.String { return (*a.key.Load())() }
 	opts.Observe = func(seen api.Observation) { a.Agent.Observe(seen) } // made before anything is sent
@@ -298,8 +297,7 @@ func (a *App) describe(ctx context.Context) api.Heartbeat {
 // again, and starts a scan. The other settings cannot change under a running
 // agent.
 func (a *App) Reload(fresh *config.Config) {
-	key := fresh.KeyFunc(a.opts.Log)
-	a.key.Store(&key)
+	a.key.Store(new(fresh.KeyFunc(a.opts.Log)))
 	a.client.Reload(fresh.Roots)
 	a.Agent.Rescan()
 }

@@ -72,16 +72,11 @@ func Text(text string) string {
 }
 
 // Writer passes on what Text makes of each write. A write ends at the end of a
-// character, as those of package fmt do.
-type Writer struct{ out io.Writer }
-
-func NewWriter(out io.Writer) Writer { return Writer{out} }
-
-// Unwrap returns the writer behind it, for escapes of our own.
-func (w Writer) Unwrap() io.Writer { return w.out }
+// character, as those of package fmt do. Escapes of our own go to Out itself.
+type Writer struct{ Out io.Writer }
 
 func (w Writer) Write(data []byte) (int, error) {
-	if _, err := io.WriteString(w.out, Text(string(data))); err != nil {
+	if _, err := io.WriteString(w.Out, Text(string(data))); err != nil {
 		return 0, err
 	}
 	return len(data), nil

@@ -59,13 +59,10 @@ func TestWriter(t *testing.T) {
 		"":                                 "",
 	} {
 		var out strings.Builder
-		n, err := printable.NewWriter(&out).Write([]byte(text))
+		n, err := printable.Writer{Out: &out}.Write([]byte(text))
 		if out.String() != want || n != len(text) || err != nil {
 			t.Errorf("of %q came %q, %d, %v; want %q", text, out.String(), n, err, want)
 		}
-	}
-	if got := printable.NewWriter(t.Output()).Unwrap(); got != t.Output() {
-		t.Errorf("Unwrap() = %v", got)
 	}
 }
 

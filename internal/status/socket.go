@@ -65,13 +65,6 @@ type Server struct {
 // it fails.
 func Listen(dir string, source Source, log *slog.Logger) (*Server, error) {
 	path := filepath.Join(dir, SocketName)
-	switch conn, err := dial(context.Background(), dir); {
-	case err == nil:
-		conn.Close()
-		return nil, fmt.Errorf("listen on %s: another agent is running", path)
-	case !errors.Is(err, errNotRunning):
-		return nil, fmt.Errorf("listen on %s: %w", path, err)
-	}
 	listener, err := bind(dir)
 	if err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", path, err)
@@ -112,6 +105,13 @@ func (s *Server) Close() {
 // bind makes the socket in a directory that is closed to others, since it gets
 // a mode from the umask, and moves it to its place when it has its own mode.
 func bind(dir string) (*net.UnixListener, error) {
+	switch conn, err := dial(context.Background(), dir); {
+	case err == nil:
+		conn.Close()
+		return nil, errors.New("another agent is running")
+	case !errors.Is(err, errNotRunning):
+		return nil, err
+	}
 	closed := filepath.Join(dir, ".socket")
 	if err := os.RemoveAll(closed); err != nil {
 		return nil, err

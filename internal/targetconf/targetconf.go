@@ -304,8 +304,8 @@ func (c *Config) decode(v reflect.Value, resolvable []string) error {
 			continue
 		}
 		option := field.Tag.Get("config")
-		if options, ok := v.Field(i).Addr().Interface().(*FileOptions); ok {
-			errs = append(errs, c.decodeFileOptions(strings.TrimSuffix(key, "*"), option == optionSecret, options))
+		if _, ok := v.Field(i).Interface().(FileOptions); ok {
+			errs = append(errs, c.decodeFileOptions(strings.TrimSuffix(key, "*"), option == optionSecret, v.Field(i)))
 			continue
 		}
 		if err := c.decodeKey(key, v.Field(i), resolvable); err != nil {
@@ -461,19 +461,15 @@ func (c *Config) note(key string, raw json.RawMessage, source string) {
 	c.settings[c.prefix+key] = Setting{Key: c.prefix + key, Value: string(raw), Source: source}
 }
 
-func (c *Config) decodeFileOptions(prefix string, secret bool, options *FileOptions) error {
-	parts := []struct {
-		key string
-		dst any
-	}{{prefix + "mode", &options.Mode}, {prefix + "owner", &options.Owner}, {prefix + "group", &options.Group}}
-	for _, part := range parts {
-		if err := c.decodeKey(part.key, reflect.ValueOf(part.dst).Elem(), nil); err != nil {
+func (c *Config) decodeFileOptions(prefix string, secret bool, options reflect.Value) error {
+	for i := range options.NumField() {
+		if err := c.decodeKey(prefix+options.Type().Field(i).Tag.Get("json"), options.Field(i), nil); err != nil {
 			return err
 		}
 	}
-	if secret && options.Mode&0o007 != 0 {
+	if mode := options.Interface().(FileOptions).Mode; secret && mode&0o007 != 0 {
 		return Invalid(prefix+"mode", "%#o would let every user of this host at a private key: the most that a key file may grant is %#o",
-			options.Mode, maxKeyMode)
+			mode, maxKeyMode)
 	}
 	return nil
 }

@@ -180,9 +180,9 @@ func (a *Account) UnmarshalJSON(raw []byte) error {
 
 // FileOptions is what can be configured of a file's mode and owner.
 type FileOptions struct {
-	Mode  Mode
-	Owner Account
-	Group Account
+	Mode  Mode    `json:"mode"`
+	Owner Account `json:"owner"`
+	Group Account `json:"group"`
 }
 
 // parseBool takes true, false, and what operators write for them in a form
