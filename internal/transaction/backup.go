@@ -168,12 +168,12 @@ func (e *Engine) prune(id string, keep int) error {
 	return e.disk.syncDir(home)
 }
 
-// dropSet removes the backup set of a record whose old files are in place.
-func (e *Engine) dropSet(r *record) error {
-	if r.Set == "" {
+// dropSet removes a backup set that nothing needs any more.
+func (e *Engine) dropSet(id, set string) error {
+	if set == "" {
 		return nil
 	}
-	home, err := enter(e.backups, r.Target)
+	home, err := enter(e.backups, id)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -181,8 +181,8 @@ func (e *Engine) dropSet(r *record) error {
 		return err
 	}
 	defer home.Close()
-	if err := e.removeSet(home, r.Set); err != nil {
-		return fmt.Errorf("remove backup %s: %w", e.setPath(r), reason(err))
+	if err := e.removeSet(home, set); err != nil {
+		return fmt.Errorf("remove backup %s: %w", home.join(set), reason(err))
 	}
 	return e.disk.syncDir(home)
 }

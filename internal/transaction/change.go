@@ -6,9 +6,15 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 
 	"certctl-agent/internal/connector"
 )
+
+// maxID bounds the ID of a Change, in bytes: it is in the journal, and in the
+// name of a file.
+const maxID = 512
 
 // change is one Change of a deployment that is under way. The first part is
 // journalled.
@@ -16,55 +22,90 @@ type change struct {
 	changeRecord
 	connector.Change
 	was     []byte // what undoes it; nil: there was nothing
+	lost    error  // why it cannot be undone; nil: it can
 	same    bool   // there is nothing to write
 	written bool   // it may have been made, by this deployment or an interrupted one
 }
 
-// matchOwed finds the changes of the plan that an interrupted deployment may
-// have made. What it saved wins over what is there now.
-func (a *attempt) matchOwed() {
+// orphan stands for a Change that an interrupted deployment may have made, and
+// that is not planned any more. What undoes it moves on from set to set, until a
+// plan names it again or a deployment succeeds.
+type orphan string
+
+var errOrphan = errors.New("a deployment that was interrupted changed it, and only a deployment that would change it too can undo that")
+
+// ID implements connector.Change.
+func (o orphan) ID() string { return string(o) }
+
+// Read implements connector.Change.
+func (o orphan) Read(context.Context) ([]byte, bool, error) { return nil, true, nil }
+
+// Write implements connector.Change.
+func (o orphan) Write(context.Context) error { return nil }
+
+// Restore implements connector.Change.
+func (o orphan) Restore(context.Context, []byte) error { return errOrphan }
+
+// Finish implements connector.Change.
+func (o orphan) Finish(context.Context) error { return errOrphan }
+
+// adopt takes the changes of the plan, and those that an interrupted deployment
+// may have made: what it saved wins over what is there now.
+func (a *attempt) adopt() error {
+	var refused error
 	for _, planned := range a.plan.Changes {
-		c := &change{Change: planned, changeRecord: changeRecord{Name: planned.ID()}}
-		a.changes = append(a.changes, c)
-		if a.record.Owed == nil {
-			continue
+		id := planned.ID()
+		switch {
+		case id == "" || len(id) > maxID || !utf8.ValidString(id) || strings.ContainsFunc(id, func(r rune) bool { return !unicode.IsPrint(r) }):
+			refused = fmt.Errorf("a planned change has the unusable id %.100q", id)
+		case a.planned(id) != nil:
+			refused = fmt.Errorf("two planned changes have the id %q", id)
+		default:
+			a.changes = append(a.changes, &change{Change: planned, changeRecord: changeRecord{Name: id}})
 		}
-		i := slices.IndexFunc(a.record.Owed.Changes, func(r changeRecord) bool { return r.Name == c.Name })
-		if i < 0 {
-			continue
-		}
-		was, err := a.readSaved(a.Target, a.record.Owed, a.record.Owed.Changes[i])
-		if err != nil {
-			a.log.Error("what would undo an interrupted deployment cannot be read: the next rollback goes back to what is there now",
-				"change", c.Name, "error", err)
-			continue
-		}
-		c.was, c.written = was, true
 	}
 	if a.record.Owed == nil {
-		return
+		return refused
 	}
 	for _, r := range a.record.Owed.Changes {
-		if !slices.ContainsFunc(a.changes, func(c *change) bool { return c.Name == r.Name }) {
-			a.log.Error("an interrupted deployment may have changed what the configuration no longer names: it stays as it is",
-				"change", r.Name, "backups", a.backups.join(a.Target))
+		c := a.planned(r.Name)
+		if c == nil {
+			c = &change{Change: orphan(r.Name)}
+			a.changes = append(a.changes, c)
+		}
+		c.changeRecord, c.written = r, true
+		var err error
+		if c.was, err = a.readSaved(a.Target, a.record.Owed.Set, r); transient(err) {
+			return unsettledError(a.Target, err)
+		} else if err != nil {
+			c.lost = fmt.Errorf("what would undo it cannot be read: %w", err)
 		}
 	}
+	return refused
+}
+
+// planned returns the change with an ID, or nil.
+func (a *attempt) planned(id string) *change {
+	i := slices.IndexFunc(a.changes, func(c *change) bool { return c.Name == id })
+	if i < 0 {
+		return nil
+	}
+	return a.changes[i]
 }
 
 // readSaved reads what undoes a change of an interrupted deployment.
-func (e *Engine) readSaved(id string, o *owed, r changeRecord) ([]byte, error) {
+func (e *Engine) readSaved(id, set string, r changeRecord) ([]byte, error) {
 	if r.Backup == "" {
 		return nil, nil
 	}
-	set, err := e.openSet(id, o.Set)
+	at, err := e.openSet(id, set)
 	if err != nil {
 		return nil, err
 	}
-	defer set.Close()
-	was, _, _, err := read(set, r.Backup)
+	defer at.Close()
+	was, _, _, err := read(at, r.Backup)
 	if err == nil && digestOf(was) != r.Digest {
-		err = errors.New("it is damaged")
+		return nil, errors.New("its backup is damaged")
 	}
 	return was, reason(err)
 }
@@ -77,6 +118,9 @@ func (a *attempt) readChanges(ctx context.Context) error {
 			was, c.same, err = c.Read(ctx)
 			return err
 		})
+		if err == nil && len(was) > maxFile {
+			err = fmt.Errorf("what would undo a change of it is larger than %d MiB", maxFile>>20)
+		}
 		if err != nil {
 			return fmt.Errorf("look at %s: %w", c.Name, err)
 		}
@@ -132,6 +176,9 @@ func (a *attempt) restoreChanges(ctx context.Context) error {
 }
 
 func (a *attempt) restore(ctx context.Context, c *change) error {
+	if c.lost != nil {
+		return c.lost
+	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoWait)
 	defer cancel()
 	return contain(func() error { return c.Restore(ctx, c.was) })
@@ -143,6 +190,9 @@ func (a *attempt) finishChanges(ctx context.Context) {
 		err := a.disk.step(Step{Op: "finish", Path: c.Name})
 		if err == nil {
 			err = a.finishChange(ctx, c)
+		}
+		if errors.Is(err, errOrphan) && a.record.Keep > 0 {
+			err = fmt.Errorf("%w; it stays as it is, and what was there before is in %s", err, a.setPath(&a.record))
 		}
 		if err != nil {
 			a.result.Warnings = append(a.result.Warnings, fmt.Sprintf("cleaning up after the deployment, %s: %v", c.Name, err))

@@ -1,6 +1,7 @@
 package transaction
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -31,6 +32,7 @@ const (
 type attempt struct {
 	*Engine
 	Deployment
+	last   bool // no plan is made after this one
 	log    *slog.Logger
 	plan   *connector.Plan
 	result Result
@@ -51,12 +53,11 @@ func (e *Engine) Deploy(ctx context.Context, d Deployment) (Result, error) {
 	}
 	defer release()
 	for try := 1; ; try++ {
-		a := &attempt{Engine: e, Deployment: d, log: e.opts.Log.With("target", d.Target)}
+		a := &attempt{Engine: e, Deployment: d, last: try == maxPlans, log: e.opts.Log.With("target", d.Target)}
 		err := a.deploy(ctx)
-		if errors.Is(err, errStale) && try < maxPlans {
-			continue
+		if a.last || !errors.Is(err, errStale) {
+			return a.result, err
 		}
-		return a.result, err
 	}
 }
 
@@ -66,10 +67,12 @@ func (a *attempt) deploy(ctx context.Context) error {
 	}
 	var err error
 	if a.plan, err = a.Connector.Plan(ctx, a.Material); err != nil {
-		return err
+		a.plan = new(connector.Plan)
 	}
 	a.result = Result{Warnings: slices.Clone(a.plan.Warnings), Serves: a.plan.Serves}
-	a.matchOwed()
+	if err := cmp.Or(a.adopt(), err); err != nil {
+		return a.abandon(ctx, err)
+	}
 	defer func() { closeAll(a.files) }()
 	if err := a.resolve(); err != nil {
 		return a.abandon(ctx, err)
@@ -373,17 +376,19 @@ func contain(f func() error) (err error) {
 // interrupted by a crash between its changes and their undo: they are undone
 // now, since the job is over.
 func (a *attempt) abandon(ctx context.Context, cause error) error {
-	if _, busy := errors.AsType[*BusyError](cause); busy || errors.Is(cause, errStale) || a.record.Owed == nil || len(a.changes) == 0 {
+	owed := a.record.Owed
+	_, busy := errors.AsType[*BusyError](cause)
+	if busy || errors.Is(cause, errStale) && !a.last || owed == nil || len(owed.Changes) == 0 {
 		return cause
 	}
+	r := &record{Target: a.Target, Phase: restored, Set: owed.Set, Reload: owed.Command}
 	if err := a.restoreChanges(ctx); err != nil {
-		return &BrokenError{Cause: cause, Rollback: err, Backups: a.backups.join(a.Target)}
+		return &BrokenError{Cause: cause, Rollback: err, Backups: a.setPath(r)}
 	}
-	owed := a.record.Owed
 	if owed.Command == nil && a.plan.Reload.Call == nil {
-		return errors.Join(cause, a.forget(a.Target))
+		return errors.Join(cause, a.forget(a.Target), a.dropSet(a.Target, r.Set))
 	}
-	return errors.Join(cause, a.save(&record{Target: a.Target, Phase: restored, Reload: owed.Command}))
+	return errors.Join(cause, a.save(r), a.dropSet(a.Target, r.Set))
 }
 
 // abort ends a deployment that has put nothing in place.
@@ -402,8 +407,7 @@ func (a *attempt) rollBack(ctx context.Context, cause error) error {
 		return &BrokenError{Cause: cause, Rollback: err, Backups: a.setPath(&a.record)}
 	}
 	// Whatever of the rest fails is done once more at the next start.
-	a.record.Changes = nil
-	if err := a.recordRestored(&a.record); err != nil {
+	if err := a.recordRestored(&a.record, nil); err != nil {
 		a.log.Warn("cleaning up after a rollback failed", "error", err)
 	}
 	cause = fmt.Errorf("%w; %s", cause, a.rolledBackTo())
@@ -437,7 +441,7 @@ func (a *attempt) reloadOld(ctx context.Context) error {
 // rolledBackTo says what a rollback left, for the end of an error.
 func (a *attempt) rolledBackTo() string {
 	switch {
-	case a.record.hadFiles() || slices.ContainsFunc(a.changes, func(c *change) bool { return c.was != nil }):
+	case a.record.hadAny():
 		return "the previous certificate is back in place"
 	case len(a.plan.Changes) > 0:
 		return "there was no certificate before, so the new one was removed"

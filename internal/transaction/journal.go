@@ -34,7 +34,13 @@ const (
 	restored phase = "restored"
 )
 
-const journalVersion = 1
+// journalVersion is that of records without changes. A version of the agent that
+// knows none would drop them, and what undoes them: it sets changesVersion aside
+// instead, for a person.
+const (
+	journalVersion = 1
+	changesVersion = 2
+)
 
 // maxRecord bounds a journal record, in bytes. Extended attributes are most of
 // it, and bounded by themselves.
@@ -117,7 +123,11 @@ func encode(r *record) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	data, err := json.Marshal(envelope{journalVersion, digestOf(body), body})
+	version := journalVersion
+	if len(r.allChanges()) > 0 {
+		version = changesVersion
+	}
+	data, err := json.Marshal(envelope{version, digestOf(body), body})
 	if err == nil && len(data) > maxRecord {
 		err = fmt.Errorf("journal record of %d bytes is too long", len(data))
 	}
@@ -129,8 +139,8 @@ func decode(data []byte) (*record, error) {
 	if err := json.Unmarshal(data, &e); err != nil {
 		return nil, fmt.Errorf("journal record is damaged: %w", err)
 	}
-	if e.Version != journalVersion {
-		return nil, fmt.Errorf("journal record has version %d, this agent knows %d", e.Version, journalVersion)
+	if e.Version != journalVersion && e.Version != changesVersion {
+		return nil, fmt.Errorf("journal record has version %d, this agent knows %d and %d", e.Version, journalVersion, changesVersion)
 	}
 	if digestOf(e.Record) != e.SHA256 {
 		return nil, errors.New("journal record is damaged: its checksum is wrong")
@@ -153,11 +163,7 @@ func (r *record) check() error {
 	if !api.ValidID(r.Target) || r.Set != "" && !isSetName(r.Set) {
 		return errors.New("journal record has a bad name in it")
 	}
-	changes := r.Changes
-	if r.Owed != nil {
-		changes = slices.Concat(changes, r.Owed.Changes)
-	}
-	if slices.ContainsFunc(changes, func(c changeRecord) bool { return c.Backup != "" && !plain(c.Backup) }) ||
+	if slices.ContainsFunc(r.allChanges(), func(c changeRecord) bool { return c.Backup != "" && !plain(c.Backup) }) ||
 		r.Owed != nil && r.Owed.Set != "" && !isSetName(r.Owed.Set) {
 		return errors.New("journal record has a bad name in it")
 	}
@@ -168,6 +174,22 @@ func (r *record) check() error {
 		}
 	}
 	return nil
+}
+
+// allChanges are those of the record, and those of earlier ones.
+func (r *record) allChanges() []changeRecord {
+	if r.Owed == nil {
+		return r.Changes
+	}
+	return slices.Concat(r.Changes, r.Owed.Changes)
+}
+
+// names are the IDs of changes, for messages.
+func names(changes []changeRecord) (ids []string) {
+	for _, c := range changes {
+		ids = append(ids, c.Name)
+	}
+	return ids
 }
 
 func plain(name string) bool {

@@ -78,9 +78,9 @@ func TestBadNamesInRecord(t *testing.T) {
 			t.Errorf("a bad %s was accepted", name)
 		}
 	}
-	data, err := json.Marshal(envelope{Version: journalVersion + 1})
+	data, err := json.Marshal(envelope{Version: changesVersion + 1})
 	check(t, err)
-	if _, err := decode(data); err == nil || !strings.Contains(err.Error(), "version 2") {
+	if _, err := decode(data); err == nil || !strings.Contains(err.Error(), "version 3") {
 		t.Errorf("a later version: %v", err)
 	}
 }

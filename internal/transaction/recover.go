@@ -207,15 +207,17 @@ func (e *Engine) recoverTarget(calls, work context.Context, id string, f *flight
 	if f.outcome, err = e.recoverLoaded(ctx, id, r, err); err != nil {
 		return err
 	}
-	switch log := e.opts.Log.With("target", id); {
+	log := e.opts.Log.With("target", id)
+	switch {
 	case known || f.outcome == setAside: // which has a line of its own
 	case f.outcome == finished:
 		log.Info("finished an interrupted deployment: the new files are in place")
 	default:
 		log.Warn("undid an interrupted deployment: the old files are in place")
-		if r != nil && len(r.Changes) > 0 {
-			log.Info("what it changed elsewhere is left for the next deployment of the target")
-		}
+	}
+	if r != nil && r.Phase == restored && len(r.Changes) > 0 && !(known && f.reload) {
+		log.Warn("an interrupted deployment may have changed what only another deployment of the target can undo: deploy to it again",
+			"changes", names(r.Changes), "backups", e.setPath(r))
 	}
 	if r, err = e.load(id); err != nil || r == nil || r.Phase != restored || r.Reload == nil {
 		// Without a command only the next deployment can tell the server, and
@@ -247,7 +249,7 @@ func (e *Engine) recoverLoaded(ctx context.Context, id string, r *record, loadEr
 			if len(r.Changes) > 0 {
 				return rolledBack, nil // the next deployment needs the set
 			}
-			return rolledBack, e.dropSet(r)
+			return rolledBack, e.dropSet(id, r.Set)
 		case committed:
 			return finished, e.finish(r)
 		}
@@ -291,28 +293,44 @@ func (e *Engine) undo(ctx context.Context, r *record) error {
 	if err := e.putAllBack(r, files); err != nil {
 		return fmt.Errorf("put the old files back from %s: %w", e.setPath(r), err)
 	}
-	return e.recordRestored(r)
+	return e.recordRestored(r, r.Changes)
 }
 
-// recordRestored records that every old file is in place, and that the server
-// has to reload. Where there was no old file it has nothing to go back to.
-func (e *Engine) recordRestored(r *record) error {
-	if !r.hadFiles() && len(r.Changes) == 0 {
-		if err := e.dropSet(r); err != nil {
-			return err
+// recordRestored records that every old file is in place, that the server has to
+// reload, and which changes are still to be undone. If the target had nothing
+// before, there is nothing to reload.
+func (e *Engine) recordRestored(r *record, changes []changeRecord) error {
+	sets := []string{r.Set}
+	if r.Owed != nil {
+		sets = append(sets, r.Owed.Set)
+	}
+	if len(changes) > 0 {
+		sets = sets[1:]
+	}
+	if !r.hadAny() && len(changes) == 0 {
+		for _, set := range sets {
+			if err := e.dropSet(r.Target, set); err != nil {
+				return err
+			}
 		}
 		return e.forget(r.Target)
 	}
-	r.Phase, r.Owed = restored, nil
-	if err := e.save(r); err != nil || len(r.Changes) > 0 {
+	r.Phase, r.Owed, r.Changes = restored, nil, changes
+	if err := e.save(r); err != nil {
 		return err
 	}
-	return e.dropSet(r)
+	for _, set := range sets {
+		if err := e.dropSet(r.Target, set); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
-// hadFiles reports whether the target had any of its files before.
-func (r *record) hadFiles() bool {
-	return slices.ContainsFunc(r.Files, func(e fileRecord) bool { return !e.Private && e.Old != nil })
+// hadAny reports whether there was anything of the target before.
+func (r *record) hadAny() bool {
+	return slices.ContainsFunc(r.Files, func(e fileRecord) bool { return !e.Private && e.Old != nil }) ||
+		slices.ContainsFunc(r.Changes, func(c changeRecord) bool { return c.Backup != "" })
 }
 
 // reopen opens the directories of a record. A file whose directory is gone is

@@ -1,0 +1,363 @@
+package transaction
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"certctl-agent/internal/connector"
+	"certctl-agent/internal/policy"
+)
+
+// interrupted is a world whose deployment was killed at the first step op, and
+// whose files were recovered since.
+func interrupted(t *testing.T, op string) (world, *elsewhere) {
+	t.Helper()
+	w := newWorld(t, ramDir(t))
+	w.old(t)
+	at := &elsewhere{values: map[string]string{"/a/one": "old"}}
+	w.killed(t, w.remoteRenewal(at, "new"), op)
+	return w, at
+}
+
+// killed kills a deployment at its first step op, and restarts.
+func (w world) killed(t *testing.T, tx Transaction, op string) {
+	t.Helper()
+	s, dead := w.mustStore(t, nil), false
+	s.disk.before = func(s Step) error {
+		if dead = dead || s.Op == op; dead {
+			return errKilled
+		}
+		return nil
+	}
+	if _, err := s.deploy(t.Context(), tx); !dead {
+		t.Fatalf("not killed: %v", err)
+	}
+	_, err := w.mustStore(t, nil).Recover(t.Context())
+	check(t, err)
+	w.want(t, false, "old")
+}
+
+var errRefused = errors.New("serves another certificate")
+
+func refuse(tx Transaction) Transaction {
+	tx.Verify = func(context.Context) error { return errRefused }
+	return tx
+}
+
+func isBroken(err error) bool {
+	_, broken := errors.AsType[*BrokenError](err)
+	return broken
+}
+
+// TestOwedAndNotPlanned: the configuration changed between a crash and the next
+// deployment, so that nobody can undo what was changed elsewhere. That is said,
+// and it is undone when it can be.
+func TestOwedAndNotPlanned(t *testing.T) {
+	t.Run("fails", func(t *testing.T) {
+		w, at := interrupted(t, "run")
+		s := w.mustStore(t, nil)
+		for range 2 {
+			_, err := s.deploy(t.Context(), refuse(w.renewal()))
+			if !isBroken(err) || !errors.Is(err, errRefused) || !strings.Contains(err.Error(), "/a/one: ") || !strings.Contains(err.Error(), w.path("state/backups/t1/")) {
+				t.Errorf("got %v, want an error that names what is still changed and the backup", err)
+			}
+			w.want(t, false, "old")
+			check(t, s.Repair(t.Context(), t.Context()))
+		}
+		_, err := s.deploy(t.Context(), refuse(w.remoteRenewal(at, "newer")))
+		if err == nil || isBroken(err) || !maps.Equal(at.values, map[string]string{"/a/one": "old"}) {
+			t.Errorf("planned again: %v, %v", err, at.values)
+		}
+		if left := append(w.journal(t), w.backups(t)...); len(left) > 0 {
+			t.Errorf("left behind %q", left)
+		}
+	})
+	t.Run("another one fails", func(t *testing.T) {
+		w, at := interrupted(t, "run")
+		tx := w.renewal()
+		tx.Changes = []connector.Change{&remote{at, "two", "newer"}}
+		if _, err := w.mustStore(t, nil).deploy(t.Context(), refuse(tx)); !isBroken(err) || !maps.Equal(at.values, map[string]string{"/a/one": "new"}) {
+			t.Errorf("got %v, %v", err, at.values)
+		}
+		if _, err := w.mustStore(t, nil).deploy(t.Context(), refuse(w.remoteRenewal(at, "newer"))); err == nil || at.values["/a/one"] != "old" {
+			t.Errorf("planned again: %v, %v", err, at.values)
+		}
+	})
+	t.Run("is refused", func(t *testing.T) {
+		w, at := interrupted(t, "run")
+		tx := w.renewal()
+		tx.Files[0].Path = "/etc/passwd"
+		if _, err := w.mustStore(t, nil).deploy(t.Context(), tx); !isBroken(err) || !strings.Contains(err.Error(), "/a/one: ") {
+			t.Errorf("got %v, want an error that names what is still changed", err)
+		}
+		if _, err := w.mustStore(t, nil).deploy(t.Context(), refuse(w.remoteRenewal(at, "newer"))); err == nil || at.values["/a/one"] != "old" {
+			t.Errorf("planned again: %v, %v", err, at.values)
+		}
+	})
+	t.Run("cannot plan", func(t *testing.T) {
+		w, at := interrupted(t, "run")
+		broken := errors.New("no answer")
+		_, err := w.mustStore(t, nil).Deploy(t.Context(), Deployment{Target: "t1", Connector: planError{broken}})
+		if !isBroken(err) || !errors.Is(err, broken) || !strings.Contains(err.Error(), "/a/one: ") {
+			t.Errorf("got %v, want an error that names what is still changed", err)
+		}
+		if _, err := w.mustStore(t, nil).deploy(t.Context(), refuse(w.remoteRenewal(at, "newer"))); err == nil || at.values["/a/one"] != "old" {
+			t.Errorf("planned again: %v, %v", err, at.values)
+		}
+	})
+	t.Run("is killed", func(t *testing.T) {
+		for _, op := range []string{"create", "write", "syncdir", "rename", "run"} {
+			w, at := interrupted(t, "run")
+			tx := w.renewal()
+			tx.Verify = func(context.Context) error { return errRefused }
+			w.killed(t, tx, op)
+			if _, err := w.mustStore(t, nil).deploy(t.Context(), refuse(w.remoteRenewal(at, "newer"))); err == nil || at.values["/a/one"] != "old" {
+				t.Errorf("killed at %s, planned again: %v, %v", op, err, at.values)
+			}
+		}
+	})
+	t.Run("succeeds", func(t *testing.T) {
+		w, _ := interrupted(t, "run")
+		result, err := w.mustStore(t, nil).deploy(t.Context(), w.renewal())
+		check(t, err)
+		w.want(t, false, "new")
+		sets := w.backups(t)
+		last := w.path("state/backups/t1/" + sets[len(sets)-1])
+		if said := strings.Join(result.Warnings, " "); !strings.Contains(said, "/a/one") || !strings.Contains(said, last) {
+			t.Errorf("warnings %q, want one that names the change and %s", said, last)
+		}
+		saved, err := filepath.Glob(last + "/*_a_one")
+		check(t, err)
+		if len(saved) != 1 {
+			t.Errorf("what undoes it is not in the set: %q", saved)
+		}
+		if result, err := w.mustStore(t, nil).deploy(t.Context(), w.renewal()); err != nil || !result.Unchanged {
+			t.Errorf("once more: %+v, %v", result, err)
+		}
+	})
+}
+
+type planError struct{ error }
+
+func (e planError) Plan(context.Context, *connector.Material) (*connector.Plan, error) {
+	return nil, e.error
+}
+
+// TestOwedAndLost: somebody damaged what would undo a change. A rollback does
+// not claim to be one.
+func TestOwedAndLost(t *testing.T) {
+	for name, damage := range map[string]func(path string) error{
+		"removed": os.Remove,
+		"damaged": func(path string) error { return os.WriteFile(path, []byte("else"), 0o600) },
+		"set":     func(path string) error { return os.RemoveAll(filepath.Dir(path)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			w, at := interrupted(t, "run")
+			saved, err := filepath.Glob(w.path("state/backups/t1/*/*_a_one"))
+			check(t, err)
+			check(t, damage(saved[0]))
+			for range 2 {
+				s := w.mustStore(t, nil)
+				_, err := s.deploy(t.Context(), refuse(w.remoteRenewal(at, "newer")))
+				if !isBroken(err) || !strings.Contains(err.Error(), "/a/one: ") || strings.Contains(err.Error(), "back in place") {
+					t.Errorf("got %v, want a failed rollback", err)
+				}
+				check(t, s.Repair(t.Context(), t.Context()))
+				w.want(t, false, "old")
+			}
+			if _, err := w.mustStore(t, nil).deploy(t.Context(), w.remoteRenewal(at, "newer")); err != nil || at.values["/a/one"] != "newer" {
+				t.Errorf("the next one: %v, %v", err, at.values)
+			}
+			if left := w.journal(t); len(left) > 0 {
+				t.Errorf("left behind %q", left)
+			}
+		})
+	}
+}
+
+// TestOwedAndStale: the last of the plans that were made from what is no longer
+// there ends the deployment like any other refusal.
+func TestOwedAndStale(t *testing.T) {
+	w, at := interrupted(t, "run")
+	tx := w.remoteRenewal(at, "newer")
+	tx.Files[1].From = []byte("what is not there")
+	if _, err := w.mustStore(t, nil).deploy(t.Context(), tx); !errors.Is(err, errStale) || at.values["/a/one"] != "old" {
+		t.Errorf("got %v, %v", err, at.values)
+	}
+}
+
+// TestOwedIsSaid: each start says what is still changed elsewhere, until it is
+// undone. The control plane may never send the job again.
+func TestOwedIsSaid(t *testing.T) {
+	w, at := interrupted(t, "run")
+	for range 2 {
+		log := new(bytes.Buffer)
+		s := w.mustStore(t, nil)
+		s.opts.Log = slog.New(slog.NewTextHandler(log, nil))
+		_, err := s.Recover(t.Context())
+		check(t, err)
+		if !strings.Contains(log.String(), "level=WARN") || !strings.Contains(log.String(), "/a/one") || !strings.Contains(log.String(), w.path("state/backups/t1/")) {
+			t.Errorf("the start says %q", log)
+		}
+		check(t, s.Repair(t.Context(), t.Context())) // the reload; the change stays owed
+	}
+	if ids, err := Interrupted(w.path("state")); err != nil || !slices.Equal(ids, []string{"t1"}) {
+		t.Errorf("interrupted: %q, %v", ids, err)
+	}
+	if _, err := w.mustStore(t, nil).deploy(t.Context(), refuse(w.remoteRenewal(at, "newer"))); err == nil || at.values["/a/one"] != "old" {
+		t.Errorf("got %v, %v", err, at.values)
+	}
+}
+
+// TestNoSetStays: what undid an interrupted deployment holds old keys, and is
+// removed with it.
+func TestNoSetStays(t *testing.T) {
+	for name, alter := range map[string]func(*Transaction){
+		"fails":      func(tx *Transaction) { *tx = refuse(*tx) },
+		"is refused": func(tx *Transaction) { tx.Files[0].Path = "/etc/passwd" },
+	} {
+		w, at := interrupted(t, "run")
+		tx := w.remoteRenewal(at, "newer")
+		alter(&tx)
+		s := w.mustStore(t, nil)
+		if _, err := s.deploy(t.Context(), tx); err == nil || at.values["/a/one"] != "old" {
+			t.Errorf("%s: %v, %v", name, err, at.values)
+		}
+		check(t, s.Repair(t.Context(), t.Context()))
+		if left := append(w.journal(t), w.backups(t)...); len(left) > 0 {
+			t.Errorf("%s: left behind %q", name, left)
+		}
+	}
+}
+
+// TestUndoIsBounded: what cannot be read back is not a way back.
+func TestUndoIsBounded(t *testing.T) {
+	w := newWorld(t, ramDir(t))
+	w.old(t)
+	at := &elsewhere{values: map[string]string{"/a/one": strings.Repeat("x", maxFile+1)}}
+	_, err := w.mustStore(t, nil).deploy(t.Context(), w.remoteRenewal(at, "new"))
+	if err == nil || !strings.Contains(err.Error(), "/a/one") || !strings.Contains(err.Error(), "4 MiB") || len(at.calls) > 0 {
+		t.Errorf("got %v after %q", err, at.calls)
+	}
+	w.want(t, false, "old")
+}
+
+// TestChangeIDs refuses a plan whose changes the journal could not tell apart, or
+// not hold.
+func TestChangeIDs(t *testing.T) {
+	for name, ids := range map[string][]string{
+		"equal": {"two", "two"}, "empty": {""}, "of two lines": {"a\nb"}, "with a zero": {"a\x00b"},
+		"not UTF-8": {"a\xff"}, "long": {strings.Repeat("x", maxID+1)},
+	} {
+		w, at := interrupted(t, "run")
+		tx := w.remoteRenewal(at, "newer")
+		at.calls = nil
+		for _, id := range ids {
+			tx.Changes = append(tx.Changes, &remote{at, id, "newer"})
+		}
+		_, err := w.mustStore(t, nil).deploy(t.Context(), tx)
+		if err == nil || isBroken(err) || !slices.Equal(at.calls, []string{"restore two", "restore /a/one"}) {
+			t.Errorf("%s: %v after %q", name, err, at.calls)
+		}
+		w.want(t, false, "old")
+	}
+}
+
+// TestReloadAfterChange: a server that reads what was changed elsewhere has to be
+// told of the way back, where there were no files too.
+func TestReloadAfterChange(t *testing.T) {
+	w := newWorld(t, ramDir(t))
+	at := &elsewhere{values: map[string]string{"/a/one": "old"}}
+	tx := Transaction{Deployment: Deployment{Target: "t1"}}
+	tx.Changes = []connector.Change{&remote{at, "/a/one", "new"}}
+	tx.Reload.Command = &policy.Command{Argv: []string{"reload"}}
+	s, restored, reloads := w.mustStore(t, nil), false, 0
+	s.disk.before = func(s Step) error {
+		restored = restored || s.Op == "restore"
+		if restored && s.Op == "run" {
+			return errKilled
+		}
+		return nil
+	}
+	if _, err := s.deploy(t.Context(), refuse(tx)); err == nil || at.values["/a/one"] != "old" {
+		t.Errorf("got %v, %v", err, at.values)
+	}
+	s = w.mustStore(t, func(s Step) error {
+		if s.Op == "run" {
+			reloads++
+		}
+		return nil
+	})
+	check(t, s.Repair(t.Context(), t.Context()))
+	if left := append(w.journal(t), w.backups(t)...); reloads != 1 || len(left) > 0 {
+		t.Errorf("%d reloads, left behind %q", reloads, left)
+	}
+}
+
+// TestOlderAgentAndChanges: a version of the agent that knows no changes would
+// drop them, and what undoes them.
+func TestOlderAgentAndChanges(t *testing.T) {
+	for _, op := range []string{"run", "create"} {
+		w, at := interrupted(t, "run")
+		w.killed(t, w.remoteRenewal(at, "newer"), op)
+		data, err := os.ReadFile(w.path("state/journal/t1.json"))
+		check(t, err)
+		if !strings.HasPrefix(string(data), `{"version":2,`) {
+			t.Errorf("the record is %.40s", data)
+		}
+	}
+	data, err := encode(someRecord())
+	check(t, err)
+	if !strings.HasPrefix(string(data), `{"version":1,`) {
+		t.Errorf("a record without changes is %.40s", data)
+	}
+}
+
+// TestChangesKilledTwice kills a deployment behind a change, and the next one at
+// every step. The third fails: then everything is as it was before the first,
+// or as the second one left it.
+func TestChangesKilledTwice(t *testing.T) {
+	for i, value := range []string{"new", "newer"} {
+		for j, alter := range []func(Transaction) Transaction{refuse, func(tx Transaction) Transaction { return tx }} {
+			for n := 2*i + j; ; n += 4 {
+				w, at := interrupted(t, "run")
+				s, kill, dead := w.mustStore(t, nil), killAt(n), false
+				s.disk.before = func(s Step) error {
+					err := kill(s)
+					dead = err != nil
+					return err
+				}
+				_, err := s.deploy(t.Context(), alter(w.remoteRenewal(at, value)))
+				if !dead {
+					break
+				}
+				s = w.mustStore(t, nil)
+				s.disk.before = killAt(n % 7)
+				_, _ = s.Recover(t.Context())
+				s = w.mustStore(t, nil)
+				_, err = s.Recover(t.Context())
+				check(t, err)
+				want := map[string]string{"/a/one": "old"}
+				if w.condition(false) == "new" {
+					want = map[string]string{"/a/one": value, "two": value}
+				}
+				_, err = s.deploy(t.Context(), refuse(w.remoteRenewal(at, "newest")))
+				if err == nil || isBroken(err) || !maps.Equal(at.values, want) {
+					t.Errorf("step %d: %v, %v, want %v", n, err, at.values, want)
+				}
+				check(t, s.Repair(t.Context(), t.Context()))
+				if left := append(w.leftovers(), w.journal(t)...); len(left) > 0 {
+					t.Errorf("step %d: left behind %q", n, left)
+				}
+			}
+		}
+	}
+}
