@@ -119,8 +119,10 @@ type Reload struct {
 // new Connector of the same configuration is asked for it again, so its methods
 // must converge: each may have been carried out before, in whole or in part.
 type Change interface {
-	// ID names what is replaced ("client-ssl /Common/www"). It is stable: the
-	// journal knows the Change by it.
+	// ID names what is replaced, and where ("client-ssl /Common/www of
+	// bigip.example.org"): at most 512 bytes that print, unlike any other of the
+	// plan. It is stable: the journal knows the Change by it, and hands what was
+	// there before to nobody who has another ID.
 	ID() string
 
 	// Read returns what an undo needs, nil if there is nothing, and whether the

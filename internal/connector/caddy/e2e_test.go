@@ -137,6 +137,18 @@ func TestLiveAPI(t *testing.T) {
 		l.Refuses(t, m, "private key does not match public key")
 	})
 	t.Run("verification fails", func(t *testing.T) { l.VerificationFails(t) })
+	t.Run("undone after a crash", func(t *testing.T) {
+		was := l.NewMaterial(t)
+		l.MustDeploy(t, was)
+		m := l.NewMaterial(t)
+		killed(t, l.Host, func() error { _, err := l.Deploy(t.Context(), m); return err })
+		conformance.Serves(t, l.Endpoint, pemutil.Fingerprint(m.Leaf))
+		elsewhere := needs.FreePort(t)
+		if _, err := l.Deploy(t.Context(), m, "post_deploy_verify", map[string]any{"enabled": true, "endpoint": fmt.Sprint("127.0.0.1:", elsewhere)}); err == nil {
+			t.Error("a failed verification passes")
+		}
+		conformance.Serves(t, l.Endpoint, pemutil.Fingerprint(was.Leaf))
+	})
 	t.Run("no admin API there", func(t *testing.T) {
 		l.Refuses(t, l.NewMaterial(t), "connection refused", "admin_api", "http://127.0.0.1:1")
 	})

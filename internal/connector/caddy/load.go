@@ -40,8 +40,9 @@ type pairChange struct {
 	pair  loadedPair
 }
 
-// ID implements connector.Change.
-func (c *pairChange) ID() string { return "load_pem " + c.tag }
+// ID implements connector.Change. It says where the pair is: what undoes the
+// change holds a key of that Caddy, and is for no other.
+func (c *pairChange) ID() string { return "load_pem " + c.tag + " of " + c.admin.address }
 
 // Read implements connector.Change. What an undo needs is the element of
 // load_pem as it is.

@@ -2,12 +2,15 @@ package caddy
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"strings"
 	"testing"
 
 	"certctl-agent/internal/connector"
+	"certctl-agent/internal/connector/conformance"
+	"certctl-agent/internal/transaction"
 )
 
 func listConfig(elements ...string) string {
@@ -121,6 +124,71 @@ func TestUndoOfCancelled(t *testing.T) {
 	}
 	if got, want := f.api.get(""), listConfig(); got != want || len(f.api.made()) != 2 {
 		t.Errorf("got %s after %q\nwant %s", got, f.api.made(), want)
+	}
+}
+
+// killed kills the agent once Caddy has the new pair, and starts it again.
+func killed(t *testing.T, h *conformance.Host, deploy func() error) {
+	t.Helper()
+	made := false
+	h.Before = func(s transaction.Step) error {
+		if made && s.Op != "change" {
+			return errors.New("killed")
+		}
+		made = made || s.Op == "change"
+		return nil
+	}
+	err := deploy()
+	h.Before = nil
+	if err == nil || !made {
+		t.Fatalf("not killed: %v", err)
+	}
+	h.Restart(t)
+}
+
+// The agent is killed between Caddy's new pair and the commit, and the next try
+// fails: Caddy has the old pair back, which only the backup still held.
+func TestUndoAfterCrash(t *testing.T) {
+	other := `{"certificate":"C","key":"K"}`
+	ours := `{"certificate":"C","key":"K","tags":["` + ourTag + `"]}`
+	for _, before := range []string{listConfig(other), listConfig(ours, other)} {
+		f := newFixture(t, before)
+		m := f.Material(t, f.ca)
+		killed(t, f.Host, func() error { _, err := f.deploy(t.Context(), m); return err })
+		if got := f.api.get(""); !strings.Contains(got, element(m, ourTag)) {
+			t.Fatalf("after the crash Caddy has %s", got)
+		}
+		for range 2 { // the same certificate, and the same again
+			err := failing(t, f, m)
+			if got := f.api.get(""); got != before || strings.Contains(err.Error(), "person") {
+				t.Errorf("got %s, %v\nwant %s", got, err, before)
+			}
+		}
+	}
+}
+
+// Between the crash and the next try the control plane names another admin API,
+// or files: that Caddy gets nothing of the first one's, above all not its key.
+func TestUndoAfterCrashElsewhere(t *testing.T) {
+	ours := `{"certificate":"C","key":"K","tags":["` + ourTag + `"]}`
+	for _, mode := range []string{"api", "file"} {
+		f := newFixture(t, listConfig(ours))
+		m := f.Material(t, f.ca)
+		killed(t, f.Host, func() error { _, err := f.deploy(t.Context(), m); return err })
+		first, second := f.config, newFake(t, running)
+		f.config = map[string]any{"admin_api": second.URL, "mode": mode, "cert_dir": f.Dir}
+		err := failing(t, f, m)
+		if _, broken := errors.AsType[*transaction.BrokenError](err); !broken || !strings.Contains(err.Error(), f.api.URL) {
+			t.Errorf("mode %s: got %v, want an error that names the first Caddy", mode, err)
+		}
+		if got := second.get(""); strings.Contains(got, `"C"`) || strings.Contains(got, ourTag) {
+			t.Errorf("mode %s: the second Caddy has %s", mode, got)
+		}
+		f.config = first
+		_ = failing(t, f, m)
+		if got, want := f.api.get(""), listConfig(ours); got != want {
+			t.Errorf("mode %s: the first Caddy has %s, want %s", mode, got, want)
+		}
 	}
 }
 
