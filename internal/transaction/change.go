@@ -110,22 +110,27 @@ func (e *Engine) readSaved(id, set string, r changeRecord) ([]byte, error) {
 	return was, reason(err)
 }
 
+// read looks at what is there. What an interrupted deployment saved goes before it.
+func (c *change) read(ctx context.Context) error {
+	var was []byte
+	err := contain(func() (err error) {
+		was, c.same, err = c.Read(ctx)
+		return err
+	})
+	if err == nil && len(was) > maxFile {
+		err = fmt.Errorf("what would undo a change of it is larger than %d MiB", maxFile>>20)
+	}
+	if err == nil && !c.written {
+		c.was = was
+	}
+	return err
+}
+
 // readChanges looks at what the changes are about to replace.
 func (a *attempt) readChanges(ctx context.Context) error {
 	for i, c := range a.changes {
-		var was []byte
-		err := contain(func() (err error) {
-			was, c.same, err = c.Read(ctx)
-			return err
-		})
-		if err == nil && len(was) > maxFile {
-			err = fmt.Errorf("what would undo a change of it is larger than %d MiB", maxFile>>20)
-		}
-		if err != nil {
+		if err := c.read(ctx); err != nil {
 			return fmt.Errorf("look at %s: %w", c.Name, err)
-		}
-		if !c.written {
-			c.was = was
 		}
 		if c.was != nil {
 			c.Backup, c.Digest = backupName(len(a.files)+i, strings.ReplaceAll(c.Name, "/", "_")), digestOf(c.was)

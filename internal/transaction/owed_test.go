@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"maps"
 	"os"
@@ -359,5 +360,107 @@ func TestChangesKilledTwice(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// TestFinish: what only an undo needed is removed behind the commit, also when
+// the agent is killed in between, and whatever the connector does then.
+func TestFinish(t *testing.T) {
+	for _, op := range []string{"remove", "finish"} { // the first step behind the commit, and the last
+		w := newWorld(t, ramDir(t))
+		w.old(t)
+		at := &elsewhere{values: map[string]string{"/a/one": "old"}}
+		s, changed, dead := w.mustStore(t, nil), false, false
+		s.disk.before = func(s Step) error {
+			changed = changed || s.Op == "change"
+			if dead = dead || changed && s.Op == op && w.condition(false) == "new"; dead {
+				return errKilled
+			}
+			return nil
+		}
+		_, err := s.deploy(t.Context(), w.remoteRenewal(at, "new"))
+		check(t, err)
+		if finished := slices.ContainsFunc(at.calls, func(c string) bool { return strings.HasPrefix(c, "finish") }); !dead || finished {
+			t.Errorf("killed at %s: %v after %q", op, dead, at.calls)
+		}
+		s = w.mustStore(t, nil)
+		_, err = s.Recover(t.Context())
+		check(t, err)
+		at.calls = nil
+		if result, err := s.deploy(t.Context(), w.remoteRenewal(at, "new")); err != nil || !result.Unchanged {
+			t.Errorf("killed at %s: the next one: %+v, %v", op, result, err)
+		}
+		if want := []string{"finish /a/one", "finish two"}; !slices.Equal(at.calls, want) {
+			t.Errorf("killed at %s: calls %q, want %q", op, at.calls, want)
+		}
+	}
+}
+
+// TestChangePanics: a connector that panics fails its deployment, and a Finish
+// that does is a warning.
+func TestChangePanics(t *testing.T) {
+	for op, value := range map[string]string{"read": "old", "write": "old", "finish": "new"} {
+		w := newWorld(t, ramDir(t))
+		w.old(t)
+		at := &elsewhere{values: map[string]string{"/a/one": "old"}}
+		tx := w.remoteRenewal(at, "new")
+		tx.Changes = append(tx.Changes, &panicking{remote{at, "three", "new"}, op})
+		result, err := w.mustStore(t, nil).deploy(t.Context(), tx)
+		if said := fmt.Sprint(err, result.Warnings); isBroken(err) || (err == nil) != (value == "new") || !strings.Contains(said, "three: panic: a bug") {
+			t.Errorf("%s: %s", op, said)
+		}
+		if w.want(t, false, value); at.values["/a/one"] != value {
+			t.Errorf("%s: %v", op, at.values)
+		}
+	}
+}
+
+type panicking struct {
+	remote
+	op string
+}
+
+func (p *panicking) Read(ctx context.Context) ([]byte, bool, error) {
+	if p.op == "read" {
+		panic("a bug")
+	}
+	return p.remote.Read(ctx)
+}
+
+func (p *panicking) Write(ctx context.Context) error {
+	if p.op == "write" {
+		panic("a bug")
+	}
+	return p.remote.Write(ctx)
+}
+
+func (p *panicking) Finish(ctx context.Context) error {
+	if p.op == "finish" {
+		panic("a bug")
+	}
+	return p.remote.Finish(ctx)
+}
+
+// TestIrrevocableIsLast: what cannot be undone is written when all else is, and a
+// failure behind it is for a person, who is told what the connector says. All
+// else is undone.
+func TestIrrevocableIsLast(t *testing.T) {
+	w := newWorld(t, ramDir(t))
+	w.old(t)
+	at := &elsewhere{values: map[string]string{"/a/one": "old"},
+		fail: map[string]error{"restore two": fmt.Errorf("%w: remove version 7 by hand", connector.ErrIrrevocable)}}
+	s := w.mustStore(t, nil)
+	for range 2 {
+		_, err := s.deploy(t.Context(), refuse(w.remoteRenewal(at, "new")))
+		if !isBroken(err) || !errors.Is(err, connector.ErrIrrevocable) || !errors.Is(err, errRefused) || !strings.Contains(err.Error(), "remove version 7 by hand") {
+			t.Errorf("got %v", err)
+		}
+		check(t, s.Repair(t.Context(), t.Context()))
+		if w.want(t, false, "old"); !maps.Equal(at.values, map[string]string{"/a/one": "old", "two": "new"}) {
+			t.Errorf("values %v", at.values)
+		}
+	}
+	if _, err := s.deploy(t.Context(), w.remoteRenewal(at, "newer")); err != nil || at.values["two"] != "newer" || len(w.journal(t)) > 0 {
+		t.Errorf("the next one: %v, %v, %q", err, at.values, w.journal(t))
 	}
 }

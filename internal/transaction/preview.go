@@ -56,12 +56,15 @@ func NewPreview(ctx context.Context, d Deployment, plan *connector.Plan, rules *
 	if err := distinct(a.files); err != nil {
 		p.Problems = append(p.Problems, err.Error())
 	}
-	for _, c := range plan.Changes {
-		_, same, err := c.Read(ctx)
-		look := ChangePreview{Name: c.ID(), Changes: !same}
+	if err := a.adopt(); err != nil {
+		p.Problems = append(p.Problems, err.Error())
+	}
+	for _, c := range a.changes {
+		err := c.read(ctx)
+		look := ChangePreview{Name: c.Name, Changes: !c.same}
 		if err != nil {
 			look.Problem = err.Error()
-			p.Problems = append(p.Problems, "look at "+c.ID()+": "+look.Problem)
+			p.Problems = append(p.Problems, "look at "+c.Name+": "+look.Problem)
 		}
 		p.Changes = append(p.Changes, look)
 	}

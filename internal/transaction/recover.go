@@ -258,8 +258,11 @@ func (e *Engine) recoverLoaded(ctx context.Context, id string, r *record, loadEr
 	if _, damaged := errors.AsType[*damagedError](err); !damaged {
 		return rolledBack, err
 	}
-	e.opts.Log.Error("an interrupted deployment needs a person: its journal record was set aside, and nothing else was touched; the next deployment replaces every file",
-		"target", id, "error", err, "record", e.journal.join(id+asideSuffix), "backups", e.backups.join(id))
+	log := e.opts.Log.With("target", id, "error", err, "record", e.journal.join(id+asideSuffix), "backups", e.backups.join(id))
+	if r != nil && len(r.allChanges()) > 0 {
+		log = log.With("changes", names(r.allChanges()))
+	}
+	log.Error("an interrupted deployment needs a person: its journal record was set aside, and nothing else was touched; the next deployment replaces every file")
 	return setAside, e.setAside(id)
 }
 
