@@ -138,39 +138,46 @@ func (e *Engine) openSet(id, set string) (*dir, error) {
 	return enter(home, set)
 }
 
+// readBackup returns what was there before, be it a file or not; of names it in
+// errors, which may be transient.
+func (e *Engine) readBackup(id, set, name string, want digest, of string) ([]byte, error) {
+	at, err := e.openSet(id, set)
+	if err != nil {
+		return nil, err
+	}
+	defer at.Close()
+	data, _, _, err := read(at, name)
+	if err != nil {
+		return nil, fmt.Errorf("backup of %s: %w", of, reason(err))
+	}
+	if digestOf(data) != want {
+		return nil, fmt.Errorf("backup of %s is damaged", of)
+	}
+	return data, nil
+}
+
 // prune removes the oldest sets until keep are left, and those that are not
 // complete; a negative keep leaves none.
 func (e *Engine) prune(id string, keep int) error {
 	sets, err := e.sets(id)
-	if err != nil || len(sets) == 0 {
-		return err
-	}
-	home, err := enter(e.backups, id)
 	if err != nil {
 		return err
 	}
-	defer home.Close()
-	removed := false
-	for _, name := range slices.Backward(sets) {
-		_, err := home.Lstat(name + "/" + manifest)
-		if err == nil && keep > 0 {
+	var surplus []string
+	for _, set := range slices.Backward(sets) {
+		if _, err := e.backups.Lstat(id + "/" + set + "/" + manifest); err == nil && keep > 0 {
 			keep--
 			continue
 		}
-		removed = true
-		if err := e.removeSet(home, name); err != nil {
-			return fmt.Errorf("remove backup %s: %w", home.join(name), reason(err))
-		}
+		surplus = append(surplus, set)
 	}
-	if !removed {
-		return nil
-	}
-	return e.disk.syncDir(home)
+	return e.dropSets(id, surplus...)
 }
 
-// dropSet removes a backup set that nothing needs any more.
-func (e *Engine) dropSet(id, set string) error {
-	if set == "" {
+// dropSets removes backup sets of a target, durably. An empty name is none.
+func (e *Engine) dropSets(id string, sets ...string) error {
+	sets = slices.DeleteFunc(sets, func(set string) bool { return set == "" })
+	if len(sets) == 0 {
 		return nil
 	}
 	home, err := enter(e.backups, id)
@@ -181,8 +188,10 @@ func (e *Engine) dropSet(id, set string) error {
 		return err
 	}
 	defer home.Close()
-	if err := e.removeSet(home, set); err != nil {
-		return fmt.Errorf("remove backup %s: %w", home.join(set), reason(err))
+	for _, set := range sets {
+		if err := e.removeSet(home, set); err != nil {
+			return fmt.Errorf("remove backup %s: %w", home.join(set), reason(err))
+		}
 	}
 	return e.disk.syncDir(home)
 }

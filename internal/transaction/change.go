@@ -74,8 +74,11 @@ func (a *attempt) adopt() error {
 			a.changes = append(a.changes, c)
 		}
 		c.changeRecord, c.written = r, true
+		if r.Backup == "" {
+			continue // there was nothing
+		}
 		var err error
-		if c.was, err = a.readSaved(a.Target, a.record.Owed.Set, r); transient(err) {
+		if c.was, err = a.readBackup(a.Target, a.record.Owed.Set, r.Backup, r.Digest, r.Name); transient(err) {
 			return unsettledError(a.Target, err)
 		} else if err != nil {
 			c.lost = fmt.Errorf("what would undo it cannot be read: %w", err)
@@ -93,25 +96,8 @@ func (a *attempt) planned(id string) *change {
 	return a.changes[i]
 }
 
-// readSaved reads what undoes a change of an interrupted deployment.
-func (e *Engine) readSaved(id, set string, r changeRecord) ([]byte, error) {
-	if r.Backup == "" {
-		return nil, nil
-	}
-	at, err := e.openSet(id, set)
-	if err != nil {
-		return nil, err
-	}
-	defer at.Close()
-	was, _, _, err := read(at, r.Backup)
-	if err == nil && digestOf(was) != r.Digest {
-		return nil, errors.New("its backup is damaged")
-	}
-	return was, reason(err)
-}
-
-// read looks at what is there. What an interrupted deployment saved goes before it.
-func (c *change) read(ctx context.Context) error {
+// look reads what is there. What an interrupted deployment saved goes before it.
+func (c *change) look(ctx context.Context) error {
 	var was []byte
 	err := contain(func() (err error) {
 		was, c.same, err = c.Read(ctx)
@@ -129,7 +115,7 @@ func (c *change) read(ctx context.Context) error {
 // readChanges looks at what the changes are about to replace.
 func (a *attempt) readChanges(ctx context.Context) error {
 	for i, c := range a.changes {
-		if err := c.read(ctx); err != nil {
+		if err := c.look(ctx); err != nil {
 			return fmt.Errorf("look at %s: %w", c.Name, err)
 		}
 		if c.was != nil {
@@ -169,7 +155,7 @@ func (a *attempt) restoreChanges(ctx context.Context) error {
 		}
 		err := a.disk.step(Step{Op: "restore", Path: c.Name})
 		if err == nil {
-			err = a.restore(ctx, c)
+			err = a.takeBack(ctx, c)
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", c.Name, err))
@@ -180,7 +166,7 @@ func (a *attempt) restoreChanges(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-func (a *attempt) restore(ctx context.Context, c *change) error {
+func (a *attempt) takeBack(ctx context.Context, c *change) error {
 	if c.lost != nil {
 		return c.lost
 	}

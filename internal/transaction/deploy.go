@@ -62,7 +62,7 @@ func (e *Engine) Deploy(ctx context.Context, d Deployment) (Result, error) {
 }
 
 func (a *attempt) deploy(ctx context.Context) error {
-	if err := a.settle(ctx); err != nil {
+	if err := a.resume(ctx); err != nil {
 		return err
 	}
 	var err error
@@ -104,8 +104,8 @@ func (a *attempt) deploy(ctx context.Context) error {
 	return a.run(ctx)
 }
 
-// settle ends the target's earlier deployment, if it did not end.
-func (a *attempt) settle(ctx context.Context) error {
+// resume ends the target's earlier deployment, if it did not end.
+func (a *attempt) resume(ctx context.Context) error {
 	r, err := a.load(a.Target)
 	if r != nil && r.Phase != restored || err != nil {
 		if _, err := a.recoverLoaded(ctx, a.Target, r, err); err != nil {
@@ -163,7 +163,7 @@ func (a *attempt) resolve() error {
 		a.files = append(a.files, f)
 	}
 	for _, file := range a.plan.Files {
-		f, err := open(file, a.opts.Policy)
+		f, err := openFile(file, a.opts.Policy)
 		if err != nil {
 			return err
 		}
@@ -234,7 +234,7 @@ func (a *attempt) run(ctx context.Context) error {
 	if err != nil {
 		return a.rollBack(ctx, err)
 	}
-	if err := a.finish(&a.record); err != nil {
+	if err := a.cleanUp(&a.record); err != nil {
 		// Whatever is left is removed by the next deployment or start.
 		a.result.Warnings = append(a.result.Warnings, "cleaning up after the deployment: "+err.Error())
 	}
@@ -276,8 +276,8 @@ func (a *attempt) mark(p phase) error {
 	return nil
 }
 
-// finish cleans up behind a committed deployment.
-func (e *Engine) finish(r *record) error {
+// cleanUp ends the journal of a committed deployment.
+func (e *Engine) cleanUp(r *record) error {
 	if err := e.prune(r.Target, r.Keep); err != nil {
 		return err
 	}
@@ -386,9 +386,9 @@ func (a *attempt) abandon(ctx context.Context, cause error) error {
 		return &BrokenError{Cause: cause, Rollback: err, Backups: a.setPath(r)}
 	}
 	if owed.Command == nil && a.plan.Reload.Call == nil {
-		return errors.Join(cause, a.forget(a.Target), a.dropSet(a.Target, r.Set))
+		return errors.Join(cause, a.forget(a.Target), a.dropSets(a.Target, r.Set))
 	}
-	return errors.Join(cause, a.save(r), a.dropSet(a.Target, r.Set))
+	return errors.Join(cause, a.save(r), a.dropSets(a.Target, r.Set))
 }
 
 // abort ends a deployment that has put nothing in place.

@@ -41,8 +41,8 @@ const others = 0o007
 // errStale is a plan that was made from what is no longer there.
 var errStale = errors.New("it was changed by someone else while the deployment was prepared")
 
-// open resolves a destination and asks the policy.
-func open(file connector.File, rules *policy.Policy) (*dest, error) {
+// openFile resolves a destination and asks the policy.
+func openFile(file connector.File, rules *policy.Policy) (*dest, error) {
 	at, name, err := resolve(file.Path)
 	if _, missing := errors.AsType[*missingError](err); missing {
 		// The advice to make a directory must not hide that it is of no use.

@@ -60,7 +60,7 @@ func NewPreview(ctx context.Context, d Deployment, plan *connector.Plan, rules *
 		p.Problems = append(p.Problems, err.Error())
 	}
 	for _, c := range a.changes {
-		err := c.read(ctx)
+		err := c.look(ctx)
 		look := ChangePreview{Name: c.Name, Changes: !c.same}
 		if err != nil {
 			look.Problem = err.Error()
@@ -79,7 +79,7 @@ func (p *Preview) file(a *attempt, file connector.File, i int) FilePreview {
 		p.Problems = append(p.Problems, look.Problem)
 		return look
 	}
-	f, err := open(file, a.opts.Policy)
+	f, err := openFile(file, a.opts.Policy)
 	if err != nil {
 		return refuse(err)
 	}

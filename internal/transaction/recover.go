@@ -1,6 +1,7 @@
 package transaction
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -38,31 +39,16 @@ func (e *Engine) Recover(ctx context.Context) (Recovery, error) {
 	if err := e.sweep(e.journal); err != nil {
 		return found, err
 	}
-	ids, err := e.recorded()
-	if err != nil {
-		return found, err
-	}
-	until, cancel := deadline(ctx, startWait)
-	defer cancel()
-	flights := make([]*flight, len(ids))
-	for i, id := range ids {
-		flights[i] = e.fly(ctx, ctx, id, false)
-	}
-	for i, id := range ids {
-		f, err := flights[i], errNoAnswer
-		if f.await(until) {
-			err = f.err
-		}
-		if ctx.Err() != nil {
-			return found, context.Cause(ctx)
-		}
+	err := e.recoverAll(ctx, ctx, startWait, false, func(id string, f *flight, err error) {
 		list := &found.Failed
 		switch {
+		case ctx.Err() != nil:
+			return
 		case err != nil:
 			e.opts.Log.Error("an interrupted deployment could not be undone and will be tried again: until then nothing is deployed to its target", "target", id, "error", err)
-		case f.outcome == setAside:
+		case f.outcome == wasSetAside:
 			list = &found.SetAside
-		case f.outcome == finished:
+		case f.outcome == wasFinished:
 			list = &found.Finished
 		default:
 			list = &found.RolledBack
@@ -71,8 +57,8 @@ func (e *Engine) Recover(ctx context.Context) (Recovery, error) {
 		if err == nil && f.owing {
 			found.Reloads++
 		}
-	}
-	return found, nil
+	})
+	return found, cmp.Or(context.Cause(ctx), err)
 }
 
 // Repair does what interrupted transactions still need: it undoes or finishes
@@ -80,29 +66,42 @@ func (e *Engine) Recover(ctx context.Context) (Recovery, error) {
 // necessary. What fails is in the error, and is tried again by the next call.
 // Calls ends when the agent stops and bounds waiting; work bounds the reloads.
 func (e *Engine) Repair(calls, work context.Context) error {
+	var errs []error
+	err := e.recoverAll(calls, work, repairWait, true, func(id string, _ *flight, err error) {
+		if err != nil && !errors.Is(err, errUnderWay) {
+			errs = append(errs, fmt.Errorf("recover target %s: %w", id, err))
+		}
+	})
+	return errors.Join(append(errs, err)...)
+}
+
+// recoverAll recovers every target that has a record, all at once, and tells
+// ended of each in turn. It waits for their files no longer than wait.
+func (e *Engine) recoverAll(calls, work context.Context, wait time.Duration, reload bool, ended func(id string, f *flight, err error)) error {
 	ids, err := e.recorded()
-	errs := []error{err}
-	until, cancel := deadline(calls, repairWait)
+	if err != nil {
+		return err
+	}
+	until, cancel := deadline(calls, wait)
 	defer cancel()
 	flights := make([]*flight, len(ids))
 	for i, id := range ids {
-		flights[i] = e.fly(calls, work, id, true)
+		flights[i] = e.fly(calls, work, id, reload)
 	}
 	for i, id := range ids {
 		f := flights[i]
-		ended := f.await(until)
-		for ended && !f.reload { // it was under way already
+		answered := f.await(until)
+		for answered && reload && !f.reload { // it was under way already
 			f = e.fly(calls, work, id, true)
-			ended = f.await(until)
+			answered = f.await(until)
 		}
-		switch {
-		case !ended:
-			errs = append(errs, fmt.Errorf("recover target %s: %w", id, errNoAnswer))
-		case f.err != nil && !errors.Is(f.err, errUnderWay):
-			errs = append(errs, fmt.Errorf("recover target %s: %w", id, f.err))
+		err := errNoAnswer
+		if answered {
+			err = f.err
 		}
+		ended(id, f, err)
 	}
-	return errors.Join(errs...)
+	return nil
 }
 
 // Settle makes sure that no interrupted transaction can undo, later, what a
@@ -209,8 +208,8 @@ func (e *Engine) recoverTarget(calls, work context.Context, id string, f *flight
 	}
 	log := e.opts.Log.With("target", id)
 	switch {
-	case known || f.outcome == setAside: // which has a line of its own
-	case f.outcome == finished:
+	case known || f.outcome == wasSetAside: // which has a line of its own
+	case f.outcome == wasFinished:
 		log.Info("finished an interrupted deployment: the new files are in place")
 	default:
 		log.Warn("undid an interrupted deployment: the old files are in place")
@@ -234,9 +233,9 @@ func (e *Engine) recoverTarget(calls, work context.Context, id string, f *flight
 type outcome int
 
 const (
-	rolledBack outcome = iota
-	finished
-	setAside
+	wasUndone outcome = iota
+	wasFinished
+	wasSetAside
 )
 
 // recoverLoaded brings one target to all-old or all-new. The error is one that
@@ -247,23 +246,23 @@ func (e *Engine) recoverLoaded(ctx context.Context, id string, r *record, loadEr
 		switch r.Phase {
 		case restored:
 			if len(r.Changes) > 0 {
-				return rolledBack, nil // the next deployment needs the set
+				return wasUndone, nil // the next deployment needs the set
 			}
-			return rolledBack, e.dropSet(id, r.Set)
+			return wasUndone, e.dropSets(id, r.Set)
 		case committed:
-			return finished, e.finish(r)
+			return wasFinished, e.cleanUp(r)
 		}
 		err = e.undo(ctx, r)
 	}
 	if _, damaged := errors.AsType[*damagedError](err); !damaged {
-		return rolledBack, err
+		return wasUndone, err
 	}
 	log := e.opts.Log.With("target", id, "error", err, "record", e.journal.join(id+asideSuffix), "backups", e.backups.join(id))
 	if r != nil && len(r.allChanges()) > 0 {
 		log = log.With("changes", names(r.allChanges()))
 	}
 	log.Error("an interrupted deployment needs a person: its journal record was set aside, and nothing else was touched; the next deployment replaces every file")
-	return setAside, e.setAside(id)
+	return wasSetAside, e.setAside(id)
 }
 
 // undo puts the old files of an interrupted transaction back.
@@ -304,17 +303,15 @@ func (e *Engine) undo(ctx context.Context, r *record) error {
 // before, there is nothing to reload.
 func (e *Engine) recordRestored(r *record, changes []changeRecord) error {
 	sets := []string{r.Set}
+	if len(changes) > 0 {
+		sets = nil // they need it
+	}
 	if r.Owed != nil {
 		sets = append(sets, r.Owed.Set)
 	}
-	if len(changes) > 0 {
-		sets = sets[1:]
-	}
 	if !r.hadAny() && len(changes) == 0 {
-		for _, set := range sets {
-			if err := e.dropSet(r.Target, set); err != nil {
-				return err
-			}
+		if err := e.dropSets(r.Target, sets...); err != nil {
+			return err
 		}
 		return e.forget(r.Target)
 	}
@@ -322,12 +319,7 @@ func (e *Engine) recordRestored(r *record, changes []changeRecord) error {
 	if err := e.save(r); err != nil {
 		return err
 	}
-	for _, set := range sets {
-		if err := e.dropSet(r.Target, set); err != nil {
-			return err
-		}
-	}
-	return nil
+	return e.dropSets(r.Target, sets...)
 }
 
 // hadAny reports whether there was anything of the target before.
@@ -400,23 +392,11 @@ func (e *Engine) fetch(r *record, files []*dest) error {
 		if !f.placed || f.Old == nil {
 			continue
 		}
-		set, err := e.openSet(r.Target, r.Set)
-		if transient(err) {
-			return fmt.Errorf("backup of %s: %w", f.Path, err)
-		}
-		if err != nil {
+		var err error
+		if f.oldData, err = e.readBackup(r.Target, r.Set, f.Old.Backup, f.Old.Digest, f.Path); transient(err) {
+			return err
+		} else if err != nil {
 			return &damagedError{err}
-		}
-		f.oldData, _, _, err = read(set, f.Old.Backup)
-		set.Close()
-		if transient(err) {
-			return fmt.Errorf("backup of %s: %w", f.Path, reason(err))
-		}
-		if err != nil {
-			return &damagedError{fmt.Errorf("backup of %s: %w", f.Path, reason(err))}
-		}
-		if digestOf(f.oldData) != f.Old.Digest {
-			return &damagedError{fmt.Errorf("backup of %s is damaged", f.Path)}
 		}
 	}
 	return nil

@@ -59,7 +59,7 @@ func (e *Engine) discard(files []*dest, r *record) error {
 	if err := e.removeTemporaries(files); err != nil {
 		return err
 	}
-	if err := e.dropSet(r.Target, r.Set); err != nil {
+	if err := e.dropSets(r.Target, r.Set); err != nil {
 		return err
 	}
 	if r.Owed == nil {
