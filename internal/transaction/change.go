@@ -155,7 +155,10 @@ func (a *attempt) restoreChanges(ctx context.Context) error {
 		}
 		err := a.disk.step(Step{Op: "restore", Path: c.Name})
 		if err == nil {
-			err = a.takeBack(ctx, c)
+			err = c.lost
+		}
+		if err == nil {
+			err = regardless(ctx, lateWait, func(ctx context.Context) error { return c.Restore(ctx, c.was) })
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", c.Name, err))
@@ -166,21 +169,12 @@ func (a *attempt) restoreChanges(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-func (a *attempt) takeBack(ctx context.Context, c *change) error {
-	if c.lost != nil {
-		return c.lost
-	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoWait)
-	defer cancel()
-	return contain(func() error { return c.Restore(ctx, c.was) })
-}
-
 // finishChanges lets the changes remove what only an undo needed.
 func (a *attempt) finishChanges(ctx context.Context) {
 	for _, c := range a.changes {
 		err := a.disk.step(Step{Op: "finish", Path: c.Name})
 		if err == nil {
-			err = a.finishChange(ctx, c)
+			err = regardless(ctx, lateWait, c.Finish)
 		}
 		if errors.Is(err, errOrphan) && a.record.Keep > 0 {
 			err = fmt.Errorf("%w; it stays as it is, and what was there before is in %s", err, a.setPath(&a.record))
@@ -189,10 +183,4 @@ func (a *attempt) finishChanges(ctx context.Context) {
 			a.result.Warnings = append(a.result.Warnings, fmt.Sprintf("cleaning up after the deployment, %s: %v", c.Name, err))
 		}
 	}
-}
-
-func (a *attempt) finishChange(ctx context.Context, c *change) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), finishWait)
-	defer cancel()
-	return contain(func() error { return c.Finish(ctx) })
 }

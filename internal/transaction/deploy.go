@@ -10,18 +10,16 @@ import (
 	"slices"
 	"time"
 
+	"certctl-agent/internal/api"
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/policy"
 )
 
 const (
-	// undoWait bounds what a rollback asks of others, which no cancelled context
-	// stops: each Restore, and the reload beyond what its command may take by
-	// itself.
-	undoWait = time.Minute
-
-	// finishWait bounds each Finish.
-	finishWait = time.Minute
+	// lateWait bounds what a rollback, or a deployment behind its commit, asks of
+	// others, which no cancelled context stops: each Restore and Finish, and the
+	// reload beyond what its command may take by itself.
+	lateWait = time.Minute
 
 	// maxPlans bounds how often a plan is made again because somebody else
 	// changed what it was made from.
@@ -47,9 +45,12 @@ type attempt struct {
 // Deploy carries out one deployment. When it fails, the target is as it was
 // before, unless the error is a BrokenError. A cancelled context rolls back.
 func (e *Engine) Deploy(ctx context.Context, d Deployment) (Result, error) {
-	release, err := e.acquire(ctx, d.Target, d.Yield)
+	if !api.ValidID(d.Target) {
+		return Result{}, fmt.Errorf("target id %q is not valid", d.Target)
+	}
+	release, err := acquire(ctx, &e.targets, d.Target, d.Yield)
 	if err != nil {
-		return Result{}, err
+		return Result{}, &BusyError{Err: fmt.Errorf("wait for another deployment of target %s: %w", d.Target, err)}
 	}
 	defer release()
 	for try := 1; ; try++ {
@@ -218,21 +219,10 @@ func (a *attempt) run(ctx context.Context) error {
 	if err := a.stage(ctx); err != nil {
 		return a.abort(ctx, err)
 	}
-	err := a.swap(ctx)
-	if err == nil {
-		err = a.writeChanges(ctx)
-	}
-	if err == nil {
-		err = a.activate(ctx)
-	}
-	if err == nil {
-		err = a.commit()
-	}
-	if _, broken := errors.AsType[*BrokenError](err); broken {
-		return err
-	}
-	if err != nil {
-		return a.rollBack(ctx, err)
+	for _, step := range []func(context.Context) error{a.swap, a.writeChanges, a.activate, a.commit} {
+		if err := step(ctx); err != nil {
+			return a.rollBack(ctx, err)
+		}
 	}
 	if err := a.cleanUp(&a.record); err != nil {
 		// Whatever is left is removed by the next deployment or start.
@@ -244,7 +234,7 @@ func (a *attempt) run(ctx context.Context) error {
 
 // commit makes the new files final. When it fails, the journal says for
 // certain that they are not.
-func (a *attempt) commit() error {
+func (a *attempt) commit(context.Context) error {
 	err := a.mark(committed)
 	if unsure, ok := errors.AsType[*unsureError](err); ok {
 		if again := a.mark(swapping); again != nil {
@@ -361,6 +351,13 @@ func (a *attempt) call(ctx context.Context, f func(context.Context) error) error
 	return contain(func() error { return f(ctx) })
 }
 
+// regardless calls f, which ends by wait and not by the end of ctx.
+func regardless(ctx context.Context, wait time.Duration, f func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), wait)
+	defer cancel()
+	return contain(func() error { return f(ctx) })
+}
+
 // contain makes an error of a panic, which must not leave anything in place
 // unproven.
 func contain(f func() error) (err error) {
@@ -400,8 +397,11 @@ func (a *attempt) abort(ctx context.Context, cause error) error {
 	return a.abandon(ctx, cause)
 }
 
-// rollBack undoes everything after cause.
+// rollBack undoes everything after cause, unless that is beyond it.
 func (a *attempt) rollBack(ctx context.Context, cause error) error {
+	if _, broken := errors.AsType[*BrokenError](cause); broken {
+		return cause
+	}
 	err := errors.Join(a.restoreChanges(ctx), a.putAllBack(&a.record, a.files))
 	if err != nil {
 		return &BrokenError{Cause: cause, Rollback: err, Backups: a.setPath(&a.record)}
@@ -425,13 +425,11 @@ func (a *attempt) reloadOld(ctx context.Context) error {
 	if !a.loaded && !slices.ContainsFunc(a.files, func(f *dest) bool { return f.placed }) {
 		return nil
 	}
-	wait := undoWait
+	wait := lateWait
 	if a.plan.Reload.Command != nil {
 		wait += a.plan.Reload.Command.Timeout
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), wait)
-	defer cancel()
-	err := a.reload(ctx)
+	err := regardless(ctx, wait, a.reload)
 	if err == nil {
 		time.Sleep(a.plan.Reload.Wait)
 	}

@@ -68,7 +68,7 @@ func (e *Engine) fly(calls, work context.Context, id string, reload bool) *fligh
 	}
 	e.flights[id] = f
 	go func() {
-		f.err = e.recoverTarget(calls, work, id, f)
+		f.err = contain(func() error { return e.recoverTarget(calls, work, id, f) })
 		f.land()
 		e.mu.Lock()
 		delete(e.flights, id)

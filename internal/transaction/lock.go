@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"time"
 
+	"certctl-agent/internal/namelock"
 	"certctl-agent/internal/printable"
 )
 
@@ -44,6 +45,25 @@ func waitFor(ctx context.Context, yield Yield, wait func(context.Context) error)
 		return &BusyError{Err: fmt.Errorf("wait for a place after that: %w", err)}
 	}
 	return err
+}
+
+// acquire takes a lock of this process. Many can be in its line, so none of them
+// fails; but a dead file system can keep the first.
+func acquire(ctx context.Context, locks *namelock.Table, name string, yield Yield) (release func(), err error) {
+	release, ok := locks.Try(name)
+	if ok {
+		return release, nil
+	}
+	err = waitFor(ctx, yield, func(ctx context.Context) (err error) {
+		ctx, cancel := context.WithTimeoutCause(ctx, lockWait, fmt.Errorf("not free within %s", lockWait))
+		defer cancel()
+		release, err = locks.Acquire(ctx, name)
+		return err
+	})
+	if err != nil && release != nil {
+		release()
+	}
+	return release, err
 }
 
 // hold is the directories that one transaction has locked.
@@ -84,25 +104,11 @@ func statOf(d *dir) *syscall.Stat_t { return d.info.Sys().(*syscall.Stat_t) }
 func (h *hold) take(ctx context.Context, d *dir) error {
 	stat := statOf(d)
 	name := fmt.Sprintf("%d:%d", stat.Dev, stat.Ino)
-	release, ok := h.dirs.Try(name)
-	if !ok {
-		// Many can be in the line of this process, so none of them fails; but a
-		// dead file system can keep the first.
-		err := waitFor(ctx, h.yield, func(ctx context.Context) (err error) {
-			ctx, cancel := context.WithTimeoutCause(ctx, lockWait, fmt.Errorf("not free within %s", lockWait))
-			defer cancel()
-			release, err = h.dirs.Acquire(ctx, name)
-			return err
-		})
-		if release != nil {
-			h.locks = append(h.locks, release)
-		}
-		if err != nil {
-			return &BusyError{Err: fmt.Errorf("another deployment of this agent holds it: %w", err)}
-		}
-	} else {
-		h.locks = append(h.locks, release)
+	release, err := acquire(ctx, &h.dirs, name, h.yield)
+	if err != nil {
+		return &BusyError{Err: fmt.Errorf("another deployment of this agent holds it: %w", err)}
 	}
+	h.locks = append(h.locks, release)
 	f, err := d.Open(".")
 	if err != nil {
 		return err

@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime/debug"
 	"slices"
 	"strings"
 	"syscall"
@@ -182,12 +181,7 @@ func (e *Engine) recorded() ([]string, error) {
 }
 
 // recoverTarget is one flight.
-func (e *Engine) recoverTarget(calls, work context.Context, id string, f *flight) (err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
-		}
-	}()
+func (e *Engine) recoverTarget(calls, work context.Context, id string, f *flight) error {
 	if !api.ValidID(id) {
 		return fmt.Errorf("journal record is not usable: %s: target id %q is not valid", e.journal.join(id+recordSuffix), id)
 	}

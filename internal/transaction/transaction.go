@@ -27,12 +27,10 @@ package transaction
 
 import (
 	"context"
-	"fmt"
 	"log/slog"
 	"os"
 	"sync"
 
-	"certctl-agent/internal/api"
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/namelock"
@@ -153,25 +151,4 @@ func (e *Engine) openDirs() (err error) {
 		e.backups.Close()
 	}
 	return err
-}
-
-// acquire waits for the target and returns how to release it.
-func (e *Engine) acquire(ctx context.Context, id string, yield Yield) (release func(), err error) {
-	if !api.ValidID(id) {
-		return nil, fmt.Errorf("target id %q is not valid", id)
-	}
-	if release, ok := e.targets.Try(id); ok {
-		return release, nil
-	}
-	err = waitFor(ctx, yield, func(ctx context.Context) (err error) {
-		release, err = e.targets.Acquire(ctx, id)
-		return err
-	})
-	if err != nil {
-		if release != nil {
-			release()
-		}
-		return nil, &BusyError{Err: fmt.Errorf("wait for another deployment of target %s: %w", id, err)}
-	}
-	return release, nil
 }
