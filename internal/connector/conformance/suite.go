@@ -150,11 +150,7 @@ func (r *rig) checkSecrets(m *connector.Material, err error) {
 	if err != nil {
 		said.WriteString(err.Error())
 	}
-	journal, err := filepath.Glob(filepath.Join(r.StateDir, "journal", "*"))
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	for _, name := range journal {
+	for _, name := range r.glob("journal", "*") {
 		record, err := os.ReadFile(name)
 		if err != nil {
 			r.t.Fatal(err)
@@ -302,13 +298,70 @@ func (s *suite) renews(t *testing.T) {
 	r.giveAway()
 	before := r.state()
 	m := r.Material(t, s.ca)
+	ids := r.changes(m)
+	r.Before = func(step transaction.Step) error {
+		switch step.Op {
+		case "change":
+			r.checkSaved(step.Path)
+			if !slices.Contains(ids, step.Path) {
+				r.t.Errorf("the change %q is called %q by another connector of the same configuration", step.Path, ids)
+			}
+		case "finish":
+			if open := r.glob("journal", "*"); len(open) > 0 {
+				r.t.Errorf("%s is finished and not committed", step.Path)
+			}
+		}
+		return nil
+	}
 	r.mustDeploy(m)
+	r.Before = nil
 	r.checkInstalled(m)
 	for name, value := range r.state() {
 		if strings.HasSuffix(name, attributes) && value != before[name] {
 			t.Errorf("%s is %s, was %s", name, value, before[name])
 		}
 	}
+}
+
+// changes are the IDs of what a connector plans to change elsewhere.
+func (r *rig) changes(m *connector.Material) (ids []string) {
+	r.t.Helper()
+	c, err := r.Connector(r.Type, r.Config(r.Dir))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	plan, err := c.Plan(r.t.Context(), m)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	for _, change := range plan.Changes {
+		ids = append(ids, change.ID())
+	}
+	return ids
+}
+
+// checkSaved fails the test unless what undoes a change that is about to be made
+// is in a backup set, for the agent alone.
+func (r *rig) checkSaved(change string) {
+	r.t.Helper()
+	if sets := r.glob("backups", "*", "*", "manifest.json"); len(sets) == 0 {
+		r.t.Errorf("%s is changed, and nothing is saved", change)
+	}
+	for _, name := range r.glob("backups", "*", "*", "*") {
+		if info, err := os.Lstat(name); err != nil || info.Mode() != 0o600 {
+			r.t.Errorf("%s is changed, and %s can be read by others: %v, %v", change, name, info.Mode(), err)
+		}
+	}
+}
+
+// glob lists files of the state directory.
+func (r *rig) glob(pattern ...string) []string {
+	r.t.Helper()
+	names, err := filepath.Glob(filepath.Join(append([]string{r.StateDir}, pattern...)...))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return names
 }
 
 // prepared is a rig before a deployment of m.
