@@ -371,11 +371,12 @@ func contain(f func() error) (err error) {
 
 // abandon ends a deployment that has not begun. One before it may have been
 // interrupted by a crash between its changes and their undo: they are undone
-// now, since the job is over.
+// now, since the job is over. One that is to be tried again leaves them owed.
 func (a *attempt) abandon(ctx context.Context, cause error) error {
 	owed := a.record.Owed
 	_, busy := errors.AsType[*BusyError](cause)
-	if busy || errors.Is(cause, errStale) && !a.last || owed == nil || len(owed.Changes) == 0 {
+	again := busy || ctx.Err() != nil || errors.Is(cause, errStale) && !a.last
+	if again || owed == nil || len(owed.Changes) == 0 {
 		return cause
 	}
 	r := &record{Target: a.Target, Phase: restored, Set: owed.Set, Reload: owed.Command}

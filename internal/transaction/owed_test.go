@@ -464,3 +464,69 @@ func TestIrrevocableIsLast(t *testing.T) {
 		t.Errorf("the next one: %v, %v, %q", err, at.values, w.journal(t))
 	}
 }
+
+// TestOwedAndCancelled: a deployment that ends with the agent comes again. What
+// is owed is left to it, and nobody is called for.
+func TestOwedAndCancelled(t *testing.T) {
+	for name, begin := range map[string]func(ctx context.Context, s *Engine, tx Transaction) error{
+		"plan": func(ctx context.Context, s *Engine, tx Transaction) error {
+			tx.Deployment.Connector = planError{ctx.Err()}
+			_, err := s.Deploy(ctx, tx.Deployment)
+			return err
+		},
+		"look": func(ctx context.Context, s *Engine, tx Transaction) error {
+			tx.Changes[0].(*remote).at.fail = map[string]error{"read two": ctx.Err()}
+			_, err := s.deploy(ctx, tx)
+			return err
+		},
+		"stage": func(ctx context.Context, s *Engine, tx Transaction) error {
+			_, err := s.deploy(ctx, tx)
+			return err
+		},
+	} {
+		w, at := interrupted(t, "run")
+		s := w.mustStore(t, nil)
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		at.calls = nil
+		if err := begin(ctx, s, w.remoteRenewal(at, "newer")); !errors.Is(err, context.Canceled) || isBroken(err) || len(at.calls) > 0 {
+			t.Errorf("%s: got %v after %q", name, err, at.calls)
+		}
+		at.fail = nil
+		if _, err := s.deploy(t.Context(), refuse(w.remoteRenewal(at, "newer"))); err == nil || isBroken(err) || at.values["/a/one"] != "old" {
+			t.Errorf("%s, then once more: %v, %v", name, err, at.values)
+		}
+	}
+}
+
+// TestOwedAndNoSet: nothing but the damaged backup was there, so that the next
+// deployment has no set of its own.
+func TestOwedAndNoSet(t *testing.T) {
+	w := newWorld(t, ramDir(t))
+	at := &elsewhere{values: map[string]string{"one": "old"}}
+	tx := Transaction{Deployment: Deployment{Target: "t1"}}
+	tx.Changes = []connector.Change{&remote{at, "one", "new"}}
+	s, changed := w.mustStore(t, nil), false
+	s.disk.before = func(s Step) error {
+		if changed {
+			return errKilled
+		}
+		changed = s.Op == "change"
+		return nil
+	}
+	if _, err := s.deploy(t.Context(), tx); err == nil || at.values["one"] != "new" {
+		t.Fatal(err, at.values)
+	}
+	check(t, errors.Join(os.RemoveAll(w.path("state/backups/t1")), os.Mkdir(w.path("state/backups/t1"), 0o700)))
+	for range 3 {
+		s := w.mustStore(t, nil)
+		_, err := s.Recover(t.Context())
+		check(t, err)
+		if _, err := s.deploy(t.Context(), refuse(tx)); !isBroken(err) {
+			t.Errorf("got %v, want a failed rollback", err)
+		}
+	}
+	if _, err := w.mustStore(t, nil).deploy(t.Context(), tx); err != nil || len(w.journal(t)) > 0 {
+		t.Errorf("the next one: %v, %q", err, w.journal(t))
+	}
+}
