@@ -20,34 +20,17 @@ const maxID = 512
 // journalled.
 type change struct {
 	changeRecord
-	connector.Change
-	was     []byte // what undoes it; nil: there was nothing
-	lost    error  // why it cannot be undone; nil: it can
-	same    bool   // there is nothing to write
-	written bool   // it may have been made, by this deployment or an interrupted one
+	connector.Change        // nil: an interrupted deployment may have made it, and it is not planned any more
+	was              []byte // what undoes it; nil: there was nothing
+	lost             error  // why it cannot be undone; nil: it can
+	same             bool   // there is nothing to write
+	written          bool   // it may have been made, by this deployment or an interrupted one
 }
 
-// orphan stands for a Change that an interrupted deployment may have made, and
-// that is not planned any more. What undoes it moves on from set to set, until a
-// plan names it again or a deployment succeeds.
-type orphan string
-
+// errOrphan is why nobody can undo a Change that is not planned any more. What
+// undoes it moves on from set to set, until a plan names it again or a
+// deployment succeeds.
 var errOrphan = errors.New("a deployment that was interrupted changed it, and only a deployment that would change it too can undo that")
-
-// ID implements connector.Change.
-func (o orphan) ID() string { return string(o) }
-
-// Read implements connector.Change.
-func (o orphan) Read(context.Context) ([]byte, bool, error) { return nil, true, nil }
-
-// Write implements connector.Change.
-func (o orphan) Write(context.Context) error { return nil }
-
-// Restore implements connector.Change.
-func (o orphan) Restore(context.Context, []byte) error { return errOrphan }
-
-// Finish implements connector.Change.
-func (o orphan) Finish(context.Context) error { return errOrphan }
 
 // adopt takes the changes of the plan, and those that an interrupted deployment
 // may have made: what it saved wins over what is there now.
@@ -70,7 +53,7 @@ func (a *attempt) adopt() error {
 	for _, r := range a.record.Owed.Changes {
 		c := a.planned(r.Name)
 		if c == nil {
-			c = &change{Change: orphan(r.Name)}
+			c = &change{lost: errOrphan, same: true}
 			a.changes = append(a.changes, c)
 		}
 		c.changeRecord, c.written = r, true
@@ -98,6 +81,9 @@ func (a *attempt) planned(id string) *change {
 
 // look reads what is there. What an interrupted deployment saved goes before it.
 func (c *change) look(ctx context.Context) error {
+	if c.Change == nil {
+		return nil
+	}
 	var was []byte
 	err := contain(func() (err error) {
 		was, c.same, err = c.Read(ctx)
@@ -172,12 +158,17 @@ func (a *attempt) restoreChanges(ctx context.Context) error {
 // finishChanges lets the changes remove what only an undo needed.
 func (a *attempt) finishChanges(ctx context.Context) {
 	for _, c := range a.changes {
+		if c.Change == nil {
+			warning := c.Name + " stays as an interrupted deployment left it: the configuration does not name it any more"
+			if a.record.Keep > 0 {
+				warning += "; what was there before is in " + a.setPath(&a.record)
+			}
+			a.result.Warnings = append(a.result.Warnings, warning)
+			continue
+		}
 		err := a.disk.step(Step{Op: "finish", Path: c.Name})
 		if err == nil {
 			err = regardless(ctx, lateWait, c.Finish)
-		}
-		if errors.Is(err, errOrphan) && a.record.Keep > 0 {
-			err = fmt.Errorf("%w; it stays as it is, and what was there before is in %s", err, a.setPath(&a.record))
 		}
 		if err != nil {
 			a.result.Warnings = append(a.result.Warnings, fmt.Sprintf("cleaning up after the deployment, %s: %v", c.Name, err))

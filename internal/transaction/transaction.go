@@ -2,7 +2,7 @@
 // the engine carries it out, together with the promotion of the key, so that
 // whatever happens in between the target ends up either all new or as it was.
 //
-//	settle    what an earlier deployment of the target left, after a crash
+//	resume    what an earlier deployment of the target left, after a crash
 //	plan      ask the connector
 //	resolve   walk to every destination directory by handle, trusting no link
 //	lock      flock the directories, so that two agents on a host take turns
