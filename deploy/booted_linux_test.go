@@ -142,7 +142,7 @@ func (b *booted) start(t *testing.T) {
 	})
 	out := b.run(t, "certctl-agent", "register", "-config", envFile, "-name", "machine", "-write", envFile)
 	b.agentID, _, _ = strings.Cut(out, "\n")
-	if !api.ValidID(b.agentID) || !strings.Contains(readFile(t, b.path(envFile)), b.agentID) {
+	if _, err := api.ParseID(b.agentID); err != nil || !strings.Contains(readFile(t, b.path(envFile)), b.agentID) {
 		t.Fatalf("register printed %q; agent.env:\n%s", b.agentID, readFile(t, b.path(envFile)))
 	}
 	// Failures are made below: the pauses between them need not be a fleet's.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -9,6 +10,7 @@ import (
 	"strings"
 	"syscall"
 
+	"certctl-agent/internal/api"
 	"certctl-agent/internal/app"
 	"certctl-agent/internal/command"
 	"certctl-agent/internal/keystore"
@@ -113,7 +115,13 @@ func (c *checker) overlays() {
 		if !isOverlay {
 			continue
 		}
-		if _, err := targetconf.Merge(nil, "", nil, name, overlays); err != nil {
+		id, err := api.ParseID(name)
+		if err != nil {
+			err = fmt.Errorf("overlay %s: the target %w", entry.Name(), err)
+		} else {
+			_, err = targetconf.Merge(nil, "", nil, id, overlays)
+		}
+		if err != nil {
 			c.fail("overlays", "", "%v", err)
 			bad++
 			continue

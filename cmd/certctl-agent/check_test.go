@@ -132,6 +132,7 @@ func TestCheckText(t *testing.T) {
 	agent := h.start()
 	agent.waitLog("first heartbeat accepted")
 	h.write("targets.d/web.json", `{"key_path": "/x"`, 0o600)
+	h.write("targets.d/a b.json", `{}`, 0o600)
 	code, output := h.run("check")
 	agent.stop()
 	if code != exitFailure {
@@ -145,6 +146,7 @@ func TestCheckText(t *testing.T) {
 		" CERTCTL_MAX_DEPLOYS 4 (default) ",
 		" ok key directory " + h.path("keys") + ", mode 0700, writable ",
 		" failure overlays overlay " + h.path("targets.d", "web.json") + ": ",
+		` failure overlays overlay a b.json: the target id "a b" is not valid: expected 1 to 128 of A-Z a-z 0-9 . _ -`,
 		" ok agent the control plane knows " + h.agentID,
 	} {
 		if !strings.Contains(words, want) {

@@ -31,11 +31,11 @@ func TestHostileIDs(t *testing.T) {
 	for i, name := range names {
 		h.plane.AddCertificate(devplane.Certificate{ID: name, CommonName: "localhost", Agents: []string{h.agentID}})
 		h.plane.AddTarget(devplane.Target{ID: name, Agent: h.agentID, Type: "NGINX", Config: h.nginx("y-")})
-		h.plane.AddJob(api.Job{ID: name, Type: api.TypeDeployment, Status: devplane.StatusPending, CertificateID: certificate, TargetID: target})
+		h.plane.AddJob(devplane.WireJob{ID: name, Type: api.TypeDeployment, Status: devplane.StatusPending, CertificateID: certificate, TargetID: target})
 		reported = append(reported,
-			h.plane.AddJob(api.Job{ID: fmt.Sprintf("csr-%d", i), Type: api.TypeIssuance, Status: api.StatusAwaitingCSR, CertificateID: name, CommonName: "localhost"}),
-			h.plane.AddJob(api.Job{ID: fmt.Sprintf("cert-%d", i), Type: api.TypeDeployment, Status: devplane.StatusPending, CertificateID: name, TargetID: target}),
-			h.plane.AddJob(api.Job{ID: fmt.Sprintf("target-%d", i), Type: api.TypeDeployment, Status: devplane.StatusPending, CertificateID: certificate, TargetID: name}))
+			h.plane.AddJob(devplane.WireJob{ID: fmt.Sprintf("csr-%d", i), Type: api.TypeIssuance, Status: api.StatusAwaitingCSR, CertificateID: name, CommonName: "localhost"}),
+			h.plane.AddJob(devplane.WireJob{ID: fmt.Sprintf("cert-%d", i), Type: api.TypeDeployment, Status: devplane.StatusPending, CertificateID: name, TargetID: target}),
+			h.plane.AddJob(devplane.WireJob{ID: fmt.Sprintf("target-%d", i), Type: api.TypeDeployment, Status: devplane.StatusPending, CertificateID: certificate, TargetID: name}))
 	}
 	agent := h.start()
 	for _, id := range reported {
@@ -422,7 +422,7 @@ func TestCommandsShowNoKeys(t *testing.T) {
 	config["validate_command"] = "cat " + h.path("keys", certificate+".key") + " /nonexistent/file"
 	target := h.plane.AddTarget(devplane.Target{Agent: h.agentID, Type: "NGINX", Config: config})
 	agent := h.start()
-	h.plane.AddJob(api.Job{ID: "steal", Type: api.TypeDeployment, Status: devplane.StatusPending, CertificateID: certificate, TargetID: target})
+	h.plane.AddJob(devplane.WireJob{ID: "steal", Type: api.TypeDeployment, Status: devplane.StatusPending, CertificateID: certificate, TargetID: target})
 	job := h.waitJob("steal", api.StatusFailed)
 	agent.waitLog("deployment failed", "/nonexistent/file")
 	agent.stop()

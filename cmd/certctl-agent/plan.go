@@ -11,6 +11,7 @@ import (
 	"strings"
 	"text/tabwriter"
 
+	"certctl-agent/internal/api"
 	"certctl-agent/internal/app"
 	"certctl-agent/internal/config"
 	"certctl-agent/internal/hostfile"
@@ -63,9 +64,12 @@ func runPlan(ctx context.Context, p process) error {
 		Flags: func(f *flag.FlagSet) {
 			f.StringVar(&target.Type, "type", "", "type of the target")
 			f.StringVar(&configFile, "config", "", "configuration of the target")
-			f.StringVar(&target.ID, "target", target.ID, "id of the target")
+			f.Func("target", "id of the target", func(id string) (err error) {
+				target.ID, err = api.ParseID(id)
+				return err
+			})
 			f.StringVar(&certFile, "cert", "", "certificate")
-			f.StringVar(&target.CertificateID, "certificate", "", "id of the certificate")
+			f.Func("certificate", "id of the certificate", func(id string) error { return target.CertificateID.UnmarshalText([]byte(id)) })
 			f.BoolVar(&asJSON, "json", false, "print JSON")
 		},
 		Ignore: func(setting string) bool {
@@ -127,7 +131,7 @@ func printPreview(w io.Writer, p *app.Preview) error {
 			line("%s", name)
 		}
 	}
-	line("target %s, type %s, seen as user %s", shown(p.Target), p.Type, accountName(strconv.Itoa(p.UID), userName))
+	line("target %s, type %s, seen as user %s", p.Target, p.Type, accountName(strconv.Itoa(p.UID), userName))
 	section("settings", len(p.Settings)+len(p.Unknown))
 	for _, s := range p.Settings {
 		line("  %s\t%s\t%s", s.Key, shown(s.Value), shown(s.Source))

@@ -131,7 +131,8 @@ func TestPlanRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	for args, want := range map[string]int{"": exitUsage, "-type ACME": exitFailure, "-type F5": exitFailure, "-type NGINX -cert " + dir + "/none": exitFailure,
-		"-type NGINX -cert -": exitUsage, "-type NGINX -cert " + dir + "/pipe": exitFailure} {
+		"-type NGINX -cert -": exitUsage, "-type NGINX -cert " + dir + "/pipe": exitFailure,
+		"-type NGINX -target ../evil": exitUsage, "-type NGINX -certificate a/b": exitUsage} {
 		if code, out := planned(t, settings, "{}", strings.Fields(args)...); code != want {
 			t.Errorf("%q: exit code %d, want %d: %s", args, code, want, out)
 		}

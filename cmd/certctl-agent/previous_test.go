@@ -47,7 +47,7 @@ func TestPreviousRelease(t *testing.T) {
 			t.Fatal(err)
 		}
 		h.plane.AddVersion("mc-"+name, string(issued.PEM()))
-		h.plane.AddJob(api.Job{ID: job, Type: api.TypeDeployment, Status: api.StatusRunning, CertificateID: "mc-" + name, TargetID: "t-" + name})
+		h.plane.AddJob(devplane.WireJob{ID: job, Type: api.TypeDeployment, Status: api.StatusRunning, CertificateID: "mc-" + name, TargetID: "t-" + name})
 	}
 	later := h.plane.Inject(devplane.Fault{Call: devplane.CallCertificate, Status: 503})
 
@@ -116,7 +116,7 @@ func entries(t *testing.T, text string) map[string]installed.Entry {
 	}
 	byTarget := make(map[string]installed.Entry)
 	for _, entry := range list.Served {
-		byTarget[entry.TargetID] = entry
+		byTarget[string(entry.TargetID)] = entry
 	}
 	return byTarget
 }

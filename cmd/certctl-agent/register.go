@@ -64,7 +64,7 @@ func runRegister(ctx context.Context, p process) error {
 	if err != nil {
 		return explainRegistration(err, cfg.Name)
 	}
-	if !api.ValidID(agent.ID) {
+	if _, err := api.ParseID(agent.ID); err != nil {
 		return fmt.Errorf("the control plane registered this host under an id that cannot be used: %q", agent.ID)
 	}
 	// The id first: should the file not be writable, it is not lost.

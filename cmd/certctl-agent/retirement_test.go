@@ -40,7 +40,7 @@ func TestRetiredBeforeTheStart(t *testing.T) {
 	h.write("ran", "", 0o644)
 	certificate := h.certificate()
 	enrolment := h.plane.StartIssuance(certificate)
-	deployment := h.plane.AddJob(api.Job{Type: api.TypeDeployment, Status: devplane.StatusPending,
+	deployment := h.plane.AddJob(devplane.WireJob{Type: api.TypeDeployment, Status: devplane.StatusPending,
 		CertificateID: certificate, TargetID: h.target("x")})
 	h.plane.Retire(h.agentID)
 

@@ -74,7 +74,7 @@ func TestStatus(t *testing.T) {
 	if err := json.Unmarshal([]byte(output), &snapshot); err != nil || code != exitOK {
 		t.Fatalf("exit code %d, %v", code, err)
 	}
-	if c := snapshot.Certificates; snapshot.AgentID != h.agentID || len(c) != 1 || c[0].CertificateID != certificate || c[0].Fingerprint != h.latest(certificate) {
+	if c := snapshot.Certificates; snapshot.AgentID != h.agentID || len(c) != 1 || string(c[0].CertificateID) != certificate || c[0].Fingerprint != h.latest(certificate) {
 		t.Errorf("the snapshot is %s", output)
 	}
 	sockets, err := filepath.Glob(h.path("keys", ".state", "*", status.SocketName))

@@ -34,8 +34,8 @@ import (
 type Plane interface {
 	Heartbeat(ctx context.Context, h api.Heartbeat) error
 	Work(ctx context.Context) (api.Work, error)
-	ReportStatus(ctx context.Context, job string, s api.JobStatus) error
-	ReportVerification(ctx context.Context, job string, v api.Verification) error
+	ReportStatus(ctx context.Context, job api.ID, s api.JobStatus) error
+	ReportVerification(ctx context.Context, job api.ID, v api.Verification) error
 }
 
 // Enroller takes one job from key to accepted CSR. An error that is an
@@ -59,13 +59,13 @@ type Surveyor interface {
 // Ledger keeps claimed jobs and undelivered reports on disk; see package ledger.
 type Ledger interface {
 	Claim(jobs []api.Job, now time.Time) (accepted []api.Job, refused []ledger.Refusal)
-	Start(job string) error
-	Finish(job string, reports []ledger.Report) error
-	Report(job string, s api.JobStatus) error
+	Start(job api.ID) error
+	Finish(job api.ID, reports []ledger.Report) error
+	Report(job api.ID, s api.JobStatus) error
 	Unfinished() []api.Job
-	Job(id string) (job api.Job, ok bool)
+	Job(id api.ID) (job api.Job, ok bool)
 	Undelivered() []ledger.Delivery
-	UndeliveredOf(job string) []ledger.Delivery
+	UndeliveredOf(job api.ID) []ledger.Delivery
 	Delivered(d ledger.Delivery) error
 	Drop(d ledger.Delivery, reason string) error
 }

@@ -225,26 +225,26 @@ func (p plane) Work(ctx context.Context) (api.Work, error) {
 	return work, p.w.answer("poll", err)
 }
 
-func (p plane) ReportStatus(_ context.Context, job string, s api.JobStatus) error {
-	p.w.note(time.Now(), "report", job+" "+s.Status)
+func (p plane) ReportStatus(_ context.Context, job api.ID, s api.JobStatus) error {
+	p.w.note(time.Now(), "report", string(job)+" "+s.Status)
 	if p.w.report == nil {
 		return nil
 	}
-	return p.w.answer("status report", p.w.report(job, s))
+	return p.w.answer("status report", p.w.report(string(job), s))
 }
 
-func (p plane) ReportVerification(_ context.Context, job string, v api.Verification) error {
-	p.w.note(time.Now(), "verify", job)
+func (p plane) ReportVerification(_ context.Context, job api.ID, v api.Verification) error {
+	p.w.note(time.Now(), "verify", string(job))
 	if p.w.verify == nil {
 		return nil
 	}
-	return p.w.answer("verification", p.w.verify(job, v))
+	return p.w.answer("verification", p.w.verify(string(job), v))
 }
 
 type enroller struct{ w *world }
 
 func (e enroller) Enroll(ctx context.Context, job api.Job) error {
-	e.w.note(time.Now(), "enroll", job.ID)
+	e.w.note(time.Now(), "enroll", string(job.ID))
 	if e.w.enroll == nil {
 		return nil
 	}
@@ -254,7 +254,7 @@ func (e enroller) Enroll(ctx context.Context, job api.Job) error {
 type deployer struct{ w *world }
 
 func (d deployer) Deploy(calls, work context.Context, job api.Job, turn deploy.Turn) (deploy.Outcome, error) {
-	d.w.note(time.Now(), "deploy", job.ID)
+	d.w.note(time.Now(), "deploy", string(job.ID))
 	if d.w.turn != nil {
 		return d.w.turn(work, job, turn)
 	}
@@ -364,12 +364,12 @@ func once(n int, jobs ...api.Job) func(context.Context, int) (api.Work, error) {
 }
 
 func deployment(id, target string) api.Job {
-	return api.Job{ID: id, Type: api.TypeDeployment, Status: api.StatusRunning, CertificateID: "cert-1",
-		TargetID: target, TargetType: "NGINX", TargetConfig: json.RawMessage(`{}`)}
+	return api.Job{ID: api.ID(id), Type: api.TypeDeployment, Status: api.StatusRunning, CertificateID: "cert-1",
+		TargetID: api.ID(target), TargetType: "NGINX", TargetConfig: json.RawMessage(`{}`)}
 }
 
 func csrJob(id string) api.Job {
-	return api.Job{ID: id, Type: api.TypeRenewal, Status: api.StatusAwaitingCSR, CertificateID: "cert-1", CommonName: "www.example.org"}
+	return api.Job{ID: api.ID(id), Type: api.TypeRenewal, Status: api.StatusAwaitingCSR, CertificateID: "cert-1", CommonName: "www.example.org"}
 }
 
 // everyMinute checks that heartbeats kept their rhythm for a while.
@@ -718,19 +718,40 @@ func TestRescanAndRefusedJobs(t *testing.T) {
 			if n != 1 {
 				return api.Work{}, nil
 			}
-			return api.Work{
-				Jobs: []api.Job{
-					{ID: "../evil", Type: api.TypeDeployment, Status: api.StatusRunning},
-					{ID: "other", Type: "Revocation", Status: "Running"},
-				},
-				Malformed: []api.MalformedJob{{ID: "odd", Type: api.TypeDeployment, Err: errors.New("sans is no list")}},
-				Excess:    7,
-			}, nil
+			var work api.Work
+			err := json.Unmarshal([]byte(`{"jobs":[
+				{"id":"../evil","type":"Deployment","status":"Running","certificate_id":"c"},
+				{"id":"a\u0000b","type":"Renewal","status":"AwaitingCSR","certificate_id":"c"},
+				{"id":"other","type":"Revocation","status":"Running","certificate_id":"a/b"},
+				{"id":"odd","type":"Deployment","status":"Running","certificate_id":"c","sans":"no list"},
+				{"id":"certificate","type":"Deployment","status":"Running","certificate_id":"../../evil","target_id":"t"},
+				{"id":"csr","type":"Renewal","status":"AwaitingCSR","certificate_id":"../../evil","common_name":"x.test"},
+				{"id":"target","type":"Deployment","status":"Running","certificate_id":"c","target_id":"a/b"},
+				{"id":"none","type":"Deployment","status":"Running","certificate_id":"c","target_type":"NGINX"}]}`), &work)
+			work.Excess = 7
+			return work, err
 		}
+		reasons := make(map[string]string)
+		w.report = func(job string, s api.JobStatus) error { reasons[job] = s.Error; return nil }
 		w.start()
 		time.Sleep(time.Minute)
-		if got := w.done("report", "deploy", "enroll"); got != "report odd Failed" {
-			t.Errorf("done: %q, want only the malformed job reported Failed", got)
+		if got := w.done("deploy", "enroll"); got != "" {
+			t.Errorf("done: %q, want no job begun", got)
+		}
+		const expected = " is not valid: expected 1 to 128 of A-Z a-z 0-9 . _ -"
+		for job, want := range map[string]string{
+			"odd": "the job could not be decoded: json: ", "certificate": `the certificate id "../../evil"` + expected,
+			"csr": `the certificate id "../../evil"` + expected, "target": `the target id "a/b"` + expected, "none": `the target id ""` + expected,
+		} {
+			if got := reasons[job]; !strings.HasPrefix(got, want) || !strings.Contains(w.done("report"), "report "+job+" Failed") {
+				t.Errorf("job %s: reason %q, want %q", job, got, want)
+			}
+		}
+		if got := w.count("report"); got != 5 {
+			t.Errorf("reports: %s, want one on each malformed job that has an id", w.done("report"))
+		}
+		if got := w.ledger.Unfinished(); len(got) != 0 {
+			t.Errorf("claimed: %v", got)
 		}
 		for _, part := range []string{"its id is not one", "could not be decoded", "more jobs than any host has targets"} {
 			if !strings.Contains(w.log.String(), part) {

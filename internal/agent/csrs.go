@@ -34,10 +34,10 @@ const (
 // a single job, such as a profile that forbids it, holds up only that job.
 type csrTable struct {
 	waiting  []api.Job
-	inHand   map[string]bool      // by job id: waiting or under way
-	certs    map[string]bool      // by certificate id: under way
-	tries    map[string]*csrTries // by job id: not accepted so far
-	accepted map[string]time.Time // by job id, until a later poll began
+	inHand   map[api.ID]bool      // by job id: waiting or under way
+	certs    map[api.ID]bool      // by certificate id: under way
+	tries    map[api.ID]*csrTries // by job id: not accepted so far
+	accepted map[api.ID]time.Time // by job id, until a later poll began
 
 	pacer      *pace.Pacer // of the control plane's own failures
 	due        time.Time
@@ -54,10 +54,10 @@ type csrTries struct {
 
 func newCSRTable(pacer *pace.Pacer) csrTable {
 	return csrTable{
-		inHand:   make(map[string]bool),
-		certs:    make(map[string]bool),
-		tries:    make(map[string]*csrTries),
-		accepted: make(map[string]time.Time),
+		inHand:   make(map[api.ID]bool),
+		certs:    make(map[api.ID]bool),
+		tries:    make(map[api.ID]*csrTries),
+		accepted: make(map[api.ID]time.Time),
 		pacer:    pacer,
 	}
 }
@@ -67,12 +67,12 @@ func (a *Agent) takeCSRs(jobs []api.Job, begun time.Time) {
 	t := &a.csrs
 	// An answer that was on its way while a CSR was accepted still shows that
 	// job; handling it again would make a second version of the certificate.
-	maps.DeleteFunc(t.accepted, func(_ string, at time.Time) bool { return at.Before(begun) })
-	shown := make(map[string]bool)
+	maps.DeleteFunc(t.accepted, func(_ api.ID, at time.Time) bool { return at.Before(begun) })
+	shown := make(map[api.ID]bool)
 	for _, job := range jobs {
 		shown[job.ID] = true
 	}
-	maps.DeleteFunc(t.tries, func(id string, _ *csrTries) bool { return !shown[id] && !t.inHand[id] })
+	maps.DeleteFunc(t.tries, func(id api.ID, _ *csrTries) bool { return !shown[id] && !t.inHand[id] })
 	now := time.Now()
 	if t.due.After(now) {
 		return

@@ -19,7 +19,7 @@ import (
 func csrJobs(n int) (jobs []api.Job) {
 	for i := range n {
 		job := csrJob(fmt.Sprintf("j%d", i))
-		job.CertificateID = fmt.Sprintf("cert-%d", i)
+		job.CertificateID = api.ID(fmt.Sprintf("cert-%d", i))
 		jobs = append(jobs, job)
 	}
 	return jobs
@@ -171,7 +171,7 @@ func TestHangingCSRDoesNotStarveOthers(t *testing.T) {
 					return work, nil
 				}
 				w.enroll = func(ctx context.Context, job api.Job) error {
-					if strings.HasPrefix(job.ID, "slow") {
+					if strings.HasPrefix(string(job.ID), "slow") {
 						if err := sleep(ctx, 30*time.Second); err != nil {
 							return err
 						}

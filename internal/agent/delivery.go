@@ -27,7 +27,7 @@ const (
 //
 // There may be thousands of them, so an event costs a look at its own job only.
 type deliveryTable struct {
-	jobs     map[string]*pacedDelivery
+	jobs     map[api.ID]*pacedDelivery
 	earliest time.Time // not after the first due time of jobs
 	timer    *time.Timer
 	stats    status.Activity
@@ -50,16 +50,16 @@ type report struct {
 
 // delivered is the outcome of one try.
 type delivered struct {
-	job string
+	job api.ID
 	err error
 }
 
 func newDeliveryTable() deliveryTable {
-	return deliveryTable{jobs: make(map[string]*pacedDelivery), timer: stoppedTimer()}
+	return deliveryTable{jobs: make(map[api.ID]*pacedDelivery), timer: stoppedTimer()}
 }
 
 // noteReports takes note of what there is to report on a job.
-func (a *Agent) noteReports(job string) {
+func (a *Agent) noteReports(job api.ID) {
 	undelivered := a.opts.Ledger.UndeliveredOf(job)
 	if len(undelivered) == 0 {
 		delete(a.delivery.jobs, job)
@@ -81,7 +81,7 @@ func (a *Agent) noteReports(job string) {
 
 // deliver sends the reports that are due, in one goroutine. Changed are the jobs
 // on which there may be something new to report.
-func (a *Agent) deliver(changed ...string) {
+func (a *Agent) deliver(changed ...api.ID) {
 	for _, job := range changed {
 		a.noteReports(job)
 	}
@@ -135,7 +135,7 @@ func (a *Agent) dueReports(now time.Time) []report {
 func (a *Agent) send(ctx context.Context, due []report) []delivered {
 	var results []delivered
 	var down error
-	stuck := make(map[string]bool)
+	stuck := make(map[api.ID]bool)
 	for _, r := range due {
 		if stuck[r.Job] {
 			continue
@@ -196,7 +196,7 @@ func (a *Agent) sent(results []delivered) {
 	a.delivery.stats.Running = false
 	now := time.Now()
 	a.delivery.stats.LastAttempt = now
-	jobs := make([]string, 0, len(results))
+	jobs := make([]api.ID, 0, len(results))
 	for _, r := range results {
 		jobs = append(jobs, r.job)
 		a.delivery.note(now, r.err)

@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"fmt"
 	"time"
 
 	"certctl-agent/internal/api"
@@ -17,9 +16,9 @@ type jobTable struct {
 	slots      chan struct{} // one element for each deployment that runs and waits for no other
 	unfinished []api.Job
 	waiting    []*waitingJob
-	running    map[string]api.Job // begun, by job id
-	targets    map[string]bool    // target ids a running deployment is for
-	certs      map[string]string  // certificates that are a running job's alone; its id
+	running    map[api.ID]api.Job // begun, by job id
+	targets    map[api.ID]bool    // target ids a running deployment is for
+	certs      map[api.ID]api.ID  // certificates that are a running job's alone; its id
 	timer      *time.Timer        // the earliest retry of a waiting job
 }
 
@@ -41,9 +40,9 @@ type waitingJob struct {
 func newJobTable(slots int) jobTable {
 	return jobTable{
 		slots:   make(chan struct{}, slots),
-		running: make(map[string]api.Job),
-		targets: make(map[string]bool),
-		certs:   make(map[string]string),
+		running: make(map[api.ID]api.Job),
+		targets: make(map[api.ID]bool),
+		certs:   make(map[api.ID]api.ID),
 		timer:   stoppedTimer(),
 	}
 }
@@ -56,8 +55,8 @@ func (t *jobTable) add(job api.Job, runningUnanswered bool) {
 type claimed struct {
 	csrs        []api.Job
 	deployments []api.Job
-	refused     []string        // job ids; each has a report now
-	again       map[string]bool // deployments of which an earlier claim has something to report
+	refused     []api.ID        // job ids; each has a report now
+	again       map[api.ID]bool // deployments of which an earlier claim has something to report
 }
 
 // maxNameless bounds the lines that one poll's jobs without a usable id have in
@@ -69,16 +68,8 @@ const maxNameless = 20
 func (a *Agent) record(work api.Work) claimed {
 	var c claimed
 	var deployments []api.Job
-	nameless := 0 // jobs that cannot even be reported
-	ignore := func(id, typ string, err error) {
-		if nameless++; nameless <= maxNameless {
-			a.log.Error("job ignored: its id is not one", "job", id, "type", typ, "error", err)
-		}
-	}
 	for _, job := range work.Jobs {
 		switch {
-		case !api.ValidID(job.ID):
-			ignore(job.ID, job.Type, nil)
 		case job.AwaitsCSR():
 			c.csrs = append(c.csrs, job)
 		case job.IsDeployment():
@@ -90,18 +81,21 @@ func (a *Agent) record(work api.Work) claimed {
 	if work.Excess > 0 {
 		a.log.Error("a poll brought more jobs than any host has targets: the rest was left out", "limit", api.MaxJobs, "left_out", work.Excess)
 	}
+	nameless := 0 // jobs that cannot even be reported
 	for _, m := range work.Malformed {
-		if !api.ValidID(m.ID) {
-			ignore(m.ID, m.Type, m.Err)
+		if m.ID != "" {
+			a.refuse(m.ID, m.Err.Error())
+			c.refused = append(c.refused, m.ID)
 			continue
 		}
-		a.refuse(m.ID, fmt.Sprintf("the job could not be decoded: %v", m.Err))
-		c.refused = append(c.refused, m.ID)
+		if nameless++; nameless <= maxNameless {
+			a.log.Error("job ignored: its id is not one", "job", m.Name, "type", m.Type, "error", m.Err)
+		}
 	}
 	if nameless > maxNameless {
 		a.log.Error("more jobs were ignored: their ids are none", "jobs", nameless-maxNameless)
 	}
-	c.again = make(map[string]bool)
+	c.again = make(map[api.ID]bool)
 	for _, job := range deployments {
 		c.again[job.ID] = len(a.opts.Ledger.UndeliveredOf(job.ID)) > 0
 	}
@@ -115,11 +109,8 @@ func (a *Agent) record(work api.Work) claimed {
 }
 
 // refuse reports a job Failed that was never begun.
-func (a *Agent) refuse(job, reason string) {
+func (a *Agent) refuse(job api.ID, reason string) {
 	a.log.Error("job refused", "job", job, "reason", reason)
-	if !api.ValidID(job) {
-		return
-	}
 	if err := a.opts.Ledger.Report(job, api.JobStatus{Status: api.StatusFailed, Error: reason}); err != nil {
 		a.log.Error("the refusal of a job could not be recorded and may not reach the control plane", "job", job, "error", err)
 	}

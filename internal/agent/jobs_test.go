@@ -107,16 +107,16 @@ func TestOneDeploymentPerTarget(t *testing.T) {
 		most, all := 0, 0
 		w.deploy = func(_, work context.Context, job api.Job) (deploy.Outcome, error) {
 			w.mu.Lock()
-			running[job.TargetID]++
+			running[string(job.TargetID)]++
 			all++
-			if running[job.TargetID] > 1 {
+			if running[string(job.TargetID)] > 1 {
 				t.Errorf("two deployments of target %s at once", job.TargetID)
 			}
 			most = max(most, all)
 			w.mu.Unlock()
 			_ = sleep(work, 10*time.Second)
 			w.mu.Lock()
-			running[job.TargetID]--
+			running[string(job.TargetID)]--
 			all--
 			w.mu.Unlock()
 			return deploy.Outcome{Status: api.StatusCompleted}, nil
@@ -399,16 +399,16 @@ func TestPanicIsTheJobsFailure(t *testing.T) {
 func (w *world) waitFor(waits map[string]time.Duration) {
 	w.turn = func(work context.Context, job api.Job, turn deploy.Turn) (deploy.Outcome, error) {
 		turn.Share()
-		if wait, ok := waits[job.ID]; ok {
+		if wait, ok := waits[string(job.ID)]; ok {
 			if err := turn.Yield(func(ctx context.Context) error { return sleep(ctx, wait) }); err != nil {
 				return deploy.Outcome{}, err
 			}
 		}
-		w.note(time.Now(), "run", job.ID)
+		w.note(time.Now(), "run", string(job.ID))
 		if err := sleep(work, time.Second); err != nil {
 			return deploy.Outcome{}, err
 		}
-		w.note(time.Now(), "ran", job.ID)
+		w.note(time.Now(), "ran", string(job.ID))
 		return deploy.Outcome{Status: api.StatusCompleted}, nil
 	}
 }

@@ -57,18 +57,6 @@ func VerifyPath(job string) string { return "/api/v1/jobs/" + url.PathEscape(job
 
 func agentPath(agent string) string { return "/api/v1/agents/" + url.PathEscape(agent) }
 
-const (
-	idAlphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-"
-	maxID      = 128
-)
-
-// ValidID reports whether id can name a file and a path segment without
-// surprises: 1 to 128 of A-Z a-z 0-9 . _ - and neither "." nor "..". The
-// control plane accepts any string, "../../evil" included.
-func ValidID(id string) bool {
-	return id != "" && len(id) <= maxID && id != "." && id != ".." && strings.Trim(id, idAlphabet) == ""
-}
-
 // Heartbeat says that the agent is alive, and on what. OS and Architecture are
 // Go's GOOS and GOARCH.
 type Heartbeat struct {
@@ -84,9 +72,9 @@ type Work struct {
 	Jobs  []Job `json:"jobs"`
 	Count int   `json:"count"`
 
-	// Malformed are the jobs that could not be decoded or are too large. Each
-	// was claimed all the same, so it is kept apart and does not take the others
-	// with it.
+	// Malformed are the jobs that cannot be carried out as they came. Each was
+	// claimed all the same, so it is kept apart and does not take the others with
+	// it.
 	Malformed []MalformedJob `json:"-"`
 
 	// Excess is how many jobs were left out because the answer held more than
@@ -119,12 +107,13 @@ const (
 	maxField = 1 << 10
 )
 
-// MalformedJob is a job whose fields have other types than they should, or are
-// too large.
+// MalformedJob is a job whose fields have other types than they should, are too
+// large, or are ids that are not valid.
 type MalformedJob struct {
-	ID   string // empty where not even that could be read
+	ID   ID     // "": the job has none that is valid, so nothing can be reported
+	Name string // its id as it came, for the log
 	Type string
-	Err  error
+	Err  error // says for the control plane, too, why the job is refused
 }
 
 // UnmarshalJSON decodes job by job: the control plane counts every job of the
@@ -160,9 +149,9 @@ func (w *Work) UnmarshalJSON(data []byte) error {
 			w.Excess++
 			continue
 		}
-		job, err := decodeJob(data)
+		job, name, err := decodeJob(data)
 		if err != nil {
-			w.Malformed = append(w.Malformed, MalformedJob{ID: job.ID, Type: job.Type, Err: err})
+			w.Malformed = append(w.Malformed, MalformedJob{ID: job.ID, Name: clip(name), Type: clip(job.Type), Err: err})
 			continue
 		}
 		w.Jobs = append(w.Jobs, job)
@@ -172,58 +161,104 @@ func (w *Work) UnmarshalJSON(data []byte) error {
 
 // Job is a piece of work as the control plane hands it out.
 type Job struct {
-	ID            string          `json:"id"`
+	ID            ID              `json:"id"`
 	Type          string          `json:"type"`
 	Status        string          `json:"status"`
-	CertificateID string          `json:"certificate_id"`
+	CertificateID ID              `json:"certificate_id"`
 	CommonName    string          `json:"common_name,omitempty"`
 	SANs          []string        `json:"sans,omitempty"`
-	TargetID      string          `json:"target_id,omitempty"`
+	TargetID      ID              `json:"target_id,omitempty"`
 	TargetType    string          `json:"target_type,omitempty"`
 	TargetConfig  json.RawMessage `json:"target_config,omitempty"`
 }
 
-// decodeJob decodes one job and checks its bounds. What names the job is there
-// beside an error too, where it can be told.
-func decodeJob(data []byte) (job Job, err error) {
+// UnmarshalJSON decodes a job that has every id that the agent needs.
+func (j *Job) UnmarshalJSON(data []byte) (err error) {
+	var raw rawJob
+	if err = json.Unmarshal(data, &raw); err == nil {
+		*j, err = raw.parse()
+	}
+	return err
+}
+
+// rawJob is a job with its ids as they came: one that is not valid must not
+// keep the others, nor the job's type, from being decoded.
+type rawJob struct {
+	jobFields
+	ID            string `json:"id"`
+	CertificateID string `json:"certificate_id"`
+	TargetID      string `json:"target_id"`
+}
+
+type jobFields Job
+
+// decodeJob decodes one job and checks its ids and bounds. Its id, its name,
+// which is the id as it came, and its type are there beside an error too, where
+// they can be told.
+func decodeJob(data []byte) (job Job, name string, err error) {
 	if len(data) > maxJob {
-		var name struct {
+		var raw struct {
 			ID   string `json:"id"`
 			Type string `json:"type"`
 		}
 		// Decoding goes on past a field of the wrong type.
-		_ = json.Unmarshal(data, &name)
-		return Job{ID: clip(name.ID), Type: clip(name.Type)}, fmt.Errorf("it has %d bytes; the limit is %d", len(data), maxJob)
+		_ = json.Unmarshal(data, &raw)
+		job.ID, _ = ParseID(raw.ID)
+		job.Type = raw.Type
+		return job, raw.ID, undecodable(fmt.Errorf("it has %d bytes; the limit is %d", len(data), maxJob))
 	}
-	if err = json.Unmarshal(data, &job); err == nil {
-		err = job.checkBounds()
+	var raw rawJob
+	if err = json.Unmarshal(data, &raw); err == nil {
+		err = raw.checkBounds()
 	}
+	job, invalid := raw.parse()
 	if err != nil {
-		return Job{ID: clip(job.ID), Type: clip(job.Type)}, err
+		return job, raw.ID, undecodable(err)
 	}
-	return job.Needed(), nil
+	return job.Needed(), raw.ID, invalid
 }
 
-func (j Job) checkBounds() error {
+func undecodable(err error) error { return fmt.Errorf("the job could not be decoded: %w", err) }
+
+// parse makes types of the ids. An id that is not valid, or missing, is an
+// error only where the agent needs it.
+func (r rawJob) parse() (Job, error) {
+	job := Job(r.jobFields)
+	var invalid, certificate, target error
+	job.ID, invalid = ParseID(r.ID)
+	job.CertificateID, certificate = ParseID(r.CertificateID)
+	job.TargetID, target = ParseID(r.TargetID)
+	switch {
+	case invalid != nil:
+		return job, fmt.Errorf("the job %w", invalid)
+	case certificate != nil && (job.AwaitsCSR() || job.IsDeployment()):
+		return job, fmt.Errorf("the certificate %w", certificate)
+	case target != nil && job.IsDeployment() && (r.TargetID != "" || job.TargetType != ""):
+		return job, fmt.Errorf("the target %w", target)
+	}
+	return job, nil
+}
+
+func (r rawJob) checkBounds() error {
 	for _, field := range []struct{ name, value string }{
-		{"id", j.ID}, {"type", j.Type}, {"status", j.Status}, {"certificate_id", j.CertificateID},
-		{"common_name", j.CommonName}, {"target_id", j.TargetID}, {"target_type", j.TargetType},
+		{"id", r.ID}, {"type", r.Type}, {"status", r.Status}, {"certificate_id", r.CertificateID},
+		{"common_name", r.CommonName}, {"target_id", r.TargetID}, {"target_type", r.TargetType},
 	} {
 		if len(field.value) > maxField {
 			return fmt.Errorf("its %s has %d bytes; the limit is %d", field.name, len(field.value), maxField)
 		}
 	}
-	if len(j.TargetConfig) > maxTargetConfig {
-		return fmt.Errorf("its target_config has %d bytes; the limit is %d", len(j.TargetConfig), maxTargetConfig)
+	if len(r.TargetConfig) > maxTargetConfig {
+		return fmt.Errorf("its target_config has %d bytes; the limit is %d", len(r.TargetConfig), maxTargetConfig)
 	}
-	if !j.AwaitsCSR() {
+	if !Job(r.jobFields).AwaitsCSR() {
 		return nil
 	}
-	if len(j.SANs) > maxNames {
-		return fmt.Errorf("it has %d names (sans); the limit is %d", len(j.SANs), maxNames)
+	if len(r.SANs) > maxNames {
+		return fmt.Errorf("it has %d names (sans); the limit is %d", len(r.SANs), maxNames)
 	}
 	size := 0
-	for _, name := range j.SANs {
+	for _, name := range r.SANs {
 		size += len(name)
 	}
 	if size > maxNameBytes {
@@ -277,7 +312,7 @@ type JobStatus struct {
 // it with 400 when the target or a fingerprint is empty; a non-empty Error
 // marks the verification failed.
 type Verification struct {
-	TargetID            string `json:"target_id"`
+	TargetID            ID     `json:"target_id"`
 	ExpectedFingerprint string `json:"expected_fingerprint"`
 	ActualFingerprint   string `json:"actual_fingerprint"`
 	Verified            bool   `json:"verified"`

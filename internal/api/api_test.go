@@ -80,7 +80,7 @@ func generic(t *testing.T, data []byte) (v any) {
 }
 
 func TestWorkDecoding(t *testing.T) {
-	const good = `{"id":"j","type":"Deployment","status":"Running"}`
+	const good = `{"id":"j","type":"Deployment","status":"Running","certificate_id":"c"}`
 	for _, test := range []struct {
 		name, body             string
 		jobs, malformed, count int
@@ -189,25 +189,123 @@ func TestJobBounds(t *testing.T) {
 }
 
 func TestTooManyJobs(t *testing.T) {
-	body := `{"jobs":[` + strings.Repeat(`{},`, 200_000) + `{}]}`
-	var work api.Work
-	if err := json.Unmarshal([]byte(body), &work); err != nil {
-		t.Fatal(err)
-	}
-	if len(work.Jobs) != api.MaxJobs || work.Excess != 200_001-api.MaxJobs {
-		t.Errorf("got %d jobs and %d in excess", len(work.Jobs), work.Excess)
+	for _, job := range []string{`{"id":"j"}`, `{}`} {
+		body := `{"jobs":[` + strings.Repeat(job+`,`, 200_000) + job + `]}`
+		var work api.Work
+		if err := json.Unmarshal([]byte(body), &work); err != nil {
+			t.Fatal(err)
+		}
+		if len(work.Jobs)+len(work.Malformed) != api.MaxJobs || work.Excess != 200_001-api.MaxJobs {
+			t.Errorf("%s: got %d jobs, %d malformed and %d in excess", job, len(work.Jobs), len(work.Malformed), work.Excess)
+		}
 	}
 }
 
-func TestValidID(t *testing.T) {
+// TestJobIDs: of a job whose id is valid, another id that is not is reported;
+// one whose own id is not cannot be reported, and keeps its name for the log.
+func TestJobIDs(t *testing.T) {
+	const expected = " is not valid: expected 1 to 128 of A-Z a-z 0-9 . _ -"
+	const csr, deployment = `"type":"Renewal","status":"AwaitingCSR",`, `"type":"Deployment","status":"Running",`
+	long := strings.Repeat("x", 129)
+	for _, test := range []struct {
+		name, job string
+		id        api.ID
+		want      string // error; "": none
+	}{
+		{"deployment", deployment + `"id":"j","certificate_id":"c","target_id":"t","target_type":"NGINX"`, "j", ""},
+		{"deployment without a target", deployment + `"id":"j","certificate_id":"c"`, "j", ""},
+		{"deployment without a type", deployment + `"id":"j","certificate_id":"c","target_id":"t"`, "j", ""},
+		{"CSR", csr + `"id":"j","certificate_id":"c"`, "j", ""},
+		{"CSR for a target", csr + `"id":"j","certificate_id":"c","target_id":"../t","target_type":"NGINX"`, "j", ""},
+		{"not for agents", `"id":"j","type":"Revocation","status":"Running","certificate_id":"../c","target_id":"a/b"`, "j", ""},
+
+		{"job", deployment + `"id":"../evil","certificate_id":"c"`, "", `the job id "../evil"` + expected},
+		{"job of a CSR", csr + `"id":"a\u0000b","certificate_id":"c"`, "", `the job id "a\x00b"` + expected},
+		{"job not for agents", `"id":"..","type":"Revocation"`, "", `the job id ".."` + expected},
+		{"no job", deployment + `"certificate_id":"c"`, "", `the job id ""` + expected},
+		{"every id", deployment + `"id":"a/b","certificate_id":"../c","target_id":"../t"`, "", `the job id "a/b"` + expected},
+
+		{"certificate", deployment + `"id":"j","certificate_id":"../../evil"`, "j", `the certificate id "../../evil"` + expected},
+		{"certificate of a CSR", csr + `"id":"j","certificate_id":"../../evil"`, "j", `the certificate id "../../evil"` + expected},
+		{"long certificate", csr + `"id":"j","certificate_id":"` + long + `"`, "j", `the certificate id "` + long + `"` + expected},
+		{"long certificate of control characters", csr + `"id":"j","certificate_id":"` + strings.Repeat(`é\u001b`, 300) + `"`, "j",
+			`the certificate id "` + strings.Repeat(`é\x1b`, 100) + `"` + expected},
+		{"no certificate", deployment + `"id":"j","target_id":"t"`, "j", `the certificate id ""` + expected},
+		{"null certificate", csr + `"id":"j","certificate_id":null`, "j", `the certificate id ""` + expected},
+		{"target", deployment + `"id":"j","certificate_id":"c","target_id":"a/b","target_type":"NGINX"`, "j", `the target id "a/b"` + expected},
+		{"target without a type", deployment + `"id":"j","certificate_id":"c","target_id":"a/b"`, "j", `the target id "a/b"` + expected},
+		{"no target", deployment + `"id":"j","certificate_id":"c","target_type":"NGINX"`, "j", `the target id ""` + expected},
+		{"of another type", deployment + `"id":"j","certificate_id":7`, "j", "the job could not be decoded: json: "},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			var work api.Work
+			if err := json.Unmarshal([]byte(`{"jobs":[{`+test.job+`}]}`), &work); err != nil {
+				t.Fatal(err)
+			}
+			var job api.Job
+			err := json.Unmarshal([]byte("{"+test.job+"}"), &job)
+			if test.want == "" {
+				if len(work.Jobs) != 1 || work.Jobs[0].ID != test.id || err != nil {
+					t.Errorf("jobs %+v, refused %+v, a job alone: %v", work.Jobs, work.Malformed, err)
+				}
+				for _, id := range []api.ID{job.CertificateID, job.TargetID} {
+					if _, err := api.ParseID(string(id)); id != "" && err != nil {
+						t.Error(err)
+					}
+				}
+				return
+			}
+			if len(work.Malformed) != 1 || len(work.Jobs) != 0 || err == nil {
+				t.Fatalf("jobs %+v, refused %+v, a job alone: %v, want it refused", work.Jobs, work.Malformed, err)
+			}
+			m := work.Malformed[0]
+			if m.ID != test.id || !strings.HasPrefix(m.Err.Error(), test.want) || m.ID != "" && m.Name != string(m.ID) {
+				t.Errorf("refused %+v, want job %q and %q", m, test.id, test.want)
+			}
+		})
+	}
+	var work api.Work
+	if err := json.Unmarshal([]byte(`{"jobs":[{"id":"../evil","type":"Deployment"}]}`), &work); err != nil || work.Malformed[0].Name != "../evil" ||
+		work.Malformed[0].Type != api.TypeDeployment {
+		t.Errorf("%+v, %v, want the name kept", work.Malformed, err)
+	}
+}
+
+// TestIDIsAString: its form on the wire and on disk is a string's.
+func TestIDIsAString(t *testing.T) {
+	type form struct {
+		ID   api.ID            `json:"id"`
+		More api.ID            `json:"more,omitempty"`
+		Keys map[api.ID]string `json:"keys"`
+	}
+	for text, want := range map[string]string{
+		`{"id":"a.b","keys":{"k":"v"}}`: "", `{"id":"","keys":{}}`: "",
+		`{"id":"../x"}`: `id "../x" is not valid`, `{"more":"a b"}`: `id "a b" is not valid`, `{"id":7}`: "cannot unmarshal number",
+	} {
+		var f form
+		err := json.Unmarshal([]byte(text), &f)
+		if want != "" {
+			if err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("%s: %v, want %q", text, err, want)
+			}
+			continue
+		}
+		if data, err2 := json.Marshal(f); err != nil || err2 != nil || string(data) != text {
+			t.Errorf("%s became %s, %v, %v", text, data, err, err2)
+		}
+	}
+}
+
+func TestParseID(t *testing.T) {
 	for id, want := range map[string]bool{
 		"cert-1795462743938618358-11": true, "a": true, "a.b_c-D": true, "...": true, ".hidden": true,
 		strings.Repeat("x", 128): true, strings.Repeat("x", 129): false,
 		"": false, ".": false, "..": false, "../../evil": false, "a/b": false, `a\b`: false, "a\x00": false,
 		"a b": false, "a\n": false, "ä": false, "a%2Fb": false,
 	} {
-		if got := api.ValidID(id); got != want {
-			t.Errorf("ValidID(%q) = %v, want %v", id, got, want)
+		got, err := api.ParseID(id)
+		if (err == nil) != want || want && string(got) != id || !want && got != "" {
+			t.Errorf("ParseID(%q) = %q, %v, want valid: %v", id, got, err, want)
 		}
 	}
 }
@@ -258,6 +356,16 @@ func FuzzWork(f *testing.F) {
 		for _, malformed := range work.Malformed {
 			if malformed.Err == nil {
 				t.Error("a malformed job without an error")
+			}
+		}
+		for _, job := range work.Jobs {
+			if _, err := api.ParseID(string(job.ID)); err != nil {
+				t.Error(err)
+			}
+			for _, id := range []api.ID{job.CertificateID, job.TargetID} {
+				if _, err := api.ParseID(string(id)); id != "" && err != nil {
+					t.Error(err)
+				}
 			}
 		}
 	})

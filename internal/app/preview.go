@@ -36,7 +36,7 @@ import (
 // Target is what a Preview is of.
 type Target struct {
 	Type   string
-	ID     string
+	ID     api.ID
 	Config json.RawMessage // as a job has it
 
 	// Cert is the certificate with its chain, as PEM. Empty: one that is made
@@ -45,13 +45,13 @@ type Target struct {
 
 	// CertificateID says whose keys in the key directory are the certificate's.
 	// "": nobody's, and none is looked for.
-	CertificateID string
+	CertificateID api.ID
 }
 
 // Preview is what a deployment would do on this host, and why it would be
 // refused, if it would.
 type Preview struct {
-	Target   string               `json:"target"`
+	Target   api.ID               `json:"target"`
 	Type     string               `json:"type"`
 	UID      int                  `json:"uid"` // of the user whose rights the files were looked at with
 	Settings []targetconf.Setting `json:"settings"`
@@ -83,9 +83,6 @@ func NewPreview(ctx context.Context, cfg *config.Config, target Target) (*Previe
 	typ, err := connector.Find(all.Types(), target.Type)
 	if err != nil {
 		return nil, err
-	}
-	if target.CertificateID != "" && !api.ValidID(target.CertificateID) {
-		return nil, fmt.Errorf("the certificate id %.200q is not valid: expected 1 to 128 of A-Z a-z 0-9 . _ -", target.CertificateID)
 	}
 	p := &Preview{
 		Target: target.ID, Type: target.Type, UID: os.Geteuid(), Settings: []targetconf.Setting{}, Unknown: []string{}, Commands: []PreviewCommand{},
@@ -168,7 +165,7 @@ func (l *looker) plan(ctx context.Context, made connector.Connector, m *connecto
 		return err
 	}
 	look := transaction.NewPreview(ctx, transaction.Deployment{
-		Target: l.target.ID, Material: m, ReplaceAny: common.ReplaceAny,
+		Target: string(l.target.ID), Material: m, ReplaceAny: common.ReplaceAny,
 	}, plan, l.rules)
 	l.Files, l.Changes = look.Files, look.Changes
 	l.Warnings, l.Problems = append(l.Warnings, look.Warnings...), append(l.Problems, look.Problems...)
@@ -219,7 +216,7 @@ func (l *looker) material(dropRoot bool) (*connector.Material, error) {
 		return nil, err
 	}
 	if m.CertificateID != "" {
-		m.KeyPath = filepath.Join(l.cfg.KeyDir, m.CertificateID+".key")
+		m.KeyPath = filepath.Join(l.cfg.KeyDir, string(m.CertificateID)+".key")
 	}
 	if len(l.target.Cert) == 0 {
 		m.Leaf, err = standIn(key)

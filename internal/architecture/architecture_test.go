@@ -228,6 +228,28 @@ func TestProcessIsTouchedInOnePlace(t *testing.T) {
 	}
 }
 
+// TestIDsAreParsed: a conversion would let a string pass for an id that nobody
+// has checked.
+func TestIDsAreParsed(t *testing.T) {
+	for _, s := range sources(t) {
+		if s.test || testOnly(s.dir) || s.dir == "internal/api" {
+			continue
+		}
+		ast.Inspect(s.file, func(n ast.Node) bool {
+			call, ok := n.(*ast.CallExpr)
+			if !ok {
+				return true
+			}
+			if f, ok := call.Fun.(*ast.SelectorExpr); ok && f.Sel.Name == "ID" {
+				if pkg, ok := f.X.(*ast.Ident); ok && pkg.Name == "api" {
+					t.Errorf("%s converts to api.ID: only api.ParseID and decoding make one", s.name)
+				}
+			}
+			return true
+		})
+	}
+}
+
 func TestOnePackageComment(t *testing.T) {
 	comments := make(map[string][]string)
 	for _, s := range sources(t) {

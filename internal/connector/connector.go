@@ -16,6 +16,7 @@ import (
 	"strings"
 	"time"
 
+	"certctl-agent/internal/api"
 	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/policy"
 	"certctl-agent/internal/serverconf"
@@ -147,7 +148,7 @@ var ErrIrrevocable = errors.New("it cannot be undone")
 
 // Material is what a deployment installs.
 type Material struct {
-	CertificateID string
+	CertificateID api.ID
 	Leaf          *x509.Certificate
 	Chain         []*x509.Certificate // in issuing order, without the leaf; may be empty
 	KeyPEM        []byte              // the private key of Leaf, as the key store holds it

@@ -119,16 +119,16 @@ func (c *Client) Work(ctx context.Context) (api.Work, error) {
 
 // SubmitCSR has a CSR signed for a certificate. A nil error means that the
 // certificate has a new version.
-func (c *Client) SubmitCSR(ctx context.Context, certID string, csrPEM []byte) error {
+func (c *Client) SubmitCSR(ctx context.Context, certID api.ID, csrPEM []byte) error {
 	return c.acknowledged(ctx, call{name: "CSR", method: http.MethodPost, path: api.CSRPath(c.opts.AgentID),
-		ids: []string{c.opts.AgentID}, body: api.CSR{PEM: string(csrPEM), CertificateID: certID}})
+		ids: []string{c.opts.AgentID}, body: api.CSR{PEM: string(csrPEM), CertificateID: string(certID)}})
 }
 
 // Certificate fetches the latest version of a certificate: leaf and chain, PEM.
-func (c *Client) Certificate(ctx context.Context, certID string) ([]byte, error) {
+func (c *Client) Certificate(ctx context.Context, certID api.ID) ([]byte, error) {
 	var answer api.Certificate
-	err := c.do(ctx, call{name: "certificate", method: http.MethodGet, path: api.CertificatePath(c.opts.AgentID, certID),
-		ids: []string{c.opts.AgentID, certID}, limit: maxCertificate}, &answer)
+	err := c.do(ctx, call{name: "certificate", method: http.MethodGet, path: api.CertificatePath(c.opts.AgentID, string(certID)),
+		ids: []string{c.opts.AgentID, string(certID)}, limit: maxCertificate}, &answer)
 	if err == nil && answer.PEM == "" {
 		err = incomplete("certificate", "certificate_pem")
 	}
@@ -136,18 +136,18 @@ func (c *Client) Certificate(ctx context.Context, certID string) ([]byte, error)
 }
 
 // ReportStatus reports a job's progress.
-func (c *Client) ReportStatus(ctx context.Context, jobID string, status api.JobStatus) error {
-	return c.acknowledged(ctx, call{name: "status report", method: http.MethodPost, path: api.JobStatusPath(c.opts.AgentID, jobID),
-		ids: []string{c.opts.AgentID, jobID}, body: status})
+func (c *Client) ReportStatus(ctx context.Context, jobID api.ID, status api.JobStatus) error {
+	return c.acknowledged(ctx, call{name: "status report", method: http.MethodPost, path: api.JobStatusPath(c.opts.AgentID, string(jobID)),
+		ids: []string{c.opts.AgentID, string(jobID)}, body: status})
 }
 
 // ReportVerification reports what a live endpoint serves.
-func (c *Client) ReportVerification(ctx context.Context, jobID string, verification api.Verification) error {
+func (c *Client) ReportVerification(ctx context.Context, jobID api.ID, verification api.Verification) error {
 	var answer struct {
 		Verified *bool `json:"verified"`
 	}
-	err := c.do(ctx, call{name: "verification", method: http.MethodPost, path: api.VerifyPath(jobID),
-		ids: []string{jobID}, body: verification}, &answer)
+	err := c.do(ctx, call{name: "verification", method: http.MethodPost, path: api.VerifyPath(string(jobID)),
+		ids: []string{string(jobID)}, body: verification}, &answer)
 	if err == nil && answer.Verified == nil {
 		err = incomplete("verification", "verified")
 	}

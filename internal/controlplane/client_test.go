@@ -94,21 +94,21 @@ func TestEveryCall(t *testing.T) {
 				t.Fatal(err)
 			}
 			work, err := c.Work(ctx)
-			if err != nil || len(work.Jobs) != 1 || work.Jobs[0].ID != issuance || !work.Jobs[0].AwaitsCSR() {
+			if err != nil || len(work.Jobs) != 1 || string(work.Jobs[0].ID) != issuance || !work.Jobs[0].AwaitsCSR() {
 				t.Fatalf("poll is %+v, %v, want job %s", work, err, issuance)
 			}
-			if err := c.SubmitCSR(ctx, cert, newCSR(t, "web.example", "web.example")); err != nil {
+			if err := c.SubmitCSR(ctx, api.ID(cert), newCSR(t, "web.example", "web.example")); err != nil {
 				t.Fatal(err)
 			}
 			work, err = c.Work(ctx)
-			if err != nil || len(work.Jobs) != 1 || !work.Jobs[0].IsDeployment() || work.Jobs[0].TargetID != target {
+			if err != nil || len(work.Jobs) != 1 || !work.Jobs[0].IsDeployment() || string(work.Jobs[0].TargetID) != target {
 				t.Fatalf("poll is %+v, %v, want a deployment", work, err)
 			}
 			deployment := work.Jobs[0].ID
 			if err := c.ReportStatus(ctx, deployment, api.JobStatus{Status: api.StatusRunning}); err != nil {
 				t.Fatal(err)
 			}
-			chain, err := c.Certificate(ctx, cert)
+			chain, err := c.Certificate(ctx, api.ID(cert))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -119,7 +119,7 @@ func TestEveryCall(t *testing.T) {
 			}
 			sum := sha256.Sum256(leaf.Raw)
 			fingerprint := hex.EncodeToString(sum[:])
-			if err := c.ReportVerification(ctx, deployment, api.Verification{TargetID: target, ExpectedFingerprint: fingerprint,
+			if err := c.ReportVerification(ctx, deployment, api.Verification{TargetID: api.ID(target), ExpectedFingerprint: fingerprint,
 				ActualFingerprint: fingerprint, Verified: true}); err != nil {
 				t.Fatal(err)
 			}
@@ -133,7 +133,7 @@ func TestEveryCall(t *testing.T) {
 				t.Fatal(err)
 			}
 
-			if job, _ := p.Job(deployment); job.Status != api.StatusCompleted {
+			if job, _ := p.Job(string(deployment)); job.Status != api.StatusCompleted {
 				t.Errorf("deployment is %+v", job)
 			}
 			if len(p.Verifications()) != 1 || len(p.Discoveries()) != 1 || len(p.Heartbeats()) != 1 || len(p.Versions(cert)) != 1 {
@@ -189,7 +189,7 @@ func TestIdentifiersStayOneSegment(t *testing.T) {
 		c := newClient(t, options(p, p.AddAgent(id, id)))
 		p.AddCertificate(devplane.Certificate{ID: id})
 		p.AddVersion(id, "pem of "+id)
-		if got, err := c.Certificate(t.Context(), id); err != nil || string(got) != "pem of "+id {
+		if got, err := c.Certificate(t.Context(), api.ID(id)); err != nil || string(got) != "pem of "+id {
 			t.Errorf("certificate %q is %q, %v", id, got, err)
 		}
 		if _, err := c.Work(t.Context()); err != nil {
@@ -199,9 +199,9 @@ func TestIdentifiersStayOneSegment(t *testing.T) {
 	before := p.Count("")
 	for _, id := range []string{"", ".", "..", strings.Repeat("x", 1025)} {
 		c := newClient(t, options(p, "agent"))
-		_, certErr := c.Certificate(t.Context(), id)
+		_, certErr := c.Certificate(t.Context(), api.ID(id))
 		_, agentErr := newClient(t, options(p, id)).Work(t.Context())
-		for _, err := range []error{certErr, agentErr, c.ReportStatus(t.Context(), id, api.JobStatus{})} {
+		for _, err := range []error{certErr, agentErr, c.ReportStatus(t.Context(), api.ID(id), api.JobStatus{})} {
 			if !errors.Is(err, api.ErrBadID) || api.Temporary(err) {
 				t.Errorf("id %.10q: %v, want api.ErrBadID", id, err)
 			}

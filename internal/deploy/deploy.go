@@ -29,18 +29,18 @@ const maxError = 2 << 10
 // Plane is the control plane as a deployment uses it. Errors mean what package
 // api says of them.
 type Plane interface {
-	Certificate(ctx context.Context, certID string) ([]byte, error)
-	ReportStatus(ctx context.Context, jobID string, status api.JobStatus) error
+	Certificate(ctx context.Context, certID api.ID) ([]byte, error)
+	ReportStatus(ctx context.Context, jobID api.ID, status api.JobStatus) error
 }
 
 // Keys is the key store as a deployment uses it. Find fails with
 // keystore.ErrNoKey where none of the keys belongs to the certificate.
 type Keys interface {
-	Path(certID string) string
-	Find(certID string, public crypto.PublicKey) (keystore.Key, error)
-	Promotion(certID string, key keystore.Key) ([]keystore.Change, error)
-	Promote(certID string, key keystore.Key) error
-	Prune(certID string, deployed keystore.Key) error
+	Path(certID api.ID) string
+	Find(certID api.ID, public crypto.PublicKey) (keystore.Key, error)
+	Promotion(certID api.ID, key keystore.Key) ([]keystore.Change, error)
+	Promote(certID api.ID, key keystore.Key) error
+	Prune(certID api.ID, deployed keystore.Key) error
 }
 
 // Engine carries out what connectors propose.
@@ -215,10 +215,10 @@ func (a *attempt) run(calls, work context.Context) (err error) {
 // settle ends what earlier transactions left, before the key is looked for: to
 // undo one can make another key the current one.
 func (a *attempt) settle(ctx context.Context) error {
-	if !api.ValidID(a.job.CertificateID) || !api.ValidID(a.job.TargetID) {
+	if a.job.TargetID == "" {
 		return nil
 	}
-	if err := a.o.Engine.Settle(ctx, a.job.TargetID, a.o.Keys.Path(a.job.CertificateID)); err != nil {
+	if err := a.o.Engine.Settle(ctx, string(a.job.TargetID), a.o.Keys.Path(a.job.CertificateID)); err != nil {
 		return temporaryError{err}
 	}
 	return nil
@@ -251,7 +251,7 @@ func (a *attempt) install(ctx context.Context, m *connector.Material, key keysto
 	}
 	common := &a.config.Common
 	result, err := a.o.Engine.Deploy(ctx, transaction.Deployment{
-		Target:     a.job.TargetID,
+		Target:     string(a.job.TargetID),
 		Connector:  a.connector,
 		Material:   m,
 		Promotion:  promotion,

@@ -25,14 +25,8 @@ const maxCommonName = 256
 
 // prepare checks the job and makes its connector. It touches nothing.
 func (a *attempt) prepare() error {
-	if !api.ValidID(a.job.CertificateID) {
-		return fmt.Errorf("the certificate id %.200q is not valid: expected 1 to 128 of A-Z a-z 0-9 . _ -", a.job.CertificateID)
-	}
-	if a.job.TargetID == "" && a.job.TargetType == "" {
+	if a.job.TargetID == "" {
 		return nil
-	}
-	if !api.ValidID(a.job.TargetID) {
-		return fmt.Errorf("the target id %.200q is not valid: expected 1 to 128 of A-Z a-z 0-9 . _ -", a.job.TargetID)
 	}
 	typ, err := a.targetType()
 	if err != nil {

@@ -76,15 +76,15 @@ func (h *host) path(elements ...string) string {
 }
 
 // Certificate is the control plane's.
-func (h *host) Certificate(context.Context, string) ([]byte, error) {
+func (h *host) Certificate(context.Context, api.ID) ([]byte, error) {
 	return os.ReadFile(h.path("latest.pem"))
 }
 
 // ReportStatus is the control plane's.
-func (h *host) ReportStatus(context.Context, string, api.JobStatus) error { return nil }
+func (h *host) ReportStatus(context.Context, api.ID, api.JobStatus) error { return nil }
 
 // renew makes a new certificate the latest.
-func (h *host) renew(ca *testca.CA, jobID string) *x509.Certificate {
+func (h *host) renew(ca *testca.CA, jobID api.ID) *x509.Certificate {
 	h.t.Helper()
 	key, err := h.keys.Pending("cert-1", jobID, "ecdsa-p256")
 	if err != nil {
@@ -206,7 +206,7 @@ func TestKilled(t *testing.T) {
 		t.Fatalf("first deployment: %+v", got)
 	}
 	for round, at := range []string{"begin", "begin", "validate", "reload", "end"} {
-		after := h.renew(ca, fmt.Sprint("csr-", round+1))
+		after := h.renew(ca, api.ID(fmt.Sprint("csr-", round+1)))
 		if err := h.keys.Close(); err != nil { // the child locks them
 			t.Fatal(err)
 		}

@@ -24,13 +24,13 @@ var ErrKey = errors.New("no key for the CSR")
 
 // Keys is the key store as enrolment uses it.
 type Keys interface {
-	Pending(certID, jobID, algorithm string) (keystore.Key, error)
-	Discard(certID, jobID string) error
+	Pending(certID, jobID api.ID, algorithm string) (keystore.Key, error)
+	Discard(certID, jobID api.ID) error
 }
 
 // Plane has CSRs signed. Errors mean what package api says of them.
 type Plane interface {
-	SubmitCSR(ctx context.Context, certID string, csrPEM []byte) error
+	SubmitCSR(ctx context.Context, certID api.ID, csrPEM []byte) error
 }
 
 // RefusedError is the end of a job: trying again cannot help.
@@ -75,10 +75,11 @@ func (e *Enroller) Enroll(ctx context.Context, job api.Job) (err error) {
 			err = refused(fmt.Errorf("internal error of the agent: %v", p))
 		}
 	}()
-	if err := check(job); err != nil {
+	// Before any key is made.
+	if err := csr.Check(job.CommonName, job.SANs); err != nil {
 		return refused(err)
 	}
-	release, err := e.certs.Acquire(ctx, job.CertificateID)
+	release, err := e.certs.Acquire(ctx, string(job.CertificateID))
 	if err != nil {
 		return err
 	}
@@ -110,15 +111,4 @@ func (e *Enroller) refuse(job api.Job, key keystore.Key, cause error) error {
 		}
 	}
 	return refused(cause)
-}
-
-// check finds out whether a job can ever succeed, before any key is made.
-func check(job api.Job) error {
-	if !api.ValidID(job.ID) {
-		return fmt.Errorf("the job id %.200q is not valid: expected 1 to 128 of A-Z a-z 0-9 . _ -", job.ID)
-	}
-	if !api.ValidID(job.CertificateID) {
-		return fmt.Errorf("the certificate id %.200q is not valid: expected 1 to 128 of A-Z a-z 0-9 . _ -", job.CertificateID)
-	}
-	return csr.Check(job.CommonName, job.SANs)
 }

@@ -3,6 +3,7 @@
 package installed
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,10 +11,10 @@ import (
 	"maps"
 	"os"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
+	"certctl-agent/internal/api"
 	"certctl-agent/internal/atomicfile"
 )
 
@@ -31,9 +32,9 @@ const (
 
 // Entry is the certificate that the last successful deployment left on a target.
 type Entry struct {
-	TargetID      string    `json:"target_id"`
+	TargetID      api.ID    `json:"target_id"`
 	TargetType    string    `json:"target_type"`
-	CertificateID string    `json:"certificate_id"`
+	CertificateID api.ID    `json:"certificate_id"`
 	CommonName    string    `json:"common_name"`
 	Fingerprint   string    `json:"fingerprint_sha256"` // lower-case hex
 	NotAfter      time.Time `json:"not_after"`
@@ -50,13 +51,13 @@ type List struct {
 	root *os.Root
 
 	mu      sync.Mutex // guards entries and the file
-	entries map[string]Entry
+	entries map[api.ID]Entry
 }
 
 // Open reads the list in root. A damaged one is no reason not to start: it is
 // set aside, and the error says so beside a usable, empty list.
 func Open(root *os.Root) (*List, error) {
-	l := &List{root: root, entries: make(map[string]Entry)}
+	l := &List{root: root, entries: make(map[api.ID]Entry)}
 	err := l.read()
 	if err == nil || errors.Is(err, fs.ErrNotExist) {
 		return l, nil
@@ -116,5 +117,5 @@ func (l *List) All() []Entry {
 }
 
 func (l *List) sorted() []Entry {
-	return slices.SortedFunc(maps.Values(l.entries), func(a, b Entry) int { return strings.Compare(a.TargetID, b.TargetID) })
+	return slices.SortedFunc(maps.Values(l.entries), func(a, b Entry) int { return cmp.Compare(a.TargetID, b.TargetID) })
 }

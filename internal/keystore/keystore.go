@@ -194,7 +194,7 @@ func (s *Store) hold() (release func()) {
 }
 
 // Path is where the current key of a certificate is.
-func (s *Store) Path(certID string) string { return filepath.Join(s.dir, certID+currentExt) }
+func (s *Store) Path(certID api.ID) string { return filepath.Join(s.dir, string(certID)+currentExt) }
 
 // PreviousPath is where the previous key of a certificate is, given where its
 // current one is.
@@ -205,10 +205,7 @@ func PreviousPath(current string) string {
 // Pending returns the key for the CSR of one job: the one made for it before,
 // or else a new one of the given algorithm. It is on disk, and the one of its
 // certificate that was submitted last, when Pending returns.
-func (s *Store) Pending(certID, jobID, algorithm string) (Key, error) {
-	if err := checkIDs(certID, jobID); err != nil {
-		return Key{}, err
-	}
+func (s *Store) Pending(certID, jobID api.ID, algorithm string) (Key, error) {
 	key, err := s.reuse(certID, jobID)
 	if err == nil || !errors.Is(err, fs.ErrNotExist) {
 		return key, err
@@ -228,7 +225,7 @@ func (s *Store) Pending(certID, jobID, algorithm string) (Key, error) {
 }
 
 // reuse returns the key that a job has already. fs.ErrNotExist: none.
-func (s *Store) reuse(certID, jobID string) (Key, error) {
+func (s *Store) reuse(certID, jobID api.ID) (Key, error) {
 	defer s.hold()()
 	name := pendingName(certID, jobID)
 	p, err := s.readPending(name)
@@ -268,7 +265,7 @@ func (s *Store) reuse(certID, jobID string) (Key, error) {
 }
 
 // keep writes a new pending key.
-func (s *Store) keep(certID, jobID string, signer crypto.Signer) (Key, error) {
+func (s *Store) keep(certID, jobID api.ID, signer crypto.Signer) (Key, error) {
 	defer s.hold()()
 	others, total, err := s.pending(certID)
 	if err != nil {
@@ -302,10 +299,7 @@ func (s *Store) keep(certID, jobID string, signer crypto.Signer) (Key, error) {
 
 // Discard removes the pending key of a job. Only for a key whose CSR was
 // certainly not signed.
-func (s *Store) Discard(certID, jobID string) error {
-	if err := checkIDs(certID, jobID); err != nil {
-		return err
-	}
+func (s *Store) Discard(certID, jobID api.ID) error {
 	defer s.hold()()
 	if err := s.remove(pendingName(certID, jobID)); err != nil {
 		return fmt.Errorf("discard a pending key: %w", err)
@@ -315,10 +309,7 @@ func (s *Store) Discard(certID, jobID string) error {
 
 // Find returns the key of a certificate that has the given public key. The
 // error is ErrNoKey when every key could be read and none has.
-func (s *Store) Find(certID string, public crypto.PublicKey) (Key, error) {
-	if !api.ValidID(certID) {
-		return Key{}, fmt.Errorf("certificate id %.200q is not valid", certID)
-	}
+func (s *Store) Find(certID api.ID, public crypto.PublicKey) (Key, error) {
 	defer s.hold()()
 	var looked []string
 	var unreadable []error
@@ -362,7 +353,7 @@ func (s *Store) Find(certID string, public crypto.PublicKey) (Key, error) {
 // Promotion lists the files that make key the current one, the old current key
 // becoming the previous one, in the order in which they are to be written.
 // Nothing for a key that is current.
-func (s *Store) Promotion(certID string, key Key) ([]Change, error) {
+func (s *Store) Promotion(certID api.ID, key Key) ([]Change, error) {
 	if key.Role == Current {
 		return nil, nil
 	}
@@ -378,13 +369,13 @@ func (s *Store) Promotion(certID string, key Key) ([]Change, error) {
 	case err != nil:
 		return nil, err
 	}
-	previous := Change{Path: filepath.Join(s.dir, certID+previousExt), Data: old.PEM}
+	previous := Change{Path: PreviousPath(current.Path), Data: old.PEM}
 	return []Change{previous, current}, nil
 }
 
 // Promote makes key the current one at once, for a certificate that this agent
 // installs nowhere. A crash at any point loses no key.
-func (s *Store) Promote(certID string, key Key) error {
+func (s *Store) Promote(certID api.ID, key Key) error {
 	if key.Role == Previous {
 		// Its file is about to hold the current key. The copy counts as the
 		// oldest pending key, which the next round removes.
@@ -413,7 +404,7 @@ func (s *Store) Promote(certID string, key Key) error {
 // sent earlier can still arrive later, and is signed then. It also leaves the
 // pending copies of these two: should an interrupted transaction of another
 // target of this certificate be undone later, that takes the old current key back.
-func (s *Store) Prune(certID string, deployed Key) error {
+func (s *Store) Prune(certID api.ID, deployed Key) error {
 	defer s.hold()()
 	pending, _, err := s.pending(certID)
 	if err != nil {
@@ -460,10 +451,10 @@ func (s *Store) remove(name string) error {
 	return nil
 }
 
-func (s *Store) read(certID string, role Role) (Key, error) {
-	name := certID + currentExt
+func (s *Store) read(certID api.ID, role Role) (Key, error) {
+	name := string(certID) + currentExt
 	if role == Previous {
-		name = certID + previousExt
+		name = string(certID) + previousExt
 	}
 	data, _, err := hostfile.ReadIn(s.root, name, maxFile)
 	if err != nil {
@@ -475,13 +466,4 @@ func (s *Store) read(certID string, role Role) (Key, error) {
 		return Key{}, fmt.Errorf("read the %s key %s: %w: %w", role, filepath.Join(s.dir, name), errDamaged, err)
 	}
 	return Key{Role: role, PEM: data, Signer: signer}, nil
-}
-
-func checkIDs(certID, jobID string) error {
-	for _, id := range []string{certID, jobID} {
-		if !api.ValidID(id) {
-			return fmt.Errorf("id %.200q is not valid", id)
-		}
-	}
-	return nil
 }

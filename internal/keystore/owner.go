@@ -103,7 +103,8 @@ func isKeyFile(name string) bool {
 		return true
 	}
 	for _, ext := range []string{currentExt, previousExt, pendingExt, pendingExt + damagedExt} {
-		if certID, ok := strings.CutSuffix(name, ext); ok && api.ValidID(certID) {
+		certID, ok := strings.CutSuffix(name, ext)
+		if _, err := api.ParseID(certID); ok && err == nil {
 			return true
 		}
 	}

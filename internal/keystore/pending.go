@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 
+	"certctl-agent/internal/api"
 	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/pemutil"
 )
@@ -52,8 +53,8 @@ func (p pendingKey) key() (Key, error) {
 
 // pendingName is a function of the job's id alone, so that a restarted agent
 // finds the key again.
-func pendingName(certID, jobID string) string {
-	return certID + "." + fmt.Sprintf("%x", sha256.Sum256([]byte(jobID)))[:tagLength] + pendingExt
+func pendingName(certID, jobID api.ID) string {
+	return string(certID) + "." + fmt.Sprintf("%x", sha256.Sum256([]byte(jobID)))[:tagLength] + pendingExt
 }
 
 // pendingOwner returns the certificate whose pending key has that name. Names
@@ -70,7 +71,7 @@ func pendingOwner(name string) (certID string, ok bool) {
 // pending returns the pending keys of a certificate in the order in which their
 // CSRs were last sent, those that cannot be read first; and how many pending
 // keys there are of all certificates.
-func (s *Store) pending(certID string) (keys []pendingKey, total int, err error) {
+func (s *Store) pending(certID api.ID) (keys []pendingKey, total int, err error) {
 	list, err := fs.ReadDir(s.root.FS(), ".")
 	if err != nil {
 		return nil, 0, fmt.Errorf("list the key directory: %w", err)
@@ -81,7 +82,7 @@ func (s *Store) pending(certID string) (keys []pendingKey, total int, err error)
 			continue
 		}
 		total++
-		if owner != certID {
+		if owner != string(certID) {
 			continue
 		}
 		p, err := s.readPending(file.Name())

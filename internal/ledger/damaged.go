@@ -40,11 +40,11 @@ func (l *Ledger) setAside(name string, data []byte, cause error) {
 }
 
 // salvageID returns the id of the job whose record data was, or "".
-func salvageID(name string, data []byte) string {
+func salvageID(name string, data []byte) api.ID {
 	for candidate := range bytes.SplitSeq(data, []byte(`"id":"`)) {
-		id, _, _ := bytes.Cut(candidate, []byte(`"`))
-		if api.ValidID(string(id)) && fileName(string(id)) == name {
-			return string(id)
+		text, _, _ := bytes.Cut(candidate, []byte(`"`))
+		if id, err := api.ParseID(string(text)); err == nil && fileName(id) == name {
+			return id
 		}
 	}
 	return ""

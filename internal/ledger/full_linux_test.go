@@ -23,7 +23,7 @@ func TestDiskFull(t *testing.T) {
 	l := open(t, dir)
 	var jobs []api.Job
 	for i := range 40 {
-		jobs = append(jobs, deployment(fmt.Sprint("job-", i)))
+		jobs = append(jobs, deployment(api.ID(fmt.Sprint("job-", i))))
 	}
 	accepted, refused := l.Claim(jobs, time.Now())
 	if len(accepted) == 0 || len(refused) == 0 || len(accepted)+len(refused) != len(jobs) {

@@ -63,7 +63,7 @@ type Refusal struct {
 
 // Delivery is a report that the control plane has not taken yet.
 type Delivery struct {
-	Job      string // job id
+	Job      api.ID
 	Report   Report
 	Recorded time.Time
 
@@ -80,7 +80,7 @@ type Ledger struct {
 	busy chan struct{}
 
 	mu      sync.Mutex // guards what follows; held for memory only
-	records map[string]*record
+	records map[api.ID]*record
 	bytes   int // of all records as they are on disk
 	lastSeq uint64
 }
@@ -92,7 +92,7 @@ func Open(state *os.Root, log *slog.Logger) (*Ledger, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open the ledger: %w", err)
 	}
-	l := &Ledger{root: root, log: log, busy: make(chan struct{}, 1), records: make(map[string]*record)}
+	l := &Ledger{root: root, log: log, busy: make(chan struct{}, 1), records: make(map[api.ID]*record)}
 	if err := l.load(); err != nil {
 		root.Close()
 		return nil, fmt.Errorf("read the ledger: %w", err)
@@ -128,7 +128,7 @@ func (l *Ledger) Claim(jobs []api.Job, now time.Time) (accepted []api.Job, refus
 	defer l.hold()()
 	var staged []*record
 	size := 0
-	seen := make(map[string]bool)
+	seen := make(map[api.ID]bool)
 	for _, job := range jobs {
 		if seen[job.ID] {
 			continue
@@ -178,9 +178,6 @@ func (l *Ledger) Claim(jobs []api.Job, now time.Time) (accepted []api.Job, refus
 // admit makes the record of a claimed job, or none when it is in hand already
 // and nothing changes.
 func (l *Ledger) admit(job api.Job, now time.Time) (*record, error) {
-	if !api.ValidID(job.ID) {
-		return nil, fmt.Errorf("job id %.200q is not valid", job.ID)
-	}
 	r := &record{State: claimed, Claimed: now, Job: job}
 	if old := l.get(job.ID); old != nil && old.State != finished {
 		if old.begun || sameJob(old.Job, job) {
@@ -208,7 +205,7 @@ func (l *Ledger) room(more, size int) error {
 
 // Start notes that a job has begun. A job that begins again, because its last
 // try could not, costs the disk nothing.
-func (l *Ledger) Start(job string) error {
+func (l *Ledger) Start(job api.ID) error {
 	if r := l.get(job); r != nil && r.State == running && r.begun {
 		return nil
 	}
@@ -216,7 +213,7 @@ func (l *Ledger) Start(job string) error {
 }
 
 // Job returns an unfinished job in its newest form.
-func (l *Ledger) Job(id string) (job api.Job, ok bool) {
+func (l *Ledger) Job(id api.ID) (job api.Job, ok bool) {
 	if r := l.get(id); r != nil && r.State != finished {
 		return r.Job, true
 	}
@@ -226,7 +223,7 @@ func (l *Ledger) Job(id string) (job api.Job, ok bool) {
 // Finish records the outcome of a job: the reports to deliver, in order. When
 // it returns an error the outcome is known to this process only: the reports
 // are delivered all the same, but after a crash the job is carried out again.
-func (l *Ledger) Finish(job string, reports []Report) error {
+func (l *Ledger) Finish(job api.ID, reports []Report) error {
 	if len(reports) == 0 {
 		return fmt.Errorf("finish job %s: an outcome has at least one report", job)
 	}
@@ -241,7 +238,7 @@ func (l *Ledger) Finish(job string, reports []Report) error {
 
 // change applies one step to an unfinished job, in memory also when the disk
 // refuses it.
-func (l *Ledger) change(step, job string, apply func(*record)) error {
+func (l *Ledger) change(step string, job api.ID, apply func(*record)) error {
 	defer l.hold()()
 	old := l.get(job)
 	if old == nil || old.State == finished {
@@ -258,11 +255,8 @@ func (l *Ledger) change(step, job string, apply func(*record)) error {
 // Report records the terminal report on a job that was never begun. It
 // supersedes the undelivered reports of an earlier claim. A job that is in hand
 // is left alone: it ends with a report of its own.
-func (l *Ledger) Report(job string, status api.JobStatus) error {
+func (l *Ledger) Report(job api.ID, status api.JobStatus) error {
 	defer l.hold()()
-	if !api.ValidID(job) {
-		return fmt.Errorf("record a report: job id %.200q is not valid", job)
-	}
 	switch old := l.get(job); {
 	case old == nil && l.count() >= maxRecords+maxRefusals:
 		return fmt.Errorf("record a report on job %s: the ledger holds %d records already, its limit", job, l.count())
@@ -300,7 +294,7 @@ func (l *Ledger) Undelivered() []Delivery {
 }
 
 // UndeliveredOf lists the reports on one job to deliver, in order.
-func (l *Ledger) UndeliveredOf(job string) []Delivery {
+func (l *Ledger) UndeliveredOf(job api.ID) []Delivery {
 	if r := l.get(job); r != nil {
 		return r.deliveries()
 	}
@@ -355,7 +349,7 @@ func (l *Ledger) save(r *record) error {
 	return err
 }
 
-func (l *Ledger) get(id string) *record {
+func (l *Ledger) get(id api.ID) *record {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.records[id]
@@ -375,7 +369,7 @@ func (l *Ledger) put(r *record) {
 	l.lastSeq = max(l.lastSeq, r.Seq)
 }
 
-func (l *Ledger) drop(id string) {
+func (l *Ledger) drop(id api.ID) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.bytes -= l.records[id].size

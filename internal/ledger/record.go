@@ -66,7 +66,7 @@ func entries(reports []Report, now time.Time) []entry {
 }
 
 // reported is the record of a job of which nothing is left to do but one report.
-func (l *Ledger) reported(id string, status *api.JobStatus) *record {
+func (l *Ledger) reported(id api.ID, status *api.JobStatus) *record {
 	now := time.Now()
 	return &record{Seq: l.nextSeq(), State: finished, Claimed: now, Job: api.Job{ID: id},
 		Reports: entries([]Report{{Status: status}}, now)}
@@ -122,8 +122,8 @@ func decode(data []byte) (*record, error) {
 
 func (r *record) check() error {
 	switch {
-	case !api.ValidID(r.Job.ID):
-		return errors.New("its job id is not valid")
+	case r.Job.ID == "":
+		return errors.New("it has no job")
 	case r.State != claimed && r.State != running && r.State != finished:
 		return fmt.Errorf("its state %q is unknown", r.State)
 	case (r.State == finished) != (len(r.Reports) > 0):
@@ -141,7 +141,7 @@ func digest(data []byte) string { return fmt.Sprintf("%x", sha256.Sum256(data)) 
 
 // fileName is the name of a job's record. A hash, so that ids which differ only
 // in case stay apart on every file system.
-func fileName(id string) string { return digest([]byte(id))[:32] + ".json" }
+func fileName(id api.ID) string { return digest([]byte(id))[:32] + ".json" }
 
 func isFileName(name string) bool {
 	hash, isRecord := strings.CutSuffix(name, ".json")

@@ -12,7 +12,7 @@ import (
 
 func TestRecordsSurviveTheirForm(t *testing.T) {
 	now := time.Now().UTC().Round(0)
-	r := &record{Seq: 7, State: finished, Claimed: now, Job: api.Job{ID: "job-1", TargetID: "<&>\u2028é"}, Reports: entries(outcome("<&>\u2028"), now)}
+	r := &record{Seq: 7, State: finished, Claimed: now, Job: api.Job{ID: "job-1", TargetID: "a.b_c-D", TargetType: "<&>\u2028é"}, Reports: entries(outcome("<&>\u2028"), now)}
 	do(t, r.encode())
 	got, err := decode(r.data)
 	do(t, err)
@@ -32,6 +32,7 @@ func FuzzDecode(f *testing.F) {
 	f.Add(bytes.ToUpper(r.data))
 	f.Add([]byte(`{"version":1,"sha256":"","record":null}`))
 	f.Add([]byte(`{"version":2}`))
+	f.Add([]byte(`{"state":"claimed"}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		if id := salvageID(fileName("job-1"), data); id != "" && id != "job-1" {
 			t.Errorf("salvaged %q", id)
@@ -51,7 +52,7 @@ func decodeTwice(t *testing.T, data []byte) {
 	if err != nil {
 		return
 	}
-	if !api.ValidID(r.Job.ID) {
+	if _, err := api.ParseID(string(r.Job.ID)); err != nil {
 		t.Fatalf("a record without a job: %q", data)
 	}
 	if r.encode() != nil {

@@ -104,7 +104,7 @@ func TestClockWentBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	var claimed []api.Job
-	for _, id := range []string{"finished", "unfinished"} {
+	for _, id := range []api.ID{"finished", "unfinished"} {
 		claimed = append(claimed, api.Job{ID: id, Type: api.TypeDeployment, Status: api.StatusRunning,
 			CertificateID: "cert", TargetID: "gone", TargetType: "Unknown"})
 	}
@@ -124,7 +124,8 @@ func TestClockWentBack(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, job := range claimed {
-			w.plane.AddJob(job)
+			w.plane.AddJob(devplane.WireJob{ID: string(job.ID), Type: job.Type, Status: job.Status,
+				CertificateID: string(job.CertificateID), TargetID: string(job.TargetID), TargetType: job.TargetType})
 		}
 		w.start()
 		time.Sleep(2 * time.Minute)

@@ -328,7 +328,7 @@ func (h *host) records() map[string]bool {
 		}
 		if json.Unmarshal(data, &file) == nil {
 			r := file.Record
-			all[r.Job.ID] = len(r.Reports) == 1 && r.Reports[0].Repeat
+			all[string(r.Job.ID)] = len(r.Reports) == 1 && r.Reports[0].Repeat
 		}
 	}
 	return all
@@ -629,7 +629,7 @@ func (h *host) verdict() error {
 				verdicts[e.Status+": "+e.Error] = true
 			}
 		}
-		if job.IsDeployment() && len(verdicts) != 1 {
+		if job.Type == api.TypeDeployment && len(verdicts) != 1 {
 			fail("job %s has %d outcomes: %s", job.ID, len(verdicts), history(job))
 		}
 	}

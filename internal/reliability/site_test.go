@@ -22,6 +22,7 @@ import (
 	"testing"
 	"time"
 
+	"certctl-agent/internal/api"
 	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/pemutil"
 )
@@ -151,7 +152,7 @@ func (s *site) checkPairs() error {
 // checkKeys finds the key of each given leaf in the agent's key directory.
 func (s *site) checkKeys(keys *keystore.Store, cert string, leaves ...*x509.Certificate) error {
 	for _, leaf := range leaves {
-		key, err := keys.Find(cert, leaf.PublicKey)
+		key, err := keys.Find(api.ID(cert), leaf.PublicKey)
 		if err != nil {
 			return fmt.Errorf("certificate %s, serial %x: %w", cert, leaf.SerialNumber, err)
 		}

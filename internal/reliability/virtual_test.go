@@ -336,23 +336,24 @@ func (l *life) Work(ctx context.Context) (api.Work, error) {
 	}
 	for _, job := range work.Jobs {
 		if job.IsDeployment() {
-			w.claims[job.ID]++
+			w.claims[string(job.ID)]++
 		}
 	}
 	return work, err
 }
 
-func (l *life) ReportStatus(ctx context.Context, job string, s api.JobStatus) error {
+func (l *life) ReportStatus(ctx context.Context, id api.ID, s api.JobStatus) error {
 	if s.Status != api.StatusRunning && !l.isDead() {
 		w := l.world
 		w.mu.Lock()
+		job := string(id)
 		key := outcomeKey{job, w.claims[job]}
 		if outcome := s.Status + ": " + s.Error; !slices.Contains(w.outcomes[key], outcome) {
 			w.outcomes[key] = append(w.outcomes[key], outcome)
 		}
 		w.mu.Unlock()
 	}
-	return l.Plane.ReportStatus(ctx, job, s)
+	return l.Plane.ReportStatus(ctx, id, s)
 }
 
 // run is a server's command: it loads the pair that is in place.
@@ -755,7 +756,7 @@ func virtualRun(t *testing.T, seed uint64) {
 		livesLived.Add(int64(w.lives))
 		for _, job := range w.plane.Jobs() {
 			jobsEnded.Add(1)
-			if job.IsDeployment() && job.Status == api.StatusCompleted {
+			if job.Type == api.TypeDeployment && job.Status == api.StatusCompleted {
 				deployed.Add(1)
 			}
 		}

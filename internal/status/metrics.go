@@ -116,8 +116,8 @@ func (m *metrics) certificates(s Snapshot) {
 	each := func(metric, help string, value func(Certificate) time.Time) {
 		m.family(metric, "gauge", help)
 		for _, c := range s.Certificates {
-			m.sample(metric, unix(value(c)), "target_id", c.TargetID, "target_type", c.TargetType,
-				"certificate_id", c.CertificateID, "common_name", c.CommonName)
+			m.sample(metric, unix(value(c)), "target_id", string(c.TargetID), "target_type", c.TargetType,
+				"certificate_id", string(c.CertificateID), "common_name", c.CommonName)
 		}
 	}
 	each("certificate_not_after_timestamp_seconds", "Expiry of the certificate that was installed on a target, as Unix time.",

@@ -89,7 +89,7 @@ func renderActivities(w io.Writer, s Snapshot) {
 // renderCertificates shows those that expire first.
 func renderCertificates(w io.Writer, s Snapshot) {
 	certificates := slices.SortedFunc(slices.Values(s.Certificates), func(a, b Certificate) int {
-		return cmp.Or(a.NotAfter.Compare(b.NotAfter), strings.Compare(a.TargetID, b.TargetID))
+		return cmp.Or(a.NotAfter.Compare(b.NotAfter), cmp.Compare(a.TargetID, b.TargetID))
 	})
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(table, "EXPIRES\tDAYS\tCOMMON NAME\tTARGET\tTYPE\tDEPLOYED")
@@ -99,7 +99,7 @@ func renderCertificates(w io.Writer, s Snapshot) {
 			days = fmt.Sprint(int(left / (24 * time.Hour)))
 		}
 		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\n", c.NotAfter.UTC().Format(time.DateOnly), days, field(c.CommonName),
-			field(c.TargetID), field(c.TargetType), ago(s.Taken, c.DeployedAt))
+			field(string(c.TargetID)), field(c.TargetType), ago(s.Taken, c.DeployedAt))
 	}
 	table.Flush()
 	if rest := len(certificates) - maxShown; rest > 0 {

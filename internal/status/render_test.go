@@ -6,6 +6,8 @@ import (
 	"testing"
 	"time"
 	"unicode/utf8"
+
+	"certctl-agent/internal/api"
 )
 
 func render(t *testing.T, s Snapshot) string {
@@ -30,7 +32,7 @@ func TestRender(t *testing.T) {
 func TestRenderIsShort(t *testing.T) {
 	s := busy()
 	for i := range 1000 {
-		s.Certificates = append(s.Certificates, Certificate{TargetID: fmt.Sprint("t", i), NotAfter: now.Add(time.Duration(i) * time.Hour)})
+		s.Certificates = append(s.Certificates, Certificate{TargetID: api.ID(fmt.Sprint("t", i)), NotAfter: now.Add(time.Duration(i) * time.Hour)})
 	}
 	text := render(t, s)
 	if got := strings.Count(text, "\n"); got > 50 {

@@ -6,6 +6,8 @@ package status
 import (
 	"fmt"
 	"time"
+
+	"certctl-agent/internal/api"
 )
 
 // Snapshot is the state of the agent at one moment, as its loop sees it. Times
@@ -66,9 +68,9 @@ type Jobs struct {
 
 // Certificate is what the last successful deployment left on a target.
 type Certificate struct {
-	TargetID      string    `json:"target_id"`
+	TargetID      api.ID    `json:"target_id"`
 	TargetType    string    `json:"target_type"`
-	CertificateID string    `json:"certificate_id"`
+	CertificateID api.ID    `json:"certificate_id"`
 	CommonName    string    `json:"common_name"`
 	Fingerprint   string    `json:"fingerprint_sha256"` // lower-case hex
 	NotAfter      time.Time `json:"not_after"`

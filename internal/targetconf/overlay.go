@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 
+	"certctl-agent/internal/api"
 	"certctl-agent/internal/hostfile"
 )
 
@@ -29,7 +30,7 @@ type Overlays struct {
 }
 
 // path is the file that would supply a value for one target alone.
-func (o Overlays) path(targetID string) string { return o.file(targetID + overlaySuffix) }
+func (o Overlays) path(targetID api.ID) string { return o.file(string(targetID) + overlaySuffix) }
 
 func (o Overlays) file(name string) string { return filepath.Join(o.Dir, name) }
 

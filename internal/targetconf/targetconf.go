@@ -25,7 +25,7 @@ type Config struct {
 	Common Common // the part that all types share
 
 	overlays Overlays
-	targetID string
+	targetID api.ID
 	aliases  map[string]string  // folded, to the folded main names
 	prefix   string             // of a nested object: "post_deploy_verify."
 	values   map[string]*value  // by folded main name
@@ -105,10 +105,7 @@ const (
 // type typ: the job without its masked values, then default.json, then the
 // target's own file. Aliases are those of the type. Beside an error in the common
 // part there is a Config, for whoever wants to know what else is wrong.
-func Merge(job json.RawMessage, typ string, aliases map[string]string, targetID string, overlays Overlays) (*Config, error) {
-	if !api.ValidID(targetID) {
-		return nil, fmt.Errorf("target id %s cannot name a file: 1 to 128 of A-Z a-z 0-9 . _ - are allowed", printable.Quote(targetID))
-	}
+func Merge(job json.RawMessage, typ string, aliases map[string]string, targetID api.ID, overlays Overlays) (*Config, error) {
 	c := &Config{targetID: targetID, overlays: overlays, aliases: make(map[string]string), settings: make(map[string]Setting)}
 	for alias, key := range aliases {
 		c.aliases[fold(alias)] = fold(key)
@@ -123,7 +120,7 @@ func Merge(job json.RawMessage, typ string, aliases map[string]string, targetID 
 	for _, key := range []string{pinKey, replaceKey} {
 		delete(c.values, fold(key)) // only this host's word counts
 	}
-	for _, name := range slices.Compact([]string{defaultOverlay, targetID + overlaySuffix}) {
+	for _, name := range slices.Compact([]string{defaultOverlay, string(targetID) + overlaySuffix}) {
 		layer, err := c.readOverlay(name)
 		if err != nil {
 			return nil, err
@@ -153,7 +150,7 @@ func Merge(job json.RawMessage, typ string, aliases map[string]string, targetID 
 	return c, c.Common.check()
 }
 
-func (c *Config) Target() string { return c.targetID }
+func (c *Config) Target() api.ID { return c.targetID }
 
 // Settings lists what was decoded so far, sorted by key.
 func (c *Config) Settings() []Setting {

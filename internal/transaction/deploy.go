@@ -45,7 +45,7 @@ type attempt struct {
 // Deploy carries out one deployment. When it fails, the target is as it was
 // before, unless the error is a BrokenError. A cancelled context rolls back.
 func (e *Engine) Deploy(ctx context.Context, d Deployment) (Result, error) {
-	if !api.ValidID(d.Target) {
+	if _, err := api.ParseID(d.Target); err != nil {
 		return Result{}, fmt.Errorf("target id %q is not valid", d.Target)
 	}
 	release, err := acquire(ctx, &e.targets, d.Target, d.Yield)

@@ -160,7 +160,7 @@ func (r *record) check() error {
 	default:
 		return fmt.Errorf("journal record has an unknown phase %q", r.Phase)
 	}
-	if !api.ValidID(r.Target) || r.Set != "" && !isSetName(r.Set) {
+	if _, err := api.ParseID(r.Target); err != nil || r.Set != "" && !isSetName(r.Set) {
 		return errors.New("journal record has a bad name in it")
 	}
 	if slices.ContainsFunc(r.allChanges(), func(c changeRecord) bool { return c.Backup != "" && !plain(c.Backup) }) ||

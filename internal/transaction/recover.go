@@ -182,7 +182,7 @@ func (e *Engine) recorded() ([]string, error) {
 
 // recoverTarget is one flight.
 func (e *Engine) recoverTarget(calls, work context.Context, id string, f *flight) error {
-	if !api.ValidID(id) {
+	if _, err := api.ParseID(id); err != nil {
 		return fmt.Errorf("journal record is not usable: %s: target id %q is not valid", e.journal.join(id+recordSuffix), id)
 	}
 	release, ok := e.targets.Try(id)

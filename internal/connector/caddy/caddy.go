@@ -98,7 +98,7 @@ func (s *caddy) planByAPI(m *connector.Material) *connector.Plan {
 	return &connector.Plan{
 		Changes: []connector.Change{&pairChange{
 			admin: s.admin,
-			tag:   tagPrefix + s.target.Target(),
+			tag:   tagPrefix + string(s.target.Target()),
 			pair:  loadedPair{Certificate: string(cert), Key: string(m.Key())},
 		}},
 		Serves: s.target.Common.Endpoint(),

@@ -15,7 +15,7 @@ func TestProblems(t *testing.T) {
 	agent := p.RegisterAgent("web1")
 	cert := p.AddCertificate(devplane.Certificate{Targets: []string{p.AddTarget(devplane.Target{Agent: agent})}})
 	job := p.Redeploy(cert)[0]
-	early := p.AddJob(api.Job{Type: "Other", Status: "Odd"})
+	early := p.AddJob(devplane.WireJob{Type: "Other", Status: "Odd"})
 	status := api.JobStatusPath(agent, job)
 	heartbeat := `{"version":"1","hostname":"h","os":"linux","architecture":"amd64","ip_address":""}`
 	steps := []struct {

@@ -288,7 +288,7 @@ func (p *Plane) work(call *request) answer {
 	if agent.Retired && p.opts.GonePolls {
 		return refuse(http.StatusGone, "Agent has been retired")
 	}
-	jobs := []api.Job{}
+	jobs := []WireJob{}
 	for _, job := range p.state.jobs {
 		if !p.isFor(job, agent.ID) {
 			continue
@@ -301,7 +301,7 @@ func (p *Plane) work(call *request) answer {
 			continue
 		}
 		job.Handed++
-		handed := job.Job
+		handed := job.WireJob
 		if target := p.state.targets[job.TargetID]; target != nil {
 			handed.TargetType = cmp.Or(handed.TargetType, target.Type)
 			if handed.TargetConfig == nil {
@@ -310,7 +310,7 @@ func (p *Plane) work(call *request) answer {
 		}
 		jobs = append(jobs, handed)
 	}
-	return answer{http.StatusOK, api.Work{Jobs: jobs, Count: len(jobs)}}
+	return answer{http.StatusOK, map[string]any{"jobs": jobs, "count": len(jobs)}}
 }
 
 // csr signs a CSR, whoever sends it and whatever names are in it. The first

@@ -77,9 +77,12 @@ func answers(t *testing.T, w *httptest.ResponseRecorder, status int, v any) {
 	}
 }
 
-func poll(t *testing.T, p *devplane.Plane, agent string) []api.Job {
+func poll(t *testing.T, p *devplane.Plane, agent string) []devplane.WireJob {
 	t.Helper()
-	var work api.Work
+	var work struct {
+		Jobs  []devplane.WireJob
+		Count int
+	}
 	answers(t, ask(t, p, "GET", api.WorkPath(agent), nil), 200, &work)
 	if work.Count != len(work.Jobs) {
 		t.Errorf("count %d for %d jobs", work.Count, len(work.Jobs))
@@ -227,14 +230,14 @@ func TestTodaysControlPlanes(t *testing.T) {
 		answers(t, ask(t, p, "GET", "/api/v2", nil), 404, nil)
 	})
 	t.Run("statuses", func(t *testing.T) {
-		job := p.AddJob(api.Job{Type: "Other", Status: "Odd"})
+		job := p.AddJob(devplane.WireJob{Type: "Other", Status: "Odd"})
 		answers(t, ask(t, p, "POST", api.JobStatusPath("nobody", job), `{"status":"`+strings.Repeat("x", 50)+`"}`), 200, nil)
 		answers(t, ask(t, p, "POST", api.JobStatusPath(agent, job), `{"status":"`+strings.Repeat("x", 51)+`"}`), 400, nil)
 		answers(t, ask(t, p, "POST", api.JobStatusPath(agent, job), `{"status":"Completed"}`), 200, nil)
 		answers(t, ask(t, p, "POST", api.JobStatusPath(agent, job), `{"status":"Running"}`), 200, nil)
 	})
 	t.Run("verification", func(t *testing.T) {
-		job := p.AddJob(api.Job{Type: api.TypeDeployment, Status: devplane.StatusPending})
+		job := p.AddJob(devplane.WireJob{Type: api.TypeDeployment, Status: devplane.StatusPending})
 		full := api.Verification{TargetID: "t", ExpectedFingerprint: "a", ActualFingerprint: "b"}
 		answers(t, ask(t, p, "POST", api.VerifyPath(job), full), 200, nil)
 		for _, change := range []func(*api.Verification){
@@ -454,9 +457,9 @@ func TestRecordedAnswers(t *testing.T) {
 	check("work-empty", ask(t, p, "GET", api.WorkPath(agent), nil))
 	check("certificate", ask(t, p, "GET", api.CertificatePath(agent, cert), nil))
 	for _, status := range []string{"status-running", "status-failed", "status-completed"} {
-		check(status, ask(t, p, "POST", api.JobStatusPath(agent, work.Jobs[0].ID), recorded(status+".request")))
+		check(status, ask(t, p, "POST", api.JobStatusPath(agent, string(work.Jobs[0].ID)), recorded(status+".request")))
 	}
-	check("verify", ask(t, p, "POST", api.VerifyPath(work.Jobs[0].ID), recorded("verify.request")))
+	check("verify", ask(t, p, "POST", api.VerifyPath(string(work.Jobs[0].ID)), recorded("verify.request")))
 	p.Retire(agent)
 	check("heartbeat-gone", ask(t, p, "POST", api.HeartbeatPath(agent), recorded("heartbeat.request")))
 }

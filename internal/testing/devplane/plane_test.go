@@ -47,7 +47,7 @@ func TestWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPlane(t, devplane.Options{})
 		agent := p.RegisterAgent("web1")
-		job := p.AddJob(api.Job{Type: api.TypeDeployment, Status: devplane.StatusPending})
+		job := p.AddJob(devplane.WireJob{Type: api.TypeDeployment, Status: devplane.StatusPending})
 
 		go func() {
 			time.Sleep(5 * time.Second)

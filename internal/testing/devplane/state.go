@@ -110,9 +110,23 @@ func (v Version) PublicKey() crypto.PublicKey {
 	return v.Leaf.PublicKey
 }
 
+// WireJob is a job as it is handed out. Unlike those of api.Job, its ids are any
+// strings: control planes accept them.
+type WireJob struct {
+	ID            string          `json:"id"`
+	Type          string          `json:"type"`
+	Status        string          `json:"status"`
+	CertificateID string          `json:"certificate_id"`
+	CommonName    string          `json:"common_name,omitempty"`
+	SANs          []string        `json:"sans,omitempty"`
+	TargetID      string          `json:"target_id,omitempty"`
+	TargetType    string          `json:"target_type,omitempty"`
+	TargetConfig  json.RawMessage `json:"target_config,omitempty"`
+}
+
 // Job is a job with what became of it.
 type Job struct {
-	api.Job
+	WireJob
 	Error   string
 	Handed  int // times it was in a poll's answer
 	History []Event
@@ -210,7 +224,7 @@ func (p *Plane) startCSR(kind, certificateID string) string {
 	var id string
 	p.update(func() {
 		certificate := p.mustCertificate(certificateID)
-		id = p.addJob(api.Job{Type: kind, Status: api.StatusAwaitingCSR, CertificateID: certificateID,
+		id = p.addJob(WireJob{Type: kind, Status: api.StatusAwaitingCSR, CertificateID: certificateID,
 			CommonName: certificate.CommonName, SANs: slices.Clone(certificate.SANs)})
 	})
 	return id
@@ -232,7 +246,7 @@ func (p *Plane) Redeploy(certificateID string, targets ...string) []string {
 // AddJob adds a job as it is, for jobs that no control plane should hand out:
 // it goes to the agent of its target, or to those of its certificate. An empty
 // id is made up.
-func (p *Plane) AddJob(job api.Job) string {
+func (p *Plane) AddJob(job WireJob) string {
 	p.update(func() { job.ID = p.addJob(job) })
 	return job.ID
 }
@@ -240,17 +254,17 @@ func (p *Plane) AddJob(job api.Job) string {
 func (p *Plane) addDeployments(certificateID string, targets []string) []string {
 	var ids []string
 	for _, target := range targets {
-		ids = append(ids, p.addJob(api.Job{Type: api.TypeDeployment, Status: StatusPending,
+		ids = append(ids, p.addJob(WireJob{Type: api.TypeDeployment, Status: StatusPending,
 			CertificateID: certificateID, TargetID: target}))
 	}
 	return ids
 }
 
-func (p *Plane) addJob(job api.Job) string {
+func (p *Plane) addJob(job WireJob) string {
 	if job.ID == "" {
 		job.ID = p.state.id("job")
 	}
-	added := &Job{Job: job}
+	added := &Job{WireJob: job}
 	added.record(job.Status, "", "")
 	p.state.jobs = append(p.state.jobs, added)
 	return job.ID
