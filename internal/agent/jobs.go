@@ -292,7 +292,7 @@ func reports(o deploy.Outcome, runningUnanswered bool) []ledger.Report {
 	}
 	verdict := ledger.Report{Status: &api.JobStatus{Status: o.Status, Error: o.Error}}
 	all = append(all, verdict)
-	if runningUnanswered || o.Unsure {
+	if runningUnanswered || o.RunningUnanswered {
 		verdict.Repeat = true
 		all = append(all, verdict)
 	}
@@ -328,7 +328,7 @@ func (a *Agent) deployed(w *waitingJob, t *turn, o deploy.Outcome, err error) {
 		}
 		wait := w.pacer.Next(pace.After(err))
 		w.due = time.Now().Add(wait)
-		w.runningUnanswered = w.runningUnanswered || o.Unsure
+		w.runningUnanswered = w.runningUnanswered || o.RunningUnanswered
 		a.jobs.waiting = append(a.jobs.waiting, w)
 		a.log.Warn("deployment not begun: it is tried again", "job", job.ID, "target", job.TargetID, "error", err, "next_try_in", wait.Round(time.Millisecond).String())
 		a.repairLater()

@@ -646,13 +646,13 @@ func TestVerdictAfterAnUnansweredRunning(t *testing.T) {
 	}{
 		{"in the last try", func(w *world) {
 			w.deploy = func(_, _ context.Context, _ api.Job) (deploy.Outcome, error) {
-				return deploy.Outcome{Status: api.StatusCompleted, Unsure: true}, nil
+				return deploy.Outcome{Status: api.StatusCompleted, RunningUnanswered: true}, nil
 			}
 		}},
 		{"in an earlier try", func(w *world) {
 			w.deploy = func(_, _ context.Context, _ api.Job) (deploy.Outcome, error) {
 				if w.count("deploy") == 1 {
-					return deploy.Outcome{Unsure: true}, errTest
+					return deploy.Outcome{RunningUnanswered: true}, errTest
 				}
 				return deploy.Outcome{Status: api.StatusCompleted}, nil
 			}

@@ -80,9 +80,10 @@ type Outcome struct {
 	Unchanged    bool              // everything was in place
 	Verification *api.Verification // what the live endpoint serves; nil: no report
 
-	// Unsure: that the job runs was said and not answered, so the control
-	// plane may hear of it after the verdict. Set beside an error, too.
-	Unsure bool
+	// RunningUnanswered: it was, or may have been, reported that the job runs,
+	// and no answer came, so the control plane may hear of it after the verdict.
+	// Set beside an error, too.
+	RunningUnanswered bool
 
 	// Of the certificate; zero where the job ended before it was known.
 	CommonName  string
@@ -142,7 +143,7 @@ func (d *Deployer) Deploy(calls, work context.Context, job api.Job, turn Turn) (
 	a := &attempt{Deployer: d, job: job, turn: turn, log: log}
 	err := a.run(calls, work)
 	if temporary, ok := errors.AsType[temporaryError](err); ok {
-		return Outcome{Unsure: a.outcome.Unsure}, temporary.error
+		return Outcome{RunningUnanswered: a.outcome.RunningUnanswered}, temporary.error
 	}
 	a.outcome.Duration = time.Since(began)
 	a.outcome.Status = api.StatusCompleted
@@ -233,7 +234,7 @@ func (a *attempt) reportRunning(ctx context.Context) {
 	}
 	a.log.Debug("the control plane was not told that the job runs", "error", err)
 	status, answered := errors.AsType[*api.StatusError](err)
-	a.outcome.Unsure = !answered || status.Status >= 500 // a gateway's answer says nothing of what is behind it
+	a.outcome.RunningUnanswered = !answered || status.Status >= 500 // a gateway's answer says nothing of what is behind it
 }
 
 // install has the engine carry out what the connector proposes, of which the

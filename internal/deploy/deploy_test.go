@@ -581,7 +581,7 @@ func TestSettledFirst(t *testing.T) {
 		}
 		return os.WriteFile(keyPath, old, 0o600) // takes the promotion back
 	}
-	if got, err := New(w.options).Deploy(t.Context(), t.Context(), job(`{}`), Turn{}); !errors.Is(err, unsettled) || got.Unsure {
+	if got, err := New(w.options).Deploy(t.Context(), t.Context(), job(`{}`), Turn{}); !errors.Is(err, unsettled) || got.RunningUnanswered {
 		t.Errorf("while it is not settled: %+v, %v", got, err)
 	}
 	if len(w.statuses)+len(w.installed) > 0 {
@@ -638,12 +638,12 @@ func TestRunningIsNotAnswered(t *testing.T) {
 			w.statusErr = test.err
 			w.renew("cert-1", testca.Template{})
 			d := New(w.options)
-			if outcome, err := d.Deploy(t.Context(), t.Context(), job(`{}`), Turn{}); err != nil || outcome.Unsure != test.want {
-				t.Errorf("unsure %v, error %v, want %v", outcome.Unsure, err, test.want)
+			if outcome, err := d.Deploy(t.Context(), t.Context(), job(`{}`), Turn{}); err != nil || outcome.RunningUnanswered != test.want {
+				t.Errorf("unsure %v, error %v, want %v", outcome.RunningUnanswered, err, test.want)
 			}
 			w.fetchErr = errors.New("connection reset")
-			if outcome, err := d.Deploy(t.Context(), t.Context(), job(`{}`), Turn{}); err == nil || outcome.Unsure != test.want {
-				t.Errorf("a try that did not begin: unsure %v, error %v, want %v", outcome.Unsure, err, test.want)
+			if outcome, err := d.Deploy(t.Context(), t.Context(), job(`{}`), Turn{}); err == nil || outcome.RunningUnanswered != test.want {
+				t.Errorf("a try that did not begin: unsure %v, error %v, want %v", outcome.RunningUnanswered, err, test.want)
 			}
 		})
 	}
