@@ -197,15 +197,36 @@ func TestHangingCSRDoesNotStarveOthers(t *testing.T) {
 	}
 }
 
-// TestCSRsOfOneCertificate: the second does not take the other place while it
-// waits for the first.
+// TestCSRsOfOneCertificate: no two run at once, whatever comes of the first, and
+// the second does not take the other place while it waits.
 func TestCSRsOfOneCertificate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		other := csrJob("other")
 		other.CertificateID = "cert-2"
 		w.work = once(1, csrJob("a"), csrJob("b"), csrJob("c"), other)
-		w.enroll = func(ctx context.Context, _ api.Job) error { return sleep(ctx, time.Minute) }
+		running := make(map[api.ID]bool) // by certificate
+		w.enroll = func(ctx context.Context, job api.Job) error {
+			w.mu.Lock()
+			if running[job.CertificateID] {
+				t.Errorf("%s begins while another CSR of %s is under way", job.ID, job.CertificateID)
+			}
+			running[job.CertificateID] = true
+			w.mu.Unlock()
+			defer func() {
+				w.mu.Lock()
+				running[job.CertificateID] = false
+				w.mu.Unlock()
+			}()
+			err := sleep(ctx, time.Minute)
+			switch job.ID {
+			case "a":
+				panic("the first one fails")
+			case "b":
+				return &enroll.RefusedError{Reason: "so does the second"}
+			}
+			return err
+		}
 		w.start()
 		time.Sleep(time.Second)
 		if got := w.done("enroll"); got != "enroll a, enroll other" && got != "enroll other, enroll a" {

@@ -11,7 +11,6 @@ import (
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/csr"
 	"certctl-agent/internal/keystore"
-	"certctl-agent/internal/namelock"
 	"certctl-agent/internal/printable"
 )
 
@@ -56,11 +55,10 @@ type Options struct {
 	Log       *slog.Logger
 }
 
-// Enroller handles AwaitingCSR jobs. It is safe for concurrent use.
-type Enroller struct {
-	opts  Options
-	certs namelock.Table // by certificate id: the first CSR wins, so they must not race
-}
+// Enroller handles AwaitingCSR jobs. It is safe for concurrent use, for jobs
+// that differ in certificate: the first CSR wins, so those of one certificate
+// must not race.
+type Enroller struct{ opts Options }
 
 // New returns an Enroller.
 func New(opts Options) *Enroller { return &Enroller{opts: opts} }
@@ -79,12 +77,6 @@ func (e *Enroller) Enroll(ctx context.Context, job api.Job) (err error) {
 	if err := csr.Check(job.CommonName, job.SANs); err != nil {
 		return refused(err)
 	}
-	release, err := e.certs.Acquire(ctx, string(job.CertificateID))
-	if err != nil {
-		return err
-	}
-	defer release()
-
 	key, err := e.opts.Keys.Pending(job.CertificateID, job.ID, e.opts.Algorithm)
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrKey, err)

@@ -7,13 +7,10 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
-	"fmt"
 	"log/slog"
 	"strings"
 	"sync"
 	"testing"
-	"testing/synctest"
-	"time"
 	"unicode/utf8"
 
 	"certctl-agent/internal/api"
@@ -173,7 +170,7 @@ func TestDiskError(t *testing.T) {
 func TestPanicIsTheJobsFailure(t *testing.T) {
 	var text bytes.Buffer
 	e := New(Options{Keys: brokenKeys{}, Plane: &plane{}, Log: slog.New(slog.NewTextHandler(&text, nil))})
-	for range 2 { // the second shows that the lock is free
+	for range 2 { // the second shows that the first holds nothing
 		refused, ok := errors.AsType[*RefusedError](e.Enroll(t.Context(), job))
 		if !ok || !strings.Contains(refused.Reason, "internal error") {
 			t.Errorf("got %v, want a refusal", refused)
@@ -182,37 +179,4 @@ func TestPanicIsTheJobsFailure(t *testing.T) {
 	if !strings.Contains(text.String(), "boom") || !strings.Contains(text.String(), "enroll.go") {
 		t.Errorf("no stack in the log: %s", &text)
 	}
-}
-
-func TestOneAtATimeForEachCertificate(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		p := &plane{answer: func(ctx context.Context) error {
-			time.Sleep(time.Minute)
-			return nil
-		}}
-		e := newEnroller(newKeys(t), p)
-		began := time.Now()
-		var group sync.WaitGroup
-		for i := range 2 {
-			for _, cert := range []string{"cert-1", "cert-2"} {
-				group.Go(func() {
-					j := job
-					j.ID, j.CertificateID = api.ID(fmt.Sprint("job-", cert, i)), api.ID(cert)
-					if err := e.Enroll(t.Context(), j); err != nil {
-						t.Error(err)
-					}
-				})
-			}
-		}
-		synctest.Wait()
-		ctx, cancel := context.WithCancel(t.Context())
-		cancel()
-		if err := e.Enroll(ctx, job); !errors.Is(err, context.Canceled) {
-			t.Errorf("got %v, want cancelled", err)
-		}
-		group.Wait()
-		if got, want := time.Since(began), 2*time.Minute; got != want {
-			t.Errorf("took %v, want %v", got, want)
-		}
-	})
 }
