@@ -165,7 +165,7 @@ func (l *looker) plan(ctx context.Context, made connector.Connector, m *connecto
 		return err
 	}
 	look := transaction.NewPreview(ctx, transaction.Deployment{
-		Target: string(l.target.ID), Material: m, ReplaceAny: common.ReplaceAny,
+		Target: l.target.ID, Material: m, ReplaceAny: common.ReplaceAny,
 	}, plan, l.rules)
 	l.Files, l.Changes = look.Files, look.Changes
 	l.Warnings, l.Problems = append(l.Warnings, look.Warnings...), append(l.Problems, look.Problems...)

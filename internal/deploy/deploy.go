@@ -47,7 +47,7 @@ type Keys interface {
 type Engine interface {
 	// Settle makes sure that no interrupted deployment can undo, later, what one
 	// to the target does with the key. An error holds the deployment back.
-	Settle(ctx context.Context, targetID, keyPath string) error
+	Settle(ctx context.Context, targetID api.ID, keyPath string) error
 
 	// Deploy is that of transaction.Engine.
 	Deploy(ctx context.Context, d transaction.Deployment) (transaction.Result, error)
@@ -219,7 +219,7 @@ func (a *attempt) settle(ctx context.Context) error {
 	if a.job.TargetID == "" {
 		return nil
 	}
-	if err := a.o.Engine.Settle(ctx, string(a.job.TargetID), a.o.Keys.Path(a.job.CertificateID)); err != nil {
+	if err := a.o.Engine.Settle(ctx, a.job.TargetID, a.o.Keys.Path(a.job.CertificateID)); err != nil {
 		return temporaryError{err}
 	}
 	return nil
@@ -252,7 +252,7 @@ func (a *attempt) install(ctx context.Context, m *connector.Material, key keysto
 	}
 	common := &a.config.Common
 	result, err := a.o.Engine.Deploy(ctx, transaction.Deployment{
-		Target:     string(a.job.TargetID),
+		Target:     a.job.TargetID,
 		Connector:  a.connector,
 		Material:   m,
 		Promotion:  promotion,

@@ -111,11 +111,11 @@ func (c *fakeConnector) Plan(context.Context, *connector.Material) (*connector.P
 }
 
 // Settle is the engine's.
-func (w *world) Settle(ctx context.Context, targetID, keyPath string) error {
+func (w *world) Settle(ctx context.Context, targetID api.ID, keyPath string) error {
 	if w.settle == nil {
 		return nil
 	}
-	return w.settle(ctx, targetID, keyPath)
+	return w.settle(ctx, string(targetID), keyPath)
 }
 
 // Deploy is the engine's: it puts the key in place, and leaves the rest to
@@ -123,7 +123,7 @@ func (w *world) Settle(ctx context.Context, targetID, keyPath string) error {
 func (w *world) Deploy(ctx context.Context, d transaction.Deployment) (transaction.Result, error) {
 	w.mu.Lock()
 	w.material, w.promotion = d.Material, d.Promotion
-	w.installed = append(w.installed, d.Target)
+	w.installed = append(w.installed, string(d.Target))
 	w.mu.Unlock()
 	plan, err := d.Connector.Plan(ctx, d.Material)
 	if err != nil {

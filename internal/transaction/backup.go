@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"certctl-agent/internal/api"
 )
 
 // manifest is written last and removed first: a set that has none is not
@@ -30,7 +32,7 @@ func isSetName(name string) bool {
 }
 
 // nextSet is the name for a new backup set of a target.
-func (e *Engine) nextSet(id string) (string, error) {
+func (e *Engine) nextSet(id api.ID) (string, error) {
 	number := 0
 	sets, err := e.sets(id)
 	if err != nil {
@@ -45,10 +47,10 @@ func (e *Engine) nextSet(id string) (string, error) {
 }
 
 // sets lists the backup sets of a target, oldest first.
-func (e *Engine) sets(id string) ([]string, error) {
-	entries, err := fs.ReadDir(e.backups.FS(), id)
+func (e *Engine) sets(id api.ID) ([]string, error) {
+	entries, err := fs.ReadDir(e.backups.FS(), string(id))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("list the backups in %s: %w", e.backups.join(id), reason(err))
+		return nil, fmt.Errorf("list the backups in %s: %w", e.backups.join(string(id)), reason(err))
 	}
 	var names []string
 	for _, item := range entries {
@@ -65,7 +67,7 @@ func (e *Engine) setPath(r *record) string {
 	if r.Set == "" {
 		return "(none: there was nothing)"
 	}
-	return e.backups.join(r.Target + "/" + r.Set)
+	return e.backups.join(string(r.Target) + "/" + r.Set)
 }
 
 // backUp copies what was there before to the backup directory, durably.
@@ -80,7 +82,7 @@ func (a *attempt) backUp() error {
 }
 
 func (a *attempt) writeSet(r *record) error {
-	home, err := a.disk.subdir(a.backups, r.Target)
+	home, err := a.disk.subdir(a.backups, string(r.Target))
 	if err != nil {
 		return err
 	}
@@ -129,8 +131,8 @@ func backupName(i int, name string) string {
 }
 
 // openSet opens a backup set of a target.
-func (e *Engine) openSet(id, set string) (*dir, error) {
-	home, err := enter(e.backups, id)
+func (e *Engine) openSet(id api.ID, set string) (*dir, error) {
+	home, err := enter(e.backups, string(id))
 	if err != nil {
 		return nil, err
 	}
@@ -140,7 +142,7 @@ func (e *Engine) openSet(id, set string) (*dir, error) {
 
 // readBackup returns what was there before, be it a file or not; of names it in
 // errors, which may be transient.
-func (e *Engine) readBackup(id, set, name string, want digest, of string) ([]byte, error) {
+func (e *Engine) readBackup(id api.ID, set, name string, want digest, of string) ([]byte, error) {
 	at, err := e.openSet(id, set)
 	if err != nil {
 		return nil, err
@@ -158,14 +160,14 @@ func (e *Engine) readBackup(id, set, name string, want digest, of string) ([]byt
 
 // prune removes the oldest sets until keep are left, and those that are not
 // complete; a negative keep leaves none.
-func (e *Engine) prune(id string, keep int) error {
+func (e *Engine) prune(id api.ID, keep int) error {
 	sets, err := e.sets(id)
 	if err != nil {
 		return err
 	}
 	var surplus []string
 	for _, set := range slices.Backward(sets) {
-		if _, err := e.backups.Lstat(id + "/" + set + "/" + manifest); err == nil && keep > 0 {
+		if _, err := e.backups.Lstat(string(id) + "/" + set + "/" + manifest); err == nil && keep > 0 {
 			keep--
 			continue
 		}
@@ -175,12 +177,12 @@ func (e *Engine) prune(id string, keep int) error {
 }
 
 // dropSets removes backup sets of a target, durably. An empty name is none.
-func (e *Engine) dropSets(id string, sets ...string) error {
+func (e *Engine) dropSets(id api.ID, sets ...string) error {
 	sets = slices.DeleteFunc(sets, func(set string) bool { return set == "" })
 	if len(sets) == 0 {
 		return nil
 	}
-	home, err := enter(e.backups, id)
+	home, err := enter(e.backups, string(id))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

@@ -62,7 +62,7 @@ func (a *attempt) adopt() error {
 		}
 		var err error
 		if c.was, err = a.readBackup(a.Target, a.record.Owed.Set, r.Backup, r.Digest, r.Name); transient(err) {
-			return unsettledError(a.Target, err)
+			return unsettledError(string(a.Target), err)
 		} else if err != nil {
 			c.lost = fmt.Errorf("what would undo it cannot be read: %w", err)
 		}

@@ -10,7 +10,6 @@ import (
 	"slices"
 	"time"
 
-	"certctl-agent/internal/api"
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/policy"
 )
@@ -45,10 +44,7 @@ type attempt struct {
 // Deploy carries out one deployment. When it fails, the target is as it was
 // before, unless the error is a BrokenError. A cancelled context rolls back.
 func (e *Engine) Deploy(ctx context.Context, d Deployment) (Result, error) {
-	if _, err := api.ParseID(d.Target); err != nil {
-		return Result{}, fmt.Errorf("target id %q is not valid", d.Target)
-	}
-	release, err := acquire(ctx, &e.targets, d.Target, d.Yield)
+	release, err := acquire(ctx, &e.targets, string(d.Target), d.Yield)
 	if err != nil {
 		return Result{}, &BusyError{Err: fmt.Errorf("wait for another deployment of target %s: %w", d.Target, err)}
 	}
@@ -107,12 +103,12 @@ func (a *attempt) deploy(ctx context.Context) error {
 
 // resume ends the target's earlier deployment, if it did not end.
 func (a *attempt) resume(ctx context.Context) error {
-	r, err := a.load(a.Target)
+	r, err := a.load(string(a.Target))
 	if r != nil && r.Phase != restored || err != nil {
 		if _, err := a.recoverLoaded(ctx, a.Target, r, err); err != nil {
-			return unsettledError(a.Target, err)
+			return unsettledError(string(a.Target), err)
 		}
-		if r, err = a.load(a.Target); err != nil {
+		if r, err = a.load(string(a.Target)); err != nil {
 			return err
 		}
 	}
@@ -131,7 +127,7 @@ func (a *attempt) contested() error {
 		return err
 	}
 	for _, id := range ids {
-		if id == a.Target {
+		if id == string(a.Target) {
 			continue
 		}
 		if r, err := a.load(id); err != nil || r == nil || r.Phase != swapping || !r.shares(a.files) {
@@ -272,7 +268,7 @@ func (e *Engine) cleanUp(r *record) error {
 		return err
 	}
 	// A record that could not be followed is settled: every file is new.
-	if err := e.disk.remove(e.journal, r.Target+asideSuffix); err != nil {
+	if err := e.disk.remove(e.journal, asideName(r.Target)); err != nil {
 		return err
 	}
 	return e.forget(r.Target)

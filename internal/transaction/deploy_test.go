@@ -293,7 +293,6 @@ func TestRefusedBeforeAnythingIsTouched(t *testing.T) {
 		change func(t *testing.T, w world, tx *Transaction)
 		want   string
 	}{
-		{"id", func(t *testing.T, w world, tx *Transaction) { tx.Target = "../evil" }, `target id "../evil" is not valid`},
 		{"policy", func(t *testing.T, w world, tx *Transaction) { tx.Files[0].Path = w.path("state/key.pem") }, "CERTCTL_ALLOWED_PATHS"},
 		{"policy behind a symlink", func(t *testing.T, w world, tx *Transaction) {
 			check(t, os.Symlink("../state/x", w.path("site/link.pem")))

@@ -56,7 +56,7 @@ func (a *attempt) leftTorn(f *dest) bool {
 	if a.journal == nil {
 		return false // a preview
 	}
-	data, _, _, err := read(a.journal, a.Target+asideSuffix)
+	data, _, _, err := read(a.journal, asideName(a.Target))
 	if err != nil {
 		return false
 	}

@@ -49,7 +49,7 @@ const maxRecord = 4 << 20
 // record is what the journal holds of a transaction. It never holds bytes of a
 // file: those that are needed again are in the backup set.
 type record struct {
-	Target string       `json:"target"`
+	Target api.ID       `json:"target"`
 	Phase  phase        `json:"phase"`
 	Files  []fileRecord `json:"files"`
 	Set    string       `json:"set,omitempty"` // backup set; empty: there was nothing before
@@ -160,7 +160,7 @@ func (r *record) check() error {
 	default:
 		return fmt.Errorf("journal record has an unknown phase %q", r.Phase)
 	}
-	if _, err := api.ParseID(r.Target); err != nil || r.Set != "" && !isSetName(r.Set) {
+	if r.Target == "" || r.Set != "" && !isSetName(r.Set) {
 		return errors.New("journal record has a bad name in it")
 	}
 	if slices.ContainsFunc(r.allChanges(), func(c changeRecord) bool { return c.Backup != "" && !plain(c.Backup) }) ||
@@ -216,7 +216,7 @@ func (e *Engine) save(r *record) error {
 	if _, err := e.disk.put(e.journal, temp, data, private()); err != nil {
 		return fmt.Errorf("write the journal in %s: %w", e.journal.path, reason(err))
 	}
-	if err := e.disk.rename(e.journal, temp, r.Target+recordSuffix); err != nil {
+	if err := e.disk.rename(e.journal, temp, recordName(r.Target)); err != nil {
 		return errors.Join(fmt.Errorf("write the journal in %s: %w", e.journal.path, reason(err)), e.disk.remove(e.journal, temp))
 	}
 	if err := e.disk.syncDir(e.journal); err != nil {
@@ -236,6 +236,10 @@ const (
 	asideSuffix  = ".aside"
 )
 
+func recordName(id api.ID) string { return string(id) + recordSuffix }
+
+func asideName(id api.ID) string { return string(id) + asideSuffix }
+
 // load returns the record of a target, or nil when there is none.
 func (e *Engine) load(id string) (*record, error) {
 	data, _, _, err := read(e.journal, id+recordSuffix)
@@ -246,7 +250,7 @@ func (e *Engine) load(id string) (*record, error) {
 		return nil, fmt.Errorf("read %s: %w", e.journal.join(id+recordSuffix), reason(err))
 	}
 	r, err := decode(bytes.TrimSpace(data))
-	if err == nil && r.Target != id {
+	if err == nil && string(r.Target) != id {
 		err = fmt.Errorf("journal record is that of target %s", r.Target)
 	}
 	if err != nil {
@@ -261,8 +265,8 @@ type damagedError struct{ error }
 func (e *damagedError) Unwrap() error { return e.error }
 
 // forget removes the record of a target, durably.
-func (e *Engine) forget(id string) error {
-	err := e.disk.remove(e.journal, id+recordSuffix)
+func (e *Engine) forget(id api.ID) error {
+	err := e.disk.remove(e.journal, recordName(id))
 	if err == nil {
 		err = e.disk.syncDir(e.journal)
 	}
@@ -275,14 +279,14 @@ func (e *Engine) forget(id string) error {
 // setAside keeps a record that cannot be followed, for a person. While it is
 // there, the target counts as not clean; the next deployment that succeeds
 // replaces every file, and removes it.
-func (e *Engine) setAside(id string) error {
-	if err := e.disk.rename(e.journal, id+recordSuffix, id+asideSuffix); err != nil {
+func (e *Engine) setAside(id api.ID) error {
+	if err := e.disk.rename(e.journal, recordName(id), asideName(id)); err != nil {
 		return fmt.Errorf("set the journal record of target %s aside: %w", id, reason(err))
 	}
 	return e.disk.syncDir(e.journal)
 }
 
-func (e *Engine) isAside(id string) bool {
-	_, err := e.journal.Lstat(id + asideSuffix)
+func (e *Engine) isAside(id api.ID) bool {
+	_, err := e.journal.Lstat(asideName(id))
 	return err == nil
 }

@@ -104,9 +104,9 @@ func (e *Engine) recoverAll(calls, work context.Context, wait time.Duration, rel
 }
 
 // Settle makes sure that no interrupted transaction can undo, later, what a
-// deployment to target id is about to do with the key at keyPath: those of the
+// deployment to target is about to do with the key at keyPath: those of the
 // target and those that put that key in place. An error is a BusyError.
-func (e *Engine) Settle(ctx context.Context, id, keyPath string) error {
+func (e *Engine) Settle(ctx context.Context, target api.ID, keyPath string) error {
 	ids, err := e.recorded()
 	if err != nil {
 		return &BusyError{Err: err}
@@ -116,7 +116,7 @@ func (e *Engine) Settle(ctx context.Context, id, keyPath string) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, settleWait, fmt.Errorf("given up after %s", settleWait))
 	defer cancel()
 	for _, other := range ids {
-		if !e.concerns(other, id, keyPath) {
+		if !e.concerns(other, string(target), keyPath) {
 			continue
 		}
 		f := e.fly(ctx, ctx, other, false)
@@ -180,19 +180,20 @@ func (e *Engine) recorded() ([]string, error) {
 	return ids, nil
 }
 
-// recoverTarget is one flight.
-func (e *Engine) recoverTarget(calls, work context.Context, id string, f *flight) error {
-	if _, err := api.ParseID(id); err != nil {
-		return fmt.Errorf("journal record is not usable: %s: target id %q is not valid", e.journal.join(id+recordSuffix), id)
+// recoverTarget is one flight, of the target that a record's file names.
+func (e *Engine) recoverTarget(calls, work context.Context, name string, f *flight) error {
+	id, err := api.ParseID(name)
+	if err != nil {
+		return fmt.Errorf("journal record is not usable: %s: target %w", e.journal.join(name+recordSuffix), err)
 	}
-	release, ok := e.targets.Try(id)
+	release, ok := e.targets.Try(name)
 	if !ok {
 		return errUnderWay
 	}
 	defer release()
 	ctx, cancel := context.WithTimeoutCause(calls, recoverWait, fmt.Errorf("given up after %s", recoverWait))
 	defer cancel()
-	r, err := e.load(id)
+	r, err := e.load(name)
 	if r == nil && err == nil {
 		return nil // settled meanwhile
 	}
@@ -212,7 +213,7 @@ func (e *Engine) recoverTarget(calls, work context.Context, id string, f *flight
 		log.Warn("an interrupted deployment may have changed what only another deployment of the target can undo: deploy to it again",
 			"changes", names(r.Changes), "backups", e.setPath(r))
 	}
-	if r, err = e.load(id); err != nil || r == nil || r.Phase != restored || r.Reload == nil {
+	if r, err = e.load(name); err != nil || r == nil || r.Phase != restored || r.Reload == nil {
 		// Without a command only the next deployment can tell the server, and
 		// it will, as long as the record is there.
 		return err
@@ -234,7 +235,7 @@ const (
 
 // recoverLoaded brings one target to all-old or all-new. The error is one that
 // another try may not have.
-func (e *Engine) recoverLoaded(ctx context.Context, id string, r *record, loadErr error) (outcome, error) {
+func (e *Engine) recoverLoaded(ctx context.Context, id api.ID, r *record, loadErr error) (outcome, error) {
 	err := loadErr
 	if err == nil {
 		switch r.Phase {
@@ -251,7 +252,7 @@ func (e *Engine) recoverLoaded(ctx context.Context, id string, r *record, loadEr
 	if _, damaged := errors.AsType[*damagedError](err); !damaged {
 		return wasUndone, err
 	}
-	log := e.opts.Log.With("target", id, "error", err, "record", e.journal.join(id+asideSuffix), "backups", e.backups.join(id))
+	log := e.opts.Log.With("target", id, "error", err, "record", e.journal.join(asideName(id)), "backups", e.backups.join(string(id)))
 	if r != nil && len(r.allChanges()) > 0 {
 		log = log.With("changes", names(r.allChanges()))
 	}

@@ -31,6 +31,7 @@ import (
 	"os"
 	"sync"
 
+	"certctl-agent/internal/api"
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/namelock"
@@ -77,7 +78,7 @@ type Engine struct {
 
 // Deployment is one use of a connector.
 type Deployment struct {
-	Target    string // id, valid as api.ValidID has it
+	Target    api.ID
 	Connector connector.Connector
 	Material  *connector.Material
 
