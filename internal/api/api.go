@@ -172,7 +172,8 @@ type Job struct {
 	TargetConfig  json.RawMessage `json:"target_config,omitempty"`
 }
 
-// UnmarshalJSON decodes a job that has every id that the agent needs.
+// UnmarshalJSON decodes what the agent needs of a job, which has every id that
+// it needs.
 func (j *Job) UnmarshalJSON(data []byte) (err error) {
 	var raw rawJob
 	if err = json.Unmarshal(data, &raw); err == nil {
@@ -196,34 +197,26 @@ type jobFields Job
 // which is the id as it came, and its type are there beside an error too, where
 // they can be told.
 func decodeJob(data []byte) (job Job, name string, err error) {
-	if len(data) > maxJob {
-		var raw struct {
-			ID   string `json:"id"`
-			Type string `json:"type"`
-		}
-		// Decoding goes on past a field of the wrong type.
-		_ = json.Unmarshal(data, &raw)
-		job.ID, _ = ParseID(raw.ID)
-		job.Type = raw.Type
-		return job, raw.ID, undecodable(fmt.Errorf("it has %d bytes; the limit is %d", len(data), maxJob))
-	}
 	var raw rawJob
-	if err = json.Unmarshal(data, &raw); err == nil {
+	if len(data) > maxJob {
+		var named struct{ ID, Type string }
+		_ = json.Unmarshal(data, &named) // goes on past a field of the wrong type
+		raw.ID, raw.Type = named.ID, named.Type
+		err = fmt.Errorf("it has %d bytes; the limit is %d", len(data), maxJob)
+	} else if err = json.Unmarshal(data, &raw); err == nil {
 		err = raw.checkBounds()
 	}
 	job, invalid := raw.parse()
 	if err != nil {
-		return job, raw.ID, undecodable(err)
+		return job, raw.ID, fmt.Errorf("the job could not be decoded: %w", err)
 	}
-	return job.Needed(), raw.ID, invalid
+	return job, raw.ID, invalid
 }
 
-func undecodable(err error) error { return fmt.Errorf("the job could not be decoded: %w", err) }
-
-// parse makes types of the ids. An id that is not valid, or missing, is an
-// error only where the agent needs it.
+// parse makes types of the ids. One that is not valid, or missing, is an error
+// only where the agent needs it.
 func (r rawJob) parse() (Job, error) {
-	job := Job(r.jobFields)
+	job := Job(r.jobFields).needed()
 	var invalid, certificate, target error
 	job.ID, invalid = ParseID(r.ID)
 	job.CertificateID, certificate = ParseID(r.CertificateID)
@@ -267,9 +260,9 @@ func (r rawJob) checkBounds() error {
 	return nil
 }
 
-// Needed is the job without what nothing is done with: a deployment's names are
+// needed is the job without what nothing is done with: a deployment's names are
 // in its certificate, and a CSR is for no target.
-func (j Job) Needed() Job {
+func (j Job) needed() Job {
 	if j.AwaitsCSR() {
 		j.TargetConfig = nil
 	} else {

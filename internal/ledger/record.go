@@ -116,7 +116,6 @@ func decode(data []byte) (*record, error) {
 	if err := json.Unmarshal(e.Record, r); err != nil {
 		return nil, err
 	}
-	r.Job = r.Job.Needed() // an earlier version kept all that it was sent
 	return r, r.check()
 }
 
