@@ -336,7 +336,7 @@ func TestChangesKilledTwice(t *testing.T) {
 					dead = err != nil
 					return err
 				}
-				_, err := s.deploy(t.Context(), alter(w.remoteRenewal(at, value)))
+				_, _ = s.deploy(t.Context(), alter(w.remoteRenewal(at, value)))
 				if !dead {
 					break
 				}
@@ -344,7 +344,7 @@ func TestChangesKilledTwice(t *testing.T) {
 				s.disk.before = killAt(n % 7)
 				_, _ = s.Recover(t.Context())
 				s = w.mustStore(t, nil)
-				_, err = s.Recover(t.Context())
+				_, err := s.Recover(t.Context())
 				check(t, err)
 				want := map[string]string{"/a/one": "old"}
 				if w.condition(false) == "new" {
