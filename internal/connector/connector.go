@@ -98,6 +98,10 @@ type Plan struct {
 	Serves *tlsprobe.Endpoint
 
 	Warnings []string // for the log, one line each
+
+	// Caveats are warnings of a deployment that has changed something, and of no
+	// other.
+	Caveats []string
 }
 
 // Reload makes a server use the files that are in place: the new ones or, after

@@ -88,7 +88,7 @@ func (a *attempt) deploy(ctx context.Context) error {
 	if a.unchanged() {
 		err := a.verify(ctx)
 		if err == nil {
-			a.result.Unchanged, a.result.Warnings = true, nil
+			a.result.Unchanged = true
 			a.finishChanges(ctx)
 		}
 		if err == nil || ctx.Err() != nil {
@@ -225,6 +225,7 @@ func (a *attempt) run(ctx context.Context) error {
 		a.result.Warnings = append(a.result.Warnings, "cleaning up after the deployment: "+err.Error())
 	}
 	a.finishChanges(ctx)
+	a.result.Warnings = append(a.result.Warnings, a.plan.Caveats...)
 	return nil
 }
 

@@ -437,6 +437,24 @@ func TestWarnings(t *testing.T) {
 	}
 }
 
+// TestWarningsOfUnchanged: what a plan warns of is as true of a target that has
+// everything already, but for caveats of the change.
+func TestWarningsOfUnchanged(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	tx := w.renewal()
+	tx.Warnings, tx.Caveats = []string{"nobody has compared"}, []string{"nobody is told"}
+	for _, unchanged := range []bool{false, true} {
+		want := tx.Warnings
+		if !unchanged {
+			want = slices.Concat(want, tx.Caveats)
+		}
+		result, err := w.deploy(t, tx)
+		if err != nil || result.Unchanged != unchanged || !slices.Equal(result.Warnings, want) {
+			t.Errorf("got %+v, %v, want unchanged %t and the warnings %q", result, err, unchanged, want)
+		}
+	}
+}
+
 // TestChangedMeanwhile: what someone else writes between the look and the
 // rename is not lost.
 func TestChangedMeanwhile(t *testing.T) {

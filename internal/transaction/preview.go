@@ -49,7 +49,7 @@ type ChangePreview struct {
 func NewPreview(ctx context.Context, d Deployment, plan *connector.Plan, rules *policy.Policy) *Preview {
 	a := &attempt{Engine: &Engine{opts: Options{Policy: rules, Log: slog.New(slog.DiscardHandler)}}, Deployment: d, plan: plan}
 	defer func() { closeAll(a.files) }()
-	p := &Preview{Files: []FilePreview{}, Changes: []ChangePreview{}, Warnings: plan.Warnings}
+	p := &Preview{Files: []FilePreview{}, Changes: []ChangePreview{}, Warnings: slices.Concat(plan.Warnings, plan.Caveats)}
 	for i, file := range plan.Files {
 		p.Files = append(p.Files, p.file(a, file, i))
 	}

@@ -102,7 +102,7 @@ func (s *caddy) planByAPI(m *connector.Material) *connector.Plan {
 			pair:  loadedPair{Certificate: string(cert), Key: string(m.Key())},
 		}},
 		Serves: s.target.Common.Endpoint(),
-		Warnings: []string{
+		Caveats: []string{
 			`Caddy holds the certificate in its running configuration only: unless it runs with --resume, a restart loses it (mode "file" does not)`,
 		},
 	}

@@ -79,7 +79,7 @@ func (e *envoy) Plan(_ context.Context, m *connector.Material) (*connector.Plan,
 	plan := e.pair.Plan(m)
 	plan.Serves = e.common.Endpoint()
 	if !e.config.SDSConfig {
-		plan.Warnings = append(plan.Warnings, "Envoy reads a certificate that its static configuration names only when it starts, and goes on with the old one: "+
+		plan.Caveats = append(plan.Caveats, "Envoy reads a certificate that its static configuration names only when it starts, and goes on with the old one: "+
 			"set sds_config, unless a secret of your own with watched_directory names the files")
 		return plan, nil
 	}

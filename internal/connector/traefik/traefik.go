@@ -77,7 +77,7 @@ func (t *traefik) Plan(_ context.Context, m *connector.Material) (*connector.Pla
 	if t.config.DynamicConfig != "" {
 		plan.Files = append(plan.Files, t.dynamic(pemutil.Fingerprint(m.Leaf)))
 	} else if t.reload == nil {
-		plan.Warnings = append(plan.Warnings, "Traefik is not told of the new certificate and goes on with the old one until something else changes "+
+		plan.Caveats = append(plan.Caveats, "Traefik is not told of the new certificate and goes on with the old one until something else changes "+
 			"its dynamic configuration: set dynamic_config to a file that Traefik watches")
 	}
 	return plan, nil
