@@ -84,6 +84,9 @@ func countedAs[T any](known map[uint32]T, owner uint32) uint32 {
 
 // lookInto returns the outcome of a file's bytes, or nil when there is no processor time for it.
 func (r *run) lookInto(name string, data []byte, owner uint32) certfile.Outcome {
+	if !certfile.WorthParsing(name, data) {
+		data = nil
+	}
 	store := certfile.IsStore(name, data)
 	if !store && len(data) < measuredSize {
 		return r.parser.Parse(name, data)

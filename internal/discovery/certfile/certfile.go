@@ -68,8 +68,18 @@ const HeadSize = 4096
 // of a key store under any name. Beyond those only text can hold one, as PEM,
 // anywhere in it; text has no NUL. (Text in UTF-16 has; no tool writes PEM so.)
 func WorthReading(name string, head []byte) bool {
-	return promiseOf(name) != promisesNothing || jks.Is(head) || pkcs12.Is(head) ||
-		bytes.IndexByte(head, 0) < 0 || looksLikeDER(name, head)
+	return isOther(name, head) || bytes.IndexByte(head, 0) < 0
+}
+
+// WorthParsing reports whether Parse may find something in the bytes of a file. It costs one look
+// at each byte, which is all that most files of a tree are worth.
+func WorthParsing(name string, data []byte) bool {
+	return isOther(name, data) || hasMarker(data)
+}
+
+// isOther reports whether a file may hold something else than PEM.
+func isOther(name string, head []byte) bool {
+	return promiseOf(name) != promisesNothing || jks.Is(head) || pkcs12.Is(head) || looksLikeDER(name, head)
 }
 
 // IsStore reports whether a file is a key store by its name or content: reading it may cost the time

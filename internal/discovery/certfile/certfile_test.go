@@ -168,6 +168,25 @@ func TestParse(t *testing.T) {
 		if len(found) > 0 && len(test.data) >= HeadSize && !WorthReading(test.name, test.data[:HeadSize]) {
 			t.Errorf("%s: the head hides the certificate", test.what)
 		}
+		if len(found)+len(causes) > 0 && !WorthParsing(test.name, test.data) {
+			t.Errorf("%s: it is not worth parsing, and holds something", test.what)
+		}
+	}
+}
+
+func TestIndexMarker(t *testing.T) {
+	text := []byte("B-----BEGIM -----BEGIN-----BEGIN X " + wrappedBegin[1:] + wrappedBegin + "BB")
+	for from := range text {
+		for _, marker := range []string{pemBegin, wrappedBegin} {
+			for _, data := range [][]byte{text[from:], text[:from]} {
+				if got, want := indexMarker(data, marker), bytes.Index(data, []byte(marker)); got != want {
+					t.Errorf("%q is at %d of %q, want %d", marker, got, data, want)
+				}
+			}
+		}
+		if got := text[from:]; hasMarker(got) != (bytes.Contains(got, []byte(pemBegin)) || bytes.Contains(got, []byte(wrappedBegin))) {
+			t.Errorf("%q has a marker: %v", got, hasMarker(got))
+		}
 	}
 }
 
@@ -218,7 +237,11 @@ func fuzzFile(t *testing.T, name string, data []byte) {
 	}
 	before := bytes.Clone(data)
 	parser := Parser{Passwords: []string{"correct horse"}}
-	err := parser.Parse(name, data).Report("/x", func(cert api.DiscoveredCertificate) error {
+	outcome := parser.Parse(name, data)
+	if !outcome.Empty() && !WorthParsing(name, data) {
+		t.Error("it is not worth parsing, and holds something")
+	}
+	err := outcome.Report("/x", func(cert api.DiscoveredCertificate) error {
 		block, rest := pem.Decode([]byte(cert.PEMData))
 		if block == nil || len(rest) > 0 || block.Type != "CERTIFICATE" {
 			t.Errorf("PEM of a certificate: %q", cert.PEMData)

@@ -45,12 +45,34 @@ type pemBlock struct {
 	store bool
 }
 
+// hasMarker reports whether there is PEM in data, as it is or in base64 once more.
+func hasMarker(data []byte) bool { return indexMarker(data, pemBegin, wrappedBegin) >= 0 }
+
+// indexMarker is where one of the markers begins, or -1. Both have a B, which is rare in
+// configuration: that is what is searched for, many bytes at a time. The dash that bytes.Index
+// searches for is not, and makes it look at one byte after the other.
+func indexMarker(data []byte, markers ...string) int {
+	for at := 0; ; at++ {
+		next := bytes.IndexByte(data[at:], 'B')
+		if next < 0 {
+			return -1
+		}
+		at += next
+		for _, marker := range markers {
+			start := at - strings.IndexByte(marker, 'B')
+			if end := start + len(marker); start >= 0 && end <= len(data) && string(data[start:end]) == marker {
+				return start
+			}
+		}
+	}
+}
+
 // pemBlocks finds the blocks in data. It accepts what encoding/pem accepts and
 // more: text before and after the markers on the same line, blocks without a
 // line feed between them, indentation, and line feeds written as \n.
 func pemBlocks(data []byte, found func(pemBlock)) {
 	for {
-		start := bytes.Index(data, []byte(pemBegin))
+		start := indexMarker(data, pemBegin)
 		if start < 0 {
 			return
 		}
@@ -84,7 +106,7 @@ const wrappedBegin = "LS0tLS1CRUdJTiBDRVJUSUZJQ0FURS0tLS0t"
 // of a Kubernetes secret, of Traefik's acme.json. What begins with a key is not decoded.
 func wrappedPEM(data []byte, found func(text []byte)) {
 	for {
-		start := bytes.Index(data, []byte(wrappedBegin))
+		start := indexMarker(data, wrappedBegin)
 		if start < 0 {
 			return
 		}
