@@ -39,6 +39,10 @@ type Options struct {
 	// Odd adds every way to write a certificate and to get it wrong. Without
 	// it all certificates are plain PEM or DER.
 	Odd bool
+
+	// TextSize, if set, makes all that is no certificate configuration-like text of about so many
+	// bytes, and all certificates PEM: what a search for text can be compared on.
+	TextSize int
 }
 
 // Certificate is one that a scan has to find.
@@ -64,9 +68,15 @@ func Write(dir string, o Options) (*Tree, error) {
 	for w.tree.Files < o.Files {
 		left := o.Files - w.tree.Files
 		// Spread evenly, so that each prefix of the tree has its share.
-		if w.random.IntN(left) < o.Certificates-len(w.tree.Certificates) {
+		certificate := w.random.IntN(left) < o.Certificates-len(w.tree.Certificates)
+		switch {
+		case certificate && o.TextSize > 0:
+			err = w.certificateOf(plainForms[w.random.IntN(3)])
+		case certificate:
 			err = w.certificate(o.Odd)
-		} else {
+		case o.TextSize > 0:
+			err = w.text(o.TextSize)
+		default:
 			err = w.other(o.Odd)
 		}
 		if err != nil {
@@ -87,6 +97,7 @@ type writer struct {
 	keys   []crypto.PublicKey
 	serial int64
 	words  []byte
+	lines  []byte // of configuration
 	noise  []byte
 }
 
@@ -244,7 +255,10 @@ func (w *writer) certificate(odd bool) error {
 	if odd {
 		forms = append(forms[:len(forms):len(forms)], oddForms...)
 	}
-	form := forms[w.random.IntN(len(forms))]
+	return w.certificateOf(forms[w.random.IntN(len(forms))])
+}
+
+func (w *writer) certificateOf(form form) error {
 	var ders [][]byte
 	for range form.certs {
 		der, err := w.new()
@@ -256,6 +270,32 @@ func (w *writer) certificate(odd bool) error {
 	path, err := w.write(form.ext, form.bytes(w, ders))
 	w.found(path, form.format, ders...)
 	return err
+}
+
+// text writes a configuration file, of between nothing and twice so many bytes.
+func (w *writer) text(size int) error {
+	for len(w.lines) < 4*size {
+		key, value := w.random.IntN(len(textLines)), w.random.Uint64()
+		w.lines = fmt.Appendf(w.lines, textLines[key], value)
+	}
+	length := 64 + w.random.IntN(2*size)
+	at := w.random.IntN(len(w.lines) - length)
+	_, err := w.write([]string{".conf", ".ini", ".yaml", ".json", ".service", ""}[w.random.IntN(6)], w.lines[at:at+length])
+	return err
+}
+
+// textLines are formats of a line of configuration, each with a number in it.
+var textLines = []string{
+	"# ------------------------------------------------------------ section %d\n",
+	"    server_name www%d.example.org; # as shipped\n",
+	"  - name: worker-%d\n    image: registry.example.org/app\n",
+	"[Section %d]\n",
+	"LogLevel = INFO%d\n",
+	"\n# BEGIN of block %d: do not edit by hand\n",
+	"    \"key-%d\": {\"enabled\": true, \"limit\": 100},\n",
+	"Environment=\"JAVA_OPTS=-Xmx%dm -XX:+UseG1GC --add-opens\"\n",
+	"    proxy_pass http://10.0.0.1:%d/;\n\n",
+	"checksum = %x\n",
 }
 
 // other writes a file in which nothing is to be found.

@@ -1,0 +1,118 @@
+package discovery
+
+import (
+	"io"
+	"os"
+	"os/exec"
+	"runtime"
+	"slices"
+	"syscall"
+	"testing"
+	"time"
+
+	"certctl-agent/internal/testing/corpus"
+)
+
+// BenchmarkText compares a first scan of a tree of configuration files, 470 MB of them, with a search
+// for the line that begins every certificate, by ripgrep or else by grep, and a rescan with find.
+// The tree is in memory, and the ways are measured in turns: the ratios, of the median of the time
+// and of the processor time, are the result.
+func BenchmarkText(b *testing.B) {
+	n := min(*treeSize, 20_000)
+	if testing.Short() {
+		n = min(n, 2000)
+	}
+	dir := inMemory(b)
+	tree, err := corpus.Write(dir, corpus.Options{Seed: 1, Files: n, Certificates: n / 10, TextSize: 26 << 10})
+	if err != nil {
+		b.Fatal(err)
+	}
+	search := []string{"rg", "-uuu", "-laF", "--", "-----BEGIN", dir}
+	if _, err := exec.LookPath(search[0]); err != nil {
+		search = []string{"grep", "-rlaF", "--", "-----BEGIN", dir}
+	}
+	program := func(args ...string) func() {
+		return func() {
+			command := exec.CommandContext(b.Context(), args[0], args[1:]...)
+			command.Stdout = io.Discard
+			if err := command.Run(); err != nil {
+				b.Fatal(args, err)
+			}
+		}
+	}
+	scan := func(s *Scanner) func() {
+		s.idle = func(f func()) { f() } // with the priority of the others
+		return func() {
+			if got := count(b, s); got != len(tree.Certificates) {
+				b.Fatalf("the scan finds %d certificates, want %d", got, len(tree.Certificates))
+			}
+		}
+	}
+	first, again := newScanner(b, Options{Dirs: []string{dir}}), newScanner(b, Options{Dirs: []string{dir}})
+	ways := []way{
+		{name: search[0], run: program(search...), who: syscall.RUSAGE_CHILDREN},
+		{name: "find", run: program("find", dir), who: syscall.RUSAGE_CHILDREN},
+		{name: "first", run: scan(first), who: syscall.RUSAGE_SELF, before: func() { _ = first.opts.State.Remove(first.opts.Index) }},
+		{name: "rescan", run: scan(again), who: syscall.RUSAGE_SELF},
+	}
+	ways[3].run()
+	for b.Loop() {
+		for range 11 {
+			for i := range ways {
+				ways[i].measure()
+			}
+		}
+	}
+	for i := range ways {
+		b.ReportMetric(ways[i].ms(ways[i].wall), "ms-"+ways[i].name)
+		b.ReportMetric(ways[i].ms(ways[i].processor), "cpu-ms-"+ways[i].name)
+	}
+	b.ReportMetric(0, "ns/op") // of all of them together: it says nothing
+	for _, pair := range [][2]*way{{&ways[2], &ways[0]}, {&ways[3], &ways[1]}} {
+		names := pair[0].name + "/" + pair[1].name
+		b.ReportMetric(pair[0].ms(pair[0].wall)/pair[1].ms(pair[1].wall), names)
+		b.ReportMetric(pair[0].ms(pair[0].processor)/pair[1].ms(pair[1].processor), "cpu-"+names)
+	}
+}
+
+// way is one of several ways to look through a tree, and what it took each time.
+type way struct {
+	name            string
+	run, before     func()
+	who             int // of getrusage
+	wall, processor []time.Duration
+}
+
+func (w *way) measure() {
+	if w.before != nil {
+		w.before()
+	}
+	runtime.GC()
+	began, used := time.Now(), processorTime(w.who)
+	w.run()
+	w.wall = append(w.wall, time.Since(began))
+	w.processor = append(w.processor, processorTime(w.who)-used)
+}
+
+// ms is the median in milliseconds.
+func (w *way) ms(times []time.Duration) float64 {
+	return 1000 * slices.Sorted(slices.Values(times))[len(times)/2].Seconds()
+}
+
+func processorTime(who int) time.Duration {
+	var usage syscall.Rusage
+	if syscall.Getrusage(who, &usage) != nil {
+		return 0
+	}
+	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
+}
+
+// inMemory is a directory that no disk is behind, where there is one.
+func inMemory(b *testing.B) string {
+	dir, err := os.MkdirTemp("/dev/shm", "scan")
+	if err != nil {
+		return b.TempDir()
+	}
+	b.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
