@@ -355,6 +355,7 @@ func (r *run) flush() error {
 
 func (r *run) readSegment(entries []entry) func(*worker) func() {
 	return func(w *worker) func() {
+		defer w.leave()
 		done := make([]*reading, len(entries))
 		for i := range entries {
 			if e := &entries[i]; !e.hit && r.ctx.Err() == nil {
@@ -429,17 +430,60 @@ func (r *run) mayRead(handle int, st *syscall.Stat_t, e *entry) error {
 	return nil
 }
 
-// read returns the bytes of a file, or none when its head tells that there is
-// nothing in it. They are valid until the next call.
-func (w *worker) read(full, name string, e *entry) (status, []byte, error) {
-	// It was a regular file a moment ago; should it be a pipe now, opening it must not wait.
+// open opens a file to be read. One that is in the directory where the walk saw it is opened there
+// by its name alone. That is as safe as to look at what a path leads to first: the directory is none
+// of the agent's own, no link is followed on the way, and what is there under the name now, instead
+// of the file that was seen, was put into that directory by somebody who may do so. That can be a
+// pipe or a socket, for which opening does not wait and has no effect, but no device, which only
+// root can make; what was opened is checked before it is read.
+func (w *worker) open(full, name string, e *entry) (int, error) {
 	flags := syscall.O_RDONLY | syscall.O_NONBLOCK | syscall.O_NOCTTY | syscall.O_CLOEXEC
 	if !e.link {
 		flags |= syscall.O_NOFOLLOW
+		if dir, same := w.directoryOf(e); same {
+			return openIn(dir, name, flags)
+		}
 	}
+	return openWithoutAtime(full, flags, func(handle int, st *syscall.Stat_t) error { return w.r.mayRead(handle, st, e) })
+}
+
+// directoryOf is a handle of the directory of a file, unless there is another one under its path
+// now.
+func (w *worker) directoryOf(e *entry) (fd int, same bool) {
+	if w.inside != e.dir {
+		w.leave()
+		w.enter(e.dir)
+	}
+	return w.dir, w.dir >= 0
+}
+
+func (w *worker) enter(n *node) {
+	w.inside, w.dir = n, -1
+	fd, err := openDirectory(n)
+	if err != nil {
+		return
+	}
+	if now, err := statusOfOpen(fd); err != nil || now.identity != n.self.identity {
+		syscall.Close(fd)
+		return
+	}
+	w.dir = fd
+}
+
+// leave closes the directory that was entered last.
+func (w *worker) leave() {
+	if w.inside != nil && w.dir >= 0 {
+		syscall.Close(w.dir)
+	}
+	w.inside = nil
+}
+
+// read returns the bytes of a file, or none when its head tells that there is
+// nothing in it. They are valid until the next call.
+func (w *worker) read(full, name string, e *entry) (status, []byte, error) {
 	var fd int
 	err := retry(func() (err error) {
-		fd, err = openWithoutAtime(full, flags, func(handle int, st *syscall.Stat_t) error { return w.r.mayRead(handle, st, e) })
+		fd, err = w.open(full, name, e)
 		return err
 	})
 	if err != nil {
@@ -453,17 +497,13 @@ func (w *worker) read(full, name string, e *entry) (status, []byte, error) {
 	if !now.isRegular() || now.size > MaxFileSize {
 		return now, nil, nil // it changed since; the next scan counts it as what it is
 	}
-	head, err := w.fill(fd, 0, certfile.HeadSize)
-	if err != nil || !certfile.WorthReading(name, head) {
+	// What is added to it from here on changes its status, and the next scan reads it again.
+	size := int(now.size)
+	data, err := w.fill(fd, 0, min(size, certfile.HeadSize))
+	if err != nil || !certfile.WorthReading(name, data) {
 		return now, nil, err
 	}
-	if len(head) < certfile.HeadSize {
-		return now, head, nil
-	}
-	data, err := w.fill(fd, len(head), MaxFileSize+1)
-	if len(data) > MaxFileSize {
-		data = nil
-	}
+	data, err = w.fill(fd, len(data), size)
 	return now, data, err
 }
 

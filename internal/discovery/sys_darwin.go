@@ -72,6 +72,21 @@ func openWithoutAtime(path string, flags int, may func(fd int, st *syscall.Stat_
 	return fd, nil
 }
 
+// openIn opens a file of an open directory; access times cannot be left alone here. Package syscall
+// has the call, but exports no function for it.
+func openIn(dir int, name string, flags int) (int, error) {
+	const openat = 463 // SYS_openat
+	text, err := syscall.BytePtrFromString(name)
+	if err != nil {
+		return -1, err
+	}
+	fd, _, errno := syscall.Syscall6(openat, uintptr(dir), uintptr(unsafe.Pointer(text)), uintptr(flags), 0, 0, 0)
+	if errno != 0 {
+		return -1, errno
+	}
+	return int(fd), nil
+}
+
 // pathOf is where an open file is, without symbolic links.
 func pathOf(fd int) (string, error) {
 	var path [1024]byte // MAXPATHLEN

@@ -139,6 +139,16 @@ func openWithoutAtime(path string, flags int, may func(handle int, st *syscall.S
 	return fd, err
 }
 
+// openIn opens a file of an open directory, and leaves its access time alone where this user may ask
+// for that.
+func openIn(dir int, name string, flags int) (int, error) {
+	fd, err := syscall.Openat(dir, name, flags|syscall.O_NOATIME, 0)
+	if err == syscall.EPERM {
+		return syscall.Openat(dir, name, flags, 0)
+	}
+	return fd, err
+}
+
 // pathOf is where an open file is, without symbolic links. The kernel appends " (deleted)" to the
 // path of a deleted one.
 func pathOf(fd int) (string, error) { return os.Readlink("/proc/self/fd/" + strconv.Itoa(fd)) }

@@ -31,15 +31,15 @@ func TestOpensOnlyRegularFiles(t *testing.T) {
 		return err == nil && n > 0
 	}
 	w := &worker{r: &run{s: &Scanner{}}}
-	st, data, err := w.read(pipe, "pipe", &entry{})
+	st, data, err := w.read(pipe, "pipe", &entry{dir: &node{}})
 	if st.isRegular() || data != nil || err != nil || opened() {
 		t.Errorf("a pipe: regular %v, data %q, error %v", st.isRegular(), data, err)
 	}
-	st, data, err = w.read(file, "file", &entry{})
+	st, data, err = w.read(file, "file", &entry{dir: &node{}})
 	if !st.isRegular() || string(data) != "text" || err != nil || !opened() {
 		t.Errorf("a file: regular %v, data %q, error %v", st.isRegular(), data, err)
 	}
-	if _, _, err := w.read(file+".missing", "file", &entry{}); !os.IsNotExist(err) {
+	if _, _, err := w.read(file+".missing", "file", &entry{dir: &node{}}); !os.IsNotExist(err) {
 		t.Errorf("no file: error %v", err)
 	}
 }

@@ -297,7 +297,7 @@ func (r *run) examineOne(w *worker, n *node, name string) {
 
 // examineAt opens a directory and looks at some of its files.
 func (r *run) examineAt(w *worker, n *node) {
-	dir, err := r.openDirectory(n)
+	dir, err := r.listable(n)
 	if err != nil {
 		n.problem(n.shown, err)
 	}
@@ -310,7 +310,7 @@ func (r *run) examineAt(w *worker, n *node) {
 
 func (r *run) readDirectory(w *worker, n *node) error {
 	w.tick()
-	dir, err := r.openDirectory(n)
+	dir, err := r.listable(n)
 	if dir == nil {
 		return err
 	}
@@ -370,17 +370,27 @@ func (r *run) currentOf(n *node, files *nameList) string {
 	return target
 }
 
-// openDirectory opens the directory of a node, which is not a link unless it is a root. One of the
-// agent's own is counted as skipped, and the file is nil.
-func (r *run) openDirectory(n *node) (*os.File, error) {
-	flags := os.O_RDONLY | syscall.O_DIRECTORY
+// openDirectory opens the directory of a node, which is not a link unless it is a root.
+func openDirectory(n *node) (fd int, err error) {
+	flags := syscall.O_RDONLY | syscall.O_DIRECTORY | syscall.O_CLOEXEC
 	if !n.isRoot {
 		flags |= syscall.O_NOFOLLOW
 	}
-	dir, err := os.OpenFile(n.path, flags, 0)
+	err = retry(func() (err error) {
+		fd, err = syscall.Open(n.path, flags, 0)
+		return err
+	})
+	return fd, err
+}
+
+// listable opens the directory of a node. One of the agent's own is counted as skipped, and the file
+// is nil.
+func (r *run) listable(n *node) (*os.File, error) {
+	fd, err := openDirectory(n)
 	if err != nil {
 		return nil, err
 	}
+	dir := os.NewFile(uintptr(fd), n.path)
 	if n.self, err = statusOfOpen(int(dir.Fd())); err != nil {
 		dir.Close()
 		return nil, err

@@ -3,6 +3,7 @@ package discovery
 import (
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -133,7 +134,7 @@ func TestPathThatIsReplaced(t *testing.T) {
 	r.findOwn()
 	w := &worker{r: r}
 	read := func(path string, id identity) error {
-		_, _, err := w.read(path, filepath.Base(path), &entry{file: file{status: status{identity: id}}})
+		_, _, err := w.read(path, filepath.Base(path), &entry{dir: &node{path: filepath.Dir(path)}, file: file{status: status{identity: id}}})
 		return err
 	}
 	// As the walk has seen them.
@@ -160,6 +161,58 @@ func TestPathThatIsReplaced(t *testing.T) {
 	n := &node{path: filepath.Join(dir, "a", "agent"), shown: filepath.Join(dir, "a", "agent"), real: filepath.Join(dir, "a", "agent")}
 	if err := r.readDirectory(w, n); err != nil || len(n.files) > 0 || n.skipped[skipOwn] != 1 {
 		t.Errorf("a directory of the agent: error %v, %d files, skipped %v", err, len(n.files), n.skipped)
+	}
+}
+
+// TestNameThatIsReplaced: between the look at a file and the reading of it, it becomes another, or
+// what is not to be read. Reading waits for none of them.
+func TestNameThatIsReplaced(t *testing.T) {
+	outside, dir := t.TempDir(), t.TempDir()
+	text, _ := testCertificate(t)
+	write(t, filepath.Join(outside, "served.pem"), text)
+	write(t, filepath.Join(dir, "big"), make([]byte, MaxFileSize+1))
+	for _, name := range []string{"file", "link", "pipe", "socket", "dir", "grown", "gone"} {
+		write(t, filepath.Join(dir, name), []byte("text"))
+	}
+	r := newRun(t.Context(), newScanner(t, Options{Dirs: []string{dir}}), nil)
+	defer r.cancel(nil)
+	w := &worker{r: r}
+	defer w.leave()
+	n := &node{path: dir, shown: dir, real: dir}
+	if err := r.readDirectory(w, n); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"file", "link", "pipe", "socket", "dir", "grown", "gone"} {
+		if err := os.Remove(filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(t, filepath.Join(dir, "file"), text)
+	link(t, filepath.Join(outside, "served.pem"), filepath.Join(dir, "link"))
+	listener, err := net.Listen("unix", filepath.Join(dir, "socket"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	if err := errors.Join(syscall.Mkfifo(filepath.Join(dir, "pipe"), 0o600), os.Mkdir(filepath.Join(dir, "dir"), 0o700),
+		os.Rename(filepath.Join(dir, "big"), filepath.Join(dir, "grown"))); err != nil {
+		t.Fatal(err)
+	}
+	opened := watchOpens(t, outside)
+	for _, f := range n.files {
+		name := string(f.name)
+		got := r.readFile(w, &entry{dir: n, file: f})
+		switch certificate := got != nil && !got.outcome.Empty() && got.problem == ""; {
+		case w.dir < 0:
+			t.Error("the directory was not opened")
+		case certificate != (name == "file"):
+			t.Errorf("%s: %+v", name, got)
+		case name == "gone" && got != nil:
+			t.Errorf("%s: %+v, want nothing", name, got)
+		}
+	}
+	if names := opened(); len(names) > 0 {
+		t.Errorf("opened %q", names)
 	}
 }
 

@@ -50,6 +50,8 @@ type worker struct {
 	entries [16 << 10]byte         // of the directory that is read
 	buffer  []byte                 // of the file that is read
 	used    int                    // bytes of buffer that hold some of it
+	inside  *node                  // the directory whose files are read, or nil
+	dir     int                    // its handle, or -1
 }
 
 // tick says that a call on a file system begins.
