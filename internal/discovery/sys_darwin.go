@@ -2,8 +2,6 @@ package discovery
 
 import (
 	"bytes"
-	"io/fs"
-	"os"
 	"syscall"
 	"time"
 	"unsafe"
@@ -40,15 +38,6 @@ func fromC(name []int8) string {
 		b = append(b, byte(c))
 	}
 	return string(b)
-}
-
-// readEntries hands out some entries of a directory, or io.EOF after the last one.
-func readEntries(dir *os.File, _ []byte, each func(name []byte, mode fs.FileMode)) error {
-	entries, err := dir.ReadDir(1024)
-	for _, entry := range entries {
-		each([]byte(entry.Name()), entry.Type())
-	}
-	return err
 }
 
 func changeTimes(st *syscall.Stat_t) (modified, changed int64) {

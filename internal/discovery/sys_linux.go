@@ -1,10 +1,6 @@
 package discovery
 
 import (
-	"bytes"
-	"encoding/binary"
-	"io"
-	"io/fs"
 	"os"
 	"runtime"
 	"strconv"
@@ -55,50 +51,6 @@ func unescapeMount(s string) string {
 		}
 	}
 	return s
-}
-
-// readEntries hands out some entries of a directory, or io.EOF after the last
-// one. It is os.File.ReadDir without an allocation for each file.
-func readEntries(dir *os.File, buffer []byte, each func(name []byte, mode fs.FileMode)) error {
-	var n int
-	err := retry(func() (err error) {
-		n, err = syscall.ReadDirent(int(dir.Fd()), buffer)
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	if n == 0 {
-		return io.EOF
-	}
-	// getdents64(2): inode 8, offset 8, length of the entry 2, type 1, name, NUL
-	const length, kind, text = 16, 18, 19
-	for b := buffer[:n]; len(b) > text; {
-		size := int(binary.NativeEndian.Uint16(b[length:]))
-		if size <= text || size > len(b) {
-			return syscall.EIO
-		}
-		name, _, _ := bytes.Cut(b[text:size], []byte{0})
-		mode := fs.ModeIrregular
-		switch b[kind] {
-		case syscall.DT_REG, syscall.DT_UNKNOWN:
-			mode = 0
-		case syscall.DT_DIR:
-			mode = fs.ModeDir
-		case syscall.DT_LNK:
-			mode = fs.ModeSymlink
-		}
-		if b[kind] == syscall.DT_UNKNOWN {
-			if info, err := os.Lstat(join(dir.Name(), string(name))); err == nil {
-				mode = info.Mode().Type()
-			}
-		}
-		if string(name) != "." && string(name) != ".." {
-			each(name, mode)
-		}
-		b = b[size:]
-	}
-	return nil
 }
 
 func changeTimes(st *syscall.Stat_t) (modified, changed int64) { return st.Mtim.Nano(), st.Ctim.Nano() }

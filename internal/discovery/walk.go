@@ -28,6 +28,9 @@ const (
 	// takes microseconds, unless it hangs.
 	tickEvery = 32
 
+	// entriesAtOnce is how many entries of a directory are read under one tick.
+	entriesAtOnce = 256
+
 	// maxListing bounds the names of one directory, which are sorted in memory,
 	// in bytes: about two million names.
 	maxListing = 64 << 20
@@ -75,7 +78,7 @@ type nameRef struct {
 	link bool
 }
 
-func (l *nameList) add(name []byte, link bool) {
+func (l *nameList) add(name string, link bool) {
 	l.refs = append(l.refs, nameRef{uint32(len(l.text)), uint16(len(name)), link})
 	l.text = append(append(l.text, name...), 0)
 }
@@ -290,7 +293,7 @@ func (r *run) list(w *worker, n *node) {
 // examineOne looks at one file of a directory.
 func (r *run) examineOne(w *worker, n *node, name string) {
 	n.all, n.hi = &nameList{}, 1
-	n.all.add([]byte(name), false)
+	n.all.add(name, false)
 	w.tick()
 	r.examineAt(w, n)
 }
@@ -323,7 +326,10 @@ func (r *run) readDirectory(w *worker, n *node) error {
 	n.dirs = &nameList{}
 	for {
 		w.tick()
-		err := readEntries(dir, w.entries[:], func(name []byte, mode fs.FileMode) { r.sortOut(n, files, name, mode) })
+		entries, err := dir.ReadDir(entriesAtOnce)
+		for _, entry := range entries {
+			r.sortOut(n, files, entry.Name(), entry.Type())
+		}
 		if r.ctx.Err() != nil {
 			return nil
 		}
@@ -453,21 +459,21 @@ func (r *root) shows(real string) string {
 }
 
 // sortOut decides by name and type alone what becomes of an entry.
-func (r *run) sortOut(n *node, files *nameList, name []byte, mode fs.FileMode) {
+func (r *run) sortOut(n *node, files *nameList, name string, mode fs.FileMode) {
 	switch {
 	case mode.IsDir():
-		if reason := r.passOver(n, string(name)); reason != "" {
+		if reason := r.passOver(n, name); reason != "" {
 			n.skip(reason)
 			return
 		}
 		n.dirs.add(name, false)
 	case mode.IsRegular(), mode&fs.ModeSymlink != 0:
 		switch {
-		case len(r.s.opts.Exclude) > 0 && r.excludedIn(n, string(name)):
+		case len(r.s.opts.Exclude) > 0 && r.excludedIn(n, name):
 			n.skip(skipExcluded)
-		case certfile.IsKey(string(name)):
+		case certfile.IsKey(name):
 			n.skip(skipKey)
-		case r.anyFile && slices.Contains(r.s.opts.Dirs, join(n.path, string(name))):
+		case r.anyFile && slices.Contains(r.s.opts.Dirs, join(n.path, name)):
 			n.skip(skipNamed)
 		default:
 			files.add(name, !mode.IsRegular())

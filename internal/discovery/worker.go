@@ -42,16 +42,15 @@ type task struct {
 
 // worker is one thread of a scan.
 type worker struct {
-	r       *run
-	active  atomic.Int64           // when its last call began, ns since the scan began; 0: none
-	task    atomic.Pointer[task]   // what it works on; the goroutine that takes it away ends the task
-	link    atomic.Pointer[string] // the symbolic link it follows, or nil
-	blamed  string                 // what hangs; set before task is taken away
-	entries [16 << 10]byte         // of the directory that is read
-	buffer  []byte                 // of the file that is read
-	used    int                    // bytes of buffer that hold some of it
-	inside  *node                  // the directory whose files are read, or nil
-	dir     int                    // its handle, or -1
+	r      *run
+	active atomic.Int64           // when its last call began, ns since the scan began; 0: none
+	task   atomic.Pointer[task]   // what it works on; the goroutine that takes it away ends the task
+	link   atomic.Pointer[string] // the symbolic link it follows, or nil
+	blamed string                 // what hangs; set before task is taken away
+	buffer []byte                 // of the file that is read
+	used   int                    // bytes of buffer that hold some of it
+	inside *node                  // the directory whose files are read, or nil
+	dir    int                    // its handle, or -1
 }
 
 // tick says that a call on a file system begins.
