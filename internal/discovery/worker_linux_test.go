@@ -202,14 +202,19 @@ func TestLowestPriority(t *testing.T) {
 	if !none() {
 		t.Skip("threads have the lowest priority before the scan: all of this process may")
 	}
-	during := 0
+	during, want := 0, workers()+1 // the walk may have ended
 	if _, err := s.Scan(t.Context(), func([]api.DiscoveredCertificate) error {
-		during = lowest()
+		for range 200 { // on a busy host the last worker may have to wait for its turn
+			if during = lowest(); during >= want {
+				break
+			}
+			time.Sleep(5 * time.Millisecond)
+		}
 		return nil
 	}); err != nil {
 		t.Fatal(err)
 	}
-	if want := workers() + 1; during < want { // the walk may have ended
+	if during < want {
 		t.Errorf("%d threads have the lowest priority during a scan, want at least %d", during, want)
 	}
 	if !none() {
