@@ -5,6 +5,7 @@ import (
 	"path/filepath"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // A file that has become something else since it was found is not opened: to
@@ -41,5 +42,29 @@ func TestOpensOnlyRegularFiles(t *testing.T) {
 	}
 	if _, _, err := w.read(file+".missing", "file", &entry{dir: &node{}}); !os.IsNotExist(err) {
 		t.Errorf("no file: error %v", err)
+	}
+}
+
+// TestAccessTimes: a scan leaves those of files alone, however they are reached.
+func TestAccessTimes(t *testing.T) {
+	outside, dir := t.TempDir(), t.TempDir()
+	text, _ := testCertificate(t)
+	files := []string{filepath.Join(dir, "a.pem"), filepath.Join(outside, "b.pem")}
+	link(t, files[1], filepath.Join(dir, "b.pem"))
+	read := time.Now().AddDate(0, 0, -2).Truncate(time.Second) // so long ago that relatime sets it anew
+	for _, path := range files {
+		write(t, path, text)
+		if err := os.Chtimes(path, read, read.AddDate(0, 0, -1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if found, summary := scanAll(t, newScanner(t, Options{Dirs: []string{dir}})); len(found) != 2 || len(summary.Errors) > 0 {
+		t.Errorf("found %d certificates, errors %q", len(found), summary.Errors)
+	}
+	for _, path := range files {
+		var st syscall.Stat_t
+		if err := syscall.Stat(path, &st); err != nil || st.Atim.Sec != read.Unix() {
+			t.Errorf("%s was read at %d, want %d (error %v)", path, st.Atim.Sec, read.Unix(), err)
+		}
 	}
 }
