@@ -67,7 +67,7 @@ bench: build ## measure: size, start, memory, pacing of a fleet, discovery (agai
 	@printf 'size of the binary: %s bytes\n' "$$(wc -c < bin/certctl-agent)"
 	$(GO) test -run '^$$' -bench 'FirstLogLine' -benchtime 50x ./cmd/certctl-agent
 	$(GO) test -run '^$$' -bench 'IdleMemory' -benchtime 1x ./cmd/certctl-agent
-	$(GO) test -count 1 -run Fleet -v ./internal/pace
+	$(GO) test -count 1 -timeout 20m -run Fleet -v ./internal/budget -fleet 100000
 	$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 60m ./internal/discovery
 
 .PHONY: cover

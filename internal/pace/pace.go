@@ -48,8 +48,9 @@ type Pacer struct {
 	draw     Rand
 	yields   bool // see NewYielding
 
-	failures int // in a row
-	slow     int // tries still to be spread over one more interval
+	failures int  // in a row
+	limited  bool // the last try was answered 429
+	slow     int  // tries still to be spread over one more interval
 }
 
 // New returns the Pacer of an activity that is due every interval.
@@ -82,16 +83,22 @@ func (p *Pacer) Yield() {
 // A success waits for the interval, uniform in ±10 %. The nth failure in a row
 // adds a draw from [0, min(n × interval, 5 min)): never sooner than a healthy
 // try, and spread at the cap too. After a 429 the next try is spread over one
-// more interval, and a yielding activity stays slow for a while.
+// more interval, and a yielding activity stays slow for a while. One that does
+// not yield comes back within half an interval after the second in a row: in a
+// large fleet some agent is always unlucky, and must not be for long.
 func (p *Pacer) Next(o Outcome) time.Duration {
 	wait := p.Interval()
 	switch {
 	case o.RateLimited:
 		p.Yield()
+		spread := p.interval
 		if !p.yields {
 			wait = 0 // its turn has come already: anywhere in the interval that follows
+			if p.limited {
+				spread /= 2
+			}
 		}
-		wait += p.upTo(p.interval)
+		wait += p.upTo(spread)
 	case o.Failed:
 		p.failures++
 		wait += p.upTo(min(time.Duration(p.failures)*p.interval, maxBackoff))
@@ -102,6 +109,7 @@ func (p *Pacer) Next(o Outcome) time.Duration {
 			wait += p.upTo(p.interval)
 		}
 	}
+	p.limited = o.RateLimited
 	if wait < o.RetryAfter {
 		// Not the floor itself: one that is a date would gather the fleet there.
 		wait = o.RetryAfter + p.upTo(p.interval)

@@ -40,6 +40,7 @@ func TestNextStaysInItsRange(t *testing.T) {
 		{"one success resets", false, append(repeat(failed, 9), pace.Outcome{}), 54 * time.Second, 66 * time.Second, 0},
 		{"floor above the draw", false, []pace.Outcome{{Failed: true, RetryAfter: 10 * time.Minute}}, 10 * time.Minute, 11 * time.Minute, 1},
 		{"429 for a heartbeat", false, repeat(limited, 1), time.Second, 61 * time.Second, 0},
+		{"a second 429 for a heartbeat", false, repeat(limited, 2), time.Second, 31 * time.Second, 0},
 		{"429 for a poll", true, repeat(limited, 1), 54 * time.Second, 126 * time.Second, 0},
 		{"429s never count as failures", true, repeat(limited, 50), 54 * time.Second, 126 * time.Second, 0},
 		{"a poll stays slow after a 429", true, []pace.Outcome{limited, {}}, 54 * time.Second, 126 * time.Second, 0},

@@ -1,0 +1,167 @@
+// Package budget shares what the control plane grants among the calls of one
+// agent. It learns that from the answers: there is no limit until one of them
+// is 429, which closes the budget until Retry-After and halves the rate;
+// successes raise it slowly again. The agents of a fleet that share a limit
+// find their shares without knowing of each other.
+//
+// A call that has no turn waits for one, the more urgent first.
+package budget
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"time"
+)
+
+// Class is how urgent a call is.
+type Class int
+
+// The classes, the most urgent first.
+const (
+	Heartbeat   Class = iota // waits for nobody
+	Report                   // how a job ended
+	Certificate              // for a deployment that has begun
+	CSR
+	Poll
+	Discovery
+	classes
+)
+
+// Turn is leave to send one call.
+type Turn struct{ sent time.Time }
+
+// Budget is safe for concurrent use.
+type Budget struct {
+	mu      sync.Mutex // guards what follows
+	limit   limit
+	waiting [classes][]chan Turn // first come, first served in each class
+	timer   *time.Timer          // of the next turn; nil until one is waited for
+	stopped bool
+}
+
+// New returns a budget without a limit. Draw is the source of randomness,
+// uniform in [0, n).
+func New(draw func(n int64) int64) *Budget {
+	return &Budget{limit: limit{draw: draw}}
+}
+
+// Wait waits for the turn of a call. It fails with the cause of ctx, or of Stop.
+// Whoever has a turn tells how it went, by Succeeded or Limited; one that got no
+// answer says nothing of the limit.
+func (b *Budget) Wait(ctx context.Context, class Class) (Turn, error) {
+	if class == Heartbeat {
+		// It uses up no turn either: at the slowest rate there is one a minute.
+		return Turn{time.Now()}, nil
+	}
+	b.mu.Lock()
+	if b.stopped || b.free() {
+		defer b.mu.Unlock()
+		return b.take(), nil
+	}
+	granted := make(chan Turn, 1)
+	b.waiting[class] = append(b.waiting[class], granted)
+	b.grant()
+	b.mu.Unlock()
+
+	select {
+	case turn, ok := <-granted:
+		if !ok {
+			return Turn{}, context.Canceled
+		}
+		return turn, nil
+	case <-ctx.Done():
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.waiting[class] = slices.DeleteFunc(b.waiting[class], func(c chan Turn) bool { return c == granted })
+		return Turn{}, context.Cause(ctx)
+	}
+}
+
+// Succeeded records that the control plane answered a call, other than by 429.
+func (b *Budget) Succeeded() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.limit.succeeded(time.Now())
+	b.grant()
+}
+
+// Limited records that a call was answered 429, with Retry-After or 0.
+func (b *Budget) Limited(turn Turn, retryAfter time.Duration) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.limit.limited(time.Now(), turn.sent, retryAfter)
+	b.grant()
+}
+
+// Tight reports whether calls are limited, so that those which matter to nobody
+// are better left out.
+func (b *Budget) Tight() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return !b.limit.open()
+}
+
+// Stop ends waiting, for an agent that stops: who waits now fails, and later
+// calls do not wait.
+func (b *Budget) Stop() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.stopped = true
+	for class, waiting := range b.waiting {
+		for _, granted := range waiting {
+			close(granted)
+		}
+		b.waiting[class] = nil
+	}
+}
+
+// free reports whether a call may go at once.
+func (b *Budget) free() bool {
+	return !time.Now().Before(b.limit.next) && b.first() == nil
+}
+
+// take uses up a turn.
+func (b *Budget) take() Turn {
+	now := time.Now()
+	b.limit.take(now)
+	return Turn{now}
+}
+
+// first is the queue of the most urgent class that has one.
+func (b *Budget) first() *[]chan Turn {
+	for class := range b.waiting {
+		if len(b.waiting[class]) > 0 {
+			return &b.waiting[class]
+		}
+	}
+	return nil
+}
+
+// grant gives out the turns that have come, and sets the timer for the next.
+func (b *Budget) grant() {
+	for {
+		queue := b.first()
+		if queue == nil {
+			return
+		}
+		if wait := time.Until(b.limit.next); wait > 0 {
+			b.wakeAfter(wait)
+			return
+		}
+		(*queue)[0] <- b.take()
+		*queue = (*queue)[1:]
+	}
+}
+
+func (b *Budget) wakeAfter(wait time.Duration) {
+	if b.timer != nil {
+		b.timer.Reset(wait)
+		return
+	}
+	b.timer = time.AfterFunc(wait, func() {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.grant()
+	})
+}

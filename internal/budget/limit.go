@@ -1,0 +1,119 @@
+package budget
+
+import (
+	"math"
+	"time"
+)
+
+const (
+	// slowest is the lowest rate that refusals lead to, in requests a second.
+	slowest = 1.0 / 60
+
+	// unhurried is the rate, in requests a second, that an agent has at least
+	// asked for when it is first refused. One that hardly asks for anything is
+	// not what overloads its control plane, and needs a few answers soon when a
+	// certificate is renewed.
+	unhurried = 1.0
+
+	// remembered is how many successes tell the rate that the control plane has
+	// granted so far. A number and not a time: the rates of a fleet's agents are
+	// anything from one a minute to hundreds a second.
+	remembered = 16
+
+	// calmTime and calmAnswers are how long and for how many answers in a row
+	// nothing must have been refused for the limit to be lifted. In a fleet that
+	// shares 50 requests a second an agent has one answer in half a minute, and
+	// one alone that has found the rate it is granted is refused every few
+	// seconds: neither must start over.
+	calmTime    = time.Minute
+	calmAnswers = 64
+
+	// gain scales the step that a success raises the rate by; see raise.
+	gain = 0.01
+)
+
+// limit is the rate that the control plane has been found to grant to this
+// agent. It is arithmetic only.
+type limit struct {
+	draw func(n int64) int64 // uniform in [0, n)
+
+	rate float64   // requests a second; 0: open
+	next time.Time // no turn before
+
+	slowed    time.Time // when the rate was last lowered
+	refused   time.Time // when a call was last refused
+	successes int       // since then
+
+	granted [remembered]time.Time // successes, a ring
+	count   int                   // ever added to granted
+}
+
+// open reports whether there is no limit.
+func (l *limit) open() bool { return l.rate == 0 }
+
+// take uses up one turn.
+func (l *limit) take(now time.Time) {
+	if l.open() {
+		return
+	}
+	if l.next.Before(now) {
+		l.next = now
+	}
+	l.next = l.next.Add(l.gap())
+}
+
+// gap is the time from one turn to the next.
+func (l *limit) gap() time.Duration { return time.Duration(float64(time.Second) / l.rate) }
+
+// succeeded records that a call was not refused.
+func (l *limit) succeeded(now time.Time) {
+	l.granted[l.count%remembered] = now
+	l.count++
+	l.successes++
+	if l.open() {
+		return
+	}
+	if l.successes >= calmAnswers && now.Sub(l.refused) >= calmTime {
+		l.rate, l.next = 0, time.Time{}
+		return
+	}
+	l.raise()
+}
+
+// raise raises the rate by a step. In relation to the rate it is the smaller,
+// the higher the rate is, so that agents that share a control plane come to
+// equal shares. A constant step would do that faster, but could only fit one
+// size of fleet: for one agent at 50 requests a second it has to be about 0.1,
+// of which a thousand agents would be refused more often than not.
+func (l *limit) raise() { l.rate += gain * math.Pow(l.rate, 2.0/3) }
+
+// limited records that a call that was sent at the given time was answered 429.
+// Several that were under way together are one event.
+func (l *limit) limited(now, sent time.Time, retryAfter time.Duration) {
+	l.refused, l.successes = now, 0
+	if sent.After(l.slowed) {
+		l.slowed = now
+		rate := max(l.grantedRate(now), unhurried)
+		if !l.open() {
+			rate = min(rate, l.rate)
+		}
+		l.rate = max(rate/2, slowest)
+	}
+	// A little later than was asked for: what one second refuses must not come
+	// back as one wave.
+	spread := max(retryAfter/4, l.gap())
+	closed := now.Add(retryAfter + time.Duration(l.draw(int64(spread)+1)))
+	if l.next.Before(closed) {
+		l.next = closed
+	}
+}
+
+// grantedRate is the rate of the latest successes.
+func (l *limit) grantedRate(now time.Time) float64 {
+	n := min(l.count, remembered)
+	if n == 0 {
+		return 0
+	}
+	took := now.Sub(l.granted[(l.count-n)%remembered])
+	return float64(n) / max(took, time.Millisecond).Seconds()
+}
