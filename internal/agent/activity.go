@@ -79,6 +79,10 @@ func (a *Agent) ended(act *activity, err error) {
 	act.stats.Running = false
 	now := time.Now()
 	outcome := pace.After(err)
+	if outcome.RateLimited || a.opts.Budget.Tight() {
+		a.poll.pacer.Yield()
+		a.scan.pacer.Yield()
+	}
 	wait := act.pacer.Next(outcome)
 	if err == nil {
 		act.stats.LastSuccess = now
@@ -94,10 +98,6 @@ func (a *Agent) ended(act *activity, err error) {
 		a.logFailure(act, err, wait)
 	}
 	act.stats.Failures = act.pacer.Failures()
-	if outcome.RateLimited {
-		a.poll.pacer.Yield()
-		a.scan.pacer.Yield()
-	}
 	if a.stopping {
 		return
 	}

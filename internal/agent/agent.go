@@ -70,6 +70,12 @@ type Ledger interface {
 	Drop(d ledger.Delivery, reason string) error
 }
 
+// Budget is what the control plane grants; see package budget.
+type Budget interface {
+	Tight() bool
+	Stop()
+}
+
 // Notifier tells the service manager.
 type Notifier interface {
 	Status(text string) (sent bool)
@@ -84,6 +90,7 @@ type Options struct {
 	Deployer  Deployer
 	Surveyor  Surveyor // nil: discovery is off
 	Ledger    Ledger
+	Budget    Budget
 	Installed *installed.List // across restarts
 	Notify    Notifier
 	Log       *slog.Logger
@@ -287,6 +294,7 @@ func (a *Agent) Run(ctx context.Context) error {
 func (a *Agent) stop(watchdog <-chan time.Time, cause error) error {
 	a.stopping = true
 	a.stopCalls()
+	a.opts.Budget.Stop()
 	if cause != nil {
 		a.stopClaims()
 	}

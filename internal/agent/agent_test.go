@@ -18,6 +18,7 @@ import (
 
 	"certctl-agent/internal/agent"
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/budget"
 	"certctl-agent/internal/deploy"
 	"certctl-agent/internal/discovery"
 	"certctl-agent/internal/installed"
@@ -100,6 +101,7 @@ func newWorld(t *testing.T) *world {
 		t.Fatal(err)
 	}
 	w.options = agent.Options{
+		Budget:            budget.New(pace.Global),
 		AgentID:           "agent-1",
 		Plane:             plane{w},
 		Enroller:          enroller{w},

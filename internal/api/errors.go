@@ -27,6 +27,10 @@ var (
 	// ErrUnreadable is a success whose body is not what the call answers.
 	ErrUnreadable = errors.New("the answer cannot be read")
 
+	// ErrNoTurn means that the control plane takes fewer requests than there
+	// are to send, and that this one has waited for too long.
+	ErrNoTurn = errors.New("its turn did not come: the control plane takes fewer requests than this agent has to send")
+
 	// ErrBadID is an identifier that cannot be a path segment: the request was
 	// not sent.
 	ErrBadID = errors.New("the identifier cannot stand in a path")
@@ -145,7 +149,7 @@ func Denied(err error) bool {
 // large fleet that is an ordinary event, not a failure.
 func RateLimited(err error) bool {
 	status, ok := errors.AsType[*StatusError](err)
-	return ok && status.Status == http.StatusTooManyRequests
+	return ok && status.Status == http.StatusTooManyRequests || errors.Is(err, ErrNoTurn)
 }
 
 // RetryAfter is the floor that the control plane set for the next try, or 0.

@@ -14,6 +14,7 @@ import (
 
 	"certctl-agent/internal/agent"
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/budget"
 	"certctl-agent/internal/buildinfo"
 	"certctl-agent/internal/command"
 	"certctl-agent/internal/config"
@@ -75,6 +76,7 @@ type App struct {
 	policy    *policy.Policy
 	engine    *transaction.Engine
 	key       atomic.Pointer[func() secret.String] // where the client gets the API key; Reload replaces it
+	budget    *budget.Budget                       // of the client
 	client    *controlplane.Client
 	plane     Plane // client, perhaps behind a seam
 
@@ -194,6 +196,8 @@ func (a *App) connect() {
 	opts.Key = func() secret.String { return (*a.key.Load())() }
 	opts.Observe = func(seen api.Observation) { a.Agent.Observe(seen) } // made before anything is sent
 	opts.Dial = a.opts.Dial
+	a.budget = budget.New(a.opts.Rand)
+	opts.Budget = a.budget
 	a.client = controlplane.New(opts)
 	a.onClose(func() error { a.client.Close(); return nil })
 	a.plane = a.opts.Plane(a.client)
@@ -233,6 +237,7 @@ func (a *App) build() error {
 		Log:               a.opts.Log,
 		Describe:          a.describe,
 		Repair:            a.engine.Repair,
+		Budget:            a.budget,
 		HeartbeatInterval: cfg.HeartbeatInterval,
 		PollInterval:      cfg.PollInterval,
 		DiscoveryInterval: cfg.DiscoveryInterval,

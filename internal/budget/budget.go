@@ -86,12 +86,14 @@ func (b *Budget) Succeeded() {
 	b.grant()
 }
 
-// Limited records that a call was answered 429, with Retry-After or 0.
-func (b *Budget) Limited(turn Turn, retryAfter time.Duration) {
+// Limited records that a call was answered 429, with Retry-After or 0. It
+// reports whether the call may wait for another turn.
+func (b *Budget) Limited(turn Turn, retryAfter time.Duration) (again bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.limit.limited(time.Now(), turn.sent, retryAfter)
 	b.grant()
+	return !b.stopped
 }
 
 // Tight reports whether calls are limited, so that those which matter to nobody

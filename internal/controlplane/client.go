@@ -1,6 +1,6 @@
 // Package controlplane speaks to the control plane: HTTPS with TLS 1.3, one
 // method for each call of its API. What an answer means is internal/api's to
-// say; when to try again is the caller's.
+// say; when to try again is the caller's, except after a 429.
 package controlplane
 
 import (
@@ -18,12 +18,18 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/budget"
 	"certctl-agent/internal/secret"
 )
 
 // timeout bounds one request from dialling to the last byte of the answer.
 // Signing a CSR is the slowest call, and takes seconds.
 const timeout = 30 * time.Second
+
+// maxWait bounds how long a call waits for its turn. An agent of a large fleet
+// that renews everything at once has two turns a minute, for some ten calls at
+// a time.
+const maxWait = 10 * time.Minute
 
 // Bounds of an answer. Longer ones are api.ErrTooLarge.
 const (
@@ -54,6 +60,10 @@ type Options struct {
 	InsecureSkipVerify bool           // accepts any certificate
 	Proxy              func(server *url.URL) *url.URL
 	UserAgent          string
+
+	// Budget, when set, gives calls their turns: those of an agent at work wait
+	// in place of being refused, and are sent again after a 429.
+	Budget *budget.Budget
 
 	// Observe, when set, records the outcome of each request before the caller
 	// gets it, so that no caller has to pass on a 410. It must not block.
@@ -105,14 +115,14 @@ func (c *Client) Close() { c.transport.Load().CloseIdleConnections() }
 // Heartbeat says that the agent is alive. Its 410 is api.ErrRetired.
 func (c *Client) Heartbeat(ctx context.Context, beat api.Heartbeat) error {
 	return c.acknowledged(ctx, call{name: "heartbeat", method: http.MethodPost, path: api.HeartbeatPath(c.opts.AgentID),
-		ids: []string{c.opts.AgentID}, body: beat, final: true})
+		ids: []string{c.opts.AgentID}, body: beat, final: true, once: true})
 }
 
 // Work polls. Deployment jobs in the answer are claimed by it and do not come
 // again. Its 410 is api.ErrRetired.
 func (c *Client) Work(ctx context.Context) (api.Work, error) {
 	var work api.Work
-	err := c.do(ctx, call{name: "poll", method: http.MethodGet, path: api.WorkPath(c.opts.AgentID),
+	err := c.do(ctx, call{name: "poll", class: budget.Poll, method: http.MethodGet, path: api.WorkPath(c.opts.AgentID),
 		ids: []string{c.opts.AgentID}, limit: maxWork, final: true}, &work)
 	return work, err
 }
@@ -120,14 +130,14 @@ func (c *Client) Work(ctx context.Context) (api.Work, error) {
 // SubmitCSR has a CSR signed for a certificate. A nil error means that the
 // certificate has a new version.
 func (c *Client) SubmitCSR(ctx context.Context, certID api.ID, csrPEM []byte) error {
-	return c.acknowledged(ctx, call{name: "CSR", method: http.MethodPost, path: api.CSRPath(c.opts.AgentID),
+	return c.acknowledged(ctx, call{name: "CSR", class: budget.CSR, method: http.MethodPost, path: api.CSRPath(c.opts.AgentID),
 		ids: []string{c.opts.AgentID}, body: api.CSR{PEM: string(csrPEM), CertificateID: string(certID)}})
 }
 
 // Certificate fetches the latest version of a certificate: leaf and chain, PEM.
 func (c *Client) Certificate(ctx context.Context, certID api.ID) ([]byte, error) {
 	var answer api.Certificate
-	err := c.do(ctx, call{name: "certificate", method: http.MethodGet, path: api.CertificatePath(c.opts.AgentID, string(certID)),
+	err := c.do(ctx, call{name: "certificate", class: budget.Certificate, method: http.MethodGet, path: api.CertificatePath(c.opts.AgentID, string(certID)),
 		ids: []string{c.opts.AgentID, string(certID)}, limit: maxCertificate}, &answer)
 	if err == nil && answer.PEM == "" {
 		err = incomplete("certificate", "certificate_pem")
@@ -135,9 +145,15 @@ func (c *Client) Certificate(ctx context.Context, certID api.ID) ([]byte, error)
 	return []byte(answer.PEM), err
 }
 
-// ReportStatus reports a job's progress.
+// ReportStatus reports a job's progress. That it runs is left out while the
+// budget is tight: the control plane has set that itself when it handed the job
+// out.
 func (c *Client) ReportStatus(ctx context.Context, jobID api.ID, status api.JobStatus) error {
-	return c.acknowledged(ctx, call{name: "status report", method: http.MethodPost, path: api.JobStatusPath(c.opts.AgentID, string(jobID)),
+	running := status.Status == api.StatusRunning
+	if running && c.opts.Budget != nil && c.opts.Budget.Tight() {
+		return nil
+	}
+	return c.acknowledged(ctx, call{name: "status report", class: budget.Report, once: running, method: http.MethodPost, path: api.JobStatusPath(c.opts.AgentID, string(jobID)),
 		ids: []string{c.opts.AgentID, string(jobID)}, body: status})
 }
 
@@ -146,7 +162,7 @@ func (c *Client) ReportVerification(ctx context.Context, jobID api.ID, verificat
 	var answer struct {
 		Verified *bool `json:"verified"`
 	}
-	err := c.do(ctx, call{name: "verification", method: http.MethodPost, path: api.VerifyPath(string(jobID)),
+	err := c.do(ctx, call{name: "verification", class: budget.Report, method: http.MethodPost, path: api.VerifyPath(string(jobID)),
 		ids: []string{string(jobID)}, body: verification}, &answer)
 	if err == nil && answer.Verified == nil {
 		err = incomplete("verification", "verified")
@@ -158,7 +174,7 @@ func (c *Client) ReportVerification(ctx context.Context, jobID api.ID, verificat
 func (c *Client) ReportDiscovery(ctx context.Context, report api.DiscoveryReport) error {
 	// The summary's fields are only for people: any will do, but an error.
 	var answer map[string]json.RawMessage
-	err := c.do(ctx, call{name: "discovery report", method: http.MethodPost, path: api.DiscoveriesPath(c.opts.AgentID),
+	err := c.do(ctx, call{name: "discovery report", class: budget.Discovery, method: http.MethodPost, path: api.DiscoveriesPath(c.opts.AgentID),
 		ids: []string{c.opts.AgentID}, body: report}, &answer)
 	if _, failed := answer["error"]; err == nil && (answer == nil || failed) {
 		err = incomplete("discovery report", "summary")
@@ -193,6 +209,8 @@ func (c *Client) Register(ctx context.Context, registration api.Registration) (a
 // call is one request.
 type call struct {
 	name   string // for messages
+	class  budget.Class
+	once   bool // not sent again after a 429
 	method string
 	path   string
 	ids    []string // what path was made from
@@ -201,8 +219,34 @@ type call struct {
 	final  bool     // a 410 is final
 }
 
-// do sends a request and decodes a success into answer.
+// do sends a request when its turn has come, again after a 429, and decodes a
+// success into answer.
 func (c *Client) do(ctx context.Context, call call, answer any) error {
+	if c.opts.Budget == nil {
+		return c.try(ctx, call, answer)
+	}
+	waiting, cancel := context.WithTimeoutCause(ctx, maxWait, api.ErrNoTurn)
+	defer cancel()
+	for {
+		turn, err := c.opts.Budget.Wait(waiting, call.class)
+		if err != nil {
+			return fmt.Errorf("%s: not sent: %w", call.name, err)
+		}
+		err = c.try(ctx, call, answer)
+		switch {
+		case err == nil:
+			c.opts.Budget.Succeeded()
+			return nil
+		case !api.RateLimited(err):
+			return err
+		case !c.opts.Budget.Limited(turn, api.RetryAfter(err)) || call.once:
+			return err
+		}
+	}
+}
+
+// try sends a request once.
+func (c *Client) try(ctx context.Context, call call, answer any) error {
 	seen := api.Observation{Call: call.name}
 	seen.Err = c.send(ctx, call, answer, &seen)
 	if c.opts.Observe != nil {
