@@ -63,10 +63,11 @@ lint: ## gofmt, vet, go fix, staticcheck, the architecture test
 	$(GO) test ./internal/architecture
 
 .PHONY: bench
-bench: build ## measure: size, start, memory, pacing of a fleet, discovery (against rg, find; beside nginx)
+bench: build ## measure: size, start, memory, renewals, pacing of a fleet, discovery (against rg, find; beside nginx)
 	@printf 'size of the binary: %s bytes\n' "$$(wc -c < bin/certctl-agent)"
 	$(GO) test -run '^$$' -bench 'FirstLogLine' -benchtime 50x ./cmd/certctl-agent
 	$(GO) test -run '^$$' -bench 'IdleMemory' -benchtime 1x ./cmd/certctl-agent
+	$(GO) test -run '^$$' -bench 'Renewals' -benchtime 1x -timeout 20m ./cmd/certctl-agent
 	$(GO) test -count 1 -timeout 20m -run Fleet -v ./internal/budget -fleet 100000
 	$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 60m ./internal/discovery
 
