@@ -26,6 +26,7 @@ type activity struct {
 	next      *activity            // to be started after the first try of this one; nil: none
 
 	again bool // asked for while it ran
+	soon  bool // asked for soon while it ran
 	stats status.Activity
 }
 
@@ -97,6 +98,10 @@ func (a *Agent) ended(act *activity, err error) {
 		a.counters.Failure(act.name, api.Kind(err))
 		a.logFailure(act, err, wait)
 	}
+	if act.soon && err == nil {
+		wait = min(wait, a.followUp())
+	}
+	act.soon = false
 	act.stats.Failures = act.pacer.Failures()
 	if a.stopping {
 		return
@@ -151,6 +156,9 @@ func (a *Agent) heartbeat() (done func(), err error) {
 	}, err
 }
 
+// maxFruitless keeps followUp in the range of a duration.
+const maxFruitless = 20
+
 // claim is the work of one poll: what it brings is on disk before the loop
 // hears of it, since the control plane hands out a deployment only once.
 func (a *Agent) claim() (done func(), err error) {
@@ -161,6 +169,29 @@ func (a *Agent) claim() (done func(), err error) {
 	}
 	claimed := a.record(work)
 	return func() { a.take(claimed, begun) }, nil
+}
+
+// pollSoon has the next poll come soon: the last one has made work for it.
+func (a *Agent) pollSoon() {
+	if a.poll.stats.Running {
+		a.poll.soon = true
+		return
+	}
+	if wait := a.followUp(); !a.stopping && time.Now().Add(wait).Before(a.poll.stats.NextDue) {
+		a.poll.after(wait)
+	}
+}
+
+// followUp is the delay of a poll that follows work: about a second, in which a
+// control plane makes deployments, and twice as long after each poll that
+// brought none. So one that accepts CSRs and goes on asking for them is polled
+// as often as any other in the end.
+func (a *Agent) followUp() time.Duration {
+	wait := time.Second << min(max(a.fruitless-1, 0), maxFruitless)
+	if wait >= a.opts.PollInterval {
+		return a.opts.PollInterval
+	}
+	return wait/2 + time.Duration(a.opts.Rand(int64(wait/2)+1))
 }
 
 // survey is the work of one scan.

@@ -13,13 +13,15 @@ import (
 )
 
 const (
-	// maxEnrolling bounds the CSRs under way at once: making an RSA key is
-	// seconds of a core.
-	maxEnrolling = 2
+	// maxEnrolling bounds the CSRs under way at once. The first are firstEnrolling,
+	// and each answer makes room for one more: a CA takes a moment to sign, but a
+	// control plane that is down must not be sent many.
+	maxEnrolling   = 8
+	firstEnrolling = 2
 
-	// maxWaitingCSRs bounds the jobs that wait for that. Those left out come
-	// again with the next poll.
-	maxWaitingCSRs = 256
+	// maxWaitingCSRs bounds the jobs that wait for that, in bytes: what the
+	// answer to one poll can hold. Those left out come again with the next poll.
+	maxWaitingCSRs = 8 << 20
 )
 
 // csrTable is what the loop has in hand of jobs that await a CSR. The control
@@ -34,14 +36,17 @@ const (
 // a single job, such as a profile that forbids it, holds up only that job.
 type csrTable struct {
 	waiting  []api.Job
+	size     int                  // of waiting, in bytes
 	inHand   map[api.ID]bool      // by job id: waiting or under way
 	certs    map[api.ID]bool      // by certificate id: under way
 	tries    map[api.ID]*csrTries // by job id: not accepted so far
 	accepted map[api.ID]time.Time // by job id, until a later poll began
 
-	pacer      *pace.Pacer // of the control plane's own failures
-	due        time.Time
-	overloaded bool // and has not answered since
+	places int         // CSRs that may be under way at once; 1: overloaded, and has not answered since
+	pacer  *pace.Pacer // of the control plane's own failures
+	due    time.Time
+
+	follow bool // a poll is to follow when none is in hand: one was accepted, or left out
 }
 
 // csrTries is what came of a job so far.
@@ -58,6 +63,7 @@ func newCSRTable(pacer *pace.Pacer) csrTable {
 		certs:    make(map[api.ID]bool),
 		tries:    make(map[api.ID]*csrTries),
 		accepted: make(map[api.ID]time.Time),
+		places:   firstEnrolling,
 		pacer:    pacer,
 	}
 }
@@ -77,14 +83,23 @@ func (a *Agent) takeCSRs(jobs []api.Job, begun time.Time) {
 	if t.due.After(now) {
 		return
 	}
+	if len(t.inHand) == 0 {
+		t.places = min(t.places, firstEnrolling)
+	}
 	jobs = slices.SortedStableFunc(slices.Values(jobs), func(a, b api.Job) int { return t.lastTry(a).Compare(t.lastTry(b)) })
 	for _, job := range jobs {
 		_, done := t.accepted[job.ID]
 		tries := t.tries[job.ID]
-		if done || t.inHand[job.ID] || tries != nil && tries.due.After(now) || len(t.waiting) >= maxWaitingCSRs {
+		if done || t.inHand[job.ID] || tries != nil && tries.due.After(now) {
+			continue
+		}
+		job.TargetConfig = nil // enrolment needs none
+		if t.size+jobSize(job) > maxWaitingCSRs {
+			t.follow = true
 			continue
 		}
 		t.inHand[job.ID] = true
+		t.size += jobSize(job)
 		t.waiting = append(t.waiting, job)
 	}
 	a.startCSRs()
@@ -101,20 +116,30 @@ func (t *csrTable) lastTry(job api.Job) time.Time {
 // startCSRs fills the free places, with one CSR at a time for a certificate.
 func (a *Agent) startCSRs() {
 	t := &a.csrs
-	places := maxEnrolling
-	if t.overloaded {
-		places = 1
-	}
-	var later []api.Job
-	for _, job := range t.waiting {
-		if a.stopping || len(t.certs) >= places || t.certs[job.CertificateID] {
+	var later []api.Job // their certificate is another job's
+	for len(t.waiting) > 0 && len(t.certs) < t.places && !a.stopping {
+		job := t.waiting[0]
+		t.waiting = t.waiting[1:]
+		if t.certs[job.CertificateID] {
 			later = append(later, job)
 			continue
 		}
+		t.size -= jobSize(job)
 		t.certs[job.CertificateID] = true
 		a.startEnrol(job)
 	}
-	t.waiting = later
+	if len(later) > 0 {
+		t.waiting = append(later, t.waiting...)
+	}
+}
+
+// jobSize is the memory that a job takes, roughly.
+func jobSize(job api.Job) int {
+	size := 256 + len(job.CommonName)
+	for _, name := range job.SANs {
+		size += 16 + len(name)
+	}
+	return size
 }
 
 func (a *Agent) startEnrol(job api.Job) {
@@ -150,6 +175,7 @@ func (a *Agent) enrolled(job api.Job, err error) {
 		delete(t.tries, job.ID)
 		t.answered()
 		t.accepted[job.ID] = time.Now()
+		t.follow = true
 		a.counters.CSR("accepted")
 		a.log.Info("CSR accepted", "job", job.ID, "certificate", job.CertificateID, "common_name", job.CommonName)
 	case refused:
@@ -163,12 +189,16 @@ func (a *Agent) enrolled(job api.Job, err error) {
 	}
 	a.deliver(job.ID)
 	a.startCSRs()
+	if t.follow && len(t.inHand) == 0 {
+		t.follow = false
+		a.pollSoon()
+	}
 }
 
 // answered notes that the control plane copes.
 func (t *csrTable) answered() {
 	t.pacer.Next(pace.Outcome{})
-	t.overloaded = false
+	t.places = min(t.places+1, maxEnrolling)
 }
 
 // failed sets the next try of a job, or of all of them, after a temporary
@@ -188,8 +218,8 @@ func (t *csrTable) failed(job api.Job, err error) (wait time.Duration) {
 	for _, job := range t.waiting {
 		delete(t.inHand, job.ID)
 	}
-	t.waiting = nil
-	t.overloaded = true
+	t.waiting, t.size = nil, 0
+	t.places = 1
 	if left := t.due.Sub(now); left > 0 {
 		// Sent together with the one that failed first: the same event.
 		wait = max(left, outcome.RetryAfter)

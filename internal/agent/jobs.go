@@ -56,6 +56,7 @@ type claimed struct {
 	csrs        []api.Job
 	deployments []api.Job
 	refused     []api.ID        // job ids; each has a report now
+	more        bool            // there were more jobs than one poll can bring
 	again       map[api.ID]bool // deployments of which an earlier claim has something to report
 }
 
@@ -78,7 +79,7 @@ func (a *Agent) record(work api.Work) claimed {
 			a.log.Debug("job ignored: not for agents", "job", job.ID, "type", job.Type, "status", job.Status)
 		}
 	}
-	if work.Excess > 0 {
+	if c.more = work.Excess > 0; c.more {
 		a.log.Error("a poll brought more jobs than any host has targets: the rest was left out", "limit", api.MaxJobs, "left_out", work.Excess)
 	}
 	nameless := 0 // jobs that cannot even be reported
@@ -118,7 +119,15 @@ func (a *Agent) refuse(job api.ID, reason string) {
 
 // take starts the jobs of a poll that began at the given time.
 func (a *Agent) take(c claimed, begun time.Time) {
+	if !c.more && (len(c.deployments) > 0 || len(c.csrs) == 0) {
+		a.fruitless = 0
+	} else {
+		a.fruitless++
+	}
 	a.takeCSRs(c.csrs, begun)
+	if c.more {
+		a.pollSoon()
+	}
 	for _, job := range c.deployments {
 		a.log.Info("deployment claimed", "job", job.ID, "certificate", job.CertificateID, "target", job.TargetID, "target_type", job.TargetType)
 		a.jobs.add(job, c.again[job.ID])

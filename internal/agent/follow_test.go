@@ -1,0 +1,57 @@
+package agent_test
+
+import (
+	"context"
+	"fmt"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"certctl-agent/internal/api"
+)
+
+// TestPollFollowsCSRs: the deployments that accepted CSRs make do not wait for
+// the next poll's usual time. However many CSRs a poll shows, all are sent.
+func TestPollFollowsCSRs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.options.PollInterval = 30 * time.Second
+		w.work = once(1, csrJobs(1000)...)
+		w.enroll = func(ctx context.Context, job api.Job) error { return sleep(ctx, 10*time.Millisecond) }
+		w.start()
+		time.Sleep(20 * time.Second)
+		if got := w.count("enroll"); got != 1000 {
+			t.Errorf("%d CSRs were sent, want 1000", got)
+		}
+		polls, csrs := w.times("poll"), w.times("enroll")
+		if len(polls) != 2 {
+			t.Fatalf("polls at %v, want the first and one that follows the CSRs", polls)
+		}
+		if after := polls[1] - csrs[len(csrs)-1]; after <= 0 || after > 2*time.Second {
+			t.Errorf("the poll came %v after the last CSR, want within two seconds", after)
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
+// TestCSRsThatAreAskedForAgainDoNotSpin: a control plane that accepts CSRs, makes
+// nothing of them and asks for more is polled as often as any other.
+func TestCSRsThatAreAskedForAgainDoNotSpin(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.options.PollInterval = 30 * time.Second
+		w.work = func(_ context.Context, n int) (api.Work, error) {
+			return api.Work{Jobs: []api.Job{csrJob(fmt.Sprintf("j%d", n))}}, nil
+		}
+		w.start()
+		time.Sleep(time.Hour)
+		if got := w.count("poll"); got > 150 {
+			t.Errorf("%d polls in an hour, want about 120", got)
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
