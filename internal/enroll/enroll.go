@@ -7,12 +7,17 @@ import (
 	"fmt"
 	"log/slog"
 	"runtime/debug"
+	"strings"
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/csr"
 	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/printable"
 )
+
+// maxRSA bounds the RSA keys that are made at once: each is up to seconds of a
+// core. CSRs whose keys are there do not wait for them.
+const maxRSA = 2
 
 // maxReason bounds the reason that is reported to the control plane, in bytes.
 const maxReason = 2 << 10
@@ -58,10 +63,13 @@ type Options struct {
 // Enroller handles AwaitingCSR jobs. It is safe for concurrent use, for jobs
 // that differ in certificate: the first CSR wins, so those of one certificate
 // must not race.
-type Enroller struct{ opts Options }
+type Enroller struct {
+	opts Options
+	rsa  chan struct{} // one element for each RSA key that is being made
+}
 
 // New returns an Enroller.
-func New(opts Options) *Enroller { return &Enroller{opts: opts} }
+func New(opts Options) *Enroller { return &Enroller{opts: opts, rsa: make(chan struct{}, maxRSA)} }
 
 // Enroll submits the CSR of one job. Nil means that it was accepted, a
 // RefusedError that it never will be. Any other error is temporary: the job
@@ -77,7 +85,7 @@ func (e *Enroller) Enroll(ctx context.Context, job api.Job) (err error) {
 	if err := csr.Check(job.CommonName, job.SANs); err != nil {
 		return refused(err)
 	}
-	key, err := e.opts.Keys.Pending(job.CertificateID, job.ID, e.opts.Algorithm)
+	key, err := e.pending(ctx, job)
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrKey, err)
 	}
@@ -91,6 +99,19 @@ func (e *Enroller) Enroll(ctx context.Context, job api.Job) (err error) {
 		return e.refuse(job, key, err)
 	}
 	return err
+}
+
+// pending makes the key of a job, or finds it.
+func (e *Enroller) pending(ctx context.Context, job api.Job) (keystore.Key, error) {
+	if strings.HasPrefix(e.opts.Algorithm, "rsa-") {
+		select {
+		case e.rsa <- struct{}{}:
+			defer func() { <-e.rsa }()
+		case <-ctx.Done():
+			return keystore.Key{}, context.Cause(ctx)
+		}
+	}
+	return e.opts.Keys.Pending(job.CertificateID, job.ID, e.opts.Algorithm)
 }
 
 // refuse ends a job whose CSR was not signed.

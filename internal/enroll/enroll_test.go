@@ -7,10 +7,13 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"log/slog"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 	"unicode/utf8"
 
 	"certctl-agent/internal/api"
@@ -178,5 +181,52 @@ func TestPanicIsTheJobsFailure(t *testing.T) {
 	}
 	if !strings.Contains(text.String(), "boom") || !strings.Contains(text.String(), "enroll.go") {
 		t.Errorf("no stack in the log: %s", &text)
+	}
+}
+
+// slowKeys counts the keys that are made at once.
+type slowKeys struct {
+	Keys
+	mu        sync.Mutex
+	now, most int
+}
+
+func (k *slowKeys) Pending(certID, jobID api.ID, algorithm string) (keystore.Key, error) {
+	k.count(1)
+	defer k.count(-1)
+	time.Sleep(time.Second)
+	return k.Keys.Pending(certID, jobID, "ecdsa-p256")
+}
+
+func (k *slowKeys) count(n int) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.now += n
+	k.most = max(k.most, k.now)
+}
+
+func TestFewRSAKeysAtOnce(t *testing.T) {
+	for algorithm, want := range map[string]int{"rsa-4096": maxRSA, "ecdsa-p256": 8} {
+		t.Run(algorithm, func(t *testing.T) {
+			store := newKeys(t)
+			synctest.Test(t, func(t *testing.T) {
+				keys := &slowKeys{Keys: store}
+				e := New(Options{Keys: keys, Plane: &plane{}, Algorithm: algorithm, Log: slog.New(slog.DiscardHandler)})
+				var all sync.WaitGroup
+				for i := range 8 {
+					all.Go(func() {
+						own := job
+						own.ID, own.CertificateID = api.ID(fmt.Sprint("job-", i)), api.ID(fmt.Sprint("cert-", i))
+						if err := e.Enroll(t.Context(), own); err != nil {
+							t.Error(err)
+						}
+					})
+				}
+				all.Wait()
+				if keys.most != want {
+					t.Errorf("%d keys were made at once, want %d", keys.most, want)
+				}
+			})
+		})
 	}
 }
