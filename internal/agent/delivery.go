@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"container/heap"
 	"context"
 	"slices"
 	"time"
@@ -27,19 +28,46 @@ const (
 //
 // There may be thousands of them, so an event costs a look at its own job only.
 type deliveryTable struct {
-	jobs     map[api.ID]*pacedDelivery
-	earliest time.Time // not after the first due time of jobs
-	timer    *time.Timer
-	stats    status.Activity
+	jobs  map[api.ID]*pacedDelivery
+	queue dueQueue // of jobs, without those of the running round
+	timer *time.Timer
+	stats status.Activity
 }
 
 type pacedDelivery struct {
+	job    api.ID
 	pacer  *pace.Pacer
 	due    time.Time
+	place  int  // in the queue; -1: none
 	repeat bool // the report that is due is a repetition
 
 	// patience is with the first report; a running round owns it.
 	patience *pace.Patience
+}
+
+// dueQueue is a heap (container/heap), the first due first.
+type dueQueue []*pacedDelivery
+
+func (q dueQueue) Len() int           { return len(q) }
+func (q dueQueue) Less(i, j int) bool { return q[i].due.Before(q[j].due) }
+func (q dueQueue) Swap(i, j int) {
+	q[i], q[j] = q[j], q[i]
+	q[i].place, q[j].place = i, j
+}
+
+func (q *dueQueue) Push(x any) {
+	p := x.(*pacedDelivery)
+	p.place = len(*q)
+	*q = append(*q, p)
+}
+
+func (q *dueQueue) Pop() any {
+	last := len(*q) - 1
+	p := (*q)[last]
+	p.place = -1
+	(*q)[last] = nil
+	*q = (*q)[:last]
+	return p
 }
 
 // report is a report that is due.
@@ -62,12 +90,12 @@ func newDeliveryTable() deliveryTable {
 func (a *Agent) noteReports(job api.ID) {
 	undelivered := a.opts.Ledger.UndeliveredOf(job)
 	if len(undelivered) == 0 {
-		delete(a.delivery.jobs, job)
+		a.delivery.remove(job)
 		return
 	}
 	p := a.delivery.jobs[job]
 	if p == nil {
-		p = &pacedDelivery{pacer: pace.NewYielding(a.opts.PollInterval, a.opts.Rand), patience: new(pace.Patience)}
+		p = &pacedDelivery{job: job, place: -1, pacer: pace.NewYielding(a.opts.PollInterval, a.opts.Rand), patience: new(pace.Patience)}
 		a.delivery.jobs[job] = p
 	}
 	if repeat := undelivered[0].Report.Repeat; p.repeat != repeat {
@@ -76,7 +104,24 @@ func (a *Agent) noteReports(job api.ID) {
 			p.due = time.Now().Add(repeatAfter)
 		}
 	}
-	a.delivery.expect(p.due)
+	a.delivery.enqueue(p)
+}
+
+// enqueue puts a job where its due time belongs.
+func (t *deliveryTable) enqueue(p *pacedDelivery) {
+	if p.place < 0 {
+		heap.Push(&t.queue, p)
+		return
+	}
+	heap.Fix(&t.queue, p.place)
+}
+
+// remove forgets a job on which there is nothing to report any more.
+func (t *deliveryTable) remove(job api.ID) {
+	if p := t.jobs[job]; p != nil && p.place >= 0 {
+		heap.Remove(&t.queue, p.place)
+	}
+	delete(t.jobs, job)
 }
 
 // deliver sends the reports that are due, in one goroutine. Changed are the jobs
@@ -109,17 +154,10 @@ func (a *Agent) deliver(changed ...api.ID) {
 
 // dueReports lists the reports that are due, the oldest first.
 func (a *Agent) dueReports(now time.Time) []report {
-	if a.delivery.earliest.After(now) {
-		return nil
-	}
 	var due []report
-	a.delivery.earliest = now.Add(reportTTL)
-	for job, p := range a.delivery.jobs {
-		if p.due.After(now) {
-			a.delivery.expect(p.due)
-			continue
-		}
-		for _, d := range a.opts.Ledger.UndeliveredOf(job) {
+	for len(a.delivery.queue) > 0 && !a.delivery.queue[0].due.After(now) {
+		p := heap.Pop(&a.delivery.queue).(*pacedDelivery)
+		for _, d := range a.opts.Ledger.UndeliveredOf(p.job) {
 			if !d.Report.Repeat || p.repeat {
 				due = append(due, report{d, p.patience})
 			}
@@ -206,6 +244,7 @@ func (a *Agent) sent(results []delivered) {
 		}
 		wait := p.pacer.Next(pace.After(r.err))
 		p.due = now.Add(wait)
+		a.delivery.enqueue(p)
 		a.counters.Failure(status.Delivery, api.Kind(r.err))
 		if !a.stopping {
 			a.log.Warn("a report was not delivered: it is kept and tried again", "job", r.job, "error", r.err, "next_try_in", wait.Round(time.Millisecond).String())
@@ -224,20 +263,13 @@ func (t *deliveryTable) note(now time.Time, err error) {
 	t.stats.Failures++
 }
 
-// expect keeps the earliest due time.
-func (t *deliveryTable) expect(due time.Time) {
-	if due.Before(t.earliest) {
-		t.earliest = due
-	}
-}
-
 // setDeliveryTimer wakes the loop when the next report is due.
 func (a *Agent) setDeliveryTimer(now time.Time) {
-	if len(a.delivery.jobs) == 0 {
+	if len(a.delivery.queue) == 0 {
 		return
 	}
-	a.delivery.timer.Reset(max(a.delivery.earliest.Sub(now), 0))
-	a.delivery.stats.NextDue = a.delivery.earliest
+	a.delivery.stats.NextDue = a.delivery.queue[0].due
+	a.delivery.timer.Reset(max(a.delivery.stats.NextDue.Sub(now), 0))
 }
 
 // deliverLast tries once more to deliver what is left when the agent stops.

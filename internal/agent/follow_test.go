@@ -55,3 +55,42 @@ func TestCSRsThatAreAskedForAgainDoNotSpin(t *testing.T) {
 		}
 	})
 }
+
+// TestManyUndeliveredReports: reports that the control plane refuses for now do
+// not hold up a new one.
+func TestManyUndeliveredReports(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		const refused = 300
+		var jobs []api.Job
+		for i := range refused {
+			jobs = append(jobs, deployment(fmt.Sprintf("j%d", i), fmt.Sprintf("t%d", i)))
+		}
+		w.work = func(_ context.Context, n int) (api.Work, error) {
+			switch n {
+			case 1:
+				return api.Work{Jobs: jobs}, nil
+			case 2:
+				return api.Work{Jobs: []api.Job{deployment("new", "t0")}}, nil
+			}
+			return api.Work{}, nil
+		}
+		w.report = func(job string, s api.JobStatus) error {
+			if job != "new" {
+				return &api.StatusError{Call: "status report", Status: 500}
+			}
+			return nil
+		}
+		w.start()
+		time.Sleep(5 * time.Minute)
+		if got := len(w.ledger.UndeliveredOf("new")); got != 0 {
+			t.Errorf("%d reports on the new job are not delivered", got)
+		}
+		if got := len(w.ledger.Undelivered()); got != refused {
+			t.Errorf("%d reports are kept, want %d", got, refused)
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
