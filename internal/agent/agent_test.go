@@ -39,8 +39,9 @@ type world struct {
 	ledger  *ledger.Ledger
 	log     *lockedBuffer
 
-	cancel context.CancelFunc
-	result chan error
+	cancel    context.CancelFunc
+	result    chan error
+	reporting chan struct{} // one element while report or verify is called
 
 	mu    sync.Mutex // guards calls
 	calls []call
@@ -90,7 +91,7 @@ func newWorld(t *testing.T) *world {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { root.Close() })
-	w := &world{t: t, log: new(lockedBuffer), result: make(chan error, 1)}
+	w := &world{t: t, log: new(lockedBuffer), result: make(chan error, 1), reporting: make(chan struct{}, 1)}
 	log := slog.New(slog.NewJSONHandler(w.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	if w.ledger, err = ledger.Open(root, log); err != nil {
 		t.Fatal(err)
@@ -232,6 +233,8 @@ func (p plane) ReportStatus(_ context.Context, job api.ID, s api.JobStatus) erro
 	if p.w.report == nil {
 		return nil
 	}
+	p.w.reporting <- struct{}{}
+	defer func() { <-p.w.reporting }()
 	return p.w.answer("status report", p.w.report(string(job), s))
 }
 
@@ -240,6 +243,8 @@ func (p plane) ReportVerification(_ context.Context, job api.ID, v api.Verificat
 	if p.w.verify == nil {
 		return nil
 	}
+	p.w.reporting <- struct{}{}
+	defer func() { <-p.w.reporting }()
 	return p.w.answer("verification", p.w.verify(string(job), v))
 }
 

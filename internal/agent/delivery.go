@@ -4,6 +4,7 @@ import (
 	"container/heap"
 	"context"
 	"slices"
+	"sync"
 	"time"
 
 	"certctl-agent/internal/api"
@@ -15,6 +16,10 @@ import (
 const (
 	// reportTTL is how long a report is worth delivering.
 	reportTTL = 7 * 24 * time.Hour
+
+	// maxSending bounds the reports under way at once. An answer from afar takes
+	// a tenth of a second, and a thousand renewals end within seconds.
+	maxSending = 4
 
 	// repeatAfter is how long after a verdict it is repeated, where that is
 	// needed: longer than a kernel retransmits what a closed connection has
@@ -167,29 +172,63 @@ func (a *Agent) dueReports(now time.Time) []report {
 	return due
 }
 
-// send tries each report once. Within a job it keeps the order: what follows
-// a report that did not arrive is not tried. When the network is gone or the
-// control plane is overloaded, the rest shares that outcome untried.
+// send tries each report once, those of several jobs at a time. Within a job it
+// keeps the order: what follows a report that did not arrive is not tried. When
+// the network is gone or the control plane is overloaded, the rest shares that
+// outcome untried; so the first is sent alone.
 func (a *Agent) send(ctx context.Context, due []report) []delivered {
-	var results []delivered
-	var down error
-	stuck := make(map[api.ID]bool)
+	var jobs []api.ID // in order
+	reports := make(map[api.ID][]report)
 	for _, r := range due {
-		if stuck[r.Job] {
-			continue
+		if reports[r.Job] == nil {
+			jobs = append(jobs, r.Job)
 		}
-		err := down
+		reports[r.Job] = append(reports[r.Job], r)
+	}
+	var round deliveryRound
+	round.send(ctx, a, reports[jobs[0]])
+	var senders sync.WaitGroup
+	places := make(chan struct{}, maxSending)
+	for _, job := range jobs[1:] {
+		places <- struct{}{}
+		senders.Go(func() {
+			round.send(ctx, a, reports[job])
+			<-places
+		})
+	}
+	senders.Wait()
+	return round.results
+}
+
+// deliveryRound is what came of a round so far.
+type deliveryRound struct {
+	mu      sync.Mutex // guards what follows
+	results []delivered
+	down    error // the outcome of all further reports
+}
+
+// send tries the reports on one job.
+func (d *deliveryRound) send(ctx context.Context, a *Agent, reports []report) {
+	for _, r := range reports {
+		d.mu.Lock()
+		err := d.down
+		d.mu.Unlock()
 		if err == nil {
-			err = a.sendOne(ctx, r)
+			if panicked := a.contain(func() { err = a.sendOne(ctx, r) }); panicked != nil {
+				err = panicked
+			}
 		}
-		results = append(results, delivered{r.Job, err})
-		stuck[r.Job] = err != nil
+		d.mu.Lock()
+		d.results = append(d.results, delivered{r.Job, err})
 		switch api.Kind(err) {
 		case "network", "timeout", "cancelled", "rate_limited":
-			down = err
+			d.down = err
+		}
+		d.mu.Unlock()
+		if err != nil {
+			return
 		}
 	}
-	return results
 }
 
 // sendOne delivers one report and takes it off the ledger. The error is

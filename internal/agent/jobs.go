@@ -144,7 +144,11 @@ func (a *Agent) startJobs() {
 	}
 	now := time.Now()
 	var later []*waitingJob
-	for _, w := range a.jobs.waiting {
+	for i, w := range a.jobs.waiting {
+		if len(a.jobs.slots) == cap(a.jobs.slots) {
+			later = append(later, a.jobs.waiting[i:]...)
+			break
+		}
 		if newer, ok := a.opts.Ledger.Job(w.job.ID); ok {
 			w.job = newer // handed out again while it waited
 		}
