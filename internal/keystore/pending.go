@@ -72,12 +72,12 @@ func pendingOwner(name string) (certID string, ok bool) {
 // CSRs were last sent, those that cannot be read first; and how many pending
 // keys there are of all certificates.
 func (s *Store) pending(certID api.ID) (keys []pendingKey, total int, err error) {
-	list, err := fs.ReadDir(s.root.FS(), ".")
+	names, err := s.names()
 	if err != nil {
 		return nil, 0, fmt.Errorf("list the key directory: %w", err)
 	}
-	for _, file := range list {
-		owner, ok := pendingOwner(file.Name())
+	for _, name := range names {
+		owner, ok := pendingOwner(name)
 		if !ok {
 			continue
 		}
@@ -85,14 +85,26 @@ func (s *Store) pending(certID api.ID) (keys []pendingKey, total int, err error)
 		if owner != string(certID) {
 			continue
 		}
-		p, err := s.readPending(file.Name())
+		p, err := s.readPending(name)
 		if err != nil {
-			p = pendingKey{name: file.Name(), err: err}
+			p = pendingKey{name: name, err: err}
 		}
 		keys = append(keys, p)
 	}
 	slices.SortFunc(keys, func(a, b pendingKey) int { return cmp.Compare(a.sequence, b.sequence) })
 	return keys, total, nil
+}
+
+// names lists the key directory. It does not look at the files, as reading
+// directory entries through an os.Root does: there may be thousands, and every
+// renewal needs the list.
+func (s *Store) names() ([]string, error) {
+	dir, err := s.root.Open(".")
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	return dir.Readdirnames(-1)
 }
 
 // nextSequence returns a number above those of all keys given. A key that the

@@ -94,19 +94,32 @@ func (a *attempt) sweepOrphans() error {
 
 // sweep removes every temporary of this package from a directory.
 func (e *Engine) sweep(d *dir) error {
-	entries, err := fs.ReadDir(d.FS(), ".")
+	names, err := d.names()
 	if err != nil {
 		return fmt.Errorf("list %s: %w", d.path, reason(err))
 	}
-	for _, item := range entries {
-		if !isTemporaryName(item.Name()) || !item.Type().IsRegular() {
+	for _, name := range names {
+		if !isTemporaryName(name) {
 			continue
 		}
-		if err := e.disk.remove(d, item.Name()); err != nil {
-			return fmt.Errorf("remove temporary %s, which may hold a key: %w", d.join(item.Name()), reason(err))
+		if info, err := d.Lstat(name); err == nil && !info.Mode().IsRegular() {
+			continue
+		}
+		if err := e.disk.remove(d, name); err != nil {
+			return fmt.Errorf("remove temporary %s, which may hold a key: %w", d.join(name), reason(err))
 		}
 	}
 	return nil
+}
+
+// names lists a directory without looking at its files: there may be thousands.
+func (d *dir) names() ([]string, error) {
+	file, err := d.Open(".")
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	return file.Readdirnames(-1)
 }
 
 // swap puts every new file in place, durably.
