@@ -50,8 +50,12 @@ type file struct {
 type List struct {
 	root *os.Root
 
-	mu      sync.Mutex // guards entries and the file
+	mu      sync.Mutex // guards entries and changes
 	entries map[api.ID]Entry
+	changes uint64 // of entries, so far
+
+	file    sync.Mutex // guards the file and written
+	written uint64     // changes that the file has
 }
 
 // Open reads the list in root. A damaged one is no reason not to start: it is
@@ -93,8 +97,31 @@ func (l *List) read() error {
 	return nil
 }
 
-// Put records what a target serves, replacing what it served before.
+// Put records what a target serves, replacing what it served before. Entries
+// that are put while the file is written share the next write.
 func (l *List) Put(entry Entry) error {
+	change := l.put(entry)
+	l.file.Lock()
+	defer l.file.Unlock()
+	if l.written >= change {
+		return nil
+	}
+	l.mu.Lock()
+	served, changes := l.sorted(), l.changes
+	l.mu.Unlock()
+	data, err := json.Marshal(file{Version: version, Served: served})
+	if err != nil {
+		return err
+	}
+	if err := atomicfile.WriteFile(l.root, name, data, 0o600); err != nil {
+		return err
+	}
+	l.written = changes
+	return nil
+}
+
+// put changes the entries and returns the number of the change.
+func (l *List) put(entry Entry) uint64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.entries[entry.TargetID] = entry
@@ -102,11 +129,8 @@ func (l *List) Put(entry Entry) error {
 		oldest := slices.MinFunc(slices.Collect(maps.Values(l.entries)), func(a, b Entry) int { return a.DeployedAt.Compare(b.DeployedAt) })
 		delete(l.entries, oldest.TargetID)
 	}
-	data, err := json.Marshal(file{Version: version, Served: l.sorted()})
-	if err != nil {
-		return err
-	}
-	return atomicfile.WriteFile(l.root, name, data, 0o600)
+	l.changes++
+	return l.changes
 }
 
 // All returns the entries, by target id.
