@@ -60,6 +60,10 @@ type claimed struct {
 	again       map[api.ID]bool // deployments of which an earlier claim has something to report
 }
 
+// maxYielding bounds the deployments that have begun and given their slot away to
+// wait for a directory: each holds its certificate and its plan in memory.
+const maxYielding = 64
+
 // maxNameless bounds the lines that one poll's jobs without a usable id have in
 // the log: a control plane that is broken sends them with every poll.
 const maxNameless = 20
@@ -145,7 +149,7 @@ func (a *Agent) startJobs() {
 	now := time.Now()
 	var later []*waitingJob
 	for i, w := range a.jobs.waiting {
-		if len(a.jobs.slots) == cap(a.jobs.slots) {
+		if len(a.jobs.slots) == cap(a.jobs.slots) || len(a.jobs.running) >= cap(a.jobs.slots)+maxYielding {
 			later = append(later, a.jobs.waiting[i:]...)
 			break
 		}
