@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"log/slog"
 	"runtime/debug"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -149,6 +150,9 @@ type Agent struct {
 	skewOnce   sync.Once
 	inContact  atomic.Bool // the last heartbeat was accepted
 
+	limitedMu sync.Mutex
+	limited   map[string]uint64 // answers of 429, by activity; guarded by limitedMu
+
 	// What follows belongs to the goroutine of Run.
 
 	started   time.Time
@@ -183,6 +187,7 @@ func New(opts Options) *Agent {
 		events:  make(chan func()),
 		beatNow: make(chan struct{}, 1),
 		scanNow: make(chan struct{}, 1),
+		limited: make(map[string]uint64),
 	}
 	a.retired, a.retire = context.WithCancel(context.Background())
 	a.beat = a.newActivity(status.Heartbeat, opts.HeartbeatInterval, pace.New, a.heartbeat)
@@ -206,14 +211,18 @@ func New(opts Options) *Agent {
 // Rescan asks for a scan now. It never blocks.
 func (a *Agent) Rescan() { wake(a.scanNow) }
 
-// Observe records what a call showed of the control plane: its clock and, if it
-// answered 410, that this agent may be retired. Any goroutine may call it. It
+// Observe records what a call showed of the control plane: its clock, a 429 and,
+// if it answered 410, that this agent may be retired. Any goroutine may call it. It
 // never blocks.
 func (a *Agent) Observe(o api.Observation) {
 	if !o.Date.IsZero() {
 		a.observeClock(o.Date.Sub(o.Received).Round(time.Second))
 	}
 	switch {
+	case api.RateLimited(o.Err):
+		a.limitedMu.Lock()
+		defer a.limitedMu.Unlock()
+		a.limited[activityOf(o.Call)]++
 	case errors.Is(o.Err, api.ErrRetired):
 		a.retireOnce.Do(func() {
 			status, _ := errors.AsType[*api.StatusError](o.Err)
@@ -224,6 +233,19 @@ func (a *Agent) Observe(o api.Observation) {
 	case errors.Is(o.Err, api.ErrGone):
 		wake(a.beatNow)
 	}
+}
+
+// activityOf is the activity that a call belongs to, for metrics.
+func activityOf(call string) string {
+	switch call {
+	case "poll":
+		return status.Poll
+	case "discovery report":
+		return status.Discovery
+	case "status report", "verification":
+		return status.Delivery
+	}
+	return strings.ToLower(call) // heartbeat, csr, certificate
 }
 
 func (a *Agent) observeClock(skew time.Duration) {

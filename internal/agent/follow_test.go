@@ -94,3 +94,24 @@ func TestManyUndeliveredReports(t *testing.T) {
 		}
 	})
 }
+
+// TestLimitedCallsAreCounted: a 429 that the client has got over is counted too.
+func TestLimitedCallsAreCounted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.start()
+		for _, call := range []string{"poll", "status report", "verification", "CSR"} {
+			w.agent.Observe(api.Observation{Call: call, Err: &api.StatusError{Call: call, Status: 429}})
+		}
+		snapshot, err := w.agent.Snapshot(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, want := fmt.Sprint(snapshot.Counters.RateLimited), "map[csr:1 delivery:2 poll:1]"; got != want {
+			t.Errorf("counted %s, want %s", got, want)
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"fmt"
+	"maps"
 	"time"
 
 	"certctl-agent/internal/discovery"
@@ -45,6 +46,9 @@ func (a *Agent) snapshot() status.Snapshot {
 	}
 	s.LastScan = a.lastScan
 	s.Counters = a.counters.Clone()
+	a.limitedMu.Lock()
+	s.Counters.RateLimited = maps.Clone(a.limited) // the client sends again after most of them
+	a.limitedMu.Unlock()
 	s.ClockSkewSeconds = time.Duration(a.skewNanos.Load()).Seconds()
 	return s
 }
