@@ -71,10 +71,24 @@ func (b *Budget) Wait(ctx context.Context, class Class) (Turn, error) {
 		}
 		return turn, nil
 	case <-ctx.Done():
-		b.mu.Lock()
-		defer b.mu.Unlock()
-		b.waiting[class] = slices.DeleteFunc(b.waiting[class], func(c chan Turn) bool { return c == granted })
+		b.leave(class, granted)
 		return Turn{}, context.Cause(ctx)
+	}
+}
+
+// leave takes a caller out of its queue. A turn that came at the same moment is
+// the next one's: at the slowest rate it is a minute's.
+func (b *Budget) leave(class Class, granted chan Turn) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.waiting[class] = slices.DeleteFunc(b.waiting[class], func(c chan Turn) bool { return c == granted })
+	select {
+	case turn, ok := <-granted:
+		if ok {
+			b.limit.giveBack(turn.sent)
+			b.grant()
+		}
+	default:
 	}
 }
 

@@ -155,3 +155,31 @@ func TestRefusedForLong(t *testing.T) {
 		}
 	})
 }
+
+// TestTurnOfOneWhoLeaves: a turn that comes in the moment in which its caller
+// gives up is the next caller's.
+func TestTurnOfOneWhoLeaves(t *testing.T) {
+	for range 50 { // either of the two may be seen first
+		synctest.Test(t, func(t *testing.T) {
+			b := budget.New(none)
+			for range 10 { // to the slowest rate
+				refuse(t, b, time.Second)
+			}
+			refuse(t, b, time.Minute)
+			next := time.Now().Add(time.Minute)
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			var all sync.WaitGroup
+			var left error
+			all.Go(func() { _, left = b.Wait(ctx, budget.Report) })
+			time.Sleep(time.Until(next))
+			cancel()
+			b.Succeeded() // grants the turn
+			_, waited := turn(t, b, budget.Poll)
+			all.Wait()
+			if left != nil && waited > time.Second {
+				t.Errorf("waited %v for the turn of a caller that got %v", waited, left)
+			}
+		})
+	}
+}

@@ -62,6 +62,14 @@ func (l *limit) take(now time.Time) {
 	l.next = l.next.Add(l.gap())
 }
 
+// giveBack returns a turn that was taken at the given time and not used, unless
+// a call has been refused since.
+func (l *limit) giveBack(taken time.Time) {
+	if !l.open() && l.refused.Before(taken) {
+		l.next = l.next.Add(-l.gap())
+	}
+}
+
 // gap is the time from one turn to the next.
 func (l *limit) gap() time.Duration { return time.Duration(float64(time.Second) / l.rate) }
 
