@@ -171,10 +171,14 @@ func (a *Agent) claim() (done func(), err error) {
 	return func() { a.take(claimed, begun) }, nil
 }
 
-// pollSoon has the next poll come soon: the last one has made work for it.
+// pollSoon has the next poll come soon: the last one has made work for it. One
+// that failed has set the time of the next.
 func (a *Agent) pollSoon() {
 	if a.poll.stats.Running {
 		a.poll.soon = true
+		return
+	}
+	if a.poll.stats.LastError != "" {
 		return
 	}
 	if wait := a.followUp(); !a.stopping && time.Now().Add(wait).Before(a.poll.stats.NextDue) {
@@ -184,8 +188,9 @@ func (a *Agent) pollSoon() {
 
 // followUp is the delay of a poll that follows work: about a second, in which a
 // control plane makes deployments, and twice as long after each poll that
-// brought none. So one that accepts CSRs and goes on asking for them is polled
-// as often as any other in the end.
+// brought none, or asked for the next CSR of a certificate that was just renewed.
+// So one that accepts CSRs and goes on asking for them is polled as often as any
+// other in the end.
 func (a *Agent) followUp() time.Duration {
 	wait := time.Second << min(max(a.fruitless-1, 0), maxFruitless)
 	if wait >= a.opts.PollInterval {

@@ -169,7 +169,7 @@ type Agent struct {
 	beat, poll, scan, repair *activity
 	activities               []*activity // all of them
 	resumed                  bool        // unfinished jobs have been resumed
-	fruitless                int         // polls in a row that asked for CSRs and brought no deployment
+	fruitless                int         // polls in a row that followUp counts
 
 	jobs       jobTable
 	csrs       csrTable

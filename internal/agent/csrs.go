@@ -22,6 +22,10 @@ const (
 	// maxWaitingCSRs bounds the jobs that wait for that, in bytes: what the
 	// answer to one poll can hold. Those left out come again with the next poll.
 	maxWaitingCSRs = 8 << 20
+
+	// renewedFor is for how many intervals of the poll another CSR for the same
+	// certificate is one too many.
+	renewedFor = 4
 )
 
 // csrTable is what the loop has in hand of jobs that await a CSR. The control
@@ -41,6 +45,7 @@ type csrTable struct {
 	certs    map[api.ID]bool      // by certificate id: under way
 	tries    map[api.ID]*csrTries // by job id: not accepted so far
 	accepted map[api.ID]time.Time // by job id, until a later poll began
+	renewed  map[api.ID]time.Time // by certificate id: when a CSR was accepted, in the last few intervals
 
 	places int         // CSRs that may be under way at once; 1: overloaded, and has not answered since
 	pacer  *pace.Pacer // of the control plane's own failures
@@ -63,6 +68,7 @@ func newCSRTable(pacer *pace.Pacer) csrTable {
 		certs:    make(map[api.ID]bool),
 		tries:    make(map[api.ID]*csrTries),
 		accepted: make(map[api.ID]time.Time),
+		renewed:  make(map[api.ID]time.Time),
 		places:   firstEnrolling,
 		pacer:    pacer,
 	}
@@ -74,6 +80,7 @@ func (a *Agent) takeCSRs(jobs []api.Job, begun time.Time) {
 	// An answer that was on its way while a CSR was accepted still shows that
 	// job; handling it again would make a second version of the certificate.
 	maps.DeleteFunc(t.accepted, func(_ api.ID, at time.Time) bool { return at.Before(begun) })
+	maps.DeleteFunc(t.renewed, func(_ api.ID, at time.Time) bool { return begun.Sub(at) > renewedFor*a.opts.PollInterval })
 	shown := make(map[api.ID]bool)
 	for _, job := range jobs {
 		shown[job.ID] = true
@@ -103,6 +110,15 @@ func (a *Agent) takeCSRs(jobs []api.Job, begun time.Time) {
 		t.waiting = append(t.waiting, job)
 	}
 	a.startCSRs()
+}
+
+// endless reports whether a poll that began at the given time asks for the next
+// CSR of a certificate that was just renewed.
+func (t *csrTable) endless(jobs []api.Job, begun time.Time) bool {
+	return slices.ContainsFunc(jobs, func(job api.Job) bool {
+		at, ok := t.renewed[job.CertificateID]
+		return ok && at.Before(begun)
+	})
 }
 
 // lastTry is when a job was last tried; zero for never.
@@ -175,6 +191,7 @@ func (a *Agent) enrolled(job api.Job, err error) {
 		delete(t.tries, job.ID)
 		t.answered()
 		t.accepted[job.ID] = time.Now()
+		t.renewed[job.CertificateID] = time.Now()
 		t.follow = true
 		a.counters.CSR("accepted")
 		a.log.Info("CSR accepted", "job", job.ID, "certificate", job.CertificateID, "common_name", job.CommonName)

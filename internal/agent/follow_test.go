@@ -56,6 +56,55 @@ func TestCSRsThatAreAskedForAgainDoNotSpin(t *testing.T) {
 	})
 }
 
+// TestRenewalsWithoutEndDoNotSpin: a control plane that asks for the next CSR of
+// a certificate as soon as it has deployed the last is not followed for ever.
+func TestRenewalsWithoutEndDoNotSpin(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.options.PollInterval = 30 * time.Second
+		w.work = func(_ context.Context, n int) (api.Work, error) {
+			jobs := []api.Job{csrJob(fmt.Sprintf("j%d", n))}
+			if n > 1 {
+				jobs = append(jobs, deployment(fmt.Sprintf("d%d", n), "t"))
+			}
+			return api.Work{Jobs: jobs}, nil
+		}
+		w.start()
+		time.Sleep(time.Hour)
+		if got := w.count("poll"); got > 150 {
+			t.Errorf("%d polls in an hour, want about 120", got)
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
+// TestFollowingPollKeepsRetryAfter: an accepted CSR is no reason to poll before
+// the time that the control plane has set.
+func TestFollowingPollKeepsRetryAfter(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.options.PollInterval = 30 * time.Second
+		w.work = func(_ context.Context, n int) (api.Work, error) {
+			if n == 2 {
+				return api.Work{}, &api.StatusError{Call: "poll", Status: 503, RetryAfter: 10 * time.Minute}
+			}
+			return once(1, csrJob("j"))(t.Context(), n)
+		}
+		w.enroll = func(ctx context.Context, job api.Job) error { return sleep(ctx, time.Minute) }
+		w.start()
+		time.Sleep(15 * time.Minute)
+		polls := w.times("poll")
+		if after := polls[2] - polls[1]; after < 10*time.Minute {
+			t.Errorf("polled %v after the 503, want Retry-After", after)
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
 // TestManyUndeliveredReports: reports that the control plane refuses for now do
 // not hold up a new one.
 func TestManyUndeliveredReports(t *testing.T) {

@@ -123,7 +123,7 @@ func (a *Agent) refuse(job api.ID, reason string) {
 
 // take starts the jobs of a poll that began at the given time.
 func (a *Agent) take(c claimed, begun time.Time) {
-	if !c.more && (len(c.deployments) > 0 || len(c.csrs) == 0) {
+	if !c.more && (len(c.deployments) > 0 || len(c.csrs) == 0) && !a.csrs.endless(c.csrs, begun) {
 		a.fruitless = 0
 	} else {
 		a.fruitless++
