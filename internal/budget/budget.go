@@ -28,6 +28,11 @@ const (
 	classes
 )
 
+// overdue is how long a poll or a discovery report waits for more urgent calls.
+// There is one of each at a time, and there may be CSRs for hours: none of what
+// they lead to would be deployed.
+const overdue = 5 * time.Minute
+
 // Turn is leave to send one call.
 type Turn struct{ sent time.Time }
 
@@ -35,9 +40,14 @@ type Turn struct{ sent time.Time }
 type Budget struct {
 	mu      sync.Mutex // guards what follows
 	limit   limit
-	waiting [classes][]chan Turn // first come, first served in each class
+	waiting [classes][]waiter // first come, first served in each class
 	timer   *time.Timer          // of the next turn; nil until one is waited for
 	stopped bool
+}
+
+type waiter struct {
+	granted chan Turn
+	since   time.Time
 }
 
 // New returns a budget without a limit. Draw is the source of randomness,
@@ -60,7 +70,7 @@ func (b *Budget) Wait(ctx context.Context, class Class) (Turn, error) {
 		return b.take(), nil
 	}
 	granted := make(chan Turn, 1)
-	b.waiting[class] = append(b.waiting[class], granted)
+	b.waiting[class] = append(b.waiting[class], waiter{granted, time.Now()})
 	b.grant()
 	b.mu.Unlock()
 
@@ -81,7 +91,7 @@ func (b *Budget) Wait(ctx context.Context, class Class) (Turn, error) {
 func (b *Budget) leave(class Class, granted chan Turn) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.waiting[class] = slices.DeleteFunc(b.waiting[class], func(c chan Turn) bool { return c == granted })
+	b.waiting[class] = slices.DeleteFunc(b.waiting[class], func(w waiter) bool { return w.granted == granted })
 	select {
 	case turn, ok := <-granted:
 		if ok {
@@ -125,8 +135,8 @@ func (b *Budget) Stop() {
 	defer b.mu.Unlock()
 	b.stopped = true
 	for class, waiting := range b.waiting {
-		for _, granted := range waiting {
-			close(granted)
+		for _, w := range waiting {
+			close(w.granted)
 		}
 		b.waiting[class] = nil
 	}
@@ -144,8 +154,14 @@ func (b *Budget) take() Turn {
 	return Turn{now}
 }
 
-// first is the queue of the most urgent class that has one.
-func (b *Budget) first() *[]chan Turn {
+// first is the queue of the most urgent class that has one, or one that is
+// overdue.
+func (b *Budget) first() *[]waiter {
+	for class := Poll; class < classes; class++ {
+		if queue := b.waiting[class]; len(queue) > 0 && time.Since(queue[0].since) >= overdue {
+			return &b.waiting[class]
+		}
+	}
 	for class := range b.waiting {
 		if len(b.waiting[class]) > 0 {
 			return &b.waiting[class]
@@ -165,7 +181,7 @@ func (b *Budget) grant() {
 			b.wakeAfter(wait)
 			return
 		}
-		(*queue)[0] <- b.take()
+		(*queue)[0].granted <- b.take()
 		*queue = (*queue)[1:]
 	}
 }

@@ -183,3 +183,33 @@ func TestTurnOfOneWhoLeaves(t *testing.T) {
 		})
 	}
 }
+
+// TestPollsAreNotStarved: a poll and a discovery report have their turns however
+// many CSRs there are.
+func TestPollsAreNotStarved(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := budget.New(none)
+		refuse(t, b, time.Second)
+		ctx, cancel := context.WithCancel(t.Context())
+		var all sync.WaitGroup
+		for range 8 {
+			all.Go(func() {
+				for ctx.Err() == nil {
+					_, _ = b.Wait(ctx, budget.CSR)
+				}
+			})
+		}
+		for _, class := range []budget.Class{budget.Poll, budget.Discovery} {
+			all.Go(func() {
+				within, cancel := context.WithTimeout(ctx, 10*time.Minute)
+				defer cancel()
+				if _, err := b.Wait(within, class); err != nil {
+					t.Errorf("class %d: no turn: %v", class, err)
+				}
+			})
+		}
+		time.Sleep(11 * time.Minute)
+		cancel()
+		all.Wait()
+	})
+}
