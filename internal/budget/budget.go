@@ -41,7 +41,7 @@ type Budget struct {
 	mu      sync.Mutex // guards what follows
 	limit   limit
 	waiting [classes][]waiter // first come, first served in each class
-	timer   *time.Timer          // of the next turn; nil until one is waited for
+	timer   *time.Timer       // of the next turn; nil until one is waited for
 	stopped bool
 }
 

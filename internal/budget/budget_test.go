@@ -213,3 +213,27 @@ func TestPollsAreNotStarved(t *testing.T) {
 		all.Wait()
 	})
 }
+
+// TestRefusedAltogether: a control plane that has refused everything for a minute
+// is soon asked as often as before.
+func TestRefusedAltogether(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := budget.New(none)
+		for range 100 { // 20 a second
+			turn(t, b, budget.CSR)
+			b.Succeeded()
+			time.Sleep(50 * time.Millisecond)
+		}
+		for begun := time.Now(); time.Since(begun) < time.Minute; {
+			refuse(t, b, time.Second)
+		}
+		begun := time.Now()
+		for range 300 {
+			turn(t, b, budget.CSR)
+			b.Succeeded()
+		}
+		if took := time.Since(begun); took > 4*time.Minute {
+			t.Errorf("300 calls took %v, want 4 minutes at most: the first waits for one", took)
+		}
+	})
+}

@@ -40,6 +40,11 @@ type limit struct {
 	rate float64   // requests a second; 0: open
 	next time.Time // no turn before
 
+	// proven is what the rate was lowered to when a call was last refused after one
+	// that was granted. Refusals in a row tell that nothing is granted for a while,
+	// not what will be then.
+	proven float64
+
 	slowed    time.Time // when the rate was last lowered
 	refused   time.Time // when a call was last refused
 	successes int       // since then
@@ -88,22 +93,33 @@ func (l *limit) succeeded(now time.Time) {
 	l.raise()
 }
 
-// raise raises the rate by a step. In relation to the rate it is the smaller,
-// the higher the rate is, so that agents that share a control plane come to
-// equal shares. A constant step would do that faster, but could only fit one
-// size of fleet: for one agent at 50 requests a second it has to be about 0.1,
-// of which a thousand agents would be refused more often than not.
-func (l *limit) raise() { l.rate += gain * math.Pow(l.rate, 2.0/3) }
+// raise raises the rate: by doubling up to what was proven, and by a step from
+// there. In relation to the rate the step is the smaller, the higher the rate
+// is, so that agents that share a control plane come to equal shares. A constant
+// step would do that faster, but could only fit one size of fleet: for one agent
+// at 50 requests a second it has to be about 0.1, of which a thousand agents
+// would be refused more often than not.
+func (l *limit) raise() {
+	if l.rate < l.proven {
+		l.rate = min(2*l.rate, l.proven)
+		return
+	}
+	l.rate += gain * math.Pow(l.rate, 2.0/3)
+}
 
 // limited records that a call that was sent at the given time was answered 429.
 // Several that were under way together are one event.
 func (l *limit) limited(now, sent time.Time, retryAfter time.Duration) {
+	granted := l.successes > 0
 	l.refused, l.successes = now, 0
 	if sent.After(l.slowed) {
 		l.slowed = now
 		rate := max(l.grantedRate(now), unhurried)
 		if !l.open() {
 			rate = min(rate, l.rate)
+		}
+		if granted || l.open() {
+			l.proven = rate / 2
 		}
 		l.rate = max(rate/2, slowest)
 	}
