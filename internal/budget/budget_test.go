@@ -237,3 +237,24 @@ func TestRefusedAltogether(t *testing.T) {
 		}
 	})
 }
+
+// TestRefusedHeartbeats: however long a time each heartbeat is answered with, the
+// others have a turn when the first such time is over.
+func TestRefusedHeartbeats(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := budget.New(none)
+		refuse(t, b, 15*time.Minute)
+		var beats sync.WaitGroup
+		beats.Go(func() {
+			for range 60 {
+				time.Sleep(time.Minute)
+				beat, _ := b.Wait(t.Context(), budget.Heartbeat)
+				b.Limited(beat, 15*time.Minute)
+			}
+		})
+		if _, waited := turn(t, b, budget.Report); waited > 15*time.Minute {
+			t.Errorf("waited %v, want 15 minutes", waited)
+		}
+		beats.Wait()
+	})
+}

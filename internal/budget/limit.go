@@ -45,6 +45,7 @@ type limit struct {
 	// not what will be then.
 	proven float64
 
+	taken     time.Time // when a turn was last taken
 	slowed    time.Time // when the rate was last lowered
 	refused   time.Time // when a call was last refused
 	successes int       // since then
@@ -58,6 +59,7 @@ func (l *limit) open() bool { return l.rate == 0 }
 
 // take uses up one turn.
 func (l *limit) take(now time.Time) {
+	l.taken = now
 	if l.open() {
 		return
 	}
@@ -111,6 +113,7 @@ func (l *limit) raise() {
 // Several that were under way together are one event.
 func (l *limit) limited(now, sent time.Time, retryAfter time.Duration) {
 	granted := l.successes > 0
+	again := !l.open() && sent.After(l.refused) && !l.taken.After(l.refused)
 	l.refused, l.successes = now, 0
 	if sent.After(l.slowed) {
 		l.slowed = now
@@ -122,6 +125,9 @@ func (l *limit) limited(now, sent time.Time, retryAfter time.Duration) {
 			l.proven = rate / 2
 		}
 		l.rate = max(rate/2, slowest)
+	}
+	if again {
+		return // a heartbeat: those that wait have not asked yet, and must have their turn
 	}
 	// A little later than was asked for: what one second refuses must not come
 	// back as one wave.
