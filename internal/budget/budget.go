@@ -34,7 +34,10 @@ const (
 const overdue = 5 * time.Minute
 
 // Turn is leave to send one call.
-type Turn struct{ sent time.Time }
+type Turn struct {
+	sent  time.Time
+	later time.Duration // of the turn that follows
+}
 
 // Budget is safe for concurrent use.
 type Budget struct {
@@ -62,7 +65,7 @@ func New(draw func(n int64) int64) *Budget {
 func (b *Budget) Wait(ctx context.Context, class Class) (Turn, error) {
 	if class == Heartbeat {
 		// It uses up no turn either: at the slowest rate there is one a minute.
-		return Turn{time.Now()}, nil
+		return Turn{sent: time.Now()}, nil
 	}
 	b.mu.Lock()
 	if b.stopped || b.free() {
@@ -95,7 +98,7 @@ func (b *Budget) leave(class Class, granted chan Turn) {
 	select {
 	case turn, ok := <-granted:
 		if ok {
-			b.limit.giveBack(turn.sent)
+			b.limit.giveBack(turn.sent, turn.later)
 			b.grant()
 		}
 	default:
@@ -150,8 +153,7 @@ func (b *Budget) free() bool {
 // take uses up a turn.
 func (b *Budget) take() Turn {
 	now := time.Now()
-	b.limit.take(now)
-	return Turn{now}
+	return Turn{now, b.limit.take(now)}
 }
 
 // first is the queue of the most urgent class that has one, or one that is

@@ -57,23 +57,25 @@ type limit struct {
 // open reports whether there is no limit.
 func (l *limit) open() bool { return l.rate == 0 }
 
-// take uses up one turn.
-func (l *limit) take(now time.Time) {
+// take uses up one turn, and says how much later that made the next.
+func (l *limit) take(now time.Time) (later time.Duration) {
 	l.taken = now
 	if l.open() {
-		return
+		return 0
 	}
 	if l.next.Before(now) {
 		l.next = now
 	}
-	l.next = l.next.Add(l.gap())
+	later = l.gap()
+	l.next = l.next.Add(later)
+	return later
 }
 
 // giveBack returns a turn that was taken at the given time and not used, unless
 // a call has been refused since.
-func (l *limit) giveBack(taken time.Time) {
+func (l *limit) giveBack(taken time.Time, later time.Duration) {
 	if !l.open() && l.refused.Before(taken) {
-		l.next = l.next.Add(-l.gap())
+		l.next = l.next.Add(-later)
 	}
 }
 
