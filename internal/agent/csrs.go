@@ -144,8 +144,8 @@ func (a *Agent) startCSRs() {
 		t.certs[job.CertificateID] = true
 		a.startEnrol(job)
 	}
-	if len(later) > 0 {
-		t.waiting = append(later, t.waiting...)
+	if len(later) > 0 || len(t.waiting) == 0 {
+		t.waiting = append(later, t.waiting...) // and what has left can be freed
 	}
 }
 

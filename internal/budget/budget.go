@@ -67,6 +67,9 @@ func (b *Budget) Wait(ctx context.Context, class Class) (Turn, error) {
 		// It uses up no turn either: at the slowest rate there is one a minute.
 		return Turn{sent: time.Now()}, nil
 	}
+	if ctx.Err() != nil {
+		return Turn{}, context.Cause(ctx)
+	}
 	b.mu.Lock()
 	if b.stopped || b.free() {
 		defer b.mu.Unlock()
@@ -105,7 +108,8 @@ func (b *Budget) leave(class Class, granted chan Turn) {
 	}
 }
 
-// Succeeded records that the control plane answered a call, other than by 429.
+// Succeeded records that the control plane carried out a call. Other failures
+// than a 429 say nothing of the limit.
 func (b *Budget) Succeeded() {
 	b.mu.Lock()
 	defer b.mu.Unlock()

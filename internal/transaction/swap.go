@@ -102,8 +102,12 @@ func (e *Engine) sweep(d *dir) error {
 		if !isTemporaryName(name) {
 			continue
 		}
-		if info, err := d.Lstat(name); err == nil && !info.Mode().IsRegular() {
+		info, err := d.Lstat(name)
+		if errors.Is(err, fs.ErrNotExist) || err == nil && !info.Mode().IsRegular() {
 			continue
+		}
+		if err != nil {
+			return fmt.Errorf("look at temporary %s, which may hold a key: %w", d.join(name), reason(err))
 		}
 		if err := e.disk.remove(d, name); err != nil {
 			return fmt.Errorf("remove temporary %s, which may hold a key: %w", d.join(name), reason(err))
