@@ -20,6 +20,7 @@ var others = map[string]string{
 	"internal/discovery":   "reads the beginning only of most files, without changing their times of access, and judges them by what was found in the directory",
 	"internal/filelock":    "opens a lock that may be another agent's and reads nothing; the lock it takes holds a name that it cuts",
 	"internal/installed":   "follows no link: one in the place of its file is damage",
+	"internal/keystore":    "opens its own directory, to list the names in it",
 	"internal/ledger":      "a record that is too long is damage: its beginning is searched for the job's id",
 	"internal/peer":        "reads tables of /proc, line by line",
 	"internal/status":      "opens a directory, to name a socket in it by a short path",
