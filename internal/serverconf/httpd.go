@@ -188,6 +188,9 @@ func (s *httpdScope) pairs(root string) []Pair {
 		if i < len(s.keys) {
 			key = s.keys[i]
 		}
+		if cert.value == "" || key.value == "" {
+			continue // httpd does not start with that
+		}
 		pairs = append(pairs, Pair{Cert: httpdPath(root, cert.value), Key: httpdPath(root, key.value), Where: key.where})
 	}
 	return pairs

@@ -159,7 +159,7 @@ func TestHTTPDWords(t *testing.T) {
 }
 
 func FuzzHTTPDPairs(f *testing.F) {
-	for _, seed := range []string{"<VirtualHost a>\nSSLCertificateFile \"/c\" \n</VirtualHost>", "SSLCertificateKeyFile ${A}${B}\nSSLCertificateFile /${", "</VirtualHost>\n</VirtualHost>", "# In file: \n#1:\nServerRoot: \""} {
+	for _, seed := range []string{"<VirtualHost a>\nSSLCertificateFile \"/c\" \n</VirtualHost>", "SSLCertificateKeyFile ${A}${B}\nSSLCertificateFile /${", "</VirtualHost>\n</VirtualHost>", "# In file: \n#1:\nServerRoot: \"", `SSLCertificateFile "`} {
 		f.Add(seed)
 		f.Add(httpdDump(seed))
 	}
