@@ -18,6 +18,7 @@ import (
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/hostfile"
+	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/policy"
 	"certctl-agent/internal/serverconf"
 	"certctl-agent/internal/targetconf"
@@ -74,6 +75,14 @@ func (h Host) Command(config *targetconf.Config, key, line string) (*policy.Comm
 		return nil, targetconf.Invalid(key, "%v", err)
 	}
 	return &c, nil
+}
+
+// Commands checks the command lines of validate_command and reload_command, as
+// Command does.
+func (h Host) Commands(config *targetconf.Config, validateLine, reloadLine string) (validate, reload *policy.Command, err error) {
+	validate, validateErr := h.Command(config, "validate_command", validateLine)
+	reload, reloadErr := h.Command(config, "reload_command", reloadLine)
+	return validate, reload, targetconf.Join(validateErr, reloadErr)
 }
 
 // A Connector knows one product. It reads and proposes; it never writes. One is
@@ -165,6 +174,11 @@ type Material struct {
 // Key is the private key as it is written: one newline at its end.
 func (m *Material) Key() []byte {
 	return append(bytes.TrimRight(m.KeyPEM, "\r\n"), '\n')
+}
+
+// FullChain is the leaf with its chain behind it, as PEM.
+func (m *Material) FullChain() []byte {
+	return append(pemutil.EncodeCertificates(m.Leaf), pemutil.EncodeCertificates(m.Chain...)...)
 }
 
 // InKeyStore reports whether path is, or leads to, the key store's own file of

@@ -99,14 +99,6 @@ func (p *Pair) matches(found serverconf.Pair, m *Material) bool {
 	return p.KeyPath != "" && found.Reads(p.KeyPath) || m.InKeyStore(targetconf.Path(found.Key))
 }
 
-// Commands are the configured commands, checked. One that is not configured is
-// nil.
-func (p *Pair) Commands(config *targetconf.Config, host Host) (validate, reload *policy.Command, err error) {
-	validate, validateErr := host.Command(config, "validate_command", p.ValidateCommand)
-	reload, reloadErr := host.Command(config, "reload_command", p.ReloadCommand)
-	return validate, reload, targetconf.Join(validateErr, reloadErr)
-}
-
 // Plan is the plan to put m into these files.
 func (p *Pair) Plan(m *Material) *Plan {
 	plan := new(Plan)
@@ -133,4 +125,39 @@ func (p *Pair) Plan(m *Material) *Plan {
 		plan.Files = append(plan.Files, NewFile(p.KeyPath, KeyFile, m.Key(), p.KeyFile))
 	}
 	return plan
+}
+
+// AskedPair is a target with a Pair whose server can be asked which key it reads
+// with a certificate.
+type AskedPair struct {
+	Pair
+	Config   *targetconf.Config
+	Host     Host
+	Validate *policy.Command // nil: not configured
+	Reload   *policy.Command // nil: not configured
+}
+
+// Decode takes the Pair from the configuration. A masked key_path is no error:
+// the server's answer supplies it.
+func (a *AskedPair) Decode() error { return a.Config.Decode(&a.Pair, "key_path") }
+
+// CheckAll checks the pair, of which these keys are required, and its commands.
+func (a *AskedPair) CheckAll(required ...string) error {
+	var err error
+	a.Validate, a.Reload, err = a.Host.Commands(a.Config, a.ValidateCommand, a.ReloadCommand)
+	return targetconf.Join(a.Check(required...), err)
+}
+
+// Propose is the plan to install m, once server has been asked: its answer is
+// found, or err.
+func (a *AskedPair) Propose(m *Material, server string, found serverconf.Pair, err error) (*Plan, error) {
+	pair := a.Pair
+	asked, err := pair.Match(a.Config, a.Host, m, server, found, err)
+	if err != nil {
+		return nil, err
+	}
+	plan := pair.Plan(m)
+	plan.Validate, plan.Reload.Command, plan.Serves = a.Validate, a.Reload, a.Config.Common.Endpoint()
+	plan.Warnings = append(asked, plan.Warnings...)
+	return plan, nil
 }

@@ -180,19 +180,19 @@ func TestCommands(t *testing.T) {
 		return config
 	}
 	p := Pair{ValidateCommand: "nginx -t"}
-	validate, reload, err := p.Commands(timeout(`{"command_timeout":"5s"}`), host)
+	validate, reload, err := host.Commands(timeout(`{"command_timeout":"5s"}`), p.ValidateCommand, p.ReloadCommand)
 	if err != nil || validate == nil || validate.Timeout != 5*time.Second || reload != nil {
 		t.Errorf("got %v, %v, %v", validate, reload, err)
 	}
-	if validate, _, _ = p.Commands(timeout(`{}`), host); validate.Timeout != time.Minute {
+	if validate, _, _ = host.Commands(timeout(`{}`), p.ValidateCommand, p.ReloadCommand); validate.Timeout != time.Minute {
 		t.Errorf("default timeout: got %v", validate.Timeout)
 	}
 	p.ReloadCommand = "nginx -s reload; reboot"
-	if _, _, err := p.Commands(timeout(`{}`), host); err == nil || !strings.Contains(err.Error(), "reload_command: ") {
+	if _, _, err := host.Commands(timeout(`{}`), p.ValidateCommand, p.ReloadCommand); err == nil || !strings.Contains(err.Error(), "reload_command: ") {
 		t.Errorf("a semicolon: got %v", err)
 	}
 	p.ValidateCommand = "$(reboot)"
-	if _, _, err := p.Commands(timeout(`{}`), host); err == nil || !strings.Contains(err.Error(), "validate_command: ") {
+	if _, _, err := host.Commands(timeout(`{}`), p.ValidateCommand, p.ReloadCommand); err == nil || !strings.Contains(err.Error(), "validate_command: ") {
 		t.Errorf("a substitution: got %v", err)
 	}
 }

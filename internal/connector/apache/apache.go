@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"certctl-agent/internal/connector"
-	"certctl-agent/internal/policy"
 	"certctl-agent/internal/serverconf"
 	"certctl-agent/internal/targetconf"
 )
@@ -16,22 +15,14 @@ import (
 // Type is the kind of target.
 func Type() connector.Type { return connector.Type{Name: "Apache", New: newConnector} }
 
-type apache struct {
-	config   *targetconf.Config
-	host     connector.Host
-	pair     connector.Pair
-	validate *policy.Command
-	reload   *policy.Command
-}
+type apache struct{ connector.AskedPair }
 
 func newConnector(c *targetconf.Config, host connector.Host) (connector.Connector, error) {
-	a := &apache{config: c, host: host}
-	if err := c.Decode(&a.pair, "key_path"); err != nil {
+	a := &apache{connector.AskedPair{Config: c, Host: host}}
+	if err := a.Decode(); err != nil {
 		return nil, err
 	}
-	var err error
-	a.validate, a.reload, err = a.pair.Commands(c, host)
-	return a, targetconf.Join(a.pair.Check("cert_path", "validate_command", "reload_command"), err)
+	return a, a.CheckAll("cert_path", "validate_command", "reload_command")
 }
 
 // loadTime is how long httpd is given to read its files once it has been told
@@ -43,20 +34,16 @@ const loadTime = 500 * time.Millisecond
 
 // Plan implements connector.Connector.
 func (a *apache) Plan(ctx context.Context, m *connector.Material) (*connector.Plan, error) {
-	pair := a.pair
 	// httpd finds a mismatch not when it tests its configuration but when it
 	// restarts, and then ends.
-	found, err := serverconf.HTTPD(ctx, a.host.Query, pair.CertPath, *a.validate, *a.reload)
-	asked, err := pair.Match(a.config, a.host, m, "httpd", found, err)
+	found, err := serverconf.HTTPD(ctx, a.Host.Query, a.CertPath, *a.Validate, *a.Reload)
+	plan, err := a.Propose(m, "httpd", found, err)
 	if err != nil {
 		return nil, err
 	}
-	plan := pair.Plan(m)
 	// The first file is the one of the certificate, and httpd reads DH PARAMETERS
 	// from there as well (https://httpd.apache.org/docs/2.4/mod/mod_ssl.html#sslcertificatefile).
 	plan.Files[0].KeepOthers = true
-	plan.Validate, plan.Reload = a.validate, connector.Reload{Command: a.reload, Wait: loadTime}
-	plan.Serves = a.config.Common.Endpoint()
-	plan.Warnings = append(asked, plan.Warnings...)
+	plan.Reload.Wait = loadTime
 	return plan, nil
 }

@@ -80,7 +80,7 @@ func TestWrittenInOtherWays(t *testing.T) {
 			})
 			must(t, err)
 			a := made.(*apache)
-			if got, err := serverconf.HTTPD(t.Context(), l.Query, a.pair.CertPath, *a.validate, *a.reload); err != nil || got.Key != want {
+			if got, err := serverconf.HTTPD(t.Context(), l.Query, a.CertPath, *a.Validate, *a.Reload); err != nil || got.Key != want {
 				t.Errorf("got %+v, %v, want %s", got, err, want)
 			}
 		})

@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"certctl-agent/internal/connector"
-	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/policy"
 	"certctl-agent/internal/targetconf"
 )
@@ -94,12 +93,11 @@ func (s *caddy) Plan(_ context.Context, m *connector.Material) (*connector.Plan,
 
 // planByAPI writes no file.
 func (s *caddy) planByAPI(m *connector.Material) *connector.Plan {
-	cert := append(pemutil.EncodeCertificates(m.Leaf), pemutil.EncodeCertificates(m.Chain...)...)
 	return &connector.Plan{
 		Changes: []connector.Change{&pairChange{
 			admin: s.admin,
 			tag:   tagPrefix + string(s.target.Target()),
-			pair:  loadedPair{Certificate: string(cert), Key: string(m.Key())},
+			pair:  loadedPair{Certificate: string(m.FullChain()), Key: string(m.Key())},
 		}},
 		Serves: s.target.Common.Endpoint(),
 		Caveats: []string{

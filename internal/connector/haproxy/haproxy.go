@@ -6,7 +6,6 @@ import (
 	"context"
 
 	"certctl-agent/internal/connector"
-	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/policy"
 	"certctl-agent/internal/targetconf"
 )
@@ -37,17 +36,14 @@ func newConnector(c *targetconf.Config, host connector.Host) (connector.Connecto
 	if err := c.Decode(&h.config); err != nil {
 		return nil, err
 	}
-	var validateErr, reloadErr error
-	h.validate, validateErr = host.Command(c, "validate_command", h.config.ValidateCommand)
-	h.reload, reloadErr = host.Command(c, "reload_command", h.config.ReloadCommand)
-	return h, targetconf.Join(validateErr, reloadErr)
+	var err error
+	h.validate, h.reload, err = host.Commands(c, h.config.ValidateCommand, h.config.ReloadCommand)
+	return h, err
 }
 
 // Plan implements connector.Connector.
 func (h *haproxy) Plan(_ context.Context, m *connector.Material) (*connector.Plan, error) {
-	data := append(pemutil.EncodeCertificates(m.Leaf), pemutil.EncodeCertificates(m.Chain...)...)
-	data = append(data, m.Key()...)
-	file := connector.NewFile(h.config.PEMPath, connector.KeyFile, data, h.config.PEMFile)
+	file := connector.NewFile(h.config.PEMPath, connector.KeyFile, append(m.FullChain(), m.Key()...), h.config.PEMFile)
 	// HAProxy finds each kind of block wherever it stands
 	// (https://docs.haproxy.org/2.6/configuration.html#5.1-crt).
 	file.KeepOthers = true

@@ -65,7 +65,7 @@ func TestPostfixParameters(t *testing.T) {
 		})
 		must(t, err)
 		found, asked := connector.(*mail).askServer(t.Context())
-		warnings, err := connector.(*mail).config.Match(connector.(*mail).target, connector.(*mail).host, l.NewMaterial(t), postfix, found, asked)
+		warnings, err := connector.(*mail).Match(connector.(*mail).Config, connector.(*mail).Host, l.NewMaterial(t), postfix, found, asked)
 		if test.refused == "" && (err != nil || len(warnings) > 0) || test.refused != "" && (err == nil || !strings.Contains(err.Error(), test.refused)) {
 			t.Errorf("%q and %q: got %v, %q, want %q", test.main, test.overrides, err, warnings, test.refused)
 		}

@@ -87,7 +87,7 @@ func TestDefaults(t *testing.T) {
 			continue
 		}
 		c := connector.(*mail)
-		got := [4]string{string(c.config.CertPath), string(c.config.KeyPath), strings.Join(c.validate.Argv, " "), strings.Join(c.reload.Argv, " ")}
+		got := [4]string{string(c.CertPath), string(c.KeyPath), strings.Join(c.Validate.Argv, " "), strings.Join(c.Reload.Argv, " ")}
 		if got != test.want {
 			t.Errorf("%s: got %q, want %q", test.name, got, test.want)
 		}

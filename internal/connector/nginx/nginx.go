@@ -7,7 +7,6 @@ import (
 	"context"
 
 	"certctl-agent/internal/connector"
-	"certctl-agent/internal/policy"
 	"certctl-agent/internal/serverconf"
 	"certctl-agent/internal/targetconf"
 )
@@ -15,34 +14,18 @@ import (
 // Type is the kind of target.
 func Type() connector.Type { return connector.Type{Name: "NGINX", New: newConnector} }
 
-type nginx struct {
-	config   *targetconf.Config
-	host     connector.Host
-	pair     connector.Pair
-	validate *policy.Command
-	reload   *policy.Command
-}
+type nginx struct{ connector.AskedPair }
 
 func newConnector(c *targetconf.Config, host connector.Host) (connector.Connector, error) {
-	n := &nginx{config: c, host: host}
-	if err := c.Decode(&n.pair, "key_path"); err != nil {
+	n := &nginx{connector.AskedPair{Config: c, Host: host}}
+	if err := n.Decode(); err != nil {
 		return nil, err
 	}
-	var err error
-	n.validate, n.reload, err = n.pair.Commands(c, host)
-	return n, targetconf.Join(n.pair.Check("cert_path", "validate_command", "reload_command"), err)
+	return n, n.CheckAll("cert_path", "validate_command", "reload_command")
 }
 
 // Plan implements connector.Connector.
 func (n *nginx) Plan(ctx context.Context, m *connector.Material) (*connector.Plan, error) {
-	pair := n.pair
-	found, err := serverconf.NGINX(ctx, n.host.Query, pair.CertPath, *n.validate, *n.reload)
-	asked, err := pair.Match(n.config, n.host, m, "nginx", found, err)
-	if err != nil {
-		return nil, err
-	}
-	plan := pair.Plan(m)
-	plan.Validate, plan.Reload.Command, plan.Serves = n.validate, n.reload, n.config.Common.Endpoint()
-	plan.Warnings = append(asked, plan.Warnings...)
-	return plan, nil
+	found, err := serverconf.NGINX(ctx, n.Host.Query, n.CertPath, *n.Validate, *n.Reload)
+	return n.Propose(m, "nginx", found, err)
 }
