@@ -13,6 +13,7 @@ import (
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/app"
 	"certctl-agent/internal/command"
+	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/targetconf"
 )
@@ -37,7 +38,7 @@ func (c *checker) directory(check, path string) {
 	info, err := os.Stat(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		parent := nearest(path)
-		if !writable(parent) {
+		if hostfile.MayWriteIn(parent) != nil {
 			c.fail(check, "make it and give it to the agent's user", "%s does not exist, and %s cannot be written by this user", path, parent)
 			return
 		}
@@ -51,7 +52,7 @@ func (c *checker) directory(check, path string) {
 	case !info.IsDir():
 		c.fail(check, "name a directory", "%s is no directory", path)
 		return
-	case !writable(path):
+	case hostfile.MayWriteIn(path) != nil:
 		c.fail(check, "run check as the agent's user, or give it the directory", "%s cannot be written by this user", path)
 		return
 	}
@@ -84,12 +85,6 @@ func nearest(path string) string {
 		}
 		path = filepath.Dir(path)
 	}
-}
-
-// writable asks the kernel, access(2), and writes nothing.
-func writable(path string) bool {
-	const writeAndSearch = 0o3 // W_OK | X_OK
-	return syscall.Access(path, writeAndSearch) == nil
 }
 
 // overlays reads every overlay as a deployment would.

@@ -77,7 +77,8 @@ func (l *Lock) Close() {
 	}
 }
 
-// Unsupported reports whether Take failed because the file system has no locks.
+// Unsupported reports whether Take, or flock(2), failed because the file system
+// has no locks.
 func Unsupported(err error) bool {
 	errno, ok := err.(syscall.Errno) // that of opening the file is an *fs.PathError
 	return ok && (errno.Is(errors.ErrUnsupported) || errno == syscall.ENOLCK || errno == syscall.EINVAL || errno == syscall.EBADF)

@@ -112,6 +112,13 @@ func Owner(info fs.FileInfo) (uid, gid int) {
 	return -1, -1
 }
 
+// MayWriteIn asks the kernel, access(2), whether this process may put files into
+// a directory. It writes nothing.
+func MayWriteIn(dir string) error {
+	const writeAndSearch = 0o3 // W_OK | X_OK
+	return syscall.Access(dir, writeAndSearch)
+}
+
 // Ours reports whether a file belongs to root or to the agent's own user.
 func Ours(info fs.FileInfo) bool {
 	uid, _ := Owner(info)

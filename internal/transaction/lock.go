@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"time"
 
+	"certctl-agent/internal/filelock"
 	"certctl-agent/internal/namelock"
 	"certctl-agent/internal/printable"
 )
@@ -169,7 +170,7 @@ func (h *hold) flock(f *os.File, d *dir) (locked bool, err error) {
 	switch {
 	case errors.Is(tried, syscall.EWOULDBLOCK) || errors.Is(tried, syscall.EINTR):
 		return false, nil
-	case errors.Is(tried, errors.ErrUnsupported) || errors.Is(tried, syscall.EBADF) || errors.Is(tried, syscall.ENOLCK) || errors.Is(tried, syscall.EINVAL):
+	case filelock.Unsupported(tried):
 		// Network file systems: NFS wants a handle for writing, which no
 		// directory has.
 		h.opts.Log.Warn("file system has no locks: two agents that deploy here at once could get in each other's way", "directory", d.path, "error", tried)

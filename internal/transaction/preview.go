@@ -8,9 +8,9 @@ import (
 	"os"
 	"slices"
 	"strconv"
-	"syscall"
 
 	"certctl-agent/internal/connector"
+	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/policy"
 )
 
@@ -109,8 +109,7 @@ func (p *Preview) file(a *attempt, file connector.File, i int) FilePreview {
 // mayPlace reports whether this process may put the new file into its directory
 // and give it away, which a deployment finds out by doing it.
 func (f *dest) mayPlace() error {
-	const writeAndSearch = 0o3
-	if err := syscall.Access(f.at.path, writeAndSearch); err != nil {
+	if err := hostfile.MayWriteIn(f.at.path); err != nil {
 		return fmt.Errorf("%s: the agent's user cannot put files into %s: %w", f.Path, f.at.path, err)
 	}
 	if os.Geteuid() == 0 {

@@ -157,26 +157,27 @@ func Interrupted(path string) ([]string, error) {
 		return nil, fmt.Errorf("open the journal: %w", err)
 	}
 	defer root.Close()
-	s := &Engine{journal: &dir{Root: root, path: root.Name()}}
-	ids, err := s.recorded()
+	e := &Engine{journal: &dir{Root: root, path: root.Name()}}
+	ids, err := e.recorded()
 	return slices.DeleteFunc(ids, func(id string) bool {
-		r, err := s.load(id)
+		r, err := e.load(id)
 		return err == nil && (r == nil || r.Phase == restored && len(r.Changes) == 0 || r.Phase == committed)
 	}), err
 }
 
-// recorded lists the targets that have a journal record.
+// recorded lists the targets that have a journal record, sorted.
 func (e *Engine) recorded() ([]string, error) {
-	entries, err := fs.ReadDir(e.journal.FS(), ".")
+	names, err := e.journal.names()
 	if err != nil {
 		return nil, fmt.Errorf("list the journal in %s: %w", e.journal.path, reason(err))
 	}
 	var ids []string
-	for _, item := range entries {
-		if id, ok := strings.CutSuffix(item.Name(), recordSuffix); ok {
+	for _, name := range names {
+		if id, ok := strings.CutSuffix(name, recordSuffix); ok {
 			ids = append(ids, id)
 		}
 	}
+	slices.Sort(ids)
 	return ids, nil
 }
 
