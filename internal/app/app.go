@@ -105,14 +105,17 @@ func (opts Options) withDefaults() Options {
 		}
 	}
 	if opts.Query == nil {
-		opts.Query = func(ctx context.Context, c policy.Command) ([]byte, error) {
-			return command.Query(ctx, c.Argv, c.Timeout)
-		}
+		opts.Query = query
 	}
 	if opts.Rand == nil {
 		opts.Rand = pace.Global
 	}
 	return opts
+}
+
+// query runs a command that changes nothing.
+func query(ctx context.Context, c policy.Command) ([]byte, error) {
+	return command.Query(ctx, c.Argv, c.Timeout)
 }
 
 func (a *App) open(ctx context.Context) error {

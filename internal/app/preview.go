@@ -14,13 +14,11 @@ import (
 	"log/slog"
 	"math/big"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
 	"certctl-agent/internal/api"
-	"certctl-agent/internal/command"
 	"certctl-agent/internal/config"
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/connector/all"
@@ -133,17 +131,17 @@ func (l *looker) all(ctx context.Context, typ connector.Type, merged *targetconf
 		Policy: &policy.Policy{Paths: l.rules.Paths, Protected: l.rules.Protected},
 		Log:    slog.New(slog.DiscardHandler),
 		Query: func(ctx context.Context, c policy.Command) ([]byte, error) {
-			if l.commands(merged); slices.ContainsFunc(l.Commands, func(c PreviewCommand) bool { return !c.Allowed }) {
+			if slices.ContainsFunc(l.Commands, func(c PreviewCommand) bool { return !c.Allowed }) {
 				return nil, errors.New("it was not asked, since a command of the target may not run")
 			}
-			return command.Query(ctx, c.Argv, c.Timeout)
+			return query(ctx, c)
 		},
 	})
 	l.problem(err)
+	l.commands(merged) // New has decoded them
 	if err == nil && sound && m != nil {
 		l.problem(l.plan(ctx, made, m, &merged.Common))
 	}
-	l.commands(merged)
 	l.Settings, l.Unknown = merged.Settings(), append(l.Unknown, merged.Unknown()...)
 	// What somebody chose before what nobody did.
 	slices.SortStableFunc(l.Settings, func(a, b targetconf.Setting) int {
@@ -188,7 +186,6 @@ func addressOf(e *tlsprobe.Endpoint) string {
 
 // commands says of each command line whether it may run.
 func (l *looker) commands(merged *targetconf.Config) {
-	l.Commands = []PreviewCommand{}
 	for _, setting := range merged.Settings() {
 		var line string
 		if !strings.HasSuffix(setting.Key, "_command") || json.Unmarshal([]byte(setting.Value), &line) != nil {
@@ -216,7 +213,7 @@ func (l *looker) material(dropRoot bool) (*connector.Material, error) {
 		return nil, err
 	}
 	if m.CertificateID != "" {
-		m.KeyPath = filepath.Join(l.cfg.KeyDir, string(m.CertificateID)+".key")
+		m.KeyPath = keystore.CurrentPath(l.cfg.KeyDir, m.CertificateID)
 	}
 	if len(l.target.Cert) == 0 {
 		m.Leaf, err = standIn(key)

@@ -194,7 +194,13 @@ func (s *Store) hold() (release func()) {
 }
 
 // Path is where the current key of a certificate is.
-func (s *Store) Path(certID api.ID) string { return filepath.Join(s.dir, string(certID)+currentExt) }
+func (s *Store) Path(certID api.ID) string { return CurrentPath(s.dir, certID) }
+
+// CurrentPath is where the current key of a certificate is in the key directory
+// at dir.
+func CurrentPath(dir string, certID api.ID) string {
+	return filepath.Join(dir, string(certID)+currentExt)
+}
 
 // PreviousPath is where the previous key of a certificate is, given where its
 // current one is.
