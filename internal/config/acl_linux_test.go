@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"certctl-agent/internal/testing/needs"
 )
 
 // TestTrustOfACL: what lets a user write a directory of root's and its group
@@ -18,8 +20,8 @@ func TestTrustOfACL(t *testing.T) {
 	must(t, os.WriteFile(filepath.Join(dir, "file"), []byte("x"), 0o600))
 	for acl, want := range map[string]string{"user:4242:rwx": "which others can write (mode 0775)", "user:4242:r-x": ""} {
 		must(t, os.Chmod(dir, 0o755))
-		if out, err := exec.Command("setfacl", "--modify", acl, dir).CombinedOutput(); err != nil {
-			t.Skipf("needs setfacl: %v, %s", err, out)
+		if out, err := exec.Command(needs.Need(t, "setfacl"), "--modify", acl, dir).CombinedOutput(); err != nil {
+			t.Skipf("no access control lists in %s: %v, %s", dir, err, out)
 		}
 		_, _, _, err := readTrusted(filepath.Join(dir, "file"), 100)
 		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {

@@ -19,6 +19,7 @@ import (
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/testing/corpus"
 	"certctl-agent/internal/testing/liveserver"
+	"certctl-agent/internal/testing/needs"
 	"certctl-agent/internal/testing/testca"
 )
 
@@ -44,7 +45,7 @@ func TestScanForEver(t *testing.T) {
 // busy, in turns without a scan and beside one that has the priority of the daemon's. The scan is
 // stopped and continued, so both halves of a pair are one after the other.
 func BenchmarkBesideNGINX(b *testing.B) {
-	dir := inMemory(b)
+	dir := needs.MemoryDir(b)
 	n := min(*treeSize, 20_000)
 	if _, err := corpus.Write(dir, corpus.Options{Seed: 1, Files: n, Certificates: n / 10, TextSize: 26 << 10}); err != nil {
 		b.Fatal(err)

@@ -2,7 +2,6 @@ package discovery
 
 import (
 	"io"
-	"os"
 	"os/exec"
 	"runtime"
 	"slices"
@@ -11,6 +10,7 @@ import (
 	"time"
 
 	"certctl-agent/internal/testing/corpus"
+	"certctl-agent/internal/testing/needs"
 )
 
 // BenchmarkText compares a first scan of a tree of configuration files, 470 MB of them, with a search
@@ -22,7 +22,7 @@ func BenchmarkText(b *testing.B) {
 	if testing.Short() {
 		n = min(n, 2000)
 	}
-	dir := inMemory(b)
+	dir := needs.MemoryDir(b)
 	tree, err := corpus.Write(dir, corpus.Options{Seed: 1, Files: n, Certificates: n / 10, TextSize: 26 << 10})
 	if err != nil {
 		b.Fatal(err)
@@ -105,14 +105,4 @@ func processorTime(who int) time.Duration {
 		return 0
 	}
 	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
-}
-
-// inMemory is a directory that no disk is behind, where there is one.
-func inMemory(b *testing.B) string {
-	dir, err := os.MkdirTemp("/dev/shm", "scan")
-	if err != nil {
-		return b.TempDir()
-	}
-	b.Cleanup(func() { os.RemoveAll(dir) })
-	return dir
 }

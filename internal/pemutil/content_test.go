@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/testing/needs"
 	"certctl-agent/internal/testing/testca"
 )
 
@@ -82,10 +83,7 @@ func TestContentOf(t *testing.T) {
 
 // TestContentOfOpenSSL: what openssl writes.
 func TestContentOfOpenSSL(t *testing.T) {
-	openssl, err := exec.LookPath("openssl")
-	if err != nil {
-		t.Skip("openssl is not installed")
-	}
+	openssl := needs.Need(t, "openssl")
 	issued := issue(t, testca.Must(t), testca.Template{})
 	file := filepath.Join(t.TempDir(), "both.pem")
 	if err := os.WriteFile(file, append(issued.LeafPEM(), issued.KeyPEM()...), 0o600); err != nil {

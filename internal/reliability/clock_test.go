@@ -12,6 +12,7 @@ import (
 	"certctl-agent/internal/ledger"
 	"certctl-agent/internal/statedir"
 	"certctl-agent/internal/testing/devplane"
+	"certctl-agent/internal/testing/needs"
 	"certctl-agent/internal/testing/testca"
 )
 
@@ -94,7 +95,7 @@ func TestSkewIsSaidOnce(t *testing.T) {
 // since a bubble begins in the year 2000. What was claimed is carried out, what
 // was to be reported is reported, and nothing waits for the old time to come.
 func TestClockWentBack(t *testing.T) {
-	dir := fastDir(t)
+	dir := needs.MemoryDir(t)
 	state, err := statedir.Open(dir, "agent-1", "machine")
 	if err != nil {
 		t.Fatal(err)

@@ -24,6 +24,7 @@ import (
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/testing/devplane"
+	"certctl-agent/internal/testing/needs"
 	"certctl-agent/internal/testing/netfault"
 )
 
@@ -696,7 +697,7 @@ const (
 func TestNetworkFaults(t *testing.T) {
 	t.Parallel()
 	begun := time.Now()
-	base := fastDir(t)
+	base := needs.MemoryDir(t)
 	var mu sync.Mutex
 	var total figures
 	slots := make(chan struct{}, processWorkers)

@@ -14,6 +14,7 @@ import (
 	"testing"
 
 	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/testing/needs"
 	"certctl-agent/internal/testing/netfault"
 	"certctl-agent/internal/testing/testca"
 )
@@ -25,7 +26,7 @@ import (
 // crashes in between.)
 func TestKeyMaterialStays(t *testing.T) {
 	t.Parallel()
-	base := filepath.Join(fastDir(t), "host")
+	base := filepath.Join(needs.MemoryDir(t), "host")
 	if err := os.Mkdir(base, 0o700); err != nil {
 		t.Fatal(err)
 	}

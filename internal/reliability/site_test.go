@@ -19,7 +19,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"testing"
 	"time"
 
 	"certctl-agent/internal/api"
@@ -48,18 +47,6 @@ type server struct {
 	chain    bool // in a file of its own
 	shared   bool // the key is read from the agent's key directory
 	picky    bool // its validate command takes nothing
-}
-
-// fastDir is a temporary directory, in memory where there is one: these tests
-// are about what is on the disk, not about how long that takes.
-func fastDir(t testing.TB) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("/dev/shm", "reliability")
-	if err != nil {
-		return t.TempDir()
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return dir
 }
 
 func newSite(dir string, servers []server) (*site, error) {

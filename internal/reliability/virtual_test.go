@@ -28,6 +28,7 @@ import (
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/policy"
 	"certctl-agent/internal/testing/devplane"
+	"certctl-agent/internal/testing/needs"
 	"certctl-agent/internal/tlsprobe"
 )
 
@@ -91,7 +92,7 @@ func newWorldWith(t *testing.T, seed uint64, servers []server, options devplane.
 		out = t.Output()
 	}
 	w.log = slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: slog.LevelDebug}))
-	base := fastDir(t)
+	base := needs.MemoryDir(t)
 	options.Dir = base
 	var err error
 	if w.plane, err = devplane.New(options); err != nil {

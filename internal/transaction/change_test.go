@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"certctl-agent/internal/connector"
+	"certctl-agent/internal/testing/needs"
 )
 
 // elsewhere is a target that is not a file of this host: values by name.
@@ -225,7 +226,7 @@ func TestChangesKilled(t *testing.T) {
 	for n := 0; ; n++ {
 		ended := false
 		for _, then := range []string{"succeeds", "is refused", "fails", "cannot look"} {
-			base := newWorld(t, ramDir(t))
+			base := newWorld(t, needs.MemoryDir(t))
 			base.old(t)
 			at := &elsewhere{values: map[string]string{"/a/one": "old"}}
 			s := base.mustStore(t, nil)

@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"certctl-agent/internal/policy"
+	"certctl-agent/internal/testing/needs"
 )
 
 // A scenario is one way through a transaction. Each is crashed at every step.
@@ -133,7 +134,7 @@ func TestKilled(t *testing.T) {
 				continue // the power cuts cover what is different in it
 			}
 			steps := 0
-			w := newWorld(t, ramDir(t))
+			w := newWorld(t, needs.MemoryDir(t))
 			sc.prepare(t, w)
 			_ = sc.run(w, func(Step) error { steps++; return nil })
 			if got := w.condition(sc.first); got != sc.want {
@@ -142,7 +143,7 @@ func TestKilled(t *testing.T) {
 			for n := 1; n <= steps; n += stride {
 				t.Run(fmt.Sprintf("%s/%d", sc.name, n), func(t *testing.T) {
 					t.Parallel()
-					w := newWorld(t, ramDir(t))
+					w := newWorld(t, needs.MemoryDir(t))
 					sc.prepare(t, w)
 					child := exec.Command(os.Args[0])
 					child.Env = []string{"TRANSACTION_CHILD=kill", "BASE=" + w.base, "SCENARIO=" + strconv.Itoa(i), "STEP=" + strconv.Itoa(n),

@@ -13,6 +13,7 @@ import (
 
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/policy"
+	"certctl-agent/internal/testing/needs"
 )
 
 // deploy runs one transaction in a new Engine.
@@ -212,7 +213,7 @@ func TestReloadOwed(t *testing.T) {
 func TestCancelled(t *testing.T) {
 	cause := errors.New("the agent is stopping")
 	for at := 1; ; at++ {
-		w := newWorld(t, ramDir(t))
+		w := newWorld(t, needs.MemoryDir(t))
 		w.old(t)
 		ctx, cancel := context.WithCancelCause(t.Context())
 		n := 0
@@ -246,7 +247,7 @@ func TestCancelled(t *testing.T) {
 func TestFailingStep(t *testing.T) {
 	for _, forever := range []bool{false, true} {
 		for at := 1; ; at++ {
-			w := newWorld(t, ramDir(t))
+			w := newWorld(t, needs.MemoryDir(t))
 			w.old(t)
 			n := 0
 			s := w.mustStore(t, nil)

@@ -15,13 +15,14 @@ import (
 
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/policy"
+	"certctl-agent/internal/testing/needs"
 )
 
 // interrupted is a world whose deployment was killed at the first step op, and
 // whose files were recovered since.
 func interrupted(t *testing.T, op string) (world, *elsewhere) {
 	t.Helper()
-	w := newWorld(t, ramDir(t))
+	w := newWorld(t, needs.MemoryDir(t))
 	w.old(t)
 	at := &elsewhere{values: map[string]string{"/a/one": "old"}}
 	w.killed(t, w.remoteRenewal(at, "new"), op)
@@ -241,7 +242,7 @@ func TestNoSetStays(t *testing.T) {
 
 // TestUndoIsBounded: what cannot be read back is not a way back.
 func TestUndoIsBounded(t *testing.T) {
-	w := newWorld(t, ramDir(t))
+	w := newWorld(t, needs.MemoryDir(t))
 	w.old(t)
 	at := &elsewhere{values: map[string]string{"/a/one": strings.Repeat("x", maxFile+1)}}
 	_, err := w.mustStore(t, nil).deploy(t.Context(), w.remoteRenewal(at, "new"))
@@ -275,7 +276,7 @@ func TestChangeIDs(t *testing.T) {
 // TestReloadAfterChange: a server that reads what was changed elsewhere has to be
 // told of the way back, where there were no files too.
 func TestReloadAfterChange(t *testing.T) {
-	w := newWorld(t, ramDir(t))
+	w := newWorld(t, needs.MemoryDir(t))
 	at := &elsewhere{values: map[string]string{"/a/one": "old"}}
 	tx := Transaction{Deployment: Deployment{Target: "t1"}}
 	tx.Changes = []connector.Change{&remote{at, "/a/one", "new"}}
@@ -367,7 +368,7 @@ func TestChangesKilledTwice(t *testing.T) {
 // the agent is killed in between, and whatever the connector does then.
 func TestFinish(t *testing.T) {
 	for _, op := range []string{"remove", "finish"} { // the first step behind the commit, and the last
-		w := newWorld(t, ramDir(t))
+		w := newWorld(t, needs.MemoryDir(t))
 		w.old(t)
 		at := &elsewhere{values: map[string]string{"/a/one": "old"}}
 		s, changed, dead := w.mustStore(t, nil), false, false
@@ -400,7 +401,7 @@ func TestFinish(t *testing.T) {
 // that does is a warning.
 func TestChangePanics(t *testing.T) {
 	for op, value := range map[string]string{"read": "old", "write": "old", "finish": "new"} {
-		w := newWorld(t, ramDir(t))
+		w := newWorld(t, needs.MemoryDir(t))
 		w.old(t)
 		at := &elsewhere{values: map[string]string{"/a/one": "old"}}
 		tx := w.remoteRenewal(at, "new")
@@ -445,7 +446,7 @@ func (p *panicking) Finish(ctx context.Context) error {
 // failure behind it is for a person, who is told what the connector says. All
 // else is undone.
 func TestIrrevocableIsLast(t *testing.T) {
-	w := newWorld(t, ramDir(t))
+	w := newWorld(t, needs.MemoryDir(t))
 	w.old(t)
 	at := &elsewhere{values: map[string]string{"/a/one": "old"},
 		fail: map[string]error{"restore two": fmt.Errorf("%w: remove version 7 by hand", connector.ErrIrrevocable)}}
@@ -502,7 +503,7 @@ func TestOwedAndCancelled(t *testing.T) {
 // TestOwedAndNoSet: nothing but the damaged backup was there, so that the next
 // deployment has no set of its own.
 func TestOwedAndNoSet(t *testing.T) {
-	w := newWorld(t, ramDir(t))
+	w := newWorld(t, needs.MemoryDir(t))
 	at := &elsewhere{values: map[string]string{"one": "old"}}
 	tx := Transaction{Deployment: Deployment{Target: "t1"}}
 	tx.Changes = []connector.Change{&remote{at, "one", "new"}}

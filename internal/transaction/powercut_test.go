@@ -18,6 +18,7 @@ import (
 	"testing"
 
 	"certctl-agent/internal/hostfile"
+	"certctl-agent/internal/testing/needs"
 )
 
 // This file models what a power cut leaves on a file system with a journal of
@@ -397,7 +398,7 @@ func TestPowerCut(t *testing.T) {
 const recoveries = 6
 
 func cutScenario(t *testing.T, sc scenario) (first, more int) {
-	x := &powerCuts{sc: sc, base: ramDir(t), seen: make(map[string]bool)}
+	x := &powerCuts{sc: sc, base: needs.MemoryDir(t), seen: make(map[string]bool)}
 	sc.prepare(t, newWorld(t, x.base))
 	x.explore(t, sc.run)
 	first = x.tried

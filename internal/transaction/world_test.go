@@ -60,18 +60,6 @@ const (
 
 func root() bool { return os.Geteuid() == 0 }
 
-// ramDir is a temporary directory, in memory where there is one: these tests
-// are about the order of syncs, not about their time.
-func ramDir(t testing.TB) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("/dev/shm", "transaction")
-	if err != nil {
-		return t.TempDir()
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return dir
-}
-
 func newWorld(t testing.TB, base string) world {
 	t.Helper()
 	w := world{base}

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"certctl-agent/internal/connector"
+	"certctl-agent/internal/testing/needs"
 )
 
 // acl is an access ACL as the kernel has it: owner rw, one more user with
@@ -130,7 +131,7 @@ func TestInheritedACL(t *testing.T) {
 
 // TestTooManyAttributes: their owner chooses them, so there is a bound.
 func TestTooManyAttributes(t *testing.T) {
-	w := newWorld(t, ramDir(t))
+	w := newWorld(t, needs.MemoryDir(t))
 	w.old(t)
 	for i := range 10 {
 		set(t, w.path("site/cert.pem"), "user."+string(rune('a'+i)), make([]byte, 60<<10))

@@ -23,6 +23,7 @@ import (
 	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/policy"
+	"certctl-agent/internal/testing/needs"
 	"certctl-agent/internal/testing/testca"
 	"certctl-agent/internal/transaction"
 )
@@ -95,21 +96,10 @@ type rig struct {
 
 func (s *suite) rig(t *testing.T) *rig {
 	r := &rig{suite: s, t: t, commands: new(commands)}
-	r.Host = newHost(t, ramDir(t), func(ctx context.Context, c policy.Command) error { return r.commands.run(ctx, c) })
+	r.Host = newHost(t, needs.MemoryDir(t), func(ctx context.Context, c policy.Command) error { return r.commands.run(ctx, c) })
 	r.Host.Query = nil
 	r.Policy.Paths = []string{r.Dir} // for memory is in /dev, where nothing is installed
 	return r
-}
-
-// ramDir is a temporary directory, in memory where there is one: the suite is
-// about the order of steps, not about their time.
-func ramDir(t *testing.T) string {
-	dir, err := os.MkdirTemp("/dev/shm", "conformance")
-	if err != nil {
-		return t.TempDir()
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return dir
 }
 
 // deploy deploys m, whose key is not the current one before.
