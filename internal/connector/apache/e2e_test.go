@@ -99,16 +99,8 @@ func TestLive(t *testing.T) {
 			t.Errorf("the log does not say where the key path came from:\n%s", l.Log())
 		}
 	})
-	t.Run("key path from the overlay", func(t *testing.T) {
-		overlay := filepath.Join(l.Overlays, conformance.TargetID+".json")
-		must(t, os.WriteFile(overlay, fmt.Appendf(nil, `{"key_path": %q}`, key), 0o600))
-		defer os.Remove(overlay)
-		l.MustDeploy(t, l.NewMaterial(t), "key_path", "********")
-	})
-	t.Run("key path masked and not to be had", func(t *testing.T) {
-		other := filepath.Join(l.Watched, "other.pem")
-		l.Refuses(t, l.NewMaterial(t), "names no key for "+other, "key_path", "********", "cert_path", other)
-	})
+	t.Run("key path from the overlay", func(t *testing.T) { l.KeyPathFromOverlay(t, key) })
+	t.Run("key path masked and not to be had", func(t *testing.T) { l.NoKeyPath(t) })
 	t.Run("validation fails", func(t *testing.T) {
 		l.Refuses(t, l.NewMaterial(t), "Could not open", "validate_command", command+".missing -t")
 	})

@@ -131,6 +131,22 @@ func (l *Live) files(t testing.TB) map[string]string {
 	return files
 }
 
+// KeyPathFromOverlay deploys with a masked key_path that an overlay supplies.
+func (l *Live) KeyPathFromOverlay(t *testing.T, key string) {
+	overlay := filepath.Join(l.Overlays, TargetID+".json")
+	if err := os.WriteFile(overlay, fmt.Appendf(nil, `{"key_path": %q}`, key), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	defer os.Remove(overlay)
+	l.MustDeploy(t, l.NewMaterial(t), "key_path", "********")
+}
+
+// NoKeyPath has a masked key_path of a certificate that the server does not know.
+func (l *Live) NoKeyPath(t *testing.T) {
+	other := filepath.Join(l.Watched, "other.pem")
+	l.Refuses(t, l.NewMaterial(t), "names no key for "+other, "key_path", "********", "cert_path", other)
+}
+
 // ReloadFails has the reload fail once, and then succeed on the old files.
 func (l *Live) ReloadFails(t *testing.T) {
 	script, marker := filepath.Join(l.Dir, "reload"), filepath.Join(l.Dir, "fail")

@@ -137,16 +137,8 @@ func live(t *testing.T, l *conformance.Live, where string) {
 			conformance.Serves(t, endpoint, pemutil.Fingerprint(m.Leaf))
 		}
 	})
-	t.Run("key path from the overlay", func(t *testing.T) {
-		overlay := filepath.Join(l.Overlays, conformance.TargetID+".json")
-		must(t, os.WriteFile(overlay, fmt.Appendf(nil, `{"key_path": %q}`, key), 0o600))
-		defer os.Remove(overlay)
-		l.MustDeploy(t, l.NewMaterial(t), "key_path", "********")
-	})
-	t.Run("key path masked and not to be had", func(t *testing.T) {
-		other := filepath.Join(l.Watched, "other.pem")
-		l.Refuses(t, l.NewMaterial(t), "names no key for "+other, "key_path", "********", "cert_path", other)
-	})
+	t.Run("key path from the overlay", func(t *testing.T) { l.KeyPathFromOverlay(t, key) })
+	t.Run("key path masked and not to be had", func(t *testing.T) { l.NoKeyPath(t) })
 	t.Run("another key than the server reads", func(t *testing.T) {
 		l.Refuses(t, l.NewMaterial(t), "reads the key of", "key_path", filepath.Join(l.Watched, "other.key"))
 	})

@@ -5,7 +5,6 @@ import (
 	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
-	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -42,15 +41,9 @@ func TestLive(t *testing.T) {
 		}
 		l.MustDeploy(t, l.NewMaterial(t), "key_path", "********") // this time nginx -T succeeds
 	})
-	t.Run("key path from the overlay", func(t *testing.T) {
-		overlay := filepath.Join(l.Overlays, conformance.TargetID+".json")
-		must(t, os.WriteFile(overlay, fmt.Appendf(nil, `{"key_path": %q}`, key), 0o600))
-		defer os.Remove(overlay)
-		l.MustDeploy(t, l.NewMaterial(t), "key_path", "********")
-	})
+	t.Run("key path from the overlay", func(t *testing.T) { l.KeyPathFromOverlay(t, key) })
 	t.Run("key path masked and not to be had", func(t *testing.T) {
-		other := filepath.Join(l.Watched, "other.pem")
-		l.Refuses(t, l.NewMaterial(t), "names no key for "+other, "key_path", "********", "cert_path", other)
+		l.NoKeyPath(t)
 		l.Query = nil
 		defer func() { l.Query = conformance.QueryCommand }()
 		l.Refuses(t, l.NewMaterial(t), filepath.Join(l.Overlays, conformance.TargetID+".json"), "key_path", "********")
