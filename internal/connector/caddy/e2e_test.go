@@ -144,7 +144,7 @@ func TestLiveAPI(t *testing.T) {
 		killed(t, l.Host, func() error { _, err := l.Deploy(t.Context(), m); return err })
 		conformance.Serves(t, l.Endpoint, pemutil.Fingerprint(m.Leaf))
 		elsewhere := needs.FreePort(t)
-		if _, err := l.Deploy(t.Context(), m, "post_deploy_verify", map[string]any{"enabled": true, "endpoint": fmt.Sprint("127.0.0.1:", elsewhere)}); err == nil {
+		if _, err := l.Deploy(t.Context(), m, "post_deploy_verify", map[string]any{"enabled": true, "endpoint": fmt.Sprint("127.0.0.1:", elsewhere)}, "post_deploy_verify_attempts", 1); err == nil {
 			t.Error("a failed verification passes")
 		}
 		conformance.Serves(t, l.Endpoint, pemutil.Fingerprint(was.Leaf))
