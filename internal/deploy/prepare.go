@@ -39,7 +39,6 @@ func (a *attempt) prepare() error {
 	}
 	a.connector, err = typ.New(a.config, connector.Host{Policy: a.o.Policy, Query: a.o.Query, Log: a.log})
 	if err != nil {
-		a.connector = nil
 		return err
 	}
 	if unknown := a.config.Unknown(); len(unknown) > 0 {
