@@ -713,6 +713,10 @@ func (r *run) emitBatch() error {
 	if len(r.batch) == 0 {
 		return nil
 	}
+	// What the walk and the workers had in hand when the scan was cancelled comes here afterwards.
+	if r.ctx.Err() != nil {
+		return context.Cause(r.ctx)
+	}
 	err := r.emit(r.batch)
 	clear(r.batch)
 	r.batch, r.batchBytes = r.batch[:0], 0
