@@ -115,7 +115,10 @@ func TestShippedConfiguration(t *testing.T) {
 	if len(cfg.Warnings) > 0 {
 		t.Errorf("warnings: %v", cfg.Warnings)
 	}
-	policy := policy.Policy{Paths: cfg.AllowedPaths, Commands: cfg.AllowedCommands}
+	policy := policy.Policy{Paths: cfg.AllowedPaths, Commands: cfg.AllowedCommands, Hosts: cfg.AllowedHosts}
+	if policy.CheckHost("web1.example.org", 22) == nil || policy.CheckHost("203.0.113.1", 22) == nil || policy.CheckHost("localhost", 22) != nil {
+		t.Error("keys may leave this host, or not reach it")
+	}
 	for _, path := range []string{
 		"/etc/nginx/tls/key.pem", "/etc/apache2/ssl/cert.pem", "/etc/haproxy/certs/site.pem", "/etc/traefik/certs/cert.pem",
 		"/etc/caddy/certs/cert.pem", "/etc/envoy/certs/cert.pem", "/etc/postfix/certs/cert.pem", "/etc/dovecot/certs/key.pem",

@@ -38,7 +38,7 @@ an overlay (CERTCTL_TARGETS_DIR): change it, and look again.
   -json            print one document
 
 Of the daemon's settings, CERTCTL_ALLOWED_PATHS, CERTCTL_ALLOWED_COMMANDS,
-CERTCTL_KEY_DIR, CERTCTL_TARGETS_DIR and their flags count. Run it as the user of
+CERTCTL_ALLOWED_HOSTS, CERTCTL_KEY_DIR, CERTCTL_TARGETS_DIR and their flags count. Run it as the user of
 the daemon: files are looked at with the rights of whoever runs it.
 
 Examples:
@@ -73,7 +73,7 @@ func runPlan(ctx context.Context, p process) error {
 			f.BoolVar(&asJSON, "json", false, "print JSON")
 		},
 		Ignore: func(setting string) bool {
-			return !slices.Contains([]string{"config", "key-dir", "state-dir", "targets-dir", "allowed-paths", "allowed-commands"}, setting)
+			return !slices.Contains([]string{"config", "key-dir", "state-dir", "targets-dir", "allowed-paths", "allowed-commands", "allowed-hosts"}, setting)
 		},
 	})
 	if err != nil {

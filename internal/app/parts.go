@@ -73,7 +73,7 @@ func newPolicy(cfg *config.Config) *policy.Policy {
 			protected = append(protected, path)
 		}
 	}
-	return &policy.Policy{Paths: cfg.AllowedPaths, Commands: cfg.AllowedCommands, Protected: protected}
+	return &policy.Policy{Paths: cfg.AllowedPaths, Commands: cfg.AllowedCommands, Hosts: cfg.AllowedHosts, Protected: protected}
 }
 
 // maxAbandoned bounds the ids in one warning, in bytes.

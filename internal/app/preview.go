@@ -128,7 +128,7 @@ func (l *looker) all(ctx context.Context, typ connector.Type, merged *targetconf
 	l.problem(err)
 	made, err := typ.New(merged, connector.Host{
 		// A command that may not run is no reason not to look at the files.
-		Policy: &policy.Policy{Paths: l.rules.Paths, Protected: l.rules.Protected},
+		Policy: &policy.Policy{Paths: l.rules.Paths, Hosts: l.rules.Hosts, Protected: l.rules.Protected},
 		Log:    slog.New(slog.DiscardHandler),
 		Query: func(ctx context.Context, c policy.Command) ([]byte, error) {
 			if slices.ContainsFunc(l.Commands, func(c PreviewCommand) bool { return !c.Allowed }) {

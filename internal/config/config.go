@@ -19,8 +19,10 @@ import (
 	"strings"
 	"time"
 
+	"certctl-agent/internal/policy"
 	"certctl-agent/internal/proxy"
 	"certctl-agent/internal/secret"
+	"certctl-agent/internal/trustedfile"
 )
 
 // defaultFile is the configuration file where none is named.
@@ -87,6 +89,10 @@ type Config struct {
 	// split into words; a last word "*" stands for any further words. Nil
 	// means any.
 	AllowedCommands [][]string
+
+	// AllowedHosts are where deployments may send private keys, beside this
+	// host. Nil means anywhere; empty, nowhere.
+	AllowedHosts []policy.HostRule
 
 	BackupRetention  int // sets of replaced files for a target; -1 means none after a success. Never 0
 	VerifyDeployment bool
@@ -315,7 +321,7 @@ func (l *loader) readFile(fallback string) {
 		l.problem(s, err)
 		return
 	}
-	data, _, warning, err := readTrusted(path, maxEnvFile)
+	data, _, warning, err := trustedfile.Read(path, maxEnvFile)
 	switch {
 	case err == nil:
 	case from == fromDefault && errors.Is(err, fs.ErrNotExist):
@@ -420,6 +426,9 @@ func (l *loader) finish() {
 	if c.AllowedCommands == nil {
 		c.warn("CERTCTL_ALLOWED_COMMANDS is not set: whoever holds the control plane can run any program on this host")
 	}
+	if c.AllowedHosts == nil {
+		c.warn("CERTCTL_ALLOWED_HOSTS is not set: whoever holds the control plane can have private keys of this host sent to any other")
+	}
 	if c.MetricsFile != "" && filepath.Ext(c.MetricsFile) != ".prom" {
 		c.warn("CERTCTL_METRICS_FILE does not end in .prom: node_exporter's textfile collector reads no other files")
 	}
@@ -446,7 +455,7 @@ func (l *loader) finishKey() {
 		}
 	}
 	if c.APIKeyFile != "" {
-		key, _, warning, err := readKey(readTrusted, c.APIKeyFile)
+		key, _, warning, err := readKey(trustedfile.Read, c.APIKeyFile)
 		if err != nil {
 			l.problem(l.setting("api-key-file"), err)
 		}

@@ -15,6 +15,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"certctl-agent/internal/policy"
 )
 
 // environment is what getenv answers in a test.
@@ -99,10 +101,17 @@ func TestDefaults(t *testing.T) {
 			t.Errorf("%s = %v, want %v", test.name, test.got, test.want)
 		}
 	}
-	// The two allow-lists, and nothing else.
-	if len(c.Warnings) != 2 || !strings.Contains(c.Warnings[0], "CERTCTL_ALLOWED_PATHS") || !strings.Contains(c.Warnings[1], "CERTCTL_ALLOWED_COMMANDS") {
-		t.Errorf("warnings %q, want those about the two allow-lists", c.Warnings)
+	// The three allow-lists, and nothing else.
+	if len(c.Warnings) != 3 || !strings.Contains(c.Warnings[0], "CERTCTL_ALLOWED_PATHS") || !strings.Contains(c.Warnings[1], "CERTCTL_ALLOWED_COMMANDS") ||
+		!strings.Contains(c.Warnings[2], "CERTCTL_ALLOWED_HOSTS") {
+		t.Errorf("warnings %q, want those about the three allow-lists", c.Warnings)
 	}
+}
+
+func hostRule(t *testing.T, entry string) policy.HostRule {
+	rule, err := policy.ParseHostRule(entry)
+	must(t, err)
+	return rule
 }
 
 // TestEverySetting sets each by its variable and by its flag.
@@ -139,6 +148,9 @@ func TestEverySetting(t *testing.T) {
 		{"allowed-paths", "/etc/nginx, /etc/haproxy/", func(c *Config) any { return c.AllowedPaths }, []string{"/etc/nginx", "/etc/haproxy"}},
 		{"allowed-commands", "nginx -t; systemctl reload *", func(c *Config) any { return c.AllowedCommands },
 			[][]string{{"nginx", "-t"}, {"systemctl", "reload", "*"}}},
+		{"allowed-hosts", "web1.example.org:22, 10.0.0.0/8", func(c *Config) any { return c.AllowedHosts },
+			[]policy.HostRule{hostRule(t, "web1.example.org:22"), hostRule(t, "10.0.0.0/8")}},
+		{"allowed-hosts", "None", func(c *Config) any { return c.AllowedHosts }, []policy.HostRule{}},
 		{"deploy-backup-retention", "0", func(c *Config) any { return c.BackupRetention }, 3},
 		{"verify-deployment", "no", func(c *Config) any { return c.VerifyDeployment }, false},
 		{"metrics-file", "/m.prom", func(c *Config) any { return c.MetricsFile }, "/m.prom"},
@@ -297,6 +309,9 @@ func TestBadValues(t *testing.T) {
 		{"allowed-commands", ";", "names no command"},
 		{"allowed-commands", "*", "names no program"},
 		{"allowed-commands", "nginx -t && nginx -s reload", `character '&'`},
+		{"allowed-hosts", ",", "names no host: unset it to allow any, or write none"},
+		{"allowed-hosts", "web1, none", "none stands alone"},
+		{"allowed-hosts", "https://web1", "the port is a number"},
 		{"deploy-backup-retention", "-2", "out of range"},
 		{"log-format", "xml", "is none of json, text"},
 	} {

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"certctl-agent/internal/atomicfile"
+	"certctl-agent/internal/trustedfile"
 )
 
 // SetInFile sets one key of an environment file and leaves everything else as
@@ -25,7 +26,7 @@ func setInFile(path, key, value string) error {
 	if resolved, err := filepath.EvalSymlinks(path); err == nil {
 		path = resolved // a link stays one: what it names is replaced
 	}
-	data, info, _, err := readTrusted(path, maxEnvFile)
+	data, info, _, err := trustedfile.Read(path, maxEnvFile)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}

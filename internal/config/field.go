@@ -13,6 +13,7 @@ import (
 
 	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/secret"
+	"certctl-agent/internal/trustedfile"
 )
 
 // field is one field of a Config, and the form that its value has in flags,
@@ -115,7 +116,7 @@ func (f bundle) set(value string) error {
 		return err
 	}
 	f.c.CABundle = path
-	data, _, _, err := readTrusted(path, maxBundle)
+	data, _, _, err := trustedfile.Read(path, maxBundle)
 	if err != nil {
 		return err
 	}
@@ -154,7 +155,7 @@ func (f passwords) set(value string) error {
 	if err != nil || path == "" {
 		return err
 	}
-	data, _, warning, err := readTrusted(path, maxSecretFile)
+	data, _, warning, err := trustedfile.Read(path, maxSecretFile)
 	if err != nil {
 		return err
 	}

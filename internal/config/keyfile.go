@@ -12,9 +12,10 @@ import (
 
 	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/secret"
+	"certctl-agent/internal/trustedfile"
 )
 
-// readKey reads an API key file by readTrusted or openTrusted.
+// readKey reads an API key file by trustedfile.Read or trustedfile.ReadWaiting.
 func readKey(read func(string, int64) ([]byte, fs.FileInfo, string, error), path string) (key secret.String, info fs.FileInfo, warning string, err error) {
 	data, info, warning, err := read(path, maxSecretFile)
 	if err != nil {
@@ -33,7 +34,7 @@ func readKey(read func(string, int64) ([]byte, fs.FileInfo, string, error), path
 // ReadKeyFile reads a secret that is sent as API keys are, from a file that is
 // held to the same rules: the bootstrap token of a registration.
 func ReadKeyFile(path string) (secret.String, error) {
-	key, _, _, err := readKey(readTrusted, path)
+	key, _, _, err := readKey(trustedfile.Read, path)
 	return key, err
 }
 
@@ -132,7 +133,7 @@ func (f *keyFile) latest() (key secret.String, changed bool, err error) {
 	}
 	// Without a timeout of its own, which would leave one more read behind in the
 	// kernel each time. Callers do not wait for it.
-	key, read, _, err := readKey(openTrusted, f.path)
+	key, read, _, err := readKey(trustedfile.ReadWaiting, f.path)
 	f.seen = nil
 	if err == nil && unchanged(info, read) { // else it is read again next time
 		f.seen = info

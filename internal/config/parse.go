@@ -13,6 +13,7 @@ import (
 	"unicode/utf8"
 
 	"certctl-agent/internal/command"
+	"certctl-agent/internal/policy"
 	"certctl-agent/internal/printable"
 	"certctl-agent/internal/secret"
 )
@@ -201,6 +202,33 @@ func parseAllowedCommands(value string) ([][]string, error) {
 		return nil, fmt.Errorf("%q names no command: unset it to allow any", value)
 	}
 	return commands, nil
+}
+
+// noHosts is the list of hosts that has none.
+const noHosts = "none"
+
+func parseAllowedHosts(value string) ([]policy.HostRule, error) {
+	entries := parseList(value, ",")
+	switch {
+	case value == "":
+		return nil, nil
+	case strings.EqualFold(value, noHosts):
+		return []policy.HostRule{}, nil
+	case len(entries) == 0:
+		return nil, fmt.Errorf("%q names no host: unset it to allow any, or write %s", value, noHosts)
+	}
+	var rules []policy.HostRule
+	for _, entry := range entries {
+		if strings.EqualFold(entry, noHosts) {
+			return nil, fmt.Errorf("%q: %s stands alone", value, noHosts)
+		}
+		rule, err := policy.ParseHostRule(entry)
+		if err != nil {
+			return nil, err
+		}
+		rules = append(rules, rule)
+	}
+	return rules, nil
 }
 
 func parseGlobs(value string) ([]string, error) {

@@ -8,7 +8,9 @@ import (
 	"encoding/pem"
 	"math/big"
 	"os"
+	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -100,6 +102,29 @@ func TestBoolean(t *testing.T) {
 			got := !want
 			if err := (boolean{&got}).set(value); err != nil || got != want {
 				t.Errorf("boolean %q = %v, %v, want %v", value, got, err, want)
+			}
+		}
+	}
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestEverySettingReadsTrusted: no setting reads a file in another way.
+func TestEverySettingReadsTrusted(t *testing.T) {
+	for _, flag := range []string{"config", "api-key-file", "ca-bundle", "discovery-passwords-file"} {
+		open := write(t, flag, "x")
+		must(t, os.Chmod(open, 0o666))
+		pipe := filepath.Join(filepath.Dir(open), "pipe")
+		must(t, syscall.Mkfifo(pipe, 0o600))
+		for path, want := range map[string]string{open: "can be written by others (mode 0666): chmod go-w", pipe: "is not a regular file"} {
+			_, err := load(t, required(), "-"+flag, path)
+			if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "-"+flag+" (CERTCTL_") {
+				t.Errorf("-%s %s: error %v, want one with %q", flag, path, err, want)
 			}
 		}
 	}

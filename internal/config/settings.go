@@ -87,6 +87,8 @@ func settings(c *Config) []setting {
 			doc: "Directories below which deployments may write, comma-separated. Unset, whoever holds the control plane holds this host"},
 		{flag: "allowed-commands", variable: "CERTCTL_ALLOWED_COMMANDS", field: parsed(&c.AllowedCommands, parseAllowedCommands), defaults: "any",
 			doc: "Command lines that deployments may run, separated by semicolons and compared word by word; a last word `*` allows any further words"},
+		{flag: "allowed-hosts", variable: "CERTCTL_ALLOWED_HOSTS", field: parsed(&c.AllowedHosts, parseAllowedHosts), defaults: "any",
+			doc: "Other hosts that deployments may send private keys to, comma-separated: names, `*.example.org`, addresses or CIDR blocks, each with `:port` if wanted; `none` for this host alone"},
 		{flag: "deploy-backup-retention", variable: "CERTCTL_DEPLOY_BACKUP_RETENTION", field: integer{&c.BackupRetention, -1, maxRetention}, value: "3",
 			doc: "Sets of replaced files that are kept for each target; 0 means the default, -1 keeps none after a success"},
 		{flag: "verify-deployment", variable: "CERTCTL_VERIFY_DEPLOYMENT", field: boolean{&c.VerifyDeployment}, value: "true",

@@ -1,5 +1,5 @@
 // Package policy is what this host lets its control plane do: which files may be
-// written and which commands may run.
+// written, which commands may run, and where private keys may be sent.
 package policy
 
 import (
@@ -28,6 +28,10 @@ type Policy struct {
 	// (CERTCTL_ALLOWED_COMMANDS); a last word "*" stands for any further
 	// words. Nil: any command that command.Split accepts.
 	Commands [][]string
+
+	// Hosts are where private keys may be sent (CERTCTL_ALLOWED_HOSTS), beside
+	// this host itself. Nil: anywhere.
+	Hosts []HostRule
 
 	// Protected are the agent's own configuration, state and key directories
 	// and files. Nothing may be written there, whatever Paths says.

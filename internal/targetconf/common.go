@@ -35,6 +35,8 @@ type Common struct {
 	// ReplaceAny lets the target's files take the place of files that hold
 	// neither certificates nor keys. Merge takes it from overlays alone.
 	ReplaceAny bool `json:"replace_any_file"`
+
+	managed bool // see Managed
 }
 
 // VerifyOptions is the check that is part of the transaction.
@@ -73,12 +75,9 @@ func (c *Common) check() error {
 		return Invalid("backup_retention", "expected -1 (none), 0 (the default) or up to %d, got %d", maxRetention, c.Retention)
 	case c.Verify.StartTLS != "" && !slices.Contains([]string{"smtp", "imap", "pop3"}, c.Verify.StartTLS):
 		return Invalid("post_deploy_verify.starttls", "expected smtp, imap or pop3, got %s", printable.Quote(c.Verify.StartTLS))
-	case !c.Verify.Enabled:
-		return nil
 	case c.Verify.Endpoint == "":
-		if c.Endpoint() == nil {
-			return Invalid("post_deploy_verify.endpoint", "is required when enabled is true: host:port")
-		}
+		return c.needsEndpoint()
+	case !c.Verify.Enabled && !c.managed:
 		return nil
 	}
 	host, port, err := net.SplitHostPort(c.Verify.Endpoint)
@@ -88,9 +87,27 @@ func (c *Common) check() error {
 	return nil
 }
 
+func (c *Common) needsEndpoint() error {
+	if c.Verify.Enabled && c.Endpoint() == nil {
+		return Invalid("post_deploy_verify.endpoint", "is required when enabled is true: host:port")
+	}
+	return nil
+}
+
+// Managed says that host and port of this target are where it is managed, and
+// not where it serves its certificate: post_deploy_verify.endpoint alone says
+// that.
+func (c *Common) Managed() error {
+	c.managed = true
+	return c.check()
+}
+
 // Endpoint is where the target serves its certificate. It returns nil if the
 // configuration does not say.
 func (c *Common) Endpoint() *tlsprobe.Endpoint {
+	if c.managed {
+		return c.verifyEndpoint()
+	}
 	host := cmp.Or(c.Host, c.Hostname, c.Target, c.Address)
 	if host == "" {
 		return nil
@@ -112,14 +129,26 @@ func (c *Common) VerifiedAt() *tlsprobe.Endpoint {
 	if !c.Verify.Enabled {
 		return nil
 	}
-	endpoint := c.Endpoint()
 	if c.Verify.Endpoint != "" {
-		host, port, _ := net.SplitHostPort(c.Verify.Endpoint)
-		endpoint = &tlsprobe.Endpoint{Address: c.Verify.Endpoint, ServerName: host, StartTLS: cmp.Or(c.Verify.StartTLS, tlsprobe.GuessStartTLS(port))}
+		return c.verifyEndpoint()
 	}
+	endpoint := c.Endpoint()
 	endpoint.ServerName = cmp.Or(c.Verify.ServerName, endpoint.ServerName)
-	endpoint.ProxyProtocol = c.Verify.ProxyProtocol
 	return endpoint
+}
+
+// verifyEndpoint is post_deploy_verify.endpoint, nil if that is not configured.
+func (c *Common) verifyEndpoint() *tlsprobe.Endpoint {
+	host, port, err := net.SplitHostPort(c.Verify.Endpoint)
+	if err != nil {
+		return nil
+	}
+	return &tlsprobe.Endpoint{
+		Address:       c.Verify.Endpoint,
+		ServerName:    cmp.Or(c.Verify.ServerName, host),
+		StartTLS:      cmp.Or(c.Verify.StartTLS, tlsprobe.GuessStartTLS(port)),
+		ProxyProtocol: c.Verify.ProxyProtocol,
+	}
 }
 
 // Verifier is the check that is part of the deployment: the endpoint must serve

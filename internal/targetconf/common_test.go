@@ -198,3 +198,30 @@ func TestVerifyEnds(t *testing.T) {
 		}
 	})
 }
+
+// TestManaged: what manages a target is not what is verified.
+func TestManaged(t *testing.T) {
+	merge := func(job string) (*Common, error) {
+		c, err := Merge([]byte(job), "SSH", nil, "t-1", Overlays{})
+		must(t, err)
+		return &c.Common, c.Common.Managed()
+	}
+	c, err := merge(`{"host":"bigip.example.org","port":22}`)
+	if err != nil || c.Endpoint() != nil || c.VerifiedAt() != nil {
+		t.Errorf("no endpoint: got %v, %v, %v", c.Endpoint(), c.VerifiedAt(), err)
+	}
+	c, err = merge(`{"host":"bigip.example.org","post_deploy_verify":{"endpoint":"www.example.org:993","server_name":"www"}}`)
+	if at := c.Endpoint(); err != nil || at == nil || at.Address != "www.example.org:993" || at.ServerName != "www" || at.StartTLS != "" || c.VerifiedAt() != nil {
+		t.Errorf("an endpoint to report: got %+v, %v, %v", at, c.VerifiedAt(), err)
+	}
+	c, err = merge(`{"post_deploy_verify":{"enabled":true,"endpoint":"www.example.org:443"}}`)
+	if at := c.VerifiedAt(); err != nil || at == nil || at.Address != "www.example.org:443" || at.ServerName != "www.example.org" {
+		t.Errorf("an endpoint that decides: got %+v, %v", at, err)
+	}
+	if _, err := merge(`{"host":"bigip.example.org","post_deploy_verify":{"enabled":true}}`); err == nil || !strings.Contains(err.Error(), "post_deploy_verify.endpoint: is required") {
+		t.Errorf("enabled without an endpoint: got %v", err)
+	}
+	if _, err := merge(`{"post_deploy_verify":{"endpoint":"www.example.org"}}`); err == nil || !strings.Contains(err.Error(), "expected host:port") {
+		t.Errorf("an endpoint without a port: got %v", err)
+	}
+}

@@ -9,14 +9,17 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
 	"unicode"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/printable"
 	"certctl-agent/internal/secret"
+	"certctl-agent/internal/trustedfile"
 )
 
 // Config is a target's configuration: the job's own under the host's overlays.
@@ -251,6 +254,43 @@ func (c *Config) Local(key string) bool {
 	return v != nil && v.from != ""
 }
 
+// fileSuffix behind the key of a secret, in an overlay, names a file that holds
+// the secret.
+const fileSuffix = "_file"
+
+// maxSecret bounds such a file, in bytes. It may hold a private key.
+const maxSecret = 64 << 10
+
+// secretFile reads the file that an overlay names for the secret under key, at
+// each use. It returns the value that names it, or nil if there is none.
+func (c *Config) secretFile(key string, dst *secret.String) (*value, error) {
+	named := c.values[fold(key+fileSuffix)]
+	if named == nil {
+		return nil, nil
+	}
+	named.used = true
+	var path string
+	switch err := json.Unmarshal(named.raw, &path); {
+	case named.from == "":
+		return nil, Invalid(c.prefix+key+fileSuffix, "a job cannot name a file of this host for a secret: put it into %s", c.overlays.path(c.targetID))
+	case err != nil || !filepath.IsAbs(path):
+		return nil, Invalid(c.prefix+key+fileSuffix, "expected an absolute path")
+	case c.Local(key):
+		return nil, Invalid(c.prefix+key+fileSuffix, "overlays give %s itself too: take one of the two away", c.prefix+key)
+	}
+	data, err := trustedfile.ReadSecret(path, maxSecret)
+	if err != nil {
+		return nil, Invalid(c.prefix+key+fileSuffix, "%v", err)
+	}
+	// An editor ends the last line; a secret of more lines keeps what is between them.
+	text := strings.TrimRight(strings.TrimPrefix(string(data), hostfile.ByteOrderMark), "\r\n")
+	if text == "" {
+		return nil, Invalid(c.prefix+key+fileSuffix, "%s is empty", path)
+	}
+	*dst = secret.New(text)
+	return named, nil
+}
+
 // MaskedError says that key is masked and what supplies it. why says what
 // other source was tried; it may be nil.
 func (c *Config) MaskedError(key string, why error) error {
@@ -332,6 +372,18 @@ const (
 func (c *Config) decodeKey(key string, dst reflect.Value, resolvable []string) error {
 	name, _ := c.mainName(key)
 	val := c.values[name]
+	if hidden, ok := dst.Addr().Interface().(*secret.String); ok {
+		switch named, err := c.secretFile(key, hidden); {
+		case err != nil:
+			return err
+		case named != nil:
+			if val != nil {
+				val.used, val.masked = true, false
+			}
+			c.noteValue(key, named, dst)
+			return nil
+		}
+	}
 	if val == nil {
 		if dst.Kind() == reflect.Struct && !isLeaf(dst) {
 			return c.nested(key, nil).decode(dst, nil) // for its defaults

@@ -313,3 +313,61 @@ func ExampleConfig_Decode() {
 	fmt.Println(c.Decode(&config))
 	// Output: target config: cert_file_mode: a number holds the bits in decimal, and 640 is 01200, which is no plausible file mode, so "0640" was probably meant (416 as a number)
 }
+
+// TestSecretFile: in an overlay, a secret may be in a file of its own.
+func TestSecretFile(t *testing.T) {
+	dir := t.TempDir()
+	file := func(name, data string, mode os.FileMode) string {
+		path := filepath.Join(dir, name)
+		must(t, os.WriteFile(path, []byte(data), 0o600))
+		must(t, os.Chmod(path, mode))
+		return path
+	}
+	good := file("good", "hunter2 \n", 0o600)
+	type config struct {
+		Password secret.String `json:"password" config:"required"`
+		Nested   struct {
+			Token secret.String `json:"token"`
+		} `json:"nested"`
+	}
+	decode := func(job, overlay string) (config, *Config, error) {
+		var got config
+		c, err := Merge([]byte(job), "SSH", nil, "t-1", overlays(t, "t-1.json", overlay))
+		must(t, err)
+		return got, c, c.Decode(&got)
+	}
+	for _, job := range []string{`{}`, `{"password":"********"}`, `{"password":"of the job"}`} {
+		var got config
+		c, err := Merge([]byte(job), "SSH", nil, "t-1", overlays(t, "t-1.json", `{"password_file":"`+good+`","nested":{"token_file":"`+good+`"}}`))
+		must(t, err)
+		for range 2 {
+			if err := c.Decode(&got); err != nil || got.Password.Reveal() != "hunter2 " || got.Nested.Token.Reveal() != "hunter2 " {
+				t.Errorf("%s: got %q and %q, %v", job, got.Password.Reveal(), got.Nested.Token.Reveal(), err)
+			}
+		}
+		if c.Masked("password") || len(c.Unknown()) > 0 {
+			t.Errorf("%s: masked %t, unknown %q", job, c.Masked("password"), c.Unknown())
+		}
+		for _, s := range c.Settings() {
+			if s.Key == "password" && (s.Value != `"[redacted]"` || !strings.HasSuffix(s.Source, "t-1.json")) {
+				t.Errorf("%s: setting %+v", job, s)
+			}
+		}
+	}
+	for _, test := range []struct{ name, job, overlay, want string }{
+		{"of the job", `{"password":"x","password_file":"` + good + `"}`, `{}`, "password_file: a job cannot name a file"},
+		{"nested, of the job", `{"password":"x","nested":{"token_file":"` + good + `"}}`, `{}`, "nested.token_file: a job cannot name a file"},
+		{"beside the secret", `{}`, `{"password":"x","password_file":"` + good + `"}`, "take one of the two away"},
+		{"relative", `{}`, `{"password_file":"good"}`, "expected an absolute path"},
+		{"no string", `{}`, `{"password_file":["` + good + `"]}`, "expected an absolute path"},
+		{"missing", `{}`, `{"password_file":"` + dir + `/none"}`, "no such file"},
+		{"empty", `{}`, `{"password_file":"` + file("empty", "\n", 0o600) + `"}`, "is empty"},
+		{"open to others", `{}`, `{"password_file":"` + file("open", "hunter2", 0o644) + `"}`, "can be read by others"},
+		{"too long", `{}`, `{"password_file":"` + file("long", strings.Repeat("x", maxSecret+1), 0o600) + `"}`, "is longer than"},
+	} {
+		_, _, err := decode(test.job, test.overlay)
+		if err == nil || !strings.Contains(err.Error(), test.want) || strings.Contains(err.Error(), "hunter2") {
+			t.Errorf("%s: error %v, want one with %q", test.name, err, test.want)
+		}
+	}
+}

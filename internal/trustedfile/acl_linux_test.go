@@ -1,4 +1,4 @@
-package config
+package trustedfile
 
 import (
 	"os"
@@ -23,7 +23,7 @@ func TestTrustOfACL(t *testing.T) {
 		if out, err := exec.Command(needs.Need(t, "setfacl"), "--modify", acl, dir).CombinedOutput(); err != nil {
 			t.Skipf("no access control lists in %s: %v, %s", dir, err, out)
 		}
-		_, _, _, err := readTrusted(filepath.Join(dir, "file"), 100)
+		_, _, _, err := Read(filepath.Join(dir, "file"), 100)
 		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
 			t.Errorf("%s: error %v, want %q", acl, err, want)
 		}

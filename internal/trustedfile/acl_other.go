@@ -1,6 +1,6 @@
 //go:build !linux
 
-package config
+package trustedfile
 
 // hasACL reports false: elsewhere a list does not show in the bits of the mode.
 func hasACL(string) bool { return false }

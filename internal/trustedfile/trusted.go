@@ -1,4 +1,6 @@
-package config
+// Package trustedfile reads files that decide what the agent does, or who it
+// is: none that somebody else could have written, or put there.
+package trustedfile
 
 import (
 	"errors"
@@ -15,13 +17,13 @@ import (
 // does not answer holds a read for ever, and a reload or a stop with it.
 const readTimeout = 10 * time.Second
 
-// readTrusted reads a file that decides what the agent does, or who it is. It
-// refuses one that others can write, or put another one in the place of, or one
-// of more than limit bytes, and warns of one that others can read. What counts
-// is the file that was opened, so that nobody can swap it in between.
-func readTrusted(path string, limit int64) (data []byte, info fs.FileInfo, warning string, err error) {
+// Read reads a file of at most limit bytes. It refuses one that others can
+// write, or put another one in the place of, and warns of one that others can
+// read. What counts is the file that was opened, so that nobody can swap it in
+// between. It takes ten seconds at most.
+func Read(path string, limit int64) (data []byte, info fs.FileInfo, warning string, err error) {
 	ok := within(readTimeout, func() func() {
-		d, i, w, e := openTrusted(path, limit)
+		d, i, w, e := ReadWaiting(path, limit)
 		return func() { data, info, warning, err = d, i, w, e }
 	})
 	if !ok {
@@ -44,7 +46,8 @@ func within(limit time.Duration, work func() (finish func())) bool {
 	}
 }
 
-func openTrusted(path string, limit int64) (data []byte, info fs.FileInfo, warning string, err error) {
+// ReadWaiting is Read for a caller that does not wait for it.
+func ReadWaiting(path string, limit int64) (data []byte, info fs.FileInfo, warning string, err error) {
 	if path, err = filepath.Abs(path); err != nil {
 		return nil, nil, "", err
 	}
@@ -65,6 +68,15 @@ func openTrusted(path string, limit int64) (data []byte, info fs.FileInfo, warni
 		warning = path + " " + warning
 	}
 	return data, info, warning, nil
+}
+
+// ReadSecret is Read for a file that nobody else may be able to read.
+func ReadSecret(path string, limit int64) ([]byte, error) {
+	data, _, warning, err := Read(path, limit)
+	if err == nil && warning != "" {
+		return nil, errors.New(warning)
+	}
+	return data, err
 }
 
 // explainDenied says whose a file is that the agent may not read.

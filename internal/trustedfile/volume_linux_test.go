@@ -1,4 +1,4 @@
-package config
+package trustedfile
 
 import (
 	"os"
@@ -24,11 +24,11 @@ func TestConfigMap(t *testing.T) {
 	}
 	t.Cleanup(func() { syscall.Unmount(place, syscall.MNT_DETACH) })
 	file := filepath.Join(place, "ca.pem")
-	if _, _, _, err := readTrusted(file, 100); err == nil || !strings.Contains(err.Error(), "which others can write") {
+	if _, _, _, err := Read(file, 100); err == nil || !strings.Contains(err.Error(), "which others can write") {
 		t.Errorf("writable: got error %v", err)
 	}
 	must(t, syscall.Mount("", place, "", syscall.MS_BIND|syscall.MS_REMOUNT|syscall.MS_RDONLY, ""))
-	if data, _, _, err := readTrusted(file, 100); err != nil || string(data) != "x" {
+	if data, _, _, err := Read(file, 100); err != nil || string(data) != "x" {
 		t.Errorf("read-only: got %q, %v", data, err)
 	}
 }

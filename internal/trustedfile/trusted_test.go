@@ -1,4 +1,4 @@
-package config
+package trustedfile
 
 import (
 	"io/fs"
@@ -51,12 +51,12 @@ func TestTrust(t *testing.T) {
 	}
 }
 
-func TestReadTrustedDoesNotWaitForAPipe(t *testing.T) {
-	path := write(t, "x", "") + ".pipe"
+func TestReadDoesNotWaitForAPipe(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "pipe")
 	if err := syscall.Mkfifo(path, 0o600); err != nil {
 		t.Skip("no named pipes here: ", err)
 	}
-	if _, _, _, err := readTrusted(path, 100); err == nil || !strings.Contains(err.Error(), "is not a regular file") {
+	if _, _, _, err := Read(path, 100); err == nil || !strings.Contains(err.Error(), "is not a regular file") {
 		t.Errorf("error %v, want one about a regular file", err)
 	}
 }
@@ -113,7 +113,7 @@ func TestTrustOfDirectories(t *testing.T) {
 		}...)
 	}
 	for _, test := range tests {
-		_, _, _, err := readTrusted(test.path, 100)
+		_, _, _, err := Read(test.path, 100)
 		if test.want == "" && err != nil || test.want != "" && (err == nil || !strings.Contains(err.Error(), test.want)) {
 			t.Errorf("%s: error %v, want %q", test.name, err, test.want)
 		}
@@ -127,19 +127,15 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// TestEverySettingReadsTrusted: no setting reads a file in another way.
-func TestEverySettingReadsTrusted(t *testing.T) {
-	for _, flag := range []string{"config", "api-key-file", "ca-bundle", "discovery-passwords-file"} {
-		open := write(t, flag, "x")
-		must(t, os.Chmod(open, 0o666))
-		pipe := filepath.Join(filepath.Dir(open), "pipe")
-		must(t, syscall.Mkfifo(pipe, 0o600))
-		for path, want := range map[string]string{open: "can be written by others (mode 0666): chmod go-w", pipe: "is not a regular file"} {
-			_, err := load(t, required(), "-"+flag, path)
-			if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "-"+flag+" (CERTCTL_") {
-				t.Errorf("-%s %s: error %v, want one with %q", flag, path, err, want)
-			}
-		}
+func TestReadSecret(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "secret")
+	must(t, os.WriteFile(path, []byte("x"), 0o600))
+	if data, err := ReadSecret(path, 100); err != nil || string(data) != "x" {
+		t.Errorf("got %q, %v", data, err)
+	}
+	must(t, os.Chmod(path, 0o644))
+	if data, err := ReadSecret(path, 100); data != nil || err == nil || !strings.Contains(err.Error(), path+" can be read by others (mode 0644): chmod it to 0600") {
+		t.Errorf("readable by others: got %q, %v", data, err)
 	}
 }
 

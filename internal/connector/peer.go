@@ -1,0 +1,78 @@
+package connector
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"certctl-agent/internal/policy"
+)
+
+// Peer is a place that is not this host, where private keys are sent.
+type Peer struct {
+	policy *policy.Policy // nil: the owner of this host named the place
+	host   string
+	port   uint16
+}
+
+// Peer is the place at host, a name or an address (IPv6 with brackets or
+// without), if CERTCTL_ALLOWED_HOSTS lets keys go there. Named says that the
+// owner of this host chose the place, in an overlay or a file that only root can
+// write, which counts as permission.
+func (h Host) Peer(host string, port int, named bool) (*Peer, error) {
+	if port < 1 || port > 65535 {
+		return nil, fmt.Errorf("expected a port from 1 to 65535, got %d", port)
+	}
+	if inside, isBracket := strings.CutPrefix(host, "["); isBracket {
+		host = strings.TrimSuffix(inside, "]")
+	}
+	peer := &Peer{policy: h.Policy, host: host, port: uint16(port)}
+	if named {
+		peer.policy = &policy.Policy{}
+	}
+	return peer, peer.policy.CheckHost(host, peer.port)
+}
+
+// Address is host and port as they are configured.
+func (p *Peer) Address() string {
+	return net.JoinHostPort(p.host, strconv.Itoa(int(p.port)))
+}
+
+// Dial connects to the peer over TCP. Each address that its name stands for is
+// asked for before it is tried.
+func (p *Peer) Dial(ctx context.Context) (net.Conn, error) {
+	dialer := net.Dialer{Control: func(_, address string, _ syscall.RawConn) error {
+		at, err := netip.ParseAddrPort(address)
+		if err != nil {
+			return err
+		}
+		return p.policy.CheckAddress(p.host, at)
+	}}
+	return dialer.DialContext(ctx, "tcp", p.Address())
+}
+
+// Resolve looks the name up, for a program that connects by itself. It returns
+// the addresses that it may use, of which there is one at least.
+func (p *Peer) Resolve(ctx context.Context) ([]netip.AddrPort, error) {
+	found, err := net.DefaultResolver.LookupNetIP(ctx, "ip", p.host)
+	if err != nil {
+		return nil, err
+	}
+	var allowed []netip.AddrPort
+	for _, addr := range found {
+		at := netip.AddrPortFrom(addr.Unmap(), p.port)
+		if refused := p.policy.CheckAddress(p.host, at); refused != nil {
+			err = refused
+			continue
+		}
+		allowed = append(allowed, at)
+	}
+	if len(allowed) == 0 {
+		return nil, err
+	}
+	return allowed, nil
+}

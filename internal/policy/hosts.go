@@ -1,0 +1,166 @@
+package policy
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+
+	"certctl-agent/internal/printable"
+)
+
+// HostRule is one entry of the list of hosts: names or addresses, on one port
+// or on any.
+type HostRule struct {
+	name   string // in lower case; "*.example.org" stands for what is below; "": by address
+	prefix netip.Prefix
+	port   uint16 // 0: any
+}
+
+// ParseHostRule reads an entry: a host name, "*.example.org" for the names below
+// one, an address or a CIDR block, each with ":port" if wanted, behind brackets
+// where the address has colons itself ("[2001:db8::/32]:22").
+func ParseHostRule(entry string) (HostRule, error) {
+	host, port, err := cutPort(entry)
+	if err != nil {
+		return HostRule{}, err
+	}
+	rule := HostRule{port: port}
+	if addr, err := netip.ParseAddr(host); err == nil {
+		if addr.Zone() != "" {
+			return HostRule{}, fmt.Errorf("%s: an address here has no zone", printable.Quote(entry))
+		}
+		rule.prefix = netip.PrefixFrom(addr.Unmap(), addr.Unmap().BitLen())
+		return rule, nil
+	}
+	if strings.Contains(host, "/") {
+		prefix, err := netip.ParsePrefix(host)
+		if err != nil || prefix.Masked() != prefix || prefix.Addr().Is4In6() {
+			return HostRule{}, fmt.Errorf("%s is no block of addresses such as 10.0.0.0/8", printable.Quote(entry))
+		}
+		rule.prefix = prefix
+		return rule, nil
+	}
+	rule.name = canonical(host)
+	if !isHostName(strings.TrimPrefix(rule.name, "*.")) {
+		return HostRule{}, fmt.Errorf("%s is no host name, *.example.org, address or CIDR block", printable.Quote(entry))
+	}
+	return rule, nil
+}
+
+// cutPort cuts a port off, and brackets; 0 stands for none.
+func cutPort(entry string) (host string, port uint16, err error) {
+	host = entry
+	number, hasPort := "", false
+	if inside, isBracket := strings.CutPrefix(entry, "["); isBracket {
+		var after string
+		host, after, _ = strings.Cut(inside, "]")
+		if number, hasPort = strings.CutPrefix(after, ":"); !hasPort && after != "" {
+			return "", 0, fmt.Errorf("%s: after the bracket comes a colon and the port", printable.Quote(entry))
+		}
+	} else if strings.Count(entry, ":") == 1 {
+		host, number, hasPort = strings.Cut(entry, ":")
+	}
+	if !hasPort {
+		return host, 0, nil
+	}
+	n, err := strconv.ParseUint(number, 10, 16)
+	if err != nil || n == 0 {
+		return "", 0, fmt.Errorf("%s: the port is a number from 1 to 65535", printable.Quote(entry))
+	}
+	return host, uint16(n), nil
+}
+
+// canonical is the form in which names are compared (RFC 4343); the final dot
+// of an absolute one does not count.
+func canonical(name string) string { return strings.ToLower(strings.TrimSuffix(name, ".")) }
+
+// isHostName accepts what RFC 1123 does, and underscores, which exist.
+func isHostName(name string) bool {
+	for label := range strings.SplitSeq(name, ".") {
+		odd := strings.ContainsFunc(label, func(r rune) bool {
+			return (r < 'a' || r > 'z') && (r < '0' || r > '9') && r != '-' && r != '_'
+		})
+		if odd || label == "" || len(label) > 63 || label[0] == '-' {
+			return false
+		}
+	}
+	return len(name) <= 253
+}
+
+func (r HostRule) onPort(port uint16) bool { return r.port == 0 || r.port == port }
+
+// named reports whether the rule is for a host of this name.
+func (r HostRule) named(host string) bool {
+	if below, isWildcard := strings.CutPrefix(r.name, "*"); isWildcard {
+		return strings.HasSuffix(host, below) && len(host) > len(below)
+	}
+	return r.name != "" && r.name == host
+}
+
+// CheckHost reports whether a private key may be sent to host, a name or an
+// address, before the name is looked up. Where the list has blocks of addresses
+// it takes CheckAddress to tell.
+func (p *Policy) CheckHost(host string, port uint16) error {
+	if addr, err := netip.ParseAddr(host); err == nil {
+		return p.CheckAddress(host, netip.AddrPortFrom(addr, port))
+	}
+	name := canonical(host)
+	if !isHostName(name) {
+		return fmt.Errorf("%s is no host name and no address", printable.Quote(host))
+	}
+	if p.Hosts == nil || isLoopbackName(name) {
+		return nil
+	}
+	mayBe := func(r HostRule) bool { return r.onPort(port) && (r.prefix.IsValid() || r.named(name)) }
+	if !slices.ContainsFunc(p.Hosts, mayBe) {
+		return refused(fmt.Sprintf("%s, port %d,", name, port))
+	}
+	return nil
+}
+
+// isLoopbackName: no DNS server is asked for these (RFC 6761, section 6.3).
+func isLoopbackName(name string) bool {
+	return name == "localhost" || strings.HasSuffix(name, ".localhost")
+}
+
+// CheckAddress reports whether a private key may be sent to the address at,
+// which was found for host. Loopback is this host and always may be; an
+// address that no route leads to is never what a name means.
+func (p *Policy) CheckAddress(host string, at netip.AddrPort) error {
+	addr, name := at.Addr().Unmap(), canonical(host)
+	switch _, err := netip.ParseAddr(host); {
+	case addr.IsLoopback():
+		return nil
+	case addr.IsUnspecified(), addr.IsMulticast():
+		return fmt.Errorf("%s is the address of no host", addr)
+	case p.Hosts == nil:
+		return nil
+	case err != nil && isLoopbackName(name):
+		return fmt.Errorf("%s is %s here, which is not this host", name, addr)
+	}
+	allows := func(r HostRule) bool {
+		if r.prefix.IsValid() {
+			return r.onPort(at.Port()) && r.prefix.Contains(addr.WithZone(""))
+		}
+		// Names are looked up by whoever answers first; cloud metadata services
+		// and the like are reached by such addresses.
+		return r.onPort(at.Port()) && r.named(name) && !addr.IsLinkLocalUnicast()
+	}
+	if slices.ContainsFunc(p.Hosts, allows) {
+		return nil
+	}
+	what := at.String()
+	if name != addr.String() {
+		what = fmt.Sprintf("%s (%s)", name, at)
+	}
+	return refused(what)
+}
+
+// ErrHost is the answer of CheckHost and CheckAddress for a host that is not in
+// the list.
+var ErrHost = errors.New("is not among the hosts that CERTCTL_ALLOWED_HOSTS allows")
+
+func refused(what string) error { return fmt.Errorf("%s %w", what, ErrHost) }
