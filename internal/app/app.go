@@ -270,6 +270,7 @@ func (a *App) surveyor() (agent.Surveyor, error) {
 	opts.Skip = []string{cfg.KeyDir, cfg.StateDir}
 	opts.State, opts.Index = a.state.Root, "discovery.index"
 	opts.Log = a.opts.Log
+	opts.Gentle = true // it has hours
 	scanner, err := discovery.New(opts)
 	if err != nil {
 		return nil, err

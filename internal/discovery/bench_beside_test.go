@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"flag"
+	"fmt"
 	"io"
 	"net/http"
 	"os"
@@ -24,8 +25,9 @@ import (
 )
 
 var (
-	besideTree = flag.String("beside-tree", "", "scan this directory again and again, without an index; see BenchmarkBesideNGINX")
-	besideTime = flag.Duration("beside-time", 100*time.Millisecond, "how long BenchmarkBesideNGINX measures at a time")
+	besideTree   = flag.String("beside-tree", "", "scan this directory again and again, without an index; see BenchmarkBesideNGINX")
+	besideGentle = flag.Bool("beside-gentle", true, "scan as the daemon does, and not as fast as a low priority lets it")
+	besideTime   = flag.Duration("beside-time", 100*time.Millisecond, "how long BenchmarkBesideNGINX measures at a time")
 )
 
 // TestScanForEver is the child of BenchmarkBesideNGINX, which ends it.
@@ -34,7 +36,8 @@ func TestScanForEver(t *testing.T) {
 		t.Skip("runs as the child of BenchmarkBesideNGINX")
 	}
 	for {
-		s := newScanner(t, Options{Dirs: []string{*besideTree}})
+		s := newScanner(t, Options{Dirs: []string{*besideTree}, Gentle: *besideGentle})
+		s.idle = runAtIdlePriority
 		if _, err := s.Scan(t.Context(), func([]api.DiscoveredCertificate) error { return nil }); err != nil {
 			t.Fatal(err)
 		}
@@ -42,7 +45,7 @@ func TestScanForEver(t *testing.T) {
 }
 
 // BenchmarkBesideNGINX measures how many requests nginx answers to clients that keep every processor
-// busy, in turns without a scan and beside one that has the priority of the daemon's. The scan is
+// busy, in turns without a scan and beside one like the daemon's. The scan is
 // stopped and continued, so both halves of a pair are one after the other.
 func BenchmarkBesideNGINX(b *testing.B) {
 	dir := needs.MemoryDir(b)
@@ -65,7 +68,7 @@ func BenchmarkBesideNGINX(b *testing.B) {
 	answered, stop := ask(b, server.Endpoint.Address, &tls.Config{RootCAs: ca.Pool(), ServerName: "localhost"})
 	defer stop()
 
-	scan := exec.CommandContext(b.Context(), os.Args[0], "-test.run", "^TestScanForEver$", "-beside-tree", dir)
+	scan := exec.CommandContext(b.Context(), os.Args[0], "-test.run", "^TestScanForEver$", "-beside-tree", dir, fmt.Sprintf("-beside-gentle=%v", *besideGentle))
 	if err := scan.Start(); err != nil {
 		b.Fatal(err)
 	}

@@ -37,11 +37,7 @@ func BenchmarkScan(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	scanner := func() *Scanner {
-		s := newScanner(b, Options{Dirs: []string{dir}})
-		s.idle = func(f func()) { f() } // with the priority of the others
-		return s
-	}
+	scanner := func() *Scanner { return newScanner(b, Options{Dirs: []string{dir}}) }
 	ways := []struct {
 		name string
 		run  func(b *testing.B, warm *Scanner) int

@@ -41,7 +41,6 @@ func BenchmarkText(b *testing.B) {
 		}
 	}
 	scan := func(s *Scanner) func() {
-		s.idle = func(f func()) { f() } // with the priority of the others
 		return func() {
 			if got := count(b, s); got != len(tree.Certificates) {
 				b.Fatalf("the scan finds %d certificates, want %d", got, len(tree.Certificates))

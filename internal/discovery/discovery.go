@@ -55,6 +55,10 @@ type Options struct {
 
 	MaxRate int // files a second; 0: as fast as it goes
 
+	// Gentle makes a scan rest most of the time. At the idle priority alone it uses what a server
+	// leaves of the processors, and slows that server down all the same: see docs/performance.md.
+	Gentle bool
+
 	// State and Index name the file that remembers what each file held. With a
 	// nil State each scan reads everything.
 	State *os.Root
@@ -66,10 +70,11 @@ type Options struct {
 // Scanner scans the same directories again and again.
 type Scanner struct {
 	opts  Options
-	stall time.Duration // stallAfter
-	racy  time.Duration // racyWindow
-	idle  func(func())  // runAtIdlePriority
-	names int           // maxListing
+	stall time.Duration                        // stallAfter
+	racy  time.Duration                        // racyWindow
+	idle  func(func())                         // runAtIdlePriority
+	rest  func(context.Context, time.Duration) // sleep when it is gentle, or nil
+	names int                                  // maxListing
 
 	ownerTime, scanTime time.Duration // the constants of these names
 	ownerBytes          int           // likewise
@@ -117,7 +122,11 @@ func New(o Options) (*Scanner, error) {
 	if o.State != nil { // a kill may have left it half written
 		index.CleanUp(o.State, o.Index)
 	}
-	return &Scanner{opts: o, stall: stallAfter, racy: racyWindow, idle: runAtIdlePriority, names: maxListing, ownerTime: ownerTime, scanTime: scanTime, ownerBytes: ownerBytes, hung: make(map[string]int)}, nil
+	s := &Scanner{opts: o, stall: stallAfter, racy: racyWindow, idle: runAtIdlePriority, names: maxListing, ownerTime: ownerTime, scanTime: scanTime, ownerBytes: ownerBytes, hung: make(map[string]int)}
+	if o.Gentle {
+		s.rest = sleep
+	}
+	return s, nil
 }
 
 // Progress is how many files the running scan, or the last one, has seen and

@@ -8,8 +8,10 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -39,7 +41,49 @@ func newScanner(t testing.TB, o Options) *Scanner {
 		t.Fatal(err)
 	}
 	s.racy = 0
+	s.idle = func(f func()) { // with the priority of the others: on a busy host, tests would wait
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		f()
+	}
 	return s
+}
+
+// TestGentleScanRests: a gentle scan rests many times as long as it works, within bounds.
+func TestGentleScanRests(t *testing.T) {
+	dir := t.TempDir()
+	tree, err := corpus.Write(dir, corpus.Options{Seed: 1, Files: 2000, Certificates: 200})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, gentle := range []bool{false, true} {
+		s := newScanner(t, Options{Dirs: []string{dir}, Gentle: gentle})
+		if (s.rest != nil) != gentle {
+			t.Fatalf("gentle %v: it rests: %v", gentle, s.rest != nil)
+		}
+		var rests atomic.Int64
+		if gentle {
+			s.rest = func(_ context.Context, d time.Duration) {
+				rests.Add(1)
+				if d < restFactor*restAfter || d > maxRest {
+					t.Errorf("a rest of %v", d)
+				}
+			}
+		}
+		if found, _ := scanAll(t, s); len(found) != len(tree.Certificates) {
+			t.Errorf("gentle %v: found %d certificates, want %d", gentle, len(found), len(tree.Certificates))
+		}
+		if (rests.Load() > 0) != gentle {
+			t.Errorf("gentle %v: %d rests", gentle, rests.Load())
+		}
+	}
+}
+
+// TestRestEndsWithTheScan: a scan that is cancelled does not sleep on.
+func TestRestEndsWithTheScan(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	sleep(ctx, 24*time.Hour)
 }
 
 func scanAll(t testing.TB, s *Scanner) ([]api.DiscoveredCertificate, Summary) {

@@ -21,6 +21,13 @@ const (
 	// cancelGrace is how long a cancelled scan waits for its workers. They
 	// look for it between files; none but a hung one needs longer.
 	cancelGrace = 50 * time.Millisecond
+
+	// A worker of a gentle scan rests after restAfter of processor time, restFactor times as long,
+	// but not longer than maxRest: key stores that are made to be slow, whose time is bounded
+	// elsewhere, must not keep a scan from the other files for hours.
+	restAfter  = 2 * time.Millisecond
+	restFactor = 99
+	maxRest    = time.Second
 )
 
 var (
@@ -49,6 +56,7 @@ type worker struct {
 	blamed string                 // what hangs; set before task is taken away
 	buffer []byte                 // of the file that is read
 	used   int                    // bytes of buffer that hold some of it
+	rested time.Duration          // its thread's processor time when it rested last
 	inside *node                  // the directory whose files are read, or nil
 	dir    int                    // its handle, or -1
 }
@@ -96,7 +104,28 @@ func (r *run) work(w *worker) {
 			if !more || !r.carryOut(w, t) {
 				return
 			}
+			w.pause()
 		}
+	}
+}
+
+// pause lets a worker of a gentle scan rest restFactor times as long as it worked. What counts is
+// the processor's time: a scan that waits, for a disk or because others keep the processors busy,
+// does not wait for this, too.
+func (w *worker) pause() {
+	if w.r.s.rest == nil {
+		return
+	}
+	if worked := threadTime() - w.rested; worked >= restAfter {
+		w.r.s.rest(w.r.ctx, min(restFactor*worked, maxRest))
+		w.rested = threadTime()
+	}
+}
+
+func sleep(ctx context.Context, d time.Duration) {
+	select {
+	case <-time.After(d):
+	case <-ctx.Done():
 	}
 }
 
