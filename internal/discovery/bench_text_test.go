@@ -105,3 +105,30 @@ func processorTime(who int) time.Duration {
 	}
 	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
 }
+
+// BenchmarkGentle measures how long the daemon's scan of that tree takes, and the share of one
+// processor that it uses meanwhile.
+func BenchmarkGentle(b *testing.B) {
+	n := min(*treeSize, 20_000)
+	if testing.Short() {
+		n = min(n, 2000)
+	}
+	dir := needs.MemoryDir(b)
+	if _, err := corpus.Write(dir, corpus.Options{Seed: 1, Files: n, Certificates: n / 10, TextSize: 26 << 10}); err != nil {
+		b.Fatal(err)
+	}
+	s := newScanner(b, Options{Dirs: []string{dir}, Gentle: true})
+	ways := []way{{name: "first"}, {name: "rescan"}}
+	for b.Loop() {
+		_ = s.opts.State.Remove(s.opts.Index)
+		for i := range ways {
+			ways[i].run, ways[i].who = func() { count(b, s) }, syscall.RUSAGE_SELF
+			ways[i].measure()
+		}
+	}
+	for i := range ways {
+		b.ReportMetric(ways[i].ms(ways[i].wall), "ms-"+ways[i].name)
+		b.ReportMetric(100*ways[i].ms(ways[i].processor)/ways[i].ms(ways[i].wall), "cpu-%-"+ways[i].name)
+	}
+	b.ReportMetric(0, "ns/op")
+}

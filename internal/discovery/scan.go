@@ -62,7 +62,6 @@ type run struct {
 
 	tasks    chan *task
 	segments chan *segment
-	free     chan *segment // emitted, to be filled again
 	budget   chan struct{} // a token for each readUnit in flight
 	workers  sync.WaitGroup
 
@@ -73,6 +72,7 @@ type run struct {
 	named    sync.Map          // mount points of hung file systems already named
 	linked   map[identity]bool // files reached by links; owned by the walk
 	open     *segment          // being filled; owned by the walk
+	filled   int               // entries of the segment before it; owned by the walk
 	old      *index.Reader
 	oldFile  index.File // next of the old index, when haveOld; owned by the walk
 	haveOld  bool
@@ -131,7 +131,6 @@ func newRun(ctx context.Context, s *Scanner, emit func([]api.DiscoveredCertifica
 		roots:    make([]root, len(s.opts.Dirs)),
 		tasks:    make(chan *task, 64),
 		segments: make(chan *segment, 4),
-		free:     make(chan *segment, 8),
 		budget:   make(chan struct{}, readAhead/readUnit),
 		linked:   make(map[identity]bool),
 		unread:   make(leftOut), unreported: make(leftOut),
@@ -288,7 +287,8 @@ func (r *run) put(e entry, mount string) error {
 		s = nil
 	}
 	if s == nil {
-		s = r.newSegment()
+		s = &segment{entries: make([]entry, 0, r.filled)}
+		r.open = s
 	}
 	s.bytes += holds
 	if e.hit {
@@ -303,34 +303,13 @@ func (r *run) put(e entry, mount string) error {
 	return nil
 }
 
-func (r *run) newSegment() *segment {
-	select {
-	case r.open = <-r.free:
-	default:
-		r.open = &segment{entries: make([]entry, 0, segmentFiles)}
-	}
-	return r.open
-}
-
-// recycle gives a segment back, unless a worker that hangs may yet look at it.
-func (r *run) recycle(s *segment) {
-	if s.task != nil && s.task.tried {
-		return
-	}
-	clear(s.entries)
-	*s = segment{entries: s.entries[:0]}
-	select {
-	case r.free <- s:
-	default:
-	}
-}
-
 func (r *run) flush() error {
 	s := r.open
 	r.open = nil
 	if s == nil {
 		return nil
 	}
+	r.filled = len(s.entries)
 	if s.bytes > 0 {
 		s.units = min(int(s.bytes/readUnit)+1, cap(r.budget))
 		for range s.units {
@@ -587,7 +566,7 @@ func (r *run) lookUp(n *node, f *file) (index.File, bool) {
 // noteGone: the new index differs from here on.
 func (r *run) noteGone() {
 	if r.open == nil {
-		r.newSegment()
+		r.open = &segment{}
 	}
 	r.open.gone = true
 }
@@ -646,7 +625,6 @@ func (r *run) emitSegment(s *segment) error {
 	for range s.units {
 		<-r.budget
 	}
-	r.recycle(s)
 	return nil
 }
 

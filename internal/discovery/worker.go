@@ -42,9 +42,7 @@ type task struct {
 	do    func(*worker) (commit func())
 	done  chan struct{}
 
-	// Set before done is closed.
-	err   error // errHung, or nil
-	tried bool  // a worker was given up over it, and may still look at it
+	err error // errHung, or nil; set before done is closed
 }
 
 // worker is one thread of a scan.
@@ -197,7 +195,6 @@ func (r *run) watch(workers []*worker) {
 				return
 			}
 			workers[i] = r.newWorker()
-			t.tried = true
 			if link != nil {
 				r.queue(t) // without the link, this time
 				continue
