@@ -39,10 +39,11 @@ type Plane interface {
 	ReportVerification(ctx context.Context, job api.ID, v api.Verification) error
 }
 
-// Enroller takes one job from key to accepted CSR. An error that is an
-// enroll.RefusedError is final; any other leaves the job as it is.
+// Enroller takes one job from key to accepted CSR. Calls ends when the agent
+// stops, work with the shutdown grace. An error that is an enroll.RefusedError
+// is final; any other leaves the job as it is.
 type Enroller interface {
-	Enroll(ctx context.Context, job api.Job) error
+	Enroll(calls, work context.Context, job api.Job) error
 }
 
 // Deployer carries out one Deployment job. Calls ends when the agent stops, work

@@ -250,7 +250,7 @@ func (p plane) ReportVerification(_ context.Context, job api.ID, v api.Verificat
 
 type enroller struct{ w *world }
 
-func (e enroller) Enroll(ctx context.Context, job api.Job) error {
+func (e enroller) Enroll(_, ctx context.Context, job api.Job) error {
 	e.w.note(time.Now(), "enroll", string(job.ID))
 	if e.w.enroll == nil {
 		return nil

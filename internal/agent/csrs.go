@@ -166,7 +166,7 @@ func (a *Agent) startEnrol(job api.Job) {
 	}
 	tries.last = time.Now()
 	a.spawn(func() func() {
-		err := a.opts.Enroller.Enroll(a.claims, job)
+		err := a.opts.Enroller.Enroll(a.calls, a.claims, job)
 		if a.lost(&tries.patience, err) {
 			err = &enroll.RefusedError{Reason: "given up after several tries: " + err.Error(), Err: err}
 		}

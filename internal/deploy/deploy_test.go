@@ -3,6 +3,7 @@ package deploy
 import (
 	"bytes"
 	"context"
+	"crypto"
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
@@ -21,6 +22,7 @@ import (
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/connector"
+	"certctl-agent/internal/csr"
 	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/policy"
@@ -139,11 +141,13 @@ func (w *world) Deploy(ctx context.Context, d transaction.Deployment) (transacti
 	return result, err
 }
 
+func newKey() (crypto.Signer, error) { return csr.GenerateKey("ecdsa-p256") }
+
 // renew makes a new key and a certificate for it.
 func (w *world) renew(certID api.ID, template testca.Template) *testca.Issued {
 	w.t.Helper()
 	w.renewals++
-	key, err := w.keys.Pending(certID, api.ID(fmt.Sprint("csr-", w.renewals)), "ecdsa-p256")
+	key, err := w.keys.Pending(certID, api.ID(fmt.Sprint("csr-", w.renewals)), newKey)
 	if err != nil {
 		w.t.Fatal(err)
 	}

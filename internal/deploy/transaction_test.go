@@ -86,7 +86,7 @@ func (h *host) ReportStatus(context.Context, api.ID, api.JobStatus) error { retu
 // renew makes a new certificate the latest.
 func (h *host) renew(ca *testca.CA, jobID api.ID) *x509.Certificate {
 	h.t.Helper()
-	key, err := h.keys.Pending("cert-1", jobID, "ecdsa-p256")
+	key, err := h.keys.Pending("cert-1", jobID, newKey)
 	if err != nil {
 		h.t.Fatal(err)
 	}

@@ -3,6 +3,7 @@ package enroll
 
 import (
 	"context"
+	"crypto"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -28,7 +29,7 @@ var ErrKey = errors.New("no key for the CSR")
 
 // Keys is the key store as enrolment uses it.
 type Keys interface {
-	Pending(certID, jobID api.ID, algorithm string) (keystore.Key, error)
+	Pending(certID, jobID api.ID, generate func() (crypto.Signer, error)) (keystore.Key, error)
 	Discard(certID, jobID api.ID) error
 }
 
@@ -65,16 +66,21 @@ type Options struct {
 // must not race.
 type Enroller struct {
 	opts Options
+	make func(algorithm string) (crypto.Signer, error)
 	rsa  chan struct{} // one element for each RSA key that is being made
 }
 
 // New returns an Enroller.
-func New(opts Options) *Enroller { return &Enroller{opts: opts, rsa: make(chan struct{}, maxRSA)} }
+func New(opts Options) *Enroller {
+	return &Enroller{opts: opts, make: csr.GenerateKey, rsa: make(chan struct{}, maxRSA)}
+}
 
 // Enroll submits the CSR of one job. Nil means that it was accepted, a
 // RefusedError that it never will be. Any other error is temporary: the job
 // stays as it is, the control plane shows it again, and the same key is used.
-func (e *Enroller) Enroll(ctx context.Context, job api.Job) (err error) {
+// Calls ends when the agent stops: nothing new is begun then. Work bounds a
+// request that is under way.
+func (e *Enroller) Enroll(calls, work context.Context, job api.Job) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			e.opts.Log.Error("panic contained; please report it", "job", job.ID, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
@@ -85,7 +91,7 @@ func (e *Enroller) Enroll(ctx context.Context, job api.Job) (err error) {
 	if err := csr.Check(job.CommonName, job.SANs); err != nil {
 		return refused(err)
 	}
-	key, err := e.pending(ctx, job)
+	key, err := e.opts.Keys.Pending(job.CertificateID, job.ID, func() (crypto.Signer, error) { return e.generate(calls) })
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrKey, err)
 	}
@@ -94,24 +100,27 @@ func (e *Enroller) Enroll(ctx context.Context, job api.Job) (err error) {
 	if err != nil {
 		return e.refuse(job, key, err)
 	}
-	err = e.opts.Plane.SubmitCSR(ctx, job.CertificateID, request)
+	if calls.Err() != nil {
+		return context.Cause(calls)
+	}
+	err = e.opts.Plane.SubmitCSR(work, job.CertificateID, request)
 	if err != nil && !api.Temporary(err) {
 		return e.refuse(job, key, err)
 	}
 	return err
 }
 
-// pending makes the key of a job, or finds it.
-func (e *Enroller) pending(ctx context.Context, job api.Job) (keystore.Key, error) {
+// generate makes a key.
+func (e *Enroller) generate(ctx context.Context) (crypto.Signer, error) {
 	if strings.HasPrefix(e.opts.Algorithm, "rsa-") {
 		select {
 		case e.rsa <- struct{}{}:
 			defer func() { <-e.rsa }()
 		case <-ctx.Done():
-			return keystore.Key{}, context.Cause(ctx)
+			return nil, context.Cause(ctx)
 		}
 	}
-	return e.opts.Keys.Pending(job.CertificateID, job.ID, e.opts.Algorithm)
+	return e.make(e.opts.Algorithm)
 }
 
 // refuse ends a job whose CSR was not signed.

@@ -17,6 +17,7 @@ import (
 	"unicode/utf8"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/csr"
 	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/pemutil"
 )
@@ -98,7 +99,7 @@ func TestAnswers(t *testing.T) {
 			p := &plane{answer: answers(test.answers...)}
 			var err error
 			for range test.answers {
-				err = newEnroller(keys, p).Enroll(t.Context(), job)
+				err = newEnroller(keys, p).Enroll(t.Context(), t.Context(), job)
 			}
 			last := test.answers[len(test.answers)-1]
 			refused, ok := errors.AsType[*RefusedError](err)
@@ -123,7 +124,7 @@ func TestAnswers(t *testing.T) {
 // noKeys fails a test in which a key is made.
 type noKeys struct{ t *testing.T }
 
-func (k noKeys) Pending(certID, jobID api.ID, algorithm string) (keystore.Key, error) {
+func (k noKeys) Pending(certID, jobID api.ID, _ func() (crypto.Signer, error)) (keystore.Key, error) {
 	k.t.Errorf("a key was made for %q, %q", certID, jobID)
 	return keystore.Key{}, errors.New("no")
 }
@@ -139,7 +140,7 @@ func TestChecksComeBeforeTheKey(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			bad := job
 			change(&bad)
-			refused, ok := errors.AsType[*RefusedError](newEnroller(noKeys{t}, &plane{}).Enroll(t.Context(), bad))
+			refused, ok := errors.AsType[*RefusedError](newEnroller(noKeys{t}, &plane{}).Enroll(t.Context(), t.Context(), bad))
 			if !ok {
 				t.Fatalf("got %v, want a RefusedError", refused)
 			}
@@ -153,7 +154,7 @@ func TestChecksComeBeforeTheKey(t *testing.T) {
 // brokenKeys cannot make a key.
 type brokenKeys struct{ err error }
 
-func (k brokenKeys) Pending(api.ID, api.ID, string) (keystore.Key, error) {
+func (k brokenKeys) Pending(api.ID, api.ID, func() (crypto.Signer, error)) (keystore.Key, error) {
 	if k.err == nil {
 		panic("boom")
 	}
@@ -164,7 +165,7 @@ func (k brokenKeys) Discard(api.ID, api.ID) error { return nil }
 
 func TestDiskError(t *testing.T) {
 	full := errors.New("no space left on device")
-	err := newEnroller(brokenKeys{full}, &plane{}).Enroll(t.Context(), job)
+	err := newEnroller(brokenKeys{full}, &plane{}).Enroll(t.Context(), t.Context(), job)
 	if _, refused := errors.AsType[*RefusedError](err); refused || !errors.Is(err, full) || !errors.Is(err, ErrKey) {
 		t.Errorf("got %v, want the temporary error %v", err, full)
 	}
@@ -174,7 +175,7 @@ func TestPanicIsTheJobsFailure(t *testing.T) {
 	var text bytes.Buffer
 	e := New(Options{Keys: brokenKeys{}, Plane: &plane{}, Log: slog.New(slog.NewTextHandler(&text, nil))})
 	for range 2 { // the second shows that the first holds nothing
-		refused, ok := errors.AsType[*RefusedError](e.Enroll(t.Context(), job))
+		refused, ok := errors.AsType[*RefusedError](e.Enroll(t.Context(), t.Context(), job))
 		if !ok || !strings.Contains(refused.Reason, "internal error") {
 			t.Errorf("got %v, want a refusal", refused)
 		}
@@ -184,18 +185,17 @@ func TestPanicIsTheJobsFailure(t *testing.T) {
 	}
 }
 
-// slowKeys counts the keys that are made at once.
+// slowKeys counts the keys that are made at once: each takes a second.
 type slowKeys struct {
-	Keys
 	mu        sync.Mutex
 	now, most int
 }
 
-func (k *slowKeys) Pending(certID, jobID api.ID, algorithm string) (keystore.Key, error) {
+func (k *slowKeys) make(string) (crypto.Signer, error) {
 	k.count(1)
 	defer k.count(-1)
 	time.Sleep(time.Second)
-	return k.Keys.Pending(certID, jobID, "ecdsa-p256")
+	return csr.GenerateKey("ecdsa-p256")
 }
 
 func (k *slowKeys) count(n int) {
@@ -210,14 +210,15 @@ func TestFewRSAKeysAtOnce(t *testing.T) {
 		t.Run(algorithm, func(t *testing.T) {
 			store := newKeys(t)
 			synctest.Test(t, func(t *testing.T) {
-				keys := &slowKeys{Keys: store}
-				e := New(Options{Keys: keys, Plane: &plane{}, Algorithm: algorithm, Log: slog.New(slog.DiscardHandler)})
+				keys := new(slowKeys)
+				e := New(Options{Keys: store, Plane: &plane{}, Algorithm: algorithm, Log: slog.New(slog.DiscardHandler)})
+				e.make = keys.make
 				var all sync.WaitGroup
 				for i := range 8 {
 					all.Go(func() {
 						own := job
 						own.ID, own.CertificateID = api.ID(fmt.Sprint("job-", i)), api.ID(fmt.Sprint("cert-", i))
-						if err := e.Enroll(t.Context(), own); err != nil {
+						if err := e.Enroll(t.Context(), t.Context(), own); err != nil {
 							t.Error(err)
 						}
 					})
@@ -229,4 +230,36 @@ func TestFewRSAKeysAtOnce(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestRSAPlacesAreForNewKeys: while all places are taken, a CSR whose key is on
+// the disk is sent, and one that waits for a place ends when the agent stops.
+func TestRSAPlacesAreForNewKeys(t *testing.T) {
+	store := newKeys(t)
+	synctest.Test(t, func(t *testing.T) {
+		keys, p := new(slowKeys), &plane{answer: answers(errors.New("connection reset"), nil)}
+		e := New(Options{Keys: store, Plane: p, Algorithm: "rsa-4096", Log: slog.New(slog.DiscardHandler)})
+		e.make = keys.make
+		if err := e.Enroll(t.Context(), t.Context(), job); err == nil {
+			t.Fatal("the answer was not lost")
+		}
+		for range maxRSA {
+			e.rsa <- struct{}{}
+		}
+		calls, stop := context.WithCancelCause(t.Context())
+		if err := e.Enroll(calls, t.Context(), job); err != nil || len(p.keys) != 2 {
+			t.Errorf("a key that is there: got %v, %d CSRs, want 2", err, len(p.keys))
+		}
+		stopped := errors.New("the agent stops")
+		time.AfterFunc(time.Second, func() { stop(stopped) })
+		other := job
+		other.ID = "job-2"
+		began := time.Now()
+		if err := e.Enroll(calls, t.Context(), other); !errors.Is(err, stopped) || time.Since(began) != time.Second || len(p.keys) != 2 {
+			t.Errorf("a stop: got %v after %v, %d CSRs", err, time.Since(began), len(p.keys))
+		}
+		if err := e.Enroll(calls, t.Context(), job); !errors.Is(err, stopped) || len(p.keys) != 2 {
+			t.Errorf("after a stop: got %v, %d CSRs", err, len(p.keys))
+		}
+	})
 }

@@ -29,7 +29,6 @@ import (
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/atomicfile"
-	"certctl-agent/internal/csr"
 	"certctl-agent/internal/filelock"
 	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/pemutil"
@@ -209,15 +208,15 @@ func PreviousPath(current string) string {
 }
 
 // Pending returns the key for the CSR of one job: the one made for it before,
-// or else a new one of the given algorithm. It is on disk, and the one of its
+// or else the one that generate makes. It is on disk, and the one of its
 // certificate that was submitted last, when Pending returns.
-func (s *Store) Pending(certID, jobID api.ID, algorithm string) (Key, error) {
+func (s *Store) Pending(certID, jobID api.ID, generate func() (crypto.Signer, error)) (Key, error) {
 	key, err := s.reuse(certID, jobID)
 	if err == nil || !errors.Is(err, fs.ErrNotExist) {
 		return key, err
 	}
 	// Not under the lock: an RSA key can take seconds to make.
-	signer, err := csr.GenerateKey(algorithm)
+	signer, err := generate()
 	if err != nil {
 		return Key{}, fmt.Errorf("make a private key: %w", err)
 	}

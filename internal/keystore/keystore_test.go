@@ -28,10 +28,11 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/csr"
 	"certctl-agent/internal/pemutil"
 )
 
-const algorithm = "ecdsa-p256"
+func generate() (crypto.Signer, error) { return csr.GenerateKey("ecdsa-p256") }
 
 func open(t *testing.T, dir string) *Store {
 	t.Helper()
@@ -57,7 +58,7 @@ func do(t *testing.T, err error) {
 
 func pending(t *testing.T, s *Store, certID, jobID api.ID) Key {
 	t.Helper()
-	key, err := s.Pending(certID, jobID, algorithm)
+	key, err := s.Pending(certID, jobID, generate)
 	do(t, err)
 	return key
 }
@@ -124,11 +125,11 @@ func TestPending(t *testing.T) {
 			t.Errorf("mode of %s is %v", name, info.Mode())
 		}
 	}
-	if _, err := s.Pending("../x", "job-1", algorithm); err == nil {
+	if _, err := s.Pending("../x", "job-1", generate); err == nil {
 		t.Error("a key was made for an invalid certificate id")
 	}
-	if _, err := s.Pending("cert-1", "job-3", "rot13"); err == nil {
-		t.Error("a key of an unknown algorithm was made")
+	if _, err := s.Pending("cert-1", "job-3", func() (crypto.Signer, error) { return nil, errors.ErrUnsupported }); err == nil {
+		t.Error("a key was kept that was not made")
 	}
 }
 
@@ -409,7 +410,7 @@ func TestPendingAreBounded(t *testing.T) {
 	for i := len(files(t, dir)); i < s.totalLimit; i++ {
 		do(t, os.WriteFile(filepath.Join(dir, pendingName(api.ID(fmt.Sprint("other-", i)), "x")), nil, 0o600))
 	}
-	if _, err := s.Pending("cert-2", "a", algorithm); err == nil || !strings.Contains(err.Error(), "its limit") {
+	if _, err := s.Pending("cert-2", "a", generate); err == nil || !strings.Contains(err.Error(), "its limit") {
 		t.Errorf("a certificate without pending keys: %v, want a refusal", err)
 	}
 	pending(t, s, "cert-1", "last")
@@ -548,7 +549,7 @@ func TestConcurrent(t *testing.T) {
 	for worker := range 4 {
 		group.Go(func() {
 			for i := range 4 {
-				key, err := s.Pending("cert-1", api.ID(fmt.Sprint(worker, "-", i)), algorithm)
+				key, err := s.Pending("cert-1", api.ID(fmt.Sprint(worker, "-", i)), generate)
 				if err != nil {
 					t.Error(err)
 					return

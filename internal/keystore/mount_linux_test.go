@@ -53,7 +53,7 @@ func TestDiskFull(t *testing.T) {
 	var err error
 	made := 0
 	for err == nil {
-		_, err = s.Pending("cert-1", api.ID(strings.Repeat("b", made+1)), algorithm)
+		_, err = s.Pending("cert-1", api.ID(strings.Repeat("b", made+1)), generate)
 		made++
 	}
 	if !errors.Is(err, syscall.ENOSPC) {
