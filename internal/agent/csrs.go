@@ -39,10 +39,11 @@ const (
 // like that too, and must not hold up the jobs that are not for it. A failure of
 // a single job, such as a profile that forbids it, holds up only that job.
 type csrTable struct {
-	waiting  []api.Job
-	size     int                  // of waiting, in bytes
+	next     []api.ID             // certificates whose first job in line has its turn
+	lines    map[api.ID][]api.Job // by certificate id, of those in next or under way: its jobs that wait
+	size     int                  // of those that wait, in bytes
+	underWay int                  // at most one for each certificate
 	inHand   map[api.ID]bool      // by job id: waiting or under way
-	certs    map[api.ID]bool      // by certificate id: under way
 	tries    map[api.ID]*csrTries // by job id: not accepted so far
 	accepted map[api.ID]time.Time // by job id, until a later poll began
 	renewed  map[api.ID]time.Time // by certificate id: when a CSR was accepted, in the last few intervals
@@ -65,7 +66,7 @@ type csrTries struct {
 func newCSRTable(pacer *pace.Pacer) csrTable {
 	return csrTable{
 		inHand:   make(map[api.ID]bool),
-		certs:    make(map[api.ID]bool),
+		lines:    make(map[api.ID][]api.Job),
 		tries:    make(map[api.ID]*csrTries),
 		accepted: make(map[api.ID]time.Time),
 		renewed:  make(map[api.ID]time.Time),
@@ -107,7 +108,11 @@ func (a *Agent) takeCSRs(jobs []api.Job, begun time.Time) {
 		}
 		t.inHand[job.ID] = true
 		t.size += jobSize(job)
-		t.waiting = append(t.waiting, job)
+		line, ok := t.lines[job.CertificateID]
+		if !ok {
+			t.next = append(t.next, job.CertificateID)
+		}
+		t.lines[job.CertificateID] = append(line, job)
 	}
 	a.startCSRs()
 }
@@ -132,20 +137,15 @@ func (t *csrTable) lastTry(job api.Job) time.Time {
 // startCSRs fills the free places, with one CSR at a time for a certificate.
 func (a *Agent) startCSRs() {
 	t := &a.csrs
-	var later []api.Job // their certificate is another job's
-	for len(t.waiting) > 0 && len(t.certs) < t.places && !a.stopping {
-		job := t.waiting[0]
-		t.waiting = t.waiting[1:]
-		if t.certs[job.CertificateID] {
-			later = append(later, job)
-			continue
-		}
+	for len(t.next) > 0 && t.underWay < t.places && !a.stopping {
+		line := t.lines[t.next[0]]
+		job := line[0]
+		line[0] = api.Job{} // so that it can be freed
+		t.lines[t.next[0]] = line[1:]
+		t.next = t.next[1:]
 		t.size -= jobSize(job)
-		t.certs[job.CertificateID] = true
+		t.underWay++
 		a.startEnrol(job)
-	}
-	if len(later) > 0 || len(t.waiting) == 0 {
-		t.waiting = append(later, t.waiting...) // and what has left can be freed
 	}
 }
 
@@ -184,7 +184,12 @@ func (a *Agent) startEnrol(job api.Job) {
 func (a *Agent) enrolled(job api.Job, err error) {
 	t := &a.csrs
 	delete(t.inHand, job.ID)
-	delete(t.certs, job.CertificateID)
+	t.underWay--
+	if len(t.lines[job.CertificateID]) > 0 {
+		t.next = append(t.next, job.CertificateID)
+	} else {
+		delete(t.lines, job.CertificateID)
+	}
 	_, refused := errors.AsType[*enroll.RefusedError](err)
 	switch {
 	case err == nil:
@@ -232,10 +237,16 @@ func (t *csrTable) failed(job api.Job, err error) (wait time.Duration) {
 		tries.due = now.Add(wait)
 		return wait
 	}
-	for _, job := range t.waiting {
-		delete(t.inHand, job.ID)
+	for cert, line := range t.lines {
+		for _, job := range line {
+			delete(t.inHand, job.ID)
+		}
+		t.lines[cert] = nil
 	}
-	t.waiting, t.size = nil, 0
+	for _, cert := range t.next {
+		delete(t.lines, cert)
+	}
+	t.next, t.size = nil, 0
 	t.places = 1
 	if left := t.due.Sub(now); left > 0 {
 		// Sent together with the one that failed first: the same event.
