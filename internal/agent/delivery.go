@@ -40,36 +40,43 @@ type deliveryTable struct {
 }
 
 type pacedDelivery struct {
+	timed
 	job    api.ID
 	pacer  *pace.Pacer
-	due    time.Time
-	place  int  // in the queue; -1: none
 	repeat bool // the report that is due is a repetition
 
 	// patience is with the first report; a running round owns it.
 	patience *pace.Patience
 }
 
+// timed is what a dueQueue needs to know of what it holds.
+type timed struct {
+	due   time.Time
+	place int // in the queue; -1: it has left it
+}
+
+func (t *timed) when() *timed { return t }
+
 // dueQueue is a heap (container/heap), the first due first.
-type dueQueue []*pacedDelivery
+type dueQueue []interface{ when() *timed }
 
 func (q dueQueue) Len() int           { return len(q) }
-func (q dueQueue) Less(i, j int) bool { return q[i].due.Before(q[j].due) }
+func (q dueQueue) Less(i, j int) bool { return q[i].when().due.Before(q[j].when().due) }
 func (q dueQueue) Swap(i, j int) {
 	q[i], q[j] = q[j], q[i]
-	q[i].place, q[j].place = i, j
+	q[i].when().place, q[j].when().place = i, j
 }
 
 func (q *dueQueue) Push(x any) {
-	p := x.(*pacedDelivery)
-	p.place = len(*q)
+	p := x.(interface{ when() *timed })
+	p.when().place = len(*q)
 	*q = append(*q, p)
 }
 
 func (q *dueQueue) Pop() any {
 	last := len(*q) - 1
 	p := (*q)[last]
-	p.place = -1
+	p.when().place = -1
 	(*q)[last] = nil
 	*q = (*q)[:last]
 	return p
@@ -100,7 +107,7 @@ func (a *Agent) noteReports(job api.ID) {
 	}
 	p := a.delivery.jobs[job]
 	if p == nil {
-		p = &pacedDelivery{job: job, place: -1, pacer: pace.NewYielding(a.opts.PollInterval, a.opts.Rand), patience: new(pace.Patience)}
+		p = &pacedDelivery{timed: timed{place: -1}, job: job, pacer: pace.NewYielding(a.opts.PollInterval, a.opts.Rand), patience: new(pace.Patience)}
 		a.delivery.jobs[job] = p
 	}
 	if repeat := undelivered[0].Report.Repeat; p.repeat != repeat {
@@ -160,7 +167,7 @@ func (a *Agent) deliver(changed ...api.ID) {
 // dueReports lists the reports that are due, the oldest first.
 func (a *Agent) dueReports(now time.Time) []report {
 	var due []report
-	for len(a.delivery.queue) > 0 && !a.delivery.queue[0].due.After(now) {
+	for len(a.delivery.queue) > 0 && !a.delivery.queue[0].when().due.After(now) {
 		p := heap.Pop(&a.delivery.queue).(*pacedDelivery)
 		for _, d := range a.opts.Ledger.UndeliveredOf(p.job) {
 			if !d.Report.Repeat || p.repeat {
@@ -307,7 +314,7 @@ func (a *Agent) setDeliveryTimer(now time.Time) {
 	if len(a.delivery.queue) == 0 {
 		return
 	}
-	a.delivery.stats.NextDue = a.delivery.queue[0].due
+	a.delivery.stats.NextDue = a.delivery.queue[0].when().due
 	a.delivery.timer.Reset(max(a.delivery.stats.NextDue.Sub(now), 0))
 }
 

@@ -29,11 +29,25 @@ func TestEventsCostTheSame(t *testing.T) {
 			return jobs
 		}
 	}
+	deployments := func(cert, target func(i int) api.ID) func(n int) []api.Job {
+		return func(n int) (jobs []api.Job) {
+			for i := range n {
+				job := deployment(fmt.Sprint("j", i), string(target(i)))
+				job.CertificateID = cert(i)
+				jobs = append(jobs, job)
+			}
+			return jobs
+		}
+	}
 	one := func(int) api.ID { return "one" }
 	many := func(i int) api.ID { return api.ID(fmt.Sprint("many", i)) }
 	for name, jobs := range map[string]func(n int) []api.Job{
-		"CSRs":                    csrs(many),
-		"CSRs of one certificate": csrs(one),
+		"CSRs":                           csrs(many),
+		"CSRs of one certificate":        csrs(one),
+		"deployments":                    deployments(many, many),
+		"deployments of one certificate": deployments(one, many),
+		"deployments to one target":      deployments(many, one),
+		"deployments of one, to one":     deployments(one, one),
 	} {
 		t.Run(name, func(t *testing.T) {
 			fewBytes, fewAsked := costOfEvents(t, jobs(few))

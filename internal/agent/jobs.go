@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"container/heap"
 	"context"
 	"time"
 
@@ -12,19 +13,37 @@ import (
 )
 
 // jobTable is what the loop has in hand of deployments: those that wait or run.
+//
+// There may be thousands of them, so an event looks at those whose turn it may
+// be: a job that needs what another one has stands in line for that.
 type jobTable struct {
 	slots      chan struct{} // one element for each deployment that runs and waits for no other
 	unfinished []api.Job
-	waiting    []*waitingJob
-	running    map[api.ID]api.Job // begun, by job id
-	targets    map[api.ID]bool    // target ids a running deployment is for
-	certs      map[api.ID]api.ID  // certificates that are a running job's alone; its id
-	timer      *time.Timer        // the earliest retry of a waiting job
+	waiting    int            // jobs that have not begun
+	running    int            // jobs that have
+	ready      []*waitingJob  // what they need was free when they came here
+	lines      map[need]*line // of what a job has, or others stand in line for
+	later      dueQueue       // jobs that could not begin
+	timer      *time.Timer    // the earliest of those
+}
+
+// need is something that one job at a time has.
+type need struct {
+	kind string
+	id   api.ID
+}
+
+// line is who has what is needed, and who waits for it. Where nobody has it, the
+// first that waited is ready.
+type line struct {
+	by   *waitingJob // nil: nobody
+	jobs []*waitingJob
 }
 
 // waitingJob is a deployment that has not begun: no slot, its target or its
 // certificate busy, or a try could not begin.
 type waitingJob struct {
+	timed
 	job   api.Job
 	since time.Time // when it was claimed or resumed
 
@@ -33,22 +52,96 @@ type waitingJob struct {
 	runningUnanswered bool
 
 	pacer    *pace.Pacer
-	due      time.Time
 	patience pace.Patience // with its fetch; a running deployment owns it
 }
 
 func newJobTable(slots int) jobTable {
 	return jobTable{
-		slots:   make(chan struct{}, slots),
-		running: make(map[api.ID]api.Job),
-		targets: make(map[api.ID]bool),
-		certs:   make(map[api.ID]api.ID),
-		timer:   stoppedTimer(),
+		slots: make(chan struct{}, slots),
+		lines: make(map[need]*line),
+		timer: stoppedTimer(),
 	}
 }
 
 func (t *jobTable) add(job api.Job, runningUnanswered bool) {
-	t.waiting = append(t.waiting, &waitingJob{job: job, since: time.Now(), runningUnanswered: runningUnanswered})
+	t.waiting++
+	t.enter(&waitingJob{job: job, since: time.Now(), runningUnanswered: runningUnanswered})
+}
+
+// needs lists what a job has while it runs.
+func (w *waitingJob) needs() []need {
+	all := []need{{"job", w.job.ID}, w.certificate()}
+	if w.job.TargetID != "" {
+		all = append(all, need{"target", w.job.TargetID})
+	}
+	return all
+}
+
+// certificate is a running job's alone until it is shared.
+func (w *waitingJob) certificate() need { return need{"certificate", w.job.CertificateID} }
+
+// enter has a job wait for its turn, behind those that need the same.
+func (t *jobTable) enter(w *waitingJob) {
+	for _, n := range w.needs() {
+		if l := t.lines[n]; l != nil && l.by != w {
+			l.jobs = append(l.jobs, w)
+			return
+		}
+	}
+	t.ready = append(t.ready, w)
+}
+
+// busy is the line of something that a job needs and another has, or nil.
+func (t *jobTable) busy(w *waitingJob) *line {
+	for _, n := range w.needs() {
+		if l := t.lines[n]; l != nil && l.by != nil && l.by != w {
+			return l
+		}
+	}
+	return nil
+}
+
+// begin gives a job what it needs.
+func (t *jobTable) begin(w *waitingJob) {
+	for _, n := range w.needs() {
+		if t.lines[n] == nil {
+			t.lines[n] = new(line)
+		}
+		t.lines[n].by = w
+	}
+	t.waiting--
+	t.running++
+}
+
+// release takes from a job what it has, or had.
+func (t *jobTable) release(w *waitingJob, needs ...need) {
+	for _, n := range needs {
+		if l := t.lines[n]; l != nil && l.by == w {
+			l.by = nil
+			t.wake(n)
+		}
+	}
+}
+
+// wake makes ready the first in the line of what nobody has. One that needs
+// something else, too, waits for that, and lets the next go first.
+func (t *jobTable) wake(n need) {
+	l := t.lines[n]
+	for l != nil && l.by == nil {
+		if len(l.jobs) == 0 {
+			delete(t.lines, n)
+			return
+		}
+		w := l.jobs[0]
+		l.jobs[0] = nil
+		l.jobs = l.jobs[1:]
+		other := t.busy(w)
+		if other == nil {
+			t.ready = append(t.ready, w)
+			return
+		}
+		other.jobs = append(other.jobs, w)
+	}
 }
 
 // claimed is what a poll brought, recorded.
@@ -143,38 +236,40 @@ func (a *Agent) take(c claimed, begun time.Time) {
 
 // startJobs fills the free slots.
 func (a *Agent) startJobs() {
+	t := &a.jobs
 	if a.stopping {
 		return
 	}
 	now := time.Now()
-	var later []*waitingJob
-	for i, w := range a.jobs.waiting {
-		if len(a.jobs.slots) == cap(a.jobs.slots) || len(a.jobs.running) >= cap(a.jobs.slots)+maxYielding {
-			later = append(later, a.jobs.waiting[i:]...)
-			break
+	for len(t.later) > 0 && !t.later[0].when().due.After(now) {
+		t.enter(heap.Pop(&t.later).(*waitingJob))
+	}
+	for len(t.ready) > 0 && t.running < cap(t.slots)+maxYielding {
+		select {
+		case t.slots <- struct{}{}:
+		default:
+			return // the one that becomes free starts them
 		}
+		w := t.ready[0]
+		t.ready[0] = nil
+		t.ready = t.ready[1:]
+		waited := w.needs()
 		if newer, ok := a.opts.Ledger.Job(w.job.ID); ok {
 			w.job = newer // handed out again while it waited
 		}
-		if w.due.After(now) || a.jobs.busy(w.job) || !a.startDeployment(w) {
-			later = append(later, w)
+		if l := t.busy(w); l != nil {
+			l.jobs = append(l.jobs, w)
+			<-t.slots
+		} else {
+			t.begin(w)
+			a.startDeployment(w)
+		}
+		for _, n := range waited {
+			t.wake(n) // what it has not taken is the next one's
 		}
 	}
-	a.jobs.waiting = later
-	a.setJobTimer(now)
-}
-
-// busy reports whether a job's target or certificate is another's, or its id.
-func (t *jobTable) busy(job api.Job) bool {
-	_, running := t.running[job.ID]
-	_, taken := t.certs[job.CertificateID]
-	return running || taken || job.TargetID != "" && t.targets[job.TargetID]
-}
-
-// free lets other jobs of a certificate begin.
-func (t *jobTable) free(job api.Job) {
-	if t.certs[job.CertificateID] == job.ID {
-		delete(t.certs, job.CertificateID)
+	if len(t.later) > 0 {
+		t.timer.Reset(t.later[0].when().due.Sub(now))
 	}
 }
 
@@ -182,7 +277,7 @@ func (t *jobTable) free(job api.Job) {
 // job's goroutine, and when that has ended to the loop.
 type turn struct {
 	*Agent
-	job    api.Job
+	w      *waitingJob
 	slot   bool // held
 	shared bool
 }
@@ -194,7 +289,7 @@ func (t *turn) share() {
 	}
 	t.shared = true
 	t.events <- func() {
-		t.jobs.free(t.job)
+		t.jobs.release(t.w, t.w.certificate())
 		t.startJobs()
 	}
 }
@@ -223,46 +318,20 @@ func (t *turn) leave() {
 	}
 }
 
-// setJobTimer wakes the loop for the earliest retry. Jobs that wait for a slot
-// or a target are started when one becomes free.
-func (a *Agent) setJobTimer(now time.Time) {
-	var earliest time.Time
-	for _, w := range a.jobs.waiting {
-		if w.due.After(now) && (earliest.IsZero() || w.due.Before(earliest)) {
-			earliest = w.due
-		}
-	}
-	if !earliest.IsZero() {
-		a.jobs.timer.Reset(earliest.Sub(now))
-	}
-}
-
-// startDeployment reports false when there is no slot.
-func (a *Agent) startDeployment(w *waitingJob) bool {
-	select {
-	case a.jobs.slots <- struct{}{}:
-	default:
-		return false
-	}
-	job := w.job
-	a.jobs.running[job.ID] = job
-	a.jobs.certs[job.CertificateID] = job.ID
-	if job.TargetID != "" {
-		a.jobs.targets[job.TargetID] = true
-	}
-	t := &turn{Agent: a, job: job, slot: true}
+// startDeployment starts a job that has a slot and what it needs.
+func (a *Agent) startDeployment(w *waitingJob) {
+	t := &turn{Agent: a, w: w, slot: true}
 	a.spawn(func() func() {
 		outcome, err := a.deploy(t, w.since, w.runningUnanswered, &w.patience)
 		return func() { a.deployed(w, t, outcome, err) }
 	}, func(err error) {
 		a.deployed(w, t, deploy.Outcome{Status: api.StatusFailed, Error: err.Error()}, nil)
 	})
-	return true
 }
 
 // deploy carries out one deployment and makes its outcome durable.
 func (a *Agent) deploy(t *turn, since time.Time, runningUnanswered bool, patience *pace.Patience) (deploy.Outcome, error) {
-	job := t.job
+	job := t.w.job
 	if err := a.opts.Ledger.Start(job.ID); err != nil {
 		a.log.Warn("the ledger could not note that a job has begun", "job", job.ID, "error", err)
 	}
@@ -333,9 +402,8 @@ func entryOf(job api.Job, o deploy.Outcome) installed.Entry {
 func (a *Agent) deployed(w *waitingJob, t *turn, o deploy.Outcome, err error) {
 	job := w.job
 	t.leave()
-	a.jobs.free(job)
-	delete(a.jobs.running, job.ID)
-	delete(a.jobs.targets, job.TargetID)
+	a.jobs.running--
+	a.jobs.release(w, w.needs()...)
 	switch {
 	case err != nil && a.stopping:
 		a.log.Info("deployment left for the next start", "job", job.ID, "target", job.TargetID, "error", err)
@@ -346,7 +414,8 @@ func (a *Agent) deployed(w *waitingJob, t *turn, o deploy.Outcome, err error) {
 		wait := w.pacer.Next(pace.After(err))
 		w.due = time.Now().Add(wait)
 		w.runningUnanswered = w.runningUnanswered || o.RunningUnanswered
-		a.jobs.waiting = append(a.jobs.waiting, w)
+		a.jobs.waiting++
+		heap.Push(&a.jobs.later, w)
 		a.log.Warn("deployment not begun: it is tried again", "job", job.ID, "target", job.TargetID, "error", err, "next_try_in", wait.Round(time.Millisecond).String())
 		a.repairLater()
 	case o.Status == api.StatusCompleted:

@@ -39,8 +39,8 @@ func (a *Agent) snapshot() status.Snapshot {
 		s.Activities[status.Discovery] = a.scan.stats
 	}
 	s.Jobs = status.Jobs{
-		Running:     len(a.jobs.running),
-		Waiting:     len(a.jobs.waiting) + len(a.jobs.unfinished),
+		Running:     a.jobs.running,
+		Waiting:     a.jobs.waiting + len(a.jobs.unfinished),
 		CSRs:        len(a.csrs.inHand),
 		Undelivered: len(a.delivery.jobs),
 	}
@@ -81,7 +81,7 @@ func (a *Agent) tellServiceManager() {
 		line = "started; no heartbeat has been answered yet"
 	default:
 		line = fmt.Sprintf("in contact; %d deployments running, %d waiting, %d reports to deliver",
-			len(a.jobs.running), len(a.jobs.waiting), len(a.delivery.jobs))
+			a.jobs.running, a.jobs.waiting, len(a.delivery.jobs))
 	}
 	if line != a.lastStatus && a.opts.Notify.Status(line) {
 		a.lastStatus = line
