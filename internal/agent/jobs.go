@@ -3,6 +3,7 @@ package agent
 import (
 	"container/heap"
 	"context"
+	"errors"
 	"time"
 
 	"certctl-agent/internal/api"
@@ -10,6 +11,7 @@ import (
 	"certctl-agent/internal/installed"
 	"certctl-agent/internal/ledger"
 	"certctl-agent/internal/pace"
+	"certctl-agent/internal/transaction"
 )
 
 // jobTable is what the loop has in hand of deployments: those that wait or run.
@@ -21,6 +23,7 @@ type jobTable struct {
 	unfinished []api.Job
 	waiting    int            // jobs that have not begun
 	running    int            // jobs that have
+	yielding   int            // what those hold that gave their slot away, in bytes
 	ready      []*waitingJob  // what they need was free when they came here
 	lines      map[need]*line // of what a job has, or others stand in line for
 	later      dueQueue       // jobs that could not begin
@@ -29,8 +32,7 @@ type jobTable struct {
 
 // need is something that one job at a time has.
 type need struct {
-	kind string
-	id   api.ID
+	kind, id string
 }
 
 // line is who has what is needed, and who waits for it. Where nobody has it, the
@@ -51,6 +53,10 @@ type waitingJob struct {
 	// runs, and got no answer.
 	runningUnanswered bool
 
+	// place is what another deployment has had for long when this one was last
+	// tried. One of those that need it tries again; the others wait for that.
+	place string
+
 	pacer    *pace.Pacer
 	patience pace.Patience // with its fetch; a running deployment owns it
 }
@@ -70,15 +76,18 @@ func (t *jobTable) add(job api.Job, runningUnanswered bool) {
 
 // needs lists what a job has while it runs.
 func (w *waitingJob) needs() []need {
-	all := []need{{"job", w.job.ID}, w.certificate()}
+	all := []need{{"job", string(w.job.ID)}, w.certificate()}
 	if w.job.TargetID != "" {
-		all = append(all, need{"target", w.job.TargetID})
+		all = append(all, need{"target", string(w.job.TargetID)})
+	}
+	if w.place != "" {
+		all = append(all, need{"place", w.place})
 	}
 	return all
 }
 
 // certificate is a running job's alone until it is shared.
-func (w *waitingJob) certificate() need { return need{"certificate", w.job.CertificateID} }
+func (w *waitingJob) certificate() need { return need{"certificate", string(w.job.CertificateID)} }
 
 // enter has a job wait for its turn, behind those that need the same.
 func (t *jobTable) enter(w *waitingJob) {
@@ -123,6 +132,21 @@ func (t *jobTable) release(w *waitingJob, needs ...need) {
 	}
 }
 
+// end takes from a job what it has: all but the place that keeps others waiting
+// still, so that it is the one of them that tries again.
+func (t *jobTable) end(w *waitingJob, err error) {
+	had, place := w.needs(), w.place
+	w.place = ""
+	if busy, ok := errors.AsType[*transaction.BusyError](err); ok {
+		w.place = busy.Place
+	}
+	for _, n := range had {
+		if n.kind != "place" || w.place != place {
+			t.release(w, n)
+		}
+	}
+}
+
 // wake makes ready the first in the line of what nobody has. One that needs
 // something else, too, waits for that, and lets the next go first.
 func (t *jobTable) wake(n need) {
@@ -153,9 +177,10 @@ type claimed struct {
 	again       map[api.ID]bool // deployments of which an earlier claim has something to report
 }
 
-// maxYielding bounds the deployments that have begun and given their slot away to
-// wait for a directory: each holds its certificate and its plan in memory.
-const maxYielding = 64
+// maxYielding bounds what deployments hold that have given their slot away to
+// wait for a directory, in bytes: while it is more, none begins. A place that
+// stays taken holds them up for as long as transaction lets them wait for it.
+const maxYielding = 5 << 20
 
 // maxNameless bounds the lines that one poll's jobs without a usable id have in
 // the log: a control plane that is broken sends them with every poll.
@@ -244,7 +269,7 @@ func (a *Agent) startJobs() {
 	for len(t.later) > 0 && !t.later[0].when().due.After(now) {
 		t.enter(heap.Pop(&t.later).(*waitingJob))
 	}
-	for len(t.ready) > 0 && t.running < cap(t.slots)+maxYielding {
+	for len(t.ready) > 0 && t.yielding < maxYielding {
 		select {
 		case t.slots <- struct{}{}:
 		default:
@@ -296,9 +321,10 @@ func (t *turn) share() {
 
 // yield gives the slot away while the job waits for another. It is had again
 // before the loop can give it to a job that has not begun.
-func (t *turn) yield(wait func(context.Context) error) error {
+func (t *turn) yield(size int, wait func(context.Context) error) error {
 	t.leave()
-	t.events <- t.startJobs
+	t.events <- func() { t.holding(size) }
+	defer func() { t.events <- func() { t.holding(-size) } }()
 	if err := wait(t.calls); err != nil {
 		return err
 	}
@@ -309,6 +335,11 @@ func (t *turn) yield(wait func(context.Context) error) error {
 	case <-t.calls.Done():
 		return context.Cause(t.calls)
 	}
+}
+
+func (t *turn) holding(more int) {
+	t.jobs.yielding += more
+	t.startJobs()
 }
 
 func (t *turn) leave() {
@@ -403,21 +434,21 @@ func (a *Agent) deployed(w *waitingJob, t *turn, o deploy.Outcome, err error) {
 	job := w.job
 	t.leave()
 	a.jobs.running--
-	a.jobs.release(w, w.needs()...)
+	a.jobs.end(w, err)
 	switch {
 	case err != nil && a.stopping:
 		a.log.Info("deployment left for the next start", "job", job.ID, "target", job.TargetID, "error", err)
 	case err != nil:
+		w.runningUnanswered = w.runningUnanswered || o.RunningUnanswered
+		a.jobs.waiting++
+		a.repairLater()
 		if w.pacer == nil {
 			w.pacer = pace.NewYielding(a.opts.PollInterval, a.opts.Rand)
 		}
 		wait := w.pacer.Next(pace.After(err))
 		w.due = time.Now().Add(wait)
-		w.runningUnanswered = w.runningUnanswered || o.RunningUnanswered
-		a.jobs.waiting++
 		heap.Push(&a.jobs.later, w)
 		a.log.Warn("deployment not begun: it is tried again", "job", job.ID, "target", job.TargetID, "error", err, "next_try_in", wait.Round(time.Millisecond).String())
-		a.repairLater()
 	case o.Status == api.StatusCompleted:
 		a.counters.Job(job.TargetType, o.Status, o.Duration)
 		a.log.Info("deployment completed", "job", job.ID, "certificate", job.CertificateID, "target", job.TargetID,

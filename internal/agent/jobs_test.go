@@ -2,6 +2,7 @@ package agent_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"net/http"
@@ -15,6 +16,7 @@ import (
 	"certctl-agent/internal/deploy"
 	"certctl-agent/internal/enroll"
 	"certctl-agent/internal/ledger"
+	"certctl-agent/internal/transaction"
 )
 
 func TestCSRIsNotStartedTwice(t *testing.T) {
@@ -400,7 +402,7 @@ func (w *world) waitFor(waits map[string]time.Duration) {
 	w.turn = func(work context.Context, job api.Job, turn deploy.Turn) (deploy.Outcome, error) {
 		turn.Share()
 		if wait, ok := waits[string(job.ID)]; ok {
-			if err := turn.Yield(func(ctx context.Context) error { return sleep(ctx, wait) }); err != nil {
+			if err := turn.Yield(1, func(ctx context.Context) error { return sleep(ctx, wait) }); err != nil {
 				return deploy.Outcome{}, err
 			}
 		}
@@ -768,6 +770,58 @@ func TestEventsDoNotWalkAllReports(t *testing.T) {
 		}
 		if got := counted.walks.Load(); got != 1 {
 			t.Errorf("%d walks over all reports, want the one of the start", got)
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
+// TestHungDirectoryHoldsUpWhatNeedsItOnly: hundreds of jobs need a directory that
+// another program has locked. One of them keeps trying, and when it has got it all
+// are carried out, each with one more try.
+func TestHungDirectoryHoldsUpWhatNeedsItOnly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		const hung = 300
+		var jobs []api.Job
+		for i := range hung + 10 {
+			job := deployment(fmt.Sprintf("j%d", i), fmt.Sprintf("t%d", i))
+			job.CertificateID = api.ID(fmt.Sprint("cert-", i))
+			jobs = append(jobs, job)
+		}
+		w.work = once(1, jobs...)
+		began := time.Now()
+		var free atomic.Bool
+		w.turn = func(work context.Context, job api.Job, turn deploy.Turn) (deploy.Outcome, error) {
+			var n int
+			fmt.Sscanf(string(job.ID), "j%d", &n)
+			if n < hung && !free.Load() {
+				// As the engine does: nobody waits for what one has had for 15 s.
+				err := turn.Yield(64<<10, func(ctx context.Context) error { return sleep(ctx, 15*time.Second-time.Since(began)) })
+				return deploy.Outcome{}, errors.Join(err, &transaction.BusyError{Place: "directory 1:2", Err: errTest})
+			}
+			if err := sleep(work, time.Second); err != nil {
+				return deploy.Outcome{}, err
+			}
+			w.note(time.Now(), "ran", string(job.ID))
+			return deploy.Outcome{Status: api.StatusCompleted}, nil
+		}
+		w.start()
+		time.Sleep(30 * time.Second)
+		if got := w.count("ran"); got != 10 {
+			t.Errorf("%d ran that do not need the directory, want 10", got)
+		}
+		time.Sleep(time.Hour)
+		if got := w.count("deploy"); got < hung+20 || got > hung+50 {
+			t.Errorf("%d tries of %d jobs in an hour: want one for each, and of one some more", got, hung+10)
+		}
+		before := w.count("deploy")
+		free.Store(true)
+		time.Sleep(6*time.Minute + hung*time.Second)
+		synctest.Wait()
+		if got := w.count("ran"); got != hung+10 || w.count("deploy") != before+hung {
+			t.Errorf("%d ran of %d, with %d tries more", got, hung+10, w.count("deploy")-before)
 		}
 		if err := w.stop(); err != nil {
 			t.Errorf("Run: %v", err)

@@ -106,7 +106,9 @@ type Turn struct {
 	// take the promotion back. It may be called more than once.
 	Share func()
 
-	Yield transaction.Yield // called to wait for others, before anything is touched
+	// Yield is called to wait for others, before anything is touched; see
+	// transaction.Yield. Size is what the job holds in memory meanwhile, in bytes.
+	Yield func(size int, wait func(context.Context) error) error
 }
 
 // New returns a Deployer.
@@ -137,7 +139,7 @@ func (d *Deployer) Deploy(calls, work context.Context, job api.Job, turn Turn) (
 		turn.Share = func() {}
 	}
 	if turn.Yield == nil {
-		turn.Yield = func(wait func(context.Context) error) error { return wait(calls) }
+		turn.Yield = func(_ int, wait func(context.Context) error) error { return wait(calls) }
 	}
 	log := d.o.Log.With("job", job.ID, "certificate", job.CertificateID, "target", job.TargetID)
 	a := &attempt{Deployer: d, job: job, turn: turn, log: log}
@@ -166,7 +168,17 @@ type attempt struct {
 	config    *targetconf.Config
 	connector connector.Connector // nil: nothing to install
 	serves    *tlsprobe.Endpoint  // where what was installed can be seen; nil: nowhere
+	size      int                 // of the certificate in memory, in bytes, roughly
 	outcome   Outcome
+}
+
+// ownSize is the memory that a deployment takes whatever its certificate:
+// stacks, what it knows of the server, directories that it has open.
+const ownSize = 64 << 10
+
+// yield waits for others.
+func (a *attempt) yield(wait func(context.Context) error) error {
+	return a.turn.Yield(ownSize+a.size, wait)
 }
 
 // run is Deploy in its order. Nothing is touched before install.
@@ -259,7 +271,7 @@ func (a *attempt) install(ctx context.Context, m *connector.Material, key keysto
 		Verify:     common.Verifier(m.Leaf),
 		Backups:    common.Retention,
 		ReplaceAny: common.ReplaceAny,
-		Yield:      a.turn.Yield,
+		Yield:      a.yield,
 	})
 	for _, warning := range result.Warnings {
 		a.warn(warning)

@@ -409,7 +409,7 @@ func TestNotYetValid(t *testing.T) {
 		// Others have its place meanwhile.
 		w.renew("cert-1", testca.Template{NotBefore: time.Now().Add(time.Minute)})
 		var waited time.Duration
-		yield := func(wait func(context.Context) error) error {
+		yield := func(_ int, wait func(context.Context) error) error {
 			began := time.Now()
 			err := wait(t.Context())
 			waited = time.Since(began)

@@ -66,6 +66,7 @@ func (a *attempt) fetch(ctx context.Context) (*connector.Material, error) {
 		}
 		return nil, err
 	}
+	a.size = 4 * len(data) // as text, parsed, and in the files of the plan
 	certs, err := pemutil.ParseCertificates(data)
 	if err != nil {
 		return nil, fmt.Errorf("certificate %s as the control plane sent it: %w", id, err)
@@ -133,7 +134,7 @@ func (a *attempt) checkValidity(leaf *x509.Certificate) error {
 	if err != nil || wait <= 0 {
 		return err
 	}
-	err = a.turn.Yield(func(ctx context.Context) error {
+	err = a.yield(func(ctx context.Context) error {
 		select {
 		case <-time.After(wait):
 			return nil

@@ -6,6 +6,7 @@ package namelock
 import (
 	"context"
 	"sync"
+	"time"
 )
 
 // Table hands out the locks. The zero value is ready. It remembers only names
@@ -17,6 +18,7 @@ type Table struct {
 
 type lock struct {
 	token chan struct{} // holds the one token while the lock is free
+	taken time.Time     // when it was last taken
 	users int           // holders and waiters
 }
 
@@ -26,7 +28,7 @@ func (t *Table) Acquire(ctx context.Context, name string) (release func(), err e
 	l := t.join(name)
 	select {
 	case <-l.token:
-		return t.release(name, l), nil
+		return t.took(name, l), nil
 	case <-ctx.Done():
 		t.leave(name, l)
 		return nil, context.Cause(ctx)
@@ -38,14 +40,28 @@ func (t *Table) Try(name string) (release func(), ok bool) {
 	l := t.join(name)
 	select {
 	case <-l.token:
-		return t.release(name, l), true
+		return t.took(name, l), true
 	default:
 		t.leave(name, l)
 		return nil, false
 	}
 }
 
-func (t *Table) release(name string, l *lock) func() {
+// Held is for how long the present holder has had the lock of name, 0 if nobody
+// has it or waits for it.
+func (t *Table) Held(name string) time.Duration {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if l := t.locks[name]; l != nil {
+		return time.Since(l.taken)
+	}
+	return 0
+}
+
+func (t *Table) took(name string, l *lock) (release func()) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	l.taken = time.Now()
 	return sync.OnceFunc(func() {
 		l.token <- struct{}{}
 		t.leave(name, l)

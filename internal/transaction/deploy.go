@@ -46,7 +46,7 @@ type attempt struct {
 func (e *Engine) Deploy(ctx context.Context, d Deployment) (Result, error) {
 	release, err := acquire(ctx, &e.targets, string(d.Target), d.Yield)
 	if err != nil {
-		return Result{}, &BusyError{Err: fmt.Errorf("wait for another deployment of target %s: %w", d.Target, err)}
+		return Result{}, &BusyError{Place: "target " + string(d.Target), Err: fmt.Errorf("wait for another deployment of target %s: %w", d.Target, err)}
 	}
 	defer release()
 	for try := 1; ; try++ {

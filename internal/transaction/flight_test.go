@@ -290,12 +290,21 @@ func TestYield(t *testing.T) {
 		check(t, err)
 		began := time.Now()
 		_, err = s.deploy(t.Context(), tx)
-		if _, busy := errors.AsType[*BusyError](err); !busy || yields != 1 || time.Since(began) != lockWait {
+		if _, busy := errors.AsType[*BusyError](err); !busy || yields != 1 || time.Since(began) != stuckAfter {
 			t.Errorf("got %v after %v, gave its place away %d times", err, time.Since(began), yields)
 		}
-		time.AfterFunc(time.Minute, unlock)
 		began = time.Now()
-		if _, err := s.deploy(t.Context(), tx); err != nil || yields != 2 || time.Since(began) != time.Minute {
+		if _, err := s.deploy(t.Context(), tx); err == nil || yields != 2 || time.Since(began) != 0 {
+			t.Errorf("the second: got %v after %v, gave its place away %d times", err, time.Since(began), yields)
+		}
+		unlock()
+		if unlock, err = s.lock(t.Context(), []*dir{d}, nil); err != nil {
+			t.Fatal(err)
+		}
+		yields--
+		time.AfterFunc(stuckAfter/2, unlock)
+		began = time.Now()
+		if _, err := s.deploy(t.Context(), tx); err != nil || yields != 2 || time.Since(began) != stuckAfter/2 {
 			t.Errorf("got %v after %v, gave its place away %d times", err, time.Since(began), yields)
 		}
 

@@ -21,6 +21,10 @@ const (
 	// take several minutes, with two commands and a verification to wait for.
 	lockWait = 10 * time.Minute
 
+	// stuckAfter is for how long one transaction may keep others waiting that
+	// can come back: most are over within seconds.
+	stuckAfter = 15 * time.Second
+
 	// lockPause is between the first two tries, and doubles up to
 	// maxLockPause.
 	lockPause    = 50 * time.Millisecond
@@ -49,17 +53,25 @@ func waitFor(ctx context.Context, yield Yield, wait func(context.Context) error)
 }
 
 // acquire takes a lock of this process. Many can be in its line, so none of them
-// fails; but a dead file system can keep the first.
+// fails while that moves; but a dead file system can keep the first.
 func acquire(ctx context.Context, locks *namelock.Table, name string, yield Yield) (release func(), err error) {
 	release, ok := locks.Try(name)
 	if ok {
 		return release, nil
 	}
+	most := lockWait
+	if yield != nil {
+		most = stuckAfter
+	}
 	err = waitFor(ctx, yield, func(ctx context.Context) (err error) {
-		ctx, cancel := context.WithTimeoutCause(ctx, lockWait, fmt.Errorf("not free within %s", lockWait))
-		defer cancel()
-		release, err = locks.Acquire(ctx, name)
-		return err
+		for {
+			within, cancel := context.WithTimeoutCause(ctx, most-locks.Held(name), fmt.Errorf("it has had it for %s", most))
+			release, err = locks.Acquire(within, name)
+			cancel()
+			if err == nil || ctx.Err() != nil || locks.Held(name) >= most {
+				return err
+			}
+		}
 	})
 	if err != nil && release != nil {
 		release()
@@ -107,7 +119,7 @@ func (h *hold) take(ctx context.Context, d *dir) error {
 	name := fmt.Sprintf("%d:%d", stat.Dev, stat.Ino)
 	release, err := acquire(ctx, &h.dirs, name, h.yield)
 	if err != nil {
-		return &BusyError{Err: fmt.Errorf("another deployment of this agent holds it: %w", err)}
+		return &BusyError{Place: "directory " + name, Err: fmt.Errorf("another deployment of this agent holds it: %w", err)}
 	}
 	h.locks = append(h.locks, release)
 	f, err := d.Open(".")

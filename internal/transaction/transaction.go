@@ -113,7 +113,12 @@ type Result struct {
 
 // BusyError means that a deployment did not begin because others have not
 // ended. Nothing was touched, and another try may succeed.
-type BusyError struct{ Err error }
+type BusyError struct {
+	// Place names what one of them has had for long. Who tries again for it had
+	// better not come with all that wait for it. Empty: nothing of that kind.
+	Place string
+	Err   error
+}
 
 func (e *BusyError) Error() string { return e.Err.Error() }
 
