@@ -27,7 +27,8 @@ type jobTable struct {
 	ready      []*waitingJob  // what they need was free when they came here
 	lines      map[need]*line // of what a job has, or others stand in line for
 	later      dueQueue       // jobs that could not begin
-	timer      *time.Timer    // the earliest of those
+	timer      *time.Timer    // the earliest of those, or due
+	due        time.Time      // none begins before: the control plane has asked for that
 }
 
 // need is something that one job at a time has.
@@ -269,7 +270,7 @@ func (a *Agent) startJobs() {
 	for len(t.later) > 0 && !t.later[0].when().due.After(now) {
 		t.enter(heap.Pop(&t.later).(*waitingJob))
 	}
-	for len(t.ready) > 0 && t.yielding < maxYielding {
+	for len(t.ready) > 0 && t.yielding < maxYielding && !t.due.After(now) {
 		select {
 		case t.slots <- struct{}{}:
 		default:
@@ -293,7 +294,10 @@ func (a *Agent) startJobs() {
 			t.wake(n) // what it has not taken is the next one's
 		}
 	}
-	if len(t.later) > 0 {
+	switch {
+	case len(t.ready) > 0 && t.due.After(now):
+		t.timer.Reset(t.due.Sub(now)) // the others have to wait for that, too
+	case len(t.later) > 0:
 		t.timer.Reset(t.later[0].when().due.Sub(now))
 	}
 }
@@ -447,6 +451,9 @@ func (a *Agent) deployed(w *waitingJob, t *turn, o deploy.Outcome, err error) {
 		}
 		wait := w.pacer.Next(pace.After(err))
 		w.due = time.Now().Add(wait)
+		if api.RateLimited(err) && api.RetryAfter(err) > 0 && w.due.After(a.jobs.due) {
+			a.jobs.due = w.due // a fetch is what each begins with
+		}
 		heap.Push(&a.jobs.later, w)
 		a.log.Warn("deployment not begun: it is tried again", "job", job.ID, "target", job.TargetID, "error", err, "next_try_in", wait.Round(time.Millisecond).String())
 	case o.Status == api.StatusCompleted:

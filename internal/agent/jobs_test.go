@@ -828,3 +828,41 @@ func TestHungDirectoryHoldsUpWhatNeedsItOnly(t *testing.T) {
 		}
 	})
 }
+
+// TestLongRetryAfter: when a fetch is answered 429 with a long Retry-After, no
+// other is tried before that is over, and then all are carried out.
+func TestLongRetryAfter(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		var jobs []api.Job
+		for i := range 50 {
+			job := deployment(fmt.Sprint("j", i), fmt.Sprint("t", i))
+			job.CertificateID = api.ID(fmt.Sprint("cert-", i))
+			jobs = append(jobs, job)
+		}
+		w.work = once(1, jobs...)
+		began := time.Now()
+		w.deploy = func(_, work context.Context, _ api.Job) (deploy.Outcome, error) {
+			if err := sleep(work, time.Second); err != nil {
+				return deploy.Outcome{}, err
+			}
+			if left := 15*time.Minute - time.Since(began); left > 0 {
+				return deploy.Outcome{}, &api.StatusError{Call: "certificate", Status: 429, RetryAfter: left}
+			}
+			return deploy.Outcome{Status: api.StatusCompleted}, nil
+		}
+		w.start()
+		time.Sleep(15 * time.Minute)
+		if got := w.count("deploy"); got != w.options.MaxDeploys {
+			t.Errorf("%d tries within Retry-After, want %d", got, w.options.MaxDeploys)
+		}
+		time.Sleep(2 * time.Minute)
+		synctest.Wait()
+		if got := w.done("report"); strings.Count(got, "Completed") != 50 || strings.Contains(got, "Failed") {
+			t.Errorf("reports: %s", got)
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}

@@ -104,3 +104,16 @@ func TestTurnsThatDoNotCome(t *testing.T) {
 		}
 	})
 }
+
+// TestLongRetryAfterIsTheCallers: a call does not keep what its caller holds for
+// a quarter of an hour.
+func TestLongRetryAfterIsTheCallers(t *testing.T) {
+	budgeted(t, func(t *testing.T, p *devplane.Plane, c *controlplane.Client, b *budget.Budget) {
+		p.Inject(devplane.Fault{Call: devplane.CallWork, Times: 1, Status: http.StatusTooManyRequests, RetryAfter: "900"})
+		begun := time.Now()
+		_, err := c.Work(t.Context())
+		if !api.RateLimited(err) || api.RetryAfter(err) != 15*time.Minute || time.Since(begun) > time.Second {
+			t.Errorf("got %v after %v, want the 429 at once", err, time.Since(begun))
+		}
+	})
+}

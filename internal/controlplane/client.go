@@ -31,6 +31,10 @@ const timeout = 30 * time.Second
 // a time.
 const maxWait = 10 * time.Minute
 
+// longest is the Retry-After up to which a call waits here to be sent again. Its
+// caller has better things to do with what it holds than to wait for longer.
+const longest = time.Minute
+
 // Bounds of an answer. Longer ones are api.ErrTooLarge.
 const (
 	// maxWork holds api.MaxJobs jobs of the usual size.
@@ -239,7 +243,7 @@ func (c *Client) do(ctx context.Context, call call, answer any) error {
 			return nil
 		case !api.RateLimited(err):
 			return err
-		case !c.opts.Budget.Limited(turn, api.RetryAfter(err)) || call.once:
+		case !c.opts.Budget.Limited(turn, api.RetryAfter(err)) || call.once || api.RetryAfter(err) > longest:
 			return err
 		}
 	}
