@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/deploy"
 )
 
 // TestPollFollowsCSRs: the deployments that accepted CSRs make do not wait for
@@ -157,4 +158,56 @@ func TestLimitedCallsAreCounted(t *testing.T) {
 			t.Errorf("Run: %v", err)
 		}
 	})
+}
+
+// TestOneRenewal: from the poll that shows the job to the report that it is
+// deployed it takes what the control plane and the server take, and the moment
+// after which the next poll comes. Wherever the job meets the rhythm of polls, it
+// has waited for one interval at most before.
+func TestOneRenewal(t *testing.T) {
+	for _, after := range []time.Duration{0, time.Second, 14 * time.Second, 29 * time.Second} {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(t)
+			var signed time.Time
+			handedOut := false
+			exists := time.Now().Add(10*time.Minute + after)
+			w.work = func(context.Context, int) (api.Work, error) {
+				w.mu.Lock()
+				defer w.mu.Unlock()
+				switch now := time.Now(); {
+				case handedOut || now.Before(exists):
+				case signed.IsZero():
+					return api.Work{Jobs: []api.Job{csrJob("csr")}}, nil
+				case now.Sub(signed) > 300*time.Millisecond:
+					handedOut = true
+					return api.Work{Jobs: []api.Job{deployment("deploy", "t")}}, nil
+				}
+				return api.Work{}, nil
+			}
+			w.enroll = func(ctx context.Context, _ api.Job) error {
+				err := sleep(ctx, 300*time.Millisecond)
+				w.mu.Lock()
+				defer w.mu.Unlock()
+				signed = time.Now()
+				return err
+			}
+			w.deploy = func(_, work context.Context, _ api.Job) (deploy.Outcome, error) {
+				return deploy.Outcome{Status: api.StatusCompleted}, sleep(work, 300*time.Millisecond)
+			}
+			w.start()
+			time.Sleep(12 * time.Minute)
+			shown, done := w.times("enroll"), w.times("report")
+			if len(shown) != 1 || len(done) != 1 {
+				t.Fatalf("CSRs at %v, reports at %v, want one of each", shown, done)
+			}
+			waited, took := shown[0]-(10*time.Minute+after), done[0]-shown[0]
+			t.Logf("waited %v for a poll, then %v to the report", waited, took)
+			if waited > pollEvery || took > 2*time.Second {
+				t.Errorf("waited %v for a poll, then %v to the report: want at most %v, then two seconds", waited, took, pollEvery)
+			}
+			if err := w.stop(); err != nil {
+				t.Errorf("Run: %v", err)
+			}
+		})
+	}
 }
