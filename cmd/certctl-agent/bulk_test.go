@@ -86,4 +86,5 @@ func benchmarkRenewals(b *testing.B, options devplane.Options, certificates int)
 	b.ReportMetric(100*float64(refused)/float64(requests), "%-refused")
 	_ = agent.Process.Signal(os.Interrupt)
 	_ = agent.Wait()
+	b.ReportMetric((agent.ProcessState.UserTime() + agent.ProcessState.SystemTime()).Seconds(), "s-processor")
 }

@@ -61,18 +61,44 @@ func matches(allowed, argv []string) bool {
 	return len(allowed) > 0 && slices.Equal(allowed, argv)
 }
 
+// CheckPath is that of a Look that has seen nothing yet.
+func (p *Policy) CheckPath(path string) error { return p.Look().CheckPath(path) }
+
+// Look returns a Look at the files of this host as they are from now on.
+func (p *Policy) Look() *Look { return &Look{policy: p, seen: make(map[string]place)} }
+
+// Look answers for several paths, and looks only once at each file that nobody
+// may write: there are some hundreds. It is for the destinations of one
+// deployment and not to be kept. What it remembers can be out of date by the time
+// that these take, as what is looked at anew can be by the time that the file is
+// written. Whoever changes it meanwhile makes, moves or mounts a directory of
+// root's or of the agent's, and owns the host without that. It remembers nothing
+// of the path that is asked for, which others may well be able to change.
+type Look struct {
+	policy *Policy
+	seen   map[string]place // by name, as it is on a list, and of each directory above
+}
+
+// place is where a path leads.
+type place struct {
+	real string      // without symlinks, as far as it exists
+	info fs.FileInfo // nil: there is nothing, or it cannot be looked at
+}
+
 // CheckPath reports whether a file may be written at path, which must be
 // absolute, clean and free of symlinks: the caller resolves them, since only
 // it knows the directory that it will write to.
-func (p *Policy) CheckPath(path string) error {
+func (l *Look) CheckPath(path string) error {
 	if !filepath.IsAbs(path) || filepath.Clean(path) != path || strings.ContainsFunc(path, printable.IsControl) {
 		return fmt.Errorf("%s is no absolute path in its shortest form", printable.Quote(path))
 	}
-	if own := firstHolding(p.Protected, path); own != "" {
+	p := l.policy
+	above := ancestors(path)
+	if own := l.firstHolding(p.Protected, path, above); own != "" {
 		return fmt.Errorf("%s is in %s, which is the agent's own: nothing is installed there", path, own)
 	}
 	if p.Paths == nil {
-		if why := fatal(path); why != "" {
+		if why := l.fatal(path, above); why != "" {
 			return fmt.Errorf("%s is refused because it is in, or is, %s: to allow it all the same, name its directory in CERTCTL_ALLOWED_PATHS", path, why)
 		}
 		return nil
@@ -168,7 +194,7 @@ func fatalNames() []string {
 }
 
 // fatal says why path is on the lists above, or "".
-func fatal(path string) string {
+func (l *Look) fatal(path string, above []fs.FileInfo) string {
 	// Case is ignored since file systems exist that ignore it.
 	lower := strings.ToLower(filepath.ToSlash(path))
 	for _, name := range fatalNames() {
@@ -181,38 +207,76 @@ func fatal(path string) string {
 		return "/usr"
 	}
 	if isHashName(filepath.Base(path)) {
-		if dir := firstHolding(trustDirs(), path); dir != "" {
+		if dir := l.firstHolding(trustDirs(), path, above); dir != "" {
 			return "what OpenSSL trusts in " + dir
 		}
 	}
-	return firstHolding(fatalPaths(), path)
+	return l.firstHolding(fatalPaths(), path, above)
 }
 
-// firstHolding is the first of dirs that path is in, or is. It errs on the side
-// of finding one: names are compared without case, and what is there also by
-// identity, which sees through bind mounts and through file systems that take
-// several spellings for one name.
-func firstHolding(dirs []string, path string) string {
-	var ancestors []fs.FileInfo
+// ancestors are what is there of path and of the directories above it.
+func ancestors(path string) (found []fs.FileInfo) {
 	for at := path; ; at = filepath.Dir(at) {
 		if info, err := os.Stat(at); err == nil {
-			ancestors = append(ancestors, info)
+			found = append(found, info)
 		}
 		if at == filepath.Dir(at) {
-			break
+			return found
 		}
 	}
+}
+
+// firstHolding is the first of dirs that path, with the given ancestors, is in,
+// or is. It errs on the side of finding one: names are compared without case, and
+// what is there also by identity, which sees through bind mounts and through file
+// systems that take several spellings for one name.
+func (l *Look) firstHolding(dirs []string, path string, above []fs.FileInfo) string {
+	lower := strings.ToLower(path)
 	for _, dir := range dirs {
-		real := hostfile.Real(dir)
-		if below(strings.ToLower(real), strings.ToLower(path)) || below(strings.ToLower(dir), strings.ToLower(path)) {
+		at := l.at(filepath.Clean(dir))
+		if below(strings.ToLower(at.real), lower) || below(strings.ToLower(dir), lower) {
 			return dir
 		}
-		info, err := os.Stat(real)
-		if err == nil && slices.ContainsFunc(ancestors, func(a fs.FileInfo) bool { return os.SameFile(a, info) }) {
+		if at.info != nil && slices.ContainsFunc(above, func(a fs.FileInfo) bool { return os.SameFile(a, at.info) }) {
 			return dir
 		}
 	}
 	return ""
+}
+
+// at finds out where a clean path leads, from the directory above it on, which
+// most of a list have in common.
+func (l *Look) at(path string) place {
+	found, ok := l.seen[path]
+	if ok {
+		return found
+	}
+	found.real = path
+	if dir := filepath.Dir(path); dir == path {
+		found.info, _ = os.Lstat(path)
+	} else if above := l.at(dir); above.info == nil {
+		found.real = filepath.Join(above.real, filepath.Base(path))
+	} else {
+		found = look(filepath.Join(above.real, filepath.Base(path)))
+	}
+	l.seen[path] = found
+	return found
+}
+
+// look is at for a path whose directory has no symlinks.
+func look(path string) place {
+	info, err := os.Lstat(path)
+	if err != nil {
+		return place{real: path}
+	}
+	if info.Mode().Type() != fs.ModeSymlink {
+		return place{real: path, info: info}
+	}
+	real := hostfile.Real(path)
+	if info, err = os.Stat(real); err != nil {
+		return place{real: real}
+	}
+	return place{real: real, info: info}
 }
 
 // below reports whether path is dir or in it.

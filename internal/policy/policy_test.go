@@ -153,6 +153,69 @@ func TestFatalPaths(t *testing.T) {
 	}
 }
 
+// What is protected is found behind links, whether it is there yet or not, and
+// under names that no link leads to.
+func TestProtectedElsewhere(t *testing.T) {
+	base, err := filepath.EvalSymlinks(t.TempDir())
+	must(t, err)
+	join := func(name string) string { return filepath.Join(base, name) }
+	must(t, os.MkdirAll(join("real/keys"), 0o755))
+	must(t, os.Mkdir(join("tls"), 0o755))
+	must(t, os.Symlink("real", join("link")))
+	must(t, os.Symlink("link/keys", join("chain")))
+	must(t, os.Symlink("nowhere/at/all", join("dangling")))
+	must(t, os.WriteFile(join("agent.env"), nil, 0o600))
+	must(t, os.Link(join("agent.env"), join("tls/other.pem")))
+	tests := []struct {
+		protected, path string
+		refused         bool
+	}{
+		{"chain", "real/keys/x", true},
+		{"chain/sub/dir", "real/keys/sub/dir/x", true},
+		{"chain/sub/dir", "real/keys/sub/x", false},
+		{"link/later/dir", "real/later/dir/x", true},
+		{"link/later/dir", "real/LATER/dir/x", true},
+		{"dangling", "nowhere/at/all/x", true},
+		{"dangling/sub", "nowhere/at/all/sub", true},
+		{"dangling/sub", "nowhere/at/all/other", false},
+		{"agent.env", "tls/other.pem", true}, // one file with two names
+		{"agent.env", "tls/third.pem", false},
+		{"agent.env/below/a/file", "agent.env/below/a/file", true},
+		{"link/../real/keys", "real/keys/x", true},
+	}
+	for _, test := range tests {
+		p := &Policy{Paths: []string{"/"}, Protected: []string{join(test.protected)}}
+		if err := p.CheckPath(join(test.path)); (err != nil) != test.refused {
+			t.Errorf("%s while %s is protected: got %v", test.path, test.protected, err)
+		}
+	}
+}
+
+// A Look keeps what it saw of the lists, and nothing of the path that it is
+// asked for.
+func TestLook(t *testing.T) {
+	base, err := filepath.EvalSymlinks(t.TempDir())
+	must(t, err)
+	join := func(name string) string { return filepath.Join(base, name) }
+	must(t, os.Mkdir(join("keys"), 0o755))
+	must(t, os.WriteFile(join("keys/own"), nil, 0o600))
+	p := &Policy{Paths: []string{"/"}, Protected: []string{join("keys/own"), join("later")}}
+	look := p.Look()
+	must(t, look.CheckPath(join("cert.pem")))
+	must(t, os.Link(join("keys/own"), join("cert.pem")))
+	if look.CheckPath(join("cert.pem")) == nil {
+		t.Error("a destination that has become a protected file is accepted")
+	}
+	must(t, os.Mkdir(join("elsewhere"), 0o755))
+	must(t, os.Symlink("elsewhere", join("later")))
+	if err := look.CheckPath(join("elsewhere/x")); err != nil {
+		t.Errorf("what is protected was looked at again: %v", err)
+	}
+	if p.CheckPath(join("elsewhere/x")) == nil {
+		t.Error("a protected path that appeared is not seen by the next Look")
+	}
+}
+
 func must(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {

@@ -159,8 +159,9 @@ func (a *attempt) resolve() error {
 		}
 		a.files = append(a.files, f)
 	}
+	rules := a.opts.Policy.Look()
 	for _, file := range a.plan.Files {
-		f, err := openFile(file, a.opts.Policy)
+		f, err := openFile(file, rules)
 		if err != nil {
 			return err
 		}

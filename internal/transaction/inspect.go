@@ -42,7 +42,7 @@ const others = 0o007
 var errStale = errors.New("it was changed by someone else while the deployment was prepared")
 
 // openFile resolves a destination and asks the policy.
-func openFile(file connector.File, rules *policy.Policy) (*dest, error) {
+func openFile(file connector.File, rules *policy.Look) (*dest, error) {
 	at, name, err := resolve(file.Path)
 	if _, missing := errors.AsType[*missingError](err); missing {
 		// The advice to make a directory must not hide that it is of no use.
@@ -76,7 +76,7 @@ func newDest(at *dir, name string, file connector.File) *dest {
 }
 
 // refusal asks the policy for a path whose directories are not all there.
-func refusal(path string, rules *policy.Policy) error {
+func refusal(path string, rules *policy.Look) error {
 	real, err := hostfile.Resolve(path)
 	if err != nil {
 		return nil

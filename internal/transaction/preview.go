@@ -79,7 +79,7 @@ func (p *Preview) file(a *attempt, file connector.File, i int) FilePreview {
 		p.Problems = append(p.Problems, look.Problem)
 		return look
 	}
-	f, err := openFile(file, a.opts.Policy)
+	f, err := openFile(file, a.opts.Policy.Look())
 	if err != nil {
 		return refuse(err)
 	}
