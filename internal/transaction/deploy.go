@@ -30,15 +30,18 @@ type attempt struct {
 	*Engine
 	Deployment
 	last   bool // no plan is made after this one
+	alone  bool // it shares no reload
 	log    *slog.Logger
 	plan   *connector.Plan
 	result Result
 
 	record  record
-	files   []*dest   // in the order of record.Files
-	changes []*change // in the order of the plan
-	clean   bool      // the target's last deployment ended clean
-	loaded  bool      // the server may have read the new files
+	files   []*dest     // in the order of record.Files
+	changes []*change   // in the order of the plan
+	hold    *hold       // the directories of the files
+	passed  *turnPassed // nil: none has overtaken it
+	clean   bool        // the target's last deployment ended clean
+	loaded  bool        // the server may have read the new files
 }
 
 // Deploy carries out one deployment. When it fails, the target is as it was
@@ -49,9 +52,21 @@ func (e *Engine) Deploy(ctx context.Context, d Deployment) (Result, error) {
 		return Result{}, &BusyError{Place: "target " + string(d.Target), Err: fmt.Errorf("wait for another deployment of target %s: %w", d.Target, err)}
 	}
 	defer release()
+	alone := false
 	for try := 1; ; try++ {
-		a := &attempt{Engine: e, Deployment: d, last: try == maxPlans, log: e.opts.Log.With("target", d.Target)}
+		a := &attempt{Engine: e, Deployment: d, last: try >= maxPlans, alone: alone, log: e.opts.Log.With("target", d.Target)}
 		err := a.deploy(ctx)
+		if errors.Is(err, errOvertaken) {
+			try--
+			continue
+		}
+		_, together := errors.AsType[*togetherError](err)
+		_, broken := errors.AsType[*BrokenError](err)
+		if together && !broken && ctx.Err() == nil {
+			a.log.Info("a reload for several deployments failed: trying each by itself", "error", err)
+			alone = true
+			continue
+		}
 		if a.last || !errors.Is(err, errStale) {
 			return a.result, err
 		}
@@ -74,11 +89,13 @@ func (a *attempt) deploy(ctx context.Context) error {
 	if err := a.resolve(); err != nil {
 		return a.abandon(ctx, err)
 	}
-	unlock, err := a.lock(ctx, directories(a.files), a.Yield)
-	if err != nil {
+	if a.hold, err = a.lock(ctx, directories(a.files), a.Yield); err != nil {
 		return a.abandon(ctx, err)
 	}
-	defer unlock()
+	defer a.leave()
+	if other := a.overtaken(); other != nil {
+		return a.waitForEnd(ctx, other)
+	}
 	if err := a.contested(); err != nil {
 		return err
 	}
@@ -285,7 +302,7 @@ func (a *attempt) activate(ctx context.Context) error {
 	}
 	if a.plan.Reload.Command != nil || a.plan.Reload.Call != nil {
 		a.loaded = true
-		if err := a.reload(ctx); err != nil {
+		if err := a.reloadShared(ctx); err != nil {
 			return fmt.Errorf("reload failed: %w", err)
 		}
 	}
@@ -401,6 +418,7 @@ func (a *attempt) rollBack(ctx context.Context, cause error) error {
 	if _, broken := errors.AsType[*BrokenError](cause); broken {
 		return cause
 	}
+	a.turnBack(ctx)
 	err := errors.Join(a.restoreChanges(ctx), a.putAllBack(&a.record, a.files))
 	if err != nil {
 		return &BrokenError{Cause: cause, Rollback: err, Backups: a.setPath(&a.record)}

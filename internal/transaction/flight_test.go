@@ -286,7 +286,7 @@ func TestYield(t *testing.T) {
 		d, err := resolveDir(w.path("site"))
 		check(t, err)
 		defer d.Close()
-		unlock, err := s.lock(t.Context(), []*dir{d}, nil)
+		h, err := s.lock(t.Context(), []*dir{d}, nil)
 		check(t, err)
 		began := time.Now()
 		_, err = s.deploy(t.Context(), tx)
@@ -297,19 +297,18 @@ func TestYield(t *testing.T) {
 		if _, err := s.deploy(t.Context(), tx); err == nil || yields != 2 || time.Since(began) != 0 {
 			t.Errorf("the second: got %v after %v, gave its place away %d times", err, time.Since(began), yields)
 		}
-		unlock()
-		if unlock, err = s.lock(t.Context(), []*dir{d}, nil); err != nil {
-			t.Fatal(err)
-		}
+		h.release()
+		h, err = s.lock(t.Context(), []*dir{d}, nil)
+		check(t, err)
 		yields--
-		time.AfterFunc(stuckAfter/2, unlock)
+		time.AfterFunc(stuckAfter/2, h.release)
 		began = time.Now()
 		if _, err := s.deploy(t.Context(), tx); err != nil || yields != 2 || time.Since(began) != stuckAfter/2 {
 			t.Errorf("got %v after %v, gave its place away %d times", err, time.Since(began), yields)
 		}
 
 		// Somebody else may never end.
-		unlock = locked(t, w.path("site"))
+		unlock := locked(t, w.path("site"))
 		defer unlock()
 		tx.Files[0].Data = []byte("another") // or nothing is to be done
 		began = time.Now()

@@ -83,13 +83,25 @@ func acquire(ctx context.Context, locks *namelock.Table, name string, yield Yiel
 type hold struct {
 	*Engine
 	yield Yield
-	locks []func() // how to release each
+	dirs  []*dir   // in the order in which they are locked
+	turns []func() // how to let other transactions of this process in
+	locks []func() // and those of other processes
 }
 
 func (h *hold) release() {
 	for _, release := range slices.Backward(h.locks) {
 		release()
 	}
+	h.locks = nil
+	h.pass()
+}
+
+// pass lets other transactions of this process into the directories.
+func (h *hold) pass() {
+	for _, release := range slices.Backward(h.turns) {
+		release()
+	}
+	h.turns = nil
 }
 
 // lock takes the locks of all dirs: between the transactions of this process by
@@ -97,41 +109,69 @@ func (h *hold) release() {
 // ends. The order is that of the directories' numbers, so that two transactions
 // with two directories in common cannot each hold one; and no try ever blocks,
 // since any user who can open a directory can lock it for ever.
-func (e *Engine) lock(ctx context.Context, dirs []*dir, yield Yield) (unlock func(), err error) {
+func (e *Engine) lock(ctx context.Context, dirs []*dir, yield Yield) (*hold, error) {
 	dirs = slices.SortedFunc(slices.Values(dirs), func(a, b *dir) int {
 		x, y := statOf(a), statOf(b)
 		return cmp.Or(cmp.Compare(x.Dev, y.Dev), cmp.Compare(x.Ino, y.Ino))
 	})
-	h := &hold{Engine: e, yield: yield}
+	h := &hold{Engine: e, yield: yield, dirs: dirs}
 	for _, d := range dirs {
 		if err := h.take(ctx, d); err != nil {
 			h.release()
 			return nil, fmt.Errorf("lock directory %s: %w", d.path, reason(err))
 		}
 	}
-	return h.release, nil
+	return h, nil
 }
 
 func statOf(d *dir) *syscall.Stat_t { return d.info.Sys().(*syscall.Stat_t) }
 
+// nameOf names a directory in the tables of locks.
+func nameOf(d *dir) string { return fmt.Sprintf("%d:%d", statOf(d).Dev, statOf(d).Ino) }
+
 func (h *hold) take(ctx context.Context, d *dir) error {
-	stat := statOf(d)
-	name := fmt.Sprintf("%d:%d", stat.Dev, stat.Ino)
-	release, err := acquire(ctx, &h.dirs, name, h.yield)
-	if err != nil {
-		return &BusyError{Place: "directory " + name, Err: fmt.Errorf("another deployment of this agent holds it: %w", err)}
+	if err := h.turn(ctx, d, h.yield); err != nil {
+		return &BusyError{Place: "directory " + nameOf(d), Err: fmt.Errorf("another deployment of this agent holds it: %w", err)}
 	}
-	h.locks = append(h.locks, release)
+	// Whose turn it is, is alone here; those that have passed theirs have the
+	// lock still.
+	if h.join(d) {
+		return nil
+	}
 	f, err := d.Open(".")
 	if err != nil {
 		return err
 	}
-	h.locks = append(h.locks, func() { f.Close() }) // which ends the lock
 	locked, err := h.flock(f, d)
-	if locked || err != nil {
+	if !locked && err == nil {
+		err = waitFor(ctx, h.yield, func(ctx context.Context) error { return h.await(ctx, f, d) })
+	}
+	if err != nil {
+		f.Close()
 		return err
 	}
-	return waitFor(ctx, h.yield, func(ctx context.Context) error { return h.await(ctx, f, d) })
+	h.keep(d, f)
+	return nil
+}
+
+// turn waits until no other transaction of this process is at work in d.
+func (h *hold) turn(ctx context.Context, d *dir, yield Yield) error {
+	release, err := acquire(ctx, &h.Engine.dirs, nameOf(d), yield)
+	if err == nil {
+		h.turns = append(h.turns, release)
+	}
+	return err
+}
+
+// again waits for the turn that was passed.
+func (h *hold) again(ctx context.Context) error {
+	for _, d := range h.dirs {
+		if err := h.turn(ctx, d, nil); err != nil {
+			h.pass()
+			return err
+		}
+	}
+	return nil
 }
 
 // await tries until it has the lock. Any user who can open the directory can

@@ -113,12 +113,12 @@ func TestLockOrder(t *testing.T) {
 		stores[i].opts.Log = slog.New(slog.DiscardHandler)
 		go func() {
 			for range 3 {
-				unlock, err := stores[i].lock(ctx, dirs[i], nil)
+				h, err := stores[i].lock(ctx, dirs[i], nil)
 				if err != nil {
 					done <- err
 					return
 				}
-				unlock()
+				h.release()
 			}
 			done <- nil
 		}()

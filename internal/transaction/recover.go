@@ -270,11 +270,11 @@ func (e *Engine) undo(ctx context.Context, r *record) error {
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, recoverWait, fmt.Errorf("given up after %s", recoverWait))
 	defer cancel()
-	unlock, err := e.lock(ctx, directories(files), nil)
+	h, err := e.lock(ctx, directories(files), nil)
 	if err != nil {
 		return err
 	}
-	defer unlock()
+	defer h.release()
 	if r.Phase == staging {
 		return e.discard(files, r)
 	}
@@ -407,11 +407,11 @@ func (e *Engine) reloadOwed(ctx, work context.Context, r *record, f *flight) err
 		return err
 	}
 	// Another agent could be half-way through the same directories.
-	unlock, err := e.lock(ctx, directories(files), nil)
+	h, err := e.lock(ctx, directories(files), nil)
 	if err != nil {
 		return err
 	}
-	defer unlock()
+	defer h.release()
 	f.land()
 	release, err := e.reloads.Acquire(work, "")
 	if err != nil {

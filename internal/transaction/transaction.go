@@ -71,6 +71,7 @@ type Engine struct {
 	targets namelock.Table // by target id
 	dirs    namelock.Table // by device and inode: what a deployment puts files into
 	reloads namelock.Table // one name: the reloads after recovery take turns
+	sharing sharing
 
 	mu      sync.Mutex         // guards flights
 	flights map[string]*flight // by target id: recoveries under way; see flight.go

@@ -1,0 +1,317 @@
+package transaction
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/connector"
+	"certctl-agent/internal/policy"
+)
+
+// crowd is deployments into one directory that are ready at the same time: the
+// first is in its validation until all others wait for their turn.
+type crowd struct {
+	world
+	t       *testing.T
+	engine  *Engine
+	waiting atomic.Int32
+
+	// command runs beside the counting; nil: it succeeds.
+	command func(ctx context.Context, name string) error
+
+	mu  sync.Mutex
+	ran map[string]int // commands, by name
+}
+
+func newCrowd(t *testing.T, before func(Step) error) *crowd {
+	t.Helper()
+	c := &crowd{world: newWorld(t, t.TempDir()), t: t, ran: make(map[string]int)}
+	c.engine = c.mustStore(t, before)
+	c.engine.opts.Run = func(ctx context.Context, command policy.Command) error {
+		c.mu.Lock()
+		c.ran[command.Argv[0]]++
+		c.mu.Unlock()
+		if c.command == nil {
+			return nil
+		}
+		return c.command(ctx, command.Argv[0])
+	}
+	return c
+}
+
+func (c *crowd) count(name string) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.ran[name]
+}
+
+// deployment is one of the crowd, with a file of its own.
+func (c *crowd) deployment(i int) Transaction {
+	before, _ := pairs()
+	name := fmt.Sprintf("site/%d.pem", i)
+	c.write(c.t, name, before.cert, 0o644)
+	_, after := pairs()
+	return Transaction{
+		Deployment: Deployment{
+			Target: api.ID(fmt.Sprintf("t%d", i)),
+			Yield: func(wait func(context.Context) error) error {
+				c.waiting.Add(1)
+				return wait(c.t.Context())
+			},
+		},
+		proposal: proposal{
+			Files:    []connector.File{{Path: c.path(name), Kind: connector.CertificateFile, Data: after.cert}},
+			Validate: &policy.Command{Argv: []string{"validate"}},
+			Reload:   connector.Reload{Command: &policy.Command{Argv: []string{"reload"}}},
+		},
+	}
+}
+
+// deploy runs the deployments, and returns their errors in order.
+func (c *crowd) deploy(all []Transaction) []error {
+	c.t.Helper()
+	return c.deployWith(all, func(int) context.Context { return c.t.Context() })
+}
+
+// deployWith is deploy with a context for each.
+func (c *crowd) deployWith(all []Transaction, ctx func(i int) context.Context) []error {
+	c.t.Helper()
+	errs := make([]error, len(all))
+	var group sync.WaitGroup
+	run := c.command
+	first := make(chan struct{})
+	once := sync.OnceFunc(func() {
+		close(first)
+		for int(c.waiting.Load()) < len(all)-1 && c.t.Context().Err() == nil {
+			runtime.Gosched()
+		}
+	})
+	c.command = func(ctx context.Context, name string) error {
+		once()
+		if run == nil {
+			return nil
+		}
+		return run(ctx, name)
+	}
+	for i, tx := range all {
+		group.Go(func() { _, errs[i] = c.engine.deploy(ctx(i), tx) })
+		if i == 0 {
+			<-first
+		}
+	}
+	group.Wait()
+	return errs
+}
+
+// holds reports which certificate a deployment's file is.
+func (c *crowd) holds(i int) string {
+	c.t.Helper()
+	before, after := pairs()
+	data, err := os.ReadFile(c.path(fmt.Sprintf("site/%d.pem", i)))
+	check(c.t, err)
+	switch string(data) {
+	case string(before.cert):
+		return "old"
+	case string(after.cert):
+		return "new"
+	}
+	return "strange"
+}
+
+// settled checks that nothing is left of any deployment.
+func (c *crowd) settled() {
+	c.t.Helper()
+	if left := c.leftovers(); len(left) > 0 {
+		c.t.Errorf("left over: %v", left)
+	}
+	if left := c.journal(c.t); len(left) > 0 {
+		c.t.Errorf("in the journal: %v", left)
+	}
+	if n := len(c.engine.sharing.ready) + len(c.engine.sharing.flocks); n > 0 {
+		c.t.Errorf("%d locks or deployments are remembered", n)
+	}
+}
+
+func TestSharedReload(t *testing.T) {
+	const n = 12
+	c := newCrowd(t, nil)
+	var all []Transaction
+	for i := range n {
+		all = append(all, c.deployment(i))
+	}
+	all[5].Reload.Command = &policy.Command{Argv: []string{"reload-other"}}
+	all[6].Validate = nil
+	for i, err := range c.deploy(all) {
+		if err != nil || c.holds(i) != "new" {
+			t.Errorf("deployment %d: %v, its file is %s", i, err, c.holds(i))
+		}
+	}
+	// One for the ten, one that has nothing to be validated by.
+	if c.count("reload") != 2 || c.count("reload-other") != 1 || c.count("validate") != n-1 {
+		t.Errorf("ran %v", c.ran)
+	}
+	c.settled()
+}
+
+// What fails is rolled back alone, whoever ran the command that shows it.
+func TestSharedReloadFails(t *testing.T) {
+	const n, bad = 8, 3
+	for _, step := range []string{"validate", "reload", "verify"} {
+		t.Run(step, func(t *testing.T) {
+			c := newCrowd(t, nil)
+			var all []Transaction
+			for i := range n {
+				all = append(all, c.deployment(i))
+			}
+			if step == "verify" {
+				all[bad].Verify = func(context.Context) error { return errors.New("serves another certificate") }
+			}
+			c.command = func(_ context.Context, name string) error {
+				if name == step && c.holds(bad) == "new" {
+					return errors.New("exit status 1")
+				}
+				return nil
+			}
+			for i, err := range c.deploy(all) {
+				want := "new"
+				if i == bad {
+					want = "old"
+				}
+				if (err == nil) != (want == "new") || c.holds(i) != want {
+					t.Errorf("deployment %d: %v, its file is %s", i, err, c.holds(i))
+				}
+			}
+			c.settled()
+		})
+	}
+}
+
+// A deployment that is cancelled while another reloads for it is undone, and no
+// other.
+func TestSharedReloadCancelled(t *testing.T) {
+	const n, gone = 6, 4
+	for _, by := range []string{"leader", "follower"} {
+		t.Run(by, func(t *testing.T) {
+			c := newCrowd(t, nil)
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			who := map[string]int{"leader": 0, "follower": gone}[by]
+			var all []Transaction
+			for i := range n {
+				all = append(all, c.deployment(i))
+			}
+			c.command = func(own context.Context, name string) error {
+				if name == "reload" {
+					cancel()
+				}
+				return own.Err()
+			}
+			errs := c.deployWith(all, func(i int) context.Context {
+				if i == who {
+					return ctx
+				}
+				return t.Context()
+			})
+			for i, err := range errs {
+				want := "new"
+				if i == who {
+					want = "old"
+				}
+				if (err == nil) != (want == "new") || c.holds(i) != want {
+					t.Errorf("deployment %d: %v, its file is %s", i, err, c.holds(i))
+				}
+			}
+			c.settled()
+		})
+	}
+}
+
+// Two deployments with a file in common are carried out one after the other.
+func TestSharedFile(t *testing.T) {
+	for _, fails := range []bool{false, true} {
+		c := newCrowd(t, nil)
+		all := []Transaction{c.deployment(0), c.deployment(1), c.deployment(2)}
+		before, after := pairs()
+		c.write(t, "site/common.pem", before.cert, 0o644)
+		for i := range all[:2] {
+			all[i].Files = append(all[i].Files, connector.File{Path: c.path("site/common.pem"), Kind: connector.CertificateFile,
+				Data: slices.Concat(after.cert, []byte(fmt.Sprintln("of", i)))})
+		}
+		inPlace := ""
+		all[0].Verify = func(context.Context) error {
+			data, err := os.ReadFile(c.path("site/common.pem"))
+			check(t, err)
+			inPlace = string(data)
+			if fails {
+				return errors.New("serves another certificate")
+			}
+			return nil
+		}
+		errs := c.deploy(all)
+		if (errs[0] != nil) != fails || errs[1] != nil || errs[2] != nil {
+			t.Errorf("got %v", errs)
+		}
+		if !strings.Contains(inPlace, "of 0") {
+			t.Error("the second deployment replaced a file of the first before that was done")
+		}
+		if data, _ := os.ReadFile(c.path("site/common.pem")); !strings.Contains(string(data), "of 1") {
+			t.Errorf("the second deployment's file is not in place: %q", data)
+		}
+		c.settled()
+	}
+}
+
+// A crash during a shared reload is recovered for each of the deployments.
+func TestSharedReloadCrashes(t *testing.T) {
+	const n = 5
+	var crashed atomic.Bool
+	c := newCrowd(t, func(Step) error {
+		if crashed.Load() {
+			return errors.New("crashed")
+		}
+		return nil
+	})
+	var all []Transaction
+	for i := range n {
+		all = append(all, c.deployment(i))
+	}
+	c.command = func(_ context.Context, name string) error {
+		if name == "reload" {
+			crashed.Store(true)
+			return errors.New("crashed")
+		}
+		return nil
+	}
+	c.deploy(all)
+	for i := range n {
+		if c.holds(i) != "new" {
+			t.Errorf("deployment %d was not in place at the reload", i)
+		}
+	}
+	again := c.mustStore(t, nil)
+	found, err := again.Recover(t.Context())
+	check(t, err)
+	if len(found.RolledBack) != n || found.Reloads != n {
+		t.Errorf("recovery found %+v", found)
+	}
+	check(t, again.Repair(t.Context(), t.Context()))
+	for i := range n {
+		if c.holds(i) != "old" {
+			t.Errorf("deployment %d: its file is %s", i, c.holds(i))
+		}
+	}
+	c.settled()
+	if temporaries, _ := filepath.Glob(c.path("site/.certctl-*")); len(temporaries) > 0 {
+		t.Errorf("left over: %v", temporaries)
+	}
+}
