@@ -39,11 +39,15 @@ func benchmarkRenewals(b *testing.B, options devplane.Options, certificates int)
 	plane := devplane.Start(b, options)
 	f := newFigureAgent(b, plane)
 	dir := b.TempDir()
+	reload, reloads := filepath.Join(dir, "reload"), filepath.Join(dir, "reloads")
+	if err := os.WriteFile(reload, fmt.Appendf(nil, "#!/bin/sh\necho >>%s\n", reloads), 0o700); err != nil {
+		b.Fatal(err)
+	}
 	for i := range certificates {
 		name := fmt.Sprintf("site-%d", i)
 		target := plane.AddTarget(devplane.Target{Agent: f.id, Type: "NGINX", Config: map[string]any{
 			"cert_path": filepath.Join(dir, name+".pem"), "key_path": filepath.Join(dir, name+".key"),
-			"reload_command": "true", "validate_command": "true"}})
+			"reload_command": reload, "validate_command": "true"}})
 		certificate := plane.AddCertificate(devplane.Certificate{CommonName: name + ".test", Targets: []string{target}})
 		plane.StartRenewal(certificate)
 	}
@@ -75,6 +79,11 @@ func benchmarkRenewals(b *testing.B, options devplane.Options, certificates int)
 	b.ReportMetric(took.Seconds(), "s")
 	b.ReportMetric(float64(completed)/took.Seconds(), "certificates/s")
 	b.ReportMetric(float64(residentKiB(b, agent.Process.Pid, "VmHWM:"))/1024, "MiB-peak")
+	ran, err := os.ReadFile(reloads)
+	if err != nil {
+		b.Error(err)
+	}
+	b.ReportMetric(float64(len(ran)), "reloads")
 	refused, requests := 0, 0
 	for _, request := range plane.Requests() {
 		requests++

@@ -164,9 +164,9 @@ func (h *hold) turn(ctx context.Context, d *dir, yield Yield) error {
 }
 
 // again waits for the turn that was passed.
-func (h *hold) again(ctx context.Context) error {
+func (h *hold) again(ctx context.Context, yield Yield) error {
 	for _, d := range h.dirs {
-		if err := h.turn(ctx, d, nil); err != nil {
+		if err := h.turn(ctx, d, yield); err != nil {
 			h.pass()
 			return err
 		}

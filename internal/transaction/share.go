@@ -137,7 +137,7 @@ func (e *togetherError) Unwrap() error { return e.error }
 
 // turnAgain waits for the deployment's turn, or until another has reloaded for it.
 func (a *attempt) turnAgain(ctx, waiting context.Context) (served bool, err error) {
-	a.aside(func() { err = a.hold.again(waiting) })
+	err = a.hold.again(waiting, a.aside(waiting))
 	a.sharing.mu.Lock()
 	defer a.sharing.mu.Unlock()
 	if a.passed.served {
@@ -153,14 +153,19 @@ func (a *attempt) turnAgain(ctx, waiting context.Context) (served bool, err erro
 	return false, fmt.Errorf("wait for the deployments that go before: %w", err)
 }
 
-// aside gives others the deployment's place while wait takes its time. It does
-// not end with the agent: what has begun is brought to an end.
-func (a *attempt) aside(wait func()) {
-	if a.Yield == nil {
-		wait()
-		return
+// aside gives others the deployment's place while it waits, until ctx ends and not
+// with the agent: what has begun is brought to an end, with a place or without.
+func (a *attempt) aside(ctx context.Context) Yield {
+	return func(wait func(context.Context) error) (err error) {
+		if a.Yield == nil {
+			return wait(ctx)
+		}
+		_ = a.Yield(func(context.Context) error {
+			err = wait(ctx)
+			return nil
+		})
+		return err
 	}
-	_ = a.Yield(func(context.Context) error { wait(); return nil })
 }
 
 // with are the others that are ready and end in the same commands as a.
@@ -178,12 +183,10 @@ func (a *attempt) turnBack(ctx context.Context) {
 	if a.passed == nil || len(a.hold.turns) > 0 {
 		return
 	}
-	a.aside(func() {
-		err := regardless(ctx, lateWait, a.hold.again)
-		if err != nil {
-			a.log.Warn("undoing a deployment beside others in its directory, since they do not end", "error", err)
-		}
-	})
+	err := regardless(ctx, lateWait, func(ctx context.Context) error { return a.hold.again(ctx, a.aside(ctx)) })
+	if err != nil {
+		a.log.Warn("undoing a deployment beside others in its directory, since they do not end", "error", err)
+	}
 }
 
 // leave ends the deployment's hold.

@@ -6,12 +6,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/connector"
@@ -19,12 +19,12 @@ import (
 )
 
 // crowd is deployments into one directory that are ready at the same time: the
-// first is in its validation until all others wait for their turn.
+// first is in its validation until all others wait for their turn. It lives in a
+// synctest bubble.
 type crowd struct {
 	world
-	t       *testing.T
-	engine  *Engine
-	waiting atomic.Int32
+	t      *testing.T
+	engine *Engine
 
 	// command runs beside the counting; nil: it succeeds.
 	command func(ctx context.Context, name string) error
@@ -65,7 +65,6 @@ func (c *crowd) deployment(i int) Transaction {
 		Deployment: Deployment{
 			Target: api.ID(fmt.Sprintf("t%d", i)),
 			Yield: func(wait func(context.Context) error) error {
-				c.waiting.Add(1)
 				return wait(c.t.Context())
 			},
 		},
@@ -92,9 +91,7 @@ func (c *crowd) deployWith(all []Transaction, ctx func(i int) context.Context) [
 	first := make(chan struct{})
 	once := sync.OnceFunc(func() {
 		close(first)
-		for int(c.waiting.Load()) < len(all)-1 && c.t.Context().Err() == nil {
-			runtime.Gosched()
-		}
+		synctest.Wait()
 	})
 	c.command = func(ctx context.Context, name string) error {
 		once()
@@ -142,7 +139,9 @@ func (c *crowd) settled() {
 	}
 }
 
-func TestSharedReload(t *testing.T) {
+func TestSharedReload(t *testing.T) { synctest.Test(t, testSharedReload) }
+
+func testSharedReload(t *testing.T) {
 	const n = 12
 	c := newCrowd(t, nil)
 	var all []Transaction
@@ -168,30 +167,32 @@ func TestSharedReloadFails(t *testing.T) {
 	const n, bad = 8, 3
 	for _, step := range []string{"validate", "reload", "verify"} {
 		t.Run(step, func(t *testing.T) {
-			c := newCrowd(t, nil)
-			var all []Transaction
-			for i := range n {
-				all = append(all, c.deployment(i))
-			}
-			if step == "verify" {
-				all[bad].Verify = func(context.Context) error { return errors.New("serves another certificate") }
-			}
-			c.command = func(_ context.Context, name string) error {
-				if name == step && c.holds(bad) == "new" {
-					return errors.New("exit status 1")
+			synctest.Test(t, func(t *testing.T) {
+				c := newCrowd(t, nil)
+				var all []Transaction
+				for i := range n {
+					all = append(all, c.deployment(i))
 				}
-				return nil
-			}
-			for i, err := range c.deploy(all) {
-				want := "new"
-				if i == bad {
-					want = "old"
+				if step == "verify" {
+					all[bad].Verify = func(context.Context) error { return errors.New("serves another certificate") }
 				}
-				if (err == nil) != (want == "new") || c.holds(i) != want {
-					t.Errorf("deployment %d: %v, its file is %s", i, err, c.holds(i))
+				c.command = func(_ context.Context, name string) error {
+					if name == step && c.holds(bad) == "new" {
+						return errors.New("exit status 1")
+					}
+					return nil
 				}
-			}
-			c.settled()
+				for i, err := range c.deploy(all) {
+					want := "new"
+					if i == bad {
+						want = "old"
+					}
+					if (err == nil) != (want == "new") || c.holds(i) != want {
+						t.Errorf("deployment %d: %v, its file is %s", i, err, c.holds(i))
+					}
+				}
+				c.settled()
+			})
 		})
 	}
 }
@@ -202,36 +203,42 @@ func TestSharedReloadCancelled(t *testing.T) {
 	const n, gone = 6, 4
 	for _, by := range []string{"leader", "follower"} {
 		t.Run(by, func(t *testing.T) {
-			c := newCrowd(t, nil)
-			ctx, cancel := context.WithCancel(t.Context())
-			defer cancel()
-			who := map[string]int{"leader": 0, "follower": gone}[by]
-			var all []Transaction
-			for i := range n {
-				all = append(all, c.deployment(i))
-			}
-			c.command = func(own context.Context, name string) error {
-				if name == "reload" {
-					cancel()
+			synctest.Test(t, func(t *testing.T) {
+				c := newCrowd(t, nil)
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
+				who := map[string]int{"leader": 0, "follower": gone}[by]
+				var all []Transaction
+				for i := range n {
+					all = append(all, c.deployment(i))
 				}
-				return own.Err()
-			}
-			errs := c.deployWith(all, func(i int) context.Context {
-				if i == who {
-					return ctx
+				c.command = func(own context.Context, name string) error {
+					if name == "reload" {
+						cancel()
+					}
+					return own.Err()
 				}
-				return t.Context()
+				errs := c.deployWith(all, func(i int) context.Context {
+					if i == who {
+						return ctx
+					}
+					return t.Context()
+				})
+				for i, err := range errs {
+					want := "new"
+					if i == who {
+						want = "old"
+					}
+					if (err == nil) != (want == "new") || c.holds(i) != want {
+						t.Errorf("deployment %d: %v, its file is %s", i, err, c.holds(i))
+					}
+				}
+				// Of the deployments, and to undo the one.
+				if want := map[string]int{"leader": 3, "follower": 2}[by]; c.count("reload") != want {
+					t.Errorf("%d reloads, want %d", c.count("reload"), want)
+				}
+				c.settled()
 			})
-			for i, err := range errs {
-				want := "new"
-				if i == who {
-					want = "old"
-				}
-				if (err == nil) != (want == "new") || c.holds(i) != want {
-					t.Errorf("deployment %d: %v, its file is %s", i, err, c.holds(i))
-				}
-			}
-			c.settled()
 		})
 	}
 }
@@ -239,40 +246,46 @@ func TestSharedReloadCancelled(t *testing.T) {
 // Two deployments with a file in common are carried out one after the other.
 func TestSharedFile(t *testing.T) {
 	for _, fails := range []bool{false, true} {
-		c := newCrowd(t, nil)
-		all := []Transaction{c.deployment(0), c.deployment(1), c.deployment(2)}
-		before, after := pairs()
-		c.write(t, "site/common.pem", before.cert, 0o644)
-		for i := range all[:2] {
-			all[i].Files = append(all[i].Files, connector.File{Path: c.path("site/common.pem"), Kind: connector.CertificateFile,
-				Data: slices.Concat(after.cert, []byte(fmt.Sprintln("of", i)))})
-		}
-		inPlace := ""
-		all[0].Verify = func(context.Context) error {
-			data, err := os.ReadFile(c.path("site/common.pem"))
-			check(t, err)
-			inPlace = string(data)
-			if fails {
-				return errors.New("serves another certificate")
-			}
-			return nil
-		}
-		errs := c.deploy(all)
-		if (errs[0] != nil) != fails || errs[1] != nil || errs[2] != nil {
-			t.Errorf("got %v", errs)
-		}
-		if !strings.Contains(inPlace, "of 0") {
-			t.Error("the second deployment replaced a file of the first before that was done")
-		}
-		if data, _ := os.ReadFile(c.path("site/common.pem")); !strings.Contains(string(data), "of 1") {
-			t.Errorf("the second deployment's file is not in place: %q", data)
-		}
-		c.settled()
+		synctest.Test(t, func(t *testing.T) { testSharedFile(t, fails) })
 	}
 }
 
+func testSharedFile(t *testing.T, fails bool) {
+	c := newCrowd(t, nil)
+	all := []Transaction{c.deployment(0), c.deployment(1), c.deployment(2)}
+	before, after := pairs()
+	c.write(t, "site/common.pem", before.cert, 0o644)
+	for i := range all[:2] {
+		all[i].Files = append(all[i].Files, connector.File{Path: c.path("site/common.pem"), Kind: connector.CertificateFile,
+			Data: slices.Concat(after.cert, []byte(fmt.Sprintln("of", i)))})
+	}
+	inPlace := ""
+	all[0].Verify = func(context.Context) error {
+		data, err := os.ReadFile(c.path("site/common.pem"))
+		check(t, err)
+		inPlace = string(data)
+		if fails {
+			return errors.New("serves another certificate")
+		}
+		return nil
+	}
+	errs := c.deploy(all)
+	if (errs[0] != nil) != fails || errs[1] != nil || errs[2] != nil {
+		t.Errorf("got %v", errs)
+	}
+	if !strings.Contains(inPlace, "of 0") {
+		t.Error("the second deployment replaced a file of the first before that was done")
+	}
+	if data, _ := os.ReadFile(c.path("site/common.pem")); !strings.Contains(string(data), "of 1") {
+		t.Errorf("the second deployment's file is not in place: %q", data)
+	}
+	c.settled()
+}
+
 // A crash during a shared reload is recovered for each of the deployments.
-func TestSharedReloadCrashes(t *testing.T) {
+func TestSharedReloadCrashes(t *testing.T) { synctest.Test(t, testSharedReloadCrashes) }
+
+func testSharedReloadCrashes(t *testing.T) {
 	const n = 5
 	var crashed atomic.Bool
 	c := newCrowd(t, func(Step) error {

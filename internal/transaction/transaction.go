@@ -62,7 +62,8 @@ type Options struct {
 }
 
 // Engine carries out deployments. It is safe for concurrent use; deployments to
-// one target, or into one directory, wait for each other.
+// one target, or into one directory, wait for each other. Those of one directory
+// can share a reload.
 type Engine struct {
 	opts    Options
 	disk    disk
@@ -71,7 +72,7 @@ type Engine struct {
 	targets namelock.Table // by target id
 	dirs    namelock.Table // by device and inode: what a deployment puts files into
 	reloads namelock.Table // one name: the reloads after recovery take turns
-	sharing sharing
+	sharing sharing        // deployments of one directory that are ready to reload
 
 	mu      sync.Mutex         // guards flights
 	flights map[string]*flight // by target id: recoveries under way; see flight.go
@@ -94,12 +95,14 @@ type Deployment struct {
 	// keys: this host's owner has said so.
 	ReplaceAny bool
 
-	Yield Yield // called while the deployment waits for others; nil: it holds nothing that they need
+	// Yield is called while the deployment waits for others, before it has begun and
+	// for a shared reload. Nil: it holds nothing that they need.
+	Yield Yield
 }
 
 // A Yield calls wait, which waits for other deployments, and gives others this
 // deployment's place meanwhile. The context that wait gets ends when the agent
-// stops: a deployment that only waits has nothing to finish. The error is
+// stops: a deployment that has not begun has nothing to finish. The error is
 // wait's, or says that the place could not be had again.
 type Yield func(wait func(context.Context) error) error
 
