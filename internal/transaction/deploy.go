@@ -47,7 +47,7 @@ type attempt struct {
 // Deploy carries out one deployment. When it fails, the target is as it was
 // before, unless the error is a BrokenError. A cancelled context rolls back.
 func (e *Engine) Deploy(ctx context.Context, d Deployment) (Result, error) {
-	release, err := acquire(ctx, &e.targets, string(d.Target), d.Yield)
+	release, err := acquire(ctx, &e.targets, string(d.Target), patience(d.Yield), d.Yield)
 	if err != nil {
 		return Result{}, &BusyError{Place: "target " + string(d.Target), Err: fmt.Errorf("wait for another deployment of target %s: %w", d.Target, err)}
 	}

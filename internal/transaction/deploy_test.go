@@ -378,7 +378,7 @@ func TestKeepOthers(t *testing.T) {
 	// Somebody puts another file in place while the transaction waits.
 	w.write(t, "site/cert.pem", before.cert, 0o644)
 	s := w.mustStore(t, nil)
-	release, err := acquire(t.Context(), &s.targets, "t1", nil)
+	release, err := acquire(t.Context(), &s.targets, "t1", lockWait, nil)
 	check(t, err)
 	tx.Yield = func(wait func(context.Context) error) error {
 		w.write(t, "site/cert.pem", []byte(others), 0o644)

@@ -52,16 +52,22 @@ func waitFor(ctx context.Context, yield Yield, wait func(context.Context) error)
 	return err
 }
 
+// patience is for how long one holder may keep a transaction waiting that has not
+// begun: with yield it comes back.
+func patience(yield Yield) time.Duration {
+	if yield != nil {
+		return stuckAfter
+	}
+	return lockWait
+}
+
 // acquire takes a lock of this process. Many can be in its line, so none of them
-// fails while that moves; but a dead file system can keep the first.
-func acquire(ctx context.Context, locks *namelock.Table, name string, yield Yield) (release func(), err error) {
+// fails while that moves; but a dead file system can keep the first. Most is for
+// how long one holder may.
+func acquire(ctx context.Context, locks *namelock.Table, name string, most time.Duration, yield Yield) (release func(), err error) {
 	release, ok := locks.Try(name)
 	if ok {
 		return release, nil
-	}
-	most := lockWait
-	if yield != nil {
-		most = stuckAfter
 	}
 	err = waitFor(ctx, yield, func(ctx context.Context) (err error) {
 		for {
@@ -130,7 +136,7 @@ func statOf(d *dir) *syscall.Stat_t { return d.info.Sys().(*syscall.Stat_t) }
 func nameOf(d *dir) string { return fmt.Sprintf("%d:%d", statOf(d).Dev, statOf(d).Ino) }
 
 func (h *hold) take(ctx context.Context, d *dir) error {
-	if err := h.turn(ctx, d, h.yield); err != nil {
+	if err := h.turn(ctx, d, patience(h.yield), h.yield); err != nil {
 		return &BusyError{Place: "directory " + nameOf(d), Err: fmt.Errorf("another deployment of this agent holds it: %w", err)}
 	}
 	// Whose turn it is, is alone here; those that have passed theirs have the
@@ -155,18 +161,18 @@ func (h *hold) take(ctx context.Context, d *dir) error {
 }
 
 // turn waits until no other transaction of this process is at work in d.
-func (h *hold) turn(ctx context.Context, d *dir, yield Yield) error {
-	release, err := acquire(ctx, &h.Engine.dirs, nameOf(d), yield)
+func (h *hold) turn(ctx context.Context, d *dir, most time.Duration, yield Yield) error {
+	release, err := acquire(ctx, &h.Engine.dirs, nameOf(d), most, yield)
 	if err == nil {
 		h.turns = append(h.turns, release)
 	}
 	return err
 }
 
-// again waits for the turn that was passed.
+// again waits for the turn that was passed. What has begun cannot come back later.
 func (h *hold) again(ctx context.Context, yield Yield) error {
 	for _, d := range h.dirs {
-		if err := h.turn(ctx, d, yield); err != nil {
+		if err := h.turn(ctx, d, lockWait, yield); err != nil {
 			h.pass()
 			return err
 		}

@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/connector"
@@ -195,6 +196,34 @@ func TestSharedReloadFails(t *testing.T) {
 			})
 		})
 	}
+}
+
+// What is ready waits for as long as the one before it takes.
+func TestSharedReloadBehindASlowOne(t *testing.T) {
+	synctest.Test(t, testSharedReloadBehindASlowOne)
+}
+
+func testSharedReloadBehindASlowOne(t *testing.T) {
+	const n, slow = 5, 2
+	c := newCrowd(t, nil)
+	var all []Transaction
+	for i := range n {
+		all = append(all, c.deployment(i))
+	}
+	all[slow].Validate = nil // so that it shares nothing
+	all[slow].Verify = func(context.Context) error {
+		time.Sleep(2 * stuckAfter)
+		return nil
+	}
+	for i, err := range c.deploy(all) {
+		if busy, ok := errors.AsType[*BusyError](err); ok && i > 0 && busy.Place != "" {
+			continue // it had not begun, and comes back
+		}
+		if err != nil || c.holds(i) != "new" {
+			t.Errorf("deployment %d: %v, its file is %s", i, err, c.holds(i))
+		}
+	}
+	c.settled()
 }
 
 // A deployment that is cancelled while another reloads for it is undone, and no
