@@ -60,9 +60,9 @@ func (e *Engine) Deploy(ctx context.Context, d Deployment) (Result, error) {
 			try--
 			continue
 		}
-		_, together := errors.AsType[*togetherError](err)
+		together, ok := errors.AsType[*togetherError](err)
 		_, broken := errors.AsType[*BrokenError](err)
-		if together && !broken && ctx.Err() == nil {
+		if ok && !broken && a.waitForAll(ctx, together) == nil {
 			a.log.Info("a reload for several deployments failed: trying each by itself", "error", err)
 			alone = true
 			continue

@@ -28,7 +28,7 @@ const maxShared = time.Minute
 // transaction on top of others that have passed theirs. Without a validation one
 // bad file would fail all who share, so such a transaction shares nothing. Where a
 // reload fails all the same, all for whom it was are undone, and each is tried
-// again by itself: whose fault it was is known then.
+// again by itself, when all are undone: whose fault it was is known then.
 type sharing struct {
 	mu     sync.Mutex // guards the rest
 	flocks map[string]*flock
@@ -119,21 +119,41 @@ func (a *attempt) reloadShared(ctx context.Context) error {
 		return err // nothing of the others'; the next of them reloads
 	}
 	if err != nil && len(with) > 0 {
-		err = &togetherError{err}
+		err = &togetherError{err, append(with, a)}
 	}
 	a.sharing.mu.Lock()
 	defer a.sharing.mu.Unlock()
 	for _, other := range with {
-		other.passed.served, other.passed.err = true, err
-		other.passed.wake()
+		if !other.passed.served {
+			other.passed.served, other.passed.err = true, err
+			other.passed.wake()
+		}
 	}
 	return err
 }
 
 // togetherError is a reload that failed for several deployments.
-type togetherError struct{ error }
+type togetherError struct {
+	error
+	all []*attempt
+}
 
 func (e *togetherError) Unwrap() error { return e.error }
+
+// waitForAll waits until each deployment for which a reload failed is undone: the
+// one whose fault it was would have the others fail again.
+func (a *attempt) waitForAll(ctx context.Context, e *togetherError) error {
+	return a.aside(ctx)(func(ctx context.Context) error {
+		for _, other := range e.all {
+			select {
+			case <-other.passed.ended:
+			case <-ctx.Done():
+				return cancelled(ctx)
+			}
+		}
+		return nil
+	})
+}
 
 // turnAgain waits for the deployment's turn, or until another has reloaded for it.
 func (a *attempt) turnAgain(ctx, waiting context.Context) (served bool, err error) {
@@ -168,12 +188,13 @@ func (a *attempt) aside(ctx context.Context) Yield {
 	}
 }
 
-// with are the others that are ready and end in the same commands as a.
+// with are the others whose files are in place, not for good, and that end in the
+// same commands as a. One for which a reload was already may be undoing it.
 func (s *sharing) with(a *attempt) []*attempt {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.DeleteFunc(slices.Clone(s.ready), func(other *attempt) bool {
-		return other == a || other.passed.served || other.passed.commands != a.passed.commands
+		return other == a || other.passed.commands != a.passed.commands
 	})
 }
 

@@ -198,6 +198,50 @@ func TestSharedReloadFails(t *testing.T) {
 	}
 }
 
+// A deployment that is slow to undo what failed for all is no reason for another
+// to fail again, or for one that comes later.
+func TestSharedReloadFailsSlowly(t *testing.T) { synctest.Test(t, testSharedReloadFailsSlowly) }
+
+func testSharedReloadFailsSlowly(t *testing.T) {
+	const n, bad = 5, 3
+	c := newCrowd(t, nil)
+	var all []Transaction
+	for i := range n {
+		all = append(all, c.deployment(i))
+	}
+	all[bad].Yield = func(wait func(context.Context) error) error {
+		err := wait(t.Context())
+		time.Sleep(time.Second) // for its place
+		return err
+	}
+	late := c.deployment(n)
+	ended := make(chan error, 1)
+	comes := sync.OnceFunc(func() {
+		go func() {
+			_, err := c.engine.deploy(t.Context(), late)
+			ended <- err
+		}()
+	})
+	c.command = func(_ context.Context, name string) error {
+		if name == "reload" && c.holds(bad) == "new" {
+			comes()
+			return errors.New("exit status 1")
+		}
+		return nil
+	}
+	errs := c.deploy(all)
+	for i, err := range append(errs, <-ended) {
+		want := "new"
+		if i == bad {
+			want = "old"
+		}
+		if (err == nil) != (want == "new") || c.holds(i) != want {
+			t.Errorf("deployment %d: %v, its file is %s", i, err, c.holds(i))
+		}
+	}
+	c.settled()
+}
+
 // What is ready waits for as long as the one before it takes.
 func TestSharedReloadBehindASlowOne(t *testing.T) {
 	synctest.Test(t, testSharedReloadBehindASlowOne)
