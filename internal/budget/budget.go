@@ -49,8 +49,14 @@ type Budget struct {
 }
 
 type waiter struct {
-	granted chan Turn
+	granted chan grant
 	since   time.Time
+}
+
+// grant is a turn, or why there is none.
+type grant struct {
+	turn Turn
+	err  error
 }
 
 // New returns a budget without a limit. Draw is the source of randomness,
@@ -59,7 +65,8 @@ func New(draw func(n int64) int64) *Budget {
 	return &Budget{limit: limit{draw: draw}}
 }
 
-// Wait waits for the turn of a call. It fails with the cause of ctx, or of Stop.
+// Wait waits for the turn of a call. It fails with the cause of ctx, or of Stop or
+// Refuse.
 // Whoever has a turn tells how it went, by Succeeded or Limited; one that got no
 // answer says nothing of the limit.
 func (b *Budget) Wait(ctx context.Context, class Class) (Turn, error) {
@@ -75,17 +82,14 @@ func (b *Budget) Wait(ctx context.Context, class Class) (Turn, error) {
 		defer b.mu.Unlock()
 		return b.take(), nil
 	}
-	granted := make(chan Turn, 1)
+	granted := make(chan grant, 1)
 	b.waiting[class] = append(b.waiting[class], waiter{granted, time.Now()})
 	b.grant()
 	b.mu.Unlock()
 
 	select {
-	case turn, ok := <-granted:
-		if !ok {
-			return Turn{}, context.Canceled
-		}
-		return turn, nil
+	case g := <-granted:
+		return g.turn, g.err
 	case <-ctx.Done():
 		b.leave(class, granted)
 		return Turn{}, context.Cause(ctx)
@@ -94,14 +98,14 @@ func (b *Budget) Wait(ctx context.Context, class Class) (Turn, error) {
 
 // leave takes a caller out of its queue. A turn that came at the same moment is
 // the next one's: at the slowest rate it is a minute's.
-func (b *Budget) leave(class Class, granted chan Turn) {
+func (b *Budget) leave(class Class, granted chan grant) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.waiting[class] = slices.DeleteFunc(b.waiting[class], func(w waiter) bool { return w.granted == granted })
 	select {
-	case turn, ok := <-granted:
-		if ok {
-			b.limit.giveBack(turn.sent, turn.later)
+	case g := <-granted:
+		if g.err == nil {
+			b.limit.giveBack(g.turn.sent, g.turn.later)
 			b.grant()
 		}
 	default:
@@ -141,9 +145,23 @@ func (b *Budget) Stop() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.stopped = true
+	b.refuse(context.Canceled)
+}
+
+// Refuse has those that wait now fail with err, if the next turn is further away
+// than most: what they hold is of use to others meanwhile.
+func (b *Budget) Refuse(most time.Duration, err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if time.Until(b.limit.next) > most {
+		b.refuse(err)
+	}
+}
+
+func (b *Budget) refuse(err error) {
 	for class, waiting := range b.waiting {
 		for _, w := range waiting {
-			close(w.granted)
+			w.granted <- grant{err: err}
 		}
 		b.waiting[class] = nil
 	}
@@ -187,7 +205,7 @@ func (b *Budget) grant() {
 			b.wakeAfter(wait)
 			return
 		}
-		(*queue)[0].granted <- b.take()
+		(*queue)[0].granted <- grant{turn: b.take()}
 		*queue = (*queue)[1:]
 	}
 }

@@ -3,6 +3,7 @@ package controlplane_test
 import (
 	"errors"
 	"net/http"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -114,6 +115,32 @@ func TestLongRetryAfterIsTheCallers(t *testing.T) {
 		_, err := c.Work(t.Context())
 		if !api.RateLimited(err) || api.RetryAfter(err) != 15*time.Minute || time.Since(begun) > time.Second {
 			t.Errorf("got %v after %v, want the 429 at once", err, time.Since(begun))
+		}
+	})
+}
+
+// TestLongRetryAfterIsForThoseThatWait: nor does one that has no turn yet.
+func TestLongRetryAfterIsForThoseThatWait(t *testing.T) {
+	budgeted(t, func(t *testing.T, p *devplane.Plane, c *controlplane.Client, b *budget.Budget) {
+		limited(p, devplane.CallWork, 1)
+		p.Inject(devplane.Fault{Call: devplane.CallCertificate, Times: 1, Status: http.StatusTooManyRequests, RetryAfter: "900"})
+		var waiting sync.WaitGroup
+		for _, call := range []func() error{
+			func() error { _, err := c.Work(t.Context()); return err }, // closes the budget, and waits
+			func() error { _, err := c.Certificate(t.Context(), "mc-1"); return err },
+			func() error { _, err := c.Certificate(t.Context(), "mc-2"); return err },
+		} {
+			begun := time.Now()
+			waiting.Go(func() {
+				if err := call(); !api.RateLimited(err) || api.RetryAfter(err) != 15*time.Minute || time.Since(begun) > 10*time.Second {
+					t.Errorf("got %v after %v, want the long Retry-After of the first certificate", err, time.Since(begun))
+				}
+			})
+			synctest.Wait()
+		}
+		waiting.Wait()
+		if got := p.Count(devplane.CallCertificate); got != 1 {
+			t.Errorf("%d certificates were asked for, want 1", got)
 		}
 	})
 }

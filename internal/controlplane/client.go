@@ -31,8 +31,9 @@ const timeout = 30 * time.Second
 // a time.
 const maxWait = 10 * time.Minute
 
-// longest is the Retry-After up to which a call waits here to be sent again. Its
-// caller has better things to do with what it holds than to wait for longer.
+// longest is the Retry-After up to which calls wait here, to be sent or to be sent
+// again. Their callers have better things to do with what they hold than to wait
+// for longer.
 const longest = time.Minute
 
 // Bounds of an answer. Longer ones are api.ErrTooLarge.
@@ -243,7 +244,13 @@ func (c *Client) do(ctx context.Context, call call, answer any) error {
 			return nil
 		case !api.RateLimited(err):
 			return err
-		case !c.opts.Budget.Limited(turn, api.RetryAfter(err)) || call.once || api.RetryAfter(err) > longest:
+		}
+		again := c.opts.Budget.Limited(turn, api.RetryAfter(err)) && !call.once
+		if api.RetryAfter(err) > longest {
+			c.opts.Budget.Refuse(longest, err)
+			again = false
+		}
+		if !again {
 			return err
 		}
 	}
