@@ -144,3 +144,24 @@ func TestLongRetryAfterIsForThoseThatWait(t *testing.T) {
 		}
 	})
 }
+
+// TestLongRetryAfterOfAHeartbeat: those that wait have not asked yet. They have
+// their turn where it comes soon.
+func TestLongRetryAfterOfAHeartbeat(t *testing.T) {
+	budgeted(t, func(t *testing.T, p *devplane.Plane, c *controlplane.Client, b *budget.Budget) {
+		limited(p, devplane.CallWork, 1)
+		p.Inject(devplane.Fault{Call: devplane.CallHeartbeat, Times: 1, Status: http.StatusTooManyRequests, RetryAfter: "900"})
+		begun := time.Now()
+		var waiting sync.WaitGroup
+		waiting.Go(func() {
+			if _, err := c.Work(t.Context()); err != nil || time.Since(begun) > 10*time.Second {
+				t.Errorf("got %v after %v, want the answer to a second poll", err, time.Since(begun))
+			}
+		})
+		time.Sleep(time.Second)
+		if err := c.Heartbeat(t.Context(), api.Heartbeat{}); !api.RateLimited(err) {
+			t.Errorf("got %v, want the 429", err)
+		}
+		waiting.Wait()
+	})
+}
