@@ -36,12 +36,12 @@ type attempt struct {
 	result Result
 
 	record  record
-	files   []*dest     // in the order of record.Files
-	changes []*change   // in the order of the plan
-	hold    *hold       // the directories of the files
-	passed  *turnPassed // nil: none has overtaken it
-	clean   bool        // the target's last deployment ended clean
-	loaded  bool        // the server may have read the new files
+	files   []*dest    // in the order of record.Files
+	changes []*change  // in the order of the plan
+	hold    *hold      // the directories of the files
+	ready   *readiness // nil: it shares no reload, or not yet
+	clean   bool       // the target's last deployment ended clean
+	loaded  bool       // the server may have read the new files
 }
 
 // Deploy carries out one deployment. When it fails, the target is as it was
@@ -52,22 +52,19 @@ func (e *Engine) Deploy(ctx context.Context, d Deployment) (Result, error) {
 		return Result{}, &BusyError{Place: "target " + string(d.Target), Err: fmt.Errorf("wait for another deployment of target %s: %w", d.Target, err)}
 	}
 	defer release()
-	alone := false
-	for try := 1; ; try++ {
-		a := &attempt{Engine: e, Deployment: d, last: try >= maxPlans, alone: alone, log: e.opts.Log.With("target", d.Target)}
+	for try, alone := 1, false; ; {
+		a := &attempt{Engine: e, Deployment: d, last: try == maxPlans, alone: alone, log: e.opts.Log.With("target", d.Target)}
 		err := a.deploy(ctx)
-		if errors.Is(err, errOvertaken) {
-			try--
-			continue
-		}
-		together, ok := errors.AsType[*togetherError](err)
+		together, failedTogether := errors.AsType[*togetherError](err)
 		_, broken := errors.AsType[*BrokenError](err)
-		if ok && !broken && a.waitForAll(ctx, together) == nil {
+		switch {
+		case errors.Is(err, errConflictEnded):
+		case failedTogether && !broken && a.waitForAll(ctx, together) == nil:
 			a.log.Info("a reload for several deployments failed: trying each by itself", "error", err)
 			alone = true
-			continue
-		}
-		if a.last || !errors.Is(err, errStale) {
+		case errors.Is(err, errStale) && !a.last:
+			try++
+		default:
 			return a.result, err
 		}
 	}
@@ -93,7 +90,7 @@ func (a *attempt) deploy(ctx context.Context) error {
 		return a.abandon(ctx, err)
 	}
 	defer a.leave()
-	if other := a.overtaken(); other != nil {
+	if other := a.conflicting(); other != nil {
 		return a.waitForEnd(ctx, other)
 	}
 	if err := a.contested(); err != nil {

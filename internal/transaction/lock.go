@@ -22,7 +22,7 @@ const (
 	lockWait = 10 * time.Minute
 
 	// stuckAfter is for how long one transaction may keep others waiting that
-	// can come back: most are over within seconds.
+	// have not begun and can come back: most are over within seconds.
 	stuckAfter = 15 * time.Second
 
 	// lockPause is between the first two tries, and doubles up to
@@ -170,14 +170,29 @@ func (h *hold) turn(ctx context.Context, d *dir, most time.Duration, yield Yield
 }
 
 // again waits for the turn that was passed. What has begun cannot come back later.
-func (h *hold) again(ctx context.Context, yield Yield) error {
+func (h *hold) again(ctx context.Context) error {
 	for _, d := range h.dirs {
-		if err := h.turn(ctx, d, lockWait, yield); err != nil {
+		if err := h.turn(ctx, d, lockWait, h.aside(ctx)); err != nil {
 			h.pass()
 			return err
 		}
 	}
 	return nil
+}
+
+// aside gives others the deployment's place while it waits, until ctx ends and not
+// with the agent: what has begun is brought to an end, with a place or without.
+func (h *hold) aside(ctx context.Context) Yield {
+	return func(wait func(context.Context) error) (err error) {
+		if h.yield == nil {
+			return wait(ctx)
+		}
+		_ = h.yield(func(context.Context) error {
+			err = wait(ctx)
+			return nil
+		})
+		return err
+	}
 }
 
 // await tries until it has the lock. Any user who can open the directory can

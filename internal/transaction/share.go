@@ -16,30 +16,219 @@ import (
 // for that lock.
 const maxShared = time.Minute
 
-// sharing is how transactions of one directory share reloads. One whose files
-// are swapped and validated passes its turn and queues for it anew. Those that
-// waited before it swap and validate meanwhile. Its next turn comes after theirs,
-// and its reload is then one for all that are ready and end in the same commands,
-// since it begins after their swap. Each of them goes on to its own verification
-// and its own commit.
+// sharing lets deployments into one directory reload once for several of them, as
+// databases let transactions share the sync of their log (group commit).
 //
-// No two transactions swap at a time, and none swaps while a command runs, so
-// that no server reads half of a pair. A validation is of the files of one
-// transaction on top of others that have passed theirs. Without a validation one
-// bad file would fail all who share, so such a transaction shares nothing. Where a
-// reload fails all the same, all for whom it was are undone, and each is tried
-// again by itself, when all are undone: whose fault it was is known then.
+// One deployment at a time has the turn of a directory. It swaps its files and
+// validates them. Then it is ready: it passes its turn and queues for it again,
+// behind those that wait already, and they swap and validate meanwhile. The first
+// that has its turn back leads. It reloads, for itself and for all that are ready by
+// then and end in the same commands. They stop waiting, and each of them goes on to
+// its own verification and its own commit, or is rolled back alone.
+//
+//   - Nobody swaps without the turn, and commands run with it, so no server reads
+//     half of a pair.
+//   - A validation sees its own files on top of others that have passed theirs, so
+//     who fails is at fault. A deployment without a validation shares nothing.
+//   - A reload that fails may be anyone's fault: all for whom it was are rolled back,
+//     and then each is tried again alone.
+//   - Who has a file in common with one that is ready waits until that has ended.
 type sharing struct {
-	mu     sync.Mutex // guards the rest
-	flocks map[string]*flock
-	ready  []*attempt // in the order in which they passed their turn
+	mu     sync.Mutex        // guards the rest, and what deployments that are ready are told
+	flocks map[string]*flock // by nameOf
+	ready  []*attempt        // until they end, in the order in which they passed their turn
 }
 
-// flock is the lock of a directory, of all who are at work there or ready.
+// readiness is what others need to know of a deployment that is ready.
+type readiness struct {
+	commands string        // its validation and its reload: those with the same can share
+	stop     func()        // ends its wait for the turn
+	reloaded bool          // another has reloaded for it
+	err      error         // the result of that
+	ended    chan struct{} // closed when it is committed or rolled back
+}
+
+// reloadShared reloads for this deployment and others, or lets another do it.
+func (a *attempt) reloadShared(ctx context.Context) error {
+	if !a.mayShare() {
+		return a.reload(ctx)
+	}
+	waiting, stop := context.WithCancel(ctx)
+	defer stop()
+	a.becomeReady(stop)
+	a.hold.pass()
+	err := a.hold.again(waiting)
+	if reloaded, err := a.sharing.result(a); reloaded {
+		a.hold.pass() // it may have had its turn just before
+		return err
+	}
+	if ctx.Err() != nil {
+		return cancelled(ctx)
+	}
+	if err != nil {
+		return fmt.Errorf("wait for the deployments that go before: %w", err)
+	}
+	return a.lead(ctx)
+}
+
+// mayShare reports whether the deployment can share a reload with others.
+func (a *attempt) mayShare() bool {
+	if a.alone || a.plan.Validate == nil || a.plan.Reload.Command == nil || a.plan.Reload.Call != nil || len(a.changes) > 0 {
+		return false
+	}
+	a.sharing.mu.Lock()
+	defer a.sharing.mu.Unlock()
+	return !slices.ContainsFunc(a.hold.dirs, func(d *dir) bool { return time.Since(a.sharing.flocks[nameOf(d)].since) > maxShared })
+}
+
+// becomeReady lets others know the deployment.
+func (a *attempt) becomeReady(stop func()) {
+	a.ready = &readiness{
+		commands: fmt.Sprintf("%q %q", *a.plan.Validate, *a.plan.Reload.Command),
+		stop:     stop,
+		ended:    make(chan struct{}),
+	}
+	a.sharing.mu.Lock()
+	defer a.sharing.mu.Unlock()
+	a.sharing.ready = append(a.sharing.ready, a)
+}
+
+// result is that of the reload which another has made for a, if one has.
+func (s *sharing) result(a *attempt) (reloaded bool, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return a.ready.reloaded, a.ready.err
+}
+
+// lead reloads, for the deployment and its followers.
+func (a *attempt) lead(ctx context.Context) error {
+	followers := a.sharing.followers(a)
+	err := a.reload(ctx)
+	if err != nil && ctx.Err() != nil {
+		return err // the leader alone was cancelled: the next of them reloads
+	}
+	if err != nil && len(followers) > 0 {
+		err = &togetherError{err, append(followers, a)}
+	}
+	a.sharing.mu.Lock()
+	defer a.sharing.mu.Unlock()
+	for _, f := range followers {
+		if !f.ready.reloaded {
+			f.ready.reloaded, f.ready.err = true, err
+			f.ready.stop()
+		}
+	}
+	return err
+}
+
+// followers are the others whose files are in place, not for good, and that end in
+// the same commands as a. One for which a reload was already may be undoing it.
+func (s *sharing) followers(a *attempt) []*attempt {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.DeleteFunc(slices.Clone(s.ready), func(other *attempt) bool {
+		return other == a || other.ready.commands != a.ready.commands
+	})
+}
+
+// togetherError is a reload that failed for several deployments.
+type togetherError struct {
+	error
+	all []*attempt
+}
+
+func (e *togetherError) Unwrap() error { return e.error }
+
+// waitForAll waits until each deployment for which a reload failed is undone: the
+// one whose fault it was would have the others fail again.
+func (a *attempt) waitForAll(ctx context.Context, e *togetherError) error {
+	return a.hold.aside(ctx)(func(ctx context.Context) error {
+		for _, other := range e.all {
+			select {
+			case <-other.ready.ended:
+			case <-ctx.Done():
+				return cancelled(ctx)
+			}
+		}
+		return nil
+	})
+}
+
+// turnBack waits for the deployment's turn, to roll it back: a command of another
+// could read half of what is put back.
+func (a *attempt) turnBack(ctx context.Context) {
+	if a.ready == nil || len(a.hold.turns) > 0 {
+		return
+	}
+	if err := regardless(ctx, lateWait, a.hold.again); err != nil {
+		a.log.Warn("undoing a deployment beside others in its directory, since they do not end", "error", err)
+	}
+}
+
+// leave ends the deployment's hold.
+func (a *attempt) leave() {
+	a.hold.release()
+	if a.ready == nil {
+		return
+	}
+	a.sharing.mu.Lock()
+	defer a.sharing.mu.Unlock()
+	a.sharing.ready = slices.DeleteFunc(a.sharing.ready, func(other *attempt) bool { return other == a })
+	close(a.ready.ended)
+}
+
+// conflicting returns a deployment that is ready and has a file in common with
+// this one, whatever name that has; or nil.
+func (a *attempt) conflicting() *attempt {
+	a.sharing.mu.Lock()
+	ready := slices.Clone(a.sharing.ready)
+	a.sharing.mu.Unlock()
+	for _, other := range ready {
+		if slices.ContainsFunc(a.files, other.owns) {
+			return other
+		}
+	}
+	return nil
+}
+
+// owns reports whether one of the files that a put in place is f.
+func (a *attempt) owns(f *dest) bool {
+	now, _ := f.at.Lstat(f.Name)
+	return slices.ContainsFunc(a.files, func(own *dest) bool {
+		return os.SameFile(f.at.info, own.at.info) && strings.EqualFold(f.Name, own.Name) ||
+			now != nil && own.staged != nil && os.SameFile(now, own.staged)
+	})
+}
+
+// errConflictEnded is a deployment that has waited for the end of another, and is to
+// be begun anew.
+var errConflictEnded = errors.New("it had a file in common with another deployment, which has ended")
+
+// waitForEnd lets others into the directories until another deployment has ended.
+func (a *attempt) waitForEnd(ctx context.Context, other *attempt) error {
+	a.hold.release()
+	err := waitFor(ctx, a.Yield, func(ctx context.Context) error {
+		select {
+		case <-other.ready.ended:
+			return nil
+		case <-time.After(lockWait):
+			return fmt.Errorf("not ended within %s", lockWait)
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	})
+	if err != nil {
+		return &BusyError{Err: fmt.Errorf("wait for another deployment, of target %s, with a file in common: %w", other.Target, err)}
+	}
+	return errConflictEnded
+}
+
+// flock is the lock that keeps other agents out of a directory. Whoever has the turn
+// there and all that are ready hold it together.
 type flock struct {
 	file    *os.File
 	holders int
-	since   time.Time
+	since   time.Time // when it was locked
 }
 
 // join shares the lock of d if this process has it.
@@ -76,196 +265,4 @@ func (s *sharing) drop(name string) {
 		delete(s.flocks, name)
 		l.file.Close() // which ends the lock
 	}
-}
-
-// turnPassed is a deployment that others may overtake.
-type turnPassed struct {
-	commands string        // that end it
-	wake     func()        // it waits no longer
-	served   bool          // another's reload was for it too
-	err      error         // of that reload
-	ended    chan struct{} // closed when its files are final, or undone
-}
-
-// mayShare reports whether the deployment can share a reload with others.
-func (a *attempt) mayShare() bool {
-	if a.alone || a.plan.Validate == nil || a.plan.Reload.Command == nil || a.plan.Reload.Call != nil || len(a.changes) > 0 {
-		return false
-	}
-	a.sharing.mu.Lock()
-	defer a.sharing.mu.Unlock()
-	return !slices.ContainsFunc(a.hold.dirs, func(d *dir) bool { return time.Since(a.sharing.flocks[nameOf(d)].since) > maxShared })
-}
-
-// reloadShared reloads, for others too, or lets one of them do it.
-func (a *attempt) reloadShared(ctx context.Context) error {
-	if !a.mayShare() {
-		return a.reload(ctx)
-	}
-	waiting, wake := context.WithCancel(ctx)
-	defer wake()
-	a.passed = &turnPassed{commands: fmt.Sprintf("%q %q", *a.plan.Validate, *a.plan.Reload.Command), wake: wake, ended: make(chan struct{})}
-	a.sharing.mu.Lock()
-	a.sharing.ready = append(a.sharing.ready, a)
-	a.sharing.mu.Unlock()
-	a.hold.pass()
-	served, err := a.turnAgain(ctx, waiting)
-	if served || err != nil {
-		return err
-	}
-	with := a.sharing.with(a)
-	err = a.reload(ctx)
-	if err != nil && ctx.Err() != nil {
-		return err // nothing of the others'; the next of them reloads
-	}
-	if err != nil && len(with) > 0 {
-		err = &togetherError{err, append(with, a)}
-	}
-	a.sharing.mu.Lock()
-	defer a.sharing.mu.Unlock()
-	for _, other := range with {
-		if !other.passed.served {
-			other.passed.served, other.passed.err = true, err
-			other.passed.wake()
-		}
-	}
-	return err
-}
-
-// togetherError is a reload that failed for several deployments.
-type togetherError struct {
-	error
-	all []*attempt
-}
-
-func (e *togetherError) Unwrap() error { return e.error }
-
-// waitForAll waits until each deployment for which a reload failed is undone: the
-// one whose fault it was would have the others fail again.
-func (a *attempt) waitForAll(ctx context.Context, e *togetherError) error {
-	return a.aside(ctx)(func(ctx context.Context) error {
-		for _, other := range e.all {
-			select {
-			case <-other.passed.ended:
-			case <-ctx.Done():
-				return cancelled(ctx)
-			}
-		}
-		return nil
-	})
-}
-
-// turnAgain waits for the deployment's turn, or until another has reloaded for it.
-func (a *attempt) turnAgain(ctx, waiting context.Context) (served bool, err error) {
-	err = a.hold.again(waiting, a.aside(waiting))
-	a.sharing.mu.Lock()
-	defer a.sharing.mu.Unlock()
-	if a.passed.served {
-		a.hold.pass()
-		return true, a.passed.err
-	}
-	if err == nil {
-		return false, nil
-	}
-	if ctx.Err() != nil {
-		return false, cancelled(ctx)
-	}
-	return false, fmt.Errorf("wait for the deployments that go before: %w", err)
-}
-
-// aside gives others the deployment's place while it waits, until ctx ends and not
-// with the agent: what has begun is brought to an end, with a place or without.
-func (a *attempt) aside(ctx context.Context) Yield {
-	return func(wait func(context.Context) error) (err error) {
-		if a.Yield == nil {
-			return wait(ctx)
-		}
-		_ = a.Yield(func(context.Context) error {
-			err = wait(ctx)
-			return nil
-		})
-		return err
-	}
-}
-
-// with are the others whose files are in place, not for good, and that end in the
-// same commands as a. One for which a reload was already may be undoing it.
-func (s *sharing) with(a *attempt) []*attempt {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return slices.DeleteFunc(slices.Clone(s.ready), func(other *attempt) bool {
-		return other == a || other.passed.commands != a.passed.commands
-	})
-}
-
-// turnBack waits for the deployment's turn, to undo it: a command of another
-// could read half of what is put back.
-func (a *attempt) turnBack(ctx context.Context) {
-	if a.passed == nil || len(a.hold.turns) > 0 {
-		return
-	}
-	err := regardless(ctx, lateWait, func(ctx context.Context) error { return a.hold.again(ctx, a.aside(ctx)) })
-	if err != nil {
-		a.log.Warn("undoing a deployment beside others in its directory, since they do not end", "error", err)
-	}
-}
-
-// leave ends the deployment's hold.
-func (a *attempt) leave() {
-	a.hold.release()
-	if a.passed == nil {
-		return
-	}
-	a.sharing.mu.Lock()
-	defer a.sharing.mu.Unlock()
-	a.sharing.ready = slices.DeleteFunc(a.sharing.ready, func(other *attempt) bool { return other == a })
-	close(a.passed.ended)
-}
-
-// overtaken returns a deployment that is ready, and not at its end, and has a
-// file in common with this one, whatever name that has; or nil.
-func (a *attempt) overtaken() *attempt {
-	a.sharing.mu.Lock()
-	ready := slices.Clone(a.sharing.ready)
-	a.sharing.mu.Unlock()
-	for _, other := range ready {
-		for _, f := range a.files {
-			if other.owns(f) {
-				return other
-			}
-		}
-	}
-	return nil
-}
-
-// owns reports whether one of the files that a put in place is f.
-func (a *attempt) owns(f *dest) bool {
-	now, _ := f.at.Lstat(f.Name)
-	return slices.ContainsFunc(a.files, func(own *dest) bool {
-		return os.SameFile(f.at.info, own.at.info) && strings.EqualFold(f.Name, own.Name) ||
-			now != nil && own.staged != nil && os.SameFile(now, own.staged)
-	})
-}
-
-// errOvertaken is a deployment that has waited for the end of another, and is to
-// be begun anew.
-var errOvertaken = errors.New("it had a file in common with another deployment, which has ended")
-
-// waitForEnd lets others into the directories until another deployment has ended.
-func (a *attempt) waitForEnd(ctx context.Context, other *attempt) error {
-	a.hold.release()
-	err := waitFor(ctx, a.Yield, func(ctx context.Context) error {
-		select {
-		case <-other.passed.ended:
-			return nil
-		case <-time.After(lockWait):
-			return fmt.Errorf("not ended within %s", lockWait)
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
-	})
-	if err == nil {
-		return errOvertaken
-	}
-	return &BusyError{Err: fmt.Errorf("wait for another deployment, of target %s, with a file in common: %w", other.Target, err)}
 }
