@@ -4,6 +4,7 @@ import (
 	"container/heap"
 	"context"
 	"errors"
+	"slices"
 	"time"
 
 	"certctl-agent/internal/api"
@@ -16,31 +17,19 @@ import (
 
 // jobTable is what the loop has in hand of deployments: those that wait or run.
 //
-// There may be thousands of them, so an event looks at those whose turn it may
-// be: a job that needs what another one has stands in line for that.
+// There may be thousands of them, so an event looks at none that needs what another
+// has.
 type jobTable struct {
 	slots      chan struct{} // one element for each deployment that runs and waits for no other
 	unfinished []api.Job
-	waiting    int            // jobs that have not begun
-	running    int            // jobs that have
-	yielding   int            // what those hold that gave their slot away, in bytes
-	ready      []*waitingJob  // what they need was free when they came here
-	lines      map[need]*line // of what a job has, or others stand in line for
-	later      dueQueue       // jobs that could not begin
-	timer      *time.Timer    // the earliest of those, or due
-	due        time.Time      // none begins before: the control plane has asked for that
-}
-
-// need is something that one job at a time has.
-type need struct {
-	kind, id string
-}
-
-// line is who has what is needed, and who waits for it. Where nobody has it, the
-// first that waited is ready.
-type line struct {
-	by   *waitingJob // nil: nobody
-	jobs []*waitingJob
+	waiting    int           // jobs that have not begun
+	running    int           // jobs that have
+	yielding   int           // what those hold that gave their slot away, in bytes
+	ready      []*waitingJob // they have what they need but for a slot
+	lines      lines
+	later      dueQueue    // jobs that could not begin
+	timer      *time.Timer // the earliest of those, or due
+	due        time.Time   // none begins before: the control plane has asked for that
 }
 
 // waitingJob is a deployment that has not begun: no slot, its target or its
@@ -65,7 +54,7 @@ type waitingJob struct {
 func newJobTable(slots int) jobTable {
 	return jobTable{
 		slots: make(chan struct{}, slots),
-		lines: make(map[need]*line),
+		lines: make(lines),
 		timer: stoppedTimer(),
 	}
 }
@@ -75,7 +64,7 @@ func (t *jobTable) add(job api.Job, runningUnanswered bool) {
 	t.enter(&waitingJob{job: job, since: time.Now(), runningUnanswered: runningUnanswered})
 }
 
-// needs lists what a job has while it runs.
+// needs lists what a job has from when it is ready, or runs, until it ends.
 func (w *waitingJob) needs() []need {
 	all := []need{{"job", string(w.job.ID)}, w.certificate()}
 	if w.job.TargetID != "" {
@@ -92,81 +81,25 @@ func (w *waitingJob) certificate() need { return need{"certificate", string(w.jo
 
 // enter has a job wait for its turn, behind those that need the same.
 func (t *jobTable) enter(w *waitingJob) {
-	for _, n := range w.needs() {
-		if l := t.lines[n]; l != nil && l.by != w {
-			l.jobs = append(l.jobs, w)
-			return
-		}
+	if t.lines.take(w) {
+		t.ready = append(t.ready, w)
 	}
-	t.ready = append(t.ready, w)
 }
 
-// busy is the line of something that a job needs and another has, or nil.
-func (t *jobTable) busy(w *waitingJob) *line {
-	for _, n := range w.needs() {
-		if l := t.lines[n]; l != nil && l.by != nil && l.by != w {
-			return l
-		}
-	}
-	return nil
-}
-
-// begin gives a job what it needs.
-func (t *jobTable) begin(w *waitingJob) {
-	for _, n := range w.needs() {
-		if t.lines[n] == nil {
-			t.lines[n] = new(line)
-		}
-		t.lines[n].by = w
-	}
-	t.waiting--
-	t.running++
-}
-
-// release takes from a job what it has, or had.
+// release takes from a job what it has of needs.
 func (t *jobTable) release(w *waitingJob, needs ...need) {
-	for _, n := range needs {
-		if l := t.lines[n]; l != nil && l.by == w {
-			l.by = nil
-			t.wake(n)
-		}
-	}
+	t.ready = append(t.ready, t.lines.release(w, needs...)...)
 }
 
 // end takes from a job what it has: all but the place that keeps others waiting
 // still, so that it is the one of them that tries again.
 func (t *jobTable) end(w *waitingJob, err error) {
-	had, place := w.needs(), w.place
+	had := w.needs()
 	w.place = ""
 	if busy, ok := errors.AsType[*transaction.BusyError](err); ok {
 		w.place = busy.Place
 	}
-	for _, n := range had {
-		if n.kind != "place" || w.place != place {
-			t.release(w, n)
-		}
-	}
-}
-
-// wake makes ready the first in the line of what nobody has. One that needs
-// something else, too, waits for that, and lets the next go first.
-func (t *jobTable) wake(n need) {
-	l := t.lines[n]
-	for l != nil && l.by == nil {
-		if len(l.jobs) == 0 {
-			delete(t.lines, n)
-			return
-		}
-		w := l.jobs[0]
-		l.jobs[0] = nil
-		l.jobs = l.jobs[1:]
-		other := t.busy(w)
-		if other == nil {
-			t.ready = append(t.ready, w)
-			return
-		}
-		other.jobs = append(other.jobs, w)
-	}
+	t.release(w, slices.DeleteFunc(had, func(n need) bool { return n == need{"place", w.place} })...)
 }
 
 // claimed is what a poll brought, recorded.
@@ -279,20 +212,19 @@ func (a *Agent) startJobs() {
 		w := t.ready[0]
 		t.ready[0] = nil
 		t.ready = t.ready[1:]
-		waited := w.needs()
+		had := w.needs()
 		if newer, ok := a.opts.Ledger.Job(w.job.ID); ok {
 			w.job = newer // handed out again while it waited
 		}
-		if l := t.busy(w); l != nil {
-			l.jobs = append(l.jobs, w)
+		if !slices.Equal(had, w.needs()) {
 			<-t.slots
-		} else {
-			t.begin(w)
-			a.startDeployment(w)
+			t.release(w, had...)
+			t.enter(w)
+			continue
 		}
-		for _, n := range waited {
-			t.wake(n) // what it has not taken is the next one's
-		}
+		t.waiting--
+		t.running++
+		a.startDeployment(w)
 	}
 	switch {
 	case len(t.ready) > 0 && t.due.After(now):
