@@ -12,17 +12,17 @@ import (
 	"certctl-agent/internal/policy"
 )
 
-// Peer is a place that is not this host, where private keys are sent.
+// Peer is the host and port of a remote target, to which private keys are sent.
 type Peer struct {
-	policy *policy.Policy // nil: the owner of this host named the place
+	policy *policy.Policy // an empty one if the owner of this host chose the peer
 	host   string
 	port   uint16
 }
 
-// Peer is the place at host, a name or an address (IPv6 with brackets or
+// Peer returns the peer at host, a name or an address (IPv6 with brackets or
 // without), if CERTCTL_ALLOWED_HOSTS lets keys go there. Named says that the
-// owner of this host chose the place, in an overlay or a file that only root can
-// write, which counts as permission.
+// owner of this host chose it, in an overlay or a file that only root can write,
+// which counts as permission.
 func (h Host) Peer(host string, port int, named bool) (*Peer, error) {
 	if port < 1 || port > 65535 {
 		return nil, fmt.Errorf("expected a port from 1 to 65535, got %d", port)
@@ -37,13 +37,13 @@ func (h Host) Peer(host string, port int, named bool) (*Peer, error) {
 	return peer, peer.policy.CheckHost(host, peer.port)
 }
 
-// Address is host and port as they are configured.
+// Address returns host:port as configured.
 func (p *Peer) Address() string {
 	return net.JoinHostPort(p.host, strconv.Itoa(int(p.port)))
 }
 
-// Dial connects to the peer over TCP. Each address that its name stands for is
-// asked for before it is tried.
+// Dial connects to the peer over TCP. It asks the policy about each address that
+// the name resolves to before it tries that.
 func (p *Peer) Dial(ctx context.Context) (net.Conn, error) {
 	dialer := net.Dialer{Control: func(_, address string, _ syscall.RawConn) error {
 		at, err := netip.ParseAddrPort(address)
@@ -55,8 +55,8 @@ func (p *Peer) Dial(ctx context.Context) (net.Conn, error) {
 	return dialer.DialContext(ctx, "tcp", p.Address())
 }
 
-// Resolve looks the name up, for a program that connects by itself. It returns
-// the addresses that it may use, of which there is one at least.
+// Resolve looks the name up for a program that connects by itself. It returns the
+// addresses that the policy allows, or an error if there are none.
 func (p *Peer) Resolve(ctx context.Context) ([]netip.AddrPort, error) {
 	found, err := net.DefaultResolver.LookupNetIP(ctx, "ip", p.host)
 	if err != nil {

@@ -106,7 +106,8 @@ type Turn struct {
 	// take the promotion back. It may be called more than once.
 	Share func()
 
-	// Yield is called to wait for others; see transaction.Yield. Size is what the job holds in memory meanwhile, in bytes.
+	// Yield is called to wait for others; see transaction.Yield. Size is what the
+	// job holds in memory meanwhile, in bytes.
 	Yield func(size int, wait func(context.Context) error) error
 }
 

@@ -20,8 +20,8 @@ type HostRule struct {
 }
 
 // ParseHostRule reads an entry: a host name, "*.example.org" for the names below
-// one, an address or a CIDR block, each with ":port" if wanted, behind brackets
-// where the address has colons itself ("[2001:db8::/32]:22").
+// one, an address or a CIDR block, each with ":port" if wanted. Before a port, an
+// address with colons of its own stands in brackets ("[2001:db8::/32]:22").
 func ParseHostRule(entry string) (HostRule, error) {
 	host, port, err := cutPort(entry)
 	if err != nil {
@@ -38,14 +38,14 @@ func ParseHostRule(entry string) (HostRule, error) {
 	if strings.Contains(host, "/") {
 		prefix, err := netip.ParsePrefix(host)
 		if err != nil || prefix.Masked() != prefix || prefix.Addr().Is4In6() {
-			return HostRule{}, fmt.Errorf("%s is no block of addresses such as 10.0.0.0/8", printable.Quote(entry))
+			return HostRule{}, fmt.Errorf("%s is not a block of addresses such as 10.0.0.0/8", printable.Quote(entry))
 		}
 		rule.prefix = prefix
 		return rule, nil
 	}
 	rule.name = canonical(host)
 	if !isHostName(strings.TrimPrefix(rule.name, "*.")) {
-		return HostRule{}, fmt.Errorf("%s is no host name, *.example.org, address or CIDR block", printable.Quote(entry))
+		return HostRule{}, fmt.Errorf("%s is not a host name, *.example.org, an address or a CIDR block", printable.Quote(entry))
 	}
 	return rule, nil
 }
@@ -101,15 +101,15 @@ func (r HostRule) named(host string) bool {
 }
 
 // CheckHost reports whether a private key may be sent to host, a name or an
-// address, before the name is looked up. Where the list has blocks of addresses
-// it takes CheckAddress to tell.
+// address, before the name is looked up. A name that is not on the list passes
+// if there are blocks of addresses for its port: CheckAddress decides then.
 func (p *Policy) CheckHost(host string, port uint16) error {
 	if addr, err := netip.ParseAddr(host); err == nil {
 		return p.CheckAddress(host, netip.AddrPortFrom(addr, port))
 	}
 	name := canonical(host)
 	if !isHostName(name) {
-		return fmt.Errorf("%s is no host name and no address", printable.Quote(host))
+		return fmt.Errorf("%s is neither a host name nor an address", printable.Quote(host))
 	}
 	if p.Hosts == nil || isLoopbackName(name) {
 		return nil
@@ -127,8 +127,8 @@ func isLoopbackName(name string) bool {
 }
 
 // CheckAddress reports whether a private key may be sent to the address at,
-// which was found for host. Loopback is this host and always may be; an
-// address that no route leads to is never what a name means.
+// which host was resolved to. Loopback is this host and always allowed. Unspecified
+// and multicast addresses never are: they belong to no host.
 func (p *Policy) CheckAddress(host string, at netip.AddrPort) error {
 	addr, name := at.Addr().Unmap(), canonical(host)
 	switch _, err := netip.ParseAddr(host); {
@@ -145,8 +145,8 @@ func (p *Policy) CheckAddress(host string, at netip.AddrPort) error {
 		if r.prefix.IsValid() {
 			return r.onPort(at.Port()) && r.prefix.Contains(addr.WithZone(""))
 		}
-		// Names are looked up by whoever answers first; cloud metadata services
-		// and the like are reached by such addresses.
+		// Whoever answers for the name in DNS chooses the address, and cloud
+		// metadata services have link-local ones.
 		return r.onPort(at.Port()) && r.named(name) && !addr.IsLinkLocalUnicast()
 	}
 	if slices.ContainsFunc(p.Hosts, allows) {

@@ -20,23 +20,23 @@ func rules(t *testing.T, entries ...string) []HostRule {
 
 func TestParseHostRule(t *testing.T) {
 	for entry, want := range map[string]string{
-		"":                  "is no host name",
-		"*":                 "is no host name",
-		"a*.example.org":    "is no host name",
-		"*.*.example.org":   "is no host name",
-		"web 1":             "is no host name",
-		"bücher.example":    "is no host name",
-		"-o.example.org":    "is no host name",
+		"":                  "is not a host name",
+		"*":                 "is not a host name",
+		"a*.example.org":    "is not a host name",
+		"*.*.example.org":   "is not a host name",
+		"web 1":             "is not a host name",
+		"bücher.example":    "is not a host name",
+		"-o.example.org":    "is not a host name",
 		"web1:0":            "the port is a number",
 		"web1:ssh":          "the port is a number",
 		"web1:65536":        "the port is a number",
 		"[::1]22":           "after the bracket",
-		"10.0.0.1/8":        "is no block of addresses",
-		"10.0.0.0/33":       "is no block of addresses",
-		"::ffff:10.0.0.0/8": "is no block of addresses",
+		"10.0.0.1/8":        "is not a block of addresses",
+		"10.0.0.0/33":       "is not a block of addresses",
+		"::ffff:10.0.0.0/8": "is not a block of addresses",
 		"fe80::1%eth0":      "has no zone",
 		"https://web1":      "the port is a number",
-		"a/b":               "is no block of addresses",
+		"a/b":               "is not a block of addresses",
 	} {
 		if rule, err := ParseHostRule(entry); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: got %+v, %v, want an error with %q", entry, rule, err, want)

@@ -61,19 +61,18 @@ func matches(allowed, argv []string) bool {
 	return len(allowed) > 0 && slices.Equal(allowed, argv)
 }
 
-// CheckPath is that of a Look that has seen nothing yet.
+// CheckPath is Look.CheckPath for a single path.
 func (p *Policy) CheckPath(path string) error { return p.Look().CheckPath(path) }
 
 // Look returns a Look at the files of this host as they are from now on.
 func (p *Policy) Look() *Look { return &Look{policy: p, seen: make(map[string]place)} }
 
-// Look answers for several paths, and looks only once at each file that nobody
-// may write: there are some hundreds. It is for the destinations of one
-// deployment and not to be kept. What it remembers can be out of date by the time
-// that these take, as what is looked at anew can be by the time that the file is
-// written. Whoever changes it meanwhile makes, moves or mounts a directory of
-// root's or of the agent's, and owns the host without that. It remembers nothing
-// of the path that is asked for, which others may well be able to change.
+// Look checks several paths, and looks only once at each file that nobody may
+// write: there are some hundreds. It is for the destinations of one deployment and
+// not to be kept, since what it remembers goes out of date. Within a deployment that
+// does no harm: only root or the agent's user can make, move or mount these files,
+// and they own the host without that. It remembers nothing of the path that is
+// checked, which others may be able to change.
 type Look struct {
 	policy *Policy
 	seen   map[string]place // by name, as it is on a list, and of each directory above
@@ -214,7 +213,7 @@ func (l *Look) fatal(path string, above []fs.FileInfo) string {
 	return l.firstHolding(fatalPaths(), path, above)
 }
 
-// ancestors are what is there of path and of the directories above it.
+// ancestors returns path and the directories above it, as far as they exist.
 func ancestors(path string) (found []fs.FileInfo) {
 	for at := path; ; at = filepath.Dir(at) {
 		if info, err := os.Stat(at); err == nil {
