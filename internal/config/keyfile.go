@@ -15,7 +15,7 @@ import (
 	"certctl-agent/internal/trustedfile"
 )
 
-// readKey reads an API key file by trustedfile.Read or trustedfile.ReadWaiting.
+// readKey reads an API key file by trustedfile.Read or trustedfile.ReadWithoutTimeout.
 func readKey(read func(string, int64) ([]byte, fs.FileInfo, string, error), path string) (key secret.String, info fs.FileInfo, warning string, err error) {
 	data, info, warning, err := read(path, maxSecretFile)
 	if err != nil {
@@ -133,7 +133,7 @@ func (f *keyFile) latest() (key secret.String, changed bool, err error) {
 	}
 	// Without a timeout of its own, which would leave one more read behind in the
 	// kernel each time. Callers do not wait for it.
-	key, read, _, err := readKey(trustedfile.ReadWaiting, f.path)
+	key, read, _, err := readKey(trustedfile.ReadWithoutTimeout, f.path)
 	f.seen = nil
 	if err == nil && unchanged(info, read) { // else it is read again next time
 		f.seen = info

@@ -23,7 +23,7 @@ const readTimeout = 10 * time.Second
 // between. It takes ten seconds at most.
 func Read(path string, limit int64) (data []byte, info fs.FileInfo, warning string, err error) {
 	ok := within(readTimeout, func() func() {
-		d, i, w, e := ReadWaiting(path, limit)
+		d, i, w, e := ReadWithoutTimeout(path, limit)
 		return func() { data, info, warning, err = d, i, w, e }
 	})
 	if !ok {
@@ -46,8 +46,9 @@ func within(limit time.Duration, work func() (finish func())) bool {
 	}
 }
 
-// ReadWaiting is Read for a caller that does not wait for it.
-func ReadWaiting(path string, limit int64) (data []byte, info fs.FileInfo, warning string, err error) {
+// ReadWithoutTimeout is Read, however long that takes: it is for a goroutine that
+// nobody waits for.
+func ReadWithoutTimeout(path string, limit int64) (data []byte, info fs.FileInfo, warning string, err error) {
 	if path, err = filepath.Abs(path); err != nil {
 		return nil, nil, "", err
 	}
