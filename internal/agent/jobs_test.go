@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -863,6 +864,52 @@ func TestLongRetryAfter(t *testing.T) {
 		}
 		if err := w.stop(); err != nil {
 			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
+// TestHandedOutAgainWithAnotherTarget: a job that waits for a slot when its new
+// form comes waits for the target of that, too.
+func TestHandedOutAgainWithAnotherTarget(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.options.MaxDeploys = 2
+		var jobs []api.Job
+		for i, id := range []string{"long", "short", "moves"} {
+			job := deployment(id, fmt.Sprint("t", i))
+			job.CertificateID = api.ID("cert-" + id)
+			jobs = append(jobs, job)
+		}
+		w.work = func(_ context.Context, n int) (api.Work, error) {
+			switch n {
+			case 1:
+				return api.Work{Jobs: jobs}, nil
+			case 2:
+				jobs[2].TargetID = jobs[0].TargetID
+				return api.Work{Jobs: jobs[2:]}, nil
+			}
+			return api.Work{}, nil
+		}
+		var atTarget atomic.Int64
+		var order []string // appended to in turn
+		w.turn = func(work context.Context, job api.Job, _ deploy.Turn) (deploy.Outcome, error) {
+			if job.TargetID == jobs[0].TargetID {
+				if atTarget.Add(1) > 1 {
+					t.Error("two deployments to one target at once")
+				}
+				defer atTarget.Add(-1)
+			}
+			err := sleep(work, map[api.ID]time.Duration{"long": time.Hour, "short": 30 * time.Minute, "moves": time.Minute}[job.ID])
+			order = append(order, fmt.Sprint(job.ID, " to ", job.TargetID))
+			return deploy.Outcome{Status: api.StatusCompleted}, err
+		}
+		w.start()
+		time.Sleep(2 * time.Hour)
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+		if want := []string{"short to t1", "long to t0", "moves to t0"}; !slices.Equal(order, want) {
+			t.Errorf("carried out %q, want %q", order, want)
 		}
 	})
 }
