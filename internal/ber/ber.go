@@ -1,5 +1,5 @@
-// Package ber reads the encodings of X.690, DER and BER. Tools that stream write PKCS#7 and PKCS#12
-// with indefinite lengths and strings in pieces, which encoding/asn1 refuses.
+// Package ber reads the encodings of X.690, DER and BER, and writes DER. Tools that stream write
+// PKCS#7 and PKCS#12 with indefinite lengths and strings in pieces, which encoding/asn1 refuses.
 package ber
 
 import (
@@ -17,6 +17,7 @@ const (
 	TagInteger         = 0x02
 	TagBitString       = 0x03
 	TagOctetString     = 0x04
+	TagNull            = 0x05
 	TagOID             = 0x06
 	TagUTF8String      = 0x0c
 	TagNumericString   = 0x12

@@ -45,6 +45,24 @@ func TestOctetsInPieces(t *testing.T) {
 	}
 }
 
+// TestEncode: what is written is what is read, in the shortest form.
+func TestEncode(t *testing.T) {
+	for size, header := range map[int]int{0: 2, 1: 2, 0x7f: 2, 0x80: 3, 0xff: 3, 0x100: 4, 0xffff: 4, 0x10000: 5, 0xffffff: 5, 0x1000000: 6} {
+		body := bytes.Repeat([]byte{7}, size)
+		encoded := Encode(TagOctetString, body[:size/2], body[size/2:])
+		v, rest, err := Element(encoded)
+		if err != nil || v.Tag != TagOctetString || !bytes.Equal(v.Body, body) || len(rest) > 0 || len(encoded) != size+header {
+			t.Errorf("%d bytes: %d were read of %d, %v; want %d before them", size, len(v.Body), len(encoded), err, header)
+		}
+	}
+	for n, want := range map[int]string{0: "\x02\x01\x00", 127: "\x02\x01\x7f", 128: "\x02\x02\x00\x80", 10_000: "\x02\x02\x27\x10", 1 << 30: "\x02\x04\x40\x00\x00\x00"} {
+		f := Fields{Rest: EncodeInteger(n)}
+		if string(f.Rest) != want || f.Integer() != n || f.Err != nil {
+			t.Errorf("%d: %x, %v", n, EncodeInteger(n), f.Err)
+		}
+	}
+}
+
 func FuzzElement(f *testing.F) {
 	f.Add([]byte("\x30\x80\x24\x80\x04\x01a\x00\x00\x0c\x01b\x00\x00"))
 	f.Add([]byte("\x30\x06\x04\x01a\x02\x01\x07"))

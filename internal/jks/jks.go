@@ -1,6 +1,7 @@
-// Package jks reads Java's own formats of key stores, JKS and JCEKS. They are specified by the
-// source of sun.security.provider.JavaKeyStore and com.sun.crypto.provider.JceKeyStore. Certificates
-// are in clear, private keys under a password of their own. Integers are big-endian.
+// Package jks reads Java's own formats of key stores, JKS and JCEKS, and writes JKS. They are
+// specified by the source of sun.security.provider.JavaKeyStore and
+// com.sun.crypto.provider.JceKeyStore. Certificates are in clear, private keys under a password of
+// their own. Integers are big-endian.
 package jks
 
 import (

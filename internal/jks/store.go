@@ -1,0 +1,302 @@
+package jks
+
+import (
+	"bytes"
+	"crypto/rand"
+	"crypto/sha1"
+	"crypto/subtle"
+	"crypto/x509"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"iter"
+	"slices"
+	"strings"
+	"time"
+	"unicode/utf16"
+
+	"certctl-agent/internal/ber"
+)
+
+var (
+	// ErrPassword: the digest of a store, or of a private key, is not that of the password.
+	ErrPassword = errors.New("JKS: the password is wrong")
+
+	// ErrAlias: the alias is that of an entry which is not a private key.
+	ErrAlias = errors.New("the alias belongs to a trusted certificate")
+
+	// ErrJCEKS: the store is one of the format that is read and not written.
+	ErrJCEKS = errors.New("the key store is of type JCEKS, which is not written")
+)
+
+// Store is a store that can be written. Whatever Put does not replace is written as it was read,
+// byte for byte.
+type Store struct {
+	password string
+	version  byte
+	entries  []stored
+}
+
+// stored is an entry with its bytes.
+type stored struct {
+	Entry
+	raw []byte
+}
+
+// New is an empty store.
+func New(password string) *Store { return &Store{password: password, version: 2} }
+
+// Open reads a store whose digest is that of password. The error is ErrPassword or ErrJCEKS, or says
+// what is damaged.
+func Open(data []byte, password string) (*Store, error) {
+	switch {
+	case !Is(data):
+		return nil, errFormat
+	case binary.BigEndian.Uint32(data) == magicJCEKS:
+		return nil, ErrJCEKS
+	}
+	s := &Store{password: password, version: data[7]}
+	r := &reader{rest: data[headerSize:], typed: s.version == 2}
+	for range binary.BigEndian.Uint32(data[8:]) {
+		before := r.rest
+		e, err := r.entry()
+		if err != nil {
+			return nil, err
+		}
+		s.entries = append(s.entries, stored{e, before[:len(before)-len(r.rest)]})
+	}
+	if len(r.rest) != sha1.Size {
+		return nil, fmt.Errorf("the Java key store has %d bytes after its entries, not a digest of %d", len(r.rest), sha1.Size)
+	}
+	content := data[:len(data)-sha1.Size]
+	if sum := digest(password, content); subtle.ConstantTimeCompare(sum, r.rest) != 1 {
+		return nil, ErrPassword
+	}
+	return s, nil
+}
+
+// digest is what protects the integrity of a store.
+func digest(password string, content []byte) []byte {
+	h := sha1.New()
+	h.Write(octets(password))
+	h.Write([]byte("Mighty Aphrodite"))
+	h.Write(content)
+	return h.Sum(nil)
+}
+
+// octets is a password as Java hashes it: in UTF-16.
+func octets(password string) (b []byte) {
+	for _, unit := range utf16.Encode([]rune(password)) {
+		b = binary.BigEndian.AppendUint16(b, unit)
+	}
+	return b
+}
+
+// Encode is the store as it is written.
+func (s *Store) Encode() []byte {
+	data := binary.BigEndian.AppendUint32(nil, magicJKS)
+	data = binary.BigEndian.AppendUint32(data, uint32(s.version))
+	data = binary.BigEndian.AppendUint32(data, uint32(len(s.entries)))
+	for _, e := range s.entries {
+		data = append(data, e.raw...)
+	}
+	return append(data, digest(s.password, data)...)
+}
+
+// Entries are the entries of the store, in their order, each with its bytes.
+func (s *Store) Entries() iter.Seq2[Entry, []byte] {
+	return func(yield func(Entry, []byte) bool) {
+		for _, e := range s.entries {
+			if !yield(e.Entry, e.raw) {
+				return
+			}
+		}
+	}
+}
+
+// PrivateKey is an entry that is a private key.
+type PrivateKey struct {
+	Alias   string
+	PKCS8   []byte // PrivateKeyInfo, in clear, as crypto/x509 writes it
+	Chain   []*x509.Certificate
+	Created time.Time
+
+	Password string // that protects it
+}
+
+// find returns the position of an alias as it is encoded, -1 if there is none. Java looks for lower
+// case alone; the last one counts.
+func (s *Store) find(alias string) int {
+	for i, e := range slices.Backward(s.entries) {
+		if e.Alias == alias {
+			return i
+		}
+	}
+	return -1
+}
+
+// Find returns the private key under an alias, nil if there is none. The error is ErrPassword, or says
+// why the entry cannot be read.
+func (s *Store) Find(alias, password string) (*PrivateKey, error) {
+	alias = encodeAlias(alias)
+	i := s.find(alias)
+	if i < 0 || s.entries[i].Key == nil {
+		return nil, nil
+	}
+	e := s.entries[i]
+	k := &PrivateKey{Alias: alias, Created: e.Created, Password: password}
+	for _, cert := range e.Chain {
+		parsed, err := x509.ParseCertificate(cert.Encoded)
+		if cert.Type != X509 || err != nil {
+			return nil, fmt.Errorf("JKS: a certificate of type %.40q: %w", cert.Type, err)
+		}
+		k.Chain = append(k.Chain, parsed)
+	}
+	var err error
+	k.PKCS8, err = openKey(e.Key, password)
+	return k, err
+}
+
+// Put makes k the private key under its alias, in place of the one that is there, and reports whether
+// the store had to change for it.
+func (s *Store) Put(k PrivateKey) (changed bool, err error) {
+	alias := encodeAlias(k.Alias)
+	i := s.find(alias)
+	if i >= 0 {
+		e := s.entries[i]
+		if e.Key == nil {
+			return false, ErrAlias
+		}
+		if was, err := openKey(e.Key, k.Password); err == nil && sameKey(was, k.PKCS8) && sameChain(e.Chain, k.Chain) {
+			return false, nil
+		}
+	}
+	e := stored{Entry: Entry{Alias: alias, Created: k.Created, Key: sealKey(k.PKCS8, k.Password)}}
+	for _, cert := range k.Chain {
+		e.Chain = append(e.Chain, Certificate{X509, cert.Raw})
+	}
+	if e.raw, err = e.encode(s.version == 2); err != nil {
+		return false, err
+	}
+	if i >= 0 {
+		s.entries[i] = e
+	} else {
+		s.entries = append(s.entries, e)
+	}
+	return true, nil
+}
+
+func sameChain(was []Certificate, chain []*x509.Certificate) bool {
+	return slices.EqualFunc(was, chain, func(a Certificate, b *x509.Certificate) bool {
+		return a.Type == X509 && bytes.Equal(a.Encoded, b.Raw)
+	})
+}
+
+// encodeAlias is an alias as it is in a store: in lower case and in Java's modified UTF-8.
+func encodeAlias(alias string) string {
+	var b []byte
+	for _, unit := range utf16.Encode([]rune(strings.ToLower(alias))) {
+		switch {
+		case unit > 0 && unit < 0x80:
+			b = append(b, byte(unit))
+		case unit < 0x800: // 0 too
+			b = append(b, 0xc0|byte(unit>>6), 0x80|byte(unit&0x3f))
+		default: // each half of a surrogate pair too
+			b = append(b, 0xe0|byte(unit>>12), 0x80|byte(unit>>6&0x3f), 0x80|byte(unit&0x3f))
+		}
+	}
+	return string(b)
+}
+
+func (e Entry) encode(typed bool) ([]byte, error) {
+	if len(e.Alias) > 1<<16-1 {
+		return nil, fmt.Errorf("an alias of %d bytes is too long", len(e.Alias))
+	}
+	data := binary.BigEndian.AppendUint32(nil, tagKey)
+	data = binary.BigEndian.AppendUint16(data, uint16(len(e.Alias)))
+	data = append(data, e.Alias...)
+	data = binary.BigEndian.AppendUint64(data, uint64(e.Created.UnixMilli()))
+	data = binary.BigEndian.AppendUint32(data, uint32(len(e.Key)))
+	data = append(data, e.Key...)
+	data = binary.BigEndian.AppendUint32(data, uint32(len(e.Chain)))
+	for _, cert := range e.Chain {
+		if typed {
+			data = binary.BigEndian.AppendUint16(data, uint16(len(cert.Type)))
+			data = append(data, cert.Type...)
+		}
+		data = binary.BigEndian.AppendUint32(data, uint32(len(cert.Encoded)))
+		data = append(data, cert.Encoded...)
+	}
+	return data, nil
+}
+
+// oidProtector is the algorithm of sun.security.provider.KeyProtector: 1.3.6.1.4.1.42.2.17.1.1.
+const oidProtector = "\x2b\x06\x01\x04\x01\x2a\x02\x11\x01\x01"
+
+// openKey decrypts a private key: a salt, what is encrypted with it, and a digest of the key.
+func openKey(encrypted []byte, password string) ([]byte, error) {
+	f := ber.Sequence(encrypted)
+	id := f.Inside(ber.TagSequence).OID()
+	protected := f.Octets(ber.TagOctetString)
+	switch {
+	case f.Err != nil:
+		return nil, fmt.Errorf("JKS: the private key is damaged: %w", f.Err)
+	case id != oidProtector:
+		return nil, fmt.Errorf("JKS: the private key is protected with an unknown method (OID %s)", ber.OIDText([]byte(id)))
+	case len(protected) < 2*sha1.Size:
+		return nil, fmt.Errorf("JKS: the private key is damaged: %w", ber.ErrTruncated)
+	}
+	end := len(protected) - sha1.Size
+	key := mask(protected[sha1.Size:end], protected[:sha1.Size], password)
+	if subtle.ConstantTimeCompare(keyDigest(key, password), protected[end:]) != 1 {
+		return nil, ErrPassword
+	}
+	return key, nil
+}
+
+func sealKey(key []byte, password string) []byte {
+	salt := make([]byte, sha1.Size)
+	_, _ = rand.Read(salt) // it never fails
+	algorithm := ber.Encode(ber.TagSequence, ber.Encode(ber.TagOID, []byte(oidProtector)), ber.Encode(ber.TagNull))
+	protected := slices.Concat(salt, mask(key, salt, password), keyDigest(key, password))
+	return ber.Encode(ber.TagSequence, algorithm, ber.Encode(ber.TagOctetString, protected))
+}
+
+func keyDigest(key []byte, password string) []byte {
+	sum := sha1.Sum(slices.Concat(octets(password), key))
+	return sum[:]
+}
+
+// mask encrypts and decrypts: each block of the stream is a digest of the password and of the block
+// before.
+func mask(data, salt []byte, password string) []byte {
+	masked, pass := make([]byte, 0, len(data)), octets(password)
+	block := salt
+	for part := range slices.Chunk(data, sha1.Size) {
+		sum := sha1.Sum(slices.Concat(pass, block))
+		block = sum[:]
+		for i, octet := range part {
+			masked = append(masked, octet^block[i])
+		}
+	}
+	return masked
+}
+
+// maxPKCS8 bounds a private key whose parts are computed with, in bytes: RSA of 16384 bits takes 9 KiB.
+const maxPKCS8 = 16 << 10
+
+// sameKey compares private keys, whichever way the first is written.
+func sameKey(was, key []byte) bool {
+	if bytes.Equal(was, key) {
+		return true
+	}
+	if len(was) > maxPKCS8 {
+		return false
+	}
+	parsed, err := x509.ParsePKCS8PrivateKey(was)
+	if err != nil {
+		return false
+	}
+	encoded, err := x509.MarshalPKCS8PrivateKey(parsed)
+	return err == nil && bytes.Equal(encoded, key)
+}

@@ -1,0 +1,285 @@
+package pkcs12
+
+import (
+	"bytes"
+	"crypto/x509"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"certctl-agent/internal/printable"
+)
+
+// Put makes k the private key under its alias, in place of the one that is there, and reports
+// whether the store had to change for it. Certificates of the former chain go with it, but for those
+// that are trusted or that another key's chain needs. After an error the store must not be written.
+//
+// Legacy says that readers know only the older methods: what is encrypted with others, and is not
+// under another password, is encrypted anew.
+func (s *Store) Put(k PrivateKey, legacy bool) (changed bool, err error) {
+	k.Alias = strings.ToLower(k.Alias) // as Java writes it
+	var mine, others []*Entry
+	for e := range s.all() {
+		switch {
+		case e.isKey() && e.is(k.Alias):
+			mine = append(mine, e)
+		case e.isKey() && e.ID == nil:
+			return false, ErrNameless
+		case e.isKey():
+			others = append(others, e)
+		case e.is(k.Alias) && (e.trusted || e.Kind == Other):
+			return false, ErrAlias
+		}
+	}
+	index := s.index()
+	gone := make(map[*Entry]bool)
+	for _, e := range mine {
+		for _, cert := range index.chain(e) {
+			gone[cert] = !cert.trusted
+		}
+	}
+	for _, e := range others {
+		for _, cert := range index.chain(e) {
+			delete(gone, cert)
+		}
+	}
+	s.setLegacy(legacy)
+	key, err := s.putKey(k, mine)
+	if err != nil {
+		return false, err
+	}
+	for _, e := range mine {
+		gone[e] = e != key
+	}
+	for _, cert := range k.Chain[1:] {
+		if e := s.certificate(cert); e != nil {
+			delete(gone, e)
+		}
+	}
+	s.putLeaf(k, key, index.leaf(key), gone)
+	s.remove(gone)
+	for i, cert := range k.Chain[1:] {
+		if err := s.putIssuer(cert, k.Chain[i]); err != nil {
+			return false, err
+		}
+	}
+	changed = s.mac && legacy && !s.macIsOld
+	for _, p := range s.parts {
+		changed = changed || p.raw == nil
+	}
+	return changed, nil
+}
+
+// setLegacy has what readers of the older methods could not open encrypted anew.
+func (s *Store) setLegacy(legacy bool) {
+	s.legacy = legacy
+	for _, p := range s.parts {
+		if legacy && p.modern {
+			p.raw = nil
+		}
+	}
+}
+
+// putKey returns the entry of k: one that is there and has this key, or a new one in its place.
+func (s *Store) putKey(k PrivateKey, mine []*Entry) (*Entry, error) {
+	var at *Entry
+	if len(mine) > 0 {
+		at = mine[0]
+	}
+	if len(mine) == 1 && at.Kind == EncryptedKey && at.ID != nil {
+		// A key that cannot be read is replaced like any other.
+		if was, modern, err := s.openKey(at, k.Password); err == nil && sameKey(was, k.PKCS8) && !(s.legacy && modern) {
+			return at, nil
+		}
+	}
+	key, err := s.sealKey(k, s.newID(k.Created))
+	if err == nil {
+		s.place(key, at)
+	}
+	return key, err
+}
+
+// maxPKCS8 bounds a private key whose parts are computed with, in bytes: RSA of 16384 bits takes 9 KiB.
+const maxPKCS8 = 16 << 10
+
+// sameKey compares private keys, whichever way they are written.
+func sameKey(a, b []byte) bool {
+	if bytes.Equal(a, b) {
+		return true
+	}
+	if len(a) > maxPKCS8 {
+		return false
+	}
+	was, err := x509.ParsePKCS8PrivateKey(a)
+	if err != nil {
+		return false
+	}
+	encoded, err := x509.MarshalPKCS8PrivateKey(was)
+	return err == nil && bytes.Equal(encoded, b)
+}
+
+// newID is a localKeyId that no entry has: the time in the form from which Java knows when the entry
+// was made.
+func (s *Store) newID(created time.Time) []byte {
+	taken := make(map[string]bool)
+	for e := range s.all() {
+		taken[string(e.ID)] = true
+	}
+	for ms := created.UnixMilli(); ; ms++ {
+		if id := "Time " + strconv.FormatInt(ms, 10); !taken[id] {
+			return []byte(id)
+		}
+	}
+}
+
+// putLeaf puts the certificate of a key in the place of the one before.
+func (s *Store) putLeaf(k PrivateKey, key, was *Entry, gone map[*Entry]bool) {
+	if was != nil && bytes.Equal(was.DER, k.Chain[0].Raw) && bytes.Equal(was.ID, key.ID) {
+		delete(gone, was)
+		return
+	}
+	var at *Entry
+	for e := range s.all() {
+		if at == nil && gone[e] && e.Kind == Certificate {
+			at = e
+		}
+	}
+	s.place(newCertificate(k.Chain[0], k.Alias, key.ID), at)
+}
+
+// putIssuer sees to it that Java takes cert for the issuer of a certificate. Where another entry has
+// one of the same name and key, it goes before that.
+func (s *Store) putIssuer(cert, of *x509.Certificate) error {
+	got := s.index().issuer(of)
+	switch {
+	case got == nil:
+		if s.certificate(cert) == nil {
+			s.place(newCertificate(cert, "", nil), nil)
+		}
+	case bytes.Equal(got.DER, cert.Raw):
+	case bytes.Equal(got.certificate.RawSubjectPublicKeyInfo, cert.RawSubjectPublicKeyInfo):
+		s.place(newCertificate(cert, "", nil), got)
+	default:
+		return fmt.Errorf("another entry of the store has a certificate with the name %s and another key, which Java would take for the issuer", printable.Quote(cert.Subject.String()))
+	}
+	return nil
+}
+
+// certificate is the entry of a certificate, nil if there is none.
+func (s *Store) certificate(cert *x509.Certificate) *Entry {
+	for e := range s.all() {
+		if e.Kind == Certificate && bytes.Equal(e.DER, cert.Raw) {
+			return e
+		}
+	}
+	return nil
+}
+
+// place puts e before another entry or, if that is nil, behind the last one of its kind.
+func (s *Store) place(e, at *Entry) {
+	var last *part
+	for _, p := range s.parts {
+		if i := slices.Index(p.entries, at); at != nil && i >= 0 {
+			p.entries, p.raw = slices.Insert(p.entries, i, e), nil
+			return
+		}
+		if slices.ContainsFunc(p.entries, func(other *Entry) bool { return other.Kind == e.Kind }) {
+			last = p
+		}
+	}
+	if last == nil {
+		last = &part{sealed: e.Kind == Certificate}
+		s.parts = append(s.parts, last)
+	}
+	last.entries, last.raw = append(last.entries, e), nil
+}
+
+func (s *Store) remove(gone map[*Entry]bool) {
+	for _, p := range s.parts {
+		if kept := slices.DeleteFunc(slices.Clone(p.entries), func(e *Entry) bool { return gone[e] }); len(kept) < len(p.entries) {
+			p.entries, p.raw = kept, nil
+		}
+	}
+}
+
+// index finds certificates as Java does (sun.security.pkcs12.PKCS12KeyStore, JDK 17).
+type index struct {
+	keys      int
+	leaves    []*Entry            // certificates that are not trusted
+	byID      map[string][]*Entry // of leaves
+	bySubject map[string][]*Entry
+}
+
+func (s *Store) index() *index {
+	x := &index{byID: make(map[string][]*Entry), bySubject: make(map[string][]*Entry)}
+	for e := range s.all() {
+		if e.isKey() {
+			x.keys++
+		}
+		if e.certificate == nil {
+			continue
+		}
+		if !e.trusted {
+			x.leaves = append(x.leaves, e)
+			x.byID[string(e.ID)] = append(x.byID[string(e.ID)], e)
+		}
+		subject := string(e.certificate.RawSubject)
+		x.bySubject[subject] = append(x.bySubject[subject], e)
+	}
+	return x
+}
+
+// leaf is the certificate of a key, nil if there is none: one with its localKeyId, or else with its
+// alias, or else the first of a store with one key.
+func (x *index) leaf(key *Entry) *Entry {
+	if key.ID != nil {
+		same := x.byID[string(key.ID)]
+		for _, e := range same {
+			if e.is(key.Alias) {
+				return e
+			}
+		}
+		if len(same) > 0 {
+			return same[len(same)-1]
+		}
+	}
+	for _, e := range slices.Backward(x.leaves) {
+		if e.is(key.Alias) {
+			return e
+		}
+	}
+	if key.ID == nil && x.keys == 1 && len(x.leaves) > 0 {
+		return x.leaves[0]
+	}
+	return nil
+}
+
+// maxChain bounds the certificates of a chain, which a store could have go round for as long as it
+// has keys.
+const maxChain = 20
+
+// chain is the certificate of a key and its issuers.
+func (x *index) chain(key *Entry) (chain []*Entry) {
+	for e := x.leaf(key); e != nil && len(chain) < maxChain && !slices.Contains(chain, e); e = x.issuer(e.certificate) {
+		chain = append(chain, e)
+		if bytes.Equal(e.certificate.RawSubject, e.certificate.RawIssuer) {
+			break
+		}
+	}
+	return chain
+}
+
+// issuer is the certificate by which Java continues a chain.
+func (x *index) issuer(of *x509.Certificate) (found *Entry) {
+	for _, e := range x.bySubject[string(of.RawIssuer)] {
+		switch {
+		case len(of.AuthorityKeyId) == 0, bytes.Equal(of.AuthorityKeyId, e.certificate.SubjectKeyId):
+			return e
+		case len(e.certificate.SubjectKeyId) == 0:
+			found = e
+		}
+	}
+	return found
+}
