@@ -229,6 +229,10 @@ type File struct {
 	// empty if there was none. If it has changed since, the plan is made again.
 	// Nil: Data does not depend on it.
 	From []byte
+
+	// HadKey is the private key in From, as PEM, where that is a store from which
+	// the engine cannot read it. Nil: none.
+	HadKey []byte
 }
 
 // NewFile is the destination at path with the mode and owner that are configured

@@ -317,7 +317,7 @@ func (c *Config) Unknown() []string {
 // Decode fills the struct that v points to. Fields are named by their json
 // tag; the tag config:"required" refuses an absent or empty value, and the tag
 // default has what stands for one. Fields may be strings, integers, booleans (both also accepted as JSON strings),
-// secret.String, structs, the types of this package, whatever else
+// pointers to booleans, whose default can be true, secret.String, structs, the types of this package, whatever else
 // encoding/json decodes, and embedded structs. A field of type FileOptions
 // with the tag json:"cert_file_*" takes cert_file_mode, cert_file_owner and
 // cert_file_group, and with config:"secret" no mode that lets others in.
@@ -423,6 +423,15 @@ func (c *Config) decodeValue(key string, dst reflect.Value, raw json.RawMessage)
 		}
 		*p = secret.New(s)
 		return nil
+	case **bool:
+		if string(raw) == `""` {
+			return nil
+		}
+		b, err := parseBool(raw)
+		if err == nil {
+			*p = &b
+		}
+		return err
 	}
 	switch dst.Kind() {
 	case reflect.String:

@@ -371,3 +371,31 @@ func TestSecretFile(t *testing.T) {
 		}
 	}
 }
+
+// TestTrueByDefault: a pointer to a boolean tells false from not configured.
+func TestTrueByDefault(t *testing.T) {
+	for config, want := range map[string]bool{
+		`{}`: true, `{"create":""}`: true, `{"create":true}`: true, `{"create":"on"}`: true, `{"create":false}`: false, `{"create":"no"}`: false,
+	} {
+		var got struct {
+			Create *bool `json:"create" default:"true"`
+		}
+		c, err := Merge(json.RawMessage(config), "NGINX", nil, "t-1", Overlays{})
+		if err == nil {
+			err = c.Decode(&got)
+		}
+		if err != nil || got.Create == nil || *got.Create != want {
+			t.Errorf("%s: got %v, %v, want %v", config, got.Create, err, want)
+		}
+	}
+	c, err := Merge(json.RawMessage(`{"create":[]}`), "NGINX", nil, "t-1", Overlays{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got struct {
+		Create *bool `json:"create"`
+	}
+	if err := c.Decode(&got); err == nil || !strings.Contains(err.Error(), "create: expected true or false") {
+		t.Errorf("a list: %v", err)
+	}
+}

@@ -107,7 +107,11 @@ func (a *attempt) guardKey(f *dest) error {
 	default:
 		return nil
 	}
-	if a.holdsOwnKey(f.oldData) {
+	held := f.oldData
+	if f.file.HadKey != nil {
+		held = f.file.HadKey
+	}
+	if a.holdsOwnKey(held) {
 		return nil
 	}
 	return fmt.Errorf("the new key is not given to %s: others can put files into %s, and this one does not hold the key that it had: "+

@@ -7,6 +7,7 @@ import (
 	"certctl-agent/internal/connector/caddy"
 	"certctl-agent/internal/connector/envoy"
 	"certctl-agent/internal/connector/haproxy"
+	"certctl-agent/internal/connector/javakeystore"
 	"certctl-agent/internal/connector/mail"
 	"certctl-agent/internal/connector/nginx"
 	"certctl-agent/internal/connector/traefik"
@@ -23,9 +24,9 @@ func Types() []connector.Type {
 		envoy.Type(),
 		mail.Postfix(),
 		mail.Dovecot(),
+		javakeystore.Type(),
 		{Name: "F5"},
 		{Name: "SSH"},
-		{Name: "JavaKeystore"},
 		{Name: "KubernetesSecrets"},
 		{Name: "AWSACM"},
 		{Name: "AzureKeyVault"},

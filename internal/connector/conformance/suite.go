@@ -64,7 +64,7 @@ const (
 func Run(t *testing.T, h Harness) {
 	s := &suite{Harness: h, ca: testca.Must(t)}
 	if s.State == nil {
-		s.State = files
+		s.State = Files
 	}
 	t.Run("installs", s.installs)
 	t.Run("second deployment changes nothing", s.unchanged)
@@ -185,8 +185,8 @@ func (r *rig) checkInstalled(m *connector.Material) {
 	}
 }
 
-// files is the state of a target that is files below dir.
-func files(dir string) map[string]string {
+// Files is the state of a target that is files below dir.
+func Files(dir string) map[string]string {
 	state := make(map[string]string)
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
@@ -612,7 +612,7 @@ func (s *suite) policy(t *testing.T) {
 	if err != nil && !strings.Contains(err.Error(), "CERTCTL_ALLOWED_PATHS") {
 		t.Errorf("a destination that is not allowed: got %v", err)
 	}
-	if written := files(r.Dir); len(written) > 0 {
+	if written := Files(r.Dir); len(written) > 0 {
 		t.Errorf("files were written: %v", slices.Sorted(maps.Keys(written)))
 	}
 	r.Policy.Paths = []string{r.Dir}
