@@ -29,7 +29,7 @@ build: ## build bin/certctl-agent: static, stripped, reproducible
 	$(BUILD) -o $(BIN) ./cmd/certctl-agent
 
 .PHONY: demo
-demo: build ## show the main job end to end (TARGET=nginx|apache|haproxy|caddy|postfix|dovecot)
+demo: build ## show the main job end to end (TARGET=nginx|apache|haproxy|caddy|postfix|dovecot|javakeystore)
 	$(GO) run ./cmd/certctl-demo -agent bin/certctl-agent $(if $(TARGET),-target $(TARGET))
 
 .PHONY: test

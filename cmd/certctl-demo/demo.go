@@ -164,8 +164,12 @@ func (d *demo) plantCertificates() error {
 }
 
 func (d *demo) startAgent() error {
-	validate, _ := d.server.Config["validate_command"].(string)
-	reload, _ := d.server.Config["reload_command"].(string)
+	commands := []string{brokenReload}
+	for _, key := range []string{"validate_command", "reload_command"} {
+		if line, ok := d.server.Config[key].(string); ok {
+			commands = append(commands, line)
+		}
+	}
 	key := filepath.Join(d.dir, "api-key")
 	if err := os.WriteFile(key, []byte(d.plane.APIKey+"\n"), 0o600); err != nil {
 		return err
@@ -191,7 +195,7 @@ func (d *demo) startAgent() error {
 		"CERTCTL_TARGETS_DIR=" + overlays,
 		"CERTCTL_DISCOVERY_DIRS=" + filepath.Join(d.dir, "disk"),
 		"CERTCTL_ALLOWED_PATHS=" + filepath.Join(d.dir, "server"),
-		"CERTCTL_ALLOWED_COMMANDS=" + strings.Join([]string{validate, reload, brokenReload}, ";"),
+		"CERTCTL_ALLOWED_COMMANDS=" + strings.Join(commands, ";"),
 		"CERTCTL_HEARTBEAT_INTERVAL=1s",
 		"CERTCTL_POLL_INTERVAL=500ms",
 		"CERTCTL_STARTUP_JITTER=false",

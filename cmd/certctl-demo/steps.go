@@ -3,8 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"maps"
@@ -233,11 +231,7 @@ func (d *demo) rollback(ctx context.Context) error {
 	if got != before {
 		return fmt.Errorf("after the failed deployment the server serves %s, not %s", got, before)
 	}
-	onDisk, err := os.ReadFile(d.server.CertPath)
-	if err != nil {
-		return err
-	}
-	leaf, err := firstCertificate(onDisk)
+	leaf, err := d.server.OnDisk()
 	if err != nil {
 		return fmt.Errorf("after the failed deployment, %s: %w", d.server.CertPath, err)
 	}
@@ -246,16 +240,6 @@ func (d *demo) rollback(ctx context.Context) error {
 	}
 	d.say("rolled back", "the old certificate is on disk and served: %s…", before[:16])
 	return nil
-}
-
-// firstCertificate reads the leaf of a file that may hold its key too.
-func firstCertificate(data []byte) (*x509.Certificate, error) {
-	for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) {
-		if block.Type == "CERTIFICATE" {
-			return x509.ParseCertificate(block.Bytes)
-		}
-	}
-	return nil, errors.New("it holds no certificate")
 }
 
 func (d *demo) retirement(ctx context.Context) error {

@@ -7,6 +7,8 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"net"
@@ -19,11 +21,13 @@ import (
 	"syscall"
 	"time"
 
+	"certctl-agent/internal/pkcs12"
 	"certctl-agent/internal/tlsprobe"
 )
 
-// startTimeout is how long a server may take to accept its first connection.
-const startTimeout = 20 * time.Second
+// startTimeout is how long a server may take to accept its first connection. Java takes many times as
+// long on a busy machine.
+const startTimeout = time.Minute
 
 // ErrMissing means that the server's program is not installed.
 var ErrMissing = errors.New("not installed")
@@ -35,7 +39,7 @@ type Server struct {
 	Config   map[string]any
 	Endpoint tlsprobe.Endpoint
 	Others   []tlsprobe.Endpoint // that serve the same certificate
-	CertPath string              // what it serves is the first certificate of this file
+	CertPath string              // what it serves is in this file: OnDisk reads it
 
 	// Resets says that a reload closes the listener, so that connections which
 	// wait at it are reset.
@@ -60,12 +64,13 @@ type Starter func(ctx context.Context, dir string, pair Pair) (*Server, error)
 // Starters are the products by name.
 func Starters() map[string]Starter {
 	return map[string]Starter{
-		"apache":  StartApache,
-		"caddy":   StartCaddy,
-		"dovecot": StartDovecot,
-		"haproxy": StartHAProxy,
-		"nginx":   StartNGINX,
-		"postfix": StartPostfixInOneFile,
+		"apache":       StartApache,
+		"caddy":        StartCaddy,
+		"dovecot":      StartDovecot,
+		"haproxy":      StartHAProxy,
+		"javakeystore": StartJava,
+		"nginx":        StartNGINX,
+		"postfix":      StartPostfixInOneFile,
 	}
 }
 
@@ -104,6 +109,23 @@ func (s *Server) ready(ctx context.Context) error {
 			return fmt.Errorf("%s does not answer on %s: %w; it printed: %s", s.Name, s.Endpoint.Address, err, s.Log())
 		}
 	}
+}
+
+// OnDisk is the certificate in CertPath: the first of a PEM file, or that of a key store.
+func (s *Server) OnDisk() (*x509.Certificate, error) {
+	data, err := os.ReadFile(s.CertPath)
+	if err != nil {
+		return nil, err
+	}
+	if pkcs12.Is(data) {
+		return storedCertificate(data)
+	}
+	for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) {
+		if block.Type == "CERTIFICATE" {
+			return x509.ParseCertificate(block.Bytes)
+		}
+	}
+	return nil, errors.New("it holds no certificate")
 }
 
 // Log is what the server printed.
