@@ -23,6 +23,7 @@ type Store struct {
 	work     int64
 	legacy   bool // it is written with older methods
 	parts    []*part
+	entries  int // that were read
 
 	mac      bool // it has one
 	macIsOld bool // with SHA-1
@@ -36,10 +37,11 @@ type part struct {
 	entries []*Entry
 }
 
-// maxEntries bounds the entries of a part; matching keys and certificates grows with their square.
+// maxEntries bounds the entries of a store. The work of matching keys and certificates grows with
+// their square.
 const maxEntries = 10_000
 
-var errEntries = fmt.Errorf("it has more than %d entries", maxEntries)
+var errEntries = fmt.Errorf("PKCS#12: the store has more than %d entries", maxEntries)
 
 var (
 	// ErrAlias: the alias is that of an entry which is not a private key.
@@ -153,6 +155,9 @@ func (s *Store) openPart(safe ber.Value) error {
 	default:
 		return errSigned
 	}
+	if s.entries += len(p.entries); s.entries > maxEntries {
+		return errEntries
+	}
 	s.parts = append(s.parts, p)
 	return nil
 }
@@ -172,9 +177,7 @@ func readEntries(b []byte) (entries []*Entry, err error) {
 		if e.Kind == Certificate {
 			e.certificate, _ = x509.ParseCertificate(e.DER)
 		}
-		if entries = append(entries, &e); len(entries) > maxEntries {
-			return nil, errEntries
-		}
+		entries = append(entries, &e)
 	}
 	return entries, contents.Err
 }
@@ -254,7 +257,7 @@ func (e *Entry) isKey() bool { return e.Kind == Key || e.Kind == EncryptedKey }
 
 // is compares aliases as Java does.
 func (e *Entry) is(alias string) bool {
-	return e.Alias != "" && strings.ToLower(e.Alias) == strings.ToLower(alias)
+	return e.Alias != "" && strings.EqualFold(e.Alias, alias)
 }
 
 // PrivateKey is an entry that is a private key.

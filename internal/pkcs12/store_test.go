@@ -387,6 +387,26 @@ func TestMAC(t *testing.T) {
 	}
 }
 
+// TestTooMany: the square of the entries would take its time.
+func TestTooMany(t *testing.T) {
+	s := New(password, false)
+	bag := encodeBag(oidBag+"\x05", ber.Encode(ber.TagNull), "", nil)
+	for range 2 {
+		p := &part{}
+		for range maxEntries/2 + 1 {
+			p.entries = append(p.entries, &Entry{bag: bag})
+		}
+		s.parts = append(s.parts, p)
+	}
+	data, err := s.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(data, password, 1<<30); !errors.Is(err, errEntries) {
+		t.Errorf("got %v, want %v", err, errEntries)
+	}
+}
+
 // TestManyEntries: a thousand keys, one of which is renewed.
 func TestManyEntries(t *testing.T) {
 	ca := newAuthority(t)
