@@ -183,6 +183,15 @@ func TestPutParts(t *testing.T) {
 	if checkKey(t, s, k); !bytes.Equal(s.parts[keys].raw, raw) {
 		t.Error("another chain had the key encrypted anew")
 	}
+	key, err := x509.ParsePKCS8PrivateKey(k.PKCS8)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k.Chain = []*x509.Certificate{certificate(t, &x509.Certificate{Subject: pkix.Name{CommonName: "server"}}, ca.Root, key.(*ecdsa.PrivateKey), ca.key)}
+	s = mustPut(t, s, k, false)
+	if checkKey(t, s, k); !bytes.Equal(s.parts[keys].raw, raw) || len(bags(s)) != 2 {
+		t.Errorf("another certificate for the key had it encrypted anew, or %d entries are not two", len(bags(s)))
+	}
 	k.Password = "of its own"
 	s = mustPut(t, s, k, false)
 	checkKey(t, s, k)

@@ -348,3 +348,14 @@ func TestHuge(t *testing.T) {
 		t.Errorf("a directory: %v after %v", err, time.Since(begun))
 	}
 }
+
+// TestNotRead: the control plane learns nothing of files that it may not have written.
+func TestNotRead(t *testing.T) {
+	w := newWorld(t)
+	w.Policy.Paths = []string{filepath.Join(w.Dir, "elsewhere")}
+	w.write(t, []byte("a text"))
+	_, err := w.Deploy(t.Context(), Type(), configIn(w.Dir, "PKCS12"), w.Material(t, w.ca))
+	if err == nil || !strings.Contains(err.Error(), "CERTCTL_ALLOWED_PATHS") {
+		t.Errorf("got %v, want a refusal of the path", err)
+	}
+}
