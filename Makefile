@@ -46,7 +46,7 @@ FUZZ ?= 2000x
 fuzz: ## a short run of each fuzz target (FUZZ=30s for a longer one)
 	@grep -rHo '^func Fuzz[A-Za-z0-9]*' --include='*_test.go' internal cmd | sort | \
 	while IFS=: read -r file name; do \
-		$(GO) test -run '^$$' -fuzz "^$${name#func }$$" -fuzztime $(FUZZ) "./$$(dirname "$$file")" </dev/null || exit 1; \
+		$(GO) test -run '^$$' -fuzz "^$${name#func }$$" -fuzztime $(FUZZ) -fuzzminimizetime 100x "./$$(dirname "$$file")" </dev/null || exit 1; \
 	done
 
 .PHONY: soak
