@@ -1,6 +1,7 @@
 package transaction
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"strings"
 	"testing"
 
+	"certctl-agent/internal/api"
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/testing/needs"
 )
@@ -321,6 +323,31 @@ func TestStale(t *testing.T) {
 		if times == maxPlans && (!errors.Is(err, errStale) || plans != maxPlans) {
 			t.Errorf("changed again and again: %v after %d plans", err, plans)
 		}
+	}
+}
+
+// TestOneStore: many targets have entries in one file, and all are deployed at
+// once.
+func TestOneStore(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	w.write(t, "site/store", []byte("store:"), 0o644)
+	e := w.mustStore(t, nil)
+	const targets = 8
+	errs := make(chan error, targets)
+	for i := range targets {
+		go func() {
+			_, err := e.Deploy(t.Context(), Deployment{Target: api.ID(fmt.Sprint("t", i)), ReplaceAny: true, Connector: planFunc(func() *connector.Plan {
+				was, _ := os.ReadFile(w.path("site/store"))
+				return &connector.Plan{Files: []connector.File{{Path: w.path("site/store"), Data: fmt.Append(bytes.Clone(was), i), From: was}}}
+			})})
+			errs <- err
+		}()
+	}
+	for range targets {
+		check(t, <-errs)
+	}
+	if got, err := os.ReadFile(w.path("site/store")); err != nil || len(got) != len("store:")+targets {
+		t.Errorf("the store has %q, %v, want an entry of each", got, err)
 	}
 }
 

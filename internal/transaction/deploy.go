@@ -53,7 +53,7 @@ func (e *Engine) Deploy(ctx context.Context, d Deployment) (Result, error) {
 	}
 	defer release()
 	for try, alone := 1, false; ; {
-		a := &attempt{Engine: e, Deployment: d, last: try == maxPlans, alone: alone, log: e.opts.Log.With("target", d.Target)}
+		a := &attempt{Engine: e, Deployment: d, last: try == maxPlans-1, alone: alone, log: e.opts.Log.With("target", d.Target)}
 		err := a.deploy(ctx)
 		together, failedTogether := errors.AsType[*togetherError](err)
 		_, broken := errors.AsType[*BrokenError](err)
@@ -96,7 +96,11 @@ func (a *attempt) deploy(ctx context.Context) error {
 	if err := a.contested(); err != nil {
 		return err
 	}
-	if err := a.inspect(ctx); err != nil {
+	err = a.inspect(ctx)
+	if errors.Is(err, errStale) && !a.last {
+		err = a.planAgain(ctx, err)
+	}
+	if err != nil {
 		return a.abandon(ctx, err)
 	}
 	if a.unchanged() {
@@ -113,6 +117,27 @@ func (a *attempt) deploy(ctx context.Context) error {
 		a.log.Info("files are in place but not in use: deploying again", "error", err)
 	}
 	return a.run(ctx)
+}
+
+// planAgain makes the plan again under the lock of its directories, where no
+// other deployment can change what it is made from: several targets may have one
+// key store. A plan of other files is for the next attempt.
+func (a *attempt) planAgain(ctx context.Context, stale error) error {
+	plan, err := a.Connector.Plan(ctx, a.Material)
+	if err != nil {
+		return err
+	}
+	files := a.files[len(a.Promotion):]
+	if len(a.changes) > 0 || len(plan.Changes) > 0 ||
+		!slices.EqualFunc(files, plan.Files, func(f *dest, again connector.File) bool { return f.Path == again.Path }) {
+		return stale
+	}
+	for i, file := range plan.Files {
+		files[i].file, files[i].data, files[i].New = file, file.Data, digestOf(file.Data)
+	}
+	a.plan = plan
+	a.result = Result{Warnings: slices.Clone(plan.Warnings), Serves: plan.Serves}
+	return a.inspect(ctx)
 }
 
 // resume ends the target's earlier deployment, if it did not end.
