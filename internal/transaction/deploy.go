@@ -445,11 +445,11 @@ func (a *attempt) rollBack(ctx context.Context, cause error) error {
 	if err != nil {
 		return &BrokenError{Cause: cause, Rollback: err, Backups: a.setPath(&a.record)}
 	}
+	cause = fmt.Errorf("%w; %s", cause, a.rolledBackTo())
 	// Whatever of the rest fails is done once more at the next start.
 	if err := a.recordRestored(&a.record, nil); err != nil {
 		a.log.Warn("cleaning up after a rollback failed", "error", err)
 	}
-	cause = fmt.Errorf("%w; %s", cause, a.rolledBackTo())
 	if err := a.reloadOld(ctx); err != nil {
 		return fmt.Errorf("%w, but the server could not be made to load that: %w", cause, err)
 	}
