@@ -16,12 +16,16 @@ LDFLAGS  := -s -w -buildid= -X $(PKG)/internal/buildinfo.version=$(VERSION) -X $
 BUILD    := CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
+# The API server of Kubernetes has no package: CI builds it, once for each version.
+KUBE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/certctl-agent/kube-apiserver-$(shell awk '$$1 == "k8s.io/kubernetes" { print $$2 }' .ci/kube-apiserver/go.mod)
+export PATH := $(PATH):$(KUBE)
+
 # The race detector needs a C compiler.
 RACE := $(shell command -v gcc >/dev/null 2>&1 || command -v clang >/dev/null 2>&1 && echo -race)
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: build
 build: ## build bin/certctl-agent: static, stripped, reproducible
@@ -29,8 +33,16 @@ build: ## build bin/certctl-agent: static, stripped, reproducible
 	$(BUILD) -o $(BIN) ./cmd/certctl-agent
 
 .PHONY: demo
-demo: build ## show the main job end to end (TARGET=nginx|apache|haproxy|caddy|postfix|dovecot|javakeystore)
+demo: build ## show the main job end to end (TARGET=nginx|apache|haproxy|caddy|postfix|dovecot|javakeystore|kubernetes)
 	$(GO) run ./cmd/certctl-demo -agent bin/certctl-agent $(if $(TARGET),-target $(TARGET))
+
+.PHONY: kube-apiserver
+kube-apiserver: $(KUBE)/kube-apiserver ## build the API server that the tests of KubernetesSecrets need (some minutes, 1 GB of modules)
+
+$(KUBE)/kube-apiserver:
+	@mkdir -p $(KUBE)
+	cd .ci/kube-apiserver && $(GO) build -trimpath -ldflags '-s -w' -o $@.new .
+	mv $@.new $@
 
 .PHONY: test
 test: ## run all tests, with the race detector where there is a C compiler

@@ -1,0 +1,89 @@
+package kubeconfig
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+)
+
+// parseJSON reads a document that is JSON, as kubectl config view -o json prints
+// it. The only error is a *SyntaxError.
+func parseJSON(data []byte) (*node, error) {
+	decoder := json.NewDecoder(bytes.NewReader(data))
+	decoder.UseNumber()
+	p := jsonParser{decoder, data}
+	n, err := p.value(0)
+	if err == nil {
+		if rest := bytes.TrimSpace(data[decoder.InputOffset():]); len(rest) > 0 {
+			err = fmt.Errorf("there is more behind the end of the object")
+		}
+	}
+	if err != nil {
+		return nil, &SyntaxError{p.line(), err.Error()}
+	}
+	return n, nil
+}
+
+type jsonParser struct {
+	*json.Decoder
+	data []byte
+}
+
+// line is where the decoder is.
+func (p jsonParser) line() int { return 1 + bytes.Count(p.data[:p.InputOffset()], []byte("\n")) }
+
+func (p jsonParser) value(depth int) (*node, error) {
+	if depth > maxDepth {
+		return nil, fmt.Errorf("nested more than %d levels deep", maxDepth)
+	}
+	token, err := p.Token()
+	if err != nil {
+		return nil, err
+	}
+	n := &node{line: p.line()}
+	switch token := token.(type) {
+	case json.Delim:
+		n.kind = mapping
+		if token == '[' {
+			n.kind = sequence
+		}
+		for p.More() {
+			if err := p.member(n, depth); err != nil {
+				return nil, err
+			}
+		}
+		_, err := p.Token() // the end
+		return n, err
+	case string:
+		n.text, n.quoted = token, true
+	case nil:
+	default:
+		n.text = fmt.Sprint(token)
+	}
+	return n, nil
+}
+
+// member reads the next item of a list, or key of an object.
+func (p jsonParser) member(n *node, depth int) error {
+	var key string
+	if n.kind == mapping {
+		token, err := p.Token()
+		if err != nil {
+			return err
+		}
+		key, _ = token.(string)
+	}
+	line := p.line()
+	value, err := p.value(depth + 1)
+	switch {
+	case err != nil:
+		return err
+	case n.kind == sequence:
+		n.items = append(n.items, value)
+	case n.get(key) != nil:
+		return fmt.Errorf("has the key %q once more", key)
+	default:
+		n.fields = append(n.fields, field{key, line, value})
+	}
+	return nil
+}

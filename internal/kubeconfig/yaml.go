@@ -1,0 +1,478 @@
+package kubeconfig
+
+import (
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"unicode/utf8"
+
+	"certctl-agent/internal/printable"
+)
+
+// A node is one value of a document. What is read is the part of YAML that
+// kubectl writes: mappings and sequences in block style, plain, quoted and
+// literal scalars, {} and []. Anything else is refused rather than guessed at.
+type node struct {
+	line   int
+	kind   kind
+	text   string // of a scalar
+	quoted bool   // so that it is a string, whatever it spells
+	fields []field
+	items  []*node
+}
+
+type kind int
+
+const (
+	scalar kind = iota
+	mapping
+	sequence
+)
+
+func (k kind) String() string {
+	return [...]string{"a single value", "a mapping", "a list"}[k]
+}
+
+// field is one key of a mapping.
+type field struct {
+	key   string
+	line  int
+	value *node
+}
+
+// get returns the value of a key, or nil.
+func (n *node) get(key string) *node {
+	if i := slices.IndexFunc(n.fields, func(f field) bool { return f.key == key }); i >= 0 {
+		return n.fields[i].value
+	}
+	return nil
+}
+
+// isNull reports whether a node holds nothing.
+func (n *node) isNull() bool {
+	return n == nil || n.kind == scalar && !n.quoted && slices.Contains([]string{"", "~", "null", "Null", "NULL"}, n.text)
+}
+
+// maxDepth bounds how deep values are nested. kubectl's own files have 7 levels;
+// what tools keep under extensions may have more.
+const maxDepth = 50
+
+// maxQuoted bounds a string in quotes, in lines. Some tools break the base64 of a
+// certificate into dozens.
+const maxQuoted = 1000
+
+// SyntaxError is a line that cannot be read.
+type SyntaxError struct {
+	Line    int // from 1
+	Problem string
+}
+
+func (e *SyntaxError) Error() string { return fmt.Sprintf("line %d: %s", e.Line, e.Problem) }
+
+// line is one line of the document without its indentation.
+type line struct {
+	number int
+	indent int    // in spaces
+	text   string // without white space at its end
+	raw    string // with it
+}
+
+// isBlank reports whether a line holds nothing but a comment.
+func (l line) isBlank() bool { return l.text == "" || l.text[0] == '#' }
+
+// isItem reports whether an item of a sequence begins here.
+func (l line) isItem() bool { return l.text == "-" || strings.HasPrefix(l.text, "- ") }
+
+type parser struct {
+	lines []line
+	at    int // the line that is read next
+	depth int
+}
+
+// parse reads a document. The only error is a *SyntaxError.
+func parse(data []byte) (root *node, err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			syntax, ok := r.(*SyntaxError)
+			if !ok {
+				panic(r)
+			}
+			root, err = nil, syntax
+		}
+	}()
+	p := new(parser)
+	p.split(string(data))
+	first := p.peek()
+	if first == nil {
+		return &node{line: 1}, nil
+	}
+	root = p.block(first.indent)
+	if rest := p.peek(); rest != nil {
+		p.fail(rest.number, "is indented unlike anything before it that it could belong to")
+	}
+	return root, nil
+}
+
+// fail ends parse.
+func (p *parser) fail(number int, format string, args ...any) {
+	panic(&SyntaxError{Line: number, Problem: fmt.Sprintf(format, args...)})
+}
+
+// split makes lines of a document.
+func (p *parser) split(data string) {
+	data = strings.TrimPrefix(data, "\ufeff")
+	begun := false
+	number := 0
+	for text := range strings.SplitSeq(data, "\n") {
+		number++
+		text = strings.TrimSuffix(text, "\r")
+		if !utf8.ValidString(text) || strings.ContainsFunc(text, func(r rune) bool { return r != '\t' && printable.IsControl(r) }) {
+			p.fail(number, "holds bytes that are not text")
+		}
+		content := strings.TrimLeft(text, " ")
+		l := line{number: number, indent: len(text) - len(content), text: strings.TrimRight(content, " \t"), raw: content}
+		switch {
+		case l.indent == 0 && l.text == "---" && !begun:
+			l.text = "" // the mark that a document begins
+		case l.indent == 0 && (l.text == "---" || strings.HasPrefix(l.text, "--- ") || l.text == "..."):
+			p.fail(number, "begins or ends a document: a kubeconfig is a single one")
+		case l.indent == 0 && strings.HasPrefix(l.text, "%"):
+			p.fail(number, "is a directive, which no kubeconfig needs")
+		}
+		begun = begun || !l.isBlank()
+		p.lines = append(p.lines, l)
+	}
+}
+
+// peek returns the next line that holds something, or nil.
+func (p *parser) peek() *line {
+	for ; p.at < len(p.lines); p.at++ {
+		l := &p.lines[p.at]
+		if l.isBlank() {
+			continue
+		}
+		if l.text[0] == '\t' {
+			p.fail(l.number, "is indented with a tab: YAML wants spaces")
+		}
+		return l
+	}
+	return nil
+}
+
+// block reads the value that begins at the next line, which is indented by
+// indent.
+func (p *parser) block(indent int) *node {
+	l := p.peek()
+	if p.depth++; p.depth > maxDepth {
+		p.fail(l.number, "is nested more than %d levels deep", maxDepth)
+	}
+	defer func() { p.depth-- }()
+	if l.isItem() {
+		return p.sequence(indent)
+	}
+	if _, _, ok := p.splitKey(*l); ok {
+		return p.mapping(indent)
+	}
+	if p.at++; indent == 0 {
+		p.fail(l.number, "is neither a key with a colon behind it nor an item of a list")
+	}
+	return p.inline(l.number, l.text, indent-1)
+}
+
+// mapping reads the keys that are indented by indent.
+func (p *parser) mapping(indent int) *node {
+	n := &node{kind: mapping, line: p.peek().number}
+	for l := p.peek(); l != nil && l.indent == indent && !l.isItem(); l = p.peek() {
+		key, rest, ok := p.splitKey(*l)
+		if !ok {
+			p.fail(l.number, "is neither a key with a colon behind it nor an item of a list")
+		}
+		if n.get(key) != nil {
+			p.fail(l.number, "has the key %s once more", printable.Quote(key))
+		}
+		number := l.number
+		p.at++
+		n.fields = append(n.fields, field{key, number, p.value(number, rest, indent, true)})
+	}
+	p.noDeeper(indent)
+	return n
+}
+
+// sequence reads the items that are indented by indent.
+func (p *parser) sequence(indent int) *node {
+	n := &node{kind: sequence, line: p.peek().number}
+	for l := p.peek(); l != nil && l.indent == indent && l.isItem(); l = p.peek() {
+		rest := strings.TrimLeft(l.text[1:], " ")
+		number := l.number
+		nested := line{number: number, indent: indent + len(l.text) - len(rest), text: rest}
+		_, _, isKey := p.splitKey(nested)
+		if !nested.isBlank() && (isKey || nested.isItem()) {
+			*l = nested // it goes on where it would without the dash
+			n.items = append(n.items, p.block(nested.indent))
+			continue
+		}
+		p.at++
+		n.items = append(n.items, p.value(number, rest, indent, false))
+	}
+	p.noDeeper(indent)
+	return n
+}
+
+// noDeeper refuses a line that goes on nothing.
+func (p *parser) noDeeper(indent int) {
+	if l := p.peek(); l != nil && l.indent > indent {
+		p.fail(l.number, "is indented unlike anything before it that it could belong to")
+	}
+}
+
+// value reads what is behind a key or a dash, or else in the lines below. The
+// items of a list may be indented like the key that it belongs to.
+func (p *parser) value(number int, rest string, indent int, ofKey bool) *node {
+	if rest != "" && rest[0] != '#' {
+		return p.inline(number, rest, indent)
+	}
+	l := p.peek()
+	if l != nil && (l.indent > indent || ofKey && l.indent == indent && l.isItem()) {
+		return p.block(l.indent)
+	}
+	return &node{line: number}
+}
+
+// splitKey splits a line at the colon behind its key.
+func (p *parser) splitKey(l line) (key, rest string, ok bool) {
+	text := l.text
+	if text == "" {
+		return "", "", false
+	}
+	switch text[0] {
+	case '"', '\'':
+		key, end, closed := unquote(text)
+		if !closed || !strings.HasPrefix(text[end:], ":") {
+			return "", "", false
+		}
+		rest = text[end+1:]
+		if rest != "" && rest[0] != ' ' {
+			return "", "", false
+		}
+		return key, strings.TrimLeft(rest, " "), true
+	case '{', '[', '|', '>', '#':
+		return "", "", false
+	}
+	end := strings.Index(text+" ", ": ")
+	if end < 0 {
+		return "", "", false
+	}
+	if comment := strings.Index(text, " #"); comment >= 0 && comment < end {
+		return "", "", false
+	}
+	key = strings.TrimRight(text[:end], " ")
+	if strings.ContainsAny(text[:1], "?&*!%@`,]}") || key == "<<" || key == "" {
+		p.fail(l.number, "begins with %s: complex keys, anchors, aliases, tags and merges are not read", printable.Quote(text[:1]))
+	}
+	return key, strings.TrimLeft(text[min(end+1, len(text)):], " "), true
+}
+
+// inline reads a value that begins on the line of its key or dash, which is
+// indented by indent. The lines behind it are next.
+func (p *parser) inline(number int, text string, indent int) *node {
+	n := &node{line: number}
+	switch text[0] {
+	case '"', '\'':
+		n.text, n.quoted = p.quoted(number, text), true
+		return n
+	case '|':
+		n.text, n.quoted = p.literal(number, text, indent), true
+		return n
+	case '{', '[':
+		switch uncommented(text) {
+		case "{}":
+			n.kind = mapping
+		case "[]":
+			n.kind = sequence
+		default:
+			p.fail(number, "has a value in braces or brackets: write it in lines of its own, or give the whole file as JSON")
+		}
+		return n
+	case '>', '&', '*', '!', '%', '@', '`', '?', ',', ']', '}':
+		p.fail(number, "has a value that begins with %s: folded text, anchors, aliases and tags are not read", printable.Quote(text[:1]))
+	}
+	if strings.HasPrefix(text, "- ") {
+		p.fail(number, "has an item of a list behind a key: put it into a line of its own")
+	}
+	n.text = uncommented(text)
+	p.noKey(number, n.text)
+	hasComment := n.text != text
+	for breaks := 0; !hasComment && p.at < len(p.lines); p.at++ {
+		l := p.lines[p.at]
+		if l.text == "" {
+			breaks++ // counts if more follows
+			continue
+		}
+		if l.indent <= indent || l.isBlank() {
+			break
+		}
+		more := uncommented(l.text)
+		p.noKey(l.number, more)
+		if breaks > 0 {
+			n.text += strings.Repeat("\n", breaks) + more
+		} else {
+			n.text += " " + more
+		}
+		hasComment, breaks = more != l.text, 0
+	}
+	return n
+}
+
+// noKey refuses a value that is a key with a value once more.
+func (p *parser) noKey(number int, text string) {
+	if strings.Contains(text+" ", ": ") {
+		p.fail(number, "has a colon in its value: put the value into quotes")
+	}
+}
+
+// uncommented is text without the comment at its end.
+func uncommented(text string) string {
+	if i := strings.Index(text, " #"); i >= 0 {
+		text = text[:i]
+	}
+	return strings.TrimRight(text, " \t")
+}
+
+// literal reads the lines below a | as they are.
+func (p *parser) literal(number int, header string, parent int) string {
+	strip, indent := "", 0
+	for _, r := range uncommented(header[1:]) {
+		switch {
+		case (r == '-' || r == '+') && strip == "":
+			strip = string(r)
+		case r >= '1' && r <= '9' && indent == 0:
+			indent = max(parent, 0) + int(r-'0')
+		default:
+			p.fail(number, "has %s, which does not begin a literal text", printable.Quote(header))
+		}
+	}
+	var text strings.Builder
+	blank := 0 // lines that count if more follows
+	for ; p.at < len(p.lines); p.at++ {
+		l := p.lines[p.at]
+		if l.text == "" {
+			blank++
+			continue
+		}
+		if indent == 0 && l.indent > parent {
+			indent = l.indent
+		}
+		if indent == 0 || l.indent < indent {
+			break
+		}
+		text.WriteString(strings.Repeat("\n", blank))
+		blank = 0
+		text.WriteString(strings.Repeat(" ", l.indent-indent) + l.raw + "\n")
+	}
+	switch strip {
+	case "-":
+		return strings.TrimSuffix(text.String(), "\n")
+	case "+":
+		return text.String() + strings.Repeat("\n", blank)
+	}
+	return text.String()
+}
+
+// quoted reads a string in quotes, which may go on for several lines.
+func (p *parser) quoted(number int, text string) string {
+	for lines := 1; ; lines++ {
+		value, end, closed := unquote(text)
+		if closed {
+			if rest := strings.TrimLeft(text[end:], " \t"); rest != "" && (rest[0] != '#' || len(rest) == len(text[end:])) {
+				p.fail(number, "has something behind the end of the quotes")
+			}
+			return value
+		}
+		if end >= 0 {
+			p.fail(number, "has an escape in its quotes that is not one")
+		}
+		if p.at == len(p.lines) || lines == maxQuoted {
+			p.fail(number, "has quotes that do not end")
+		}
+		text += "\n" + p.lines[p.at].raw
+		p.at++
+	}
+}
+
+// unquote reads the string in quotes that text begins with, and returns it with
+// the index behind its end. Not closed and end -1: it goes on behind text. Line
+// breaks fold as YAML has it: one to a space, more to one less.
+func unquote(text string) (value string, end int, closed bool) {
+	quote := text[0]
+	var out strings.Builder
+	kept := 0 // bytes of out that white space before a break does not belong to
+	for i := 1; i < len(text); {
+		switch c := text[i]; {
+		case c == quote && quote == '\'' && strings.HasPrefix(text[i+1:], "'"):
+			out.WriteByte('\'')
+			i += 2
+			kept = out.Len()
+		case c == quote:
+			return out.String(), i + 1, true
+		case c == '\\' && quote == '"':
+			decoded, n := unescape(text[i+1:])
+			switch {
+			case n < 0:
+				return "", -1, false
+			case n == 0:
+				return "", i, false
+			}
+			out.WriteString(decoded)
+			i += 1 + n
+			kept = out.Len()
+		case c == '\n':
+			line := out.String()[:kept] + strings.TrimRight(out.String()[kept:], " \t")
+			breaks := 0
+			for ; i < len(text) && strings.IndexByte("\n \t", text[i]) >= 0; i++ {
+				if text[i] == '\n' {
+					breaks++
+				}
+			}
+			out.Reset()
+			out.WriteString(line)
+			if breaks == 1 {
+				out.WriteByte(' ')
+			}
+			out.WriteString(strings.Repeat("\n", breaks-1))
+			kept = out.Len()
+		default:
+			out.WriteByte(c)
+			i++
+		}
+	}
+	return "", -1, false
+}
+
+// unescape decodes what is behind a backslash and returns how many bytes it has:
+// 0 if it is no escape, -1 if it is not all there.
+func unescape(text string) (string, int) {
+	if text == "" {
+		return "", -1
+	}
+	simple := map[byte]string{'0': "\x00", 'a': "\a", 'b': "\b", 't': "\t", '\t': "\t", 'n': "\n", 'v': "\v", 'f': "\f", 'r': "\r", 'e': "\x1b",
+		' ': " ", '"': `"`, '/': "/", '\\': `\`, 'N': "\u0085", '_': "\u00a0", 'L': "\u2028", 'P': "\u2029"}
+	if s, ok := simple[text[0]]; ok {
+		return s, 1
+	}
+	if text[0] == '\n' { // the break does not count, nor does what indents the next line
+		return "", len(text) - len(strings.TrimLeft(text[1:], " \t"))
+	}
+	digits := map[byte]int{'x': 2, 'u': 4, 'U': 8}[text[0]]
+	if digits == 0 {
+		return "", 0
+	}
+	if len(text) < 1+digits {
+		return "", 0
+	}
+	r, err := strconv.ParseUint(text[1:1+digits], 16, 32)
+	if err != nil || !utf8.ValidRune(rune(r)) {
+		return "", 0
+	}
+	return string(rune(r)), 1 + digits
+}
