@@ -115,7 +115,7 @@ func (opts Options) withDefaults() Options {
 
 // query runs a command that changes nothing.
 func query(ctx context.Context, c policy.Command) ([]byte, error) {
-	return command.Query(ctx, c.Argv, c.Timeout)
+	return command.Query(ctx, c.Argv, c.Timeout, c.Env...)
 }
 
 func (a *App) open(ctx context.Context) error {
@@ -232,6 +232,7 @@ func (a *App) build() error {
 			Log:      a.opts.Log,
 			Probe:    a.opts.Probe,
 			Query:    a.opts.Query,
+			Getenv:   a.opts.Config.Getenv,
 		}),
 		Surveyor:          surveyor,
 		Ledger:            a.Ledger,

@@ -130,6 +130,7 @@ func (l *looker) all(ctx context.Context, typ connector.Type, merged *targetconf
 		// A command that may not run is no reason not to look at the files.
 		Policy: &policy.Policy{Paths: l.rules.Paths, Hosts: l.rules.Hosts, Protected: l.rules.Protected},
 		Log:    slog.New(slog.DiscardHandler),
+		Getenv: l.cfg.Getenv,
 		Query: func(ctx context.Context, c policy.Command) ([]byte, error) {
 			if slices.ContainsFunc(l.Commands, func(c PreviewCommand) bool { return !c.Allowed }) {
 				return nil, errors.New("it was not asked, since a command of the target may not run")

@@ -81,11 +81,12 @@ func Run(ctx context.Context, argv []string, timeout time.Duration) (string, err
 // Query is Run for a command that answers on standard output: that alone is
 // returned, as it is, and more than 16 MiB of it are an error. Standard error
 // is part of the error only. The answer is for parsing; nothing of it may go
-// into an error but the names that it was asked for.
-func Query(ctx context.Context, argv []string, timeout time.Duration) ([]byte, error) {
+// into an error but the names that it was asked for. Env goes on top of the
+// environment.
+func Query(ctx context.Context, argv []string, timeout time.Duration, env ...string) ([]byte, error) {
 	var answer limited
 	var diagnostics clipped
-	if err := explain(argv, run(ctx, argv, timeout, &answer, &diagnostics), &diagnostics); err != nil {
+	if err := explain(argv, run(ctx, argv, timeout, &answer, &diagnostics, env...), &diagnostics); err != nil {
 		return nil, err
 	}
 	if answer.over {
@@ -94,7 +95,7 @@ func Query(ctx context.Context, argv []string, timeout time.Duration) ([]byte, e
 	return answer.data, nil
 }
 
-func run(ctx context.Context, argv []string, timeout time.Duration, stdout, stderr io.Writer) error {
+func run(ctx context.Context, argv []string, timeout time.Duration, stdout, stderr io.Writer, env ...string) error {
 	if len(argv) == 0 {
 		return errors.New("there is no command")
 	}
@@ -111,7 +112,7 @@ func run(ctx context.Context, argv []string, timeout time.Duration, stdout, stde
 	cmd := exec.CommandContext(ctx, path)
 	cmd.Args = argv
 	cmd.Dir = "/"
-	cmd.Env = []string{"PATH=" + searchPath, "LANG=C", "HOME=" + home()}
+	cmd.Env = append([]string{"PATH=" + searchPath, "LANG=C", "HOME=" + home()}, env...)
 	cmd.Stdout, cmd.Stderr = stdout, stderr // and no Stdin: /dev/null
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	// The negative number is the group, which has the child's number. SIGKILL at

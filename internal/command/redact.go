@@ -39,6 +39,10 @@ var (
 	dumpWord   = regexp.MustCompile(`^(?:[0-9A-Fa-f]{2,11}|[!-~]|\\[^ ])$`)
 )
 
+// Redact takes what looks like key material out of a text that goes into an
+// error, as Run does with the output of a command.
+func Redact(text string) string { return redact(text, true, true) }
+
 // redact takes key material out of the output of a command: it goes into
 // errors, which the control plane sees, and a command of the control plane's
 // choice may print any file. What looks like it is left out as well: a

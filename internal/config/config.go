@@ -109,7 +109,17 @@ type Config struct {
 	Warnings []string
 
 	values []Value
+	getenv func(string) string // nil: nobody loaded it
 	again  func() (*Config, error)
+}
+
+// Getenv reads the environment of the process, for what is said there by others
+// than the operator: Kubernetes tells a pod where its API server is.
+func (c *Config) Getenv(name string) string {
+	if c.getenv == nil {
+		return ""
+	}
+	return c.getenv(name)
 }
 
 // Options adapt Load to a command. The zero value is the daemon's.
@@ -158,7 +168,7 @@ func (p Problems) Unwrap() []error { return p }
 // or Problems. With Problems comes what could be read, for showing it to the
 // operator and for nothing else.
 func Load(args []string, getenv func(string) string, options Options) (*Config, error) {
-	config := &Config{}
+	config := &Config{getenv: getenv}
 	l := loader{
 		config:   config,
 		settings: settings(config),

@@ -62,6 +62,9 @@ type Host struct {
 	// Connectors ask the server itself with it which key it reads. Nil: nobody
 	// can be asked.
 	Query serverconf.Query
+
+	// Getenv reads the environment of the agent's own process. Nil: there is none.
+	Getenv func(name string) string
 }
 
 // Command splits and checks the command line that is configured under key. An

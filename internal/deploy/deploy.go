@@ -70,6 +70,9 @@ type Options struct {
 	// Query runs a command of a server to learn from what it prints. Nil: no
 	// server is asked, and a masked path has to come from an overlay.
 	Query serverconf.Query
+
+	// Getenv reads the environment of the process. Nil: there is none.
+	Getenv func(name string) string
 }
 
 // Outcome is the verdict on a job.

@@ -41,6 +41,7 @@ type Policy struct {
 type Command struct {
 	Argv    []string
 	Timeout time.Duration
+	Env     []string // NAME=value, on top of what commands are given anyway
 }
 
 func (p *Policy) Command(line string, timeout time.Duration) (Command, error) {

@@ -32,6 +32,7 @@ type Host struct {
 	Overlays string // directory of overlays; empty at first
 	Policy   *policy.Policy
 	Query    serverconf.Query
+	Getenv   func(name string) string // nil: the environment is empty
 
 	// Before is asked before each step of the engine. Nil: nobody is.
 	Before func(transaction.Step) error
@@ -129,7 +130,7 @@ func (h *Host) connector(typ connector.Type, config map[string]any) (*targetconf
 	if err != nil {
 		return nil, nil, err
 	}
-	c, err := typ.New(merged, connector.Host{Policy: h.Policy, Query: h.Query, Log: h.Logger()})
+	c, err := typ.New(merged, connector.Host{Policy: h.Policy, Query: h.Query, Getenv: h.Getenv, Log: h.Logger()})
 	return merged, c, err
 }
 

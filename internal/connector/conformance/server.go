@@ -23,7 +23,7 @@ func RunCommand(ctx context.Context, c policy.Command) error {
 
 // QueryCommand asks servers for real.
 func QueryCommand(ctx context.Context, c policy.Command) ([]byte, error) {
-	return command.Query(ctx, c.Argv, c.Timeout)
+	return command.Query(ctx, c.Argv, c.Timeout, c.Env...)
 }
 
 // startWait bounds how long a server may take to start and to stop.
