@@ -336,17 +336,20 @@ func TestDocsNameTests(t *testing.T) {
 
 // othersWords are texts of the runbook's tables that the program passes on.
 var othersWords = map[string]string{
-	"no space left on device":         "the kernel's",
-	"connection refused":              "the kernel's",
-	"key values mismatch":             "OpenSSL's",
-	"Syntax error on line":            "httpd's",
-	"unable to load":                  "HAProxy's",
-	`open() ".../nginx.pid" failed`:   "nginx's",
-	"disabling TLS support":           "Postfix's",
-	"403 Forbidden: host not allowed": "Caddy's",
-	"client is not allowed":           "Caddy's",
-	"412 Precondition Failed":         "Caddy's",
-	"loading new config":              "Caddy's",
+	"no space left on device":                       "the kernel's",
+	"connection refused":                            "the kernel's",
+	"key values mismatch":                           "OpenSSL's",
+	"Syntax error on line":                          "httpd's",
+	"unable to load":                                "HAProxy's",
+	`open() ".../nginx.pid" failed`:                 "nginx's",
+	"disabling TLS support":                         "Postfix's",
+	"403 Forbidden: host not allowed":               "Caddy's",
+	"client is not allowed":                         "Caddy's",
+	"412 Precondition Failed":                       "Caddy's",
+	"loading new config":                            "Caddy's",
+	"401 Unauthorized":                              "of RFC 9110",
+	"403 Forbidden":                                 "of RFC 9110",
+	"x509: certificate signed by unknown authority": "crypto/x509's",
 }
 
 // TestRunbookQuotesMessages: each text that the tables of docs/operations.md and

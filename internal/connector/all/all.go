@@ -8,6 +8,7 @@ import (
 	"certctl-agent/internal/connector/envoy"
 	"certctl-agent/internal/connector/haproxy"
 	"certctl-agent/internal/connector/javakeystore"
+	"certctl-agent/internal/connector/kubernetes"
 	"certctl-agent/internal/connector/mail"
 	"certctl-agent/internal/connector/nginx"
 	"certctl-agent/internal/connector/traefik"
@@ -27,7 +28,7 @@ func Types() []connector.Type {
 		javakeystore.Type(),
 		{Name: "F5"},
 		{Name: "SSH"},
-		{Name: "KubernetesSecrets"},
+		kubernetes.Type(),
 		{Name: "AWSACM"},
 		{Name: "AzureKeyVault"},
 		{Name: "IIS"},

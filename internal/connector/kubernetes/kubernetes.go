@@ -1,0 +1,240 @@
+// Package kubernetes installs certificates as a Secret of type kubernetes.io/tls,
+// which ingress controllers, gateways and pods of a Kubernetes cluster serve.
+package kubernetes
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"certctl-agent/internal/connector"
+	"certctl-agent/internal/kubeconfig"
+	"certctl-agent/internal/policy"
+	"certctl-agent/internal/printable"
+	"certctl-agent/internal/targetconf"
+	"certctl-agent/internal/trustedfile"
+)
+
+// Type is the kind of target.
+func Type() connector.Type { return typeOf(serviceAccount, retryFor) }
+
+// serviceAccount is where a pod finds the credentials of its service account,
+// see https://kubernetes.io/docs/tasks/run-application/access-api-from-pod/.
+const serviceAccount = "/var/run/secrets/kubernetes.io/serviceaccount"
+
+// typeOf is Type with the credentials of the pod in podDir, and calls that are
+// tried again for as long as patience.
+func typeOf(podDir string, patience time.Duration) connector.Type {
+	return connector.Type{Name: "KubernetesSecrets", New: func(c *targetconf.Config, host connector.Host) (connector.Connector, error) {
+		k, err := newConnector(c, host, podDir)
+		if err != nil {
+			return nil, err
+		}
+		k.client.patience = patience
+		return k, nil
+	}}
+}
+
+// config is what can be set.
+type config struct {
+	Namespace  string          `json:"namespace" config:"required"`
+	SecretName string          `json:"secret_name" config:"required"`
+	Labels     labels          `json:"labels"`
+	Kubeconfig targetconf.Path `json:"kubeconfig_path"` // "": the service account of the pod that the agent is in
+	Context    string          `json:"context"`         // "": the file's current one
+	CACert     bool            `json:"ca_crt"`          // also ca.crt, the last certificate of the chain
+	NoCreate   refusal         `json:"create"`          // a secret that is missing is an error
+}
+
+type kubernetes struct {
+	target   *targetconf.Config
+	config   config
+	client   *client
+	warnings []string
+}
+
+func newConnector(c *targetconf.Config, host connector.Host, podDir string) (*kubernetes, error) {
+	k := &kubernetes{target: c}
+	if err := targetconf.Join(c.Decode(&k.config), c.Common.Managed()); err != nil {
+		return nil, err
+	}
+	if err := k.config.check(); err != nil {
+		return nil, err
+	}
+	access, err := k.access(host, podDir)
+	if err != nil {
+		return nil, err
+	}
+	k.client, err = newClient(access, c, host)
+	return k, err
+}
+
+var (
+	// A namespace is a label of RFC 1123, a secret's name a name of it.
+	namespaceForm = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
+	nameForm      = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
+
+	// https://kubernetes.io/docs/concepts/overview/working-with-objects/labels/#syntax-and-character-set
+	labelKeyForm   = regexp.MustCompile(`^([a-z0-9.-]{1,253}/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$`)
+	labelValueForm = regexp.MustCompile(`^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$`)
+)
+
+// maxName is the longest name of a secret, in bytes.
+const maxName = 253
+
+func (c *config) check() error {
+	var errs []error
+	if !namespaceForm.MatchString(c.Namespace) {
+		errs = append(errs, targetconf.Invalid("namespace", "%s is no name of a namespace", printable.Quote(c.Namespace)))
+	}
+	if !nameForm.MatchString(c.SecretName) || len(c.SecretName) > maxName {
+		errs = append(errs, targetconf.Invalid("secret_name", "%s is no name of a secret: lower-case letters, digits, dashes and dots", printable.Quote(c.SecretName)))
+	}
+	if c.Context != "" && c.Kubeconfig == "" {
+		errs = append(errs, targetconf.Invalid("context", "is one of a kubeconfig: set kubeconfig_path too"))
+	}
+	return targetconf.Join(errs...)
+}
+
+// refusal is set by false, where true is the default.
+type refusal bool
+
+func (r *refusal) UnmarshalJSON(raw []byte) error {
+	allowed, err := strconv.ParseBool(strings.Trim(string(raw), `"`))
+	if string(raw) == `""` {
+		return nil
+	}
+	if err != nil {
+		return errors.New("expected true or false")
+	}
+	*r = refusal(!allowed)
+	return nil
+}
+
+// labels are a JSON object, or a string that holds one.
+type labels map[string]string
+
+// maxLabels bounds how many there are.
+const maxLabels = 64
+
+func (l *labels) UnmarshalJSON(raw []byte) error {
+	var text string
+	if json.Unmarshal(raw, &text) == nil {
+		if raw = []byte(text); strings.TrimSpace(text) == "" {
+			return nil
+		}
+	}
+	var read map[string]string
+	if json.Unmarshal(raw, &read) != nil {
+		return errors.New(`expected an object of strings such as {"team": "web"}, or a string that holds one`)
+	}
+	if len(read) > maxLabels {
+		return fmt.Errorf("%d labels are more than %d", len(read), maxLabels)
+	}
+	for key, value := range read {
+		if !labelKeyForm.MatchString(key) || !labelValueForm.MatchString(value) {
+			return fmt.Errorf("%s: %s is no label of Kubernetes", printable.Quote(key), printable.Quote(value))
+		}
+	}
+	*l = read
+	return nil
+}
+
+// access is the way to the cluster.
+type access struct {
+	*kubeconfig.Context
+	from  string // for people: the file, or the pod
+	named bool   // the owner of this host chose it, in an overlay
+}
+
+func (k *kubernetes) access(host connector.Host, podDir string) (*access, error) {
+	if k.config.Kubeconfig == "" {
+		return inCluster(host, podDir)
+	}
+	path := string(k.config.Kubeconfig)
+	data, _, warning, err := trustedfile.Read(path, kubeconfig.MaxSize)
+	if err != nil {
+		return nil, targetconf.Invalid("kubeconfig_path", "%v", err)
+	}
+	if warning != "" {
+		k.warnings = append(k.warnings, warning)
+	}
+	found, err := kubeconfig.Parse(data, filepath.Dir(path), k.config.Context)
+	if err != nil {
+		return nil, targetconf.Invalid("kubeconfig_path", "%s, %v", path, err)
+	}
+	a := &access{Context: found, from: path, named: k.target.Local("kubeconfig_path")}
+	if found.Cluster.Insecure {
+		if !a.named {
+			return nil, targetconf.Invalid("kubeconfig_path", "%s, context %s: insecure-skip-tls-verify is accepted only of a file that an overlay of this host names: "+
+				"put kubeconfig_path there, or give the cluster its certificate authority", path, printable.Quote(found.Name))
+		}
+		k.warnings = append(k.warnings, "whoever is on the way to the API server can take the key: "+path+" has insecure-skip-tls-verify")
+	}
+	return a, nil
+}
+
+// inCluster is the way of a pod to the cluster that it is in.
+func inCluster(host connector.Host, podDir string) (*access, error) {
+	var service, port string
+	if host.Getenv != nil {
+		service, port = host.Getenv("KUBERNETES_SERVICE_HOST"), host.Getenv("KUBERNETES_SERVICE_PORT")
+	}
+	if service == "" || port == "" {
+		return nil, targetconf.Invalid("kubeconfig_path", "is required where the agent does not run in a pod (KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set)")
+	}
+	server := &url.URL{Scheme: "https", Host: net.JoinHostPort(service, port)}
+	if _, err := url.Parse(server.String()); err != nil {
+		return nil, errors.New("KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not a host and a port")
+	}
+	return &access{from: "the service account of this pod", Context: &kubeconfig.Context{
+		Cluster: kubeconfig.Cluster{Server: server, CAFile: filepath.Join(podDir, "ca.crt")},
+		User:    kubeconfig.User{TokenFile: filepath.Join(podDir, "token")},
+	}}, nil
+}
+
+// Plan implements connector.Connector.
+func (k *kubernetes) Plan(_ context.Context, m *connector.Material) (*connector.Plan, error) {
+	change := &secretChange{
+		client: k.client, namespace: k.config.Namespace, name: k.config.SecretName, create: !bool(k.config.NoCreate),
+		target: string(k.target.Target()), labels: k.config.Labels, material: m,
+	}
+	if k.config.CACert {
+		if len(m.Chain) == 0 {
+			return nil, targetconf.Invalid("ca_crt", "the certificate came without a chain, whose last certificate ca.crt would hold")
+		}
+		change.ca = m.Chain[len(m.Chain)-1]
+	}
+	return &connector.Plan{
+		Changes:  []connector.Change{change},
+		Serves:   k.target.Common.Endpoint(),
+		Warnings: k.warnings,
+	}, nil
+}
+
+// pluginCommand checks the command of a kubeconfig that prints credentials
+// against the policy for commands.
+func pluginCommand(a *access, c *targetconf.Config, host connector.Host) (*policy.Command, error) {
+	exec := a.User.Exec
+	argv := append([]string{exec.Command}, exec.Args...)
+	line := strings.Join(argv, " ")
+	c.Learn("exec_command", line, a.from) // where a preview looks for commands
+	command, err := host.Policy.Command(line, time.Duration(c.Common.CommandTimeout))
+	if err == nil && !slices.Equal(command.Argv, argv) {
+		err = errors.New("an argument is empty or has a blank in it, and commands here have none: put the command into a script")
+	}
+	if err != nil {
+		return nil, targetconf.Invalid("kubeconfig_path", "exec of %s: %v", a.from, err)
+	}
+	command.Env = exec.Env
+	return &command, nil
+}

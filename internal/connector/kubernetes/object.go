@@ -1,0 +1,152 @@
+package kubernetes
+
+import (
+	"bytes"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+
+	"certctl-agent/internal/printable"
+)
+
+// object is a secret as the API server has it. Values stay as they were sent, so
+// that what we do not know of comes back unchanged.
+type object struct {
+	sent                      []byte // what it was read from
+	fields, metadata          map[string]json.RawMessage
+	data, labels, annotations map[string]json.RawMessage
+}
+
+func newObject(namespace, name string) *object {
+	return &object{
+		fields:   map[string]json.RawMessage{"apiVersion": quoted("v1"), "kind": quoted("Secret"), "type": quoted(secretType)},
+		metadata: map[string]json.RawMessage{"namespace": quoted(namespace), "name": quoted(name)},
+		data:     make(map[string]json.RawMessage), labels: make(map[string]json.RawMessage), annotations: make(map[string]json.RawMessage),
+	}
+}
+
+func parseObject(sent []byte) (*object, error) {
+	o := &object{sent: sent}
+	if json.Unmarshal(sent, &o.fields) != nil || o.text("kind") != "Secret" {
+		return nil, errors.New("it is not a secret")
+	}
+	for _, part := range []struct {
+		raw json.RawMessage
+		to  *map[string]json.RawMessage
+	}{{o.fields["metadata"], &o.metadata}, {o.fields["data"], &o.data}} {
+		if err := unmarshal(part.raw, part.to); err != nil {
+			return nil, err
+		}
+	}
+	return o, errors.Join(unmarshal(o.metadata["labels"], &o.labels), unmarshal(o.metadata["annotations"], &o.annotations))
+}
+
+// unmarshal makes an empty map of nothing.
+func unmarshal(raw json.RawMessage, to *map[string]json.RawMessage) error {
+	if len(raw) > 0 && json.Unmarshal(raw, to) != nil {
+		return errors.New("a part of it is not an object")
+	}
+	if *to == nil {
+		*to = make(map[string]json.RawMessage)
+	}
+	return nil
+}
+
+// original is the secret as it was read.
+func (o *object) original() *object {
+	read, err := parseObject(o.sent)
+	if err != nil {
+		return o // it could be read before
+	}
+	return read
+}
+
+func (o *object) encode() ([]byte, error) {
+	for _, part := range []struct {
+		in     map[string]json.RawMessage
+		key    string
+		values map[string]json.RawMessage
+	}{{o.metadata, "labels", o.labels}, {o.metadata, "annotations", o.annotations}, {o.fields, "data", o.data}, {o.fields, "metadata", o.metadata}} {
+		if len(part.values) == 0 && part.in[part.key] == nil {
+			continue
+		}
+		raw, err := marshal(part.values)
+		if err != nil {
+			return nil, err
+		}
+		part.in[part.key] = raw
+	}
+	return marshal(o.fields)
+}
+
+// marshal is json.Marshal without its escapes of HTML.
+func marshal(v any) ([]byte, error) {
+	var out bytes.Buffer
+	encoder := json.NewEncoder(&out)
+	encoder.SetEscapeHTML(false)
+	err := encoder.Encode(v)
+	return bytes.TrimSpace(out.Bytes()), err
+}
+
+// put puts parts back, and reports whether that changed anything.
+func (o *object) put(was *undo) bool {
+	changed := false
+	for _, part := range []struct{ to, from map[string]json.RawMessage }{{o.data, was.Data}, {o.labels, was.Labels}, {o.annotations, was.Annotations}} {
+		before := maps.Clone(part.to)
+		for key, value := range part.from {
+			if isNull(value) {
+				delete(part.to, key)
+			} else {
+				part.to[key] = value
+			}
+		}
+		changed = changed || !maps.EqualFunc(before, part.to, sameRaw)
+	}
+	return changed
+}
+
+// mayChange says why the pair cannot be put into this secret, if it cannot.
+func (o *object) mayChange() error {
+	switch typ := o.text("type"); {
+	case typ != secretType:
+		return fmt.Errorf("it is of type %s, not %s, and Kubernetes lets nobody change a secret's type: delete it once nothing uses it, or give the target another secret_name",
+			printable.Quote(typ), secretType)
+	case string(o.fields["immutable"]) == "true":
+		return errors.New("it is immutable: delete it, so that it is created anew, or give the target another secret_name")
+	case len(o.metadata["deletionTimestamp"]) > 0:
+		return errors.New("it is being deleted, and a finalizer holds that up")
+	}
+	return nil
+}
+
+func (o *object) text(key string) string { return text(o.fields[key]) }
+
+// text is a string in JSON; "" if it is none.
+func text(raw json.RawMessage) string {
+	var s string
+	_ = json.Unmarshal(raw, &s)
+	return s
+}
+
+// decoded is a value of data.
+func decoded(raw json.RawMessage) []byte {
+	data, err := base64.StdEncoding.DecodeString(text(raw))
+	if err != nil {
+		return nil
+	}
+	return data
+}
+
+func encoded(data []byte) json.RawMessage { return quoted(base64.StdEncoding.EncodeToString(data)) }
+
+func quoted(s string) json.RawMessage {
+	raw, _ := json.Marshal(s) // a string always can be
+	return raw
+}
+
+func isNull(raw json.RawMessage) bool { return len(raw) == 0 || string(raw) == "null" }
+
+// sameRaw compares values, for which nothing and null are the same.
+func sameRaw(a, b json.RawMessage) bool { return isNull(a) && isNull(b) || bytes.Equal(a, b) }

@@ -1,0 +1,350 @@
+package kubernetes
+
+import (
+	"bytes"
+	"context"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"net/url"
+	"slices"
+	"time"
+
+	"certctl-agent/internal/connector"
+	"certctl-agent/internal/pemutil"
+)
+
+const (
+	// secretType is the type of secrets that hold a pair, and certKey, keyKey and
+	// caKey what they hold it under
+	// (https://kubernetes.io/docs/concepts/configuration/secret/#tls-secrets).
+	secretType = "kubernetes.io/tls"
+	certKey    = "tls.crt"
+	keyKey     = "tls.key"
+	caKey      = "ca.crt"
+
+	// manager is who changes a secret, in its managedFields.
+	manager = "certctl-agent"
+
+	managedByLabel = "app.kubernetes.io/managed-by"
+	managedBy      = "certctl"
+
+	// What the annotations say of the pair that is installed. The target tells
+	// the writes of this target from those of others.
+	certificateAnnotation = "certctl.io/certificate-id"
+	deployedAnnotation    = "certctl.io/deployed-at"
+	fingerprintAnnotation = "certctl.io/fingerprint"
+	targetAnnotation      = "certctl.io/target-id"
+
+	// maxTries is how often a change is tried that meets the change of somebody
+	// else.
+	maxTries = 10
+)
+
+// secretChange puts a pair into a secret.
+type secretChange struct {
+	client          *client
+	namespace, name string
+	create          bool // a secret that is missing
+	target          string
+	labels          labels
+	material        *connector.Material
+	ca              *x509.Certificate // of ca.crt; nil: not written
+
+	looked bool   // Read has been called
+	was    []byte // what it returned
+	sent   bool   // a request of this process may have changed the secret
+}
+
+// ID implements connector.Change. It says in which cluster the secret is: what
+// undoes the change holds a key, and is for no other.
+func (c *secretChange) ID() string {
+	server := c.client.Cluster.Server
+	return fmt.Sprintf("secret %s/%s of %s", c.namespace, c.name, server.Host+server.EscapedPath())
+}
+
+// undo is what a change of a secret replaces: our parts of it, with null for
+// what was not there.
+type undo struct {
+	Data        map[string]json.RawMessage `json:"data"`
+	Labels      map[string]json.RawMessage `json:"labels"`
+	Annotations map[string]json.RawMessage `json:"annotations"`
+}
+
+// Read implements connector.Change. What an undo needs are our parts of the
+// secret.
+func (c *secretChange) Read(ctx context.Context) (was []byte, same bool, err error) {
+	o, err := c.get(ctx)
+	switch {
+	case err != nil:
+		return nil, false, err
+	case o == nil && !c.create:
+		return nil, false, errors.New(`it does not exist, and the target says "create": false`)
+	case o != nil:
+		if same = c.isIn(o); !same {
+			err = o.mayChange()
+		}
+		if err == nil {
+			was, err = json.Marshal(c.parts(o))
+		}
+	}
+	c.looked, c.was = err == nil, was
+	return was, same, err
+}
+
+// parts are our parts of a secret.
+func (c *secretChange) parts(o *object) *undo {
+	return &undo{
+		Data:        pick(o.data, certKey, keyKey, caKey),
+		Labels:      pick(o.labels, slices.Collect(maps.Keys(c.wantLabels(o)))...),
+		Annotations: pick(o.annotations, certificateAnnotation, deployedAnnotation, fingerprintAnnotation, targetAnnotation),
+	}
+}
+
+func pick(from map[string]json.RawMessage, keys ...string) map[string]json.RawMessage {
+	picked := make(map[string]json.RawMessage)
+	for _, key := range keys {
+		picked[key] = from[key]
+	}
+	return picked
+}
+
+// wantLabels are the configured labels, and who manages the secret unless it
+// says that already: Helm refuses to upgrade what is marked as another's.
+func (c *secretChange) wantLabels(o *object) labels {
+	want := labels{}
+	if o == nil || len(o.labels[managedByLabel]) == 0 {
+		want[managedByLabel] = managedBy
+	}
+	maps.Copy(want, c.labels)
+	return want
+}
+
+// isIn reports whether the secret holds the pair, and has the labels that are
+// configured.
+func (c *secretChange) isIn(o *object) bool {
+	if o.text("type") != secretType || !sameCertificates(decoded(o.data[certKey]), append([]*x509.Certificate{c.material.Leaf}, c.material.Chain...)) ||
+		!sameKey(decoded(o.data[keyKey]), c.material.KeyPEM) || c.ca != nil && !sameCertificates(decoded(o.data[caKey]), []*x509.Certificate{c.ca}) {
+		return false
+	}
+	for key, value := range c.labels {
+		if text(o.labels[key]) != value {
+			return false
+		}
+	}
+	return true
+}
+
+func sameCertificates(data []byte, want []*x509.Certificate) bool {
+	got, err := pemutil.ParseCertificates(data)
+	return err == nil && slices.EqualFunc(got, want, (*x509.Certificate).Equal)
+}
+
+func sameKey(data, want []byte) bool {
+	a, err := pemutil.ParseKey(data)
+	if err != nil {
+		return false
+	}
+	b, err := pemutil.ParseKey(want)
+	return err == nil && pemutil.SamePrivateKey(a, b)
+}
+
+// isOurs reports whether a deployment of this target put the pair there that the
+// secret holds, and nobody has replaced it since.
+func (c *secretChange) isOurs(o *object) bool {
+	if text(o.annotations[targetAnnotation]) != c.target {
+		return false
+	}
+	certificates, err := pemutil.ParseCertificates(decoded(o.data[certKey]))
+	if err != nil || pemutil.Fingerprint(certificates[0]) != text(o.annotations[fingerprintAnnotation]) {
+		return false
+	}
+	key, err := pemutil.ParseKey(decoded(o.data[keyKey]))
+	return err == nil && pemutil.SamePublicKey(key.Public(), certificates[0].PublicKey)
+}
+
+// Write implements connector.Change.
+func (c *secretChange) Write(ctx context.Context) error {
+	return c.again(ctx, func(o *object) (request, error) {
+		if o != nil && c.isIn(o) {
+			return request{}, nil // an earlier try, whose answer was lost
+		}
+		if !c.saw(o) {
+			return request{}, errChanged
+		}
+		verb := "update"
+		if o == nil {
+			verb, o = "create", newObject(c.namespace, c.name)
+		} else if err := o.mayChange(); err != nil {
+			return request{}, err
+		}
+		for key, value := range c.wantLabels(o) {
+			o.labels[key] = quoted(value)
+		}
+		o.annotations[certificateAnnotation] = quoted(string(c.material.CertificateID))
+		o.annotations[deployedAnnotation] = quoted(time.Now().UTC().Format(time.RFC3339))
+		o.annotations[fingerprintAnnotation] = quoted(pemutil.Fingerprint(c.material.Leaf))
+		o.annotations[targetAnnotation] = quoted(c.target)
+		o.data[certKey] = encoded(c.material.FullChain())
+		o.data[keyKey] = encoded(c.material.Key())
+		if c.ca != nil {
+			o.data[caKey] = encoded(pemutil.EncodeCertificates(c.ca))
+		}
+		return request{verb, o}, nil
+	})
+}
+
+var (
+	errChanged = errors.New("somebody else changed the certificate or the key in it just now; that was left alone")
+	errTheirs  = errors.New("somebody else has changed it since, and that was left alone")
+)
+
+// saw reports whether our parts of the secret are as Read saw them.
+func (c *secretChange) saw(o *object) bool {
+	if o == nil || c.was == nil {
+		return o == nil && c.was == nil
+	}
+	var was undo
+	return json.Unmarshal(c.was, &was) == nil && maps.EqualFunc(was.Data, pick(o.data, certKey, keyKey, caKey), sameRaw)
+}
+
+// Restore implements connector.Change. It takes back what this target wrote,
+// and nothing that came after.
+func (c *secretChange) Restore(ctx context.Context, saved []byte) error {
+	untouched := c.looked && !c.sent && bytes.Equal(saved, c.was) // by this process, or the one before it
+	return c.again(ctx, func(o *object) (request, error) {
+		var was undo
+		switch {
+		case saved == nil && o == nil:
+			return request{}, nil
+		case saved != nil:
+			if err := json.Unmarshal(saved, &was); err != nil {
+				return request{}, fmt.Errorf("what would undo it cannot be read: %w", err)
+			}
+			if o != nil && !o.put(&was) {
+				return request{}, nil // it is as it was
+			}
+		}
+		switch {
+		case untouched:
+			return request{}, nil
+		case o == nil:
+			return request{}, errors.New("somebody else has deleted it since")
+		}
+		if o = o.original(); !c.isOurs(o) {
+			return request{}, errTheirs
+		}
+		if saved != nil {
+			o.put(&was)
+			return request{"update", o}, nil
+		}
+		for key := range o.data {
+			if !slices.Contains([]string{certKey, keyKey, caKey}, key) {
+				return request{}, fmt.Errorf("it was not there before, and somebody else has put %.100q into it since, so that it was not removed", key)
+			}
+		}
+		return request{"delete", o}, nil
+	})
+}
+
+// Finish implements connector.Change.
+func (c *secretChange) Finish(context.Context) error { return nil }
+
+// request is a change of a secret. Without a verb it is none.
+type request struct {
+	verb string // as RBAC has it
+	*object
+}
+
+// again makes the request that next makes of the secret as it is; nil stands for
+// none. The resource version guards against the changes of others
+// (https://kubernetes.io/docs/reference/using-api/api-concepts/#resource-versions).
+func (c *secretChange) again(ctx context.Context, next func(*object) (request, error)) error {
+	for try := 1; ; try++ {
+		o, err := c.get(ctx)
+		if err != nil {
+			return err
+		}
+		r, err := next(o)
+		if err != nil || r.verb == "" {
+			return err
+		}
+		err = c.do(ctx, r)
+		if code := codeOf(err); try == maxTries || code != http.StatusConflict && (code != http.StatusNotFound || r.verb == "create") {
+			return c.explain(r.verb, err)
+		}
+	}
+}
+
+// do sends a request, and notes unless it was refused that the secret may have
+// changed.
+func (c *secretChange) do(ctx context.Context, r request) error {
+	query := url.Values{"fieldManager": {manager}}.Encode()
+	method, path := http.MethodPut, c.path()
+	body, err := r.encode()
+	switch r.verb {
+	case "create":
+		method, path = http.MethodPost, c.collection()
+	case "delete":
+		query, method = "", http.MethodDelete
+		body, err = json.Marshal(map[string]any{"apiVersion": "v1", "kind": "DeleteOptions",
+			"preconditions": map[string]any{"uid": r.metadata["uid"], "resourceVersion": r.metadata["resourceVersion"]}})
+	}
+	if err != nil {
+		return err
+	}
+	_, err = c.client.call(ctx, method, path+"?"+query, body)
+	if code := codeOf(err); code < 400 || code >= 500 {
+		c.sent = true
+	}
+	return err
+}
+
+func (c *secretChange) collection() string { return "/api/v1/namespaces/" + c.namespace + "/secrets" }
+func (c *secretChange) path() string       { return c.collection() + "/" + c.name }
+
+// get reads the secret. It returns nil if there is none.
+func (c *secretChange) get(ctx context.Context) (*object, error) {
+	answer, err := c.client.call(ctx, http.MethodGet, c.path(), nil)
+	if codeOf(err) == http.StatusNotFound {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, c.explain("get", err)
+	}
+	o, err := parseObject(answer)
+	if err != nil {
+		return nil, fmt.Errorf("the answer of the API server: %w", err)
+	}
+	if text(o.metadata["name"]) != c.name || text(o.metadata["namespace"]) != c.namespace {
+		return nil, errors.New("the API server answered with another object")
+	}
+	return o, nil
+}
+
+// explain says what an answer means, and what to do.
+func (c *secretChange) explain(verb string, err error) error {
+	status, ok := errors.AsType[*statusError](err)
+	if !ok {
+		if err != nil {
+			err = fmt.Errorf("%s: %w", verb, err)
+		}
+		return err
+	}
+	switch {
+	case status.status.Kind != "Status" && status.code != http.StatusTooManyRequests && status.code < 500:
+		return fmt.Errorf("%s: %w: that is not the answer of a Kubernetes API server, so something before it gave it", verb, err)
+	case status.code == http.StatusUnauthorized:
+		return fmt.Errorf("%s: %w: the API server does not accept the credentials of %s: they have expired, were withdrawn, or are of another cluster", verb, err, c.client.from)
+	case status.code == http.StatusForbidden:
+		return fmt.Errorf("%s: %w: it takes a Role with the verb %s for the secret %s in the namespace %s, unless the message says something else", verb, err, verb, c.name, c.namespace)
+	case status.code == http.StatusNotFound && status.status.Details.Kind == "namespaces":
+		return fmt.Errorf("%s: %w: the namespace %s does not exist", verb, err, c.namespace)
+	case status.code == http.StatusConflict:
+		return fmt.Errorf("%s, tried %d times: %w: somebody else keeps changing it", verb, maxTries, err)
+	}
+	return fmt.Errorf("%s: %w", verb, err)
+}
