@@ -40,7 +40,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	flags := flag.NewFlagSet("certctl-demo", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	agent := flags.String("agent", "bin/certctl-agent", "the agent `binary` to show")
-	target := flags.String("target", "", "live server: nginx, apache, haproxy, caddy, postfix, dovecot or javakeystore (default: nginx when installed, else a built-in one)")
+	target := flags.String("target", "", "live server: nginx, apache, haproxy, caddy, postfix, dovecot, javakeystore or kubernetes (default: nginx when installed, else a built-in one)")
 	verbose := flags.Bool("v", false, "show the agent's log")
 	if err := flags.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {

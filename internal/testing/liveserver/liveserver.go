@@ -41,6 +41,10 @@ type Server struct {
 	Others   []tlsprobe.Endpoint // that serve the same certificate
 	CertPath string              // what it serves is in this file: OnDisk reads it
 
+	// Broken is laid over Config to have a deployment fail. Nil: a reload command
+	// that does not work.
+	Broken map[string]any
+
 	// Resets says that a reload closes the listener, so that connections which
 	// wait at it are reset.
 	Resets bool
@@ -69,6 +73,7 @@ func Starters() map[string]Starter {
 		"dovecot":      StartDovecot,
 		"haproxy":      StartHAProxy,
 		"javakeystore": StartJava,
+		"kubernetes":   StartKubernetes,
 		"nginx":        StartNGINX,
 		"postfix":      StartPostfixInOneFile,
 	}
