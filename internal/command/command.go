@@ -73,8 +73,13 @@ func Split(line string) ([]string, error) {
 //
 // A timeout of 0 means defaultTimeout.
 func Run(ctx context.Context, argv []string, timeout time.Duration) (string, error) {
+	return RunIn(ctx, "/", argv, timeout)
+}
+
+// RunIn is Run for a command that finds its files in a directory.
+func RunIn(ctx context.Context, dir string, argv []string, timeout time.Duration) (string, error) {
 	var output clipped
-	err := run(ctx, argv, timeout, &output, &output)
+	err := run(ctx, dir, argv, timeout, &output, &output)
 	return output.String(), explain(argv, err, &output)
 }
 
@@ -86,7 +91,7 @@ func Run(ctx context.Context, argv []string, timeout time.Duration) (string, err
 func Query(ctx context.Context, argv []string, timeout time.Duration, env ...string) ([]byte, error) {
 	var answer limited
 	var diagnostics clipped
-	if err := explain(argv, run(ctx, argv, timeout, &answer, &diagnostics, env...), &diagnostics); err != nil {
+	if err := explain(argv, run(ctx, "/", argv, timeout, &answer, &diagnostics, env...), &diagnostics); err != nil {
 		return nil, err
 	}
 	if answer.over {
@@ -95,7 +100,7 @@ func Query(ctx context.Context, argv []string, timeout time.Duration, env ...str
 	return answer.data, nil
 }
 
-func run(ctx context.Context, argv []string, timeout time.Duration, stdout, stderr io.Writer, env ...string) error {
+func run(ctx context.Context, dir string, argv []string, timeout time.Duration, stdout, stderr io.Writer, env ...string) error {
 	if len(argv) == 0 {
 		return errors.New("there is no command")
 	}
@@ -111,8 +116,8 @@ func run(ctx context.Context, argv []string, timeout time.Duration, stdout, stde
 
 	cmd := exec.CommandContext(ctx, path)
 	cmd.Args = argv
-	cmd.Dir = "/"
-	cmd.Env = append([]string{"PATH=" + searchPath, "LANG=C", "HOME=" + home()}, env...)
+	cmd.Dir = dir
+	cmd.Env = append(Environment(), env...)
 	cmd.Stdout, cmd.Stderr = stdout, stderr // and no Stdin: /dev/null
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	// The negative number is the group, which has the child's number. SIGKILL at
@@ -136,6 +141,11 @@ func run(ctx context.Context, argv []string, timeout time.Duration, stdout, stde
 		return fmt.Errorf("not started: %w", context.Cause(ctx))
 	}
 	return fmt.Errorf("killed: %w", context.Cause(ctx))
+}
+
+// Environment is all that a command finds in its environment.
+func Environment() []string {
+	return []string{"PATH=" + searchPath, "LANG=C", "HOME=" + home()}
 }
 
 // Find returns the path of the program that Run would run under this name: an

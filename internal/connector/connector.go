@@ -10,6 +10,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"slices"
@@ -65,6 +66,14 @@ type Host struct {
 
 	// Getenv reads the environment of the agent's own process. Nil: there is none.
 	Getenv func(name string) string
+
+	// StateDir is a directory of the agent's own, where a connector may keep what
+	// it has to know at the next deployment. "": nothing is kept.
+	StateDir string
+
+	// AcceptNewHostKeys says that a server whose key is not known is believed,
+	// and the key kept in StateDir (CERTCTL_SSH_ACCEPT_NEW_HOST_KEYS).
+	AcceptNewHostKeys bool
 }
 
 // Command splits and checks the command line that is configured under key. An
@@ -94,6 +103,18 @@ type Connector interface {
 	// Plan says what installing m takes. It may be called again when something
 	// changed before the plan was carried out.
 	Plan(ctx context.Context, m *Material) (*Plan, error)
+}
+
+// Close ends what a connector holds open, if it is an io.Closer. The deployment
+// that it was made for is over, however it ended.
+func Close(c Connector, log *slog.Logger) {
+	closer, ok := c.(io.Closer)
+	if !ok {
+		return
+	}
+	if err := closer.Close(); err != nil {
+		log.Debug("closing a connection to the target failed", "error", err)
+	}
 }
 
 // A Plan is everything that one deployment changes. The engine saves what is

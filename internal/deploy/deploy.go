@@ -265,6 +265,7 @@ func (a *attempt) install(ctx context.Context, m *connector.Material, key keysto
 	for _, change := range promotion {
 		defer clear(change.Data)
 	}
+	defer connector.Close(a.connector, a.log)
 	common := &a.config.Common
 	result, err := a.o.Engine.Deploy(ctx, transaction.Deployment{
 		Target:     a.job.TargetID,

@@ -119,7 +119,7 @@ func fatalPaths() []string {
 	return []string{
 		// the agent, the kernel, and root
 		"/etc/certctl", "/proc", "/sys", "/dev", "/boot", "/efi", "/root", "/var/root",
-		// programs and libraries; of /usr, fatal knows more
+		// programs and libraries; of /usr, Fatal knows more
 		"/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/usr/local/bin", "/usr/local/sbin", "/usr/local/lib", "/usr/local/lib32",
 		"/usr/local/lib64", "/usr/local/libexec", "/usr/local/games", "/opt/homebrew/bin", "/opt/homebrew/sbin", "/opt/homebrew/lib",
 		"/etc/ld.so.preload", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/ld.so.cache", "/etc/ld.so.nohwcap", "/etc/alternatives",
@@ -192,6 +192,10 @@ func fatalNames() []string {
 		".local/share/dbus-1",
 	}
 }
+
+// Fatal says where path, on another host, is, or what it is, that with a file
+// there a writer owns that host or breaks it; "" if it is no such place.
+func Fatal(path string) string { return new(Policy).Look().fatal(path, nil) }
 
 // fatal says why path is on the lists above, or "".
 func (l *Look) fatal(path string, above []fs.FileInfo) string {

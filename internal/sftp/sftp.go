@@ -503,6 +503,16 @@ func (f *File) Chmod(ctx context.Context, mode fs.FileMode) error {
 	return f.client.do(ctx, typeFsetstat, p)
 }
 
+// SetModified sets when the file was modified, and read, in seconds since 1970.
+func (f *File) SetModified(ctx context.Context, seconds uint32) error {
+	var p packet
+	p.string(f.handle)
+	p.uint32(hasTimes)
+	p.uint32(seconds)
+	p.uint32(seconds)
+	return f.client.do(ctx, typeFsetstat, p)
+}
+
 // Sync has the server write the file to its disk. A server that has no such
 // extension is not asked.
 func (f *File) Sync(ctx context.Context) error {

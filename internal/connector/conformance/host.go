@@ -141,6 +141,7 @@ func (h *Host) Deploy(ctx context.Context, typ connector.Type, config map[string
 	if err != nil {
 		return transaction.Result{}, err
 	}
+	defer connector.Close(c, h.Logger())
 	return h.engine.Deploy(ctx, transaction.Deployment{
 		Target: TargetID, Connector: c, Material: m, Promotion: promoted, Verify: merged.Common.Verifier(m.Leaf), ReplaceAny: merged.Common.ReplaceAny,
 	})

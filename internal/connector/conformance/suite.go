@@ -46,6 +46,10 @@ type Harness struct {
 	// Want is what State holds, but for attributes, once m is installed.
 	Want func(m *connector.Material) map[string][]byte
 
+	// Spare reports whether a name of State is what an undo needs, which stays
+	// there until Finish has removed it. Nil: nothing is.
+	Spare func(name string) bool
+
 	// Required are the keys without which the configuration is refused.
 	Required []string
 
@@ -171,7 +175,21 @@ func (r *rig) state() map[string]string {
 // should not be there: a server may load a whole directory.
 func (r *rig) checkInstalled(m *connector.Material) {
 	r.t.Helper()
+	r.check(m, r.state())
+}
+
+// checkUnfinished is checkInstalled before Finish.
+func (r *rig) checkUnfinished(m *connector.Material) {
+	r.t.Helper()
 	got := r.state()
+	if r.Spare != nil {
+		maps.DeleteFunc(got, func(name, _ string) bool { return r.Spare(name) })
+	}
+	r.check(m, got)
+}
+
+func (r *rig) check(m *connector.Material, got map[string]string) {
+	r.t.Helper()
 	want := r.Want(m)
 	for name, data := range want {
 		if got[name] != string(data) {
@@ -496,6 +514,8 @@ func (s *suite) disturb(t *testing.T, renewal bool, how way, n int) {
 		t.Fatalf("%s %s: the rollback failed: %v", at.Op, at.Path, broken)
 	}
 	if err == nil {
+		r.checkUnfinished(m)
+		r.mustDeploy(m)
 		r.checkInstalled(m)
 		return
 	}
@@ -534,7 +554,7 @@ func (s *suite) kill(t *testing.T, renewal bool, n int, succeeds bool) {
 		case err == nil:
 			t.Errorf("killed at %s %s: a deployment whose verification fails reports success", at.Op, at.Path)
 		case committed:
-			r.checkInstalled(m)
+			r.checkUnfinished(m)
 		default:
 			r.checkAsBefore(before, m, fmt.Errorf("killed at %s %s: %w", at.Op, at.Path, err))
 		}

@@ -1,0 +1,289 @@
+// Package ssh installs certificates on another host, through OpenSSH's own
+// client: a certificate file, a key file and perhaps a chain file, replaced over
+// SFTP, and commands in the shell of the account there.
+package ssh
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/netip"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"certctl-agent/internal/connector"
+	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/printable"
+	"certctl-agent/internal/secret"
+	"certctl-agent/internal/targetconf"
+)
+
+// Type is the kind of target.
+func Type() connector.Type { return connector.Type{Name: "SSH", New: newConnector} }
+
+// config is what can be set.
+type config struct {
+	Host string `json:"host" config:"required"`
+	Port int    `json:"port" default:"22"`
+	User string `json:"user" config:"required"`
+
+	AuthMethod     string          `json:"auth_method" default:"key"` // key, password
+	PrivateKeyPath targetconf.Path `json:"private_key_path"`
+	PrivateKey     secret.String   `json:"private_key"` // the key itself, as PEM
+	Passphrase     secret.String   `json:"passphrase"`
+	Password       secret.String   `json:"password"`
+
+	HostKey    string          `json:"host_key"`    // public key lines
+	KnownHosts targetconf.Path `json:"known_hosts"` // a file of such lines; neither: those of the agent's user
+	SSHConfig  targetconf.Path `json:"ssh_config"`  // of ssh, which may run programs: overlays only
+
+	CertPath  targetconf.Path        `json:"cert_path" config:"required"`
+	KeyPath   targetconf.Path        `json:"key_path" config:"required"`
+	ChainPath targetconf.Path        `json:"chain_path"` // none: the chain follows the leaf in CertPath
+	Cert      targetconf.FileOptions `json:"cert_*"`
+	Key       targetconf.FileOptions `json:"key_*" config:"secret"`
+	Chain     targetconf.FileOptions `json:"chain_*"`
+
+	ValidateCommand string  `json:"validate_command"`
+	ReloadCommand   string  `json:"reload_command"`
+	Sudo            bool    `json:"sudo"`                 // run the commands as sudo -n
+	Timeout         seconds `json:"timeout" default:"30"` // of logging in, and of each request
+}
+
+const (
+	byKey      = "key"
+	byPassword = "password"
+)
+
+// seconds is a time span: in JSON a whole number of seconds, or a Go duration
+// string.
+type seconds time.Duration
+
+func (s *seconds) UnmarshalJSON(raw []byte) error {
+	text := string(raw)
+	_ = json.Unmarshal(raw, &text)
+	if n, err := strconv.ParseUint(text, 10, 16); err == nil {
+		text = fmt.Sprint(n, "s")
+	}
+	var span targetconf.Duration
+	if err := json.Unmarshal(strconv.AppendQuote(nil, text), &span); err != nil {
+		return fmt.Errorf("expected a whole number of seconds, or a duration such as \"30s\", got %s", printable.Quote(text))
+	}
+	*s = seconds(span)
+	return nil
+}
+
+// target is the connector, and its connection. It is used by one goroutine.
+type target struct {
+	config
+	host    connector.Host
+	common  *targetconf.Common
+	id      string          // of the target
+	local   map[string]bool // paths that an overlay names
+	keys    []hostKey       // from HostKey
+	connect func(context.Context) (*session, error)
+	session *session // nil: none
+	tested  bool     // the validate command has run
+}
+
+func newConnector(c *targetconf.Config, host connector.Host) (connector.Connector, error) {
+	t := &target{host: host, common: &c.Common, id: string(c.Target())}
+	t.connect = t.dial
+	if err := c.Decode(&t.config); err != nil {
+		return nil, err
+	}
+	t.local = map[string]bool{string(t.CertPath): c.Local("cert_path"), string(t.KeyPath): c.Local("key_path"), string(t.ChainPath): c.Local("chain_path")}
+	return t, targetconf.Join(t.checkPeer(), t.checkLogin(c), t.checkHostKey(), t.checkFiles(), t.checkCommands(c))
+}
+
+// What becomes a word of ssh's command line, or of a line of its configuration.
+var (
+	hostName = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9._-]{0,252}[A-Za-z0-9_.])?$`)
+	userName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9._@+-]{0,63}$`)
+)
+
+func (t *target) checkPeer() error {
+	t.Host = strings.ToLower(strings.Trim(t.Host, "[]")) // of a literal IPv6 address
+	if _, err := netip.ParseAddr(t.Host); err != nil && !hostName.MatchString(t.Host) {
+		return targetconf.Invalid("host", "expected a host name or an address, got %s", printable.Quote(t.Host))
+	}
+	if t.Port < 1 {
+		return targetconf.Invalid("port", "expected 1 to 65535, got %d", t.Port)
+	}
+	if !userName.MatchString(t.User) {
+		return targetconf.Invalid("user", "expected the name of an account, got %s", printable.Quote(t.User))
+	}
+	return nil
+}
+
+func (t *target) checkLogin(c *targetconf.Config) error {
+	if t.SSHConfig != "" && !c.Local("ssh_config") {
+		return targetconf.Invalid("ssh_config", "it can have ssh run programs on this host, so only the target's overlay may name it")
+	}
+	switch t.AuthMethod {
+	case byPassword:
+		if t.Password.IsZero() {
+			return targetconf.Invalid("password", "is required when auth_method is password")
+		}
+		if strings.ContainsAny(t.Password.Reveal(), "\r\n\x00") {
+			return targetconf.Invalid("password", "has more than one line")
+		}
+		return nil
+	case byKey:
+	default:
+		return targetconf.Invalid("auth_method", "expected %s or %s", byKey, byPassword)
+	}
+	switch {
+	case t.PrivateKeyPath != "" && !t.PrivateKey.IsZero():
+		return targetconf.Invalid("private_key", "private_key_path is set too: take one of the two away")
+	case t.PrivateKeyPath == "" && t.PrivateKey.IsZero() && t.SSHConfig == "":
+		return targetconf.Invalid("private_key_path", "is required when auth_method is key: the file of the private key to log in with")
+	case !t.PrivateKey.IsZero() && !strings.Contains(t.PrivateKey.Reveal(), "-----BEGIN "):
+		return targetconf.Invalid("private_key", "expected a private key as PEM")
+	case strings.ContainsAny(t.Passphrase.Reveal(), "\r\n\x00"):
+		return targetconf.Invalid("passphrase", "has more than one line")
+	}
+	return nil
+}
+
+func (t *target) checkHostKey() (err error) {
+	if t.HostKey == "" {
+		return nil
+	}
+	if t.KnownHosts != "" {
+		return targetconf.Invalid("host_key", "known_hosts is set too: take one of the two away")
+	}
+	if t.keys, err = parseHostKeys(t.HostKey); err != nil {
+		return targetconf.Invalid("host_key", "%v", err)
+	}
+	return nil
+}
+
+func (t *target) checkFiles() error {
+	switch {
+	case t.KeyPath == t.CertPath && t.KeyPath != "":
+		return targetconf.Invalid("key_path", "is the same file as cert_path")
+	case t.ChainPath != "" && (t.ChainPath == t.CertPath || t.ChainPath == t.KeyPath):
+		return targetconf.Invalid("chain_path", "is the same file as another: leave it out, and the chain follows the certificate in cert_path")
+	}
+	return nil
+}
+
+// strange is what a command may not have in it: it goes through the shell of the
+// account, whichever that is.
+var strange = regexp.MustCompile(`[^A-Za-z0-9 ._/@:=,+-]`)
+
+func (t *target) checkCommands(c *targetconf.Config) error {
+	var errs []error
+	for _, command := range []struct{ key, line string }{{"validate_command", t.ValidateCommand}, {"reload_command", t.ReloadCommand}} {
+		if at := strange.FindString(command.line); at != "" {
+			errs = append(errs, targetconf.Invalid(command.key, "it goes through the shell of %s, so only letters, digits, blanks and ._/@:=,+- are allowed, and not %q: put the rest into a script there", t.Host, at))
+			continue
+		}
+		_, err := t.host.Command(c, command.key, command.line)
+		errs = append(errs, err)
+	}
+	return targetconf.Join(errs...)
+}
+
+// peer is where the files are, for people.
+func (t *target) peer() string {
+	return t.User + "@" + net.JoinHostPort(t.Host, strconv.Itoa(t.Port))
+}
+
+// Plan implements connector.Connector.
+func (t *target) Plan(_ context.Context, m *connector.Material) (*connector.Plan, error) {
+	cert, chain := pemutil.EncodeCertificates(m.Leaf), pemutil.EncodeCertificates(m.Chain...)
+	if t.ChainPath == "" {
+		cert = append(cert, chain...)
+	}
+	c := &change{target: t, leaf: pemutil.Fingerprint(m.Leaf)}
+	c.add(roleCert, t.CertPath, cert, t.Cert)
+	plan := &connector.Plan{Changes: []connector.Change{c}, Serves: t.common.Endpoint()}
+	switch {
+	case t.ChainPath != "" && len(chain) > 0:
+		c.add(roleChain, t.ChainPath, chain, t.Chain)
+	case t.ChainPath != "":
+		plan.Warnings = append(plan.Warnings, fmt.Sprintf("the certificate came without a chain, and %s on %s is left as it is", t.ChainPath, t.Host))
+	}
+	c.add(roleKey, t.KeyPath, m.Key(), t.Key)
+	if t.ReloadCommand != "" {
+		plan.Reload.Call, plan.Reload.Does = t.reload, fmt.Sprintf("%q on %s", t.ReloadCommand, t.peer())
+	}
+	return plan, nil
+}
+
+// validate runs the validate command, if there is one.
+func (t *target) validate(ctx context.Context) error {
+	t.tested = true
+	if t.ValidateCommand == "" {
+		return nil
+	}
+	if err := t.run(ctx, t.ValidateCommand); err != nil {
+		return fmt.Errorf("validate failed: %w", err)
+	}
+	return nil
+}
+
+// reload runs the reload command, after a crash behind the validate command.
+func (t *target) reload(ctx context.Context) error {
+	if !t.tested {
+		if err := t.validate(ctx); err != nil {
+			return err
+		}
+	}
+	return t.run(ctx, t.ReloadCommand)
+}
+
+func (t *target) run(ctx context.Context, line string) error {
+	s, err := t.open(ctx)
+	if err != nil {
+		return err
+	}
+	if t.Sudo {
+		line = "sudo -n " + line
+	}
+	if err := s.run(ctx, line, time.Duration(t.common.CommandTimeout)); err != nil {
+		return fmt.Errorf("%q on %s: %w", line, t.peer(), err)
+	}
+	return nil
+}
+
+// open returns the connection of the deployment, a new one if there is none or
+// the last was lost.
+func (t *target) open(ctx context.Context) (*session, error) {
+	if t.session != nil && t.session.Err() == nil {
+		return t.session, nil
+	}
+	t.Close()
+	var err error
+	t.session, err = t.connect(ctx)
+	return t.session, err
+}
+
+// Close ends the connection.
+func (t *target) Close() error {
+	if t.session != nil {
+		t.session.close()
+		t.session = nil
+	}
+	return nil
+}
+
+// alias is the name under which the host is known to ssh: that of the
+// configuration, whatever address it has.
+func (t *target) alias() string {
+	if t.Port == 22 {
+		return t.Host
+	}
+	return fmt.Sprintf("[%s]:%d", t.Host, t.Port)
+}
+
+// timeout is of logging in, and of each request.
+func (t *target) timeout() time.Duration {
+	return time.Duration(cmp.Or(t.Timeout, seconds(30*time.Second)))
+}
