@@ -13,6 +13,7 @@ import (
 	"io"
 	"os"
 
+	"certctl-agent/internal/askpass"
 	"certctl-agent/internal/config"
 	"certctl-agent/internal/printable"
 )
@@ -54,6 +55,13 @@ func subcommands() []subcommand {
 }
 
 func main() {
+	if askpass.Asked(os.Args) {
+		if err := askpass.Main(os.Args, os.Stdout); err != nil {
+			printError(os.Stderr, err)
+			os.Exit(exitFailure)
+		}
+		return
+	}
 	p := process{args: os.Args[1:], getenv: os.Getenv, stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr}
 	os.Exit(run(context.Background(), p))
 }

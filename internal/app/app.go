@@ -233,6 +233,9 @@ func (a *App) build() error {
 			Probe:    a.opts.Probe,
 			Query:    a.opts.Query,
 			Getenv:   a.opts.Config.Getenv,
+			StateDir: cfg.InstanceStateDir(),
+
+			AcceptNewHostKeys: cfg.SSHAcceptNewHostKeys,
 		}),
 		Surveyor:          surveyor,
 		Ledger:            a.Ledger,

@@ -137,8 +137,12 @@ func (l *looker) all(ctx context.Context, typ connector.Type, merged *targetconf
 			}
 			return query(ctx, c)
 		},
+		StateDir: l.cfg.InstanceStateDir(), // read; what is new is not accepted
 	})
 	l.problem(err)
+	if made != nil {
+		defer connector.Close(made, slog.New(slog.DiscardHandler))
+	}
 	l.commands(merged) // New has decoded them
 	if err == nil && sound && m != nil {
 		l.problem(l.plan(ctx, made, m, &merged.Common))

@@ -35,9 +35,9 @@ var layers = [][]string{
 	{"internal/config", "internal/controlplane", "internal/discovery", "internal/installed", "internal/keystore", "internal/ledger", "internal/statedir", "internal/status",
 		"internal/targetconf"},
 	{"internal/discovery/certfile", "internal/discovery/index", "internal/policy", "internal/tlsprobe"},
-	{"internal/api", "internal/atomicfile", "internal/ber", "internal/budget", "internal/buildinfo", "internal/command", "internal/csr", "internal/discovery/record", "internal/filelock",
+	{"internal/api", "internal/askpass", "internal/atomicfile", "internal/ber", "internal/budget", "internal/buildinfo", "internal/command", "internal/csr", "internal/discovery/record", "internal/filelock",
 		"internal/hostfile", "internal/jks", "internal/kubeconfig", "internal/namelock", "internal/pace", "internal/peer", "internal/pemutil", "internal/pkcs12", "internal/printable", "internal/proxy",
-		"internal/sdnotify", "internal/secret", "internal/trustedfile"},
+		"internal/sdnotify", "internal/secret", "internal/sftp", "internal/trustedfile"},
 }
 
 // leaves may import one another where one clearly serves the other.

@@ -96,7 +96,11 @@ type Config struct {
 
 	BackupRetention  int // sets of replaced files for a target; -1 means none after a success. Never 0
 	VerifyDeployment bool
-	MetricsFile      string // "" for none
+
+	// SSHAcceptNewHostKeys says that a server whose host key is not known is
+	// believed. The key is remembered.
+	SSHAcceptNewHostKeys bool
+	MetricsFile          string // "" for none
 
 	LogLevel  slog.Level
 	LogFormat string // "json" or "text"

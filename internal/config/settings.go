@@ -93,6 +93,8 @@ func settings(c *Config) []setting {
 			doc: "Sets of replaced files that are kept for each target; 0 means the default, -1 keeps none after a success"},
 		{flag: "verify-deployment", variable: "CERTCTL_VERIFY_DEPLOYMENT", field: boolean{&c.VerifyDeployment}, value: "true",
 			doc: "Report what the live endpoint serves after a deployment"},
+		{flag: "ssh-accept-new-host-keys", variable: "CERTCTL_SSH_ACCEPT_NEW_HOST_KEYS", field: boolean{&c.SSHAcceptNewHostKeys}, value: "false",
+			doc: "Believe a server whose host key is not known, when a certificate is installed there for the first time. The key is remembered, and another one is refused from then on"},
 		{flag: "metrics-file", variable: "CERTCTL_METRICS_FILE", field: parsed(&c.MetricsFile, parsePath), defaults: "none",
 			doc: "File to write metrics to, for node_exporter's textfile collector; its name ends in `.prom`"},
 		{flag: "log-level", variable: "CERTCTL_LOG_LEVEL", field: parsed(&c.LogLevel, parseLevel), value: "info", lenient: true,

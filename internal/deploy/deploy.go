@@ -73,6 +73,9 @@ type Options struct {
 
 	// Getenv reads the environment of the process. Nil: there is none.
 	Getenv func(name string) string
+
+	StateDir          string // where connectors keep what they have to know next time
+	AcceptNewHostKeys bool   // see connector.Host
 }
 
 // Outcome is the verdict on a job.

@@ -37,7 +37,9 @@ func (a *attempt) prepare() error {
 	if err != nil || typ.New == nil {
 		return err
 	}
-	a.connector, err = typ.New(a.config, connector.Host{Policy: a.o.Policy, Query: a.o.Query, Getenv: a.o.Getenv, Log: a.log})
+	a.connector, err = typ.New(a.config, connector.Host{
+		Policy: a.o.Policy, Query: a.o.Query, Getenv: a.o.Getenv, Log: a.log, StateDir: a.o.StateDir, AcceptNewHostKeys: a.o.AcceptNewHostKeys,
+	})
 	if err != nil {
 		return err
 	}

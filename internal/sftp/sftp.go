@@ -397,8 +397,8 @@ const (
 	flagExcl   = 0x20
 )
 
-// Open opens a file to read it.
-func (c *Client) Open(ctx context.Context, path string) (*File, error) {
+// OpenToRead opens a file to read it.
+func (c *Client) OpenToRead(ctx context.Context, path string) (*File, error) {
 	var p packet
 	p.string(path)
 	p.uint32(flagRead)

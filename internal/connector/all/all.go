@@ -11,6 +11,7 @@ import (
 	"certctl-agent/internal/connector/kubernetes"
 	"certctl-agent/internal/connector/mail"
 	"certctl-agent/internal/connector/nginx"
+	"certctl-agent/internal/connector/ssh"
 	"certctl-agent/internal/connector/traefik"
 )
 
@@ -26,8 +27,8 @@ func Types() []connector.Type {
 		mail.Postfix(),
 		mail.Dovecot(),
 		javakeystore.Type(),
+		ssh.Type(),
 		{Name: "F5"},
-		{Name: "SSH"},
 		kubernetes.Type(),
 		{Name: "AWSACM"},
 		{Name: "AzureKeyVault"},

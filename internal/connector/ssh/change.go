@@ -266,7 +266,7 @@ func number(ctx context.Context, s *session, database, name string) (*uint32, er
 
 // read reads a public file.
 func read(ctx context.Context, s *session, path string) (data []byte, err error) {
-	file, err := s.Open(ctx, path)
+	file, err := s.OpenToRead(ctx, path)
 	if err != nil {
 		return nil, err
 	}
@@ -307,7 +307,7 @@ func (c *change) foreign(what string) error {
 // ours, nothing is read behind the first bytes that differ. Keys in the same form
 // begin alike, up to bytes that are random.
 func (c *change) compareKey(ctx context.Context, s *session, f *file) (equal bool, err error) {
-	file, err := s.Open(ctx, f.at)
+	file, err := s.OpenToRead(ctx, f.at)
 	if errors.Is(err, fs.ErrPermission) {
 		return false, nil // replacing it takes no right to read it
 	}

@@ -1,0 +1,97 @@
+package ssh
+
+import (
+	"maps"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"certctl-agent/internal/connector/conformance"
+	"certctl-agent/internal/testing/testca"
+)
+
+// login is a host, and configurations of it that log in or do not.
+type login struct {
+	*conformance.Host
+	t      *testing.T
+	ca     *testca.CA
+	server *server
+}
+
+func newLogin(t *testing.T, s *server) *login {
+	// What is private to a connection is looked for here.
+	temporary, err := os.MkdirTemp("/tmp", "t")
+	must(t, err)
+	t.Cleanup(func() { os.RemoveAll(temporary) })
+	t.Setenv("TMPDIR", temporary)
+	return &login{Host: conformance.NewHost(t, conformance.RunCommand), t: t, ca: testca.Must(t), server: s}
+}
+
+// deploy deploys with changes to the configuration, key and value in turn; nil
+// takes a key away.
+func (l *login) deploy(changes ...any) error {
+	l.t.Helper()
+	config := l.server.config()
+	for i := 0; i < len(changes); i += 2 {
+		config[changes[i].(string)] = changes[i+1]
+		if changes[i+1] == nil {
+			delete(config, changes[i].(string))
+		}
+	}
+	_, err := l.Deploy(l.t.Context(), Type(), config, l.Material(l.t, l.ca))
+	left, globErr := filepath.Glob(filepath.Join(os.TempDir(), "*"))
+	must(l.t, globErr)
+	if len(left) > 0 {
+		l.t.Errorf("the connection left %v", left)
+	}
+	return err
+}
+
+// works fails the test unless a first deployment and a renewal succeed.
+func (l *login) works(changes ...any) {
+	l.t.Helper()
+	for range 2 {
+		os.Remove(filepath.Join(l.server.dir, "reloaded"))
+		if err := l.deploy(changes...); err != nil {
+			l.t.Fatal(err)
+		}
+		if _, without := find(changes, "reload_command"); !without && !l.server.reloaded() {
+			l.t.Error("the reload command has not run")
+		}
+		checkFiles(l.t, l.server.certs, "cert.pem", "key.pem")
+	}
+}
+
+func find(changes []any, key string) (any, bool) {
+	for i := 0; i < len(changes); i += 2 {
+		if changes[i] == key {
+			return changes[i+1], true
+		}
+	}
+	return nil, false
+}
+
+// refuses fails the test unless the deployment fails for a reason with says in
+// it, and leaves everything as it was.
+func (l *login) refuses(says string, changes ...any) {
+	l.t.Helper()
+	before := stateOf(l.server.certs)
+	err := l.deploy(changes...)
+	if err == nil || !strings.Contains(err.Error(), says) {
+		l.t.Errorf("got %v, want an error with %q", err, says)
+	}
+	if after := stateOf(l.server.certs); !maps.Equal(before, after) {
+		l.t.Errorf("the files changed: from %v to %v", before, after)
+	}
+}
+
+func TestOpenSSH(t *testing.T) {
+	l := newLogin(t, openssh(t))
+	t.Run("private key in a file", func(t *testing.T) { l.t = t; l.works() })
+	t.Run("sftp only", func(t *testing.T) { l.t = t; l.works("reload_command", nil) })
+	t.Run("private key itself", func(t *testing.T) {
+		l.t = t
+		l.works("private_key_path", nil, "private_key", strings.ReplaceAll(readFile(t, l.server.identity), "\n", "\r\n"))
+	})
+}
