@@ -40,7 +40,7 @@ func (l *login) deploy(changes ...any) error {
 		}
 	}
 	_, err := l.Deploy(l.t.Context(), Type(), config, l.Material(l.t, l.ca))
-	left, globErr := filepath.Glob(filepath.Join(os.TempDir(), "*"))
+	left, globErr := filepath.Glob(filepath.Join(os.TempDir(), dirPrefix+"*"))
 	must(l.t, globErr)
 	if len(left) > 0 {
 		l.t.Errorf("the connection left %v", left)

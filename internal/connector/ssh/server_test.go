@@ -1,7 +1,6 @@
 package ssh
 
 import (
-	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -112,17 +111,6 @@ func (s *server) config() map[string]any {
 func (s *server) reloaded() bool {
 	_, err := os.Stat(filepath.Join(s.dir, "reloaded"))
 	return err == nil
-}
-
-// leftovers are what a connection leaves on this host, if it leaves any.
-func leftovers(t testing.TB) (names []string) {
-	t.Helper()
-	for _, dir := range []string{os.TempDir(), "/tmp"} {
-		found, err := filepath.Glob(filepath.Join(dir, dirPrefix+"*"))
-		must(t, errors.Join(err))
-		names = append(names, found...)
-	}
-	return names
 }
 
 // checkFiles fails the test unless dir holds exactly these names.

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -142,16 +141,17 @@ func (t *target) resolve(ctx context.Context) ([]netip.Addr, error) {
 	if t.SSHConfig != "" {
 		return []netip.Addr{{}}, nil
 	}
-	if address, err := netip.ParseAddr(t.Host); err == nil {
-		return []netip.Addr{address}, nil
-	}
 	ctx, cancel := context.WithTimeout(ctx, t.timeout())
 	defer cancel()
-	addresses, err := net.DefaultResolver.LookupNetIP(ctx, "ip", t.Host)
+	allowed, err := t.at.Resolve(ctx)
 	if err != nil {
 		return nil, err
 	}
-	return addresses[:min(len(addresses), maxAddresses)], nil
+	var addresses []netip.Addr
+	for _, at := range allowed[:min(len(allowed), maxAddresses)] {
+		addresses = append(addresses, at.Addr())
+	}
+	return addresses, nil
 }
 
 // directory is private to one connection. It holds what ssh is told in files.

@@ -81,6 +81,7 @@ func (s *seconds) UnmarshalJSON(raw []byte) error {
 type target struct {
 	config
 	host    connector.Host
+	at      *connector.Peer
 	common  *targetconf.Common
 	id      string          // of the target
 	local   map[string]bool // paths that an overlay names
@@ -96,8 +97,11 @@ func newConnector(c *targetconf.Config, host connector.Host) (connector.Connecto
 	if err := c.Decode(&t.config); err != nil {
 		return nil, err
 	}
+	if err := c.Common.Managed(); err != nil {
+		return nil, err
+	}
 	t.local = map[string]bool{string(t.CertPath): c.Local("cert_path"), string(t.KeyPath): c.Local("key_path"), string(t.ChainPath): c.Local("chain_path")}
-	return t, targetconf.Join(t.checkPeer(), t.checkLogin(c), t.checkHostKey(), t.checkFiles(), t.checkCommands(c))
+	return t, targetconf.Join(t.checkPeer(c), t.checkLogin(c), t.checkHostKey(), t.checkFiles(), t.checkCommands(c))
 }
 
 // What becomes a word of ssh's command line, or of a line of its configuration.
@@ -106,16 +110,16 @@ var (
 	userName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9._@+-]{0,63}$`)
 )
 
-func (t *target) checkPeer() error {
+func (t *target) checkPeer(c *targetconf.Config) (err error) {
 	t.Host = strings.ToLower(strings.Trim(t.Host, "[]")) // of a literal IPv6 address
 	if _, err := netip.ParseAddr(t.Host); err != nil && !hostName.MatchString(t.Host) {
 		return targetconf.Invalid("host", "expected a host name or an address, got %s", printable.Quote(t.Host))
 	}
-	if t.Port < 1 {
-		return targetconf.Invalid("port", "expected 1 to 65535, got %d", t.Port)
-	}
 	if !userName.MatchString(t.User) {
 		return targetconf.Invalid("user", "expected the name of an account, got %s", printable.Quote(t.User))
+	}
+	if t.at, err = t.host.Peer(t.Host, t.Port, c.Local("host")); err != nil {
+		return targetconf.Invalid("host", "%v", err)
 	}
 	return nil
 }
