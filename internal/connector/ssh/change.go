@@ -165,6 +165,9 @@ func (c *change) look(ctx context.Context, s *session, f *file) (err error) {
 		return fmt.Errorf("%s is refused because it is in, or is, %s: to allow it all the same, name the path in the target's overlay", f.at, why)
 	}
 	dir, err := s.Lstat(ctx, path.Dir(f.at))
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("there is no directory %s", path.Dir(f.at))
+	}
 	if err != nil {
 		return fmt.Errorf("directory %s: %w", path.Dir(f.at), err)
 	}
@@ -199,6 +202,8 @@ func (c *change) resolvePath(ctx context.Context, s *session, f *file) (err erro
 	if f.at, err = s.RealPath(ctx, f.path); errors.Is(err, fs.ErrNotExist) { // older servers want the file to be there
 		if f.at, err = s.RealPath(ctx, path.Dir(f.path)); errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("there is no directory %s", path.Dir(f.path))
+		} else if err != nil {
+			return err
 		}
 		f.at = path.Join(f.at, path.Base(f.path))
 	}
@@ -496,8 +501,7 @@ func (c *change) stage(ctx context.Context, s *session, f *file, name string) (e
 	return nil
 }
 
-// Restore implements connector.Change. A connection that is lost is made again:
-// the server may be restarting.
+// Restore implements connector.Change.
 func (c *change) Restore(ctx context.Context, was []byte) error {
 	var m manifest
 	if was != nil {
@@ -505,27 +509,33 @@ func (c *change) Restore(ctx context.Context, was []byte) error {
 			return fmt.Errorf("what was saved is damaged: %w", err)
 		}
 	}
+	return c.persist(ctx, func(ctx context.Context, s *session) error { return c.restore(ctx, s, m, was == nil) })
+}
+
+// persist does what must not be left half done. A connection that is lost is made
+// again: the server may be restarting.
+func (c *change) persist(ctx context.Context, do func(context.Context, *session) error) error {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	for {
-		err := c.restore(ctx, m, was == nil)
+		s, err := c.open(ctx)
+		if err == nil {
+			err = do(ctx, s)
+		}
 		if err == nil || !transient(err) {
 			return err
 		}
 		select {
-		case <-time.After(time.Second):
+		case <-time.After(pauses()[0]):
 		case <-ctx.Done():
 			return err
 		}
 	}
 }
 
-func (c *change) restore(ctx context.Context, m manifest, fresh bool) error {
-	s, err := c.open(ctx)
-	if err != nil {
-		return err
-	}
+func (c *change) restore(ctx context.Context, s *session, m manifest, fresh bool) error {
 	if fresh {
+		m.Files = nil // of a try before
 		for _, f := range c.files {
 			if err := c.resolvePath(ctx, s, f); err != nil {
 				return fmt.Errorf("%s on %s: %w", f.path, c.Host, err)
@@ -615,9 +625,5 @@ func (c *change) looksNow(ctx context.Context, s *session, path string, secret b
 
 // Finish implements connector.Change.
 func (c *change) Finish(ctx context.Context) error {
-	s, err := c.open(ctx)
-	if err != nil {
-		return err
-	}
-	return c.sweep(ctx, s, c.ats(), isAny)
+	return c.persist(ctx, func(ctx context.Context, s *session) error { return c.sweep(ctx, s, c.ats(), isAny) })
 }
