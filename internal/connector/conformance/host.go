@@ -34,6 +34,8 @@ type Host struct {
 	Query    serverconf.Query
 	Getenv   func(name string) string // nil: the environment is empty
 
+	AcceptNewHostKeys bool
+
 	// Before is asked before each step of the engine. Nil: nobody is.
 	Before func(transaction.Step) error
 
@@ -130,7 +132,9 @@ func (h *Host) connector(typ connector.Type, config map[string]any) (*targetconf
 	if err != nil {
 		return nil, nil, err
 	}
-	c, err := typ.New(merged, connector.Host{Policy: h.Policy, Query: h.Query, Getenv: h.Getenv, Log: h.Logger()})
+	c, err := typ.New(merged, connector.Host{
+		Policy: h.Policy, Query: h.Query, Getenv: h.Getenv, Log: h.Logger(), StateDir: h.StateDir, AcceptNewHostKeys: h.AcceptNewHostKeys,
+	})
 	return merged, c, err
 }
 

@@ -438,6 +438,9 @@ func (s *suite) fails(t *testing.T, renewal bool) {
 			if broken, ok := errors.AsType[*transaction.BrokenError](err); ok {
 				t.Fatalf("the rollback failed: %v", broken)
 			}
+			if untrue := map[bool]string{true: "there was no certificate before", false: "the previous certificate"}[renewal]; strings.Contains(err.Error(), untrue) {
+				t.Errorf("the error says what is not so: %v", err)
+			}
 			r.checkAsBefore(before, m, err)
 		})
 	}

@@ -4,6 +4,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -82,7 +83,7 @@ func (l *login) refuses(says string, changes ...any) {
 		l.t.Errorf("got %v, want an error with %q", err, says)
 	}
 	if after := stateOf(l.server.certs); !maps.Equal(before, after) {
-		l.t.Errorf("the files changed: from %v to %v", before, after)
+		l.t.Errorf("%v\nthe files changed: from %v to %v", err, slices.Sorted(maps.Keys(before)), slices.Sorted(maps.Keys(after)))
 	}
 }
 

@@ -113,10 +113,7 @@ func (d *directory) writeKnownHosts(root *os.Root) error {
 		known.Write(data)
 	case len(d.keys) > 0:
 		for _, key := range d.keys {
-			fmt.Fprintln(&known, key.line(strings.ToLower(d.hostAlias())))
-			if d.SSHConfig != "" && d.Port != 22 { // ssh adds the port itself
-				fmt.Fprintln(&known, key.line(d.alias()))
-			}
+			fmt.Fprintln(&known, key.line(d.alias()))
 		}
 	case d.rememberedPath() != "":
 		data, _, err := hostfile.Read(d.rememberedPath(), maxKnownHosts)
@@ -152,11 +149,10 @@ func (d *directory) knownHostsOptions() []string {
 // remembers a key where this host allows that; else the error has what a person
 // needs to decide.
 func (d *directory) unknown(ctx context.Context, program string, address netip.Addr, login *loginError) error {
-	key, err := d.offered(ctx, program, address)
+	key, alias, err := d.offered(ctx, program, address)
 	if err != nil {
 		return fmt.Errorf("%s; and its key could not be had: %w", login.said, err)
 	}
-	alias := d.alias()
 	e := &loginError{said: login.said, hostKey: login.hostKey}
 	switch {
 	case login.hostKey == hostKeyChanged:
@@ -164,11 +160,7 @@ func (d *directory) unknown(ctx context.Context, program string, address netip.A
 			key.kind, key.fingerprint(), key.line(alias))
 		return e
 	case !d.pinned() && d.host.AcceptNewHostKeys && d.rememberedPath() != "":
-		if d.knows(ctx, alias) {
-			e.problem = fmt.Sprintf("the server offers a host key of another kind than those that are known, %s %s, and a key that changes is not accepted by itself. If it is right, add the line: %s",
-				key.kind, key.fingerprint(), key.line(alias))
-			return e
-		}
+		// A key of another kind than those that are known, ssh calls a changed one.
 		return d.remember(key, alias)
 	}
 	e.problem = fmt.Sprintf("the server's host key is not known. It offers %s %s: compare that with the server's own (ssh-keygen -lf /etc/ssh/ssh_host_*_key.pub), then add this line to %s: %s",
@@ -187,8 +179,9 @@ func (d *directory) where() string {
 	return "~/.ssh/known_hosts of the agent's user, or set host_key"
 }
 
-// offered asks the server for its key, and goes no further.
-func (d *directory) offered(ctx context.Context, program string, address netip.Addr) (hostKey, error) {
+// offered asks the server for its key, and goes no further. The key comes with
+// the name under which ssh looks for it.
+func (d *directory) offered(ctx context.Context, program string, address netip.Addr) (key hostKey, alias string, err error) {
 	arguments := slices.Concat([]string{program}, d.arguments(address, "no"), []string{
 		"-o", "UserKnownHostsFile=" + offeredFile, "-o", "GlobalKnownHostsFile=none", "-o", "HashKnownHosts=no",
 		"-o", "PreferredAuthentications=none", "-o", "PubkeyAuthentication=no", "-o", "PasswordAuthentication=no", "-o", "KbdInteractiveAuthentication=no",
@@ -197,31 +190,13 @@ func (d *directory) offered(ctx context.Context, program string, address netip.A
 	data, _, err := hostfile.Read(filepath.Join(d.path, offeredFile), maxKnownHosts)
 	os.Remove(filepath.Join(d.path, offeredFile))
 	if err != nil {
-		return hostKey{}, errors.Join(runErr, err)
+		return hostKey{}, "", errors.Join(runErr, err)
 	}
 	keys, err := parseHostKeys(string(data))
 	if err != nil {
-		return hostKey{}, err
+		return hostKey{}, "", err
 	}
-	return keys[0], nil
-}
-
-// knows reports whether any key of the host is known.
-func (d *directory) knows(ctx context.Context, alias string) bool {
-	home := ""
-	for _, variable := range command.Environment() {
-		if dir, ok := strings.CutPrefix(variable, "HOME="); ok {
-			home = dir
-		}
-	}
-	for _, file := range slices.Concat(usersFiles(), systemFiles(), []string{knownFile}) {
-		file = strings.Replace(file, "~", home, 1)
-		// It ends with status 1 when it finds none.
-		if found, err := command.RunIn(ctx, d.path, []string{"ssh-keygen", "-F", alias, "-f", file}, d.timeout()); err == nil && found != "" {
-			return true
-		}
-	}
-	return false
+	return keys[0], strings.Fields(string(data))[0], nil
 }
 
 // remember adds a key to those that this agent accepted by itself.

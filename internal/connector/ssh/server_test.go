@@ -87,7 +87,7 @@ func (s *server) start(t testing.TB, more ...string) *os.Process {
 		"ListenAddress 127.0.0.1", "Port " + strconv.Itoa(s.port), "HostKey " + filepath.Join(s.dir, "host"), "PidFile none", "UsePAM no",
 		"StrictModes no", "AuthorizedKeysFile " + filepath.Join(s.dir, "authorized_keys"), "PermitRootLogin yes", "MaxStartups 100", "LogLevel VERBOSE",
 	}
-	lines = append(lines, more...)
+	lines = append(more, lines...) // the first value counts
 	if !strings.Contains(strings.Join(more, "\n"), "Subsystem") {
 		lines = append(lines, "Subsystem sftp internal-sftp")
 	}

@@ -238,19 +238,15 @@ func (d *directory) answer(prompt string) (secret.String, bool) {
 	}
 	// Since 8.5 ssh says whose question it passes on. Before, the server's own
 	// words are all.
-	whose := fmt.Sprintf("%.30s@%.128s", d.User, d.hostAlias())
+	whose := fmt.Sprintf("%.30s@%.128s", d.User, d.alias())
 	ours := strings.HasPrefix(prompt, whose+"'s password") || strings.HasPrefix(prompt, "("+whose+") ") ||
 		d.SSHConfig == "" && !strings.HasPrefix(prompt, "(")
 	return d.Password, ours && strings.Contains(strings.ToLower(prompt), "password")
 }
 
-// hostAlias is what ssh calls the host.
-func (d *directory) hostAlias() string {
-	if d.SSHConfig != "" {
-		return d.Host
-	}
-	return d.alias()
-}
+// named reports whether ssh knows the host by our name. With a configuration of
+// its own, it may know the keys of another name.
+func (d *directory) named() bool { return d.SSHConfig == "" || len(d.keys) > 0 }
 
 // secrets removes what is only needed to log in.
 func (d *directory) secrets() {
@@ -276,9 +272,11 @@ func (d *directory) arguments(address netip.Addr, strict string) []string {
 	option := func(name, value string) { arguments = append(arguments, "-o", name+"="+value) }
 	if address.IsValid() {
 		option("HostName", strings.ReplaceAll(address.Unmap().String(), "%", "%%")) // of a zone
-		option("HostKeyAlias", d.alias())
 		option("ProxyCommand", "none")
 		option("CanonicalizeHostname", "no")
+	}
+	if d.named() {
+		option("HostKeyAlias", d.alias())
 	}
 	option("StrictHostKeyChecking", strict)
 	option("CheckHostIP", "no")

@@ -136,6 +136,9 @@ func (t *target) checkLogin(c *targetconf.Config) error {
 		if strings.ContainsAny(t.Password.Reveal(), "\r\n\x00") {
 			return targetconf.Invalid("password", "has more than one line")
 		}
+		if t.SSHConfig != "" && t.HostKey == "" {
+			return targetconf.Invalid("host_key", "is required when auth_method is password and ssh_config is set: the password must not go to a jump host")
+		}
 		return nil
 	case byKey:
 	default:
