@@ -2,6 +2,7 @@ package ssh
 
 import (
 	"maps"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -9,6 +10,9 @@ import (
 	"testing"
 
 	"certctl-agent/internal/connector/conformance"
+	"certctl-agent/internal/policy"
+	"certctl-agent/internal/testing/needs"
+	"certctl-agent/internal/testing/netfault"
 	"certctl-agent/internal/testing/testca"
 )
 
@@ -95,4 +99,52 @@ func TestOpenSSH(t *testing.T) {
 		l.t = t
 		l.works("private_key_path", nil, "private_key", strings.ReplaceAll(readFile(t, l.server.identity), "\n", "\r\n"))
 	})
+}
+
+// TestHangs: the network falls silent in the middle of a deployment, and only
+// that connection is lost.
+func TestHangs(t *testing.T) {
+	l := newLogin(t, openssh(t))
+	l.works("reload_command", nil)
+	failed := 0
+	for after := 1000; after < 12_000; after += 1100 {
+		proxy, err := netfault.New(l.server.address(), func(n int) netfault.Fault {
+			if n > 0 {
+				return netfault.Fault{}
+			}
+			return netfault.Fault{Then: netfault.Silence, After: after}
+		})
+		must(t, err)
+		_, port, err := net.SplitHostPort(proxy.Addr())
+		must(t, err)
+		before := stateOf(l.server.certs)
+		err = l.deploy("port", port, "timeout", 1, "reload_command", nil)
+		if err == nil {
+			checkFiles(t, l.server.certs, "cert.pem", "key.pem")
+		} else if failed++; !maps.Equal(before, stateOf(l.server.certs)) {
+			t.Errorf("silent after %d bytes: %v\nthe files changed", after, err)
+		}
+		proxy.Close()
+	}
+	if failed == 0 {
+		t.Error("no deployment noticed")
+	}
+}
+
+// TestSaysWhy: what is wrong with a server is said in words.
+func TestSaysWhy(t *testing.T) {
+	l := newLogin(t, openssh(t))
+	l.refuses("only letters, digits", "reload_command", "sh -c $HOME")
+	l.refuses("refuses the private key", "private_key_path", keygen(t, filepath.Join(l.server.dir, "other"), "-t", "ed25519"))
+	l.refuses("no such file", "private_key_path", filepath.Join(l.server.dir, "none"))
+	l.refuses("refused", "port", needs.FreePort(t))
+	l.refuses("there is no directory", "cert_path", filepath.Join(l.server.dir, "none", "cert.pem"))
+	l.Policy.Hosts = []policy.HostRule{}
+	l.refuses("CERTCTL_ALLOWED_HOSTS", "host", "192.0.2.9")
+	bare := newServer(t)
+	bare.start(t, "Subsystem none /bin/false")
+	newLogin(t, bare).refuses("has no SFTP")
+	noisy := newServer(t)
+	noisy.start(t, "ForceCommand echo Welcome to the machine")
+	newLogin(t, noisy).refuses("start-up files must print nothing")
 }
