@@ -33,7 +33,7 @@ build: ## build bin/certctl-agent: static, stripped, reproducible
 	$(BUILD) -o $(BIN) ./cmd/certctl-agent
 
 .PHONY: demo
-demo: build ## show the main job end to end (TARGET=nginx|apache|haproxy|caddy|postfix|dovecot|javakeystore|kubernetes)
+demo: build ## show the main job end to end (TARGET=nginx|apache|haproxy|caddy|postfix|dovecot|javakeystore|kubernetes|ssh)
 	$(GO) run ./cmd/certctl-demo -agent bin/certctl-agent $(if $(TARGET),-target $(TARGET))
 
 .PHONY: kube-apiserver

@@ -76,6 +76,7 @@ func Starters() map[string]Starter {
 		"kubernetes":   StartKubernetes,
 		"nginx":        StartNGINX,
 		"postfix":      StartPostfixInOneFile,
+		"ssh":          StartSSH,
 	}
 }
 
