@@ -252,3 +252,21 @@ func TestWhereFilesGo(t *testing.T) {
 		})
 	}
 }
+
+// recorder keeps what a server sends.
+type recorder struct{ strings.Builder }
+
+func (r *recorder) wrap(conn io.ReadWriteCloser) io.ReadWriteCloser {
+	return &recorded{conn, r}
+}
+
+type recorded struct {
+	io.ReadWriteCloser
+	to *recorder
+}
+
+func (r *recorded) Read(data []byte) (int, error) {
+	n, err := r.ReadWriteCloser.Read(data)
+	r.to.Builder.Write(data[:n])
+	return n, err
+}
