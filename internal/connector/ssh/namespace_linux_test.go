@@ -5,6 +5,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
@@ -332,12 +333,10 @@ func rotation(t *testing.T) {
 	ca := testca.Must(t)
 	config := conformance.Verified(o.address + ":443")
 	nginx := needs.Need(t, "nginx") + " -c " + conf
-	for key, value := range map[string]any{
+	maps.Copy(config, map[string]any{
 		"host": o.address, "user": "root", "private_key_path": o.identity, "host_key": o.hostKey,
 		"cert_path": "/mnt/tls/cert.pem", "key_path": "/mnt/tls/key.pem", "validate_command": nginx + " -t -q", "reload_command": nginx + " -s reload",
-	} {
-		config[key] = value
-	}
+	})
 	// nginx does not start without a pair.
 	first := h.Material(t, ca)
 	if _, err := h.Deploy(t.Context(), Type(), map[string]any{
