@@ -41,7 +41,10 @@ type Policy struct {
 type Command struct {
 	Argv    []string
 	Timeout time.Duration
-	Env     []string // NAME=value, on top of what commands are given anyway
+
+	// Env is NAME=value, on top of what commands are given anyway. It may hold a
+	// secret, and no record of a deployment has it.
+	Env []string `json:"-"`
 }
 
 func (p *Policy) Command(line string, timeout time.Duration) (Command, error) {
