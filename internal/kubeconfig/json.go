@@ -11,7 +11,7 @@ import (
 func parseJSON(data []byte) (*node, error) {
 	decoder := json.NewDecoder(bytes.NewReader(data))
 	decoder.UseNumber()
-	p := jsonParser{decoder, data}
+	p := &jsonParser{Decoder: decoder, data: data}
 	n, err := p.value(0)
 	if err == nil {
 		if rest := bytes.TrimSpace(data[decoder.InputOffset():]); len(rest) > 0 {
@@ -27,12 +27,20 @@ func parseJSON(data []byte) (*node, error) {
 type jsonParser struct {
 	*json.Decoder
 	data []byte
+
+	breaks  int   // in the first counted bytes
+	counted int64 // not counted again at each value
 }
 
 // line is where the decoder is.
-func (p jsonParser) line() int { return 1 + bytes.Count(p.data[:p.InputOffset()], []byte("\n")) }
+func (p *jsonParser) line() int {
+	at := p.InputOffset()
+	p.breaks += bytes.Count(p.data[p.counted:at], []byte("\n"))
+	p.counted = at
+	return 1 + p.breaks
+}
 
-func (p jsonParser) value(depth int) (*node, error) {
+func (p *jsonParser) value(depth int) (*node, error) {
 	if depth > maxDepth {
 		return nil, fmt.Errorf("nested more than %d levels deep", maxDepth)
 	}
@@ -47,8 +55,9 @@ func (p jsonParser) value(depth int) (*node, error) {
 		if token == '[' {
 			n.kind = sequence
 		}
+		seen := make(map[string]bool)
 		for p.More() {
-			if err := p.member(n, depth); err != nil {
+			if err := p.member(n, seen, depth); err != nil {
 				return nil, err
 			}
 		}
@@ -63,8 +72,9 @@ func (p jsonParser) value(depth int) (*node, error) {
 	return n, nil
 }
 
-// member reads the next item of a list, or key of an object.
-func (p jsonParser) member(n *node, depth int) error {
+// member reads the next item of a list, or key of an object that none of those
+// seen is.
+func (p *jsonParser) member(n *node, seen map[string]bool, depth int) error {
 	var key string
 	if n.kind == mapping {
 		token, err := p.Token()
@@ -80,9 +90,10 @@ func (p jsonParser) member(n *node, depth int) error {
 		return err
 	case n.kind == sequence:
 		n.items = append(n.items, value)
-	case n.get(key) != nil:
+	case seen[key]:
 		return fmt.Errorf("has the key %q once more", key)
 	default:
+		seen[key] = true
 		n.fields = append(n.fields, field{key, line, value})
 	}
 	return nil

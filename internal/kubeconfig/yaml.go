@@ -1,6 +1,7 @@
 package kubeconfig
 
 import (
+	"bytes"
 	"fmt"
 	"slices"
 	"strconv"
@@ -183,14 +184,16 @@ func (p *parser) block(indent int) *node {
 // mapping reads the keys that are indented by indent.
 func (p *parser) mapping(indent int) *node {
 	n := &node{kind: mapping, line: p.peek().number}
+	seen := make(map[string]bool)
 	for l := p.peek(); l != nil && l.indent == indent && !l.isItem(); l = p.peek() {
 		key, rest, ok := p.splitKey(*l)
 		if !ok {
 			p.fail(l.number, "is neither a key with a colon behind it nor an item of a list")
 		}
-		if n.get(key) != nil {
+		if seen[key] {
 			p.fail(l.number, "has the key %s once more", printable.Quote(key))
 		}
+		seen[key] = true
 		number := l.number
 		p.at++
 		n.fields = append(n.fields, field{key, number, p.value(number, rest, indent, true)})
@@ -300,9 +303,10 @@ func (p *parser) inline(number int, text string, indent int) *node {
 	if strings.HasPrefix(text, "- ") {
 		p.fail(number, "has an item of a list behind a key: put it into a line of its own")
 	}
-	n.text = uncommented(text)
-	p.noKey(number, n.text)
-	hasComment := n.text != text
+	first := uncommented(text)
+	p.noKey(number, first)
+	whole := []byte(first)
+	hasComment := first != text
 	for breaks := 0; !hasComment && p.at < len(p.lines); p.at++ {
 		l := p.lines[p.at]
 		if l.text == "" {
@@ -315,12 +319,14 @@ func (p *parser) inline(number int, text string, indent int) *node {
 		more := uncommented(l.text)
 		p.noKey(l.number, more)
 		if breaks > 0 {
-			n.text += strings.Repeat("\n", breaks) + more
+			whole = append(whole, strings.Repeat("\n", breaks)...)
 		} else {
-			n.text += " " + more
+			whole = append(whole, ' ')
 		}
+		whole = append(whole, more...)
 		hasComment, breaks = more != l.text, 0
 	}
+	n.text = string(whole)
 	return n
 }
 
@@ -379,24 +385,33 @@ func (p *parser) literal(number int, header string, parent int) string {
 	return text.String()
 }
 
-// quoted reads a string in quotes, which may go on for several lines.
+// quoted reads a string in quotes, which may go on for several lines. As it is
+// not known for how many, each try takes twice as many as the one before.
 func (p *parser) quoted(number int, text string) string {
-	for lines := 1; ; lines++ {
+	following := p.lines[p.at:min(p.at+maxQuoted-1, len(p.lines))]
+	for taken, more := 0, 0; ; more = max(1, taken) {
+		next := following[taken:min(taken+more, len(following))]
+		var joined strings.Builder
+		joined.WriteString(text)
+		for _, l := range next {
+			joined.WriteString("\n" + l.raw)
+		}
+		text, taken = joined.String(), taken+len(next)
 		value, end, closed := unquote(text)
 		if closed {
-			if rest := strings.TrimLeft(text[end:], " \t"); rest != "" && (rest[0] != '#' || len(rest) == len(text[end:])) {
+			rest, _, _ := strings.Cut(text[end:], "\n")
+			if trimmed := strings.TrimLeft(rest, " \t"); trimmed != "" && (trimmed[0] != '#' || len(trimmed) == len(rest)) {
 				p.fail(number, "has something behind the end of the quotes")
 			}
+			p.at += strings.Count(text[:end], "\n")
 			return value
 		}
 		if end >= 0 {
 			p.fail(number, "has an escape in its quotes that is not one")
 		}
-		if p.at == len(p.lines) || lines == maxQuoted {
+		if taken == len(following) {
 			p.fail(number, "has quotes that do not end")
 		}
-		text += "\n" + p.lines[p.at].raw
-		p.at++
 	}
 }
 
@@ -405,16 +420,16 @@ func (p *parser) quoted(number int, text string) string {
 // breaks fold as YAML has it: one to a space, more to one less.
 func unquote(text string) (value string, end int, closed bool) {
 	quote := text[0]
-	var out strings.Builder
+	var out []byte
 	kept := 0 // bytes of out that white space before a break does not belong to
 	for i := 1; i < len(text); {
 		switch c := text[i]; {
 		case c == quote && quote == '\'' && strings.HasPrefix(text[i+1:], "'"):
-			out.WriteByte('\'')
+			out = append(out, '\'')
 			i += 2
-			kept = out.Len()
+			kept = len(out)
 		case c == quote:
-			return out.String(), i + 1, true
+			return string(out), i + 1, true
 		case c == '\\' && quote == '"':
 			decoded, n := unescape(text[i+1:])
 			switch {
@@ -423,26 +438,24 @@ func unquote(text string) (value string, end int, closed bool) {
 			case n == 0:
 				return "", i, false
 			}
-			out.WriteString(decoded)
+			out = append(out, decoded...)
 			i += 1 + n
-			kept = out.Len()
+			kept = len(out)
 		case c == '\n':
-			line := out.String()[:kept] + strings.TrimRight(out.String()[kept:], " \t")
+			out = append(out[:kept], bytes.TrimRight(out[kept:], " \t")...)
 			breaks := 0
 			for ; i < len(text) && strings.IndexByte("\n \t", text[i]) >= 0; i++ {
 				if text[i] == '\n' {
 					breaks++
 				}
 			}
-			out.Reset()
-			out.WriteString(line)
 			if breaks == 1 {
-				out.WriteByte(' ')
+				out = append(out, ' ')
 			}
-			out.WriteString(strings.Repeat("\n", breaks-1))
-			kept = out.Len()
+			out = append(out, strings.Repeat("\n", breaks-1)...)
+			kept = len(out)
 		default:
-			out.WriteByte(c)
+			out = append(out, c)
 			i++
 		}
 	}

@@ -3,9 +3,11 @@ package kubeconfig
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"reflect"
 	"strings"
 	"testing"
+	"time"
 )
 
 // plain makes of a node what encoding/json would: mappings, lists, strings, and
@@ -129,6 +131,33 @@ func TestJSON(t *testing.T) {
 	for _, text := range []string{"{", "{}\n{}", "{\"a\":1,\n\"a\":2}", `{"a":` + strings.Repeat("[", 200), "{\n\"a\":"} {
 		if _, err := parseJSON([]byte(text)); err == nil {
 			t.Errorf("%q: no error", text)
+		}
+	}
+}
+
+// What a file of the greatest size costs does not grow with its square: most of
+// these took minutes. They take a second together.
+func TestCost(t *testing.T) {
+	numbered := func(format string) string {
+		var all strings.Builder
+		for i := 0; all.Len() < MaxSize-100; i++ {
+			fmt.Fprintf(&all, format, i)
+		}
+		return all.String()
+	}
+	begun := time.Now()
+	for _, data := range []string{
+		numbered("%06d:\n"),
+		"{" + numbered("\"%06d\":1,\n") + `"":1}`,
+		"a: b\n" + numbered(" %d\n"),
+		strings.Repeat("- \""+strings.Repeat("x\n ", 900)+"\"\n", MaxSize/3600),
+		"a: \"b\n" + strings.Repeat(strings.Repeat("x", MaxSize/maxQuoted)+"\n", maxQuoted),
+	} {
+		if _, err := Parse([]byte(data), "/", ""); err == nil {
+			t.Errorf("%.20q…: no error", data)
+		}
+		if took := time.Since(begun); took > time.Minute {
+			t.Fatalf("%.20q…: after %v", data, took)
 		}
 	}
 }
