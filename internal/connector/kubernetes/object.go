@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 
 	"certctl-agent/internal/printable"
 )
@@ -14,7 +13,6 @@ import (
 // object is a secret as the API server has it. Values stay as they were sent, so
 // that what we do not know of comes back unchanged.
 type object struct {
-	sent                      []byte // what it was read from
 	fields, metadata          map[string]json.RawMessage
 	data, labels, annotations map[string]json.RawMessage
 }
@@ -27,9 +25,9 @@ func newObject(namespace, name string) *object {
 	}
 }
 
-func parseObject(sent []byte) (*object, error) {
-	o := &object{sent: sent}
-	if json.Unmarshal(sent, &o.fields) != nil || o.text("kind") != "Secret" {
+func parseObject(data []byte) (*object, error) {
+	o := new(object)
+	if json.Unmarshal(data, &o.fields) != nil || o.text("kind") != "Secret" {
 		return nil, errors.New("it is not a secret")
 	}
 	for _, part := range []struct {
@@ -52,15 +50,6 @@ func unmarshal(raw json.RawMessage, to *map[string]json.RawMessage) error {
 		*to = make(map[string]json.RawMessage)
 	}
 	return nil
-}
-
-// original is the secret as it was read.
-func (o *object) original() *object {
-	read, err := parseObject(o.sent)
-	if err != nil {
-		return o // it could be read before
-	}
-	return read
 }
 
 func (o *object) encode() ([]byte, error) {
@@ -90,21 +79,33 @@ func marshal(v any) ([]byte, error) {
 	return bytes.TrimSpace(out.Bytes()), err
 }
 
-// put puts parts back, and reports whether that changed anything.
-func (o *object) put(was *undo) bool {
-	changed := false
-	for _, part := range []struct{ to, from map[string]json.RawMessage }{{o.data, was.Data}, {o.labels, was.Labels}, {o.annotations, was.Annotations}} {
-		before := maps.Clone(part.to)
-		for key, value := range part.from {
-			if isNull(value) {
-				delete(part.to, key)
-			} else {
-				part.to[key] = value
-			}
+// holds reports whether our parts of the secret are those of was.
+func (o *object) holds(was *undo) bool {
+	return holds(o.data, was.Data) && holds(o.labels, was.Labels) && holds(o.annotations, was.Annotations)
+}
+
+func holds(now, was map[string]json.RawMessage) bool {
+	for key, value := range was {
+		if !sameRaw(now[key], value) {
+			return false
 		}
-		changed = changed || !maps.EqualFunc(before, part.to, sameRaw)
 	}
-	return changed
+	return true
+}
+
+// put puts the parts of was back.
+func (o *object) put(was *undo) {
+	put(o.data, was.Data)
+	put(o.labels, was.Labels)
+	put(o.annotations, was.Annotations)
+}
+
+func put(now, was map[string]json.RawMessage) {
+	for key, value := range was {
+		if now[key] = value; isNull(value) {
+			delete(now, key)
+		}
+	}
 }
 
 // mayChange says why the pair cannot be put into this secret, if it cannot.

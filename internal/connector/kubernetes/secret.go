@@ -67,15 +67,15 @@ func (c *secretChange) ID() string {
 }
 
 // undo is what a change of a secret replaces: our parts of it, with null for
-// what was not there.
+// those that were not there.
 type undo struct {
 	Data        map[string]json.RawMessage `json:"data"`
 	Labels      map[string]json.RawMessage `json:"labels"`
 	Annotations map[string]json.RawMessage `json:"annotations"`
 }
 
-// Read implements connector.Change. What an undo needs are our parts of the
-// secret.
+// Read implements connector.Change. It saves our parts of the secret alone, so that an
+// undo leaves those of others as they are by then.
 func (c *secretChange) Read(ctx context.Context) (was []byte, same bool, err error) {
 	o, err := c.get(ctx)
 	switch {
@@ -202,42 +202,35 @@ var (
 	errTheirs  = errors.New("somebody else has changed it since, and that was left alone")
 )
 
-// saw reports whether our parts of the secret are as Read saw them.
+// saw reports whether the pair in the secret is the one that Read saw.
 func (c *secretChange) saw(o *object) bool {
 	if o == nil || c.was == nil {
 		return o == nil && c.was == nil
 	}
 	var was undo
-	return json.Unmarshal(c.was, &was) == nil && maps.EqualFunc(was.Data, pick(o.data, certKey, keyKey, caKey), sameRaw)
+	return json.Unmarshal(c.was, &was) == nil && holds(o.data, was.Data)
 }
 
 // Restore implements connector.Change. It takes back what this target wrote,
 // and nothing that came after.
 func (c *secretChange) Restore(ctx context.Context, saved []byte) error {
+	var was undo
+	if saved != nil {
+		if err := json.Unmarshal(saved, &was); err != nil {
+			return fmt.Errorf("what would undo it cannot be read: %w", err)
+		}
+	}
 	untouched := c.looked && !c.sent && bytes.Equal(saved, c.was) // by this process, or the one before it
 	return c.again(ctx, func(o *object) (request, error) {
-		var was undo
+		isBack := saved == nil && o == nil || saved != nil && o != nil && o.holds(&was)
 		switch {
-		case saved == nil && o == nil:
-			return request{}, nil
-		case saved != nil:
-			if err := json.Unmarshal(saved, &was); err != nil {
-				return request{}, fmt.Errorf("what would undo it cannot be read: %w", err)
-			}
-			if o != nil && !o.put(&was) {
-				return request{}, nil // it is as it was
-			}
-		}
-		switch {
-		case untouched:
+		case isBack, untouched:
 			return request{}, nil
 		case o == nil:
 			return request{}, errors.New("somebody else has deleted it since")
-		}
-		if o = o.original(); !c.isOurs(o) {
+		case !c.isOurs(o):
 			return request{}, errTheirs
-		}
-		if saved != nil {
+		case saved != nil:
 			o.put(&was)
 			return request{"update", o}, nil
 		}
