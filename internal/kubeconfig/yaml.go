@@ -250,15 +250,13 @@ func (p *parser) splitKey(l line) (key, rest string, ok bool) {
 	}
 	switch text[0] {
 	case '"', '\'':
-		key, end, closed := unquote(text)
-		if !closed || !strings.HasPrefix(text[end:], ":") {
+		end, closed := closing(text, 1)
+		if !closed {
 			return "", "", false
 		}
-		rest = text[end+1:]
-		if rest != "" && rest[0] != ' ' {
-			return "", "", false
-		}
-		return key, strings.TrimLeft(rest, " "), true
+		key, valid := unquote(text[1:end], text[0])
+		rest, ok = strings.CutPrefix(text[end+1:]+" ", ": ")
+		return key, strings.Trim(rest, " "), ok && valid
 	case '{', '[', '|', '>', '#':
 		return "", "", false
 	}
@@ -385,89 +383,80 @@ func (p *parser) literal(number int, header string, parent int) string {
 	return text.String()
 }
 
-// quoted reads a string in quotes, which may go on for several lines. As it is
-// not known for how many, each try takes twice as many as the one before.
+// quoted reads a string in quotes, which may go on for several lines.
 func (p *parser) quoted(number int, text string) string {
-	following := p.lines[p.at:min(p.at+maxQuoted-1, len(p.lines))]
-	for taken, more := 0, 0; ; more = max(1, taken) {
-		next := following[taken:min(taken+more, len(following))]
-		var joined strings.Builder
-		joined.WriteString(text)
-		for _, l := range next {
-			joined.WriteString("\n" + l.raw)
-		}
-		text, taken = joined.String(), taken+len(next)
-		value, end, closed := unquote(text)
-		if closed {
-			rest, _, _ := strings.Cut(text[end:], "\n")
-			if trimmed := strings.TrimLeft(rest, " \t"); trimmed != "" && (trimmed[0] != '#' || len(trimmed) == len(rest)) {
-				p.fail(number, "has something behind the end of the quotes")
-			}
-			p.at += strings.Count(text[:end], "\n")
-			return value
-		}
-		if end >= 0 {
-			p.fail(number, "has an escape in its quotes that is not one")
-		}
-		if taken == len(following) {
+	end, closed := closing(text, 1)
+	for lines := 1; !closed; lines++ {
+		if p.at == len(p.lines) || lines == maxQuoted {
 			p.fail(number, "has quotes that do not end")
 		}
+		text += "\n" + p.lines[p.at].raw
+		p.at++
+		end, closed = closing(text, end)
 	}
+	if rest := text[end+1:]; uncommented(rest) != "" {
+		p.fail(number, "has something behind the end of the quotes")
+	}
+	value, ok := unquote(text[1:end], text[0])
+	if !ok {
+		p.fail(number, "has an escape in its quotes that is not one")
+	}
+	return value
 }
 
-// unquote reads the string in quotes that text begins with, and returns it with
-// the index behind its end. Not closed and end -1: it goes on behind text. Line
-// breaks fold as YAML has it: one to a space, more to one less.
-func unquote(text string) (value string, end int, closed bool) {
+// closing looks from at on for the quote that closes the one at the start of text. Without
+// one, end is where to go on once text is longer.
+func closing(text string, at int) (end int, closed bool) {
 	quote := text[0]
-	var out []byte
-	kept := 0 // bytes of out that white space before a break does not belong to
-	for i := 1; i < len(text); {
-		switch c := text[i]; {
-		case c == quote && quote == '\'' && strings.HasPrefix(text[i+1:], "'"):
-			out = append(out, '\'')
-			i += 2
-			kept = len(out)
-		case c == quote:
-			return string(out), i + 1, true
-		case c == '\\' && quote == '"':
-			decoded, n := unescape(text[i+1:])
-			switch {
-			case n < 0:
-				return "", -1, false
-			case n == 0:
-				return "", i, false
-			}
-			out = append(out, decoded...)
-			i += 1 + n
-			kept = len(out)
-		case c == '\n':
-			out = append(out[:kept], bytes.TrimRight(out[kept:], " \t")...)
-			breaks := 0
-			for ; i < len(text) && strings.IndexByte("\n \t", text[i]) >= 0; i++ {
-				if text[i] == '\n' {
-					breaks++
-				}
-			}
-			if breaks == 1 {
-				out = append(out, ' ')
-			}
-			out = append(out, strings.Repeat("\n", breaks-1)...)
-			kept = len(out)
+	for end = at; end < len(text); end++ {
+		switch {
+		case text[end] == '\\' && quote == '"':
+			end++
+		case text[end] != quote:
+		case quote == '\'' && strings.HasPrefix(text[end+1:], "'"):
+			end++
 		default:
-			out = append(out, c)
-			i++
+			return end, true
 		}
 	}
-	return "", -1, false
+	return end, false
 }
 
-// unescape decodes what is behind a backslash and returns how many bytes it has:
-// 0 if it is no escape, -1 if it is not all there.
-func unescape(text string) (string, int) {
-	if text == "" {
-		return "", -1
+// unquote decodes what is between quotes, unless an escape in it is invalid. Line breaks fold
+// as YAML has it: one to a space, more to one less.
+func unquote(text string, quote byte) (value string, ok bool) {
+	var out []byte
+	kept := 0 // bytes of out that are no white space before a break
+	for text != "" {
+		switch c := text[0]; {
+		case c == quote: // and once more
+			out, text = append(out, c), text[2:]
+		case c == '\\' && quote == '"':
+			decoded, size := unescape(text[1:])
+			if size == 0 {
+				return "", false
+			}
+			out, text = append(out, decoded...), text[1+size:]
+			kept = len(out)
+		case c == '\n':
+			rest := strings.TrimLeft(text, "\n \t")
+			fold := " "
+			if breaks := strings.Count(text[:len(text)-len(rest)], "\n"); breaks > 1 {
+				fold = strings.Repeat("\n", breaks-1)
+			}
+			out = append(out[:kept], bytes.TrimRight(out[kept:], " \t")...)
+			out, text = append(out, fold...), rest
+			kept = len(out)
+		default:
+			out, text = append(out, c), text[1:]
+		}
 	}
+	return string(out), true
+}
+
+// unescape decodes what is behind a backslash and returns how many bytes it has, 0 if it is
+// invalid.
+func unescape(text string) (decoded string, size int) {
 	simple := map[byte]string{'0': "\x00", 'a': "\a", 'b': "\b", 't': "\t", '\t': "\t", 'n': "\n", 'v': "\v", 'f': "\f", 'r': "\r", 'e': "\x1b",
 		' ': " ", '"': `"`, '/': "/", '\\': `\`, 'N': "\u0085", '_': "\u00a0", 'L': "\u2028", 'P': "\u2029"}
 	if s, ok := simple[text[0]]; ok {
@@ -477,10 +466,7 @@ func unescape(text string) (string, int) {
 		return "", len(text) - len(strings.TrimLeft(text[1:], " \t"))
 	}
 	digits := map[byte]int{'x': 2, 'u': 4, 'U': 8}[text[0]]
-	if digits == 0 {
-		return "", 0
-	}
-	if len(text) < 1+digits {
+	if digits == 0 || len(text) < 1+digits {
 		return "", 0
 	}
 	r, err := strconv.ParseUint(text[1:1+digits], 16, 32)
