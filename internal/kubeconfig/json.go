@@ -3,11 +3,12 @@ package kubeconfig
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 )
 
-// parseJSON reads a document that is JSON, as kubectl config view -o json prints
-// it. The only error is a *SyntaxError.
+// parseJSON reads a document in JSON, as kubectl config view -o json prints it.
+// Errors are a *SyntaxError.
 func parseJSON(data []byte) (*node, error) {
 	decoder := json.NewDecoder(bytes.NewReader(data))
 	decoder.UseNumber()
@@ -15,7 +16,7 @@ func parseJSON(data []byte) (*node, error) {
 	n, err := p.value(0)
 	if err == nil {
 		if rest := bytes.TrimSpace(data[decoder.InputOffset():]); len(rest) > 0 {
-			err = fmt.Errorf("there is more behind the end of the object")
+			err = errors.New("there is text after the object")
 		}
 	}
 	if err != nil {
@@ -32,7 +33,7 @@ type jsonParser struct {
 	counted int64 // not counted again at each value
 }
 
-// line is where the decoder is.
+// line is the line that the decoder has come to.
 func (p *jsonParser) line() int {
 	at := p.InputOffset()
 	p.breaks += bytes.Count(p.data[p.counted:at], []byte("\n"))
@@ -91,7 +92,7 @@ func (p *jsonParser) member(n *node, seen map[string]bool, depth int) error {
 	case n.kind == sequence:
 		n.items = append(n.items, value)
 	case seen[key]:
-		return fmt.Errorf("has the key %q once more", key)
+		return fmt.Errorf("repeats the key %q", key)
 	default:
 		seen[key] = true
 		n.fields = append(n.fields, field{key, line, value})

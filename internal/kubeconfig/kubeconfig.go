@@ -19,14 +19,14 @@ import (
 // of it certificates.
 const MaxSize = 1 << 20
 
-// Context is a way to a cluster: where it is, and who asks.
+// Context is a cluster with the user to be there.
 type Context struct {
 	Name    string
 	Cluster Cluster
 	User    User
 }
 
-// Cluster is where an API server is, and how it shows that it is the one.
+// Cluster is the address of an API server, and how its identity is verified.
 type Cluster struct {
 	Server     *url.URL // https
 	CA         []byte   // PEM; nil: see CAFile
@@ -36,14 +36,15 @@ type Cluster struct {
 	Proxy      *url.URL // http or socks5; nil: none
 }
 
-// User is who asks. Of the ways to say so a token goes before a command.
+// User holds credentials. Exec is nil where there is a token or a certificate,
+// which take precedence.
 type User struct {
 	Certificate     []byte // PEM; nil: see CertificateFile
 	CertificateFile string
 	Key             secret.String // PEM
 	KeyFile         string
 	Token           secret.String
-	TokenFile       string // goes before Token
+	TokenFile       string // takes precedence over Token
 	Exec            *Exec
 }
 
@@ -58,10 +59,10 @@ type Exec struct {
 	ProvideClusterInfo bool
 }
 
-// Parse reads a file that is in the directory dir, which relative paths in it
-// are relative to. Context names the one that is wanted; "" is the current one.
-// Errors name the line and never quote a value that may be a secret. What
-// belongs to other contexts may be anything that is well formed.
+// Parse reads a file, whose relative paths start from the directory dir. It
+// returns the named context, or the current one if context is "". Errors name
+// the line and never quote a value that may be a secret. Other contexts,
+// clusters and users are not checked beyond their syntax.
 func Parse(data []byte, dir, context string) (*Context, error) {
 	read := parse
 	if bytes.HasPrefix(bytes.TrimLeft(data, " \t\r\n"), []byte("{")) {
@@ -79,7 +80,7 @@ func Parse(data []byte, dir, context string) (*Context, error) {
 	return c, nil
 }
 
-// file decodes a document. The first thing that is wrong stays.
+// file decodes a document. It keeps the first error.
 type file struct {
 	dir string
 	err error
@@ -119,55 +120,42 @@ func (f *file) context(root *node, name string) *Context {
 	return &Context{Name: name, Cluster: f.cluster(cluster), User: f.user(user)}
 }
 
-// object is a mapping with what it is called in errors.
+// object is a mapping.
 type object struct {
 	*node
 	file *file
-	what string
+	what string // its name in errors
 }
 
+// object takes n for a mapping, an empty one if it is null.
 func (f *file) object(n *node, what string) object {
-	if n == nil || n.isNull() {
-		line := 1
-		if n != nil {
-			line = n.line
-		}
-		return object{&node{kind: mapping, line: line}, f, what}
+	if n == nil {
+		n = &node{line: 1}
+	}
+	if !n.isNull() && n.kind != mapping {
+		f.fail(n.line, "%s is %s, not a mapping", what, n.kind)
 	}
 	if n.kind != mapping {
-		f.fail(n.line, "%s is %s, not a mapping", what, n.kind)
-		return object{&node{kind: mapping, line: n.line}, f, what}
+		n = &node{kind: mapping, line: n.line}
 	}
 	return object{n, f, what}
 }
 
 // named finds an entry of one of the lists of clusters, contexts and users.
 func (f *file) named(top object, list, key, name string) object {
-	none := object{&node{kind: mapping, line: 1}, f, ""}
-	if f.err != nil {
-		return none
-	}
-	entries := top.get(list)
-	if entries != nil && !entries.isNull() && entries.kind != sequence {
-		f.fail(entries.line, "%s is %s, not a list", list, entries.kind)
-		return none
-	}
-	if !entries.isNull() {
-		for _, item := range entries.items {
-			entry := f.object(item, "an item of "+list)
-			if entry.text("name") != name {
-				continue
-			}
-			value := f.object(entry.get(key), key)
-			value.what = printable.Line(fmt.Sprintf("%s %s", key, name), 200)
-			if entry.get(key) == nil {
-				value.line = item.line
-			}
-			return value
+	for _, item := range top.list(list) {
+		entry := f.object(item, "an item of "+list)
+		if entry.text("name") != name {
+			continue
 		}
+		value := f.object(entry.get(key), printable.Line(key+" "+name, 200))
+		if entry.get(key) == nil {
+			value.line = item.line
+		}
+		return value
 	}
-	f.fail(max(top.lineOf(list), 1), "there is no %s called %s", key, printable.Quote(name))
-	return none
+	f.fail(top.lineOf(list), "there is no %s called %s", key, printable.Quote(name))
+	return f.object(nil, key)
 }
 
 // lineOf is the line of a key, or of the mapping.
@@ -192,7 +180,7 @@ func (o object) only(keys ...string) {
 // text is the value of a key that is a single value; "" if there is none.
 func (o object) text(key string) string {
 	n := o.get(key)
-	if n == nil || n.isNull() {
+	if n.isNull() {
 		return ""
 	}
 	if n.kind != scalar {
@@ -244,7 +232,7 @@ func (f *file) cluster(o object) Cluster {
 		ServerName: o.text("tls-server-name"),
 		Insecure:   o.flag("insecure-skip-tls-verify"),
 	}
-	if c.CA == nil { // as for kubectl, the data goes before the file
+	if c.CA == nil { // as in kubectl, the data takes precedence
 		c.CAFile = o.path("certificate-authority")
 	}
 	if c.Insecure && (c.CA != nil || c.CAFile != "") {
@@ -275,7 +263,7 @@ func (f *file) cluster(o object) Cluster {
 func (f *file) user(o object) User {
 	const dropped = "the API server dropped passwords in version 1.19: use a token or a client certificate"
 	for _, refused := range [][2]string{{"username", dropped}, {"password", dropped}, {"auth-provider", "kubectl dropped it in version 1.26: use exec"},
-		{"as", "the agent asks as nobody but itself"}} {
+		{"as", "the agent impersonates nobody"}} {
 		if !o.get(refused[0]).isNull() {
 			f.fail(o.lineOf(refused[0]), "%s: %s is not supported: %s", o.what, refused[0], refused[1])
 		}
@@ -295,7 +283,7 @@ func (f *file) user(o object) User {
 	}
 	hasCertificate, hasKey := u.Certificate != nil || u.CertificateFile != "", !u.Key.IsZero() || u.KeyFile != ""
 	if hasCertificate != hasKey {
-		f.fail(o.line, "%s has a client certificate or the key to one, and not both", o.what)
+		f.fail(o.line, "%s has a client certificate without its key, or a key without its certificate", o.what)
 	}
 	if strings.ContainsAny(u.Token.Reveal(), " \r\n\t") {
 		f.fail(o.lineOf("token"), "%s: token holds white space", o.what)
@@ -331,7 +319,7 @@ func (f *file) exec(o object) *Exec {
 	case "Always":
 		f.fail(o.lineOf("interactiveMode"), "%s asks a person (interactiveMode: Always), and there is none", o.what)
 	default:
-		f.fail(o.lineOf("interactiveMode"), "%s: interactiveMode %s is not known", o.what, printable.Quote(mode))
+		f.fail(o.lineOf("interactiveMode"), "%s: interactiveMode %s is unknown", o.what, printable.Quote(mode))
 	}
 	for _, item := range o.list("args") {
 		if item.kind != scalar {
@@ -354,7 +342,7 @@ func (f *file) exec(o object) *Exec {
 // list is the items of a key that is a list.
 func (o object) list(key string) []*node {
 	n := o.get(key)
-	if n == nil || n.isNull() {
+	if n.isNull() {
 		return nil
 	}
 	if n.kind != sequence {

@@ -11,14 +11,16 @@ import (
 	"certctl-agent/internal/printable"
 )
 
-// A node is one value of a document. What is read is the part of YAML that
-// kubectl writes: mappings and sequences in block style, plain, quoted and
-// literal scalars, {} and []. Anything else is refused rather than guessed at.
+// A node is one value of a document. The parser reads the part of YAML that
+// kubectl writes: block mappings and sequences, {} and [], and plain, quoted and
+// literal scalars, over several lines where kubectl wraps them. It also takes
+// what people add by hand: comments, indented lists and a leading "---".
+// Anything else is refused rather than guessed at.
 type node struct {
 	line   int
 	kind   kind
 	text   string // of a scalar
-	quoted bool   // so that it is a string, whatever it spells
+	quoted bool   // a string, even if it spells null
 	fields []field
 	items  []*node
 }
@@ -50,7 +52,7 @@ func (n *node) get(key string) *node {
 	return nil
 }
 
-// isNull reports whether a node holds nothing.
+// isNull reports whether a node is missing or null.
 func (n *node) isNull() bool {
 	return n == nil || n.kind == scalar && !n.quoted && slices.Contains([]string{"", "~", "null", "Null", "NULL"}, n.text)
 }
@@ -71,15 +73,15 @@ type SyntaxError struct {
 
 func (e *SyntaxError) Error() string { return fmt.Sprintf("line %d: %s", e.Line, e.Problem) }
 
-// line is one line of the document without its indentation.
+// line is one line of the document.
 type line struct {
 	number int
 	indent int    // in spaces
-	text   string // without white space at its end
-	raw    string // with it
+	text   string // without indentation and trailing white space
+	raw    string // without indentation
 }
 
-// isBlank reports whether a line holds nothing but a comment.
+// isBlank reports whether a line is empty or a comment.
 func (l line) isBlank() bool { return l.text == "" || l.text[0] == '#' }
 
 // isItem reports whether an item of a sequence begins here.
@@ -120,7 +122,7 @@ func (p *parser) fail(number int, format string, args ...any) {
 	panic(&SyntaxError{Line: number, Problem: fmt.Sprintf(format, args...)})
 }
 
-// split makes lines of a document.
+// split cuts a document into lines.
 func (p *parser) split(data string) {
 	data = strings.TrimPrefix(data, "\ufeff")
 	begun := false
@@ -135,9 +137,9 @@ func (p *parser) split(data string) {
 		l := line{number: number, indent: len(text) - len(content), text: strings.TrimRight(content, " \t"), raw: content}
 		switch {
 		case l.indent == 0 && l.text == "---" && !begun:
-			l.text = "" // the mark that a document begins
+			l.text = "" // the start of the document
 		case l.indent == 0 && (l.text == "---" || strings.HasPrefix(l.text, "--- ") || l.text == "..."):
-			p.fail(number, "begins or ends a document: a kubeconfig is a single one")
+			p.fail(number, "begins or ends a document: a kubeconfig is a single document")
 		case l.indent == 0 && strings.HasPrefix(l.text, "%"):
 			p.fail(number, "is a directive, which no kubeconfig needs")
 		}
@@ -146,7 +148,7 @@ func (p *parser) split(data string) {
 	}
 }
 
-// peek returns the next line that holds something, or nil.
+// peek returns the next line that is not blank, or nil.
 func (p *parser) peek() *line {
 	for ; p.at < len(p.lines); p.at++ {
 		l := &p.lines[p.at]
@@ -154,15 +156,14 @@ func (p *parser) peek() *line {
 			continue
 		}
 		if l.text[0] == '\t' {
-			p.fail(l.number, "is indented with a tab: YAML wants spaces")
+			p.fail(l.number, "is indented with a tab: YAML allows only spaces")
 		}
 		return l
 	}
 	return nil
 }
 
-// block reads the value that begins at the next line, which is indented by
-// indent.
+// block reads the value whose first line is the next one, indented by indent.
 func (p *parser) block(indent int) *node {
 	l := p.peek()
 	if p.depth++; p.depth > maxDepth {
@@ -176,7 +177,7 @@ func (p *parser) block(indent int) *node {
 		return p.mapping(indent)
 	}
 	if p.at++; indent == 0 {
-		p.fail(l.number, "is neither a key with a colon behind it nor an item of a list")
+		p.fail(l.number, "is neither a key followed by a colon nor an item of a list")
 	}
 	return p.inline(l.number, l.text, indent-1)
 }
@@ -188,10 +189,10 @@ func (p *parser) mapping(indent int) *node {
 	for l := p.peek(); l != nil && l.indent == indent && !l.isItem(); l = p.peek() {
 		key, rest, ok := p.splitKey(*l)
 		if !ok {
-			p.fail(l.number, "is neither a key with a colon behind it nor an item of a list")
+			p.fail(l.number, "is neither a key followed by a colon nor an item of a list")
 		}
 		if seen[key] {
-			p.fail(l.number, "has the key %s once more", printable.Quote(key))
+			p.fail(l.number, "repeats the key %s", printable.Quote(key))
 		}
 		seen[key] = true
 		number := l.number
@@ -211,7 +212,7 @@ func (p *parser) sequence(indent int) *node {
 		nested := line{number: number, indent: indent + len(l.text) - len(rest), text: rest}
 		_, _, isKey := p.splitKey(nested)
 		if !nested.isBlank() && (isKey || nested.isItem()) {
-			*l = nested // it goes on where it would without the dash
+			*l = nested // the rest of the line begins a block of its own
 			n.items = append(n.items, p.block(nested.indent))
 			continue
 		}
@@ -222,15 +223,15 @@ func (p *parser) sequence(indent int) *node {
 	return n
 }
 
-// noDeeper refuses a line that goes on nothing.
+// noDeeper refuses a next line that is indented more than the block before it.
 func (p *parser) noDeeper(indent int) {
 	if l := p.peek(); l != nil && l.indent > indent {
 		p.fail(l.number, "is indented unlike anything before it that it could belong to")
 	}
 }
 
-// value reads what is behind a key or a dash, or else in the lines below. The
-// items of a list may be indented like the key that it belongs to.
+// value reads what follows a key or a dash, on the same line or below. A list
+// may be indented like its key.
 func (p *parser) value(number int, rest string, indent int, ofKey bool) *node {
 	if rest != "" && rest[0] != '#' {
 		return p.inline(number, rest, indent)
@@ -242,7 +243,7 @@ func (p *parser) value(number int, rest string, indent int, ofKey bool) *node {
 	return &node{line: number}
 }
 
-// splitKey splits a line at the colon behind its key.
+// splitKey splits a line at the colon after its key.
 func (p *parser) splitKey(l line) (key, rest string, ok bool) {
 	text := l.text
 	if text == "" {
@@ -269,13 +270,13 @@ func (p *parser) splitKey(l line) (key, rest string, ok bool) {
 	}
 	key = strings.TrimRight(text[:end], " ")
 	if strings.ContainsAny(text[:1], "?&*!%@`,]}") || key == "<<" || key == "" {
-		p.fail(l.number, "begins with %s: complex keys, anchors, aliases, tags and merges are not read", printable.Quote(text[:1]))
+		p.fail(l.number, "begins with %s: complex keys, anchors, aliases, tags and merges are not supported", printable.Quote(text[:1]))
 	}
 	return key, strings.TrimLeft(text[min(end+1, len(text)):], " "), true
 }
 
-// inline reads a value that begins on the line of its key or dash, which is
-// indented by indent. The lines behind it are next.
+// inline reads a value that begins with text, on the line of its key or dash,
+// which is indented by indent. It may continue on the lines after that.
 func (p *parser) inline(number int, text string, indent int) *node {
 	n := &node{line: number}
 	switch text[0] {
@@ -292,14 +293,14 @@ func (p *parser) inline(number int, text string, indent int) *node {
 		case "[]":
 			n.kind = sequence
 		default:
-			p.fail(number, "has a value in braces or brackets: write it in lines of its own, or give the whole file as JSON")
+			p.fail(number, "has a value in braces or brackets: write it on lines of its own, or the whole file as JSON")
 		}
 		return n
 	case '>', '&', '*', '!', '%', '@', '`', '?', ',', ']', '}':
-		p.fail(number, "has a value that begins with %s: folded text, anchors, aliases and tags are not read", printable.Quote(text[:1]))
+		p.fail(number, "has a value that begins with %s: folded text, anchors, aliases and tags are not supported", printable.Quote(text[:1]))
 	}
 	if strings.HasPrefix(text, "- ") {
-		p.fail(number, "has an item of a list behind a key: put it into a line of its own")
+		p.fail(number, "has a list item after a key: put it on a line of its own")
 	}
 	first := uncommented(text)
 	p.noKey(number, first)
@@ -308,7 +309,7 @@ func (p *parser) inline(number int, text string, indent int) *node {
 	for breaks := 0; !hasComment && p.at < len(p.lines); p.at++ {
 		l := p.lines[p.at]
 		if l.text == "" {
-			breaks++ // counts if more follows
+			breaks++ // they count if text follows
 			continue
 		}
 		if l.indent <= indent || l.isBlank() {
@@ -328,10 +329,10 @@ func (p *parser) inline(number int, text string, indent int) *node {
 	return n
 }
 
-// noKey refuses a value that is a key with a value once more.
+// noKey refuses a plain value that reads like another key and its value.
 func (p *parser) noKey(number int, text string) {
 	if strings.Contains(text+" ", ": ") {
-		p.fail(number, "has a colon in its value: put the value into quotes")
+		p.fail(number, "has a colon in its value: quote the value")
 	}
 }
 
@@ -357,7 +358,7 @@ func (p *parser) literal(number int, header string, parent int) string {
 		}
 	}
 	var text strings.Builder
-	blank := 0 // lines that count if more follows
+	blank := 0 // lines that count if text follows
 	for ; p.at < len(p.lines); p.at++ {
 		l := p.lines[p.at]
 		if l.text == "" {
@@ -395,17 +396,17 @@ func (p *parser) quoted(number int, text string) string {
 		end, closed = closing(text, end)
 	}
 	if rest := text[end+1:]; uncommented(rest) != "" {
-		p.fail(number, "has something behind the end of the quotes")
+		p.fail(number, "has text after the closing quote")
 	}
 	value, ok := unquote(text[1:end], text[0])
 	if !ok {
-		p.fail(number, "has an escape in its quotes that is not one")
+		p.fail(number, "has an invalid escape in its quotes")
 	}
 	return value
 }
 
-// closing looks from at on for the quote that closes the one at the start of text. Without
-// one, end is where to go on once text is longer.
+// closing finds the quote that closes the one at the start of text, from index at
+// on. If there is none, end is where to continue once text is longer.
 func closing(text string, at int) (end int, closed bool) {
 	quote := text[0]
 	for end = at; end < len(text); end++ {
@@ -422,14 +423,14 @@ func closing(text string, at int) (end int, closed bool) {
 	return end, false
 }
 
-// unquote decodes what is between quotes, unless an escape in it is invalid. Line breaks fold
-// as YAML has it: one to a space, more to one less.
+// unquote decodes the text between quotes. It reports whether all escapes are
+// valid. Line breaks fold (YAML 1.2, 7.3): one becomes a space, n become n-1.
 func unquote(text string, quote byte) (value string, ok bool) {
 	var out []byte
-	kept := 0 // bytes of out that are no white space before a break
+	kept := 0 // bytes of out whose white space is not trimmed before a break
 	for text != "" {
 		switch c := text[0]; {
-		case c == quote: // and once more
+		case c == quote: // doubled
 			out, text = append(out, c), text[2:]
 		case c == '\\' && quote == '"':
 			decoded, size := unescape(text[1:])
@@ -454,15 +455,15 @@ func unquote(text string, quote byte) (value string, ok bool) {
 	return string(out), true
 }
 
-// unescape decodes what is behind a backslash and returns how many bytes it has, 0 if it is
-// invalid.
+// unescape decodes the escape after a backslash, and returns its size in bytes, 0
+// if it is invalid.
 func unescape(text string) (decoded string, size int) {
 	simple := map[byte]string{'0': "\x00", 'a': "\a", 'b': "\b", 't': "\t", '\t': "\t", 'n': "\n", 'v': "\v", 'f': "\f", 'r': "\r", 'e': "\x1b",
 		' ': " ", '"': `"`, '/': "/", '\\': `\`, 'N': "\u0085", '_': "\u00a0", 'L': "\u2028", 'P': "\u2029"}
 	if s, ok := simple[text[0]]; ok {
 		return s, 1
 	}
-	if text[0] == '\n' { // the break does not count, nor does what indents the next line
+	if text[0] == '\n' { // a break that is not part of the string, nor is the indentation after it
 		return "", len(text) - len(strings.TrimLeft(text[1:], " \t"))
 	}
 	digits := map[byte]int{'x': 2, 'u': 4, 'U': 8}[text[0]]
