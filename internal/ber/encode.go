@@ -1,5 +1,10 @@
 package ber
 
+import (
+	"encoding/binary"
+	"unicode/utf16"
+)
+
 // Encode is one element in DER: a tag, and what is in it, one part after the other.
 func Encode(tag byte, parts ...[]byte) []byte {
 	size := 0
@@ -33,4 +38,12 @@ func EncodeInteger(n int) []byte {
 		body = body[1:]
 	}
 	return Encode(TagInteger, body)
+}
+
+// EncodeBMP is the content of a BMPString: UTF-16, big-endian.
+func EncodeBMP(s string) (content []byte) {
+	for _, unit := range utf16.Encode([]rune(s)) {
+		content = binary.BigEndian.AppendUint16(content, unit)
+	}
+	return content
 }

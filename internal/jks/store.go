@@ -75,21 +75,13 @@ func Open(data []byte, password string) (*Store, error) {
 	return s, nil
 }
 
-// digest is what protects the integrity of a store.
+// digest protects the integrity of a store. Passwords are hashed in UTF-16.
 func digest(password string, content []byte) []byte {
 	h := sha1.New()
-	h.Write(octets(password))
+	h.Write(ber.EncodeBMP(password))
 	h.Write([]byte("Mighty Aphrodite"))
 	h.Write(content)
 	return h.Sum(nil)
-}
-
-// octets is a password as Java hashes it: in UTF-16.
-func octets(password string) (b []byte) {
-	for _, unit := range utf16.Encode([]rune(password)) {
-		b = binary.BigEndian.AppendUint16(b, unit)
-	}
-	return b
 }
 
 // Encode is the store as it is written.
@@ -263,14 +255,14 @@ func sealKey(key []byte, password string) []byte {
 }
 
 func keyDigest(key []byte, password string) []byte {
-	sum := sha1.Sum(slices.Concat(octets(password), key))
+	sum := sha1.Sum(slices.Concat(ber.EncodeBMP(password), key))
 	return sum[:]
 }
 
 // mask encrypts and decrypts: each block of the stream is a digest of the password and of the block
 // before.
 func mask(data, salt []byte, password string) []byte {
-	masked, pass := make([]byte, 0, len(data)), octets(password)
+	masked, pass := make([]byte, 0, len(data)), ber.EncodeBMP(password)
 	block := salt
 	for part := range slices.Chunk(data, sha1.Size) {
 		sum := sha1.Sum(slices.Concat(pass, block))

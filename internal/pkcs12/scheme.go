@@ -17,7 +17,6 @@ import (
 	"hash"
 	"slices"
 	"strings"
-	"unicode/utf16"
 
 	"certctl-agent/internal/ber"
 )
@@ -194,10 +193,7 @@ func (s scheme) forms(password string) [][]byte {
 	if s.prf != nil {
 		return [][]byte{[]byte(password)}
 	}
-	var form []byte
-	for _, unit := range utf16.Encode([]rune(password + "\x00")) {
-		form = append(form, byte(unit>>8), byte(unit))
-	}
+	form := ber.EncodeBMP(password + "\x00")
 	if password == "" {
 		return [][]byte{form, nil}
 	}

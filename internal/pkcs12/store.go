@@ -11,7 +11,6 @@ import (
 	"slices"
 	"strings"
 	"time"
-	"unicode/utf16"
 
 	"certctl-agent/internal/ber"
 )
@@ -343,11 +342,7 @@ func encodeBag(kind string, value []byte, alias string, id []byte) []byte {
 			attributes = append(attributes, ber.Encode(ber.TagSequence, encodeOID(oid), ber.Encode(ber.TagSet, ber.Encode(tag, value))))
 		}
 	}
-	var name []byte
-	for _, unit := range utf16.Encode([]rune(alias)) {
-		name = append(name, byte(unit>>8), byte(unit))
-	}
-	add(oidFriendlyName, ber.TagBMPString, name)
+	add(oidFriendlyName, ber.TagBMPString, ber.EncodeBMP(alias))
 	add(oidLocalKeyID, ber.TagOctetString, id)
 	slices.SortFunc(attributes, bytes.Compare) // X.690, 11.6
 	var set []byte
