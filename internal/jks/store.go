@@ -12,10 +12,10 @@ import (
 	"iter"
 	"slices"
 	"strings"
-	"time"
 	"unicode/utf16"
 
 	"certctl-agent/internal/ber"
+	"certctl-agent/internal/keyentry"
 )
 
 var (
@@ -106,16 +106,6 @@ func (s *Store) Entries() iter.Seq2[Entry, []byte] {
 	}
 }
 
-// PrivateKey is an entry that is a private key.
-type PrivateKey struct {
-	Alias   string
-	PKCS8   []byte // PrivateKeyInfo, in clear, as crypto/x509 writes it
-	Chain   []*x509.Certificate
-	Created time.Time
-
-	Password string // that protects it
-}
-
 // find returns the position of an alias as it is encoded, -1 if there is none. Java looks for lower
 // case alone; the last one counts.
 func (s *Store) find(alias string) int {
@@ -129,14 +119,14 @@ func (s *Store) find(alias string) int {
 
 // Find returns the private key under an alias, nil if there is none. The error is ErrPassword, or says
 // why the entry cannot be read.
-func (s *Store) Find(alias, password string) (*PrivateKey, error) {
+func (s *Store) Find(alias, password string) (*keyentry.PrivateKey, error) {
 	alias = encodeAlias(alias)
 	i := s.find(alias)
 	if i < 0 || s.entries[i].Key == nil {
 		return nil, nil
 	}
 	e := s.entries[i]
-	k := &PrivateKey{Alias: alias, Created: e.Created, Password: password}
+	k := &keyentry.PrivateKey{Alias: alias, Created: e.Created, Password: password}
 	for _, cert := range e.Chain {
 		parsed, err := x509.ParseCertificate(cert.Encoded)
 		if cert.Type != X509 || err != nil {
@@ -151,7 +141,7 @@ func (s *Store) Find(alias, password string) (*PrivateKey, error) {
 
 // Put makes k the private key under its alias, in place of the one that is there, and reports whether
 // the store had to change for it.
-func (s *Store) Put(k PrivateKey) (changed bool, err error) {
+func (s *Store) Put(k keyentry.PrivateKey) (changed bool, err error) {
 	alias := encodeAlias(k.Alias)
 	i := s.find(alias)
 	if i >= 0 {
@@ -159,7 +149,7 @@ func (s *Store) Put(k PrivateKey) (changed bool, err error) {
 		if e.Key == nil {
 			return false, ErrAlias
 		}
-		if was, err := openKey(e.Key, k.Password); err == nil && sameKey(was, k.PKCS8) && sameChain(e.Chain, k.Chain) {
+		if was, err := openKey(e.Key, k.Password); err == nil && keyentry.SameKey(was, k.PKCS8) && sameChain(e.Chain, k.Chain) {
 			return false, nil
 		}
 	}
@@ -272,23 +262,4 @@ func mask(data, salt []byte, password string) []byte {
 		}
 	}
 	return masked
-}
-
-// maxPKCS8 bounds a private key whose parts are computed with, in bytes: RSA of 16384 bits takes 9 KiB.
-const maxPKCS8 = 16 << 10
-
-// sameKey compares private keys, whichever way the first is written.
-func sameKey(was, key []byte) bool {
-	if bytes.Equal(was, key) {
-		return true
-	}
-	if len(was) > maxPKCS8 {
-		return false
-	}
-	parsed, err := x509.ParsePKCS8PrivateKey(was)
-	if err != nil {
-		return false
-	}
-	encoded, err := x509.MarshalPKCS8PrivateKey(parsed)
-	return err == nil && bytes.Equal(encoded, key)
 }

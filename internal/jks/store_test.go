@@ -19,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"certctl-agent/internal/keyentry"
 	"certctl-agent/internal/testing/corpus"
 	"certctl-agent/internal/testing/needs"
 )
@@ -26,9 +27,9 @@ import (
 const password = "correct horse"
 
 // newKey is a private key for an alias, its certificate and one more.
-func newKey(t testing.TB, alias string) PrivateKey {
+func newKey(t testing.TB, alias string) keyentry.PrivateKey {
 	t.Helper()
-	k := PrivateKey{Alias: alias, Created: time.UnixMilli(1_600_000_000_000), Password: password}
+	k := keyentry.PrivateKey{Alias: alias, Created: time.UnixMilli(1_600_000_000_000), Password: password}
 	issuer := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "issuer of " + alias},
 		NotBefore: time.Now(), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true}
 	leaf := &x509.Certificate{SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: alias}, NotBefore: time.Now(), NotAfter: time.Now().Add(time.Hour)}
@@ -71,7 +72,7 @@ func mustOpen(t testing.TB, data []byte) *Store {
 }
 
 // mustPut puts k, encodes the store and opens it again.
-func mustPut(t testing.TB, s *Store, k PrivateKey) *Store {
+func mustPut(t testing.TB, s *Store, k keyentry.PrivateKey) *Store {
 	t.Helper()
 	if changed, err := s.Put(k); err != nil || !changed {
 		t.Fatalf("put %q: changed %v, %v", k.Alias, changed, err)
@@ -79,13 +80,13 @@ func mustPut(t testing.TB, s *Store, k PrivateKey) *Store {
 	return mustOpen(t, s.Encode())
 }
 
-func checkKey(t testing.TB, s *Store, k PrivateKey) {
+func checkKey(t testing.TB, s *Store, k keyentry.PrivateKey) {
 	t.Helper()
 	got, err := s.Find(k.Alias, k.Password)
 	if err != nil || got == nil {
 		t.Fatalf("find %q: %v, %v", k.Alias, got, err)
 	}
-	if !sameKey(got.PKCS8, k.PKCS8) || !slices.EqualFunc(got.Chain, k.Chain, (*x509.Certificate).Equal) {
+	if !keyentry.SameKey(got.PKCS8, k.PKCS8) || !slices.EqualFunc(got.Chain, k.Chain, (*x509.Certificate).Equal) {
 		t.Errorf("%q has another key, or a chain of %d certificates, want %d", k.Alias, len(got.Chain), len(k.Chain))
 	}
 }
@@ -103,7 +104,7 @@ func TestPut(t *testing.T) {
 	s := mustPut(t, mustPut(t, New(password), first), other)
 	checkKey(t, s, first)
 	checkKey(t, s, other)
-	for _, k := range []PrivateKey{first, other} {
+	for _, k := range []keyentry.PrivateKey{first, other} {
 		k.Created = time.Now()
 		if changed, err := s.Put(k); changed || err != nil {
 			t.Errorf("the same key once more under %q: changed %v, %v", k.Alias, changed, err)
@@ -125,7 +126,7 @@ func TestPut(t *testing.T) {
 	if k, err := s.Find("nobody", password); k != nil || err != nil {
 		t.Errorf("an alias that is not there: %v, %v", k, err)
 	}
-	if _, err := s.Put(PrivateKey{Alias: strings.Repeat("a", 1<<16), Chain: first.Chain}); err == nil {
+	if _, err := s.Put(keyentry.PrivateKey{Alias: strings.Repeat("a", 1<<16), Chain: first.Chain}); err == nil {
 		t.Error("an alias that has no room")
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"certctl-agent/internal/keyentry"
 	"certctl-agent/internal/printable"
 )
 
@@ -18,7 +19,7 @@ import (
 //
 // Legacy says that readers know only the older methods: what is encrypted with others, and is not
 // under another password, is encrypted anew.
-func (s *Store) Put(k PrivateKey, legacy bool) (changed bool, err error) {
+func (s *Store) Put(k keyentry.PrivateKey, legacy bool) (changed bool, err error) {
 	k.Alias = strings.ToLower(k.Alias) // as Java writes it
 	var mine, others []*Entry
 	for e := range s.all() {
@@ -83,14 +84,14 @@ func (s *Store) setLegacy(legacy bool) {
 }
 
 // putKey returns the entry of k: one that is there and has this key, or a new one in its place.
-func (s *Store) putKey(k PrivateKey, mine []*Entry) (*Entry, error) {
+func (s *Store) putKey(k keyentry.PrivateKey, mine []*Entry) (*Entry, error) {
 	var at *Entry
 	if len(mine) > 0 {
 		at = mine[0]
 	}
 	if len(mine) == 1 && at.Kind == EncryptedKey && at.ID != nil {
 		// A key that cannot be read is replaced like any other.
-		if was, modern, err := s.openKey(at, k.Password); err == nil && sameKey(was, k.PKCS8) && !(s.legacy && modern) {
+		if was, modern, err := s.openKey(at, k.Password); err == nil && keyentry.SameKey(was, k.PKCS8) && !(s.legacy && modern) {
 			return at, nil
 		}
 	}
@@ -99,25 +100,6 @@ func (s *Store) putKey(k PrivateKey, mine []*Entry) (*Entry, error) {
 		s.place(key, at)
 	}
 	return key, err
-}
-
-// maxPKCS8 bounds a private key whose parts are computed with, in bytes: RSA of 16384 bits takes 9 KiB.
-const maxPKCS8 = 16 << 10
-
-// sameKey compares private keys, whichever way they are written.
-func sameKey(a, b []byte) bool {
-	if bytes.Equal(a, b) {
-		return true
-	}
-	if len(a) > maxPKCS8 {
-		return false
-	}
-	was, err := x509.ParsePKCS8PrivateKey(a)
-	if err != nil {
-		return false
-	}
-	encoded, err := x509.MarshalPKCS8PrivateKey(was)
-	return err == nil && bytes.Equal(encoded, b)
 }
 
 // newID is a localKeyId that no entry has: the time in the form from which Java knows when the entry
@@ -135,7 +117,7 @@ func (s *Store) newID(created time.Time) []byte {
 }
 
 // putLeaf puts the certificate of a key in the place of the one before.
-func (s *Store) putLeaf(k PrivateKey, key, was *Entry, gone map[*Entry]bool) {
+func (s *Store) putLeaf(k keyentry.PrivateKey, key, was *Entry, gone map[*Entry]bool) {
 	if was != nil && bytes.Equal(was.DER, k.Chain[0].Raw) && bytes.Equal(was.ID, key.ID) {
 		delete(gone, was)
 		return

@@ -10,9 +10,9 @@ import (
 	"iter"
 	"slices"
 	"strings"
-	"time"
 
 	"certctl-agent/internal/ber"
+	"certctl-agent/internal/keyentry"
 )
 
 // Store is a key store that one password opens. Whatever Put does not replace is written as it was
@@ -259,19 +259,9 @@ func (e *Entry) is(alias string) bool {
 	return e.Alias != "" && strings.EqualFold(e.Alias, alias)
 }
 
-// PrivateKey is an entry that is a private key.
-type PrivateKey struct {
-	Alias   string
-	PKCS8   []byte // PrivateKeyInfo, in clear, as crypto/x509 writes it
-	Chain   []*x509.Certificate
-	Created time.Time
-
-	Password string // that protects it
-}
-
 // Find returns the private key under an alias, and its chain as Java puts it together, or nil. The
 // error is ErrPassword or ErrWork, or says why the key cannot be read.
-func (s *Store) Find(alias, password string) (*PrivateKey, error) {
+func (s *Store) Find(alias, password string) (*keyentry.PrivateKey, error) {
 	var found *Entry
 	for e := range s.all() {
 		if e.isKey() && e.is(alias) {
@@ -285,7 +275,7 @@ func (s *Store) Find(alias, password string) (*PrivateKey, error) {
 	if err != nil {
 		return nil, err
 	}
-	k := &PrivateKey{Alias: strings.ToLower(alias), PKCS8: key, Password: password}
+	k := &keyentry.PrivateKey{Alias: strings.ToLower(alias), PKCS8: key, Password: password}
 	for _, e := range s.index().chain(found) {
 		k.Chain = append(k.Chain, e.certificate)
 	}
@@ -315,7 +305,7 @@ func (s *Store) openKey(e *Entry, password string) (pkcs8 []byte, modern bool, e
 }
 
 // sealKey is the bag of a private key.
-func (s *Store) sealKey(k PrivateKey, id []byte) (*Entry, error) {
+func (s *Store) sealKey(k keyentry.PrivateKey, id []byte) (*Entry, error) {
 	scheme, algorithm := newScheme(s.legacy)
 	sealed, err := scheme.seal(k.Password, k.PKCS8)
 	if err != nil {

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"certctl-agent/internal/ber"
+	"certctl-agent/internal/keyentry"
 )
 
 const password = "correct horse"
@@ -58,12 +59,12 @@ func certificate(t testing.TB, template, parent *x509.Certificate, key, signer *
 }
 
 // newKey is a private key for an alias, and its certificate with an intermediate.
-func newKey(t testing.TB, ca *authority, alias string) PrivateKey {
+func newKey(t testing.TB, ca *authority, alias string) keyentry.PrivateKey {
 	t.Helper()
 	middle, key := ecKey(t), ecKey(t)
 	issuer := certificate(t, &x509.Certificate{Subject: pkix.Name{CommonName: "middle of " + alias}, IsCA: true}, ca.Root, middle, ca.key)
 	leaf := certificate(t, &x509.Certificate{Subject: pkix.Name{CommonName: alias}, DNSNames: []string{"localhost"}}, issuer, key, middle)
-	return PrivateKey{Alias: alias, PKCS8: pkcs8(t, key), Chain: []*x509.Certificate{leaf, issuer}, Created: time.UnixMilli(1_600_000_000_000), Password: password}
+	return keyentry.PrivateKey{Alias: alias, PKCS8: pkcs8(t, key), Chain: []*x509.Certificate{leaf, issuer}, Created: time.UnixMilli(1_600_000_000_000), Password: password}
 }
 
 func pkcs8(t testing.TB, key crypto.Signer) []byte {
@@ -76,7 +77,7 @@ func pkcs8(t testing.TB, key crypto.Signer) []byte {
 }
 
 // mustPut puts k, encodes the store and opens it again.
-func mustPut(t testing.TB, s *Store, k PrivateKey, legacy bool) *Store {
+func mustPut(t testing.TB, s *Store, k keyentry.PrivateKey, legacy bool) *Store {
 	t.Helper()
 	if changed, err := s.Put(k, legacy); err != nil || !changed {
 		t.Fatalf("put %q: changed %v, %v", k.Alias, changed, err)
@@ -103,7 +104,7 @@ func mustOpen(t testing.TB, data []byte) *Store {
 }
 
 // checkKey fails the test unless the store has k.
-func checkKey(t testing.TB, s *Store, k PrivateKey) {
+func checkKey(t testing.TB, s *Store, k keyentry.PrivateKey) {
 	t.Helper()
 	got, err := s.Find(k.Alias, k.Password)
 	if err != nil || got == nil {
@@ -143,7 +144,7 @@ func TestPut(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, k := range []PrivateKey{first, other} {
+		for _, k := range []keyentry.PrivateKey{first, other} {
 			k.Created = time.Now()
 			if changed, err := mustOpen(t, before).Put(k, legacy); changed || err != nil {
 				t.Errorf("legacy %v: the same key once more under %q: changed %v, %v", legacy, k.Alias, changed, err)
@@ -240,10 +241,10 @@ func ecKey(t testing.TB) *ecdsa.PrivateKey {
 func TestSharedIssuers(t *testing.T) {
 	root, middle := ecKey(t), ecKey(t)
 	issuer := made(t, "middle", "root", middle, root)
-	entry := func(alias string, chain ...*x509.Certificate) PrivateKey {
+	entry := func(alias string, chain ...*x509.Certificate) keyentry.PrivateKey {
 		key := ecKey(t)
 		leaf := made(t, alias, "middle", key, middle)
-		return PrivateKey{Alias: alias, PKCS8: pkcs8(t, key), Chain: append([]*x509.Certificate{leaf}, chain...), Password: password}
+		return keyentry.PrivateKey{Alias: alias, PKCS8: pkcs8(t, key), Chain: append([]*x509.Certificate{leaf}, chain...), Password: password}
 	}
 	a, b := entry("a", issuer), entry("b", issuer)
 	s := mustPut(t, mustPut(t, New(password, false), a, false), b, false)
@@ -270,7 +271,7 @@ func TestSharedIssuers(t *testing.T) {
 	// And with another key, by which nothing can tell the two apart.
 	foreign := ecKey(t)
 	leaf := ecKey(t)
-	c := PrivateKey{Alias: "c", PKCS8: pkcs8(t, leaf), Password: password,
+	c := keyentry.PrivateKey{Alias: "c", PKCS8: pkcs8(t, leaf), Password: password,
 		Chain: []*x509.Certificate{made(t, "c", "middle", leaf, foreign), made(t, "middle", "root", foreign, root)}}
 	if _, err := s.Put(c, false); err == nil {
 		t.Error("Java would serve c with the intermediate of another")

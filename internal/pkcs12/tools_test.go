@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"certctl-agent/internal/ber"
+	"certctl-agent/internal/keyentry"
 	"certctl-agent/internal/testing/corpus"
 	"certctl-agent/internal/testing/needs"
 )
@@ -166,16 +167,16 @@ func TestStoreAgainstKeytool(t *testing.T) {
 		if all := keytool("-list"); strings.Count(all, "PrivateKeyEntry") != 3 || strings.Count(all, "trustedCertEntry") != 1 {
 			t.Errorf("legacy %v: keytool lists:\n%s", legacy, all)
 		}
-		for _, key := range []PrivateKey{k, second} {
+		for _, key := range []keyentry.PrivateKey{k, second} {
 			r.keytool(t, "-importkeystore", "-srckeystore", "a.p12", "-srcstorepass", password, "-srcalias", strings.ToLower(key.Alias),
 				"-destkeystore", "b.p12", "-deststoretype", "PKCS12", "-deststorepass", password)
 			got, err := r.read(t, "b.p12").Find(key.Alias, password)
-			if err != nil || got == nil || !sameKey(got.PKCS8, key.PKCS8) {
+			if err != nil || got == nil || !keyentry.SameKey(got.PKCS8, key.PKCS8) {
 				t.Errorf("legacy %v: what keytool read of %s: %v, %v", legacy, key.Alias, got, err)
 			}
 		}
 		keytool("-importcert", "-alias", "another", "-file", "root.der") // which writes all anew
-		if got, err := r.read(t, "a.p12").Find("server", password); err != nil || !sameKey(got.PKCS8, k.PKCS8) {
+		if got, err := r.read(t, "a.p12").Find("server", password); err != nil || !keyentry.SameKey(got.PKCS8, k.PKCS8) {
 			t.Errorf("legacy %v: after keytool wrote the store: %v", legacy, err)
 		}
 	}
@@ -214,7 +215,7 @@ func TestStoreAgainstOpenSSL(t *testing.T) {
 			got := certificates(t, out)
 			_, after, _ := strings.Cut(out, "-----BEGIN PRIVATE KEY")
 			block, _ := pem.Decode([]byte("-----BEGIN PRIVATE KEY" + after))
-			if len(got) != 2 || !got[0].Equal(renewed.Chain[0]) || !got[1].Equal(renewed.Chain[1]) || block == nil || !sameKey(block.Bytes, renewed.PKCS8) {
+			if len(got) != 2 || !got[0].Equal(renewed.Chain[0]) || !got[1].Equal(renewed.Chain[1]) || block == nil || !keyentry.SameKey(block.Bytes, renewed.PKCS8) {
 				t.Errorf("%q, legacy %v: openssl says:\n%s", args, legacy, out)
 			}
 			if hasMAC := args != "-nomac"; hasMAC != strings.Contains(out, "MAC:") || hasMAC && legacy != strings.Contains(out, "MAC: sha1") {

@@ -31,7 +31,7 @@ const (
 	maxAlias = 255
 )
 
-// config is what can be set. Control planes mask all keys that begin with key.
+// config is what can be set. Control planes mask every key with key or password in its name.
 type config struct {
 	Path     targetconf.Path        `json:"keystore_path" config:"required"`
 	File     targetconf.FileOptions `json:"keystore_*" config:"secret"`
@@ -61,7 +61,7 @@ func (*ignored) UnmarshalJSON([]byte) error { return nil }
 type javaKeystore struct {
 	config   config
 	format   format // of a new store
-	masked   error  // the format is not known; it is of consequence only for a new store
+	masked   error  // why the format of a new store is unknown; nil: it is not
 	common   targetconf.Common
 	policy   *policy.Policy
 	validate *policy.Command
@@ -152,37 +152,34 @@ func (k *javaKeystore) read() ([]byte, error) {
 // replace returns the store with m under the alias, which is the old one if that has it already. Had
 // is the private key under the alias before, if it can be read.
 func (k *javaKeystore) replace(was []byte, m *connector.Material) (data, had []byte, err error) {
-	e, err := newEntry(m, k.config.Alias)
+	password := k.config.Password.Reveal()
+	entry, err := newEntry(m, k.config.Alias, cmp.Or(k.config.KeyPassword.Reveal(), password))
 	if err != nil {
 		return nil, nil, err
 	}
-	e.password = cmp.Or(k.config.KeyPassword.Reveal(), k.config.Password.Reveal())
-	var s store
-	if len(was) == 0 {
-		if !*k.config.Create {
-			return nil, nil, errors.New("it does not exist, and create_keystore is false")
-		}
-		if k.masked != nil {
-			return nil, nil, fmt.Errorf("it does not exist: %w", k.masked)
-		}
-		s = k.format.create(k.config.Password.Reveal(), k.config.LegacyCiphers)
-	} else if s, err = k.open(was); err != nil {
-		return nil, nil, err
+	s, err := k.open(was, password)
+	if err != nil {
+		return nil, nil, explain(err)
 	}
-	had = s.had(e)
-	changed, err := s.put(e)
+	if old, err := s.Find(entry.Alias, entry.Password); err == nil && old != nil {
+		had = old.PKCS8
+	}
+	changed, err := s.Put(entry)
 	switch {
 	case err != nil:
-		return nil, nil, fmt.Errorf("alias %s: %w", printable.Quote(k.config.Alias), err)
+		return nil, nil, fmt.Errorf("alias %s: %w", printable.Quote(entry.Alias), explain(err))
 	case !changed:
 		return was, had, nil
 	}
-	data, err = s.encode()
+	data, err = s.Encode()
 	return data, had, err
 }
 
-// open opens the store that is there, which keeps its format.
-func (k *javaKeystore) open(data []byte) (store, error) {
+// open opens the store that is there, which keeps its format, or else makes one.
+func (k *javaKeystore) open(data []byte, password string) (store, error) {
+	if len(data) == 0 {
+		return k.create(password)
+	}
 	f, err := formatOf(data)
 	if err != nil {
 		return nil, err
@@ -190,5 +187,15 @@ func (k *javaKeystore) open(data []byte) (store, error) {
 	if k.config.Type != "" && f != k.format {
 		return nil, fmt.Errorf("it is of type %s, and keystore_type is %s: set keystore_type to %s, or remove the file", f, k.format, f)
 	}
-	return f.open(data, k.config.Password.Reveal(), k.config.LegacyCiphers)
+	return f.open(data, password, k.config.LegacyCiphers)
+}
+
+func (k *javaKeystore) create(password string) (store, error) {
+	switch {
+	case !*k.config.Create:
+		return nil, errors.New("it does not exist, and create_keystore is false")
+	case k.masked != nil:
+		return nil, fmt.Errorf("it does not exist: %w", k.masked)
+	}
+	return k.format.create(password, k.config.LegacyCiphers), nil
 }

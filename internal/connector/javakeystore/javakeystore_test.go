@@ -37,39 +37,28 @@ func configIn(dir, format string) map[string]any {
 // found is what a store holds under an alias, as PEM.
 func found(t testing.TB, data []byte, alias, password, keyPassword string) []byte {
 	t.Helper()
-	var der []byte
-	var text []byte
-	if jks.Is(data) {
-		s, err := jks.Open(data, password)
-		if err != nil {
-			t.Fatal(err)
-		}
-		k, err := s.Find(alias, keyPassword)
-		if err != nil || k == nil {
-			t.Fatalf("%s: %v, %v", alias, k, err)
-		}
-		der, text = k.PKCS8, conformance.PEM(k.Chain...)
-	} else {
-		s, err := pkcs12.Open(data, password, maxWork)
-		if err != nil {
-			t.Fatal(err)
-		}
-		k, err := s.Find(alias, keyPassword)
-		if err != nil || k == nil {
-			t.Fatalf("%s: %v, %v", alias, k, err)
-		}
-		der, text = k.PKCS8, conformance.PEM(k.Chain...)
+	format, err := formatOf(data)
+	if err != nil {
+		t.Fatal(err)
 	}
-	return append(text, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})...)
+	s, err := format.open(data, password, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := s.Find(alias, keyPassword)
+	if err != nil || k == nil {
+		t.Fatalf("%s: %v, %v", alias, k, err)
+	}
+	return append(conformance.PEM(k.Chain...), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: k.PKCS8})...)
 }
 
 // want is what found returns of m.
 func want(m *connector.Material) []byte {
-	e, err := newEntry(m, "")
+	e, err := newEntry(m, "", "")
 	if err != nil {
 		panic(err) // a test's own key
 	}
-	return append(conformance.PEM(e.chain...), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: e.pkcs8})...)
+	return append(conformance.PEM(e.Chain...), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: e.PKCS8})...)
 }
 
 func TestConformance(t *testing.T) {
@@ -142,16 +131,15 @@ func (w *world) store(t *testing.T, format string, aliases ...string) []byte {
 	t.Helper()
 	p, j := pkcs12.New(password, false), jks.New(password)
 	for _, alias := range aliases {
-		e, err := newEntry(w.Material(t, w.ca), alias)
+		e, err := newEntry(w.Material(t, w.ca), alias, "somebody else's")
 		if err != nil {
 			t.Fatal(err)
 		}
-		e.password = "somebody else's"
 		s := store(pkcs12Store{p, false})
 		if format == "JKS" {
 			s = jksStore{j}
 		}
-		if _, err := s.put(e); err != nil {
+		if _, err := s.Put(e); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -9,6 +9,7 @@ import (
 
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/jks"
+	"certctl-agent/internal/keyentry"
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/pkcs12"
 )
@@ -17,35 +18,26 @@ import (
 // seconds. NSS and GnuTLS ask for a quarter of it.
 const maxWork = 1 << 30
 
-// entry is a private key with its chain.
-type entry struct {
-	alias    string
-	pkcs8    []byte
-	chain    []*x509.Certificate
-	password string
-	created  time.Time
-}
-
-func newEntry(m *connector.Material, alias string) (entry, error) {
+// newEntry is what a deployment puts into a store.
+func newEntry(m *connector.Material, alias, password string) (keyentry.PrivateKey, error) {
 	key, err := pemutil.ParseKey(m.KeyPEM)
 	if err != nil {
-		return entry{}, fmt.Errorf("the private key: %w", err)
+		return keyentry.PrivateKey{}, fmt.Errorf("the private key: %w", err)
 	}
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	chain := slices.Concat([]*x509.Certificate{m.Leaf}, m.Chain)
-	return entry{alias: alias, pkcs8: der, chain: chain, created: time.Now()}, err
+	return keyentry.PrivateKey{Alias: alias, PKCS8: der, Chain: chain, Created: time.Now(), Password: password}, err
 }
 
 // store is a key store in one of the formats.
 type store interface {
-	// had is the private key under the alias of an entry, nil if there is none or if it is not under
-	// that entry's password.
-	had(entry) []byte
+	// Find returns the private key under an alias, nil if there is none.
+	Find(alias, password string) (*keyentry.PrivateKey, error)
 
-	// put puts an entry in place of the one with its alias, and reports whether the store changed.
-	put(entry) (changed bool, err error)
+	// Put puts a private key in place of the one with its alias, and reports whether the store changed.
+	Put(keyentry.PrivateKey) (changed bool, err error)
 
-	encode() ([]byte, error)
+	Encode() ([]byte, error)
 }
 
 // format is a type of store, by Java's name.
@@ -79,10 +71,10 @@ func (f format) create(password string, legacy bool) store {
 func (f format) open(data []byte, password string, legacy bool) (store, error) {
 	if f == jksFormat {
 		s, err := jks.Open(data, password)
-		return jksStore{s}, explain(err)
+		return jksStore{s}, err
 	}
 	s, err := pkcs12.Open(data, password, maxWork)
-	return pkcs12Store{s, legacy}, explain(err)
+	return pkcs12Store{s, legacy}, err
 }
 
 // explain says what to do about an error.
@@ -107,32 +99,8 @@ type pkcs12Store struct {
 	legacy bool
 }
 
-func (s pkcs12Store) had(e entry) []byte {
-	if k, err := s.Find(e.alias, e.password); err == nil && k != nil {
-		return k.PKCS8
-	}
-	return nil
-}
-
-func (s pkcs12Store) put(e entry) (bool, error) {
-	changed, err := s.Put(pkcs12.PrivateKey{Alias: e.alias, PKCS8: e.pkcs8, Chain: e.chain, Created: e.created, Password: e.password}, s.legacy)
-	return changed, explain(err)
-}
-
-func (s pkcs12Store) encode() ([]byte, error) { return s.Encode() }
+func (s pkcs12Store) Put(k keyentry.PrivateKey) (bool, error) { return s.Store.Put(k, s.legacy) }
 
 type jksStore struct{ *jks.Store }
 
-func (s jksStore) had(e entry) []byte {
-	if k, err := s.Find(e.alias, e.password); err == nil && k != nil {
-		return k.PKCS8
-	}
-	return nil
-}
-
-func (s jksStore) put(e entry) (bool, error) {
-	changed, err := s.Put(jks.PrivateKey{Alias: e.alias, PKCS8: e.pkcs8, Chain: e.chain, Created: e.created, Password: e.password})
-	return changed, explain(err)
-}
-
-func (s jksStore) encode() ([]byte, error) { return s.Encode(), nil }
+func (s jksStore) Encode() ([]byte, error) { return s.Store.Encode(), nil }

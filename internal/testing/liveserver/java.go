@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"certctl-agent/internal/keyentry"
 	"certctl-agent/internal/pkcs12"
 	"certctl-agent/internal/tlsprobe"
 )
@@ -95,7 +96,7 @@ func newStore(pair Pair) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the first pair does not match: %w", err)
 	}
-	key := pkcs12.PrivateKey{Alias: "server", Created: time.Now(), Password: StorePassword}
+	key := keyentry.PrivateKey{Alias: "server", Created: time.Now(), Password: StorePassword}
 	if key.PKCS8, err = x509.MarshalPKCS8PrivateKey(loaded.PrivateKey); err != nil {
 		return nil, err
 	}
