@@ -3,7 +3,6 @@ package pkcs12
 import (
 	"cmp"
 	"crypto/hmac"
-	"crypto/pbkdf2"
 	"crypto/sha1"
 	"crypto/sha256"
 	"crypto/sha512"
@@ -35,8 +34,8 @@ var macHashes = map[string]func() hash.Hash{
 // macScheme is a MAC under a password with its parameters: that of RFC 7292, appendix B, or PBMAC1
 // (RFC 9579).
 type macScheme struct {
-	hash    func() hash.Hash
-	derived scheme // its prf is that of PBMAC1; nil: the key is derived as RFC 7292 does
+	kdf
+	hash func() hash.Hash
 }
 
 // readMAC reads MacData.
@@ -45,50 +44,44 @@ func readMAC(data *ber.Fields) (m macScheme, digest []byte, err error) {
 	algorithm := info.Inside(ber.TagSequence)
 	id := algorithm.OID()
 	digest = info.Octets(ber.TagOctetString)
-	m.derived = scheme{salt: data.Octets(ber.TagOctetString), rounds: 1}
+	m.kdf = kdf{salt: data.Octets(ber.TagOctetString), iterations: 1}
 	if data.At(ber.TagInteger) {
-		m.derived.rounds = data.Integer()
+		m.iterations = data.Integer()
 	}
 	if err := cmp.Or(algorithm.Err, info.Err, data.Err); err != nil {
 		return m, nil, err
 	}
 	if id == oidPBMAC1 {
 		parameters := algorithm.Inside(ber.TagSequence)
-		if m.derived, m.derived.keySize, err = readPBKDF2(parameters.Inside(ber.TagSequence)); err != nil {
+		if m.kdf, err = readPBKDF2(parameters.Inside(ber.TagSequence)); err != nil {
 			return m, nil, err
 		}
 		id = parameters.Inside(ber.TagSequence).OID()
-		if m.hash = hmacHashes[id]; m.derived.keySize < 1 || m.derived.keySize > maxMACKey {
-			return m, nil, fmt.Errorf("a MAC with a key of %d bytes", m.derived.keySize)
+		if m.hash = hmacHashes[id]; m.keySize < 1 || m.keySize > maxMACKey {
+			return m, nil, fmt.Errorf("a MAC with a key of %d bytes", m.keySize)
 		}
 	} else if m.hash = macHashes[id]; m.hash != nil {
-		m.derived.keySize = m.hash().Size()
+		m.keySize = m.hash().Size()
 	}
 	if m.hash == nil {
 		return m, nil, errMethod("its integrity is protected with", id)
 	}
-	return m, digest, m.derived.check(nil)
+	return m, digest, m.check(nil)
 }
 
 // work is what a try costs, as scheme.work has it.
 func (m macScheme) work(content int) int64 {
-	if m.derived.prf != nil {
-		return m.derived.work(0) + int64(content)
+	if m.prf != nil {
+		return scheme{kdf: m.kdf}.work(0) + int64(content)
 	}
-	return int64(m.derived.rounds)*int64(m.hash().BlockSize()) + int64(content)
+	return int64(m.iterations)*int64(m.hash().BlockSize()) + int64(content)
 }
 
 // sum is the MAC of content.
 func (m macScheme) sum(password string, content []byte) ([]byte, error) {
-	form := m.derived.forms(password)[0]
-	key := []byte(nil)
-	if m.derived.prf == nil {
-		key = pkcs12KDF(m.hash, form, m.derived.salt, m.derived.rounds, idMAC, m.derived.keySize)
-	} else {
-		var err error
-		if key, err = pbkdf2.Key(m.derived.prf, string(form), m.derived.salt, m.derived.rounds, m.derived.keySize); err != nil {
-			return nil, err
-		}
+	key, err := m.derive(m.hash, m.forms(password)[0], idMAC, m.keySize)
+	if err != nil {
+		return nil, err
 	}
 	mac := hmac.New(m.hash, key)
 	mac.Write(content)
@@ -101,7 +94,7 @@ func encodeMAC(password string, content []byte, legacy bool) ([]byte, error) {
 	if legacy {
 		id, m.hash = oidSHA1, sha1.New
 	}
-	m.derived = scheme{salt: random(saltSize), rounds: rounds, keySize: m.hash().Size()}
+	m.kdf = kdf{salt: random(saltSize), iterations: iterations, keySize: m.hash().Size()}
 	digest, err := m.sum(password, content)
 	if err != nil {
 		return nil, err
@@ -109,6 +102,6 @@ func encodeMAC(password string, content []byte, legacy bool) ([]byte, error) {
 	algorithm := ber.Encode(ber.TagSequence, encodeOID(id), ber.Encode(ber.TagNull))
 	return ber.Encode(ber.TagSequence,
 		ber.Encode(ber.TagSequence, algorithm, ber.Encode(ber.TagOctetString, digest)),
-		ber.Encode(ber.TagOctetString, m.derived.salt),
-		ber.EncodeInteger(m.derived.rounds)), nil
+		ber.Encode(ber.TagOctetString, m.salt),
+		ber.EncodeInteger(m.iterations)), nil
 }

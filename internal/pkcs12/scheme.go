@@ -6,15 +6,11 @@ import (
 	"crypto/aes"
 	"crypto/cipher"
 	"crypto/des"
-	"crypto/pbkdf2"
 	"crypto/rand"
 	"crypto/rc4"
 	"crypto/sha1"
 	"crypto/sha256"
-	"crypto/sha512"
-	"errors"
 	"fmt"
-	"hash"
 	"slices"
 	"strings"
 
@@ -30,24 +26,29 @@ const (
 	oidHMACSHA256 = "\x2a\x86\x48\x86\xf7\x0d\x02\x09"
 	oidAES256     = "\x60\x86\x48\x01\x65\x03\x04\x01\x2a" // in CBC mode
 
-	// rounds and saltSize are keytool's.
-	rounds   = 10_000
-	saltSize = 20
+	// iterations and saltSize are keytool's.
+	iterations = 10_000
+	saltSize   = 20
 )
 
-// scheme is a password-based encryption with its parameters.
+// scheme is a password-based encryption with its parameters: PBES2, or an older one of RFC 7292.
 type scheme struct {
-	block   func(key []byte) (cipher.Block, error)
+	kdf
+	block newBlock // nil: RC4
+	iv    []byte   // of PBES2; the older schemes derive it from the password
+}
+
+type newBlock func(key []byte) (cipher.Block, error)
+
+// algorithm is a cipher with the size of its keys, in bytes.
+type algorithm struct {
+	block   newBlock
 	keySize int
-	salt    []byte
-	rounds  int
-	iv      []byte           // nil: derived from the password (RFC 7292, appendix B)
-	prf     func() hash.Hash // of PBKDF2; nil: the scheme is an older one
 }
 
 // pbeCiphers are those of RFC 7292, appendix C. OpenSSL before 3 and Java before 17 encrypt
-// certificates with 40-bit RC2. A scheme without a block cipher is RC4.
-var pbeCiphers = map[byte]scheme{
+// certificates with 40-bit RC2. Without a block cipher it is RC4.
+var pbeCiphers = map[byte]algorithm{
 	1: {keySize: 16},
 	2: {keySize: 5},
 	3: {block: des.NewTripleDESCipher, keySize: 24},
@@ -98,28 +99,17 @@ func encryptionScheme(algorithm *ber.Fields) (scheme, error) {
 	if !ok || len(which) != 1 || pbeCiphers[which[0]].keySize == 0 {
 		return scheme{}, errMethod("it is encrypted with", id)
 	}
-	s := pbeCiphers[which[0]]
+	cipher := pbeCiphers[which[0]]
 	parameters := algorithm.Inside(ber.TagSequence)
-	s.salt = parameters.Octets(ber.TagOctetString)
-	s.rounds = parameters.Integer()
-	return s, s.check(parameters.Err)
+	derived := kdf{salt: parameters.Octets(ber.TagOctetString), iterations: parameters.Integer(), keySize: cipher.keySize}
+	return scheme{kdf: derived, block: cipher.block}, derived.check(parameters.Err)
 }
 
 func twoKeyTripleDES(key []byte) (cipher.Block, error) {
 	return des.NewTripleDESCipher(slices.Concat(key, key[:8]))
 }
 
-var hmacHashes = map[string]func() hash.Hash{
-	"\x2a\x86\x48\x86\xf7\x0d\x02\x07": sha1.New,
-	"\x2a\x86\x48\x86\xf7\x0d\x02\x08": sha256.New224,
-	oidHMACSHA256:                      sha256.New,
-	"\x2a\x86\x48\x86\xf7\x0d\x02\x0a": sha512.New384,
-	"\x2a\x86\x48\x86\xf7\x0d\x02\x0b": sha512.New,
-	"\x2a\x86\x48\x86\xf7\x0d\x02\x0c": sha512.New512_224,
-	"\x2a\x86\x48\x86\xf7\x0d\x02\x0d": sha512.New512_256,
-}
-
-var pbes2Ciphers = map[string]scheme{
+var pbes2Ciphers = map[string]algorithm{
 	"\x60\x86\x48\x01\x65\x03\x04\x01\x02": {block: aes.NewCipher, keySize: 16},
 	"\x60\x86\x48\x01\x65\x03\x04\x01\x16": {block: aes.NewCipher, keySize: 24},
 	oidAES256:                              {block: aes.NewCipher, keySize: 32},
@@ -128,48 +118,19 @@ var pbes2Ciphers = map[string]scheme{
 
 // pbes2 reads the parameters of RFC 8018, appendix A.4.
 func pbes2(parameters *ber.Fields) (scheme, error) {
-	derived, _, err := readPBKDF2(parameters.Inside(ber.TagSequence))
+	derived, err := readPBKDF2(parameters.Inside(ber.TagSequence))
 	if err != nil {
 		return scheme{}, err
 	}
 	encryption := parameters.Inside(ber.TagSequence)
 	id := encryption.OID()
-	s, ok := pbes2Ciphers[id]
+	cipher, ok := pbes2Ciphers[id]
 	if encryption.Err == nil && !ok {
-		return s, errMethod("it is encrypted with", id)
+		return scheme{}, errMethod("it is encrypted with", id)
 	}
-	s.iv = encryption.Octets(ber.TagOctetString)
-	s.salt, s.rounds, s.prf = derived.salt, derived.rounds, derived.prf
-	return s, s.check(encryption.Err)
-}
-
-// readPBKDF2 reads how a key is derived (RFC 8018, appendix A.2). KeySize is 0 where that is left to
-// whoever needs the key.
-func readPBKDF2(kdf *ber.Fields) (s scheme, keySize int, err error) {
-	if id := kdf.OID(); kdf.Err == nil && id != oidPBKDF2 {
-		return s, 0, errMethod("the key is derived with", id)
-	}
-	derivation := kdf.Inside(ber.TagSequence)
-	s.salt = derivation.Octets(ber.TagOctetString)
-	s.rounds = derivation.Integer()
-	if derivation.At(ber.TagInteger) {
-		keySize = derivation.Integer()
-	}
-	s.prf = sha1.New
-	if derivation.At(ber.TagSequence) {
-		id := derivation.Inside(ber.TagSequence).OID()
-		if s.prf = hmacHashes[id]; s.prf == nil {
-			return s, 0, errMethod("the key is derived with", id)
-		}
-	}
-	return s, keySize, s.check(derivation.Err)
-}
-
-func (s scheme) check(err error) error {
-	if err == nil && s.rounds < 1 {
-		return errors.New("a key derivation without iterations is invalid")
-	}
-	return err
+	derived.keySize = cipher.keySize
+	iv := encryption.Octets(ber.TagOctetString)
+	return scheme{kdf: derived, block: cipher.block, iv: iv}, encryption.Err
 }
 
 // work is what trying one password costs, in bytes that are hashed. A byte of ciphertext takes as
@@ -183,21 +144,7 @@ func (s scheme) work(ciphertext int) int64 {
 	case s.block != nil:
 		blocks++ // the initialisation vector
 	}
-	return int64(s.rounds)*int64(hashed*blocks) + int64(blocks*len(s.salt)) + 8*int64(ciphertext)
-}
-
-// forms are the byte strings that a password can stand for. PBES2 takes UTF-8.
-// The older schemes take UTF-16 with two zero octets behind, but for an empty
-// password some tools leave those out too.
-func (s scheme) forms(password string) [][]byte {
-	if s.prf != nil {
-		return [][]byte{[]byte(password)}
-	}
-	form := ber.EncodeBMP(password + "\x00")
-	if password == "" {
-		return [][]byte{form, nil}
-	}
-	return [][]byte{form}
+	return int64(s.iterations)*int64(hashed*blocks) + int64(blocks*len(s.salt)) + 8*int64(ciphertext)
 }
 
 // try decrypts with each of the passwords in turn, for as long as work allows, until what comes out
@@ -254,15 +201,12 @@ func (s scheme) open(password, ciphertext []byte) ([]byte, error) {
 
 // derive makes key and initialisation vector of a password.
 func (s scheme) derive(password []byte) (key, iv []byte, err error) {
-	if s.prf != nil {
-		key, err = pbkdf2.Key(s.prf, string(password), s.salt, s.rounds, s.keySize)
+	key, err = s.kdf.derive(sha1.New, password, idKey, s.keySize)
+	if err != nil || s.prf != nil || s.block == nil {
 		return key, s.iv, err
 	}
-	key = pkcs12KDF(sha1.New, password, s.salt, s.rounds, idKey, s.keySize)
-	if s.block != nil {
-		iv = pkcs12KDF(sha1.New, password, s.salt, s.rounds, idIV, des.BlockSize) // RC2 has the same
-	}
-	return key, iv, nil
+	iv, err = s.kdf.derive(sha1.New, password, idIV, des.BlockSize) // RC2 has the same
+	return key, iv, err
 }
 
 // newScheme is what this package encrypts with, with the AlgorithmIdentifier that says so: PBES2 with
@@ -271,14 +215,14 @@ func newScheme(legacy bool) (s scheme, algorithm []byte) {
 	salt := random(saltSize)
 	if legacy {
 		const tripleDES = 3
-		s = pbeCiphers[tripleDES]
-		s.salt, s.rounds = salt, rounds
-		parameters := ber.Encode(ber.TagSequence, ber.Encode(ber.TagOctetString, salt), ber.EncodeInteger(rounds))
+		cipher := pbeCiphers[tripleDES]
+		s = scheme{kdf: kdf{salt: salt, iterations: iterations, keySize: cipher.keySize}, block: cipher.block}
+		parameters := ber.Encode(ber.TagSequence, ber.Encode(ber.TagOctetString, salt), ber.EncodeInteger(iterations))
 		return s, ber.Encode(ber.TagSequence, encodeOID(oidPBE+string(rune(tripleDES))), parameters)
 	}
-	s = pbes2Ciphers[oidAES256]
-	s.salt, s.rounds, s.prf, s.iv = salt, rounds, sha256.New, random(aes.BlockSize)
-	derivation := ber.Encode(ber.TagSequence, ber.Encode(ber.TagOctetString, salt), ber.EncodeInteger(rounds), ber.EncodeInteger(s.keySize),
+	cipher := pbes2Ciphers[oidAES256]
+	s = scheme{kdf: kdf{prf: sha256.New, salt: salt, iterations: iterations, keySize: cipher.keySize}, block: cipher.block, iv: random(aes.BlockSize)}
+	derivation := ber.Encode(ber.TagSequence, ber.Encode(ber.TagOctetString, salt), ber.EncodeInteger(iterations), ber.EncodeInteger(s.keySize),
 		ber.Encode(ber.TagSequence, encodeOID(oidHMACSHA256), ber.Encode(ber.TagNull)))
 	parameters := ber.Encode(ber.TagSequence,
 		ber.Encode(ber.TagSequence, encodeOID(oidPBKDF2), derivation),
@@ -308,51 +252,4 @@ func (s scheme) seal(password string, plain []byte) ([]byte, error) {
 	sealed := slices.Concat(plain, bytes.Repeat([]byte{byte(padding)}, padding))
 	cipher.NewCBCEncrypter(block, iv).CryptBlocks(sealed, sealed)
 	return sealed, nil
-}
-
-// What a key derivation is for (RFC 7292, appendix B.3).
-const (
-	idKey = 1
-	idIV  = 2
-	idMAC = 3
-)
-
-// pkcs12KDF is the key derivation of RFC 7292, appendix B.2.
-func pkcs12KDF(newHash func() hash.Hash, password, salt []byte, rounds int, id byte, size int) []byte {
-	h := newHash()
-	v := h.BlockSize()
-	fill := func(b []byte) []byte {
-		filled := make([]byte, 0, (len(b)+v-1)/v*v)
-		for len(filled) < cap(filled) {
-			filled = append(filled, b[:min(len(b), cap(filled)-len(filled))]...)
-		}
-		return filled
-	}
-	diversifier := bytes.Repeat([]byte{id}, v)
-	input := slices.Concat(fill(salt), fill(password))
-	var a, out []byte
-	for {
-		h.Reset()
-		h.Write(diversifier)
-		h.Write(input)
-		a = h.Sum(a[:0])
-		for range rounds - 1 {
-			h.Reset()
-			h.Write(a)
-			a = h.Sum(a[:0])
-		}
-		if out = append(out, a...); len(out) >= size {
-			return out[:size]
-		}
-		// Each block of the input becomes itself + B + 1 modulo 2^(8v).
-		b := fill(a)[:v]
-		for block := range slices.Chunk(input, v) {
-			carry := 1
-			for i := v - 1; i >= 0; i-- {
-				carry += int(block[i]) + int(b[i])
-				block[i] = byte(carry)
-				carry >>= 8
-			}
-		}
-	}
 }

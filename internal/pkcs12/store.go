@@ -116,7 +116,7 @@ func (s *Store) checkMAC(data *ber.Fields, content []byte) error {
 	if !hmac.Equal(sum, digest) {
 		return ErrPassword
 	}
-	s.mac, s.macIsOld = true, m.derived.prf == nil && len(digest) == sha1.Size
+	s.mac, s.macIsOld = true, m.prf == nil && len(digest) == sha1.Size
 	s.legacy = s.macIsOld
 	return nil
 }

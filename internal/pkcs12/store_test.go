@@ -366,7 +366,7 @@ func TestMAC(t *testing.T) {
 			}
 		}
 	}) {
-		m := macScheme{hash: macHashes[id], derived: scheme{salt: []byte("salt"), rounds: 2, keySize: macHashes[id]().Size()}}
+		m := macScheme{hash: macHashes[id], kdf: kdf{salt: []byte("salt"), iterations: 2, keySize: macHashes[id]().Size()}}
 		sum, err := m.sum(password, content)
 		if err != nil {
 			t.Fatal(err)
