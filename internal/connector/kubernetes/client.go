@@ -47,7 +47,7 @@ const (
 	maxPause   = 10 * time.Second
 )
 
-// client does calls to one API server.
+// client calls one API server.
 type client struct {
 	*access
 	peers   map[string]*connector.Peer // by host:port: the API server or the proxy before it
@@ -60,7 +60,7 @@ type client struct {
 	issued *credentials // what the plugin printed; nil: nothing yet
 }
 
-// newClient asks whether keys may go there.
+// newClient asks the policy whether the API server and its proxy may be reached.
 func newClient(a *access, c *targetconf.Config, host connector.Host) (*client, error) {
 	k := &client{access: a, peers: make(map[string]*connector.Peer), query: host.Query, timeout: time.Duration(c.Common.CommandTimeout)}
 	for _, at := range []*url.URL{a.Cluster.Server, a.Cluster.Proxy} {
@@ -100,15 +100,15 @@ func portOf(u *url.URL) (int, error) {
 	return n, nil
 }
 
-// credentials are what a request shows of who asks.
+// credentials authenticate a request.
 type credentials struct {
 	token       string
 	certificate *tls.Certificate
 	expires     time.Time // zero: not known
 }
 
-// credentials reads them anew, since tokens and certificates rotate. What a
-// plugin printed is kept until it expires.
+// credentials reads the files again each time, since tokens and certificates
+// rotate. Those of a plugin are kept until they expire.
 func (c *client) credentials(ctx context.Context) (*credentials, error) {
 	user := &c.User
 	if c.plugin != nil {
@@ -153,7 +153,7 @@ func keyPair(certificate, key []byte) (*tls.Certificate, error) {
 	return &pair, nil
 }
 
-// readFile reads a file that decides where a key goes, or who asks.
+// readFile reads a file that decides where a key goes, or under whose name.
 func readFile(path string) ([]byte, error) {
 	data, _, _, err := trustedfile.Read(path, maxCredential)
 	return data, err
@@ -167,7 +167,7 @@ func orFile(data []byte, path string) ([]byte, error) {
 	return readFile(path)
 }
 
-// transport is for one request: the next one may trust another authority.
+// transport serves one request: by the next, certificate and authority may have rotated.
 func (c *client) transport(shown *credentials) (*http.Transport, error) {
 	config := &tls.Config{MinVersion: tls.VersionTLS12, ServerName: c.Cluster.ServerName, InsecureSkipVerify: c.Cluster.Insecure}
 	ca, err := orFile(c.Cluster.CA, c.Cluster.CAFile)
@@ -229,9 +229,9 @@ func codeOf(err error) int {
 	return 0
 }
 
-// call does one request, and again while the API server is restarting or busy.
-// A change that was sent is waited for: to undo it, one must know whether it
-// happened.
+// call makes a request, and retries it while the API server is restarting or
+// busy. Cancellation does not end a change under way: an undo has to know whether
+// it happened.
 func (c *client) call(ctx context.Context, method, path string, body []byte) ([]byte, error) {
 	begun, pause, refreshed, away := time.Now(), firstPause, false, false
 	for {

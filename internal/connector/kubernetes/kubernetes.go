@@ -79,7 +79,7 @@ func newConnector(c *targetconf.Config, host connector.Host, podDir string) (*ku
 }
 
 var (
-	// A namespace is a label of RFC 1123, a secret's name a name of it.
+	// A namespace is an RFC 1123 label, a secret's name an RFC 1123 subdomain.
 	namespaceForm = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
 	nameForm      = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
 
@@ -94,10 +94,10 @@ const maxName = 253
 func (c *config) check() error {
 	var errs []error
 	if !namespaceForm.MatchString(c.Namespace) {
-		errs = append(errs, targetconf.Invalid("namespace", "%s is no name of a namespace", printable.Quote(c.Namespace)))
+		errs = append(errs, targetconf.Invalid("namespace", "%s is not a valid name", printable.Quote(c.Namespace)))
 	}
 	if !nameForm.MatchString(c.SecretName) || len(c.SecretName) > maxName {
-		errs = append(errs, targetconf.Invalid("secret_name", "%s is no name of a secret: lower-case letters, digits, dashes and dots", printable.Quote(c.SecretName)))
+		errs = append(errs, targetconf.Invalid("secret_name", "%s is not a valid name: lower-case letters, digits, dashes and dots", printable.Quote(c.SecretName)))
 	}
 	if c.Context != "" && c.Kubeconfig == "" {
 		errs = append(errs, targetconf.Invalid("context", "is one of a kubeconfig: set kubeconfig_path too"))
@@ -105,7 +105,7 @@ func (c *config) check() error {
 	return targetconf.Join(errs...)
 }
 
-// refusal is set by false, where true is the default.
+// refusal is true where the setting, which defaults to true, is false.
 type refusal bool
 
 func (r *refusal) UnmarshalJSON(raw []byte) error {
@@ -142,17 +142,17 @@ func (l *labels) UnmarshalJSON(raw []byte) error {
 	}
 	for key, value := range read {
 		if !labelKeyForm.MatchString(key) || !labelValueForm.MatchString(value) {
-			return fmt.Errorf("%s: %s is no label of Kubernetes", printable.Quote(key), printable.Quote(value))
+			return fmt.Errorf("%s: %s is not a valid label", printable.Quote(key), printable.Quote(value))
 		}
 	}
 	*l = read
 	return nil
 }
 
-// access is the way to the cluster.
+// access is a cluster, and the credentials for it.
 type access struct {
 	*kubeconfig.Context
-	from  string // for people: the file, or the pod
+	from  string // for errors: the file, or the pod
 	named bool   // the owner of this host chose it, in an overlay
 }
 
@@ -183,7 +183,7 @@ func (k *kubernetes) access(host connector.Host, podDir string) (*access, error)
 	return a, nil
 }
 
-// inCluster is the way of a pod to the cluster that it is in.
+// inCluster is the access of a pod to its own cluster.
 func inCluster(host connector.Host, podDir string) (*access, error) {
 	var service, port string
 	if host.Getenv != nil {

@@ -41,7 +41,7 @@ func parseObject(data []byte) (*object, error) {
 	return o, errors.Join(unmarshal(o.metadata["labels"], &o.labels), unmarshal(o.metadata["annotations"], &o.annotations))
 }
 
-// unmarshal makes an empty map of nothing.
+// unmarshal decodes an object; a missing one is empty.
 func unmarshal(raw json.RawMessage, to *map[string]json.RawMessage) error {
 	if len(raw) > 0 && json.Unmarshal(raw, to) != nil {
 		return errors.New("a part of it is not an object")
@@ -124,14 +124,14 @@ func (o *object) mayChange() error {
 
 func (o *object) text(key string) string { return text(o.fields[key]) }
 
-// text is a string in JSON; "" if it is none.
+// text decodes a JSON string; "" if raw is something else.
 func text(raw json.RawMessage) string {
 	var s string
 	_ = json.Unmarshal(raw, &s)
 	return s
 }
 
-// decoded is a value of data.
+// decoded decodes a value of data; nil if it is not base64.
 func decoded(raw json.RawMessage) []byte {
 	data, err := base64.StdEncoding.DecodeString(text(raw))
 	if err != nil {
@@ -143,11 +143,11 @@ func decoded(raw json.RawMessage) []byte {
 func encoded(data []byte) json.RawMessage { return quoted(base64.StdEncoding.EncodeToString(data)) }
 
 func quoted(s string) json.RawMessage {
-	raw, _ := json.Marshal(s) // a string always can be
+	raw, _ := json.Marshal(s) // it cannot fail on a string
 	return raw
 }
 
 func isNull(raw json.RawMessage) bool { return len(raw) == 0 || string(raw) == "null" }
 
-// sameRaw compares values, for which nothing and null are the same.
+// sameRaw compares values. A missing one is null.
 func sameRaw(a, b json.RawMessage) bool { return isNull(a) && isNull(b) || bytes.Equal(a, b) }

@@ -39,8 +39,8 @@ type execStatus struct {
 
 const execKind = "ExecCredential"
 
-// askPlugin runs the command of the kubeconfig. Nothing that it prints to
-// standard output may go into an error.
+// askPlugin runs the command of the kubeconfig. Its standard output holds
+// credentials, and goes into no error.
 func (c *client) askPlugin(ctx context.Context) (*credentials, error) {
 	exec := c.User.Exec
 	if c.query == nil {

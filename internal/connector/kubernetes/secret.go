@@ -39,12 +39,11 @@ const (
 	fingerprintAnnotation = "certctl.io/fingerprint"
 	targetAnnotation      = "certctl.io/target-id"
 
-	// maxTries is how often a change is tried that meets the change of somebody
-	// else.
+	// maxTries bounds how often a change is tried that conflicts with others'.
 	maxTries = 10
 )
 
-// secretChange puts a pair into a secret.
+// secretChange puts a key and its certificates into a secret.
 type secretChange struct {
 	client          *client
 	namespace, name string
@@ -152,8 +151,8 @@ func sameKey(data, want []byte) bool {
 	return err == nil && pemutil.SamePrivateKey(a, b)
 }
 
-// isOurs reports whether a deployment of this target put the pair there that the
-// secret holds, and nobody has replaced it since.
+// isOurs reports whether the pair in the secret is the last one that this target
+// put there.
 func (c *secretChange) isOurs(o *object) bool {
 	if text(o.annotations[targetAnnotation]) != c.target {
 		return false
@@ -246,14 +245,15 @@ func (c *secretChange) Restore(ctx context.Context, saved []byte) error {
 // Finish implements connector.Change.
 func (c *secretChange) Finish(context.Context) error { return nil }
 
-// request is a change of a secret. Without a verb it is none.
+// request is a change of a secret; without a verb, nothing is to change.
 type request struct {
 	verb string // as RBAC has it
 	*object
 }
 
-// again makes the request that next makes of the secret as it is; nil stands for
-// none. The resource version guards against the changes of others
+// again reads the secret, nil if there is none, and makes the request that next
+// returns for it, until it does not conflict. The resource version detects the
+// changes of others
 // (https://kubernetes.io/docs/reference/using-api/api-concepts/#resource-versions).
 func (c *secretChange) again(ctx context.Context, next func(*object) (request, error)) error {
 	for try := 1; ; try++ {
@@ -272,7 +272,7 @@ func (c *secretChange) again(ctx context.Context, next func(*object) (request, e
 	}
 }
 
-// do sends a request, and notes unless it was refused that the secret may have
+// do sends a request. Unless the API server refused it, the secret may have
 // changed.
 func (c *secretChange) do(ctx context.Context, r request) error {
 	query := url.Values{"fieldManager": {manager}}.Encode()
