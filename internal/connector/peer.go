@@ -37,6 +37,10 @@ func (h Host) Peer(host string, port int, named bool) (*Peer, error) {
 	return peer, peer.policy.CheckHost(host, peer.port)
 }
 
+// CheckRelayed reports whether keys may go there by way of a proxy, which looks
+// the name up by itself.
+func (p *Peer) CheckRelayed() error { return p.policy.CheckRelayed(p.host, p.port) }
+
 // Address returns host:port as configured.
 func (p *Peer) Address() string {
 	return net.JoinHostPort(p.host, strconv.Itoa(int(p.port)))

@@ -121,6 +121,22 @@ func (p *Policy) CheckHost(host string, port uint16) error {
 	return nil
 }
 
+// CheckRelayed is CheckHost for a host that a proxy connects to. CheckAddress is
+// not asked of what that looks up, so a name needs a rule of its own; and its
+// loopback is another host's.
+func (p *Policy) CheckRelayed(host string, port uint16) error {
+	if err := p.CheckHost(host, port); err != nil || p.Hosts == nil {
+		return err
+	}
+	addr, _ := netip.ParseAddr(host) // of a name the zero one, which no block contains
+	addr, name := addr.Unmap().WithZone(""), canonical(host)
+	allows := func(r HostRule) bool { return r.onPort(port) && (r.prefix.Contains(addr) || r.named(name)) }
+	if !slices.ContainsFunc(p.Hosts, allows) {
+		return refused(fmt.Sprintf("%s, port %d, which a proxy connects to,", name, port))
+	}
+	return nil
+}
+
 // isLoopbackName: no DNS server is asked for these (RFC 6761, section 6.3).
 func isLoopbackName(name string) bool {
 	return name == "localhost" || strings.HasSuffix(name, ".localhost")

@@ -120,3 +120,18 @@ func TestHosts(t *testing.T) {
 		}
 	}
 }
+
+func TestCheckRelayed(t *testing.T) {
+	list := []string{"api.example.org:6443", "*.k8s.example.org", "10.1.0.0/16"}
+	for host, want := range map[string]bool{"API.example.org.": true, "a.k8s.example.org": true, "10.1.2.3": true, "::ffff:10.1.2.3": true,
+		"k8s.example.org": false, "evil.example.org": false, "10.2.0.1": false, "localhost": false, "127.0.0.1": false, "0.0.0.0": false} {
+		p := &Policy{Hosts: rules(t, list...)}
+		if err := p.CheckRelayed(host, 6443); (err == nil) != want {
+			t.Errorf("%s: %v", host, err)
+		}
+	}
+	p := new(Policy)
+	if err := p.CheckRelayed("evil.example.org", 6443); err != nil {
+		t.Errorf("without a list: %v", err)
+	}
+}

@@ -72,6 +72,9 @@ func newClient(a *access, c *targetconf.Config, host connector.Host) (*client, e
 			return nil, targetconf.Invalid("kubeconfig_path", "%s: %v", a.from, err)
 		}
 		peer, err := host.Peer(at.Hostname(), port, a.named)
+		if err == nil && at == a.Cluster.Server && a.Cluster.Proxy != nil {
+			err = peer.CheckRelayed()
+		}
 		if err != nil {
 			return nil, fmt.Errorf("API server of %s: %w", a.from, err)
 		}

@@ -106,13 +106,23 @@ func TestAllowedHosts(t *testing.T) {
 	config := map[string]any{"namespace": "web", "secret_name": "www", "kubeconfig_path": path}
 	_, err := host.Connector(Type(), config)
 	says(t, err, "CERTCTL_ALLOWED_HOSTS", "203.0.113.1:6443", path)
-	writeKubeconfig(t, path, "https://127.0.0.1:6443\n    proxy-url: http://203.0.113.2:3128")
-	_, err = host.Connector(Type(), config)
-	says(t, err, "CERTCTL_ALLOWED_HOSTS", "203.0.113.2:3128")
 	writeKubeconfig(t, path, "https://127.0.0.1:6443")
 	if _, err := host.Connector(Type(), config); err != nil {
 		t.Errorf("loopback: %v", err)
 	}
+	block, err := policy.ParseHostRule("203.0.113.0/31")
+	must(t, err)
+	host.Policy.Hosts = []policy.HostRule{block}
+	for _, test := range [][3]string{
+		{"https://203.0.113.1:6443", "http://203.0.113.2:3128", "203.0.113.2:3128"},
+		{"https://api.example.org:6443", "http://203.0.113.1:3128", "api.example.org, port 6443, which a proxy connects to"},
+		{"https://localhost:6443", "socks5://203.0.113.1:1080", "localhost, port 6443, which a proxy connects to"},
+	} {
+		writeKubeconfig(t, path, test[0]+"\n    proxy-url: "+test[1])
+		_, err = host.Connector(Type(), config)
+		says(t, err, "CERTCTL_ALLOWED_HOSTS", test[2])
+	}
+	host.Policy.Hosts = []policy.HostRule{}
 	host.Getenv = func(name string) string {
 		return map[string]string{"KUBERNETES_SERVICE_HOST": "fd00::1", "KUBERNETES_SERVICE_PORT": "443"}[name]
 	}
