@@ -172,11 +172,13 @@ func (k *kubernetes) access(host connector.Host, podDir string) (*access, error)
 	if err != nil {
 		return nil, targetconf.Invalid("kubeconfig_path", "%s, %v", path, err)
 	}
-	a := &access{Context: found, from: path, named: k.target.Local("kubeconfig_path")}
+	// A file may hold contexts that its owner did not mean for the agent.
+	named := k.target.Local("kubeconfig_path") && (k.config.Context == "" || k.target.Local("context"))
+	a := &access{Context: found, from: path, named: named}
 	if found.Cluster.Insecure {
 		if !a.named {
-			return nil, targetconf.Invalid("kubeconfig_path", "%s, context %s: insecure-skip-tls-verify is accepted only of a file that an overlay of this host names: "+
-				"put kubeconfig_path there, or give the cluster its certificate authority", path, printable.Quote(found.Name))
+			return nil, targetconf.Invalid("kubeconfig_path", "%s, context %s: insecure-skip-tls-verify is accepted only of a file and context that an overlay of this host names: "+
+				"put kubeconfig_path there (context too, if it is set), or give the cluster its certificate authority", path, printable.Quote(found.Name))
 		}
 		k.warnings = append(k.warnings, "whoever is on the way to the API server can take the key: "+path+" has insecure-skip-tls-verify")
 	}

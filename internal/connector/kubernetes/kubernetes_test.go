@@ -134,6 +134,13 @@ func TestAllowedHosts(t *testing.T) {
 	if _, err := host.Connector(Type(), config); err != nil {
 		t.Errorf("one that an overlay names: %v", err)
 	}
+	config["context"] = "a" // the file may have others, which the overlay does not name
+	_, err = host.Connector(Type(), config)
+	says(t, err, "CERTCTL_ALLOWED_HOSTS", "203.0.113.1:6443")
+	must(t, os.WriteFile(filepath.Join(host.Overlays, "default.json"), fmt.Appendf(nil, `{"kubeconfig_path": %q, "context": "a"}`, path), 0o600))
+	if _, err := host.Connector(Type(), config); err != nil {
+		t.Errorf("a context that an overlay names: %v", err)
+	}
 }
 
 // A message that an admission webhook made of our request has no key in it.
