@@ -187,7 +187,13 @@ func (c *client) transport(shown *credentials) (*http.Transport, error) {
 		config.Certificates = []tls.Certificate{*shown.certificate}
 	}
 	return &http.Transport{
-		Proxy:             http.ProxyURL(c.Cluster.Proxy),
+		Proxy: http.ProxyURL(c.Cluster.Proxy),
+		OnProxyConnectResponse: func(_ context.Context, _ *url.URL, _ *http.Request, answer *http.Response) error {
+			if answer.StatusCode != http.StatusOK { // net/http would show all of the reason, whatever that is
+				return fmt.Errorf("the proxy of %s answers %s", c.from, printable.Line(answer.Status, 200))
+			}
+			return nil
+		},
 		TLSClientConfig:   config,
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {

@@ -176,6 +176,31 @@ func TestMessagesShowNoKey(t *testing.T) {
 	says(t, err, "denied: [redacted] is not wanted")
 }
 
+// What a proxy says is shown in one line of bounded length.
+func TestProxyRefuses(t *testing.T) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	proxy := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		conn, _, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			return
+		}
+		defer conn.Close()
+		fmt.Fprintf(conn, "HTTP/1.1 403 \x1b[31mno %s\r\n\r\n", strings.Repeat("x", 100_000))
+	})}
+	go func() { _ = proxy.Serve(listener) }()
+	defer proxy.Close()
+	host := conformance.NewHost(t, nil)
+	path := filepath.Join(t.TempDir(), "kubeconfig")
+	writeKubeconfig(t, path, "https://127.0.0.1:6443\n    proxy-url: http://user:hunter2@"+listener.Addr().String())
+	config := map[string]any{"namespace": "web", "secret_name": "www", "kubeconfig_path": path}
+	_, err = host.Deploy(t.Context(), Type(), config, host.Material(t, testca.Must(t)))
+	says(t, err, "the proxy of "+path+" answers 403")
+	if err != nil && (len(err.Error()) > 1000 || strings.Contains(err.Error(), "\x1b") || strings.Contains(err.Error(), "hunter2")) {
+		t.Errorf("got %d bytes: %.300q", len(err.Error()), err)
+	}
+}
+
 func TestReadCredential(t *testing.T) {
 	const version = "client.authentication.k8s.io/v1"
 	const head = `{"apiVersion":"client.authentication.k8s.io/v1","kind":"ExecCredential"`
