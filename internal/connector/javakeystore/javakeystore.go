@@ -107,11 +107,11 @@ func (k *javaKeystore) check(c *targetconf.Config) error {
 
 // Plan implements connector.Connector.
 func (k *javaKeystore) Plan(_ context.Context, m *connector.Material) (*connector.Plan, error) {
-	was, err := k.read()
+	was, open, err := k.read()
 	if err != nil {
 		return nil, err
 	}
-	data, had, err := k.replace(was, m)
+	data, had, err := k.replace(was, open, m)
 	if err != nil {
 		return nil, fmt.Errorf("key store %s: %w", k.config.Path, err)
 	}
@@ -132,26 +132,32 @@ func (k *javaKeystore) Plan(_ context.Context, m *connector.Material) (*connecto
 	return plan, nil
 }
 
-// read reads the store that is there; without one it returns no bytes, which are not nil.
-func (k *javaKeystore) read() ([]byte, error) {
+// read reads the store that is there, and reports whether every user can; without one it returns no
+// bytes, which are not nil.
+func (k *javaKeystore) read() (data []byte, open bool, err error) {
 	path := string(k.config.Path)
 	// What may not be written is not read either: the path comes from elsewhere.
 	if err := k.policy.CheckPath(hostfile.Real(path)); err != nil {
-		return nil, err
+		return nil, false, err
 	}
-	data, _, err := hostfile.Read(path, maxStore)
+	data, info, err := hostfile.Read(path, maxStore)
 	if errors.Is(err, fs.ErrNotExist) {
-		return []byte{}, nil
+		return []byte{}, false, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read the key store: %w", err)
+		return nil, false, fmt.Errorf("read the key store: %w", err)
 	}
-	return append([]byte{}, data...), nil
+	return append([]byte{}, data...), info.Mode().Perm()&0o004 != 0, nil
 }
 
+// errTrustStore refuses what would take the trust store, such as the JDK's cacerts, from other programs:
+// no file with a key in it stays readable for every user.
+var errTrustStore = errors.New("it holds certificates and no private key, and every user can read it, as other programs read a trust store; they could not any more: " +
+	"configure another path, or if only this server needs it, chmod o-r it first")
+
 // replace returns the store with m under the alias, which is the old one if that has it already. Had
-// is the private key under the alias before, if it can be read.
-func (k *javaKeystore) replace(was []byte, m *connector.Material) (data, had []byte, err error) {
+// is the private key under the alias before, if it can be read. Open says that every user can read was.
+func (k *javaKeystore) replace(was []byte, open bool, m *connector.Material) (data, had []byte, err error) {
 	password := k.config.Password.Reveal()
 	entry, err := newEntry(m, k.config.Alias, cmp.Or(k.config.KeyPassword.Reveal(), password))
 	if err != nil {
@@ -160,6 +166,9 @@ func (k *javaKeystore) replace(was []byte, m *connector.Material) (data, had []b
 	s, err := k.open(was, password)
 	if err != nil {
 		return nil, nil, explain(err)
+	}
+	if open && s.trusts() {
+		return nil, nil, errTrustStore
 	}
 	if old, err := s.Find(entry.Alias, entry.Password); err == nil && old != nil {
 		had = old.PKCS8

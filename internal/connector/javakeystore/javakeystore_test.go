@@ -235,6 +235,29 @@ func TestRefused(t *testing.T) {
 	}
 }
 
+// TestTrustStore: one that other programs read stays theirs.
+func TestTrustStore(t *testing.T) {
+	w := newWorld(t)
+	for _, name := range []string{"testdata/trusted.jks", "testdata/trusted.p12"} {
+		data, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.write(t, data)
+		config := configIn(w.Dir, "")
+		config["keystore_password"] = "correct horse"
+		for _, mode := range []os.FileMode{0o644, 0o640} {
+			if err := os.Chmod(w.path, mode); err != nil {
+				t.Fatal(err)
+			}
+			_, err := w.Deploy(t.Context(), Type(), config, w.Material(t, w.ca))
+			if mode == 0o644 && (err == nil || !strings.Contains(err.Error(), "no private key") || !bytes.Equal(w.read(t), data)) || mode == 0o640 && err != nil {
+				t.Errorf("%s with mode %04o: %v", name, mode, err)
+			}
+		}
+	}
+}
+
 // TestMasked: what control planes mask comes from an overlay; the type of a store that is there needs
 // none, and the path of keytool is not needed at all.
 func TestMasked(t *testing.T) {

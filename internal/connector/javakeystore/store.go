@@ -38,6 +38,9 @@ type store interface {
 	Put(keyentry.PrivateKey) (changed bool, err error)
 
 	Encode() ([]byte, error)
+
+	// trusts reports whether there are entries, and none that is a private key.
+	trusts() bool
 }
 
 // format is a type of store, by Java's name.
@@ -101,6 +104,24 @@ type pkcs12Store struct {
 
 func (s pkcs12Store) Put(k keyentry.PrivateKey) (bool, error) { return s.Store.Put(k, s.legacy) }
 
+func (s pkcs12Store) trusts() (some bool) {
+	for e := range s.Entries() {
+		if some = true; e.Kind == pkcs12.Key || e.Kind == pkcs12.EncryptedKey {
+			return false
+		}
+	}
+	return some
+}
+
 type jksStore struct{ *jks.Store }
 
 func (s jksStore) Encode() ([]byte, error) { return s.Store.Encode(), nil }
+
+func (s jksStore) trusts() (some bool) {
+	for e := range s.Entries() {
+		if some = true; e.Key != nil {
+			return false
+		}
+	}
+	return some
+}
