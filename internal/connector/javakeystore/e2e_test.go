@@ -56,10 +56,11 @@ func TestLive(t *testing.T) {
 		}
 		m := l.NewMaterial(t)
 		l.MustDeploy(t, m, "key_password", "another password")
+		l.Refuses(t, l.NewMaterial(t), "set key_password")
 		if err := os.WriteFile(passwords, was, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		l.MustDeploy(t, m)
+		l.MustDeploy(t, m, "key_password", liveserver.StorePassword)
 	})
 	for what, set := range map[string][]any{"legacy": {"legacy_ciphers", true}, "JKS": {"keystore_type", "JKS"}} {
 		t.Run(what, func(t *testing.T) {

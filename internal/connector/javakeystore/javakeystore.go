@@ -14,6 +14,8 @@ import (
 
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/hostfile"
+	"certctl-agent/internal/jks"
+	"certctl-agent/internal/pkcs12"
 	"certctl-agent/internal/policy"
 	"certctl-agent/internal/printable"
 	"certctl-agent/internal/secret"
@@ -170,7 +172,10 @@ func (k *javaKeystore) replace(was []byte, open bool, m *connector.Material) (da
 	if open && s.trusts() {
 		return nil, nil, errTrustStore
 	}
-	if old, err := s.Find(entry.Alias, entry.Password); err == nil && old != nil {
+	switch old, err := s.Find(entry.Alias, entry.Password); {
+	case k.config.KeyPassword.IsZero() && (errors.Is(err, pkcs12.ErrPassword) || errors.Is(err, jks.ErrPassword)):
+		return nil, nil, fmt.Errorf("alias %s: %w", printable.Quote(entry.Alias), errKeyPassword)
+	case err == nil && old != nil:
 		had = old.PKCS8
 	}
 	changed, err := s.Put(entry)

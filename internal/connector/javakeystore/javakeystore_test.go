@@ -211,6 +211,8 @@ func TestRefused(t *testing.T) {
 		{"JCEKS", jceks, map[string]any{"keystore_type": "JKS"}, "JCEKS"},
 		{"a trusted certificate", trusted, map[string]any{"keystore_password": "correct horse", "alias": "ROOT"}, "configure another alias"},
 		{"nothing there", nil, map[string]any{"create_keystore": "false"}, "create_keystore is false"},
+		{"a key under a password of its own", w.store(t, "JKS", "server"), map[string]any{"keystore_type": "JKS"}, "set key_password"},
+		{"the same in PKCS12", w.store(t, "PKCS12", "server"), nil, "set key_password"},
 		{"a type that is not there", good, map[string]any{"keystore_type": "BCFKS"}, "keystore_type: expected PKCS12 or JKS"},
 		{"a strange alias", good, map[string]any{"alias": "a\nb"}, "alias: expected"},
 		{"masked", good, map[string]any{"keystore_password": "********"}, "keystore_password: the control plane sent it masked"},
@@ -338,6 +340,7 @@ func TestOwnKey(t *testing.T) {
 		t.Errorf("a renewal of the agent's own key: %v", err)
 	}
 	w.write(t, w.store(t, "PKCS12", "server"))
+	config["key_password"] = keyPassword
 	if _, err := w.Deploy(t.Context(), Type(), config, w.Material(t, w.ca)); err == nil || !strings.Contains(err.Error(), "is not given to") {
 		t.Errorf("a store that somebody else has put there: got %v", err)
 	}

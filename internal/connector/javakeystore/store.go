@@ -97,6 +97,11 @@ func explain(err error) error {
 	return err
 }
 
+// errKeyPassword: a server that knows the key under its own password would not find the new one under
+// the store's.
+var errKeyPassword = errors.New("the private key there is under another password than the store: set key_password to what the server has for it, " +
+	"or delete the entry (keytool -delete)")
+
 type pkcs12Store struct {
 	*pkcs12.Store
 	legacy bool
