@@ -152,6 +152,11 @@ func (k *javaKeystore) read() (data []byte, open bool, err error) {
 	return append([]byte{}, data...), info.Mode().Perm()&0o004 != 0, nil
 }
 
+// errASCII: of anything else Java says that the password is wrong.
+var errASCII = errors.New("Java opens a PKCS12 store only with passwords of printable ASCII characters: take others for keystore_password and key_password")
+
+func notASCII(r rune) bool { return r < ' ' || r > '~' }
+
 // errTrustStore refuses what would take the trust store, such as the JDK's cacerts, from other programs:
 // no file with a key in it stays readable for every user.
 var errTrustStore = errors.New("it holds certificates and no private key, and every user can read it, as other programs read a trust store; they could not any more: " +
@@ -168,6 +173,9 @@ func (k *javaKeystore) replace(was []byte, open bool, m *connector.Material) (da
 	s, err := k.open(was, password)
 	if err != nil {
 		return nil, nil, explain(err)
+	}
+	if _, is := s.(pkcs12Store); is && strings.ContainsFunc(password+entry.Password, notASCII) {
+		return nil, nil, errASCII
 	}
 	if open && s.trusts() {
 		return nil, nil, errTrustStore

@@ -213,6 +213,8 @@ func TestRefused(t *testing.T) {
 		{"nothing there", nil, map[string]any{"create_keystore": "false"}, "create_keystore is false"},
 		{"a key under a password of its own", w.store(t, "JKS", "server"), map[string]any{"keystore_type": "JKS"}, "set key_password"},
 		{"the same in PKCS12", w.store(t, "PKCS12", "server"), nil, "set key_password"},
+		{"a password that Java does not take", nil, map[string]any{"keystore_password": "wröng-one"}, "printable ASCII"},
+		{"such a one for the key", good, map[string]any{"key_password": "wrong-one\t"}, "printable ASCII"},
 		{"a type that is not there", good, map[string]any{"keystore_type": "BCFKS"}, "keystore_type: expected PKCS12 or JKS"},
 		{"a strange alias", good, map[string]any{"alias": "a\nb"}, "alias: expected"},
 		{"masked", good, map[string]any{"keystore_password": "********"}, "keystore_password: the control plane sent it masked"},
