@@ -201,6 +201,34 @@ func TestProxyRefuses(t *testing.T) {
 	}
 }
 
+// What was not answered with the secret as it was sent was not done.
+func TestAnswers(t *testing.T) {
+	host := conformance.NewHost(t, nil)
+	var say string
+	server := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodGet {
+			w.WriteHeader(http.StatusNotFound)
+			fmt.Fprint(w, `{"kind":"Status","reason":"NotFound"}`)
+			return
+		}
+		fmt.Fprint(w, say)
+	}))
+	defer server.Close()
+	path := filepath.Join(t.TempDir(), "kubeconfig")
+	writeKubeconfig(t, path, server.URL+"\n    insecure-skip-tls-verify: true")
+	must(t, os.WriteFile(filepath.Join(host.Overlays, "default.json"), fmt.Appendf(nil, `{"kubeconfig_path": %q}`, path), 0o600))
+	m := host.Material(t, testca.Must(t))
+	for answer, want := range map[string]string{
+		"<html>please log in</html>": "not a secret",
+		"":                           "not a secret",
+		`{"kind":"Secret","metadata":{},"data":{"tls.crt":"AA==","tls.key":"AA=="}}`: "admission webhook",
+	} {
+		say = answer
+		_, err := host.Deploy(t.Context(), Type(), map[string]any{"namespace": "web", "secret_name": "www"}, m)
+		says(t, err, want)
+	}
+}
+
 func TestReadCredential(t *testing.T) {
 	const version = "client.authentication.k8s.io/v1"
 	const head = `{"apiVersion":"client.authentication.k8s.io/v1","kind":"ExecCredential"`

@@ -289,11 +289,23 @@ func (c *secretChange) do(ctx context.Context, r request) error {
 	if err != nil {
 		return err
 	}
-	_, err = c.client.call(ctx, method, path+"?"+query, body)
+	answer, err := c.client.call(ctx, method, path+"?"+query, body)
 	if code := codeOf(err); code < 400 || code >= 500 {
 		c.sent = true
 	}
-	return err
+	if err != nil || r.verb == "delete" {
+		return err
+	}
+	// Something before the API server may have answered, and admission may have
+	// changed what it got.
+	made, err := parseObject(answer)
+	if err != nil {
+		return fmt.Errorf("the answer of the API server: %w", err)
+	}
+	if !sameRaw(made.data[certKey], r.data[certKey]) || !sameRaw(made.data[keyKey], r.data[keyKey]) {
+		return errors.New("the API server took another certificate or key than was sent: look for an admission webhook that changes secrets")
+	}
+	return nil
 }
 
 func (c *secretChange) collection() string { return "/api/v1/namespaces/" + c.namespace + "/secrets" }
