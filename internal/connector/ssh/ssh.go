@@ -112,7 +112,9 @@ var (
 
 func (t *target) checkPeer(c *targetconf.Config) (err error) {
 	t.Host = strings.ToLower(strings.Trim(t.Host, "[]")) // of a literal IPv6 address
-	if _, err := netip.ParseAddr(t.Host); err != nil && !hostName.MatchString(t.Host) {
+	// A zone may be anything, and goes wherever the host does.
+	literal, zone, hasZone := strings.Cut(t.Host, "%")
+	if _, err := netip.ParseAddr(literal); err != nil && !hostName.MatchString(t.Host) || hasZone && !hostName.MatchString(zone) {
 		return targetconf.Invalid("host", "expected a host name or an address, got %s", printable.Quote(t.Host))
 	}
 	if !userName.MatchString(t.User) {

@@ -26,6 +26,11 @@ func TestNew(t *testing.T) {
 		{map[string]any{"reload_command": "/usr/bin/systemctl reload nginx@a.service --job-mode=fail"}, ""},
 		{map[string]any{"host": "-oProxyCommand=id"}, "host"},
 		{map[string]any{"host": "web1 id"}, "host"},
+		{map[string]any{"host": "fe80::1%eth0.7"}, ""},
+		{map[string]any{"host": "fe80::1%$(id)"}, "host"},
+		{map[string]any{"host": "fe80::1%eth0\nProxyCommand id"}, "host"},
+		{map[string]any{"host": "web1%eth0"}, "host"},
+		{map[string]any{"host": "fe80::1%"}, "host"},
 		{map[string]any{"user": "-oProxyCommand=id"}, "user"},
 		{map[string]any{"user": "a b"}, "user"},
 		{map[string]any{"port": 0}, ""}, // the default
