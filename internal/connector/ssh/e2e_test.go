@@ -25,11 +25,7 @@ type login struct {
 }
 
 func newLogin(t *testing.T, s *server) *login {
-	// What is private to a connection is looked for here.
-	temporary, err := os.MkdirTemp("/tmp", "t")
-	must(t, err)
-	t.Cleanup(func() { os.RemoveAll(temporary) })
-	t.Setenv("TMPDIR", temporary)
+	shortTemp(t) // where what a connection leaves is looked for
 	return &login{Host: conformance.NewHost(t, conformance.RunCommand), t: t, ca: testca.Must(t), server: s}
 }
 

@@ -182,14 +182,19 @@ func newDirectory(t *target) (*directory, error) {
 }
 
 // sweep removes directories of connections whose agent has been killed: they may
-// hold a key. The kernel has let go of their locks.
+// hold a key. The kernel has let go of their locks. A lock without an owner in it
+// is about to be taken.
 func sweep(base string) {
 	old, err := filepath.Glob(filepath.Join(base, dirPrefix+"*"))
 	if err != nil {
 		return
 	}
 	for _, path := range old {
-		if info, err := os.Lstat(path); err == nil && info.IsDir() && hostfile.Ours(info) && filelock.Free(filepath.Join(path, lockFile)) {
+		if info, err := os.Lstat(path); err != nil || !info.IsDir() || !hostfile.Ours(info) {
+			continue
+		}
+		lock := filepath.Join(path, lockFile)
+		if info, err := os.Lstat(lock); err == nil && info.Size() > 0 && filelock.Free(lock) {
 			os.RemoveAll(path)
 		}
 	}
