@@ -161,12 +161,12 @@ func TestConformance(t *testing.T) {
 	there := newElsewhere(t)
 	conformance.Run(t, conformance.Harness{
 		Type:     local(t, nil),
-		Required: []string{"host", "user", "cert_path", "key_path", "private_key_path"},
+		Required: []string{"host", "user", "cert_path", "key_path"},
 		Secrets:  []string{"hunter2"},
 		Config: func(dir string) map[string]any {
 			dir = there.of(dir)
 			return map[string]any{
-				"host": "192.0.2.1", "user": "deploy", "private_key_path": "/etc/certctl/id_ed25519", "passphrase": "hunter2",
+				"host": "192.0.2.1", "user": "deploy", "private_key": "-----BEGIN OPENSSH PRIVATE KEY-----", "passphrase": "hunter2",
 				"cert_path": filepath.Join(dir, "cert.pem"), "key_path": filepath.Join(dir, "key.pem"), "chain_path": filepath.Join(dir, "chain.pem"),
 				"validate_command": "test -s " + filepath.Join(dir, "cert.pem"), "reload_command": "test -s " + filepath.Join(dir, "key.pem"),
 			}

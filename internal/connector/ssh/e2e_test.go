@@ -1,6 +1,7 @@
 package ssh
 
 import (
+	"encoding/json"
 	"maps"
 	"net"
 	"os"
@@ -30,7 +31,7 @@ func newLogin(t *testing.T, s *server) *login {
 }
 
 // deploy deploys with changes to the configuration, key and value in turn; nil
-// takes a key away.
+// takes a key away. The path of the private key comes from the overlay.
 func (l *login) deploy(changes ...any) error {
 	l.t.Helper()
 	config := l.server.config()
@@ -40,6 +41,8 @@ func (l *login) deploy(changes ...any) error {
 			delete(config, changes[i].(string))
 		}
 	}
+	l.overlay("private_key_path", config["private_key_path"])
+	delete(config, "private_key_path")
 	_, err := l.Deploy(l.t.Context(), Type(), config, l.Material(l.t, l.ca))
 	left, globErr := filepath.Glob(filepath.Join(os.TempDir(), dirPrefix+"*"))
 	must(l.t, globErr)
@@ -47,6 +50,23 @@ func (l *login) deploy(changes ...any) error {
 		l.t.Errorf("the connection left %v", left)
 	}
 	return err
+}
+
+// overlay sets a key in the target's overlay; nil takes it away.
+func (l *login) overlay(key string, value any) {
+	l.t.Helper()
+	path := filepath.Join(l.Overlays, conformance.TargetID+".json")
+	settings := make(map[string]any)
+	if data, err := os.ReadFile(path); err == nil {
+		must(l.t, json.Unmarshal(data, &settings))
+	}
+	settings[key] = value
+	if value == nil {
+		delete(settings, key)
+	}
+	data, err := json.Marshal(settings)
+	must(l.t, err)
+	must(l.t, os.WriteFile(path, data, 0o600))
 }
 
 // works fails the test unless a first deployment and a renewal succeed.

@@ -59,7 +59,7 @@ func newThere(t *testing.T) *there {
 
 func (h *there) config() map[string]any {
 	return map[string]any{
-		"host": "192.0.2.1", "user": "deploy", "private_key_path": "/etc/certctl/id_ed25519",
+		"host": "192.0.2.1", "user": "deploy", "private_key": "-----BEGIN OPENSSH PRIVATE KEY-----",
 		"cert_path": filepath.Join(h.dir, "cert.pem"), "key_path": filepath.Join(h.dir, "key.pem"), "chain_path": filepath.Join(h.dir, "chain.pem"),
 		"reload_command": "test -s " + filepath.Join(h.dir, "key.pem"),
 	}

@@ -236,7 +236,7 @@ Host jump
 	must(t, os.WriteFile(config, []byte(text), 0o600))
 	must(t, os.WriteFile(filepath.Join(jump.dir, "known_jump"), []byte("jump "+jump.hostKey+"\n"), 0o600))
 	l.refuses("overlay", "host", "inner", "ssh_config", config)
-	must(t, os.WriteFile(filepath.Join(l.Overlays, conformance.TargetID+".json"), fmt.Appendf(nil, `{"ssh_config": %q}`, config), 0o600))
+	l.overlay("ssh_config", config)
 	l.works("host", "inner")
 	must(t, os.WriteFile(filepath.Join(jump.dir, "known_jump"), nil, 0o600))
 	l.refuses("Host key verification failed", "host", "inner")
@@ -334,13 +334,13 @@ func rotation(t *testing.T) {
 	config := conformance.Verified(o.address + ":443")
 	nginx := needs.Need(t, "nginx") + " -c " + conf
 	maps.Copy(config, map[string]any{
-		"host": o.address, "user": "root", "private_key_path": o.identity, "host_key": o.hostKey,
+		"host": o.address, "user": "root", "private_key": readFile(t, o.identity), "host_key": o.hostKey,
 		"cert_path": "/mnt/tls/cert.pem", "key_path": "/mnt/tls/key.pem", "validate_command": nginx + " -t -q", "reload_command": nginx + " -s reload",
 	})
 	// nginx does not start without a pair.
 	first := h.Material(t, ca)
 	if _, err := h.Deploy(t.Context(), Type(), map[string]any{
-		"host": o.address, "user": "root", "private_key_path": o.identity, "host_key": o.hostKey, "cert_path": "/mnt/tls/cert.pem", "key_path": "/mnt/tls/key.pem",
+		"host": o.address, "user": "root", "private_key": readFile(t, o.identity), "host_key": o.hostKey, "cert_path": "/mnt/tls/cert.pem", "key_path": "/mnt/tls/key.pem",
 	}, first); err != nil {
 		t.Fatal(err)
 	}

@@ -130,8 +130,17 @@ func (t *target) checkLogin(c *targetconf.Config) error {
 	if t.SSHConfig != "" && !c.Local("ssh_config") {
 		return targetconf.Invalid("ssh_config", "it can have ssh run programs on this host, so only the target's overlay may name it")
 	}
+	// Other hosts may trust root's own key, or this host's: which of the keys here
+	// opens which door is not for a control plane to say.
+	if t.PrivateKeyPath != "" && !c.Local("private_key_path") {
+		return targetconf.Invalid("private_key_path", "it has the agent log in with a key of this host, so only the target's overlay may name it: %s.json in CERTCTL_TARGETS_DIR", t.id)
+	}
 	switch t.AuthMethod {
 	case byPassword:
+		if (c.Local("password") || c.Local("password_file")) && (t.HostKey != "" && !c.Local("host_key") || t.KnownHosts != "" && !c.Local("known_hosts")) {
+			// A control plane could have it sent to a host of its own.
+			return targetconf.Invalid("password", "it is in the target's overlay, so host_key or known_hosts, which say who gets it, have to be there too")
+		}
 		if t.Password.IsZero() {
 			return targetconf.Invalid("password", "is required when auth_method is password")
 		}

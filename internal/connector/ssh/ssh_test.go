@@ -11,10 +11,12 @@ import (
 	"certctl-agent/internal/connector/conformance"
 )
 
+const aPrivateKey = "-----BEGIN OPENSSH PRIVATE KEY-----"
+
 const aKey = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJyuQh3pYc5V6TtMEYDKPqZGJSmGwTSxAhvmSSJ4nNfa"
 
 func TestNew(t *testing.T) {
-	base := map[string]any{"host": "web1.example.org", "user": "deploy", "cert_path": "/tls/c", "key_path": "/tls/k", "private_key_path": "/id"}
+	base := map[string]any{"host": "web1.example.org", "user": "deploy", "cert_path": "/tls/c", "key_path": "/tls/k", "private_key": aPrivateKey}
 	for _, test := range []struct {
 		changes map[string]any
 		says    string // "": no error
@@ -22,7 +24,7 @@ func TestNew(t *testing.T) {
 		{nil, ""},
 		{map[string]any{"host": "[2001:db8::1]", "port": "2222", "timeout": "90s", "sudo": "true", "host_key": aKey}, ""},
 		{map[string]any{"host_key": "web1.example.org " + aKey + " a comment\n" + aKey}, ""},
-		{map[string]any{"auth_method": "password", "password": "x", "private_key_path": ""}, ""},
+		{map[string]any{"auth_method": "password", "password": "x", "private_key": ""}, ""},
 		{map[string]any{"reload_command": "/usr/bin/systemctl reload nginx@a.service --job-mode=fail"}, ""},
 		{map[string]any{"host": "-oProxyCommand=id"}, "host"},
 		{map[string]any{"host": "web1 id"}, "host"},
@@ -38,8 +40,9 @@ func TestNew(t *testing.T) {
 		{map[string]any{"auth_method": "agent"}, "auth_method"},
 		{map[string]any{"auth_method": "password"}, "password"},
 		{map[string]any{"auth_method": "password", "password": "a\nb"}, "password"},
-		{map[string]any{"private_key": "-----BEGIN OPENSSH PRIVATE KEY-----\n"}, "private_key: private_key_path is set too"},
-		{map[string]any{"private_key_path": "", "private_key": "/id"}, "as PEM"},
+		{map[string]any{"private_key": ""}, "private_key_path: is required"},
+		{map[string]any{"private_key": "/id"}, "as PEM"},
+		{map[string]any{"private_key_path": "/root/.ssh/id_ed25519"}, "private_key_path: it has the agent log in with a key of this host"},
 		{map[string]any{"private_key_path": "********"}, "private_key_path"},
 		{map[string]any{"host_key": "********"}, "host_key"},
 		{map[string]any{"host_key": "ssh-ed25519 AAAA"}, "host_key"},
@@ -61,6 +64,35 @@ func TestNew(t *testing.T) {
 		_, err := host.Connector(Type(), config)
 		if (err == nil) != (test.says == "") || err != nil && !strings.Contains(err.Error(), test.says) {
 			t.Errorf("%v: got %v, want an error with %q", test.changes, err, test.says)
+		}
+	}
+}
+
+// TestOverlay: what is this host's, its owner says.
+func TestOverlay(t *testing.T) {
+	const overlayKey = `{"private_key_path": "/id"`
+	const overlayPassword = `{"auth_method": "password", "password": "x"`
+	for _, test := range []struct {
+		overlay string
+		changes map[string]any
+		says    string // "": no error
+	}{
+		{overlayKey + `}`, nil, ""},
+		{overlayKey + `}`, map[string]any{"private_key_path": "/root/.ssh/id_ed25519", "host_key": aKey}, ""}, // the overlay wins
+		{overlayKey + `}`, map[string]any{"private_key": aPrivateKey}, "private_key: private_key_path is set too"},
+		{overlayPassword + `}`, nil, ""},
+		{overlayPassword + `}`, map[string]any{"host_key": aKey}, "have to be there too"},
+		{overlayPassword + `}`, map[string]any{"known_hosts": "/tmp/mine"}, "have to be there too"},
+		{overlayPassword + `, "host_key": "` + aKey + `"}`, map[string]any{"host_key": "ssh-rsa AAAA"}, ""},
+		{overlayPassword + `, "host_key": "` + aKey + `"}`, map[string]any{"known_hosts": "/tmp/mine"}, "have to be there too"},
+	} {
+		host := conformance.NewHost(t, nil)
+		must(t, os.WriteFile(filepath.Join(host.Overlays, conformance.TargetID+".json"), []byte(test.overlay), 0o600))
+		config := map[string]any{"host": "web1.example.org", "user": "deploy", "cert_path": "/tls/c", "key_path": "/tls/k"}
+		maps.Copy(config, test.changes)
+		_, err := host.Connector(Type(), config)
+		if (err == nil) != (test.says == "") || err != nil && !strings.Contains(err.Error(), test.says) {
+			t.Errorf("%s, %v: got %v, want an error with %q", test.overlay, test.changes, err, test.says)
 		}
 	}
 }

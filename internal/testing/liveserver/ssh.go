@@ -64,6 +64,10 @@ func (s *Server) behindSSH(ctx context.Context, dir, sshd, keygen string) error 
 	if err != nil {
 		return err
 	}
+	identity, err := os.ReadFile(filepath.Join(dir, "login"))
+	if err != nil {
+		return err
+	}
 	port, err := FreePort()
 	if err != nil {
 		return err
@@ -92,7 +96,7 @@ func (s *Server) behindSSH(ctx context.Context, dir, sshd, keygen string) error 
 	}
 	s.Name, s.Type = "nginx behind ssh", "SSH"
 	maps.Copy(s.Config, map[string]any{
-		"port": port, "user": me.Username, "private_key_path": filepath.Join(dir, "login"), "host_key": strings.TrimSpace(string(hostKey)),
+		"port": port, "user": me.Username, "private_key": string(identity), "host_key": strings.TrimSpace(string(hostKey)),
 		"post_deploy_verify": map[string]any{"endpoint": s.Endpoint.Address},
 	})
 	return nil
