@@ -338,7 +338,8 @@ func (c *Client) attrs(r *reader, err error) (Attrs, error) {
 	return a, nil
 }
 
-// Names lists the names in a directory for which keep says true.
+// Names lists the names in a directory for which keep says true. A name may have
+// any length and anything in it.
 func (c *Client) Names(ctx context.Context, dir string, keep func(name string) bool) (names []string, err error) {
 	var p packet
 	p.string(dir)
@@ -361,7 +362,11 @@ func (c *Client) Names(ctx context.Context, dir string, keep func(name string) b
 		if err != nil {
 			return nil, err
 		}
-		for range r.uint32() {
+		count := r.uint32()
+		if count == 0 {
+			return nil, c.nonsense(errors.New("the server sends a list without an entry, which has no end"))
+		}
+		for range count {
 			name := r.string()
 			r.string() // as ls -l has it
 			r.attrs()

@@ -173,6 +173,19 @@ func TestNonsense(t *testing.T) {
 	}
 }
 
+// TestEndlessList: a server that sends lists of nothing is given up.
+func TestEndlessList(t *testing.T) {
+	answers := []string{hello, "\x00\x00\x00\x0a\x66\x00\x00\x00\x01\x00\x00\x00\x01d"}
+	for id := byte(2); id < 100; id++ {
+		answers = append(answers, "\x00\x00\x00\x09\x68\x00\x00\x00"+string(rune(id))+"\x00\x00\x00\x00")
+	}
+	c, err := answering(t, time.Second, answers...)
+	must(t, err)
+	if _, err := c.Names(t.Context(), "/x", func(string) bool { return true }); err == nil || !strings.Contains(err.Error(), "list without an entry") {
+		t.Errorf("got %v", err)
+	}
+}
+
 // TestSilence: a server that does not answer is given up, and the session with it.
 func TestSilence(t *testing.T) {
 	c, err := answering(t, 10*time.Millisecond, hello)
