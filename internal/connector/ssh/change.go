@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io/fs"
 	"path"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -19,6 +20,7 @@ import (
 
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/policy"
+	"certctl-agent/internal/printable"
 	"certctl-agent/internal/sftp"
 	"certctl-agent/internal/targetconf"
 )
@@ -38,6 +40,19 @@ const (
 	// bytes how many so: see sameKey.
 	keyStep  = 4
 	keySteps = 192
+
+	// maxPath bounds a path that the server makes of ours, in bytes.
+	maxPath = 4 << 10
+
+	// maxOurs is how many files of ours are removed at once.
+	maxOurs = 1000
+
+	// maxErrors is how many of them may fail.
+	maxErrors = 5
+
+	// maxSlow is how many times the timeout of one request all requests of Read,
+	// or of Write, may take together.
+	maxSlow = 10
 
 	// maxID bounds the ID of the change, in bytes.
 	maxID = 500
@@ -131,6 +146,8 @@ func (c *change) Read(ctx context.Context) (was []byte, same bool, err error) {
 	if err != nil {
 		return nil, false, err
 	}
+	ctx, cancel := c.within(ctx)
+	defer cancel()
 	var m manifest
 	same, any := true, false
 	for _, f := range c.files {
@@ -153,6 +170,13 @@ func (c *change) Read(ctx context.Context) (was []byte, same bool, err error) {
 	}
 	was, err = json.Marshal(m)
 	return was, same, err
+}
+
+// within bounds what a server that answers just in time, without an end, can make
+// of one step.
+func (c *change) within(ctx context.Context) (context.Context, context.CancelFunc) {
+	limit := maxSlow * c.timeout()
+	return context.WithTimeoutCause(ctx, limit, fmt.Errorf("%s is too slow: not done after %v", c.Host, limit))
 }
 
 // look finds out what is at the destination, and what has to be there.
@@ -207,7 +231,7 @@ func (c *change) resolvePath(ctx context.Context, s *session, f *file) (err erro
 		}
 		f.at = path.Join(f.at, path.Base(f.path))
 	}
-	if err == nil && (!path.IsAbs(f.at) || path.Clean(f.at) != f.at) {
+	if err == nil && (!path.IsAbs(f.at) || path.Clean(f.at) != f.at || printable.Line(f.at, maxPath) != f.at) {
 		err = fmt.Errorf("the server says that it leads to %.200q, which is no path", f.at)
 	}
 	return err
@@ -355,6 +379,9 @@ const (
 	oldSuffix  = ".old"
 )
 
+// ourName is what a name of ours is made of.
+var ourName = regexp.MustCompile(`^\.certctl-[A-Za-z0-9.-]{1,80}$`)
+
 func (c *change) mark() string { return markPrefix + digest([]byte(c.id))[:12] + "-" }
 
 func (c *change) name(f *file, suffix string) string {
@@ -369,8 +396,13 @@ func (c *change) ours(ctx context.Context, s *session, ats []string, keep func(n
 	}
 	slices.Sort(dirs)
 	for _, dir := range slices.Compact(dirs) {
+		found := 0
 		names, err := s.Names(ctx, dir, func(name string) bool {
-			return strings.HasPrefix(name, c.mark()) && !strings.Contains(name, "/") && keep(name)
+			is := found < maxOurs && strings.HasPrefix(name, c.mark()) && ourName.MatchString(name) && keep(name)
+			if is {
+				found++
+			}
+			return is
 		})
 		if err != nil {
 			return nil, fmt.Errorf("list directory %s: %w", dir, err)
@@ -394,6 +426,9 @@ func (c *change) sweep(ctx context.Context, s *session, ats []string, which func
 		if err := s.Remove(ctx, path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, fmt.Errorf("remove %s: %w", path, err))
 		}
+		if len(errs) == maxErrors {
+			break
+		}
 	}
 	return errors.Join(errs...)
 }
@@ -414,6 +449,15 @@ func (c *change) Write(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := c.replace(ctx, s); err != nil {
+		return err
+	}
+	return c.validate(ctx)
+}
+
+func (c *change) replace(ctx context.Context, s *session) error {
+	ctx, cancel := c.within(ctx)
+	defer cancel()
 	// What a killed run staged holds a key.
 	if err := c.sweep(ctx, s, c.ats(), isNew); err != nil {
 		return err
@@ -452,7 +496,7 @@ func (c *change) Write(ctx context.Context) error {
 			return fmt.Errorf("replace %s on %s: %w", f.at, c.Host, err)
 		}
 	}
-	return c.validate(ctx)
+	return nil
 }
 
 // stage writes a file under a name of ours.
