@@ -596,9 +596,24 @@ func (c *change) restore(ctx context.Context, s *session, m manifest, fresh bool
 	if err := c.sweep(ctx, s, ats, isNew); err != nil {
 		return err
 	}
+	// The files belong together: beside a certificate of somebody else's, the old
+	// key is as wrong as the new one.
+	now := make([]*looks, len(m.Files))
 	var errs []error
-	for _, old := range m.Files {
-		if err := c.restoreFile(ctx, s, old, fresh); err != nil {
+	for i, old := range m.Files {
+		var err error
+		if now[i], err = c.looksNow(ctx, s, old.At, old.Role == roleKey); err == nil && c.isForeign(old, now[i], fresh) {
+			err = errors.New("somebody else has changed it since, so it stays as it is, and what belongs to it")
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s on %s: %w", old.At, c.Host, err))
+		}
+	}
+	if len(errs) > 0 {
+		return errors.Join(errs...)
+	}
+	for i, old := range m.Files {
+		if err := c.restoreFile(ctx, s, old, now[i]); err != nil {
 			errs = append(errs, fmt.Errorf("%s on %s: %w", old.At, c.Host, err))
 		}
 	}
@@ -608,15 +623,16 @@ func (c *change) restore(ctx context.Context, s *session, m manifest, fresh bool
 	return c.sweep(ctx, s, ats, isAny)
 }
 
-func (c *change) restoreFile(ctx context.Context, s *session, old saved, fresh bool) error {
-	now, err := c.looksNow(ctx, s, old.At, old.Role == roleKey)
+// isForeign reports whether a public file is neither what was there nor what a
+// deployment put there.
+func (c *change) isForeign(old saved, now *looks, fresh bool) bool {
+	return now != nil && now.SHA256 != "" && !fresh && now.SHA256 != old.New && !c.wants(now.SHA256) && (old.Old == nil || *now != *old.Old)
+}
+
+func (c *change) restoreFile(ctx context.Context, s *session, old saved, now *looks) error {
 	switch {
-	case err != nil:
-		return err
 	case old.Old == nil && now == nil, old.Old != nil && now != nil && *now == *old.Old:
 		return nil
-	case now != nil && now.SHA256 != "" && !fresh && now.SHA256 != old.New && !c.wants(now.SHA256):
-		return errors.New("somebody else has changed it since, so it stays as it is")
 	case old.Old == nil:
 		return s.Remove(ctx, old.At)
 	}

@@ -210,6 +210,30 @@ func TestForeignFiles(t *testing.T) {
 	}
 }
 
+// TestSomebodyElse: who has put a pair of their own there meanwhile keeps all of
+// it.
+func TestSomebodyElse(t *testing.T) {
+	h := newThere(t)
+	must(t, h.deploy(local(t, nil), h.Material(t, h.ca)))
+	built, err := h.Connector(local(t, nil), h.config())
+	must(t, err)
+	defer connector.Close(built, h.Logger())
+	plan, err := built.Plan(t.Context(), h.Material(t, h.ca))
+	must(t, err)
+	was, _, err := plan.Changes[0].Read(t.Context())
+	must(t, err)
+	must(t, plan.Changes[0].Write(t.Context()))
+	theirs := h.Material(t, h.ca)
+	must(t, os.WriteFile(filepath.Join(h.dir, "cert.pem"), conformance.PEM(theirs.Leaf), 0o644))
+	must(t, os.WriteFile(filepath.Join(h.dir, "key.pem"), theirs.KeyPEM, 0o600))
+	if err := plan.Changes[0].Restore(t.Context(), was); err == nil || !strings.Contains(err.Error(), "somebody else") {
+		t.Errorf("got %v, want an error with %q", err, "somebody else")
+	}
+	if readFile(t, filepath.Join(h.dir, "cert.pem")) != string(conformance.PEM(theirs.Leaf)) || readFile(t, filepath.Join(h.dir, "key.pem")) != string(theirs.KeyPEM) {
+		t.Error("their pair is not whole any more")
+	}
+}
+
 func TestWhereFilesGo(t *testing.T) {
 	typ := local(t, nil)
 	t.Run("a symlink stays one", func(t *testing.T) {
