@@ -70,6 +70,30 @@ func (a *attempt) adopt() error {
 	return refused
 }
 
+// lockChanges has deployments of several targets that replace the same thing
+// elsewhere take turns: what they write must not get mixed.
+func (a *attempt) lockChanges(ctx context.Context) (release func(), err error) {
+	var ids []string
+	for _, c := range a.changes {
+		ids = append(ids, c.Name)
+	}
+	slices.Sort(ids) // two deployments cannot each hold what the other wants
+	var releases []func()
+	release = func() {
+		for _, release := range slices.Backward(releases) {
+			release()
+		}
+	}
+	for _, id := range ids {
+		unlock, err := acquire(ctx, &a.Engine.changes, id, patience(a.Yield), a.Yield)
+		if err != nil {
+			return release, &BusyError{Place: "change " + id, Err: fmt.Errorf("wait for another deployment that changes %s: %w", id, err)}
+		}
+		releases = append(releases, unlock)
+	}
+	return release, nil
+}
+
 // planned returns the change with an ID, or nil.
 func (a *attempt) planned(id string) *change {
 	i := slices.IndexFunc(a.changes, func(c *change) bool { return c.Name == id })

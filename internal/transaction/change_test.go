@@ -351,6 +351,38 @@ func TestOneStore(t *testing.T) {
 	}
 }
 
+// TestOneChange: several targets replace the same thing elsewhere, and all are
+// deployed at once.
+func TestOneChange(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	e := w.mustStore(t, nil)
+	at := &elsewhere{values: make(map[string]string)} // which nothing guards
+	const targets = 8
+	errs := make(chan error, targets)
+	for i := range targets {
+		go func() {
+			_, err := e.Deploy(t.Context(), Deployment{Target: api.ID(fmt.Sprint("t", i)), Connector: planFunc(func() *connector.Plan {
+				return &connector.Plan{Changes: []connector.Change{&remote{at, "two", fmt.Sprint(i)}, &remote{at, "one", fmt.Sprint(i)}}}
+			})})
+			errs <- err
+		}()
+	}
+	for range targets {
+		check(t, <-errs)
+	}
+	if len(at.calls) != 4*targets {
+		t.Fatalf("calls %q", at.calls)
+	}
+	for i, want := range slices.Repeat([]string{"write two", "write one", "finish two", "finish one"}, targets) {
+		if at.calls[i] != want {
+			t.Fatalf("calls %q: two deployments were at it at once", at.calls)
+		}
+	}
+	if at.values["one"] != at.values["two"] {
+		t.Errorf("a mix: %v", at.values)
+	}
+}
+
 type planFunc func() *connector.Plan
 
 func (f planFunc) Plan(context.Context, *connector.Material) (*connector.Plan, error) {

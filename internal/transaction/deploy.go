@@ -90,6 +90,11 @@ func (a *attempt) deploy(ctx context.Context) error {
 		return a.abandon(ctx, err)
 	}
 	defer a.leave()
+	releaseChanges, err := a.lockChanges(ctx)
+	defer releaseChanges()
+	if err != nil {
+		return a.abandon(ctx, err)
+	}
 	if other := a.conflicting(); other != nil {
 		return a.waitForEnd(ctx, other)
 	}

@@ -62,7 +62,7 @@ type Options struct {
 }
 
 // Engine carries out deployments. It is safe for concurrent use; deployments to
-// one target, or into one directory, wait for each other. Those of one directory
+// one target, into one directory, or with one Change, wait for each other. Those of one directory
 // can share a reload.
 type Engine struct {
 	opts    Options
@@ -71,6 +71,7 @@ type Engine struct {
 	backups *dir
 	targets namelock.Table // by target id
 	dirs    namelock.Table // by device and inode: what a deployment puts files into
+	changes namelock.Table // by ID
 	reloads namelock.Table // one name: the reloads after recovery take turns
 	sharing sharing        // deployments of one directory that are ready to reload
 
