@@ -444,7 +444,8 @@ func (s *said) String() string {
 func (d *directory) explain(ctx context.Context, p *process, err error) error {
 	<-p.ended
 	text := p.stderr.String()
-	e := &loginError{said: printable.Line(text, maxReason), hostKey: hostKeyProblemOf(text)}
+	// The server's own words come with it.
+	e := &loginError{said: printable.Line(command.Redact(text), maxReason), hostKey: hostKeyProblemOf(text)}
 	says := func(words string) bool { return strings.Contains(text, words) }
 	lost, wasLost := errors.AsType[*sftp.LostError](err)
 	switch {

@@ -1,8 +1,11 @@
 package ssh
 
 import (
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 )
@@ -41,4 +44,19 @@ func TestSweep(t *testing.T) {
 	}
 	making.Wait()
 	checkFiles(t, base)
+}
+
+// TestSaid: what a server has ssh say reaches an error without escapes, without
+// what looks like a key, and not all of it.
+func TestSaid(t *testing.T) {
+	p := &process{ended: make(chan struct{})}
+	close(p.ended)
+	const secret = "MHcCAQEEIJx3vQ9Yk2Lw7TzR5uB8nE4mD6sA1pG0hF3jK9cVbXqZoAoGCCqGSM49"
+	_, err := fmt.Fprintf(&p.stderr, "\x1b[2J-----BEGIN EC PRIVATE KEY-----\n%s\n-----END EC PRIVATE KEY-----\n%s", secret, strings.Repeat("no\n", 1<<20))
+	must(t, err)
+	d := &directory{target: &target{}}
+	said := d.explain(t.Context(), p, errors.New("ended")).Error()
+	if strings.Contains(said, secret[:20]) || strings.Contains(said, "\x1b") || len(said) > 2*maxReason || !strings.Contains(said, "no no") {
+		t.Errorf("got %q", said)
+	}
 }
