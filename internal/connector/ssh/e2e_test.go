@@ -157,6 +157,12 @@ func TestSaysWhy(t *testing.T) {
 	l.refuses("there is no directory", "cert_path", filepath.Join(l.server.dir, "none", "cert.pem"))
 	l.Policy.Hosts = []policy.HostRule{}
 	l.refuses("CERTCTL_ALLOWED_HOSTS", "host", "192.0.2.9")
+	forced := newServer(t)
+	forced.start(t, "ForceCommand "+sftpServer(t))
+	l = newLogin(t, forced)
+	l.works("reload_command", nil)
+	l.refuses("runs no commands", "reload_command", "true")
+	l.refuses("runs no commands", "validate_command", "true", "reload_command", nil)
 	bare := newServer(t)
 	bare.start(t, "Subsystem none /bin/false")
 	newLogin(t, bare).refuses("has no SFTP")

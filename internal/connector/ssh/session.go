@@ -340,17 +340,34 @@ func (d *directory) login(ctx context.Context, program string, address netip.Add
 		p.Close()
 		return nil, fmt.Errorf("its SFTP server does not have the extension %s, without which files cannot be replaced in one step: OpenSSH's sftp-server has it", sftp.PosixRename)
 	}
+	// Without the connection that is there, it fails.
+	again := slices.Concat(d.arguments(address, "yes"), []string{
+		"-o", "BatchMode=yes", "-o", "ControlMaster=no", "-o", "ControlPath=" + controlFile, "-o", "ProxyCommand=false", "-T"})
+	asked := false
 	return &session{
 		Client: client,
 		run: func(ctx context.Context, line string, timeout time.Duration) error {
-			// Without the connection that is there, it fails.
-			arguments := slices.Concat([]string{"ssh"}, d.arguments(address, "yes"), []string{
-				"-o", "BatchMode=yes", "-o", "ControlMaster=no", "-o", "ControlPath=" + controlFile, "-o", "ProxyCommand=false", "-n", "-T", "--", d.Host, line})
-			_, err := command.RunIn(ctx, d.path, arguments, timeout)
+			if !asked && d.onlySFTP(ctx, program, again) {
+				return errors.New("the account runs no commands: a forced command (ForceCommand, or command= in authorized_keys) answers each with SFTP")
+			}
+			asked = true
+			_, err := command.RunIn(ctx, d.path, slices.Concat([]string{"ssh"}, again, []string{"-n", "--", d.Host, line}), timeout)
 			return err
 		},
 		end: func() { p.end(); d.remove() },
 	}, nil
+}
+
+// onlySFTP reports whether the account has sftp-server in place of any command:
+// that ends without an error when nobody speaks to it, as if the command had run.
+func (d *directory) onlySFTP(ctx context.Context, program string, arguments []string) bool {
+	p, err := d.start(program, slices.Concat(arguments, []string{"--", d.Host, "true"}))
+	if err != nil {
+		return false
+	}
+	defer p.Close()
+	_, err = sftp.New(ctx, p, d.timeout())
+	return err == nil
 }
 
 // process is ssh, and the stream of what it runs at the other end.
