@@ -330,7 +330,7 @@ func testSharedFile(t *testing.T, fails bool) {
 	c.write(t, "site/common.pem", before.cert, 0o644)
 	for i := range all[:2] {
 		all[i].Files = append(all[i].Files, connector.File{Path: c.path("site/common.pem"), Kind: connector.CertificateFile,
-			Data: slices.Concat(after.cert, []byte(fmt.Sprintln("of", i)))})
+			Data: slices.Concat(after.cert, fmt.Appendln(nil, "of", i))})
 	}
 	inPlace := ""
 	all[0].Verify = func(context.Context) error {
