@@ -140,11 +140,12 @@ func TestHostile(t *testing.T) {
 			if lists++; lists > 200 {
 				return status(1, "")
 			}
-			list := number32(51)
+			var list strings.Builder
+			list.WriteString(number32(51))
 			for i := range 50 {
-				list += field(fmt.Sprint(c.mark(), lists, "-", i, newSuffix)) + field("") + number32(0)
+				list.WriteString(field(fmt.Sprint(c.mark(), lists, "-", i, newSuffix)) + field("") + number32(0))
 			}
-			return isName, list + field(c.mark()+strings.Repeat("x", 100_000)+newSuffix) + field("") + number32(0)
+			return isName, list.String() + field(c.mark()+strings.Repeat("x", 100_000)+newSuffix) + field("") + number32(0)
 		}
 		s, err := h.connect(t.Context(), t)
 		must(t, err)
