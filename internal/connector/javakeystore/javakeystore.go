@@ -153,7 +153,7 @@ func (k *javaKeystore) read() (data []byte, open bool, err error) {
 }
 
 // errASCII: of anything else Java says that the password is wrong.
-var errASCII = errors.New("Java opens a PKCS12 store only with passwords of printable ASCII characters: take others for keystore_password and key_password")
+var errASCII = errors.New("a PKCS12 store opens in Java only with passwords of printable ASCII characters: take others for keystore_password and key_password")
 
 func notASCII(r rune) bool { return r < ' ' || r > '~' }
 
