@@ -68,8 +68,11 @@ func newHost(t testing.TB, base string, run func(ctx context.Context, c policy.C
 			t.Fatal(err)
 		}
 	}
-	for dir := base; dir != os.TempDir() && dir != "/"; dir = filepath.Dir(dir) {
-		_ = os.Chmod(dir, 0o755) // the same servers must get here
+	// The same servers must get here. A directory for everybody's temporary files stays as it is.
+	for _, dir := range []string{base, filepath.Dir(base)} {
+		if info, err := os.Stat(dir); err == nil && info.Mode()&os.ModeSticky == 0 {
+			_ = os.Chmod(dir, 0o755)
+		}
 	}
 	h.Policy = &policy.Policy{Protected: []string{h.KeyDir, h.StateDir, h.Overlays}}
 	if h.state, err = os.OpenRoot(h.StateDir); err != nil {
