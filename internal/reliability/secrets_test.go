@@ -112,8 +112,9 @@ func TestSearchFinds(t *testing.T) {
 func TestFilesBeginPrivate(t *testing.T) {
 	// Only for tests and the demo, which have no keys of anybody.
 	others := []string{"testing", "conformance"}
-	// The directory of the status socket lives as long as its process.
-	makesDirs := map[string]bool{"atomicfile": true, "status": true}
+	// The directories of the status socket and of a connection through ssh live no
+	// longer than their process.
+	makesDirs := map[string]bool{"atomicfile": true, "status": true, "ssh": true}
 	created := 0
 	root := filepath.Join("..", "..")
 	for _, top := range []string{"internal", "cmd/certctl-agent"} {
