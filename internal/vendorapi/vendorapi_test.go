@@ -1,0 +1,276 @@
+package vendorapi
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"certctl-agent/internal/testing/testca"
+)
+
+// network answers the calls of a client in memory, each with the next of its
+// handlers, and the last again and again.
+type network struct {
+	handlers []http.HandlerFunc
+	calls    atomic.Int64
+}
+
+func (n *network) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	i := int(n.calls.Add(1)) - 1
+	n.handlers[min(i, len(n.handlers)-1)](w, r)
+}
+
+func (n *network) dial(context.Context, string) (net.Conn, error) {
+	client, server := net.Pipe()
+	go http.Serve(&single{conn: server}, n)
+	return client, nil
+}
+
+// single is a listener of one connection.
+type single struct{ conn net.Conn }
+
+func (s *single) Accept() (net.Conn, error) {
+	if conn := s.conn; conn != nil {
+		s.conn = nil
+		return conn, nil
+	}
+	return nil, net.ErrClosed
+}
+func (s *single) Close() error   { return nil }
+func (s *single) Addr() net.Addr { return &net.TCPAddr{} }
+
+func status(code int, headers ...string) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		for i := 0; i < len(headers); i += 2 {
+			w.Header().Set(headers[i], headers[i+1])
+		}
+		w.WriteHeader(code)
+		fmt.Fprintf(w, "body %d", code)
+	}
+}
+
+func drop(w http.ResponseWriter, _ *http.Request) {
+	conn, _, err := http.NewResponseController(w).Hijack()
+	if err == nil {
+		conn.Close()
+	}
+}
+
+func hang(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }
+
+// What is made again, what is not, and how long each takes.
+func TestRetries(t *testing.T) {
+	busy := func(e *StatusError) bool { return e.Status == 423 }
+	for _, test := range []struct {
+		name     string
+		method   string
+		reads    bool
+		handlers []http.HandlerFunc
+		calls    int64
+		took     time.Duration
+		says     string // "": success
+		lost     bool
+	}{
+		{"success", "POST", false, []http.HandlerFunc{status(201)}, 1, 0, "", false},
+		{"busy once", "POST", false, []http.HandlerFunc{status(503), status(200)}, 2, firstPause, "", false},
+		{"throttled, with a time", "POST", false, []http.HandlerFunc{status(429, "Retry-After", "7"), status(200)}, 2, 7 * time.Second, "", false},
+		{"throttled for too long", "GET", false, []http.HandlerFunc{status(429, "Retry-After", "61"), status(200)}, 1, 0, "429 Too Many Requests: body 429 (given up after 0s)", false},
+		{"the vendor's own busy", "POST", false, []http.HandlerFunc{status(423), status(200)}, 2, firstPause, "", false},
+		{"busy for ever", "POST", false, []http.HandlerFunc{status(503)}, 10, 55500 * time.Millisecond, "given up after 56s", false},
+		{"failed", "GET", false, []http.HandlerFunc{status(500)}, 1, 0, "500 Internal Server Error: body 500", false},
+		{"redirected", "GET", false, []http.HandlerFunc{status(307, "Location", "https://evil.example/")}, 1, 0, "it redirects to https://evil.example/, which is not followed", false},
+		{"a read whose answer is lost", "GET", false, []http.HandlerFunc{drop, status(200)}, 2, firstPause, "", false},
+		{"a POST that reads", "POST", true, []http.HandlerFunc{drop, status(200)}, 2, firstPause, "", false},
+		{"a change whose answer is lost", "POST", false, []http.HandlerFunc{drop, status(200)}, 1, 0, "it may have been carried out", true},
+		{"a read that hangs", "GET", false, []http.HandlerFunc{hang}, 1, defaultTimeout, "no answer within 30s", false},
+		{"a change that hangs", "PUT", false, []http.HandlerFunc{hang}, 1, defaultTimeout, "no answer within 30s (it may have been carried out)", true},
+		{"a long answer", "GET", false, []http.HandlerFunc{func(w http.ResponseWriter, _ *http.Request) { w.Write(make([]byte, 11)) }}, 1, 0, "longer than 10 bytes", false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				n := &network{handlers: test.handlers}
+				c := New(Options{Dial: n.dial, Busy: busy})
+				begun := time.Now()
+				answer, err := c.Do(t.Context(), &Request{Method: test.method, URL: "http://api.example/", Reads: test.reads, MaxAnswer: 10})
+				if took := time.Since(begun); took != test.took {
+					t.Errorf("it took %v, want %v", took, test.took)
+				}
+				if n.calls.Load() != test.calls {
+					t.Errorf("%d calls, want %d", n.calls.Load(), test.calls)
+				}
+				_, lost := errors.AsType[*LostError](err)
+				switch {
+				case test.says == "" && err != nil, test.says != "" && (err == nil || !strings.Contains(err.Error(), test.says)):
+					t.Errorf("got %v, want %q", err, test.says)
+				case lost != test.lost:
+					t.Errorf("%v: lost %v, want %v", err, lost, test.lost)
+				case err == nil && !strings.HasPrefix(string(answer.Body), "body 2"):
+					t.Errorf("the answer is %q", answer.Body)
+				}
+			})
+		})
+	}
+}
+
+func TestRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n, tries := &network{handlers: []http.HandlerFunc{status(200)}}, 0
+		c := New(Options{Dial: func(ctx context.Context, address string) (net.Conn, error) {
+			if tries++; tries < 3 {
+				return nil, syscall.ECONNREFUSED
+			}
+			return n.dial(ctx, address)
+		}})
+		if _, err := c.Do(t.Context(), &Request{Method: "POST", URL: "http://api.example/"}); err != nil || tries != 3 {
+			t.Errorf("after %d tries: %v", tries, err)
+		}
+		denied := errors.New("not allowed")
+		c = New(Options{Dial: func(context.Context, string) (net.Conn, error) { return nil, denied }})
+		_, err := c.Do(t.Context(), &Request{Method: "POST", URL: "http://api.example/"})
+		if _, lost := errors.AsType[*LostError](err); !errors.Is(err, denied) || lost {
+			t.Errorf("got %v (lost %v), want %v", err, lost, denied)
+		}
+	})
+}
+
+// A read ends with its context, a change that has begun does not.
+func TestCancel(t *testing.T) {
+	for method, want := range map[string]time.Duration{"GET": time.Second, "POST": 3 * time.Second} {
+		synctest.Test(t, func(t *testing.T) {
+			ctx, cancel := context.WithCancelCause(t.Context())
+			slow := func(w http.ResponseWriter, r *http.Request) {
+				time.AfterFunc(time.Second, func() { cancel(errors.New("the agent is stopping")) })
+				select {
+				case <-time.After(3 * time.Second):
+				case <-r.Context().Done():
+				}
+			}
+			n := &network{handlers: []http.HandlerFunc{slow}}
+			c := New(Options{Dial: n.dial})
+			begun := time.Now()
+			_, err := c.Do(ctx, &Request{Method: method, URL: "http://api.example/"})
+			if took := time.Since(begun); took != want || (err == nil) != (method == "POST") {
+				t.Errorf("%s: %v after %v, want %v", method, err, took, want)
+			}
+			_, err = c.Do(ctx, &Request{Method: method, URL: "http://api.example/"})
+			if err == nil || err.Error() != "the agent is stopping" || n.calls.Load() != 1 {
+				t.Errorf("%s after the end: %v, %d calls", method, err, n.calls.Load())
+			}
+		})
+	}
+}
+
+// What the other side says is bounded, on one line, and without keys.
+func TestMessage(t *testing.T) {
+	key := "-----BEGIN PRIVATE KEY-----\nMIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg\n-----END PRIVATE KEY-----"
+	body := "denied\x1b[2J\n" + key + strings.Repeat("x", 1<<20)
+	n := &network{handlers: []http.HandlerFunc{func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(http.StatusForbidden)
+		w.Write([]byte(body))
+	}}}
+	_, err := New(Options{Dial: n.dial}).Do(t.Context(), &Request{Method: "GET", URL: "http://api.example/"})
+	if StatusOf(err) != 403 || len(err.Error()) > maxMessage+100 || strings.ContainsAny(err.Error(), "\x1b\n") || strings.Contains(err.Error(), "MIGHAgEA") {
+		t.Errorf("got %q", err)
+	}
+	c := New(Options{Dial: n.dial, Message: func([]byte) string { return "no such thing" }})
+	if _, err = c.Do(t.Context(), &Request{Method: "GET", URL: "http://api.example/"}); err.Error() != "403 Forbidden: no such thing" {
+		t.Errorf("got %q", err)
+	}
+}
+
+func TestTrust(t *testing.T) {
+	ca := testca.Must(t)
+	pair, err := ca.TLSCertificate("127.0.0.1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := httptest.NewUnstartedServer(status(200))
+	server.TLS = &tls.Config{Certificates: []tls.Certificate{pair}}
+	server.Config.ErrorLog = log.New(io.Discard, "", 0)
+	server.StartTLS()
+	defer server.Close()
+	file := filepath.Join(t.TempDir(), "ca.pem")
+	if err := os.WriteFile(file, ca.PEM(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	sum := fmt.Sprintf("%x", sha256.Sum256(pair.Certificate[0]))
+	other := fmt.Sprintf("%x", sha256.Sum256(nil))
+	for name, test := range map[string]struct {
+		trust Trust
+		says  string
+	}{
+		"the system's authorities": {Trust{}, "unknown authority"},
+		"its own authority":        {Trust{CAFile: file}, ""},
+		"no such file":             {Trust{CAFile: file + "2"}, "no such file"},
+		"its fingerprint":          {Trust{Fingerprint: strings.ToUpper(sum[:2]) + ":" + sum[2:]}, ""},
+		"another fingerprint":      {Trust{Fingerprint: other}, "has the SHA-256 fingerprint " + sum},
+		"another, and insecure":    {Trust{Fingerprint: other, Insecure: true}, "has the SHA-256 fingerprint"},
+		"not a fingerprint":        {Trust{Fingerprint: "ab"}, "64 hexadecimal digits"},
+		"insecure":                 {Trust{Insecure: true}, ""},
+	} {
+		_, err := New(Options{TLS: test.trust.Config}).Do(t.Context(), &Request{Method: "POST", URL: server.URL})
+		if (err == nil) != (test.says == "") || err != nil && !strings.Contains(err.Error(), test.says) {
+			t.Errorf("%s: got %v, want %q", name, err, test.says)
+		}
+		if _, lost := errors.AsType[*LostError](err); lost {
+			t.Errorf("%s: nothing was sent, and the error says it may have been: %v", name, err)
+		}
+	}
+}
+
+// A proxy gets the connection, and what it says is bounded.
+func TestProxy(t *testing.T) {
+	var asked atomic.Value
+	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked.Store(r.Method + " " + r.Host)
+		http.Error(w, "no", http.StatusProxyAuthRequired)
+	}))
+	defer proxy.Close()
+	c := New(Options{
+		Dial: func(context.Context, string) (net.Conn, error) { return nil, errors.New("dialled the peer itself") },
+		Proxy: func(*url.URL) *url.URL {
+			u, _ := url.Parse(proxy.URL)
+			return u
+		},
+	})
+	_, err := c.Do(t.Context(), &Request{Method: "POST", URL: "https://api.example/"})
+	if err == nil || !strings.Contains(err.Error(), "answers 407") || asked.Load() != "CONNECT api.example:443" {
+		t.Errorf("got %v; the proxy was asked %v", err, asked.Load())
+	}
+}
+
+// Each try is authenticated anew.
+func TestSign(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := &network{handlers: []http.HandlerFunc{status(503), func(w http.ResponseWriter, r *http.Request) {
+			fmt.Fprint(w, r.Header.Get("Authorization"), r.Header.Get("X"))
+		}}}
+		tries := 0
+		c := New(Options{Dial: n.dial, Sign: func(_ context.Context, r *http.Request, body []byte) error {
+			tries++
+			r.Header.Set("Authorization", fmt.Sprintf("%d of %s", tries, body))
+			return nil
+		}})
+		header := http.Header{"X": {"y"}}
+		answer, err := c.Do(t.Context(), &Request{Method: "POST", URL: "http://api.example/", Header: header, Body: []byte("b")})
+		if err != nil || string(answer.Body) != "2 of by" || len(header) != 1 {
+			t.Errorf("got %v, %v; header %v", answer, err, header)
+		}
+	})
+}
