@@ -48,13 +48,12 @@ const (
 
 // Options are of one API.
 type Options struct {
-	// Dial connects to an address, host:port, after asking the policy for it.
-	// Nil: anything is allowed, since no private key is sent.
+	// Dial connects to the API or, if there is one, to the proxy, at host:port. It
+	// asks the policy. Nil: to any, because no private key is sent, or because the
+	// policy has allowed what the proxy is to connect to.
 	Dial func(ctx context.Context, address string) (net.Conn, error)
 
-	// Proxy is the one to reach u by; nil: none. The owner of this host has named
-	// it, and whoever calls has asked the policy about what it connects to.
-	Proxy func(u *url.URL) *url.URL
+	Proxy *url.URL // nil: none
 
 	// TLS is asked for each try, since what it reads may have rotated. Nil: the
 	// authorities of the system are trusted.
@@ -212,7 +211,7 @@ func (c *Client) try(ctx context.Context, r *Request) (*Answer, error) {
 			return nil, err
 		}
 	}
-	transport, err := c.transport(request.URL)
+	transport, err := c.transport()
 	if err != nil {
 		return nil, err
 	}
@@ -241,7 +240,7 @@ func (c *Client) try(ctx context.Context, r *Request) (*Answer, error) {
 // transport serves one request. A connection that is kept could be closed by the
 // other side just when a change is sent by it, which nobody could tell from one
 // that was carried out.
-func (c *Client) transport(u *url.URL) (*http.Transport, error) {
+func (c *Client) transport() (*http.Transport, error) {
 	config := &tls.Config{}
 	if c.options.TLS != nil {
 		var err error
@@ -250,12 +249,8 @@ func (c *Client) transport(u *url.URL) (*http.Transport, error) {
 		}
 	}
 	config.MinVersion = max(config.MinVersion, tls.VersionTLS12)
-	dial := c.options.Dial
-	var proxy *url.URL
-	if c.options.Proxy != nil {
-		proxy = c.options.Proxy(u)
-	}
-	if dial == nil || proxy != nil {
+	proxy, dial := c.options.Proxy, c.options.Dial
+	if dial == nil {
 		dial = func(ctx context.Context, address string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "tcp", address)
 		}

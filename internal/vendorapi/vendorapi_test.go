@@ -242,14 +242,12 @@ func TestProxy(t *testing.T) {
 		http.Error(w, "no", http.StatusProxyAuthRequired)
 	}))
 	defer proxy.Close()
-	c := New(Options{
-		Dial: func(context.Context, string) (net.Conn, error) { return nil, errors.New("dialled the peer itself") },
-		Proxy: func(*url.URL) *url.URL {
-			u, _ := url.Parse(proxy.URL)
-			return u
-		},
-	})
-	_, err := c.Do(t.Context(), &Request{Method: "POST", URL: "https://api.example/"})
+	at, err := url.Parse(proxy.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := New(Options{Proxy: at})
+	_, err = c.Do(t.Context(), &Request{Method: "POST", URL: "https://api.example/"})
 	if err == nil || !strings.Contains(err.Error(), "answers 407") || asked.Load() != "CONNECT api.example:443" {
 		t.Errorf("got %v; the proxy was asked %v", err, asked.Load())
 	}
