@@ -55,15 +55,16 @@ type Options struct {
 
 	Proxy *url.URL // nil: none
 
-	// TLS is asked for each try, since what it reads may have rotated. Nil: the
-	// authorities of the system are trusted.
+	// TLS is asked for each try, after Sign, since what it reads may have rotated.
+	// Nil: the authorities of the system are trusted.
 	TLS func() (*tls.Config, error)
 
 	// Sign authenticates a request, for each try. Nil: requests stay as they are.
 	Sign func(ctx context.Context, request *http.Request, body []byte) error
 
-	// Busy reports whether an answer says that nothing has been done and that the
-	// call may be made again; 429 and 503 say so anyway. Nil: no other does.
+	// Busy is asked about each answer that is not success: does it say that nothing
+	// has been done, and may the call be made again? 429 and 503 count as yes. Nil:
+	// nothing else does.
 	Busy func(*StatusError) bool
 
 	// Message is the vendor's own message in the body of an answer that is not
@@ -172,8 +173,8 @@ func (c *Client) Do(ctx context.Context, r *Request) (*Answer, error) {
 
 func (c *Client) mayRepeat(r *Request, err error) bool {
 	if status, ok := errors.AsType[*StatusError](err); ok {
-		return status.Status == http.StatusTooManyRequests || status.Status == http.StatusServiceUnavailable ||
-			c.options.Busy != nil && c.options.Busy(status)
+		busy := c.options.Busy != nil && c.options.Busy(status)
+		return busy || status.Status == http.StatusTooManyRequests || status.Status == http.StatusServiceUnavailable
 	}
 	if errors.Is(err, syscall.ECONNREFUSED) {
 		return true
@@ -232,7 +233,7 @@ func (c *Client) try(ctx context.Context, r *Request) (*Answer, error) {
 	case err != nil:
 		return fail(err)
 	case int64(len(body)) > limit:
-		return fail(fmt.Errorf("the answer is longer than %d bytes", limit))
+		return fail(fmt.Errorf("the answer is longer than %d KiB", limit>>10))
 	}
 	return &Answer{Status: response.StatusCode, Header: response.Header, Body: body}, nil
 }

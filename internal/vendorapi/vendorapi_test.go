@@ -100,14 +100,14 @@ func TestRetries(t *testing.T) {
 		{"a change whose answer is lost", "POST", false, []http.HandlerFunc{drop, status(200)}, 1, 0, "it may have been carried out", true},
 		{"a read that hangs", "GET", false, []http.HandlerFunc{hang}, 1, defaultTimeout, "no answer within 30s", false},
 		{"a change that hangs", "PUT", false, []http.HandlerFunc{hang}, 1, defaultTimeout, "no answer within 30s (it may have been carried out)", true},
-		{"a long answer", "GET", false, []http.HandlerFunc{func(w http.ResponseWriter, _ *http.Request) { w.Write(make([]byte, 11)) }}, 1, 0, "longer than 10 bytes", false},
+		{"a long answer", "GET", false, []http.HandlerFunc{func(w http.ResponseWriter, _ *http.Request) { w.Write(make([]byte, 1<<10+1)) }}, 1, 0, "longer than 1 KiB", false},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				n := &network{handlers: test.handlers}
 				c := New(Options{Dial: n.dial, Busy: busy})
 				begun := time.Now()
-				answer, err := c.Do(t.Context(), &Request{Method: test.method, URL: "http://api.example/", Reads: test.reads, MaxAnswer: 10})
+				answer, err := c.Do(t.Context(), &Request{Method: test.method, URL: "http://api.example/", Reads: test.reads, MaxAnswer: 1 << 10})
 				if took := time.Since(begun); took != test.took {
 					t.Errorf("it took %v, want %v", took, test.took)
 				}

@@ -1,14 +1,12 @@
 package kubernetes
 
 import (
-	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"net/url"
@@ -17,13 +15,12 @@ import (
 	"syscall"
 	"time"
 
-	"certctl-agent/internal/command"
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/policy"
-	"certctl-agent/internal/printable"
 	"certctl-agent/internal/serverconf"
 	"certctl-agent/internal/targetconf"
 	"certctl-agent/internal/trustedfile"
+	"certctl-agent/internal/vendorapi"
 )
 
 const (
@@ -31,20 +28,11 @@ const (
 	// most, in base64, and has metadata.
 	maxAnswer = 4 << 20
 
-	// maxMessage bounds what is kept of an error that the API server reports, in
-	// bytes.
-	maxMessage = 1 << 10
-
 	// maxCredential bounds the files of tokens and certificates, in bytes.
 	maxCredential = 256 << 10
 
 	// retryFor is how long a call is tried again, in all.
 	retryFor = time.Minute
-
-	// firstPause is before the second try, and doubles from there to maxPause,
-	// unless the API server says how long it wants to be left alone.
-	firstPause = 500 * time.Millisecond
-	maxPause   = 10 * time.Second
 )
 
 // client calls one API server.
@@ -170,9 +158,9 @@ func orFile(data []byte, path string) ([]byte, error) {
 	return readFile(path)
 }
 
-// transport serves one request: by the next, certificate and authority may have rotated.
-func (c *client) transport(shown *credentials) (*http.Transport, error) {
-	config := &tls.Config{MinVersion: tls.VersionTLS12, ServerName: c.Cluster.ServerName, InsecureSkipVerify: c.Cluster.Insecure}
+// tls is asked for each request: by the next, certificate and authority may have rotated.
+func (c *client) tls(shown *credentials) (*tls.Config, error) {
+	config := &tls.Config{ServerName: c.Cluster.ServerName, InsecureSkipVerify: c.Cluster.Insecure}
 	ca, err := orFile(c.Cluster.CA, c.Cluster.CAFile)
 	if err != nil {
 		return nil, fmt.Errorf("certificate authority of %s: %w", c.from, err)
@@ -186,32 +174,7 @@ func (c *client) transport(shown *credentials) (*http.Transport, error) {
 	if shown.certificate != nil {
 		config.Certificates = []tls.Certificate{*shown.certificate}
 	}
-	return &http.Transport{
-		Proxy: http.ProxyURL(c.Cluster.Proxy),
-		OnProxyConnectResponse: func(_ context.Context, _ *url.URL, _ *http.Request, answer *http.Response) error {
-			if answer.StatusCode != http.StatusOK { // net/http would show all of the reason, whatever that is
-				return fmt.Errorf("the proxy of %s answers %s", c.from, printable.Line(answer.Status, 200))
-			}
-			return nil
-		},
-		TLSClientConfig:   config,
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
-			peer := c.peers[address]
-			if peer == nil {
-				return nil, fmt.Errorf("%s is neither the API server nor its proxy", address)
-			}
-			return peer.Dial(ctx)
-		},
-	}, nil
-}
-
-// statusError is an answer that is not success.
-type statusError struct {
-	code    int
-	status  status
-	after   time.Duration // how long the API server wants to be left alone; 0: it does not say
-	message string
+	return config, nil
 }
 
 // status is a Status of the API, see
@@ -225,129 +188,69 @@ type status struct {
 	} `json:"details"`
 }
 
-func (e *statusError) Error() string {
-	return strings.TrimSuffix(fmt.Sprintf("%d %s: %s", e.code, http.StatusText(e.code), e.message), ": ")
+// parseStatus returns the Status in an answer. It returns an empty one if
+// something else than an API server gave the answer.
+func parseStatus(body []byte) (s status) {
+	if json.Unmarshal(body, &s) != nil || s.Kind != "Status" {
+		return status{}
+	}
+	return s
 }
 
-// codeOf is the status code of a statusError that the API server itself sent,
-// else 0.
+// codeOf is the status code of an answer that the API server itself gave, else 0.
 func codeOf(err error) int {
-	if e, ok := errors.AsType[*statusError](err); ok && e.status.Kind == "Status" {
-		return e.code
+	if e, ok := errors.AsType[*vendorapi.StatusError](err); ok && parseStatus(e.Body).Kind != "" {
+		return e.Status
 	}
 	return 0
 }
 
-// call makes a request, and retries it while the API server is restarting or
-// busy. Cancellation does not end a change under way: an undo has to know whether
-// it happened.
+// call makes a request, with the credentials of the moment.
 func (c *client) call(ctx context.Context, method, path string, body []byte) ([]byte, error) {
-	begun, pause, refreshed, away := time.Now(), firstPause, false, false
-	for {
-		answer, err := c.send(ctx, method, path, body)
-		if err == nil {
-			return answer, nil
-		}
-		wait := pause
-		status, _ := errors.AsType[*statusError](err)
-		switch {
-		case status != nil && status.code == http.StatusUnauthorized && !refreshed && (c.plugin != nil || c.User.TokenFile != ""):
-			c.issued, refreshed = nil, true // it may have rotated just now
-			continue
-		case status != nil && (status.code == http.StatusTooManyRequests || status.code == http.StatusServiceUnavailable):
-			wait, away = max(wait, status.after), true
-		case errors.Is(err, syscall.ECONNREFUSED):
-			away = true
-		case status != nil && away && (status.code == http.StatusUnauthorized || status.code == http.StatusForbidden):
+	var shown *credentials
+	refreshed, away := false, false
+	api := vendorapi.New(vendorapi.Options{
+		Dial: func(ctx context.Context, address string) (net.Conn, error) {
+			peer := c.peers[address]
+			if peer == nil {
+				return nil, fmt.Errorf("%s is neither the API server nor its proxy", address)
+			}
+			conn, err := peer.Dial(ctx)
+			away = away || errors.Is(err, syscall.ECONNREFUSED)
+			return conn, err
+		},
+		Proxy: c.Cluster.Proxy,
+		Sign: func(ctx context.Context, request *http.Request, _ []byte) (err error) {
+			shown, err = c.credentials(ctx)
+			if err == nil && shown.token != "" {
+				request.Header.Set("Authorization", "Bearer "+shown.token)
+			}
+			return err
+		},
+		TLS: func() (*tls.Config, error) { return c.tls(shown) },
+		Busy: func(e *vendorapi.StatusError) bool {
+			switch {
+			case e.Status == http.StatusTooManyRequests || e.Status == http.StatusServiceUnavailable:
+				away = true
+			case e.Status == http.StatusUnauthorized && !refreshed && (c.plugin != nil || c.User.TokenFile != ""):
+				c.issued, refreshed = nil, true // it may have rotated just now
+				return true
+			}
 			// An API server that has just started knows neither service accounts nor
 			// roles until it has read them.
-		default:
-			return nil, err
-		}
-		if tried := time.Since(begun); tried+wait > c.patience {
-			return nil, fmt.Errorf("%w (given up after %v)", err, tried.Round(time.Second))
-		}
-		select {
-		case <-time.After(wait):
-			pause = min(2*pause, maxPause)
-		case <-ctx.Done():
-			return nil, fmt.Errorf("%w; %w", err, context.Cause(ctx))
-		}
-	}
-}
-
-func (c *client) send(ctx context.Context, method, path string, body []byte) ([]byte, error) {
-	if err := ctx.Err(); err != nil {
-		return nil, context.Cause(ctx)
-	}
-	if method != http.MethodGet {
-		ctx = context.WithoutCancel(ctx)
-	}
-	ctx, cancel := context.WithTimeoutCause(ctx, c.timeout, fmt.Errorf("no answer within %v", c.timeout))
-	defer cancel()
-	shown, err := c.credentials(ctx)
-	if err != nil {
-		return nil, err
-	}
-	transport, err := c.transport(shown)
-	if err != nil {
-		return nil, err
-	}
-	request, err := http.NewRequestWithContext(ctx, method, c.Cluster.Server.String()+path, bytes.NewReader(body))
-	if err != nil {
-		return nil, err
-	}
-	request.Header.Set("Accept", "application/json")
-	request.Header.Set("User-Agent", manager)
-	if shown.token != "" {
-		request.Header.Set("Authorization", "Bearer "+shown.token)
-	}
+			return away && (e.Status == http.StatusUnauthorized || e.Status == http.StatusForbidden)
+		},
+		Message:  func(body []byte) string { return parseStatus(body).Message },
+		Timeout:  c.timeout,
+		Patience: c.patience,
+	})
+	header := http.Header{"Accept": {"application/json"}, "User-Agent": {manager}}
 	if len(body) > 0 {
-		request.Header.Set("Content-Type", "application/json")
+		header.Set("Content-Type", "application/json")
 	}
-	client := &http.Client{Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
-	response, err := client.Do(request)
+	answer, err := api.Do(ctx, &vendorapi.Request{Method: method, URL: c.Cluster.Server.String() + path, Header: header, Body: body, MaxAnswer: maxAnswer})
 	if err != nil {
-		return nil, plainError(ctx, err)
+		return nil, err
 	}
-	defer response.Body.Close()
-	answer, err := io.ReadAll(io.LimitReader(response.Body, maxAnswer+1))
-	switch {
-	case response.StatusCode/100 != 2:
-		return nil, newStatusError(response, answer)
-	case err != nil:
-		return nil, plainError(ctx, err)
-	case len(answer) > maxAnswer:
-		return nil, fmt.Errorf("the answer is longer than %d MiB", maxAnswer>>20)
-	}
-	return answer, nil
-}
-
-// plainError is an error of net/http without the URL, which the caller names,
-// and with the reason for a context's end.
-func plainError(ctx context.Context, err error) error {
-	if e, ok := errors.AsType[*url.Error](err); ok {
-		err = e.Err
-	}
-	if cause := context.Cause(ctx); cause != nil && errors.Is(err, ctx.Err()) {
-		return cause
-	}
-	return err
-}
-
-func newStatusError(response *http.Response, answer []byte) *statusError {
-	e := &statusError{code: response.StatusCode}
-	e.message = string(answer[:min(len(answer), 8*maxMessage)])
-	if json.Unmarshal(answer, &e.status) == nil && e.status.Kind == "Status" {
-		e.message = e.status.Message
-	}
-	if location := response.Header.Get("Location"); response.StatusCode/100 == 3 {
-		e.message = "it redirects to " + location + ", which is not followed"
-	}
-	// An admission webhook may quote anything of the request.
-	e.message = printable.Line(command.Redact(e.message), maxMessage)
-	if seconds, err := strconv.Atoi(response.Header.Get("Retry-After")); err == nil && seconds > 0 {
-		e.after = time.Duration(min(seconds, 3600)) * time.Second
-	}
-	return e
+	return answer.Body, nil
 }

@@ -186,7 +186,7 @@ func TestProxyRefuses(t *testing.T) {
 			return
 		}
 		defer conn.Close()
-		fmt.Fprintf(conn, "HTTP/1.1 403 \x1b[31mno %s\r\n\r\n", strings.Repeat("x", 100_000))
+		fmt.Fprintf(conn, "HTTP/1.1 403 \x1b[31mno %s\r\n\r\n", strings.Repeat("x", 10_000))
 	})}
 	go func() { _ = proxy.Serve(listener) }()
 	defer proxy.Close()
@@ -195,7 +195,7 @@ func TestProxyRefuses(t *testing.T) {
 	writeKubeconfig(t, path, "https://127.0.0.1:6443\n    proxy-url: http://user:hunter2@"+listener.Addr().String())
 	config := map[string]any{"namespace": "web", "secret_name": "www", "kubeconfig_path": path}
 	_, err = host.Deploy(t.Context(), Type(), config, host.Material(t, testca.Must(t)))
-	says(t, err, "the proxy of "+path+" answers 403")
+	says(t, err, "the proxy "+listener.Addr().String()+" answers 403")
 	if err != nil && (len(err.Error()) > 1000 || strings.Contains(err.Error(), "\x1b") || strings.Contains(err.Error(), "hunter2")) {
 		t.Errorf("got %d bytes: %.300q", len(err.Error()), err)
 	}

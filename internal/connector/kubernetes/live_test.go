@@ -722,7 +722,7 @@ func notAnAPIServer(t *testing.T, c *cluster) {
 			fmt.Fprint(w, `{"kind":"Secret","metadata":{"name":"other","namespace":"x"}}`)
 		}, []string{"another object"}},
 		{func(w http.ResponseWriter) { fmt.Fprint(w, `{"kind":"Secret","metadata":5}`) }, []string{"not an object"}},
-		{func(w http.ResponseWriter) { fmt.Fprint(w, strings.Repeat("x", maxAnswer+1)) }, []string{"longer than 4 MiB"}},
+		{func(w http.ResponseWriter) { fmt.Fprint(w, strings.Repeat("x", maxAnswer+1)) }, []string{"longer than 4096 KiB"}},
 		{func(w http.ResponseWriter) {
 			http.Error(w, "\x1b[31m"+strings.Repeat("long ", 9999), http.StatusForbidden)
 		}, []string{"403"}},

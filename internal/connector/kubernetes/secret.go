@@ -15,6 +15,7 @@ import (
 
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/vendorapi"
 )
 
 const (
@@ -332,23 +333,24 @@ func (c *secretChange) get(ctx context.Context) (*object, error) {
 
 // explain says what an answer means, and what to do.
 func (c *secretChange) explain(verb string, err error) error {
-	status, ok := errors.AsType[*statusError](err)
+	answer, ok := errors.AsType[*vendorapi.StatusError](err)
 	if !ok {
 		if err != nil {
 			err = fmt.Errorf("%s: %w", verb, err)
 		}
 		return err
 	}
+	status := parseStatus(answer.Body)
 	switch {
-	case status.status.Kind != "Status" && status.code != http.StatusTooManyRequests && status.code < 500:
+	case status.Kind == "" && answer.Status != http.StatusTooManyRequests && answer.Status < 500:
 		return fmt.Errorf("%s: %w: that is not the answer of a Kubernetes API server, so something before it gave it", verb, err)
-	case status.code == http.StatusUnauthorized:
+	case answer.Status == http.StatusUnauthorized:
 		return fmt.Errorf("%s: %w: the API server does not accept the credentials of %s: they have expired, were withdrawn, or are of another cluster", verb, err, c.client.from)
-	case status.code == http.StatusForbidden:
+	case answer.Status == http.StatusForbidden:
 		return fmt.Errorf("%s: %w: it takes a Role with the verb %s for the secret %s in the namespace %s, unless the message says something else", verb, err, verb, c.name, c.namespace)
-	case status.code == http.StatusNotFound && status.status.Details.Kind == "namespaces":
+	case answer.Status == http.StatusNotFound && status.Details.Kind == "namespaces":
 		return fmt.Errorf("%s: %w: the namespace %s does not exist", verb, err, c.namespace)
-	case status.code == http.StatusConflict:
+	case answer.Status == http.StatusConflict:
 		return fmt.Errorf("%s, tried %d times: %w: somebody else keeps changing it", verb, maxTries, err)
 	}
 	return fmt.Errorf("%s: %w", verb, err)
