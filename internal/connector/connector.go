@@ -167,7 +167,9 @@ type Change interface {
 	// target is as Write would make it.
 	Read(ctx context.Context) (was []byte, same bool, err error)
 
-	// Write makes the change. The engine has saved what Read returned.
+	// Write makes the change. The engine has saved what Read returned. After an
+	// interrupted deployment that may have begun it, it is called again even if Read
+	// says same: a change of several calls may have been killed between them.
 	Write(ctx context.Context) error
 
 	// Restore takes the change back. Was is what Read returned before the first

@@ -135,10 +135,12 @@ func (a *attempt) readChanges(ctx context.Context) error {
 	return nil
 }
 
-// writeChanges makes the changes. What undoes them is on disk.
+// writeChanges makes the changes. What undoes them is on disk. One that was
+// interrupted is made again even where Read says same: its Write may have been
+// killed in the middle, and Read may not see what was to follow.
 func (a *attempt) writeChanges(ctx context.Context) error {
 	for _, c := range a.changes {
-		if c.same {
+		if c.Change == nil || c.same && !c.written {
 			continue
 		}
 		if err := cancelled(ctx); err != nil {

@@ -298,6 +298,55 @@ func TestChangesKilled(t *testing.T) {
 	}
 }
 
+// inPart is a change of two calls, of which Read sees the first alone.
+type inPart struct {
+	remote
+	between func() error
+}
+
+func (c *inPart) Write(context.Context) error {
+	c.at.values[c.name] = c.new
+	if err := c.between(); err != nil {
+		return err
+	}
+	c.at.values["saved"] = c.new
+	return nil
+}
+
+// TestChangeInPart: a change that was killed in the middle is made again,
+// although Read finds nothing to do.
+func TestChangeInPart(t *testing.T) {
+	for _, was := range []map[string]string{{"one": "old"}, {}} {
+		w := newWorld(t, t.TempDir())
+		w.old(t)
+		at := &elsewhere{values: maps.Clone(was)}
+		killed := false
+		deploy := func(between func() error) (Result, error) {
+			s := w.mustStore(t, nil)
+			s.disk.before = func(Step) error {
+				if killed {
+					return errKilled
+				}
+				return nil
+			}
+			tx := w.renewal()
+			tx.Changes = []connector.Change{&inPart{remote{at, "one", "new"}, between}}
+			return s.deploy(t.Context(), tx)
+		}
+		_, err := deploy(func() error { killed = true; return errKilled })
+		if err == nil || at.values["one"] != "new" || at.values["saved"] != "" {
+			t.Fatalf("from %v: %v, %v", was, err, at.values)
+		}
+		killed = false
+		if _, err := deploy(func() error { return nil }); err != nil || at.values["saved"] != "new" {
+			t.Errorf("from %v: %v, %v", was, err, at.values)
+		}
+		if result, err := deploy(func() error { return errors.New("is made again") }); err != nil || !result.Unchanged {
+			t.Errorf("from %v, once more: %+v, %v", was, result, err)
+		}
+	}
+}
+
 // TestStale: a plan that was made from what is no longer there is made again,
 // and not for ever.
 func TestStale(t *testing.T) {
