@@ -107,6 +107,24 @@ func (d *Duration) UnmarshalJSON(raw []byte) error {
 	return nil
 }
 
+// Seconds is a time span: in JSON a whole number of seconds, which may be a
+// string, or a Go duration string ("2m"). 0 is "not configured".
+type Seconds time.Duration
+
+func (s *Seconds) UnmarshalJSON(raw []byte) error {
+	text := string(raw)
+	_ = json.Unmarshal(raw, &text)
+	if _, err := strconv.ParseUint(text, 10, 64); err == nil {
+		text += "s"
+	}
+	var span Duration
+	if err := span.UnmarshalJSON(strconv.AppendQuote(nil, text)); err != nil {
+		return fmt.Errorf("expected a whole number of seconds, or a duration such as \"30s\", of at most %v, got %s", time.Duration(maxDuration), shown(raw))
+	}
+	*s = Seconds(span)
+	return nil
+}
+
 // Path is an absolute path without "..", cleaned.
 type Path string
 

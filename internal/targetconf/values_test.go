@@ -57,6 +57,29 @@ func TestDuration(t *testing.T) {
 	}
 }
 
+func TestSeconds(t *testing.T) {
+	tests := []struct {
+		json string
+		want time.Duration
+		says string
+	}{
+		{`45`, 45 * time.Second, ""}, {`"45"`, 45 * time.Second, ""}, {`"2m"`, 2 * time.Minute, ""}, {`"1500ms"`, 1500 * time.Millisecond, ""}, {`3600`, time.Hour, ""},
+		{`0`, 0, ""}, {`""`, 0, ""},
+		{`3601`, 0, "at most 1h"}, {`"2h"`, 0, "at most 1h"}, {`30000000000`, 0, "at most 1h"}, {`99999999999999999999`, 0, "whole number"},
+		{`-1`, 0, "whole number"}, {`1.5`, 0, "whole number"}, {`"soon"`, 0, "whole number"}, {`true`, 0, "whole number"}, {`{}`, 0, "an object"}, {`[30]`, 0, "a list"},
+	}
+	for _, test := range tests {
+		var got Seconds
+		err := got.UnmarshalJSON([]byte(test.json))
+		if test.says == "" && (err != nil || time.Duration(got) != test.want) {
+			t.Errorf("%s: got %v, %v, want %v", test.json, time.Duration(got), err, test.want)
+		}
+		if test.says != "" && (err == nil || !strings.Contains(err.Error(), test.says)) {
+			t.Errorf("%s: got %v, %v, want an error with %q", test.json, time.Duration(got), err, test.says)
+		}
+	}
+}
+
 func TestBool(t *testing.T) {
 	for text, want := range map[string]bool{`true`: true, `"on"`: true, `1`: true, `"YES"`: true, `"T"`: true, `false`: false, `""`: false, `0`: false, `"off"`: false, `"No"`: false} {
 		if got, err := parseBool([]byte(text)); err != nil || got != want {

@@ -6,7 +6,6 @@ package ssh
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"fmt"
 	"net"
 	"net/netip"
@@ -48,34 +47,16 @@ type config struct {
 	Key       targetconf.FileOptions `json:"key_*" config:"secret"`
 	Chain     targetconf.FileOptions `json:"chain_*"`
 
-	ValidateCommand string  `json:"validate_command"`
-	ReloadCommand   string  `json:"reload_command"`
-	Sudo            bool    `json:"sudo"`                 // run the commands as sudo -n
-	Timeout         seconds `json:"timeout" default:"30"` // of logging in, and of each request
+	ValidateCommand string             `json:"validate_command"`
+	ReloadCommand   string             `json:"reload_command"`
+	Sudo            bool               `json:"sudo"`                 // run the commands as sudo -n
+	Timeout         targetconf.Seconds `json:"timeout" default:"30"` // of logging in, and of each request
 }
 
 const (
 	byKey      = "key"
 	byPassword = "password"
 )
-
-// seconds is a time span: in JSON a whole number of seconds, or a Go duration
-// string.
-type seconds time.Duration
-
-func (s *seconds) UnmarshalJSON(raw []byte) error {
-	text := string(raw)
-	_ = json.Unmarshal(raw, &text)
-	if n, err := strconv.ParseUint(text, 10, 16); err == nil {
-		text = fmt.Sprint(n, "s")
-	}
-	var span targetconf.Duration
-	if err := json.Unmarshal(strconv.AppendQuote(nil, text), &span); err != nil {
-		return fmt.Errorf("expected a whole number of seconds, or a duration such as \"30s\", got %s", printable.Quote(text))
-	}
-	*s = seconds(span)
-	return nil
-}
 
 // target is the connector, and its connection. It is used by one goroutine.
 type target struct {
@@ -303,5 +284,5 @@ func (t *target) alias() string {
 
 // timeout is of logging in, and of each request.
 func (t *target) timeout() time.Duration {
-	return time.Duration(cmp.Or(t.Timeout, seconds(30*time.Second)))
+	return time.Duration(cmp.Or(t.Timeout, targetconf.Seconds(30*time.Second)))
 }

@@ -6,7 +6,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"certctl-agent/internal/connector/conformance"
 )
@@ -93,15 +92,6 @@ func TestOverlay(t *testing.T) {
 		_, err := host.Connector(Type(), config)
 		if (err == nil) != (test.says == "") || err != nil && !strings.Contains(err.Error(), test.says) {
 			t.Errorf("%s, %v: got %v, want an error with %q", test.overlay, test.changes, err, test.says)
-		}
-	}
-}
-
-func TestTimeout(t *testing.T) {
-	for text, want := range map[string]time.Duration{"45": 45 * time.Second, `"45"`: 45 * time.Second, `"2m"`: 2 * time.Minute} {
-		var got seconds
-		if err := got.UnmarshalJSON([]byte(text)); err != nil || time.Duration(got) != want {
-			t.Errorf("%s: got %v, %v, want %v", text, time.Duration(got), err, want)
 		}
 	}
 }
