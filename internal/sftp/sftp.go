@@ -89,6 +89,7 @@ func New(ctx context.Context, conn io.ReadWriteCloser, timeout time.Duration) (*
 	hello.uint32(version)
 	kind, body, err := c.exchange(ctx, typeInit, hello.data)
 	if err != nil {
+		conn.Close() // also if nothing was sent, since ctx has ended
 		return nil, err
 	}
 	answer := reader{data: body}

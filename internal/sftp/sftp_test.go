@@ -206,6 +206,21 @@ func TestSilence(t *testing.T) {
 	}
 }
 
+// TestCancelledBefore: the program behind a stream ends even if the context ended
+// before anything was sent.
+func TestCancelledBefore(t *testing.T) {
+	ours, theirs := net.Pipe()
+	must(t, theirs.SetReadDeadline(time.Now().Add(10*time.Second)))
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := New(ctx, ours, time.Hour); !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v, want %v", err, context.Canceled)
+	}
+	if _, err := theirs.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("the other end reads %v, want %v", err, io.EOF)
+	}
+}
+
 // FuzzAnswers: whatever a server answers, it is an error or an answer.
 func FuzzAnswers(f *testing.F) {
 	f.Add([]byte("\x69\x00\x00\x00\x01\x00\x00\x00\x0f"))
