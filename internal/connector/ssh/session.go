@@ -407,18 +407,27 @@ func (d *directory) start(program string, arguments []string) (*process, error) 
 	}
 	go func() {
 		_ = p.command.Wait()
+		p.kill() // what it has started
 		close(p.ended)
 	}()
 	return p, nil
 }
 
+// kill kills ssh, with whatever it has started. Long after the end of ssh, the
+// number of its group may be another's.
+func (p *process) kill() { _ = syscall.Kill(-p.command.Process.Pid, syscall.SIGKILL) }
+
 func (p *process) Read(data []byte) (int, error)  { return p.stdout.Read(data) }
 func (p *process) Write(data []byte) (int, error) { return p.stdin.Write(data) }
 
-// Close kills ssh, with whatever it has started, and waits for it.
+// Close kills ssh, unless it has ended, and waits for it.
 func (p *process) Close() error {
-	_ = syscall.Kill(-p.command.Process.Pid, syscall.SIGKILL)
-	<-p.ended
+	select {
+	case <-p.ended:
+	default:
+		p.kill()
+		<-p.ended
+	}
 	return p.stdout.Close()
 }
 

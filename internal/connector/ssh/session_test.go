@@ -3,11 +3,16 @@ package ssh
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
+
+	"certctl-agent/internal/testing/needs"
 )
 
 // shortTemp has connections make their directories in one of the test's own,
@@ -44,6 +49,28 @@ func TestSweep(t *testing.T) {
 	}
 	making.Wait()
 	checkFiles(t, base)
+}
+
+// TestEndedIsNotKilled: the group of an ssh that has ended may be somebody else's by now.
+func TestEndedIsNotKilled(t *testing.T) {
+	other := exec.CommandContext(t.Context(), needs.Need(t, "cat"))
+	other.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	stdin, err := other.StdinPipe()
+	must(t, err)
+	stdout, err := other.StdoutPipe()
+	must(t, err)
+	must(t, other.Start())
+	read, write, err := os.Pipe()
+	must(t, err)
+	defer write.Close()
+	p := &process{command: other, stdout: read, ended: make(chan struct{})}
+	close(p.ended)
+	must(t, p.Close())
+	_, err = stdin.Write([]byte("alive"))
+	must(t, errors.Join(err, stdin.Close()))
+	if said, err := io.ReadAll(stdout); string(said) != "alive" || other.Wait() != nil {
+		t.Errorf("it was killed: it says %q, %v", said, err)
+	}
 }
 
 // TestSaid: what a server has ssh say reaches an error without escapes, without
