@@ -18,6 +18,7 @@ import (
 	"certctl-agent/internal/buildinfo"
 	"certctl-agent/internal/command"
 	"certctl-agent/internal/config"
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/connector/all"
 	"certctl-agent/internal/controlplane"
 	"certctl-agent/internal/deploy"
@@ -227,15 +228,16 @@ func (a *App) build() error {
 			Engine:   a.engine,
 			Types:    all.Types(),
 			Overlays: Overlays(cfg),
-			Policy:   a.policy,
 			Verify:   cfg.VerifyDeployment,
-			Log:      a.opts.Log,
 			Probe:    a.opts.Probe,
-			Query:    a.opts.Query,
-			Getenv:   a.opts.Config.Getenv,
-			StateDir: cfg.InstanceStateDir(),
-
-			AcceptNewHostKeys: cfg.SSHAcceptNewHostKeys,
+			Host: connector.Host{
+				Policy:            a.policy,
+				Log:               a.opts.Log,
+				Query:             a.opts.Query,
+				Getenv:            cfg.Getenv,
+				StateDir:          cfg.InstanceStateDir(),
+				AcceptNewHostKeys: cfg.SSHAcceptNewHostKeys,
+			},
 		}),
 		Surveyor:          surveyor,
 		Ledger:            a.Ledger,

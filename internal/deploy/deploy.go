@@ -15,9 +15,7 @@ import (
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/keystore"
-	"certctl-agent/internal/policy"
 	"certctl-agent/internal/printable"
-	"certctl-agent/internal/serverconf"
 	"certctl-agent/internal/targetconf"
 	"certctl-agent/internal/tlsprobe"
 	"certctl-agent/internal/transaction"
@@ -60,22 +58,11 @@ type Options struct {
 	Engine   Engine
 	Types    []connector.Type
 	Overlays targetconf.Overlays
-	Policy   *policy.Policy
-	Verify   bool // report what the live endpoint serves
-	Log      *slog.Logger
+	Host     connector.Host // lent to connectors, but for the log, which each job has its own of
+	Verify   bool           // report what the live endpoint serves
 
 	// Probe asks an endpoint for its certificate. Nil: tlsprobe.Probe.
 	Probe func(context.Context, tlsprobe.Endpoint) (tlsprobe.Result, error)
-
-	// Query runs a command of a server to learn from what it prints. Nil: no
-	// server is asked, and a masked path has to come from an overlay.
-	Query serverconf.Query
-
-	// Getenv reads the environment of the process. Nil: there is none.
-	Getenv func(name string) string
-
-	StateDir          string // where connectors keep what they have to know next time
-	AcceptNewHostKeys bool   // see connector.Host
 }
 
 // Outcome is the verdict on a job.
@@ -147,7 +134,7 @@ func (d *Deployer) Deploy(calls, work context.Context, job api.Job, turn Turn) (
 	if turn.Yield == nil {
 		turn.Yield = func(_ int, wait func(context.Context) error) error { return wait(calls) }
 	}
-	log := d.o.Log.With("job", job.ID, "certificate", job.CertificateID, "target", job.TargetID)
+	log := d.o.Host.Log.With("job", job.ID, "certificate", job.CertificateID, "target", job.TargetID)
 	a := &attempt{Deployer: d, job: job, turn: turn, log: log}
 	err := a.run(calls, work)
 	if temporary, ok := errors.AsType[temporaryError](err); ok {

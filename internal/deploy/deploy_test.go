@@ -73,8 +73,7 @@ func newWorld(t *testing.T) *world {
 		Engine:   w,
 		Types:    []connector.Type{{Name: "NGINX", New: w.connector}, {Name: "Apache", New: w.connector}, {Name: "F5"}},
 		Overlays: targetconf.Overlays{Dir: t.TempDir()},
-		Policy:   &policy.Policy{},
-		Log:      log,
+		Host:     connector.Host{Policy: &policy.Policy{}, Log: log},
 	}
 	return w
 }

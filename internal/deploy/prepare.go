@@ -37,10 +37,9 @@ func (a *attempt) prepare() error {
 	if err != nil || typ.New == nil {
 		return err
 	}
-	a.connector, err = typ.New(a.config, connector.Host{
-		Policy: a.o.Policy, Query: a.o.Query, Getenv: a.o.Getenv, Log: a.log, StateDir: a.o.StateDir, AcceptNewHostKeys: a.o.AcceptNewHostKeys,
-	})
-	if err != nil {
+	host := a.o.Host
+	host.Log = a.log
+	if a.connector, err = typ.New(a.config, host); err != nil {
 		return err
 	}
 	if unknown := a.config.Unknown(); len(unknown) > 0 {

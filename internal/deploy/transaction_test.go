@@ -67,7 +67,7 @@ func openHost(t *testing.T, dir string) *host {
 	if _, err := h.files.Recover(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	h.d = New(Options{Plane: h, Keys: h.keys, Engine: h.files, Types: []connector.Type{nginx.Type()}, Policy: rules, Log: log})
+	h.d = New(Options{Plane: h, Keys: h.keys, Engine: h.files, Types: []connector.Type{nginx.Type()}, Host: connector.Host{Policy: rules, Log: log}})
 	return h
 }
 

@@ -15,7 +15,6 @@ import (
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/policy"
-	"certctl-agent/internal/serverconf"
 	"certctl-agent/internal/targetconf"
 	"certctl-agent/internal/testing/testca"
 	"certctl-agent/internal/transaction"
@@ -26,15 +25,11 @@ const TargetID = "target-1"
 
 // Host is what a connector needs of the agent, in temporary directories.
 type Host struct {
+	connector.Host // lent to connectors; its log is read by Log
+
 	Dir      string // for the destinations
 	KeyDir   string // the agent's key store
-	StateDir string
 	Overlays string // directory of overlays; empty at first
-	Policy   *policy.Policy
-	Query    serverconf.Query
-	Getenv   func(name string) string // nil: the environment is empty
-
-	AcceptNewHostKeys bool
 
 	// Before is asked before each step of the engine. Nil: nobody is.
 	Before func(transaction.Step) error
@@ -57,7 +52,7 @@ func newHost(t testing.TB, base string, run func(ctx context.Context, c policy.C
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := &Host{log: new(output), Query: QueryCommand, run: run}
+	h := &Host{log: new(output), run: run}
 	for path, name := range map[*string]string{&h.Dir: "target", &h.KeyDir: "keys", &h.StateDir: "state", &h.Overlays: "overlays"} {
 		*path = filepath.Join(base, name)
 		mode := os.FileMode(0o700)
@@ -74,6 +69,7 @@ func newHost(t testing.TB, base string, run func(ctx context.Context, c policy.C
 			_ = os.Chmod(dir, 0o755)
 		}
 	}
+	h.Host.Log, h.Query = h.Logger(), QueryCommand
 	h.Policy = &policy.Policy{Protected: []string{h.KeyDir, h.StateDir, h.Overlays}}
 	if h.state, err = os.OpenRoot(h.StateDir); err != nil {
 		t.Fatal(err)
@@ -135,9 +131,7 @@ func (h *Host) connector(typ connector.Type, config map[string]any) (*targetconf
 	if err != nil {
 		return nil, nil, err
 	}
-	c, err := typ.New(merged, connector.Host{
-		Policy: h.Policy, Query: h.Query, Getenv: h.Getenv, Log: h.Logger(), StateDir: h.StateDir, AcceptNewHostKeys: h.AcceptNewHostKeys,
-	})
+	c, err := typ.New(merged, h.Host)
 	return merged, c, err
 }
 
