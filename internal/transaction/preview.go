@@ -47,11 +47,12 @@ type ChangePreview struct {
 // NewPreview looks at what the plan of d would do under the given policy. It
 // changes nothing, takes no lock, and needs no state directory.
 func NewPreview(ctx context.Context, d Deployment, plan *connector.Plan, rules *policy.Policy) *Preview {
-	a := &attempt{Engine: &Engine{opts: Options{Policy: rules, Log: slog.New(slog.DiscardHandler)}}, Deployment: d, plan: plan}
+	a := &attempt{Engine: &Engine{opts: Options{Log: slog.New(slog.DiscardHandler)}}, Deployment: d, plan: plan}
 	defer func() { closeAll(a.files) }()
 	p := &Preview{Files: []FilePreview{}, Changes: []ChangePreview{}, Warnings: slices.Concat(plan.Warnings, plan.Caveats)}
+	look := rules.Look()
 	for i, file := range plan.Files {
-		p.Files = append(p.Files, p.file(a, file, i))
+		p.Files = append(p.Files, p.file(a, file, i, look))
 	}
 	if err := distinct(a.files); err != nil {
 		p.Problems = append(p.Problems, err.Error())
@@ -72,14 +73,14 @@ func NewPreview(ctx context.Context, d Deployment, plan *connector.Plan, rules *
 }
 
 // file looks at one file.
-func (p *Preview) file(a *attempt, file connector.File, i int) FilePreview {
+func (p *Preview) file(a *attempt, file connector.File, i int, rules *policy.Look) FilePreview {
 	look := FilePreview{Path: file.Path, Size: len(file.Data), Secret: file.Kind.Secret(), Changes: true}
 	refuse := func(err error) FilePreview {
 		look.Problem = err.Error()
 		p.Problems = append(p.Problems, look.Problem)
 		return look
 	}
-	f, err := openFile(file, a.opts.Policy.Look())
+	f, err := openFile(file, rules)
 	if err != nil {
 		return refuse(err)
 	}
