@@ -40,6 +40,9 @@ func EncodeInteger(n int) []byte {
 	return Encode(TagInteger, body)
 }
 
+// EncodeOID is an OBJECT IDENTIFIER with these content octets.
+func EncodeOID(octets string) []byte { return Encode(TagOID, []byte(octets)) }
+
 // EncodeBMP is the content of a BMPString: UTF-16, big-endian.
 func EncodeBMP(s string) (content []byte) {
 	for _, unit := range utf16.Encode([]rune(s)) {

@@ -239,7 +239,7 @@ func openKey(encrypted []byte, password string) ([]byte, error) {
 func sealKey(key []byte, password string) []byte {
 	salt := make([]byte, sha1.Size)
 	_, _ = rand.Read(salt) // it never fails
-	algorithm := ber.Encode(ber.TagSequence, ber.Encode(ber.TagOID, []byte(oidProtector)), ber.Encode(ber.TagNull))
+	algorithm := ber.Encode(ber.TagSequence, ber.EncodeOID(oidProtector), ber.Encode(ber.TagNull))
 	protected := slices.Concat(salt, mask(key, salt, password), keyDigest(key, password))
 	return ber.Encode(ber.TagSequence, algorithm, ber.Encode(ber.TagOctetString, protected))
 }

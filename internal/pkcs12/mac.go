@@ -99,7 +99,7 @@ func encodeMAC(password string, content []byte, legacy bool) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	algorithm := ber.Encode(ber.TagSequence, encodeOID(id), ber.Encode(ber.TagNull))
+	algorithm := ber.Encode(ber.TagSequence, ber.EncodeOID(id), ber.Encode(ber.TagNull))
 	return ber.Encode(ber.TagSequence,
 		ber.Encode(ber.TagSequence, algorithm, ber.Encode(ber.TagOctetString, digest)),
 		ber.Encode(ber.TagOctetString, m.salt),

@@ -218,16 +218,16 @@ func newScheme(legacy bool) (s scheme, algorithm []byte) {
 		cipher := pbeCiphers[tripleDES]
 		s = scheme{kdf: kdf{salt: salt, iterations: iterations, keySize: cipher.keySize}, block: cipher.block}
 		parameters := ber.Encode(ber.TagSequence, ber.Encode(ber.TagOctetString, salt), ber.EncodeInteger(iterations))
-		return s, ber.Encode(ber.TagSequence, encodeOID(oidPBE+string(rune(tripleDES))), parameters)
+		return s, ber.Encode(ber.TagSequence, ber.EncodeOID(oidPBE+string(rune(tripleDES))), parameters)
 	}
 	cipher := pbes2Ciphers[oidAES256]
 	s = scheme{kdf: kdf{prf: sha256.New, salt: salt, iterations: iterations, keySize: cipher.keySize}, block: cipher.block, iv: random(aes.BlockSize)}
 	derivation := ber.Encode(ber.TagSequence, ber.Encode(ber.TagOctetString, salt), ber.EncodeInteger(iterations), ber.EncodeInteger(s.keySize),
-		ber.Encode(ber.TagSequence, encodeOID(oidHMACSHA256), ber.Encode(ber.TagNull)))
+		ber.Encode(ber.TagSequence, ber.EncodeOID(oidHMACSHA256), ber.Encode(ber.TagNull)))
 	parameters := ber.Encode(ber.TagSequence,
-		ber.Encode(ber.TagSequence, encodeOID(oidPBKDF2), derivation),
-		ber.Encode(ber.TagSequence, encodeOID(oidAES256), ber.Encode(ber.TagOctetString, s.iv)))
-	return s, ber.Encode(ber.TagSequence, encodeOID(oidPBES2), parameters)
+		ber.Encode(ber.TagSequence, ber.EncodeOID(oidPBKDF2), derivation),
+		ber.Encode(ber.TagSequence, ber.EncodeOID(oidAES256), ber.Encode(ber.TagOctetString, s.iv)))
+	return s, ber.Encode(ber.TagSequence, ber.EncodeOID(oidPBES2), parameters)
 }
 
 func random(size int) []byte {
@@ -235,8 +235,6 @@ func random(size int) []byte {
 	_, _ = rand.Read(b) // it never fails
 	return b
 }
-
-func encodeOID(octets string) []byte { return ber.Encode(ber.TagOID, []byte(octets)) }
 
 // seal encrypts with a scheme of newScheme.
 func (s scheme) seal(password string, plain []byte) ([]byte, error) {

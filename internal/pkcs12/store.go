@@ -204,7 +204,7 @@ func (s *Store) Encode() ([]byte, error) {
 
 // encodeContent is a ContentInfo of PKCS#7.
 func encodeContent(kind string, content []byte) []byte {
-	return ber.Encode(ber.TagSequence, encodeOID(kind), ber.Encode(ber.TagExplicit0, content))
+	return ber.Encode(ber.TagSequence, ber.EncodeOID(kind), ber.Encode(ber.TagExplicit0, content))
 }
 
 func (p *part) encode(s *Store) ([]byte, error) {
@@ -224,7 +224,7 @@ func (p *part) encode(s *Store) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	info := ber.Encode(ber.TagSequence, encodeOID(oidData), algorithm, ber.Encode(ber.TagContext0, sealed))
+	info := ber.Encode(ber.TagSequence, ber.EncodeOID(oidData), algorithm, ber.Encode(ber.TagContext0, sealed))
 	return encodeContent(oidEncryptedData, ber.Encode(ber.TagSequence, ber.EncodeInteger(0), info)), nil
 }
 
@@ -319,7 +319,7 @@ func (s *Store) sealKey(k keyentry.PrivateKey, id []byte) (*Entry, error) {
 
 // newCertificate is the bag of a certificate; that of a key has its alias and id.
 func newCertificate(cert *x509.Certificate, alias string, id []byte) *Entry {
-	value := ber.Encode(ber.TagSequence, encodeOID(oidX509Certificate),
+	value := ber.Encode(ber.TagSequence, ber.EncodeOID(oidX509Certificate),
 		ber.Encode(ber.TagExplicit0, ber.Encode(ber.TagOctetString, cert.Raw)))
 	return &Entry{Kind: Certificate, Alias: alias, ID: id, DER: cert.Raw, certificate: cert, bag: encodeBag(oidCertBag, value, alias, id)}
 }
@@ -329,7 +329,7 @@ func encodeBag(kind string, value []byte, alias string, id []byte) []byte {
 	var attributes [][]byte
 	add := func(oid string, tag byte, value []byte) {
 		if len(value) > 0 {
-			attributes = append(attributes, ber.Encode(ber.TagSequence, encodeOID(oid), ber.Encode(ber.TagSet, ber.Encode(tag, value))))
+			attributes = append(attributes, ber.Encode(ber.TagSequence, ber.EncodeOID(oid), ber.Encode(ber.TagSet, ber.Encode(tag, value))))
 		}
 	}
 	add(oidFriendlyName, ber.TagBMPString, ber.EncodeBMP(alias))
@@ -339,5 +339,5 @@ func encodeBag(kind string, value []byte, alias string, id []byte) []byte {
 	if len(attributes) > 0 {
 		set = ber.Encode(ber.TagSet, attributes...)
 	}
-	return ber.Encode(ber.TagSequence, encodeOID(kind), ber.Encode(ber.TagExplicit0, value), set)
+	return ber.Encode(ber.TagSequence, ber.EncodeOID(kind), ber.Encode(ber.TagExplicit0, value), set)
 }

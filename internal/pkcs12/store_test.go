@@ -283,10 +283,10 @@ func TestOccupied(t *testing.T) {
 	ca := newAuthority(t)
 	s := New(password, false)
 	trusted := newCertificate(ca.Root, "root", nil)
-	usage := ber.Encode(ber.TagSequence, encodeOID(oidTrustedKeyUsage), ber.Encode(ber.TagSet, ber.Encode(ber.TagOID, []byte("\x55\x1d\x25\x00"))))
-	name := ber.Encode(ber.TagSequence, encodeOID(oidFriendlyName), ber.Encode(ber.TagSet, ber.Encode(ber.TagBMPString, []byte("\x00R\x00o\x00o\x00t"))))
-	value := ber.Encode(ber.TagSequence, encodeOID(oidX509Certificate), ber.Encode(ber.TagExplicit0, ber.Encode(ber.TagOctetString, ca.Root.Raw)))
-	trusted.bag = ber.Encode(ber.TagSequence, encodeOID(oidCertBag), ber.Encode(ber.TagExplicit0, value), ber.Encode(ber.TagSet, name, usage))
+	usage := ber.Encode(ber.TagSequence, ber.EncodeOID(oidTrustedKeyUsage), ber.Encode(ber.TagSet, ber.EncodeOID("\x55\x1d\x25\x00")))
+	name := ber.Encode(ber.TagSequence, ber.EncodeOID(oidFriendlyName), ber.Encode(ber.TagSet, ber.Encode(ber.TagBMPString, []byte("\x00R\x00o\x00o\x00t"))))
+	value := ber.Encode(ber.TagSequence, ber.EncodeOID(oidX509Certificate), ber.Encode(ber.TagExplicit0, ber.Encode(ber.TagOctetString, ca.Root.Raw)))
+	trusted.bag = ber.Encode(ber.TagSequence, ber.EncodeOID(oidCertBag), ber.Encode(ber.TagExplicit0, value), ber.Encode(ber.TagSet, name, usage))
 	s.place(trusted, nil)
 	s = reopen(t, s)
 	if _, err := s.Put(newKey(t, ca, "rOOT"), false); !errors.Is(err, ErrAlias) {
@@ -372,7 +372,7 @@ func TestMAC(t *testing.T) {
 			t.Fatal(err)
 		}
 		data := ber.Encode(ber.TagSequence,
-			ber.Encode(ber.TagSequence, ber.Encode(ber.TagSequence, encodeOID(id)), ber.Encode(ber.TagOctetString, sum)),
+			ber.Encode(ber.TagSequence, ber.Encode(ber.TagSequence, ber.EncodeOID(id)), ber.Encode(ber.TagOctetString, sum)),
 			ber.Encode(ber.TagOctetString, []byte("salt")), ber.EncodeInteger(2))
 		s := &Store{password: password, work: 1 << 20}
 		if err := s.checkMAC(ber.Sequence(data), content); err != nil {
@@ -425,7 +425,7 @@ func TestManyEntries(t *testing.T) {
 	for i := range 1000 {
 		id := fmt.Appendf(nil, "id %d", i)
 		key := &Entry{Kind: EncryptedKey, Alias: fmt.Sprint("alias", i), ID: id}
-		key.bag = encodeBag(oidShroudedKeyBag, ber.Encode(ber.TagSequence, ber.Encode(ber.TagSequence, encodeOID(oidPBES2)), ber.Encode(ber.TagOctetString, id)), key.Alias, id)
+		key.bag = encodeBag(oidShroudedKeyBag, ber.Encode(ber.TagSequence, ber.Encode(ber.TagSequence, ber.EncodeOID(oidPBES2)), ber.Encode(ber.TagOctetString, id)), key.Alias, id)
 		s.place(key, nil)
 		s.place(newCertificate(k.Chain[0], key.Alias, id), nil)
 	}
