@@ -156,7 +156,7 @@ func (b *booted) start(t *testing.T) {
 	}
 	b.waitContact(t, b.agentID)
 	// The control plane has answered; agent and systemd have yet to take note.
-	eventually(t, 20*time.Second, "a STATUS line that says so", func() bool {
+	eventually(t, "a STATUS line that says so", func() bool {
 		return strings.HasPrefix(b.show(unit, "StatusText"), "in contact")
 	})
 	b.run(t, "certctl-agent", "status", "-check")
@@ -180,7 +180,7 @@ func (b *booted) waitContact(t *testing.T, agent string) {
 
 func (b *booted) wait(t *testing.T, what string, done func() bool) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	if err := b.plane.Wait(ctx, done); err != nil {
 		t.Fatalf("waiting for %s: %v", what, err)
@@ -216,12 +216,12 @@ func (b *booted) renew(t *testing.T) {
 	versions := b.plane.Versions(webCert)
 	want := pemutil.Fingerprint(versions[len(versions)-1].Leaf)
 	// nginx's old workers may accept a connection still.
-	eventually(t, 10*time.Second, "nginx to serve the new certificate", func() bool { return b.served(t) == want })
+	eventually(t, "nginx to serve the new certificate", func() bool { return b.served(t) == want })
 }
 
 func (b *booted) served(t *testing.T) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	result, err := tlsprobe.Probe(ctx, tlsprobe.Endpoint{Address: fmt.Sprintf("127.0.0.1:%d", b.port), ServerName: "web.example.org"})
 	if err != nil {
@@ -366,7 +366,7 @@ func (b *booted) restarted(t *testing.T, signal, want string) {
 	t.Helper()
 	before := b.show(unit, "MainPID")
 	b.run(t, "kill", "-"+signal, before)
-	eventually(t, 20*time.Second, "a restart after "+signal, func() bool {
+	eventually(t, "a restart after "+signal, func() bool {
 		now := b.show(unit, "MainPID")
 		return now != before && now != "0" && b.show(unit, "SubState") == "running"
 	})
@@ -450,7 +450,7 @@ func (b *booted) stop(t *testing.T) {
 func (b *booted) retire(t *testing.T) {
 	pid := b.show(unit, "MainPID")
 	b.plane.Retire(b.agentID)
-	eventually(t, 20*time.Second, "the agent to end", func() bool { return b.show(unit, "ActiveState") == "inactive" })
+	eventually(t, "the agent to end", func() bool { return b.show(unit, "ActiveState") == "inactive" })
 	if result, code := b.show(unit, "Result"), b.show(unit, "ExecMainStatus"); result != "success" || code != "0" {
 		t.Errorf("ended with %s, exit code %s", result, code)
 	}

@@ -38,14 +38,18 @@ func makeTarget(t *testing.T, target, dist string, variables ...string) string {
 	return output(t, "make", append([]string{"-s", "-C", "..", target, "DIST=" + dist}, variables...)...)
 }
 
+// patience is how long a test waits for what must come. How fast it comes is not
+// tested: on a busy machine, seconds have become more than 20.
+const patience = 2 * time.Minute
+
 // eventually waits for something that happens outside this process, where only
 // asking again tells.
-func eventually(t *testing.T, limit time.Duration, what string, done func() bool) {
+func eventually(t *testing.T, what string, done func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(limit)
+	deadline := time.Now().Add(patience)
 	for !done() {
 		if t.Failed() || time.Now().After(deadline) {
-			t.Fatalf("waited %v for %s", limit, what)
+			t.Fatalf("waited %v for %s", patience, what)
 		}
 		time.Sleep(50 * time.Millisecond)
 	}

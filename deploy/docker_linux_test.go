@@ -17,9 +17,11 @@ import (
 	"certctl-agent/internal/testing/devplane"
 )
 
-// maxImage is what the image may weigh, in bytes: a binary of 10 MB and the
-// roots of public CAs.
-const maxImage = 10_900_000
+// maxImage is what the image may weigh, in bytes: a static linux/amd64 binary,
+// in which each kind of target weighs 0.1 to 0.3 MB beside the 9 MB of the rest,
+// and the roots of public CAs, 0.2 MB. What is compiled in by mistake shows: a
+// text/template or a reflected method makes the linker keep megabytes.
+const maxImage = 12_500_000
 
 // container is what docker inspect says of the agent's container.
 type container struct {
@@ -104,16 +106,16 @@ services:
 		return found[0]
 	}
 
-	eventually(t, 30*time.Second, "the container to be healthy", func() bool { return look().State.Health.Status == "healthy" })
+	eventually(t, "the container to be healthy", func() bool { return look().State.Health.Status == "healthy" })
 	if len(plane.Heartbeats()) == 0 {
-		eventually(t, 10*time.Second, "a heartbeat", func() bool { return len(plane.Heartbeats()) > 0 })
+		eventually(t, "a heartbeat", func() bool { return len(plane.Heartbeats()) > 0 })
 	}
 
 	// Writes where it may: the key volume and /certs, with a read-only root.
 	plane.AddTarget(devplane.Target{ID: "target-1", Agent: agentID, Type: "Traefik", Config: map[string]any{"cert_dir": "/certs"}})
 	cert := plane.AddCertificate(devplane.Certificate{CommonName: "web.example.org", SANs: []string{"web.example.org"}, Targets: []string{"target-1"}})
 	plane.StartIssuance(cert)
-	eventually(t, 2*time.Minute, "the deployment", func() bool {
+	eventually(t, "the deployment", func() bool {
 		jobs := plane.Deployments(cert)
 		if len(jobs) > 0 && jobs[0].Status == api.StatusFailed {
 			t.Fatalf("the deployment failed: %s", jobs[0].Error)
@@ -134,14 +136,14 @@ services:
 		if err := syscall.Kill(look().State.Pid, syscall.SIGKILL); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, 20*time.Second, "a restart after a crash", func() bool {
+		eventually(t, "a restart after a crash", func() bool {
 			c := look()
 			return c.RestartCount == 1 && c.State.Status == "running"
 		})
 	}
 
 	plane.Retire(agentID)
-	eventually(t, 20*time.Second, "the container to end", func() bool { return look().State.Status == "exited" })
+	eventually(t, "the container to end", func() bool { return look().State.Status == "exited" })
 	before := look()
 	if before.State.ExitCode != 0 {
 		t.Errorf("a retired agent exits %d", before.State.ExitCode)

@@ -124,7 +124,7 @@ func boot(t *testing.T) *machine {
 		cmd.Process.Signal(syscall.SIGTERM) // nspawn asks process 1 to halt
 		select {
 		case <-ended:
-		case <-time.After(20 * time.Second):
+		case <-time.After(patience):
 			t.Errorf("the machine does not halt:\n%s", console.String())
 			if m.init != 0 { // kill(0) would be this test's own group
 				syscall.Kill(m.init, syscall.SIGKILL)
@@ -137,7 +137,7 @@ func boot(t *testing.T) *machine {
 		}
 	})
 
-	eventually(t, 30*time.Second, "process 1 of the machine", func() bool {
+	eventually(t, "process 1 of the machine", func() bool {
 		select {
 		case <-ended:
 			t.Fatalf("systemd-nspawn ended:\n%s", console.String())
@@ -152,7 +152,7 @@ func boot(t *testing.T) *machine {
 		}
 		return m.init != 0
 	})
-	eventually(t, 60*time.Second, "the machine to boot", func() bool {
+	eventually(t, "the machine to boot", func() bool {
 		state, _ := m.try("systemctl", "is-system-running")
 		return state == "running" || state == "degraded"
 	})
@@ -163,7 +163,7 @@ func boot(t *testing.T) *machine {
 
 // try runs a command in the machine.
 func (m *machine) try(name string, args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "nsenter", append([]string{"--target", strconv.Itoa(m.init), "--all", name}, args...)...)
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", "DEBIAN_FRONTEND=noninteractive", "SYSTEMD_PAGER="}
