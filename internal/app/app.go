@@ -235,6 +235,7 @@ func (a *App) build() error {
 				Log:               a.opts.Log,
 				Query:             a.opts.Query,
 				Getenv:            cfg.Getenv,
+				Proxy:             cfg.Proxy.For,
 				StateDir:          cfg.InstanceStateDir(),
 				AcceptNewHostKeys: cfg.SSHAcceptNewHostKeys,
 			},

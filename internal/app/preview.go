@@ -131,6 +131,7 @@ func (l *looker) all(ctx context.Context, typ connector.Type, merged *targetconf
 		Policy: &policy.Policy{Paths: l.rules.Paths, Hosts: l.rules.Hosts, Protected: l.rules.Protected},
 		Log:    slog.New(slog.DiscardHandler),
 		Getenv: l.cfg.Getenv,
+		Proxy:  l.cfg.Proxy.For,
 		Query: func(ctx context.Context, c policy.Command) ([]byte, error) {
 			if slices.ContainsFunc(l.Commands, func(c PreviewCommand) bool { return !c.Allowed }) {
 				return nil, errors.New("it was not asked, since a command of the target may not run")

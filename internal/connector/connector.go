@@ -13,6 +13,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"net/url"
 	"slices"
 	"strings"
 	"time"
@@ -66,6 +67,10 @@ type Host struct {
 
 	// Getenv reads the environment of the agent's own process. Nil: there is none.
 	Getenv func(name string) string
+
+	// Proxy is the one that the owner of this host has named for an https URL, nil
+	// for none (HTTPS_PROXY, NO_PROXY). A nil func: none.
+	Proxy func(*url.URL) *url.URL
 
 	// StateDir is a directory of the agent's own, where a connector may keep what
 	// it has to know at the next deployment. "": nothing is kept.
