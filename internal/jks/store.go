@@ -9,7 +9,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"iter"
 	"slices"
 	"strings"
 	"unicode/utf16"
@@ -95,15 +94,9 @@ func (s *Store) Encode() []byte {
 	return append(data, digest(s.password, data)...)
 }
 
-// Entries are the entries of the store, in their order, each with its bytes.
-func (s *Store) Entries() iter.Seq2[Entry, []byte] {
-	return func(yield func(Entry, []byte) bool) {
-		for _, e := range s.entries {
-			if !yield(e.Entry, e.raw) {
-				return
-			}
-		}
-	}
+// IsTrustStore reports whether there are entries, and none that is a private key.
+func (s *Store) IsTrustStore() bool {
+	return len(s.entries) > 0 && !slices.ContainsFunc(s.entries, func(e stored) bool { return e.Key != nil })
 }
 
 // find returns the position of an alias as it is encoded, -1 if there is none. Java looks for lower
@@ -129,7 +122,7 @@ func (s *Store) Find(alias, password string) (*keyentry.PrivateKey, error) {
 	k := &keyentry.PrivateKey{Alias: alias, Created: e.Created, Password: password}
 	for _, cert := range e.Chain {
 		parsed, err := x509.ParseCertificate(cert.Encoded)
-		if cert.Type != X509 || err != nil {
+		if err != nil {
 			return nil, fmt.Errorf("JKS: a certificate of type %.40q: %w", cert.Type, err)
 		}
 		k.Chain = append(k.Chain, parsed)

@@ -92,8 +92,8 @@ func checkKey(t testing.TB, s *Store, k keyentry.PrivateKey) {
 }
 
 func raws(s *Store) (all []string) {
-	for _, raw := range s.Entries() {
-		all = append(all, string(raw))
+	for _, e := range s.entries {
+		all = append(all, string(e.raw))
 	}
 	return all
 }

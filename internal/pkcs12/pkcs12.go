@@ -71,6 +71,7 @@ type Entry struct {
 	ID    []byte // localKeyId: a key and its certificate have the same one
 	DER   []byte
 
+	opened      *openedKey        // nil: the key has not been decrypted
 	certificate *x509.Certificate // nil: it is none, or was not looked at
 	trusted     bool              // it has the attribute trustedKeyUsage, by which Java knows a trusted certificate
 	bag         []byte            // as it is in the store, with its attributes
@@ -101,22 +102,17 @@ var (
 // read. Keys are not decrypted. The MAC is not checked: a wrong password shows in the padding and
 // in what comes out.
 func (r *Reader) Read(data []byte, entry func(Entry), problem func(error)) {
-	damaged := func(err error) {
+	tell := func(err error) {
 		if err != nil {
-			problem(fmt.Errorf("damaged PKCS#12: %w", err))
+			problem(damaged(err))
 		}
 	}
-	pfx := ber.Sequence(data)
-	pfx.Integer()
-	info := pfx.Inside(ber.TagSequence)
-	if kind := info.OID(); info.Err == nil && kind != oidData {
-		problem(errSigned)
+	content, _, err := openPFX(data)
+	if err != nil {
+		problem(err)
 		return
 	}
-	safes := ber.Sequence(info.Inside(ber.TagExplicit0).Octets(ber.TagOctetString))
-	if info.Err != nil {
-		safes.Err = info.Err
-	}
+	safes := ber.Sequence(content)
 	encrypted := 0
 	for safes.Err == nil && len(safes.Rest) > 0 {
 		safe := safes.Inside(ber.TagSequence)
@@ -124,9 +120,9 @@ func (r *Reader) Read(data []byte, entry func(Entry), problem func(error)) {
 		content := safe.Inside(ber.TagExplicit0)
 		switch {
 		case content.Err != nil:
-			damaged(content.Err)
+			tell(content.Err)
 		case kind == oidData:
-			damaged(readBags(content.Octets(ber.TagOctetString), 0, entry))
+			tell(readBags(content.Octets(ber.TagOctetString), 0, entry))
 		case kind == oidEncryptedData:
 			if encrypted++; encrypted > maxEncrypted {
 				problem(errParts)
@@ -139,8 +135,26 @@ func (r *Reader) Read(data []byte, entry func(Entry), problem func(error)) {
 			problem(errSigned)
 		}
 	}
-	damaged(safes.Err)
+	tell(safes.Err)
 }
+
+// openPFX returns the AuthenticatedSafe of a store (RFC 7292, 4), and what comes after it: MacData, or
+// nothing.
+func openPFX(data []byte) (content []byte, rest *ber.Fields, err error) {
+	rest = ber.Sequence(data)
+	rest.Integer()
+	info := rest.Inside(ber.TagSequence)
+	if kind := info.OID(); info.Err == nil && kind != oidData {
+		return nil, nil, errSigned
+	}
+	explicit := info.Inside(ber.TagExplicit0)
+	if content = explicit.Octets(ber.TagOctetString); explicit.Err != nil {
+		return nil, nil, damaged(explicit.Err)
+	}
+	return content, rest, nil
+}
+
+func damaged(err error) error { return fmt.Errorf("damaged PKCS#12: %w", err) }
 
 // readBags hands out the entries of a SafeContents.
 func readBags(b []byte, depth int, entry func(Entry)) error {
@@ -241,7 +255,7 @@ func readEncryptedData(data *ber.Fields) (s scheme, ciphertext []byte, err error
 	info.OID()
 	algorithm := info.Inside(ber.TagSequence)
 	if ciphertext = info.Octets(ber.TagContext0); info.Err != nil {
-		return s, nil, fmt.Errorf("damaged PKCS#12: %w", info.Err)
+		return s, nil, damaged(info.Err)
 	}
 	if s, err = encryptionScheme(algorithm); err != nil {
 		err = fmt.Errorf("PKCS#12: %w", err)

@@ -62,20 +62,13 @@ func New(password string, legacy bool) *Store {
 // is done with the store. The error is ErrPassword or ErrWork, or says what is damaged or not
 // supported.
 func Open(data []byte, password string, work int64) (*Store, error) {
+	content, rest, err := openPFX(data)
+	if err != nil {
+		return nil, err
+	}
 	s := &Store{password: password, work: work}
-	pfx := ber.Sequence(data)
-	pfx.Integer()
-	info := pfx.Inside(ber.TagSequence)
-	if kind := info.OID(); info.Err == nil && kind != oidData {
-		return nil, errSigned
-	}
-	explicit := info.Inside(ber.TagExplicit0)
-	content := explicit.Octets(ber.TagOctetString)
-	if explicit.Err != nil {
-		return nil, damaged(explicit.Err)
-	}
-	if pfx.At(ber.TagSequence) {
-		if err := s.checkMAC(pfx.Inside(ber.TagSequence), content); err != nil {
+	if rest.At(ber.TagSequence) {
+		if err := s.checkMAC(rest.Inside(ber.TagSequence), content); err != nil {
 			return nil, err
 		}
 	}
@@ -96,8 +89,6 @@ func Open(data []byte, password string, work int64) (*Store, error) {
 }
 
 var errPart = errors.New("PKCS#12: the password is right, and a part of the store is damaged or encrypted with another")
-
-func damaged(err error) error { return fmt.Errorf("damaged PKCS#12: %w", err) }
 
 func (s *Store) checkMAC(data *ber.Fields, content []byte) error {
 	m, digest, err := readMAC(data)
@@ -241,15 +232,14 @@ func (s *Store) all() iter.Seq[*Entry] {
 	}
 }
 
-// Entries are the entries of the store, in their order, each with its bytes.
-func (s *Store) Entries() iter.Seq2[Entry, []byte] {
-	return func(yield func(Entry, []byte) bool) {
-		for e := range s.all() {
-			if !yield(*e, e.bag) {
-				return
-			}
+// IsTrustStore reports whether there are entries, and none that is a private key.
+func (s *Store) IsTrustStore() (some bool) {
+	for e := range s.all() {
+		if some = true; e.isKey() {
+			return false
 		}
 	}
+	return some
 }
 
 func (e *Entry) isKey() bool { return e.Kind == Key || e.Kind == EncryptedKey }
@@ -282,10 +272,21 @@ func (s *Store) Find(alias, password string) (*keyentry.PrivateKey, error) {
 	return k, nil
 }
 
-// openKey decrypts a key. Modern says that it is encrypted with PBES2.
+// openedKey is a key that a password has decrypted.
+type openedKey struct {
+	password string
+	pkcs8    []byte
+	modern   bool
+}
+
+// openKey decrypts a key, and not again for who asks with the same password: that may be more work
+// than is left. Modern says that it is encrypted with PBES2.
 func (s *Store) openKey(e *Entry, password string) (pkcs8 []byte, modern bool, err error) {
 	if e.Kind == Key {
 		return e.DER, false, nil
+	}
+	if e.opened != nil && e.opened.password == password {
+		return e.opened.pkcs8, e.opened.modern, nil
 	}
 	f := ber.Sequence(e.DER)
 	algorithm := f.Inside(ber.TagSequence)
@@ -301,7 +302,11 @@ func (s *Store) openKey(e *Entry, password string) (pkcs8 []byte, modern bool, e
 		pkcs8 = plain
 		return ber.Sequence(plain).Err
 	})
-	return pkcs8, scheme.prf != nil, err
+	if err != nil {
+		return nil, false, err
+	}
+	e.opened = &openedKey{password, pkcs8, scheme.prf != nil}
+	return pkcs8, e.opened.modern, nil
 }
 
 // sealKey is the bag of a private key.

@@ -117,8 +117,8 @@ func checkKey(t testing.TB, s *Store, k keyentry.PrivateKey) {
 
 // bags are the bytes of all entries, sorted.
 func bags(s *Store) (all []string) {
-	for _, bag := range s.Entries() {
-		all = append(all, string(bag))
+	for e := range s.all() {
+		all = append(all, string(e.bag))
 	}
 	slices.Sort(all)
 	return all
@@ -146,7 +146,10 @@ func TestPut(t *testing.T) {
 		}
 		for _, k := range []keyentry.PrivateKey{first, other} {
 			k.Created = time.Now()
-			if changed, err := mustOpen(t, before).Put(k, legacy); changed || err != nil {
+			s := mustOpen(t, before)
+			checkKey(t, s, k)
+			s.work = 0 // it has been decrypted
+			if changed, err := s.Put(k, legacy); changed || err != nil {
 				t.Errorf("legacy %v: the same key once more under %q: changed %v, %v", legacy, k.Alias, changed, err)
 			}
 		}

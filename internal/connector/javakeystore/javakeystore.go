@@ -177,7 +177,7 @@ func (k *javaKeystore) replace(was []byte, open bool, m *connector.Material) (da
 	if _, is := s.(pkcs12Store); is && strings.ContainsFunc(password+entry.Password, notASCII) {
 		return nil, nil, errASCII
 	}
-	if open && s.trusts() {
+	if open && s.IsTrustStore() {
 		return nil, nil, errTrustStore
 	}
 	switch old, err := s.Find(entry.Alias, entry.Password); {

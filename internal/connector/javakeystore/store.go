@@ -39,8 +39,8 @@ type store interface {
 
 	Encode() ([]byte, error)
 
-	// trusts reports whether there are entries, and none that is a private key.
-	trusts() bool
+	// IsTrustStore reports whether there are entries, and none that is a private key.
+	IsTrustStore() bool
 }
 
 // format is a type of store, by Java's name.
@@ -109,24 +109,6 @@ type pkcs12Store struct {
 
 func (s pkcs12Store) Put(k keyentry.PrivateKey) (bool, error) { return s.Store.Put(k, s.legacy) }
 
-func (s pkcs12Store) trusts() (some bool) {
-	for e := range s.Entries() {
-		if some = true; e.Kind == pkcs12.Key || e.Kind == pkcs12.EncryptedKey {
-			return false
-		}
-	}
-	return some
-}
-
 type jksStore struct{ *jks.Store }
 
 func (s jksStore) Encode() ([]byte, error) { return s.Store.Encode(), nil }
-
-func (s jksStore) trusts() (some bool) {
-	for e := range s.Entries() {
-		if some = true; e.Key != nil {
-			return false
-		}
-	}
-	return some
-}
