@@ -1,6 +1,7 @@
 package kubernetes
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -55,18 +56,14 @@ func newClient(a *access, c *targetconf.Config, host connector.Host) (*client, e
 		if at == nil {
 			continue
 		}
-		port, err := portOf(at)
-		if err != nil {
-			return nil, targetconf.Invalid("kubeconfig_path", "%s: %v", a.from, err)
-		}
-		peer, err := host.Peer(at.Hostname(), port, a.named)
+		peer, err := host.Peer(at.Hostname(), portOf(at), a.named)
 		if err == nil && at == a.Cluster.Server && a.Cluster.Proxy != nil {
 			err = peer.CheckRelayed()
 		}
 		if err != nil {
 			return nil, fmt.Errorf("API server of %s: %w", a.from, err)
 		}
-		k.peers[net.JoinHostPort(at.Hostname(), strconv.Itoa(port))] = peer
+		k.peers[peer.Address()] = peer
 	}
 	var err error
 	if a.User.Exec != nil {
@@ -75,20 +72,11 @@ func newClient(a *access, c *targetconf.Config, host connector.Host) (*client, e
 	return k, err
 }
 
-func portOf(u *url.URL) (int, error) {
-	switch {
-	case u.Port() == "" && u.Scheme == "https":
-		return 443, nil
-	case u.Port() == "" && u.Scheme == "socks5":
-		return 1080, nil
-	case u.Port() == "":
-		return 80, nil
-	}
-	n, err := strconv.Atoi(u.Port())
-	if err != nil || n < 1 || n > 65535 {
-		return 0, errors.New("a port is from 1 to 65535")
-	}
-	return n, nil
+// portOf is the port of a URL, or that of its scheme. Peer refuses what is none.
+func portOf(u *url.URL) int {
+	standard := map[string]string{"https": "443", "http": "80", "socks5": "1080"}
+	n, _ := strconv.Atoi(cmp.Or(u.Port(), standard[u.Scheme]))
+	return n
 }
 
 // credentials authenticate a request.

@@ -110,6 +110,11 @@ func TestAllowedHosts(t *testing.T) {
 	if _, err := host.Connector(Type(), config); err != nil {
 		t.Errorf("loopback: %v", err)
 	}
+	for _, port := range []string{"0", "65536", "99999999999999999999"} {
+		writeKubeconfig(t, path, "https://127.0.0.1:"+port)
+		_, err = host.Connector(Type(), config)
+		says(t, err, path, "expected a port from 1 to 65535")
+	}
 	block, err := policy.ParseHostRule("203.0.113.0/31")
 	must(t, err)
 	host.Policy.Hosts = []policy.HostRule{block}

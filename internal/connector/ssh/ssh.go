@@ -7,10 +7,8 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-	"net"
 	"net/netip"
 	"regexp"
-	"strconv"
 	"strings"
 	"time"
 
@@ -191,7 +189,7 @@ func (t *target) checkCommands(c *targetconf.Config) error {
 
 // peer is where the files are, for people.
 func (t *target) peer() string {
-	return t.User + "@" + net.JoinHostPort(t.Host, strconv.Itoa(t.Port))
+	return t.User + "@" + t.at.Address()
 }
 
 // Plan implements connector.Connector.
