@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"container/heap"
 	"context"
 	"slices"
 	"sync"
@@ -34,52 +33,20 @@ const (
 // There may be thousands of them, so an event costs a look at its own job only.
 type deliveryTable struct {
 	jobs  map[api.ID]*pacedDelivery
-	queue dueQueue // of jobs, without those of the running round
+	queue dueQueue[*pacedDelivery] // of jobs, without those of the running round
 	timer *time.Timer
 	stats status.Activity
 }
 
 type pacedDelivery struct {
 	timed
+	queued bool // it is in the queue
 	job    api.ID
 	pacer  *pace.Pacer
 	repeat bool // the report that is due is a repetition
 
 	// patience is with the first report; a running round owns it.
 	patience *pace.Patience
-}
-
-// timed is what a dueQueue needs to know of what it holds.
-type timed struct {
-	due   time.Time
-	place int // in the queue; -1: it has left it
-}
-
-func (t *timed) when() *timed { return t }
-
-// dueQueue is a heap (container/heap), the first due first.
-type dueQueue []interface{ when() *timed }
-
-func (q dueQueue) Len() int           { return len(q) }
-func (q dueQueue) Less(i, j int) bool { return q[i].when().due.Before(q[j].when().due) }
-func (q dueQueue) Swap(i, j int) {
-	q[i], q[j] = q[j], q[i]
-	q[i].when().place, q[j].when().place = i, j
-}
-
-func (q *dueQueue) Push(x any) {
-	p := x.(interface{ when() *timed })
-	p.when().place = len(*q)
-	*q = append(*q, p)
-}
-
-func (q *dueQueue) Pop() any {
-	last := len(*q) - 1
-	p := (*q)[last]
-	p.when().place = -1
-	(*q)[last] = nil
-	*q = (*q)[:last]
-	return p
 }
 
 // report is a report that is due.
@@ -107,31 +74,34 @@ func (a *Agent) noteReports(job api.ID) {
 	}
 	p := a.delivery.jobs[job]
 	if p == nil {
-		p = &pacedDelivery{timed: timed{place: -1}, job: job, pacer: pace.NewYielding(a.opts.PollInterval, a.opts.Rand), patience: new(pace.Patience)}
+		p = &pacedDelivery{job: job, pacer: pace.NewYielding(a.opts.PollInterval, a.opts.Rand), patience: new(pace.Patience)}
 		a.delivery.jobs[job] = p
 	}
-	if repeat := undelivered[0].Report.Repeat; p.repeat != repeat {
-		p.repeat, p.due = repeat, time.Time{}
-		if repeat {
-			p.due = time.Now().Add(repeatAfter)
-		}
+	repeat := undelivered[0].Report.Repeat
+	switch {
+	case repeat && !p.repeat:
+		a.delivery.enqueue(p, time.Now().Add(repeatAfter))
+	case !repeat && p.repeat:
+		a.delivery.enqueue(p, time.Time{})
+	case !p.queued:
+		a.delivery.enqueue(p, p.due)
 	}
-	a.delivery.enqueue(p)
+	p.repeat = repeat
 }
 
-// enqueue puts a job where its due time belongs.
-func (t *deliveryTable) enqueue(p *pacedDelivery) {
-	if p.place < 0 {
-		heap.Push(&t.queue, p)
-		return
+// enqueue has the reports on a job wait until they are due.
+func (t *deliveryTable) enqueue(p *pacedDelivery, due time.Time) {
+	if p.queued {
+		t.queue.remove(p)
 	}
-	heap.Fix(&t.queue, p.place)
+	p.due, p.queued = due, true
+	t.queue.add(p)
 }
 
 // remove forgets a job on which there is nothing to report any more.
 func (t *deliveryTable) remove(job api.ID) {
-	if p := t.jobs[job]; p != nil && p.place >= 0 {
-		heap.Remove(&t.queue, p.place)
+	if p := t.jobs[job]; p != nil && p.queued {
+		t.queue.remove(p)
 	}
 	delete(t.jobs, job)
 }
@@ -167,8 +137,8 @@ func (a *Agent) deliver(changed ...api.ID) {
 // dueReports lists the reports that are due, the oldest first.
 func (a *Agent) dueReports(now time.Time) []report {
 	var due []report
-	for len(a.delivery.queue) > 0 && !a.delivery.queue[0].when().due.After(now) {
-		p := heap.Pop(&a.delivery.queue).(*pacedDelivery)
+	for _, p := range a.delivery.queue.take(now) {
+		p.queued = false
 		for _, d := range a.opts.Ledger.UndeliveredOf(p.job) {
 			if !d.Report.Repeat || p.repeat {
 				due = append(due, report{d, p.patience})
@@ -289,8 +259,7 @@ func (a *Agent) sent(results []delivered) {
 			continue
 		}
 		wait := p.pacer.Next(pace.After(r.err))
-		p.due = now.Add(wait)
-		a.delivery.enqueue(p)
+		a.delivery.enqueue(p, now.Add(wait))
 		a.counters.Failure(status.Delivery, api.Kind(r.err))
 		if !a.stopping {
 			a.log.Warn("a report was not delivered: it is kept and tried again", "job", r.job, "error", r.err, "next_try_in", wait.Round(time.Millisecond).String())
@@ -314,7 +283,7 @@ func (a *Agent) setDeliveryTimer(now time.Time) {
 	if len(a.delivery.queue) == 0 {
 		return
 	}
-	a.delivery.stats.NextDue = a.delivery.queue[0].when().due
+	a.delivery.stats.NextDue = a.delivery.queue[0].due
 	a.delivery.timer.Reset(max(a.delivery.stats.NextDue.Sub(now), 0))
 }
 

@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"container/heap"
 	"context"
 	"errors"
 	"slices"
@@ -27,9 +26,9 @@ type jobTable struct {
 	yielding   int           // what those hold that gave their slot away, in bytes
 	ready      []*waitingJob // they have what they need but for a slot
 	lines      lines
-	later      dueQueue    // jobs that could not begin
-	timer      *time.Timer // the earliest of those, or due
-	due        time.Time   // none begins before: the control plane has asked for that
+	later      dueQueue[*waitingJob] // jobs that could not begin
+	timer      *time.Timer           // the earliest of those, or due
+	due        time.Time             // none begins before: the control plane has asked for that
 }
 
 // waitingJob is a deployment that has not begun: no slot, its target or its
@@ -200,8 +199,8 @@ func (a *Agent) startJobs() {
 		return
 	}
 	now := time.Now()
-	for len(t.later) > 0 && !t.later[0].when().due.After(now) {
-		t.enter(heap.Pop(&t.later).(*waitingJob))
+	for _, w := range t.later.take(now) {
+		t.enter(w)
 	}
 	for len(t.ready) > 0 && t.yielding < maxYielding && !t.due.After(now) {
 		select {
@@ -230,7 +229,7 @@ func (a *Agent) startJobs() {
 	case len(t.ready) > 0 && t.due.After(now):
 		t.timer.Reset(t.due.Sub(now)) // the others have to wait for that, too
 	case len(t.later) > 0:
-		t.timer.Reset(t.later[0].when().due.Sub(now))
+		t.timer.Reset(t.later[0].due.Sub(now))
 	}
 }
 
@@ -386,7 +385,7 @@ func (a *Agent) deployed(w *waitingJob, t *turn, o deploy.Outcome, err error) {
 		if api.RateLimited(err) && api.RetryAfter(err) > 0 && w.due.After(a.jobs.due) {
 			a.jobs.due = w.due // a fetch is what each begins with
 		}
-		heap.Push(&a.jobs.later, w)
+		a.jobs.later.add(w)
 		a.log.Warn("deployment not begun: it is tried again", "job", job.ID, "target", job.TargetID, "error", err, "next_try_in", wait.Round(time.Millisecond).String())
 	case o.Status == api.StatusCompleted:
 		a.counters.Job(job.TargetType, o.Status, o.Duration)
