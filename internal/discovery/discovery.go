@@ -70,11 +70,11 @@ type Options struct {
 // Scanner scans the same directories again and again.
 type Scanner struct {
 	opts  Options
-	stall time.Duration                        // stallAfter
-	racy  time.Duration                        // racyWindow
-	idle  func(func())                         // runAtIdlePriority
-	rest  func(context.Context, time.Duration) // sleep when it is gentle, or nil
-	names int                                  // maxListing
+	stall time.Duration                              // stallAfter
+	racy  time.Duration                              // racyWindow
+	idle  func(func())                               // runAtIdlePriority
+	rest  func(context.Context, time.Duration) error // sleep when it is gentle, or nil
+	names int                                        // maxListing
 
 	ownerTime, scanTime time.Duration // the constants of these names
 	ownerBytes          int           // likewise

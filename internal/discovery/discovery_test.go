@@ -63,11 +63,12 @@ func TestGentleScanRests(t *testing.T) {
 		}
 		var rests atomic.Int64
 		if gentle {
-			s.rest = func(_ context.Context, d time.Duration) {
+			s.rest = func(_ context.Context, d time.Duration) error {
 				rests.Add(1)
 				if d < restFactor*restAfter || d > maxRest {
 					t.Errorf("a rest of %v", d)
 				}
+				return nil
 			}
 		}
 		if found, _ := scanAll(t, s); len(found) != len(tree.Certificates) {
@@ -83,7 +84,9 @@ func TestGentleScanRests(t *testing.T) {
 func TestRestEndsWithTheScan(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	sleep(ctx, 24*time.Hour)
+	if err := sleep(ctx, 24*time.Hour); !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v, want %v", err, context.Canceled)
+	}
 }
 
 func scanAll(t testing.TB, s *Scanner) ([]api.DiscoveredCertificate, Summary) {

@@ -305,7 +305,7 @@ func forbidden(err error) bool {
 // deliver sends a report until it is answered for good.
 func (r *reports) deliver(report api.DiscoveryReport) error {
 	if r.stats.Reports > 0 && r.gap > 0 {
-		if err := r.pause(r.gap/2 + time.Duration(r.draw(int64(r.gap)))); err != nil {
+		if err := sleep(r.ctx, r.gap/2+time.Duration(r.draw(int64(r.gap)))); err != nil {
 			return err
 		}
 	}
@@ -325,17 +325,8 @@ func (r *reports) deliver(report api.DiscoveryReport) error {
 		wait := r.pacer.Next(pace.After(err))
 		r.opts.Log.Warn("discovery report not delivered: trying again", "certificates", len(report.Certificates),
 			"wait", wait.Round(time.Second).String(), "error", err.Error())
-		if err := r.pause(wait); err != nil {
+		if err := sleep(r.ctx, wait); err != nil {
 			return err
 		}
-	}
-}
-
-func (r *reports) pause(d time.Duration) error {
-	select {
-	case <-time.After(d):
-		return nil
-	case <-r.ctx.Done():
-		return r.ctx.Err()
 	}
 }

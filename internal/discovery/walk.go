@@ -674,10 +674,7 @@ func (r *run) limit(w *worker) bool {
 	r.nextFile = r.nextFile.Add(time.Second / time.Duration(r.s.opts.MaxRate))
 	r.rateMu.Unlock()
 	if wait >= time.Millisecond {
-		select {
-		case <-time.After(wait):
-		case <-r.ctx.Done():
-		}
+		_ = sleep(r.ctx, wait)
 	}
 	return true
 }

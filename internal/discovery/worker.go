@@ -115,15 +115,18 @@ func (w *worker) pause() {
 		return
 	}
 	if worked := threadTime() - w.rested; worked >= restAfter {
-		w.r.s.rest(w.r.ctx, min(restFactor*worked, maxRest))
+		_ = w.r.s.rest(w.r.ctx, min(restFactor*worked, maxRest))
 		w.rested = threadTime()
 	}
 }
 
-func sleep(ctx context.Context, d time.Duration) {
+// sleep waits, and fails when ctx ends.
+func sleep(ctx context.Context, d time.Duration) error {
 	select {
 	case <-time.After(d):
+		return nil
 	case <-ctx.Done():
+		return ctx.Err()
 	}
 }
 
