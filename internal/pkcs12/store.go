@@ -152,10 +152,11 @@ func (s *Store) openPart(safe ber.Value) error {
 	return nil
 }
 
-// readEntries reads a SafeContents. One inside it is an entry of another kind, as Java looks into none.
+// readEntries reads a SafeContents, but no more of it than is too much. One inside it is an entry of
+// another kind, as Java looks into none.
 func readEntries(b []byte) (entries []*Entry, err error) {
 	contents := ber.Sequence(b)
-	for contents.Err == nil && len(contents.Rest) > 0 {
+	for contents.Err == nil && len(contents.Rest) > 0 && len(entries) <= maxEntries {
 		whole := contents.Next(ber.TagSequence)
 		if contents.Err != nil {
 			break

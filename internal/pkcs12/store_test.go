@@ -418,6 +418,12 @@ func TestTooMany(t *testing.T) {
 	if _, err := Open(data, password, 1<<30); !errors.Is(err, errEntries) {
 		t.Errorf("got %v, want %v", err, errEntries)
 	}
+
+	// Each takes some thirty times the memory of its bytes.
+	contents := ber.Encode(ber.TagSequence, bytes.Repeat(bag, 3*maxEntries))
+	if entries, err := readEntries(contents); len(entries) != maxEntries+1 || err != nil {
+		t.Errorf("%d entries were read of a part, %v, want %d", len(entries), err, maxEntries+1)
+	}
 }
 
 // TestManyEntries: a thousand keys, one of which is renewed.
