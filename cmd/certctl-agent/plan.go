@@ -38,8 +38,9 @@ an overlay (CERTCTL_TARGETS_DIR): change it, and look again.
   -json            print one document
 
 Of the daemon's settings, CERTCTL_ALLOWED_PATHS, CERTCTL_ALLOWED_COMMANDS,
-CERTCTL_ALLOWED_HOSTS, CERTCTL_KEY_DIR, CERTCTL_TARGETS_DIR and their flags count. Run it as the user of
-the daemon: files are looked at with the rights of whoever runs it.
+CERTCTL_ALLOWED_HOSTS, CERTCTL_KEY_DIR, CERTCTL_TARGETS_DIR and their flags count.
+Run it as the user of the daemon: files are looked at with the rights of whoever runs
+it.
 
 Examples:
   certctl-agent plan -type NGINX -target t-web1 -config target.json
