@@ -155,12 +155,12 @@ func (c *Client) Do(ctx context.Context, r *Request) (*Answer, error) {
 		if !c.mayRepeat(r, err) || ctx.Err() != nil {
 			return nil, err
 		}
-		wait := pause
-		if status, ok := errors.AsType[*StatusError](err); ok {
-			wait = max(wait, status.After)
+		wait, asked := pause, ""
+		if status, ok := errors.AsType[*StatusError](err); ok && status.After > wait {
+			wait, asked = status.After, fmt.Sprintf(", since it wants to be left alone for %v", status.After)
 		}
 		if tried := time.Since(begun); tried+wait > c.options.Patience {
-			return nil, fmt.Errorf("%w (given up after %v)", err, tried.Round(time.Second))
+			return nil, fmt.Errorf("%w (given up after %v%s)", err, tried.Round(time.Second), asked)
 		}
 		select {
 		case <-time.After(wait):

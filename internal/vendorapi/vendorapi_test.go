@@ -90,7 +90,7 @@ func TestRetries(t *testing.T) {
 		{"success", "POST", false, []http.HandlerFunc{status(201)}, 1, 0, "", false},
 		{"busy once", "POST", false, []http.HandlerFunc{status(503), status(200)}, 2, firstPause, "", false},
 		{"throttled, with a time", "POST", false, []http.HandlerFunc{status(429, "Retry-After", "7"), status(200)}, 2, 7 * time.Second, "", false},
-		{"throttled for too long", "GET", false, []http.HandlerFunc{status(429, "Retry-After", "61"), status(200)}, 1, 0, "429 Too Many Requests: body 429 (given up after 0s)", false},
+		{"throttled for too long", "GET", false, []http.HandlerFunc{status(429, "Retry-After", "61"), status(200)}, 1, 0, "429 Too Many Requests: body 429 (given up after 0s, since it wants to be left alone for 1m1s)", false},
 		{"the vendor's own busy", "POST", false, []http.HandlerFunc{status(423), status(200)}, 2, firstPause, "", false},
 		{"busy for ever", "POST", false, []http.HandlerFunc{status(503)}, 10, 55500 * time.Millisecond, "given up after 56s", false},
 		{"failed", "GET", false, []http.HandlerFunc{status(500)}, 1, 0, "500 Internal Server Error: body 500", false},
