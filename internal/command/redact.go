@@ -109,8 +109,9 @@ func redactLines(text string, begins bool) string {
 	if !begins && len(lines) > 1 && isDump(lines[1]) {
 		lines[0] = redaction
 	}
+	wraps := wrapped(lines)
 	for i := 0; i < len(lines); {
-		n := wrapped(lines[i:])
+		n := wraps[i]
 		if n == 0 {
 			n = dumped(lines[i:])
 		}
@@ -127,33 +128,28 @@ func redactLines(text string, begins bool) string {
 	return strings.Join(lines, "\n")
 }
 
-// wrapped returns how many lines from here on are one encoded text.
-func wrapped(lines []string) int {
+// wrapped returns how many lines from each one on are one encoded text. It looks
+// once at each: of the lines behind one, all that counts has been added up.
+func wrapped(lines []string) []int {
+	wraps := make([]int, len(lines))
 	n, length, pairs := 0, 0, 0 // pairs is of neighbours in one line
-	for _, line := range lines {
+	singles, hex := true, true  // every line is one character, as grep -o prints them; or hex
+	for i, line := range slices.Backward(lines) {
 		line = strings.TrimSpace(line)
 		if !encoded.MatchString(line) {
-			break
+			n, length, pairs, singles, hex = 0, 0, 0, true, true
+			continue
 		}
 		n++
 		length += len(line)
 		pairs += mixed(line)
+		singles = singles && len(line) == 1
+		hex = hex && strings.Trim(line, "0123456789abcdefABCDEF") == ""
+		if length >= minRun && (isMixed(pairs, length-n) || singles || hex) {
+			wraps[i] = n
+		}
 	}
-	if length >= minRun && (isMixed(pairs, length-n) || singles(lines[:n]) || hexLines(lines[:n])) {
-		return n
-	}
-	return 0
-}
-
-// singles reports whether every line is one character, as grep -o prints them.
-func singles(lines []string) bool {
-	return !slices.ContainsFunc(lines, func(line string) bool { return len(strings.TrimSpace(line)) != 1 })
-}
-
-func hexLines(lines []string) bool {
-	return !slices.ContainsFunc(lines, func(line string) bool {
-		return strings.Trim(strings.TrimSpace(line), "0123456789abcdefABCDEF") != ""
-	})
+	return wraps
 }
 
 // dumped returns how many lines from here on are a dump. The last one of a dump
