@@ -27,6 +27,12 @@ const (
 // packet is the body of a packet that is being made.
 type packet struct{ data []byte }
 
+// about begins one with the path or the handle that it is about.
+func about(what string) (p packet) {
+	p.string(what)
+	return p
+}
+
 func (p *packet) uint32(n uint32) { p.data = binary.BigEndian.AppendUint32(p.data, n) }
 func (p *packet) uint64(n uint64) { p.data = binary.BigEndian.AppendUint64(p.data, n) }
 func (p *packet) string(s string) {

@@ -5,6 +5,7 @@
 package sftp
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -274,8 +275,7 @@ func (c *Client) extended(ctx context.Context, name string, arguments ...string)
 	if !c.Has(name) {
 		return &StatusError{Code: statusUnsupported}
 	}
-	var p packet
-	p.string(name)
+	p := about(name)
 	for _, argument := range arguments {
 		p.string(argument)
 	}
@@ -294,16 +294,12 @@ func (c *Client) Link(ctx context.Context, old, new string) error {
 
 // Remove removes a file.
 func (c *Client) Remove(ctx context.Context, path string) error {
-	var p packet
-	p.string(path)
-	return c.do(ctx, typeRemove, p)
+	return c.do(ctx, typeRemove, about(path))
 }
 
 // RealPath is path without symlinks.
 func (c *Client) RealPath(ctx context.Context, path string) (string, error) {
-	var p packet
-	p.string(path)
-	r, err := c.request(ctx, typeRealPath, p, typeName)
+	r, err := c.request(ctx, typeRealPath, about(path), typeName)
 	if err != nil {
 		return "", err
 	}
@@ -323,9 +319,7 @@ func (c *Client) nonsense(err error) error {
 
 // Lstat describes a file, and a symlink as itself.
 func (c *Client) Lstat(ctx context.Context, path string) (Attrs, error) {
-	var p packet
-	p.string(path)
-	return c.attrs(c.request(ctx, typeLstat, p, typeAttrs))
+	return c.attrs(c.request(ctx, typeLstat, about(path), typeAttrs))
 }
 
 func (c *Client) attrs(r *reader, err error) (Attrs, error) {
@@ -342,21 +336,13 @@ func (c *Client) attrs(r *reader, err error) (Attrs, error) {
 // Names lists the names in a directory for which keep says true. A name may have
 // any length and anything in it.
 func (c *Client) Names(ctx context.Context, dir string, keep func(name string) bool) (names []string, err error) {
-	var p packet
-	p.string(dir)
-	f, err := c.open(ctx, typeOpenDir, p)
+	f, err := c.open(ctx, typeOpenDir, about(dir))
 	if err != nil {
 		return nil, err
 	}
-	defer func() {
-		if closeErr := f.Close(ctx); err == nil {
-			err = closeErr
-		}
-	}()
+	defer func() { err = cmp.Or(err, f.Close(ctx)) }()
 	for seen := 0; ; {
-		var p packet
-		p.string(f.handle)
-		r, err := c.request(ctx, typeReadDir, p, typeName)
+		r, err := c.request(ctx, typeReadDir, about(f.handle), typeName)
 		if isEOF(err) {
 			return names, nil
 		}
@@ -405,8 +391,7 @@ const (
 
 // OpenToRead opens a file to read it.
 func (c *Client) OpenToRead(ctx context.Context, path string) (*File, error) {
-	var p packet
-	p.string(path)
+	p := about(path)
 	p.uint32(flagRead)
 	p.uint32(0)
 	return c.open(ctx, typeOpen, p)
@@ -415,8 +400,7 @@ func (c *Client) OpenToRead(ctx context.Context, path string) (*File, error) {
 // Create makes a file, to write it, which must not be there. Its mode is perm
 // at most.
 func (c *Client) Create(ctx context.Context, path string, perm fs.FileMode) (*File, error) {
-	var p packet
-	p.string(path)
+	p := about(path)
 	p.uint32(flagWrite | flagCreate | flagExcl)
 	p.uint32(hasPermissions)
 	p.uint32(uint32(perm.Perm()))
@@ -437,24 +421,19 @@ func (c *Client) open(ctx context.Context, kind byte, p packet) (*File, error) {
 
 // Close closes the file. The server may hold a failed write back until then.
 func (f *File) Close(ctx context.Context) error {
-	var p packet
-	p.string(f.handle)
-	return f.client.do(ctx, typeClose, p)
+	return f.client.do(ctx, typeClose, about(f.handle))
 }
 
 // Stat describes the file.
 func (f *File) Stat(ctx context.Context) (Attrs, error) {
-	var p packet
-	p.string(f.handle)
-	return f.client.attrs(f.client.request(ctx, typeFstat, p, typeAttrs))
+	return f.client.attrs(f.client.request(ctx, typeFstat, about(f.handle), typeAttrs))
 }
 
 // Read reads up to size bytes at offset: fewer only at the end of the file.
 func (f *File) Read(ctx context.Context, offset int64, size int) ([]byte, error) {
 	var data []byte
 	for len(data) < size {
-		var p packet
-		p.string(f.handle)
+		p := about(f.handle)
 		p.uint64(uint64(offset) + uint64(len(data)))
 		want := min(size-len(data), maxChunk)
 		p.uint32(uint32(want))
@@ -478,8 +457,7 @@ func (f *File) Read(ctx context.Context, offset int64, size int) ([]byte, error)
 func (f *File) Write(ctx context.Context, data []byte) error {
 	offset := 0
 	for chunk := range slices.Chunk(data, maxChunk) {
-		var p packet
-		p.string(f.handle)
+		p := about(f.handle)
 		p.uint64(uint64(offset))
 		p.string(string(chunk))
 		if err := f.client.do(ctx, typeWrite, p); err != nil {
@@ -492,8 +470,7 @@ func (f *File) Write(ctx context.Context, data []byte) error {
 
 // Chown gives the file to a user and a group.
 func (f *File) Chown(ctx context.Context, uid, gid uint32) error {
-	var p packet
-	p.string(f.handle)
+	p := about(f.handle)
 	p.uint32(hasOwner)
 	p.uint32(uid)
 	p.uint32(gid)
@@ -502,8 +479,7 @@ func (f *File) Chown(ctx context.Context, uid, gid uint32) error {
 
 // Chmod sets the permissions of the file.
 func (f *File) Chmod(ctx context.Context, mode fs.FileMode) error {
-	var p packet
-	p.string(f.handle)
+	p := about(f.handle)
 	p.uint32(hasPermissions)
 	p.uint32(uint32(mode.Perm()))
 	return f.client.do(ctx, typeFsetstat, p)
@@ -511,8 +487,7 @@ func (f *File) Chmod(ctx context.Context, mode fs.FileMode) error {
 
 // SetModified sets when the file was modified, and read, in seconds since 1970.
 func (f *File) SetModified(ctx context.Context, seconds uint32) error {
-	var p packet
-	p.string(f.handle)
+	p := about(f.handle)
 	p.uint32(hasTimes)
 	p.uint32(seconds)
 	p.uint32(seconds)

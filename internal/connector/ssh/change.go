@@ -505,11 +505,7 @@ func (c *change) stage(ctx context.Context, s *session, f *file, name string) (e
 	if err != nil {
 		return err
 	}
-	defer func() {
-		if closeErr := file.Close(ctx); err == nil {
-			err = closeErr
-		}
-	}()
+	defer func() { err = cmp.Or(err, file.Close(ctx)) }()
 	made, err := file.Stat(ctx)
 	if err != nil {
 		return err

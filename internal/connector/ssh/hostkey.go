@@ -128,20 +128,13 @@ func (d *directory) writeKnownHosts(root *os.Root) error {
 // pinned reports whether the configuration says which keys count.
 func (d *directory) pinned() bool { return d.KnownHosts != "" || len(d.keys) > 0 }
 
-// usersFiles are where ssh looks for the keys that the agent's user knows.
-func usersFiles() []string { return []string{"~/.ssh/known_hosts", "~/.ssh/known_hosts2"} }
-
-func systemFiles() []string {
-	return []string{"/etc/ssh/ssh_known_hosts", "/etc/ssh/ssh_known_hosts2"}
-}
-
 func (d *directory) knownHostsOptions() []string {
 	if d.pinned() {
 		return []string{"-o", "UserKnownHostsFile=" + knownFile, "-o", "GlobalKnownHostsFile=none"}
 	}
 	return []string{
-		"-o", "UserKnownHostsFile=" + strings.Join(append(usersFiles(), knownFile), " "),
-		"-o", "GlobalKnownHostsFile=" + strings.Join(systemFiles(), " "),
+		"-o", "UserKnownHostsFile=~/.ssh/known_hosts ~/.ssh/known_hosts2 " + knownFile,
+		"-o", "GlobalKnownHostsFile=/etc/ssh/ssh_known_hosts /etc/ssh/ssh_known_hosts2",
 	}
 }
 

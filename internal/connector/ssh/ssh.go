@@ -4,7 +4,6 @@
 package ssh
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"net/netip"
@@ -281,6 +280,4 @@ func (t *target) alias() string {
 }
 
 // timeout is of logging in, and of each request.
-func (t *target) timeout() time.Duration {
-	return time.Duration(cmp.Or(t.Timeout, targetconf.Seconds(30*time.Second)))
-}
+func (t *target) timeout() time.Duration { return time.Duration(t.Timeout) }
