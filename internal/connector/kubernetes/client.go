@@ -107,7 +107,7 @@ func (c *client) credentials(ctx context.Context) (*credentials, error) {
 			return nil, fmt.Errorf("token of %s: %w", c.from, err)
 		}
 		shown.token = strings.TrimSpace(string(data))
-		if shown.token == "" || strings.ContainsFunc(shown.token, func(r rune) bool { return r <= ' ' || r > '~' }) {
+		if !isToken(shown.token) {
 			return nil, fmt.Errorf("token of %s: %s holds no token", c.from, user.TokenFile)
 		}
 	}
@@ -122,6 +122,11 @@ func (c *client) credentials(ctx context.Context) (*credentials, error) {
 		return nil, fmt.Errorf("client certificate of %s: %w", c.from, err)
 	}
 	return shown, nil
+}
+
+// isToken reports whether text can be a token: it goes into the header of a request.
+func isToken(text string) bool {
+	return text != "" && !strings.ContainsFunc(text, func(r rune) bool { return r <= ' ' || r > '~' })
 }
 
 func keyPair(certificate, key []byte) (*tls.Certificate, error) {

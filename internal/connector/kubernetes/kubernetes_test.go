@@ -241,7 +241,7 @@ func TestReadCredential(t *testing.T) {
 	if err != nil || got.token != "hunter2" || got.expires.Year() != 2030 {
 		t.Errorf("got %+v, %v", got, err)
 	}
-	for _, out := range []string{"", "hunter2", "{}", head + "}", head + `,"status":{}}`, head + `,"status":{"clientCertificateData":"hunter2","clientKeyData":"x"}}`,
+	for _, out := range []string{"", "hunter2", "{}", head + "}", head + `,"status":{}}`, head + `,"status":{"token":"hunter2\n"}}`, head + `,"status":{"clientCertificateData":"hunter2","clientKeyData":"x"}}`,
 		`{"apiVersion":"client.authentication.k8s.io/v1beta1","kind":"ExecCredential","status":{"token":"hunter2"}}`} {
 		if got, err := readCredential([]byte(out), version); err == nil || strings.Contains(err.Error(), "hunter2") {
 			t.Errorf("%q: got %+v, %v", out, got, err)

@@ -86,6 +86,9 @@ func readCredential(out []byte, version string) (*credentials, error) {
 	if said.Status == nil || said.Status.Token == "" && said.Status.ClientCertificateData == "" {
 		return nil, errors.New("the command printed neither a token nor a client certificate")
 	}
+	if said.Status.Token != "" && !isToken(said.Status.Token) {
+		return nil, errors.New("the command printed a token with white space, or something else than ASCII, in it")
+	}
 	issued := &credentials{token: said.Status.Token, expires: said.Status.ExpirationTimestamp}
 	if said.Status.ClientCertificateData != "" {
 		var err error
