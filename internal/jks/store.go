@@ -28,6 +28,12 @@ var (
 	ErrJCEKS = errors.New("the key store is of type JCEKS, which is not written")
 )
 
+// maxEntries bounds the entries of a store that can be written. Those of a small file take several times
+// its memory.
+const maxEntries = 10_000
+
+var errEntries = fmt.Errorf("the Java key store has more than %d entries", maxEntries)
+
 // Store is a store that can be written. Whatever Put does not replace is written as it was read,
 // byte for byte.
 type Store struct {
@@ -53,6 +59,8 @@ func Open(data []byte, password string) (*Store, error) {
 		return nil, errFormat
 	case binary.BigEndian.Uint32(data) == magicJCEKS:
 		return nil, ErrJCEKS
+	case binary.BigEndian.Uint32(data[8:]) > maxEntries:
+		return nil, errEntries
 	}
 	s := &Store{password: password, version: data[7]}
 	r := &reader{rest: data[headerSize:], typed: s.version == 2}

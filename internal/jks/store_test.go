@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/binary"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -165,6 +166,11 @@ func TestOpenRefuses(t *testing.T) {
 		if _, err := Open(append(bytes.Clone(data), 0), password); err == nil {
 			t.Error("a byte too many is not noticed")
 		}
+	}
+	many := signed(2)
+	binary.BigEndian.PutUint32(many[8:], maxEntries+1)
+	if _, err := Open(many, password); !errors.Is(err, errEntries) {
+		t.Errorf("many entries: %v, want %v", err, errEntries)
 	}
 	java, err := os.ReadFile("testdata/java.jceks")
 	if err != nil {
