@@ -280,6 +280,7 @@ func (t *deliveryTable) note(now time.Time, err error) {
 
 // setDeliveryTimer wakes the loop when the next report is due.
 func (a *Agent) setDeliveryTimer(now time.Time) {
+	a.delivery.stats.NextDue = time.Time{}
 	if len(a.delivery.queue) == 0 {
 		return
 	}

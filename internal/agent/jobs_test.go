@@ -17,6 +17,7 @@ import (
 	"certctl-agent/internal/deploy"
 	"certctl-agent/internal/enroll"
 	"certctl-agent/internal/ledger"
+	"certctl-agent/internal/status"
 	"certctl-agent/internal/transaction"
 )
 
@@ -606,6 +607,10 @@ func TestDelivery(t *testing.T) {
 				}
 				if got := len(w.ledger.Undelivered()); got != test.left {
 					t.Errorf("%d undelivered, want %d", got, test.left)
+				}
+				snapshot, err := w.agent.Snapshot(t.Context())
+				if due := snapshot.Activities[status.Delivery].NextDue; err != nil || due.IsZero() != (test.left == 0) {
+					t.Errorf("the next try is due at %v, %v, with %d undelivered", due, err, test.left)
 				}
 				last.Store(true)
 				if err := w.stop(); err != nil {
