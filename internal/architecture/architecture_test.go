@@ -37,7 +37,7 @@ var layers = [][]string{
 	{"internal/discovery/certfile", "internal/discovery/index", "internal/policy", "internal/tlsprobe", "internal/vendorapi"},
 	{"internal/api", "internal/askpass", "internal/atomicfile", "internal/ber", "internal/budget", "internal/buildinfo", "internal/command", "internal/csr", "internal/discovery/record", "internal/filelock",
 		"internal/hostfile", "internal/jks", "internal/keyentry", "internal/kubeconfig", "internal/namelock", "internal/pace", "internal/peer", "internal/pemutil", "internal/pkcs12", "internal/printable", "internal/proxy",
-		"internal/sdnotify", "internal/secret", "internal/sftp", "internal/trustedfile"},
+		"internal/sdnotify", "internal/secret", "internal/sftp", "internal/sigv4", "internal/trustedfile"},
 }
 
 // leaves may import one another where one clearly serves the other.
