@@ -4,6 +4,7 @@ package all
 import (
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/connector/apache"
+	"certctl-agent/internal/connector/awsacm"
 	"certctl-agent/internal/connector/caddy"
 	"certctl-agent/internal/connector/envoy"
 	"certctl-agent/internal/connector/haproxy"
@@ -30,7 +31,7 @@ func Types() []connector.Type {
 		ssh.Type(),
 		{Name: "F5"},
 		kubernetes.Type(),
-		{Name: "AWSACM"},
+		awsacm.Type(),
 		{Name: "AzureKeyVault"},
 		{Name: "IIS"},
 		{Name: "WinCertStore"},

@@ -1,0 +1,304 @@
+// Package awsacm installs certificates in AWS Certificate Manager, from where load balancers,
+// CloudFront and API Gateway serve them.
+package awsacm
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"certctl-agent/internal/connector"
+	"certctl-agent/internal/printable"
+	"certctl-agent/internal/targetconf"
+	"certctl-agent/internal/vendorapi"
+)
+
+// Type is the kind of target.
+func Type() connector.Type { return typeOf(patience{}) }
+
+// patience is what tests cut short.
+type patience struct {
+	call time.Duration // how long a call is tried again; 0: a minute
+	list time.Duration // how long a certificate that may be there is looked for; 0: listFor
+	try  time.Duration // how long one try of a call may take; 0: 30 s
+}
+
+func typeOf(p patience) connector.Type {
+	return connector.Type{Name: "AWSACM", New: func(c *targetconf.Config, host connector.Host) (connector.Connector, error) {
+		return newConnector(c, host, p)
+	}}
+}
+
+// config is what can be set.
+type config struct {
+	Region         string          `json:"region" config:"required"`
+	CertificateARN string          `json:"certificate_arn"` // "": found by its tags, or imported
+	Tags           tags            `json:"tags"`
+	Endpoint       string          `json:"endpoint"`    // "": the region's
+	CABundle       targetconf.Path `json:"ca_bundle"`   // "": AWS_CA_BUNDLE, or the system's
+	RoleARN        string          `json:"role_arn"`    // "": the credentials as they are
+	ExternalID     string          `json:"external_id"` // which the role may ask for
+}
+
+type acm struct {
+	target *targetconf.Config
+	config config
+	host   connector.Host
+	client *client
+	list   time.Duration
+}
+
+func newConnector(c *targetconf.Config, host connector.Host, p patience) (*acm, error) {
+	a := &acm{target: c, host: host, list: p.list}
+	if a.list == 0 {
+		a.list = listFor
+	}
+	if err := targetconf.Join(c.Decode(&a.config), c.Common.Managed()); err != nil {
+		return nil, err
+	}
+	if err := a.check(); err != nil {
+		return nil, err
+	}
+	endpoint, err := a.endpoint()
+	if err != nil {
+		return nil, err
+	}
+	getenv := host.Getenv
+	if getenv == nil {
+		getenv = func(string) string { return "" }
+	}
+	trust := vendorapi.Trust{CAFile: string(a.config.CABundle)}
+	if trust.CAFile == "" {
+		trust.CAFile = getenv("AWS_CA_BUNDLE")
+	}
+	options := vendorapi.Options{Dial: endpoint.dial, Proxy: endpoint.proxy, TLS: trust.Config, Timeout: p.try, Patience: p.call, Message: message}
+	credentials, err := newSource(&a.config, host, getenv, c, trust, p)
+	if err != nil {
+		return nil, err
+	}
+	a.client = newClient(endpoint.url, a.config.Region, credentials, options)
+	return a, nil
+}
+
+var (
+	// A job must not be able to make another host of it.
+	regionForm = regexp.MustCompile(`^[a-z]{2}(-[a-z]{1,12}){1,2}-[0-9]{1,2}$`)
+
+	arnForm  = regexp.MustCompile(`^arn:(aws|aws-cn|aws-us-gov):acm:([a-z0-9-]+):[0-9]{12}:certificate/[A-Za-z0-9-]{1,64}$`)
+	roleForm = regexp.MustCompile(`^arn:(aws|aws-cn|aws-us-gov):iam::[0-9]{12}:role/[\w+=/,.@-]{1,512}$`)
+)
+
+// partition is a part of AWS that has accounts and names of its own
+// (https://docs.aws.amazon.com/whitepapers/latest/aws-fault-isolation-boundaries/partitions.html).
+func partition(region string) (name, domain string) {
+	switch {
+	case strings.HasPrefix(region, "cn-"):
+		return "aws-cn", "amazonaws.com.cn"
+	case strings.HasPrefix(region, "us-gov-"):
+		return "aws-us-gov", "amazonaws.com"
+	}
+	return "aws", "amazonaws.com"
+}
+
+func (a *acm) check() error {
+	c := &a.config
+	var errs []error
+	add := func(key, format string, args ...any) { errs = append(errs, targetconf.Invalid(key, format, args...)) }
+	if !regionForm.MatchString(c.Region) {
+		add("region", "%s is not a region such as eu-central-1", printable.Quote(c.Region))
+	} else if strings.Contains(c.Region, "-iso") {
+		add("region", "%s is of a partition that this version does not know: aws, aws-cn and aws-us-gov it does", c.Region)
+	}
+	name, _ := partition(c.Region)
+	if c.CertificateARN != "" {
+		parts := arnForm.FindStringSubmatch(c.CertificateARN)
+		switch {
+		case parts == nil:
+			add("certificate_arn", "%s is not the ARN of a certificate in ACM", printable.Quote(c.CertificateARN))
+		case parts[1] != name || parts[2] != c.Region:
+			add("certificate_arn", "it is in %s (%s), and the target's region is %s", parts[2], parts[1], c.Region)
+		}
+	}
+	// Whoever chooses these chooses whose ACM gets the key, and who is believed to be AWS.
+	for key, value := range map[string]string{"role_arn": c.RoleARN, "external_id": c.ExternalID, "ca_bundle": string(c.CABundle)} {
+		if value != "" && !a.target.Local(key) {
+			add(key, "is accepted only from an overlay of this host, since it decides into whose hands a key goes")
+		}
+	}
+	if c.RoleARN != "" && !roleForm.MatchString(c.RoleARN) {
+		add("role_arn", "%s is not the ARN of a role", printable.Quote(c.RoleARN))
+	}
+	if c.ExternalID != "" && c.RoleARN == "" {
+		add("external_id", "is for a role: set role_arn too")
+	}
+	slices.SortFunc(errs, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
+	return targetconf.Join(errs...)
+}
+
+// endpoint is where ACM is called.
+type endpoint struct {
+	url   string
+	proxy *url.URL
+	dial  func(context.Context, string) (net.Conn, error)
+}
+
+// endpoint asks the policy whether a key may go there.
+func (a *acm) endpoint() (*endpoint, error) {
+	_, domain := partition(a.config.Region)
+	u := &url.URL{Scheme: "https", Host: "acm." + a.config.Region + "." + domain}
+	if a.config.Endpoint != "" {
+		var err error
+		u, err = url.Parse(a.config.Endpoint)
+		if err != nil || u.Scheme != "https" || u.Hostname() == "" || u.User != nil || u.Opaque != "" || strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "" {
+			return nil, targetconf.Invalid("endpoint", "expected an https URL without a path, such as https://acm-fips.us-east-1.amazonaws.com")
+		}
+		u.Path = ""
+	}
+	port := 443
+	if text := u.Port(); text != "" {
+		var err error
+		if port, err = strconv.Atoi(text); err != nil {
+			return nil, targetconf.Invalid("endpoint", "expected a port from 1 to 65535")
+		}
+	}
+	peer, err := a.host.Peer(u.Hostname(), port, a.target.Local("endpoint"))
+	if err != nil {
+		return nil, fmt.Errorf("endpoint of ACM: %w", err)
+	}
+	at := &endpoint{url: u.String() + "/", dial: func(ctx context.Context, _ string) (net.Conn, error) { return peer.Dial(ctx) }}
+	if a.host.Proxy != nil {
+		at.proxy = a.host.Proxy(u)
+	}
+	if at.proxy != nil {
+		at.dial = nil
+		if err := peer.CheckRelayed(); err != nil {
+			return nil, fmt.Errorf("endpoint of ACM: %w", err)
+		}
+	}
+	return at, nil
+}
+
+// Tags that say whose a certificate is.
+const (
+	managedByTag   = "certctl-managed-by"
+	certificateTag = "certctl-certificate-id"
+	managedBy      = "certctl-agent"
+)
+
+// tags are a JSON object, or a string that holds one.
+type tags map[string]string
+
+// maxTags is how many a certificate may have, without our own.
+const maxTags = 48
+
+// tagForm is of keys and values
+// (https://docs.aws.amazon.com/acm/latest/APIReference/API_Tag.html).
+var tagForm = regexp.MustCompile(`^[\p{L}\p{Z}\p{N}_.:/=+\-@]*$`)
+
+func (t *tags) UnmarshalJSON(raw []byte) error {
+	var text string
+	if json.Unmarshal(raw, &text) == nil {
+		if raw = []byte(text); strings.TrimSpace(text) == "" {
+			return nil
+		}
+	}
+	var read map[string]string
+	if json.Unmarshal(raw, &read) != nil {
+		return errors.New(`expected an object of strings such as {"team": "web"}, or a string that holds one`)
+	}
+	if len(read) > maxTags {
+		return fmt.Errorf("%d tags are more than %d", len(read), maxTags)
+	}
+	for key, value := range read {
+		switch {
+		case key == "" || utf8.RuneCountInString(key) > 128 || utf8.RuneCountInString(value) > 256, !tagForm.MatchString(key), !tagForm.MatchString(value):
+			return fmt.Errorf("%s: %s is not a valid tag", printable.Quote(key), printable.Quote(value))
+		case key == managedByTag, key == certificateTag:
+			return fmt.Errorf("%s is a tag that the agent itself sets", key)
+		case strings.HasPrefix(strings.ToLower(key), "aws:"):
+			return fmt.Errorf("%s: keys that begin with aws: are reserved", printable.Quote(key))
+		}
+	}
+	*t = read
+	return nil
+}
+
+// Plan implements connector.Connector.
+func (a *acm) Plan(_ context.Context, m *connector.Material) (*connector.Plan, error) {
+	if err := checkImport(m); err != nil {
+		return nil, err
+	}
+	return &connector.Plan{
+		Changes: []connector.Change{&change{acm: a, material: m}},
+		Serves:  a.target.Common.Endpoint(),
+	}, nil
+}
+
+// Sizes that ACM takes, in bytes
+// (https://docs.aws.amazon.com/acm/latest/APIReference/API_ImportCertificate.html).
+const (
+	maxLeaf  = 32768
+	maxKey   = 5120
+	maxChain = 2097152
+)
+
+// checkImport refuses what ACM would refuse, before anything is touched
+// (https://docs.aws.amazon.com/acm/latest/userguide/import-certificate-prerequisites.html).
+func checkImport(m *connector.Material) error {
+	leaf, chain := leafPEM(m.Leaf), chainPEM(m.Chain)
+	switch {
+	case keyAlgorithm(m.Leaf) == "":
+		return fmt.Errorf("ACM takes RSA keys of 1024, 2048, 3072 or 4096 bits and ECDSA keys on P-256, P-384 or P-521, and this certificate has %s: issue it with another key", describeKey(m.Leaf))
+	case len(m.Leaf.DNSNames)+len(m.Leaf.IPAddresses) == 0:
+		return errors.New("ACM takes certificates for domain names or IP addresses, and this one has neither as subject alternative names")
+	case len(leaf) > maxLeaf:
+		return fmt.Errorf("ACM takes a certificate of at most %d bytes as PEM, and this one has %d: it has too many names", maxLeaf, len(leaf))
+	case len(m.Key()) > maxKey:
+		return fmt.Errorf("ACM takes a private key of at most %d bytes as PEM, and this one has %d", maxKey, len(m.Key()))
+	case len(chain) > maxChain:
+		return fmt.Errorf("ACM takes a chain of at most %d bytes as PEM, and this one has %d", maxChain, len(chain))
+	}
+	return nil
+}
+
+// keyTypes are the names that ACM has for what it takes.
+func keyTypes() []string {
+	return []string{"RSA_1024", "RSA_2048", "RSA_3072", "RSA_4096", "EC_prime256v1", "EC_secp384r1", "EC_secp521r1"}
+}
+
+// keyAlgorithm is ACM's name for the key of a certificate. It returns "" if ACM takes none such.
+func keyAlgorithm(c *x509.Certificate) string {
+	name := ""
+	switch public := c.PublicKey.(type) {
+	case *rsa.PublicKey:
+		name = fmt.Sprintf("RSA_%d", public.N.BitLen())
+	case *ecdsa.PublicKey:
+		name = map[string]string{"P-256": "EC_prime256v1", "P-384": "EC_secp384r1", "P-521": "EC_secp521r1"}[public.Curve.Params().Name]
+	}
+	if !slices.Contains(keyTypes(), name) {
+		return ""
+	}
+	return name
+}
+
+func describeKey(c *x509.Certificate) string {
+	switch public := c.PublicKey.(type) {
+	case *rsa.PublicKey:
+		return fmt.Sprintf("an RSA key of %d bits", public.N.BitLen())
+	case *ecdsa.PublicKey:
+		return "an ECDSA key on " + public.Curve.Params().Name
+	}
+	return "a key of the type " + c.PublicKeyAlgorithm.String()
+}

@@ -1,0 +1,228 @@
+package awsacm
+
+import (
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"maps"
+	"math/big"
+	"strings"
+	"testing"
+
+	"certctl-agent/internal/connector"
+	"certctl-agent/internal/connector/conformance"
+	"certctl-agent/internal/policy"
+	"certctl-agent/internal/testing/awsfake"
+	"certctl-agent/internal/testing/testca"
+)
+
+func TestNew(t *testing.T) {
+	host := conformance.NewHost(t, nil)
+	const arn = "arn:aws:acm:eu-central-1:123456789012:certificate/0ab1-2"
+	many := make(map[string]any)
+	for i := range 49 {
+		many[strings.Repeat("k", i+1)] = "v"
+	}
+	for _, test := range []struct {
+		key   string
+		value any
+		says  string // "": no error
+	}{
+		{"", nil, ""},
+		{"region", "us-gov-west-1", ""},
+		{"region", "cn-northwest-1", ""},
+		{"region", "ap-southeast-7", ""},
+		{"region", "eu-central-1.example.org/", "region"},
+		{"region", "eu-central-1.", "region"},
+		{"region", "EU-central-1", "region"},
+		{"region", "us-iso-east-1", "partition"},
+		{"certificate_arn", arn, ""},
+		{"certificate_arn", "arn:aws:acm:eu-west-1:123456789012:certificate/0ab1-2", "eu-west-1"},
+		{"certificate_arn", "arn:aws-cn:acm:eu-central-1:123456789012:certificate/0ab1-2", "aws-cn"},
+		{"certificate_arn", "arn:aws:iam::123456789012:server-certificate/www", "certificate_arn"},
+		{"certificate_arn", arn + "\n", "certificate_arn"},
+		{"tags", "", ""},
+		{"tags", `{"team": "web müller"}`, ""},
+		{"tags", map[string]any{"a": ""}, ""},
+		{"tags", "team=web", "tags"},
+		{"tags", map[string]any{"a": 1}, "tags"},
+		{"tags", map[string]any{"a": "b;c"}, "not a valid tag"},
+		{"tags", map[string]any{strings.Repeat("x", 129): ""}, "not a valid tag"},
+		{"tags", map[string]any{"AWS:cost": "x"}, "reserved"},
+		{"tags", map[string]any{"certctl-certificate-id": "x"}, "the agent itself sets"},
+		{"tags", many, "49 tags"},
+		{"endpoint", "https://acm-fips.us-east-1.amazonaws.com", ""},
+		{"endpoint", "https://vpce-1.acm.eu-central-1.vpce.amazonaws.com:8443/", ""},
+		{"endpoint", "http://127.0.0.1:1", "endpoint"},
+		{"endpoint", "https://u:p@127.0.0.1", "endpoint"},
+		{"endpoint", "https://127.0.0.1/x", "endpoint"},
+		{"endpoint", "https://127.0.0.1?x", "endpoint"},
+		{"endpoint", "https://127.0.0.1:99999", "port"},
+		{"endpoint", "127.0.0.1", "endpoint"},
+		{"role_arn", "arn:aws:iam::210987654321:role/theirs", "overlay"},
+		{"external_id", "x", "overlay"},
+		{"ca_bundle", "/etc/ssl/theirs.pem", "overlay"},
+		{"post_deploy_verify", map[string]any{"enabled": true}, "post_deploy_verify.endpoint"},
+	} {
+		config := map[string]any{"region": "eu-central-1"}
+		if config[test.key] = test.value; test.key == "" {
+			delete(config, "")
+		}
+		_, err := host.Connector(Type(), config)
+		if (err == nil) != (test.says == "") || err != nil && !strings.Contains(err.Error(), test.says) {
+			t.Errorf("%s %v: got %v, want an error with %q", test.key, test.value, err, test.says)
+		}
+	}
+}
+
+// What a job says cannot send a key, or the means to get one, to where this host does not want it.
+func TestAllowedHosts(t *testing.T) {
+	f := newFixture(t)
+	f.Policy.Hosts = []policy.HostRule{}
+	job := map[string]any{"region": "eu-central-1"}
+	try := func(more map[string]any) error {
+		config := maps.Clone(job)
+		maps.Copy(config, more)
+		_, err := f.Connector(f.typ, config)
+		return err
+	}
+	says(t, try(nil), "CERTCTL_ALLOWED_HOSTS", "acm.eu-central-1.amazonaws.com, port 443")
+	says(t, try(map[string]any{"region": "cn-north-1"}), "acm.cn-north-1.amazonaws.com.cn, port 443")
+	says(t, try(map[string]any{"endpoint": "https://203.0.113.9:8443"}), "203.0.113.9:8443")
+	rule, err := policy.ParseHostRule("acm.eu-central-1.amazonaws.com:443")
+	must(t, err)
+	f.Policy.Hosts = []policy.HostRule{rule}
+	must(t, try(nil))
+	says(t, try(map[string]any{"region": "us-gov-west-1"}), "acm.us-gov-west-1.amazonaws.com")
+	f.overlay(`{"endpoint": "https://vpce.example.org", "role_arn": "arn:aws:iam::123456789012:role/acm", "external_id": "x"}`)
+	must(t, try(map[string]any{"endpoint": "https://203.0.113.9", "role_arn": "arn:aws:iam::210987654321:role/theirs"}))
+	f.overlay(`{"role_arn": "acm"}`)
+	says(t, try(nil), "role_arn")
+	f.overlay(`{"external_id": "x"}`)
+	says(t, try(nil), "set role_arn too")
+}
+
+// Algorithms and sizes that ACM does not take are refused before any call.
+func TestRefusedBefore(t *testing.T) {
+	f := newFixture(t)
+	rsaKey := func(bits int) *rsa.PublicKey {
+		n := new(big.Int).Lsh(big.NewInt(1), uint(bits-1))
+		return &rsa.PublicKey{N: n.Add(n, big.NewInt(1)), E: 65537}
+	}
+	curve := func(c elliptic.Curve) *ecdsa.PublicKey {
+		key, err := ecdsa.GenerateKey(c, rand.Reader)
+		must(t, err)
+		return &key.PublicKey
+	}
+	ed, _, err := ed25519.GenerateKey(rand.Reader)
+	must(t, err)
+	good := f.material()
+	for _, test := range []struct {
+		public any
+		says   string
+	}{
+		{rsaKey(1024), ""}, {rsaKey(2048), ""}, {rsaKey(3072), ""}, {rsaKey(4096), ""},
+		{rsaKey(2047), "an RSA key of 2047 bits"}, {rsaKey(8192), "an RSA key of 8192 bits"}, {rsaKey(512), "an RSA key of 512 bits"},
+		{curve(elliptic.P256()), ""}, {curve(elliptic.P384()), ""}, {curve(elliptic.P521()), ""},
+		{curve(elliptic.P224()), "an ECDSA key on P-224"},
+		{ed, "Ed25519"},
+	} {
+		m := *good
+		leaf := *good.Leaf
+		leaf.PublicKey = test.public
+		if _, ok := test.public.(ed25519.PublicKey); ok {
+			leaf.PublicKeyAlgorithm = x509.Ed25519
+		}
+		m.Leaf = &leaf
+		err := checkImport(&m)
+		if (err == nil) != (test.says == "") || err != nil && !strings.Contains(err.Error(), test.says) {
+			t.Errorf("%T: got %v, want %q", test.public, err, test.says)
+		}
+	}
+	_, ed25519Key, err := ed25519.GenerateKey(rand.Reader)
+	must(t, err)
+	var names []string
+	for i := range 1500 {
+		names = append(names, strings.Repeat("x", i%40+1)+".example.org")
+	}
+	for name, m := range map[string]*connector.Material{
+		"issue it with another key": f.issue(testca.Template{Key: ed25519Key}),
+		"neither":                   f.issue(testca.Template{CommonName: "www", Names: []string{}}),
+		"too many names":            f.issue(testca.Template{Names: names}),
+		"at most 5120 bytes": func() *connector.Material {
+			m := f.material()
+			m.KeyPEM = append([]byte(strings.Repeat("# a comment\n", 500)), m.KeyPEM...)
+			return m
+		}(),
+		"at most 2097152 bytes": func() *connector.Material {
+			m := f.material()
+			for len(chainPEM(m.Chain)) <= maxChain {
+				m.Chain = append(m.Chain, m.Chain...)
+			}
+			return m
+		}(),
+	} {
+		_, err := f.deploy(m)
+		says(t, err, name)
+	}
+	if calls := f.Calls(); len(calls) > 0 {
+		t.Errorf("called %q", calls)
+	}
+}
+
+// The kind of a key stays under an ARN, and a certificate that was not imported is Amazon's.
+func TestMayNotReplace(t *testing.T) {
+	f := newFixture(t)
+	p384, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
+	must(t, err)
+	old := f.material()
+	arn := f.put(old)
+	_, err = f.deploy(f.issue(testca.Template{Key: p384}), "certificate_arn", arn)
+	says(t, err, "holds an ECDSA key on P-256", "has an ECDSA key on P-384", "set certificate_arn to another")
+	f.SetKind(arn, "AMAZON_ISSUED")
+	_, err = f.deploy(f.material(), "certificate_arn", arn)
+	says(t, err, "issued by Amazon", arn)
+	_, err = f.deploy(f.material(), "certificate_arn", arn[:len(arn)-1]+"x")
+	says(t, err, "does not exist in this account", "leave certificate_arn out")
+	if f.SetKind(arn, "IMPORTED"); strings.Contains(strings.Join(f.Calls(), " "), "ImportCertificate") {
+		t.Errorf("called %q", f.Calls())
+	}
+	f.holds(old)
+}
+
+// TestARN: a certificate that the configuration names is replaced in place, keeps the tags of others,
+// and gets ours.
+func TestARN(t *testing.T) {
+	f := newFixture(t)
+	theirs := awsfake.Tag{Key: "cost", Value: "42"}
+	arn := f.put(f.material(), theirs, awsfake.Tag{Key: "team", Value: "db"})
+	m := f.material()
+	config := []any{"certificate_arn", arn, "tags", `{"team": "web"}`}
+	f.mustDeploy(m, config...)
+	f.holds(m)
+	want := map[string]string{"cost": "42", "team": "web", managedByTag: managedBy, certificateTag: "cert-1"}
+	if got := tagged(f.only().Tags); !maps.Equal(got, want) {
+		t.Errorf("tags %v", got)
+	}
+	f.OnCall(nil)
+	if result := f.mustDeploy(m, config...); !result.Unchanged || strings.Contains(strings.Join(f.Calls(), " "), "Add") {
+		t.Errorf("again: %+v, called %q", result, f.Calls())
+	}
+	config[3] = `{"team": "ops"}`
+	if result := f.mustDeploy(m, config...); result.Unchanged || tagged(f.only().Tags)["team"] != "ops" {
+		t.Errorf("other tags: %+v, %v", result, f.only().Tags)
+	}
+	if strings.Contains(strings.Join(f.Calls(), " "), "Import") || f.Imports() != 0 {
+		t.Errorf("called %q, %d imports", f.Calls(), f.Imports())
+	}
+	f.Deny("AddTagsToCertificate")
+	config[3] = `{"team": "dev"}`
+	m = f.material()
+	result := f.mustDeploy(m, config...)
+	if f.holds(m); !strings.Contains(strings.Join(result.Warnings, " "), "acm:AddTagsToCertificate on "+arn) {
+		t.Errorf("without the permission for tags: %q", result.Warnings)
+	}
+}

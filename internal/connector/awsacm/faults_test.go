@@ -1,0 +1,434 @@
+package awsacm
+
+import (
+	"io/fs"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"certctl-agent/internal/connector"
+	"certctl-agent/internal/connector/conformance"
+	"certctl-agent/internal/testing/awsfake"
+	"certctl-agent/internal/testing/testca"
+)
+
+// TestFound: the certificate is imported once, and found again: by the note, or by its tags among
+// those of others.
+func TestFound(t *testing.T) {
+	f := newFixture(t)
+	var others []string
+	for range 5 { // more than a page
+		others = append(others, f.put(f.material(), awsfake.Tag{Key: managedByTag, Value: managedBy}, awsfake.Tag{Key: certificateTag, Value: "cert-2"}))
+	}
+	before := f.Certificates()
+	first := f.material()
+	f.mustDeploy(first)
+	arn := f.Certificates()[5].ARN
+	f.OnCall(nil)
+	f.mustDeploy(f.material())
+	if slices.Contains(f.Calls(), "ListCertificates") {
+		t.Errorf("it is noted, and was looked for: %q", f.Calls())
+	}
+	forget := func() { must(t, os.RemoveAll(filepath.Join(f.StateDir, noteDir))) }
+	forget()
+	f.mustDeploy(f.issue(testca.Template{Names: []string{"renamed.example.org"}}))
+	forget()
+	must(t, os.Mkdir(filepath.Join(f.StateDir, noteDir), 0o700))
+	n := note{Certificate: "cert-1", Region: f.Region, Endpoint: f.URL + "/"}
+	must(t, os.WriteFile(filepath.Join(f.StateDir, n.path()), []byte("{damaged"), 0o600))
+	f.mustDeploy(f.material())
+	if now := f.Certificates(); len(now) != 6 || now[5].ARN != arn || f.Imports() != 1 {
+		t.Errorf("there are %d certificates, after %d imports", len(now), f.Imports())
+	} else if !slices.EqualFunc(now[:5], before, func(a, b awsfake.Certificate) bool {
+		return a.Body == b.Body && a.Key == b.Key && slices.Equal(a.Tags, b.Tags)
+	}) {
+		t.Error("those of others have changed")
+	}
+
+	// Somebody else has deleted it.
+	must(t, f.change(f.material()).client.remove(t.Context(), arn))
+	last := f.material()
+	f.mustDeploy(last)
+	if now := f.Certificates(); len(now) != 6 || now[5].ARN == arn {
+		t.Errorf("deleted: there are %d", len(now))
+	}
+
+	// Somebody has given its tags to another one.
+	forget()
+	f.put(f.material(), ours()...)
+	_, err := f.deploy(f.material())
+	says(t, err, "several certificates", certificateTag+"=cert-1", others[0][:30], "set certificate_arn")
+	if f.Imports() != 2 {
+		t.Errorf("%d imports", f.Imports())
+	}
+}
+
+// TestOneImport: whatever happens to the answer of a first import, there is no second one.
+func TestOneImport(t *testing.T) {
+	for _, test := range []struct {
+		name  string
+		fault awsfake.Fault
+		lag   int
+	}{
+		{"lost", awsfake.Lost, 0},
+		{"lost, and lists are late", awsfake.Lost, 2},
+		{"no answer in time", awsfake.HangingLate, 0},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			f := newFixture(t)
+			f.Lag = test.lag
+			f.typ = typeOf(patience{call: time.Minute, list: time.Minute, try: 2 * time.Second})
+			f.OnCall(func(operation string, n int) awsfake.Fault {
+				if operation == "ImportCertificate" && n == 1 {
+					return test.fault
+				}
+				return awsfake.None
+			})
+			m := f.material()
+			f.mustDeploy(m)
+			f.holds(m)
+			if f.Imports() != 1 || !f.mustDeploy(m).Unchanged {
+				t.Errorf("%d imports", f.Imports())
+			}
+		})
+	}
+
+	t.Run("the agent ends before it notes the answer", func(t *testing.T) {
+		for _, list := range []time.Duration{time.Minute, 50 * time.Millisecond} {
+			f := newFixture(t)
+			f.typ = typeOf(patience{call: time.Minute, list: list})
+			m := f.material()
+			c := f.change(m)
+			if _, _, err := c.Read(t.Context()); err != nil || c.arn != "" {
+				t.Fatalf("read: %v, %q", err, c.arn)
+			}
+			c.host.StateDir = filepath.Join(f.StateDir, "gone") // from the answer on
+			c.note.Importing = "of this one"
+			must(t, c.note.write(f.StateDir))
+			_, err := c.importOnce(t.Context())
+			must(t, err)
+			f.Lag = 0
+			f.mustDeploy(m)
+			if f.holds(m); f.Imports() != 1 {
+				t.Errorf("%d imports", f.Imports())
+			}
+		}
+	})
+
+	// It is not known, and does not appear: the job fails, and the next one finds it or imports.
+	for _, happened := range []bool{true, false} {
+		f := newFixture(t)
+		f.Lag = 3
+		fault := awsfake.Dropped
+		if happened {
+			fault = awsfake.Lost
+		}
+		f.OnCall(func(operation string, n int) awsfake.Fault {
+			if operation == "ImportCertificate" && n == 1 {
+				return fault
+			}
+			return awsfake.None
+		})
+		m := f.material()
+		_, err := f.deploy(m)
+		says(t, err, "it may have been carried out", "The next deployment looks again")
+		f.typ = typeOf(patience{call: time.Minute, list: 5 * time.Second})
+		f.mustDeploy(m)
+		if f.holds(m); f.Imports() != 1 {
+			t.Errorf("happened: %v, %d imports", happened, f.Imports())
+		}
+	}
+}
+
+// TestFaults: a busy ACM is asked again, and a certificate whose re-import is not known to have
+// happened is imported again.
+func TestFaults(t *testing.T) {
+	f := newFixture(t)
+	f.typ = typeOf(patience{call: time.Minute, list: time.Minute, try: 2 * time.Second})
+	first := f.material()
+	each := func(fault awsfake.Fault) func(string, int) awsfake.Fault {
+		return func(_ string, n int) awsfake.Fault {
+			if n == 1 {
+				return fault
+			}
+			return awsfake.None
+		}
+	}
+	f.OnCall(each(awsfake.Throttled))
+	f.mustDeploy(first)
+	for _, fault := range []awsfake.Fault{awsfake.Throttled, awsfake.Broken, awsfake.Busy, awsfake.Dropped, awsfake.Lost} {
+		f.OnCall(each(fault))
+		m := f.material()
+		f.mustDeploy(m)
+		f.holds(m)
+	}
+	f.OnCall(func(operation string, n int) awsfake.Fault {
+		if operation == "ImportCertificate" {
+			return awsfake.HangingLate
+		}
+		return awsfake.None
+	})
+	before := f.only()
+	f.typ = typeOf(patience{call: 2 * time.Second, list: time.Second, try: 300 * time.Millisecond})
+	_, err := f.deploy(f.material())
+	says(t, err, "no answer within 300ms", "it may have been carried out")
+	f.OnCall(nil)
+	f.typ = typeOf(short)
+	last := f.material()
+	f.mustDeploy(last) // goes on from what was saved
+	if f.holds(last); f.Imports() != 1 || f.only().ARN != before.ARN {
+		t.Errorf("%d imports, %s", f.Imports(), f.only().ARN)
+	}
+}
+
+// TestQuota: a refusal leaves nothing that the next deployment would wait for.
+func TestQuota(t *testing.T) {
+	f := newFixture(t)
+	f.Quota = 0
+	_, err := f.deploy(f.material())
+	says(t, err, "LimitExceededException", "certificate_arn")
+	c := f.change(f.material())
+	if _, _, err := c.Read(t.Context()); err != nil || c.note.Importing != "" || broken(err) {
+		t.Errorf("noted: %+v, %v", c.note, err)
+	}
+}
+
+// TestDenied: each permission that is missing is named.
+func TestDenied(t *testing.T) {
+	f := newFixture(t)
+	m := f.material()
+	arn := f.put(m, ours()...)
+	for _, test := range []struct{ operation, says string }{
+		{"ListCertificates", "acm:ListCertificates on *"},
+		{"ListTagsForCertificate", "acm:ListTagsForCertificate on " + arn},
+		{"GetCertificate", "acm:GetCertificate on " + arn},
+		{"DescribeCertificate", "acm:DescribeCertificate on " + arn},
+		{"ImportCertificate", "acm:ImportCertificate on " + arn},
+	} {
+		f.Deny(test.operation)
+		_, err := f.deploy(f.material())
+		says(t, err, "the credentials of the environment need the permission "+test.says)
+	}
+	if f.Deny(); f.only().Body != string(leafPEM(m.Leaf)) {
+		t.Error("it was changed")
+	}
+}
+
+// TestUndo: what a failed deployment replaced comes back if its key is there, and else the error
+// says what a person has to do.
+func TestUndo(t *testing.T) {
+	start := func(t *testing.T) (*fixture, *connector.Material) {
+		f := newFixture(t)
+		m := f.material()
+		f.mustDeploy(m)
+		return f, m
+	}
+	t.Run("key in the key store", func(t *testing.T) {
+		f, old := start(t)
+		_, err := f.deploy(f.material(), unverified()...)
+		says(t, err, "the previous certificate is back in place")
+		f.holds(old)
+		if f.Imports() != 1 {
+			t.Errorf("%d imports", f.Imports())
+		}
+	})
+	t.Run("key not in the key store", func(t *testing.T) {
+		f := newFixture(t)
+		old, m := f.material(), f.material()
+		arn := f.put(old)
+		_, err := f.deploy(m, append(unverified(), "certificate_arn", arn)...)
+		says(t, err, "it cannot be undone", "the private key of the former certificate", "is not in this agent's key store",
+			"aws acm import-certificate --region eu-central-1 --certificate-arn "+arn, "or deploy another")
+		if f.holds(m); !broken(err) {
+			t.Errorf("got %v, want one that needs a person", err)
+		}
+		f.mustDeploy(f.material(), "certificate_arn", arn) // and that is no obstacle for the next one
+	})
+	t.Run("old one has expired", func(t *testing.T) {
+		f, _ := start(t)
+		m := f.material()
+		c := f.change(m)
+		was, _, err := c.Read(t.Context())
+		must(t, err)
+		must(t, c.Write(t.Context()))
+		expired, err := f.CA.Issue(testca.Template{NotBefore: time.Now().AddDate(0, 0, -9), NotAfter: time.Now().AddDate(0, 0, -1)})
+		must(t, err)
+		was = []byte(`{"arn": "` + f.only().ARN + `", "certificate": "` + strings.ReplaceAll(string(expired.LeafPEM()), "\n", `\n`) + `"}`)
+		says(t, f.change(m).Restore(t.Context(), was), "it cannot be undone", "has expired")
+		says(t, f.change(m).Restore(t.Context(), []byte("{")), "cannot be read")
+	})
+	t.Run("others were there", func(t *testing.T) {
+		f, _ := start(t)
+		m, theirs := f.material(), f.material()
+		c := f.change(m)
+		was, _, err := c.Read(t.Context())
+		must(t, err)
+		must(t, c.Write(t.Context()))
+		other := f.change(theirs)
+		if _, _, err := other.Read(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		must(t, other.Write(t.Context()))
+		says(t, c.Restore(t.Context(), was), "somebody else has changed it since")
+		f.holds(theirs)
+		must(t, c.client.remove(t.Context(), f.only().ARN))
+		says(t, c.Restore(t.Context(), was), "somebody else has deleted it since")
+	})
+	t.Run("first one", func(t *testing.T) {
+		f := newFixture(t)
+		_, err := f.deploy(f.material(), unverified()...)
+		says(t, err, "ACM does not have this certificate yet", "turn the verification on then")
+		if len(f.Certificates()) > 0 || f.Imports() > 0 {
+			t.Errorf("%d imports", f.Imports())
+		}
+		m := f.material()
+		first := func() *change {
+			c := f.change(m)
+			_, _, err := c.Read(t.Context())
+			must(t, err)
+			must(t, c.Write(t.Context()))
+			return c
+		}
+		c := first()
+		f.Use(f.only().ARN, "arn:aws:elasticloadbalancing:eu-central-1:123456789012:loadbalancer/app/www/1")
+		says(t, c.Restore(t.Context(), nil), "ResourceInUseException", "was imported by this deployment and stays")
+		f.Use(f.only().ARN)
+		f.OnCall(func(operation string, n int) awsfake.Fault {
+			if operation == "DeleteCertificate" && n == 1 {
+				return awsfake.Lost
+			}
+			return awsfake.None
+		})
+		must(t, f.change(m).Restore(t.Context(), nil)) // as after a crash
+		must(t, f.change(m).Restore(t.Context(), nil))
+		if len(f.Certificates()) > 0 {
+			t.Error("it is still there")
+		}
+		// One that another agent has imported is not this one's to remove.
+		f.put(m, ours()...)
+		must(t, f.change(m).Restore(t.Context(), nil))
+		f.holds(m)
+	})
+}
+
+// TestSecrets: no key, secret key or token is in what is logged, said or kept, but for the key store.
+func TestSecrets(t *testing.T) {
+	f := newFixture(t)
+	f.SetContainer(f.AddRole("task", ""), "Bearer hunter2")
+	role := f.AddRole("acm", "ticket-7", f.RoleARN("task"))
+	delete(f.env, "AWS_ACCESS_KEY_ID")
+	delete(f.env, "AWS_SECRET_ACCESS_KEY")
+	f.env["AWS_CONTAINER_CREDENTIALS_FULL_URI"] = f.MetadataURL + awsfake.ContainerPath
+	f.env["AWS_CONTAINER_AUTHORIZATION_TOKEN"] = "Bearer hunter2"
+	f.overlay(`{"role_arn": "` + role + `", "external_id": "ticket-7"}`)
+	var said strings.Builder
+	var keys []string
+	deploy := func(more ...any) {
+		m := f.material()
+		for line := range strings.Lines(string(m.KeyPEM)) {
+			if line = strings.TrimSpace(line); !strings.HasPrefix(line, "-----") {
+				keys = append(keys, line)
+			}
+		}
+		config := map[string]any{"region": f.Region, "endpoint": f.URL}
+		for i := 0; i < len(more); i += 2 {
+			config[more[i].(string)] = more[i+1]
+		}
+		// Without the promotion of the key: the engine keeps the files of the key store, too.
+		if _, err := f.Deploy(t.Context(), f.typ, config, m); err != nil {
+			said.WriteString(err.Error())
+		}
+	}
+	deploy()
+	deploy(unverified()...)
+	f.Deny("ImportCertificate")
+	deploy()
+	f.Deny()
+	f.OnCall(func(operation string, n int) awsfake.Fault {
+		if operation == "ImportCertificate" {
+			return awsfake.Broken
+		}
+		return awsfake.None
+	})
+	deploy()
+	said.WriteString(f.Log())
+	err := filepath.WalkDir(f.StateDir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		if info, err := d.Info(); err != nil || info.Mode().Perm()&0o077 != 0 {
+			t.Errorf("%s can be read by others: %v, %v", path, info.Mode(), err)
+		}
+		data, err := os.ReadFile(path)
+		said.Write(data)
+		return err
+	})
+	must(t, err)
+	secrets := append(f.Secrets(), keys...)
+	if len(secrets) < 10 || !strings.Contains(said.String(), "BEGIN CERTIFICATE") || !strings.Contains(said.String(), "AccessDenied") {
+		t.Fatalf("%d secrets, and what was said is not all", len(secrets))
+	}
+	for _, secret := range secrets {
+		if strings.Contains(said.String(), secret) {
+			t.Errorf("a secret was said or kept: %.8s…", secret)
+		}
+	}
+}
+
+// What did not come from ACM is not believed.
+func TestAnswers(t *testing.T) {
+	f := newFixture(t)
+	answers := make(map[string]string) // by operation
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, operation, _ := strings.Cut(r.Header.Get("X-Amz-Target"), ".")
+		_, _ = w.Write([]byte(answers[operation]))
+	}))
+	certificate, err := f.CA.TLSCertificate("127.0.0.1")
+	must(t, err)
+	server.TLS = tlsConfig(certificate)
+	server.StartTLS()
+	defer server.Close()
+	const mine = `{"CertificateSummaryList": [{"CertificateArn": "arn:aws:acm:eu-central-1:123456789012:certificate/1", "Type": "IMPORTED"}]}`
+	for _, test := range []struct{ operation, answer, says string }{
+		{"ListCertificates", "<html>please log in</html>", "not one of ACM"},
+		{"ListCertificates", `{"CertificateSummaryList": [], "NextToken": "x"}`, "does not end after"},
+		{"ImportCertificate", "{}", "not the ARN of a certificate in this region"},
+		{"ImportCertificate", `{"CertificateArn": "arn:aws:acm:us-east-1:123456789012:certificate/1"}`, "not the ARN of a certificate in this region"},
+		{"GetCertificate", "{}", "no certificate"},
+		{"GetCertificate", `{"Certificate": "hunter2"}`, "cannot be read"},
+	} {
+		answers = map[string]string{"ListCertificates": "{}", "ListTagsForCertificate": `{"Tags": [{"Key": "` + certificateTag + `", "Value": "cert-1"}, {"Key": "` + managedByTag + `"}]}`}
+		if test.operation == "GetCertificate" {
+			answers["ListCertificates"] = mine
+		}
+		answers[test.operation] = test.answer
+		must(t, os.RemoveAll(filepath.Join(f.StateDir, noteDir)))
+		_, err := f.deploy(f.material(), "endpoint", server.URL)
+		says(t, err, test.says)
+		if err != nil && strings.Contains(err.Error(), "hunter2") {
+			t.Errorf("the error quotes the answer: %v", err)
+		}
+	}
+}
+
+// A deployment that is cancelled begins no change.
+func TestCancelled(t *testing.T) {
+	f := newFixture(t)
+	m := f.material()
+	f.OnCall(func(operation string, n int) awsfake.Fault {
+		if operation == "ListCertificates" {
+			return awsfake.Hanging
+		}
+		return awsfake.None
+	})
+	ctx, cancel := contextFor(t, 200*time.Millisecond)
+	defer cancel()
+	if _, err := f.Deploy(ctx, f.typ, f.config, m, conformance.Promotion(m)); err == nil || f.Imports() > 0 {
+		t.Errorf("got %v, %d imports", err, f.Imports())
+	}
+}

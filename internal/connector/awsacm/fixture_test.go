@@ -1,0 +1,190 @@
+package awsacm
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"maps"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"certctl-agent/internal/connector"
+	"certctl-agent/internal/connector/conformance"
+	"certctl-agent/internal/testing/awsfake"
+	"certctl-agent/internal/testing/testca"
+	"certctl-agent/internal/transaction"
+)
+
+// short is a patience for tests that do not wait for anything. A call has a minute all the same: the
+// machine may be busy.
+var short = patience{call: 5 * time.Second, list: 50 * time.Millisecond}
+
+// fixture is a host and the ACM that it deploys to.
+type fixture struct {
+	*conformance.Host
+	*awsfake.Cloud
+	t      *testing.T
+	typ    connector.Type
+	dir    string // for files that the environment names
+	env    map[string]string
+	config map[string]any
+}
+
+func newFixture(t *testing.T) *fixture {
+	t.Helper()
+	f := &fixture{Host: conformance.NewHost(t, conformance.RunCommand), Cloud: awsfake.Start(t), t: t, typ: typeOf(short), dir: t.TempDir()}
+	f.env = environment(t, f.Cloud, f.dir)
+	f.Getenv = func(name string) string { return f.env[name] }
+	f.config = map[string]any{"region": f.Region, "endpoint": f.URL}
+	return f
+}
+
+// environment is that of an agent with an access key.
+func environment(t *testing.T, c *awsfake.Cloud, dir string) map[string]string {
+	t.Helper()
+	id, key := c.AddUser("agent")
+	bundle := filepath.Join(dir, "aws-ca.pem")
+	must(t, os.WriteFile(bundle, c.CA.PEM(), 0o600))
+	return map[string]string{"HOME": dir, "AWS_CA_BUNDLE": bundle, "AWS_ACCESS_KEY_ID": id, "AWS_SECRET_ACCESS_KEY": key,
+		"AWS_ENDPOINT_URL_STS": c.URL, "AWS_EC2_METADATA_DISABLED": "true"}
+}
+
+func (f *fixture) file(name, text string) string {
+	f.t.Helper()
+	path := filepath.Join(f.dir, name)
+	must(f.t, os.WriteFile(path, []byte(text), 0o600))
+	return path
+}
+
+func (f *fixture) overlay(text string) {
+	f.t.Helper()
+	must(f.t, os.WriteFile(filepath.Join(f.Overlays, "default.json"), []byte(text), 0o600))
+}
+
+// deploy deploys m, whose key becomes the current one.
+func (f *fixture) deploy(m *connector.Material, more ...any) (transaction.Result, error) {
+	f.t.Helper()
+	config := maps.Clone(f.config)
+	for i := 0; i < len(more); i += 2 {
+		config[more[i].(string)] = more[i+1]
+	}
+	return f.Deploy(f.t.Context(), f.typ, config, m, conformance.Promotion(m))
+}
+
+func (f *fixture) mustDeploy(m *connector.Material, more ...any) transaction.Result {
+	f.t.Helper()
+	result, err := f.deploy(m, more...)
+	if err != nil {
+		f.t.Fatalf("deploy: %v", err)
+	}
+	return result
+}
+
+func (f *fixture) material() *connector.Material {
+	f.t.Helper()
+	return f.Material(f.t, f.CA)
+}
+
+// change is the change of a connector that is made anew, as after a crash.
+func (f *fixture) change(m *connector.Material, more ...any) *change {
+	f.t.Helper()
+	config := maps.Clone(f.config)
+	for i := 0; i < len(more); i += 2 {
+		config[more[i].(string)] = more[i+1]
+	}
+	c, err := f.Connector(f.typ, config)
+	must(f.t, err)
+	plan, err := c.Plan(f.t.Context(), m)
+	must(f.t, err)
+	return plan.Changes[0].(*change)
+}
+
+// only is the one certificate that there is.
+func (f *fixture) only() awsfake.Certificate {
+	f.t.Helper()
+	all := f.Certificates()
+	if len(all) != 1 {
+		f.t.Fatalf("there are %d certificates, want one", len(all))
+	}
+	return all[0]
+}
+
+// holds fails the test unless the one certificate is m.
+func (f *fixture) holds(m *connector.Material) {
+	f.t.Helper()
+	if got := f.only(); got.Body != string(leafPEM(m.Leaf)) || got.Chain != string(chainPEM(m.Chain)) || got.Key != string(m.Key()) {
+		f.t.Errorf("ACM does not hold the pair")
+	}
+}
+
+// put makes a certificate as somebody else's import does.
+func (f *fixture) put(m *connector.Material, tags ...awsfake.Tag) string {
+	f.t.Helper()
+	arn, err := f.Put(leafPEM(m.Leaf), m.Key(), chainPEM(m.Chain), tags...)
+	must(f.t, err)
+	return arn
+}
+
+// ours are the tags that the agent sets.
+func ours() []awsfake.Tag {
+	return []awsfake.Tag{{Key: certificateTag, Value: "cert-1"}, {Key: managedByTag, Value: managedBy}}
+}
+
+// unverified is a configuration whose verification fails.
+func unverified() []any {
+	return []any{"post_deploy_verify", map[string]any{"enabled": true, "endpoint": "127.0.0.1:1", "timeout": "1s"}, "post_deploy_verify_attempts", 1}
+}
+
+func broken(err error) bool {
+	_, ok := errors.AsType[*transaction.BrokenError](err)
+	return ok
+}
+
+func says(t *testing.T, err error, words ...string) {
+	t.Helper()
+	for _, word := range words {
+		if err == nil || !strings.Contains(err.Error(), word) {
+			t.Errorf("got %v, want an error with %q", err, word)
+		}
+	}
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func tagged(tags []awsfake.Tag) map[string]string {
+	all := make(map[string]string)
+	for _, tag := range tags {
+		all[tag.Key] = tag.Value
+	}
+	return all
+}
+
+// issue is a certificate with a key of a test's own.
+func (f *fixture) issue(template testca.Template) *connector.Material {
+	f.t.Helper()
+	template.Intermediates, template.OmitRoot = 1, true
+	issued, err := f.CA.Issue(template)
+	must(f.t, err)
+	m := f.material()
+	m.Leaf, m.Chain = issued.Leaf, issued.Chain[1:]
+	if issued.Key != nil {
+		m.KeyPEM = issued.KeyPEM()
+	}
+	return m
+}
+
+func tlsConfig(certificate tls.Certificate) *tls.Config {
+	return &tls.Config{Certificates: []tls.Certificate{certificate}}
+}
+
+func contextFor(t *testing.T, limit time.Duration) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(t.Context(), limit)
+}
