@@ -20,6 +20,7 @@ import (
 // TestFound: the certificate is imported once, and found again: by the note, or by its tags among
 // those of others.
 func TestFound(t *testing.T) {
+	t.Parallel()
 	f := newFixture(t)
 	var others []string
 	for range 5 { // more than a page
@@ -70,6 +71,7 @@ func TestFound(t *testing.T) {
 
 // TestOneImport: whatever happens to the answer of a first import, there is no second one.
 func TestOneImport(t *testing.T) {
+	t.Parallel()
 	for _, test := range []struct {
 		name  string
 		fault awsfake.Fault
@@ -80,6 +82,7 @@ func TestOneImport(t *testing.T) {
 		{"no answer in time", awsfake.HangingLate, 0},
 	} {
 		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
 			f := newFixture(t)
 			f.Lag = test.lag
 			f.typ = typeOf(patience{call: time.Minute, list: time.Minute, try: 2 * time.Second})
@@ -99,6 +102,7 @@ func TestOneImport(t *testing.T) {
 	}
 
 	t.Run("the agent ends before it notes the answer", func(t *testing.T) {
+		t.Parallel()
 		for _, list := range []time.Duration{time.Minute, 50 * time.Millisecond} {
 			f := newFixture(t)
 			f.typ = typeOf(patience{call: time.Minute, list: list})
@@ -121,73 +125,83 @@ func TestOneImport(t *testing.T) {
 	})
 
 	// It is not known, and does not appear: the job fails, and the next one finds it or imports.
-	for _, happened := range []bool{true, false} {
-		f := newFixture(t)
-		f.Lag = 3
-		fault := awsfake.Dropped
-		if happened {
-			fault = awsfake.Lost
-		}
-		f.OnCall(func(operation string, n int) awsfake.Fault {
-			if operation == "ImportCertificate" && n == 1 {
-				return fault
+	for name, fault := range map[string]awsfake.Fault{"appears later": awsfake.Lost, "has not happened": awsfake.Dropped} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f := newFixture(t)
+			f.Lag = 3
+			f.OnCall(func(operation string, n int) awsfake.Fault {
+				if operation == "ImportCertificate" && n == 1 {
+					return fault
+				}
+				return awsfake.None
+			})
+			m := f.material()
+			_, err := f.deploy(m)
+			says(t, err, "it may have been carried out", "The next deployment looks again")
+			f.typ = typeOf(patience{call: time.Minute, list: 5 * time.Second})
+			f.mustDeploy(m)
+			if f.holds(m); f.Imports() != 1 {
+				t.Errorf("%d imports", f.Imports())
 			}
-			return awsfake.None
 		})
-		m := f.material()
-		_, err := f.deploy(m)
-		says(t, err, "it may have been carried out", "The next deployment looks again")
-		f.typ = typeOf(patience{call: time.Minute, list: 5 * time.Second})
-		f.mustDeploy(m)
-		if f.holds(m); f.Imports() != 1 {
-			t.Errorf("happened: %v, %d imports", happened, f.Imports())
-		}
 	}
 }
 
 // TestFaults: a busy ACM is asked again, and a certificate whose re-import is not known to have
 // happened is imported again.
 func TestFaults(t *testing.T) {
-	f := newFixture(t)
-	f.typ = typeOf(patience{call: time.Minute, list: time.Minute, try: 2 * time.Second})
-	first := f.material()
-	each := func(fault awsfake.Fault) func(string, int) awsfake.Fault {
-		return func(_ string, n int) awsfake.Fault {
-			if n == 1 {
-				return fault
+	t.Parallel()
+	for name, fault := range map[string]awsfake.Fault{"throttled": awsfake.Throttled, "broken": awsfake.Broken, "busy": awsfake.Busy, "dropped": awsfake.Dropped, "lost": awsfake.Lost} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f := newFixture(t)
+			f.typ = typeOf(patience{call: time.Minute, list: time.Minute})
+			first, second := f.material(), f.material()
+			each := func(_ string, n int) awsfake.Fault { // of the operations
+				if n == 1 {
+					return fault
+				}
+				return awsfake.None
+			}
+			if fault == awsfake.Throttled {
+				f.OnCall(each)
+			}
+			f.mustDeploy(first)
+			f.OnCall(each)
+			f.mustDeploy(second)
+			if f.holds(second); f.Imports() != 1 {
+				t.Errorf("%d imports", f.Imports())
+			}
+		})
+	}
+	t.Run("hanging", func(t *testing.T) {
+		t.Parallel()
+		f := newFixture(t)
+		f.mustDeploy(f.material())
+		before := f.only()
+		f.OnCall(func(operation string, n int) awsfake.Fault {
+			if operation == "ImportCertificate" {
+				return awsfake.HangingLate
 			}
 			return awsfake.None
+		})
+		f.typ = typeOf(patience{call: time.Second, list: time.Second, try: 2 * time.Second})
+		_, err := f.deploy(f.material())
+		says(t, err, "no answer within 2s", "it may have been carried out")
+		f.OnCall(nil)
+		f.typ = typeOf(short)
+		last := f.material()
+		f.mustDeploy(last) // goes on from what was saved
+		if f.holds(last); f.Imports() != 1 || f.only().ARN != before.ARN {
+			t.Errorf("%d imports, %s", f.Imports(), f.only().ARN)
 		}
-	}
-	f.OnCall(each(awsfake.Throttled))
-	f.mustDeploy(first)
-	for _, fault := range []awsfake.Fault{awsfake.Throttled, awsfake.Broken, awsfake.Busy, awsfake.Dropped, awsfake.Lost} {
-		f.OnCall(each(fault))
-		m := f.material()
-		f.mustDeploy(m)
-		f.holds(m)
-	}
-	f.OnCall(func(operation string, n int) awsfake.Fault {
-		if operation == "ImportCertificate" {
-			return awsfake.HangingLate
-		}
-		return awsfake.None
 	})
-	before := f.only()
-	f.typ = typeOf(patience{call: 2 * time.Second, list: time.Second, try: 300 * time.Millisecond})
-	_, err := f.deploy(f.material())
-	says(t, err, "no answer within 300ms", "it may have been carried out")
-	f.OnCall(nil)
-	f.typ = typeOf(short)
-	last := f.material()
-	f.mustDeploy(last) // goes on from what was saved
-	if f.holds(last); f.Imports() != 1 || f.only().ARN != before.ARN {
-		t.Errorf("%d imports, %s", f.Imports(), f.only().ARN)
-	}
 }
 
 // TestQuota: a refusal leaves nothing that the next deployment would wait for.
 func TestQuota(t *testing.T) {
+	t.Parallel()
 	f := newFixture(t)
 	f.Quota = 0
 	_, err := f.deploy(f.material())
@@ -200,6 +214,7 @@ func TestQuota(t *testing.T) {
 
 // TestDenied: each permission that is missing is named.
 func TestDenied(t *testing.T) {
+	t.Parallel()
 	f := newFixture(t)
 	m := f.material()
 	arn := f.put(m, ours()...)
@@ -222,6 +237,7 @@ func TestDenied(t *testing.T) {
 // TestUndo: what a failed deployment replaced comes back if its key is there, and else the error
 // says what a person has to do.
 func TestUndo(t *testing.T) {
+	t.Parallel()
 	start := func(t *testing.T) (*fixture, *connector.Material) {
 		f := newFixture(t)
 		m := f.material()
@@ -318,6 +334,7 @@ func TestUndo(t *testing.T) {
 
 // TestSecrets: no key, secret key or token is in what is logged, said or kept, but for the key store.
 func TestSecrets(t *testing.T) {
+	t.Parallel()
 	f := newFixture(t)
 	f.SetContainer(f.AddRole("task", ""), "Bearer hunter2")
 	role := f.AddRole("acm", "ticket-7", f.RoleARN("task"))
@@ -382,6 +399,7 @@ func TestSecrets(t *testing.T) {
 
 // What did not come from ACM is not believed.
 func TestAnswers(t *testing.T) {
+	t.Parallel()
 	f := newFixture(t)
 	answers := make(map[string]string) // by operation
 	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -418,6 +436,7 @@ func TestAnswers(t *testing.T) {
 
 // A deployment that is cancelled begins no change.
 func TestCancelled(t *testing.T) {
+	t.Parallel()
 	f := newFixture(t)
 	m := f.material()
 	f.OnCall(func(operation string, n int) awsfake.Fault {

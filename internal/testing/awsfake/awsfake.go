@@ -77,7 +77,8 @@ func Start(t testing.TB) *Cloud {
 		CA: testca.Must(t), Region: "eu-central-1", Quota: 5000, PageSize: 2, Lifetime: time.Hour,
 		keys: make(map[string]*key), roles: make(map[string]*role), webTokens: make(map[string]string), instance: instanceRole{tokens: make(map[string]time.Time)},
 	}
-	certificate, err := c.CA.TLSCertificate("127.0.0.1", "localhost")
+	// Also for those who come through a proxy.
+	certificate, err := c.CA.TLSCertificate("127.0.0.1", "localhost", "*.eu-central-1.amazonaws.com", "*.us-gov-west-1.amazonaws.com", "*.cn-north-1.amazonaws.com.cn")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -95,7 +96,7 @@ func Start(t testing.TB) *Cloud {
 }
 
 // OnCall lets choose decide what happens to each call. N counts the calls of that operation from 1.
-// Nil: nothing does.
+// Choose may be called at once with itself. Nil: nothing happens to any.
 func (c *Cloud) OnCall(choose func(operation string, n int) Fault) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -126,7 +127,6 @@ func (c *Cloud) Imports() int {
 // note counts a call, and says what is to happen to it.
 func (c *Cloud) note(operation string) Fault {
 	c.mu.Lock()
-	defer c.mu.Unlock()
 	c.calls = append(c.calls, operation)
 	n := 0
 	for _, call := range c.calls {
@@ -134,10 +134,12 @@ func (c *Cloud) note(operation string) Fault {
 			n++
 		}
 	}
-	if c.fault == nil {
+	choose := c.fault
+	c.mu.Unlock()
+	if choose == nil {
 		return None
 	}
-	return c.fault(operation, n)
+	return choose(operation, n)
 }
 
 // problem is an error of AWS.
