@@ -34,8 +34,8 @@ const (
 	firstPause = 500 * time.Millisecond // doubles from there to maxPause
 	maxPause   = 5 * time.Second
 
-	// maxTries bounds how often a re-import is sent whose answer is lost.
-	maxTries = 3
+	// maxTries bounds how often a change is sent that may be repeated and whose answer is lost.
+	maxTries = 2
 )
 
 // change puts a key and its certificates under one ARN.

@@ -186,9 +186,9 @@ func TestFaults(t *testing.T) {
 			}
 			return awsfake.None
 		})
-		f.typ = typeOf(patience{call: time.Second, list: time.Second, try: 2 * time.Second})
+		f.typ = typeOf(patience{call: time.Second, list: time.Second, try: time.Second})
 		_, err := f.deploy(f.material())
-		says(t, err, "no answer within 2s", "it may have been carried out")
+		says(t, err, "no answer within 1s", "it may have been carried out")
 		f.OnCall(nil)
 		f.typ = typeOf(short)
 		last := f.material()
