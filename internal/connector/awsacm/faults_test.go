@@ -42,6 +42,9 @@ func TestFound(t *testing.T) {
 	must(t, os.Mkdir(filepath.Join(f.StateDir, noteDir), 0o700))
 	n := note{Certificate: "cert-1", Region: f.Region, Endpoint: f.URL + "/"}
 	must(t, os.WriteFile(filepath.Join(f.StateDir, n.path()), []byte("{damaged"), 0o600))
+	if must(t, n.read(f.StateDir)); n.Importing == "" {
+		t.Error("a damaged note says that there was no import")
+	}
 	f.mustDeploy(f.material())
 	if now := f.Certificates(); len(now) != 6 || now[5].ARN != arn || f.Imports() != 1 {
 		t.Errorf("there are %d certificates, after %d imports", len(now), f.Imports())
