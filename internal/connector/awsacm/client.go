@@ -234,6 +234,10 @@ const (
 	// for more.
 	pageSize = 1000
 	maxPages = 100
+
+	// searchFor is how long the tags of all certificates may take to read: ACM tells those of about
+	// ten in a second.
+	searchFor = 10 * time.Minute
 )
 
 // listed is a certificate in a list.
@@ -276,6 +280,8 @@ func (c *client) imported(ctx context.Context) (all []listed, err error) {
 // of names are asked for their tags first, and the others only if none of these has them: ACM tells
 // the tags of one certificate at a time.
 func (c *client) tagged(ctx context.Context, certificateID string, names []string) (arns []string, err error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, searchFor, fmt.Errorf("the tags of all imported certificates could not be read within %v: set certificate_arn", searchFor))
+	defer cancel()
 	all, err := c.imported(ctx)
 	if err != nil {
 		return nil, err

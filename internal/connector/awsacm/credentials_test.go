@@ -135,7 +135,7 @@ func TestCredentials(t *testing.T) {
 			if got := len(slices.DeleteFunc(f.Calls(), func(call string) bool { return call != test.uses })); got != test.fresh {
 				t.Errorf("%s was called %d times, want %d", test.uses, got, test.fresh)
 			}
-			f.Lifetime = margin / 2
+			f.Set(func(c *awsfake.Cloud) { c.Lifetime = margin / 2 })
 			f.Expire()
 			f.OnCall(nil)
 			f.mustDeploy(f.material())

@@ -119,7 +119,6 @@ func TestOneImport(t *testing.T) {
 			must(t, c.note.write(f.StateDir))
 			_, err := c.importOnce(t.Context())
 			must(t, err)
-			f.Lag = 0
 			f.mustDeploy(m)
 			if f.holds(m); f.Imports() != 1 {
 				t.Errorf("%d imports", f.Imports())

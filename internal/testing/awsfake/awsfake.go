@@ -29,7 +29,7 @@ const Account = "123456789012"
 // maxBody bounds a request, in bytes. A chain may take two of the MiB.
 const maxBody = 4 << 20
 
-// Cloud is a running fake. Its exported fields may be changed before the first call.
+// Cloud is a running fake. Its exported fields may be changed before the first call, and by Set.
 type Cloud struct {
 	URL         string // of ACM and STS: https, with a certificate of CA
 	MetadataURL string // of the metadata services: http
@@ -101,6 +101,13 @@ func (c *Cloud) OnCall(choose func(operation string, n int) Fault) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.fault, c.calls = choose, nil
+}
+
+// Set changes fields between calls.
+func (c *Cloud) Set(change func(c *Cloud)) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	change(c)
 }
 
 // Deny withholds the permission for operations, and grants all others.

@@ -130,17 +130,17 @@ func TestCLI(t *testing.T) {
 	if got := string(tags); got != `[{"Key":"stage","Value":"live"},{"Key":"team","Value":"db"}]` {
 		t.Errorf("tags %s", got)
 	}
-	for range 4 {
+	for range 2 {
 		c.must(files("first")...)
 	}
 	list := c.must("acm", "list-certificates", "--includes", "keyTypes=EC_prime256v1,RSA_2048")["CertificateSummaryList"]
-	if got, _ := list.([]any); len(got) != 5 || c.cloud.Imports() != 5 {
+	if got, _ := list.([]any); len(got) != 3 || c.cloud.Imports() != 3 {
 		t.Errorf("%d in the list, %d imports", len(got), c.cloud.Imports())
 	}
 	if list, _ := c.must("acm", "list-certificates")["CertificateSummaryList"].([]any); len(list) > 0 {
 		t.Errorf("the default list has %d of another key type", len(list))
 	}
-	c.cloud.Quota = 5
+	c.cloud.Set(func(cloud *awsfake.Cloud) { cloud.Quota = 3 })
 	if _, err := c.run(files("second")...); err == nil || !strings.Contains(err.Error(), "LimitExceededException") {
 		t.Errorf("over the quota: %v", err)
 	}
@@ -186,6 +186,7 @@ func TestCLICredentials(t *testing.T) {
 		}, "metadata PUT /latest/api/token"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
 			c := newCLI(t, test.region)
 			test.set(c)
 			c.pair("one", c.issue())
