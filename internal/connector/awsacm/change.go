@@ -122,7 +122,7 @@ func (c *change) find(ctx context.Context) error {
 		}
 		return err
 	}
-	c.note = note{Certificate: string(c.material.CertificateID), Region: c.config.Region, Endpoint: c.client.url}
+	c.note = note{Certificate: string(c.material.CertificateID), Region: c.config.Region, Endpoint: c.client.url, Role: c.config.RoleARN}
 	if err := c.note.read(c.host.StateDir); err != nil {
 		return err
 	}
@@ -250,14 +250,21 @@ func (c *change) first(ctx context.Context) error {
 		return err
 	}
 	arn, err := c.importOnce(ctx)
-	_, isStrange := errors.AsType[*strangeError](err)
-	if isStrange || isUncertain(err) {
+	if isUncertain(err) {
 		found, findErr := c.findTagged(context.WithoutCancel(ctx), c.list)
 		switch {
 		case findErr != nil:
 			return fmt.Errorf("%w; and whether it did cannot be found out: %w", err, findErr)
 		case len(found) == 0:
 			return fmt.Errorf("%w; within %v, no certificate with the tag %s=%s appeared. The next deployment looks again before it imports", err, c.list, certificateTag, c.material.CertificateID)
+		}
+		c.arn = found[0]
+		if loadErr := c.load(context.WithoutCancel(ctx)); loadErr != nil {
+			return fmt.Errorf("%w; and whether it did cannot be found out: %w", err, loadErr)
+		}
+		if !c.holds() {
+			err = fmt.Errorf("%w; somebody else imported another certificate for it just now (%s), which the next deployment replaces", err, found[0])
+			return errors.Join(err, c.forget())
 		}
 		arn, err = found[0], nil
 	}
@@ -279,7 +286,8 @@ func (c *change) first(ctx context.Context) error {
 // isUncertain reports whether a change may have been made although it failed.
 func isUncertain(err error) bool {
 	_, isLost := errors.AsType[*vendorapi.LostError](err)
-	return isLost || vendorapi.StatusOf(err) >= 500
+	_, isStrange := errors.AsType[*strangeError](err)
+	return isLost || isStrange || vendorapi.StatusOf(err) >= 500
 }
 
 // importOnce sends the first import, and sends it again only after answers that say that nothing has
@@ -447,6 +455,9 @@ func (c *change) keyOf(leaf *x509.Certificate) ([]byte, error) {
 // storedKey looks in the key store for the key of a certificate. In a rollback it is the previous
 // one; after a crash it is the current one again.
 func (c *change) storedKey(leaf *x509.Certificate) (secret.String, error) {
+	if c.material.KeyPath == "" {
+		return secret.String{}, keystore.ErrNoKey
+	}
 	store, err := keystore.Look(filepath.Dir(c.material.KeyPath))
 	if err != nil {
 		return secret.String{}, err

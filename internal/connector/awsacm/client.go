@@ -113,7 +113,7 @@ func (c *client) call(ctx context.Context, via *vendorapi.Client, operation, arn
 		return c.explain(operation, arn, err)
 	}
 	if answer != nil && json.Unmarshal(said.Body, answer) != nil {
-		return fmt.Errorf("%s: the answer is not one of ACM: look at endpoint, and at what is before it", operation)
+		return &strangeError{operation + ": the answer is not one of ACM: look at endpoint, and at what is before it"}
 	}
 	return nil
 }
@@ -161,17 +161,15 @@ func (c *client) importCertificate(ctx context.Context, via *vendorapi.Client, a
 		return "", err
 	}
 	if !c.isOurs(answer.CertificateArn) {
-		return "", &strangeError{answer.CertificateArn}
+		return "", &strangeError{"ImportCertificate: the answer has " + printable.Quote(answer.CertificateArn) + ", which is not the ARN of a certificate in this region"}
 	}
 	return answer.CertificateArn, nil
 }
 
-// strangeError says that ACM answered with what is not an ARN of the region.
-type strangeError struct{ arn string }
+// strangeError is an answer that ACM does not give, for success.
+type strangeError struct{ problem string }
 
-func (e *strangeError) Error() string {
-	return "ImportCertificate: the answer has " + printable.Quote(e.arn) + ", which is not the ARN of a certificate in this region"
-}
+func (e *strangeError) Error() string { return e.problem }
 
 // isOurs reports whether an ARN that came from outside is one of this region.
 func (c *client) isOurs(arn string) bool {

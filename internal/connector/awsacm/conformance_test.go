@@ -14,8 +14,7 @@ import (
 
 // suite has an ACM for each host of the conformance suite.
 type suite struct {
-	t    *testing.T
-	keys string
+	t *testing.T
 
 	mu   sync.Mutex
 	each map[string]*acmOfHost // by the directory of the host

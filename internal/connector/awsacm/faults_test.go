@@ -126,6 +126,28 @@ func TestOneImport(t *testing.T) {
 		}
 	})
 
+	t.Run("another agent was faster", func(t *testing.T) {
+		t.Parallel()
+		f := newFixture(t)
+		theirs, m := f.material(), f.material()
+		f.OnCall(func(operation string, n int) awsfake.Fault {
+			if operation == "ImportCertificate" && n == 1 {
+				f.put(theirs, ours()...)
+				return awsfake.Dropped
+			}
+			return awsfake.None
+		})
+		_, err := f.deploy(m)
+		says(t, err, "somebody else imported another certificate for it just now")
+		if f.holds(theirs); broken(err) {
+			t.Errorf("got %v", err)
+		}
+		f.mustDeploy(m)
+		if f.holds(m); f.Imports() != 0 {
+			t.Errorf("%d imports", f.Imports())
+		}
+	})
+
 	// It is not known, and does not appear: the job fails, and the next one finds it or imports.
 	for name, fault := range map[string]awsfake.Fault{"appears later": awsfake.Lost, "has not happened": awsfake.Dropped} {
 		t.Run(name, func(t *testing.T) {
@@ -271,12 +293,12 @@ func TestUndo(t *testing.T) {
 		f, _ := start(t)
 		m := f.material()
 		c := f.change(m)
-		was, _, err := c.Read(t.Context())
+		_, _, err := c.Read(t.Context())
 		must(t, err)
 		must(t, c.Write(t.Context()))
 		expired, err := f.CA.Issue(testca.Template{NotBefore: time.Now().AddDate(0, 0, -9), NotAfter: time.Now().AddDate(0, 0, -1)})
 		must(t, err)
-		was = []byte(`{"arn": "` + f.only().ARN + `", "certificate": "` + strings.ReplaceAll(string(expired.LeafPEM()), "\n", `\n`) + `"}`)
+		was := []byte(`{"arn": "` + f.only().ARN + `", "certificate": "` + strings.ReplaceAll(string(expired.LeafPEM()), "\n", `\n`) + `"}`)
 		says(t, f.change(m).Restore(t.Context(), was), "it cannot be undone", "has expired")
 		says(t, f.change(m).Restore(t.Context(), []byte("{")), "cannot be read")
 	})
@@ -417,6 +439,7 @@ func TestAnswers(t *testing.T) {
 	for _, test := range []struct{ operation, answer, says string }{
 		{"ListCertificates", "<html>please log in</html>", "not one of ACM"},
 		{"ListCertificates", `{"CertificateSummaryList": [], "NextToken": "x"}`, "does not end after"},
+		{"ImportCertificate", "<html>please log in</html>", "not one of ACM: look at endpoint, and at what is before it; within 50ms, no certificate"},
 		{"ImportCertificate", "{}", "not the ARN of a certificate in this region"},
 		{"ImportCertificate", `{"CertificateArn": "arn:aws:acm:us-east-1:123456789012:certificate/1"}`, "not the ARN of a certificate in this region"},
 		{"GetCertificate", "{}", "no certificate"},

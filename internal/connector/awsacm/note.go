@@ -19,6 +19,7 @@ type note struct {
 	Certificate string `json:"certificate"`
 	Region      string `json:"region"`
 	Endpoint    string `json:"endpoint"`
+	Role        string `json:"role,omitempty"` // in whose account it is; "": in this host's
 
 	ARN string `json:"arn,omitempty"`
 
@@ -34,7 +35,7 @@ const (
 )
 
 func (n *note) path() string {
-	sum := sha256.Sum256(fmt.Appendf(nil, "%s\n%s\n%s", n.Certificate, n.Region, n.Endpoint))
+	sum := sha256.Sum256(fmt.Appendf(nil, "%s\n%s\n%s\n%s", n.Certificate, n.Region, n.Endpoint, n.Role))
 	return path.Join(noteDir, fmt.Sprintf("%x.json", sum[:16]))
 }
 
