@@ -88,7 +88,7 @@ func TestOneImport(t *testing.T) {
 			t.Parallel()
 			f := newFixture(t)
 			f.Lag = test.lag
-			f.typ = typeOf(patience{call: time.Minute, list: time.Minute, try: 2 * time.Second})
+			f.typ = typeOf(patience{call: time.Minute, list: time.Minute, try: 3 * time.Second})
 			f.OnCall(func(operation string, n int) awsfake.Fault {
 				if operation == "ImportCertificate" && n == 1 {
 					return test.fault
@@ -149,21 +149,28 @@ func TestOneImport(t *testing.T) {
 	})
 
 	// It is not known, and does not appear: the job fails, and the next one finds it or imports.
-	for name, fault := range map[string]awsfake.Fault{"appears later": awsfake.Lost, "has not happened": awsfake.Dropped} {
-		t.Run(name, func(t *testing.T) {
+	for _, test := range []struct {
+		name  string
+		fault awsfake.Fault
+		list  time.Duration // of the next deployment
+	}{
+		{"appears later", awsfake.Lost, time.Minute},
+		{"has not happened", awsfake.Dropped, time.Second},
+	} {
+		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			f := newFixture(t)
 			f.Lag = 3
 			f.OnCall(func(operation string, n int) awsfake.Fault {
 				if operation == "ImportCertificate" && n == 1 {
-					return fault
+					return test.fault
 				}
 				return awsfake.None
 			})
 			m := f.material()
 			_, err := f.deploy(m)
 			says(t, err, "it may have been carried out", "The next deployment looks again")
-			f.typ = typeOf(patience{call: time.Minute, list: 5 * time.Second})
+			f.typ = typeOf(patience{call: time.Minute, list: test.list})
 			f.mustDeploy(m)
 			if f.holds(m); f.Imports() != 1 {
 				t.Errorf("%d imports", f.Imports())
@@ -210,9 +217,9 @@ func TestFaults(t *testing.T) {
 			}
 			return awsfake.None
 		})
-		f.typ = typeOf(patience{call: time.Second, list: time.Second, try: time.Second})
+		f.typ = typeOf(patience{call: time.Second, list: time.Second, try: 3 * time.Second})
 		_, err := f.deploy(f.material())
-		says(t, err, "no answer within 1s", "it may have been carried out")
+		says(t, err, "no answer within 3s", "it may have been carried out")
 		f.OnCall(nil)
 		f.typ = typeOf(short)
 		last := f.material()
