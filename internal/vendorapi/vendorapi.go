@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptrace"
@@ -31,7 +32,8 @@ const (
 	defaultPatience = time.Minute
 
 	// firstPause is before the second try, and doubles from there to maxPause,
-	// unless the API says how long it wants to be left alone.
+	// unless the API says how long it wants to be left alone. Up to a half more is
+	// drawn, so that agents that were refused together do not come back together.
 	firstPause = 500 * time.Millisecond
 	maxPause   = 10 * time.Second
 
@@ -76,7 +78,10 @@ type Options struct {
 }
 
 // Client calls one API.
-type Client struct{ options Options }
+type Client struct {
+	options Options
+	draw    func(n int64) int64 // uniform in [0, n); a test injects its own
+}
 
 // New returns a client.
 func New(o Options) *Client {
@@ -86,7 +91,7 @@ func New(o Options) *Client {
 	if o.Patience == 0 {
 		o.Patience = defaultPatience
 	}
-	return &Client{o}
+	return &Client{o, rand.Int64N}
 }
 
 // Request is one call.
@@ -159,6 +164,7 @@ func (c *Client) Do(ctx context.Context, r *Request) (*Answer, error) {
 		if status, ok := errors.AsType[*StatusError](err); ok && status.After > wait {
 			wait, asked = status.After, fmt.Sprintf(", since it wants to be left alone for %v", status.After)
 		}
+		wait += time.Duration(c.draw(int64(wait / 2)))
 		if tried := time.Since(begun); tried+wait > c.options.Patience {
 			return nil, fmt.Errorf("%w (given up after %v%s)", err, tried.Round(time.Second), asked)
 		}

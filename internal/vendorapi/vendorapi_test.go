@@ -106,6 +106,7 @@ func TestRetries(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				n := &network{handlers: test.handlers}
 				c := New(Options{Dial: n.dial, Busy: busy})
+				c.draw = func(int64) int64 { return 0 }
 				begun := time.Now()
 				answer, err := c.Do(t.Context(), &Request{Method: test.method, URL: "http://api.example/", Reads: test.reads, MaxAnswer: 1 << 10})
 				if took := time.Since(begun); took != test.took {
@@ -145,6 +146,21 @@ func TestRefused(t *testing.T) {
 		_, err := c.Do(t.Context(), &Request{Method: "POST", URL: "http://api.example/"})
 		if _, lost := errors.AsType[*LostError](err); !errors.Is(err, denied) || lost {
 			t.Errorf("got %v (lost %v), want %v", err, lost, denied)
+		}
+	})
+}
+
+// Clients that were refused together do not come back together.
+func TestJitter(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, draw := range []int64{0, 1} {
+			n := &network{handlers: []http.HandlerFunc{status(503, "Retry-After", "10"), status(200)}}
+			c := New(Options{Dial: n.dial})
+			c.draw = func(n int64) int64 { return draw * (n - 1) }
+			begun, want := time.Now(), 10*time.Second+time.Duration(draw)*(5*time.Second-1)
+			if _, err := c.Do(t.Context(), &Request{Method: "GET", URL: "http://api.example/"}); err != nil || time.Since(begun) != want {
+				t.Errorf("%v after %v, want %v", err, time.Since(begun), want)
+			}
 		}
 	})
 }
