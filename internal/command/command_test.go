@@ -175,7 +175,7 @@ func waitGone(t *testing.T, pidFile string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
 		if err := syscall.Kill(pid, 0); errors.Is(err, syscall.ESRCH) {
 			return
 		}
@@ -209,7 +209,7 @@ func TestDeadline(t *testing.T) {
 				if err == nil || !strings.Contains(err.Error(), "killed: not done after "+timeout.String()) {
 					t.Errorf("error = %v, want the deadline", err)
 				}
-				if took := time.Since(began) - timeout; took > 5*time.Second {
+				if took := time.Since(began) - timeout; took > 30*time.Second {
 					t.Errorf("took %v more than it had", took)
 				}
 			}
@@ -275,7 +275,7 @@ func TestDaemonLeftBehind(t *testing.T) {
 			if err != nil || output != "reloaded" {
 				t.Errorf("Run = %q, %v, want success", output, err)
 			}
-			if took := time.Since(began); took > 5*time.Second {
+			if took := time.Since(began); took > 30*time.Second {
 				t.Errorf("took %v: waited for the daemon", took)
 			}
 			data, err := os.ReadFile(pidFile)
@@ -303,7 +303,7 @@ func TestDetachedAfterFailure(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "killed") {
 		t.Errorf("error = %v, want killed", err)
 	}
-	if took := time.Since(began); took > 5*time.Second {
+	if took := time.Since(began); took > 30*time.Second {
 		t.Errorf("took %v", took)
 	}
 	if data, err := os.ReadFile(pidFile); err == nil {

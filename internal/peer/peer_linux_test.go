@@ -87,7 +87,7 @@ func (s *server) serve(t *testing.T, uid int) {
 // send dials and sends a secret.
 func send(t *testing.T, d *Dialer, network, address string) error {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	conn, err := d.DialContext(ctx, network, address)
 	if err != nil {
@@ -113,7 +113,7 @@ func (s *server) want(t *testing.T, err error, trusted bool) {
 		if got != want {
 			t.Errorf("the server received %d bytes, want %d", got, want)
 		}
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		t.Errorf("nobody connected: %v", err)
 	}
 }

@@ -74,20 +74,18 @@ func TestManagerDoesNotRead(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "s")
 	listen(t, socket)
 	n := sdnotify.New(socket)
-	var longest time.Duration
 	for range 5000 {
 		began := time.Now()
-		n.Watchdog()
-		if longest = max(longest, time.Since(began)); longest > 100*time.Millisecond {
-			break // the queue was full
+		if n.Status("x") {
+			continue
 		}
+		// The queue was full.
+		if took := time.Since(began); took > 10*time.Second {
+			t.Errorf("a notice took %v", took)
+		}
+		return
 	}
-	if n.Status("x") {
-		t.Error("a line that the queue had no room for counts as sent")
-	}
-	if longest > 2*time.Second {
-		t.Errorf("a notice took %v", longest)
-	}
+	t.Error("a line that the queue had no room for counts as sent")
 }
 
 func TestWatchdogInterval(t *testing.T) {

@@ -60,7 +60,7 @@ func probeScript(t *testing.T, protocol string, s script, certificate tls.Certif
 		defer conn.Close()
 		lines = s.play(conn, certificate)
 	})
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	result, err := Probe(ctx, Endpoint{Address: listener.Addr().String(), ServerName: "localhost", StartTLS: protocol})
 	server.Wait()
@@ -151,7 +151,7 @@ func TestSlowServer(t *testing.T) {
 	if err := startTLS(client, SMTP); err == nil {
 		t.Error("STARTTLS succeeded")
 	}
-	if took := time.Since(began); took > 2*time.Second {
+	if took := time.Since(began); took > 30*time.Second {
 		t.Errorf("took %v", took)
 	}
 	client.Close()

@@ -36,7 +36,7 @@ func TestTwoProcesses(t *testing.T) {
 	}
 
 	s := w.mustStore(t, nil)
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second) // enough to get as far as the lock
 	defer cancel()
 	if _, err := s.deploy(ctx, w.renewal()); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "another deployment holds it") {
 		t.Errorf("while another process holds the lock: %v", err)
@@ -106,7 +106,7 @@ func TestLockOrder(t *testing.T) {
 	dirs[1][0], dirs[1][2] = dirs[1][2], dirs[1][0]
 	// Two of them, since one has a table of its own beside the files' locks.
 	var stores [2]Engine
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	done := make(chan error)
 	for i := range dirs {

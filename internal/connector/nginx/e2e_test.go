@@ -116,7 +116,7 @@ func offers(t *testing.T, address string, suite uint16, wanted func(*x509.Certif
 	t.Helper()
 	var conn *tls.Conn
 	var err error
-	for deadline := time.Now().Add(15 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
 		conn, err = tls.Dial("tcp", address, &tls.Config{MaxVersion: tls.VersionTLS12, CipherSuites: []uint16{suite}, InsecureSkipVerify: true}) // no CA of this test is anybody's
 		if err != nil {
 			continue

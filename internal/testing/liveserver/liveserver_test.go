@@ -44,7 +44,7 @@ func TestStarters(t *testing.T) {
 			t.Cleanup(server.Stop)
 			endpoints := append(server.Others, server.Endpoint)
 			for _, endpoint := range endpoints {
-				ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 				got, err := tlsprobe.Probe(ctx, endpoint)
 				cancel()
 				if err != nil || got.Fingerprint != pemutil.Fingerprint(issued.Leaf) {
