@@ -16,6 +16,7 @@ import (
 	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/policy"
 	"certctl-agent/internal/targetconf"
+	"certctl-agent/internal/testing/needs"
 	"certctl-agent/internal/testing/testca"
 	"certctl-agent/internal/transaction"
 )
@@ -44,6 +45,15 @@ type Host struct {
 func NewHost(t testing.TB, run func(ctx context.Context, c policy.Command) error) *Host {
 	t.Helper()
 	return newHost(t, t.TempDir(), run)
+}
+
+// NewMemoryHost is NewHost without the price of a disk, for tests with many
+// deployments. What is for memory is in /dev, where nothing else is installed.
+func NewMemoryHost(t testing.TB, run func(ctx context.Context, c policy.Command) error) *Host {
+	t.Helper()
+	h := newHost(t, needs.MemoryDir(t), run)
+	h.Policy.Paths = []string{h.Dir}
+	return h
 }
 
 func newHost(t testing.TB, base string, run func(ctx context.Context, c policy.Command) error) *Host {

@@ -23,7 +23,6 @@ import (
 	"certctl-agent/internal/keystore"
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/policy"
-	"certctl-agent/internal/testing/needs"
 	"certctl-agent/internal/testing/testca"
 	"certctl-agent/internal/transaction"
 )
@@ -100,9 +99,8 @@ type rig struct {
 
 func (s *suite) rig(t *testing.T) *rig {
 	r := &rig{suite: s, t: t, commands: new(commands)}
-	r.Host = newHost(t, needs.MemoryDir(t), func(ctx context.Context, c policy.Command) error { return r.commands.run(ctx, c) })
+	r.Host = NewMemoryHost(t, func(ctx context.Context, c policy.Command) error { return r.commands.run(ctx, c) })
 	r.Host.Query = nil
-	r.Policy.Paths = []string{r.Dir} // for memory is in /dev, where nothing is installed
 	return r
 }
 

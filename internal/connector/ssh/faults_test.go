@@ -54,7 +54,7 @@ type there struct {
 func newThere(t *testing.T) *there {
 	dir, err := filepath.EvalSymlinks(t.TempDir())
 	must(t, err)
-	return &there{Host: conformance.NewHost(t, conformance.RunCommand), t: t, ca: testca.Must(t), dir: dir}
+	return &there{Host: conformance.NewMemoryHost(t, conformance.RunCommand), t: t, ca: testca.Must(t), dir: dir}
 }
 
 func (h *there) config() map[string]any {
