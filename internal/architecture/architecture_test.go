@@ -33,10 +33,10 @@ var layers = [][]string{
 	{"internal/connector"},
 	{"internal/serverconf"},
 	{"internal/config", "internal/controlplane", "internal/discovery", "internal/installed", "internal/keystore", "internal/ledger", "internal/statedir", "internal/status",
-		"internal/targetconf"},
+		"internal/targetconf", "internal/winrm"},
 	{"internal/discovery/certfile", "internal/discovery/index", "internal/policy", "internal/tlsprobe", "internal/vendorapi"},
 	{"internal/api", "internal/askpass", "internal/atomicfile", "internal/ber", "internal/budget", "internal/buildinfo", "internal/command", "internal/csr", "internal/discovery/record", "internal/filelock",
-		"internal/hostfile", "internal/jks", "internal/keyentry", "internal/kubeconfig", "internal/namelock", "internal/pace", "internal/peer", "internal/pemutil", "internal/pkcs12", "internal/printable", "internal/proxy",
+		"internal/hostfile", "internal/jks", "internal/keyentry", "internal/kubeconfig", "internal/namelock", "internal/ntlm", "internal/pace", "internal/peer", "internal/pemutil", "internal/pkcs12", "internal/printable", "internal/proxy",
 		"internal/sdnotify", "internal/secret", "internal/sftp", "internal/sigv4", "internal/trustedfile"},
 }
 

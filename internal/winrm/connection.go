@@ -1,0 +1,312 @@
+package winrm
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/tls"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"certctl-agent/internal/ntlm"
+	"certctl-agent/internal/printable"
+)
+
+const (
+	// maxHeader bounds the head of an answer, in bytes.
+	maxHeader = 64 << 10
+
+	// maxAnswer bounds the body, in bytes: an envelope, which may be in UTF-16, and
+	// what an encrypted one has around it.
+	maxAnswer = 2*maxEnvelope + 8<<10
+
+	// maxSkew is how far clocks may be apart without it being worth a word.
+	maxSkew = 5 * time.Minute
+)
+
+// connection is one to the host, logged on. The transport of net/http would make
+// another whenever it sees fit, which nobody is logged on by.
+type connection struct {
+	net.Conn
+	in      *io.LimitedReader
+	reader  *bufio.Reader
+	closing bool          // after the answer that has been read
+	session *ntlm.Session // nil: messages are in clear, inside of TLS
+}
+
+func (c *Client) address() string {
+	return net.JoinHostPort(c.options.Host, strconv.Itoa(c.options.Port))
+}
+
+func (c *Client) url() string {
+	scheme := "http"
+	if c.options.HTTPS {
+		scheme = "https"
+	}
+	return scheme + "://" + c.address() + "/wsman"
+}
+
+func (c *Client) disconnect() {
+	if c.conn != nil {
+		c.conn.Close()
+		c.conn = nil
+	}
+}
+
+// call sends a request, for a shell or nil, and returns the answer. After an error
+// that is not a Fault the connection is closed.
+func (c *Client) call(ctx context.Context, r request, s *shell) (*envelope, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, c.options.Timeout, fmt.Errorf("no answer within %v", c.options.Timeout))
+	defer cancel()
+	answer, err := c.tryCall(ctx, r, s)
+	if _, isFault := errors.AsType[*Fault](err); err != nil && !isFault {
+		c.disconnect()
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+	}
+	return answer, err
+}
+
+func (c *Client) tryCall(ctx context.Context, r request, s *shell) (*envelope, error) {
+	if c.conn == nil {
+		if err := c.connect(ctx); err != nil {
+			return nil, err
+		}
+	}
+	id, shellID := newID(), ""
+	if s != nil {
+		shellID = s.id
+	}
+	message := envelopeOf(r, c.url(), id, shellID, min(maxWait, c.options.Timeout/2))
+	if len(message) > maxEnvelope {
+		return nil, fmt.Errorf("the request has %d bytes, more than the %d that a host takes", len(message), maxEnvelope)
+	}
+	body, err := c.exchange(ctx, message)
+	if err != nil {
+		return nil, err
+	}
+	if c.conn.closing {
+		c.disconnect()
+	}
+	answer, err := parseEnvelope(body)
+	if err != nil {
+		return nil, err
+	}
+	return answer, answer.answers(id)
+}
+
+// exchange sends an envelope and returns that of the answer.
+func (c *Client) exchange(ctx context.Context, message []byte) ([]byte, error) {
+	header := http.Header{"Content-Type": {plainType + ";charset=UTF-8"}}
+	session := c.conn.session
+	if session != nil {
+		message = encrypt(session, message)
+		header.Set("Content-Type", encryptedType)
+	}
+	switch c.options.Auth {
+	case Basic:
+		header.Set("Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(c.options.User+":"+c.options.Password.Reveal())))
+	case Certificate: // the profile of DSP0226, annex C
+		header.Set("Authorization", "http://schemas.dmtf.org/wbem/wsman/1/wsman/secprofile/https/mutual")
+	}
+	answer, body, err := c.post(ctx, header, message)
+	switch {
+	case err != nil:
+		return nil, err
+	case answer.StatusCode == http.StatusUnauthorized && c.options.Auth != NTLM:
+		c.refused = c.refusal(time.Time{})
+		return nil, c.refused
+	case session != nil && isEncrypted(answer.Header.Get("Content-Type")):
+		return decrypt(session, body)
+	case session == nil && strings.HasPrefix(answer.Header.Get("Content-Type"), plainType):
+		return body, nil
+	}
+	return nil, statusError(answer, body)
+}
+
+// statusError is for an answer that is not WS-Management's, or of which nobody
+// knows whose it is.
+func statusError(answer *http.Response, body []byte) error {
+	text := fmt.Sprintf("unexpected answer %s", printable.Line(answer.Status, maxMessage))
+	if said := printable.Line(body, maxMessage); said != "" {
+		text += ": " + said
+	}
+	return errors.New(text)
+}
+
+// connect dials and logs on.
+func (c *Client) connect(ctx context.Context) error {
+	if c.refused != nil {
+		return fmt.Errorf("%w; it is not tried again, since that could lock the account", c.refused)
+	}
+	conn, err := c.options.Dial(ctx, c.address())
+	if err != nil {
+		return err
+	}
+	var bindings [16]byte
+	if c.options.HTTPS {
+		if conn, bindings, err = c.handshake(ctx, conn); err != nil {
+			return err
+		}
+	}
+	in := &io.LimitedReader{R: conn}
+	c.conn = &connection{Conn: conn, in: in, reader: bufio.NewReader(in)}
+	if c.options.Auth == NTLM {
+		return c.logOn(ctx, bindings)
+	}
+	return nil
+}
+
+func (c *Client) handshake(ctx context.Context, raw net.Conn) (net.Conn, [16]byte, error) {
+	config, err := c.trust.Config()
+	if err != nil {
+		raw.Close()
+		return nil, [16]byte{}, err
+	}
+	config.ServerName = c.options.Host
+	if c.options.Auth == Certificate {
+		// Windows asks for the certificate once it has seen the request, by
+		// renegotiation, for which TLS 1.3 has a form that crypto/tls has not.
+		config.Certificates = []tls.Certificate{*c.options.Certificate}
+		config.Renegotiation = tls.RenegotiateOnceAsClient
+		config.MaxVersion = tls.VersionTLS12
+	}
+	conn := tls.Client(raw, config)
+	if err := conn.HandshakeContext(ctx); err != nil {
+		raw.Close()
+		return nil, [16]byte{}, fmt.Errorf("TLS handshake: %w", err)
+	}
+	return conn, ntlm.Bindings(conn.ConnectionState().PeerCertificates[0]), nil
+}
+
+// logOn does so by NTLM, RFC 4559, 4: Windows takes its messages without SPNEGO
+// around them.
+func (c *Client) logOn(ctx context.Context, bindings [16]byte) error {
+	client := ntlm.New(c.options.User, c.options.Password, "HTTP/"+c.options.Host, bindings)
+	answer, body, err := c.post(ctx, negotiate(client.Negotiate()), nil)
+	if err != nil {
+		return err
+	}
+	if answer.StatusCode != http.StatusUnauthorized {
+		return statusError(answer, body)
+	}
+	challenge, err := challengeOf(answer)
+	if err != nil {
+		return err
+	}
+	if c.conn.closing {
+		return errors.New("the host does not keep the connection that NTLM logs on: look for a proxy before it")
+	}
+	message, session := client.Authenticate(challenge)
+	answer, body, err = c.post(ctx, negotiate(message), nil)
+	switch {
+	case err != nil:
+		return err
+	case answer.StatusCode == http.StatusUnauthorized:
+		clock := challenge.Time()
+		if clock.IsZero() {
+			clock, _ = http.ParseTime(answer.Header.Get("Date"))
+		}
+		c.refused = c.refusal(clock)
+		return c.refused
+	case answer.StatusCode != http.StatusOK:
+		return statusError(answer, body)
+	}
+	if !c.options.HTTPS {
+		c.conn.session = session
+	}
+	return nil
+}
+
+func negotiate(message []byte) http.Header {
+	return http.Header{"Authorization": {"Negotiate " + base64.StdEncoding.EncodeToString(message)}}
+}
+
+// challengeOf finds the challenge among the ways to log on that a host offers.
+func challengeOf(answer *http.Response) (*ntlm.Challenge, error) {
+	offers := answer.Header.Values("WWW-Authenticate")
+	for _, offer := range offers {
+		scheme, token, _ := strings.Cut(offer, " ")
+		if !strings.EqualFold(scheme, "Negotiate") {
+			continue
+		}
+		message, err := base64.StdEncoding.DecodeString(strings.TrimSpace(token))
+		if err != nil || len(message) == 0 {
+			break
+		}
+		return ntlm.ParseChallenge(message)
+	}
+	return nil, fmt.Errorf("the host does not offer NTLM, but %s: set WSMan:\\localhost\\Service\\Auth\\Negotiate on it", printable.Quote(strings.Join(offers, ", ")))
+}
+
+// refusal explains a 401. Windows says no more than that, lest someone who guesses
+// passwords learn from it. The clock is the host's, or zero if it does not matter.
+func (c *Client) refusal(clock time.Time) error {
+	reason := fmt.Sprintf("of %s: the password is wrong, or the account is locked, disabled, expired or may not log on over the network; its event 4625 says which",
+		printable.Quote(c.options.User))
+	switch c.options.Auth {
+	case Basic:
+		reason += ", unless WSMan:\\localhost\\Service\\Auth\\Basic is off there"
+	case Certificate:
+		reason = "with the certificate: WSMan:\\localhost\\ClientCertificate has to map it to a user, and WSMan:\\localhost\\Service\\Auth\\Certificate to be on"
+	}
+	if skew := time.Until(clock).Round(time.Minute); !clock.IsZero() && skew.Abs() >= maxSkew {
+		direction := "ahead of"
+		if skew < 0 {
+			direction = "behind"
+		}
+		reason += fmt.Sprintf("; the host's clock is %v %s this one's, which may be reason enough: set the clocks first", skew.Abs(), direction)
+	}
+	return fmt.Errorf("%w %s", ErrLogon, reason)
+}
+
+// post is one exchange of HTTP.
+func (c *Client) post(ctx context.Context, header http.Header, body []byte) (*http.Response, []byte, error) {
+	request, err := http.NewRequestWithContext(ctx, http.MethodPost, c.url(), bytes.NewReader(body))
+	if err != nil {
+		return nil, nil, err
+	}
+	request.Header = header
+	header.Set("User-Agent", "certctl-agent")
+	conn := c.conn
+	conn.SetDeadline(time.Time{})
+	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+	defer func() {
+		if !stop() {
+			conn.closing = true // its deadline is over, or will be any moment
+		}
+	}()
+	c.conn.in.N = maxHeader + maxAnswer
+	if err := request.Write(c.conn); err != nil {
+		return nil, nil, err
+	}
+	answer, err := http.ReadResponse(c.conn.reader, request)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer answer.Body.Close()
+	data, err := io.ReadAll(io.LimitReader(answer.Body, maxAnswer+1))
+	switch {
+	case err != nil:
+		return nil, nil, err
+	case len(data) > maxAnswer:
+		return nil, nil, fmt.Errorf("the host's answer is longer than %d bytes", maxAnswer)
+	}
+	conn.closing = answer.Close
+	return answer, data, nil
+}
+
+// isBroken reports whether the other side has closed the connection.
+func isBroken(err error) bool {
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) ||
+		errors.Is(err, net.ErrClosed)
+}

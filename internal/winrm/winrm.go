@@ -1,0 +1,331 @@
+// Package winrm runs commands on Windows hosts by WS-Management, as [MS-WSMV] has
+// it: a shell, a command in it, its input and its output.
+//
+// Clauses are those of
+// https://learn.microsoft.com/en-us/openspecs/windows_protocols/ms-wsmv/.
+package winrm
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"net"
+	"strings"
+	"sync"
+	"time"
+
+	"certctl-agent/internal/secret"
+	"certctl-agent/internal/vendorapi"
+)
+
+// The ways to log on.
+const (
+	NTLM        = "ntlm"
+	Basic       = "basic"       // over HTTPS only
+	Certificate = "certificate" // over HTTPS only
+)
+
+const (
+	// defaultTimeout is for one call.
+	defaultTimeout = time.Minute
+
+	// longestRun bounds a command, if its context does not. Those of connectors
+	// take seconds.
+	longestRun = 15 * time.Minute
+
+	// cleanUpTimeout is for the calls after a command, and how long a shell that is
+	// being made may take once the command is cancelled: only its answer says which
+	// to delete.
+	cleanUpTimeout = 10 * time.Second
+
+	// maxOutput bounds the output of a command, in bytes: a list of certificates has
+	// some hundred kilobytes.
+	maxOutput = 8 << 20
+
+	// maxCommand bounds a command line, in bytes, as cmd.exe does, see
+	// https://learn.microsoft.com/en-us/troubleshoot/windows-client/shell-experience/command-line-string-limitation.
+	maxCommand = 8191
+)
+
+// Options say how to reach a host, and as whom.
+type Options struct {
+	// Dial connects to an address, host:port, after asking the policy for it.
+	Dial func(ctx context.Context, address string) (net.Conn, error)
+
+	Host  string // a name or an address, IPv6 without brackets
+	Port  int    // 0: 5986, or 5985 without HTTPS
+	HTTPS bool
+
+	CAFile      string // see vendorapi.Trust
+	Fingerprint string
+	Insecure    bool
+
+	Auth        string        // "": NTLM
+	User        string        // user, DOMAIN\user or user@domain; of NTLM and Basic
+	Password    secret.String // of NTLM and Basic
+	Certificate *tls.Certificate
+
+	Timeout time.Duration // of one call; 0: a minute
+}
+
+// Client runs commands on one host, one at a time. It keeps its connection, which
+// is what NTLM logs on.
+type Client struct {
+	options Options
+	trust   vendorapi.Trust
+
+	mu      sync.Mutex // guards what follows, and is held while a command runs
+	conn    *connection
+	refused error // the host has refused the logon: it is not tried again
+}
+
+// New checks the options. It touches nothing.
+func New(o Options) (*Client, error) {
+	if o.Auth == "" {
+		o.Auth = NTLM
+	}
+	if o.Timeout == 0 {
+		o.Timeout = defaultTimeout
+	}
+	if o.Port == 0 {
+		o.Port = 5985
+		if o.HTTPS {
+			o.Port = 5986
+		}
+	}
+	switch {
+	case o.Auth != NTLM && o.Auth != Basic && o.Auth != Certificate:
+		return nil, fmt.Errorf("expected ntlm, basic or certificate as the way to log on, got %q", o.Auth)
+	case o.Auth != NTLM && !o.HTTPS:
+		return nil, fmt.Errorf("logging on with %s needs HTTPS: over plain HTTP only NTLM encrypts what is sent", o.Auth)
+	case o.Auth == Certificate && o.Certificate == nil:
+		return nil, errors.New("there is no certificate to log on with")
+	case o.Auth != Certificate && (o.User == "" || o.Password.IsZero()):
+		return nil, errors.New("there is no user or no password to log on with")
+	case o.Auth == Basic && strings.Contains(o.User, ":"): // RFC 7617, 2
+		return nil, errors.New("a user who logs on with basic has no colon in the name")
+	}
+	c := &Client{options: o, trust: vendorapi.Trust{CAFile: o.CAFile, Fingerprint: o.Fingerprint, Insecure: o.Insecure}}
+	return c, c.trust.Check()
+}
+
+// Result is what a command has answered. Output in UTF-16 is turned into UTF-8, and
+// has no byte order mark.
+type Result struct {
+	Stdout, Stderr []byte
+	ExitCode       int
+}
+
+// ErrLogon is wrapped by the error for a host that refuses to let the user in.
+var ErrLogon = errors.New("the host refuses the logon")
+
+// LostError says that a command may or may not have run to its end.
+type LostError struct{ err error }
+
+func (e *LostError) Error() string { return e.err.Error() + " (the command may have been carried out)" }
+
+// Unwrap returns what happened.
+func (e *LostError) Unwrap() error { return e.err }
+
+// Run runs a command and gives it stdin, and then the end of its input. Whatever
+// happens, cancellation too, it deletes the shell. Once the command may have begun
+// errors are a *LostError.
+//
+// The words of commandLine go through cmd.exe, so they may only consist of
+// [A-Za-z0-9._/\:=,+-]: what else a command has to know is on stdin.
+func (c *Client) Run(ctx context.Context, commandLine []string, stdin []byte) (*Result, error) {
+	if err := checkCommand(commandLine); err != nil {
+		return nil, err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	ctx, cancel := context.WithTimeoutCause(ctx, longestRun, fmt.Errorf("no end within %v", longestRun))
+	defer cancel()
+	result, err := c.run(ctx, commandLine, stdin)
+	if err != nil {
+		return nil, fmt.Errorf("WinRM of %s: %w", c.address(), err)
+	}
+	return result, nil
+}
+
+func checkCommand(words []string) error {
+	for _, word := range words {
+		if word == "" || strings.ContainsFunc(word, func(r rune) bool {
+			return !strings.ContainsRune(`ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._/\:=,+-`, r)
+		}) {
+			return fmt.Errorf(`the word %q of a command has something else than A-Z a-z 0-9 . _ / \ : = , + -`, word)
+		}
+	}
+	if length := len(strings.Join(words, " ")); length == 0 || length > maxCommand {
+		return fmt.Errorf("a command has from 1 to %d bytes, not %d", maxCommand, length)
+	}
+	return nil
+}
+
+func (c *Client) run(ctx context.Context, commandLine []string, stdin []byte) (*Result, error) {
+	s := &shell{client: c}
+	if err := s.create(ctx); err != nil {
+		return nil, err
+	}
+	defer s.delete(ctx)
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	result, err := s.run(ctx, commandLine, stdin)
+	if err != nil {
+		if _, ok := errors.AsType[*Fault](err); ok && s.command == "" {
+			return nil, err // refused, so it has not begun
+		}
+		return nil, &LostError{err}
+	}
+	return result, nil
+}
+
+// shell is one on the host, with at most one command.
+type shell struct {
+	client  *Client
+	id      string
+	command string // its id; "": none has begun
+}
+
+// create makes the shell, 3.1.4.5.2.
+func (s *shell) create(ctx context.Context) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	ctx, cancel := outlasting(ctx)
+	defer cancel()
+	kept := s.client.conn != nil
+	answer, err := s.client.call(ctx, createRequest(), nil)
+	if kept && isBroken(err) {
+		// The host has closed the connection since the last command. Should it have
+		// made a shell, that ends by itself.
+		answer, err = s.client.call(ctx, createRequest(), nil)
+	}
+	if err != nil {
+		return fmt.Errorf("create a shell: %w", err)
+	}
+	if s.id = answer.shellID(); s.id == "" {
+		return errors.New("create a shell: the host's answer has no shell id")
+	}
+	return nil
+}
+
+// outlasting returns a context that ends cleanUpTimeout after ctx.
+func outlasting(ctx context.Context) (context.Context, func()) {
+	outlasting, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() {
+		select {
+		case <-time.After(cleanUpTimeout):
+			cancel(context.Cause(ctx))
+		case <-outlasting.Done():
+		}
+	})
+	return outlasting, func() { stop(); cancel(nil) }
+}
+
+// run is 3.1.4.11, 3.1.4.13 and 3.1.4.14.
+func (s *shell) run(ctx context.Context, commandLine []string, stdin []byte) (*Result, error) {
+	answer, err := s.client.call(ctx, commandRequest(commandLine), s)
+	if err != nil {
+		return nil, fmt.Errorf("begin the command: %w", err)
+	}
+	if s.command = answer.Body.Command.ID; s.command == "" {
+		return nil, errors.New("begin the command: the host's answer has no command id")
+	}
+	for end := false; !end; {
+		part := stdin[:min(len(stdin), maxInput)]
+		stdin = stdin[len(part):]
+		end = len(stdin) == 0
+		if _, err := s.client.call(ctx, sendRequest(s.command, part, end), s); err != nil {
+			return nil, fmt.Errorf("send the command its input: %w", err)
+		}
+	}
+	var out output
+	for {
+		answer, err := s.client.call(ctx, receiveRequest(s.command), s)
+		if fault, ok := errors.AsType[*Fault](err); ok && fault.Code == faultTimeout {
+			continue // it has nothing to say yet
+		}
+		if err == nil {
+			err = out.add(answer, s.command)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("receive the command's output: %w", err)
+		}
+		if out.done {
+			return out.result()
+		}
+	}
+}
+
+// delete tells the host that nobody waits for the command any more, 3.1.4.12, and
+// deletes the shell, 3.1.4.4.1. If that fails the shell ends by itself.
+func (s *shell) delete(ctx context.Context) {
+	ctx, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), cleanUpTimeout, fmt.Errorf("no answer within %v", cleanUpTimeout))
+	defer cancel()
+	if s.command != "" {
+		s.client.call(ctx, signalRequest(s.command), s)
+	}
+	s.client.call(ctx, deleteRequest(), s)
+}
+
+// output is what a command has said so far.
+type output struct {
+	stdout, stderr []byte
+	exitCode       int
+	done           bool
+}
+
+func (o *output) add(answer *envelope, command string) error {
+	for _, stream := range answer.Body.Receive.Streams {
+		if !strings.EqualFold(stream.Command, command) {
+			continue
+		}
+		data, err := base64.StdEncoding.DecodeString(strings.Join(strings.Fields(stream.Data), ""))
+		if err != nil {
+			return fmt.Errorf("a stream is not in base64: %w", err)
+		}
+		if len(o.stdout)+len(o.stderr)+len(data) > maxOutput {
+			return fmt.Errorf("it is longer than %d bytes", maxOutput)
+		}
+		switch stream.Name {
+		case "stdout":
+			o.stdout = append(o.stdout, data...)
+		case "stderr":
+			o.stderr = append(o.stderr, data...)
+		}
+	}
+	state := answer.Body.Receive.State
+	if state == nil || !strings.EqualFold(state.Command, command) || state.State != shellNamespace+"/CommandState/Done" {
+		return nil
+	}
+	o.done = true
+	if state.ExitCode == nil {
+		return errors.New("the command is done, without an exit code: the host has ended it")
+	}
+	o.exitCode = int(*state.ExitCode)
+	return nil
+}
+
+func (o *output) result() (*Result, error) {
+	stdout, err := toUTF8(o.stdout)
+	if err != nil {
+		return nil, fmt.Errorf("standard output: %w", err)
+	}
+	stderr, err := toUTF8(o.stderr)
+	if err != nil {
+		return nil, fmt.Errorf("standard error: %w", err)
+	}
+	return &Result{stdout, stderr, o.exitCode}, nil
+}
+
+// Close closes the connection.
+func (c *Client) Close() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.disconnect()
+	return nil
+}
