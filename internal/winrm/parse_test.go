@@ -2,7 +2,6 @@ package winrm
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -166,15 +165,4 @@ func FuzzSplitEncrypted(f *testing.F) {
 			t.Errorf("%q is opened", body)
 		}
 	})
-}
-
-// TestErrors: a fault is found behind what is said around it.
-func TestErrors(t *testing.T) {
-	err := fmt.Errorf("WinRM of h: %w", &LostError{fmt.Errorf("receive: %w", &Fault{Code: 995, Message: "m"})})
-	if fault, ok := errors.AsType[*Fault](err); !ok || fault.Code != 995 {
-		t.Errorf("no fault in %v", err)
-	}
-	if !strings.HasSuffix(err.Error(), "(the command may have been carried out)") {
-		t.Error(err)
-	}
 }
