@@ -188,6 +188,26 @@ func withPairs(t testing.TB, pairs ...AvPair) []byte {
 	return append(m, info...)
 }
 
+// TestServersPairs: what the client says is not said a second time, by the server.
+func TestServersPairs(t *testing.T) {
+	challenge, err := ParseChallenge(withPairs(t, AvPair{AvFlags, []byte{1, 0, 0, 0}}, AvPair{AvChannelBindings, make([]byte, 16)}, AvPair{AvTargetName, UTF16("theirs")}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	client := New("u", secret.New("p"), "ours", [16]byte{1})
+	client.Negotiate()
+	m, _ := client.Authenticate(challenge)
+	nt, _ := Field(m, 20)
+	pairs, err := ParsePairs(nt[44:])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := AppendPairs(nil, pairs[2:]), AppendPairs(nil, []AvPair{{AvFlags, []byte{3, 0, 0, 0}}, {AvChannelBindings, append([]byte{1}, make([]byte, 15)...)},
+		{AvTargetName, UTF16("ours")}}); !bytes.Equal(got, want) {
+		t.Errorf("target information %x, want %x", got, want)
+	}
+}
+
 func TestBadChallenge(t *testing.T) {
 	good := withPairs(t)
 	change := func(at int, b byte) []byte {

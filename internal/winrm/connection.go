@@ -278,7 +278,6 @@ func (c *Client) post(ctx context.Context, header http.Header, body []byte) (*ht
 	request.Header = header
 	header.Set("User-Agent", "certctl-agent")
 	conn := c.conn
-	conn.SetDeadline(time.Time{})
 	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
 	defer func() {
 		if !stop() {

@@ -2,6 +2,7 @@ package winrm
 
 import (
 	"bytes"
+	"encoding/xml"
 	"fmt"
 	"strings"
 	"testing"
@@ -122,12 +123,20 @@ func TestDecrypt(t *testing.T) {
 	}
 }
 
-// TestEnvelopeFits has the largest request.
+// TestEnvelopeFits has the largest request, with ids of a host that is up to no good.
 func TestEnvelopeFits(t *testing.T) {
-	command, shell := strings.Repeat("c", 200), strings.Repeat("s", 200)
+	command, shell := strings.Repeat(`"<&>`, 20), strings.Repeat("s", 200)
 	data := envelopeOf(sendRequest(command, make([]byte, maxInput), true), "http://"+strings.Repeat("h", 255)+":5985/wsman", newID(), shell, time.Minute)
 	if len(data) > maxEnvelope {
 		t.Errorf("%d bytes, want %d at most", len(data), maxEnvelope)
+	}
+	var e struct {
+		Stream struct {
+			Command string `xml:"CommandId,attr"`
+		} `xml:"Body>Send>Stream"`
+	}
+	if err := xml.Unmarshal(data, &e); err != nil || e.Stream.Command != command {
+		t.Errorf("it has the command id %q: %v", e.Stream.Command, err)
 	}
 }
 

@@ -13,6 +13,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -304,6 +305,12 @@ func TestClocks(t *testing.T) {
 func TestTrust(t *testing.T) {
 	s := start(t, true, winrmhost.Options{Basic: true})
 	caFile := s.options.CAFile
+	open := 0
+	s.options.Dial = func(ctx context.Context, address string) (net.Conn, error) {
+		conn, err := dial(ctx, address)
+		open++
+		return &counted{Conn: conn, open: &open}, err
+	}
 	sum := fingerprint(t, s)
 	for _, test := range []struct {
 		name                string
@@ -319,15 +326,32 @@ func TestTrust(t *testing.T) {
 	} {
 		for _, auth := range []string{winrm.NTLM, winrm.Basic} {
 			s.options.CAFile, s.options.Fingerprint, s.options.Insecure, s.options.Auth = test.caFile, test.fingerprint, test.insecure, auth
-			_, err := s.client(t).Run(t.Context(), []string{"command"}, nil)
+			client := s.client(t)
+			_, err := client.Run(t.Context(), []string{"command"}, nil)
 			if (err == nil) != (test.want == "") || err != nil && !strings.Contains(err.Error(), test.want) {
 				t.Errorf("%s, %s: %v, want %q", test.name, auth, err, test.want)
+			}
+			client.Close()
+			if open != 0 {
+				t.Errorf("%s, %s: %d connections are open", test.name, auth, open)
 			}
 		}
 	}
 	if failed := s.Counts().Failed; failed != 0 {
 		t.Errorf("%d logons at a host that is not trusted", failed)
 	}
+}
+
+// counted is a connection that is missed when it is closed.
+type counted struct {
+	net.Conn
+	open *int
+	once sync.Once
+}
+
+func (c *counted) Close() error {
+	c.once.Do(func() { *c.open-- })
+	return c.Conn.Close()
 }
 
 func fingerprint(t *testing.T, s *site) string {
@@ -455,34 +479,46 @@ func testTrouble(t *testing.T) {
 func TestCancelled(t *testing.T) { synctest.Test(t, testCancelled) }
 
 func testCancelled(t *testing.T) {
-	for _, at := range []string{"Create", "Command", "Send", "Receive"} {
+	for _, test := range []struct {
+		at      string
+		trouble winrmhost.Trouble
+		want    time.Duration
+	}{
+		{"Create", winrmhost.Trouble{}, 5 * time.Second}, // its answer is waited for
+		{"Create", winrmhost.Trouble{Hang: true}, 15 * time.Second},
+		{"Command", winrmhost.Trouble{Hang: true}, 5 * time.Second},
+		{"Send", winrmhost.Trouble{Hang: true}, 5 * time.Second},
+		{"Receive", winrmhost.Trouble{Hang: true}, 5 * time.Second},
+	} {
 		s := startInMemory(t, false, winrmhost.Options{})
 		ctx, cancel := context.WithCancelCause(t.Context())
 		var actions []string
 		s.SetTrouble(func(action string) *winrmhost.Trouble {
 			actions = append(actions, action)
-			if action == at {
-				cancel(errors.New("the operator stops it"))
-				if at != "Create" {
-					return &winrmhost.Trouble{Hang: true}
-				}
+			if action != test.at {
+				return nil
 			}
-			return nil
+			cancel(errors.New("the operator stops it"))
+			time.Sleep(5 * time.Second)
+			return &test.trouble
 		})
-		client := s.client(t)
+		client, begun := s.client(t), time.Now()
 		_, err := client.Run(ctx, []string{"command"}, nil)
 		if err == nil || !strings.Contains(err.Error(), "the operator stops it") {
-			t.Errorf("%s: %v", at, err)
+			t.Errorf("%s: %v", test.at, err)
 		}
-		if left := s.Shells(); left != 0 {
-			t.Errorf("%s: %d shells are left after %v", at, left, actions)
+		if took := time.Since(begun); took > test.want {
+			t.Errorf("%s: it has taken %v, want %v", test.at, took, test.want)
+		}
+		if left := s.Shells(); left != 0 || slices.Contains(actions, "Delete") == test.trouble.Hang && test.at == "Create" {
+			t.Errorf("%s: %d shells are left after %v", test.at, left, actions)
 		}
 		s.SetTrouble(nil)
 		if _, err := client.Run(t.Context(), []string{"command"}, nil); err != nil {
-			t.Errorf("%s: the next command: %v", at, err)
+			t.Errorf("%s: the next command: %v", test.at, err)
 		}
 		if _, err := client.Run(ctx, []string{"command"}, nil); err == nil {
-			t.Errorf("%s: a command that is cancelled already runs", at)
+			t.Errorf("%s: a command that is cancelled already runs", test.at)
 		}
 	}
 }
@@ -555,7 +591,8 @@ func TestForged(t *testing.T) {
 			if !bytes.Contains(b, []byte("Encrypted Boundary")) {
 				return b
 			}
-			return []byte("HTTP/1.1 200 OK\r\nContent-Type: application/soap+xml;charset=UTF-8\r\nContent-Length: 2\r\n\r\nhi")
+			const fault = `<s:Envelope xmlns:s="http://www.w3.org/2003/05/soap-envelope"><s:Body><s:Fault/></s:Body></s:Envelope>`
+			return fmt.Appendf(nil, "HTTP/1.1 200 OK\r\nContent-Type: application/soap+xml;charset=UTF-8\r\nContent-Length: %d\r\n\r\n%s", len(fault), fault)
 		},
 		"changed": func(b []byte) []byte {
 			if at := bytes.Index(b, []byte("octet-stream\r\n")); at >= 0 {
@@ -568,8 +605,57 @@ func TestForged(t *testing.T) {
 			conn, err := dial(ctx, address)
 			return &forger{conn, change}, err
 		}
-		if _, err := s.client(t).Run(t.Context(), []string{"command"}, nil); err == nil {
-			t.Errorf("%s: the answer is taken", name)
+		_, err := s.client(t).Run(t.Context(), []string{"command"}, nil)
+		if _, isFault := errors.AsType[*winrm.Fault](err); err == nil || isFault {
+			t.Errorf("%s: the answer is taken: %v", name, err)
+		}
+	}
+}
+
+// TestEndless: a host that never stops talking is left.
+func TestEndless(t *testing.T) {
+	for name, test := range map[string]struct{ begin, more string }{
+		"headers": {"HTTP/1.1 401 Unauthorized\r\n", "X: " + strings.Repeat("y", 1000) + "\r\n"},
+		"body":    {"HTTP/1.1 401 Unauthorized\r\n\r\n", strings.Repeat("y", 1000)},
+		"chunks":  {"HTTP/1.1 401 Unauthorized\r\nTransfer-Encoding: chunked\r\n\r\n", "1\r\ny\r\n"},
+	} {
+		sent := 0
+		var talking sync.WaitGroup
+		client, err := winrm.New(winrm.Options{Host: "h", User: "u", Password: secret.New("p"), Dial: func(context.Context, string) (net.Conn, error) {
+			near, far := net.Pipe()
+			talking.Go(func() { io.Copy(io.Discard, far) })
+			talking.Go(func() {
+				defer far.Close()
+				n, err := io.WriteString(far, test.begin)
+				for ; err == nil && sent < 10<<20; sent += n {
+					n, err = io.WriteString(far, test.more)
+				}
+			})
+			return near, nil
+		}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := client.Run(t.Context(), []string{"command"}, nil); err == nil || len(err.Error()) > 1500 {
+			t.Errorf("%s: error = %.2000v", name, err)
+		}
+		talking.Wait()
+		if sent > 1<<20 {
+			t.Errorf("%s: %d bytes were read", name, sent)
+		}
+	}
+}
+
+// TestClosing: a host that closes the connection after each answer cannot be
+// logged on to by NTLM, which logs a connection on.
+func TestClosing(t *testing.T) {
+	s := start(t, true, winrmhost.Options{Basic: true})
+	s.SetKeepAlive(false)
+	for auth, want := range map[string]string{winrm.Basic: "", winrm.NTLM: "does not keep the connection"} {
+		s.options.Auth = auth
+		_, err := s.client(t).Run(t.Context(), []string{"command"}, nil)
+		if (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", auth, err, want)
 		}
 	}
 }

@@ -60,12 +60,13 @@ type Host struct {
 	Port int // of 127.0.0.1; 0 with Options.Listen
 
 	options Options
-	serving sync.WaitGroup // the server and commands
+	serving sync.WaitGroup // the server, its calls, and commands
 	stop    context.CancelFunc
 	stopped context.Context
 
 	mu      sync.Mutex // guards what follows
 	server  *http.Server
+	closed  bool
 	conns   map[*conn]bool
 	shells  map[string]*shell
 	trouble func(action string) *Trouble
@@ -138,6 +139,9 @@ func (h *Host) run(listener net.Listener) {
 // Close stops the host, and waits for its commands.
 func (h *Host) Close() {
 	h.stop()
+	h.mu.Lock()
+	h.closed = true
+	h.mu.Unlock()
 	h.closeServer()
 	h.serving.Wait()
 }
@@ -201,6 +205,13 @@ func (h *Host) SetTrouble(trouble func(action string) *Trouble) {
 	h.trouble = trouble
 }
 
+// SetKeepAlive says whether connections are kept after an answer.
+func (h *Host) SetKeepAlive(on bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.server.SetKeepAlivesEnabled(on)
+}
+
 // SetUTF16 has commands write UTF-16, with a byte order mark.
 func (h *Host) SetUTF16(on bool) {
 	h.mu.Lock()
@@ -218,6 +229,14 @@ const maxEnvelope = 150 << 10
 
 // serve is one request of HTTP.
 func (h *Host) serve(w http.ResponseWriter, r *http.Request) {
+	h.mu.Lock()
+	if h.closed {
+		h.mu.Unlock()
+		return
+	}
+	h.serving.Add(1)
+	h.mu.Unlock()
+	defer h.serving.Done()
 	c := r.Context().Value(connKey{}).(*conn)
 	w.Header().Set("Server", "Microsoft-HTTPAPI/2.0")
 	w.Header().Set("Date", time.Now().Add(h.options.Clock).UTC().Format(http.TimeFormat))
