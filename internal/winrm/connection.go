@@ -11,6 +11,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"strconv"
 	"strings"
 	"syscall"
@@ -47,11 +48,11 @@ func (c *Client) address() string {
 }
 
 func (c *Client) url() string {
-	scheme := "http"
+	u := url.URL{Scheme: "http", Host: c.address(), Path: "/wsman"}
 	if c.options.HTTPS {
-		scheme = "https"
+		u.Scheme = "https"
 	}
-	return scheme + "://" + c.address() + "/wsman"
+	return u.String()
 }
 
 func (c *Client) disconnect() {
@@ -183,7 +184,7 @@ func (c *Client) handshake(ctx context.Context, raw net.Conn) (net.Conn, [16]byt
 	conn := tls.Client(raw, config)
 	if err := conn.HandshakeContext(ctx); err != nil {
 		raw.Close()
-		return nil, [16]byte{}, fmt.Errorf("TLS handshake: %w", err)
+		return nil, [16]byte{}, fmt.Errorf("TLS handshake: %w", printableError(err))
 	}
 	return conn, ntlm.Bindings(conn.ConnectionState().PeerCertificates[0]), nil
 }
@@ -290,7 +291,7 @@ func (c *Client) post(ctx context.Context, header http.Header, body []byte) (*ht
 	}
 	answer, err := http.ReadResponse(c.conn.reader, request)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, printableError(err)
 	}
 	defer answer.Body.Close()
 	data, err := io.ReadAll(io.LimitReader(answer.Body, maxAnswer+1))
@@ -302,6 +303,15 @@ func (c *Client) post(ctx context.Context, header http.Header, body []byte) (*ht
 	}
 	conn.closing = answer.Close
 	return answer, data, nil
+}
+
+// printableError is for an error that has in it what the other side sent: names of
+// a certificate, a line of a header.
+func printableError(err error) error {
+	if isBroken(err) {
+		return err
+	}
+	return errors.New(printable.Line(err.Error(), maxMessage))
 }
 
 // isBroken reports whether the other side has closed the connection.

@@ -65,8 +65,8 @@ func createRequest() request {
 // commandRequest has words that checkCommand has passed: none needs quoting.
 func commandRequest(words []string) request {
 	body := `<rsp:CommandLine><rsp:Command>` + words[0] + `</rsp:Command>`
-	for _, word := range words[1:] {
-		body += `<rsp:Arguments>` + word + `</rsp:Arguments>`
+	if len(words) > 1 {
+		body += `<rsp:Arguments>` + strings.Join(words[1:], " ") + `</rsp:Arguments>`
 	}
 	return request{
 		action: shellNamespace + "/Command",

@@ -167,6 +167,26 @@ func TestRun(t *testing.T) {
 	}
 }
 
+// TestIPv6 has addresses as hosts.
+func TestIPv6(t *testing.T) { synctest.Test(t, testIPv6) }
+
+func testIPv6(t *testing.T) {
+	s := startInMemory(t, false, winrmhost.Options{})
+	for _, s.options.Host = range []string{"2001:db8::1", "fe80::1%eth0"} {
+		want, dial := net.JoinHostPort(s.options.Host, "5985"), s.options.Dial
+		s.options.Dial = func(ctx context.Context, address string) (net.Conn, error) {
+			if address != want {
+				t.Errorf("it dials %s, want %s", address, want)
+			}
+			return dial(ctx, address)
+		}
+		if _, err := s.client(t).Run(t.Context(), []string{"command"}, nil); err != nil {
+			t.Errorf("%s: %v", s.options.Host, err)
+		}
+		s.options.Dial = dial
+	}
+}
+
 // TestNothingInClear looks at what goes over the wire without TLS.
 func TestNothingInClear(t *testing.T) {
 	s := start(t, false, winrmhost.Options{})
@@ -615,6 +635,7 @@ func TestForged(t *testing.T) {
 // TestEndless: a host that never stops talking is left.
 func TestEndless(t *testing.T) {
 	for name, test := range map[string]struct{ begin, more string }{
+		"escapes": {"HTTP/1.1 200 OK\r\n", "\x1b[31m\u202e " + strings.Repeat("y", 1000)},
 		"headers": {"HTTP/1.1 401 Unauthorized\r\n", "X: " + strings.Repeat("y", 1000) + "\r\n"},
 		"body":    {"HTTP/1.1 401 Unauthorized\r\n\r\n", strings.Repeat("y", 1000)},
 		"chunks":  {"HTTP/1.1 401 Unauthorized\r\nTransfer-Encoding: chunked\r\n\r\n", "1\r\ny\r\n"},
@@ -636,8 +657,8 @@ func TestEndless(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := client.Run(t.Context(), []string{"command"}, nil); err == nil || len(err.Error()) > 1500 {
-			t.Errorf("%s: error = %.2000v", name, err)
+		if _, err := client.Run(t.Context(), []string{"command"}, nil); err == nil || len(err.Error()) > 1500 || strings.ContainsAny(err.Error(), "\x1b\u202e\r\n") {
+			t.Errorf("%s: error = %.2000q", name, err)
 		}
 		talking.Wait()
 		if sent > 1<<20 {
