@@ -551,18 +551,19 @@ func (s *shell) receive(ctx context.Context, r *request) (string, error) {
 	if c.killed {
 		return "", &fault{"w:InternalError", 995, "The I/O operation has been aborted because of either a thread exit or an application request."}
 	}
-	content := "<rsp:ReceiveResponse>"
+	var content strings.Builder
+	content.WriteString("<rsp:ReceiveResponse>")
 	size := max(chunk, (min(r.maxEnvelope, 512<<10)-8<<10)/2)
 	for name, data := range map[string]*[]byte{"stdout": &c.out, "stderr": &c.err} {
 		part := (*data)[:min(len(*data), size/2)]
 		*data = (*data)[len(part):]
-		content += `<rsp:Stream Name="` + name + `" CommandId="` + c.id + `">` + base64.StdEncoding.EncodeToString(part) + `</rsp:Stream>`
+		fmt.Fprintf(&content, `<rsp:Stream Name="%s" CommandId="%s">%s</rsp:Stream>`, name, c.id, base64.StdEncoding.EncodeToString(part))
 	}
 	state := `<rsp:CommandState CommandId="` + c.id + `" State="http://schemas.microsoft.com/wbem/wsman/1/windows/shell/CommandState/`
 	if len(c.out)+len(c.err) > 0 {
-		return content + state + `Running"/></rsp:ReceiveResponse>`, nil
+		return content.String() + state + `Running"/></rsp:ReceiveResponse>`, nil
 	}
-	return content + state + fmt.Sprintf(`Done"><rsp:ExitCode>%d</rsp:ExitCode></rsp:CommandState></rsp:ReceiveResponse>`, c.exit), nil
+	return content.String() + state + fmt.Sprintf(`Done"><rsp:ExitCode>%d</rsp:ExitCode></rsp:CommandState></rsp:ReceiveResponse>`, c.exit), nil
 }
 
 // signal is [MS-WSMV] 3.1.4.12.
