@@ -1,5 +1,6 @@
 // Package ntlm is the client's part of NTLM version 2, as [MS-NLMP] has it: it
 // logs on, and seals what is then said. Older versions and weaker keys are refused.
+// What a server has in common with it is exported for a server in tests.
 //
 // Clauses are those of
 // https://learn.microsoft.com/en-us/openspecs/windows_protocols/ms-nlmp/.

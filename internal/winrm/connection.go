@@ -33,8 +33,8 @@ const (
 	maxSkew = 5 * time.Minute
 )
 
-// connection is one to the host, logged on. The transport of net/http would make
-// another whenever it sees fit, which nobody is logged on by.
+// connection is one to the host. NTLM logs a connection on, so it is not left to
+// the transport of net/http, which makes another whenever it sees fit.
 type connection struct {
 	net.Conn
 	in      *io.LimitedReader
@@ -131,17 +131,32 @@ func (c *Client) exchange(ctx context.Context, message []byte) ([]byte, error) {
 	case session == nil && strings.HasPrefix(answer.Header.Get("Content-Type"), plainType):
 		return body, nil
 	}
-	return nil, statusError(answer, body)
+	return nil, newStatusError(answer, body)
 }
 
-// statusError is for an answer that is not WS-Management's, or of which nobody
-// knows whose it is.
-func statusError(answer *http.Response, body []byte) error {
+// statusError is an answer that is not WS-Management's, or of which nobody knows
+// whose it is.
+type statusError struct {
+	code int
+	text string
+}
+
+func newStatusError(answer *http.Response, body []byte) error {
 	text := fmt.Sprintf("unexpected answer %s", printable.Line(answer.Status, maxMessage))
 	if said := printable.Line(body, maxMessage); said != "" {
 		text += ": " + said
 	}
-	return errors.New(text)
+	return &statusError{answer.StatusCode, text}
+}
+
+func (e *statusError) Error() string { return e.text }
+
+// isBusy reports whether the host has not taken a call, and may do so later.
+func isBusy(err error) bool {
+	if status, ok := errors.AsType[*statusError](err); ok {
+		return status.code == http.StatusServiceUnavailable || status.code == http.StatusTooManyRequests
+	}
+	return errors.Is(err, syscall.ECONNREFUSED)
 }
 
 // connect dials and logs on.
@@ -198,7 +213,7 @@ func (c *Client) logOn(ctx context.Context, bindings [16]byte) error {
 		return err
 	}
 	if answer.StatusCode != http.StatusUnauthorized {
-		return statusError(answer, body)
+		return newStatusError(answer, body)
 	}
 	challenge, err := challengeOf(answer)
 	if err != nil {
@@ -220,7 +235,7 @@ func (c *Client) logOn(ctx context.Context, bindings [16]byte) error {
 		c.refused = c.refusal(clock)
 		return c.refused
 	case answer.StatusCode != http.StatusOK:
-		return statusError(answer, body)
+		return newStatusError(answer, body)
 	}
 	if !c.options.HTTPS {
 		c.conn.session = session
@@ -255,6 +270,10 @@ func (c *Client) refusal(clock time.Time) error {
 	reason := fmt.Sprintf("of %s: the password is wrong, or the account is locked, disabled, expired or may not log on over the network; its event 4625 says which",
 		printable.Quote(c.options.User))
 	switch c.options.Auth {
+	case NTLM:
+		if c.options.HTTPS {
+			reason += ", unless something in between ends TLS"
+		}
 	case Basic:
 		reason += ", unless WSMan:\\localhost\\Service\\Auth\\Basic is off there"
 	case Certificate:
@@ -297,7 +316,7 @@ func (c *Client) post(ctx context.Context, header http.Header, body []byte) (*ht
 	data, err := io.ReadAll(io.LimitReader(answer.Body, maxAnswer+1))
 	switch {
 	case err != nil:
-		return nil, nil, err
+		return nil, nil, printableError(err)
 	case len(data) > maxAnswer:
 		return nil, nil, fmt.Errorf("the host's answer is longer than %d bytes", maxAnswer)
 	}

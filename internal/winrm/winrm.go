@@ -40,6 +40,12 @@ const (
 	// to delete.
 	cleanUpTimeout = 10 * time.Second
 
+	// patience is how long a host that is restarting or busy is asked for a shell
+	// again, in all. The first pause doubles up to the longest.
+	patience   = time.Minute
+	firstPause = 500 * time.Millisecond
+	maxPause   = 10 * time.Second
+
 	// maxOutput bounds the output of a command, in bytes: a list of certificates has
 	// some hundred kilobytes.
 	maxOutput = 8 << 20
@@ -190,11 +196,33 @@ type shell struct {
 	command string // its id; "": none has begun
 }
 
-// create makes the shell, 3.1.4.5.2.
+// create makes the shell. Until there is one nothing has happened, so it is tried
+// again.
 func (s *shell) create(ctx context.Context) error {
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
+	begun, pause := time.Now(), firstPause
+	for {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		err := s.tryCreate(ctx)
+		if err == nil {
+			return nil
+		}
+		err = fmt.Errorf("create a shell: %w", err)
+		if !isBusy(err) || time.Since(begun)+pause > patience {
+			return err
+		}
+		select {
+		case <-time.After(pause):
+			pause = min(2*pause, maxPause)
+		case <-ctx.Done():
+			return fmt.Errorf("%w; %w", err, context.Cause(ctx))
+		}
 	}
+}
+
+// tryCreate is 3.1.4.5.2.
+func (s *shell) tryCreate(ctx context.Context) error {
 	ctx, cancel := outlasting(ctx)
 	defer cancel()
 	kept := s.client.conn != nil
@@ -205,10 +233,10 @@ func (s *shell) create(ctx context.Context) error {
 		answer, err = s.client.call(ctx, createRequest(), nil)
 	}
 	if err != nil {
-		return fmt.Errorf("create a shell: %w", err)
+		return err
 	}
 	if s.id = answer.shellID(); s.id == "" {
-		return errors.New("create a shell: the host's answer has no shell id")
+		return errors.New("the host's answer has no shell id")
 	}
 	return nil
 }

@@ -16,6 +16,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -445,10 +446,12 @@ func testTrouble(t *testing.T) {
 		}{
 			{"Logon", winrmhost.Trouble{Hang: true}, "create a shell: no answer within 30s", false},
 			{"Logon", winrmhost.Trouble{Drop: true}, "create a shell: ", false},
-			{"Logon", winrmhost.Trouble{Status: 503, Body: "busy\x1b[0m"}, "unexpected answer 503 Service Unavailable: busy\ufffd[0m", false},
+			{"Logon", winrmhost.Trouble{Status: 500, Body: "odd\x1b[0m"}, "unexpected answer 500 Internal Server Error: odd\ufffd[0m", false},
+			{"Logon", winrmhost.Trouble{Status: 503}, "", false},
 			{"Create", winrmhost.Trouble{Hang: true}, "create a shell: no answer within 30s", false},
 			{"Create", winrmhost.Trouble{Drop: true}, "create a shell: ", false},
-			{"Create", winrmhost.Trouble{Status: 503, Body: "busy"}, "unexpected answer 503", false},
+			{"Create", winrmhost.Trouble{Status: 503, Body: "busy"}, "", false},
+			{"Create", winrmhost.Trouble{Status: 429, Body: "busy"}, "", false},
 			{"Create", winrmhost.Trouble{Code: 5, Reason: terrible}, "create a shell: fault 0x00000005: Zugriff\ufffd[31m verweigert\ufffd <&> (the user needs to be", false},
 			{"Create", winrmhost.Trouble{Code: 7, Reason: strings.Repeat("long ", 1000)}, "…", false},
 			{"Create", winrmhost.Trouble{Status: 200, Body: "<html>a proxy</html>"}, "unexpected answer 200 OK: <html>a proxy</html>", false},
@@ -588,6 +591,41 @@ func TestReboot(t *testing.T) {
 	}
 	if s.Shells() != 0 {
 		t.Errorf("%d shells are left", s.Shells())
+	}
+}
+
+// TestRestarting: a host that is not there yet, or busy, is asked again for a
+// minute.
+func TestRestarting(t *testing.T) { synctest.Test(t, testRestarting) }
+
+func testRestarting(t *testing.T) {
+	s := startInMemory(t, false, winrmhost.Options{})
+	back, dial := time.Now().Add(40*time.Second), s.options.Dial
+	s.options.Dial = func(ctx context.Context, address string) (net.Conn, error) {
+		if time.Now().Before(back) {
+			return nil, &net.OpError{Op: "dial", Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}
+		}
+		return dial(ctx, address)
+	}
+	if _, err := s.client(t).Run(t.Context(), []string{"command"}, nil); err != nil {
+		t.Error(err)
+	}
+	s.SetTrouble(func(action string) *winrmhost.Trouble { return &winrmhost.Trouble{Status: 503} })
+	begun := time.Now()
+	if _, err := s.client(t).Run(t.Context(), []string{"command"}, nil); err == nil || !strings.Contains(err.Error(), "503") {
+		t.Errorf("error = %v", err)
+	}
+	if took := time.Since(begun); took < 50*time.Second || took > time.Minute {
+		t.Errorf("given up after %v, want nearly a minute", took)
+	}
+	ctx, cancel := context.WithTimeoutCause(t.Context(), 5*time.Second, errors.New("the operator stops it"))
+	defer cancel()
+	begun = time.Now()
+	if _, err := s.client(t).Run(ctx, []string{"command"}, nil); err == nil || !strings.Contains(err.Error(), "503") || !strings.Contains(err.Error(), "the operator stops it") {
+		t.Errorf("error = %v", err)
+	}
+	if took := time.Since(begun); took > 5*time.Second {
+		t.Errorf("cancelled after %v, want 5s", took)
 	}
 }
 
