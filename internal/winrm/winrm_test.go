@@ -531,6 +531,9 @@ func testCancelled(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), "the operator stops it") {
 			t.Errorf("%s: %v", test.at, err)
 		}
+		if _, lost := errors.AsType[*winrm.LostError](err); lost != (test.at != "Create") {
+			t.Errorf("%s: LostError %v", test.at, lost)
+		}
 		if took := time.Since(begun); took > test.want {
 			t.Errorf("%s: it has taken %v, want %v", test.at, took, test.want)
 		}
