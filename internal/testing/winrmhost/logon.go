@@ -128,8 +128,8 @@ const (
 		ntlm.Version | ntlm.Key128 | ntlm.KeyExchange | ntlm.Key56
 )
 
-// maxAge is how old a response may be, [MS-NLMP] 3.1.5.1: half an hour in the
-// strictest Windows.
+// maxAge is how old a response may be: half an hour in the strictest Windows, by the
+// notes on MaxLifetime in [MS-NLMP].
 const maxAge = 30 * time.Minute
 
 // challenge is [MS-NLMP] 3.2.5.1.1 and 2.2.1.2.

@@ -339,7 +339,7 @@ func (h *Host) happens(w http.ResponseWriter, r *http.Request, c *conn, t Troubl
 	return true
 }
 
-// minIdle and maxShells are of [MS-WSMV] 2.2.4.37 and 2.2.4.45.
+// minIdle and maxShells, for each user, are what Windows has by default.
 const (
 	minIdle   = time.Minute
 	maxShells = 30
@@ -493,7 +493,7 @@ func (h *Host) start(s *shell, c *command) {
 // find is the command that a request is about.
 func (s *shell) find(id string) (*command, error) {
 	if s.current == nil || !strings.EqualFold(s.current.id, id) {
-		return nil, &fault{"w:InvalidParameter", 0x80338057, "there is no command " + id}
+		return nil, invalid("there is no command " + id)
 	}
 	return s.current, nil
 }
