@@ -89,7 +89,7 @@ func (m macScheme) sum(password string, content []byte) ([]byte, error) {
 }
 
 // encodeMAC is MacData for content: with SHA-256, or for the sake of older readers SHA-1.
-func encodeMAC(password string, content []byte, legacy bool) ([]byte, error) {
+func encodeMAC(password string, content []byte, legacy bool, iterations int) ([]byte, error) {
 	id, m := oidSHA256, macScheme{hash: sha256.New}
 	if legacy {
 		id, m.hash = oidSHA1, sha1.New

@@ -26,9 +26,12 @@ const (
 	oidHMACSHA256 = "\x2a\x86\x48\x86\xf7\x0d\x02\x09"
 	oidAES256     = "\x60\x86\x48\x01\x65\x03\x04\x01\x2a" // in CBC mode
 
-	// iterations and saltSize are keytool's.
-	iterations = 10_000
-	saltSize   = 20
+	// usualIterations and saltSize are keytool's.
+	usualIterations = 10_000
+	saltSize        = 20
+
+	// fewIterations are the least that RFC 8018, 4.2 recommends.
+	fewIterations = 1_000
 )
 
 // scheme is a password-based encryption with its parameters: PBES2, or an older one of RFC 7292.
@@ -211,7 +214,7 @@ func (s scheme) derive(password []byte) (key, iv []byte, err error) {
 
 // newScheme is what this package encrypts with, with the AlgorithmIdentifier that says so: PBES2 with
 // AES-256 and HMAC-SHA-256, or for the sake of older readers SHA-1 and 3DES.
-func newScheme(legacy bool) (s scheme, algorithm []byte) {
+func newScheme(legacy bool, iterations int) (s scheme, algorithm []byte) {
 	salt := random(saltSize)
 	if legacy {
 		const tripleDES = 3

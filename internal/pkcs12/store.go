@@ -25,6 +25,7 @@ type Store struct {
 	entries  int // that were read
 
 	mac      bool // it has one
+	once     bool // the password cannot be guessed
 	macIsOld bool // with SHA-1
 }
 
@@ -55,6 +56,20 @@ var (
 // legacy is set.
 func New(password string, legacy bool) *Store {
 	return &Store{password: password, legacy: legacy, mac: true}
+}
+
+// NewOnce is New for a password that nobody can guess, such as a random one which is used once. So
+// deriving keys from it costs little.
+func NewOnce(password string, legacy bool) *Store {
+	return &Store{password: password, legacy: legacy, mac: true, once: true}
+}
+
+// rounds is how often a password is hashed for a key that is derived from it.
+func (s *Store) rounds() int {
+	if s.once {
+		return fewIterations
+	}
+	return usualIterations
 }
 
 // Open reads a store whose integrity, and whatever is encrypted but for keys, is protected with
@@ -187,7 +202,7 @@ func (s *Store) Encode() ([]byte, error) {
 	var mac []byte
 	if s.mac {
 		var err error
-		if mac, err = encodeMAC(s.password, content, s.legacy); err != nil {
+		if mac, err = encodeMAC(s.password, content, s.legacy, s.rounds()); err != nil {
 			return nil, err
 		}
 	}
@@ -211,7 +226,7 @@ func (p *part) encode(s *Store) ([]byte, error) {
 	if !p.sealed {
 		return encodeContent(oidData, ber.Encode(ber.TagOctetString, contents)), nil
 	}
-	scheme, algorithm := newScheme(s.legacy)
+	scheme, algorithm := newScheme(s.legacy, s.rounds())
 	sealed, err := scheme.seal(s.password, contents)
 	if err != nil {
 		return nil, err
@@ -312,7 +327,7 @@ func (s *Store) openKey(e *Entry, password string) (pkcs8 []byte, modern bool, e
 
 // sealKey is the bag of a private key.
 func (s *Store) sealKey(k keyentry.PrivateKey, id []byte) (*Entry, error) {
-	scheme, algorithm := newScheme(s.legacy)
+	scheme, algorithm := newScheme(s.legacy, s.rounds())
 	sealed, err := scheme.seal(k.Password, k.PKCS8)
 	if err != nil {
 		return nil, err
