@@ -14,6 +14,7 @@ import (
 	"certctl-agent/internal/connector/nginx"
 	"certctl-agent/internal/connector/ssh"
 	"certctl-agent/internal/connector/traefik"
+	"certctl-agent/internal/connector/windows"
 )
 
 // Types are the kinds of target that control planes have.
@@ -33,7 +34,7 @@ func Types() []connector.Type {
 		kubernetes.Type(),
 		awsacm.Type(),
 		{Name: "AzureKeyVault"},
-		{Name: "IIS"},
-		{Name: "WinCertStore"},
+		windows.IIS(),
+		windows.WinCertStore(),
 	}
 }

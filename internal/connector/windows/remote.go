@@ -1,0 +1,238 @@
+package windows
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"fmt"
+	"net"
+	"net/netip"
+	"regexp"
+	"strings"
+	"time"
+
+	"certctl-agent/internal/connector"
+	"certctl-agent/internal/printable"
+	"certctl-agent/internal/secret"
+	"certctl-agent/internal/targetconf"
+	"certctl-agent/internal/trustedfile"
+	"certctl-agent/internal/winrm"
+)
+
+// settings say where to log on, and as whom.
+type settings struct {
+	Host     string             `json:"winrm_host"`
+	Port     int                `json:"winrm_port"`
+	HTTPS    *bool              `json:"winrm_https"`
+	Username string             `json:"winrm_username"`
+	Password secret.String      `json:"winrm_password"`
+	Auth     string             `json:"winrm_auth" default:"ntlm"`
+	CertPath targetconf.Path    `json:"winrm_cert_path"` // of auth certificate
+	KeyPath  targetconf.Path    `json:"winrm_key_path"`
+	Insecure bool               `json:"winrm_insecure"`
+	Timeout  targetconf.Seconds `json:"winrm_timeout" default:"60"` // of each call
+}
+
+// trust says by what the host is known.
+type trust struct {
+	CAFile      targetconf.Path `json:"ca_bundle"`
+	Fingerprint string          `json:"server_fingerprint"`
+}
+
+// Ports of WinRM.
+const (
+	portHTTP  = 5985
+	portHTTPS = 5986
+)
+
+// https reports whether TLS is spoken: unless the configuration says otherwise,
+// or names the port of plain HTTP.
+func (s *settings) https() bool {
+	if s.HTTPS != nil {
+		return *s.HTTPS
+	}
+	return s.Port != portHTTP
+}
+
+func (s *settings) port() int {
+	if s.https() {
+		return cmp.Or(s.Port, portHTTPS)
+	}
+	return cmp.Or(s.Port, portHTTP)
+}
+
+// inObject and atTop are where the settings stand in a configuration.
+const (
+	inObject = "winrm"
+	atTop    = ""
+)
+
+// owner knows which settings the owner of this host has chosen, in overlays.
+type owner struct {
+	*targetconf.Config
+	in    string
+	named bool // a person has named the host just now
+}
+
+func (o owner) name(key string) string {
+	if o.in == atTop {
+		return key
+	}
+	return o.in + "." + key
+}
+
+func (o owner) chose(key string) bool {
+	if o.in != atTop {
+		return o.Local(o.in)
+	}
+	return o.Local(key) || o.Local(key+"_file")
+}
+
+func (o owner) invalid(key, format string, args ...any) error {
+	return targetconf.Invalid(o.name(key), format, args...)
+}
+
+// remote is a Windows host.
+type remote struct {
+	at       *connector.Peer
+	runner   runner
+	deadline time.Duration // of the script
+	warnings []string
+}
+
+// open checks everything that can be checked without a connection.
+func open(c *targetconf.Config, host connector.Host, s *settings, common *common, in string, connect connects) (*remote, error) {
+	o := owner{Config: c, in: in}
+	if err := targetconf.Join(s.checkLogon(o), s.checkTrust(o, &common.trust)); err != nil {
+		return nil, err
+	}
+	return s.connect(o, host, common, connect)
+}
+
+// hostName is what becomes part of a URL and of the name of a service.
+var hostName = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9._-]{0,252}[A-Za-z0-9_.])?$`)
+
+func (s *settings) checkLogon(o owner) error {
+	var errs []error
+	if s.Host == "" {
+		errs = append(errs, o.invalid("winrm_host", "is required"))
+	} else if _, err := netip.ParseAddr(strings.Trim(s.Host, "[]")); err != nil && !hostName.MatchString(s.Host) || strings.Contains(s.Host, "%") {
+		errs = append(errs, o.invalid("winrm_host", "expected a host name or an address without a zone, got %s", printable.Quote(s.Host)))
+	}
+	switch s.Auth {
+	case winrm.NTLM, winrm.Basic:
+		if s.Username == "" {
+			errs = append(errs, o.invalid("winrm_username", "is required"))
+		}
+		switch password := s.Password.Reveal(); {
+		case password == "":
+			errs = append(errs, o.invalid("winrm_password", "is required"))
+		case len(password) >= 8 && strings.Trim(password, "*") == "":
+			errs = append(errs, o.invalid("winrm_password", "the control plane sent it masked, so this host has to supply it: put it into the target's overlay in CERTCTL_TARGETS_DIR"))
+		}
+	case winrm.Certificate:
+		for key, path := range map[string]targetconf.Path{"winrm_cert_path": s.CertPath, "winrm_key_path": s.KeyPath} {
+			switch {
+			case path == "":
+				errs = append(errs, o.invalid(key, "is required when winrm_auth is certificate"))
+			case !o.chose(key):
+				errs = append(errs, o.invalid(key, "it has the agent log on with a key of this host, so only an overlay may name it"))
+			}
+		}
+	default:
+		errs = append(errs, o.invalid("winrm_auth", "expected ntlm, basic or certificate, got %s", printable.Quote(s.Auth)))
+	}
+	return targetconf.Join(errs...)
+}
+
+// checkTrust refuses what would let a control plane that is taken over have the
+// key, or the password that an overlay has, sent to a host of its own.
+func (s *settings) checkTrust(o owner, t *trust) error {
+	var errs []error
+	only := func(key, why string) {
+		errs = append(errs, o.invalid(key, "%s: only an overlay in CERTCTL_TARGETS_DIR may say that", why))
+	}
+	plain := "winrm_port"
+	if s.HTTPS != nil {
+		plain = "winrm_https"
+	}
+	switch {
+	case s.https():
+	case s.Auth != winrm.NTLM:
+		errs = append(errs, o.invalid(plain, "without HTTPS there is only winrm_auth ntlm, which encrypts by itself"))
+	case !o.chose(plain):
+		only(plain, "without HTTPS nothing but the password protects the key on its way")
+	}
+	if s.Insecure && !o.chose("winrm_insecure") {
+		only("winrm_insecure", "whoever is on the way to the host could take the key")
+	}
+	hasPassword := o.chose("winrm_password")
+	if (hasPassword || o.chose("winrm_key_path")) && s.Host != "" && !o.chose("winrm_host") && !o.named {
+		errs = append(errs, o.invalid("winrm_host", "an overlay has the password, or the key to log on with, so it has to say too who gets it"))
+	}
+	if hasPassword && s.Username != "" && !o.chose("winrm_username") { // or it locks the accounts of others
+		errs = append(errs, o.invalid("winrm_username", "an overlay has the password, so it has to say too whose it is"))
+	}
+	if hasPassword && s.Auth == winrm.Basic && !o.chose("winrm_auth") {
+		errs = append(errs, o.invalid("winrm_auth", "an overlay has the password, and basic sends it as it is, so it has to say that too"))
+	}
+	if o.chose("winrm_host") {
+		if t.CAFile != "" && !o.Local("ca_bundle") {
+			errs = append(errs, targetconf.Invalid("ca_bundle", "an overlay names the host, so it has to say too by what that is known"))
+		}
+		if t.Fingerprint != "" && !o.Local("server_fingerprint") {
+			errs = append(errs, targetconf.Invalid("server_fingerprint", "an overlay names the host, so it has to say too by what that is known"))
+		}
+	}
+	return targetconf.Join(errs...)
+}
+
+func (s *settings) connect(o owner, host connector.Host, common *common, connect connects) (*remote, error) {
+	peer, err := host.Peer(s.Host, s.port(), o.chose("winrm_host") || o.named)
+	if err != nil {
+		return nil, o.invalid("winrm_host", "%v", err)
+	}
+	r := &remote{at: peer, deadline: time.Duration(common.Deadline)}
+	options := winrm.Options{
+		Dial: func(ctx context.Context, address string) (net.Conn, error) {
+			if address != peer.Address() {
+				return nil, fmt.Errorf("%s is not the host of the target", address)
+			}
+			return peer.Dial(ctx)
+		},
+		Host: strings.Trim(s.Host, "[]"), Port: s.port(), HTTPS: s.https(), CAFile: string(common.CAFile), Fingerprint: common.Fingerprint, Insecure: s.Insecure,
+		Auth: s.Auth, User: s.Username, Password: s.Password, Timeout: time.Duration(s.Timeout),
+	}
+	if s.Auth == winrm.Certificate {
+		if options.Certificate, err = s.certificate(); err != nil {
+			return nil, o.invalid("winrm_cert_path", "%v", err)
+		}
+	}
+	if s.Insecure {
+		r.warnings = append(r.warnings, "whoever is on the way to the host can take the key: winrm_insecure is set")
+	}
+	if !s.https() {
+		r.warnings = append(r.warnings, "WinRM without HTTPS: whoever listens and guesses the password has the key too")
+	}
+	if r.runner, err = connect(options); err != nil {
+		return nil, fmt.Errorf("WinRM: %w", err)
+	}
+	return r, nil
+}
+
+// maxCertificate bounds the files of a certificate to log on with, in bytes.
+const maxCertificate = 64 << 10
+
+func (s *settings) certificate() (*tls.Certificate, error) {
+	certificate, _, _, err := trustedfile.Read(string(s.CertPath), maxCertificate)
+	if err != nil {
+		return nil, err
+	}
+	key, err := trustedfile.ReadSecret(string(s.KeyPath), maxCertificate)
+	if err != nil {
+		return nil, err
+	}
+	defer clear(key)
+	pair, err := tls.X509KeyPair(certificate, key)
+	return &pair, err
+}
