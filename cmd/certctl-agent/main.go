@@ -50,6 +50,7 @@ func subcommands() []subcommand {
 		{"register", "register this host with the control plane and print its agent id", registerHelp, true, runRegister},
 		{"scan", "list the certificates on this host's disks", scanHelp, false, runScan},
 		{"status", "ask the running daemon how it is", statusHelp, false, runStatus},
+		{"winrm-selftest", "look at what deployments need on a Windows host, changing nothing", winrmHelp, false, runWinRM},
 		{"version", "print version, commit, Go and platform", versionHelp, false, runVersion},
 	}
 }
