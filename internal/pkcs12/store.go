@@ -277,12 +277,33 @@ func (s *Store) Find(alias, password string) (*keyentry.PrivateKey, error) {
 	if found == nil {
 		return nil, nil
 	}
-	key, _, err := s.openKey(found, password)
+	return s.privateKey(found, password)
+}
+
+// Keys returns the private keys of the store that are under the password, in their order, whether they
+// have an alias or not, each with its chain as Java puts it together.
+func (s *Store) Keys(password string) ([]*keyentry.PrivateKey, error) {
+	var keys []*keyentry.PrivateKey
+	for e := range s.all() {
+		if !e.isKey() {
+			continue
+		}
+		k, err := s.privateKey(e, password)
+		if err != nil {
+			return nil, err
+		}
+		keys = append(keys, k)
+	}
+	return keys, nil
+}
+
+func (s *Store) privateKey(e *Entry, password string) (*keyentry.PrivateKey, error) {
+	key, _, err := s.openKey(e, password)
 	if err != nil {
 		return nil, err
 	}
-	k := &keyentry.PrivateKey{Alias: strings.ToLower(alias), PKCS8: key, Password: password}
-	for _, e := range s.index().chain(found) {
+	k := &keyentry.PrivateKey{Alias: strings.ToLower(e.Alias), PKCS8: key, Password: password}
+	for _, e := range s.index().chain(e) {
 		k.Chain = append(k.Chain, e.certificate)
 	}
 	return k, nil

@@ -30,6 +30,10 @@ func TestSamples(t *testing.T) {
 			if _, err := Open(data, "wrong", 1<<30); err == nil {
 				t.Error("opened with a wrong password")
 			}
+			keys, err := s.Keys(password)
+			if err != nil || len(keys) != 1 || len(keys[0].Chain) == 0 {
+				t.Fatalf("the keys are %d, %v", len(keys), err)
+			}
 			if alias == "" { // of a key without a name
 				s = mustPut(t, s, newKey(t, ca, "server"), false)
 				if n := len(bags(s)); n != 5 {
@@ -40,6 +44,9 @@ func TestSamples(t *testing.T) {
 			was, err := s.Find(alias, password)
 			if err != nil || was == nil || len(was.Chain) != 2 {
 				t.Fatalf("the sample's key: %+v, %v", was, err)
+			}
+			if !bytes.Equal(keys[0].PKCS8, was.PKCS8) || len(keys[0].Chain) != 2 {
+				t.Error("Keys and Find find different keys")
 			}
 			if _, err := x509.ParsePKCS8PrivateKey(was.PKCS8); err != nil {
 				t.Error(err)
