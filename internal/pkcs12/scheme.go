@@ -30,8 +30,8 @@ const (
 	usualIterations = 10_000
 	saltSize        = 20
 
-	// fewIterations are the least that RFC 8018, 4.2 recommends.
-	fewIterations = 1_000
+	// fewIterations are Windows' own. RFC 8018, 4.2 recommends at least 1,000.
+	fewIterations = 2_000
 )
 
 // scheme is a password-based encryption with its parameters: PBES2, or an older one of RFC 7292.

@@ -9,6 +9,7 @@ import (
 	"certctl-agent/internal/connector/envoy"
 	"certctl-agent/internal/connector/haproxy"
 	"certctl-agent/internal/connector/javakeystore"
+	"certctl-agent/internal/connector/keyvault"
 	"certctl-agent/internal/connector/kubernetes"
 	"certctl-agent/internal/connector/mail"
 	"certctl-agent/internal/connector/nginx"
@@ -33,7 +34,7 @@ func Types() []connector.Type {
 		{Name: "F5"},
 		kubernetes.Type(),
 		awsacm.Type(),
-		{Name: "AzureKeyVault"},
+		keyvault.Type(),
 		windows.IIS(),
 		windows.WinCertStore(),
 	}

@@ -1,0 +1,350 @@
+package keyvault
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"time"
+
+	"certctl-agent/internal/connector"
+	"certctl-agent/internal/printable"
+	"certctl-agent/internal/targetconf"
+	"certctl-agent/internal/vendorapi"
+)
+
+// apiVersion is that of https://learn.microsoft.com/rest/api/keyvault/certificates/operation-groups?view=rest-keyvault-certificates-7.4.
+const apiVersion = "7.4"
+
+// vault calls one vault about one certificate.
+type vault struct {
+	address
+	name        string // of the certificate
+	tenant      string // of the credentials; "": not known
+	credentials *credentials
+	api         *vendorapi.Client
+
+	asked  bool     // the vault has said what it wants a token for, and that was right
+	hidden []string // secrets of the call under way, which the vault may repeat
+}
+
+// newAPI asks the policy whether keys may be sent to the vault.
+func newAPI(v *vault, c *targetconf.Config, host connector.Host, trust vendorapi.Trust, patience time.Duration) (*vendorapi.Client, error) {
+	peer, err := host.Peer(v.host(), 443, c.Local("vault_url"))
+	if err != nil {
+		return nil, targetconf.Invalid("vault_url", "%v", err)
+	}
+	at, err := url.Parse(v.url())
+	if err != nil {
+		return nil, err
+	}
+	o := vendorapi.Options{
+		TLS: trust.Config, Timeout: time.Duration(c.Common.CommandTimeout), Patience: patience, Proxy: proxyFor(host, at),
+		Message: func(body []byte) string { return redact(parseProblem(body).message, v.hidden...) },
+		Busy: func(e *vendorapi.StatusError) bool {
+			inner := parseProblem(e.Body).inner
+			return e.Status == http.StatusConflict && (inner == "ObjectIsBeingDeleted" || inner == "ObjectIsBeingRecovered")
+		},
+		Dial: func(ctx context.Context, _ string) (net.Conn, error) { return peer.Dial(ctx) },
+	}
+	if o.Proxy != nil {
+		o.Dial = nil // it looks the name up, and connects
+		if err := peer.CheckRelayed(); err != nil {
+			return nil, targetconf.Invalid("vault_url", "%v", err)
+		}
+	}
+	return vendorapi.New(o), nil
+}
+
+// problem is an error that Key Vault reports.
+type problem struct{ code, inner, message string }
+
+// parseProblem reads an error, see
+// https://learn.microsoft.com/azure/key-vault/general/authentication-requests-and-responses#error-responses.
+func parseProblem(body []byte) problem {
+	var said struct {
+		Error struct {
+			Code    string `json:"code"`
+			Message string `json:"message"`
+			Inner   struct {
+				Code string `json:"code"`
+			} `json:"innererror"`
+		} `json:"error"`
+	}
+	if json.Unmarshal(body, &said) != nil || said.Error.Code == "" {
+		return problem{message: "the answer is not that of a vault"}
+	}
+	e := said.Error
+	p := problem{e.Code, e.Inner.Code, e.Code + ": " + e.Message}
+	if p.inner != "" {
+		p.message = e.Code + " (" + e.Inner.Code + "): " + e.Message
+	}
+	return p
+}
+
+// problemOf is the problem that an error is about; zero if it is not one of a vault.
+func problemOf(err error) problem {
+	if e, ok := errors.AsType[*vendorapi.StatusError](err); ok {
+		return parseProblem(e.Body)
+	}
+	return problem{}
+}
+
+// call makes a call to the vault. Hidden are secrets of its body.
+func (v *vault) call(ctx context.Context, method, path string, body any, hidden ...string) ([]byte, error) {
+	r := &vendorapi.Request{Method: method, URL: v.url() + path + "?api-version=" + apiVersion, Header: http.Header{"Accept": {"application/json"}}}
+	if body != nil {
+		var err error
+		if r.Body, err = json.Marshal(body); err != nil {
+			return nil, err
+		}
+		r.Header.Set("Content-Type", "application/json")
+	}
+	if !v.asked {
+		if err := v.ask(ctx); err != nil {
+			return nil, err
+		}
+	}
+	for again := true; ; again = false {
+		token, err := v.credentials.token(ctx)
+		if err != nil {
+			return nil, err
+		}
+		r.Header.Set("Authorization", "Bearer "+token.Reveal())
+		v.hidden = append(hidden, token.Reveal())
+		answer, err := v.api.Do(ctx, r)
+		if err == nil {
+			return answer.Body, nil
+		}
+		status, _ := errors.AsType[*vendorapi.StatusError](err)
+		if status == nil || status.Status != http.StatusUnauthorized || !again {
+			return nil, err
+		}
+		// The token has expired or was withdrawn, and nothing has been done.
+		if err := v.checkChallenge(status); err != nil {
+			return nil, err
+		}
+		v.credentials.forget()
+	}
+}
+
+// ask has the vault say what it wants a token for, by a request that shows none.
+func (v *vault) ask(ctx context.Context) error {
+	_, err := v.api.Do(ctx, &vendorapi.Request{Method: http.MethodGet, URL: v.url() + v.certificate() + "?api-version=" + apiVersion})
+	status, _ := errors.AsType[*vendorapi.StatusError](err)
+	switch {
+	case err == nil:
+		return errors.New("it answers requests without a token: that is not a vault")
+	case status == nil || status.Status != http.StatusUnauthorized:
+		return err
+	}
+	if err := v.checkChallenge(status); err != nil {
+		return err
+	}
+	v.asked = true
+	return nil
+}
+
+func (v *vault) checkChallenge(status *vendorapi.StatusError) error {
+	c, err := parseChallenge(status.Header.Get("WWW-Authenticate"))
+	if err != nil {
+		return err
+	}
+	if err := c.check(v.cloud, v.tenant); err != nil {
+		return err
+	}
+	if c.problem == "insufficient_claims" {
+		return errors.New("it wants a token with further claims (continuous access evaluation), which this version cannot ask for")
+	}
+	return nil
+}
+
+func (v *vault) certificate() string { return "/certificates/" + v.name }
+
+// cli is a command of the Azure CLI about the certificate, for people.
+func (v *vault) cli(command string) string {
+	return fmt.Sprintf("az keyvault certificate %s --vault-name %s --name %s", command, v.vault, v.name)
+}
+
+// bundle is a version of a certificate, see
+// https://learn.microsoft.com/rest/api/keyvault/certificates/get-certificate/get-certificate?view=rest-keyvault-certificates-7.4#certificatebundle.
+type bundle struct {
+	ID         string            `json:"id"`
+	DER        []byte            `json:"cer"`
+	Tags       map[string]string `json:"tags"`
+	Attributes struct {
+		Enabled bool `json:"enabled"`
+	} `json:"attributes"`
+	Policy certificatePolicy `json:"policy"`
+}
+
+type certificatePolicy struct {
+	Key    keyProps    `json:"key_props"`
+	Secret secretProps `json:"secret_props"`
+}
+
+type keyProps struct {
+	Exportable bool   `json:"exportable"`
+	Type       string `json:"kty,omitempty"`
+	Size       int    `json:"key_size,omitempty"`
+	Curve      string `json:"crv,omitempty"`
+	Reuse      bool   `json:"reuse_key"`
+}
+
+type secretProps struct {
+	ContentType string `json:"contentType,omitempty"`
+}
+
+// The content types of secrets behind certificates.
+const (
+	typePFX = "application/x-pkcs12"
+	typePEM = "application/x-pem-file"
+)
+
+// version is the name of the version.
+func (b *bundle) version() string { return b.ID[strings.LastIndexByte(b.ID, '/')+1:] }
+
+func (v *vault) parseBundle(answer []byte) (*bundle, error) {
+	b := new(bundle)
+	if json.Unmarshal(answer, b) != nil || len(b.DER) == 0 {
+		return nil, errors.New("the answer is not a certificate of a vault")
+	}
+	path := strings.ToLower(v.url() + v.certificate() + "/")
+	if !strings.HasPrefix(strings.ToLower(b.ID), path) || !nameForm.MatchString(b.version()) || len(b.ID) != len(path)+len(b.version()) {
+		return nil, fmt.Errorf("the answer is about another certificate: %s", printable.Quote(b.ID))
+	}
+	return b, nil
+}
+
+// get reads the current version. It returns nil if there is no certificate of that
+// name.
+func (v *vault) get(ctx context.Context) (*bundle, error) {
+	answer, err := v.call(ctx, http.MethodGet, v.certificate(), nil)
+	if vendorapi.StatusOf(err) == http.StatusNotFound && problemOf(err).code == "CertificateNotFound" {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, v.explain("get", err)
+	}
+	b, err := v.parseBundle(answer)
+	if err != nil {
+		return nil, fmt.Errorf("get: %w", err)
+	}
+	return b, nil
+}
+
+// checkName reports whether the name is that of a deleted certificate, which can be
+// recovered and keeps it until then. Some vaults do not say so: those without
+// soft-delete, and those where the agent may not ask.
+func (v *vault) checkName(ctx context.Context) error {
+	answer, err := v.call(ctx, http.MethodGet, "/deletedcertificates/"+v.name, nil)
+	if status := vendorapi.StatusOf(err); status >= 400 && status < 500 {
+		return nil
+	}
+	if err != nil {
+		return v.explain("get deleted", err)
+	}
+	var said struct {
+		PurgedOn int64 `json:"scheduledPurgeDate"`
+	}
+	if json.Unmarshal(answer, &said) != nil || said.PurgedOn == 0 {
+		return v.deleted("")
+	}
+	return v.deleted(" until " + time.Unix(said.PurgedOn, 0).UTC().Format(time.DateOnly))
+}
+
+func (v *vault) deleted(until string) error {
+	return fmt.Errorf("a certificate of this name was deleted and can be recovered%s, so that the name cannot be used: recover it, to have it renewed (%s), "+
+		"or purge it, which nobody can take back (%s), or give the target another certificate_name", until, v.cli("recover"), v.cli("purge"))
+}
+
+// secret is the value behind a version, as it was imported.
+func (v *vault) secret(ctx context.Context, version string) (value, contentType string, err error) {
+	answer, err := v.call(ctx, http.MethodGet, "/secrets/"+v.name+"/"+version, nil)
+	if err != nil {
+		return "", "", v.explain("get the secret", err)
+	}
+	var said struct {
+		Value       string `json:"value"`
+		ContentType string `json:"contentType"`
+	}
+	if json.Unmarshal(answer, &said) != nil || said.Value == "" {
+		return "", "", errors.New("get the secret: the answer is not a secret of a vault")
+	}
+	return said.Value, said.ContentType, nil
+}
+
+// importing is the body of an import, see
+// https://learn.microsoft.com/rest/api/keyvault/certificates/import-certificate/import-certificate?view=rest-keyvault-certificates-7.4#request-body.
+type importing struct {
+	Value    string            `json:"value"`
+	Password string            `json:"pwd,omitempty"`
+	Policy   certificatePolicy `json:"policy"`
+	Tags     map[string]string `json:"tags"`
+}
+
+func (v *vault) importVersion(ctx context.Context, i *importing) error {
+	_, err := v.call(ctx, http.MethodPost, v.certificate()+"/import", i, i.Value, i.Password)
+	return v.explain("import", err)
+}
+
+// updating is the body of an update of a version; tags are replaced as a whole.
+type updating struct {
+	Attributes struct {
+		Enabled bool `json:"enabled"`
+	} `json:"attributes"`
+	Tags map[string]string `json:"tags"`
+}
+
+func (v *vault) update(ctx context.Context, version string, enabled bool, tags map[string]string) error {
+	u := &updating{Tags: tags}
+	u.Attributes.Enabled = enabled
+	if u.Tags == nil {
+		u.Tags = map[string]string{}
+	}
+	_, err := v.call(ctx, http.MethodPatch, v.certificate()+"/"+version, u)
+	if _, lost := errors.AsType[*vendorapi.LostError](err); lost { // it may be made twice
+		_, err = v.call(ctx, http.MethodPatch, v.certificate()+"/"+version, u)
+	}
+	return v.explain("update", err)
+}
+
+// action is what RBAC calls a call, see
+// https://learn.microsoft.com/azure/role-based-access-control/permissions/security#microsoftkeyvault.
+func action(call string) string {
+	switch call {
+	case "import":
+		return "certificates/import/action"
+	case "update":
+		return "certificates/update/action"
+	case "get the secret":
+		return "secrets/getSecret/action"
+	}
+	return "certificates/read"
+}
+
+// explain says what an answer means, and what to do.
+func (v *vault) explain(call string, err error) error {
+	if err == nil {
+		return nil
+	}
+	p := problemOf(err)
+	switch status := vendorapi.StatusOf(err); {
+	case p.inner == "ObjectIsDeletedButRecoverable":
+		return fmt.Errorf("%s: %w", call, v.deleted(""))
+	case status >= 300 && status < 500 && p.code == "" && status != http.StatusTooManyRequests:
+		return fmt.Errorf("%s: %w: something before the vault gave that answer, such as a proxy", call, err)
+	case status == http.StatusUnauthorized:
+		return fmt.Errorf("%s: %w: the vault does not accept the token of %s: it is of another tenant or was withdrawn", call, err, v.credentials.from())
+	case status == http.StatusForbidden && (p.inner == "ForbiddenByFirewall" || p.inner == "ForbiddenByConnection"):
+		return fmt.Errorf("%s: %w: the vault's firewall does not let this host in: allow its address, or use a private endpoint", call, err)
+	case status == http.StatusForbidden:
+		return fmt.Errorf("%s: %w: it takes a role with Microsoft.KeyVault/vaults/%s on this vault for the identity of %s (or the access policy that is the same), unless the message says something else",
+			call, err, action(call), v.credentials.from())
+	}
+	return fmt.Errorf("%s: %w", call, err)
+}

@@ -1,0 +1,152 @@
+package keyvault
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net/url"
+	"regexp"
+	"slices"
+	"strings"
+
+	"certctl-agent/internal/connector"
+	"certctl-agent/internal/printable"
+	"certctl-agent/internal/targetconf"
+)
+
+// cloud is one of Azure's clouds, see
+// https://learn.microsoft.com/azure/key-vault/general/about-keys-secrets-certificates#dns-suffixes-for-object-identifiers
+// and https://learn.microsoft.com/entra/identity-platform/authentication-national-cloud.
+type cloud struct {
+	vaults      string   // the names of its vaults end in it
+	authorities []string // hosts of its token endpoint, the usual one first
+}
+
+func clouds() []cloud {
+	return []cloud{
+		{"vault.azure.net", []string{"login.microsoftonline.com", "login.windows.net", "login.microsoft.com"}},
+		{"vault.usgovcloudapi.net", []string{"login.microsoftonline.us"}},
+		{"vault.azure.cn", []string{"login.chinacloudapi.cn", "login.partner.microsoftonline.cn"}},
+	}
+}
+
+// resource is what tokens for the cloud's vaults are for.
+func (c cloud) resource() string { return "https://" + c.vaults }
+
+// address is where a vault is.
+type address struct {
+	cloud cloud
+	vault string // its name
+}
+
+func (a address) host() string { return a.vault + "." + a.cloud.vaults }
+func (a address) url() string  { return "https://" + a.host() }
+
+// vaultForm is the name of a vault, see
+// https://learn.microsoft.com/azure/azure-resource-manager/management/resource-name-rules#microsoftkeyvault.
+var vaultForm = regexp.MustCompile(`^[a-z][a-z0-9-]{1,22}[a-z0-9]$`)
+
+func parseVault(text string) (*address, error) {
+	if strings.Contains(text, "@") {
+		return nil, errors.New("expected the URL of a vault without a user or a password")
+	}
+	u, err := url.Parse(strings.TrimSpace(text))
+	if err != nil || u.Scheme != "https" || u.RawQuery != "" || u.Fragment != "" || strings.Trim(u.Path, "/") != "" || u.Port() != "" && u.Port() != "443" {
+		return nil, fmt.Errorf("expected the URL of a vault such as https://example.vault.azure.net, got %s", printable.Quote(text))
+	}
+	host := strings.ToLower(u.Hostname())
+	name, domain, _ := strings.Cut(host, ".")
+	if i := slices.IndexFunc(clouds(), func(c cloud) bool { return c.vaults == domain }); i >= 0 {
+		if !vaultForm.MatchString(name) {
+			return nil, fmt.Errorf("%s is not the name of a vault: 3 to 24 letters, digits and dashes", printable.Quote(name))
+		}
+		return &address{clouds()[i], name}, nil
+	}
+	switch {
+	case strings.Contains(host, ".managedhsm."):
+		return nil, fmt.Errorf("%s is a managed HSM, which holds keys and no certificates: name a vault", printable.Quote(host))
+	case strings.Contains(host, "vaultcore."):
+		return nil, fmt.Errorf("%s is how DNS leads to a private endpoint: give the vault's own name, such as https://example.vault.azure.net, which leads there too", printable.Quote(host))
+	}
+	var known []string
+	for _, c := range clouds() {
+		known = append(known, "*."+c.vaults)
+	}
+	return nil, fmt.Errorf("%s is not a vault: expected %s", printable.Quote(host), strings.Join(known, ", "))
+}
+
+// authority is the host that gives tokens, and the only one that is shown
+// credentials. A job may choose among the names that Microsoft gave it, and only this
+// host may name another.
+func (k *keyVault) authority(c cloud, host connector.Host) (string, error) {
+	named, key, trusted := k.config.AuthorityHost, "authority_host", k.target.Local("authority_host")
+	if named == "" {
+		named, key, trusted = getenv(host, "AZURE_AUTHORITY_HOST"), "AZURE_AUTHORITY_HOST", true
+	}
+	if named == "" {
+		return c.authorities[0], nil
+	}
+	text := named
+	if !strings.Contains(text, "://") {
+		text = "https://" + text
+	}
+	u, err := url.Parse(text)
+	if err != nil || u.Scheme != "https" || u.Hostname() == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" || strings.Trim(u.Path, "/") != "" {
+		return "", targetconf.Invalid(key, "expected a host such as %s, got %s", c.authorities[0], printable.Quote(named))
+	}
+	if at := strings.ToLower(u.Host); trusted || slices.Contains(c.authorities, at) {
+		return at, nil
+	}
+	return "", targetconf.Invalid(key, "%s is none of the hosts that give tokens for this vault (%s): credentials go to another only if an overlay of this host names it",
+		printable.Quote(named), strings.Join(c.authorities, ", "))
+}
+
+// challenge is how a vault asks for a token, see
+// https://learn.microsoft.com/azure/key-vault/general/authentication-requests-and-responses#authentication.
+type challenge struct {
+	resource string // what the token has to be for
+	tenant   string // the directory that the vault is in
+	problem  string // why a token was not accepted; "": it does not say
+}
+
+var parameterForm = regexp.MustCompile(`([a-zA-Z_-]+)\s*=\s*"([^"]*)"`)
+
+func parseChallenge(header string) (*challenge, error) {
+	scheme, rest, _ := strings.Cut(strings.TrimSpace(header), " ")
+	if !strings.EqualFold(scheme, "Bearer") {
+		return nil, errors.New("it does not ask for a token as a vault does")
+	}
+	said := make(map[string]string)
+	for _, match := range parameterForm.FindAllStringSubmatch(rest, -1) {
+		said[strings.ToLower(match[1])] = match[2]
+	}
+	c := &challenge{resource: strings.TrimSuffix(cmp.Or(said["resource"], strings.TrimSuffix(said["scope"], "/.default")), "/"), problem: said["error"]}
+	at, err := url.Parse(cmp.Or(said["authorization"], said["authorization_uri"]))
+	if err != nil || c.resource == "" {
+		return nil, errors.New("it does not ask for a token as a vault does")
+	}
+	c.tenant, _, _ = strings.Cut(strings.TrimPrefix(at.Path, "/"), "/")
+	return c, nil
+}
+
+// check reports why no token is shown to whoever asks like that.
+func (c *challenge) check(want cloud, tenant string) error {
+	if !strings.EqualFold(c.resource, want.resource()) {
+		return fmt.Errorf("it asks for a token for %s, and that of a vault here is for %s: no token was sent", printable.Quote(c.resource), want.resource())
+	}
+	if isUUID(tenant) && isUUID(c.tenant) && !strings.EqualFold(tenant, c.tenant) {
+		return fmt.Errorf("the vault is in the tenant %s, and the credentials are for the tenant %s: no token was asked for", c.tenant, tenant)
+	}
+	return nil
+}
+
+var uuidForm = regexp.MustCompile(`^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$`)
+
+func isUUID(text string) bool { return uuidForm.MatchString(text) }
+
+func getenv(host connector.Host, name string) string {
+	if host.Getenv == nil {
+		return ""
+	}
+	return strings.TrimSpace(host.Getenv(name))
+}

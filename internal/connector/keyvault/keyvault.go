@@ -1,0 +1,197 @@
+// Package keyvault installs certificates in Azure Key Vault, as versions of a
+// certificate that applications, gateways and other services of Azure read.
+package keyvault
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"certctl-agent/internal/connector"
+	"certctl-agent/internal/printable"
+	"certctl-agent/internal/secret"
+	"certctl-agent/internal/targetconf"
+	"certctl-agent/internal/vendorapi"
+)
+
+// Type is the kind of target.
+func Type() connector.Type { return typeOf(waits{}) }
+
+// waits are how long something is waited for; zero values are the defaults.
+type waits struct {
+	patience time.Duration // how long a call is tried again
+	settle   time.Duration // how long an import is looked for whose answer was lost
+}
+
+func typeOf(w waits) connector.Type {
+	return connector.Type{Name: "AzureKeyVault", New: func(c *targetconf.Config, host connector.Host) (connector.Connector, error) {
+		k, err := newConnector(c, host, w)
+		if err != nil {
+			return nil, err
+		}
+		return k, nil
+	}}
+}
+
+// config is what can be set.
+type config struct {
+	VaultURL        string          `json:"vault_url" config:"required"`
+	CertificateName string          `json:"certificate_name" config:"required"`
+	Tags            tags            `json:"tags"`
+	CredentialMode  string          `json:"credential_mode" default:"default"`
+	ClientID        string          `json:"client_id"`     // of a user-assigned identity or an application; "": AZURE_CLIENT_ID
+	ClientSecret    secret.String   `json:"client_secret"` // "": AZURE_CLIENT_SECRET
+	TenantID        string          `json:"tenant_id"`     // "": AZURE_TENANT_ID
+	AuthorityHost   string          `json:"authority_host"`
+	CABundle        targetconf.Path `json:"ca_bundle"` // "": the system's authorities
+}
+
+type keyVault struct {
+	target *targetconf.Config
+	config config
+	vault  *vault
+	settle time.Duration
+	log    *slog.Logger
+}
+
+func newConnector(c *targetconf.Config, host connector.Host, w waits) (*keyVault, error) {
+	k := &keyVault{target: c, settle: w.settle, log: host.Log}
+	if k.settle == 0 {
+		k.settle = settleFor
+	}
+	if err := targetconf.Join(c.Decode(&k.config), c.Common.Managed()); err != nil {
+		return nil, err
+	}
+	at, err := parseVault(k.config.VaultURL)
+	if err != nil {
+		return nil, targetconf.Invalid("vault_url", "%v", err)
+	}
+	if err := k.config.check(c); err != nil {
+		return nil, err
+	}
+	authority, err := k.authority(at.cloud, host)
+	if err != nil {
+		return nil, err
+	}
+	trust := vendorapi.Trust{CAFile: string(k.config.CABundle)}
+	ways := &ways{config: &k.config, host: host, authority: authority, trust: trust, timeout: time.Duration(c.Common.CommandTimeout), patience: w.patience}
+	sources, err := ways.sources()
+	if err != nil {
+		return nil, err
+	}
+	k.vault = &vault{address: *at, name: k.config.CertificateName, tenant: ways.tenant(), credentials: &credentials{sources: sources, resource: at.cloud.resource()}}
+	k.vault.api, err = newAPI(k.vault, c, host, trust, w.patience)
+	return k, err
+}
+
+// names of certificates, see
+// https://learn.microsoft.com/rest/api/keyvault/certificates/import-certificate/import-certificate?view=rest-keyvault-certificates-7.4#uri-parameters.
+var nameForm = regexp.MustCompile(`^[0-9a-zA-Z-]{1,127}$`)
+
+// idForm is what client and tenant ids are: a UUID, or a tenant's domain.
+var idForm = regexp.MustCompile(`^[0-9a-zA-Z][0-9a-zA-Z.-]{0,252}$`)
+
+func (c *config) check(given *targetconf.Config) error {
+	var errs []error
+	bad := func(key, format string, args ...any) { errs = append(errs, targetconf.Invalid(key, format, args...)) }
+	if !nameForm.MatchString(c.CertificateName) {
+		bad("certificate_name", "%s is not a valid name: letters, digits and dashes, at most 127", printable.Quote(c.CertificateName))
+	}
+	if modes := []string{modeDefault, modeManaged, modeSecret, modeWorkload}; !slices.Contains(modes, c.CredentialMode) {
+		bad("credential_mode", "expected one of %s, got %s", strings.Join(modes, ", "), printable.Quote(c.CredentialMode))
+	}
+	for key, value := range map[string]string{"client_id": c.ClientID, "tenant_id": c.TenantID} {
+		if value != "" && !idForm.MatchString(value) {
+			bad(key, "%s is not a valid id", printable.Quote(value))
+		}
+	}
+	// They decide who gets credentials, and who is believed to be the vault.
+	for key, set := range map[string]bool{"tenant_id": c.TenantID != "", "ca_bundle": c.CABundle != ""} {
+		if set && !given.Local(key) {
+			bad(key, "is accepted only from an overlay of this host")
+		}
+	}
+	slices.SortFunc(errs, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
+	return targetconf.Join(errs...)
+}
+
+// tags are a JSON object, or a string that holds one.
+type tags map[string]string
+
+// Limits of tags, see
+// https://learn.microsoft.com/azure/key-vault/certificates/about-certificates#certificate-tags.
+const (
+	maxTags = 15
+	maxTag  = 256 // bytes of a name or a value
+
+	// ourTags begin the names of those that the agent itself sets.
+	ourTags = "certctl-"
+)
+
+func (t *tags) UnmarshalJSON(raw []byte) error {
+	var text string
+	if json.Unmarshal(raw, &text) == nil {
+		if raw = []byte(text); strings.TrimSpace(text) == "" {
+			return nil
+		}
+	}
+	var read map[string]string
+	if json.Unmarshal(raw, &read) != nil {
+		return errors.New(`expected an object of strings such as {"team": "web"}, or a string that holds one`)
+	}
+	for key, value := range read {
+		switch {
+		case key == "" || len(key) > maxTag || len(value) > maxTag:
+			return fmt.Errorf("%s: names and values of tags have at most %d bytes", printable.Quote(key), maxTag)
+		case strings.HasPrefix(strings.ToLower(key), ourTags):
+			return fmt.Errorf("%s: tags that begin with %s are the agent's own", printable.Quote(key), ourTags)
+		}
+	}
+	if most := maxTags - len(marks); len(read) > most {
+		return fmt.Errorf("there are %d tags: Key Vault allows %d, and %d are the agent's own", len(read), maxTags, len(marks))
+	}
+	*t = read
+	return nil
+}
+
+// Plan implements connector.Connector.
+func (k *keyVault) Plan(_ context.Context, m *connector.Material) (*connector.Plan, error) {
+	props, err := keyProperties(m.Leaf)
+	if err != nil {
+		return nil, err
+	}
+	return &connector.Plan{
+		Changes: []connector.Change{&change{
+			vault: k.vault, material: m, key: *props, target: string(k.target.Target()), tags: k.config.Tags, settle: k.settle, log: k.log,
+		}},
+		Serves: k.target.Common.Endpoint(),
+	}, nil
+}
+
+// keyProperties describe the key of a certificate, if Key Vault takes such a one,
+// see https://learn.microsoft.com/azure/key-vault/keys/about-keys-details.
+func keyProperties(leaf *x509.Certificate) (*keyProps, error) {
+	switch public := leaf.PublicKey.(type) {
+	case *rsa.PublicKey:
+		if size := public.N.BitLen(); slices.Contains([]int{2048, 3072, 4096}, size) {
+			return &keyProps{Type: "RSA", Size: size}, nil
+		}
+		return nil, fmt.Errorf("the certificate has an RSA key of %d bits, and Key Vault takes 2048, 3072 and 4096: have the key made anew with one of these sizes", public.N.BitLen())
+	case *ecdsa.PublicKey:
+		if slices.Contains([]elliptic.Curve{elliptic.P256(), elliptic.P384(), elliptic.P521()}, public.Curve) {
+			return &keyProps{Type: "EC", Curve: public.Curve.Params().Name}, nil
+		}
+		return nil, fmt.Errorf("the certificate has an ECDSA key on %s, and Key Vault takes P-256, P-384 and P-521: have the key made anew on one of these curves", public.Curve.Params().Name)
+	}
+	return nil, fmt.Errorf("the certificate has a key of type %v, and Key Vault takes RSA and ECDSA: have the key made anew with one of these", leaf.PublicKeyAlgorithm)
+}
