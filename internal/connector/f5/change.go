@@ -1,0 +1,439 @@
+package f5
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"certctl-agent/internal/atomicfile"
+)
+
+// change has the profile use the new files.
+type change struct {
+	*target
+	keyType string // as the device calls it
+	leaf    string // path of the new files, as far as they have it in common
+
+	cert, key, chain *file // chain: nil if there is none
+
+	seen       *profile // by Read; nil: it was not called
+	unfinished bool     // see note
+}
+
+// ID implements connector.Change.
+func (c *change) ID() string {
+	return c.ProfileType + " " + c.profile + " of " + c.device.base[len("https://"):]
+}
+
+// undo is what Restore needs. It holds no key: those that the profile used stay on
+// the device.
+type undo struct {
+	Profile *profile `json:"profile"`
+	Had     []string `json:"had"` // this target's files
+}
+
+// Read implements connector.Change.
+func (c *change) Read(ctx context.Context) (was []byte, same bool, err error) {
+	p, err := c.read(ctx)
+	if err != nil {
+		return nil, false, err
+	}
+	in, _, err := c.find(ctx, p)
+	if err != nil {
+		return nil, false, err
+	}
+	if _, must := c.saves(); must && c.noted() {
+		in = false // what is in use was not saved
+	}
+	all, err := c.ours(ctx)
+	if err != nil {
+		return nil, false, err
+	}
+	c.seen = p
+	u := undo{Profile: p}
+	for _, s := range all {
+		u.Had = append(u.Had, s.Path)
+	}
+	if c.ProfileType == serverSSL && p.equal(new(profile)) && len(u.Had) == 0 {
+		return nil, in, nil
+	}
+	was, err = json.Marshal(u)
+	return was, in, err
+}
+
+// find looks for the entry of the key type of the new certificate, -1 if there is
+// none, and compares it with that.
+func (c *change) find(ctx context.Context, p *profile) (in bool, index int, err error) {
+	for i, e := range c.pairs(p) {
+		if !e.serves() || e.text("key") == "" {
+			continue
+		}
+		key, err := c.device.get(ctx, sslKey, e.text("key"))
+		if err != nil {
+			return false, 0, err
+		}
+		if key == nil || key.KeyType != c.keyType && c.ProfileType == clientSSL {
+			continue
+		}
+		in := key.Checksum == c.key.checksum()
+		for name, want := range map[string]*file{"cert": c.cert, "chain": c.chain} {
+			if in && err == nil {
+				in, err = c.holds(ctx, e.text(name), want)
+			}
+		}
+		return in, i, err
+	}
+	return false, -1, nil
+}
+
+// holds reports whether the file at path is as it should be; no path stands for no
+// file.
+func (c *change) holds(ctx context.Context, path string, want *file) (bool, error) {
+	if path == "" || want == nil {
+		return path == "" && want == nil, nil
+	}
+	s, err := c.device.get(ctx, sslCert, path)
+	return s != nil && s.Checksum == want.checksum(), err
+}
+
+// Write implements connector.Change.
+func (c *change) Write(ctx context.Context) error {
+	if err := c.note(); err != nil {
+		return err
+	}
+	if err := c.install(ctx); err != nil {
+		return err
+	}
+	if _, must := c.saves(); must {
+		return c.finish(ctx)
+	}
+	return nil
+}
+
+// install brings the files to the device and into the profile, and looks whether
+// they are there.
+func (c *change) install(ctx context.Context) error {
+	p, err := c.read(ctx)
+	if err != nil {
+		return err
+	}
+	in, index, err := c.find(ctx, p)
+	if err != nil || in {
+		return err
+	}
+	if c.seen != nil && !p.equal(c.seen) {
+		return errors.New("somebody else changed the profile just now: look what it holds, and deploy again")
+	}
+	commands, err := c.send(ctx)
+	if err != nil {
+		return err
+	}
+	next := c.with(p, index)
+	commands = append(commands, command{http.MethodPatch, c.profileURL(), c.set(next)})
+	err = c.device.transact(ctx, commands)
+	if err != nil && !isLost(err) {
+		return fmt.Errorf("change the profile: %w", err)
+	}
+	in, readErr := c.isIn(context.WithoutCancel(ctx))
+	switch {
+	case in:
+		return nil
+	case err != nil:
+		return fmt.Errorf("change the profile: %w", err)
+	case readErr != nil:
+		return readErr
+	}
+	return errors.New("the device has taken the change and shows another certificate in the profile: it may have restarted just then, or somebody else changed it")
+}
+
+// send uploads what the device does not have, and returns the commands that
+// install it.
+func (c *change) send(ctx context.Context) (commands []command, err error) {
+	for _, f := range []*file{c.cert, c.key, c.chain} {
+		if f == nil {
+			continue
+		}
+		s, err := c.device.get(ctx, f.kind, f.path)
+		if err != nil {
+			return nil, err
+		}
+		if s != nil && s.Checksum == f.checksum() {
+			continue
+		}
+		if err := c.device.upload(ctx, f.upload, f.data); err != nil {
+			return nil, fmt.Errorf("upload %s: %w", f.upload, err)
+		}
+		source := "file:" + downloads + f.upload
+		if s != nil {
+			commands = append(commands, command{http.MethodPatch, f.url(), map[string]string{"sourcePath": source}})
+			continue
+		}
+		commands = append(commands, command{http.MethodPost, collectionOf(f.kind),
+			map[string]string{"name": filepath.Base(f.path), "partition": c.Partition, "sourcePath": source}})
+	}
+	return commands, nil
+}
+
+// with is the profile with the new files in place of the entry at index, or behind
+// the others.
+func (c *change) with(p *profile, index int) *profile {
+	chain := ""
+	if c.chain != nil {
+		chain = c.chain.path
+	}
+	if c.ProfileType == serverSSL {
+		next := &profile{Cert: c.cert.path, Key: c.key.path, Chain: chain}
+		if p.Passphrase != "" {
+			next.Passphrase = none // it was of the other key
+		}
+		return next
+	}
+	next := p.clone()
+	next.Inherit = "false"
+	made := entry{"name": filepath.Base(c.inPartition(c.mark() + c.keyType)), "cert": c.cert.path, "key": c.key.path, "chain": orNone(chain)}
+	if index < 0 {
+		next.Entries = append(next.Entries, made)
+		return next
+	}
+	made["name"] = p.Entries[index]["name"]
+	if usage := p.Entries[index].text("usage"); usage != "" {
+		made["usage"] = usage
+	}
+	next.Entries[index] = made
+	return next
+}
+
+// discard removes the uploads.
+func (c *change) discard(ctx context.Context) error {
+	var errs []error
+	for _, what := range []string{"key", "cert", "chain"} {
+		errs = append(errs, c.device.discard(ctx, c.upload(what)))
+	}
+	return errors.Join(errs...)
+}
+
+// finish does what comes after the profile: it removes the uploads, saves and syncs.
+func (c *change) finish(ctx context.Context) error {
+	if err := c.discard(ctx); err != nil {
+		return err
+	}
+	if saves, _ := c.saves(); saves {
+		if err := c.device.save(ctx); err != nil {
+			return err
+		}
+	}
+	in, err := c.isIn(ctx)
+	if err == nil && !in {
+		err = errors.New("the profile does not hold the new certificate any more: the device may have restarted before its configuration was saved, or somebody else changed it: deploy again")
+	}
+	if err != nil {
+		return err
+	}
+	if err := c.sync(ctx); err != nil {
+		return err
+	}
+	return c.forget()
+}
+
+// isIn reports whether the profile holds the new certificate.
+func (c *change) isIn(ctx context.Context) (bool, error) {
+	p, err := c.read(ctx)
+	if err != nil {
+		return false, err
+	}
+	in, _, err := c.find(ctx, p)
+	return in, err
+}
+
+func (c *change) sync(ctx context.Context) error {
+	if c.DeviceGroup == "" {
+		return nil
+	}
+	return c.device.sync(ctx, c.DeviceGroup)
+}
+
+// Restore implements connector.Change.
+func (c *change) Restore(ctx context.Context, was []byte) error {
+	u := undo{Profile: new(profile)}
+	if was != nil {
+		if err := json.Unmarshal(was, &u); err != nil || u.Profile == nil {
+			return errors.New("what was saved of the profile cannot be read")
+		}
+	}
+	return errors.Join(c.putBack(ctx, &u), c.discard(ctx), c.forget())
+}
+
+func (c *change) putBack(ctx context.Context, u *undo) error {
+	p, err := c.read(ctx)
+	if err != nil {
+		return err
+	}
+	next, err := c.without(p, u.Profile)
+	if err != nil {
+		return err
+	}
+	if !next.equal(p) {
+		err := repeat(ctx, func() error {
+			return c.device.do(ctx, request{method: http.MethodPatch, path: c.profileURL(), sent: c.set(next)}, nil)
+		})
+		if err != nil {
+			return fmt.Errorf("put the former certificate back into the profile: %w", err)
+		}
+	}
+	if err := c.removeNew(ctx, u.Had); err != nil {
+		return err
+	}
+	if _, must := c.saves(); !must {
+		return nil // nothing is saved or synced before a deployment has succeeded
+	}
+	if err := c.device.save(ctx); err != nil {
+		return err
+	}
+	return c.sync(ctx)
+}
+
+// without is the profile with what it was in place of this target's entries. What
+// others have changed meanwhile stays.
+func (c *change) without(p, was *profile) (*profile, error) {
+	if c.ProfileType == serverSSL {
+		if _, ours := c.isOurs(p.Cert); !ours && !p.equal(was) {
+			return nil, errors.New("somebody else has changed the profile since, and that stays: look what it holds")
+		}
+		next := was.clone()
+		if p.Passphrase != "" && was.Passphrase == "" {
+			next.Passphrase = none
+		}
+		return next, nil
+	}
+	isIn := func(list []entry, e entry) bool { return slices.ContainsFunc(list, e.same) }
+	next := p.clone()
+	next.Entries = slices.DeleteFunc(next.Entries, func(e entry) bool {
+		_, ours := c.isOurs(e.text("cert"))
+		return ours && !isIn(was.Entries, e)
+	})
+	if len(next.Entries) == len(p.Entries) {
+		return p, nil // it is not there
+	}
+	for i, e := range was.Entries {
+		named := func(other entry) bool { return other["name"] == e["name"] }
+		if !isIn(next.Entries, e) && !slices.ContainsFunc(next.Entries, named) {
+			next.Entries = slices.Insert(next.Entries, min(i, len(next.Entries)), e)
+		}
+	}
+	if next.Inherit = "false"; slices.EqualFunc(next.Entries, was.Entries, entry.same) {
+		next.Inherit = was.Inherit
+	}
+	return next, nil
+}
+
+// removeNew removes this target's files but those that it had.
+func (c *change) removeNew(ctx context.Context, had []string) error {
+	all, err := c.ours(ctx)
+	if err != nil {
+		return err
+	}
+	for _, s := range all {
+		if slices.Contains(had, s.Path) {
+			continue
+		}
+		if _, err := c.remove(ctx, s); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Finish implements connector.Change.
+func (c *change) Finish(ctx context.Context) error {
+	err := c.sweep(ctx)
+	if c.noted() {
+		err = errors.Join(err, c.finish(ctx))
+	}
+	return err
+}
+
+// sweep removes this target's files of older certificates, the oldest first, but
+// for the newest and those in use.
+func (c *change) sweep(ctx context.Context) error {
+	all, err := c.ours(ctx)
+	if err != nil {
+		return err
+	}
+	sets := make(map[string][]*stored)
+	newest := make(map[string]string) // RFC 3339 in UTC sorts as text
+	for _, s := range all {
+		leaf, _ := c.isOurs(s.Path)
+		if leaf == c.leaf && (s.Path == c.cert.path || s.Path == c.key.path || c.chain != nil && s.Path == c.chain.path) {
+			continue
+		}
+		sets[leaf] = append(sets[leaf], s)
+		newest[leaf] = max(newest[leaf], s.Created)
+	}
+	var order []string
+	for leaf := range sets {
+		if leaf != c.leaf { // a former chain of this certificate goes in any case
+			order = append(order, leaf)
+		}
+	}
+	slices.SortFunc(order, func(a, b string) int { return cmp.Or(cmp.Compare(newest[b], newest[a]), cmp.Compare(a, b)) })
+	var errs []error
+	for _, leaf := range append(order[min(c.keep, len(order)):], c.leaf) {
+		for _, s := range sets[leaf] {
+			removed, err := c.remove(ctx, s)
+			if removed {
+				err = c.note()
+			}
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// note writes down that the device is to be cleaned up, saved and synced, for
+// this process and the next.
+func (c *change) note() error {
+	if c.unfinished {
+		return nil
+	}
+	c.unfinished = true
+	return c.withNotes(func(root *os.Root, name string) error { return atomicfile.WriteFile(root, name, nil, 0o600) })
+}
+
+func (c *change) forget() error {
+	c.unfinished = false
+	err := c.withNotes(atomicfile.Remove)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+// noted reports whether that is to be done.
+func (c *change) noted() bool {
+	if !c.unfinished {
+		c.unfinished = c.withNotes(func(root *os.Root, name string) error {
+			_, err := root.Lstat(name)
+			return err
+		}) == nil && c.noteDir != ""
+	}
+	return c.unfinished
+}
+
+func (c *change) withNotes(do func(root *os.Root, name string) error) error {
+	if c.noteDir == "" {
+		return nil
+	}
+	root, err := os.OpenRoot(c.noteDir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	return do(root, "f5_"+c.id+".unfinished")
+}

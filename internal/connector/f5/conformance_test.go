@@ -1,0 +1,104 @@
+package f5
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"maps"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"certctl-agent/internal/connector"
+	"certctl-agent/internal/connector/conformance"
+	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/testing/bigip"
+)
+
+func fingerprint(m *connector.Material) string { return pemutil.Fingerprint(m.Leaf) }
+
+// TestConformance kills, fails and cancels deployments at each step. Beside the
+// profile and the files, uploads and tokens are looked for after each.
+func TestConformance(t *testing.T) {
+	for _, kind := range []string{clientSSL, serverSSL} {
+		t.Run(kind, func(t *testing.T) {
+			all := &devices{t: t, made: make(map[string]*bigip.Device)}
+			factory := stateOf(newDeviceFor(t, "13.1.0"))
+			conformance.Run(t, conformance.Harness{
+				Type: typeOf(quick), Required: []string{"host", "username", "password", "ssl_profile"},
+				Secrets:  []string{bigip.Password, "SECRET"},
+				Occupied: kind == clientSSL,
+				Config: func(dir string) map[string]any {
+					config := settings(t, all.of(dir), filepath.Join(filepath.Dir(dir), "overlays"))
+					config["profile_type"], config["backup_retention"] = kind, -1
+					return config
+				},
+				State: func(dir string) map[string]string {
+					state := stateOf(all.of(dir))
+					maps.DeleteFunc(state, func(name, value string) bool {
+						return factory[name] == value && name != kind+" "+profileName || isFactory(name)
+					})
+					return state
+				},
+				Want: func(m *connector.Material) map[string][]byte {
+					leaf, chain := leafPath(m), chainPath(m)
+					return map[string][]byte{
+						"ssl-cert " + leaf + ".crt": conformance.PEM(m.Leaf),
+						"ssl-cert " + chain:         conformance.PEM(m.Chain...),
+						"ssl-key " + leaf + ".key":  m.Key(),
+						kind + " " + profileName:    wantProfile(kind, leaf, chain),
+					}
+				},
+				Spare: func(name string) bool {
+					return strings.HasPrefix(name, "ssl-") && strings.HasSuffix(name, unused) || strings.HasPrefix(name, "upload ")
+				},
+			})
+			for dir, d := range all.made {
+				if saved, _ := d.InSync(); !saved {
+					t.Errorf("%s: the configuration is not saved at the end", dir)
+				}
+			}
+		})
+	}
+}
+
+func isFactory(name string) bool { return strings.Contains(name, "/Common/default.") }
+
+// unused ends the names of files that no profile uses.
+const unused = " (unused)"
+
+// stateOf is the state of a device, with what is saved as the suite knows it.
+func stateOf(d *bigip.Device) map[string]string {
+	state, all := make(map[string]string), d.State()
+	profiles := all[clientSSL+" "+profileName] + all[serverSSL+" "+profileName]
+	for name, value := range all {
+		_, path, _ := strings.Cut(name, " ")
+		switch {
+		case strings.HasSuffix(name, bigip.Saved) || strings.HasSuffix(name, bigip.Peer):
+			name += conformance.Written
+		case strings.HasPrefix(name, "ssl-") && !strings.Contains(profiles, strconv.Quote(path)):
+			name += unused
+		}
+		state[name] = value
+	}
+	return state
+}
+
+// chainPath is where the chain of m is.
+func chainPath(m *connector.Material) string {
+	sum := sha256.Sum256(pemutil.EncodeCertificates(m.Chain...))
+	return leafPath(m) + "-" + hex.EncodeToString(sum[:markDigits/2]) + ".crt"
+}
+
+// wantProfile is what State shows of a profile that serves it. The RSA pair of the
+// factory stays beside the new one.
+func wantProfile(kind, leaf, chain string) []byte {
+	pair := fmt.Sprintf(`"Cert":"%s.crt","Key":"%[1]s.key","CA":%q,"Passphrase":""`, leaf, chain)
+	if kind == serverSSL {
+		return fmt.Appendf(nil, `{"Kind":"server-ssl","Path":%q,"Parent":"/Common/serverssl","Inherit":false,"Chain":null,%s,"Other":null}`, profileName, pair)
+	}
+	return fmt.Appendf(nil, `{"Kind":"client-ssl","Path":%q,"Parent":"/Common/clientssl","Inherit":false,"Chain":[`+
+		`{"Name":"default","Cert":"/Common/default.crt","Key":"/Common/default.key","CA":"","Passphrase":"","Usage":""},`+
+		`{"Name":"certctl-target-1-ec-private",%s,"Usage":""}],"Cert":"","Key":"","CA":"","Passphrase":"","Other":null}`, profileName, pair)
+}

@@ -1,0 +1,404 @@
+package f5
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+
+	"certctl-agent/internal/connector"
+	"certctl-agent/internal/printable"
+	"certctl-agent/internal/secret"
+	"certctl-agent/internal/vendorapi"
+)
+
+const (
+	// maxChunk is the most that one request of an upload has, in bytes: what every
+	// version takes. See
+	// https://community.f5.com/kb/technicalarticles/demystifying-icontrol-rest-part-5-transferring-files/286689.
+	maxChunk = 512 << 10
+
+	// downloads is where the device keeps what is uploaded.
+	downloads = "/var/config/rest/downloads/"
+
+	// maxList bounds a list of the files of a partition, in bytes. One has about a
+	// kilobyte, and a large device some thousands.
+	maxList = 16 << 20
+
+	// maxRestarts bounds how often a request is made again whose answer was lost, and
+	// that does the same each time.
+	maxRestarts = 3
+
+	// syncWait is how long the other devices of a group may take, and syncPause
+	// between two looks at them.
+	syncWait  = 40 * time.Second
+	syncPause = time.Second
+
+	// logoutWait bounds the end of a deployment, when the device may be gone.
+	logoutWait = 10 * time.Second
+
+	// transactionHeader has the id of the transaction that a request is put into.
+	transactionHeader = "X-F5-REST-Coordination-Id"
+)
+
+// device calls iControl REST of one BIG-IP
+// (https://clouddocs.f5.com/api/icontrol-rest/).
+type device struct {
+	api      *vendorapi.Client
+	base     string // https://host:port
+	username string
+	password secret.String
+	provider string
+	token    secret.String // zero: not logged in
+}
+
+func newDevice(c *config, peer *connector.Peer, patience time.Duration) *device {
+	d := &device{base: "https://" + peer.Address(), username: c.Username, password: c.Password, provider: c.TokenProvider}
+	d.api = vendorapi.New(vendorapi.Options{
+		Dial:     func(ctx context.Context, _ string) (net.Conn, error) { return peer.Dial(ctx) },
+		TLS:      vendorapi.Trust{CAFile: string(c.CABundle), Fingerprint: c.Fingerprint, Insecure: c.Insecure}.Config,
+		Busy:     isStarting,
+		Message:  d.message,
+		Timeout:  time.Duration(c.Timeout),
+		Patience: patience,
+	})
+	return d
+}
+
+// isStarting reports whether the REST framework has not loaded everything yet.
+func isStarting(e *vendorapi.StatusError) bool {
+	return e.Status == http.StatusNotFound && strings.Contains(e.Message, "wait for /available suffix")
+}
+
+// message is the device's own, without what it quotes of the request: the password
+// was in one.
+func (d *device) message(body []byte) string {
+	var answer struct {
+		Message string `json:"message"`
+	}
+	if json.Unmarshal(body, &answer) != nil {
+		return "an answer that is not of iControl REST: " + d.scrub(string(body[:min(len(body), 300)]))
+	}
+	if answer.Message == "" {
+		return "no message"
+	}
+	return d.scrub(answer.Message)
+}
+
+// scrub takes the secrets of this deployment out of a text.
+func (d *device) scrub(text string) string {
+	for _, s := range []secret.String{d.password, d.token} {
+		if !s.IsZero() {
+			text = strings.ReplaceAll(text, s.Reveal(), "[redacted]")
+		}
+	}
+	return text
+}
+
+// request is one call.
+type request struct {
+	method, path string
+	query        string
+	sent         any         // as JSON; nil: nothing
+	raw          []byte      // instead
+	header       http.Header // besides
+	max          int64       // of the answer, in bytes; 0: the default
+}
+
+// deniedError is the refusal of a call that the account may not make.
+type deniedError struct {
+	request
+	err error
+}
+
+func (e *deniedError) Error() string {
+	return fmt.Sprintf("%v: the account may not %s %s: look at its role (docs/targets/f5.md has the least one)", e.err, e.method, e.path)
+}
+
+func (e *deniedError) Unwrap() error { return e.err }
+
+// do makes a call and decodes the answer. It logs in first, and once more when the
+// token has expired or the device has restarted.
+func (d *device) do(ctx context.Context, r request, into any) error {
+	call := &vendorapi.Request{Method: r.method, URL: d.base + r.path, Body: r.raw, MaxAnswer: r.max}
+	if r.query != "" {
+		call.URL += "?" + r.query
+	}
+	if r.sent != nil {
+		var err error
+		if call.Body, err = json.Marshal(r.sent); err != nil {
+			return err
+		}
+	}
+	for again := false; ; again = true {
+		if d.token.IsZero() {
+			if err := d.login(ctx); err != nil {
+				return err
+			}
+		}
+		call.Header = http.Header{"Content-Type": {"application/json"}}
+		for name, values := range r.header {
+			call.Header[name] = values
+		}
+		call.Header.Set("X-F5-Auth-Token", d.token.Reveal())
+		answer, err := d.api.Do(ctx, call)
+		status := vendorapi.StatusOf(err)
+		switch {
+		case err == nil:
+			return decode(answer.Body, into)
+		case status == http.StatusForbidden, status == http.StatusUnauthorized && isDenied(err):
+			return &deniedError{r, err}
+		case status != http.StatusUnauthorized || again:
+			return explain(err)
+		}
+		d.token = secret.String{}
+	}
+}
+
+// isDenied tells a call that the account may not make from a token that is not
+// valid any more: the REST framework answers 401 to both.
+func isDenied(err error) bool {
+	return strings.Contains(err.Error(), "Authorization failed: user=")
+}
+
+func decode(body []byte, into any) error {
+	if into == nil {
+		into = new(map[string]any)
+	}
+	if len(bytes.TrimSpace(body)) == 0 {
+		return nil // of a DELETE
+	}
+	if err := json.Unmarshal(body, into); err != nil {
+		return fmt.Errorf("the answer is not of iControl REST: %v", err)
+	}
+	return nil
+}
+
+// explain says what to do about some answers.
+func explain(err error) error {
+	text := err.Error()
+	for _, hint := range []struct{ in, says string }{
+		{"x509: ", "if the device has a certificate of its own making, put ca_bundle or server_fingerprint into the target's overlay"},
+		{"010717e3", "this version wants an RSA pair in each client-ssl profile: install one beside this certificate"},
+	} {
+		if strings.Contains(text, hint.in) {
+			return fmt.Errorf("%w: %s", err, hint.says)
+		}
+	}
+	return err
+}
+
+// isLost reports whether it is not known if a call was carried out.
+func isLost(err error) bool {
+	_, lost := errors.AsType[*vendorapi.LostError](err)
+	return lost
+}
+
+// repeat makes a call again that does the same each time.
+func repeat(ctx context.Context, call func() error) (err error) {
+	for range maxRestarts {
+		if err = call(); !isLost(err) || ctx.Err() != nil {
+			break
+		}
+	}
+	return err
+}
+
+// login gets a token. It is not tried again when it is refused: the device may
+// lock the account.
+func (d *device) login(ctx context.Context) error {
+	body, err := json.Marshal(map[string]string{"username": d.username, "password": d.password.Reveal(), "loginProviderName": d.provider})
+	if err != nil {
+		return err
+	}
+	answer, err := d.api.Do(ctx, &vendorapi.Request{Method: http.MethodPost, URL: d.base + "/mgmt/shared/authn/login", Body: body,
+		Header: http.Header{"Content-Type": {"application/json"}}})
+	if vendorapi.StatusOf(err) == http.StatusUnauthorized {
+		return fmt.Errorf("log in as %s: %w: look at username, password and token_provider", printable.Quote(d.username), err)
+	}
+	if err != nil {
+		return fmt.Errorf("log in: %w", explain(err))
+	}
+	var got struct {
+		Token struct {
+			Token string `json:"token"`
+		} `json:"token"`
+	}
+	if err := decode(answer.Body, &got); err != nil {
+		return fmt.Errorf("log in: %w", err)
+	}
+	// It becomes a header, and part of a URL.
+	if !objectName.MatchString(got.Token.Token) {
+		return errors.New("log in: the answer has no token: something before the BIG-IP gave it")
+	}
+	d.token = secret.New(got.Token.Token)
+	return nil
+}
+
+// logout withdraws the token.
+func (d *device) logout() error {
+	if d.token.IsZero() {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), logoutWait)
+	defer cancel()
+	header := http.Header{"X-F5-Auth-Token": {d.token.Reveal()}}
+	call := &vendorapi.Request{Method: http.MethodDelete, URL: d.base + "/mgmt/shared/authz/tokens/" + d.token.Reveal(), Header: header}
+	err := repeat(ctx, func() error {
+		_, err := d.api.Do(ctx, call)
+		return err
+	})
+	d.token = secret.String{}
+	if status := vendorapi.StatusOf(err); status == http.StatusUnauthorized || status == http.StatusNotFound {
+		return nil // it is not valid any more, or the answer to an earlier try was lost
+	}
+	if err != nil {
+		return fmt.Errorf("withdraw the token, which expires by itself: %w", err)
+	}
+	return nil
+}
+
+// objectURL is where an object is, by its path.
+func objectURL(collection, path string) string {
+	return collection + "/" + url.PathEscape(strings.ReplaceAll(path, "/", "~"))
+}
+
+// upload sends a file in chunks, and from the start again when an answer is lost.
+func (d *device) upload(ctx context.Context, name string, data []byte) error {
+	return repeat(ctx, func() error {
+		for start := 0; start < len(data); start += maxChunk {
+			end := min(start+maxChunk, len(data))
+			header := http.Header{"Content-Type": {"application/octet-stream"}, "Content-Range": {fmt.Sprintf("%d-%d/%d", start, end-1, len(data))}}
+			err := d.do(ctx, request{method: http.MethodPost, path: "/mgmt/shared/file-transfer/uploads/" + name, raw: data[start:end], header: header}, nil)
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// discard removes an upload. An account that may not run rm puts one byte into its
+// place.
+func (d *device) discard(ctx context.Context, name string) error {
+	err := repeat(ctx, func() error {
+		return d.do(ctx, request{method: http.MethodPost, path: "/mgmt/tm/util/unix-rm",
+			sent: map[string]string{"command": "run", "utilCmdArgs": downloads + name}}, nil)
+	})
+	if _, denied := errors.AsType[*deniedError](err); denied {
+		err = d.upload(ctx, name, []byte("\n"))
+	}
+	if err != nil {
+		return fmt.Errorf("remove the upload %s%s, which may hold the private key: %w", downloads, name, err)
+	}
+	return nil
+}
+
+// command is one of a transaction.
+type command struct {
+	method, path string
+	sent         any
+}
+
+// transact carries out commands, all or none. When the answer to the end of it is
+// lost, they may have been.
+func (d *device) transact(ctx context.Context, commands []command) error {
+	var made struct {
+		ID json.Number `json:"transId"`
+	}
+	if err := d.do(ctx, request{method: http.MethodPost, path: "/mgmt/tm/transaction", sent: struct{}{}}, &made); err != nil {
+		return fmt.Errorf("begin a transaction: %w", err)
+	}
+	if _, err := strconv.ParseUint(made.ID.String(), 10, 64); err != nil {
+		return errors.New("begin a transaction: the answer has no transId")
+	}
+	at := "/mgmt/tm/transaction/" + made.ID.String()
+	header := http.Header{transactionHeader: {made.ID.String()}}
+	err := func() error {
+		for _, c := range commands {
+			if err := d.do(ctx, request{method: c.method, path: c.path, sent: c.sent, header: header}, nil); err != nil {
+				return err
+			}
+		}
+		var done struct {
+			State  string `json:"state"`
+			Reason string `json:"failureReason"`
+		}
+		err := d.do(ctx, request{method: http.MethodPatch, path: at, sent: map[string]string{"state": "VALIDATING"}}, &done)
+		if err == nil && done.State != "COMPLETED" {
+			err = fmt.Errorf("the transaction is %s and not COMPLETED: %s", printable.Quote(done.State), printable.Line(d.scrub(done.Reason), 500))
+		}
+		return err
+	}()
+	if err != nil {
+		// So that it cannot begin later. If it ended, there is none.
+		_ = d.do(context.WithoutCancel(ctx), request{method: http.MethodDelete, path: at}, nil)
+	}
+	return err
+}
+
+// save writes the running configuration to the disk of the device.
+func (d *device) save(ctx context.Context) error {
+	err := repeat(ctx, func() error {
+		return d.do(ctx, request{method: http.MethodPost, path: "/mgmt/tm/sys/config", sent: map[string]string{"command": "save"}}, nil)
+	})
+	if err != nil {
+		return fmt.Errorf("save the configuration, without which a restart brings the old certificate back (tmsh save sys config): %w", err)
+	}
+	return nil
+}
+
+// sync hands the configuration to the other devices of a group, and waits until
+// they have it.
+func (d *device) sync(ctx context.Context, group string) error {
+	err := repeat(ctx, func() error {
+		return d.do(ctx, request{method: http.MethodPost, path: "/mgmt/tm/cm",
+			sent: map[string]string{"command": "run", "utilCmdArgs": "config-sync to-group " + group}}, nil)
+	})
+	status := ""
+	for begun := time.Now(); err == nil; {
+		if status, err = d.syncStatus(ctx); err != nil || status == "In Sync" {
+			break
+		}
+		if status == "Disconnected" || status == "Sync Failure" || time.Since(begun) > syncWait {
+			err = fmt.Errorf("the status is %s", printable.Quote(status))
+			break
+		}
+		select {
+		case <-time.After(syncPause):
+		case <-ctx.Done():
+			err = context.Cause(ctx)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("sync the device group %s, whose other devices may serve the old certificate (tmsh run cm config-sync to-group %s): %w", group, group, err)
+	}
+	return nil
+}
+
+// syncStatus is the state of all groups in one word.
+func (d *device) syncStatus(ctx context.Context) (string, error) {
+	var got struct {
+		Entries map[string]struct {
+			NestedStats struct {
+				Entries struct {
+					Status struct {
+						Description string `json:"description"`
+					} `json:"status"`
+				} `json:"entries"`
+			} `json:"nestedStats"`
+		} `json:"entries"`
+	}
+	err := d.do(ctx, request{method: http.MethodGet, path: "/mgmt/tm/cm/sync-status"}, &got)
+	for _, entry := range got.Entries {
+		return entry.NestedStats.Entries.Status.Description, err
+	}
+	return "unknown", err
+}

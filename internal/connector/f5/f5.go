@@ -1,0 +1,226 @@
+// Package f5 installs certificates on a BIG-IP of F5 through iControl REST: key,
+// certificate and chain as files of a partition, and in a client-ssl or server-ssl
+// profile that uses them.
+package f5
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/rsa"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"net/netip"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"certctl-agent/internal/connector"
+	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/printable"
+	"certctl-agent/internal/secret"
+	"certctl-agent/internal/targetconf"
+	"certctl-agent/internal/vendorapi"
+)
+
+// Type is the kind of target.
+func Type() connector.Type { return typeOf(0) }
+
+// typeOf is Type with calls that are tried again for as long as patience; 0 stands
+// for a minute.
+func typeOf(patience time.Duration) connector.Type {
+	return connector.Type{Name: "F5", New: func(c *targetconf.Config, host connector.Host) (connector.Connector, error) {
+		return newConnector(c, host, patience)
+	}}
+}
+
+// config is what can be set.
+type config struct {
+	Host          string             `json:"host" config:"required"`
+	Port          int                `json:"port" default:"443"`
+	Username      string             `json:"username" config:"required"`
+	Password      secret.String      `json:"password" config:"required"`
+	TokenProvider string             `json:"token_provider" default:"tmos"`
+	Timeout       targetconf.Seconds `json:"timeout" default:"30"` // of one request
+
+	SSLProfile  string `json:"ssl_profile" config:"required"`
+	ProfileType string `json:"profile_type" default:"client-ssl"`
+	Partition   string `json:"partition" default:"Common"`
+	DeviceGroup string `json:"device_group"` // "": nothing is synced
+	SaveConfig  *bool  `json:"save_config"`  // nil: yes, and a failure is a warning
+
+	// How the device proves that it is the one. They are this host's to say.
+	CABundle    targetconf.Path `json:"ca_bundle"`
+	Fingerprint string          `json:"server_fingerprint"`
+	Insecure    bool            `json:"insecure"`
+}
+
+// The types of profile.
+const (
+	clientSSL = "client-ssl"
+	serverSSL = "server-ssl"
+)
+
+// target is the connector. It is used by one goroutine.
+type target struct {
+	config
+	id      string // of the target
+	keep    int    // how many older certificates stay on the device
+	noteDir string // for notes to the next process; "": there is none
+	profile string // path of the profile: /Common/site/www
+	common  *targetconf.Common
+	device  *device
+}
+
+func newConnector(c *targetconf.Config, host connector.Host, patience time.Duration) (connector.Connector, error) {
+	t := &target{common: &c.Common, id: string(c.Target()), noteDir: host.StateDir}
+	if err := targetconf.Join(c.Decode(&t.config), c.Common.Managed()); err != nil {
+		return nil, err
+	}
+	if err := targetconf.Join(t.checkTrust(c, host), t.checkNames()); err != nil {
+		return nil, err
+	}
+	t.Host = strings.ToLower(strings.Trim(t.Host, "[]")) // of a literal IPv6 address
+	if _, err := netip.ParseAddr(t.Host); err != nil && !hostName.MatchString(t.Host) {
+		return nil, targetconf.Invalid("host", "expected a host name or an address, got %s", printable.Quote(t.Host))
+	}
+	peer, err := host.Peer(t.Host, t.Port, c.Local("host"))
+	if err != nil {
+		return nil, targetconf.Invalid("host", "%v", err)
+	}
+	// As many as the agent keeps backup sets of by default.
+	switch t.keep = c.Common.Retention; t.keep {
+	case 0:
+		t.keep = 3
+	case -1:
+		t.keep = 0
+	}
+	t.device = newDevice(&t.config, peer, patience)
+	return t, nil
+}
+
+var (
+	hostName = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9._-]{0,252}[A-Za-z0-9_.])?$`)
+
+	// What partitions, folders, profiles and device groups are called. It becomes
+	// part of URLs and of a command of tmsh.
+	objectName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.:-]{0,200}$`)
+)
+
+// checkTrust refuses from a job what would let a control plane choose who gets the
+// private key, and the password.
+func (t *target) checkTrust(c *targetconf.Config, host connector.Host) error {
+	var errs []error
+	for key, set := range map[string]bool{"ca_bundle": t.CABundle != "", "server_fingerprint": t.Fingerprint != "", "insecure": t.Insecure} {
+		if set && !c.Local(key) {
+			errs = append(errs, targetconf.Invalid(key, "it decides which device is believed and gets the private key, so only the target's overlay may say it: %s.json in CERTCTL_TARGETS_DIR", t.id))
+		}
+	}
+	pinned := c.Local("host") || c.Local("ca_bundle") || c.Local("server_fingerprint")
+	if (c.Local("password") || c.Local("password_file")) && !pinned && host.Policy.Hosts == nil {
+		errs = append(errs, targetconf.Invalid("password", "it is in the target's overlay, and the job says where it is sent: put host, ca_bundle or server_fingerprint there too, or set CERTCTL_ALLOWED_HOSTS"))
+	}
+	if t.Fingerprint != "" && (t.CABundle != "" || t.Insecure) || t.CABundle != "" && t.Insecure {
+		errs = append(errs, targetconf.Invalid("server_fingerprint", "take one of ca_bundle, server_fingerprint and insecure"))
+	}
+	if err := (vendorapi.Trust{Fingerprint: t.Fingerprint}).Check(); err != nil {
+		errs = append(errs, targetconf.Invalid("server_fingerprint", "%v", err))
+	}
+	return targetconf.Join(errs...)
+}
+
+func (t *target) checkNames() error {
+	var errs []error
+	refuse := func(key, what, got string) {
+		errs = append(errs, targetconf.Invalid(key, "expected %s, got %s", what, printable.Quote(got)))
+	}
+	if t.ProfileType != clientSSL && t.ProfileType != serverSSL {
+		refuse("profile_type", clientSSL+" or "+serverSSL, t.ProfileType)
+	}
+	if !objectName.MatchString(t.Partition) {
+		refuse("partition", "the name of a partition", t.Partition)
+	}
+	t.profile = t.SSLProfile
+	if !strings.HasPrefix(t.profile, "/") {
+		t.profile = "/" + t.Partition + "/" + t.profile
+	}
+	elements := strings.Split(t.profile[1:], "/")
+	if len(elements) < 2 || len(t.profile) > maxPath || slices.ContainsFunc(elements, func(name string) bool { return !objectName.MatchString(name) }) {
+		refuse("ssl_profile", "the name of a profile, or its path such as /Common/site/www", t.SSLProfile)
+	}
+	if t.DeviceGroup != "" && !objectName.MatchString(strings.TrimPrefix(t.DeviceGroup, "/Common/")) {
+		refuse("device_group", "the name of a device group", t.DeviceGroup)
+	}
+	if in := elements[0]; t.Partition != "Common" && t.Partition != in {
+		errs = append(errs, targetconf.Invalid("partition", "a profile of the partition %s can use files of that one and of Common alone", printable.Quote(in)))
+	}
+	return targetconf.Join(errs...)
+}
+
+// maxPath is the longest path of a profile, in bytes: it is part of an ID.
+const maxPath = 300
+
+// saves reports whether the configuration of the device is saved, and whether a
+// failure of that fails the deployment.
+func (t *target) saves() (saves, must bool) {
+	return t.SaveConfig == nil || *t.SaveConfig, t.SaveConfig != nil && *t.SaveConfig
+}
+
+// Plan implements connector.Connector.
+func (t *target) Plan(_ context.Context, m *connector.Material) (*connector.Plan, error) {
+	c := &change{target: t}
+	switch m.Leaf.PublicKey.(type) {
+	case *rsa.PublicKey:
+		c.keyType = "rsa-private"
+	case *ecdsa.PublicKey:
+		c.keyType = "ec-private"
+	default:
+		return nil, fmt.Errorf("a BIG-IP takes RSA and ECDSA keys, and the certificate has one of type %v", m.Leaf.PublicKeyAlgorithm)
+	}
+	leaf := t.mark() + pemutil.Fingerprint(m.Leaf)[:markDigits]
+	c.leaf = t.inPartition(leaf)
+	c.cert = &file{kind: sslCert, path: c.leaf + ".crt", data: pemutil.EncodeCertificates(m.Leaf), upload: t.upload("cert")}
+	c.key = &file{kind: sslKey, path: c.leaf + ".key", data: m.Key(), upload: t.upload("key")}
+	if len(m.Chain) > 0 {
+		chain := pemutil.EncodeCertificates(m.Chain...)
+		sum := sha256.Sum256(chain) // the same certificate may come with another chain
+		c.chain = &file{kind: sslCert, path: c.leaf + "-" + hex.EncodeToString(sum[:markDigits/2]) + ".crt", data: chain, upload: t.upload("chain")}
+	}
+	plan := &connector.Plan{Changes: []connector.Change{c}, Serves: t.common.Endpoint()}
+	if t.Insecure {
+		plan.Warnings = append(plan.Warnings, "whoever is on the way to "+t.Host+" can take the key and the password: insecure is set")
+	}
+	if saves, _ := t.saves(); !saves {
+		plan.Caveats = append(plan.Caveats, "the configuration of the BIG-IP is not saved (save_config): when it restarts, the old certificate is back")
+	}
+	return plan, nil
+}
+
+// markDigits is how much of a SHA-256 is in a name, in hexadecimal digits.
+const markDigits = 16
+
+// mark begins the names of this target's files on the device. What follows is of
+// fixed length, so that of no other target's.
+func (t *target) mark() string { return "certctl-" + t.id + "-" }
+
+func (t *target) inPartition(name string) string { return "/" + t.Partition + "/" + name }
+
+// isOurs takes the path of a file apart: has this target made it, and for which
+// certificate?
+func (t *target) isOurs(path string) (leaf string, ours bool) {
+	rest, ours := strings.CutPrefix(path, t.inPartition(t.mark()))
+	if !ours || !ourName.MatchString(rest) {
+		return "", false
+	}
+	return t.inPartition(t.mark()) + rest[:markDigits], true
+}
+
+var ourName = regexp.MustCompile(fmt.Sprintf(`^[0-9a-f]{%d}(\.crt|\.key|-[0-9a-f]{%d}\.crt)$`, markDigits, markDigits))
+
+// upload is the name under which a file is sent. It is the same for every
+// certificate, so that what a killed run left there is found.
+func (t *target) upload(what string) string { return "certctl-" + t.id + "." + what }
+
+// Close withdraws the token of the deployment.
+func (t *target) Close() error { return t.device.logout() }

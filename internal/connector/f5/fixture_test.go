@@ -1,0 +1,176 @@
+package f5
+
+import (
+	"encoding/json"
+	"errors"
+	"maps"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"certctl-agent/internal/connector"
+	"certctl-agent/internal/connector/conformance"
+	"certctl-agent/internal/testing/bigip"
+	"certctl-agent/internal/testing/testca"
+	"certctl-agent/internal/transaction"
+)
+
+const profileName = "/Common/site/www"
+
+// quick is how long tests let a call be tried again.
+const quick = 1500 * time.Millisecond
+
+func newDeviceFor(t testing.TB, version string) *bigip.Device {
+	t.Helper()
+	d, err := bigip.New(version)
+	must(t, err)
+	t.Cleanup(d.Stop)
+	d.Profile(clientSSL, profileName, "")
+	d.Profile(serverSSL, profileName, "")
+	return d
+}
+
+// settings are of a target on a device. The authority that is believed is in an
+// overlay.
+func settings(t testing.TB, d *bigip.Device, overlays string) map[string]any {
+	t.Helper()
+	at, err := url.Parse(d.URL)
+	must(t, err)
+	port, err := strconv.Atoi(at.Port())
+	must(t, err)
+	bundle := filepath.Join(overlays, "device-ca.pem")
+	must(t, os.WriteFile(bundle, d.CA.PEM(), 0o600))
+	overlay(t, overlays, map[string]any{"ca_bundle": bundle})
+	return map[string]any{"host": "127.0.0.1", "port": port, "username": bigip.Admin, "password": bigip.Password, "ssl_profile": profileName, "timeout": 10}
+}
+
+func overlay(t testing.TB, dir string, values map[string]any) {
+	t.Helper()
+	data, err := json.Marshal(values)
+	must(t, err)
+	must(t, os.WriteFile(filepath.Join(dir, conformance.TargetID+".json"), data, 0o600))
+}
+
+// fixture is a host and the device that it deploys to.
+type fixture struct {
+	*conformance.Host
+	*bigip.Device
+	t      *testing.T
+	ca     *testca.CA
+	typ    connector.Type
+	config map[string]any
+}
+
+func newFixture(t *testing.T, version string) *fixture {
+	t.Helper()
+	f := &fixture{Host: conformance.NewHost(t, conformance.RunCommand), Device: newDeviceFor(t, version), t: t, ca: testca.Must(t), typ: typeOf(quick)}
+	f.config = settings(t, f.Device, f.Overlays)
+	return f
+}
+
+func (f *fixture) deploy(m *connector.Material, more ...any) (transaction.Result, error) {
+	f.t.Helper()
+	config := maps.Clone(f.config)
+	for i := 0; i < len(more); i += 2 {
+		config[more[i].(string)] = more[i+1]
+	}
+	return f.Host.Deploy(f.t.Context(), f.typ, config, m)
+}
+
+func (f *fixture) mustDeploy(m *connector.Material, more ...any) transaction.Result {
+	f.t.Helper()
+	result, err := f.deploy(m, more...)
+	if err != nil {
+		f.t.Fatalf("deploy: %v", err)
+	}
+	return result
+}
+
+func (f *fixture) material() *connector.Material { f.t.Helper(); return f.Material(f.t, f.ca) }
+
+// running is the state of the device that runs.
+func (f *fixture) running() map[string]string {
+	state := f.State()
+	maps.DeleteFunc(state, func(name, _ string) bool {
+		return strings.HasSuffix(name, bigip.Saved) || strings.HasSuffix(name, bigip.Peer)
+	})
+	return state
+}
+
+// holds fails the test unless the profile serves m, everything is saved, and
+// nothing is left over.
+func (f *fixture) holds(m *connector.Material) {
+	f.t.Helper()
+	leaf := leafPath(m)
+	state := f.running()
+	if !strings.Contains(state[clientSSL+" "+profileName], `"Cert":"`+leaf+`.crt","Key":"`+leaf+`.key"`) || state["ssl-key "+leaf+".key"] != string(m.Key()) {
+		f.t.Errorf("the profile is %s", state[clientSSL+" "+profileName])
+	}
+	if saved, _ := f.InSync(); !saved {
+		f.t.Error("the configuration is not saved")
+	}
+	f.clean()
+}
+
+// clean fails the test if uploads or tokens are left.
+func (f *fixture) clean() {
+	f.t.Helper()
+	for name, value := range f.running() {
+		if strings.HasPrefix(name, "upload ") || name == "tokens" {
+			f.t.Errorf("%s is left (%.20s)", name, value)
+		}
+	}
+}
+
+func leafPath(m *connector.Material) string {
+	return "/Common/certctl-" + conformance.TargetID + "-" + fingerprint(m)[:markDigits]
+}
+
+// unverified is a configuration whose verification fails.
+func unverified() []any {
+	return []any{"post_deploy_verify", map[string]any{"enabled": true, "endpoint": "127.0.0.1:1"}, "post_deploy_verify_attempts", 1}
+}
+
+// broken reports whether an error says that the target needs a person.
+func broken(err error) bool {
+	_, ok := errors.AsType[*transaction.BrokenError](err)
+	return ok
+}
+
+// says fails the test unless an error says all of that.
+func says(t *testing.T, err error, words ...string) {
+	t.Helper()
+	for _, word := range words {
+		if err == nil || !strings.Contains(err.Error(), word) {
+			t.Errorf("got %v, want an error with %q", err, word)
+		}
+	}
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// devices are those of the targets of the conformance suite, by directory.
+type devices struct {
+	t    *testing.T
+	mu   sync.Mutex
+	made map[string]*bigip.Device
+}
+
+func (s *devices) of(dir string) *bigip.Device {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.made[dir] == nil {
+		s.made[dir] = newDeviceFor(s.t, "13.1.0")
+	}
+	return s.made[dir]
+}
