@@ -6,13 +6,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net/http"
-	"os"
 	"path/filepath"
 	"slices"
 
-	"certctl-agent/internal/atomicfile"
+	"certctl-agent/internal/vendorapi"
 )
 
 // change has the profile use the new files.
@@ -23,13 +21,12 @@ type change struct {
 
 	cert, key, chain *file // chain: nil if there is none
 
-	seen       *profile // by Read; nil: it was not called
-	unfinished bool     // see note
+	seen *profile // by Read; nil: it was not called
 }
 
 // ID implements connector.Change.
 func (c *change) ID() string {
-	return c.ProfileType + " " + c.profile + " of " + c.device.base[len("https://"):]
+	return c.ProfileType + " " + c.profile + " of " + c.device.address
 }
 
 // undo is what Restore needs. It holds no key: those that the profile used stay on
@@ -49,7 +46,7 @@ func (c *change) Read(ctx context.Context) (was []byte, same bool, err error) {
 	if err != nil {
 		return nil, false, err
 	}
-	if _, must := c.saves(); must && c.noted() {
+	if _, must := c.saves(); must && c.noted() != nothing {
 		in = false // what is in use was not saved
 	}
 	all, err := c.ours(ctx)
@@ -103,16 +100,21 @@ func (c *change) holds(ctx context.Context, path string, want *file) (bool, erro
 	return s != nil && s.Checksum == want.checksum(), err
 }
 
-// Write implements connector.Change.
+// Write implements connector.Change. When the device cannot be saved or synced, that
+// is a warning, unless the configuration asks for it in so many words: Finish tries
+// again.
 func (c *change) Write(ctx context.Context) error {
-	if err := c.note(); err != nil {
-		return err
+	if c.noted() == nothing {
+		if err := c.note(begun); err != nil {
+			return err
+		}
 	}
 	if err := c.install(ctx); err != nil {
 		return err
 	}
-	if _, must := c.saves(); must {
-		return c.finish(ctx)
+	err := c.finish(ctx)
+	if _, must := c.saves(); must || errors.Is(err, errGone) {
+		return err
 	}
 	return nil
 }
@@ -219,27 +221,41 @@ func (c *change) discard(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
+// errGone means that the device does not do what it was told. It may have restarted
+// before its configuration was saved.
+var errGone = errors.New("the profile does not hold the new certificate any more: the device may have restarted just then, or somebody else changed it: deploy again")
+
 // finish does what comes after the profile: it removes the uploads, saves and syncs.
 func (c *change) finish(ctx context.Context) error {
-	if err := c.discard(ctx); err != nil {
-		return err
-	}
-	if saves, _ := c.saves(); saves {
-		if err := c.device.save(ctx); err != nil {
-			return err
-		}
-	}
+	unclean, unsaved := c.discard(ctx), c.save(ctx)
 	in, err := c.isIn(ctx)
 	if err == nil && !in {
-		err = errors.New("the profile does not hold the new certificate any more: the device may have restarted before its configuration was saved, or somebody else changed it: deploy again")
+		err = errGone
 	}
-	if err != nil {
+	if err == nil {
+		err = c.sync(ctx)
+	}
+	if err = errors.Join(unclean, unsaved, err); err != nil {
 		return err
 	}
-	if err := c.sync(ctx); err != nil {
+	return c.note(nothing)
+}
+
+// save saves the configuration, if that is wanted. Whatever becomes of it, an undo
+// has to do it again, unless the device has refused it.
+func (c *change) save(ctx context.Context) error {
+	before := c.noted()
+	if err := c.note(spread); err != nil {
 		return err
 	}
-	return c.forget()
+	if saves, _ := c.saves(); !saves {
+		return nil
+	}
+	err := c.device.save(ctx)
+	if vendorapi.StatusOf(err) != 0 && c.DeviceGroup == "" {
+		return errors.Join(err, c.note(before))
+	}
+	return err
 }
 
 // isIn reports whether the profile holds the new certificate.
@@ -267,7 +283,10 @@ func (c *change) Restore(ctx context.Context, was []byte) error {
 			return errors.New("what was saved of the profile cannot be read")
 		}
 	}
-	return errors.Join(c.putBack(ctx, &u), c.discard(ctx), c.forget())
+	if err := errors.Join(c.putBack(ctx, &u), c.discard(ctx)); err != nil {
+		return err
+	}
+	return c.note(nothing)
 }
 
 func (c *change) putBack(ctx context.Context, u *undo) error {
@@ -290,13 +309,10 @@ func (c *change) putBack(ctx context.Context, u *undo) error {
 	if err := c.removeNew(ctx, u.Had); err != nil {
 		return err
 	}
-	if _, must := c.saves(); !must {
-		return nil // nothing is saved or synced before a deployment has succeeded
+	if c.noted() == begun {
+		return nil // nothing of it was saved or synced
 	}
-	if err := c.device.save(ctx); err != nil {
-		return err
-	}
-	return c.sync(ctx)
+	return errors.Join(c.save(ctx), c.sync(ctx))
 }
 
 // without is the profile with what it was in place of this target's entries. What
@@ -353,7 +369,7 @@ func (c *change) removeNew(ctx context.Context, had []string) error {
 // Finish implements connector.Change.
 func (c *change) Finish(ctx context.Context) error {
 	err := c.sweep(ctx)
-	if c.noted() {
+	if c.noted() != nothing {
 		err = errors.Join(err, c.finish(ctx))
 	}
 	return err
@@ -388,52 +404,10 @@ func (c *change) sweep(ctx context.Context) error {
 		for _, s := range sets[leaf] {
 			removed, err := c.remove(ctx, s)
 			if removed {
-				err = c.note()
+				err = c.note(spread)
 			}
 			errs = append(errs, err)
 		}
 	}
 	return errors.Join(errs...)
-}
-
-// note writes down that the device is to be cleaned up, saved and synced, for
-// this process and the next.
-func (c *change) note() error {
-	if c.unfinished {
-		return nil
-	}
-	c.unfinished = true
-	return c.withNotes(func(root *os.Root, name string) error { return atomicfile.WriteFile(root, name, nil, 0o600) })
-}
-
-func (c *change) forget() error {
-	c.unfinished = false
-	err := c.withNotes(atomicfile.Remove)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	return err
-}
-
-// noted reports whether that is to be done.
-func (c *change) noted() bool {
-	if !c.unfinished {
-		c.unfinished = c.withNotes(func(root *os.Root, name string) error {
-			_, err := root.Lstat(name)
-			return err
-		}) == nil && c.noteDir != ""
-	}
-	return c.unfinished
-}
-
-func (c *change) withNotes(do func(root *os.Root, name string) error) error {
-	if c.noteDir == "" {
-		return nil
-	}
-	root, err := os.OpenRoot(c.noteDir)
-	if err != nil {
-		return err
-	}
-	defer root.Close()
-	return do(root, "f5_"+c.id+".unfinished")
 }

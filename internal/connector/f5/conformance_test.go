@@ -26,7 +26,7 @@ func TestConformance(t *testing.T) {
 			all := &devices{t: t, made: make(map[string]*bigip.Device)}
 			factory := stateOf(newDeviceFor(t, "13.1.0"))
 			conformance.Run(t, conformance.Harness{
-				Type: typeOf(quick), Required: []string{"host", "username", "password", "ssl_profile"},
+				Type: inMemory(all.of), Required: []string{"host", "username", "password", "ssl_profile"},
 				Secrets:  []string{bigip.Password, "SECRET"},
 				Occupied: kind == clientSSL,
 				Config: func(dir string) map[string]any {

@@ -13,7 +13,6 @@ import (
 	"strings"
 	"time"
 
-	"certctl-agent/internal/connector"
 	"certctl-agent/internal/printable"
 	"certctl-agent/internal/secret"
 	"certctl-agent/internal/vendorapi"
@@ -52,6 +51,7 @@ const (
 // (https://clouddocs.f5.com/api/icontrol-rest/).
 type device struct {
 	api      *vendorapi.Client
+	address  string // host:port
 	base     string // https://host:port
 	username string
 	password secret.String
@@ -59,10 +59,10 @@ type device struct {
 	token    secret.String // zero: not logged in
 }
 
-func newDevice(c *config, peer *connector.Peer, patience time.Duration) *device {
-	d := &device{base: "https://" + peer.Address(), username: c.Username, password: c.Password, provider: c.TokenProvider}
+func newDevice(c *config, address string, dial func(context.Context) (net.Conn, error), patience time.Duration) *device {
+	d := &device{address: address, base: "https://" + address, username: c.Username, password: c.Password, provider: c.TokenProvider}
 	d.api = vendorapi.New(vendorapi.Options{
-		Dial:     func(ctx context.Context, _ string) (net.Conn, error) { return peer.Dial(ctx) },
+		Dial:     func(ctx context.Context, _ string) (net.Conn, error) { return dial(ctx) },
 		TLS:      vendorapi.Trust{CAFile: string(c.CABundle), Fingerprint: c.Fingerprint, Insecure: c.Insecure}.Config,
 		Busy:     isStarting,
 		Message:  d.message,

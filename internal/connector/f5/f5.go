@@ -71,6 +71,9 @@ type target struct {
 	profile string // path of the profile: /Common/site/www
 	common  *targetconf.Common
 	device  *device
+
+	progress progress // see noted
+	known    bool     // progress was read
 }
 
 func newConnector(c *targetconf.Config, host connector.Host, patience time.Duration) (connector.Connector, error) {
@@ -96,7 +99,7 @@ func newConnector(c *targetconf.Config, host connector.Host, patience time.Durat
 	case -1:
 		t.keep = 0
 	}
-	t.device = newDevice(&t.config, peer, patience)
+	t.device = newDevice(&t.config, peer.Address(), peer.Dial, patience)
 	return t, nil
 }
 

@@ -15,6 +15,7 @@ import (
 
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/connector/conformance"
+	"certctl-agent/internal/targetconf"
 	"certctl-agent/internal/testing/bigip"
 	"certctl-agent/internal/testing/testca"
 	"certctl-agent/internal/transaction"
@@ -29,7 +30,6 @@ func newDeviceFor(t testing.TB, version string) *bigip.Device {
 	t.Helper()
 	d, err := bigip.New(version)
 	must(t, err)
-	t.Cleanup(d.Stop)
 	d.Profile(clientSSL, profileName, "")
 	d.Profile(serverSSL, profileName, "")
 	return d
@@ -39,10 +39,13 @@ func newDeviceFor(t testing.TB, version string) *bigip.Device {
 // overlay.
 func settings(t testing.TB, d *bigip.Device, overlays string) map[string]any {
 	t.Helper()
-	at, err := url.Parse(d.URL)
-	must(t, err)
-	port, err := strconv.Atoi(at.Port())
-	must(t, err)
+	port := 443
+	if d.URL() != "" {
+		at, err := url.Parse(d.URL())
+		must(t, err)
+		port, err = strconv.Atoi(at.Port())
+		must(t, err)
+	}
 	bundle := filepath.Join(overlays, "device-ca.pem")
 	must(t, os.WriteFile(bundle, d.CA.PEM(), 0o600))
 	overlay(t, overlays, map[string]any{"ca_bundle": bundle})
@@ -69,6 +72,8 @@ type fixture struct {
 func newFixture(t *testing.T, version string) *fixture {
 	t.Helper()
 	f := &fixture{Host: conformance.NewHost(t, conformance.RunCommand), Device: newDeviceFor(t, version), t: t, ca: testca.Must(t), typ: typeOf(quick)}
+	must(t, f.Start())
+	t.Cleanup(f.Stop)
 	f.config = settings(t, f.Device, f.Overlays)
 	return f
 }
@@ -134,6 +139,21 @@ func leafPath(m *connector.Material) string {
 // unverified is a configuration whose verification fails.
 func unverified() []any {
 	return []any{"post_deploy_verify", map[string]any{"enabled": true, "endpoint": "127.0.0.1:1"}, "post_deploy_verify_attempts", 1}
+}
+
+// inMemory is Type without TCP and TLS, for tests that make thousands of calls, or
+// take their time.
+func inMemory(of func(dir string) *bigip.Device) connector.Type {
+	return connector.Type{Name: "F5", New: func(c *targetconf.Config, host connector.Host) (connector.Connector, error) {
+		made, err := newConnector(c, host, 0)
+		if err != nil {
+			return nil, err
+		}
+		t := made.(*target)
+		t.device = newDevice(&t.config, t.device.address, of(filepath.Join(filepath.Dir(host.StateDir), "target")).Dial, 0)
+		t.device.base = "http://" + t.device.address
+		return t, nil
+	}}
 }
 
 // broken reports whether an error says that the target needs a person.

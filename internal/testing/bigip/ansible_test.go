@@ -22,8 +22,11 @@ func TestAnsible(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if err := d.Start(); err != nil {
+		t.Fatal(err)
+	}
 	defer d.Stop()
-	at, err := url.Parse(d.URL)
+	at, err := url.Parse(d.URL())
 	if err != nil {
 		t.Fatal(err)
 	}

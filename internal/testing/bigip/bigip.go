@@ -6,12 +6,15 @@ package bigip
 
 import (
 	"bytes"
+	"context"
 	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"io"
 	"log"
 	"maps"
+	"net"
+	"net/http"
 	"net/http/httptest"
 	"slices"
 	"strings"
@@ -35,9 +38,9 @@ const Downloads = "/var/config/rest/downloads/"
 
 // Device is one unit of a pair, which answers, and what the other one holds.
 type Device struct {
-	*httptest.Server
 	CA *testca.CA // of its management certificate
 
+	server       *httptest.Server // nil: it was not started
 	major, minor int
 	version      string
 
@@ -54,11 +57,10 @@ type Device struct {
 	now          time.Time
 	calls        []Call
 	fault        func(Call) Fault
-	syncDelay    int    // how many looks at the status a sync takes
-	pending      int    // of these, for the one under way
-	peerDown     bool   // the other unit is not there
-	saveFails    string // why the configuration cannot be saved; "": it can
-	logins       int
+	syncDelay    int           // how many looks at the status a sync takes
+	pending      int           // of these, for the one under way
+	peerDown     bool          // the other unit is not there
+	saveFails    string        // why the configuration cannot be saved; "": it can
 	release      chan struct{} // closed at the end: hanging calls go on
 }
 
@@ -115,9 +117,9 @@ func (c *config) clone() *config {
 	return d
 }
 
-// New starts a device of a version such as "17.1.1" that has the partitions
+// New makes a device of a version such as "17.1.1" that has the partitions
 // Common and Tenant, the folder /Common/site, and the profiles that a device has
-// from the factory. Stop ends it.
+// from the factory. Dial connects to it, and Start has it listen.
 func New(version string) (*Device, error) {
 	d := &Device{
 		version: version, uploads: make(map[string][]byte), parts: make(map[string]*part), tokens: make(map[string]string),
@@ -136,22 +138,60 @@ func New(version string) (*Device, error) {
 		return nil, err
 	}
 	d.running, d.saved, d.peer = factory, factory.clone(), factory.clone()
-	certificate, err := d.CA.TLSCertificate("127.0.0.1")
-	if err != nil {
-		return nil, err
-	}
-	d.Server = httptest.NewUnstartedServer(d)
-	d.TLS = &tls.Config{Certificates: []tls.Certificate{certificate}}
-	d.Config.ErrorLog = log.New(io.Discard, "", 0) // of clients that do not trust it
-	d.StartTLS()
 	return d, nil
 }
 
-// Stop ends the device.
+// Start has the device listen on loopback, with TLS. Stop ends that.
+func (d *Device) Start() error {
+	certificate, err := d.CA.TLSCertificate("127.0.0.1")
+	if err != nil {
+		return err
+	}
+	d.server = httptest.NewUnstartedServer(d)
+	d.server.TLS = &tls.Config{Certificates: []tls.Certificate{certificate}}
+	d.server.Config.ErrorLog = log.New(io.Discard, "", 0) // of clients that do not trust it
+	d.server.StartTLS()
+	return nil
+}
+
+// URL is where the device listens; "": nowhere.
+func (d *Device) URL() string {
+	if d.server == nil {
+		return ""
+	}
+	return d.server.URL
+}
+
+// Stop ends what Start began.
 func (d *Device) Stop() {
 	close(d.release)
-	d.Close()
+	d.server.Close()
 }
+
+// Dial connects to the device in memory, without TLS.
+func (d *Device) Dial(context.Context) (net.Conn, error) {
+	client, server := net.Pipe()
+	go http.Serve(&listener{server}, d)
+	return client, nil
+}
+
+// listener is one of a single connection.
+type listener struct{ conn net.Conn }
+
+// Accept implements net.Listener.
+func (l *listener) Accept() (net.Conn, error) {
+	conn := l.conn
+	if l.conn = nil; conn == nil {
+		return nil, net.ErrClosed
+	}
+	return conn, nil
+}
+
+// Close implements net.Listener.
+func (l *listener) Close() error { return nil }
+
+// Addr implements net.Listener.
+func (l *listener) Addr() net.Addr { return &net.TCPAddr{} }
 
 func factoryConfig() (*config, error) {
 	ca, err := testca.New()
@@ -167,8 +207,8 @@ func factoryConfig() (*config, error) {
 		return nil, err
 	}
 	c := &config{Partitions: []string{"/Common", "/Common/site", "/Tenant"}, Certs: make(map[string]*file), Keys: make(map[string]*file), Profiles: make(map[string]*profile)}
-	c.Certs["/Common/default.crt"] = &file{Content: issued.LeafPEM(), Source: "/config/ssl/ssl.crt/default.crt"}
-	c.Keys["/Common/default.key"] = &file{Content: issued.KeyPEM(), Source: "/config/ssl/ssl.key/default.key"}
+	c.Certs["/Common/default.crt"] = parsed(&file{Content: issued.LeafPEM(), Source: "/config/ssl/ssl.crt/default.crt"})
+	c.Keys["/Common/default.key"] = parsed(&file{Content: issued.KeyPEM(), Source: "/config/ssl/ssl.key/default.key"})
 	c.Profiles[clientSSL+" /Common/clientssl"] = &profile{Kind: clientSSL, Path: "/Common/clientssl",
 		Chain: []entry{{Name: "default", Cert: "/Common/default.crt", Key: "/Common/default.key"}}}
 	c.Profiles[serverSSL+" /Common/serverssl"] = &profile{Kind: serverSSL, Path: "/Common/serverssl"}

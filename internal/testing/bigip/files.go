@@ -2,6 +2,7 @@ package bigip
 
 import (
 	"bytes"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/rsa"
 	"crypto/sha1"
@@ -87,11 +88,25 @@ type file struct {
 	Source   string
 	Created  time.Time
 	Revision int64
+
+	leaf    *x509.Certificate // the first; nil: it holds none
+	private crypto.Signer     // nil: it holds none
+}
+
+// parsed reads the content of a file.
+func parsed(f *file) *file {
+	if certificates, err := pemutil.ParseCertificates(f.Content); err == nil {
+		f.leaf = certificates[0]
+	}
+	if key, err := pemutil.ParseKey(f.Content); err == nil {
+		f.private = key
+	}
+	return f
 }
 
 func (d *Device) newFile(content []byte, source string) *file {
 	d.count++
-	return &file{Content: content, Source: source, Created: d.tick(), Revision: d.count}
+	return parsed(&file{Content: content, Source: source, Created: d.tick(), Revision: d.count})
 }
 
 var kindNames = map[string]string{sslCert: "Certificate File", sslKey: "Certificate Key File"}
@@ -188,7 +203,7 @@ func (d *Device) setFile(files map[string]*file, kind, path string, sent object)
 	}
 	if f := files[path]; f != nil {
 		d.count++
-		files[path] = &file{Content: bytes.Clone(data), Source: text(sent["sourcePath"]), Created: f.Created, Revision: d.count}
+		files[path] = parsed(&file{Content: bytes.Clone(data), Source: text(sent["sourcePath"]), Created: f.Created, Revision: d.count})
 	} else {
 		files[path] = d.newFile(bytes.Clone(data), text(sent["sourcePath"]))
 	}
@@ -224,12 +239,11 @@ func (d *Device) showFile(kind, path string, f *file) object {
 		o["subPath"] = folder
 	}
 	if kind == sslKey {
-		o["securityType"], o["keyType"] = "normal", keyType(f.Content)
+		o["securityType"], o["keyType"] = "normal", f.keyType()
 		return o
 	}
-	if certificates, err := pemutil.ParseCertificates(f.Content); err == nil {
-		leaf := certificates[0]
-		o["isBundle"] = fmt.Sprint(len(certificates) > 1)
+	if leaf := f.leaf; leaf != nil {
+		o["isBundle"] = fmt.Sprint(bytes.Count(f.Content, []byte("-----BEGIN")) > 1)
 		o["fingerprint"] = fmt.Sprintf("SHA256/%X", sha256.Sum256(leaf.Raw))
 		o["subject"], o["issuer"] = leaf.Subject.String(), leaf.Issuer.String()
 		o["expirationDate"], o["expirationString"] = leaf.NotAfter.Unix(), leaf.NotAfter.Format("Jan _2 15:04:05 2006 GMT")
@@ -239,24 +253,15 @@ func (d *Device) showFile(kind, path string, f *file) object {
 }
 
 // keyType is the type of a key as mcpd names it.
-func keyType(data []byte) string {
-	key, err := pemutil.ParseKey(data)
-	if err != nil {
+func (f *file) keyType() string {
+	if f.private == nil {
 		return "unknown"
 	}
-	switch key.Public().(type) {
+	switch f.private.Public().(type) {
 	case *rsa.PublicKey:
 		return "rsa-private"
 	case *ecdsa.PublicKey:
 		return "ec-private"
 	}
 	return "unknown"
-}
-
-func certificateOf(f *file) *x509.Certificate {
-	certificates, err := pemutil.ParseCertificates(f.Content)
-	if err != nil {
-		return nil
-	}
-	return certificates[0]
 }

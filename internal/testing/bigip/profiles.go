@@ -83,7 +83,7 @@ func (c *config) check(d *Device) error {
 			if err := c.checkEntry(p, e); err != nil {
 				return err
 			}
-			kind := keyType(c.Keys[e.Key].Content)
+			kind := c.Keys[e.Key].keyType()
 			if p.Kind == clientSSL && types[kind] {
 				return refuse(400, "010717e1:3: Client SSL profile (%s) cannot contain more than one set of same certificate/key type.", p.Path)
 			}
@@ -111,9 +111,7 @@ func (c *config) checkEntry(p *profile, e entry) error {
 	case e.CA != "" && c.Certs[e.CA] == nil:
 		return notFound(kindNames[sslCert], e.CA)
 	}
-	leaf := certificateOf(cert)
-	private, err := pemutil.ParseKey(key.Content)
-	if leaf == nil || err != nil || !pemutil.SamePublicKey(private.Public(), leaf.PublicKey) {
+	if cert.leaf == nil || key.private == nil || !pemutil.SamePublicKey(key.private.Public(), cert.leaf.PublicKey) {
 		return refuse(400, "01070317:3: profile %s's key and certificate do not match", p.Path)
 	}
 	return nil

@@ -293,7 +293,6 @@ func known(sent object, names ...string) error {
 }
 
 func (d *Device) login(sent object) (object, error) {
-	d.logins++
 	name := text(sent["username"])
 	u := d.users[name]
 	if text(sent["loginProviderName"]) != "tmos" {
