@@ -7,6 +7,7 @@ import (
 	"certctl-agent/internal/connector/awsacm"
 	"certctl-agent/internal/connector/caddy"
 	"certctl-agent/internal/connector/envoy"
+	"certctl-agent/internal/connector/f5"
 	"certctl-agent/internal/connector/haproxy"
 	"certctl-agent/internal/connector/javakeystore"
 	"certctl-agent/internal/connector/keyvault"
@@ -31,7 +32,7 @@ func Types() []connector.Type {
 		mail.Dovecot(),
 		javakeystore.Type(),
 		ssh.Type(),
-		{Name: "F5"},
+		f5.Type(),
 		kubernetes.Type(),
 		awsacm.Type(),
 		keyvault.Type(),

@@ -294,7 +294,7 @@ func (c *change) putBack(ctx context.Context, u *undo) error {
 	if err != nil {
 		return err
 	}
-	next, err := c.without(p, u.Profile)
+	next, err := c.without(ctx, p, u.Profile)
 	if err != nil {
 		return err
 	}
@@ -317,7 +317,7 @@ func (c *change) putBack(ctx context.Context, u *undo) error {
 
 // without is the profile with what it was in place of this target's entries. What
 // others have changed meanwhile stays.
-func (c *change) without(p, was *profile) (*profile, error) {
+func (c *change) without(ctx context.Context, p, was *profile) (*profile, error) {
 	if c.ProfileType == serverSSL {
 		if _, ours := c.isOurs(p.Cert); !ours && !p.equal(was) {
 			return nil, errors.New("somebody else has changed the profile since, and that stays: look what it holds")
@@ -337,9 +337,22 @@ func (c *change) without(p, was *profile) (*profile, error) {
 	if len(next.Entries) == len(p.Entries) {
 		return p, nil // it is not there
 	}
+	// A pair that somebody else has put in meanwhile stays in place of one with the
+	// same type of key.
+	taken := make(map[string]bool)
+	for _, e := range next.Entries {
+		kind, err := c.keyTypeOf(ctx, e)
+		if err != nil {
+			return nil, err
+		}
+		taken[kind] = true
+	}
 	for i, e := range was.Entries {
-		named := func(other entry) bool { return other["name"] == e["name"] }
-		if !isIn(next.Entries, e) && !slices.ContainsFunc(next.Entries, named) {
+		kind, err := c.keyTypeOf(ctx, e)
+		if err != nil {
+			return nil, err
+		}
+		if !isIn(next.Entries, e) && !taken[kind] {
 			next.Entries = slices.Insert(next.Entries, min(i, len(next.Entries)), e)
 		}
 	}
@@ -347,6 +360,18 @@ func (c *change) without(p, was *profile) (*profile, error) {
 		next.Inherit = was.Inherit
 	}
 	return next, nil
+}
+
+// keyTypeOf is the type of key of an entry, and its use.
+func (c *change) keyTypeOf(ctx context.Context, e entry) (string, error) {
+	if e.text("key") == "" {
+		return "", nil
+	}
+	key, err := c.device.get(ctx, sslKey, e.text("key"))
+	if err != nil || key == nil {
+		return e.text("usage") + " " + e.text("key"), err
+	}
+	return e.text("usage") + " " + key.KeyType, nil
 }
 
 // removeNew removes this target's files but those that it had.

@@ -21,45 +21,41 @@ func fingerprint(m *connector.Material) string { return pemutil.Fingerprint(m.Le
 // TestConformance kills, fails and cancels deployments at each step. Beside the
 // profile and the files, uploads and tokens are looked for after each.
 func TestConformance(t *testing.T) {
-	for _, kind := range []string{clientSSL, serverSSL} {
-		t.Run(kind, func(t *testing.T) {
-			all := &devices{t: t, made: make(map[string]*bigip.Device)}
-			factory := stateOf(newDeviceFor(t, "13.1.0"))
-			conformance.Run(t, conformance.Harness{
-				Type: inMemory(all.of), Required: []string{"host", "username", "password", "ssl_profile"},
-				Secrets:  []string{bigip.Password, "SECRET"},
-				Occupied: kind == clientSSL,
-				Config: func(dir string) map[string]any {
-					config := settings(t, all.of(dir), filepath.Join(filepath.Dir(dir), "overlays"))
-					config["profile_type"], config["backup_retention"] = kind, -1
-					return config
-				},
-				State: func(dir string) map[string]string {
-					state := stateOf(all.of(dir))
-					maps.DeleteFunc(state, func(name, value string) bool {
-						return factory[name] == value && name != kind+" "+profileName || isFactory(name)
-					})
-					return state
-				},
-				Want: func(m *connector.Material) map[string][]byte {
-					leaf, chain := leafPath(m), chainPath(m)
-					return map[string][]byte{
-						"ssl-cert " + leaf + ".crt": conformance.PEM(m.Leaf),
-						"ssl-cert " + chain:         conformance.PEM(m.Chain...),
-						"ssl-key " + leaf + ".key":  m.Key(),
-						kind + " " + profileName:    wantProfile(kind, leaf, chain),
-					}
-				},
-				Spare: func(name string) bool {
-					return strings.HasPrefix(name, "ssl-") && strings.HasSuffix(name, unused) || strings.HasPrefix(name, "upload ")
-				},
+	all := &devices{t: t, made: make(map[string]*bigip.Device)}
+	factory := stateOf(newDeviceFor(t, "13.1.0"))
+	conformance.Run(t, conformance.Harness{
+		Type: inMemory(all.of), Required: []string{"host", "username", "password", "ssl_profile"},
+		Secrets:  []string{bigip.Password, "SECRET"},
+		Occupied: true,
+		Config: func(dir string) map[string]any {
+			config := settings(t, all.of(dir), filepath.Join(filepath.Dir(dir), "overlays"))
+			config["backup_retention"] = -1
+			return config
+		},
+		State: func(dir string) map[string]string {
+			state := stateOf(all.of(dir))
+			maps.DeleteFunc(state, func(name, value string) bool {
+				return factory[name] == value && name != clientSSL+" "+profileName || isFactory(name)
 			})
-			for dir, d := range all.made {
-				if saved, _ := d.InSync(); !saved {
-					t.Errorf("%s: the configuration is not saved at the end", dir)
-				}
+			return state
+		},
+		Want: func(m *connector.Material) map[string][]byte {
+			leaf, chain := leafPath(m), chainPath(m)
+			return map[string][]byte{
+				"ssl-cert " + leaf + ".crt":   conformance.PEM(m.Leaf),
+				"ssl-cert " + chain:           conformance.PEM(m.Chain...),
+				"ssl-key " + leaf + ".key":    m.Key(),
+				clientSSL + " " + profileName: wantProfile(leaf, chain),
 			}
-		})
+		},
+		Spare: func(name string) bool {
+			return strings.HasPrefix(name, "ssl-") && strings.HasSuffix(name, unused) || strings.HasPrefix(name, "upload ")
+		},
+	})
+	for dir, d := range all.made {
+		if saved, _ := d.InSync(); !saved {
+			t.Errorf("%s: the configuration is not saved at the end", dir)
+		}
 	}
 }
 
@@ -93,11 +89,8 @@ func chainPath(m *connector.Material) string {
 
 // wantProfile is what State shows of a profile that serves it. The RSA pair of the
 // factory stays beside the new one.
-func wantProfile(kind, leaf, chain string) []byte {
+func wantProfile(leaf, chain string) []byte {
 	pair := fmt.Sprintf(`"Cert":"%s.crt","Key":"%[1]s.key","CA":%q,"Passphrase":""`, leaf, chain)
-	if kind == serverSSL {
-		return fmt.Appendf(nil, `{"Kind":"server-ssl","Path":%q,"Parent":"/Common/serverssl","Inherit":false,"Chain":null,%s,"Other":null}`, profileName, pair)
-	}
 	return fmt.Appendf(nil, `{"Kind":"client-ssl","Path":%q,"Parent":"/Common/clientssl","Inherit":false,"Chain":[`+
 		`{"Name":"default","Cert":"/Common/default.crt","Key":"/Common/default.key","CA":"","Passphrase":"","Usage":""},`+
 		`{"Name":"certctl-target-1-ec-private",%s,"Usage":""}],"Cert":"","Key":"","CA":"","Passphrase":"","Other":null}`, profileName, pair)

@@ -77,7 +77,8 @@ type Rule struct {
 	Mask   string `json:"resourceMask"` // * stands for one segment, /** for the rest
 }
 
-func (r Rule) matches(method, path string) bool {
+// Matches reports whether the rule allows a call.
+func (r Rule) Matches(method, path string) bool {
 	if r.Method != method {
 		return false
 	}
@@ -235,18 +236,18 @@ func (d *Device) Profile(kind, path, parent string) {
 }
 
 // Install puts a certificate and its key there, as a person would, under path.crt
-// and path.key. The profile, if there is one, gets an entry with them.
+// and path.key. The profile, if there is one, uses them in place of a pair with the
+// same type of key.
 func (d *Device) Install(path string, cert, key []byte, profilePath string) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.running.Certs[path+".crt"] = d.newFile(cert, path+".crt")
 	d.running.Keys[path+".key"] = d.newFile(key, path+".key")
 	if p := d.running.Profiles[clientSSL+" "+profilePath]; p != nil {
-		p.Chain = append(slices.Clone(d.running.chain(p)), entry{Name: path[strings.LastIndex(path, "/")+1:], Cert: path + ".crt", Key: path + ".key"})
+		kind := d.running.Keys[path+".key"].keyType()
+		others := slices.DeleteFunc(slices.Clone(d.running.chain(p)), func(e entry) bool { return d.running.Keys[e.Key].keyType() == kind })
+		p.Chain = append(others, entry{Name: path[strings.LastIndex(path, "/")+1:], Cert: path + ".crt", Key: path + ".key"})
 		p.Inherit = false
-	}
-	if p := d.running.Profiles[serverSSL+" "+profilePath]; p != nil {
-		p.Cert, p.Key = path+".crt", path+".key"
 	}
 	if err := d.running.check(d); err != nil {
 		return err

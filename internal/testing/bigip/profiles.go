@@ -1,6 +1,7 @@
 package bigip
 
 import (
+	"cmp"
 	"encoding/base64"
 	"encoding/json"
 	"net/http"
@@ -33,7 +34,7 @@ type entry struct {
 	Name, Cert, Key string
 	CA              string // the chain; "": none
 	Passphrase      string // encrypted
-	Usage           string
+	Usage           string // "": SERVER
 }
 
 // String is the part of a profile that says what it serves.
@@ -215,7 +216,7 @@ func (p *profile) setChain(sent object) error {
 				return err
 			}
 			p.Chain = append(p.Chain, entry{Name: text(o["name"]), Cert: orNone(o["cert"]), Key: orNone(o["key"]), CA: orNone(o["chain"]),
-				Passphrase: encrypt(orNone(o["passphrase"])), Usage: text(o["usage"])})
+				Passphrase: encrypt(orNone(o["passphrase"])), Usage: strings.TrimPrefix(text(o["usage"]), "SERVER")})
 		}
 	}
 	switch text(sent["inheritCertkeychain"]) {
@@ -266,7 +267,7 @@ func (d *Device) showProfile(c *config, p *profile) object {
 	for _, e := range c.chain(p) {
 		item := object{"name": e.Name, "appService": none}
 		if d.major >= 14 {
-			item["usage"] = "SERVER"
+			item["usage"] = cmp.Or(e.Usage, "SERVER")
 		}
 		d.showPair(item, e)
 		list = append(list, item)

@@ -1,0 +1,566 @@
+package f5
+
+import (
+	"encoding/json"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+
+	"certctl-agent/internal/connector"
+	"certctl-agent/internal/connector/conformance"
+	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/policy"
+	"certctl-agent/internal/testing/bigip"
+	"certctl-agent/internal/testing/testca"
+)
+
+func TestNew(t *testing.T) {
+	for _, test := range []struct {
+		key   string
+		value any
+		says  string // "": no error
+	}{
+		{"", nil, ""},
+		{"host", "2001:db8::1", ""},
+		{"host", "[2001:db8::1]", ""},
+		{"host", "bigip.example.org/mgmt", "host"},
+		{"host", "a b", "host"},
+		{"port", 70000, "port"},
+		{"password", "********", "overlay"},
+		{"ssl_profile", "www", ""},
+		{"ssl_profile", "site/www", ""},
+		{"ssl_profile", "/Tenant/app/www", ""},
+		{"ssl_profile", "/www", "ssl_profile"},
+		{"ssl_profile", "/Common/../www", "ssl_profile"},
+		{"ssl_profile", "/Common/w w", "ssl_profile"},
+		{"ssl_profile", "www?expandSubcollections=true", "ssl_profile"},
+		{"ssl_profile", "/Common/" + strings.Repeat("x/", 200) + "y", "ssl_profile"},
+		{"partition", "Tenant", "Common alone"}, // the profile is of another
+		{"partition", "a/b", "partition"},
+		{"profile_type", "server-ssl", ""},
+		{"profile_type", "http", "client-ssl or server-ssl"},
+		{"device_group", "pair", ""},
+		{"device_group", "/Common/pair", ""},
+		{"device_group", "pair force-full-load-push", "device_group"},
+		{"timeout", 45, ""},
+		{"timeout", "2m", ""},
+		{"timeout", "soon", "timeout"},
+		{"save_config", "no", ""},
+		{"post_deploy_verify", map[string]any{"enabled": true}, "post_deploy_verify.endpoint"},
+
+		// A control plane could choose who is believed.
+		{"insecure", true, "insecure: it decides which device is believed and gets the private key, so only the target's overlay may say it"},
+		{"ca_bundle", "/tmp/evil.pem", "ca_bundle: it decides which device"},
+		{"server_fingerprint", strings.Repeat("ab", 32), "server_fingerprint: it decides which device"},
+		{"password_file", "/etc/shadow", "password_file"},
+	} {
+		host := conformance.NewHost(t, nil)
+		config := map[string]any{"host": "bigip.example.org", "username": "certctl", "password": "hunter2", "ssl_profile": profileName}
+		if config[test.key] = test.value; test.key == "" {
+			delete(config, "")
+		}
+		_, err := host.Connector(Type(), config)
+		if (err == nil) != (test.says == "") || err != nil && !strings.Contains(err.Error(), test.says) {
+			t.Errorf("%s %v: got %v, want an error with %q", test.key, test.value, err, test.says)
+		}
+		if err != nil && strings.Contains(err.Error(), "hunter2") {
+			t.Errorf("the error shows the password: %v", err)
+		}
+	}
+}
+
+// TestOverlay: what this host says counts, and its password goes where this host
+// says.
+func TestOverlay(t *testing.T) {
+	rule, err := policy.ParseHostRule("bigip.example.org")
+	must(t, err)
+	for _, test := range []struct {
+		overlay map[string]any
+		hosts   []policy.HostRule
+		says    string
+	}{
+		{map[string]any{"insecure": true}, nil, ""},
+		{map[string]any{"server_fingerprint": strings.Repeat("AB:", 31) + "AB"}, nil, ""},
+		{map[string]any{"server_fingerprint": "AB"}, nil, "64 hexadecimal digits"},
+		{map[string]any{"insecure": true, "ca_bundle": "/etc/ca.pem"}, nil, "take one of"},
+		{map[string]any{"password": "hunter2"}, nil, "put host, ca_bundle or server_fingerprint there too"},
+		{map[string]any{"password": "hunter2", "host": "bigip.example.org"}, nil, ""},
+		{map[string]any{"password": "hunter2", "ca_bundle": "/etc/ca.pem"}, nil, ""},
+		{map[string]any{"password": "hunter2"}, []policy.HostRule{rule}, ""},
+		{map[string]any{}, []policy.HostRule{}, "CERTCTL_ALLOWED_HOSTS"},
+		{map[string]any{"host": "bigip.example.org"}, []policy.HostRule{}, ""},
+	} {
+		host := conformance.NewHost(t, nil)
+		host.Policy.Hosts = test.hosts
+		overlay(t, host.Overlays, test.overlay)
+		_, err := host.Connector(Type(), map[string]any{"host": "bigip.example.org", "username": "certctl", "password": "x", "ssl_profile": profileName})
+		if (err == nil) != (test.says == "") || err != nil && !strings.Contains(err.Error(), test.says) {
+			t.Errorf("%v: got %v, want an error with %q", test.overlay, err, test.says)
+		}
+	}
+}
+
+// TestTrust: over TLS, with each proof that an overlay can ask for.
+func TestTrust(t *testing.T) {
+	f := newFixture(t, "17.1.1")
+	m := f.material()
+	overlay(t, f.Overlays, map[string]any{})
+	_, err := f.deploy(m)
+	says(t, err, "x509: ", "put ca_bundle or server_fingerprint into the target's overlay")
+	overlay(t, f.Overlays, map[string]any{"server_fingerprint": strings.Repeat("ab", 32)})
+	_, err = f.deploy(m)
+	says(t, err, "the server's certificate has the SHA-256 fingerprint")
+	if n := len(f.Calls()); n != 0 {
+		t.Errorf("a device that is not believed got %d calls", n)
+	}
+	overlay(t, f.Overlays, map[string]any{"insecure": true})
+	if result := f.mustDeploy(m); !slices.ContainsFunc(result.Warnings, func(w string) bool { return strings.Contains(w, "insecure is set") }) {
+		t.Errorf("warnings %q", result.Warnings)
+	}
+	f.holds(m)
+}
+
+// TestVersions: what the versions show and refuse differs.
+func TestVersions(t *testing.T) {
+	for _, version := range []string{"13.1.0", "14.1.5", "15.1.10", "16.1.4", "17.1.1"} {
+		f := remote(t, version)
+		for range 2 {
+			m := f.material()
+			f.mustDeploy(m)
+			f.holds(m)
+			if result := f.mustDeploy(m); !result.Unchanged {
+				t.Errorf("%s: deployed again", version)
+			}
+		}
+	}
+	// 13.1 wants an RSA pair beside one with ECDSA.
+	f := remote(t, "13.1.0")
+	pair, err := f.ca.Issue(testca.Template{})
+	must(t, err)
+	f.Profile(clientSSL, "/Common/ec", "")
+	if err := f.Install("/Common/ec", pair.LeafPEM(), pair.KeyPEM(), "/Common/ec"); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestEntries: in a profile with several pairs the one of the same key type is
+// replaced, and all others stay as they are, down to their passphrases.
+func TestEntries(t *testing.T) {
+	f := remote(t, "17.1.1")
+	pair, err := f.ca.Issue(testca.Template{})
+	must(t, err)
+	must(t, f.Install("/Common/old", pair.LeafPEM(), pair.KeyPEM(), profileName))
+	before := f.running()[clientSSL+" "+profileName]
+	m := f.material()
+	_, err = f.deploy(m, unverified()...)
+	says(t, err, "the previous certificate is back in place")
+	if after := f.running()[clientSSL+" "+profileName]; after != before {
+		t.Errorf("undone: %s, was %s", after, before)
+	}
+	f.mustDeploy(m)
+	f.holds(m)
+	state := f.running()
+	if got := state[clientSSL+" "+profileName]; !strings.Contains(got, `{"Name":"default","Cert":"/Common/default.crt"`) || strings.Contains(got, "old.crt") || !strings.Contains(got, `"Name":"old","Cert":"`+leafPath(m)) {
+		t.Errorf("the profile is %s", got)
+	}
+	if state["ssl-key /Common/old.key"] == "" {
+		t.Error("a file of somebody else was removed")
+	}
+	// Without a chain, it is cleared.
+	m = f.material()
+	m.Chain = nil
+	f.mustDeploy(m)
+	f.holds(m)
+	if got := f.running()[clientSSL+" "+profileName]; strings.Contains(got, `"CA":"/`) {
+		t.Errorf("a chain is left: %s", got)
+	}
+	if result := f.mustDeploy(m); !result.Unchanged {
+		t.Error("deployed again")
+	}
+}
+
+// TestInherits: an undo has a profile inherit again.
+func TestInherits(t *testing.T) {
+	f := remote(t, "17.1.1")
+	before := f.running()
+	if !strings.Contains(before[clientSSL+" "+profileName], `"Inherit":true`) {
+		t.Fatal("it does not inherit")
+	}
+	_, err := f.deploy(f.material(), unverified()...)
+	says(t, err, "back in place")
+	if after := f.running(); !maps.Equal(before, after) {
+		t.Errorf("undone: %v", after)
+	}
+	if saved, _ := f.InSync(); !saved {
+		t.Error("what was undone is not saved")
+	}
+}
+
+func TestServerSSL(t *testing.T) {
+	f := remote(t, "16.1.4")
+	f.config["profile_type"] = serverSSL
+	before := f.running()
+	m := f.material()
+	_, err := f.deploy(m, unverified()...)
+	says(t, err, "there was no certificate before")
+	if after := f.running(); !maps.Equal(before, after) {
+		t.Errorf("undone: %v", after)
+	}
+	for range 2 {
+		f.mustDeploy(m)
+		want := fmt.Sprintf(`"Cert":"%s.crt","Key":"%[1]s.key","CA":%q`, leafPath(m), chainPath(m))
+		if got := f.running()[serverSSL+" "+profileName]; !strings.Contains(got, want) {
+			t.Errorf("the profile is %s, want %s", got, want)
+		}
+		if result := f.mustDeploy(m); !result.Unchanged {
+			t.Error("deployed again")
+		}
+		m = f.material()
+	}
+	before = f.running()
+	_, err = f.deploy(m, unverified()...)
+	says(t, err, "the previous certificate is back in place")
+	if after := f.running(); !maps.Equal(before, after) {
+		t.Errorf("undone: %v", after)
+	}
+}
+
+// TestPartitions: files are in the partition of the target, also for a profile in a
+// folder.
+func TestPartitions(t *testing.T) {
+	f := remote(t, "17.1.1")
+	f.Profile(clientSSL, "/Tenant/www", "")
+	m := f.material()
+	f.mustDeploy(m, "ssl_profile", "www", "partition", "Tenant")
+	state := f.running()
+	in := strings.Replace(leafPath(m), "/Common/", "/Tenant/", 1)
+	if state["ssl-key "+in+".key"] == "" || state["ssl-key "+leafPath(m)+".key"] != "" || !strings.Contains(state[clientSSL+" /Tenant/www"], in) {
+		t.Errorf("got %v", state)
+	}
+	_, err := f.deploy(m, "ssl_profile", "/Common/none")
+	says(t, err, "client-ssl profile /Common/none does not exist: make it on the device")
+}
+
+// TestRetention: older files of this target that nothing uses are removed but for
+// the newest. Nobody else's are touched.
+func TestRetention(t *testing.T) {
+	f := remote(t, "17.1.1")
+	pair, err := f.ca.Issue(testca.Template{})
+	must(t, err)
+	strangers := []string{"/Common/certctl-target-10-0123456789abcdef", "/Common/certctl-target-1-mine", "/Common/certctl-target-1-0123456789abcdef-old", "/Common/www"}
+	for _, path := range strangers {
+		must(t, f.Install(path, pair.LeafPEM(), pair.KeyPEM(), ""))
+	}
+	var all []*connector.Material
+	for range 5 {
+		m := f.material()
+		f.mustDeploy(m, "backup_retention", 2)
+		f.holds(m)
+		all = append(all, m)
+	}
+	kept := func() (kept []bool) {
+		state := f.running()
+		for _, m := range all {
+			kept = append(kept, state["ssl-key "+leafPath(m)+".key"] != "")
+		}
+		return kept
+	}
+	if got := kept(); !slices.Equal(got, []bool{false, false, true, true, true}) {
+		t.Errorf("kept %v, want the newest two beside the current one", got)
+	}
+	// One that is in use elsewhere stays.
+	f.Profile(clientSSL, "/Common/other", "")
+	state := f.running()
+	must(t, f.Install(leafPath(all[2]), []byte(state["ssl-cert "+leafPath(all[2])+".crt"]), []byte(state["ssl-key "+leafPath(all[2])+".key"]), "/Common/other"))
+	result := f.mustDeploy(all[4], "backup_retention", -1)
+	if got := kept(); !result.Unchanged || !slices.Equal(got, []bool{false, false, true, false, true}) || len(result.Warnings) > 0 {
+		t.Errorf("kept %v, %+v", got, result)
+	}
+	f.holds(all[4])
+	for _, path := range strangers {
+		if f.running()["ssl-key "+path+".key"] == "" {
+			t.Errorf("%s was removed", path)
+		}
+	}
+}
+
+// TestUnchanged: a pair that is there, whoever installed it, is left alone, and
+// nothing is sent that changes anything.
+func TestUnchanged(t *testing.T) {
+	f := remote(t, "17.1.1")
+	m := f.material()
+	m.Chain = nil
+	must(t, f.Install("/Common/by-hand", conformance.PEM(m.Leaf), m.Key(), profileName))
+	if result := f.mustDeploy(m, "device_group", bigip.Group); !result.Unchanged {
+		t.Error("it was deployed again")
+	}
+	for _, call := range f.Calls() {
+		if call.Method != "GET" && !strings.HasPrefix(call.Path, "/mgmt/shared/auth") {
+			t.Errorf("%s %s was called", call.Method, call.Path)
+		}
+	}
+	f.clean()
+}
+
+// TestSave: a configuration that cannot be saved, or synced, is a warning, which the
+// next deployment takes up, or a failure where that is asked for.
+func TestSave(t *testing.T) {
+	for _, must := range []bool{false, true} {
+		for _, what := range []string{"save", "sync"} {
+			synctest.Test(t, func(t *testing.T) {
+				f := remote(t, "17.1.1")
+				f.config["device_group"] = bigip.Group
+				f.mustDeploy(f.material())
+				before := f.running()
+				if must {
+					f.config["save_config"] = true
+				}
+				word := "tmsh save sys config"
+				if what == "save" {
+					f.SaveFails("01070640:3: the disk is full")
+				} else {
+					word = "tmsh run cm config-sync to-group pair"
+					f.SyncTakes(0, true)
+				}
+				m := f.material()
+				result, err := f.deploy(m)
+				if must {
+					says(t, err, word)
+					if after := f.running(); !maps.Equal(before, after) {
+						t.Errorf("%s: the device changed", what)
+					}
+				} else if err != nil || !strings.Contains(strings.Join(result.Warnings, " "), word) {
+					t.Errorf("%s: got %v, %q", what, err, result.Warnings)
+				}
+				f.SaveFails("")
+				f.SyncTakes(3, false)
+				result, err = f.deploy(m)
+				if err != nil || result.Unchanged == must || len(result.Warnings) > 0 {
+					t.Errorf("%s, then again: %+v, %v", what, result, err)
+				}
+				f.holds(m)
+				if _, synced := f.InSync(); !synced {
+					t.Errorf("%s: the other unit is not in sync", what)
+				}
+			})
+		}
+	}
+	f := remote(t, "17.1.1")
+	m := f.material()
+	result := f.mustDeploy(m, "save_config", false)
+	if saved, _ := f.InSync(); saved || !strings.Contains(strings.Join(result.Warnings, " "), "when it restarts, the old certificate is back") {
+		t.Errorf("saved %v, %q", saved, result.Warnings)
+	}
+}
+
+// TestRestart: a device that loses what was not saved is noticed.
+func TestRestart(t *testing.T) {
+	f := remote(t, "17.1.1")
+	m := f.material()
+	f.OnCall(func(c bigip.Call) bigip.Fault {
+		if c.Is("POST", "/mgmt/tm/sys/config") {
+			return bigip.Reboot
+		}
+		return bigip.None
+	})
+	_, err := f.deploy(m)
+	says(t, err, "the profile does not hold the new certificate any more: the device may have restarted just then", "deploy again")
+	f.OnCall(nil)
+	f.mustDeploy(m)
+	f.holds(m)
+}
+
+// TestChunks: a chain that is longer than a request may be.
+func TestChunks(t *testing.T) {
+	f := remote(t, "17.1.1")
+	m := f.material()
+	for len(m.Chain) < 1100 {
+		m.Chain = append(m.Chain, m.Chain[0])
+	}
+	f.mustDeploy(m)
+	f.holds(m)
+	chunks := 0
+	for _, call := range f.Calls() {
+		if call.Is("POST", "/mgmt/shared/file-transfer/uploads/certctl-target-1.chain") {
+			chunks++
+		}
+	}
+	if got := f.running()["ssl-cert "+chainPath(m)]; chunks != 2 || got != string(conformance.PEM(m.Chain...)) {
+		t.Errorf("%d chunks, and the chain has %d bytes", chunks, len(got))
+	}
+}
+
+// TestOthers: somebody else changes the profile meanwhile.
+func TestOthers(t *testing.T) {
+	f := remote(t, "17.1.1")
+	pair, err := f.ca.Issue(testca.Template{})
+	must(t, err)
+	f.OnCall(func(c bigip.Call) bigip.Fault {
+		if c.Is("GET", "/mgmt/tm/sys/file/ssl-key") && !strings.Contains(c.Path, "~") { // Read's last call
+			f.OnCall(nil)
+			must(t, f.Install("/Common/other", pair.LeafPEM(), pair.KeyPEM(), profileName))
+		}
+		return bigip.None
+	})
+	_, err = f.deploy(f.material())
+	says(t, err, "somebody else changed the profile just now")
+	if got := f.running()[clientSSL+" "+profileName]; !strings.Contains(got, "/Common/other.crt") {
+		t.Errorf("what somebody else did is lost: %s", got)
+	}
+	f.clean()
+}
+
+// TestLeastRole: the resource group of the page is enough, and lets the account do
+// nothing else.
+func TestLeastRole(t *testing.T) {
+	page, err := os.ReadFile("../../../docs/targets/f5.md")
+	must(t, err)
+	_, rest, ok := strings.Cut(string(page), "\"resources\": ")
+	list, _, end := strings.Cut(rest, "]")
+	var rules []bigip.Rule
+	if !ok || !end || json.Unmarshal([]byte(list+"]"), &rules) != nil {
+		t.Fatal("docs/targets/f5.md has no resource group")
+	}
+	f := remote(t, "17.1.1")
+	f.Trust("certctl", "pass-of-certctl", rules...)
+	f.Profile(clientSSL, "/Common/www", "")
+	f.config["ssl_profile"] = "www"
+	f.config["username"], f.config["password"], f.config["device_group"] = "certctl", "pass-of-certctl", bigip.Group
+	for range 2 {
+		m := f.material()
+		result := f.mustDeploy(m, "backup_retention", -1)
+		if len(result.Warnings) > 0 {
+			t.Errorf("warnings %q", result.Warnings)
+		}
+		if saved, synced := f.InSync(); !saved || !synced {
+			t.Errorf("saved %v, synced %v", saved, synced)
+		}
+	}
+	before := f.running()
+	_, err = f.deploy(f.material(), unverified()...)
+	says(t, err, "back in place")
+	after := f.running()
+	// It may not run rm: the uploads hold one byte each.
+	for name, data := range after {
+		if strings.HasPrefix(name, "upload ") && data != "\n" {
+			t.Errorf("%s holds %q", name, data)
+		}
+	}
+	if !maps.Equal(before, after) {
+		t.Errorf("undone: %v", slices.Sorted(maps.Keys(after)))
+	}
+	// A transaction that fails, and files that somebody has replaced.
+	f.OnCall(func(c bigip.Call) bigip.Fault {
+		if c.Is("PATCH", "/mgmt/tm/transaction/") {
+			f.OnCall(nil)
+			return bigip.Fail
+		}
+		return bigip.None
+	})
+	m := f.material()
+	_, err = f.deploy(m)
+	says(t, err, "change the profile: 500")
+	f.mustDeploy(m)
+	pair, err := f.ca.Issue(testca.Template{})
+	must(t, err)
+	must(t, f.Install(leafPath(m), pair.LeafPEM(), pair.KeyPEM(), ""))
+	f.mustDeploy(m)
+	if got := f.running()["ssl-key "+leafPath(m)+".key"]; got != string(m.Key()) {
+		t.Error("a key that was replaced stays")
+	}
+	used := make(map[bigip.Rule]bool)
+	for _, call := range f.Calls() {
+		for _, rule := range rules {
+			if rule.Matches(call.Method, call.Path) {
+				used[rule] = true
+			}
+		}
+	}
+	for _, rule := range rules {
+		if !used[rule] {
+			t.Errorf("%s %s is not needed", rule.Method, rule.Mask)
+		}
+	}
+	f.Trust("certctl", "pass-of-certctl", rules[1:]...)
+	_, err = f.deploy(f.material())
+	says(t, err, "the account may not "+rules[0].Method)
+}
+
+// TestSecrets looks for the password, the token and the keys in everything that the
+// agent keeps or says, after deployments that succeed, fail and are undone.
+func TestSecrets(t *testing.T) {
+	f := remote(t, "17.1.1")
+	var said []string
+	var keys []string
+	for _, more := range [][]any{nil, unverified(), {"password", bigip.Password + "x"}, {"ssl_profile", "/Common/none"}} {
+		for _, fault := range []bigip.Fault{bigip.None, bigip.Fail} {
+			f.OnCall(func(c bigip.Call) bigip.Fault {
+				if c.Is("PATCH", "/mgmt/tm/transaction/") || c.Is("POST", "/mgmt/tm/util") {
+					return fault
+				}
+				return bigip.None
+			})
+			m := f.material()
+			keys = append(keys, strings.Split(string(m.KeyPEM), "\n")[1])
+			result, err := f.deploy(m, more...)
+			said = append(said, fmt.Sprint(err), strings.Join(result.Warnings, "\n"))
+		}
+	}
+	said = append(said, f.Log())
+	files := 0
+	must(t, filepath.WalkDir(f.StateDir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		info, err := d.Info()
+		must(t, err)
+		if info.Mode().Perm() != 0o600 {
+			t.Errorf("%s is %v", path, info.Mode())
+		}
+		data, err := os.ReadFile(path)
+		said = append(said, string(data))
+		files++
+		return err
+	}))
+	if files == 0 {
+		t.Error("nothing is kept")
+	}
+	all := strings.Join(said, "\n")
+	for _, secret := range append(keys, bigip.Password, "TOKEN0", "SECRET") {
+		if strings.Contains(all, secret) {
+			t.Errorf("%q shows in:\n%s", secret, all)
+		}
+	}
+}
+
+// TestTwoTargets: an RSA and an ECDSA certificate in one profile are two targets,
+// and each undoes its own part.
+func TestTwoTargets(t *testing.T) {
+	f := remote(t, "17.1.1")
+	f.mustDeploy(f.material())
+	key, err := pemutil.ParseKey([]byte(f.running()["ssl-key /Common/default.key"]))
+	must(t, err)
+	pair, err := f.ca.Issue(testca.Template{Key: key})
+	must(t, err)
+	f.OnCall(func(c bigip.Call) bigip.Fault {
+		if c.Is("POST", "/mgmt/tm/sys/config") {
+			f.OnCall(nil)
+			if err := f.Install("/Common/rsa", pair.LeafPEM(), pair.KeyPEM(), profileName); err != nil {
+				t.Error(err)
+			}
+		}
+		return bigip.None
+	})
+	m := f.material()
+	_, err = f.deploy(m, unverified()...)
+	says(t, err, "back in place")
+	if got := f.running()[clientSSL+" "+profileName]; !strings.Contains(got, "/Common/rsa.crt") || strings.Contains(got, leafPath(m)) {
+		t.Errorf("the profile is %s", got)
+	}
+}

@@ -1,0 +1,213 @@
+package f5
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"certctl-agent/internal/connector"
+	"certctl-agent/internal/connector/conformance"
+	"certctl-agent/internal/testing/bigip"
+	"certctl-agent/internal/testing/needs"
+	"certctl-agent/internal/testing/testca"
+)
+
+// remote is a fixture without TCP and TLS, so that it can be in virtual time.
+func remote(t *testing.T, version string) *fixture {
+	t.Helper()
+	f := &fixture{Host: conformance.NewHost(t, conformance.RunCommand), Device: newDeviceFor(t, version), t: t, ca: testca.Must(t)}
+	f.typ = inMemory(func(string) *bigip.Device { return f.Device })
+	f.config = settings(t, f.Device, f.Overlays)
+	f.config["timeout"] = 20
+	return f
+}
+
+var faults = []bigip.Fault{bigip.Fail, bigip.Busy, bigip.Drop, bigip.Lose, bigip.Hang, bigip.Expire, bigip.Reboot, bigip.RebootAfter, bigip.Garbage}
+
+// TestFaults has each call of a renewal go wrong in each way. The deployment
+// succeeds all the same, or everything is as before; and the next one succeeds.
+func TestFaults(t *testing.T) {
+	t.Setenv("TMPDIR", needs.MemoryDir(t)) // what is on the disk is the engine's, which syncs it
+	var calls []bigip.Call
+	synctest.Test(t, func(t *testing.T) {
+		f := remote(t, "17.1.1")
+		f.config["device_group"] = bigip.Group
+		f.mustDeploy(f.material())
+		f.Forget()
+		f.mustDeploy(f.material())
+		calls = f.Calls()
+	})
+	if len(calls) < 20 {
+		t.Fatalf("a renewal has %d calls", len(calls))
+	}
+	succeeded, failed := 0, 0
+	for k, fault := range faults {
+		for i, call := range calls {
+			switch n := i + 1; {
+			case call.Method == "GET" && fault != bigip.Fail && fault != bigip.Reboot, (n+k)%2 == 1:
+				continue // reads are made again, and neighbours are alike
+			default:
+				synctest.Test(t, func(t *testing.T) {
+					if disturbed(t, fault, n) {
+						succeeded++
+					} else {
+						failed++
+					}
+				})
+			}
+		}
+	}
+	t.Logf("%d calls: %d deployments succeeded, %d failed", len(calls), succeeded, failed)
+	if succeeded == 0 || failed == 0 {
+		t.Error("want some of both")
+	}
+}
+
+// disturbed has the n-th call of a renewal go wrong. It reports whether that
+// succeeded.
+func disturbed(t *testing.T, fault bigip.Fault, n int) bool {
+	f := remote(t, "17.1.1")
+	f.config["device_group"] = bigip.Group
+	f.mustDeploy(f.material())
+	before := f.running()
+	f.Forget()
+	f.OnCall(func(c bigip.Call) bigip.Fault {
+		if c.N != n {
+			return bigip.None
+		}
+		return fault
+	})
+	m := f.material()
+	result, err := f.deploy(m)
+	f.OnCall(nil)
+	at := f.Calls()[n-1]
+	name := fmt.Sprintf("%v at call %d, %s %s", fault, n, at.Method, at.Path)
+	leaked := at.Is("POST", "/mgmt/shared/authn/login") || at.Is("DELETE", "/mgmt/shared/authz/tokens/")
+	left := func() {
+		for entry, value := range f.running() {
+			if strings.HasPrefix(entry, "upload ") || entry == "tokens" && !leaked {
+				t.Errorf("%s: %v, %q: %s is left: %.30s", name, err, result.Warnings, entry, value)
+			}
+		}
+	}
+	after := f.running()
+	delete(after, "tokens")
+	switch {
+	case broken(err):
+		t.Errorf("%s: %v", name, err)
+	case err != nil:
+		if !maps.Equal(before, after) {
+			t.Errorf("%s: %v, and the device changed to %v", name, err, slices.Sorted(maps.Keys(after)))
+		}
+		left()
+	case !strings.Contains(after[clientSSL+" "+profileName], leafPath(m)):
+		t.Errorf("%s: success, and the profile is %s", name, after[clientSSL+" "+profileName])
+	case len(result.Warnings) == 0:
+		left()
+		if saved, synced := f.InSync(); !saved || !synced {
+			t.Errorf("%s: success without a warning: saved %v, synced %v", name, saved, synced)
+		}
+	}
+	if said := fmt.Sprint(err, result.Warnings, f.Log()); strings.Contains(said, bigip.Password) || strings.Contains(said, "TOKEN0") {
+		t.Errorf("%s: a secret shows: %s", name, said)
+	}
+	f.mustDeploy(m)
+	if !strings.Contains(f.running()[clientSSL+" "+profileName], leafPath(m)) {
+		t.Errorf("%s: the next deployment did not install", name)
+	}
+	left()
+	if saved, synced := f.InSync(); !saved || !synced {
+		t.Errorf("%s: after the next deployment: saved %v, synced %v", name, saved, synced)
+	}
+	return err == nil
+}
+
+// TestGone: the device is gone from the n-th call on. When it is back, the next
+// deployment brings everything in order.
+func TestGone(t *testing.T) {
+	t.Setenv("TMPDIR", needs.MemoryDir(t))
+	for n := 1; ; n += 3 {
+		ended := false
+		synctest.Test(t, func(t *testing.T) {
+			f := remote(t, "15.1.2")
+			f.mustDeploy(f.material())
+			f.Forget()
+			f.OnCall(func(c bigip.Call) bigip.Fault {
+				if c.N >= n {
+					return bigip.Busy
+				}
+				return bigip.None
+			})
+			m := f.material()
+			_, err := f.deploy(m)
+			ended = len(f.Calls()) < n
+			if err == nil && !strings.Contains(f.running()[clientSSL+" "+profileName], leafPath(m)) {
+				t.Errorf("gone from call %d: success, and the profile is %s", n, f.running()[clientSSL+" "+profileName])
+			}
+			f.OnCall(nil)
+			f.Reboot()
+			f.Restart(t)
+			f.mustDeploy(m)
+			f.holds(m)
+		})
+		if ended {
+			return
+		}
+	}
+}
+
+// TestCancelled: a deployment ends with its context, whatever the device does, and
+// what has begun is undone.
+func TestCancelled(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := remote(t, "17.1.1")
+		f.mustDeploy(f.material())
+		before := f.running()
+		ctx, cancel := context.WithCancel(t.Context())
+		f.OnCall(func(c bigip.Call) bigip.Fault {
+			if c.Is("PATCH", "/mgmt/tm/transaction/") {
+				cancel()
+			}
+			return bigip.None
+		})
+		_, err := f.Host.Deploy(ctx, f.typ, f.config, f.material())
+		says(t, err, "context canceled", "the previous certificate is back in place")
+		if after := f.running(); !maps.Equal(before, after) {
+			t.Errorf("the device changed: %v", slices.Sorted(maps.Keys(after)))
+		}
+	})
+}
+
+// TestLogin: a refused login is not tried again, since the device may lock the
+// account.
+func TestLogin(t *testing.T) {
+	f := newFixture(t, "17.1.1")
+	_, err := f.deploy(f.material(), "password", "another-s3cret")
+	says(t, err, "log in as \"admin\"", "401", "Authentication failed.", "look at username, password and token_provider")
+	if n := len(f.Calls()); n != 1 || strings.Contains(err.Error(), "another-s3cret") {
+		t.Errorf("%d calls: %v", n, err)
+	}
+	_, err = f.deploy(f.material(), "token_provider", "radius")
+	says(t, err, "no provider radius")
+}
+
+// TestSlow: other deployments do not wait for a device that hangs for ever.
+func TestSlow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := remote(t, "17.1.1")
+		f.OnCall(func(bigip.Call) bigip.Fault { return bigip.Hang })
+		begun := time.Now()
+		_, err := f.deploy(f.material())
+		says(t, err, "no answer within 20s")
+		if took := time.Since(begun); took > time.Minute {
+			t.Errorf("it took %v", took)
+		}
+	})
+}
+
+var _ connector.Connector = (*target)(nil)
