@@ -186,6 +186,7 @@ func explain(err error) error {
 	text := err.Error()
 	for _, hint := range []struct{ in, says string }{
 		{"x509: ", "if the device has a certificate of its own making, put ca_bundle or server_fingerprint into the target's overlay"},
+		{"has the SHA-256 fingerprint", "look whether it was renewed, or something else answers, before you change server_fingerprint"},
 		{"010717e3", "this version wants an RSA pair in each client-ssl profile: install one beside this certificate"},
 	} {
 		if strings.Contains(text, hint.in) {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io/fs"
 	"os"
+	"path/filepath"
 
 	"certctl-agent/internal/atomicfile"
 )
@@ -52,12 +53,7 @@ func (t *target) noted() progress {
 
 // readNote takes what it cannot read for the worst.
 func (t *target) readNote() progress {
-	root, err := os.OpenRoot(t.noteDir)
-	if err != nil {
-		return spread
-	}
-	defer root.Close()
-	data, err := root.ReadFile(t.noteName())
+	data, err := os.ReadFile(filepath.Join(t.noteDir, t.noteName()))
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return nothing
