@@ -80,10 +80,11 @@ func (c *change) find(ctx context.Context, p *profile) (in bool, index int, err 
 			continue
 		}
 		in := key.Checksum == c.key.checksum()
-		for name, want := range map[string]*file{"cert": c.cert, "chain": c.chain} {
-			if in && err == nil {
-				in, err = c.holds(ctx, e.text(name), want)
-			}
+		if in {
+			in, err = c.holds(ctx, e.text("cert"), c.cert)
+		}
+		if in && err == nil {
+			in, err = c.holds(ctx, e.text("chain"), c.chain)
 		}
 		return in, i, err
 	}
@@ -232,7 +233,7 @@ func (c *change) finish(ctx context.Context) error {
 	if err == nil && !in {
 		err = errGone
 	}
-	if err == nil {
+	if _, must := c.saves(); err == nil && (unsaved == nil || !must) {
 		err = c.sync(ctx)
 	}
 	if err = errors.Join(unclean, unsaved, err); err != nil {
@@ -244,18 +245,29 @@ func (c *change) finish(ctx context.Context) error {
 // save saves the configuration, if that is wanted. Whatever becomes of it, an undo
 // has to do it again, unless the device has refused it.
 func (c *change) save(ctx context.Context) error {
+	if saves, _ := c.saves(); !saves {
+		return nil
+	}
 	before := c.noted()
 	if err := c.note(spread); err != nil {
 		return err
 	}
-	if saves, _ := c.saves(); !saves {
-		return nil
-	}
 	err := c.device.save(ctx)
-	if vendorapi.StatusOf(err) != 0 && c.DeviceGroup == "" {
+	if vendorapi.StatusOf(err) != 0 {
 		return errors.Join(err, c.note(before))
 	}
 	return err
+}
+
+// sync hands the configuration to the device group, if one is named.
+func (c *change) sync(ctx context.Context) error {
+	if c.DeviceGroup == "" {
+		return nil
+	}
+	if err := c.note(spread); err != nil {
+		return err
+	}
+	return c.device.sync(ctx, c.DeviceGroup)
 }
 
 // isIn reports whether the profile holds the new certificate.
@@ -266,13 +278,6 @@ func (c *change) isIn(ctx context.Context) (bool, error) {
 	}
 	in, _, err := c.find(ctx, p)
 	return in, err
-}
-
-func (c *change) sync(ctx context.Context) error {
-	if c.DeviceGroup == "" {
-		return nil
-	}
-	return c.device.sync(ctx, c.DeviceGroup)
 }
 
 // Restore implements connector.Change.

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -144,9 +145,7 @@ func (d *device) do(ctx context.Context, r request, into any) error {
 			}
 		}
 		call.Header = http.Header{"Content-Type": {"application/json"}}
-		for name, values := range r.header {
-			call.Header[name] = values
-		}
+		maps.Copy(call.Header, r.header)
 		call.Header.Set("X-F5-Auth-Token", d.token.Reveal())
 		answer, err := d.api.Do(ctx, call)
 		status := vendorapi.StatusOf(err)
@@ -252,18 +251,17 @@ func (d *device) logout() error {
 	defer cancel()
 	header := http.Header{"X-F5-Auth-Token": {d.token.Reveal()}}
 	call := &vendorapi.Request{Method: http.MethodDelete, URL: d.base + "/mgmt/shared/authz/tokens/" + d.token.Reveal(), Header: header}
-	err := repeat(ctx, func() error {
-		_, err := d.api.Do(ctx, call)
-		return err
-	})
+	token := d.token
 	d.token = secret.String{}
-	if status := vendorapi.StatusOf(err); status == http.StatusUnauthorized || status == http.StatusNotFound {
-		return nil // it is not valid any more, or the answer to an earlier try was lost
+	var err error
+	for range maxRestarts {
+		_, err = d.api.Do(ctx, call)
+		// A token that is not valid is none; an earlier answer may be lost.
+		if status := vendorapi.StatusOf(err); err == nil || status == http.StatusUnauthorized || status == http.StatusNotFound {
+			return nil
+		}
 	}
-	if err != nil {
-		return fmt.Errorf("withdraw the token, which expires by itself: %w", err)
-	}
-	return nil
+	return fmt.Errorf("withdraw the token, which expires by itself: %s", strings.ReplaceAll(err.Error(), token.Reveal(), "[redacted]"))
 }
 
 // objectURL is where an object is, by its path.

@@ -115,9 +115,12 @@ var (
 // private key, and the password.
 func (t *target) checkTrust(c *targetconf.Config, host connector.Host) error {
 	var errs []error
-	for key, set := range map[string]bool{"ca_bundle": t.CABundle != "", "server_fingerprint": t.Fingerprint != "", "insecure": t.Insecure} {
-		if set && !c.Local(key) {
-			errs = append(errs, targetconf.Invalid(key, "it decides which device is believed and gets the private key, so only the target's overlay may say it: %s.json in CERTCTL_TARGETS_DIR", t.id))
+	for _, trust := range []struct {
+		key string
+		set bool
+	}{{"ca_bundle", t.CABundle != ""}, {"server_fingerprint", t.Fingerprint != ""}, {"insecure", t.Insecure}} {
+		if trust.set && !c.Local(trust.key) {
+			errs = append(errs, targetconf.Invalid(trust.key, "it decides which device is believed and gets the private key, so only the target's overlay may say it: %s.json in CERTCTL_TARGETS_DIR", t.id))
 		}
 	}
 	pinned := c.Local("host") || c.Local("ca_bundle") || c.Local("server_fingerprint")

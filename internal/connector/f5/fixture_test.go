@@ -45,10 +45,10 @@ func settings(t testing.TB, d *bigip.Device, overlays string) map[string]any {
 		must(t, err)
 		port, err = strconv.Atoi(at.Port())
 		must(t, err)
+		bundle := filepath.Join(overlays, "device-ca.pem")
+		must(t, os.WriteFile(bundle, d.CA.PEM(), 0o600))
+		overlay(t, overlays, map[string]any{"ca_bundle": bundle})
 	}
-	bundle := filepath.Join(overlays, "device-ca.pem")
-	must(t, os.WriteFile(bundle, d.CA.PEM(), 0o600))
-	overlay(t, overlays, map[string]any{"ca_bundle": bundle})
 	return map[string]any{"host": "127.0.0.1", "port": port, "username": bigip.Admin, "password": bigip.Password, "ssl_profile": profileName, "timeout": 10}
 }
 

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"encoding/base64"
 	"encoding/json"
+	"maps"
 	"net/http"
 	"slices"
 	"strings"
@@ -255,9 +256,7 @@ func (d *Device) showProfile(c *config, p *profile) object {
 	if p.Parent != "" {
 		o["defaultsFrom"] = p.Parent
 	}
-	for name, value := range p.Other {
-		o[name] = value
-	}
+	maps.Copy(o, p.Other)
 	if p.Kind == serverSSL {
 		d.showPair(o, entry{Cert: p.Cert, Key: p.Key, CA: p.CA, Passphrase: p.Passphrase})
 		return o

@@ -198,10 +198,14 @@ func (d *Device) serve(r *http.Request, body []byte) (object, error) {
 	if id := r.Header.Get("X-F5-REST-Coordination-Id"); id != "" && strings.HasPrefix(path, "/mgmt/tm/") {
 		return d.queue(id, r.Method, path, sent)
 	}
+	filter := r.URL.Query().Get("$filter")
+	if r.Method == http.MethodGet {
+		return d.carryOut(d.running, r.Method, path, filter, sent)
+	}
 	before := d.running
 	d.running = before.clone()
-	answer, err := d.carryOut(d.running, r.Method, path, r.URL.Query().Get("$filter"), sent)
-	if err == nil && r.Method != http.MethodGet {
+	answer, err := d.carryOut(d.running, r.Method, path, filter, sent)
+	if err == nil {
 		err = d.running.check(d)
 	}
 	if err != nil {
