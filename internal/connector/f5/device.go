@@ -255,7 +255,10 @@ func (d *device) logout() error {
 	d.token = secret.String{}
 	var err error
 	for range maxRestarts {
-		_, err = d.api.Do(ctx, call)
+		var answer *vendorapi.Answer
+		if answer, err = d.api.Do(ctx, call); err == nil {
+			err = decode(answer.Body, nil)
+		}
 		// A token that is not valid is none; an earlier answer may be lost.
 		if status := vendorapi.StatusOf(err); err == nil || status == http.StatusUnauthorized || status == http.StatusNotFound {
 			return nil
