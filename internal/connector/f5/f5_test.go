@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
@@ -18,6 +20,7 @@ import (
 	"certctl-agent/internal/policy"
 	"certctl-agent/internal/testing/bigip"
 	"certctl-agent/internal/testing/testca"
+	"certctl-agent/internal/vendorapi"
 )
 
 func TestNew(t *testing.T) {
@@ -144,7 +147,7 @@ func TestVersions(t *testing.T) {
 	pair, err := f.ca.Issue(testca.Template{})
 	must(t, err)
 	f.Profile(clientSSL, "/Common/ec", "")
-	if err := f.Install("/Common/ec", pair.LeafPEM(), pair.KeyPEM(), "/Common/ec"); err != nil {
+	if err := f.Install("/Common/ec", pair.LeafPEM(), pair.KeyPEM(), clientSSL+" /Common/ec"); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -155,7 +158,7 @@ func TestEntries(t *testing.T) {
 	f := remote(t, "17.1.1")
 	pair, err := f.ca.Issue(testca.Template{})
 	must(t, err)
-	must(t, f.Install("/Common/old", pair.LeafPEM(), pair.KeyPEM(), profileName))
+	must(t, f.Install("/Common/old", pair.LeafPEM(), pair.KeyPEM(), clientSSL+" "+profileName))
 	before := f.running()[clientSSL+" "+profileName]
 	m := f.material()
 	_, err = f.deploy(m, unverified()...)
@@ -172,10 +175,11 @@ func TestEntries(t *testing.T) {
 	if state["ssl-key /Common/old.key"] == "" {
 		t.Error("a file of somebody else was removed")
 	}
-	// Without a chain, it is cleared.
-	m = f.material()
+	// The same without a chain: it is cleared.
 	m.Chain = nil
-	f.mustDeploy(m)
+	if result := f.mustDeploy(m); result.Unchanged {
+		t.Error("another chain was not installed")
+	}
 	f.holds(m)
 	if got := f.running()[clientSSL+" "+profileName]; strings.Contains(got, `"CA":"/`) {
 		t.Errorf("a chain is left: %s", got)
@@ -229,6 +233,22 @@ func TestServerSSL(t *testing.T) {
 	if after := f.running(); !maps.Equal(before, after) {
 		t.Errorf("undone: %v", after)
 	}
+	pair, err := f.ca.Issue(testca.Template{})
+	must(t, err)
+	f.OnCall(func(c bigip.Call) bigip.Fault {
+		if c.Is("POST", "/mgmt/tm/sys/config") {
+			f.OnCall(nil)
+			if err := f.Install("/Common/other", pair.LeafPEM(), pair.KeyPEM(), serverSSL+" "+profileName); err != nil {
+				t.Error(err)
+			}
+		}
+		return bigip.None
+	})
+	_, err = f.deploy(m, unverified()...)
+	says(t, err, "somebody else has changed the profile since, and that stays")
+	if got := f.running()[serverSSL+" "+profileName]; !strings.Contains(got, "/Common/other.crt") {
+		t.Errorf("what somebody else did is lost: %s", got)
+	}
 }
 
 // TestPartitions: files are in the partition of the target, also for a profile in a
@@ -277,7 +297,7 @@ func TestRetention(t *testing.T) {
 	// One that is in use elsewhere stays.
 	f.Profile(clientSSL, "/Common/other", "")
 	state := f.running()
-	must(t, f.Install(leafPath(all[2]), []byte(state["ssl-cert "+leafPath(all[2])+".crt"]), []byte(state["ssl-key "+leafPath(all[2])+".key"]), "/Common/other"))
+	must(t, f.Install(leafPath(all[2]), []byte(state["ssl-cert "+leafPath(all[2])+".crt"]), []byte(state["ssl-key "+leafPath(all[2])+".key"]), clientSSL+" /Common/other"))
 	result := f.mustDeploy(all[4], "backup_retention", -1)
 	if got := kept(); !result.Unchanged || !slices.Equal(got, []bool{false, false, true, false, true}) || len(result.Warnings) > 0 {
 		t.Errorf("kept %v, %+v", got, result)
@@ -296,7 +316,7 @@ func TestUnchanged(t *testing.T) {
 	f := remote(t, "17.1.1")
 	m := f.material()
 	m.Chain = nil
-	must(t, f.Install("/Common/by-hand", conformance.PEM(m.Leaf), m.Key(), profileName))
+	must(t, f.Install("/Common/by-hand", conformance.PEM(m.Leaf), m.Key(), clientSSL+" "+profileName))
 	if result := f.mustDeploy(m, "device_group", bigip.Group); !result.Unchanged {
 		t.Error("it was deployed again")
 	}
@@ -332,6 +352,9 @@ func TestSave(t *testing.T) {
 				result, err := f.deploy(m)
 				if must {
 					says(t, err, word)
+					if broken(err) != (what == "sync") { // the other unit may have the new certificate
+						t.Errorf("%s: %v", what, err)
+					}
 					if after := f.running(); !maps.Equal(before, after) {
 						t.Errorf("%s: the device changed", what)
 					}
@@ -404,7 +427,7 @@ func TestOthers(t *testing.T) {
 	f.OnCall(func(c bigip.Call) bigip.Fault {
 		if c.Is("GET", "/mgmt/tm/sys/file/ssl-key") && !strings.Contains(c.Path, "~") { // Read's last call
 			f.OnCall(nil)
-			must(t, f.Install("/Common/other", pair.LeafPEM(), pair.KeyPEM(), profileName))
+			must(t, f.Install("/Common/other", pair.LeafPEM(), pair.KeyPEM(), clientSSL+" "+profileName))
 		}
 		return bigip.None
 	})
@@ -499,9 +522,9 @@ func TestSecrets(t *testing.T) {
 	var said []string
 	var keys []string
 	for _, more := range [][]any{nil, unverified(), {"password", bigip.Password + "x"}, {"ssl_profile", "/Common/none"}} {
-		for _, fault := range []bigip.Fault{bigip.None, bigip.Fail} {
+		for _, fault := range []bigip.Fault{bigip.None, bigip.Fail, bigip.Echo, bigip.Mute} {
 			f.OnCall(func(c bigip.Call) bigip.Fault {
-				if c.Is("PATCH", "/mgmt/tm/transaction/") || c.Is("POST", "/mgmt/tm/util") {
+				if c.Is("PATCH", "/mgmt/tm/transaction/") || c.Is("POST", "/mgmt/tm/util") || c.Is("POST", "/mgmt/shared/authn") && more == nil {
 					return fault
 				}
 				return bigip.None
@@ -539,6 +562,32 @@ func TestSecrets(t *testing.T) {
 	}
 }
 
+// TestEndless: a profile without end does not hold up the agent.
+func TestEndless(t *testing.T) {
+	f := newFixture(t, "17.1.1")
+	calls := 0
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if calls++; r.Method == http.MethodPost {
+			fmt.Fprint(w, `{"token": {"token": "T"}}`)
+			return
+		}
+		entry := `{"name": "a", "cert": "/Common/a.crt", "key": "/Common/a.key"}`
+		fmt.Fprint(w, `{"keyType": "other", "certKeyChain": [`+strings.Repeat(entry+",", 10_000)+entry+`]}`)
+	}))
+	defer server.Close()
+	c, err := f.Connector(f.typ, f.config)
+	must(t, err)
+	c.(*target).device.base = server.URL
+	c.(*target).device.api = vendorapi.New(vendorapi.Options{})
+	plan, err := c.Plan(t.Context(), f.material())
+	must(t, err)
+	_, _, err = plan.Changes[0].Read(t.Context())
+	says(t, err, "10001 entries")
+	if calls > 3 {
+		t.Errorf("%d calls", calls)
+	}
+}
+
 // TestTwoTargets: an RSA and an ECDSA certificate in one profile are two targets,
 // and each undoes its own part.
 func TestTwoTargets(t *testing.T) {
@@ -551,7 +600,7 @@ func TestTwoTargets(t *testing.T) {
 	f.OnCall(func(c bigip.Call) bigip.Fault {
 		if c.Is("POST", "/mgmt/tm/sys/config") {
 			f.OnCall(nil)
-			if err := f.Install("/Common/rsa", pair.LeafPEM(), pair.KeyPEM(), profileName); err != nil {
+			if err := f.Install("/Common/rsa", pair.LeafPEM(), pair.KeyPEM(), clientSSL+" "+profileName); err != nil {
 				t.Error(err)
 			}
 		}

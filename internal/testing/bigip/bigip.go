@@ -236,14 +236,17 @@ func (d *Device) Profile(kind, path, parent string) {
 }
 
 // Install puts a certificate and its key there, as a person would, under path.crt
-// and path.key. The profile, if there is one, uses them in place of a pair with the
-// same type of key.
-func (d *Device) Install(path string, cert, key []byte, profilePath string) error {
+// and path.key. The profile ("client-ssl /Common/www"; "" is none) uses them in
+// place of a pair with the same type of key.
+func (d *Device) Install(path string, cert, key []byte, in string) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.running.Certs[path+".crt"] = d.newFile(cert, path+".crt")
 	d.running.Keys[path+".key"] = d.newFile(key, path+".key")
-	if p := d.running.Profiles[clientSSL+" "+profilePath]; p != nil {
+	switch p := d.running.Profiles[in]; {
+	case p != nil && p.Kind == serverSSL:
+		p.Cert, p.Key, p.CA = path+".crt", path+".key", ""
+	case p != nil:
 		kind := d.running.Keys[path+".key"].keyType()
 		others := slices.DeleteFunc(slices.Clone(d.running.chain(p)), func(e entry) bool { return d.running.Keys[e.Key].keyType() == kind })
 		p.Chain = append(others, entry{Name: path[strings.LastIndex(path, "/")+1:], Cert: path + ".crt", Key: path + ".key"})

@@ -37,6 +37,8 @@ const (
 	Reboot            // the device starts again before the call
 	RebootAfter       // and after it, instead of the answer
 	Garbage           // a 200 that is not JSON
+	Echo              // 400, with all of the request in its message
+	Mute              // 400, with the request and without a message
 )
 
 // maxBody bounds a request, in bytes: a chunk is 512 KiB at most.
@@ -106,6 +108,10 @@ func (d *Device) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case fault == Fail:
 		err = refuse(500, "java.lang.NullPointerException")
+	case fault == Echo:
+		err = refuse(400, "bad request: %s %s", body, r.Header.Get(tokenHeader))
+	case fault == Mute:
+		err = &problem{status: 400}
 	case fault == Throttle:
 		err = refuse(429, "too many requests")
 	case len(body) > maxBody:
@@ -141,7 +147,7 @@ func (d *Device) reply(w http.ResponseWriter, r *http.Request, body []byte, answ
 		}
 		status = p.status
 		answer = object{"code": status, "message": p.message, "errorStack": []string{}, "apiError": 3}
-		if strings.HasPrefix(r.URL.Path, "/mgmt/shared/") {
+		if strings.HasPrefix(r.URL.Path, "/mgmt/shared/") || p.message == "" {
 			answer = object{"code": status, "message": p.message, "originalRequestBody": string(body), "referer": "127.0.0.1",
 				"restOperationId": 6611, "kind": ":resterrorresponse"}
 		}
