@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 
 	"certctl-agent/internal/atomicfile"
+	"certctl-agent/internal/hostfile"
 )
 
 // progress is how far a deployment got that is not finished. It is in a file of this
@@ -18,6 +19,9 @@ const (
 	begun   progress = "begun"  // the profile may be changed, and uploads be there
 	spread  progress = "spread" // that may be saved, or on another device of the group
 )
+
+// maxNote bounds the file, in bytes: it has one word.
+const maxNote = 64
 
 // note writes down how far it is.
 func (t *target) note(p progress) error {
@@ -53,7 +57,7 @@ func (t *target) noted() progress {
 
 // readNote takes what it cannot read for the worst.
 func (t *target) readNote() progress {
-	data, err := os.ReadFile(filepath.Join(t.noteDir, t.noteName()))
+	data, _, err := hostfile.Read(filepath.Join(t.noteDir, t.noteName()), maxNote)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return nothing
