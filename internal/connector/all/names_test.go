@@ -22,7 +22,6 @@ var mentions = map[string]string{
 	"cmd/certctl-agent/plan.go":   "examples in the help and in an error",
 	"cmd/certctl-agent/winrm.go":  "what it looks at on a Windows host",
 	"internal/api/api.go":         "the address of a heartbeat, which has the name of a binding's",
-	"internal/vendorapi/trust.go": "an error names the key that every type has which uses it",
 }
 
 // TestNamesStandInOneFolder: adding a connector touches its own folder, one line
