@@ -19,9 +19,9 @@ const root = "../../.."
 // mentions are the files of the product that name a type, an alias or a key of a
 // single type all the same, and why.
 var mentions = map[string]string{
-	"cmd/certctl-agent/plan.go":   "examples in the help and in an error",
-	"cmd/certctl-agent/winrm.go":  "what it looks at on a Windows host",
-	"internal/api/api.go":         "the address of a heartbeat, which has the name of a binding's",
+	"cmd/certctl-agent/plan.go":  "examples in the help and in an error",
+	"cmd/certctl-agent/winrm.go": "what it looks at on a Windows host",
+	"internal/api/api.go":        "the address of a heartbeat, which has the name of a binding's",
 }
 
 // TestNamesStandInOneFolder: adding a connector touches its own folder, one line
