@@ -279,9 +279,6 @@ func TestPlanShowsDefaults(t *testing.T) {
 	code := regexp.MustCompile("`([^`]+)`")
 	found := 0
 	for _, typ := range all.Types() {
-		if typ.New == nil {
-			continue
-		}
 		shown := make(map[string]string)
 		for _, mode := range []string{"", `, "mode": "file"`} { // Caddy's second one
 			// A bad port ends it before anything is asked.

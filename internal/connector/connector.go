@@ -32,24 +32,18 @@ type Type struct {
 	Name    string            // as the control plane spells it
 	Aliases map[string]string // other spellings of configuration keys, to the main one
 
-	// New checks the whole configuration and touches nothing. Nil: the control
-	// plane has this type, and this version of the agent does not support it.
+	// New checks the whole configuration and touches nothing.
 	New func(*targetconf.Config, Host) (Connector, error)
 }
 
-// Find returns the type of types that is called name. The error says that there
-// is none, or that this version of the agent does not support it.
+// Find returns the type of types that is called name.
 func Find(types []Type, name string) (Type, error) {
 	var supported []string
 	for _, typ := range types {
-		switch {
-		case typ.Name == name && typ.New == nil:
-			return typ, fmt.Errorf("target type %s is not supported by this agent version", name)
-		case typ.Name == name:
+		if typ.Name == name {
 			return typ, nil
-		case typ.New != nil:
-			supported = append(supported, typ.Name)
 		}
+		supported = append(supported, typ.Name)
 	}
 	slices.Sort(supported)
 	return Type{}, fmt.Errorf("target type %.100q is unknown (case matters); this agent version supports %s", name, strings.Join(supported, ", "))

@@ -71,7 +71,7 @@ func newWorld(t *testing.T) *world {
 		Plane:    w,
 		Keys:     w.keys,
 		Engine:   w,
-		Types:    []connector.Type{{Name: "NGINX", New: w.connector}, {Name: "Apache", New: w.connector}, {Name: "F5"}},
+		Types:    []connector.Type{{Name: "NGINX", New: w.connector}, {Name: "Apache", New: w.connector}},
 		Overlays: targetconf.Overlays{Dir: t.TempDir()},
 		Host:     connector.Host{Policy: &policy.Policy{}, Log: log},
 	}
@@ -254,7 +254,6 @@ func TestRefusedBeforeTouching(t *testing.T) {
 		want   string
 	}{
 		{"unknown type", func(w *world, j *api.Job) { j.TargetType = "nginx" }, `"nginx" is unknown (case matters); this agent version supports Apache, NGINX`},
-		{"remote type", func(w *world, j *api.Job) { j.TargetType = "F5" }, "target type F5 is not supported by this agent version"},
 		{"config", func(w *world, j *api.Job) { j.TargetConfig = json.RawMessage(`[]`) }, "object"},
 		{"common key", func(w *world, j *api.Job) { j.TargetConfig = json.RawMessage(`{"port":99999}`) }, "port"},
 		{"masked", func(w *world, j *api.Job) { j.TargetConfig = json.RawMessage(`{"cert_path":["x"]}`) }, "cert_path"},
