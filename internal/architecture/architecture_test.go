@@ -36,7 +36,7 @@ var layers = [][]string{
 		"internal/targetconf", "internal/winrm"},
 	{"internal/discovery/certfile", "internal/discovery/index", "internal/policy", "internal/tlsprobe", "internal/vendorapi"},
 	{"internal/api", "internal/askpass", "internal/atomicfile", "internal/ber", "internal/budget", "internal/buildinfo", "internal/command", "internal/csr", "internal/discovery/record", "internal/filelock",
-		"internal/hostfile", "internal/jks", "internal/keyentry", "internal/kubeconfig", "internal/namelock", "internal/ntlm", "internal/pace", "internal/peer", "internal/pemutil", "internal/pkcs12", "internal/printable", "internal/proxy",
+		"internal/hostfile", "internal/jks", "internal/keyentry", "internal/kubeconfig", "internal/lazyregexp", "internal/namelock", "internal/ntlm", "internal/pace", "internal/peer", "internal/pemutil", "internal/pkcs12", "internal/printable", "internal/proxy",
 		"internal/sdnotify", "internal/secret", "internal/sftp", "internal/sigv4", "internal/trustedfile"},
 }
 
@@ -276,10 +276,19 @@ func TestOnePackageComment(t *testing.T) {
 }
 
 // TestNoInit: a package that does something by being imported cannot be read
-// alone.
+// alone. Regular expressions are compiled when they are used.
 func TestNoInit(t *testing.T) {
 	for _, s := range sources(t) {
 		for _, declaration := range s.file.Decls {
+			variables, ok := declaration.(*ast.GenDecl)
+			if ok && !s.test && !testOnly(s.dir) {
+				ast.Inspect(variables, func(n ast.Node) bool {
+					if selector, ok := n.(*ast.SelectorExpr); ok && selector.Sel.Name == "MustCompile" {
+						t.Errorf("%s compiles a regular expression at each start: lazyregexp.New", s.name)
+					}
+					return true
+				})
+			}
 			if function, ok := declaration.(*ast.FuncDecl); ok && function.Recv == nil && function.Name.Name == "init" {
 				t.Errorf("%s has an init function", s.name)
 			}

@@ -1,10 +1,11 @@
 package command
 
 import (
-	"regexp"
 	"slices"
 	"strings"
 	"unicode"
+
+	"certctl-agent/internal/lazyregexp"
 )
 
 // redaction replaces a part of a command's output that must not reach a log.
@@ -29,14 +30,14 @@ const (
 var (
 	// The label is not looked at: of what a command prints in armour, no error
 	// needs to show anything.
-	pemBegin = regexp.MustCompile(`-----BEGIN [^-\r\n]{1,80}-----`)
-	pemEnd   = regexp.MustCompile(`-----END [^-\r\n]{1,80}-----`)
+	pemBegin = lazyregexp.New(`-----BEGIN [^-\r\n]{1,80}-----`)
+	pemEnd   = lazyregexp.New(`-----END [^-\r\n]{1,80}-----`)
 
-	encodedRun = regexp.MustCompile(`[A-Za-z0-9+/_-]{32,}={0,2}`)
-	hexRun     = regexp.MustCompile(`[0-9A-Fa-f]{32,}`)
-	encoded    = regexp.MustCompile(`^[A-Za-z0-9+/_-]+={0,2}$`)
-	colonHex   = regexp.MustCompile(`(?:[0-9A-Fa-f]{2}[:-]){7,}`)
-	dumpWord   = regexp.MustCompile(`^(?:[0-9A-Fa-f]{2,11}|[!-~]|\\[^ ])$`)
+	encodedRun = lazyregexp.New(`[A-Za-z0-9+/_-]{32,}={0,2}`)
+	hexRun     = lazyregexp.New(`[0-9A-Fa-f]{32,}`)
+	encoded    = lazyregexp.New(`^[A-Za-z0-9+/_-]+={0,2}$`)
+	colonHex   = lazyregexp.New(`(?:[0-9A-Fa-f]{2}[:-]){7,}`)
+	dumpWord   = lazyregexp.New(`^(?:[0-9A-Fa-f]{2,11}|[!-~]|\\[^ ])$`)
 )
 
 // Redact takes what looks like key material out of a text that goes into an
@@ -81,7 +82,7 @@ func cutShort(run string) string {
 func redactArmour(text string) string {
 	var out strings.Builder
 	for {
-		begin, end := pemBegin.FindStringIndex(text), pemEnd.FindStringIndex(text)
+		begin, end := pemBegin().FindStringIndex(text), pemEnd().FindStringIndex(text)
 		switch {
 		case begin == nil && end == nil:
 			out.WriteString(text)
@@ -95,7 +96,7 @@ func redactArmour(text string) string {
 		out.WriteString(text[:begin[0]])
 		out.WriteString(redaction)
 		text = text[begin[1]:]
-		if end = pemEnd.FindStringIndex(text); end == nil {
+		if end = pemEnd().FindStringIndex(text); end == nil {
 			return out.String()
 		}
 		text = text[end[1]:]
@@ -136,7 +137,7 @@ func wrapped(lines []string) []int {
 	singles, hex := true, true  // every line is one character, as grep -o prints them; or hex
 	for i, line := range slices.Backward(lines) {
 		line = strings.TrimSpace(line)
-		if !encoded.MatchString(line) {
+		if !encoded().MatchString(line) {
 			n, length, pairs, singles, hex = 0, 0, 0, true, true
 			continue
 		}
@@ -165,12 +166,12 @@ func dumped(lines []string) int {
 
 // isDump reports whether a line shows bytes one by one, in whatever base.
 func isDump(line string) bool {
-	if colonHex.MatchString(line) {
+	if colonHex().MatchString(line) {
 		return true
 	}
 	row, whole := 0, true
 	for word := range strings.FieldsSeq(line) {
-		if !dumpWord.MatchString(word) {
+		if !dumpWord().MatchString(word) {
 			row, whole = 0, false
 			continue
 		}
@@ -183,13 +184,13 @@ func isDump(line string) bool {
 
 // redactRuns takes out long words of base64 or hex. Paths are long words too.
 func redactRuns(text string) string {
-	text = encodedRun.ReplaceAllStringFunc(text, func(run string) string {
+	text = encodedRun().ReplaceAllStringFunc(text, func(run string) string {
 		if isMixed(mixed(run), len(run)) {
 			return redaction
 		}
 		return run
 	})
-	return hexRun.ReplaceAllString(text, redaction)
+	return hexRun().ReplaceAllString(text, redaction)
 }
 
 func isMixed(pairs, of int) bool { return pairs >= minMixed && pairs*mixedShare >= of }

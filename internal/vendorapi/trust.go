@@ -53,7 +53,7 @@ func (t Trust) Config() (*tls.Config, error) {
 		config.VerifyConnection = func(state tls.ConnectionState) error {
 			got := sha256.Sum256(state.PeerCertificates[0].Raw)
 			if [sha256.Size]byte(want) != got {
-				return fmt.Errorf("the server's certificate has the SHA-256 fingerprint %x, expected %x", got, want)
+				return fmt.Errorf("the server's certificate has the SHA-256 fingerprint %x, expected %x (server_fingerprint)", got, want)
 			}
 			return nil
 		}

@@ -12,7 +12,6 @@ import (
 	"fmt"
 	"net"
 	"net/url"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -20,6 +19,7 @@ import (
 	"unicode/utf8"
 
 	"certctl-agent/internal/connector"
+	"certctl-agent/internal/lazyregexp"
 	"certctl-agent/internal/printable"
 	"certctl-agent/internal/targetconf"
 	"certctl-agent/internal/vendorapi"
@@ -94,10 +94,10 @@ func newConnector(c *targetconf.Config, host connector.Host, p patience) (*acm, 
 
 var (
 	// A job must not be able to make another host of it.
-	regionForm = regexp.MustCompile(`^[a-z]{2}(-[a-z]{1,12}){1,2}-[0-9]{1,2}$`)
+	regionForm = lazyregexp.New(`^[a-z]{2}(-[a-z]{1,12}){1,2}-[0-9]{1,2}$`)
 
-	arnForm  = regexp.MustCompile(`^arn:(aws|aws-cn|aws-us-gov):acm:([a-z0-9-]+):[0-9]{12}:certificate/[A-Za-z0-9-]{1,64}$`)
-	roleForm = regexp.MustCompile(`^arn:(aws|aws-cn|aws-us-gov):iam::[0-9]{12}:role/[\w+=/,.@-]{1,512}$`)
+	arnForm  = lazyregexp.New(`^arn:(aws|aws-cn|aws-us-gov):acm:([a-z0-9-]+):[0-9]{12}:certificate/[A-Za-z0-9-]{1,64}$`)
+	roleForm = lazyregexp.New(`^arn:(aws|aws-cn|aws-us-gov):iam::[0-9]{12}:role/[\w+=/,.@-]{1,512}$`)
 )
 
 // partition is a part of AWS that has accounts and names of its own
@@ -116,14 +116,14 @@ func (a *acm) check() error {
 	c := &a.config
 	var errs []error
 	add := func(key, format string, args ...any) { errs = append(errs, targetconf.Invalid(key, format, args...)) }
-	if !regionForm.MatchString(c.Region) {
+	if !regionForm().MatchString(c.Region) {
 		add("region", "%s is not a region such as eu-central-1", printable.Quote(c.Region))
 	} else if strings.Contains(c.Region, "-iso") {
 		add("region", "%s is of a partition that this version does not know: aws, aws-cn and aws-us-gov it does", c.Region)
 	}
 	name, _ := partition(c.Region)
 	if c.CertificateARN != "" {
-		parts := arnForm.FindStringSubmatch(c.CertificateARN)
+		parts := arnForm().FindStringSubmatch(c.CertificateARN)
 		switch {
 		case parts == nil:
 			add("certificate_arn", "%s is not the ARN of a certificate in ACM", printable.Quote(c.CertificateARN))
@@ -137,7 +137,7 @@ func (a *acm) check() error {
 			add(key, "is accepted only from an overlay of this host, since it decides into whose hands a key goes")
 		}
 	}
-	if c.RoleARN != "" && !roleForm.MatchString(c.RoleARN) {
+	if c.RoleARN != "" && !roleForm().MatchString(c.RoleARN) {
 		add("role_arn", "%s is not the ARN of a role", printable.Quote(c.RoleARN))
 	}
 	if c.ExternalID != "" && c.RoleARN == "" {
@@ -205,7 +205,7 @@ const maxTags = 48
 
 // tagForm is of keys and values
 // (https://docs.aws.amazon.com/acm/latest/APIReference/API_Tag.html).
-var tagForm = regexp.MustCompile(`^[\p{L}\p{Z}\p{N}_.:/=+\-@]*$`)
+var tagForm = lazyregexp.New(`^[\p{L}\p{Z}\p{N}_.:/=+\-@]*$`)
 
 func (t *tags) UnmarshalJSON(raw []byte) error {
 	var text string
@@ -223,7 +223,7 @@ func (t *tags) UnmarshalJSON(raw []byte) error {
 	}
 	for key, value := range read {
 		switch {
-		case key == "" || utf8.RuneCountInString(key) > 128 || utf8.RuneCountInString(value) > 256, !tagForm.MatchString(key), !tagForm.MatchString(value):
+		case key == "" || utf8.RuneCountInString(key) > 128 || utf8.RuneCountInString(value) > 256, !tagForm().MatchString(key), !tagForm().MatchString(value):
 			return fmt.Errorf("%s: %s is not a valid tag", printable.Quote(key), printable.Quote(value))
 		case key == managedByTag, key == certificateTag:
 			return fmt.Errorf("%s is a tag that the agent itself sets", key)

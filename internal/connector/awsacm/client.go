@@ -174,7 +174,7 @@ func (e *strangeError) Error() string { return e.problem }
 // isOurs reports whether an ARN that came from outside is one of this region.
 func (c *client) isOurs(arn string) bool {
 	name, _ := partition(c.region)
-	parts := arnForm.FindStringSubmatch(arn)
+	parts := arnForm().FindStringSubmatch(arn)
 	return parts != nil && parts[1] == name && parts[2] == c.region
 }
 

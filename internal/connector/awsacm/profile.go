@@ -177,7 +177,7 @@ func (p *profile) keys(from string) (*issued, error) {
 }
 
 func (s *source) fromRole(ctx context.Context, v map[string]string, from string, base func() (*issued, error)) (*issued, error) {
-	if !roleForm.MatchString(v["role_arn"]) {
+	if !roleForm().MatchString(v["role_arn"]) {
 		return nil, fmt.Errorf("%s: role_arn is not the ARN of a role", from)
 	}
 	got, err := base()

@@ -32,7 +32,7 @@ func (s *source) assumeRole(ctx context.Context, base *issued, role, externalID,
 // assumeWithToken exchanges a token that somebody else vouches for, such as a Kubernetes cluster
 // (https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRoleWithWebIdentity.html).
 func (s *source) assumeWithToken(ctx context.Context, file, role, session string) (*issued, error) {
-	if !roleForm.MatchString(role) {
+	if !roleForm().MatchString(role) {
 		return nil, errors.New("a web identity token needs the ARN of a role (AWS_ROLE_ARN, or role_arn of the profile)")
 	}
 	token, err := readToken(file)

@@ -235,7 +235,7 @@ func (d *device) login(ctx context.Context) error {
 		return fmt.Errorf("log in: %w", err)
 	}
 	// It becomes a header, and part of a URL.
-	if !objectName.MatchString(got.Token.Token) {
+	if !objectName().MatchString(got.Token.Token) {
 		return errors.New("log in: the answer has no token: something before the BIG-IP gave it")
 	}
 	d.token = secret.New(got.Token.Token)

@@ -11,12 +11,12 @@ import (
 	"encoding/hex"
 	"fmt"
 	"net/netip"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
 
 	"certctl-agent/internal/connector"
+	"certctl-agent/internal/lazyregexp"
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/printable"
 	"certctl-agent/internal/secret"
@@ -85,7 +85,7 @@ func newConnector(c *targetconf.Config, host connector.Host, patience time.Durat
 		return nil, err
 	}
 	t.Host = strings.ToLower(strings.Trim(t.Host, "[]")) // of a literal IPv6 address
-	if _, err := netip.ParseAddr(t.Host); err != nil && !hostName.MatchString(t.Host) {
+	if _, err := netip.ParseAddr(t.Host); err != nil && !hostName().MatchString(t.Host) {
 		return nil, targetconf.Invalid("host", "expected a host name or an address, got %s", printable.Quote(t.Host))
 	}
 	peer, err := host.Peer(t.Host, t.Port, c.Local("host"))
@@ -104,11 +104,11 @@ func newConnector(c *targetconf.Config, host connector.Host, patience time.Durat
 }
 
 var (
-	hostName = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9._-]{0,252}[A-Za-z0-9_.])?$`)
+	hostName = lazyregexp.New(`^[A-Za-z0-9_]([A-Za-z0-9._-]{0,252}[A-Za-z0-9_.])?$`)
 
 	// What partitions, folders, profiles and device groups are called. It becomes
 	// part of URLs and of a command of tmsh.
-	objectName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.:-]{0,200}$`)
+	objectName = lazyregexp.New(`^[A-Za-z0-9_][A-Za-z0-9_.:-]{0,200}$`)
 )
 
 // checkTrust refuses from a job what would let a control plane choose who gets the
@@ -144,7 +144,7 @@ func (t *target) checkNames() error {
 	if t.ProfileType != clientSSL && t.ProfileType != serverSSL {
 		refuse("profile_type", clientSSL+" or "+serverSSL, t.ProfileType)
 	}
-	if !objectName.MatchString(t.Partition) {
+	if !objectName().MatchString(t.Partition) {
 		refuse("partition", "the name of a partition", t.Partition)
 	}
 	t.profile = t.SSLProfile
@@ -152,10 +152,10 @@ func (t *target) checkNames() error {
 		t.profile = "/" + t.Partition + "/" + t.profile
 	}
 	elements := strings.Split(t.profile[1:], "/")
-	if len(elements) < 2 || len(t.profile) > maxPath || slices.ContainsFunc(elements, func(name string) bool { return !objectName.MatchString(name) }) {
+	if len(elements) < 2 || len(t.profile) > maxPath || slices.ContainsFunc(elements, func(name string) bool { return !objectName().MatchString(name) }) {
 		refuse("ssl_profile", "the name of a profile, or its path such as /Common/site/www", t.SSLProfile)
 	}
-	if t.DeviceGroup != "" && !objectName.MatchString(strings.TrimPrefix(t.DeviceGroup, "/Common/")) {
+	if t.DeviceGroup != "" && !objectName().MatchString(strings.TrimPrefix(t.DeviceGroup, "/Common/")) {
 		refuse("device_group", "the name of a device group", t.DeviceGroup)
 	}
 	if in := elements[0]; t.Partition != "Common" && t.Partition != in {
@@ -216,13 +216,13 @@ func (t *target) inPartition(name string) string { return "/" + t.Partition + "/
 // certificate?
 func (t *target) isOurs(path string) (leaf string, ours bool) {
 	rest, ours := strings.CutPrefix(path, t.inPartition(t.mark()))
-	if !ours || !ourName.MatchString(rest) {
+	if !ours || !ourName().MatchString(rest) {
 		return "", false
 	}
 	return t.inPartition(t.mark()) + rest[:markDigits], true
 }
 
-var ourName = regexp.MustCompile(fmt.Sprintf(`^[0-9a-f]{%d}(\.crt|\.key|-[0-9a-f]{%d}\.crt)$`, markDigits, markDigits))
+var ourName = lazyregexp.New(fmt.Sprintf(`^[0-9a-f]{%d}(\.crt|\.key|-[0-9a-f]{%d}\.crt)$`, markDigits, markDigits))
 
 // upload is the name under which a file is sent. It is the same for every
 // certificate, so that what a killed run left there is found.

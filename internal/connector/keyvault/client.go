@@ -214,7 +214,7 @@ func (v *vault) parseBundle(answer []byte) (*bundle, error) {
 		return nil, errors.New("the answer is not a certificate of a vault")
 	}
 	path := strings.ToLower(v.url() + v.certificate() + "/")
-	if !strings.HasPrefix(strings.ToLower(b.ID), path) || !nameForm.MatchString(b.version()) || len(b.ID) != len(path)+len(b.version()) {
+	if !strings.HasPrefix(strings.ToLower(b.ID), path) || !nameForm().MatchString(b.version()) || len(b.ID) != len(path)+len(b.version()) {
 		return nil, fmt.Errorf("the answer is about another certificate: %s", printable.Quote(b.ID))
 	}
 	return b, nil

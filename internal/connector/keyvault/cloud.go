@@ -5,11 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
-	"regexp"
 	"slices"
 	"strings"
 
 	"certctl-agent/internal/connector"
+	"certctl-agent/internal/lazyregexp"
 	"certctl-agent/internal/printable"
 	"certctl-agent/internal/targetconf"
 )
@@ -44,7 +44,7 @@ func (a address) url() string  { return "https://" + a.host() }
 
 // vaultForm is the name of a vault, see
 // https://learn.microsoft.com/azure/azure-resource-manager/management/resource-name-rules#microsoftkeyvault.
-var vaultForm = regexp.MustCompile(`^[a-z][a-z0-9-]{1,22}[a-z0-9]$`)
+var vaultForm = lazyregexp.New(`^[a-z][a-z0-9-]{1,22}[a-z0-9]$`)
 
 func parseVault(text string) (*address, error) {
 	if strings.Contains(text, "@") {
@@ -57,7 +57,7 @@ func parseVault(text string) (*address, error) {
 	host := strings.ToLower(u.Hostname())
 	name, domain, _ := strings.Cut(host, ".")
 	if i := slices.IndexFunc(clouds(), func(c cloud) bool { return c.vaults == domain }); i >= 0 {
-		if !vaultForm.MatchString(name) {
+		if !vaultForm().MatchString(name) {
 			return nil, fmt.Errorf("%s is not the name of a vault: 3 to 24 letters, digits and dashes", printable.Quote(name))
 		}
 		return &address{clouds()[i], name}, nil
@@ -109,7 +109,7 @@ type challenge struct {
 	problem  string // why a token was not accepted; "": it does not say
 }
 
-var parameterForm = regexp.MustCompile(`([a-zA-Z_-]+)\s*=\s*"([^"]*)"`)
+var parameterForm = lazyregexp.New(`([a-zA-Z_-]+)\s*=\s*"([^"]*)"`)
 
 func parseChallenge(header string) (*challenge, error) {
 	scheme, rest, _ := strings.Cut(strings.TrimSpace(header), " ")
@@ -117,7 +117,7 @@ func parseChallenge(header string) (*challenge, error) {
 		return nil, errors.New("it does not ask for a token as a vault does")
 	}
 	said := make(map[string]string)
-	for _, match := range parameterForm.FindAllStringSubmatch(rest, -1) {
+	for _, match := range parameterForm().FindAllStringSubmatch(rest, -1) {
 		said[strings.ToLower(match[1])] = match[2]
 	}
 	c := &challenge{resource: strings.TrimSuffix(cmp.Or(said["resource"], strings.TrimSuffix(said["scope"], "/.default")), "/"), problem: said["error"]}
@@ -140,9 +140,9 @@ func (c *challenge) check(want cloud, tenant string) error {
 	return nil
 }
 
-var uuidForm = regexp.MustCompile(`^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$`)
+var uuidForm = lazyregexp.New(`^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$`)
 
-func isUUID(text string) bool { return uuidForm.MatchString(text) }
+func isUUID(text string) bool { return uuidForm().MatchString(text) }
 
 func getenv(host connector.Host, name string) string {
 	if host.Getenv == nil {

@@ -214,7 +214,7 @@ func (w *ways) endpoint() string {
 // ask asks the authority for a token, see
 // https://learn.microsoft.com/entra/identity-platform/v2-oauth2-client-creds-grant-flow.
 func (w *ways) ask(ctx context.Context, resource string, proof url.Values) (*token, error) {
-	if !idForm.MatchString(w.tenant()) {
+	if !idForm().MatchString(w.tenant()) {
 		return nil, fmt.Errorf("AZURE_TENANT_ID: %s is not a tenant", printable.Quote(w.tenant()))
 	}
 	form := url.Values{"grant_type": {"client_credentials"}, "client_id": {w.clientID()}, "scope": {resource + "/.default"}}

@@ -12,12 +12,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
 
 	"certctl-agent/internal/connector"
+	"certctl-agent/internal/lazyregexp"
 	"certctl-agent/internal/printable"
 	"certctl-agent/internal/secret"
 	"certctl-agent/internal/targetconf"
@@ -96,22 +96,22 @@ func newConnector(c *targetconf.Config, host connector.Host, w waits) (*keyVault
 
 // names of certificates, see
 // https://learn.microsoft.com/rest/api/keyvault/certificates/import-certificate/import-certificate?view=rest-keyvault-certificates-7.4#uri-parameters.
-var nameForm = regexp.MustCompile(`^[0-9a-zA-Z-]{1,127}$`)
+var nameForm = lazyregexp.New(`^[0-9a-zA-Z-]{1,127}$`)
 
 // idForm is what client and tenant ids are: a UUID, or a tenant's domain.
-var idForm = regexp.MustCompile(`^[0-9a-zA-Z][0-9a-zA-Z.-]{0,252}$`)
+var idForm = lazyregexp.New(`^[0-9a-zA-Z][0-9a-zA-Z.-]{0,252}$`)
 
 func (c *config) check(given *targetconf.Config) error {
 	var errs []error
 	bad := func(key, format string, args ...any) { errs = append(errs, targetconf.Invalid(key, format, args...)) }
-	if !nameForm.MatchString(c.CertificateName) {
+	if !nameForm().MatchString(c.CertificateName) {
 		bad("certificate_name", "%s is not a valid name: letters, digits and dashes, at most 127", printable.Quote(c.CertificateName))
 	}
 	if modes := []string{modeDefault, modeManaged, modeSecret, modeWorkload}; !slices.Contains(modes, c.CredentialMode) {
 		bad("credential_mode", "expected one of %s, got %s", strings.Join(modes, ", "), printable.Quote(c.CredentialMode))
 	}
 	for key, value := range map[string]string{"client_id": c.ClientID, "tenant_id": c.TenantID} {
-		if value != "" && !idForm.MatchString(value) {
+		if value != "" && !idForm().MatchString(value) {
 			bad(key, "%s is not a valid id", printable.Quote(value))
 		}
 	}

@@ -247,7 +247,7 @@ func FuzzAnswers(f *testing.F) {
 	f.Add([]byte(`{"error":{"code":"Conflict","message":"x","innererror":{"code":"y"}}}`), "Bearer x=")
 	f.Fuzz(func(t *testing.T, body []byte, header string) {
 		v := &vault{address: address{clouds()[0], "kv"}, name: "www"}
-		if b, err := v.parseBundle(body); err == nil && !nameForm.MatchString(b.version()) {
+		if b, err := v.parseBundle(body); err == nil && !nameForm().MatchString(b.version()) {
 			t.Errorf("the version %q is taken", b.version())
 		}
 		_ = parseProblem(body)

@@ -10,7 +10,6 @@ import (
 	"net"
 	"net/url"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -18,6 +17,7 @@ import (
 
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/kubeconfig"
+	"certctl-agent/internal/lazyregexp"
 	"certctl-agent/internal/policy"
 	"certctl-agent/internal/printable"
 	"certctl-agent/internal/targetconf"
@@ -80,12 +80,12 @@ func newConnector(c *targetconf.Config, host connector.Host, podDir string) (*ku
 
 var (
 	// A namespace is an RFC 1123 label, a secret's name an RFC 1123 subdomain.
-	namespaceForm = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
-	nameForm      = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
+	namespaceForm = lazyregexp.New(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
+	nameForm      = lazyregexp.New(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
 
 	// https://kubernetes.io/docs/concepts/overview/working-with-objects/labels/#syntax-and-character-set
-	labelKeyForm   = regexp.MustCompile(`^([a-z0-9.-]{1,253}/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$`)
-	labelValueForm = regexp.MustCompile(`^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$`)
+	labelKeyForm   = lazyregexp.New(`^([a-z0-9.-]{1,253}/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$`)
+	labelValueForm = lazyregexp.New(`^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$`)
 )
 
 // maxName is the longest name of a secret, in bytes.
@@ -93,10 +93,10 @@ const maxName = 253
 
 func (c *config) check() error {
 	var errs []error
-	if !namespaceForm.MatchString(c.Namespace) {
+	if !namespaceForm().MatchString(c.Namespace) {
 		errs = append(errs, targetconf.Invalid("namespace", "%s is not a valid name", printable.Quote(c.Namespace)))
 	}
-	if !nameForm.MatchString(c.SecretName) || len(c.SecretName) > maxName {
+	if !nameForm().MatchString(c.SecretName) || len(c.SecretName) > maxName {
 		errs = append(errs, targetconf.Invalid("secret_name", "%s is not a valid name: lower-case letters, digits, dashes and dots", printable.Quote(c.SecretName)))
 	}
 	if c.Context != "" && c.Kubeconfig == "" {
@@ -141,7 +141,7 @@ func (l *labels) UnmarshalJSON(raw []byte) error {
 		return fmt.Errorf("%d labels are more than %d", len(read), maxLabels)
 	}
 	for key, value := range read {
-		if !labelKeyForm.MatchString(key) || !labelValueForm.MatchString(value) {
+		if !labelKeyForm().MatchString(key) || !labelValueForm().MatchString(value) {
 			return fmt.Errorf("%s: %s is not a valid label", printable.Quote(key), printable.Quote(value))
 		}
 	}

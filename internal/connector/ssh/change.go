@@ -12,12 +12,12 @@ import (
 	"fmt"
 	"io/fs"
 	"path"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
 
+	"certctl-agent/internal/lazyregexp"
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/policy"
 	"certctl-agent/internal/printable"
@@ -380,7 +380,7 @@ const (
 )
 
 // ourName is what a name of ours is made of.
-var ourName = regexp.MustCompile(`^\.certctl-[A-Za-z0-9.-]{1,80}$`)
+var ourName = lazyregexp.New(`^\.certctl-[A-Za-z0-9.-]{1,80}$`)
 
 func (c *change) mark() string { return markPrefix + digest([]byte(c.id))[:12] + "-" }
 
@@ -398,7 +398,7 @@ func (c *change) ours(ctx context.Context, s *session, ats []string, keep func(n
 	for _, dir := range slices.Compact(dirs) {
 		found := 0
 		names, err := s.Names(ctx, dir, func(name string) bool {
-			is := found < maxOurs && strings.HasPrefix(name, c.mark()) && ourName.MatchString(name) && keep(name)
+			is := found < maxOurs && strings.HasPrefix(name, c.mark()) && ourName().MatchString(name) && keep(name)
 			if is {
 				found++
 			}

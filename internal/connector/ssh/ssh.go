@@ -7,11 +7,11 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
-	"regexp"
 	"strings"
 	"time"
 
 	"certctl-agent/internal/connector"
+	"certctl-agent/internal/lazyregexp"
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/printable"
 	"certctl-agent/internal/secret"
@@ -84,18 +84,18 @@ func newConnector(c *targetconf.Config, host connector.Host) (connector.Connecto
 
 // What becomes a word of ssh's command line, or of a line of its configuration.
 var (
-	hostName = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9._-]{0,252}[A-Za-z0-9_.])?$`)
-	userName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9._@+-]{0,63}$`)
+	hostName = lazyregexp.New(`^[A-Za-z0-9_]([A-Za-z0-9._-]{0,252}[A-Za-z0-9_.])?$`)
+	userName = lazyregexp.New(`^[A-Za-z0-9_][A-Za-z0-9._@+-]{0,63}$`)
 )
 
 func (t *target) checkPeer(c *targetconf.Config) (err error) {
 	t.Host = strings.ToLower(strings.Trim(t.Host, "[]")) // of a literal IPv6 address
 	// A zone may be anything, and goes wherever the host does.
 	literal, zone, hasZone := strings.Cut(t.Host, "%")
-	if _, err := netip.ParseAddr(literal); err != nil && !hostName.MatchString(t.Host) || hasZone && !hostName.MatchString(zone) {
+	if _, err := netip.ParseAddr(literal); err != nil && !hostName().MatchString(t.Host) || hasZone && !hostName().MatchString(zone) {
 		return targetconf.Invalid("host", "expected a host name or an address, got %s", printable.Quote(t.Host))
 	}
-	if !userName.MatchString(t.User) {
+	if !userName().MatchString(t.User) {
 		return targetconf.Invalid("user", "expected the name of an account, got %s", printable.Quote(t.User))
 	}
 	if t.at, err = t.host.Peer(t.Host, t.Port, c.Local("host")); err != nil {
@@ -171,12 +171,12 @@ func (t *target) checkFiles() error {
 
 // strange is what a command may not have in it: it goes through the shell of the
 // account, whichever that is.
-var strange = regexp.MustCompile(`[^A-Za-z0-9 ._/@:=,+-]`)
+var strange = lazyregexp.New(`[^A-Za-z0-9 ._/@:=,+-]`)
 
 func (t *target) checkCommands(c *targetconf.Config) error {
 	var errs []error
 	for _, command := range []struct{ key, line string }{{"validate_command", t.ValidateCommand}, {"reload_command", t.ReloadCommand}} {
-		if at := strange.FindString(command.line); at != "" {
+		if at := strange().FindString(command.line); at != "" {
 			errs = append(errs, targetconf.Invalid(command.key, "it goes through the shell of %s, so only letters, digits, blanks and ._/@:=,+- are allowed, and not %q: put the rest into a script there", t.Host, at))
 			continue
 		}

@@ -7,11 +7,11 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"regexp"
 	"strings"
 	"time"
 
 	"certctl-agent/internal/connector"
+	"certctl-agent/internal/lazyregexp"
 	"certctl-agent/internal/printable"
 	"certctl-agent/internal/secret"
 	"certctl-agent/internal/targetconf"
@@ -110,13 +110,13 @@ func open(c *targetconf.Config, host connector.Host, s *settings, common *common
 }
 
 // hostName is what becomes part of a URL and of the name of a service.
-var hostName = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9._-]{0,252}[A-Za-z0-9_.])?$`)
+var hostName = lazyregexp.New(`^[A-Za-z0-9_]([A-Za-z0-9._-]{0,252}[A-Za-z0-9_.])?$`)
 
 func (s *settings) checkLogon(o owner) error {
 	var errs []error
 	if s.Host == "" {
 		errs = append(errs, o.invalid("winrm_host", "is required"))
-	} else if _, err := netip.ParseAddr(strings.Trim(s.Host, "[]")); err != nil && !hostName.MatchString(s.Host) || strings.Contains(s.Host, "%") {
+	} else if _, err := netip.ParseAddr(strings.Trim(s.Host, "[]")); err != nil && !hostName().MatchString(s.Host) || strings.Contains(s.Host, "%") {
 		errs = append(errs, o.invalid("winrm_host", "expected a host name or an address without a zone, got %s", printable.Quote(s.Host)))
 	}
 	switch s.Auth {

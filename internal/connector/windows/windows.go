@@ -11,11 +11,11 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"regexp"
 	"slices"
 	"strings"
 
 	"certctl-agent/internal/connector"
+	"certctl-agent/internal/lazyregexp"
 	"certctl-agent/internal/printable"
 	"certctl-agent/internal/targetconf"
 	"certctl-agent/internal/winrm"
@@ -58,11 +58,11 @@ func (c *common) check() error {
 }
 
 // storeForm is what names of stores look like. They become elements of paths.
-var storeForm = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$`)
+var storeForm = lazyregexp.New(`^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$`)
 
 // checkStore refuses stores whose content is what the host trusts, or does not.
 func checkStore(key, name string) error {
-	if !storeForm.MatchString(name) {
+	if !storeForm().MatchString(name) {
 		return targetconf.Invalid(key, "expected the name of a certificate store, such as My or WebHosting, got %s", printable.Quote(name))
 	}
 	switch strings.ToLower(name) {
@@ -85,7 +85,7 @@ type iisConfig struct {
 
 // hostForm is what host names of bindings look like: IIS takes a wildcard as the
 // first label.
-var hostForm = regexp.MustCompile(`^(\*\.)?[A-Za-z0-9_]([A-Za-z0-9._-]{0,250}[A-Za-z0-9])?$`)
+var hostForm = lazyregexp.New(`^(\*\.)?[A-Za-z0-9_]([A-Za-z0-9._-]{0,250}[A-Za-z0-9])?$`)
 
 // maxSite is the longest name of a site, and maxID that of a Change with all of
 // its names, in bytes.
@@ -99,7 +99,7 @@ func (c *iisConfig) check() error {
 	if len(c.SiteName) > maxSite || printable.Line(c.SiteName, 2*maxSite) != c.SiteName {
 		errs = append(errs, targetconf.Invalid("site_name", "expected the name of a site in at most %d bytes, got %s", maxSite, printable.Quote(c.SiteName)))
 	}
-	if c.Hostname != "" && !hostForm.MatchString(c.Hostname) {
+	if c.Hostname != "" && !hostForm().MatchString(c.Hostname) {
 		errs = append(errs, targetconf.Invalid("hostname", "expected the host name of a binding alone, such as www.example.org, got %s", printable.Quote(c.Hostname)))
 	}
 	if c.SNI && c.Hostname == "" {
