@@ -49,6 +49,7 @@ type change struct {
 	tags    map[string]string // its tags
 	looked  bool              // Read has been called
 	was     []byte            // what it returned
+	found   *x509.Certificate // what it found, perhaps written by an interrupted deployment; nil: nothing
 	sent    bool              // a request of this process may have changed something
 	oldKeys []secret.String   // keys that the deployment may push out of the key store
 }
@@ -96,6 +97,7 @@ func (c *change) Read(ctx context.Context) (was []byte, same bool, err error) {
 		c.looked = true
 		return nil, false, nil
 	}
+	c.found = c.current.leaf
 	if c.tags, err = c.client.tags(ctx, c.arn); err != nil {
 		return nil, false, err
 	}
@@ -359,7 +361,7 @@ func (c *change) Restore(ctx context.Context, saved []byte) error {
 		return errors.New("somebody else has deleted it since")
 	case c.current.equal(old.leaf, old.chain):
 		return nil
-	case !c.current.leaf.Equal(c.material.Leaf):
+	case !c.isMine():
 		return errTheirs
 	case time.Now().After(old.leaf.NotAfter):
 		return fmt.Errorf("%w: the former certificate has expired (%s), and ACM takes none that has; the new one stays: deploy another",
@@ -372,6 +374,11 @@ func (c *change) Restore(ctx context.Context, saved []byte) error {
 			connector.ErrIrrevocable, old.leaf.SerialNumber, old.leaf.NotAfter.UTC().Format(time.RFC3339), err, c.config.Region, was.ARN)
 	}
 	return c.again(ctx, was.ARN, old, key)
+}
+
+// isMine reports whether what is in ACM is there to be undone.
+func (c *change) isMine() bool {
+	return c.current.leaf.Equal(c.material.Leaf) || c.current.leaf.Equal(c.found)
 }
 
 var errTheirs = errors.New("somebody else has changed it since, and that was left alone")
@@ -398,7 +405,7 @@ func (c *change) removeFirst(ctx context.Context) error {
 	if c.note.ARN == "" && c.note.Importing == "" || c.arn == "" {
 		return nil // an import that shows only later stays noted, and the next deployment finds it
 	}
-	if !c.current.leaf.Equal(c.material.Leaf) {
+	if !c.isMine() {
 		return errTheirs
 	}
 	if err := c.remove(ctx); err != nil {

@@ -1,6 +1,7 @@
 package awsacm
 
 import (
+	"errors"
 	"io/fs"
 	"net/http"
 	"net/http/httptest"
@@ -15,6 +16,7 @@ import (
 	"certctl-agent/internal/connector/conformance"
 	"certctl-agent/internal/testing/awsfake"
 	"certctl-agent/internal/testing/testca"
+	"certctl-agent/internal/transaction"
 )
 
 // TestFound: the certificate is imported once, and found again: by the note, or by its tags among
@@ -325,6 +327,43 @@ func TestUndo(t *testing.T) {
 		f.holds(theirs)
 		must(t, c.client.remove(t.Context(), f.only().ARN))
 		says(t, c.Restore(t.Context(), was), "somebody else has deleted it since")
+	})
+	t.Run("interrupted, and then another certificate", func(t *testing.T) {
+		for _, renewal := range []bool{true, false} {
+			f := newFixture(t)
+			old := f.material()
+			if renewal {
+				f.mustDeploy(old)
+			}
+			changed := false
+			f.Before = func(step transaction.Step) error {
+				if changed {
+					return errors.New("killed")
+				}
+				changed = step.Op == "change"
+				return nil
+			}
+			killed := f.material()
+			_, _ = f.deploy(killed)
+			f.Before = nil
+			f.Restart(t)
+			f.holds(killed)
+			f.OnCall(func(operation string, n int) awsfake.Fault {
+				if operation == "ImportCertificate" && n <= maxTries {
+					return awsfake.Broken
+				}
+				return awsfake.None
+			})
+			if _, err := f.deploy(f.material()); err == nil || broken(err) {
+				t.Errorf("got %v", err)
+			}
+			switch {
+			case renewal:
+				f.holds(old)
+			case len(f.Certificates()) > 0:
+				t.Error("it is still there")
+			}
+		}
 	})
 	t.Run("first one", func(t *testing.T) {
 		f := newFixture(t)
