@@ -257,11 +257,13 @@ func (l *looker) findKey(m *connector.Material) error {
 	return err
 }
 
-// standIn is a certificate that nobody would accept.
+// standIn is a certificate that nobody would accept, and that no type refuses for
+// what it lacks. The name is of RFC 6761, section 6.4.
 func standIn(key *ecdsa.PrivateKey) (*x509.Certificate, error) {
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(1),
 		Subject:      pkix.Name{CommonName: "a certificate that stands in for the one to come"},
+		DNSNames:     []string{"stand-in.invalid"},
 		NotBefore:    time.Now(),
 		NotAfter:     time.Now().Add(time.Hour),
 	}
