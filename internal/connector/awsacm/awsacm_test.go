@@ -226,3 +226,25 @@ func TestARN(t *testing.T) {
 		t.Errorf("without the permission for tags: %q", result.Warnings)
 	}
 }
+
+// TestPreview: what plan shows where neither the agent nor the certificate is known yet.
+func TestPreview(t *testing.T) {
+	f := newFixture(t)
+	f.put(f.material(), awsfake.Tag{Key: managedByTag, Value: managedBy})
+	f.StateDir += "-of-no-agent"
+	m := f.material()
+	m.CertificateID, m.KeyPath = "", ""
+	c := f.change(m, "endpoint", f.URL+"/", "post_deploy_verify", map[string]any{"enabled": true, "endpoint": "www.example.org:443"})
+	if was, same, err := c.Read(t.Context()); was != nil || same || err != nil {
+		t.Errorf("read: %s, %v, %v", was, same, err)
+	}
+	if want := "ACM certificate in eu-central-1 at " + f.URL; c.ID() != want {
+		t.Errorf("id %q, want %q", c.ID(), want)
+	}
+	if calls := f.Calls(); len(calls) != 1 || calls[0] != "ListCertificates" {
+		t.Errorf("called %q", calls)
+	}
+	f.Deny("ListCertificates")
+	_, _, err := c.Read(t.Context())
+	says(t, err, "acm:ListCertificates")
+}

@@ -74,14 +74,17 @@ type undo struct {
 
 // ID implements connector.Change. Targets of the same certificate in the same place share it.
 func (c *change) ID() string {
-	at := ""
-	if c.config.Endpoint != "" || c.config.RoleARN != "" {
-		at = " at " + strings.TrimSpace(c.config.Endpoint+" "+c.config.RoleARN)
+	id := c.config.CertificateARN
+	if id == "" {
+		id = strings.TrimSpace("ACM certificate "+string(c.material.CertificateID)) + " in " + c.config.Region
 	}
-	if c.config.CertificateARN != "" {
-		return c.config.CertificateARN + at
+	if c.config.Endpoint != "" {
+		id += " at " + strings.TrimSuffix(c.client.url, "/")
 	}
-	return "ACM certificate of " + string(c.material.CertificateID) + " in " + c.config.Region + at
+	if c.config.RoleARN != "" {
+		id += " as " + c.config.RoleARN
+	}
+	return id
 }
 
 // Read implements connector.Change.
@@ -90,7 +93,7 @@ func (c *change) Read(ctx context.Context) (was []byte, same bool, err error) {
 		return nil, false, err
 	}
 	if c.arn == "" {
-		if c.target.Common.VerifiedAt() != nil {
+		if c.target.Common.VerifiedAt() != nil && c.material.CertificateID != "" {
 			return nil, false, errors.New("ACM does not have this certificate yet, so nothing can serve it and post_deploy_verify would fail: " +
 				"deploy it once without, give its ARN to what is to serve it, and turn the verification on then")
 		}
@@ -135,7 +138,7 @@ func (c *change) find(ctx context.Context) error {
 	}
 	c.arn = ""
 	var wait time.Duration
-	if c.note.Importing != "" {
+	if c.note.Importing != "" || c.note.ARN != "" { // it may not show yet
 		wait = c.list
 	}
 	found, err := c.findTagged(ctx, wait)
@@ -253,7 +256,7 @@ func (c *change) first(ctx context.Context) error {
 	}
 	arn, err := c.importOnce(ctx)
 	if isUncertain(err) {
-		found, findErr := c.findTagged(context.WithoutCancel(ctx), c.list)
+		found, findErr := c.findTagged(ctx, c.list)
 		switch {
 		case findErr != nil:
 			return fmt.Errorf("%w; and whether it did cannot be found out: %w", err, findErr)
@@ -261,7 +264,7 @@ func (c *change) first(ctx context.Context) error {
 			return fmt.Errorf("%w; within %v, no certificate with the tag %s=%s appeared. The next deployment looks again before it imports", err, c.list, certificateTag, c.material.CertificateID)
 		}
 		c.arn = found[0]
-		if loadErr := c.load(context.WithoutCancel(ctx)); loadErr != nil {
+		if loadErr := c.load(ctx); loadErr != nil {
 			return fmt.Errorf("%w; and whether it did cannot be found out: %w", err, loadErr)
 		}
 		if !c.holds() {

@@ -231,23 +231,16 @@ const (
 	// pageSize is the most that ACM lists at once. An account has 2,500 certificates unless it asked
 	// for more.
 	pageSize = 1000
-	maxPages = 100
+	maxPages = 100 // which bounds what is remembered of a list, too
 
 	// searchFor is how long the tags of all certificates may take to read: ACM tells those of about
 	// ten in a second.
 	searchFor = 10 * time.Minute
 )
 
-// listed is a certificate in a list.
-type listed struct {
-	ARN   string   `json:"CertificateArn"`
-	Names []string `json:"SubjectAlternativeNameSummaries"`
-	Type  string
-}
-
-// imported lists the certificates that were imported. Without key types, ACM lists those with RSA
-// keys alone.
-func (c *client) imported(ctx context.Context) (all []listed, err error) {
+// imported lists the certificates that were imported: those with one of names, and the others. Without
+// key types, ACM lists those with RSA keys alone.
+func (c *client) imported(ctx context.Context, names []string) (likely, others []string, err error) {
 	request := struct {
 		Includes  map[string][]string
 		MaxItems  int
@@ -255,44 +248,50 @@ func (c *client) imported(ctx context.Context) (all []listed, err error) {
 	}{Includes: map[string][]string{"keyTypes": keyTypes()}, MaxItems: pageSize}
 	for range maxPages {
 		var answer struct {
-			CertificateSummaryList []listed
-			NextToken              string
+			CertificateSummaryList []struct {
+				ARN   string   `json:"CertificateArn"`
+				Names []string `json:"SubjectAlternativeNameSummaries"`
+				Type  string
+			}
+			NextToken string
 		}
 		if err := c.call(ctx, c.reads, "ListCertificates", "", request, &answer); err != nil {
-			return nil, err
+			return nil, nil, err
+		}
+		if len(answer.CertificateSummaryList) > pageSize {
+			return nil, nil, fmt.Errorf("ListCertificates: a page has more than %d certificates", pageSize)
 		}
 		for _, one := range answer.CertificateSummaryList {
-			if one.Type == "IMPORTED" && c.isOurs(one.ARN) {
-				all = append(all, one)
+			switch arn := strings.Clone(one.ARN); { // without the answer that it is a part of
+			case one.Type != "IMPORTED" || !c.isOurs(arn):
+			case slices.ContainsFunc(one.Names, func(name string) bool { return slices.Contains(names, strings.ToLower(name)) }):
+				likely = append(likely, arn)
+			default:
+				others = append(others, arn)
 			}
 		}
 		if answer.NextToken == "" {
-			return all, nil
+			return likely, others, nil
 		}
 		request.NextToken = answer.NextToken
 	}
-	return nil, fmt.Errorf("ListCertificates: the list does not end after %d pages", maxPages)
+	return nil, nil, fmt.Errorf("ListCertificates: the list does not end after %d pages", maxPages)
 }
 
 // tagged finds the imported certificates that have the tags of a certificate of ours. Those with one
 // of names are asked for their tags first, and the others only if none of these has them: ACM tells
-// the tags of one certificate at a time.
+// the tags of one certificate at a time. A preview that is of no certificate in particular ("") finds
+// none, and sees whether they may be listed.
 func (c *client) tagged(ctx context.Context, certificateID string, names []string) (arns []string, err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, searchFor, fmt.Errorf("the tags of all imported certificates could not be read within %v: set certificate_arn", searchFor))
 	defer cancel()
-	all, err := c.imported(ctx)
-	if err != nil {
+	likely, others, err := c.imported(ctx, names)
+	if err != nil || certificateID == "" {
 		return nil, err
 	}
-	likely := func(one listed) bool {
-		return slices.ContainsFunc(one.Names, func(name string) bool { return slices.Contains(names, strings.ToLower(name)) })
-	}
-	for _, round := range []bool{true, false} {
-		for _, one := range all {
-			if likely(one) != round {
-				continue
-			}
-			have, err := c.tags(ctx, one.ARN)
+	for _, round := range [][]string{likely, others} {
+		for _, arn := range round {
+			have, err := c.tags(ctx, arn)
 			if codeOf(err) == "ResourceNotFoundException" {
 				continue // deleted just now
 			}
@@ -300,7 +299,7 @@ func (c *client) tagged(ctx context.Context, certificateID string, names []strin
 				return nil, err
 			}
 			if _, managed := have[managedByTag]; managed && have[certificateTag] == certificateID {
-				arns = append(arns, one.ARN)
+				arns = append(arns, arn)
 			}
 		}
 		if len(arns) > 0 {

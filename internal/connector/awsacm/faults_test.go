@@ -128,6 +128,19 @@ func TestOneImport(t *testing.T) {
 		}
 	})
 
+	t.Run("it is noted, and ACM does not show it yet", func(t *testing.T) {
+		t.Parallel()
+		f := newFixture(t)
+		f.typ = typeOf(patience{call: time.Minute, list: time.Minute})
+		f.Lag = 2
+		f.mustDeploy(f.material())
+		m := f.material()
+		f.mustDeploy(m)
+		if f.holds(m); f.Imports() != 1 {
+			t.Errorf("%d imports", f.Imports())
+		}
+	})
+
 	t.Run("another agent was faster", func(t *testing.T) {
 		t.Parallel()
 		f := newFixture(t)
@@ -485,6 +498,7 @@ func TestAnswers(t *testing.T) {
 	for _, test := range []struct{ operation, answer, says string }{
 		{"ListCertificates", "<html>please log in</html>", "not one of ACM"},
 		{"ListCertificates", `{"CertificateSummaryList": [], "NextToken": "x"}`, "does not end after"},
+		{"ListCertificates", `{"CertificateSummaryList": [` + strings.Repeat("{}, ", pageSize) + `{}]}`, "more than 1000 certificates"},
 		{"ImportCertificate", "<html>please log in</html>", "not one of ACM: look at endpoint, and at what is before it; within 50ms, no certificate"},
 		{"ImportCertificate", "{}", "not the ARN of a certificate in this region"},
 		{"ImportCertificate", `{"CertificateArn": "arn:aws:acm:us-east-1:123456789012:certificate/1"}`, "not the ARN of a certificate in this region"},

@@ -45,6 +45,9 @@ func (n *note) read(stateDir string) error {
 		return nil
 	}
 	root, err := os.OpenRoot(stateDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // a preview before the agent's first start
+	}
 	if err != nil {
 		return err
 	}

@@ -32,7 +32,7 @@ type certificate struct {
 	created    time.Time
 	importedAt time.Time
 	kind       string // "IMPORTED", "AMAZON_ISSUED"
-	missing    int    // how many lists it is still missing from
+	missing    int    // how many lists and looks at it do not show it yet
 }
 
 // Tag is of a certificate.
@@ -396,6 +396,10 @@ func (c *Cloud) getCertificate(k *key, body []byte) (any, *problem) {
 	have, p := c.named(k, "acm:GetCertificate", request.CertificateArn)
 	if p != nil {
 		return nil, p
+	}
+	if have.missing > 0 {
+		have.missing--
+		return nil, refuse("ResourceNotFoundException", "Could not find certificate %s.", have.arn)
 	}
 	got := map[string]string{"Certificate": have.body}
 	if have.chain != "" {

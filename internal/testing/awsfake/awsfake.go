@@ -38,7 +38,7 @@ type Cloud struct {
 	Region   string        // the only one that signatures are good for
 	Quota    int           // imports that are allowed; re-imports are not counted
 	PageSize int           // of lists, whatever is asked for
-	Lag      int           // how many lists a new certificate is missing from
+	Lag      int           // how many lists and looks at a new certificate do not show it
 	Lifetime time.Duration // of the credentials that it issues
 
 	mu           sync.Mutex // guards what follows
