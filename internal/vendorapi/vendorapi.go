@@ -74,7 +74,7 @@ type Options struct {
 	Message func(body []byte) string
 
 	Timeout  time.Duration // of one try; 0: 30 s
-	Patience time.Duration // how long a call is tried again, in all; 0: one minute
+	Patience time.Duration // how long a call is tried again, in all; 0: one minute; negative: it is not
 }
 
 // Client calls one API.
@@ -157,7 +157,7 @@ func (c *Client) Do(ctx context.Context, r *Request) (*Answer, error) {
 		if err == nil {
 			return answer, nil
 		}
-		if !c.mayRepeat(r, err) || ctx.Err() != nil {
+		if !c.mayRepeat(r, err) || c.options.Patience < 0 || ctx.Err() != nil {
 			return nil, err
 		}
 		wait, asked := pause, ""

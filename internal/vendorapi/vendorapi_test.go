@@ -165,6 +165,15 @@ func TestJitter(t *testing.T) {
 	})
 }
 
+func TestNoPatience(t *testing.T) {
+	n := &network{handlers: []http.HandlerFunc{status(503)}}
+	_, err := New(Options{Dial: n.dial, Patience: -1}).Do(t.Context(), &Request{Method: "GET", URL: "http://api.example/"})
+	if StatusOf(err) != 503 || strings.Contains(err.Error(), "given up") || n.calls.Load() != 1 {
+		t.Errorf("%d calls: %v", n.calls.Load(), err)
+	}
+
+}
+
 // A read ends with its context, a change that has begun does not.
 func TestCancel(t *testing.T) {
 	for method, want := range map[string]time.Duration{"GET": time.Second, "POST": 3 * time.Second} {

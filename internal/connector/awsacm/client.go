@@ -39,7 +39,7 @@ func newClient(url, region string, s *source, o vendorapi.Options) *client {
 	c.changes = vendorapi.New(o)
 	o.Busy = func(e *vendorapi.StatusError) bool { return isThrottled(e) || e.Status >= 500 }
 	c.reads = vendorapi.New(o)
-	o.Patience = 1
+	o.Patience = -1
 	c.once = vendorapi.New(o)
 	return c
 }
@@ -81,7 +81,7 @@ func codeOf(err error) string {
 // isThrottled reports whether AWS has refused a call because there are too many
 // (https://docs.aws.amazon.com/sdkref/latest/guide/feature-retry-behavior.html).
 func isThrottled(e *vendorapi.StatusError) bool {
-	return slices.Contains([]string{"ThrottlingException", "Throttling", "TooManyRequestsException", "RequestLimitExceeded", "RequestThrottled", "SlowDown"}, parseAnswer(e.Body).Code)
+	return e.Status == http.StatusTooManyRequests || slices.Contains([]string{"ThrottlingException", "Throttling", "TooManyRequestsException", "RequestLimitExceeded", "RequestThrottled", "SlowDown"}, parseAnswer(e.Body).Code)
 }
 
 // isUnproven reports whether AWS has refused the credentials themselves, which others may have
@@ -123,21 +123,29 @@ func (c *client) explain(operation, arn string, err error) error {
 	if arn == "" {
 		arn = "*"
 	}
-	hint := ""
-	switch code := codeOf(err); code {
+	from := c.source.from()
+	hint := hintAbout(err, from)
+	switch codeOf(err) {
 	case "AccessDeniedException", "AccessDenied":
-		hint = fmt.Sprintf("the credentials of %s need the permission acm:%s on %s, unless the message says something else", c.source.from(), operation, arn)
-	case "ExpiredTokenException", "ExpiredToken", "UnrecognizedClientException", "InvalidClientTokenId":
-		hint = fmt.Sprintf("AWS does not accept the credentials of %s: they have expired, were withdrawn, or are of another partition", c.source.from())
-	case "InvalidSignatureException", "SignatureDoesNotMatch", "RequestExpired":
-		hint = fmt.Sprintf("the secret key of %s is not the right one, or this host's clock is wrong", c.source.from())
+		hint = fmt.Sprintf("the credentials of %s need the permission acm:%s on %s, unless the message says something else", from, operation, arn)
 	case "LimitExceededException":
-		hint = "the account's quota of imports in this region is used up: ask AWS to raise it, or set certificate_arn to a certificate that is to be replaced"
+		hint = "a quota of the account in this region is used up, of imports in a year or of certificates: ask AWS to raise it, or set certificate_arn to a certificate that is to be replaced"
 	}
 	if hint != "" {
 		return fmt.Errorf("%s: %w: %s", operation, err, hint)
 	}
 	return fmt.Errorf("%s: %w", operation, err)
+}
+
+// hintAbout says what is wrong with credentials. It returns "" if something else is.
+func hintAbout(err error, from string) string {
+	switch codeOf(err) {
+	case "ExpiredTokenException", "ExpiredToken", "UnrecognizedClientException", "InvalidClientTokenId":
+		return fmt.Sprintf("AWS does not accept the credentials of %s: they have expired, were withdrawn, or are of another partition", from)
+	case "InvalidSignatureException", "SignatureDoesNotMatch", "RequestExpired":
+		return fmt.Sprintf("the secret key of %s is not the right one, or this host's clock is wrong", from)
+	}
+	return ""
 }
 
 // tag is one of a certificate.
