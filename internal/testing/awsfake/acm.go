@@ -320,13 +320,20 @@ func keyAlgorithm(c *x509.Certificate) string {
 	return ""
 }
 
-// mayReplace has the rules of https://docs.aws.amazon.com/acm/latest/userguide/import-reimport.html.
+// mayReplace has the rules of https://docs.aws.amazon.com/acm/latest/userguide/import-reimport.html, and
+// the one of the prerequisites that an extension of usages cannot be added.
 func mayReplace(old, new *x509.Certificate) *problem {
+	lost := old.KeyUsage &^ new.KeyUsage
+	if _, isEC := old.PublicKey.(*ecdsa.PublicKey); isEC {
+		lost &^= x509.KeyUsageKeyEncipherment // RFC 5480, section 3, has it for no such key
+	}
 	switch {
 	case keyAlgorithm(old) != keyAlgorithm(new):
 		return refuse("ValidationException", "The certificate you are importing has another key type or size than the existing one: %s, not %s", keyAlgorithm(new), keyAlgorithm(old))
-	case old.KeyUsage&^new.KeyUsage != 0:
+	case lost != 0:
 		return refuse("ValidationException", "The certificate you are importing lacks Key Usage values of the existing one")
+	case old.KeyUsage == 0 && new.KeyUsage != 0, old.ExtKeyUsage == nil && new.ExtKeyUsage != nil:
+		return refuse("ValidationException", "The certificate you are importing has a Key Usage or Extended Key Usage extension, and the existing one has none")
 	}
 	for _, usage := range old.ExtKeyUsage {
 		// Authorities stop issuing for it.

@@ -62,6 +62,7 @@ type Fault int
 const (
 	None        Fault = iota
 	Throttled         // ThrottlingException
+	TooMany           // 429, which says no more
 	Broken            // 500 InternalFailure
 	Busy              // 503
 	Dropped           // the connection ends, and nothing has happened
@@ -189,6 +190,9 @@ func (c *Cloud) serve(w http.ResponseWriter, r *http.Request) {
 	switch fault {
 	case Throttled:
 		answer(refuse("ThrottlingException", "Rate exceeded"), nil)
+		return
+	case TooMany:
+		w.WriteHeader(http.StatusTooManyRequests)
 		return
 	case Broken:
 		answer(&problem{http.StatusInternalServerError, "InternalFailure", "The request processing has failed because of an unknown error"}, nil)

@@ -6,6 +6,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -89,6 +90,9 @@ func TestRefusals(t *testing.T) {
 	if arn == "" {
 		t.Fatalf("a good one: %v", answer)
 	}
+	_, answer = c.call("ImportCertificate", issue(testca.Template{ExtKeyUsage: []x509.ExtKeyUsage{}}))
+	bare, _ := answer["CertificateArn"].(string)
+	wide := testca.Template{KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageKeyEncipherment, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageCodeSigning}}
 	tag := func(key, value string) any { return []any{map[string]any{"Key": key, "Value": value}} }
 	var many []any
 	for i := range 51 {
@@ -102,6 +106,11 @@ func TestRefusals(t *testing.T) {
 		{"again", "ImportCertificate", with(plain(), "CertificateArn", arn), ""},
 		{"tags on a re-import", "ImportCertificate", with(with(plain(), "CertificateArn", arn), "Tags", tag("a", "b")), "ValidationException"},
 		{"another kind of key", "ImportCertificate", with(issue(testca.Template{Key: p384}), "CertificateArn", arn), "ValidationException"},
+		{"usages added, and client authentication taken away", "ImportCertificate", with(issue(wide), "CertificateArn", arn), ""},
+		{"a usage taken away", "ImportCertificate", with(issue(testca.Template{KeyUsage: x509.KeyUsageKeyEncipherment, ExtKeyUsage: wide.ExtKeyUsage}), "CertificateArn", arn), "ValidationException"},
+		{"an extended usage taken away", "ImportCertificate", with(plain(), "CertificateArn", arn), "ValidationException"},
+		{"encipherment taken from an ECDSA key", "ImportCertificate", with(issue(testca.Template{ExtKeyUsage: wide.ExtKeyUsage}), "CertificateArn", arn), ""},
+		{"an extension added", "ImportCertificate", with(plain(), "CertificateArn", bare), "ValidationException"},
 		{"an unknown ARN", "ImportCertificate", with(plain(), "CertificateArn", arn[:len(arn)-1]+"x"), "ResourceNotFoundException"},
 		{"no ARN", "ImportCertificate", with(plain(), "CertificateArn", ""), "InvalidArnException"},
 		{"P-224", "ImportCertificate", issue(testca.Template{Key: p224}), "ValidationException"},
@@ -130,8 +139,8 @@ func TestRefusals(t *testing.T) {
 	if code, _ := c.call("DeleteCertificate", map[string]any{"CertificateArn": arn}); code != "ResourceInUseException" {
 		t.Errorf("in use: got %q", code)
 	}
-	c.cloud.Set(func(cloud *awsfake.Cloud) { cloud.Quota = 1 })
-	if code, _ := c.call("ImportCertificate", plain()); code != "LimitExceededException" || c.cloud.Imports() != 1 {
+	c.cloud.Set(func(cloud *awsfake.Cloud) { cloud.Quota = 2 })
+	if code, _ := c.call("ImportCertificate", plain()); code != "LimitExceededException" || c.cloud.Imports() != 2 {
 		t.Errorf("over the quota: got %q, %d imports", code, c.cloud.Imports())
 	}
 }

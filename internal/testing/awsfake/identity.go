@@ -133,7 +133,11 @@ func (c *Cloud) sts(r *http.Request, body []byte) (speaks protocol, operation st
 		return speaks, operation, func() ([]byte, *problem) {
 			k, p := c.caller(r, body, "sts")
 			if p != nil {
-				p.status, p.code = http.StatusForbidden, strings.TrimSuffix(p.code, "Exception")
+				// https://docs.aws.amazon.com/STS/latest/APIReference/CommonErrors.html
+				p.status, p.code = http.StatusForbidden, map[string]string{
+					"UnrecognizedClientException": "InvalidClientTokenId", "InvalidSignatureException": "SignatureDoesNotMatch",
+					"ExpiredTokenException": "ExpiredToken", "IncompleteSignatureException": "IncompleteSignature",
+				}[p.code]
 				return nil, p
 			}
 			return c.assume(form, "AssumeRole", func(wanted *role) bool {

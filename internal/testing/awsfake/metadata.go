@@ -48,7 +48,7 @@ func (c *Cloud) serveMetadata(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	switch fault := c.note("metadata " + r.Method + " " + r.URL.Path); fault {
-	case Broken, Busy, Throttled:
+	case Broken, Busy, Throttled, TooMany:
 		w.WriteHeader(http.StatusServiceUnavailable)
 		return
 	case Dropped, Lost:

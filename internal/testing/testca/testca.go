@@ -81,6 +81,9 @@ type Template struct {
 	Key       crypto.Signer    // nil: a new one
 	PublicKey crypto.PublicKey // instead of Key, for a key that is elsewhere
 
+	KeyUsage    x509.KeyUsage      // 0: signatures
+	ExtKeyUsage []x509.ExtKeyUsage // nil: servers and clients
+
 	NotBefore, NotAfter time.Time // zero: an hour ago, 90 days ahead
 	Intermediates       int       // how many there are between root and leaf
 	OmitRoot            bool      // leave the root out of the chain
@@ -132,7 +135,7 @@ func (ca *CA) Issue(t Template) (*Issued, error) {
 	if t.CommonName == "" && len(t.Names) > 0 {
 		t.CommonName = t.Names[0]
 	}
-	leaf := &x509.Certificate{Subject: pkix.Name{CommonName: t.CommonName}}
+	leaf := &x509.Certificate{Subject: pkix.Name{CommonName: t.CommonName}, KeyUsage: t.KeyUsage, ExtKeyUsage: t.ExtKeyUsage}
 	for _, name := range t.Names {
 		if err := addName(leaf, name); err != nil {
 			return nil, err
@@ -199,8 +202,12 @@ func (ca *CA) issue(leaf *x509.Certificate, public crypto.PublicKey, o CSROption
 		leaf.NotAfter = now.AddDate(0, 0, 90)
 	}
 	leaf.BasicConstraintsValid = true
-	leaf.KeyUsage = x509.KeyUsageDigitalSignature
-	leaf.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}
+	if leaf.KeyUsage == 0 {
+		leaf.KeyUsage = x509.KeyUsageDigitalSignature
+	}
+	if leaf.ExtKeyUsage == nil {
+		leaf.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}
+	}
 
 	parent, key := ca.Root, ca.key
 	var above []*x509.Certificate // from the root down
