@@ -132,7 +132,11 @@ func (c *change) find(ctx context.Context) error {
 		return err
 	}
 	if c.arn = c.note.ARN; c.client.isOurs(c.arn) {
-		if err := c.load(ctx); err != nil || c.arn != "" {
+		err := c.load(ctx)
+		if code := codeOf(err); code == "AccessDeniedException" || code == "AccessDenied" {
+			err = fmt.Errorf("%w; the ARN is noted in %s, which may go if the certificate is in another account now", err, filepath.Join(c.host.StateDir, c.note.path()))
+		}
+		if err != nil || c.arn != "" {
 			return err
 		}
 	}
@@ -303,8 +307,11 @@ func (c *change) importOnce(ctx context.Context) (arn string, err error) {
 		arn, err = c.client.importCertificate(ctx, c.client.once, "", leafPEM(c.material.Leaf), c.material.Key(), chainPEM(c.material.Chain), c.wantTags())
 		status, _ := errors.AsType[*vendorapi.StatusError](err)
 		again := status != nil && isThrottled(status) || errors.Is(err, syscall.ECONNREFUSED)
-		if !again || time.Since(begun)+pause > callFor {
+		if !again {
 			return arn, err
+		}
+		if tried := time.Since(begun); tried+pause > callFor {
+			return "", fmt.Errorf("%w (given up after %v)", err, tried.Round(time.Second))
 		}
 		select {
 		case <-time.After(pause):
@@ -376,7 +383,13 @@ func (c *change) Restore(ctx context.Context, saved []byte) error {
 			"To go back, import the former one there by hand (aws acm import-certificate --region %s --certificate-arn %s …), or deploy another",
 			connector.ErrIrrevocable, old.leaf.SerialNumber, old.leaf.NotAfter.UTC().Format(time.RFC3339), err, c.config.Region, was.ARN)
 	}
-	return c.again(ctx, was.ARN, old, key)
+	if err := c.again(ctx, was.ARN, old, key); codeOf(err) == "ValidationException" {
+		return fmt.Errorf("%w: ACM does not take the former certificate any more (%w), perhaps since the new one has usages that it lacks; the new one stays: deploy another",
+			connector.ErrIrrevocable, err)
+	} else if err != nil {
+		return err
+	}
+	return nil
 }
 
 // isMine reports whether what is in ACM is there to be undone.

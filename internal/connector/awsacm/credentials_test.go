@@ -209,6 +209,16 @@ func TestBadCredentials(t *testing.T) {
 			f.env["AWS_ACCESS_KEY_ID"], f.env["AWS_SECRET_ACCESS_KEY"] = f.AddUser("e")
 			f.overlay(`{"role_arn": "` + f.AddRole("acm", "ticket-7", f.UserARN("e")) + `", "external_id": "ticket-8"}`)
 		}, []string{"AssumeRole of arn:aws:iam::123456789012:role/acm with the credentials of the environment", "AccessDenied", "external_id"}},
+		{"role with a wrong key", func(f *fixture) {
+			f.env["AWS_ACCESS_KEY_ID"], _ = f.AddUser("e")
+			f.env["AWS_SECRET_ACCESS_KEY"] = "hunter2"
+			f.overlay(`{"role_arn": "` + f.AddRole("acm", "", f.UserARN("e")) + `"}`)
+		}, []string{"AssumeRole of", "the secret key of the environment is not the right one"}},
+		{"role, and nobody answers", func(f *fixture) {
+			f.env["AWS_ACCESS_KEY_ID"], f.env["AWS_SECRET_ACCESS_KEY"] = f.AddUser("e")
+			f.overlay(`{"role_arn": "` + f.AddRole("acm", "", f.UserARN("e")) + `"}`)
+			f.env["AWS_CA_BUNDLE"] = f.dir + "/none.pem"
+		}, []string{"with the credentials of the environment: open ", "no such file or directory"}},
 		{"token refused", func(f *fixture) {
 			f.env["AWS_WEB_IDENTITY_TOKEN_FILE"], f.env["AWS_ROLE_ARN"] = f.file("token", "hunter2"), role
 		}, []string{"AssumeRoleWithWebIdentity of " + role, "InvalidIdentityToken"}},
@@ -236,6 +246,9 @@ func TestBadCredentials(t *testing.T) {
 			says(t, err, test.says...)
 			if err != nil && strings.Contains(err.Error(), "hunter2") {
 				t.Errorf("the error shows a secret: %v", err)
+			}
+			if err != nil && strings.Contains(err.Error(), "has to trust them") != strings.Contains(err.Error(), "AccessDenied") {
+				t.Errorf("the advice is wrong: %v", err)
 			}
 			if f.Imports() > 0 {
 				t.Error("imported")

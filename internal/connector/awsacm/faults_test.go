@@ -1,6 +1,7 @@
 package awsacm
 
 import (
+	"crypto/x509"
 	"errors"
 	"io/fs"
 	"net/http"
@@ -198,7 +199,7 @@ func TestOneImport(t *testing.T) {
 // happened is imported again.
 func TestFaults(t *testing.T) {
 	t.Parallel()
-	for name, fault := range map[string]awsfake.Fault{"throttled": awsfake.Throttled, "broken": awsfake.Broken, "busy": awsfake.Busy, "dropped": awsfake.Dropped, "lost": awsfake.Lost} {
+	for name, fault := range map[string]awsfake.Fault{"throttled": awsfake.Throttled, "too many": awsfake.TooMany, "broken": awsfake.Broken, "busy": awsfake.Busy, "dropped": awsfake.Dropped, "lost": awsfake.Lost} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			f := newFixture(t)
@@ -210,7 +211,7 @@ func TestFaults(t *testing.T) {
 				}
 				return awsfake.None
 			}
-			if fault == awsfake.Throttled {
+			if fault == awsfake.Throttled || fault == awsfake.TooMany {
 				f.OnCall(each)
 			}
 			f.mustDeploy(first)
@@ -278,6 +279,10 @@ func TestDenied(t *testing.T) {
 	if f.Deny(); f.only().Body != string(leafPEM(m.Leaf)) {
 		t.Error("it was changed")
 	}
+	f.mustDeploy(f.material())
+	f.Deny("GetCertificate")
+	_, err := f.deploy(f.material())
+	says(t, err, "acm:GetCertificate on "+arn, "the ARN is noted in "+filepath.Join(f.StateDir, noteDir))
 }
 
 // TestUndo: what a failed deployment replaced comes back if its key is there, and else the error
@@ -323,6 +328,15 @@ func TestUndo(t *testing.T) {
 		was := []byte(`{"arn": "` + f.only().ARN + `", "certificate": "` + strings.ReplaceAll(string(expired.LeafPEM()), "\n", `\n`) + `"}`)
 		says(t, f.change(m).Restore(t.Context(), was), "it cannot be undone", "has expired")
 		says(t, f.change(m).Restore(t.Context(), []byte("{")), "cannot be read")
+	})
+	t.Run("old one lacks a usage", func(t *testing.T) {
+		f, old := start(t)
+		m := f.issue(testca.Template{ExtKeyUsage: append(old.Leaf.ExtKeyUsage, x509.ExtKeyUsageCodeSigning)})
+		_, err := f.deploy(m, unverified()...)
+		says(t, err, "it cannot be undone", "lacks Extended Key Usage", "the new one stays: deploy another")
+		if f.holds(m); !broken(err) {
+			t.Errorf("got %v, want one that needs a person", err)
+		}
 	})
 	t.Run("others were there", func(t *testing.T) {
 		f, _ := start(t)

@@ -22,11 +22,17 @@ func (s *source) assumeRole(ctx context.Context, base *issued, role, externalID,
 		form.Set("ExternalId", externalID)
 	}
 	got, err := s.assume(ctx, form, base)
-	if err != nil {
-		return nil, fmt.Errorf("AssumeRole of %s with the credentials of %s: %w: that role has to trust them, they need the permission sts:AssumeRole, and external_id has to be the one that the role asks for",
-			role, base.from, err)
+	if err == nil {
+		return got, nil
 	}
-	return got, nil
+	hint := hintAbout(err, base.from)
+	if codeOf(err) == "AccessDenied" {
+		hint = "that role has to trust them, they need the permission sts:AssumeRole, and external_id has to be the one that the role asks for"
+	}
+	if hint != "" {
+		hint = ": " + hint
+	}
+	return nil, fmt.Errorf("AssumeRole of %s with the credentials of %s: %w%s", role, base.from, err, hint)
 }
 
 // assumeWithToken exchanges a token that somebody else vouches for, such as a Kubernetes cluster
