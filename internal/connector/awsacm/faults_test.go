@@ -1,11 +1,14 @@
 package awsacm
 
 import (
+	"bytes"
+	"context"
 	"crypto/x509"
-	"errors"
+	"encoding/base64"
+	"fmt"
+	"io"
 	"io/fs"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
@@ -17,7 +20,6 @@ import (
 	"certctl-agent/internal/connector/conformance"
 	"certctl-agent/internal/testing/awsfake"
 	"certctl-agent/internal/testing/testca"
-	"certctl-agent/internal/transaction"
 )
 
 // TestFound: the certificate is imported once, and found again: by the note, or by its tags among
@@ -362,14 +364,7 @@ func TestUndo(t *testing.T) {
 			if renewal {
 				f.mustDeploy(old)
 			}
-			changed := false
-			f.Before = func(step transaction.Step) error {
-				if changed {
-					return errors.New("killed")
-				}
-				changed = step.Op == "change"
-				return nil
-			}
+			f.Before = killAfter("change")
 			killed := f.material()
 			_, _ = f.deploy(killed)
 			f.Before = nil
@@ -449,6 +444,7 @@ func TestSecrets(t *testing.T) {
 				keys = append(keys, line)
 			}
 		}
+		keys = append(keys, base64.StdEncoding.EncodeToString(m.Key())[:96]) // as it is sent
 		config := map[string]any{"region": f.Region, "endpoint": f.URL}
 		for i := 0; i < len(more); i += 2 {
 			config[more[i].(string)] = more[i+1]
@@ -470,6 +466,26 @@ func TestSecrets(t *testing.T) {
 		return awsfake.None
 	})
 	deploy()
+	f.OnCall(nil)
+	echo := f.server(func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		switch operation := r.Header.Get("X-Amz-Target"); {
+		case strings.HasSuffix(operation, "ListCertificates"):
+			_, _ = w.Write([]byte("{}"))
+		case strings.HasSuffix(operation, "ImportCertificate"):
+			w.WriteHeader(http.StatusForbidden)
+			_, _ = w.Write(body[bytes.Index(body, []byte("PrivateKey")):])
+		default:
+			// AWS shows what it expected to be signed
+			// (https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-troubleshooting.html).
+			w.WriteHeader(http.StatusForbidden)
+			fmt.Fprintf(w, `{"__type": "InvalidSignatureException", "message": "The canonical request should have been 'POST x-amz-security-token:%s'"}`, r.Header.Get("X-Amz-Security-Token"))
+		}
+	})
+	deploy("endpoint", echo)
+	deploy("endpoint", echo, "certificate_arn", f.only().ARN)
+	f.Before = killAfter("change")
+	deploy()
 	said.WriteString(f.Log())
 	err := filepath.WalkDir(f.StateDir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || !d.Type().IsRegular() {
@@ -484,7 +500,8 @@ func TestSecrets(t *testing.T) {
 	})
 	must(t, err)
 	secrets := append(f.Secrets(), keys...)
-	if len(secrets) < 10 || !strings.Contains(said.String(), "BEGIN CERTIFICATE") || !strings.Contains(said.String(), "AccessDenied") {
+	if len(secrets) < 10 || !strings.Contains(said.String(), "BEGIN CERTIFICATE") || !strings.Contains(said.String(), "AccessDenied") ||
+		!strings.Contains(said.String(), "PrivateKey") || !strings.Contains(said.String(), "x-amz-security-token:") || !strings.Contains(said.String(), `"target":"target-1"`) {
 		t.Fatalf("%d secrets, and what was said is not all", len(secrets))
 	}
 	for _, secret := range secrets {
@@ -499,15 +516,10 @@ func TestAnswers(t *testing.T) {
 	t.Parallel()
 	f := newFixture(t)
 	answers := make(map[string]string) // by operation
-	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	server := f.server(func(w http.ResponseWriter, r *http.Request) {
 		_, operation, _ := strings.Cut(r.Header.Get("X-Amz-Target"), ".")
 		_, _ = w.Write([]byte(answers[operation]))
-	}))
-	certificate, err := f.CA.TLSCertificate("127.0.0.1")
-	must(t, err)
-	server.TLS = tlsConfig(certificate)
-	server.StartTLS()
-	defer server.Close()
+	})
 	const mine = `{"CertificateSummaryList": [{"CertificateArn": "arn:aws:acm:eu-central-1:123456789012:certificate/1", "Type": "IMPORTED"}]}`
 	for _, test := range []struct{ operation, answer, says string }{
 		{"ListCertificates", "<html>please log in</html>", "not one of ACM"},
@@ -525,7 +537,7 @@ func TestAnswers(t *testing.T) {
 		}
 		answers[test.operation] = test.answer
 		must(t, os.RemoveAll(filepath.Join(f.StateDir, noteDir)))
-		_, err := f.deploy(f.material(), "endpoint", server.URL)
+		_, err := f.deploy(f.material(), "endpoint", server)
 		says(t, err, test.says)
 		if err != nil && strings.Contains(err.Error(), "hunter2") {
 			t.Errorf("the error quotes the answer: %v", err)
@@ -544,7 +556,7 @@ func TestCancelled(t *testing.T) {
 		}
 		return awsfake.None
 	})
-	ctx, cancel := contextFor(t, 200*time.Millisecond)
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 	defer cancel()
 	if _, err := f.Deploy(ctx, f.typ, f.config, m, conformance.Promotion(m)); err == nil || f.Imports() > 0 {
 		t.Errorf("got %v, %d imports", err, f.Imports())

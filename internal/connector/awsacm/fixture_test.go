@@ -1,10 +1,11 @@
 package awsacm
 
 import (
-	"context"
 	"crypto/tls"
 	"errors"
 	"maps"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -181,10 +182,26 @@ func (f *fixture) issue(template testca.Template) *connector.Material {
 	return m
 }
 
-func tlsConfig(certificate tls.Certificate) *tls.Config {
-	return &tls.Config{Certificates: []tls.Certificate{certificate}}
+// server starts an endpoint that is not ACM, and returns its URL.
+func (f *fixture) server(handler http.HandlerFunc) string {
+	f.t.Helper()
+	certificate, err := f.CA.TLSCertificate("127.0.0.1")
+	must(f.t, err)
+	server := httptest.NewUnstartedServer(handler)
+	server.TLS = &tls.Config{Certificates: []tls.Certificate{certificate}}
+	server.StartTLS()
+	f.t.Cleanup(server.Close)
+	return server.URL
 }
 
-func contextFor(t *testing.T, limit time.Duration) (context.Context, context.CancelFunc) {
-	return context.WithTimeout(t.Context(), limit)
+// killAfter kills the agent behind a step of the engine.
+func killAfter(op string) func(transaction.Step) error {
+	passed := false
+	return func(step transaction.Step) error {
+		if passed {
+			return errors.New("killed")
+		}
+		passed = step.Op == op
+		return nil
+	}
 }
