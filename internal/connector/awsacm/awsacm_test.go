@@ -9,6 +9,9 @@ import (
 	"crypto/x509"
 	"maps"
 	"math/big"
+	"os"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -247,4 +250,58 @@ func TestPreview(t *testing.T) {
 	f.Deny("ListCertificates")
 	_, _, err := c.Read(t.Context())
 	says(t, err, "acm:ListCertificates")
+}
+
+// TestPolicies: the policies of the page allow exactly what is called.
+func TestPolicies(t *testing.T) {
+	page, err := os.ReadFile("../../../docs/targets/awsacm.md")
+	must(t, err)
+	_, text, _ := strings.Cut(string(page), "## Permissions")
+	text, _, _ = strings.Cut(text, "\n## ")
+	var policies [][]string
+	for block := range strings.SplitSeq(text, "```json") {
+		block, _, isCode := strings.Cut(block, "```")
+		if !isCode {
+			continue
+		}
+		var allowed []string
+		for _, action := range regexp.MustCompile(`"acm:(\w+)"`).FindAllStringSubmatch(block, -1) {
+			allowed = append(allowed, action[1])
+		}
+		policies = append(policies, allowed)
+	}
+	if len(policies) != 2 {
+		t.Fatalf("the page has %d policies", len(policies))
+	}
+	tags := []any{"tags", map[string]any{"team": "web"}}
+	for i, use := range []func(f *fixture){
+		func(f *fixture) {
+			arn := []any{"certificate_arn", f.put(f.material())}
+			f.mustDeploy(f.material(), append(arn, tags...)...)
+			_, err := f.deploy(f.material(), append(arn, unverified()...)...)
+			says(t, err, "the previous certificate is back in place")
+		},
+		func(f *fixture) {
+			m := f.material()
+			f.Before = killAfter("change")
+			_, _ = f.deploy(m)
+			f.Before = nil
+			f.Restart(t)
+			_, err := f.deploy(m, unverified()...)
+			says(t, err, "the new one was removed")
+			f.mustDeploy(m)
+			f.mustDeploy(f.material(), tags...)
+		},
+	} {
+		f := newFixture(t)
+		all := []string{"AddTagsToCertificate", "DeleteCertificate", "DescribeCertificate", "GetCertificate", "ImportCertificate", "ListCertificates", "ListTagsForCertificate"}
+		f.Deny(slices.DeleteFunc(all, func(operation string) bool { return slices.Contains(policies[i], operation) })...)
+		use(f)
+		called := f.Calls()
+		slices.Sort(called)
+		slices.Sort(policies[i])
+		if called = slices.Compact(called); !slices.Equal(called, policies[i]) {
+			t.Errorf("called %q, and the policy allows %q", called, policies[i])
+		}
+	}
 }
