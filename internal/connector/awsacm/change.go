@@ -89,7 +89,7 @@ func (c *change) ID() string {
 
 // Read implements connector.Change.
 func (c *change) Read(ctx context.Context) (was []byte, same bool, err error) {
-	if err := c.find(ctx); err != nil {
+	if err := c.find(ctx, true); err != nil {
 		return nil, false, err
 	}
 	if c.arn == "" {
@@ -118,8 +118,8 @@ func (c *change) Read(ctx context.Context) (was []byte, same bool, err error) {
 func (c *change) holds() bool { return c.current.equal(c.material.Leaf, c.material.Chain) }
 
 // find looks for the certificate: where the configuration says, where this agent has noted it, and
-// by its tags.
-func (c *change) find(ctx context.Context) error {
+// by its tags. Renamed says that it may have other names than the new one.
+func (c *change) find(ctx context.Context, renamed bool) error {
 	if c.arn = c.config.CertificateARN; c.arn != "" {
 		err := c.load(ctx)
 		if err == nil && c.arn == "" {
@@ -145,7 +145,7 @@ func (c *change) find(ctx context.Context) error {
 	if c.note.Importing != "" || c.note.ARN != "" { // it may not show yet
 		wait = c.list
 	}
-	found, err := c.findTagged(ctx, wait)
+	found, err := c.findTagged(ctx, wait, renamed)
 	if err != nil || len(found) == 0 {
 		return err
 	}
@@ -158,9 +158,9 @@ func (c *change) find(ctx context.Context) error {
 }
 
 // findTagged looks for the certificate by its tags, for as long as wait until there is one.
-func (c *change) findTagged(ctx context.Context, wait time.Duration) ([]string, error) {
+func (c *change) findTagged(ctx context.Context, wait time.Duration, renamed bool) ([]string, error) {
 	for begun, pause := time.Now(), firstPause; ; pause = min(2*pause, maxPause) {
-		found, err := c.client.tagged(ctx, string(c.material.CertificateID), c.names())
+		found, err := c.client.tagged(ctx, string(c.material.CertificateID), c.names(), renamed)
 		if err != nil || len(found) > 0 || time.Since(begun)+pause > wait {
 			return found, err
 		}
@@ -176,6 +176,9 @@ func (c *change) names() []string {
 	var all []string
 	for _, name := range c.material.Leaf.DNSNames {
 		all = append(all, strings.ToLower(name))
+	}
+	for _, ip := range c.material.Leaf.IPAddresses {
+		all = append(all, ip.String())
 	}
 	return all
 }
@@ -260,7 +263,7 @@ func (c *change) first(ctx context.Context) error {
 	}
 	arn, err := c.importOnce(ctx)
 	if isUncertain(err) {
-		found, findErr := c.findTagged(ctx, c.list)
+		found, findErr := c.findTagged(ctx, c.list, false)
 		switch {
 		case findErr != nil:
 			return fmt.Errorf("%w; and whether it did cannot be found out: %w", err, findErr)
@@ -414,7 +417,7 @@ func parseUndo(was undo) (old installed, err error) {
 // this agent has no note of, it did not import.
 func (c *change) removeFirst(ctx context.Context) error {
 	if c.arn == "" || c.note.Certificate == "" {
-		if err := c.find(ctx); err != nil {
+		if err := c.find(ctx, false); err != nil {
 			return err
 		}
 	}

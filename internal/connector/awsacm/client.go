@@ -287,10 +287,10 @@ func (c *client) imported(ctx context.Context, names []string) (likely, others [
 }
 
 // tagged finds the imported certificates that have the tags of a certificate of ours. Those with one
-// of names are asked for their tags first, and the others only if none of these has them: ACM tells
-// the tags of one certificate at a time. A preview that is of no certificate in particular ("") finds
-// none, and sees whether they may be listed.
-func (c *client) tagged(ctx context.Context, certificateID string, names []string) (arns []string, err error) {
+// of names are asked for their tags first, and the others only if none of these has them and if they
+// are to be looked at: ACM tells the tags of one certificate at a time. A preview that is of no
+// certificate in particular ("") finds none, and sees whether they may be listed.
+func (c *client) tagged(ctx context.Context, certificateID string, names []string, renamed bool) (arns []string, err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, searchFor, fmt.Errorf("the tags of all imported certificates could not be read within %v: set certificate_arn", searchFor))
 	defer cancel()
 	likely, others, err := c.imported(ctx, names)
@@ -310,7 +310,7 @@ func (c *client) tagged(ctx context.Context, certificateID string, names []strin
 				arns = append(arns, arn)
 			}
 		}
-		if len(arns) > 0 {
+		if len(arns) > 0 || !renamed {
 			break
 		}
 	}

@@ -100,7 +100,7 @@ func TestOneImport(t *testing.T) {
 				}
 				return awsfake.None
 			})
-			m := f.material()
+			m := f.issue(testca.Template{Names: []string{"192.0.2.7"}})
 			f.mustDeploy(m)
 			f.holds(m)
 			if f.Imports() != 1 || !f.mustDeploy(m).Unchanged {
@@ -141,6 +141,25 @@ func TestOneImport(t *testing.T) {
 		f.mustDeploy(m)
 		if f.holds(m); f.Imports() != 1 {
 			t.Errorf("%d imports", f.Imports())
+		}
+	})
+
+	t.Run("only what may be it is asked for its tags", func(t *testing.T) {
+		t.Parallel()
+		f := newFixture(t)
+		f.Lag = 1000
+		f.put(f.issue(testca.Template{Names: []string{"other.example.org"}}), ours()[0])
+		f.OnCall(func(operation string, n int) awsfake.Fault {
+			if operation == "ImportCertificate" {
+				return awsfake.Lost
+			}
+			return awsfake.None
+		})
+		_, err := f.deploy(f.issue(testca.Template{Names: []string{"192.0.2.7"}}))
+		says(t, err, "The next deployment looks again")
+		asked := slices.DeleteFunc(f.Calls(), func(call string) bool { return call != "ListTagsForCertificate" })
+		if len(asked) != 1 {
+			t.Errorf("%d certificates were asked for their tags, want the other one once", len(asked))
 		}
 	})
 
