@@ -171,7 +171,6 @@ func TestNoPatience(t *testing.T) {
 	if StatusOf(err) != 503 || strings.Contains(err.Error(), "given up") || n.calls.Load() != 1 {
 		t.Errorf("%d calls: %v", n.calls.Load(), err)
 	}
-
 }
 
 // A read ends with its context, a change that has begun does not.

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math/rand/v2"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -313,11 +314,12 @@ func (c *change) importOnce(ctx context.Context) (arn string, err error) {
 		if !again {
 			return arn, err
 		}
-		if tried := time.Since(begun); tried+pause > callFor {
+		wait := pause + rand.N(pause/2) // so that agents that were refused together do not come back together
+		if tried := time.Since(begun); tried+wait > callFor {
 			return "", fmt.Errorf("%w (given up after %v)", err, tried.Round(time.Second))
 		}
 		select {
-		case <-time.After(pause):
+		case <-time.After(wait):
 		case <-ctx.Done():
 			return "", fmt.Errorf("%w; %w", err, context.Cause(ctx))
 		}
