@@ -131,7 +131,7 @@ func (a *acm) check() error {
 			add("certificate_arn", "it is in %s (%s), and the target's region is %s", parts[2], parts[1], c.Region)
 		}
 	}
-	// Whoever chooses these chooses whose ACM gets the key, and who is believed to be AWS.
+	// These decide into which account the key goes, and which server is believed to be AWS.
 	for key, value := range map[string]string{"role_arn": c.RoleARN, "external_id": c.ExternalID, "ca_bundle": string(c.CABundle)} {
 		if value != "" && !a.target.Local(key) {
 			add(key, "is accepted only from an overlay of this host, since it decides into whose hands a key goes")
@@ -278,7 +278,7 @@ func keyTypes() []string {
 	return []string{"RSA_1024", "RSA_2048", "RSA_3072", "RSA_4096", "EC_prime256v1", "EC_secp384r1", "EC_secp521r1"}
 }
 
-// keyAlgorithm is ACM's name for the key of a certificate. It returns "" if ACM takes none such.
+// keyAlgorithm is ACM's name for the key of a certificate. It returns "" if ACM does not take that key.
 func keyAlgorithm(c *x509.Certificate) string {
 	name := ""
 	switch public := c.PublicKey.(type) {

@@ -29,7 +29,7 @@ const (
 	// has a minute for everything.
 	listFor = 30 * time.Second
 
-	// callFor is how long a first import is tried again that AWS has no time for.
+	// callFor bounds how long a first import is tried again while AWS throttles it.
 	callFor = time.Minute
 
 	firstPause = 500 * time.Millisecond // doubles from there to maxPause
@@ -223,17 +223,13 @@ func (c *change) mayReplace(ctx context.Context) error {
 }
 
 // wantTags are the configured ones and our own.
-func (c *change) wantTags() []tag {
-	want := tags{managedByTag: managedBy, certificateTag: string(c.material.CertificateID)}
-	maps.Copy(want, c.config.Tags)
-	return tagList(want)
-}
-
-func tagList(from map[string]string) (list []tag) {
-	for _, key := range slices.Sorted(maps.Keys(from)) {
-		list = append(list, tag{key, from[key]})
+func (c *change) wantTags() (want []tag) {
+	all := tags{managedByTag: managedBy, certificateTag: string(c.material.CertificateID)}
+	maps.Copy(all, c.config.Tags)
+	for _, key := range slices.Sorted(maps.Keys(all)) {
+		want = append(want, tag{key, all[key]})
 	}
-	return list
+	return want
 }
 
 func (c *change) missingTags() []tag {
@@ -244,7 +240,7 @@ func (c *change) missingTags() []tag {
 }
 
 // Write implements connector.Change. Tags come with a first import, and with Finish otherwise: ACM
-// takes none in a re-import, and one that may not be set is no reason to take a certificate back.
+// takes none in a re-import, and a certificate is not rolled back for want of a tag.
 func (c *change) Write(ctx context.Context) error {
 	switch {
 	case c.arn == "":

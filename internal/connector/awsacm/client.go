@@ -84,14 +84,14 @@ func isThrottled(e *vendorapi.StatusError) bool {
 	return e.Status == http.StatusTooManyRequests || slices.Contains([]string{"ThrottlingException", "Throttling", "TooManyRequestsException", "RequestLimitExceeded", "RequestThrottled", "SlowDown"}, parseAnswer(e.Body).Code)
 }
 
-// isUnproven reports whether AWS has refused the credentials themselves, which others may have
-// replaced by now.
+// isUnproven reports whether AWS has refused the credentials themselves, which may have been replaced
+// by now.
 func isUnproven(err error) bool {
 	return slices.Contains([]string{"ExpiredTokenException", "ExpiredToken", "UnrecognizedClientException", "InvalidClientTokenId"}, codeOf(err))
 }
 
-// call makes a call. Credentials that AWS does not accept any more are replaced once: it has done
-// nothing then.
+// call makes a call. If AWS refuses the credentials, it has done nothing, and the call is made once more
+// with new ones.
 func (c *client) call(ctx context.Context, via *vendorapi.Client, operation, arn string, request, answer any) error {
 	body, err := json.Marshal(request)
 	if err != nil {
@@ -174,7 +174,7 @@ func (c *client) importCertificate(ctx context.Context, via *vendorapi.Client, a
 	return answer.CertificateArn, nil
 }
 
-// strangeError is an answer that ACM does not give, for success.
+// strangeError is an answer of success that ACM would not give.
 type strangeError struct{ problem string }
 
 func (e *strangeError) Error() string { return e.problem }
@@ -186,7 +186,7 @@ func (c *client) isOurs(arn string) bool {
 	return parts != nil && parts[1] == name && parts[2] == c.region
 }
 
-// get returns the PEM of a certificate and its chain. It returns "" if there is none such.
+// get returns the PEM of a certificate and its chain. It returns "" if there is no such certificate.
 func (c *client) get(ctx context.Context, arn string) (leaf, chain string, err error) {
 	var answer struct{ Certificate, CertificateChain string }
 	err = c.call(ctx, c.reads, "GetCertificate", arn, byARN{arn}, &answer)
@@ -226,7 +226,7 @@ func (c *client) addTags(ctx context.Context, arn string, tags []tag) error {
 	return c.call(ctx, c.changes, "AddTagsToCertificate", arn, request, nil)
 }
 
-// remove deletes a certificate. One that is gone is no error.
+// remove deletes a certificate. It succeeds if that is gone already.
 func (c *client) remove(ctx context.Context, arn string) error {
 	err := c.call(ctx, c.changes, "DeleteCertificate", arn, byARN{arn}, nil)
 	if codeOf(err) == "ResourceNotFoundException" {

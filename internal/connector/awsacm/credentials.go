@@ -93,7 +93,7 @@ func (s *source) get(ctx context.Context) (*issued, error) {
 	return got, nil
 }
 
-// forget has the next call look for credentials anew.
+// forget makes the next call look for credentials again.
 func (s *source) forget() { s.issued = nil }
 
 // from says where the credentials are from.
@@ -147,7 +147,7 @@ func (s *source) fromEnvironment() (*issued, error) {
 	return newIssued("the environment", id, key, s.getenv("AWS_SESSION_TOKEN"), "")
 }
 
-// newIssued checks credentials as somebody has written them down. Expires is as in RFC 3339; "": never.
+// newIssued checks credentials that came from outside. Expires is as in RFC 3339; "": never.
 func newIssued(from, id, key, token, expires string) (*issued, error) {
 	got := &issued{sigv4.Credentials{AccessKeyID: id, SecretAccessKey: secret.New(key), SessionToken: secret.New(token)}, time.Time{}, from}
 	unfit := func(text string) bool {
@@ -157,7 +157,7 @@ func newIssued(from, id, key, token, expires string) (*issued, error) {
 	case id == "" || key == "":
 		return nil, fmt.Errorf("%s has only one of access key and secret key", from)
 	case unfit(id), unfit(key), unfit(token), strings.ContainsAny(id, "/,="):
-		return nil, fmt.Errorf("%s has an access key that is none: there is a character in it that no key has", from)
+		return nil, fmt.Errorf("%s has an invalid access key: there is a character in it that no key has", from)
 	}
 	if expires != "" {
 		var err error
@@ -168,7 +168,7 @@ func newIssued(from, id, key, token, expires string) (*issued, error) {
 	return got, nil
 }
 
-// said is what metadata services and processes say.
+// said is the answer of a metadata service or a credential_process.
 type said struct {
 	Version         int
 	Code, Message   string
@@ -220,7 +220,7 @@ func isContainerHost(host string) bool {
 	return err == nil && (at.IsLoopback() || at == netip.MustParseAddr("169.254.170.2") || at == netip.MustParseAddr("169.254.170.23") || at == netip.MustParseAddr("fd00:ec2::23"))
 }
 
-// readToken reads a token anew each time, since it rotates.
+// readToken reads a token, which rotates.
 func readToken(file string) (string, error) {
 	data, _, _, err := trustedfile.Read(file, maxFile)
 	if err != nil {
