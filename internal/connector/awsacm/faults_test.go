@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/x509"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -564,7 +565,7 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
-// A deployment that is cancelled begins no change.
+// A deployment that is cancelled begins no change, and takes back one whose answer is lost.
 func TestCancelled(t *testing.T) {
 	t.Parallel()
 	f := newFixture(t)
@@ -579,5 +580,21 @@ func TestCancelled(t *testing.T) {
 	defer cancel()
 	if _, err := f.Deploy(ctx, f.typ, f.config, m, conformance.Promotion(m)); err == nil || f.Imports() > 0 {
 		t.Errorf("got %v, %d imports", err, f.Imports())
+	}
+	again, stop := context.WithCancel(t.Context())
+	f.typ = typeOf(patience{call: time.Minute, list: time.Minute})
+	f.Set(func(c *awsfake.Cloud) { c.Lag = 1 })
+	f.OnCall(func(operation string, n int) awsfake.Fault {
+		if operation == "ImportCertificate" {
+			stop()
+			return awsfake.Lost
+		}
+		return awsfake.None
+	})
+	if _, err := f.Deploy(again, f.typ, f.config, m, conformance.Promotion(m)); !errors.Is(err, context.Canceled) || broken(err) {
+		t.Errorf("got %v", err)
+	}
+	if f.Imports() != 1 || len(f.Certificates()) > 0 {
+		t.Errorf("%d imports, and %d certificates are left", f.Imports(), len(f.Certificates()))
 	}
 }
