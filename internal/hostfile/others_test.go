@@ -15,16 +15,17 @@ import (
 // they mean to do otherwise. All others read by Read or ReadIn, or have no
 // files to read.
 var others = map[string]string{
-	"cmd/certctl-agent":    "scan only tries to open what it was told to scan; /etc/machine-id is root's",
-	"internal/atomicfile":  "opens directories, to sync them",
-	"internal/discovery":   "reads the beginning only of most files, without changing their times of access, and judges them by what was found in the directory",
-	"internal/filelock":    "opens a lock that may be another agent's and reads nothing; the lock it takes holds a name that it cuts",
-	"internal/installed":   "follows no link: one in the place of its file is damage",
-	"internal/keystore":    "opens its own directory, to list the names in it",
-	"internal/ledger":      "a record that is too long is damage: its beginning is searched for the job's id",
-	"internal/peer":        "reads tables of /proc, line by line",
-	"internal/status":      "opens a directory, to name a socket in it by a short path",
-	"internal/transaction": "follows no link, reads no other file than the one it has looked at, and its attributes too; finds the holders of locks in /proc",
+	"cmd/certctl-agent":          "scan only tries to open what it was told to scan; /etc/machine-id is root's",
+	"internal/atomicfile":        "opens directories, to sync them",
+	"internal/connector/windows": "reads scripts that are part of the program",
+	"internal/discovery":         "reads the beginning only of most files, without changing their times of access, and judges them by what was found in the directory",
+	"internal/filelock":          "opens a lock that may be another agent's and reads nothing; the lock it takes holds a name that it cuts",
+	"internal/installed":         "follows no link: one in the place of its file is damage",
+	"internal/keystore":          "opens its own directory, to list the names in it",
+	"internal/ledger":            "a record that is too long is damage: its beginning is searched for the job's id",
+	"internal/peer":              "reads tables of /proc, line by line",
+	"internal/status":            "opens a directory, to name a socket in it by a short path",
+	"internal/transaction":       "follows no link, reads no other file than the one it has looked at, and its attributes too; finds the holders of locks in /proc",
 }
 
 // TestOthers finds the places that open files for reading.
