@@ -125,6 +125,22 @@ func (s *Seconds) UnmarshalJSON(raw []byte) error {
 	return nil
 }
 
+// ParseStrings reads a JSON object of strings, or a string that holds one. An
+// empty string is "not configured".
+func ParseStrings(raw []byte) (map[string]string, error) {
+	var text string
+	if json.Unmarshal(raw, &text) == nil {
+		if raw = []byte(text); strings.TrimSpace(text) == "" {
+			return nil, nil
+		}
+	}
+	var read map[string]string
+	if json.Unmarshal(raw, &read) != nil {
+		return nil, errors.New(`expected an object of strings such as {"team": "web"}, or a string that holds one`)
+	}
+	return read, nil
+}
+
 // Path is an absolute path without "..", cleaned.
 type Path string
 

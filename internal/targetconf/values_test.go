@@ -80,6 +80,19 @@ func TestSeconds(t *testing.T) {
 	}
 }
 
+func TestParseStrings(t *testing.T) {
+	for text, want := range map[string]int{`{"a":"b","c":""}`: 2, `"{\"a\": \"b\"}"`: 1, `{}`: 0, `""`: 0, `" "`: 0, `null`: 0} {
+		if got, err := ParseStrings([]byte(text)); err != nil || len(got) != want {
+			t.Errorf("%s: got %v, %v", text, got, err)
+		}
+	}
+	for _, text := range []string{`{"a":1}`, `"a=b"`, `["a"]`, `1`, `"\"a\""`} {
+		if got, err := ParseStrings([]byte(text)); err == nil {
+			t.Errorf("%s: got %v and no error", text, got)
+		}
+	}
+}
+
 func TestBool(t *testing.T) {
 	for text, want := range map[string]bool{`true`: true, `"on"`: true, `1`: true, `"YES"`: true, `"T"`: true, `false`: false, `""`: false, `0`: false, `"off"`: false, `"No"`: false} {
 		if got, err := parseBool([]byte(text)); err != nil || got != want {

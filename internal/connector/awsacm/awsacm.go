@@ -7,7 +7,6 @@ import (
 	"crypto/ecdsa"
 	"crypto/rsa"
 	"crypto/x509"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -208,15 +207,9 @@ const maxTags = 48
 var tagForm = lazyregexp.New(`^[\p{L}\p{Z}\p{N}_.:/=+\-@]*$`)
 
 func (t *tags) UnmarshalJSON(raw []byte) error {
-	var text string
-	if json.Unmarshal(raw, &text) == nil {
-		if raw = []byte(text); strings.TrimSpace(text) == "" {
-			return nil
-		}
-	}
-	var read map[string]string
-	if json.Unmarshal(raw, &read) != nil {
-		return errors.New(`expected an object of strings such as {"team": "web"}, or a string that holds one`)
+	read, err := targetconf.ParseStrings(raw)
+	if err != nil {
+		return err
 	}
 	if len(read) > maxTags {
 		return fmt.Errorf("%d tags are more than %d", len(read), maxTags)

@@ -8,8 +8,6 @@ import (
 	"crypto/elliptic"
 	"crypto/rsa"
 	"crypto/x509"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"log/slog"
 	"slices"
@@ -139,15 +137,9 @@ const (
 )
 
 func (t *tags) UnmarshalJSON(raw []byte) error {
-	var text string
-	if json.Unmarshal(raw, &text) == nil {
-		if raw = []byte(text); strings.TrimSpace(text) == "" {
-			return nil
-		}
-	}
-	var read map[string]string
-	if json.Unmarshal(raw, &read) != nil {
-		return errors.New(`expected an object of strings such as {"team": "web"}, or a string that holds one`)
+	read, err := targetconf.ParseStrings(raw)
+	if err != nil {
+		return err
 	}
 	for key, value := range read {
 		switch {

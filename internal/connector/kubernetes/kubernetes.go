@@ -4,7 +4,6 @@ package kubernetes
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -127,15 +126,9 @@ type labels map[string]string
 const maxLabels = 64
 
 func (l *labels) UnmarshalJSON(raw []byte) error {
-	var text string
-	if json.Unmarshal(raw, &text) == nil {
-		if raw = []byte(text); strings.TrimSpace(text) == "" {
-			return nil
-		}
-	}
-	var read map[string]string
-	if json.Unmarshal(raw, &read) != nil {
-		return errors.New(`expected an object of strings such as {"team": "web"}, or a string that holds one`)
+	read, err := targetconf.ParseStrings(raw)
+	if err != nil {
+		return err
 	}
 	if len(read) > maxLabels {
 		return fmt.Errorf("%d labels are more than %d", len(read), maxLabels)
