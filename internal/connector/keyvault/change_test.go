@@ -111,6 +111,28 @@ func TestDeleted(t *testing.T) {
 	says(t, err, errChanged.Error())
 }
 
+// A version that waits for its certificate is in the way, and one whose creation was given
+// up is not.
+func TestPending(t *testing.T) {
+	s := newSite(t)
+	f := s.fixture(t, environment())
+	f.vault.Create("www")
+	_, err := f.deploy(f.material())
+	says(t, err, "import: 409 Conflict", "status is inProgress", "az keyvault certificate pending delete --vault-name")
+	if n := len(f.vault.Versions("www")); broken(err) || n != 1 {
+		t.Errorf("%v leaves %d versions", err, n)
+	}
+	f.vault.GiveUp("www")
+	m := f.material()
+	_, err = f.deploy(m, unverified()...)
+	says(t, err, "verification failed")
+	if at := current(f.vault); broken(err) || at.Enabled || !at.Certificate.Equal(m.Leaf) {
+		t.Errorf("%v leaves %+v", err, at)
+	}
+	f.mustDeploy(m)
+	f.holds(m)
+}
+
 // What can be taken back is, and of what cannot the error says so.
 func TestUndo(t *testing.T) {
 	s := newSite(t)

@@ -174,7 +174,7 @@ func (v *vault) cli(command string) string {
 // https://learn.microsoft.com/rest/api/keyvault/certificates/get-certificate/get-certificate?view=rest-keyvault-certificates-7.4#certificatebundle.
 type bundle struct {
 	ID         string            `json:"id"`
-	DER        []byte            `json:"cer"`
+	DER        []byte            `json:"cer"` // empty: its creation in the vault is pending, or was given up
 	Tags       map[string]string `json:"tags"`
 	Attributes struct {
 		Enabled bool `json:"enabled"`
@@ -210,7 +210,7 @@ func (b *bundle) version() string { return b.ID[strings.LastIndexByte(b.ID, '/')
 
 func (v *vault) parseBundle(answer []byte) (*bundle, error) {
 	b := new(bundle)
-	if json.Unmarshal(answer, b) != nil || len(b.DER) == 0 {
+	if json.Unmarshal(answer, b) != nil || b.ID == "" || len(b.DER) == 0 && b.Attributes.Enabled {
 		return nil, errors.New("the answer is not a certificate of a vault")
 	}
 	path := strings.ToLower(v.url() + v.certificate() + "/")
@@ -336,6 +336,9 @@ func (v *vault) explain(call string, err error) error {
 	switch status := vendorapi.StatusOf(err); {
 	case p.inner == "ObjectIsDeletedButRecoverable":
 		return fmt.Errorf("%s: %w", call, v.deleted(""))
+	case call == "import" && status == http.StatusConflict && p.code == "Forbidden":
+		// https://learn.microsoft.com/azure/key-vault/certificates/create-certificate-scenarios#create-or-import-when-pending-request-exists---status-is-inprogress
+		return fmt.Errorf("%s: %w: the vault itself is having a certificate of this name issued: let it finish, or give that up (%s)", call, err, v.cli("pending delete"))
 	case status >= 300 && status < 500 && p.code == "" && status != http.StatusTooManyRequests:
 		return fmt.Errorf("%s: %w: something before the vault gave that answer, such as a proxy", call, err)
 	case status == http.StatusUnauthorized:

@@ -2,6 +2,7 @@ package azure
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/sha1"
 	"crypto/x509"
 	"encoding/base64"
@@ -33,13 +34,14 @@ type Vault struct {
 type certificate struct {
 	versions []*Version // the oldest first
 	deleted  time.Time  // zero: it is not
+	pending  bool       // the last version waits for its certificate
 }
 
 // Version is one version of a certificate, with the secret and the key that belong
 // to it.
 type Version struct {
 	ID          string
-	Certificate *x509.Certificate
+	Certificate *x509.Certificate   // nil: its creation is pending, or was given up
 	Chain       []*x509.Certificate // without the certificate
 	Key         []byte              // PKCS#8
 	Enabled     bool
@@ -136,6 +138,21 @@ func (v *Vault) Put(name string, at Version) {
 	c.versions = append(c.versions, &at)
 }
 
+// Create begins the creation of a version whose certificate an authority that the
+// vault does not know is to issue. GiveUp ends it.
+func (v *Vault) Create(name string) {
+	v.server.mu.Lock()
+	defer v.server.mu.Unlock()
+	v.create(name, Policy{})
+}
+
+// GiveUp ends the creation of a version. What it was to be stays.
+func (v *Vault) GiveUp(name string) {
+	v.server.mu.Lock()
+	defer v.server.mu.Unlock()
+	v.certificates[strings.ToLower(name)].pending = false
+}
+
 // Delete deletes a certificate, so that it can be recovered.
 func (v *Vault) Delete(name string) {
 	v.server.mu.Lock()
@@ -163,6 +180,12 @@ func operationOf(method string, path []string) (operation, name, version string)
 	case len(path) < 2 || len(path) > 3:
 	case kind == "POST certificates" && at(2) == "import":
 		return "import", name, ""
+	case kind == "POST certificates" && at(2) == "create":
+		return "create", name, ""
+	case kind == "GET certificates" && at(2) == "pending":
+		return "pending", name, ""
+	case kind == "DELETE certificates" && at(2) == "pending":
+		return "give up", name, ""
 	case kind == "GET certificates" && at(2) == "versions":
 		return "versions", name, ""
 	case kind == "GET certificates" && at(2) == "policy":
@@ -188,7 +211,7 @@ func operationOf(method string, path []string) (operation, name, version string)
 // rights are the names of the permissions in access policies, see
 // https://learn.microsoft.com/azure/key-vault/certificates/certificate-access-control.
 var rights = map[string]string{
-	"import": "certificates/import/action", "get": "certificates/read", "versions": "certificates/read", "policy": "certificates/read", "update": "certificates/update/action",
+	"import": "certificates/import/action", "create": "certificates/create/action", "pending": "certificates/read", "give up": "certificates/update/action", "get": "certificates/read", "versions": "certificates/read", "policy": "certificates/read", "update": "certificates/update/action",
 	"delete": "certificates/delete", "deleted": "certificates/read", "recover": "certificates/recover/action", "purge": "certificates/purge/action", "secret": "secrets/getSecret/action",
 }
 
@@ -237,6 +260,8 @@ func (s *Server) serveVault(w http.ResponseWriter, r *http.Request, v *Vault) {
 		fail(w, refused)
 	case made == nil:
 		w.WriteHeader(http.StatusNoContent)
+	case operation == "create":
+		answer(w, http.StatusAccepted, made)
 	default:
 		answer(w, http.StatusOK, made)
 	}
@@ -261,7 +286,17 @@ func (v *Vault) do(r *http.Request, operation, name, version string, body []byte
 	switch operation {
 	case "deleted", "recover", "purge":
 		return nil, &problem{http.StatusNotFound, "CertificateNotFound", "Deleted Certificate not found: " + name, ""}
-	case "import":
+	case "create", "import":
+		if c != nil && c.pending {
+			return nil, &problem{http.StatusConflict, "Forbidden", "A new key vault certificate can not be created or imported while a pending key vault certificate's status is inProgress.", ""}
+		}
+		if operation == "create" {
+			var asked struct{ Policy Policy }
+			if json.Unmarshal(body, &asked) != nil {
+				return nil, bad("the body is not what a creation takes")
+			}
+			return v.create(name, asked.Policy), nil
+		}
 		if c == nil {
 			c = new(certificate)
 		}
@@ -287,6 +322,12 @@ func (v *Vault) do(r *http.Request, operation, name, version string, body []byte
 		current = c.versions[i]
 	}
 	switch operation {
+	case "pending", "give up":
+		if !c.pending {
+			return nil, &problem{http.StatusNotFound, "PendingCertificateNotFound", "Pending certificate not found: " + name, ""}
+		}
+		c.pending = operation == "pending"
+		return v.operation(name), nil
 	case "get":
 		return v.bundle(name, current), nil
 	case "policy":
@@ -328,10 +369,33 @@ func (v *Vault) id(kind, name, version string) string {
 }
 
 func attributes(at *Version) map[string]any {
-	return map[string]any{
-		"enabled": at.Enabled, "nbf": at.Certificate.NotBefore.Unix(), "exp": at.Certificate.NotAfter.Unix(),
-		"created": at.created.Unix(), "updated": at.updated.Unix(), "recoveryLevel": "Recoverable+Purgeable", "recoverableDays": 90,
+	said := map[string]any{
+		"enabled": at.Enabled, "created": at.created.Unix(), "updated": at.updated.Unix(), "recoveryLevel": "Recoverable+Purgeable", "recoverableDays": 90,
 	}
+	if at.Certificate != nil {
+		said["nbf"], said["exp"] = at.Certificate.NotBefore.Unix(), at.Certificate.NotAfter.Unix()
+	}
+	return said
+}
+
+// create begins a creation, see
+// https://learn.microsoft.com/azure/key-vault/certificates/create-certificate-scenarios.
+func (v *Vault) create(name string, policy Policy) map[string]any {
+	c := v.certificates[strings.ToLower(name)]
+	if c == nil {
+		c = new(certificate)
+		v.certificates[strings.ToLower(name)] = c
+	}
+	policy.Key.Exportable, policy.Key.Type, policy.Secret.ContentType = new(true), cmp.Or(policy.Key.Type, "RSA"), cmp.Or(policy.Secret.ContentType, PFX)
+	c.versions = append(c.versions, &Version{ID: random(), Policy: policy, created: time.Now(), updated: time.Now()})
+	c.pending = true
+	return v.operation(name)
+}
+
+// operation is a CertificateOperation.
+func (v *Vault) operation(name string) map[string]any {
+	return map[string]any{"id": v.URL() + "/certificates/" + name + "/pending", "issuer": map[string]any{"name": "Unknown"}, "csr": "", "cancellation_requested": false,
+		"status": "inProgress", "status_details": "Pending certificate created. Please Perform Merge to complete the request.", "request_id": random()}
 }
 
 func thumbprint(c *x509.Certificate) string {
@@ -339,10 +403,15 @@ func thumbprint(c *x509.Certificate) string {
 	return base64.RawURLEncoding.EncodeToString(sum[:])
 }
 
-// bundle is a CertificateBundle.
+// bundle is a CertificateBundle. That of a version without a certificate is shorter, as
+// Microsoft's recordings show:
+// https://github.com/Azure/azure-sdk-for-js/blob/011a3b4199424b9416c77958f06496cf30faca5d/sdk/keyvault/keyvault-certificates/recordings/node/certificates_client__create_read_update_and_delete/recording_can_read_cancel_and_delete_a_certificates_operation.js.
 func (v *Vault) bundle(name string, at *Version) map[string]any {
 	policy := at.Policy
 	policy.ID = v.URL() + "/certificates/" + name + "/policy"
+	if at.Certificate == nil {
+		return map[string]any{"id": v.id("certificates", name, at.ID), "attributes": attributes(at), "policy": policy}
+	}
 	return map[string]any{
 		"id": v.id("certificates", name, at.ID), "kid": v.id("keys", name, at.ID), "sid": v.id("secrets", name, at.ID), "x5t": thumbprint(at.Certificate),
 		"cer": base64.StdEncoding.EncodeToString(at.Certificate.Raw), "attributes": attributes(at), "policy": policy, "tags": at.Tags,
@@ -377,7 +446,11 @@ func (v *Vault) list(r *http.Request, name string, c *certificate) (any, *proble
 			break
 		}
 		at := c.versions[len(c.versions)-1-i]
-		items = append(items, map[string]any{"id": v.id("certificates", name, at.ID), "x5t": thumbprint(at.Certificate), "attributes": attributes(at), "tags": at.Tags})
+		item := map[string]any{"id": v.id("certificates", name, at.ID), "attributes": attributes(at), "tags": at.Tags}
+		if at.Certificate != nil {
+			item["x5t"] = thumbprint(at.Certificate)
+		}
+		items = append(items, item)
 	}
 	return map[string]any{"value": items, "nextLink": next}, nil
 }
