@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"net/http"
 	"strings"
 	"time"
 
@@ -38,8 +39,8 @@ const (
 var marks = []string{managedTag, certificateTag, targetTag, fingerprintTag}
 
 const (
-	// settleFor is how long an import is looked for whose answer was lost, and
-	// settlePause is between two looks.
+	// settleFor is how long an import is looked for that may have been carried out,
+	// and settlePause is between two looks.
 	settleFor   = 10 * time.Second
 	settlePause = time.Second
 )
@@ -92,11 +93,13 @@ func (c *change) Read(ctx context.Context) (was []byte, same bool, err error) {
 	if now == nil {
 		return nil, false, nil
 	}
-	if _, err := c.wantTags(now.Tags); err != nil {
-		return nil, false, err
-	}
 	c.was = &former{Version: now.version(), DER: now.DER, Enabled: now.Attributes.Enabled, Tags: now.Tags, Policy: now.Policy}
-	if same = c.isIn(now); !same && !c.holds(now) && now.Attributes.Enabled {
+	if same = c.isIn(now); !same {
+		if _, err := c.wantTags(now.Tags); err != nil {
+			return nil, false, err
+		}
+	}
+	if !same && !c.holds(now) && now.Attributes.Enabled {
 		if err := c.readSecret(ctx); err != nil {
 			return nil, false, err
 		}
@@ -115,11 +118,11 @@ func (c *change) readSecret(ctx context.Context) error {
 		return nil
 	}
 	value, contentType, err := c.vault.secret(ctx, c.was.Version)
-	if status := vendorapi.StatusOf(err); status >= 400 && status < 500 {
-		c.was.Lost = err.Error() // least privilege: the agent may not read keys
+	switch {
+	case vendorapi.StatusOf(err) == http.StatusForbidden: // least privilege: the agent may not read keys
+		c.was.Lost = err.Error()
 		return nil
-	}
-	if err != nil {
+	case err != nil:
 		return err
 	}
 	c.was.Secret = value
@@ -197,7 +200,7 @@ func (c *change) Write(ctx context.Context) error {
 		if err := c.vault.update(ctx, now.version(), true, tags); err != nil {
 			return err
 		}
-		return c.verify(ctx)
+		return c.check(ctx, c.material.Leaf.Raw)
 	}
 	body, err := c.newImport(now)
 	if err != nil {
@@ -217,16 +220,17 @@ func (c *change) saw(now *bundle) bool {
 }
 
 // importAs imports a version and sees to it that it is the current one. An import
-// whose answer was lost is looked for, and not made again.
+// that may have been carried out, whatever the answer, is looked for and not made again.
 func (c *change) importAs(ctx context.Context, body *importing, der []byte) error {
 	err := c.vault.importVersion(ctx, body)
-	if _, lost := errors.AsType[*vendorapi.LostError](err); lost {
+	if err == nil {
+		return c.check(ctx, der)
+	}
+	_, lost := errors.AsType[*vendorapi.LostError](err)
+	if status := vendorapi.StatusOf(err); lost || status >= 500 && status != http.StatusServiceUnavailable {
 		return c.lookFor(ctx, der, err)
 	}
-	if err != nil {
-		return err
-	}
-	return c.check(ctx, der)
+	return err
 }
 
 func (c *change) lookFor(ctx context.Context, der []byte, lost error) error {
@@ -247,8 +251,6 @@ func (c *change) lookFor(ctx context.Context, der []byte, lost error) error {
 		}
 	}
 }
-
-func (c *change) verify(ctx context.Context) error { return c.check(ctx, c.material.Leaf.Raw) }
 
 // check reads the current version back: it has to be the certificate.
 func (c *change) check(ctx context.Context, der []byte) error {

@@ -369,6 +369,12 @@ func TestTags(t *testing.T) {
 	if slices.Contains(s.Calls(), "import www") {
 		t.Error("it was imported")
 	}
+	// Where nothing is to be done, they need not fit.
+	m := f.material()
+	f.theirs(func(v *azure.Version) { v.Certificate, v.Key, v.Tags = m.Leaf, pkcs8Of(t, m), current(f.vault).Tags })
+	if result := f.mustDeploy(m); !result.Unchanged {
+		t.Error("the same certificate counts as a change")
+	}
 }
 
 // The answer has to be about the certificate that was asked for, and what was

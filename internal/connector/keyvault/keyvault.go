@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/lazyregexp"
@@ -28,7 +29,7 @@ func Type() connector.Type { return typeOf(waits{}) }
 // waits are how long something is waited for; zero values are the defaults.
 type waits struct {
 	patience time.Duration // how long a call is tried again
-	settle   time.Duration // how long an import is looked for whose answer was lost
+	settle   time.Duration // how long an import is looked for that may have been carried out
 }
 
 func typeOf(w waits) connector.Type {
@@ -130,7 +131,7 @@ type tags map[string]string
 // https://learn.microsoft.com/azure/key-vault/certificates/about-certificates#certificate-tags.
 const (
 	maxTags = 15
-	maxTag  = 256 // bytes of a name or a value
+	maxTag  = 256 // characters of a name or a value
 
 	// ourTags begin the names of those that the agent itself sets.
 	ourTags = "certctl-"
@@ -143,8 +144,8 @@ func (t *tags) UnmarshalJSON(raw []byte) error {
 	}
 	for key, value := range read {
 		switch {
-		case key == "" || len(key) > maxTag || len(value) > maxTag:
-			return fmt.Errorf("%s: names and values of tags have at most %d bytes", printable.Quote(key), maxTag)
+		case key == "" || utf8.RuneCountInString(key) > maxTag || utf8.RuneCountInString(value) > maxTag:
+			return fmt.Errorf("%s: names of tags have 1 to %d characters, values at most that many", printable.Quote(key), maxTag)
 		case strings.HasPrefix(strings.ToLower(key), ourTags):
 			return fmt.Errorf("%s: tags that begin with %s are the agent's own", printable.Quote(key), ourTags)
 		}

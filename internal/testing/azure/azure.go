@@ -64,6 +64,7 @@ type Fault struct {
 	Hang bool // never answer, and do nothing
 	Drop bool // close the connection, and do nothing
 	Lose bool // do what was asked, and close the connection
+	Late bool // do what was asked, and answer as a gateway does that waited for too long
 }
 
 // Throttled is the answer to too many requests, see
@@ -177,8 +178,8 @@ func (s *Server) Forget() {
 }
 
 // begin notes a call and carries out what is to go wrong with it. It reports
-// whether the call goes on, and whether its answer is lost.
-func (s *Server) begin(w http.ResponseWriter, r *http.Request, operation, of string) (goes, lost bool) {
+// whether the call goes on, and returns what then happens instead of an answer; nil: nothing.
+func (s *Server) begin(w http.ResponseWriter, r *http.Request, operation, of string) (goes bool, instead func()) {
 	name := strings.TrimSpace(operation + " " + of)
 	s.mu.Lock()
 	s.calls = append(s.calls, name)
@@ -207,7 +208,7 @@ func (s *Server) begin(w http.ResponseWriter, r *http.Request, operation, of str
 		if fault.Body != "" {
 			w.WriteHeader(fault.Status)
 			_, _ = io.WriteString(w, fault.Body)
-			return false, false
+			return false, nil
 		}
 		words := "made to fail"
 		if fault.Echo {
@@ -216,12 +217,18 @@ func (s *Server) begin(w http.ResponseWriter, r *http.Request, operation, of str
 		}
 		if operation == "token" {
 			answer(w, fault.Status, map[string]any{"error": "invalid_request", "error_description": words})
-			return false, false
+			return false, nil
 		}
 		fail(w, &problem{fault.Status, cmp.Or(fault.Code, "BadParameter"), words, ""})
-		return false, false
+		return false, nil
 	}
-	return true, fault.Lose
+	switch {
+	case fault.Lose:
+		instead = func() { panic(http.ErrAbortHandler) }
+	case fault.Late:
+		instead = func() { http.Error(w, "<html>Gateway Timeout", http.StatusGatewayTimeout) }
+	}
+	return true, instead
 }
 
 // serveCloud answers for every name of the clouds.

@@ -143,7 +143,7 @@ func (s *Server) serveAuthority(w http.ResponseWriter, r *http.Request, c Cloud)
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
 		}
-		goes, lost := s.begin(w, r, "token", r.PostForm.Get("client_id"))
+		goes, instead := s.begin(w, r, "token", r.PostForm.Get("client_id"))
 		if !goes {
 			return
 		}
@@ -153,8 +153,9 @@ func (s *Server) serveAuthority(w http.ResponseWriter, r *http.Request, c Cloud)
 			return
 		}
 		value, life := s.Issue(resource)
-		if lost {
-			panic(http.ErrAbortHandler)
+		if instead != nil {
+			instead()
+			return
 		}
 		answer(w, http.StatusOK, map[string]any{"token_type": "Bearer", "expires_in": int(life.Seconds()), "ext_expires_in": int(life.Seconds()), "access_token": value})
 	default:

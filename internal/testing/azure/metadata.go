@@ -20,7 +20,7 @@ func (s *Server) serveMetadata(w http.ResponseWriter, r *http.Request) {
 		http.NotFound(w, r)
 		return
 	}
-	goes, lost := s.begin(w, r, operation, "")
+	goes, instead := s.begin(w, r, operation, "")
 	if !goes {
 		return
 	}
@@ -46,8 +46,9 @@ func (s *Server) serveMetadata(w http.ResponseWriter, r *http.Request) {
 		refuse(http.StatusBadRequest, "invalid_request", "Identity not found")
 	default:
 		value, life := s.Issue(resource)
-		if lost {
-			panic(http.ErrAbortHandler)
+		if instead != nil {
+			instead()
+			return
 		}
 		said := map[string]any{ // the numbers are strings
 			"access_token": value, "expires_on": fmt.Sprint(time.Now().Add(life).Unix()), "resource": resource, "token_type": "Bearer", "client_id": client,

@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 )
 
 // Vault is a key vault with soft-delete, which no vault can be without any more.
@@ -241,7 +242,7 @@ func (s *Server) serveVault(w http.ResponseWriter, r *http.Request, v *Vault) {
 		fail(w, &problem{http.StatusMethodNotAllowed, "MethodNotAllowed", "Method " + r.Method + " does not allow operation " + r.URL.Path, ""})
 		return
 	}
-	goes, lost := s.begin(w, r, operation, name)
+	goes, instead := s.begin(w, r, operation, name)
 	if !goes {
 		return
 	}
@@ -254,8 +255,8 @@ func (s *Server) serveVault(w http.ResponseWriter, r *http.Request, v *Vault) {
 	made, refused := v.do(r, operation, name, version, body)
 	s.mu.Unlock()
 	switch {
-	case lost:
-		panic(http.ErrAbortHandler)
+	case instead != nil:
+		instead()
 	case refused != nil:
 		fail(w, refused)
 	case made == nil:
@@ -468,7 +469,7 @@ func checkTags(tags map[string]string) *problem {
 		return &problem{http.StatusBadRequest, "BadParameter", fmt.Sprintf("there are %d tags, and at most %d are allowed", len(tags), maxTags), ""}
 	}
 	for key, value := range tags {
-		if key == "" || len(key) > maxTag || len(value) > maxTag {
+		if key == "" || utf8.RuneCountInString(key) > maxTag || utf8.RuneCountInString(value) > maxTag {
 			return &problem{http.StatusBadRequest, "BadParameter", "the tag " + key + " is too long", ""}
 		}
 	}
