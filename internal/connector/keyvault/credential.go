@@ -61,6 +61,13 @@ type source struct {
 // errAbsent says that this host does not have that way.
 var errAbsent = errors.New("not available")
 
+// tokenError says why there is no token. Answers in it are not the vault's, so nobody is to
+// find them there.
+type tokenError struct{ err error }
+
+func (e *tokenError) Error() string        { return e.err.Error() }
+func (e *tokenError) Is(target error) bool { return errors.Is(e.err, target) }
+
 // credentials give tokens for a resource.
 type credentials struct {
 	sources  []source // in the order in which they are tried
@@ -87,7 +94,7 @@ func (c *credentials) token(ctx context.Context) (secret.String, error) {
 			return got.value, nil
 		}
 		if !errors.Is(err, errAbsent) || len(c.sources) == 1 {
-			return secret.String{}, fmt.Errorf("a token for the vault by %s: %w", s.name, err)
+			return secret.String{}, &tokenError{fmt.Errorf("a token for the vault by %s: %w", s.name, err)}
 		}
 		absent = append(absent, s.name+": "+err.Error())
 	}
@@ -326,7 +333,9 @@ func (w *ways) byIdentity(ctx context.Context, resource string) (*token, error) 
 	api := vendorapi.New(vendorapi.Options{
 		Timeout: w.timeout, Patience: w.patience,
 		Message: func(body []byte) string { return redact(entraMessage(body), key) },
-		Busy:    func(e *vendorapi.StatusError) bool { return e.Status == http.StatusGone || e.Status >= 500 }, // while it is updated
+		Busy: func(e *vendorapi.StatusError) bool { // while it is updated
+			return e.Status == http.StatusNotFound && w.config.CredentialMode == modeManaged || e.Status == http.StatusGone || e.Status >= 500
+		},
 		Dial: func(ctx context.Context, address string) (net.Conn, error) {
 			conn, err := (&net.Dialer{Timeout: metadataDial}).DialContext(ctx, "tcp", address)
 			if err != nil && ctx.Err() == nil {

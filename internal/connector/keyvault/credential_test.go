@@ -131,6 +131,9 @@ func TestCredentials(t *testing.T) {
 			_, err := f.deploy(m, append(slices.Clone(test.more), "credential_mode", test.mode)...)
 			if test.says != "" {
 				says(t, err, test.says)
+				if err != nil && strings.Contains(err.Error(), "before the vault") {
+					t.Errorf("%s: the error takes what gives tokens for the vault: %v", test.name, err)
+				}
 				for _, secret := range []string{"hunter", test.env["IDENTITY_HEADER"]} {
 					if err != nil && secret != "" && strings.Contains(err.Error(), secret) {
 						t.Errorf("%s: the error shows a secret: %v", test.name, err)
@@ -284,6 +287,19 @@ func TestChallenge(t *testing.T) {
 	says(t, err, "that is not a vault")
 }
 
+// The metadata service of Azure is not there while it is updated, in several ways.
+func TestMetadataIsUpdated(t *testing.T) {
+	s := newSite(t)
+	s.Assign("")
+	for _, status := range []int{404, 410, 500} {
+		s.Next("imds", azure.Fault{Status: status, Body: "<html>"})
+	}
+	f := s.fixture(t, map[string]string{"AZURE_POD_IDENTITY_AUTHORITY_HOST": s.MetadataURL})
+	m := f.material()
+	f.mustDeploy(m, "credential_mode", "managed_identity")
+	f.holds(m)
+}
+
 // What answers instead of Azure is told nothing, and its words are not shown as they
 // come.
 func TestForeignMetadata(t *testing.T) {
@@ -293,9 +309,11 @@ func TestForeignMetadata(t *testing.T) {
 			w.WriteHeader(status)
 			fmt.Fprint(w, "<html>\x1b[31m", r.Header)
 		}))
-		f := s.fixture(t, map[string]string{"AZURE_POD_IDENTITY_AUTHORITY_HOST": server.URL})
+		env := map[string]string{"AZURE_POD_IDENTITY_AUTHORITY_HOST": server.URL}
+		f := s.fixture(t, env)
+		f.typ = s.typ(env, waits{patience: time.Nanosecond})
 		_, err := f.deploy(f.material(), "credential_mode", "managed_identity")
-		says(t, err, want)
+		says(t, err, "a token for the vault by managed_identity: ", want)
 		if strings.Contains(err.Error(), "\x1b") {
 			t.Errorf("got %q", err)
 		}
