@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -254,4 +255,38 @@ func FuzzAnswers(f *testing.F) {
 		_ = parseProblem(body)
 		_, _ = parseChallenge(header)
 	})
+}
+
+// The page explains errors in the words that they have.
+func TestErrorsOfPage(t *testing.T) {
+	page, err := os.ReadFile("../../../docs/targets/azurekeyvault.md")
+	must(t, err)
+	var code strings.Builder
+	for _, pattern := range []string{"*.go", "../../vendorapi/*.go", "../../transaction/*.go", "../../policy/*.go", "../connector.go"} {
+		names, err := filepath.Glob(pattern)
+		must(t, err)
+		for _, name := range names {
+			if !strings.HasSuffix(name, "_test.go") {
+				data, err := os.ReadFile(name)
+				must(t, err)
+				code.Write(data)
+			}
+		}
+	}
+	_, table, _ := strings.Cut(string(page), "## When it fails")
+	n := 0
+	for row := range strings.Lines(table) {
+		words, _, ok := strings.Cut(strings.TrimPrefix(row, "| `"), "` | ")
+		if !ok {
+			continue
+		}
+		for _, part := range regexp.MustCompile("`, `|` … `|…").Split(words, -1) {
+			if n++; !strings.HasPrefix(part, "x509: ") && !strings.Contains(code.String(), strings.TrimSpace(part)) {
+				t.Errorf("no error says %q", part)
+			}
+		}
+	}
+	if n < 20 {
+		t.Errorf("%d errors are explained", n)
+	}
 }
