@@ -386,8 +386,8 @@ func (c *change) disable(ctx context.Context, now *bundle) error {
 
 func (c *change) irrevocable(now *bundle, was *former) error {
 	return fmt.Errorf("%w: the new version %s stays the current one, since the former version %s cannot be imported again (%s): if it must come back, import its certificate and key by hand (%s); "+
-		"who names the former version still gets it", connector.ErrIrrevocable, now.version(), was.Version, was.Lost, c.vault.cli("import")+" --file FILE")
+		"clients that name the former version still get it", connector.ErrIrrevocable, now.version(), was.Version, was.Lost, c.vault.cli("import")+" --file FILE")
 }
 
-// Finish implements connector.Change. Former versions stay: who names one reads it.
+// Finish implements connector.Change. Former versions stay, for clients that name them.
 func (c *change) Finish(context.Context) error { return nil }

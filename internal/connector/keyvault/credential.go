@@ -377,6 +377,13 @@ func (w *ways) byCLI(ctx context.Context, resource string) (*token, error) {
 	if dir := w.getenv("AZURE_CONFIG_DIR"); dir != "" {
 		command.Env = append(command.Env, "AZURE_CONFIG_DIR="+dir)
 	}
+	// https://learn.microsoft.com/cli/azure/use-azure-cli-successfully-troubleshooting#work-behind-a-proxy
+	if proxy := proxyFor(w.host, &url.URL{Scheme: "https", Host: w.authority}); proxy != nil {
+		command.Env = append(command.Env, "HTTPS_PROXY="+proxy.String())
+	}
+	if w.config.CABundle != "" {
+		command.Env = append(command.Env, "REQUESTS_CA_BUNDLE="+string(w.config.CABundle))
+	}
 	out, err := w.host.Query(ctx, command)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errAbsent, err)

@@ -179,7 +179,7 @@ func TestCLI(t *testing.T) {
 	m := f.material()
 	f.mustDeploy(m)
 	f.holds(m)
-	if got := strings.Join(asked.Argv, " "); got != "az account get-access-token --output json --resource https://vault.azure.net" || asked.Timeout <= 0 || !slices.Equal(asked.Env, []string{"AZURE_CONFIG_DIR=/etc/certctl/azure"}) {
+	if got := strings.Join(asked.Argv, " "); got != "az account get-access-token --output json --resource https://vault.azure.net" || asked.Timeout <= 0 || !slices.Equal(asked.Env, []string{"AZURE_CONFIG_DIR=/etc/certctl/azure", "HTTPS_PROXY=" + s.ProxyURL, "REQUESTS_CA_BUNDLE=" + s.bundle}) {
 		t.Errorf("ran %q for %v with %q", got, asked.Timeout, asked.Env)
 	}
 	f.overlay(map[string]any{"tenant_id": azure.Tenant})
@@ -187,6 +187,8 @@ func TestCLI(t *testing.T) {
 	if got := strings.Join(asked.Argv, " "); !strings.HasSuffix(got, " --tenant "+azure.Tenant) {
 		t.Errorf("ran %q", got)
 	}
+	f.Policy.Commands = [][]string{{"az", "account", "get-access-token", "*"}}
+	f.mustDeploy(f.material())
 	printed = `{"accessToken": "hunter2 hunter2"}`
 	_, err := f.deploy(f.material())
 	says(t, err, "az account get-access-token: az printed no token")

@@ -171,7 +171,7 @@ func (at *Version) export() (string, error) {
 		}
 		return string(all), nil
 	}
-	store := pkcs12.New("", true)
+	store := pkcs12.NewOnce("", true) // there is nothing to protect, and many tests
 	if exportable {
 		entry := keyentry.PrivateKey{Alias: at.ID, PKCS8: at.Key, Chain: append([]*x509.Certificate{at.Certificate}, at.Chain...), Created: at.created}
 		if _, err := store.Put(entry, true); err != nil {
