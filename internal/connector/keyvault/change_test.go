@@ -353,6 +353,9 @@ func TestRights(t *testing.T) {
 	s.Next("get", azure.Fault{Status: 403, Body: `{"error":{"code":"Forbidden","message":"Client address is not authorized","innererror":{"code":"ForbiddenByFirewall"}}}`})
 	_, err := f.deploy(f.material())
 	says(t, err, "Client address is not authorized", "the vault's firewall does not let this host in")
+	s.Next("import", azure.Fault{Status: 400, Body: `{"error":{"code":"BadParameter","message":"Unsupported key operation(s): \"wrapKey\", \"unwrapKey\". Supported values are \"sign\", \"verify\"."}}`})
+	_, err = f.deploy(f.material())
+	says(t, err, "import: 400 Bad Request", "have the certificate issued with the key usage digitalSignature alone")
 }
 
 // Tags that do not fit are refused before anything is done.

@@ -339,6 +339,9 @@ func (v *vault) explain(call string, err error) error {
 	case call == "import" && status == http.StatusConflict && p.code == "Forbidden":
 		// https://learn.microsoft.com/azure/key-vault/certificates/create-certificate-scenarios#create-or-import-when-pending-request-exists---status-is-inprogress
 		return fmt.Errorf("%s: %w: the vault itself is having a certificate of this name issued: let it finish, or give that up (%s)", call, err, v.cli("pending delete"))
+	case call == "import" && strings.Contains(p.message, "Unsupported key operation"):
+		// https://github.com/Azure/AzureKeyVault/issues/22: an ECDSA key does not encrypt
+		return fmt.Errorf("%s: %w: have the certificate issued with the key usage digitalSignature alone", call, err)
 	case status >= 300 && status < 500 && p.code == "" && status != http.StatusTooManyRequests:
 		return fmt.Errorf("%s: %w: something before the vault gave that answer, such as a proxy", call, err)
 	case status == http.StatusUnauthorized:
