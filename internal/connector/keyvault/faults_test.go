@@ -1,6 +1,8 @@
 package keyvault
 
 import (
+	"context"
+	"errors"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -243,4 +245,22 @@ func files(t *testing.T, dir string) (names []string) {
 		return err
 	}))
 	return names
+}
+
+// An import that is under way when the job is cancelled, and whose answer is lost, is taken back.
+func TestCancelledImport(t *testing.T) {
+	s := newSite(t)
+	f := s.fixture(t, environment())
+	f.theirs(nil)
+	before, m := current(f.vault), f.material()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	s.Next("import", azure.Fault{Lose: true, Then: cancel})
+	_, err := f.Deploy(ctx, f.typ, f.config, m)
+	if !errors.Is(err, context.Canceled) || broken(err) {
+		t.Errorf("got %v", err)
+	}
+	if at := current(f.vault); f.count(m) != 1 || !at.Certificate.Equal(before.Certificate) || string(at.Key) != string(before.Key) {
+		t.Errorf("%v leaves another version, after %d of the new one", err, f.count(m))
+	}
 }

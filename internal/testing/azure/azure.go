@@ -61,10 +61,11 @@ type Fault struct {
 	Body   string // instead of an error of the usual form
 	Echo   bool   // the message repeats the request, with its credentials
 
-	Hang bool // never answer, and do nothing
-	Drop bool // close the connection, and do nothing
-	Lose bool // do what was asked, and close the connection
-	Late bool // do what was asked, and answer as a gateway does that waited for too long
+	Hang bool   // never answer, and do nothing
+	Drop bool   // close the connection, and do nothing
+	Lose bool   // do what was asked, and close the connection
+	Then func() // with Lose: called when that is done; nil: nothing
+	Late bool   // do what was asked, and answer as a gateway does that waited for too long
 }
 
 // Throttled is the answer to too many requests, see
@@ -224,7 +225,12 @@ func (s *Server) begin(w http.ResponseWriter, r *http.Request, operation, of str
 	}
 	switch {
 	case fault.Lose:
-		instead = func() { panic(http.ErrAbortHandler) }
+		instead = func() {
+			if fault.Then != nil {
+				fault.Then()
+			}
+			panic(http.ErrAbortHandler)
+		}
 	case fault.Late:
 		instead = func() { http.Error(w, "<html>Gateway Timeout", http.StatusGatewayTimeout) }
 	}
