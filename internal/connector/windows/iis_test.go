@@ -102,6 +102,28 @@ func TestUndoBare(t *testing.T) {
 	}
 }
 
+// TestHalfway: a binding that a failed change has left without a certificate, the
+// former one or that which was made, is undone.
+func TestHalfway(t *testing.T) {
+	for _, kind := range []string{"new", "bare", "theirs"} {
+		f := newFixture(t, "IIS")
+		their := f.certificate()
+		f.windows.Change(func(c *windowshost.Console) {
+			switch kind {
+			case "bare":
+				c.Site(site, &windowshost.Binding{Protocol: "https", Information: binding, Flags: 1})
+			case "theirs":
+				c.Site(site, &windowshost.Binding{Protocol: "https", Information: binding, Flags: 1, Thumbprint: c.Put(`LocalMachine\WebHosting`, their), Store: "WebHosting"})
+			}
+			c.Lose()
+		})
+		err := f.refuses(f.material(), []string{"0x80070520"})
+		if broken(err) {
+			t.Errorf("%s: got %v, want a deployment that is undone", kind, err)
+		}
+	}
+}
+
 // TestFormerIsGone: what cannot be undone says so, and what to look for.
 func TestFormerIsGone(t *testing.T) {
 	f := newFixture(t, "IIS")

@@ -290,6 +290,20 @@ func TestSecretsAreNoArguments(t *testing.T) {
 	}
 }
 
+// TestPitfalls: what reads well, and does something else on Windows.
+func TestPitfalls(t *testing.T) {
+	text, err := script()
+	must(t, err)
+	for form, why := range map[string]string{
+		`\.Certificate(Hash|StoreName) = `:        "does nothing to a binding without a certificate, and takes that of another away on its way",
+		`(SHA\w*|MD5|Aes)\]::Create|\w+Managed\b`: "fails where Windows allows FIPS alone",
+	} {
+		if found := regexp.MustCompile(form).Find(text); found != nil {
+			t.Errorf("%s: %s", found, why)
+		}
+	}
+}
+
 // TestCommandLine: cmd.exe takes it, and it is the same for everyone.
 func TestCommandLine(t *testing.T) {
 	words, err := commandLine()

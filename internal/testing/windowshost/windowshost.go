@@ -57,6 +57,7 @@ type Host struct {
 	plain    bool // the account is no administrator
 	german   bool
 	old      bool // it reads no PKCS #12 with AES
+	loses    bool // the next certificate of a binding, and the former with it
 	now      func() time.Time
 	fault    func(operation string, done bool) error
 	kind     func(*Standing) // changes what a self-test sees; nil: nothing
@@ -201,6 +202,10 @@ func (c *Console) German() { c.h.german = true }
 
 // Old makes the host a Server 2016.
 func (c *Console) Old() { c.h.old = true }
+
+// Lose has http.sys refuse the next certificate of a binding when the former one is
+// gone already.
+func (c *Console) Lose() { c.h.loses = true }
 
 // Clock sets the clock.
 func (c *Console) Clock(now func() time.Time) { c.h.now = now }
@@ -694,17 +699,21 @@ func (h *Host) assign(q *Request) error {
 	if sharing := h.sharing(q, flags); len(sharing) > 0 {
 		return fail("sharing", strings.Join(sharing, ", "))
 	}
-	h.bind(site, b, q, q.Thumbprint, q.Store, flags)
-	return nil
+	return h.bind(site, b, q, q.Thumbprint, q.Store, flags)
 }
 
-func (h *Host) bind(site string, b *Binding, q *Request, thumbprint, store string, flags int) {
+func (h *Host) bind(site string, b *Binding, q *Request, thumbprint, store string, flags int) error {
 	h.writes++
 	if b == nil {
 		b = &Binding{Protocol: "https", Information: q.Binding, Flags: flags}
 		h.sites[site] = append(h.sites[site], b)
 	}
+	if h.loses {
+		h.loses, b.Thumbprint, b.Store = false, "", ""
+		return &failure{code: "failed", message: "A specified logon session does not exist. It may already have been terminated.", hresult: -2147023584}
+	}
 	b.Thumbprint, b.Store = thumbprint, store
+	return nil
 }
 
 func (h *Host) used() []string {
@@ -757,7 +766,7 @@ func (h *Host) unassign(q *Request) error {
 	if now.Binding == was.Binding && now.Bound == was.Bound && (now.Bound == "" || now.BoundStore == was.BoundStore) {
 		return nil
 	}
-	if now.Bound != q.Thumbprint && now.Bound != was.Thumbprint && !slices.Contains(now.Ours, now.Bound) || was.Binding != "" && now.Binding == "" {
+	if now.Bound != "" && now.Bound != q.Thumbprint && now.Bound != was.Thumbprint && !slices.Contains(now.Ours, now.Bound) || was.Binding != "" && now.Binding == "" {
 		return fail("changed", now.Bound)
 	}
 	switch {
@@ -770,7 +779,7 @@ func (h *Host) unassign(q *Request) error {
 	case h.stores[`LocalMachine\`+was.BoundStore][was.Bound] == nil:
 		return fail("former-missing", was.Bound)
 	default:
-		h.bind(site, b, q, was.Bound, was.BoundStore, now.BoundFlags)
+		return h.bind(site, b, q, was.Bound, was.BoundStore, now.BoundFlags)
 	}
 	return nil
 }

@@ -30,7 +30,7 @@ function Get-Hex([byte[]] $bytes) {
 }
 
 function Get-Sha256($certificate) {
-    return Get-Hex ([Security.Cryptography.SHA256]::Create().ComputeHash($certificate.RawData))
+    return Get-Hex ((New-Object System.Security.Cryptography.SHA256CryptoServiceProvider).ComputeHash($certificate.RawData))
 }
 
 function Open-Store([string] $name, [string] $location, [string] $flags) {

@@ -61,11 +61,16 @@ function Set-Binding($request, [string] $thumbprint, [string] $name, [int] $flag
     $binding = Find-Binding $site $request['binding']
     if ($null -eq $binding) {
         $null = $site.Bindings.Add($request['binding'], $certificate.GetCertHash(), $name, [Microsoft.Web.Administration.SslFlags] $flags)
-    } else {
-        $binding.CertificateHash = $certificate.GetCertHash()
-        $binding.CertificateStoreName = $name
+        $manager.CommitChanges()
+        return
     }
-    $manager.CommitChanges()
+    # Not by assignment to its properties: that does nothing to a binding without a certificate, and one
+    # to CertificateHash alone deletes the entry of http.sys and looks for the new one in the old store
+    # (https://github.com/win-acme/win-acme/issues/371).
+    $method = $binding.Methods['AddSslCertificate'].CreateInstance()
+    $method.Input.SetAttributeValue('certificateHash', $thumbprint)
+    $method.Input.SetAttributeValue('certificateStoreName', $name)
+    $null = $method.Execute()
 }
 
 # Takes the certificate away from a binding that had none, or the binding if there was none.
@@ -103,7 +108,8 @@ function Restore-Binding($request) {
     $was = $request['was']
     $now = Get-State $request
     if ($now.binding -eq $was['binding'] -and $now.bound -eq $was['bound'] -and ($now.bound -eq '' -or $now.bound_store -eq $was['bound_store'])) { return }
-    $ours = $now.bound -eq $request['thumbprint'] -or $now.bound -eq $was['thumbprint'] -or $now.ours -contains $now.bound
+    # A binding that lost its certificate is what a change that failed half-way leaves.
+    $ours = $now.bound -eq '' -or $now.bound -eq $request['thumbprint'] -or $now.bound -eq $was['thumbprint'] -or $now.ours -contains $now.bound
     if (-not $ours -or ($was['binding'] -ne '' -and $now.binding -eq '')) { Fail 'changed' $now.bound }
     if ($was['bound'] -eq '') {
         Clear-Binding $request ($was['binding'] -ne '')
