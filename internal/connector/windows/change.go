@@ -9,10 +9,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"certctl-agent/internal/connector"
+	"certctl-agent/internal/lazyregexp"
 	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/printable"
 )
 
 // thumbprint is how Windows names a certificate: SHA-1 of its DER.
@@ -63,7 +66,19 @@ func (c *change) ask(ctx context.Context, operation string, with func(*request))
 	if a.State == nil {
 		return nil, errors.New("the script answered without saying what is there")
 	}
-	return a.State, nil
+	return a.State, a.State.check()
+}
+
+var thumbprintForm = lazyregexp.New(`^[0-9A-F]{40}$`)
+
+// check refuses names that are not thumbprints: they end up in errors.
+func (s *state) check() error {
+	for _, name := range slices.Concat(s.Ours, s.ChainMissing, []string{s.Bound}) {
+		if name != "" && !thumbprintForm().MatchString(name) {
+			return fmt.Errorf("the script answered with a certificate called %s", printable.Quote(name))
+		}
+	}
+	return nil
 }
 
 // Read implements connector.Change.
@@ -98,7 +113,7 @@ func (c *change) isIn(s *state) error {
 	case c.place.FriendlyName != "" && s.FriendlyName != c.place.FriendlyName:
 		return errors.New("it has another friendly name")
 	case len(s.Unread) > 0:
-		return fmt.Errorf("%s cannot read the key", strings.Join(s.Unread, ", "))
+		return fmt.Errorf("%s cannot read the key", printable.Line(strings.Join(s.Unread, ", "), maxMessage))
 	case c.place.Site != "" && (s.Bound != c.place.Thumbprint || !strings.EqualFold(s.BoundStore, c.place.Store)):
 		return fmt.Errorf("the binding has the certificate %s", orNone(s.Bound))
 	}

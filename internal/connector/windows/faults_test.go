@@ -3,6 +3,7 @@ package windows
 import (
 	"context"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -15,6 +16,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"certctl-agent/internal/connector"
+	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/testing/windowshost"
 	"certctl-agent/internal/transaction"
 	"certctl-agent/internal/winrm"
@@ -88,6 +91,35 @@ func TestRefused(t *testing.T) {
 	r := &remote{runner: refusing{}, deadline: time.Minute}
 	_, err := r.call(t.Context(), &request{Operation: opRead})
 	says(t, err, "connection refused: the host is down or restarting")
+}
+
+// answering has the same answer to everything.
+type answering struct {
+	runner
+	stdout string
+}
+
+func (a answering) Run(context.Context, []string, []byte) (*winrm.Result, error) {
+	return &winrm.Result{Stdout: []byte(a.stdout)}, nil
+}
+
+// TestHostileAnswer: what a host says in place of names does not get into errors.
+func TestHostileAnswer(t *testing.T) {
+	m := newFixture(t, "IIS").material()
+	name, sha256 := thumbprint(m.Leaf), pemutil.Fingerprint(m.Leaf)
+	for member, value := range map[string]any{"bound": "\x1b[31m", "ours": []string{"\x1b[31m"}, "chain_missing": []string{"\x1b[31m"}, "unread": []string{"\x1b[31m"}} {
+		said := map[string]any{"present": true, "has_key": true, "sha256": sha256, "bound": name, "bound_store": "My"}
+		said[member] = value
+		stdout, err := json.Marshal(map[string]any{"contract": contract, "state": said})
+		must(t, err)
+		place := newPlace(request{Site: "www", Store: "My"}, m)
+		r := &remote{at: &connector.Peer{}, runner: answering{stdout: string(stdout)}, deadline: time.Minute}
+		err = (&change{remote: r, place: place, material: m, seen: new(state)}).Write(t.Context())
+		says(t, err, "[31m")
+		if err != nil && strings.Contains(err.Error(), "\x1b") {
+			t.Errorf("%s: %q", member, err)
+		}
+	}
 }
 
 // hanging answers when its context is over.
