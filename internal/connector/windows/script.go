@@ -259,7 +259,7 @@ func (q *request) explain(a *answer) error {
 	case "account-missing":
 		return fmt.Errorf("key_readers: the host knows no account \"%s\": write DOMAIN\\name, or its SID", detail)
 	case "account-broad":
-		return fmt.Errorf("key_readers: \"%s\" is a group that everybody is in, or every account of a domain, and no configuration gives them a key", detail)
+		return fmt.Errorf("key_readers: \"%s\" is a group that Windows fills by itself, and no configuration gives such a group a key", detail)
 	case "key-file":
 		return fmt.Errorf("the file of the private key of %s was not found, so nobody can be given access to it: a key in hardware has none", detail)
 	case "key-missing":

@@ -304,6 +304,28 @@ func TestPitfalls(t *testing.T) {
 	}
 }
 
+// TestReaders: no configuration gives a key to a group that everybody is in.
+func TestReaders(t *testing.T) {
+	text, err := script()
+	must(t, err)
+	match := regexp.MustCompile(`\$readers = '(.*)'`).FindSubmatch(text)
+	if match == nil {
+		t.Fatal("the script does not say who may read a key")
+	}
+	readers := regexp.MustCompile(string(match[1]))
+	const domain = "S-1-5-21-3623811015-3361044348-30300820-"
+	for sid, want := range map[string]bool{
+		"S-1-5-18": true, "S-1-5-20": true, "S-1-5-32-544": true, "S-1-5-32-568": true, domain + "500": true, domain + "1013": true,
+		"S-1-5-80-3880718306-3832830129-1677859214-2598158968-1052248003": true, "S-1-5-82-3006700770-424185619-1745488364-794895919-4004696415": true,
+		"S-1-1-0": false, "S-1-2-1": false, "S-1-5-4": false, "S-1-5-11": false, "S-1-5-32-545": false, "S-1-5-32-546": false, "S-1-5-113": false, "S-1-5-64-10": false,
+		"S-1-5-80-0": false, "S-1-15-2-1": false, "S-1-18-1": false, "S-1-5-21-0-0-0-497": false, domain + "501": false, domain + "513": false, domain + "515": false,
+	} {
+		if got := readers.MatchString(sid); got != want {
+			t.Errorf("%s may read: %v, want %v", sid, got, want)
+		}
+	}
+}
+
 // TestCommandLine: cmd.exe takes it, and it is the same for everyone.
 func TestCommandLine(t *testing.T) {
 	words, err := commandLine()

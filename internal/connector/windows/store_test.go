@@ -37,7 +37,7 @@ func TestStore(t *testing.T) {
 		t.Error("the second deployment changes something")
 	}
 	f.refuses(f.material(), []string{"key_readers", `CORP\nobody`}, "key_readers", `CORP\nobody`)
-	f.refuses(f.material(), []string{"key_readers", "Everyone", "no configuration gives them a key"}, "key_readers", "S-1-5-20,Everyone")
+	f.refuses(f.material(), []string{"key_readers", "Everyone", "no configuration gives such a group a key"}, "key_readers", "S-1-5-20,Everyone")
 }
 
 func TestCurrentUser(t *testing.T) {

@@ -182,10 +182,10 @@ function Get-KeyFile($certificate) {
     Fail 'key-file' $certificate.Thumbprint
 }
 
-# Groups that everybody is in, or every account of a domain: no configuration gives them a key.
-$everybody = @(
-    'S-1-1-0', 'S-1-2-0', 'S-1-5-2', 'S-1-5-4', 'S-1-5-7', 'S-1-5-11', 'S-1-5-15', 'S-1-5-32-545', 'S-1-5-32-546', 'S-1-15-2-1'
-)
+# Who may be given a key: services, application pools and virtual machines, one by one; Administrators
+# and IIS_IUSRS; users and groups that somebody has made. Not the groups that Windows fills by itself
+# with everybody (https://learn.microsoft.com/en-us/windows-server/identity/ad-ds/manage/understand-security-identifiers).
+$readers = '^S-1-5-(18|19|20|32-544|32-568|8[0-3](-\d+){2,}|21-.*-(500|512|\d{4,}))$'
 
 function Get-Sid([string] $account) {
     try {
@@ -197,7 +197,7 @@ function Get-Sid([string] $account) {
     } catch {
         Fail 'account-missing' $account
     }
-    if ($everybody -contains $sid.Value -or [regex]::IsMatch($sid.Value, '^S-1-5-21-.*-51[345]$')) { Fail 'account-broad' $account }
+    if (-not [regex]::IsMatch($sid.Value, $readers)) { Fail 'account-broad' $account }
     return $sid
 }
 
