@@ -277,7 +277,7 @@ func (q *request) explain(a *answer) error {
 	case "former-missing":
 		return fmt.Errorf("the certificate %s, which the binding had, is not in its store any more", detail)
 	case "busy":
-		return errors.New("another run on that host has not ended for 30 s: the next deployment tries again")
+		return fmt.Errorf("another run on that host has not ended for 30 s, or another program holds the mutex %s there: the next deployment tries again", detail)
 	case "request":
 		return errors.New("the script did not understand what it was told: something between the agent and the host changed it")
 	}

@@ -148,14 +148,21 @@ $lock = $null
 $locked = $false
 try {
     $request = Read-Request
-    # One at a time: what a lost connection left running ends before an undo looks.
-    $lock = New-Object System.Threading.Mutex $false, 'Global\certctl-agent'
+    # One at a time: what a lost connection left running ends before an undo looks. A mutex is open to
+    # the account that made it and, if that is one, to Administrators: users get one each.
+    $name = 'Global\certctl-agent'
+    if ($request['location'] -eq 'CurrentUser') { $name = [string]::Concat($name, '-', [Security.Principal.WindowsIdentity]::GetCurrent().User.Value) }
+    try {
+        $lock = New-Object System.Threading.Mutex $false, $name
+    } catch {
+        Fail 'busy' $name # somebody else's, who shares it with nobody
+    }
     try {
         $locked = $lock.WaitOne(30000)
     } catch [System.Threading.AbandonedMutexException] {
         $locked = $true
     }
-    if (-not $locked) { Fail 'busy' '' }
+    if (-not $locked) { Fail 'busy' $name }
     Invoke-Request $request $answer
 } catch {
     $base = $_.Exception.GetBaseException()
