@@ -60,13 +60,16 @@ func (c *common) check() error {
 // storeForm is what names of stores look like. They become elements of paths.
 var storeForm = lazyregexp.New(`^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$`)
 
-// checkStore refuses stores whose content is what the host trusts, or does not.
+// trustForm is what the names of stores look like whose content is what the host
+// trusts, or does not. Windows has more of them with each version.
+var trustForm = lazyregexp.New(`(?i)root|trust|issuer|authorit|^(ca|disallowed|addressbook)$`)
+
+// checkStore refuses what is not the name of a store, and stores of trust.
 func checkStore(key, name string) error {
 	if !storeForm().MatchString(name) {
 		return targetconf.Invalid(key, "expected the name of a certificate store, such as My or WebHosting, got %s", printable.Quote(name))
 	}
-	switch strings.ToLower(name) {
-	case "root", "authroot", "ca", "trust", "trustedpeople", "trustedpublisher", "trusteddevices", "disallowed", "clientauthissuer", "smartcardroot", "addressbook":
+	if trustForm().MatchString(name) {
 		return targetconf.Invalid(key, "the store %s says whom the host trusts, and is no place for a server's certificate: My and WebHosting are", name)
 	}
 	return nil
