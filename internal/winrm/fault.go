@@ -33,7 +33,7 @@ func (f *Fault) Error() string {
 	}
 	switch f.Code {
 	case faultAccessDenied:
-		return text + " (the user needs to be one of the host's Remote Management Users or Administrators)"
+		return text + " (the user needs to be one of the host's Administrators, or to have Read and Execute in \"winrm configSDDL default\" there)"
 	case faultNoShell:
 		return text + " (the shell is gone: the host has restarted, or somebody has ended it)"
 	}

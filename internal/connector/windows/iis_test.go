@@ -117,7 +117,7 @@ func TestHalfway(t *testing.T) {
 			}
 			c.Lose()
 		})
-		err := f.refuses(f.material(), []string{"0x80070520"})
+		err := f.refuses(f.material(), []string{"http.sys cannot use the certificate's key", "0x80070520"})
 		if broken(err) {
 			t.Errorf("%s: got %v, want a deployment that is undone", kind, err)
 		}

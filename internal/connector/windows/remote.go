@@ -209,10 +209,10 @@ func (s *settings) connect(o owner, host connector.Host, common *common, connect
 		}
 	}
 	if s.Insecure {
-		r.warnings = append(r.warnings, "whoever is on the way to the host can take the key: winrm_insecure is set")
+		r.warnings = append(r.warnings, "whoever is on the way to the host can take the key, and log on elsewhere as the account: winrm_insecure is set")
 	}
 	if !s.https() {
-		r.warnings = append(r.warnings, "WinRM without HTTPS: whoever listens and guesses the password has the key too")
+		r.warnings = append(r.warnings, "WinRM without HTTPS: whoever listens and guesses the password has the key too, and whoever is on the way can log on elsewhere as the account")
 	}
 	if r.runner, err = connect(options); err != nil {
 		return nil, fmt.Errorf("WinRM: %w", err)

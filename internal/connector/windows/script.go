@@ -245,6 +245,7 @@ func spoken(stderr []byte) string {
 // Results of Windows (https://learn.microsoft.com/en-us/openspecs/windows_protocols/ms-erref/).
 const (
 	badPassword = -0x7ff8ffaa // 0x80070056: what a PFX with a cipher that is not known gives
+	noSession   = -0x7ff8fae0 // 0x80070520: what http.sys says of a key that it cannot use
 )
 
 // explain says what an answer that is not success means, and what to do.
@@ -265,7 +266,7 @@ func (q *request) explain(a *answer) error {
 	case "key-missing":
 		return fmt.Errorf("the certificate %s was imported and has no private key there", detail)
 	case "iis-missing":
-		return fmt.Errorf("IIS is not installed there: %s does not exist (Install-WindowsFeature Web-Server)", detail)
+		return fmt.Errorf("IIS is not installed there: %s does not exist (Install-WindowsFeature Web-Server -IncludeManagementTools)", detail)
 	case "site-missing":
 		return fmt.Errorf("the site %s does not exist there; there are: %s", printable.Quote(q.Site), detail)
 	case "central-store":
@@ -281,8 +282,11 @@ func (q *request) explain(a *answer) error {
 	case "request":
 		return errors.New("the script did not understand what it was told: something between the agent and the host changed it")
 	}
-	if a.HResult == badPassword {
+	switch a.HResult {
+	case badPassword:
 		return fmt.Errorf("the host cannot read the PKCS#12: Windows before Server 2019 takes legacy_ciphers: %s", said)
+	case noSession:
+		return fmt.Errorf("http.sys cannot use the certificate's key (certutil -store %s %s there says what of it): %s", q.Store, q.Thumbprint, said)
 	}
 	return errors.New(said)
 }

@@ -223,7 +223,7 @@ func (c *storeConfig) check() error {
 		errs = append(errs, targetconf.Invalid("friendly_name", "expected a name that prints, in at most %d bytes", maxName))
 	}
 	if c.PostScript != "" {
-		errs = append(errs, targetconf.Invalid("post_script", "this agent runs no script of a configuration on a Windows host: have a scheduled task there start on the event that a certificate was renewed"))
+		errs = append(errs, targetconf.Invalid("post_script", "this agent runs no script of a configuration on a Windows host: have a scheduled task there look for a new certificate"))
 	}
 	return targetconf.Join(errs...)
 }
