@@ -36,7 +36,7 @@ func TestWinRMSelfTest(t *testing.T) {
 	defer server.Close()
 	dir := t.TempDir()
 	overlay := func(password string) {
-		text := fmt.Sprintf(`{"winrm_username": "certctl", "winrm_password": %q, "winrm_port": %d, "winrm_insecure": true}`, password, server.Port)
+		text := fmt.Sprintf(`{"winrm": {"winrm_username": "certctl", "winrm_password": %q, "winrm_port": %d, "winrm_insecure": true}}`, password, server.Port)
 		if err := os.WriteFile(filepath.Join(dir, "default.json"), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}

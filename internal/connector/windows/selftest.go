@@ -77,10 +77,11 @@ func selfTest(ctx context.Context, c *targetconf.Config, host connector.Host, na
 	if a.Host == nil {
 		return nil, fmt.Errorf("the script answered without saying what the host is like")
 	}
-	return a.Host.findings(q, s), nil
+	return a.Host.findings(q, s, in == inObject), nil
 }
 
-func (h *hostState) findings(q *request, s *settings) []Finding {
+// findings judges what the host is like. Only targets of type IIS need IIS.
+func (h *hostState) findings(q *request, s *settings, needsIIS bool) []Finding {
 	var found []Finding
 	see := func(what string, ok bool, is, otherwise string) {
 		if !ok {
@@ -101,6 +102,10 @@ func (h *hostState) findings(q *request, s *settings) []Finding {
 	see(".NET Framework", h.DotNet >= oldestDotNet, fmt.Sprint("release ", h.DotNet), fmt.Sprintf("release %d: install 4.6.2, which is %d, or newer", h.DotNet, oldestDotNet))
 	see("administrator", h.Administrator || q.Location == "CurrentUser", "yes", "the account has to be one of Administrators, with its full rights over the network")
 	see(fmt.Sprintf("store %s\\%s", q.Location, q.Store), h.Store == "", "can be written", explain(h.Store, q.Store))
-	see("IIS", h.IIS == "", "sites: "+strings.Join(h.Sites, ", "), explain(h.IIS, "Microsoft.Web.Administration.dll"))
+	sites := "sites: " + strings.Join(h.Sites, ", ")
+	if h.IIS != "" {
+		sites = "cannot be managed, and this target does not need it"
+	}
+	see("IIS", h.IIS == "" || !needsIIS, sites, explain(h.IIS, "Microsoft.Web.Administration.dll"))
 	return found
 }

@@ -55,6 +55,9 @@ func TestSelfTest(t *testing.T) {
 				continue
 			}
 			got := missing(found)
+			if n := len(test.says); kind == "WinCertStore" && n > 0 && test.says[n-1][0] == "IIS" {
+				test.says = test.says[:n-1] // it needs none
+			}
 			if len(got) != len(test.says) || len(found) < 8 {
 				t.Errorf("%s, %s: %q is missing", test.name, kind, got)
 				continue
