@@ -96,7 +96,7 @@ func (h *hostState) findings(q *request, s *settings, needsIIS bool) []Finding {
 		logon += ", without HTTPS"
 	}
 	see("logon", true, logon, "")
-	see("Windows", true, h.Windows, "")
+	see("Windows", true, h.Windows+h.hint(), "")
 	see("PowerShell", h.PowerShell == oldestPowerShell || strings.HasPrefix(h.PowerShell, oldestPowerShell+"."), h.PowerShell, h.PowerShell+": install Windows Management Framework 5.1")
 	see("language mode", h.LanguageMode == "FullLanguage", h.LanguageMode, h.LanguageMode+": allow the account FullLanguage (AppLocker, App Control)")
 	see(".NET Framework", h.DotNet >= oldestDotNet, fmt.Sprint("release ", h.DotNet), fmt.Sprintf("release %d: install 4.6.2, which is %d, or newer", h.DotNet, oldestDotNet))
@@ -108,4 +108,16 @@ func (h *hostState) findings(q *request, s *settings, needsIIS bool) []Finding {
 	}
 	see("IIS", h.IIS == "" || !needsIIS, sites, explain(h.IIS, "Microsoft.Web.Administration.dll"))
 	return found
+}
+
+// firstWithAES is the build of Server 2019 and Windows 10 1809.
+const firstWithAES = 17763
+
+// hint says what a target has to have for an older Windows.
+func (h *hostState) hint() string {
+	var major, minor, build int
+	if n, _ := fmt.Sscanf(h.Windows, "%d.%d.%d", &major, &minor, &build); n == 3 && build < firstWithAES {
+		return ", older than Server 2019: targets on it need legacy_ciphers"
+	}
+	return ""
 }

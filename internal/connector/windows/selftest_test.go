@@ -81,6 +81,15 @@ func TestSelfTest(t *testing.T) {
 	}
 }
 
+// TestSelfTestOld: what targets on an older Windows need is said beforehand.
+func TestSelfTestOld(t *testing.T) {
+	for version, want := range map[string]bool{"6.3.9600.0": true, "10.0.14393.0": true, "10.0.17763.0": false, "10.0.26100.0": false, "": false} {
+		if got := strings.Contains((&hostState{Windows: version}).hint(), "legacy_ciphers"); got != want {
+			t.Errorf("%q needs legacy_ciphers: %v, want %v", version, got, want)
+		}
+	}
+}
+
 // TestSelfTestLogon: what is wrong with the settings is said before a connection
 // is made, and the overlay's password goes to no other host.
 func TestSelfTestLogon(t *testing.T) {
