@@ -23,7 +23,7 @@ func (f *fixture) others() (before map[string]string) {
 		c.Site(site,
 			&windowshost.Binding{Protocol: "https", Information: "*:443:shop.example.org", Thumbprint: name, Store: "My", Flags: 1},
 			&windowshost.Binding{Protocol: "https", Information: "*:8443:www.example.org", Thumbprint: name, Store: "My", Flags: 1},
-			&windowshost.Binding{Protocol: "https", Information: "192.0.2.1:443:www.example.org", Thumbprint: name, Store: "My", Flags: 1},
+			&windowshost.Binding{Protocol: "https", Information: "192.0.2.1:443:", Thumbprint: name, Store: "My"},
 			&windowshost.Binding{Protocol: "http", Information: binding})
 		c.Site("Other", &windowshost.Binding{Protocol: "https", Information: "*:443:", Thumbprint: name, Store: "My"})
 	})
@@ -150,7 +150,7 @@ func TestSharing(t *testing.T) {
 	f := newFixture(t, "IIS")
 	f.others()
 	m := f.material()
-	f.refuses(m, []string{"without SNI", `"*:443:www.example.org"`, "Other *:443:"}, "sni", false)
+	f.refuses(m, []string{"one certificate for an address and port", `"*:443:www.example.org"`, "Other *:443:"}, "sni", false)
 
 	f.windows.Change(func(c *windowshost.Console) {
 		c.Site(site, &windowshost.Binding{Protocol: "https", Information: binding})
@@ -158,6 +158,38 @@ func TestSharing(t *testing.T) {
 	f.refuses(m, []string{"has no SNI, and the target says sni"})
 	f.refuses(m, []string{"Other *:443:"}, "sni", false)
 	f.wroteNothing()
+}
+
+// TestSharedName: with SNI http.sys has one certificate for a host name and port,
+// whatever the address. Those of the site change, and come back, with it; one that
+// is made, or another site's, would take what is not the target's.
+func TestSharedName(t *testing.T) {
+	const second = "[2001:db8::1]:443:www.example.org"
+	f := newFixture(t, "IIS")
+	their := f.certificate()
+	f.windows.Change(func(c *windowshost.Console) {
+		name := c.Put(`LocalMachine\My`, their)
+		c.Site(site, &windowshost.Binding{Protocol: "https", Information: second, Thumbprint: name, Store: "My", Flags: 1})
+	})
+	f.refuses(f.material(), []string{"with SNI, for a host name and port", site + " " + second})
+	f.wroteNothing()
+	f.windows.Change(func(c *windowshost.Console) {
+		c.Site(site, &windowshost.Binding{Protocol: "https", Information: binding, Thumbprint: thumbprint(their.Certificate), Store: "My", Flags: 1})
+	})
+	if err := f.refuses(f.material(), nil, unverified()...); err == nil || broken(err) {
+		t.Errorf("got %v, want a deployment that is undone", err)
+	}
+	m := f.material()
+	f.mustDeploy(m)
+	for _, information := range []string{binding, second} {
+		if got := f.bound(site, information); got != thumbprint(m.Leaf) {
+			t.Errorf("%s has %s", information, got)
+		}
+	}
+	f.windows.Change(func(c *windowshost.Console) {
+		c.Site("Other", &windowshost.Binding{Protocol: "https", Information: "192.0.2.1:443:www.example.org", Thumbprint: thumbprint(m.Leaf), Store: "My", Flags: 1})
+	})
+	f.refuses(f.material(), []string{"Other 192.0.2.1:443:www.example.org"})
 }
 
 // wroteNothing fails the test if a change was begun.

@@ -294,8 +294,8 @@ func (q *request) explain(a *answer) error {
 var errCentral = errors.New("the binding takes its certificate from the Central Certificate Store of IIS, where this agent cannot put it: take that off the binding")
 
 func sharedError(binding, others string) error {
-	return fmt.Errorf("without SNI, all bindings of an address and port have one certificate, and %s shares it with others: %s: "+
-		"give those with a host name \"Require Server Name Indication\" first", strconv.Quote(binding), printable.Line(others, maxMessage))
+	return fmt.Errorf("http.sys has one certificate for an address and port or, with SNI, for a host name and port, and %s shares it with others: %s: "+
+		"give those \"Require Server Name Indication\" or another host name first", strconv.Quote(binding), printable.Line(others, maxMessage))
 }
 
 func orNone(thumbprint string) string {

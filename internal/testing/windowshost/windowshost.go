@@ -469,19 +469,48 @@ func (h *Host) site(q *Request) (string, *Binding, error) {
 	return "", nil, fail("site-missing", strings.Join(slices.Sorted(maps.Keys(sites)), ", "))
 }
 
-func listener(information string) string { return information[:strings.LastIndex(information, ":")] }
+// entry is what http.sys has one certificate for, see
+// https://learn.microsoft.com/en-us/windows-server/networking/technologies/netsh/netsh-http#add-sslcert:
+// an address and port, or the port and host name of one with SNI.
+func entry(information string, flags int) string {
+	parts := strings.Split(strings.ToLower(information), ":")
+	if flags&1 != 0 {
+		return strings.Join(parts[len(parts)-2:], ":")
+	}
+	return strings.Join(parts[:len(parts)-1], ":")
+}
 
-func (h *Host) sharing(q *Request, flags int) []string {
+// entries are the bindings of a site that have the certificate of an entry.
+func (h *Host) entries(site, at string) (all []*Binding) {
+	for _, b := range h.sites[site] {
+		if b.Protocol == "https" && entry(b.Information, b.Flags) == at {
+			all = append(all, b)
+		}
+	}
+	return all
+}
+
+// sharing are the bindings that a new certificate of the request's would change and
+// may not: not those of its site that have the same name at another address.
+func (h *Host) sharing(q *Request, exists bool, flags int) []string {
 	sharing := []string{}
 	for _, name := range slices.Sorted(maps.Keys(h.sites)) {
-		for _, b := range h.sites[name] {
-			if flags&1 == 0 && b.Protocol == "https" && b.Flags&1 == 0 && listener(b.Information) == listener(q.Binding) &&
-				(!strings.EqualFold(name, q.Site) || !strings.EqualFold(b.Information, q.Binding)) {
+		for _, b := range h.entries(name, entry(q.Binding, flags)) {
+			if !strings.EqualFold(name, q.Site) || !strings.EqualFold(b.Information, q.Binding) && (!exists || flags&1 == 0) {
 				sharing = append(sharing, name+" "+b.Information)
 			}
 		}
 	}
 	return sharing
+}
+
+// serve changes the certificate of a binding's entry.
+func (h *Host) serve(b *Binding, thumbprint, store string) {
+	for site := range h.sites {
+		for _, other := range h.entries(site, entry(b.Information, b.Flags)) {
+			other.Thumbprint, other.Store = thumbprint, store
+		}
+	}
 }
 
 // ours are the certificates that carry a mark and are there.
@@ -586,7 +615,7 @@ func (h *Host) state(q *Request) (*State, error) {
 	if b != nil {
 		s.Binding, s.Bound, s.BoundStore, s.BoundFlags = "https", b.Thumbprint, b.Store, b.Flags
 	}
-	s.Sharing = h.sharing(q, s.BoundFlags)
+	s.Sharing = h.sharing(q, b != nil, s.BoundFlags)
 	return s, nil
 }
 
@@ -696,7 +725,7 @@ func (h *Host) assign(q *Request) error {
 	case flags&2 != 0:
 		return fail("central-store", "")
 	}
-	if sharing := h.sharing(q, flags); len(sharing) > 0 {
+	if sharing := h.sharing(q, b != nil, flags); len(sharing) > 0 {
 		return fail("sharing", strings.Join(sharing, ", "))
 	}
 	return h.bind(site, b, q, q.Thumbprint, q.Store, flags)
@@ -709,10 +738,11 @@ func (h *Host) bind(site string, b *Binding, q *Request, thumbprint, store strin
 		h.sites[site] = append(h.sites[site], b)
 	}
 	if h.loses {
-		h.loses, b.Thumbprint, b.Store = false, "", ""
+		h.loses = false
+		h.serve(b, "", "")
 		return &failure{code: "failed", message: "A specified logon session does not exist. It may already have been terminated.", hresult: -2147023584}
 	}
-	b.Thumbprint, b.Store = thumbprint, store
+	h.serve(b, thumbprint, store)
 	return nil
 }
 
@@ -771,10 +801,11 @@ func (h *Host) unassign(q *Request) error {
 	}
 	switch {
 	case was.Binding == "":
+		h.serve(b, "", "")
 		h.sites[site] = slices.DeleteFunc(h.sites[site], func(other *Binding) bool { return other == b })
 		h.writes++
 	case was.Bound == "":
-		b.Thumbprint, b.Store = "", ""
+		h.serve(b, "", "")
 		h.writes++
 	case h.stores[`LocalMachine\`+was.BoundStore][was.Bound] == nil:
 		return fail("former-missing", was.Bound)

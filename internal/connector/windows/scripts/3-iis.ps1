@@ -21,19 +21,23 @@ function Find-Binding($site, [string] $information) {
     return $null
 }
 
-function Get-Listener([string] $information) {
-    return $information.Substring(0, $information.LastIndexOf(':'))
+# What http.sys has one certificate for: an address and port or, with SNI, a port and host name.
+function Get-Entry([string] $information, [int] $flags) {
+    if (($flags -band 1) -eq 0) { return $information.Substring(0, $information.LastIndexOf(':')) }
+    $parts = $information.Split(':')
+    return [string]::Join(':', $parts, $parts.Length - 2, 2)
 }
 
-# Without SNI, http.sys has one certificate for an address and port, whatever the host name. Those that
-# share it are not ours to change.
-function Get-Sharing($manager, $request, [int] $flags) {
-    if (($flags -band 1) -ne 0) { return }
+# Bindings that share the entry are not ours to change, but for those of the site that have the same
+# name at another address.
+function Get-Sharing($manager, $request, $existing, [int] $flags) {
+    $entry = Get-Entry $request['binding'] $flags
+    $named = $null -ne $existing -and ($flags -band 1) -ne 0
     foreach ($site in $manager.Sites) {
         foreach ($binding in $site.Bindings) {
-            if ($binding.Protocol -ne 'https' -or ([int] $binding.SslFlags -band 1) -ne 0) { continue }
-            if ((Get-Listener $binding.BindingInformation) -ne (Get-Listener $request['binding'])) { continue }
-            if ($site.Name -eq $request['site'] -and $binding.BindingInformation -eq $request['binding']) { continue }
+            if ($binding.Protocol -ne 'https') { continue }
+            if ((Get-Entry $binding.BindingInformation $binding.SslFlags) -ne $entry) { continue }
+            if ($site.Name -eq $request['site'] -and ($named -or $binding.BindingInformation -eq $request['binding'])) { continue }
             [string]::Join(' ', @($site.Name, $binding.BindingInformation))
         }
     }
@@ -99,7 +103,7 @@ function Write-Binding($request) {
     if ($bound -eq $request['thumbprint'] -and $binding.CertificateStoreName -eq $request['store']) { return }
     if ($bound -ne $request['expected'] -and $bound -ne $request['thumbprint']) { Fail 'changed' $bound }
     if (($flags -band 2) -ne 0) { Fail 'central-store' '' }
-    $sharing = @(Get-Sharing $manager $request $flags)
+    $sharing = @(Get-Sharing $manager $request $binding $flags)
     if ($sharing.Count -gt 0) { Fail 'sharing' ([string]::Join(', ', $sharing)) }
     Set-Binding $request $request['thumbprint'] $request['store'] $flags
 }

@@ -32,7 +32,7 @@ function Get-State($request) {
             $state.bound_store = [string] $binding.CertificateStoreName
             $state.bound_flags = [int] $binding.SslFlags
         }
-        $state.sharing = [string[]] @(Get-Sharing $manager $request $state.bound_flags)
+        $state.sharing = [string[]] @(Get-Sharing $manager $request $binding $state.bound_flags)
     }
     return $state
 }
