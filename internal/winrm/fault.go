@@ -3,6 +3,7 @@ package winrm
 import (
 	"bytes"
 	"encoding/xml"
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -38,6 +39,12 @@ func (f *Fault) Error() string {
 		return text + " (the shell is gone: the host has restarted, or somebody has ended it)"
 	}
 	return text
+}
+
+// isTimeout reports whether the time is over that the host may hold a call back.
+func isTimeout(err error) bool {
+	fault, ok := errors.AsType[*Fault](err)
+	return ok && fault.Code == faultTimeout
 }
 
 func newFault(body *faultBody) *Fault {

@@ -462,6 +462,7 @@ func testTrouble(t *testing.T) {
 			{"Send", winrmhost.Trouble{Hang: true}, "send the command its input: no answer", true},
 			{"Send", winrmhost.Trouble{Lose: true}, "send the command its input: ", true},
 			{"Send", winrmhost.Trouble{Code: 995, Reason: terrible}, "send the command its input: fault 0x000003e3", true},
+			{"Send", winrmhost.Trouble{Code: 2150858793, Reason: "busy", Late: true}, "", false},
 			{"Receive", winrmhost.Trouble{Hang: true}, "receive the command's output: no answer", true},
 			{"Receive", winrmhost.Trouble{Drop: true}, "receive the command's output: ", true},
 			{"Receive", winrmhost.Trouble{Status: 503}, "receive the command's output: unexpected answer 503", true},

@@ -53,6 +53,7 @@ type Trouble struct {
 	Body   string // in HTML, with Status
 	Code   uint32 // of a fault, 0: none
 	Reason string // of a fault
+	Late   bool   // the fault comes after it was done
 }
 
 // Host is a running one.
@@ -291,6 +292,9 @@ func (h *Host) handle(w http.ResponseWriter, r *http.Request, c *conn, body []by
 	trouble := h.troubleOf(request.action)
 	if h.happens(w, r, c, trouble) {
 		return nil, 0
+	}
+	if trouble.Late {
+		h.do(r.Context(), c, request)
 	}
 	if trouble.Code != 0 {
 		return (&fault{"w:InternalError", trouble.Code, trouble.Reason}).envelope(request), http.StatusInternalServerError
