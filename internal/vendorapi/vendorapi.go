@@ -297,13 +297,13 @@ func (c *Client) newStatusError(response *http.Response, body []byte) *StatusErr
 		e.Message = c.options.Message(body)
 	}
 	if e.Message == "" {
-		e.Message = string(body[:min(len(body), 8*maxMessage)])
+		e.Message = string(body)
 	}
 	if location := response.Header.Get("Location"); response.StatusCode/100 == 3 {
 		e.Message = "it redirects to " + location + ", which is not followed"
 	}
-	// It may quote anything of the request.
-	e.Message = printable.Line(command.Redact(e.Message), maxMessage)
+	// It may quote anything of the request, and be of any length: Redact is slow.
+	e.Message = printable.Line(command.Redact(e.Message[:min(len(e.Message), 8*maxMessage)]), maxMessage)
 	e.After = retryAfter(response.Header.Get("Retry-After"))
 	return e
 }

@@ -212,7 +212,12 @@ func TestMessage(t *testing.T) {
 	if StatusOf(err) != 403 || len(err.Error()) > maxMessage+100 || strings.ContainsAny(err.Error(), "\x1b\n") || strings.Contains(err.Error(), "MIGHAgEA") {
 		t.Errorf("got %q", err)
 	}
-	c := New(Options{Dial: n.dial, Message: func([]byte) string { return "no such thing" }})
+	begun := time.Now()
+	c := New(Options{Dial: n.dial, Message: func([]byte) string { return strings.Repeat("\n00 01 0a", 1<<22) }})
+	if _, err = c.Do(t.Context(), &Request{Method: "GET", URL: "http://api.example/"}); StatusOf(err) != 403 || time.Since(begun) > 5*time.Second {
+		t.Errorf("a long message took %v: %v", time.Since(begun), err)
+	}
+	c = New(Options{Dial: n.dial, Message: func([]byte) string { return "no such thing" }})
 	if _, err = c.Do(t.Context(), &Request{Method: "GET", URL: "http://api.example/"}); err.Error() != "403 Forbidden: no such thing" {
 		t.Errorf("got %q", err)
 	}

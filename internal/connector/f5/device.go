@@ -85,7 +85,7 @@ func (d *device) message(body []byte) string {
 		Message string `json:"message"`
 	}
 	if json.Unmarshal(body, &answer) != nil {
-		return "an answer that is not of iControl REST: " + d.scrub(string(body[:min(len(body), 300)]))
+		return "an answer that is not of iControl REST: " + printable.Line(d.scrub(string(body)), 300)
 	}
 	if answer.Message == "" {
 		return "no message"
@@ -93,11 +93,16 @@ func (d *device) message(body []byte) string {
 	return d.scrub(answer.Message)
 }
 
-// scrub takes the secrets of this deployment out of a text.
+// scrub takes the secrets of this deployment out of a text: the password also as
+// the request had it, in JSON.
 func (d *device) scrub(text string) string {
 	for _, s := range []secret.String{d.password, d.token} {
-		if !s.IsZero() {
-			text = strings.ReplaceAll(text, s.Reveal(), "[redacted]")
+		if s.IsZero() {
+			continue
+		}
+		text = strings.ReplaceAll(text, s.Reveal(), "[redacted]")
+		if quoted, err := json.Marshal(s.Reveal()); err == nil {
+			text = strings.ReplaceAll(text, string(quoted[1:len(quoted)-1]), "[redacted]")
 		}
 	}
 	return text

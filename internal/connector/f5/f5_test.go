@@ -18,6 +18,7 @@ import (
 	"certctl-agent/internal/connector/conformance"
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/policy"
+	"certctl-agent/internal/secret"
 	"certctl-agent/internal/testing/bigip"
 	"certctl-agent/internal/testing/testca"
 	"certctl-agent/internal/vendorapi"
@@ -558,6 +559,21 @@ func TestSecrets(t *testing.T) {
 	for _, secret := range append(keys, bigip.Password, "TOKEN0", "SECRET") {
 		if strings.Contains(all, secret) {
 			t.Errorf("%q shows in:\n%s", secret, all)
+		}
+	}
+}
+
+// TestScrub: a device that quotes the request, in whichever way, does not have the
+// password in the error.
+func TestScrub(t *testing.T) {
+	d := newDevice(&config{Password: secret.New(`p"s\<&>w`)}, "", nil, 0)
+	for _, body := range []string{
+		strings.Repeat("x", 297) + `p"s\<&>w`,
+		`{"message": "bad: {\"password\": \"p\\\"s\\\\\\u003c\\u0026\\u003ew\"}"}`,
+		`{"password": "p\"s\\\u003c\u0026\u003ew"`,
+	} {
+		if got := d.message([]byte(body)); strings.Contains(got, "p\"s") || strings.Contains(got, `p\"s`) || strings.Contains(got, "w\"") {
+			t.Errorf("%s shows %s", body, got)
 		}
 	}
 }
