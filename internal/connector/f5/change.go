@@ -227,16 +227,19 @@ func (c *change) discard(ctx context.Context) error {
 var errGone = errors.New("the profile does not hold the new certificate any more: the device may have restarted just then, or somebody else changed it: deploy again")
 
 // finish does what comes after the profile: it removes the uploads, saves and syncs.
+// It looks at the profile last, since a unit that has taken over just then has the
+// old certificate, and syncs that.
 func (c *change) finish(ctx context.Context) error {
 	unclean, unsaved := c.discard(ctx), c.save(ctx)
+	var unsynced error
+	if _, must := c.saves(); unsaved == nil || !must {
+		unsynced = c.sync(ctx)
+	}
 	in, err := c.isIn(ctx)
 	if err == nil && !in {
 		err = errGone
 	}
-	if _, must := c.saves(); err == nil && (unsaved == nil || !must) {
-		err = c.sync(ctx)
-	}
-	if err = errors.Join(unclean, unsaved, err); err != nil {
+	if err = errors.Join(unclean, unsaved, unsynced, err); err != nil {
 		return err
 	}
 	return c.note(nothing)
@@ -303,7 +306,8 @@ func (c *change) putBack(ctx context.Context, u *undo) error {
 	if err != nil {
 		return err
 	}
-	if !next.equal(p) {
+	changed := !next.equal(p)
+	if changed {
 		err := repeat(ctx, func() error {
 			return c.device.do(ctx, request{method: http.MethodPatch, path: c.profileURL(), sent: c.set(next)}, nil)
 		})
@@ -314,10 +318,13 @@ func (c *change) putBack(ctx context.Context, u *undo) error {
 	if err := c.removeNew(ctx, u.Had); err != nil {
 		return err
 	}
-	if c.noted() == begun {
-		return nil // nothing of it was saved or synced
+	if c.noted() != begun {
+		return errors.Join(c.save(ctx), c.sync(ctx))
 	}
-	return errors.Join(c.save(ctx), c.sync(ctx))
+	if changed { // somebody else may have saved or synced it meanwhile
+		_, _ = c.save(ctx), c.sync(ctx)
+	}
+	return nil
 }
 
 // without is the profile with what it was in place of this target's entries. What

@@ -292,14 +292,18 @@ func (d *device) upload(ctx context.Context, name string, data []byte) error {
 	})
 }
 
-// discard removes an upload. An account that may not run rm puts one byte into its
+// discard removes an upload. Where rm is not allowed, or fails, one byte takes its
 // place.
 func (d *device) discard(ctx context.Context, name string) error {
+	var said struct {
+		Result string `json:"commandResult"` // of an rm that failed; the status is 200 all the same
+	}
 	err := repeat(ctx, func() error {
 		return d.do(ctx, request{method: http.MethodPost, path: "/mgmt/tm/util/unix-rm",
-			sent: map[string]string{"command": "run", "utilCmdArgs": downloads + name}}, nil)
+			sent: map[string]string{"command": "run", "utilCmdArgs": downloads + name}}, &said)
 	})
-	if _, denied := errors.AsType[*deniedError](err); denied {
+	_, denied := errors.AsType[*deniedError](err)
+	if denied || said.Result != "" && !strings.Contains(said.Result, "No such file") {
 		err = d.upload(ctx, name, []byte("\n"))
 	}
 	if err != nil {

@@ -161,6 +161,77 @@ func TestGone(t *testing.T) {
 	}
 }
 
+// TestFailOver: the other unit of the pair answers from the n-th call on, and what
+// was not synced is not there. A deployment that succeeds is on both.
+func TestFailOver(t *testing.T) {
+	t.Setenv("TMPDIR", needs.MemoryDir(t))
+	for n := 1; ; n++ {
+		ended := false
+		synctest.Test(t, func(t *testing.T) {
+			f := remote(t, "17.1.1")
+			f.config["device_group"] = bigip.Group
+			f.mustDeploy(f.material())
+			f.Forget()
+			f.OnCall(func(c bigip.Call) bigip.Fault {
+				if c.N == n {
+					return bigip.FailOver
+				}
+				return bigip.None
+			})
+			m := f.material()
+			result, err := f.deploy(m)
+			ended = len(f.Calls()) < n
+			_, synced := f.InSync()
+			if in := strings.Contains(f.running()[clientSSL+" "+profileName], leafPath(m)); err == nil && len(result.Warnings) == 0 && !(in && synced) {
+				t.Errorf("fail-over at call %d, %v: success, installed %v, synced %v", n, f.Calls()[n-1], in, synced)
+			}
+			f.OnCall(nil)
+			f.mustDeploy(m)
+			f.holds(m)
+			if _, synced := f.InSync(); !synced {
+				t.Errorf("fail-over at call %d: not synced after the next deployment", n)
+			}
+		})
+		if ended {
+			return
+		}
+	}
+}
+
+// TestNotRemoved: rm fails on the device, which answers with success.
+func TestNotRemoved(t *testing.T) {
+	f := remote(t, "17.1.1")
+	f.RemoveFails("Permission denied")
+	f.mustDeploy(f.material())
+	if data, ok := f.running()["upload certctl-target-1.key"]; !ok || data != "\n" {
+		t.Errorf("the upload is there: %v, and holds %.30q", ok, data)
+	}
+}
+
+// TestSavedByOthers: somebody saves and syncs the device while a deployment is under
+// way. That it is undone is saved and synced too.
+func TestSavedByOthers(t *testing.T) {
+	f := remote(t, "17.1.1")
+	f.config["device_group"], f.config["save_config"] = bigip.Group, true
+	f.mustDeploy(f.material())
+	pair, err := f.ca.Issue(testca.Template{})
+	must(t, err)
+	f.OnCall(func(c bigip.Call) bigip.Fault {
+		if c.Is("POST", "/mgmt/tm/sys/config") {
+			f.OnCall(nil)
+			must(t, f.Install("/Common/other", pair.LeafPEM(), pair.KeyPEM(), ""))
+			return bigip.Fail
+		}
+		return bigip.None
+	})
+	m := f.material()
+	_, err = f.deploy(m)
+	says(t, err, "save the configuration", "the previous certificate is back in place")
+	if saved, synced := f.InSync(); !saved || !synced || strings.Contains(f.running()[clientSSL+" "+profileName], leafPath(m)) {
+		t.Errorf("saved %v, synced %v", saved, synced)
+	}
+}
+
 // TestCancelled: a deployment ends with its context, whatever the device does, and
 // what has begun is undone.
 func TestCancelled(t *testing.T) {

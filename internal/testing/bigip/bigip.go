@@ -61,6 +61,7 @@ type Device struct {
 	pending      int           // of these, for the one under way
 	peerDown     bool          // the other unit is not there
 	saveFails    string        // why the configuration cannot be saved; "": it can
+	removeFails  string        // why rm removes nothing; "": it does
 	release      chan struct{} // closed at the end: hanging calls go on
 }
 
@@ -276,6 +277,17 @@ func (d *Device) reboot() {
 	clear(d.parts)
 }
 
+// failOver has the other unit answer. It knows neither tokens nor uploads of this
+// one, and has its configuration saved, as a sync does.
+func (d *Device) failOver() {
+	d.running, d.peer = d.peer, d.running
+	d.saved = d.running.clone()
+	clear(d.tokens)
+	clear(d.transactions)
+	clear(d.parts)
+	clear(d.uploads)
+}
+
 // OnCall has do decide what becomes of each call.
 func (d *Device) OnCall(do func(Call) Fault) {
 	d.mu.Lock()
@@ -296,6 +308,14 @@ func (d *Device) SaveFails(message string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.saveFails = message
+}
+
+// RemoveFails has rm remove nothing and say why, which is a success to iControl
+// REST; "" ends that.
+func (d *Device) RemoveFails(message string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.removeFails = message
 }
 
 // Calls are those so far, and Forget has them forgotten.

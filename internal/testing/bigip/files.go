@@ -75,6 +75,10 @@ func (d *Device) remove(sent object) (object, error) {
 		return nil, refuse(400, "bad command")
 	}
 	answer := object{"kind": "tm:util:unix-rm:runstate", "command": "run", "utilCmdArgs": sent["utilCmdArgs"]}
+	if d.removeFails != "" {
+		answer["commandResult"] = "/bin/rm: cannot remove '" + Downloads + name + "': " + d.removeFails + "\n"
+		return answer, nil
+	}
 	if _, ok := d.uploads[name]; !ok {
 		answer["commandResult"] = "/bin/rm: cannot remove '" + Downloads + name + "': No such file or directory\n"
 	}

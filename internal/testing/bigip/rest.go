@@ -36,6 +36,7 @@ const (
 	Expire            // the token is not known any more
 	Reboot            // the device starts again before the call
 	RebootAfter       // and after it, instead of the answer
+	FailOver          // the other unit of the pair answers from this call on
 	Garbage           // a 200 that is not JSON
 	Echo              // 400, with all of the request in its message
 	Mute              // 400, with the request and without a message
@@ -103,6 +104,8 @@ func (d *Device) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		delete(d.tokens, r.Header.Get(tokenHeader))
 	case Reboot:
 		d.reboot()
+	case FailOver:
+		d.failOver()
 	}
 	var answer object
 	switch {
