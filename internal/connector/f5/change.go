@@ -412,8 +412,8 @@ func (c *change) Finish(ctx context.Context) error {
 	return err
 }
 
-// sweep removes this target's files of older certificates, the oldest first, but
-// for the newest and those in use.
+// sweep removes this target's files of older certificates but for the newest and
+// those in use. It goes on after an error.
 func (c *change) sweep(ctx context.Context) error {
 	all, err := c.ours(ctx)
 	if err != nil {
@@ -436,15 +436,17 @@ func (c *change) sweep(ctx context.Context) error {
 		}
 	}
 	slices.SortFunc(order, func(a, b string) int { return cmp.Or(cmp.Compare(newest[b], newest[a]), cmp.Compare(a, b)) })
-	var errs []error
+	var old []*stored
 	for _, leaf := range append(order[min(c.keep, len(order)):], c.leaf) {
-		for _, s := range sets[leaf] {
-			removed, err := c.remove(ctx, s)
-			if removed {
-				err = c.note(spread)
-			}
-			errs = append(errs, err)
-		}
+		old = append(old, sets[leaf]...)
 	}
-	return errors.Join(errs...)
+	var first error
+	for _, s := range old[:min(len(old), maxSwept)] {
+		removed, err := c.remove(ctx, s)
+		if removed {
+			err = c.note(spread)
+		}
+		first = cmp.Or(first, err)
+	}
+	return first
 }

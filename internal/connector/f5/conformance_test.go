@@ -84,7 +84,7 @@ func stateOf(d *bigip.Device) map[string]string {
 // chainPath is where the chain of m is.
 func chainPath(m *connector.Material) string {
 	sum := sha256.Sum256(pemutil.EncodeCertificates(m.Chain...))
-	return leafPath(m) + "-" + hex.EncodeToString(sum[:markDigits/2]) + ".crt"
+	return leafPath(m) + "-" + hex.EncodeToString(sum[:chainDigits/2]) + ".crt"
 }
 
 // wantProfile is what State shows of a profile that serves it. The RSA pair of the

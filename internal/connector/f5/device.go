@@ -125,7 +125,7 @@ type deniedError struct {
 }
 
 func (e *deniedError) Error() string {
-	return fmt.Sprintf("%v: the account may not %s %s: look at its role (docs/targets/f5.md has the least one)", e.err, e.method, e.path)
+	return fmt.Sprintf("%v: the account may not %s %s: look at its role (docs/targets/f5.md has the least one)", e.err, e.method, printable.Line(e.path, 2*maxPath))
 }
 
 func (e *deniedError) Unwrap() error { return e.err }

@@ -85,8 +85,8 @@ func newConnector(c *targetconf.Config, host connector.Host, patience time.Durat
 		return nil, err
 	}
 	t.Host = strings.ToLower(strings.Trim(t.Host, "[]")) // of a literal IPv6 address
-	if _, err := netip.ParseAddr(t.Host); err != nil && !hostName().MatchString(t.Host) {
-		return nil, targetconf.Invalid("host", "expected a host name or an address, got %s", printable.Quote(t.Host))
+	if addr, err := netip.ParseAddr(t.Host); err != nil && !hostName().MatchString(t.Host) || addr.Zone() != "" {
+		return nil, targetconf.Invalid("host", "expected a host name or an address without a zone, got %s", printable.Quote(t.Host))
 	}
 	peer, err := host.Peer(t.Host, t.Port, c.Local("host"))
 	if err != nil {
@@ -191,7 +191,7 @@ func (t *target) Plan(_ context.Context, m *connector.Material) (*connector.Plan
 	if len(m.Chain) > 0 {
 		chain := pemutil.EncodeCertificates(m.Chain...)
 		sum := sha256.Sum256(chain) // the same certificate may come with another chain
-		c.chain = &file{kind: sslCert, path: c.leaf + "-" + hex.EncodeToString(sum[:markDigits/2]) + ".crt", data: chain, upload: t.upload("chain")}
+		c.chain = &file{kind: sslCert, path: c.leaf + "-" + hex.EncodeToString(sum[:chainDigits/2]) + ".crt", data: chain, upload: t.upload("chain")}
 	}
 	plan := &connector.Plan{Changes: []connector.Change{c}, Serves: t.common.Endpoint()}
 	if t.Insecure {
@@ -203,11 +203,15 @@ func (t *target) Plan(_ context.Context, m *connector.Material) (*connector.Plan
 	return plan, nil
 }
 
-// markDigits is how much of a SHA-256 is in a name, in hexadecimal digits.
-const markDigits = 16
+// How much of a SHA-256 is in a name, in hexadecimal digits: of the leaf, and of
+// the chain. They differ, so that no chain is called as the leaf of a target whose
+// id ends in such digits.
+const (
+	markDigits  = 16
+	chainDigits = 12
+)
 
-// mark begins the names of this target's files on the device. What follows is of
-// fixed length, so that of no other target's.
+// mark begins the names of this target's files on the device.
 func (t *target) mark() string { return "certctl-" + t.id + "-" }
 
 func (t *target) inPartition(name string) string { return "/" + t.Partition + "/" + name }
@@ -222,7 +226,7 @@ func (t *target) isOurs(path string) (leaf string, ours bool) {
 	return t.inPartition(t.mark()) + rest[:markDigits], true
 }
 
-var ourName = lazyregexp.New(fmt.Sprintf(`^[0-9a-f]{%d}(\.crt|\.key|-[0-9a-f]{%d}\.crt)$`, markDigits, markDigits))
+var ourName = lazyregexp.New(fmt.Sprintf(`^[0-9a-f]{%d}(\.crt|\.key|-[0-9a-f]{%d}\.crt)$`, markDigits, chainDigits))
 
 // upload is the name under which a file is sent. It is the same for every
 // certificate, so that what a killed run left there is found.

@@ -35,6 +35,7 @@ func TestNew(t *testing.T) {
 		{"host", "[2001:db8::1]", ""},
 		{"host", "bigip.example.org/mgmt", "host"},
 		{"host", "a b", "host"},
+		{"host", "fe80::1%eth0", "host"},
 		{"port", 70000, "port"},
 		{"password", "********", "overlay"},
 		{"ssl_profile", "www", ""},
@@ -274,7 +275,8 @@ func TestRetention(t *testing.T) {
 	f := remote(t, "17.1.1")
 	pair, err := f.ca.Issue(testca.Template{})
 	must(t, err)
-	strangers := []string{"/Common/certctl-target-10-0123456789abcdef", "/Common/certctl-target-1-mine", "/Common/certctl-target-1-0123456789abcdef-old", "/Common/www"}
+	strangers := []string{"/Common/certctl-target-1-0123456789abcdef-0123456789abcdef", // of target-1-0123456789abcdef
+		"/Common/certctl-target-10-0123456789abcdef", "/Common/certctl-target-1-mine", "/Common/certctl-target-1-0123456789abcdef-old", "/Common/www"}
 	for _, path := range strangers {
 		must(t, f.Install(path, pair.LeafPEM(), pair.KeyPEM(), ""))
 	}
@@ -305,7 +307,7 @@ func TestRetention(t *testing.T) {
 	}
 	f.holds(all[4])
 	for _, path := range strangers {
-		if f.running()["ssl-key "+path+".key"] == "" {
+		if state := f.running(); state["ssl-key "+path+".key"] == "" || state["ssl-cert "+path+".crt"] == "" {
 			t.Errorf("%s was removed", path)
 		}
 	}
@@ -575,6 +577,47 @@ func TestScrub(t *testing.T) {
 		if got := d.message([]byte(body)); strings.Contains(got, "p\"s") || strings.Contains(got, `p\"s`) || strings.Contains(got, "w\"") {
 			t.Errorf("%s shows %s", body, got)
 		}
+	}
+}
+
+// TestHostile: what a device calls its files is shown within bounds, and what it
+// lists is not tried for ever.
+func TestHostile(t *testing.T) {
+	f := newFixture(t, "17.1.1")
+	deletes := 0
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case strings.HasPrefix(r.URL.Path, "/mgmt/shared/authn"):
+			fmt.Fprint(w, `{"token": {"token": "T"}}`)
+		case strings.Contains(r.URL.Path, "/profile/"):
+			fmt.Fprintf(w, `{"certKeyChain": [{"name": "a", "cert": "/Common/a.crt", "key": "/Common/a\u001b[2J%s"}]}`, strings.Repeat("x", 4000))
+		case r.Method == http.MethodDelete:
+			deletes++
+			http.Error(w, `{"message": "`+strings.Repeat("no ", 300)+`"}`, http.StatusBadRequest)
+		case strings.HasSuffix(r.URL.Path, "/ssl-key"), strings.HasSuffix(r.URL.Path, "/ssl-cert"):
+			var items []string
+			for i := range 2000 {
+				items = append(items, fmt.Sprintf(`{"fullPath": "/Common/certctl-target-1-%016x.key"}`, i))
+			}
+			fmt.Fprint(w, `{"items": [`+strings.Join(items, ",")+`]}`)
+		default:
+			http.Error(w, "{}", http.StatusInternalServerError)
+		}
+	}))
+	defer server.Close()
+	c, err := f.Connector(f.typ, f.config)
+	must(t, err)
+	c.(*target).device.base = server.URL
+	c.(*target).device.api = vendorapi.New(vendorapi.Options{Message: c.(*target).device.message})
+	plan, err := c.Plan(t.Context(), f.material())
+	must(t, err)
+	_, _, err = plan.Changes[0].Read(t.Context())
+	if err == nil || len(err.Error()) > 1000 || strings.Contains(err.Error(), "\x1b") {
+		t.Errorf("got %.2000q", err)
+	}
+	err = plan.Changes[0].Finish(t.Context())
+	if err == nil || len(err.Error()) > 4000 || deletes > maxSwept {
+		t.Errorf("%d deletes, and %d bytes of errors", deletes, len(err.Error()))
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 
+	"certctl-agent/internal/printable"
 	"certctl-agent/internal/vendorapi"
 )
 
@@ -22,6 +23,10 @@ const (
 	// maxEntries bounds certKeyChain: there are three types of keys, and a few
 	// uses.
 	maxEntries = 32
+
+	// maxSwept bounds how many files are removed after one deployment. One leaves
+	// three, so there are more only after a change of backup_retention.
+	maxSwept = 100
 )
 
 // file is one to be on the device.
@@ -55,7 +60,7 @@ func (d *device) get(ctx context.Context, kind, path string) (*stored, error) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("look at the %s %s: %w", kind, path, err)
+		return nil, fmt.Errorf("look at the %s %s: %w", kind, printable.Line(path, maxPath), err)
 	}
 	return s, nil
 }
