@@ -2,6 +2,7 @@ package f5
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -10,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -373,13 +375,13 @@ func (d *device) sync(ctx context.Context, group string) error {
 		return d.do(ctx, request{method: http.MethodPost, path: "/mgmt/tm/cm",
 			sent: map[string]string{"command": "run", "utilCmdArgs": "config-sync to-group " + group}}, nil)
 	})
-	status := ""
 	for begun := time.Now(); err == nil; {
-		if status, err = d.syncStatus(ctx); err != nil || status == "In Sync" {
+		var status syncStatus
+		if status, err = d.syncStatus(ctx); err != nil || status.inSync(group) {
 			break
 		}
-		if status == "Disconnected" || status == "Sync Failure" || time.Since(begun) > syncWait {
-			err = fmt.Errorf("the status is %s", printable.Quote(status))
+		if status.word == "Disconnected" || status.word == "Sync Failure" || time.Since(begun) > syncWait {
+			err = fmt.Errorf("the status is %s", printable.Line(d.scrub(status.String()), 500))
 			break
 		}
 		select {
@@ -394,22 +396,51 @@ func (d *device) sync(ctx context.Context, group string) error {
 	return nil
 }
 
-// syncStatus is the state of all groups in one word.
-func (d *device) syncStatus(ctx context.Context) (string, error) {
+// syncStatus is the state of all groups in one word, and what there is to say of
+// each group and device: "pair (In Sync): …", "Recommended action: …".
+type syncStatus struct {
+	word    string
+	details []string
+}
+
+// inSync reports whether a group is. Others may wait for a person.
+func (s *syncStatus) inSync(group string) bool {
+	mine := strings.TrimPrefix(group, "/Common/") + " (In Sync)"
+	return s.word == "In Sync" || slices.ContainsFunc(s.details, func(detail string) bool { return strings.HasPrefix(detail, mine) })
+}
+
+func (s *syncStatus) String() string {
+	slices.Sort(s.details) // they came as an object
+	return strings.Join(append([]string{cmp.Or(s.word, "unknown")}, s.details...), "; ")
+}
+
+// statistics are a tree of values.
+type statistics struct {
+	Description string `json:"description"`
+	NestedStats struct {
+		Entries map[string]*statistics `json:"entries"`
+	} `json:"nestedStats"`
+}
+
+func (d *device) syncStatus(ctx context.Context) (status syncStatus, err error) {
 	var got struct {
-		Entries map[string]struct {
-			NestedStats struct {
-				Entries struct {
-					Status struct {
-						Description string `json:"description"`
-					} `json:"status"`
-				} `json:"entries"`
-			} `json:"nestedStats"`
-		} `json:"entries"`
+		Entries map[string]*statistics `json:"entries"`
 	}
-	err := d.do(ctx, request{method: http.MethodGet, path: "/mgmt/tm/cm/sync-status"}, &got)
-	for _, entry := range got.Entries {
-		return entry.NestedStats.Entries.Status.Description, err
+	err = d.do(ctx, request{method: http.MethodGet, path: "/mgmt/tm/cm/sync-status"}, &got)
+	var walk func(map[string]*statistics)
+	walk = func(entries map[string]*statistics) {
+		for name, s := range entries {
+			switch {
+			case s == nil:
+			case name == "status":
+				status.word = s.Description
+			case name == "details":
+				status.details = append(status.details, s.Description)
+			default:
+				walk(s.NestedStats.Entries)
+			}
+		}
 	}
-	return "unknown", err
+	walk(got.Entries)
+	return status, err
 }

@@ -385,6 +385,29 @@ func TestSave(t *testing.T) {
 	}
 }
 
+// TestSync: only the group of the target counts, and what the device recommends is
+// in the warning.
+func TestSync(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := remote(t, "17.1.1")
+		f.config["device_group"] = bigip.Group
+		f.OtherPending()
+		if result := f.mustDeploy(f.material()); len(result.Warnings) > 0 {
+			t.Errorf("warnings %q", result.Warnings)
+		}
+		f.OnCall(func(c bigip.Call) bigip.Fault { // somebody goes on changing it
+			if c.Is("GET", "/mgmt/tm/cm/sync-status") {
+				f.Unsynced()
+			}
+			return bigip.None
+		})
+		result := f.mustDeploy(f.material())
+		if said := strings.Join(result.Warnings, " "); !strings.Contains(said, "the status is Changes Pending; Recommended action: Synchronize bigip1.example.org to group pair") {
+			t.Errorf("warnings %q", said)
+		}
+	})
+}
+
 // TestRestart: a device that loses what was not saved is noticed.
 func TestRestart(t *testing.T) {
 	f := remote(t, "17.1.1")

@@ -60,6 +60,7 @@ type Device struct {
 	syncDelay    int           // how many looks at the status a sync takes
 	pending      int           // of these, for the one under way
 	peerDown     bool          // the other unit is not there
+	otherPending bool          // somebody has not synced another group
 	saveFails    string        // why the configuration cannot be saved; "": it can
 	removeFails  string        // why rm removes nothing; "": it does
 	release      chan struct{} // closed at the end: hanging calls go on
@@ -301,6 +302,20 @@ func (d *Device) SyncTakes(looks int, down bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.syncDelay, d.peerDown = looks, down
+}
+
+// Unsynced has the other unit lack a file.
+func (d *Device) Unsynced() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.peer.Certs, "/Common/default.crt")
+}
+
+// OtherPending has another device group wait for its sync for ever.
+func (d *Device) OtherPending() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.otherPending = true
 }
 
 // SaveFails has saving the configuration fail with a message; "" ends that.

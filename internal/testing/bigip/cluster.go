@@ -1,6 +1,7 @@
 package bigip
 
 import (
+	"fmt"
 	"strings"
 )
 
@@ -54,9 +55,22 @@ func (d *Device) syncStatus() object {
 		status, color = "Changes Pending", "yellow"
 	}
 	described := func(s string) object { return object{"description": s} }
+	details := []string{"bigip2.example.org: connected", Group + " (" + status + "): what that means"}
+	if status == "Changes Pending" {
+		details = append(details, "Recommended action: Synchronize bigip1.example.org to group "+Group)
+	}
+	if d.otherPending {
+		status = "Changes Pending"
+		details = append(details, "other ("+status+"): what that means")
+	}
+	list := make(object)
+	for i, text := range details {
+		list[fmt.Sprintf("https://localhost/mgmt/tm/cm/syncStatus/0/details/%d", i)] = object{"nestedStats": object{"entries": object{"details": described(text)}}}
+	}
 	return object{"kind": "tm:cm:sync-status:sync-statusstats", "selfLink": d.link("/mgmt/tm/cm/sync-status"), "entries": object{
 		"https://localhost/mgmt/tm/cm/sync-status/0": object{"nestedStats": object{"entries": object{
 			"color": described(color), "mode": described("high-availability"), "status": described(status), "summary": described(""),
+			"https://localhost/mgmt/tm/cm/syncStatus/0/details": object{"nestedStats": object{"entries": list}},
 		}}},
 	}}
 }
