@@ -75,9 +75,16 @@ func newDevice(c *config, address string, dial func(context.Context) (net.Conn, 
 	return d
 }
 
-// isStarting reports whether the REST framework has not loaded everything yet.
+// isStarting reports whether the REST framework has not loaded everything yet. Its
+// 404 is not about the object.
 func isStarting(e *vendorapi.StatusError) bool {
-	return e.Status == http.StatusNotFound && strings.Contains(e.Message, "wait for /available suffix")
+	return e.Status == http.StatusNotFound && strings.Contains(e.Message, "not registered")
+}
+
+// isMissing reports whether the device says that there is no such object. Others
+// answer 404 too: a proxy, a device that is starting.
+func isMissing(err error) bool {
+	return vendorapi.StatusOf(err) == http.StatusNotFound && strings.Contains(err.Error(), "01020036")
 }
 
 // message is the device's own, without what it quotes of the request: the password
@@ -267,7 +274,7 @@ func (d *device) logout() error {
 			err = decode(answer.Body, nil)
 		}
 		// A token that is not valid is none; an earlier answer may be lost.
-		if status := vendorapi.StatusOf(err); err == nil || status == http.StatusUnauthorized || status == http.StatusNotFound {
+		if status := vendorapi.StatusOf(err); err == nil || status == http.StatusUnauthorized || status == http.StatusNotFound && !strings.Contains(err.Error(), "not registered") {
 			return nil
 		}
 	}

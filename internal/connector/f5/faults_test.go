@@ -27,7 +27,7 @@ func remote(t *testing.T, version string) *fixture {
 	return f
 }
 
-var faults = []bigip.Fault{bigip.Fail, bigip.Busy, bigip.Drop, bigip.Lose, bigip.Hang, bigip.Expire, bigip.Reboot, bigip.RebootAfter, bigip.Garbage}
+var faults = []bigip.Fault{bigip.Fail, bigip.Busy, bigip.Unregistered, bigip.Drop, bigip.Lose, bigip.Hang, bigip.Expire, bigip.Reboot, bigip.RebootAfter, bigip.Garbage}
 
 // TestFaults has each call of a renewal go wrong in each way. The deployment
 // succeeds all the same, or everything is as before; and the next one succeeds.
@@ -139,12 +139,15 @@ func TestGone(t *testing.T) {
 			f.Forget()
 			f.OnCall(func(c bigip.Call) bigip.Fault {
 				if c.N >= n {
-					return bigip.Busy
+					return []bigip.Fault{bigip.Busy, bigip.Unregistered}[n%2]
 				}
 				return bigip.None
 			})
 			m := f.material()
 			_, err := f.deploy(m)
+			if err != nil && strings.Contains(err.Error(), "make it on the device") {
+				t.Errorf("gone from call %d: %v", n, err)
+			}
 			ended = len(f.Calls()) < n
 			if err == nil && !strings.Contains(f.running()[clientSSL+" "+profileName], leafPath(m)) {
 				t.Errorf("gone from call %d: success, and the profile is %s", n, f.running()[clientSSL+" "+profileName])

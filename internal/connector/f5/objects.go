@@ -56,7 +56,7 @@ type stored struct {
 func (d *device) get(ctx context.Context, kind, path string) (*stored, error) {
 	s := &stored{kind: kind}
 	err := d.do(ctx, request{method: http.MethodGet, path: objectURL(collectionOf(kind), path)}, s)
-	if vendorapi.StatusOf(err) == http.StatusNotFound {
+	if isMissing(err) {
 		return nil, nil
 	}
 	if err != nil {
@@ -93,7 +93,7 @@ func (t *target) remove(ctx context.Context, s *stored) (removed bool, err error
 		return t.device.do(ctx, request{method: http.MethodDelete, path: objectURL(collectionOf(s.kind), s.Path)}, nil)
 	})
 	switch status := vendorapi.StatusOf(err); {
-	case err == nil, status == http.StatusNotFound:
+	case err == nil, isMissing(err):
 		return true, nil
 	case status == http.StatusBadRequest && strings.Contains(err.Error(), "is in use"):
 		return false, nil
@@ -164,7 +164,7 @@ func (t *target) profileURL() string {
 func (t *target) read(ctx context.Context) (*profile, error) {
 	p := new(profile)
 	err := t.device.do(ctx, request{method: http.MethodGet, path: t.profileURL()}, p)
-	if vendorapi.StatusOf(err) == http.StatusNotFound {
+	if isMissing(err) {
 		return nil, fmt.Errorf("the %s profile %s does not exist: make it on the device, and use it in a virtual server: %w", t.ProfileType, t.profile, err)
 	}
 	if err != nil {

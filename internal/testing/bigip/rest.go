@@ -36,6 +36,7 @@ const (
 	Expire            // the token is not known any more
 	Reboot            // the device starts again before the call
 	RebootAfter       // and after it, instead of the answer
+	Unregistered      // 404, as while the REST framework starts
 	FailOver          // the other unit of the pair answers from this call on
 	Garbage           // a 200 that is not JSON
 	Echo              // 400, with all of the request in its message
@@ -115,6 +116,8 @@ func (d *Device) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		err = refuse(400, "bad request: %s %s", body, r.Header.Get(tokenHeader))
 	case fault == Mute:
 		err = &problem{status: 400}
+	case fault == Unregistered:
+		err = refuse(404, "Public URI path not registered")
 	case fault == Throttle:
 		err = refuse(429, "too many requests")
 	case len(body) > maxBody:
