@@ -131,12 +131,16 @@ func (c *change) install(ctx context.Context) error {
 	if err != nil || in {
 		return err
 	}
-	if c.seen != nil && !p.equal(c.seen) {
-		return errors.New("somebody else changed the profile just now: look what it holds, and deploy again")
-	}
 	commands, err := c.send(ctx)
 	if err != nil {
 		return err
+	}
+	now, err := c.read(ctx) // to send takes seconds
+	if err != nil {
+		return err
+	}
+	if !now.equal(p) || c.seen != nil && !now.equal(c.seen) {
+		return errors.New("somebody else changed the profile just now: look what it holds, and deploy again")
 	}
 	next := c.with(p, index)
 	commands = append(commands, command{http.MethodPatch, c.profileURL(), c.set(next)})

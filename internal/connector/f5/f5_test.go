@@ -445,24 +445,27 @@ func TestChunks(t *testing.T) {
 	}
 }
 
-// TestOthers: somebody else changes the profile meanwhile.
+// TestOthers: somebody else changes the profile after Read's last call, or while
+// files are sent.
 func TestOthers(t *testing.T) {
-	f := remote(t, "17.1.1")
-	pair, err := f.ca.Issue(testca.Template{})
-	must(t, err)
-	f.OnCall(func(c bigip.Call) bigip.Fault {
-		if c.Is("GET", "/mgmt/tm/sys/file/ssl-key") && !strings.Contains(c.Path, "~") { // Read's last call
-			f.OnCall(nil)
-			must(t, f.Install("/Common/other", pair.LeafPEM(), pair.KeyPEM(), clientSSL+" "+profileName))
+	for _, moment := range []string{"GET /mgmt/tm/sys/file/ssl-key", "POST /mgmt/shared/file-transfer/uploads/certctl-target-1.key"} {
+		f := remote(t, "17.1.1")
+		pair, err := f.ca.Issue(testca.Template{})
+		must(t, err)
+		f.OnCall(func(c bigip.Call) bigip.Fault {
+			if c.Method+" "+c.Path == moment {
+				f.OnCall(nil)
+				must(t, f.Install("/Common/other", pair.LeafPEM(), pair.KeyPEM(), clientSSL+" "+profileName))
+			}
+			return bigip.None
+		})
+		_, err = f.deploy(f.material())
+		says(t, err, "somebody else changed the profile just now")
+		if got := f.running()[clientSSL+" "+profileName]; !strings.Contains(got, "/Common/other.crt") {
+			t.Errorf("%s: what somebody else did is lost: %s", moment, got)
 		}
-		return bigip.None
-	})
-	_, err = f.deploy(f.material())
-	says(t, err, "somebody else changed the profile just now")
-	if got := f.running()[clientSSL+" "+profileName]; !strings.Contains(got, "/Common/other.crt") {
-		t.Errorf("what somebody else did is lost: %s", got)
+		f.clean()
 	}
-	f.clean()
 }
 
 // TestLeastRole: the resource group of the page is enough, and lets the account do

@@ -26,21 +26,21 @@ func (c Call) Is(method, prefix string) bool {
 type Fault int
 
 const (
-	None        Fault = iota
-	Fail              // 500
-	Busy              // 503, as while the device starts
-	Throttle          // 429
-	Drop              // the connection ends before the call is carried out
-	Lose              // the connection ends instead of the answer
-	Hang              // no answer, and nothing is carried out
-	Expire            // the token is not known any more
-	Reboot            // the device starts again before the call
-	RebootAfter       // and after it, instead of the answer
-	Unregistered      // 404, as while the REST framework starts
-	FailOver          // the other unit of the pair answers from this call on
-	Garbage           // a 200 that is not JSON
-	Echo              // 400, with all of the request in its message
-	Mute              // 400, with the request and without a message
+	None         Fault = iota
+	Fail               // 500
+	Busy               // 503, as while the device starts
+	Throttle           // 429
+	Drop               // the connection ends before the call is carried out
+	Lose               // the connection ends instead of the answer
+	Hang               // no answer, and nothing is carried out
+	Expire             // the token is not known any more
+	Reboot             // the device starts again before the call
+	RebootAfter        // and after it, instead of the answer
+	Unregistered       // 404, as while the REST framework starts
+	FailOver           // the other unit of the pair answers from this call on
+	Garbage            // a 200 that is not JSON
+	Echo               // 400, with all of the request in its message
+	Mute               // 400, with the request and without a message
 )
 
 // maxBody bounds a request, in bytes: a chunk is 512 KiB at most.
