@@ -157,7 +157,7 @@ func (c *Client) Do(ctx context.Context, r *Request) (*Answer, error) {
 		if err == nil {
 			return answer, nil
 		}
-		if !c.mayRepeat(r, err) || c.options.Patience < 0 || ctx.Err() != nil {
+		if !c.mayRepeat(err) || c.options.Patience < 0 || ctx.Err() != nil {
 			return nil, err
 		}
 		wait, asked := pause, ""
@@ -177,7 +177,7 @@ func (c *Client) Do(ctx context.Context, r *Request) (*Answer, error) {
 	}
 }
 
-func (c *Client) mayRepeat(r *Request, err error) bool {
+func (c *Client) mayRepeat(err error) bool {
 	if status, ok := errors.AsType[*StatusError](err); ok {
 		busy := c.options.Busy != nil && c.options.Busy(status)
 		return busy || status.Status == http.StatusTooManyRequests || status.Status == http.StatusServiceUnavailable
@@ -186,7 +186,8 @@ func (c *Client) mayRepeat(r *Request, err error) bool {
 		return true
 	}
 	broken := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET)
-	return r.reads() && broken
+	_, lost := errors.AsType[*LostError](err)
+	return broken && !lost
 }
 
 func (c *Client) try(ctx context.Context, r *Request) (*Answer, error) {

@@ -129,20 +129,23 @@ func TestRetries(t *testing.T) {
 	}
 }
 
+// Nothing was sent, so that a change is made again too.
 func TestRefused(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		n, tries := &network{handlers: []http.HandlerFunc{status(200)}}, 0
-		c := New(Options{Dial: func(ctx context.Context, address string) (net.Conn, error) {
-			if tries++; tries < 3 {
-				return nil, syscall.ECONNREFUSED
+		for _, before := range []error{syscall.ECONNREFUSED, syscall.ECONNRESET, io.EOF} { // refused, and in the handshake
+			n, tries := &network{handlers: []http.HandlerFunc{status(200)}}, 0
+			c := New(Options{Dial: func(ctx context.Context, address string) (net.Conn, error) {
+				if tries++; tries < 3 {
+					return nil, before
+				}
+				return n.dial(ctx, address)
+			}})
+			if _, err := c.Do(t.Context(), &Request{Method: "POST", URL: "http://api.example/"}); err != nil || tries != 3 {
+				t.Errorf("%v: after %d tries: %v", before, tries, err)
 			}
-			return n.dial(ctx, address)
-		}})
-		if _, err := c.Do(t.Context(), &Request{Method: "POST", URL: "http://api.example/"}); err != nil || tries != 3 {
-			t.Errorf("after %d tries: %v", tries, err)
 		}
 		denied := errors.New("not allowed")
-		c = New(Options{Dial: func(context.Context, string) (net.Conn, error) { return nil, denied }})
+		c := New(Options{Dial: func(context.Context, string) (net.Conn, error) { return nil, denied }})
 		_, err := c.Do(t.Context(), &Request{Method: "POST", URL: "http://api.example/"})
 		if _, lost := errors.AsType[*LostError](err); !errors.Is(err, denied) || lost {
 			t.Errorf("got %v (lost %v), want %v", err, lost, denied)
