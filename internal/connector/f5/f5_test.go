@@ -191,6 +191,36 @@ func TestEntries(t *testing.T) {
 	}
 }
 
+// TestPassphrase: a passphrase stays with its key, comes back with it, and goes with
+// it.
+func TestPassphrase(t *testing.T) {
+	f := remote(t, "15.1.10")
+	f.Passphrase(profileName, "default", "of-the-rsa-key")
+	key, err := pemutil.ParseKey([]byte(f.running()["ssl-key /Common/default.key"]))
+	must(t, err)
+	pair, err := f.ca.Issue(testca.Template{Key: key})
+	must(t, err)
+	profile := func() string { return f.running()[clientSSL+" "+profileName] }
+	kept := `"default","Cert":"/Common/default.crt","Key":"/Common/default.key","CA":"","Passphrase":"$M$`
+	f.mustDeploy(f.material()) // ECDSA
+	if got := profile(); !strings.Contains(got, kept) {
+		t.Errorf("beside another: %s", got)
+	}
+	before := profile()
+	m := f.material()
+	m.Leaf, m.Chain, m.KeyPEM = pair.Leaf, nil, pair.KeyPEM()
+	_, err = f.deploy(m, unverified()...)
+	says(t, err, "back in place")
+	if got := profile(); got != before {
+		t.Errorf("undone: %s, was %s", got, before)
+	}
+	f.mustDeploy(m)
+	f.holds(m)
+	if got := profile(); strings.Contains(got, "$M$") || strings.Contains(got, "/Common/default.key") || strings.Count(got, `"Name"`) != 2 {
+		t.Errorf("replaced: %s", got)
+	}
+}
+
 // TestInherits: an undo has a profile inherit again.
 func TestInherits(t *testing.T) {
 	f := remote(t, "17.1.1")

@@ -261,6 +261,20 @@ func (d *Device) Install(path string, cert, key []byte, in string) error {
 	return nil
 }
 
+// Passphrase says that the key of a pair in a client-ssl profile has one.
+func (d *Device) Passphrase(path, pair, passphrase string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	p := d.running.Profiles[clientSSL+" "+path]
+	p.Chain, p.Inherit = slices.Clone(d.running.chain(p)), false
+	for i := range p.Chain {
+		if p.Chain[i].Name == pair {
+			p.Chain[i].Passphrase = encrypt(passphrase)
+		}
+	}
+	d.settle()
+}
+
 // settle makes the running configuration that of both units, saved.
 func (d *Device) settle() { d.saved, d.peer = d.running.clone(), d.running.clone() }
 
