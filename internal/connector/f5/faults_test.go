@@ -29,9 +29,9 @@ func remote(t *testing.T, version string) *fixture {
 
 var faults = []bigip.Fault{bigip.Fail, bigip.Busy, bigip.Drop, bigip.Lose, bigip.Hang, bigip.Expire, bigip.Reboot, bigip.RebootAfter, bigip.Garbage}
 
-// TestFaults has each call of a renewal go wrong in each way, those too that remove
-// what is older. The deployment succeeds all the same, or everything is as before;
-// and the next one succeeds.
+// TestFaults has each call of a renewal go wrong, those too that remove what is
+// older, each in every other way. The deployment succeeds all the same, or
+// everything is as before; and the next one succeeds.
 func TestFaults(t *testing.T) {
 	t.Setenv("TMPDIR", needs.MemoryDir(t)) // what is on the disk is the engine's, which syncs it
 	succeeded, failed := 0, 0
@@ -44,8 +44,9 @@ func TestFaults(t *testing.T) {
 			f.mustDeploy(f.material())
 			for i, call := range f.Calls() {
 				n := i + 1
-				if call.Method == "GET" && (n+k)%4 > 0 {
-					continue // reads are made again, and neighbours are alike
+				// Neighbours are alike, and reads are made again.
+				if (n+k)%2 > 0 || call.Method == "GET" && (n+k)%6 > 0 {
+					continue
 				}
 				if disturbed(t, f, fault, n) {
 					succeeded++
@@ -56,7 +57,7 @@ func TestFaults(t *testing.T) {
 		})
 	}
 	t.Logf("%d deployments succeeded, %d failed", succeeded, failed)
-	if succeeded < 50 || failed < 50 {
+	if succeeded < 50 || failed < 20 {
 		t.Error("want more of both")
 	}
 }
