@@ -9,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 
+	"certctl-agent/internal/lazyregexp"
 	"certctl-agent/internal/policy"
 )
 
@@ -17,6 +18,16 @@ type Peer struct {
 	policy *policy.Policy // an empty one if the owner of this host chose the peer
 	host   string
 	port   uint16
+}
+
+// hostName is what may become part of a URL, or a word of a command line.
+var hostName = lazyregexp.New(`^[A-Za-z0-9_]([A-Za-z0-9._-]{0,252}[A-Za-z0-9_.])?$`)
+
+// IsHost reports whether text is the name of a host, or an address without
+// brackets and zone.
+func IsHost(text string) bool {
+	addr, err := netip.ParseAddr(text)
+	return hostName().MatchString(text) || err == nil && addr.Zone() == ""
 }
 
 // Peer returns the peer at host, a name or an address (IPv6 with brackets or

@@ -77,3 +77,14 @@ func TestPeerAddress(t *testing.T) {
 		t.Errorf("resolved to %v", all)
 	}
 }
+
+func TestIsHost(t *testing.T) {
+	for text, want := range map[string]bool{
+		"www.example.org": true, "www.example.org.": true, "a": true, "192.0.2.1": true, "2001:db8::1": true, "_x": true,
+		"": false, "-oProxyCommand=x": false, "a b": false, "a/b": false, "user@host": false, "[::1]": false, "fe80::1%eth0": false, "wéb": false, "a:443": false, "a\n": false,
+	} {
+		if IsHost(text) != want {
+			t.Errorf("%q: got %v", text, !want)
+		}
+	}
+}

@@ -10,7 +10,6 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
-	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -85,7 +84,7 @@ func newConnector(c *targetconf.Config, host connector.Host, patience time.Durat
 		return nil, err
 	}
 	t.Host = strings.ToLower(strings.Trim(t.Host, "[]")) // of a literal IPv6 address
-	if addr, err := netip.ParseAddr(t.Host); err != nil && !hostName().MatchString(t.Host) || addr.Zone() != "" {
+	if !connector.IsHost(t.Host) {
 		return nil, targetconf.Invalid("host", "expected a host name or an address without a zone, got %s", printable.Quote(t.Host))
 	}
 	peer, err := host.Peer(t.Host, t.Port, c.Local("host"))
@@ -103,13 +102,9 @@ func newConnector(c *targetconf.Config, host connector.Host, patience time.Durat
 	return t, nil
 }
 
-var (
-	hostName = lazyregexp.New(`^[A-Za-z0-9_]([A-Za-z0-9._-]{0,252}[A-Za-z0-9_.])?$`)
-
-	// What partitions, folders, profiles and device groups are called. It becomes
-	// part of URLs and of a command of tmsh.
-	objectName = lazyregexp.New(`^[A-Za-z0-9_][A-Za-z0-9_.:-]{0,200}$`)
-)
+// objectName is what partitions, folders, profiles and device groups are called. It
+// becomes part of URLs and of a command of tmsh.
+var objectName = lazyregexp.New(`^[A-Za-z0-9_][A-Za-z0-9_.:-]{0,200}$`)
 
 // checkTrust refuses from a job what would let a control plane choose who gets the
 // private key, and the password.

@@ -6,7 +6,6 @@ package ssh
 import (
 	"context"
 	"fmt"
-	"net/netip"
 	"strings"
 	"time"
 
@@ -82,17 +81,14 @@ func newConnector(c *targetconf.Config, host connector.Host) (connector.Connecto
 	return t, targetconf.Join(t.checkPeer(c), t.checkLogin(c), t.checkHostKey(), t.checkFiles(), t.checkCommands(c))
 }
 
-// What becomes a word of ssh's command line, or of a line of its configuration.
-var (
-	hostName = lazyregexp.New(`^[A-Za-z0-9_]([A-Za-z0-9._-]{0,252}[A-Za-z0-9_.])?$`)
-	userName = lazyregexp.New(`^[A-Za-z0-9_][A-Za-z0-9._@+-]{0,63}$`)
-)
+// userName is what becomes a word of a line of ssh's configuration.
+var userName = lazyregexp.New(`^[A-Za-z0-9_][A-Za-z0-9._@+-]{0,63}$`)
 
 func (t *target) checkPeer(c *targetconf.Config) (err error) {
 	t.Host = strings.ToLower(strings.Trim(t.Host, "[]")) // of a literal IPv6 address
 	// A zone may be anything, and goes wherever the host does.
 	literal, zone, hasZone := strings.Cut(t.Host, "%")
-	if _, err := netip.ParseAddr(literal); err != nil && !hostName().MatchString(t.Host) || hasZone && !hostName().MatchString(zone) {
+	if !connector.IsHost(literal) || hasZone && !(strings.Contains(literal, ":") && connector.IsHost(zone)) {
 		return targetconf.Invalid("host", "expected a host name or an address, got %s", printable.Quote(t.Host))
 	}
 	if !userName().MatchString(t.User) {

@@ -6,12 +6,10 @@ import (
 	"crypto/tls"
 	"fmt"
 	"net"
-	"net/netip"
 	"strings"
 	"time"
 
 	"certctl-agent/internal/connector"
-	"certctl-agent/internal/lazyregexp"
 	"certctl-agent/internal/printable"
 	"certctl-agent/internal/secret"
 	"certctl-agent/internal/targetconf"
@@ -109,14 +107,11 @@ func open(c *targetconf.Config, host connector.Host, s *settings, common *common
 	return s.connect(o, host, common, connect)
 }
 
-// hostName is what becomes part of a URL and of the name of a service.
-var hostName = lazyregexp.New(`^[A-Za-z0-9_]([A-Za-z0-9._-]{0,252}[A-Za-z0-9_.])?$`)
-
 func (s *settings) checkLogon(o owner) error {
 	var errs []error
 	if s.Host == "" {
 		errs = append(errs, o.invalid("winrm_host", "is required"))
-	} else if _, err := netip.ParseAddr(strings.Trim(s.Host, "[]")); err != nil && !hostName().MatchString(s.Host) || strings.Contains(s.Host, "%") {
+	} else if !connector.IsHost(strings.Trim(s.Host, "[]")) {
 		errs = append(errs, o.invalid("winrm_host", "expected a host name or an address without a zone, got %s", printable.Quote(s.Host)))
 	}
 	switch s.Auth {
