@@ -36,8 +36,9 @@ type Dir struct {
 	lock *filelock.Lock
 }
 
-// Open makes path and everything above it that is missing, 0700 and durably, and
-// locks it. The lock ends with the process, however that ends.
+// Open makes path and everything above it that is missing, 0700 and durably,
+// locks it, and removes what a crash left half written. The lock ends with the
+// process, however that ends.
 //
 // machineID identifies this machine, such as the content of /etc/machine-id;
 // it is kept only as a hash together with agentID. Empty: not known, and the
@@ -55,6 +56,9 @@ func Open(path, agentID, machineID string) (*Dir, error) {
 	}
 	d := &Dir{Path: path, Root: root}
 	err = d.acquire()
+	if err == nil {
+		err = atomicfile.Sweep(root) // under the lock nobody else writes here
+	}
 	if err == nil {
 		err = d.identify(agentID, machineID)
 	}

@@ -28,6 +28,23 @@ func TestOneAgentAtATime(t *testing.T) {
 	again.Close()
 }
 
+// TestSwept: nothing else would ever remove what a crash has left half written.
+func TestSwept(t *testing.T) {
+	path := t.TempDir()
+	left := filepath.Join(path, ".served.json.ABCDEFGHIJKLMNOPQRSTUVWXYZ.tmp")
+	if err := os.WriteFile(left, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d, err := statedir.Open(path, "agent-1", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	if _, err := os.Lstat(left); !os.IsNotExist(err) {
+		t.Errorf("%s is still there (%v)", left, err)
+	}
+}
+
 func TestClosedToOthers(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "state")
 	if err := os.Mkdir(path, 0o755); err != nil {

@@ -1,0 +1,425 @@
+package reliability_test
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"certctl-agent/internal/api"
+	"certctl-agent/internal/app"
+	"certctl-agent/internal/config"
+	"certctl-agent/internal/policy"
+	"certctl-agent/internal/testing/crashstates"
+	"certctl-agent/internal/testing/devplane"
+	"certctl-agent/internal/testing/needs"
+)
+
+var statesFlag = flag.Int("states", 1500, "how many states of a power cut TestTrace recovers from")
+
+// traced is a host whose agent runs under strace.
+type traced struct {
+	t      *testing.T
+	strace string
+	binary string
+	dir    string // what the agent does not write is in it
+	site   *site  // what a power cut is about
+	disk   *crashstates.Disk
+	plane  *devplane.Plane
+	agent  string   // id
+	env    []string // settings
+	runs   [][]crashstates.Call
+	sets   map[string][]fileSet // by target: nothing, then what each completed deployment left
+}
+
+// fileSet is what a server reads: certificate, key and chain, byte for byte.
+type fileSet [3]string
+
+// newTraced prepares a host with two servers that share a certificate.
+func newTraced(t *testing.T) *traced {
+	h := &traced{t: t, strace: needs.Need(t, "strace"), dir: needs.MemoryDir(t), sets: make(map[string][]fileSet)}
+	var err error
+	if h.binary, err = agentBinary(); err != nil {
+		t.Fatal(err)
+	}
+	if h.site, err = newSite(filepath.Join(h.dir, "host"), []server{{id: "web1", cert: "cert", chain: true}, {id: "web2", cert: "cert"}}); err != nil {
+		t.Fatal(err)
+	}
+	h.plane = devplane.Start(t, devplane.Options{Dir: h.dir})
+	for _, dir := range []string{h.site.path("etc"), filepath.Join(h.dir, "targets.d")} {
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(h.configFile(), []byte(configBefore), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h.env = []string{
+		"PATH=" + os.Getenv("PATH"),
+		"CERTCTL_CONFIG=" + h.configFile(),
+		"CERTCTL_SERVER_URL=" + h.plane.URL,
+		"CERTCTL_SERVER_CA_BUNDLE_PATH=" + h.plane.CAFile(),
+		"CERTCTL_API_KEY=" + h.plane.APIKey,
+		"CERTCTL_KEY_DIR=" + h.site.keyDir(),
+		"CERTCTL_TARGETS_DIR=" + filepath.Join(h.dir, "targets.d"),
+		"CERTCTL_DISCOVERY_DIRS=" + h.site.path("www"),
+		"CERTCTL_ALLOWED_PATHS=" + h.site.path("www"),
+		"CERTCTL_HEARTBEAT_INTERVAL=300ms",
+		"CERTCTL_POLL_INTERVAL=100ms",
+		"CERTCTL_STARTUP_JITTER=false",
+		"CERTCTL_MAX_DEPLOYS=1",
+	}
+	for _, x := range h.site.servers {
+		h.sets[x.id] = []fileSet{h.files(x)}
+	}
+	if h.disk, err = crashstates.Load(h.site.dir); err != nil {
+		t.Fatal(err)
+	}
+	return h
+}
+
+const configBefore = "# of this host\nCERTCTL_LOG_LEVEL=debug\n"
+
+func (h *traced) configFile() string { return h.site.path("etc", "agent.env") }
+
+// files reads what a server would read.
+func (h *traced) files(x server) (set fileSet) {
+	for i, name := range []string{h.site.certPath(x), h.site.keyPath(x), h.site.path("www", x.id, "chain.pem")} {
+		data, err := os.ReadFile(name)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			h.t.Fatal(err)
+		}
+		set[i] = string(data)
+	}
+	return set
+}
+
+// run runs the agent under strace while during runs, then stops it if it is the
+// daemon.
+func (h *traced) run(during func(), args ...string) {
+	h.t.Helper()
+	ctx, cancel := context.WithTimeout(h.t.Context(), 2*time.Minute)
+	defer cancel()
+	record := filepath.Join(h.dir, fmt.Sprintf("trace.%d", len(h.runs)))
+	cmd := crashstates.Command(ctx, h.strace, record, "/bin/sh", slices.Concat([]string{"-c", `umask 0; exec "$0" "$@"`, h.binary}, args)...)
+	var output locked
+	cmd.Dir, cmd.Env, cmd.Stdout, cmd.Stderr = h.dir, h.env, &output, &output
+	if err := cmd.Start(); err != nil {
+		h.t.Fatal(err)
+	}
+	if during != nil {
+		during()
+		_ = cmd.Process.Signal(syscall.SIGTERM)
+	}
+	// It also waits for strace, which has the output open.
+	err := cmd.Wait()
+	if exited, ok := errors.AsType[*exec.ExitError](err); err != nil && !ok {
+		h.t.Fatal(err)
+	} else if err != nil || h.t.Failed() {
+		h.t.Fatalf("%v: %s", exited, output.since(0))
+	}
+	file, err := os.Open(record)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	defer file.Close()
+	calls, err := crashstates.Parse(file)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	h.runs = append(h.runs, calls)
+}
+
+// deployed waits until n deployments have ended as wanted, and keeps what a
+// completed one has left.
+func (h *traced) deployed(n int, want string) {
+	ctx, cancel := context.WithTimeout(h.t.Context(), time.Minute)
+	defer cancel()
+	err := h.plane.Wait(ctx, func() bool {
+		jobs := h.plane.Deployments("cert")
+		return len(jobs) == n && !slices.ContainsFunc(jobs, func(j devplane.Job) bool {
+			return j.Status != api.StatusCompleted && j.Status != api.StatusFailed
+		})
+	})
+	if err != nil {
+		h.t.Errorf("%d deployments: %v", n, err)
+		return
+	}
+	for _, job := range h.plane.Deployments("cert")[n-2:] {
+		if job.Status != want {
+			h.t.Errorf("job %s ended %s (%s), want %s", job.ID, job.Status, job.Error, want)
+		}
+	}
+	if want == api.StatusCompleted {
+		for _, x := range h.site.servers {
+			h.sets[x.id] = append(h.sets[x.id], h.files(x))
+		}
+	}
+}
+
+// live has the agent do everything that it does to a disk.
+func (h *traced) live() {
+	h.run(nil, "register", "-name", "web", "-write", h.configFile())
+	h.agent = h.plane.Agents()[0].ID
+	refuse := filepath.Join(h.dir, "refuse")
+	targets := []string{"web1", "web2"}
+	for _, x := range h.site.servers {
+		h.plane.AddTarget(devplane.Target{ID: x.id, Agent: h.agent, Type: "NGINX", Config: h.site.config(x, "test ! -e "+refuse, "true")})
+	}
+	h.plane.AddCertificate(devplane.Certificate{ID: "cert", CommonName: "www.example.org", SANs: []string{"www.example.org"}, Targets: targets})
+	h.run(func() {
+		h.plane.StartIssuance("cert")
+		h.deployed(2, api.StatusCompleted)
+		h.plane.StartRenewal("cert")
+		h.deployed(4, api.StatusCompleted)
+		if err := os.WriteFile(refuse, nil, 0o600); err != nil {
+			h.t.Error(err)
+		}
+		h.plane.StartRenewal("cert")
+		h.deployed(6, api.StatusFailed)
+	})
+	if err := os.Remove(refuse); err != nil {
+		h.t.Fatal(err)
+	}
+	h.run(func() {
+		for n := 8; n <= 12; n += 2 {
+			h.plane.StartRenewal("cert")
+			h.deployed(n, api.StatusCompleted)
+		}
+	})
+}
+
+// promises are what must hold after a power cut at some moment.
+type promises struct {
+	jobs       []string       // they are claimed and have no verdict
+	keys       []int          // versions whose CSR was sent, which may arrive yet
+	least      map[string]int // by target: how many deployments are completed
+	registered bool           // the id is in the configuration, the agent said
+}
+
+// statusOf finds the job in the path of a report.
+var statusOf = regexp.MustCompile(`/jobs/([^/]+)/status$`)
+
+// at adds what the control plane had seen at a time.
+func (h *traced) at(now time.Time, claimed map[string]bool, registered bool) promises {
+	p := promises{least: make(map[string]int), registered: registered}
+	claimed = maps.Clone(claimed)
+	versions := 0
+	for _, r := range h.plane.Requests() {
+		if !r.Time.Before(now) || r.Status >= 300 {
+			continue
+		}
+		if r.Call == devplane.CallCSR {
+			versions++
+		}
+		var status api.JobStatus
+		if r.Call != devplane.CallStatus || json.Unmarshal(r.Body, &status) != nil || status.Status == api.StatusRunning {
+			continue
+		}
+		id := statusOf.FindStringSubmatch(r.Path)[1]
+		delete(claimed, id)
+		if job, _ := h.plane.Job(id); status.Status == api.StatusCompleted {
+			p.least[job.TargetID]++
+		}
+	}
+	p.jobs = slices.Sorted(maps.Keys(claimed))
+	for v := max(0, versions-2); v < versions; v++ {
+		p.keys = append(p.keys, v)
+	}
+	return p
+}
+
+// moment is a state with what must hold in it.
+type moment struct {
+	state crashstates.State
+	promises
+	plain bool
+	call  string // the last one before
+}
+
+var claimedLine = regexp.MustCompile(`"msg":"deployment claimed","job":"([^"]+)"`)
+
+// moments are the different states that a power cut can leave.
+func (h *traced) moments(random *rand.Rand) (found []moment, points int) {
+	seen := make(map[[32]byte]bool)
+	claimed := make(map[string]bool)
+	registered := false
+	for _, calls := range h.runs {
+		h.disk.Run()
+		for i, call := range calls {
+			matters, err := h.disk.Apply(&call)
+			if err != nil {
+				h.t.Fatal(err)
+			}
+			if text, ok := call.Output(); ok {
+				matters = true
+				for _, m := range claimedLine.FindAllStringSubmatch(text, -1) {
+					claimed[m[1]] = true
+				}
+				registered = registered || strings.Contains(text, "CERTCTL_AGENT_ID set in")
+			}
+			if !matters {
+				continue
+			}
+			points++
+			p := h.at(call.Time, claimed, registered)
+			h.disk.States(random, 4, func(s crashstates.State, plain bool) {
+				hash := sha256.New()
+				fmt.Fprintln(hash, p)
+				for _, name := range slices.Sorted(maps.Keys(s)) {
+					fmt.Fprintf(hash, "%q %v\n", name, s[name])
+				}
+				if key := [32]byte(hash.Sum(nil)); !seen[key] {
+					seen[key] = true
+					found = append(found, moment{s, p, plain, fmt.Sprintf("call %d, %s", i, call)})
+				}
+			})
+		}
+	}
+	return found, points
+}
+
+// recover starts the agent's own recovery on a state and looks at what it left.
+func (h *traced) recover(m moment) error {
+	if err := m.state.Write(h.site.dir); err != nil {
+		h.t.Fatal(err)
+	}
+	if err := h.site.checkSecrets(); err != nil {
+		return fmt.Errorf("before recovery: %w", err)
+	}
+	getenv := func(name string) string {
+		for _, setting := range append(h.env, "CERTCTL_AGENT_ID="+h.agent) {
+			if value, ok := strings.CutPrefix(setting, name+"="); ok {
+				return value
+			}
+		}
+		return ""
+	}
+	cfg, err := config.Load(nil, getenv, config.Options{})
+	if err != nil {
+		return err
+	}
+	a, err := app.Open(h.t.Context(), app.Options{Config: cfg, Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Notify: silent{},
+		Seams: app.Seams{Run: func(context.Context, policy.Command) error { return nil }}})
+	if err != nil {
+		return fmt.Errorf("start: %w", err)
+	}
+	errs := []error{h.kept(a, m)}
+	if err := a.Close(); err != nil {
+		errs = append(errs, err)
+	}
+	errs = append(errs, h.site.checkSecrets())
+	for _, name := range h.site.leftOver(cfg.InstanceStateDir()) {
+		switch dir := filepath.Base(filepath.Dir(name)); {
+		case filepath.Base(name) == ".socket": // made again, and removed, by what serves the status
+		case filepath.Ext(name) == ".json" && (dir == "jobs" || dir == "journal" && a.Recovered.Reloads > 0):
+		default:
+			errs = append(errs, fmt.Errorf("left over: %s", name))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// kept looks whether an agent that has recovered kept what was promised.
+func (h *traced) kept(a *app.App, m moment) error {
+	var errs []error
+	fail := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	if r := a.Recovered; len(r.Failed)+len(r.SetAside) > 0 {
+		fail("recovery: %+v", r)
+	}
+	known := make(map[string]bool)
+	for _, job := range a.Ledger.Unfinished() {
+		known[string(job.ID)] = true
+	}
+	for _, report := range a.Ledger.Undelivered() {
+		known[string(report.Job)] = true
+	}
+	for _, id := range m.jobs {
+		if !known[id] {
+			fail("job %s was claimed and is not known", id)
+		}
+	}
+	for _, v := range m.keys {
+		if err := h.site.checkKeys(a.Keys, "cert", h.plane.Versions("cert")[v].Leaf); err != nil {
+			fail("the key of a CSR is gone: %w", err)
+		}
+	}
+	for _, x := range h.site.servers {
+		leaf, err := h.site.pair(x)
+		if err != nil {
+			fail("target %s: %w", x.id, err)
+		} else if leaf != nil {
+			if err := h.site.checkKeys(a.Keys, "cert", leaf); err != nil {
+				fail("target %s: %w", x.id, err)
+			}
+		}
+		if set := h.files(x); !slices.Contains(h.sets[x.id][m.least[x.id]:], set) {
+			fail("target %s has files of %d, %d and %d bytes, which are none that it ever had after %d completed deployments",
+				x.id, len(set[0]), len(set[1]), len(set[2]), m.least[x.id])
+		}
+	}
+	text, err := os.ReadFile(h.configFile())
+	after := configBefore + "CERTCTL_AGENT_ID=" + h.agent + "\n"
+	if err != nil || string(text) != after && (m.registered || string(text) != configBefore) {
+		fail("the configuration is %q, %v", text, err)
+	}
+	return errors.Join(errs...)
+}
+
+// TestTrace cuts the power after each system call of the real agent, in the ways
+// that crashstates knows, and starts it again.
+func TestTrace(t *testing.T) {
+	h := newTraced(t)
+	h.live()
+	seed := max(*seedFlag, 1)
+	random := rand.New(rand.NewPCG(seed, 4))
+	all, points := h.moments(random)
+	// The plain ones first; of the others, as many as there is time for.
+	random.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+	slices.SortStableFunc(all, func(a, b moment) int {
+		switch {
+		case a.plain == b.plain:
+			return 0
+		case a.plain:
+			return -1
+		}
+		return 1
+	})
+	plain := 0
+	for _, m := range all {
+		if m.plain {
+			plain++
+		}
+	}
+	begun := time.Now()
+	failed := 0
+	tried := all[:min(len(all), *statesFlag)]
+	for _, m := range tried {
+		if err := h.recover(m); err != nil {
+			t.Errorf("after %s: %v\n%s", m.call, err, m.state)
+			if failed++; failed == 5 {
+				t.Fatal(again(t.Name(), seed))
+			}
+		}
+	}
+	t.Logf("%d points of the trace, %d different states, %d plain; recovered from %d in %v", points, len(all), plain, len(tried), time.Since(begun).Round(time.Millisecond))
+}
+
+var _ = path.Base

@@ -1,0 +1,235 @@
+// Package crashstates tells from the system calls that a program made which
+// states of its directories a power cut can leave, at each moment. The calls are
+// recorded by strace(1), so a sync counts only if the kernel was asked for it.
+//
+// The method is that of ALICE: Pillai et al., "All File Systems Are Not Created
+// Equal", OSDI 2014, https://www.usenix.org/conference/osdi14/technical-sessions/presentation/pillai
+package crashstates
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os/exec"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// calls are the system calls that are recorded: all that change a file, a
+// directory's names or what is durable of them, and the commands that are
+// started. A "?" stands before what not every architecture has. Those that the
+// model does not know, it refuses.
+const calls = "?open,openat,?openat2,?creat,close,write,pwrite64,writev,pwritev,?pwritev2,?sendfile,?copy_file_range,splice," +
+	"?rename,renameat,?renameat2,?link,linkat,?symlink,symlinkat,?unlink,unlinkat,?rmdir,?mkdir,mkdirat,?mknod,mknodat," +
+	"fsync,fdatasync,sync,syncfs,sync_file_range,truncate,ftruncate,fallocate," +
+	"?chmod,fchmod,fchmodat,?chown,fchown,?lchown,fchownat,setxattr,lsetxattr,fsetxattr,removexattr,lremovexattr,fremovexattr,execve"
+
+// maxString is how much of a string strace prints, in bytes: more than any file
+// that is written here.
+const maxString = 1 << 20
+
+// Command is a program under strace, which writes its calls to a file.
+func Command(ctx context.Context, strace, output, program string, args ...string) *exec.Cmd {
+	// Of all threads into one file, in order; every string in hex, so that
+	// nothing in one looks like syntax; descriptors with their paths. With -D the
+	// process that is started is the program, and strace its child.
+	flags := []string{"-f", "--seccomp-bpf", "-qq", "-D", "-y", "-xx", "-ttt", "-s", strconv.Itoa(maxString),
+		"-e", "trace=" + calls, "-e", "signal=none", "-o", output, "--", program}
+	return exec.CommandContext(ctx, strace, append(flags, args...)...)
+}
+
+// A Call is one system call that succeeded.
+type Call struct {
+	Time time.Time // when it was entered
+	Name string
+
+	thread  int
+	args    []string
+	result  string
+	entered int // how many calls had returned when it was entered
+}
+
+// Parse reads what strace wrote, in the order in which the calls returned.
+func Parse(r io.Reader) ([]Call, error) {
+	type begun struct {
+		text    string
+		time    time.Time
+		entered int
+	}
+	var all []Call
+	unfinished := make(map[int]begun)
+	scanner := bufio.NewScanner(r)
+	scanner.Buffer(nil, 16*maxString)
+	for scanner.Scan() {
+		line := scanner.Text()
+		head, text, _ := strings.Cut(line, " ")
+		thread, err := strconv.Atoi(head)
+		if err != nil {
+			return nil, fmt.Errorf("no thread: %.200q", line)
+		}
+		stamp, text, _ := strings.Cut(strings.TrimLeft(text, " "), " ")
+		at, err := parseTime(stamp)
+		if err != nil {
+			return nil, fmt.Errorf("%w: %.200q", err, line)
+		}
+		if strings.HasPrefix(text, "+++") || strings.HasPrefix(text, "---") {
+			continue
+		}
+		if start, ok := strings.CutSuffix(text, "<unfinished ...>"); ok {
+			unfinished[thread] = begun{strings.TrimRight(start, " "), at, len(all)}
+			continue
+		}
+		b := begun{text, at, len(all)}
+		if rest, ok := strings.CutPrefix(text, "<... "); ok {
+			if b, ok = unfinished[thread]; !ok {
+				return nil, fmt.Errorf("resumed without a beginning: %.200q", line)
+			}
+			delete(unfinished, thread)
+			_, rest, _ = strings.Cut(rest, " resumed>")
+			b.text += rest
+		}
+		c, ok, err := parseCall(b.text)
+		if err != nil {
+			return nil, fmt.Errorf("%w: %.200q", err, line)
+		}
+		if ok {
+			c.Time, c.thread, c.entered = b.time, thread, b.entered
+			all = append(all, c)
+		}
+	}
+	return all, scanner.Err()
+}
+
+func parseTime(stamp string) (time.Time, error) {
+	seconds, micros, ok := strings.Cut(stamp, ".")
+	s, err := strconv.ParseInt(seconds, 10, 64)
+	us, err2 := strconv.ParseInt(micros, 10, 64)
+	if !ok || len(micros) != 6 || errors.Join(err, err2) != nil {
+		return time.Time{}, errors.New("no time")
+	}
+	return time.Unix(s, us*1000), nil
+}
+
+// parseCall reads name(args) = result. A call that failed is none.
+func parseCall(text string) (c Call, ok bool, err error) {
+	// Short calls are padded before the equals sign. A result may be 3<path>, in hex.
+	head, result, ok := cutLast(text, " = ")
+	head, isCall := strings.CutSuffix(strings.TrimRight(head, " "), ")")
+	name, args, found := strings.Cut(head, "(")
+	if !ok || !isCall || !found {
+		return c, false, errors.New("not a call")
+	}
+	if strings.HasPrefix(result, "-1") || strings.HasPrefix(result, "?") {
+		return c, false, nil
+	}
+	return Call{Name: name, args: split(args), result: result}, true, nil
+}
+
+func cutLast(s, separator string) (before, after string, found bool) {
+	i := strings.LastIndex(s, separator)
+	if i < 0 {
+		return s, "", false
+	}
+	return s[:i], s[i+len(separator):], true
+}
+
+// split splits arguments at the commas that stand in no brackets.
+func split(text string) (args []string) {
+	depth, start := 0, 0
+	for i := range len(text) {
+		switch text[i] {
+		case '[', '{', '(':
+			depth++
+		case ']', '}', ')':
+			depth--
+		case ',':
+			if depth == 0 {
+				args = append(args, strings.TrimSpace(text[start:i]))
+				start = i + 1
+			}
+		}
+	}
+	return append(args, strings.TrimSpace(text[start:]))
+}
+
+// arg is an argument, "" where there is none.
+func (c *Call) arg(i int) string {
+	if i >= len(c.args) {
+		return ""
+	}
+	return c.args[i]
+}
+
+// text is a string argument.
+func (c *Call) text(i int) (string, error) {
+	s, ok := strings.CutPrefix(c.arg(i), `"`)
+	s, whole := strings.CutSuffix(s, `"`)
+	if !ok || !whole {
+		return "", fmt.Errorf("%s: argument %d is not a whole string: %.80q", c.Name, i, c.arg(i))
+	}
+	return unhex(s)
+}
+
+func unhex(s string) (string, error) {
+	var b strings.Builder
+	for len(s) > 0 {
+		if len(s) < 4 || s[:2] != `\x` {
+			return "", fmt.Errorf("not in hex: %.80q", s)
+		}
+		n, err := strconv.ParseUint(s[2:4], 16, 8)
+		if err != nil {
+			return "", err
+		}
+		b.WriteByte(byte(n))
+		s = s[4:]
+	}
+	return b.String(), nil
+}
+
+// descriptor reads 7<path>; AT_FDCWD is -1.
+func descriptor(s string) (fd int, path string, err error) {
+	number, rest, found := strings.Cut(s, "<")
+	if number == "AT_FDCWD" {
+		fd = -1
+	} else if fd, err = strconv.Atoi(number); err != nil {
+		return 0, "", fmt.Errorf("not a descriptor: %.80q", s)
+	}
+	if !found {
+		return fd, "", nil
+	}
+	text, _, _ := strings.Cut(rest, ">")
+	if path, err = unhex(text); err != nil {
+		return fd, text, nil // "socket:[1]" and its like
+	}
+	return fd, path, nil
+}
+
+// number reads an argument in whichever base.
+func (c *Call) number(i int) (int64, error) { return strconv.ParseInt(c.arg(i), 0, 64) }
+
+// Output is what the call wrote to standard output or standard error.
+func (c *Call) Output() (text string, ok bool) {
+	if fd, _, err := descriptor(c.arg(0)); c.Name != "write" || err != nil || fd != 1 && fd != 2 {
+		return "", false
+	}
+	text, err := c.text(1)
+	return text, err == nil
+}
+
+// String shows a call with its strings as they are.
+func (c Call) String() string {
+	var words []string
+	for _, arg := range c.args {
+		head, rest, found := strings.Cut(arg, `\x`)
+		if found {
+			if text, err := unhex(`\x` + strings.TrimRight(rest, `">`)); err == nil {
+				arg = head + text
+			}
+		}
+		words = append(words, fmt.Sprintf("%.80s", arg))
+	}
+	return fmt.Sprintf("%s(%s)", c.Name, strings.Join(words, ", "))
+}
