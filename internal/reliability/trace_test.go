@@ -13,12 +13,11 @@ import (
 	"maps"
 	"math/rand/v2"
 	"os"
-	"os/exec"
-	"path"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -71,6 +70,9 @@ func newTraced(t *testing.T) *traced {
 	if err := os.WriteFile(h.configFile(), []byte(configBefore), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	if err := os.WriteFile(h.validate(), []byte(validateScript), 0o644); err != nil {
+		t.Fatal(err)
+	}
 	h.env = []string{
 		"PATH=" + os.Getenv("PATH"),
 		"CERTCTL_CONFIG=" + h.configFile(),
@@ -111,38 +113,47 @@ func (h *traced) files(x server) (set fileSet) {
 	return set
 }
 
-// run runs the agent under strace while during runs, then stops it if it is the
-// daemon.
-func (h *traced) run(during func(), args ...string) {
+// run runs the agent under strace to its end, which during brings about by a
+// signal if it is the daemon.
+func (h *traced) run(during func(stop func(syscall.Signal)), args ...string) {
 	h.t.Helper()
-	ctx, cancel := context.WithTimeout(h.t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(h.t.Context(), 3*time.Minute)
 	defer cancel()
-	record := filepath.Join(h.dir, fmt.Sprintf("trace.%d", len(h.runs)))
+	trace, record, err := os.Pipe()
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	defer trace.Close()
 	cmd := crashstates.Command(ctx, h.strace, record, "/bin/sh", slices.Concat([]string{"-c", `umask 0; exec "$0" "$@"`, h.binary}, args)...)
 	var output locked
+	cmd.WaitDelay = time.Minute
 	cmd.Dir, cmd.Env, cmd.Stdout, cmd.Stderr = h.dir, h.env, &output, &output
-	if err := cmd.Start(); err != nil {
+	err = cmd.Start()
+	record.Close()
+	if err != nil {
 		h.t.Fatal(err)
 	}
+	var calls []crashstates.Call
+	var parsed error
+	var parsing sync.WaitGroup
+	parsing.Go(func() {
+		calls, parsed = crashstates.Parse(trace)
+		_, _ = io.Copy(io.Discard, trace) // after an error strace must not be held up
+	})
+	killed := false
 	if during != nil {
-		during()
-		_ = cmd.Process.Signal(syscall.SIGTERM)
+		during(func(s syscall.Signal) {
+			killed = s == syscall.SIGKILL
+			_ = cmd.Process.Signal(s)
+		})
 	}
-	// It also waits for strace, which has the output open.
-	err := cmd.Wait()
-	if exited, ok := errors.AsType[*exec.ExitError](err); err != nil && !ok {
-		h.t.Fatal(err)
-	} else if err != nil || h.t.Failed() {
-		h.t.Fatalf("%v: %s", exited, output.since(0))
+	err = cmd.Wait()
+	parsing.Wait()
+	if err != nil && !killed || h.t.Failed() {
+		h.t.Fatalf("%v: %s", err, output.since(0))
 	}
-	file, err := os.Open(record)
-	if err != nil {
-		h.t.Fatal(err)
-	}
-	defer file.Close()
-	calls, err := crashstates.Parse(file)
-	if err != nil {
-		h.t.Fatal(err)
+	if parsed != nil {
+		h.t.Fatal(parsed)
 	}
 	h.runs = append(h.runs, calls)
 }
@@ -178,32 +189,62 @@ func (h *traced) deployed(n int, want string) {
 func (h *traced) live() {
 	h.run(nil, "register", "-name", "web", "-write", h.configFile())
 	h.agent = h.plane.Agents()[0].ID
-	refuse := filepath.Join(h.dir, "refuse")
-	targets := []string{"web1", "web2"}
 	for _, x := range h.site.servers {
-		h.plane.AddTarget(devplane.Target{ID: x.id, Agent: h.agent, Type: "NGINX", Config: h.site.config(x, "test ! -e "+refuse, "true")})
+		h.plane.AddTarget(devplane.Target{ID: x.id, Agent: h.agent, Type: "NGINX", Config: h.site.config(x, "/bin/sh "+h.validate(), "true")})
 	}
-	h.plane.AddCertificate(devplane.Certificate{ID: "cert", CommonName: "www.example.org", SANs: []string{"www.example.org"}, Targets: targets})
-	h.run(func() {
+	h.plane.AddCertificate(devplane.Certificate{ID: "cert", CommonName: "www.example.org", SANs: []string{"www.example.org"},
+		Targets: []string{"web1", "web2"}})
+	h.run(func(stop func(syscall.Signal)) {
 		h.plane.StartIssuance("cert")
 		h.deployed(2, api.StatusCompleted)
 		h.plane.StartRenewal("cert")
 		h.deployed(4, api.StatusCompleted)
-		if err := os.WriteFile(refuse, nil, 0o600); err != nil {
-			h.t.Error(err)
-		}
+		h.place("refuse")
 		h.plane.StartRenewal("cert")
 		h.deployed(6, api.StatusFailed)
+		stop(syscall.SIGTERM)
 	})
-	if err := os.Remove(refuse); err != nil {
-		h.t.Fatal(err)
-	}
-	h.run(func() {
-		for n := 8; n <= 12; n += 2 {
+	h.remove("refuse")
+	h.place("hold")
+	h.run(func(stop func(syscall.Signal)) {
+		h.plane.StartRenewal("cert")
+		for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+			if _, err := os.Stat(filepath.Join(h.dir, "held")); err == nil {
+				break
+			}
+		}
+		stop(syscall.SIGKILL) // new files are in place, the server has not taken them
+		h.remove("hold")      // the command outlives the agent
+	})
+	h.run(func(stop func(syscall.Signal)) {
+		h.deployed(8, api.StatusCompleted)
+		for n := 10; n <= 12; n += 2 {
 			h.plane.StartRenewal("cert")
 			h.deployed(n, api.StatusCompleted)
 		}
+		stop(syscall.SIGTERM)
 	})
+}
+
+func (h *traced) validate() string { return filepath.Join(h.dir, "validate.sh") }
+
+// validateScript refuses the new files, or does not end, where the test says so.
+const validateScript = `cd "${0%/*}" || exit 1
+if [ -e refuse ]; then exit 1; fi
+while [ -e hold ]; do : >held; sleep 0.02; done
+`
+
+// place makes an empty file beside the validate script.
+func (h *traced) place(name string) {
+	if err := os.WriteFile(filepath.Join(h.dir, name), nil, 0o600); err != nil {
+		h.t.Error(err)
+	}
+}
+
+func (h *traced) remove(name string) {
+	if err := os.Remove(filepath.Join(h.dir, name)); err != nil {
+		h.t.Fatal(err)
+	}
 }
 
 // promises are what must hold after a power cut at some moment.
@@ -220,7 +261,7 @@ var statusOf = regexp.MustCompile(`/jobs/([^/]+)/status$`)
 // at adds what the control plane had seen at a time.
 func (h *traced) at(now time.Time, claimed map[string]bool, registered bool) promises {
 	p := promises{least: make(map[string]int), registered: registered}
-	claimed = maps.Clone(claimed)
+	claimed, completed := maps.Clone(claimed), make(map[string]bool)
 	versions := 0
 	for _, r := range h.plane.Requests() {
 		if !r.Time.Before(now) || r.Status >= 300 {
@@ -235,7 +276,9 @@ func (h *traced) at(now time.Time, claimed map[string]bool, registered bool) pro
 		}
 		id := statusOf.FindStringSubmatch(r.Path)[1]
 		delete(claimed, id)
-		if job, _ := h.plane.Job(id); status.Status == api.StatusCompleted {
+		// A verdict may be said twice.
+		if job, _ := h.plane.Job(id); status.Status == api.StatusCompleted && !completed[id] {
+			completed[id] = true
 			p.least[job.TargetID]++
 		}
 	}
@@ -421,5 +464,3 @@ func TestTrace(t *testing.T) {
 	}
 	t.Logf("%d points of the trace, %d different states, %d plain; recovered from %d in %v", points, len(all), plain, len(tried), time.Since(begun).Round(time.Millisecond))
 }
-
-var _ = path.Base

@@ -22,11 +22,9 @@ import (
 type Disk struct {
 	base    string
 	nodes   []*node
-	now     int          // calls applied
-	offsets map[int]int  // of open descriptors of the program
-	paths   map[int]int  // node of open descriptors
-	foreign map[int]bool // threads of commands that the program started
-	program int          // its first thread
+	now     int         // calls applied
+	open    map[int]int // node by descriptor
+	offsets map[int]int // by descriptor
 }
 
 const root = 0 // the node of base
@@ -107,7 +105,7 @@ func Load(base string) (*Disk, error) {
 
 // Run begins another run of the program, whose calls come next.
 func (d *Disk) Run() {
-	d.offsets, d.paths, d.foreign, d.program, d.now = make(map[int]int), make(map[int]int), make(map[int]bool), 0, 0
+	d.offsets, d.open, d.now = make(map[int]int), make(map[int]int), 0
 	for _, n := range d.nodes { // calls are counted anew
 		for i := range n.later {
 			n.later[i].at = -1
@@ -222,15 +220,8 @@ func (d *Disk) sync(n *node, entered int) {
 // itself that changes the disk or starts a command.
 func (d *Disk) Apply(c *Call) (matters bool, err error) {
 	defer func() { d.now++ }()
-	if d.program == 0 {
-		d.program = c.thread
-	}
-	if c.Name == "execve" && c.thread != d.program {
-		d.foreign[c.thread] = true
-		return true, nil
-	}
-	if d.foreign[c.thread] {
-		return false, nil
+	if c.foreign {
+		return c.Name == "execve", nil
 	}
 	if matters, err = d.apply(c); err != nil {
 		return false, fmt.Errorf("%v: %w", c, err)
@@ -240,15 +231,10 @@ func (d *Disk) Apply(c *Call) (matters bool, err error) {
 
 func (d *Disk) apply(c *Call) (bool, error) {
 	switch c.Name {
-	case "execve":
+	case "execve", "fork", "vfork", "clone", "clone3":
 		return false, nil
 	case "openat", "open", "creat":
-		return d.open(c)
-	case "close":
-		fd, _, err := descriptor(c.arg(0))
-		delete(d.offsets, fd)
-		delete(d.paths, fd)
-		return false, err
+		return d.opened(c)
 	case "renameat", "renameat2":
 		return d.rename(c)
 	case "linkat":
@@ -303,12 +289,14 @@ func (d *Disk) apply(c *Call) (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("the model does not know this call: %w", err)
 	}
-	at, open := d.paths[fd]
-	if !open {
-		if d.find(path) >= 0 {
-			return false, fmt.Errorf("a change of %s by a descriptor that was not seen to be opened", path)
-		}
-		return false, nil
+	// Closing is not looked at: the number may be another file's before the call
+	// has returned.
+	at := d.find(path)
+	if at < 0 {
+		return false, nil // elsewhere, or without a name
+	}
+	if open, ok := d.open[fd]; !ok || open != at {
+		return false, fmt.Errorf("%s was not seen to be opened", path)
 	}
 	n := d.nodes[at]
 	switch c.Name {
@@ -356,7 +344,7 @@ func (d *Disk) apply(c *Call) (bool, error) {
 	return true, nil
 }
 
-func (d *Disk) open(c *Call) (bool, error) {
+func (d *Disk) opened(c *Call) (bool, error) {
 	if c.Name != "openat" {
 		return false, fmt.Errorf("the model knows openat only")
 	}
@@ -365,7 +353,7 @@ func (d *Disk) open(c *Call) (bool, error) {
 		return false, err
 	}
 	flags := c.arg(2)
-	delete(d.paths, fd)
+	delete(d.open, fd)
 	delete(d.offsets, fd)
 	made := false
 	if d.find(path) < 0 && strings.Contains(flags, "O_CREAT") {
@@ -390,7 +378,7 @@ func (d *Disk) open(c *Call) (bool, error) {
 		d.become(n, now)
 		made = true
 	}
-	d.paths[fd] = at
+	d.open[fd] = at
 	return made, nil
 }
 

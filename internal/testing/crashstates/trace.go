@@ -12,7 +12,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/exec"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -22,23 +24,27 @@ import (
 // directory's names or what is durable of them, and the commands that are
 // started. A "?" stands before what not every architecture has. Those that the
 // model does not know, it refuses.
-const calls = "?open,openat,?openat2,?creat,close,write,pwrite64,writev,pwritev,?pwritev2,?sendfile,?copy_file_range,splice," +
+const calls = "?open,openat,?openat2,?creat,write,pwrite64,writev,pwritev,?pwritev2,?sendfile,?copy_file_range,splice," +
 	"?rename,renameat,?renameat2,?link,linkat,?symlink,symlinkat,?unlink,unlinkat,?rmdir,?mkdir,mkdirat,?mknod,mknodat," +
 	"fsync,fdatasync,sync,syncfs,sync_file_range,truncate,ftruncate,fallocate," +
-	"?chmod,fchmod,fchmodat,?chown,fchown,?lchown,fchownat,setxattr,lsetxattr,fsetxattr,removexattr,lremovexattr,fremovexattr,execve"
+	"?chmod,fchmod,fchmodat,?chown,fchown,?lchown,fchownat,setxattr,lsetxattr,fsetxattr,removexattr,lremovexattr,fremovexattr," +
+	"?fork,?vfork,clone,?clone3,execve"
 
 // maxString is how much of a string strace prints, in bytes: more than any file
 // that is written here.
 const maxString = 1 << 20
 
-// Command is a program under strace, which writes its calls to a file.
-func Command(ctx context.Context, strace, output, program string, args ...string) *exec.Cmd {
+// Command is a program under strace, which writes its calls to output. Whoever
+// runs it closes output when it has started; strace may end after it.
+func Command(ctx context.Context, strace string, output *os.File, program string, args ...string) *exec.Cmd {
 	// Of all threads into one file, in order; every string in hex, so that
 	// nothing in one looks like syntax; descriptors with their paths. With -D the
 	// process that is started is the program, and strace its child.
 	flags := []string{"-f", "--seccomp-bpf", "-qq", "-D", "-y", "-xx", "-ttt", "-s", strconv.Itoa(maxString),
-		"-e", "trace=" + calls, "-e", "signal=none", "-o", output, "--", program}
-	return exec.CommandContext(ctx, strace, append(flags, args...)...)
+		"-e", "trace=" + calls, "-e", "signal=none", "-o", "/dev/fd/3", "--", program}
+	cmd := exec.CommandContext(ctx, strace, append(flags, args...)...)
+	cmd.ExtraFiles = []*os.File{output}
+	return cmd
 }
 
 // A Call is one system call that succeeded.
@@ -47,6 +53,7 @@ type Call struct {
 	Name string
 
 	thread  int
+	foreign bool // of a command that the program started, or of what becomes one
 	args    []string
 	result  string
 	entered int // how many calls had returned when it was entered
@@ -73,7 +80,7 @@ func Parse(r io.Reader) ([]Call, error) {
 		stamp, text, _ := strings.Cut(strings.TrimLeft(text, " "), " ")
 		at, err := parseTime(stamp)
 		if err != nil {
-			return nil, fmt.Errorf("%w: %.200q", err, line)
+			return nil, fmt.Errorf("%w: %.600q", err, line)
 		}
 		if strings.HasPrefix(text, "+++") || strings.HasPrefix(text, "---") {
 			continue
@@ -93,14 +100,35 @@ func Parse(r io.Reader) ([]Call, error) {
 		}
 		c, ok, err := parseCall(b.text)
 		if err != nil {
-			return nil, fmt.Errorf("%w: %.200q", err, line)
+			return nil, fmt.Errorf("%w: %.600q", err, line)
 		}
 		if ok {
 			c.Time, c.thread, c.entered = b.time, thread, b.entered
 			all = append(all, c)
 		}
 	}
+	markForeign(all)
 	return all, scanner.Err()
+}
+
+// markForeign finds the calls of other processes. A child may come before the
+// return of the call that made it.
+func markForeign(all []Call) {
+	foreign := make(map[int]bool)
+	for again := true; again; {
+		again = false
+		for i := range all {
+			c := &all[i]
+			if c.foreign = foreign[c.thread]; !strings.Contains(c.Name, "fork") && !strings.HasPrefix(c.Name, "clone") {
+				continue
+			}
+			child, _ := strconv.Atoi(c.result)
+			thread := !c.foreign && slices.ContainsFunc(c.args, func(arg string) bool { return strings.Contains(arg, "CLONE_THREAD") })
+			if !thread && !foreign[child] {
+				foreign[child], again = true, true
+			}
+		}
+	}
 }
 
 func parseTime(stamp string) (time.Time, error) {
