@@ -88,6 +88,8 @@ func Load(base string) (*Disk, error) {
 				return err
 			}
 			n.durable.data = string(data)
+		case entry.Type() == fs.ModeSocket:
+			return nil
 		default:
 			return fmt.Errorf("%s is neither a file nor a directory", path)
 		}
@@ -442,6 +444,27 @@ type Entry struct {
 	Dir  bool
 	Data string
 	Mode fs.FileMode
+}
+
+// Diff names a file that is not below base as the state has it, or "". Sockets
+// are passed over.
+func (s State) Diff(base string) (name string, err error) {
+	disk, err := Load(base)
+	if err != nil {
+		return "", err
+	}
+	has := disk.Now()
+	for name := range s {
+		if _, ok := has[name]; !ok {
+			return name, nil
+		}
+	}
+	for name, e := range has {
+		if s[name] != e {
+			return name, nil
+		}
+	}
+	return "", nil
 }
 
 // Write makes base what the state says.

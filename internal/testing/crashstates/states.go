@@ -20,9 +20,9 @@ type pending struct{ node, index, at int }
 // States calls use for states that a power cut right now can leave: everything
 // lost, everything there, each kind of torn file, what a journal that keeps the
 // order leaves (a prefix of all changes), each change lost or kept alone, and
-// some of the other combinations. The first few are marked as plain: they are
-// always the same ones, and few.
-func (d *Disk) States(random *rand.Rand, combinations int, use func(s State, plain bool)) {
+// some of the other combinations. The lower its rank, the more a state is worth
+// to be tried: 0 is that of everything lost.
+func (d *Disk) States(random *rand.Rand, combinations int, use func(s State, rank int)) {
 	var all []pending
 	loose := false
 	for _, i := range d.reachable() {
@@ -35,18 +35,18 @@ func (d *Disk) States(random *rand.Rand, combinations int, use func(s State, pla
 	none := func(int, int, change) bool { return false }
 	every := func(int, int, change) bool { return true }
 	torn := func(k int) func(int, *node) content { return func(_ int, n *node) content { return n.torn(k) } }
-	emit := func(plain bool, kept func(int, int, change) bool, file func(int, *node) content) {
-		use(d.state(choice{kept, file}), plain)
+	emit := func(rank int, kept func(int, int, change) bool, file func(int, *node) content) {
+		use(d.state(choice{kept, file}), rank)
 	}
-	emit(true, every, torn(whole))
+	emit(1, every, torn(whole))
 	if len(all) == 0 && !loose {
 		return
 	}
-	emit(true, none, torn(whole))
-	emit(true, none, torn(old))
+	emit(0, none, torn(whole))
+	emit(0, none, torn(old))
 	if loose {
 		for k := range kinds {
-			emit(true, every, torn(k))
+			emit(1, every, torn(k))
 		}
 	}
 	if len(all) > 1 {
@@ -54,13 +54,13 @@ func (d *Disk) States(random *rand.Rand, combinations int, use func(s State, pla
 		for cut := 1; cut < len(all); cut++ {
 			limit := all[cut]
 			prefix := func(_, _ int, c change) bool { return c.at < limit.at }
-			emit(false, prefix, torn(whole))
-			emit(false, prefix, torn(old))
+			emit(2, prefix, torn(whole))
+			emit(2, prefix, torn(old))
 		}
 		for _, p := range all {
 			alone := func(node, index int, _ change) bool { return node == p.node && index == p.index }
-			emit(false, alone, torn(whole))
-			emit(false, func(node, index int, c change) bool { return !alone(node, index, c) }, torn(whole))
+			emit(2, alone, torn(whole))
+			emit(2, func(node, index int, c change) bool { return !alone(node, index, c) }, torn(whole))
 		}
 	}
 	for range combinations {
@@ -72,9 +72,14 @@ func (d *Disk) States(random *rand.Rand, combinations int, use func(s State, pla
 		for i := range kind {
 			kind[i] = random.IntN(kinds)
 		}
-		emit(false, func(node, index int, _ change) bool { return !lost[[2]int{node, index}] },
+		emit(2, func(node, index int, _ change) bool { return !lost[[2]int{node, index}] },
 			func(i int, n *node) content { return n.torn(kind[i]) })
 	}
+}
+
+// Now is the disk as everybody sees it while the power is on.
+func (d *Disk) Now() State {
+	return d.state(choice{func(int, int, change) bool { return true }, func(_ int, n *node) content { return n.latest() }})
 }
 
 // reachable lists the directories and files that have, had or may have a name.

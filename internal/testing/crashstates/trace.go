@@ -82,7 +82,8 @@ func Parse(r io.Reader) ([]Call, error) {
 		if err != nil {
 			return nil, fmt.Errorf("%w: %.600q", err, line)
 		}
-		if strings.HasPrefix(text, "+++") || strings.HasPrefix(text, "---") {
+		// What has no result has not returned when the process ended.
+		if strings.HasPrefix(text, "+++") || strings.HasPrefix(text, "---") || strings.HasSuffix(text, "<detached ...>") {
 			continue
 		}
 		if start, ok := strings.CutSuffix(text, "<unfinished ...>"); ok {
