@@ -1,6 +1,7 @@
 package reliability_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -12,7 +13,9 @@ import (
 	"log/slog"
 	"maps"
 	"math/rand/v2"
+	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -342,16 +345,22 @@ func (h *traced) moments(random *rand.Rand) (found []moment, points int) {
 	return found, points
 }
 
-// recover starts the agent's own recovery on a state and looks at what it left.
-func (h *traced) recover(m moment) error {
+// recover starts the agent on a state, the real binary or what it is made of,
+// and looks at what that left.
+func (h *traced) recover(m moment, real bool) error {
 	if err := m.state.Write(h.site.dir); err != nil {
 		h.t.Fatal(err)
 	}
 	if err := h.site.checkSecrets(); err != nil {
 		return fmt.Errorf("before recovery: %w", err)
 	}
+	if real {
+		if err := h.restart(); err != nil {
+			return err
+		}
+	}
 	getenv := func(name string) string {
-		for _, setting := range append(h.env, "CERTCTL_AGENT_ID="+h.agent) {
+		for _, setting := range h.settings() {
 			if value, ok := strings.CutPrefix(setting, name+"="); ok {
 				return value
 			}
@@ -381,6 +390,28 @@ func (h *traced) recover(m moment) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+func (h *traced) settings() []string { return append(h.env, "CERTCTL_AGENT_ID="+h.agent) }
+
+// restart starts the real binary and stops it once it has recovered.
+func (h *traced) restart() error {
+	ctx, cancel := context.WithTimeout(h.t.Context(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, h.binary)
+	var output locked
+	cmd.Dir, cmd.Env, cmd.Stdout, cmd.Stderr = h.dir, h.settings(), &output, &output
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	for ctx.Err() == nil && !bytes.Contains(output.since(0), []byte(`"msg":"ready"`)) {
+		time.Sleep(2 * time.Millisecond)
+	}
+	_ = cmd.Process.Signal(syscall.SIGTERM)
+	if err := cmd.Wait(); err != nil {
+		return fmt.Errorf("the agent ended with %w: %s", err, output.since(0))
+	}
+	return nil
 }
 
 // kept looks whether an agent that has recovered kept what was promised.
@@ -429,6 +460,10 @@ func (h *traced) kept(a *app.App, m moment) error {
 	return errors.Join(errs...)
 }
 
+// realEach is how many states there are to one that the real binary is started
+// on, which takes longer.
+const realEach = 100
+
 // TestTrace cuts the power after each system call of the real agent, in the ways
 // that crashstates knows, and starts it again.
 func TestTrace(t *testing.T) {
@@ -446,8 +481,10 @@ func TestTrace(t *testing.T) {
 	begun := time.Now()
 	failed := 0
 	tried := all[:min(len(all), *statesFlag)]
-	for _, m := range tried {
-		if err := h.recover(m); err != nil {
+	// An overloaded control plane gives the agent nothing else to do.
+	defer h.plane.Inject(devplane.Fault{Status: http.StatusServiceUnavailable})()
+	for i, m := range tried {
+		if err := h.recover(m, i%realEach == 0); err != nil {
 			t.Errorf("after %s: %v\n%s", m.call, err, m.state)
 			if failed++; failed == 5 {
 				t.Fatal(again(t.Name(), seed))
