@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -13,7 +14,11 @@ import (
 	"log/slog"
 	"maps"
 	"math/rand/v2"
+	"net"
 	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -38,17 +43,20 @@ var statesFlag = flag.Int("states", 1500, "how many states of a power cut TestTr
 
 // traced is a host whose agent runs under strace.
 type traced struct {
-	t      *testing.T
-	strace string
-	binary string
-	dir    string // what the agent does not write is in it
-	site   *site  // what a power cut is about
-	disk   *crashstates.Disk
-	plane  *devplane.Plane
-	agent  string   // id
-	env    []string // settings
-	runs   [][]crashstates.Call
-	sets   map[string][]fileSet // by target: nothing, then what each completed deployment left
+	t       *testing.T
+	strace  string
+	binary  string
+	dir     string // what the agent does not write is in it
+	site    *site  // what a power cut is about
+	disk    *crashstates.Disk
+	plane   *devplane.Plane
+	agent   string   // id
+	env     []string // settings
+	runs    [][]crashstates.Call
+	caddy   string               // its admin API, behind a proxy
+	mu      sync.Mutex           // guards changes
+	changes []time.Time          // of Caddy's configuration, when they arrived
+	sets    map[string][]fileSet // by target: nothing, then what each completed deployment left
 }
 
 // fileSet is what a server reads: certificate, key and chain, byte for byte.
@@ -94,10 +102,50 @@ func newTraced(t *testing.T) *traced {
 	for _, x := range h.site.servers {
 		h.sets[x.id] = []fileSet{h.files(x)}
 	}
+	h.startCaddy()
 	if h.disk, err = crashstates.Load(h.site.dir); err != nil {
 		t.Fatal(err)
 	}
 	return h
+}
+
+// startCaddy starts Caddy with nothing but its admin API, and a proxy that notes
+// when a change is asked for.
+func (h *traced) startCaddy() {
+	address := net.JoinHostPort("127.0.0.1", fmt.Sprint(needs.FreePort(h.t)))
+	conf := filepath.Join(h.dir, "caddy.json")
+	if err := os.WriteFile(conf, fmt.Appendf(nil, `{"admin":{"listen":%q}}`, address), 0o600); err != nil {
+		h.t.Fatal(err)
+	}
+	cmd := exec.Command(needs.Need(h.t, "caddy"), "run", "--config", conf)
+	cmd.Env = []string{"HOME=" + h.dir, "XDG_CONFIG_HOME=" + h.dir, "XDG_DATA_HOME=" + h.dir}
+	if err := cmd.Start(); err != nil {
+		h.t.Fatal(err)
+	}
+	h.t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+		conn, err := net.Dial("tcp", address)
+		if err == nil {
+			conn.Close()
+			break
+		}
+		if time.Now().After(deadline) {
+			h.t.Fatal(err)
+		}
+	}
+	proxy := httptest.NewServer(&httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) {
+		r.SetURL(&url.URL{Scheme: "http", Host: address})
+		if r.In.Method != http.MethodGet {
+			h.mu.Lock()
+			h.changes = append(h.changes, time.Now())
+			h.mu.Unlock()
+		}
+	}})
+	h.t.Cleanup(proxy.Close)
+	h.caddy = proxy.URL
 }
 
 const configBefore = "# of this host\nCERTCTL_LOG_LEVEL=debug\n"
@@ -161,23 +209,23 @@ func (h *traced) run(during func(stop func(syscall.Signal)), args ...string) {
 	h.runs = append(h.runs, calls)
 }
 
-// deployed waits until n deployments have ended as wanted, and keeps what a
-// completed one has left.
+// deployed waits until n rounds of deployments have ended, those to files as
+// wanted, and keeps what a completed one has left.
 func (h *traced) deployed(n int, want string) {
 	ctx, cancel := context.WithTimeout(h.t.Context(), time.Minute)
 	defer cancel()
 	err := h.plane.Wait(ctx, func() bool {
 		jobs := h.plane.Deployments("cert")
-		return len(jobs) == n && !slices.ContainsFunc(jobs, func(j devplane.Job) bool {
+		return len(jobs) == 3*n && !slices.ContainsFunc(jobs, func(j devplane.Job) bool {
 			return j.Status != api.StatusCompleted && j.Status != api.StatusFailed
 		})
 	})
 	if err != nil {
-		h.t.Errorf("%d deployments: %v", n, err)
+		h.t.Errorf("round %d of deployments: %v", n, err)
 		return
 	}
-	for _, job := range h.plane.Deployments("cert")[n-2:] {
-		if job.Status != want {
+	for _, job := range h.plane.Deployments("cert")[3*n-3:] {
+		if job.Status != want && (job.TargetID != "caddy" || job.Status != api.StatusCompleted) {
 			h.t.Errorf("job %s ended %s (%s), want %s", job.ID, job.Status, job.Error, want)
 		}
 	}
@@ -196,15 +244,16 @@ func (h *traced) live() {
 		h.plane.AddTarget(devplane.Target{ID: x.id, Agent: h.agent, Type: "NGINX", Config: h.site.config(x, "/bin/sh "+h.validate(), "true")})
 	}
 	h.plane.AddCertificate(devplane.Certificate{ID: "cert", CommonName: "www.example.org", SANs: []string{"www.example.org"},
-		Targets: []string{"web1", "web2"}})
+		Targets: []string{"web1", "web2", "caddy"}})
+	h.plane.AddTarget(devplane.Target{ID: "caddy", Agent: h.agent, Type: "Caddy", Config: map[string]any{"admin_api": h.caddy}})
 	h.run(func(stop func(syscall.Signal)) {
 		h.plane.StartIssuance("cert")
-		h.deployed(2, api.StatusCompleted)
+		h.deployed(1, api.StatusCompleted)
 		h.plane.StartRenewal("cert")
-		h.deployed(4, api.StatusCompleted)
+		h.deployed(2, api.StatusCompleted)
 		h.place("refuse")
 		h.plane.StartRenewal("cert")
-		h.deployed(6, api.StatusFailed)
+		h.deployed(3, api.StatusFailed)
 		stop(syscall.SIGTERM)
 	})
 	h.remove("refuse")
@@ -220,8 +269,8 @@ func (h *traced) live() {
 		h.remove("hold")      // the command outlives the agent
 	})
 	h.run(func(stop func(syscall.Signal)) {
-		h.deployed(8, api.StatusCompleted)
-		for n := 10; n <= 12; n += 2 {
+		h.deployed(4, api.StatusCompleted)
+		for n := 5; n <= 6; n++ {
 			h.plane.StartRenewal("cert")
 			h.deployed(n, api.StatusCompleted)
 		}
@@ -256,6 +305,7 @@ type promises struct {
 	keys       []int          // versions whose CSR was sent, which may arrive yet
 	least      map[string]int // by target: how many deployments are completed
 	registered bool           // the id is in the configuration, the agent said
+	changing   int            // version that Caddy was last asked to hold, 0 if that deployment is completed
 }
 
 // statusOf finds the job in the path of a report.
@@ -284,6 +334,15 @@ func (h *traced) at(now time.Time, claimed map[string]bool, registered bool) pro
 			completed[id] = true
 			p.least[job.TargetID]++
 		}
+	}
+	asked := 0 // a deployment asks Caddy once
+	for _, t := range h.changes {
+		if t.Before(now) {
+			asked++
+		}
+	}
+	if asked > p.least["caddy"] {
+		p.changing = asked - 1
 	}
 	p.jobs = slices.Sorted(maps.Keys(claimed))
 	for v := max(0, versions-2); v < versions; v++ {
@@ -384,7 +443,7 @@ func (h *traced) recover(m moment, real bool) error {
 	for _, name := range h.site.leftOver(cfg.InstanceStateDir()) {
 		switch dir := filepath.Base(filepath.Dir(name)); {
 		case filepath.Base(name) == ".socket": // made again, and removed, by what serves the status
-		case filepath.Ext(name) == ".json" && (dir == "jobs" || dir == "journal" && a.Recovered.Reloads > 0):
+		case filepath.Ext(name) == ".json" && (dir == "jobs" || dir == "journal" && (a.Recovered.Reloads > 0 || filepath.Base(name) == "caddy.json")):
 		default:
 			errs = append(errs, fmt.Errorf("left over: %s", name))
 		}
@@ -439,17 +498,19 @@ func (h *traced) kept(a *app.App, m moment) error {
 		}
 	}
 	for _, x := range h.site.servers {
-		leaf, err := h.site.pair(x)
-		if err != nil {
+		if _, err := h.site.pair(x); err != nil {
 			fail("target %s: %w", x.id, err)
-		} else if leaf != nil {
-			if err := h.site.checkKeys(a.Keys, "cert", leaf); err != nil {
-				fail("target %s: %w", x.id, err)
-			}
 		}
 		if set := h.files(x); !slices.Contains(h.sets[x.id][m.least[x.id]:], set) {
 			fail("target %s has files of %d, %d and %d bytes, which are none that it ever had after %d completed deployments",
 				x.id, len(set[0]), len(set[1]), len(set[2]), m.least[x.id])
+		}
+	}
+	if m.changing > 0 {
+		// The element that was there, without the line ends of PEM.
+		was := base64.StdEncoding.EncodeToString(h.plane.Versions("cert")[m.changing-1].Leaf.Raw)[:64]
+		if !holds(h.site.path("keys"), was, "/backups/caddy/") {
+			fail("Caddy may hold version %d, and what it held before is not on disk", m.changing+1)
 		}
 	}
 	text, err := os.ReadFile(h.configFile())
@@ -458,6 +519,18 @@ func (h *traced) kept(a *app.App, m moment) error {
 		fail("the configuration is %q, %v", text, err)
 	}
 	return errors.Join(errs...)
+}
+
+// holds looks for text in files below dir whose path has a part.
+func holds(dir, text, part string) (found bool) {
+	_ = filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
+		if err == nil && entry.Type().IsRegular() && strings.Contains(path, part) {
+			data, _ := os.ReadFile(path)
+			found = found || strings.Contains(string(data), text)
+		}
+		return nil
+	})
+	return found
 }
 
 // realEach is how many states there are to one that the real binary is started
