@@ -39,7 +39,7 @@ import (
 	"certctl-agent/internal/testing/needs"
 )
 
-var statesFlag = flag.Int("states", 1500, "how many states of a power cut TestTrace recovers from")
+var statesFlag = flag.Int("states", traceStates, "how many states of a power cut TestTrace recovers from")
 
 // traced is a host whose agent runs under strace.
 type traced struct {
@@ -312,11 +312,11 @@ type promises struct {
 var statusOf = regexp.MustCompile(`/jobs/([^/]+)/status$`)
 
 // at adds what the control plane had seen at a time.
-func (h *traced) at(now time.Time, claimed map[string]bool, registered bool) promises {
+func (h *traced) at(requests []devplane.Request, now time.Time, claimed map[string]bool, registered bool) promises {
 	p := promises{least: make(map[string]int), registered: registered}
 	claimed, completed := maps.Clone(claimed), make(map[string]bool)
 	versions := 0
-	for _, r := range h.plane.Requests() {
+	for _, r := range requests {
 		if !r.Time.Before(now) || r.Status >= 300 {
 			continue
 		}
@@ -366,6 +366,9 @@ func (h *traced) moments(random *rand.Rand) (found []moment, points int) {
 	seen := make(map[[32]byte]bool)
 	claimed := make(map[string]bool)
 	registered := false
+	requests := slices.DeleteFunc(h.plane.Requests(), func(r devplane.Request) bool {
+		return r.Call != devplane.CallCSR && r.Call != devplane.CallStatus
+	})
 	for _, calls := range h.runs {
 		h.disk.Run()
 		for i, call := range calls {
@@ -384,12 +387,14 @@ func (h *traced) moments(random *rand.Rand) (found []moment, points int) {
 				continue
 			}
 			points++
-			p := h.at(call.Time, claimed, registered)
+			p := h.at(requests, call.Time, claimed, registered)
 			h.disk.States(random, 4, func(s crashstates.State, rank int) {
 				hash := sha256.New()
 				fmt.Fprintln(hash, p)
 				for _, name := range slices.Sorted(maps.Keys(s)) {
-					fmt.Fprintf(hash, "%q %v\n", name, s[name])
+					e := s[name]
+					fmt.Fprintf(hash, "%s %d %o %v\n", name, len(e.Data), e.Mode, e.Dir)
+					io.WriteString(hash, e.Data)
 				}
 				if key := [32]byte(hash.Sum(nil)); !seen[key] {
 					seen[key] = true
