@@ -32,6 +32,7 @@ frontend tls
 const haproxyReload = `#!%[1]s
 use strict;
 use IO::Socket::UNIX;
+$SIG{PIPE} = "IGNORE"; # a master that executes itself anew closes the socket
 
 sub reloads {
 	my $master = IO::Socket::UNIX->new(Peer => "%[2]s") or return;
