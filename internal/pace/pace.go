@@ -87,11 +87,10 @@ func (p *Pacer) Yield() {
 // not yield comes back within half an interval after the second in a row: in a
 // large fleet some agent is always unlucky, and must not be for long.
 func (p *Pacer) Next(o Outcome) time.Duration {
-	wait := p.Interval()
+	wait, spread := p.Interval(), p.interval
 	switch {
 	case o.RateLimited:
 		p.Yield()
-		spread := p.interval
 		if !p.yields {
 			wait = 0 // its turn has come already: anywhere in the interval that follows
 			if p.limited {
@@ -112,7 +111,7 @@ func (p *Pacer) Next(o Outcome) time.Duration {
 	p.limited = o.RateLimited
 	if wait < o.RetryAfter {
 		// Not the floor itself: one that is a date would gather the fleet there.
-		wait = o.RetryAfter + p.upTo(p.interval)
+		wait = o.RetryAfter + p.upTo(spread)
 	}
 	return wait
 }

@@ -50,23 +50,24 @@ func TestNextStaysInItsRange(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			for _, end := range []struct {
-				name string
-				draw pace.Rand
-			}{{"low", low}, {"high", high}, {"random", pace.Global}} {
-				p := pace.New(interval, end.draw)
+			draws := []pace.Rand{low, high}
+			for range 200 { // one in 30 is below the floor of a second
+				draws = append(draws, pace.Global)
+			}
+			for i, draw := range draws {
+				p := pace.New(interval, draw)
 				if test.yields {
-					p = pace.NewYielding(interval, end.draw)
+					p = pace.NewYielding(interval, draw)
 				}
 				var got time.Duration
 				for _, o := range test.outcomes {
 					got = p.Next(o)
 				}
 				if got < test.min || got >= test.max {
-					t.Errorf("%s draw: next try after %v, want [%v, %v)", end.name, got, test.min, test.max)
+					t.Errorf("draw %d: next try after %v, want [%v, %v)", i, got, test.min, test.max)
 				}
 				if got := p.Failures(); got != test.wantFails {
-					t.Errorf("%s draw: Failures() = %d, want %d", end.name, got, test.wantFails)
+					t.Errorf("draw %d: Failures() = %d, want %d", i, got, test.wantFails)
 				}
 			}
 		})
