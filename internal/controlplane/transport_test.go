@@ -1,11 +1,9 @@
 package controlplane_test
 
 import (
-	"bufio"
 	"context"
 	"crypto/tls"
 	"errors"
-	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -19,6 +17,7 @@ import (
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/controlplane"
 	"certctl-agent/internal/testing/devplane"
+	"certctl-agent/internal/testing/netfault"
 )
 
 func TestTLSRefusals(t *testing.T) {
@@ -162,23 +161,7 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "who are you", http.StatusProxyAuthRequired)
 		return
 	}
-	server, err := new(net.Dialer).DialContext(r.Context(), "tcp", r.Host)
-	if err != nil {
-		http.Error(w, "no route", http.StatusBadGateway)
-		return
-	}
-	defer server.Close()
-	client, buffered, err := http.NewResponseController(w).Hijack()
-	if err != nil {
-		panic(err)
-	}
-	defer client.Close()
-	_, _ = io.WriteString(client, "HTTP/1.1 200 Connection established\r\n\r\n")
-	var copies sync.WaitGroup
-	copies.Go(func() { _, _ = io.Copy(server, bufio.NewReader(buffered)); server.Close() })
-	_, _ = io.Copy(client, server)
-	client.Close()
-	copies.Wait()
+	netfault.Tunnel(func(address string) string { return address }).ServeHTTP(w, r)
 }
 
 func TestProxy(t *testing.T) {

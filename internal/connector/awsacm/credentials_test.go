@@ -2,8 +2,6 @@ package awsacm
 
 import (
 	"fmt"
-	"io"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -16,6 +14,7 @@ import (
 	"certctl-agent/internal/policy"
 	"certctl-agent/internal/proxy"
 	"certctl-agent/internal/testing/awsfake"
+	"certctl-agent/internal/testing/netfault"
 )
 
 // bare is a fixture without credentials.
@@ -262,31 +261,12 @@ func tunnel(t *testing.T, to string) (url string, asked func() []string) {
 	t.Helper()
 	var mu sync.Mutex
 	var hosts []string
+	proxy := netfault.Tunnel(func(string) string { return to })
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		mu.Lock()
 		hosts = append(hosts, r.Method+" "+r.Host)
 		mu.Unlock()
-		if r.Method != http.MethodConnect {
-			http.Error(w, "only CONNECT", http.StatusMethodNotAllowed)
-			return
-		}
-		back, err := net.Dial("tcp", to)
-		if err != nil {
-			http.Error(w, err.Error(), http.StatusBadGateway)
-			return
-		}
-		defer back.Close()
-		w.WriteHeader(http.StatusOK)
-		client, buffered, err := http.NewResponseController(w).Hijack()
-		if err != nil {
-			return
-		}
-		defer client.Close()
-		done := make(chan struct{})
-		go func() { defer close(done); _, _ = io.Copy(client, back); client.Close() }()
-		_, _ = io.Copy(back, buffered)
-		back.Close()
-		<-done
+		proxy.ServeHTTP(w, r)
 	}))
 	t.Cleanup(server.Close)
 	return server.URL, func() []string {

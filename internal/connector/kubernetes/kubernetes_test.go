@@ -14,6 +14,7 @@ import (
 
 	"certctl-agent/internal/connector/conformance"
 	"certctl-agent/internal/policy"
+	"certctl-agent/internal/testing/netfault"
 	"certctl-agent/internal/testing/testca"
 )
 
@@ -265,31 +266,9 @@ func TestObject(t *testing.T) {
 	}
 }
 
-// connectProxy is an HTTP proxy for TLS (RFC 9110, section 9.3.6).
+// connectProxy starts a proxy that connects to whatever it is asked for.
 func connectProxy(t *testing.T) string {
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.Method != http.MethodConnect {
-			http.Error(w, "only CONNECT", http.StatusMethodNotAllowed)
-			return
-		}
-		to, err := net.Dial("tcp", r.Host)
-		if err != nil {
-			http.Error(w, err.Error(), http.StatusBadGateway)
-			return
-		}
-		defer to.Close()
-		w.WriteHeader(http.StatusOK)
-		from, buffered, err := http.NewResponseController(w).Hijack()
-		if err != nil {
-			return
-		}
-		defer from.Close()
-		done := make(chan struct{})
-		go func() { defer close(done); _, _ = io.Copy(from, to); from.Close() }()
-		_, _ = io.Copy(to, buffered)
-		to.Close()
-		<-done
-	}))
+	server := httptest.NewServer(netfault.Tunnel(func(address string) string { return address }))
 	t.Cleanup(server.Close)
 	return server.URL
 }
