@@ -3,12 +3,10 @@ package awsacm
 import (
 	"crypto/tls"
 	"errors"
-	"maps"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
-	"strings"
 	"testing"
 	"time"
 
@@ -68,11 +66,7 @@ func (f *fixture) overlay(text string) {
 // deploy deploys m, whose key becomes the current one.
 func (f *fixture) deploy(m *connector.Material, more ...any) (transaction.Result, error) {
 	f.t.Helper()
-	config := maps.Clone(f.config)
-	for i := 0; i < len(more); i += 2 {
-		config[more[i].(string)] = more[i+1]
-	}
-	return f.Deploy(f.t.Context(), f.typ, config, m, conformance.Promotion(m))
+	return f.Deploy(f.t.Context(), f.typ, conformance.With(f.config, more...), m, conformance.Promotion(m))
 }
 
 func (f *fixture) mustDeploy(m *connector.Material, more ...any) transaction.Result {
@@ -92,11 +86,7 @@ func (f *fixture) material() *connector.Material {
 // change is the change of a connector that is made anew, as after a crash.
 func (f *fixture) change(m *connector.Material, more ...any) *change {
 	f.t.Helper()
-	config := maps.Clone(f.config)
-	for i := 0; i < len(more); i += 2 {
-		config[more[i].(string)] = more[i+1]
-	}
-	c, err := f.Connector(f.typ, config)
+	c, err := f.Connector(f.typ, conformance.With(f.config, more...))
 	must(f.t, err)
 	plan, err := c.Plan(f.t.Context(), m)
 	must(f.t, err)
@@ -137,20 +127,6 @@ func ours() []awsfake.Tag {
 // unverified is a configuration whose verification fails.
 func unverified() []any {
 	return []any{"post_deploy_verify", map[string]any{"enabled": true, "endpoint": "127.0.0.1:1", "timeout": "1s"}, "post_deploy_verify_attempts", 1}
-}
-
-func broken(err error) bool {
-	_, ok := errors.AsType[*transaction.BrokenError](err)
-	return ok
-}
-
-func says(t *testing.T, err error, words ...string) {
-	t.Helper()
-	for _, word := range words {
-		if err == nil || !strings.Contains(err.Error(), word) {
-			t.Errorf("got %v, want an error with %q", err, word)
-		}
-	}
 }
 
 func must(t *testing.T, err error) {

@@ -117,10 +117,10 @@ func TestTrust(t *testing.T) {
 	m := f.material()
 	overlay(t, f.Overlays, map[string]any{})
 	_, err := f.deploy(m)
-	says(t, err, "x509: ", "put ca_bundle or server_fingerprint into the target's overlay")
+	conformance.Says(t, err, "x509: ", "put ca_bundle or server_fingerprint into the target's overlay")
 	overlay(t, f.Overlays, map[string]any{"server_fingerprint": strings.Repeat("ab", 32)})
 	_, err = f.deploy(m)
-	says(t, err, "the server's certificate has the SHA-256 fingerprint")
+	conformance.Says(t, err, "the server's certificate has the SHA-256 fingerprint")
 	if n := len(f.Calls()); n != 0 {
 		t.Errorf("a device that is not believed got %d calls", n)
 	}
@@ -164,7 +164,7 @@ func TestEntries(t *testing.T) {
 	before := f.running()[clientSSL+" "+profileName]
 	m := f.material()
 	_, err = f.deploy(m, unverified()...)
-	says(t, err, "the previous certificate is back in place")
+	conformance.Says(t, err, "the previous certificate is back in place")
 	if after := f.running()[clientSSL+" "+profileName]; after != before {
 		t.Errorf("undone: %s, was %s", after, before)
 	}
@@ -210,7 +210,7 @@ func TestPassphrase(t *testing.T) {
 	m := f.material()
 	m.Leaf, m.Chain, m.KeyPEM = pair.Leaf, nil, pair.KeyPEM()
 	_, err = f.deploy(m, unverified()...)
-	says(t, err, "back in place")
+	conformance.Says(t, err, "back in place")
 	if got := profile(); got != before {
 		t.Errorf("undone: %s, was %s", got, before)
 	}
@@ -229,7 +229,7 @@ func TestInherits(t *testing.T) {
 		t.Fatal("it does not inherit")
 	}
 	_, err := f.deploy(f.material(), unverified()...)
-	says(t, err, "back in place")
+	conformance.Says(t, err, "back in place")
 	if after := f.running(); !maps.Equal(before, after) {
 		t.Errorf("undone: %v", after)
 	}
@@ -244,7 +244,7 @@ func TestServerSSL(t *testing.T) {
 	before := f.running()
 	m := f.material()
 	_, err := f.deploy(m, unverified()...)
-	says(t, err, "there was no certificate before")
+	conformance.Says(t, err, "there was no certificate before")
 	if after := f.running(); !maps.Equal(before, after) {
 		t.Errorf("undone: %v", after)
 	}
@@ -261,7 +261,7 @@ func TestServerSSL(t *testing.T) {
 	}
 	before = f.running()
 	_, err = f.deploy(m, unverified()...)
-	says(t, err, "the previous certificate is back in place")
+	conformance.Says(t, err, "the previous certificate is back in place")
 	if after := f.running(); !maps.Equal(before, after) {
 		t.Errorf("undone: %v", after)
 	}
@@ -277,7 +277,7 @@ func TestServerSSL(t *testing.T) {
 		return bigip.None
 	})
 	_, err = f.deploy(m, unverified()...)
-	says(t, err, "somebody else has changed the profile since, and that stays")
+	conformance.Says(t, err, "somebody else has changed the profile since, and that stays")
 	if got := f.running()[serverSSL+" "+profileName]; !strings.Contains(got, "/Common/other.crt") {
 		t.Errorf("what somebody else did is lost: %s", got)
 	}
@@ -296,7 +296,7 @@ func TestPartitions(t *testing.T) {
 		t.Errorf("got %v", state)
 	}
 	_, err := f.deploy(m, "ssl_profile", "/Common/none")
-	says(t, err, "client-ssl profile /Common/none does not exist: make it on the device")
+	conformance.Says(t, err, "client-ssl profile /Common/none does not exist: make it on the device")
 }
 
 // TestRetention: older files of this target that nothing uses are removed but for
@@ -384,8 +384,8 @@ func TestSave(t *testing.T) {
 				m := f.material()
 				result, err := f.deploy(m)
 				if must {
-					says(t, err, word)
-					if broken(err) != (what == "sync") { // the other unit may have the new certificate
+					conformance.Says(t, err, word)
+					if conformance.Broken(err) != (what == "sync") { // the other unit may have the new certificate
 						t.Errorf("%s: %v", what, err)
 					}
 					if after := f.running(); !maps.Equal(before, after) {
@@ -449,7 +449,7 @@ func TestRestart(t *testing.T) {
 		return bigip.None
 	})
 	_, err := f.deploy(m)
-	says(t, err, "the profile does not hold the new certificate any more: the device may have restarted just then", "deploy again")
+	conformance.Says(t, err, "the profile does not hold the new certificate any more: the device may have restarted just then", "deploy again")
 	f.OnCall(nil)
 	f.mustDeploy(m)
 	f.holds(m)
@@ -490,7 +490,7 @@ func TestOthers(t *testing.T) {
 			return bigip.None
 		})
 		_, err = f.deploy(f.material())
-		says(t, err, "somebody else changed the profile just now")
+		conformance.Says(t, err, "somebody else changed the profile just now")
 		if got := f.running()[clientSSL+" "+profileName]; !strings.Contains(got, "/Common/other.crt") {
 			t.Errorf("%s: what somebody else did is lost: %s", moment, got)
 		}
@@ -526,7 +526,7 @@ func TestLeastRole(t *testing.T) {
 	}
 	before := f.running()
 	_, err = f.deploy(f.material(), unverified()...)
-	says(t, err, "back in place")
+	conformance.Says(t, err, "back in place")
 	after := f.running()
 	// It may not run rm: the uploads hold one byte each.
 	for name, data := range after {
@@ -547,7 +547,7 @@ func TestLeastRole(t *testing.T) {
 	})
 	m := f.material()
 	_, err = f.deploy(m)
-	says(t, err, "change the profile: 500")
+	conformance.Says(t, err, "change the profile: 500")
 	f.mustDeploy(m)
 	pair, err := f.ca.Issue(testca.Template{})
 	must(t, err)
@@ -571,7 +571,7 @@ func TestLeastRole(t *testing.T) {
 	}
 	f.Trust("certctl", "pass-of-certctl", rules[1:]...)
 	_, err = f.deploy(f.material())
-	says(t, err, "the account may not "+rules[0].Method)
+	conformance.Says(t, err, "the account may not "+rules[0].Method)
 }
 
 // TestSecrets looks for the password, the token and the keys in everything that the
@@ -697,7 +697,7 @@ func TestEndless(t *testing.T) {
 	plan, err := c.Plan(t.Context(), f.material())
 	must(t, err)
 	_, _, err = plan.Changes[0].Read(t.Context())
-	says(t, err, "10001 entries")
+	conformance.Says(t, err, "10001 entries")
 	if calls > 3 {
 		t.Errorf("%d calls", calls)
 	}
@@ -723,7 +723,7 @@ func TestTwoTargets(t *testing.T) {
 	})
 	m := f.material()
 	_, err = f.deploy(m, unverified()...)
-	says(t, err, "back in place")
+	conformance.Says(t, err, "back in place")
 	if got := f.running()[clientSSL+" "+profileName]; !strings.Contains(got, "/Common/rsa.crt") || strings.Contains(got, leafPath(m)) {
 		t.Errorf("the profile is %s", got)
 	}

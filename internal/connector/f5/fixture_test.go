@@ -2,7 +2,6 @@ package f5
 
 import (
 	"encoding/json"
-	"errors"
 	"maps"
 	"net/url"
 	"os"
@@ -80,11 +79,7 @@ func newFixture(t *testing.T, version string) *fixture {
 
 func (f *fixture) deploy(m *connector.Material, more ...any) (transaction.Result, error) {
 	f.t.Helper()
-	config := maps.Clone(f.config)
-	for i := 0; i < len(more); i += 2 {
-		config[more[i].(string)] = more[i+1]
-	}
-	return f.Host.Deploy(f.t.Context(), f.typ, config, m)
+	return f.Host.Deploy(f.t.Context(), f.typ, conformance.With(f.config, more...), m)
 }
 
 func (f *fixture) mustDeploy(m *connector.Material, more ...any) transaction.Result {
@@ -154,22 +149,6 @@ func inMemory(of func(dir string) *bigip.Device) connector.Type {
 		t.device.base = "http://" + t.device.address
 		return t, nil
 	}}
-}
-
-// broken reports whether an error says that the target needs a person.
-func broken(err error) bool {
-	_, ok := errors.AsType[*transaction.BrokenError](err)
-	return ok
-}
-
-// says fails the test unless an error says all of that.
-func says(t *testing.T, err error, words ...string) {
-	t.Helper()
-	for _, word := range words {
-		if err == nil || !strings.Contains(err.Error(), word) {
-			t.Errorf("got %v, want an error with %q", err, word)
-		}
-	}
 }
 
 func must(t testing.TB, err error) {

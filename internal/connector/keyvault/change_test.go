@@ -66,7 +66,7 @@ func TestSameCertificate(t *testing.T) {
 	f.theirs(func(v *azure.Version) {
 		v.Certificate, v.Chain, v.Key, v.Enabled = m.Leaf, m.Chain, pkcs8Of(t, m), false
 	})
-	if _, err := f.deploy(m, unverified()...); err == nil || broken(err) {
+	if _, err := f.deploy(m, unverified()...); err == nil || conformance.Broken(err) {
 		t.Errorf("got %v", err)
 	}
 	if at := current(f.vault); at.Enabled || !maps.Equal(at.Tags, map[string]string{"owner": "them"}) {
@@ -86,14 +86,14 @@ func TestDeleted(t *testing.T) {
 	s.Forget()
 	words := []string{"can be recovered until 20", "az keyvault certificate recover --vault-name", "az keyvault certificate purge --vault-name", "certificate_name"}
 	_, err := f.deploy(f.material())
-	says(t, err, words...)
-	if s.made("import www") > 0 || broken(err) {
+	conformance.Says(t, err, words...)
+	if s.made("import www") > 0 || conformance.Broken(err) {
 		t.Errorf("it was imported: %v", err)
 	}
 	f.vault.Deny("deleted") // then the import says it
 	_, err = f.deploy(f.material())
-	says(t, err, "import", "can be recovered,", "az keyvault certificate recover --vault-name")
-	if broken(err) {
+	conformance.Says(t, err, "import", "can be recovered,", "az keyvault certificate recover --vault-name")
+	if conformance.Broken(err) {
 		t.Errorf("nothing was changed, and the target needs a person: %v", err)
 	}
 	// Deleted between the look and the change.
@@ -108,7 +108,7 @@ func TestDeleted(t *testing.T) {
 	}
 	_, err = f.deploy(f.material())
 	f.Before = nil
-	says(t, err, errChanged.Error())
+	conformance.Says(t, err, errChanged.Error())
 }
 
 // A version that waits for its certificate is in the way, and one whose creation was given
@@ -118,15 +118,15 @@ func TestPending(t *testing.T) {
 	f := s.fixture(t, environment())
 	f.vault.Create("www")
 	_, err := f.deploy(f.material())
-	says(t, err, "import: 409 Conflict", "status is inProgress", "az keyvault certificate pending delete --vault-name")
-	if n := len(f.vault.Versions("www")); broken(err) || n != 1 {
+	conformance.Says(t, err, "import: 409 Conflict", "status is inProgress", "az keyvault certificate pending delete --vault-name")
+	if n := len(f.vault.Versions("www")); conformance.Broken(err) || n != 1 {
 		t.Errorf("%v leaves %d versions", err, n)
 	}
 	f.vault.GiveUp("www")
 	m := f.material()
 	_, err = f.deploy(m, unverified()...)
-	says(t, err, "verification failed")
-	if at := current(f.vault); broken(err) || at.Enabled || !at.Certificate.Equal(m.Leaf) {
+	conformance.Says(t, err, "verification failed")
+	if at := current(f.vault); conformance.Broken(err) || at.Enabled || !at.Certificate.Equal(m.Leaf) {
 		t.Errorf("%v leaves %+v", err, at)
 	}
 	f.mustDeploy(m)
@@ -142,9 +142,9 @@ func TestUndo(t *testing.T) {
 			f.theirs(func(v *azure.Version) { v.Policy.Secret.ContentType = form })
 			before := current(f.vault)
 			_, err := f.deploy(f.material(), unverified()...)
-			says(t, err, "verification failed")
+			conformance.Says(t, err, "verification failed")
 			after := current(f.vault)
-			if broken(err) || !after.Certificate.Equal(before.Certificate) || string(after.Key) != string(before.Key) || !maps.Equal(after.Tags, before.Tags) ||
+			if conformance.Broken(err) || !after.Certificate.Equal(before.Certificate) || string(after.Key) != string(before.Key) || !maps.Equal(after.Tags, before.Tags) ||
 				after.Policy.Secret.ContentType != form || !*after.Policy.Key.Exportable || after.ID == before.ID {
 				t.Errorf("%s: %v leaves %+v", form, err, after)
 			}
@@ -155,9 +155,9 @@ func TestUndo(t *testing.T) {
 		f.theirs(func(v *azure.Version) { v.Policy.Key.Exportable = new(false) })
 		before, m := current(f.vault), f.material()
 		_, err := f.deploy(m, unverified()...)
-		says(t, err, "this target needs a person", "certificate www of "+f.vault.Host+": it cannot be undone: the new version "+current(f.vault).ID+" stays the current one",
+		conformance.Says(t, err, "this target needs a person", "certificate www of "+f.vault.Host+": it cannot be undone: the new version "+current(f.vault).ID+" stays the current one",
 			"the former version "+before.ID+" cannot be imported again (its key cannot be exported)", "az keyvault certificate import --vault-name")
-		if !broken(err) || s.made("secret www") > 2 {
+		if !conformance.Broken(err) || s.made("secret www") > 2 {
 			t.Errorf("got %v", err)
 		}
 		f.holds(m)
@@ -170,7 +170,7 @@ func TestUndo(t *testing.T) {
 		f.vault.Deny("secret")
 		m := f.material()
 		_, err := f.deploy(m, unverified()...)
-		says(t, err, "it cannot be undone", "Microsoft.KeyVault/vaults/secrets/getSecret/action")
+		conformance.Says(t, err, "it cannot be undone", "Microsoft.KeyVault/vaults/secrets/getSecret/action")
 		f.holds(m)
 		f.mustDeploy(f.material())
 	})
@@ -178,8 +178,8 @@ func TestUndo(t *testing.T) {
 		f := s.fixture(t, environment())
 		m := f.material()
 		_, err := f.deploy(m, unverified()...)
-		says(t, err, "verification failed")
-		if at := current(f.vault); broken(err) || at == nil || at.Enabled {
+		conformance.Says(t, err, "verification failed")
+		if at := current(f.vault); conformance.Broken(err) || at == nil || at.Enabled {
 			t.Errorf("%v leaves %+v", err, at)
 		}
 		f.mustDeploy(m) // the same version
@@ -189,14 +189,14 @@ func TestUndo(t *testing.T) {
 		f := s.fixture(t, environment())
 		f.vault.Deny("update")
 		_, err := f.deploy(f.material(), unverified()...)
-		says(t, err, "this target needs a person", "could not be disabled (az keyvault certificate set-attributes --vault-name", "--enabled false)", "certificates/update/action")
+		conformance.Says(t, err, "this target needs a person", "could not be disabled (az keyvault certificate set-attributes --vault-name", "--enabled false)", "certificates/update/action")
 	})
 	t.Run("a first that failed, then another", func(t *testing.T) {
 		f := s.fixture(t, environment())
 		_, _ = f.deploy(f.material(), unverified()...)
 		m := f.material()
 		_, err := f.deploy(m, unverified()...)
-		if at := current(f.vault); broken(err) || at.Enabled || !at.Certificate.Equal(m.Leaf) {
+		if at := current(f.vault); conformance.Broken(err) || at.Enabled || !at.Certificate.Equal(m.Leaf) {
 			t.Errorf("%v leaves %+v", err, at)
 		}
 		f.mustDeploy(m)
@@ -212,7 +212,7 @@ func TestUndo(t *testing.T) {
 			return nil
 		}
 		_, err := f.deploy(f.material(), unverified()...)
-		says(t, err, "this target needs a person", "could not be imported again", "certificates/import/action")
+		conformance.Says(t, err, "this target needs a person", "could not be imported again", "certificates/import/action")
 	})
 }
 
@@ -231,8 +231,8 @@ func TestOthers(t *testing.T) {
 			return nil
 		}
 		_, err := f.deploy(f.material(), unverified()...)
-		says(t, err, want)
-		if broken(err) != (op == "restore") {
+		conformance.Says(t, err, want)
+		if conformance.Broken(err) != (op == "restore") {
 			t.Errorf("%s: got %v", op, err)
 		}
 		if at := current(f.vault); theirs == nil || at.ID != theirs.ID || !at.Enabled || !maps.Equal(at.Tags, theirs.Tags) {
@@ -294,7 +294,7 @@ func TestKilledInUndo(t *testing.T) {
 	f.Before = nil
 	f.Restart(t)
 	_, err := f.deploy(f.material(), unverified()...)
-	if at := current(f.vault); broken(err) || !at.Certificate.Equal(first.Leaf) || at.Tags[fingerprintTag] != fingerprint(first) {
+	if at := current(f.vault); conformance.Broken(err) || !at.Certificate.Equal(first.Leaf) || at.Tags[fingerprintTag] != fingerprint(first) {
 		t.Errorf("%v leaves %+v", err, at.Tags)
 	}
 	m := f.material()
@@ -327,7 +327,7 @@ func TestKilledBehindUndo(t *testing.T) {
 		return nil
 	}
 	_, err := f.deploy(f.material())
-	if at := current(f.vault); !undone || broken(err) || !at.Certificate.Equal(before.Certificate) || len(f.vault.Versions("www")) != 3 {
+	if at := current(f.vault); !undone || conformance.Broken(err) || !at.Certificate.Equal(before.Certificate) || len(f.vault.Versions("www")) != 3 {
 		t.Errorf("%v leaves %d versions", err, len(f.vault.Versions("www")))
 	}
 }
@@ -344,18 +344,18 @@ func TestRights(t *testing.T) {
 		f.vault.Deny(operation)
 		before := current(f.vault)
 		_, err := f.deploy(f.material())
-		says(t, err, words...)
-		if at := current(f.vault); broken(err) || at.ID != before.ID {
+		conformance.Says(t, err, words...)
+		if at := current(f.vault); conformance.Broken(err) || at.ID != before.ID {
 			t.Errorf("%s: %v leaves another version", operation, err)
 		}
 	}
 	f := s.fixture(t, environment())
 	s.Next("get", azure.Fault{Status: 403, Body: `{"error":{"code":"Forbidden","message":"Client address is not authorized","innererror":{"code":"ForbiddenByFirewall"}}}`})
 	_, err := f.deploy(f.material())
-	says(t, err, "Client address is not authorized", "the vault's firewall does not let this host in")
+	conformance.Says(t, err, "Client address is not authorized", "the vault's firewall does not let this host in")
 	s.Next("import", azure.Fault{Status: 400, Body: `{"error":{"code":"BadParameter","message":"Unsupported key operation(s): \"wrapKey\", \"unwrapKey\". Supported values are \"sign\", \"verify\"."}}`})
 	_, err = f.deploy(f.material())
-	says(t, err, "import: 400 Bad Request", "have the certificate issued with the key usage digitalSignature alone")
+	conformance.Says(t, err, "import: 400 Bad Request", "have the certificate issued with the key usage digitalSignature alone")
 }
 
 // Tags that do not fit are refused before anything is done.
@@ -368,7 +368,7 @@ func TestTags(t *testing.T) {
 		}
 	})
 	_, err := f.deploy(f.material())
-	says(t, err, "there would be 16, and Key Vault allows 15")
+	conformance.Says(t, err, "there would be 16, and Key Vault allows 15")
 	if slices.Contains(s.Calls(), "import www") {
 		t.Error("it was imported")
 	}
@@ -392,12 +392,12 @@ func TestAnswers(t *testing.T) {
 		f := s.fixture(t, environment())
 		s.Next("get", azure.Fault{Status: 200, Body: body})
 		_, err := f.deploy(f.material())
-		says(t, err, want)
+		conformance.Says(t, err, want)
 	}
 	f := s.fixture(t, environment())
 	s.Next("get", azure.Fault{Status: 403, Body: "<html>\x1b[31mno" + strings.Repeat("x", 100_000)})
 	_, err := f.deploy(f.material())
-	says(t, err, "something before the vault gave that answer")
+	conformance.Says(t, err, "something before the vault gave that answer")
 	if err != nil && (len(err.Error()) > 2000 || strings.Contains(err.Error(), "\x1b")) {
 		t.Errorf("got %d bytes: %.300q", len(err.Error()), err)
 	}

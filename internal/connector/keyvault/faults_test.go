@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"certctl-agent/internal/connector"
+	"certctl-agent/internal/connector/conformance"
 	"certctl-agent/internal/testing/azure"
 	"certctl-agent/internal/transaction"
 )
@@ -81,8 +82,8 @@ func TestFaults(t *testing.T) {
 				f.holds(m)
 				return
 			}
-			says(t, err, test.says)
-			if at := current(f.vault); broken(err) || !at.Certificate.Equal(before.Certificate) || string(at.Key) != string(before.Key) {
+			conformance.Says(t, err, test.says)
+			if at := current(f.vault); conformance.Broken(err) || !at.Certificate.Equal(before.Certificate) || string(at.Key) != string(before.Key) {
 				t.Errorf("%v leaves another version", err)
 			}
 			imported := f.count(m)
@@ -101,7 +102,7 @@ func TestUpdateIsLost(t *testing.T) {
 		f := s.fixture(t, environment())
 		m := f.material()
 		s.Next("update", fault)
-		if _, err := f.deploy(m, unverified()...); broken(err) || current(f.vault).Enabled {
+		if _, err := f.deploy(m, unverified()...); conformance.Broken(err) || current(f.vault).Enabled {
 			t.Errorf("a first version that fails: %v", err)
 		}
 		s.Next("update", fault)
@@ -125,8 +126,8 @@ func TestUndoFails(t *testing.T) {
 		}
 		_, err := f.deploy(f.material(), unverified()...)
 		f.Before = nil
-		says(t, err, "this target needs a person", "could not be imported again")
-		if _, err = f.deploy(f.material(), unverified()...); broken(err) {
+		conformance.Says(t, err, "this target needs a person", "could not be imported again")
+		if _, err = f.deploy(f.material(), unverified()...); conformance.Broken(err) {
 			t.Errorf("%s: the next deployment: %v", name, err)
 		}
 		if at := current(f.vault); !at.Certificate.Equal(before.Certificate) {
@@ -144,7 +145,7 @@ func TestUndoFails(t *testing.T) {
 		return nil
 	}
 	_, err := f.deploy(f.material(), unverified()...)
-	if at := current(f.vault); broken(err) || !at.Certificate.Equal(before.Certificate) || len(f.vault.Versions("www")) != 3 {
+	if at := current(f.vault); conformance.Broken(err) || !at.Certificate.Equal(before.Certificate) || len(f.vault.Versions("www")) != 3 {
 		t.Errorf("%v leaves %d versions", err, len(f.vault.Versions("www")))
 	}
 }
@@ -257,7 +258,7 @@ func TestCancelledImport(t *testing.T) {
 	defer cancel()
 	s.Next("import", azure.Fault{Lose: true, Then: cancel})
 	_, err := f.Deploy(ctx, f.typ, f.config, m)
-	if !errors.Is(err, context.Canceled) || broken(err) {
+	if !errors.Is(err, context.Canceled) || conformance.Broken(err) {
 		t.Errorf("got %v", err)
 	}
 	if at := current(f.vault); f.count(m) != 1 || !at.Certificate.Equal(before.Certificate) || string(at.Key) != string(before.Key) {

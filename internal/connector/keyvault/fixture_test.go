@@ -12,7 +12,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -122,11 +121,7 @@ func (f *fixture) overlay(more map[string]any) {
 
 func (f *fixture) deploy(m *connector.Material, more ...any) (transaction.Result, error) {
 	f.t.Helper()
-	config := maps.Clone(f.config)
-	for i := 0; i < len(more); i += 2 {
-		config[more[i].(string)] = more[i+1]
-	}
-	return f.Deploy(f.t.Context(), f.typ, config, m)
+	return f.Deploy(f.t.Context(), f.typ, conformance.With(f.config, more...), m)
 }
 
 func (f *fixture) mustDeploy(m *connector.Material, more ...any) transaction.Result {
@@ -220,22 +215,6 @@ func (s *site) made(call string) (n int) {
 // unverified is a configuration whose verification fails.
 func unverified() []any {
 	return []any{"post_deploy_verify", map[string]any{"enabled": true, "endpoint": "127.0.0.1:1"}, "post_deploy_verify_attempts", 1}
-}
-
-// broken reports whether an error says that the target needs a person.
-func broken(err error) bool {
-	_, ok := errors.AsType[*transaction.BrokenError](err)
-	return ok
-}
-
-// says fails the test unless an error says all of that.
-func says(t *testing.T, err error, words ...string) {
-	t.Helper()
-	for _, word := range words {
-		if err == nil || !strings.Contains(err.Error(), word) {
-			t.Errorf("got %v, want an error with %q", err, word)
-		}
-	}
 }
 
 func must(t testing.TB, err error) {

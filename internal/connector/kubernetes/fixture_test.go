@@ -7,14 +7,12 @@ import (
 	"errors"
 	"io"
 	"log"
-	"maps"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
 	"net/url"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -106,11 +104,7 @@ func (f *fixture) file(name string, data []byte) string {
 
 func (f *fixture) deploy(m *connector.Material, more ...any) (transaction.Result, error) {
 	f.t.Helper()
-	config := maps.Clone(f.config)
-	for i := 0; i < len(more); i += 2 {
-		config[more[i].(string)] = more[i+1]
-	}
-	return f.Deploy(f.t.Context(), f.typ, config, m)
+	return f.Deploy(f.t.Context(), f.typ, conformance.With(f.config, more...), m)
 }
 
 func (f *fixture) mustDeploy(m *connector.Material, more ...any) transaction.Result {
@@ -186,22 +180,6 @@ func (f *fixture) holds(m *connector.Material) {
 	s := f.secret()
 	if s == nil || string(s.Data["tls.crt"]) != string(m.FullChain()) || string(s.Data["tls.key"]) != string(m.Key()) {
 		f.t.Errorf("the secret does not hold the pair: %v", s != nil)
-	}
-}
-
-// broken reports whether an error says that the target needs a person.
-func broken(err error) bool {
-	_, ok := errors.AsType[*transaction.BrokenError](err)
-	return ok
-}
-
-// says fails the test unless an error says all of that.
-func says(t *testing.T, err error, words ...string) {
-	t.Helper()
-	for _, word := range words {
-		if err == nil || !strings.Contains(err.Error(), word) {
-			t.Errorf("got %v, want an error with %q", err, word)
-		}
 	}
 }
 

@@ -95,7 +95,7 @@ func TestNew(t *testing.T) {
 		}
 	}
 	_, err := host.Connector(Type(), map[string]any{"namespace": "web", "secret_name": "www", "context": "a"})
-	says(t, err, "context", "kubeconfig_path")
+	conformance.Says(t, err, "context", "kubeconfig_path")
 }
 
 // Where keys may go is asked before anything is sent.
@@ -106,7 +106,7 @@ func TestAllowedHosts(t *testing.T) {
 	writeKubeconfig(t, path, "https://203.0.113.1:6443")
 	config := map[string]any{"namespace": "web", "secret_name": "www", "kubeconfig_path": path}
 	_, err := host.Connector(Type(), config)
-	says(t, err, "CERTCTL_ALLOWED_HOSTS", "203.0.113.1:6443", path)
+	conformance.Says(t, err, "CERTCTL_ALLOWED_HOSTS", "203.0.113.1:6443", path)
 	writeKubeconfig(t, path, "https://127.0.0.1:6443")
 	if _, err := host.Connector(Type(), config); err != nil {
 		t.Errorf("loopback: %v", err)
@@ -114,7 +114,7 @@ func TestAllowedHosts(t *testing.T) {
 	for _, port := range []string{"0", "65536", "99999999999999999999"} {
 		writeKubeconfig(t, path, "https://127.0.0.1:"+port)
 		_, err = host.Connector(Type(), config)
-		says(t, err, path, "expected a port from 1 to 65535")
+		conformance.Says(t, err, path, "expected a port from 1 to 65535")
 	}
 	block, err := policy.ParseHostRule("203.0.113.0/31")
 	must(t, err)
@@ -126,14 +126,14 @@ func TestAllowedHosts(t *testing.T) {
 	} {
 		writeKubeconfig(t, path, test[0]+"\n    proxy-url: "+test[1])
 		_, err = host.Connector(Type(), config)
-		says(t, err, "CERTCTL_ALLOWED_HOSTS", test[2])
+		conformance.Says(t, err, "CERTCTL_ALLOWED_HOSTS", test[2])
 	}
 	host.Policy.Hosts = []policy.HostRule{}
 	host.Getenv = func(name string) string {
 		return map[string]string{"KUBERNETES_SERVICE_HOST": "fd00::1", "KUBERNETES_SERVICE_PORT": "443"}[name]
 	}
 	_, err = host.Connector(Type(), map[string]any{"namespace": "web", "secret_name": "www"})
-	says(t, err, "CERTCTL_ALLOWED_HOSTS", "[fd00::1]:443", "service account")
+	conformance.Says(t, err, "CERTCTL_ALLOWED_HOSTS", "[fd00::1]:443", "service account")
 
 	writeKubeconfig(t, path, "https://203.0.113.1:6443")
 	must(t, os.WriteFile(filepath.Join(host.Overlays, "default.json"), fmt.Appendf(nil, `{"kubeconfig_path": %q}`, path), 0o600))
@@ -142,7 +142,7 @@ func TestAllowedHosts(t *testing.T) {
 	}
 	config["context"] = "a" // the file may have others, which the overlay does not name
 	_, err = host.Connector(Type(), config)
-	says(t, err, "CERTCTL_ALLOWED_HOSTS", "203.0.113.1:6443")
+	conformance.Says(t, err, "CERTCTL_ALLOWED_HOSTS", "203.0.113.1:6443")
 	must(t, os.WriteFile(filepath.Join(host.Overlays, "default.json"), fmt.Appendf(nil, `{"kubeconfig_path": %q, "context": "a"}`, path), 0o600))
 	if _, err := host.Connector(Type(), config); err != nil {
 		t.Errorf("a context that an overlay names: %v", err)
@@ -179,7 +179,7 @@ func TestMessagesShowNoKey(t *testing.T) {
 		t.Fatal(err)
 	}
 	err = plan.Changes[0].Write(t.Context())
-	says(t, err, "denied: [redacted] is not wanted")
+	conformance.Says(t, err, "denied: [redacted] is not wanted")
 }
 
 // What a proxy says is shown in one line of bounded length.
@@ -201,7 +201,7 @@ func TestProxyRefuses(t *testing.T) {
 	writeKubeconfig(t, path, "https://127.0.0.1:6443\n    proxy-url: http://user:hunter2@"+listener.Addr().String())
 	config := map[string]any{"namespace": "web", "secret_name": "www", "kubeconfig_path": path}
 	_, err = host.Deploy(t.Context(), Type(), config, host.Material(t, testca.Must(t)))
-	says(t, err, "the proxy "+listener.Addr().String()+" answers 403")
+	conformance.Says(t, err, "the proxy "+listener.Addr().String()+" answers 403")
 	if err != nil && (len(err.Error()) > 1000 || strings.Contains(err.Error(), "\x1b") || strings.Contains(err.Error(), "hunter2")) {
 		t.Errorf("got %d bytes: %.300q", len(err.Error()), err)
 	}
@@ -231,7 +231,7 @@ func TestAnswers(t *testing.T) {
 	} {
 		say = answer
 		_, err := host.Deploy(t.Context(), Type(), map[string]any{"namespace": "web", "secret_name": "www"}, m)
-		says(t, err, want)
+		conformance.Says(t, err, want)
 	}
 }
 

@@ -82,7 +82,7 @@ func installs(t *testing.T, c *cluster) {
 		}
 	}
 	_, err := f.deploy(f.material(), "secret_name", "elsewhere", "create", "false", "kubeconfig_path", f.file("admin", c.Kubeconfig(apiserver.Admin)))
-	says(t, err, "does not exist", `"create": false`)
+	conformance.Says(t, err, "does not exist", `"create": false`)
 }
 
 // A pair that is in the secret already is not written again, whoever put it
@@ -117,7 +117,7 @@ func othersSurvive(t *testing.T, c *cluster) {
 	f.mustDeploy(renewed)
 	f.holds(renewed)
 	check("renewed")
-	if _, err := f.deploy(f.material(), unverified()...); err == nil || broken(err) {
+	if _, err := f.deploy(f.material(), unverified()...); err == nil || conformance.Broken(err) {
 		t.Errorf("got %v", err)
 	}
 	f.holds(renewed)
@@ -143,7 +143,7 @@ func withCA(t *testing.T, c *cluster) {
 	f.mustDeploy(m)
 	before := f.secret()
 	_, err := f.deploy(m, append(unverified(), "ca_crt", true)...)
-	if after := f.secret(); err == nil || broken(err) || len(after.Data) != 2 || after.Metadata.Annotations["certctl.io/deployed-at"] != before.Metadata.Annotations["certctl.io/deployed-at"] {
+	if after := f.secret(); err == nil || conformance.Broken(err) || len(after.Data) != 2 || after.Metadata.Annotations["certctl.io/deployed-at"] != before.Metadata.Annotations["certctl.io/deployed-at"] {
 		t.Errorf("got %v with %d keys", err, len(after.Data))
 	}
 	f.mustDeploy(m, "ca_crt", true)
@@ -156,7 +156,7 @@ func withCA(t *testing.T, c *cluster) {
 	m = f.material()
 	m.Chain = nil
 	_, err = f.deploy(m, "ca_crt", true)
-	says(t, err, "ca_crt", "without a chain")
+	conformance.Says(t, err, "ca_crt", "without a chain")
 }
 
 // Each verb that a user lacks is named, and nothing is broken by it.
@@ -192,8 +192,8 @@ func permissions(t *testing.T, c *cluster) {
 				f.holds(m)
 				return
 			}
-			says(t, err, "403 Forbidden", "verb "+test.verb, "www", f.in, `User "`+test.user+`" cannot `+test.verb)
-			if broken(err) {
+			conformance.Says(t, err, "403 Forbidden", "verb "+test.verb, "www", f.in, `User "`+test.user+`" cannot `+test.verb)
+			if conformance.Broken(err) {
 				t.Errorf("it needs a person: %v", err)
 			}
 			if after := f.secret(); (after == nil) != (before == nil) || after != nil && after.Metadata.ResourceVersion != before.Metadata.ResourceVersion {
@@ -204,20 +204,20 @@ func permissions(t *testing.T, c *cluster) {
 	t.Run("first deployment is undone without delete", func(t *testing.T) {
 		f := c.fixture(t, "agent")
 		_, err := f.deploy(f.material(), unverified()...)
-		says(t, err, "this target needs a person", "verb delete")
+		conformance.Says(t, err, "this target needs a person", "verb delete")
 	})
 	t.Run("no such namespace", func(t *testing.T) {
 		f := c.fixture(t, apiserver.Admin)
 		_, err := f.deploy(f.material(), "namespace", "nowhere")
-		says(t, err, "the namespace nowhere does not exist")
-		if broken(err) {
+		conformance.Says(t, err, "the namespace nowhere does not exist")
+		if conformance.Broken(err) {
 			t.Errorf("it needs a person: %v", err)
 		}
 	})
 	t.Run("no such user", func(t *testing.T) {
 		f := c.fixture(t, "stranger")
 		_, err := f.deploy(f.material())
-		says(t, err, "401 Unauthorized", "credentials of "+f.config["kubeconfig_path"].(string))
+		conformance.Says(t, err, "401 Unauthorized", "credentials of "+f.config["kubeconfig_path"].(string))
 	})
 }
 
@@ -235,8 +235,8 @@ func refusedSecrets(t *testing.T, c *cluster) {
 		f.make(&test.secret)
 		before := f.secret()
 		_, err := f.deploy(f.material())
-		says(t, err, append(test.says, "secret "+f.in+"/www of 127.0.0.1:")...)
-		if after := f.secret(); broken(err) || after.Metadata.ResourceVersion != before.Metadata.ResourceVersion {
+		conformance.Says(t, err, append(test.says, "secret "+f.in+"/www of 127.0.0.1:")...)
+		if after := f.secret(); conformance.Broken(err) || after.Metadata.ResourceVersion != before.Metadata.ResourceVersion {
 			t.Errorf("%s: %v, changed to %+v", test.name, err, after)
 		}
 	}
@@ -254,7 +254,7 @@ func refusedSecrets(t *testing.T, c *cluster) {
 	_, err := f.Do(t.Context(), http.MethodDelete, "/api/v1/namespaces/"+f.in+"/secrets/www", nil)
 	must(t, err)
 	_, err = f.deploy(f.material())
-	says(t, err, "is being deleted")
+	conformance.Says(t, err, "is being deleted")
 	f.patch(map[string]any{"metadata": map[string]any{"finalizers": nil}})
 }
 
@@ -278,8 +278,8 @@ func changedBetween(t *testing.T, c *cluster) {
 		f.mustDeploy(f.material())
 		f.at("change", func() { f.patch(theirs) })
 		_, err := f.deploy(f.material())
-		says(t, err, "somebody else changed")
-		if s := f.secret(); broken(err) || string(s.Data["tls.crt"]) != "theirs" {
+		conformance.Says(t, err, "somebody else changed")
+		if s := f.secret(); conformance.Broken(err) || string(s.Data["tls.crt"]) != "theirs" {
 			t.Errorf("got %v, and the secret has %q", err, s.Data["tls.crt"])
 		}
 		f.Before = nil
@@ -293,8 +293,8 @@ func changedBetween(t *testing.T, c *cluster) {
 			f.make(&secret{Type: "kubernetes.io/tls", Data: map[string][]byte{"tls.crt": []byte("theirs"), "tls.key": nil}})
 		})
 		_, err := f.deploy(f.material())
-		says(t, err, "somebody else changed")
-		if s := f.secret(); broken(err) || string(s.Data["tls.crt"]) != "theirs" {
+		conformance.Says(t, err, "somebody else changed")
+		if s := f.secret(); conformance.Broken(err) || string(s.Data["tls.crt"]) != "theirs" {
 			t.Errorf("got %v, and the secret has %q", err, s.Data["tls.crt"])
 		}
 	})
@@ -336,8 +336,8 @@ func conflicts(t *testing.T, c *cluster) {
 	puts.Store(0)
 	most = 1000
 	_, err := f.deploy(f.material())
-	says(t, err, "409 Conflict", "tried 10 times", "keeps changing it")
-	if broken(err) || puts.Load() != maxTries {
+	conformance.Says(t, err, "409 Conflict", "tried 10 times", "keeps changing it")
+	if conformance.Broken(err) || puts.Load() != maxTries {
 		t.Errorf("%d tries: %v", puts.Load(), err)
 	}
 	f.holds(m)
@@ -346,17 +346,17 @@ func conflicts(t *testing.T, c *cluster) {
 func undoes(t *testing.T, c *cluster) {
 	f := c.fixture(t, "remover")
 	_, err := f.deploy(f.material(), unverified()...)
-	says(t, err, "verify", "so the new one was removed")
-	if f.secret() != nil || broken(err) {
+	conformance.Says(t, err, "verify", "so the new one was removed")
+	if f.secret() != nil || conformance.Broken(err) {
 		t.Errorf("a secret that was not there is: %v", err)
 	}
 	m := f.material()
 	f.mustDeploy(m, "labels", map[string]any{"team": "web"})
 	before := f.secret()
 	_, err = f.deploy(f.material(), append(unverified(), "labels", map[string]any{"team": "ops", "more": "x"})...)
-	says(t, err, "verify", "the previous certificate is back in place")
+	conformance.Says(t, err, "verify", "the previous certificate is back in place")
 	f.holds(m)
-	if after := f.secret(); broken(err) || fmt.Sprint(after.Metadata.Labels, after.Metadata.Annotations) != fmt.Sprint(before.Metadata.Labels, before.Metadata.Annotations) {
+	if after := f.secret(); conformance.Broken(err) || fmt.Sprint(after.Metadata.Labels, after.Metadata.Annotations) != fmt.Sprint(before.Metadata.Labels, before.Metadata.Annotations) {
 		t.Errorf("%v: from %+v to %+v", err, before.Metadata, after.Metadata)
 	}
 }
@@ -370,7 +370,7 @@ func undoLeavesNewer(t *testing.T, c *cluster) {
 		}
 		f.at("restore", func() { f.patch(theirs) })
 		_, err := f.deploy(f.material(), unverified()...)
-		says(t, err, "this target needs a person", "somebody else has changed it since")
+		conformance.Says(t, err, "this target needs a person", "somebody else has changed it since")
 		if s := f.secret(); s == nil || string(s.Data["tls.crt"]) != "theirs" {
 			t.Errorf("first %t: theirs is gone", first)
 		}
@@ -378,7 +378,7 @@ func undoLeavesNewer(t *testing.T, c *cluster) {
 	f := c.fixture(t, "remover")
 	f.at("restore", func() { f.patch(map[string]any{"data": map[string]any{"more": "eA=="}}) })
 	_, err := f.deploy(f.material(), unverified()...)
-	says(t, err, "this target needs a person", `somebody else has put "more" into it`)
+	conformance.Says(t, err, "this target needs a person", `somebody else has put "more" into it`)
 	if f.secret() == nil {
 		t.Error("a secret with somebody else's data was removed")
 	}
@@ -394,7 +394,7 @@ func undoLeavesNewer(t *testing.T, c *cluster) {
 		return false
 	})
 	_, err = f.deploy(f.material(), unverified()...)
-	says(t, err, "this target needs a person", "somebody else has changed it since")
+	conformance.Says(t, err, "this target needs a person", "somebody else has changed it since")
 	if f.secret() == nil {
 		t.Error("a secret that somebody else had just changed was removed")
 	}
@@ -404,7 +404,7 @@ func undoLeavesNewer(t *testing.T, c *cluster) {
 	m := f.material()
 	f.mustDeploy(m)
 	f.at("restore", func() { f.patch(map[string]any{"data": map[string]any{"more": "eA=="}}) })
-	if _, err := f.deploy(f.material(), unverified()...); err == nil || broken(err) {
+	if _, err := f.deploy(f.material(), unverified()...); err == nil || conformance.Broken(err) {
 		t.Errorf("got %v", err)
 	}
 	f.holds(m)
@@ -446,7 +446,7 @@ func undoAfterCrashes(t *testing.T, c *cluster) {
 			f.holds(m)
 		}
 		_, err := f.deploy(f.material(), unverified()...)
-		if err == nil || broken(err) {
+		if err == nil || conformance.Broken(err) {
 			t.Errorf("first %t: got %v", first, err)
 		}
 		if s := f.secret(); first && s != nil {
@@ -466,7 +466,7 @@ func undoOfLostAnswer(t *testing.T, c *cluster) {
 			panic(http.ErrAbortHandler)
 		}
 	})
-	if _, err := f.deploy(f.material()); err == nil || broken(err) || f.secret() != nil {
+	if _, err := f.deploy(f.material()); err == nil || conformance.Broken(err) || f.secret() != nil {
 		t.Errorf("created: got %v, the secret is there: %t", err, f.secret() != nil)
 	}
 	m := f.material()
@@ -479,7 +479,7 @@ func undoOfLostAnswer(t *testing.T, c *cluster) {
 			panic(http.ErrAbortHandler)
 		}
 	})
-	if _, err := f.deploy(f.material()); err == nil || broken(err) || !lost {
+	if _, err := f.deploy(f.material()); err == nil || conformance.Broken(err) || !lost {
 		t.Errorf("updated: got %v", err)
 	}
 	f.holds(m)
@@ -539,7 +539,7 @@ func credentialForms(t *testing.T, c *cluster) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := f.deploy(f.material(), "kubeconfig_path", write(t, test.user, test.cluster))
-			says(t, err, test.says...)
+			conformance.Says(t, err, test.says...)
 			if err != nil && strings.Contains(err.Error(), "token-of") {
 				t.Errorf("the error shows a token: %v", err)
 			}
@@ -561,7 +561,7 @@ func credentialForms(t *testing.T, c *cluster) {
 		f.Policy.Commands = [][]string{{"/bin/true"}}
 		defer func() { f.Policy.Commands = nil }()
 		_, err := f.deploy(f.material(), "kubeconfig_path", write(t, execOf("token-of-"), nil))
-		says(t, err, "CERTCTL_ALLOWED_COMMANDS", plugin)
+		conformance.Says(t, err, "CERTCTL_ALLOWED_COMMANDS", plugin)
 		f.Policy.Commands = [][]string{{plugin, "*"}}
 		f.mustDeploy(f.material(), "kubeconfig_path", write(t, execOf("token-of-"), nil))
 	})
@@ -599,7 +599,7 @@ func tokenRotates(t *testing.T, c *cluster) {
 		return step(s)
 	}
 	_, err := f.deploy(f.material(), unverified()...)
-	if err == nil || broken(err) {
+	if err == nil || conformance.Broken(err) {
 		t.Errorf("got %v", err)
 	}
 	f.holds(was)
@@ -621,16 +621,16 @@ func tokenRotates(t *testing.T, c *cluster) {
 	// The cluster's authority changes too.
 	must(t, os.WriteFile(filepath.Join(pod, "ca.crt"), f.cluster.ca.PEM(), 0o644))
 	_, err = f.deploy(f.material())
-	says(t, err, "x509")
+	conformance.Says(t, err, "x509")
 	must(t, os.WriteFile(filepath.Join(pod, "ca.crt"), append(f.cluster.ca.PEM(), c.CA.PEM()...), 0o644))
 	f.mustDeploy(f.material())
 
 	rotate("stranger")
 	_, err = f.deploy(f.material())
-	says(t, err, "401 Unauthorized", "the service account of this pod")
+	conformance.Says(t, err, "401 Unauthorized", "the service account of this pod")
 	f.Getenv = nil
 	_, err = f.deploy(f.material())
-	says(t, err, "kubeconfig_path", "KUBERNETES_SERVICE_HOST")
+	conformance.Says(t, err, "kubeconfig_path", "KUBERNETES_SERVICE_HOST")
 }
 
 // An API server that is busy is asked again, when it says so.
@@ -668,7 +668,7 @@ func busy(t *testing.T, c *cluster) {
 		return true
 	})
 	_, err := f.deploy(f.material())
-	says(t, err, "429 Too Many Requests", "given up after")
+	conformance.Says(t, err, "429 Too Many Requests", "given up after")
 }
 
 // An API server that does not answer is not waited for.
@@ -686,14 +686,14 @@ func hangs(t *testing.T, c *cluster) {
 	}
 	p.onRequest(hung)
 	_, err := f.deploy(f.material(), "command_timeout", "1s")
-	says(t, err, "no answer within 1s", "get:")
-	if broken(err) {
+	conformance.Says(t, err, "no answer within 1s", "get:")
+	if conformance.Broken(err) {
 		t.Error(err)
 	}
 	p.onRequest(func(w http.ResponseWriter, r *http.Request) bool { return r.Method == http.MethodPut && hung(w, r) })
 	_, err = f.deploy(f.material(), "command_timeout", "10s")
-	says(t, err, "no answer within 10s", "update:")
-	if broken(err) {
+	conformance.Says(t, err, "no answer within 10s", "update:")
+	if conformance.Broken(err) {
 		t.Error(err)
 	}
 	f.holds(was)
@@ -730,7 +730,7 @@ func notAnAPIServer(t *testing.T, c *cluster) {
 		requests := 0
 		p.onRequest(func(w http.ResponseWriter, _ *http.Request) bool { requests++; test.answer(w); return true })
 		_, err := f.deploy(f.material())
-		says(t, err, test.says...)
+		conformance.Says(t, err, test.says...)
 		if err != nil && (len(err.Error()) > 2048 || strings.Contains(err.Error(), "\x1b") || requests != 1) {
 			t.Errorf("after %d requests %d bytes: %.300q", requests, len(err.Error()), err)
 		}
@@ -822,7 +822,7 @@ func restarts(t *testing.T, c *cluster) {
 	c.StopAPI()
 	f.typ = typeOf("", time.Millisecond)
 	_, err := f.deploy(m)
-	says(t, err, "connection refused")
+	conformance.Says(t, err, "connection refused")
 	f.typ = typeOf("", patience)
 	deployed := make(chan error, 1)
 	go func() {

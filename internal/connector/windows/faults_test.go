@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"certctl-agent/internal/connector"
+	"certctl-agent/internal/connector/conformance"
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/testing/windowshost"
 	"certctl-agent/internal/transaction"
@@ -60,7 +61,7 @@ func TestReboot(t *testing.T) {
 					case !errors.Is(err, windowshost.ErrDropped):
 						t.Errorf("%s, %s, done %v: got %v", kind, operation, done, err)
 					case operation == opWrite && !back:
-						if !broken(err) {
+						if !conformance.Broken(err) {
 							t.Errorf("%s: got %v, want an error that a person is needed", kind, err)
 						}
 					case len(before) != len(f.windows.State()) || kind == "IIS" && f.bound(site, binding) != thumbprint(first.Leaf):
@@ -90,7 +91,7 @@ func (refusing) Run(context.Context, []string, []byte) (*winrm.Result, error) {
 func TestRefused(t *testing.T) {
 	r := &remote{runner: refusing{}, deadline: time.Minute}
 	_, err := r.call(t.Context(), &request{Operation: opRead})
-	says(t, err, "connection refused: the host is down or restarting")
+	conformance.Says(t, err, "connection refused: the host is down or restarting")
 }
 
 // answering has the same answer to everything.
@@ -115,7 +116,7 @@ func TestHostileAnswer(t *testing.T) {
 		place := newPlace(request{Site: "www", Store: "My"}, m)
 		r := &remote{at: &connector.Peer{}, runner: answering{stdout: string(stdout)}, deadline: time.Minute}
 		err = (&change{remote: r, place: place, material: m, seen: new(state)}).Write(t.Context())
-		says(t, err, "[31m")
+		conformance.Says(t, err, "[31m")
 		if err != nil && strings.Contains(err.Error(), "\x1b") {
 			t.Errorf("%s: %q", member, err)
 		}
@@ -138,7 +139,7 @@ func TestDeadline(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		for _, operation := range []string{opRead, opWrite} {
 			_, err := r.call(t.Context(), &request{Operation: operation})
-			says(t, err, "no answer within 1m0s", "exec_deadline")
+			conformance.Says(t, err, "no answer within 1m0s", "exec_deadline")
 		}
 		go cancel()
 		_, err := r.call(ctx, &request{Operation: opRead})
@@ -187,7 +188,7 @@ func TestAnotherJob(t *testing.T) {
 		if maps.Equal(before, f.windows.State()) {
 			t.Errorf("%s: nothing was begun", kind)
 		}
-		if _, err := f.deploy(f.material(), append(unverified(), more...)...); err == nil || broken(err) {
+		if _, err := f.deploy(f.material(), append(unverified(), more...)...); err == nil || conformance.Broken(err) {
 			t.Errorf("%s: got %v, want a deployment that is undone", kind, err)
 		}
 		if after := f.windows.State(); !maps.Equal(before, after) {

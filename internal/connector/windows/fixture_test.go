@@ -5,7 +5,6 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -114,11 +113,7 @@ func (f *fixture) material() *connector.Material { f.t.Helper(); return f.Materi
 
 func (f *fixture) deploy(m *connector.Material, more ...any) (transaction.Result, error) {
 	f.t.Helper()
-	config := maps.Clone(f.config)
-	for i := 0; i < len(more); i += 2 {
-		config[more[i].(string)] = more[i+1]
-	}
-	result, err := f.Deploy(f.t.Context(), f.typ, config, m)
+	result, err := f.Deploy(f.t.Context(), f.typ, conformance.With(f.config, more...), m)
 	if err != nil && strings.Contains(err.Error(), password) {
 		f.t.Errorf("the error shows the password: %v", err)
 	}
@@ -140,7 +135,7 @@ func (f *fixture) refuses(m *connector.Material, words []string, more ...any) er
 	f.t.Helper()
 	before := f.windows.State()
 	_, err := f.deploy(m, more...)
-	says(f.t, err, words...)
+	conformance.Says(f.t, err, words...)
 	if after := f.windows.State(); !maps.Equal(before, after) {
 		f.t.Errorf("%v: the host changed from %v to %v", err, before, after)
 	}
@@ -196,22 +191,6 @@ func installed(t testing.TB, m *connector.Material, store, friendly string, read
 		want[`LocalMachine\CA\`+thumbprint(c)] = fmt.Appendf(nil, "%s|%x|false||[]|chain", c.Subject, sha256.Sum256(nil))
 	}
 	return want
-}
-
-// broken reports whether an error says that the target needs a person.
-func broken(err error) bool {
-	_, ok := errors.AsType[*transaction.BrokenError](err)
-	return ok
-}
-
-// says fails the test unless an error says all of that.
-func says(t *testing.T, err error, words ...string) {
-	t.Helper()
-	for _, word := range words {
-		if err == nil || !strings.Contains(err.Error(), word) {
-			t.Errorf("got %v, want an error with %q", err, word)
-		}
-	}
 }
 
 func must(t testing.TB, err error) {

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"certctl-agent/internal/connector"
+	"certctl-agent/internal/connector/conformance"
 	"certctl-agent/internal/testing/windowshost"
 )
 
@@ -36,7 +37,7 @@ func TestOtherBindings(t *testing.T) {
 	f := newFixture(t, "IIS")
 	before := f.others()
 	m := f.material()
-	if _, err := f.deploy(m, unverified()...); err == nil || broken(err) {
+	if _, err := f.deploy(m, unverified()...); err == nil || conformance.Broken(err) {
 		t.Fatalf("got %v, want a deployment that is undone", err)
 	}
 	if after := f.windows.State(); !maps.Equal(before, after) {
@@ -70,7 +71,7 @@ func TestUndo(t *testing.T) {
 			c.Site(site, test.binding)
 		})
 		before := f.windows.State()
-		if _, err := f.deploy(f.material(), unverified()...); err == nil || broken(err) {
+		if _, err := f.deploy(f.material(), unverified()...); err == nil || conformance.Broken(err) {
 			t.Errorf("%s: got %v, want a deployment that is undone", test.name, err)
 		}
 		if after := f.windows.State(); !maps.Equal(before, after) {
@@ -94,7 +95,7 @@ func TestUndoBare(t *testing.T) {
 		c.Site(site, &windowshost.Binding{Protocol: "https", Information: binding, Flags: 1})
 	})
 	before := f.windows.State()
-	if _, err := f.deploy(f.material(), unverified()...); err == nil || broken(err) {
+	if _, err := f.deploy(f.material(), unverified()...); err == nil || conformance.Broken(err) {
 		t.Fatalf("got %v, want a deployment that is undone", err)
 	}
 	if after := f.windows.State(); !maps.Equal(before, after) {
@@ -118,7 +119,7 @@ func TestHalfway(t *testing.T) {
 			c.Lose()
 		})
 		err := f.refuses(f.material(), []string{"http.sys cannot use the certificate's key", "0x80070520"})
-		if broken(err) {
+		if conformance.Broken(err) {
 			t.Errorf("%s: got %v, want a deployment that is undone", kind, err)
 		}
 	}
@@ -139,8 +140,8 @@ func TestFormerIsGone(t *testing.T) {
 		})
 	})
 	_, err := f.deploy(f.material(), unverified()...)
-	says(t, err, thumbprint(first.Leaf), "is not in its store any more")
-	if !broken(err) {
+	conformance.Says(t, err, thumbprint(first.Leaf), "is not in its store any more")
+	if !conformance.Broken(err) {
 		t.Errorf("got %v, want an error that a person is needed", err)
 	}
 }
@@ -176,7 +177,7 @@ func TestSharedName(t *testing.T) {
 	f.windows.Change(func(c *windowshost.Console) {
 		c.Site(site, &windowshost.Binding{Protocol: "https", Information: binding, Thumbprint: thumbprint(their.Certificate), Store: "My", Flags: 1})
 	})
-	if err := f.refuses(f.material(), nil, unverified()...); err == nil || broken(err) {
+	if err := f.refuses(f.material(), nil, unverified()...); err == nil || conformance.Broken(err) {
 		t.Errorf("got %v, want a deployment that is undone", err)
 	}
 	m := f.material()
@@ -270,7 +271,7 @@ func TestTheirs(t *testing.T) {
 		c.Put(`LocalMachine\CA`, &windowshost.Certificate{Certificate: m.Chain[0]})
 	})
 	before := f.windows.State()
-	if _, err := f.deploy(m, unverified()...); err == nil || broken(err) {
+	if _, err := f.deploy(m, unverified()...); err == nil || conformance.Broken(err) {
 		t.Fatalf("got %v, want a deployment that is undone", err)
 	}
 	if after := f.windows.State(); !maps.Equal(before, after) {
@@ -306,7 +307,7 @@ func TestChangedMeanwhile(t *testing.T) {
 			})
 		})
 		_, err := f.deploy(f.material(), unverified()...)
-		says(t, err, "somebody else has changed the binding since", name)
+		conformance.Says(t, err, "somebody else has changed the binding since", name)
 		if got := f.bound(site, binding); got != name {
 			t.Errorf("%s: the binding has %s, want %s", when, got, name)
 		}

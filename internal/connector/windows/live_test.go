@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"certctl-agent/internal/connector/conformance"
 	"certctl-agent/internal/testing/testca"
 	"certctl-agent/internal/testing/winrmhost"
 	"certctl-agent/internal/transaction"
@@ -69,7 +70,7 @@ func TestLive(t *testing.T) {
 				t.Errorf("%s: the second deployment changes something", kind)
 			}
 			before := l.windows.State()
-			if _, err := l.deploy(second, unverified()...); err == nil || broken(err) {
+			if _, err := l.deploy(second, unverified()...); err == nil || conformance.Broken(err) {
 				t.Errorf("%s: got %v, want a deployment that is undone", kind, err)
 			}
 			if after := l.windows.State(); !maps.Equal(before, after) {
@@ -137,7 +138,7 @@ func TestDroppedShell(t *testing.T) {
 		_, err := l.deploy(m)
 		l.Before = nil
 		l.server.SetTrouble(nil)
-		if err != nil && (broken(err) || l.bound(site, binding) != thumbprint(first.Leaf)) || err == nil && l.bound(site, binding) != thumbprint(m.Leaf) {
+		if err != nil && (conformance.Broken(err) || l.bound(site, binding) != thumbprint(first.Leaf)) || err == nil && l.bound(site, binding) != thumbprint(m.Leaf) {
 			t.Errorf("%+v: %v, and the binding has %s", test, err, l.bound(site, binding))
 		}
 		if runs.Load() == 0 {

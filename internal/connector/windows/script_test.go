@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"certctl-agent/internal/connector/conformance"
 	"certctl-agent/internal/testing/windowshost"
 	"certctl-agent/internal/winrm"
 )
@@ -362,7 +363,7 @@ func TestParseAnswer(t *testing.T) {
 			}
 			continue
 		}
-		says(t, err, test.says...)
+		conformance.Says(t, err, test.says...)
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"certctl-agent/internal/connector/conformance"
 	"certctl-agent/internal/testing/windowshost"
 )
 
@@ -20,7 +21,7 @@ func TestStore(t *testing.T) {
 		c.Put(`LocalMachine\CA`, &windowshost.Certificate{Certificate: m.Chain[0]})
 	})
 	before := f.windows.State()
-	if _, err := f.deploy(m, append(unverified(), more...)...); err == nil || broken(err) {
+	if _, err := f.deploy(m, append(unverified(), more...)...); err == nil || conformance.Broken(err) {
 		t.Fatalf("got %v, want a deployment that is undone", err)
 	}
 	if after := f.windows.State(); !maps.Equal(before, after) {
