@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"certctl-agent/internal/connector"
 	"certctl-agent/internal/transaction"
 )
 
@@ -16,6 +17,20 @@ func With(config map[string]any, more ...any) map[string]any {
 		config[more[i].(string)] = more[i+1]
 	}
 	return config
+}
+
+// Try makes a connector of config with one key set, none if key is "". It fails the
+// test unless the error, which it returns, says that; "": unless there is none.
+func (h *Host) Try(t testing.TB, typ connector.Type, config map[string]any, key string, value any, says string) error {
+	t.Helper()
+	if key != "" {
+		config = With(config, key, value)
+	}
+	_, err := h.Connector(typ, config)
+	if (err == nil) != (says == "") || err != nil && !strings.Contains(err.Error(), says) {
+		t.Errorf("%s %v: got %v, want an error with %q", key, value, err, says)
+	}
+	return err
 }
 
 // Says fails the test unless an error says all of that.

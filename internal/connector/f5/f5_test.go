@@ -66,14 +66,7 @@ func TestNew(t *testing.T) {
 		{"password_file", "/etc/shadow", "password_file"},
 	} {
 		host := conformance.NewHost(t, nil)
-		config := map[string]any{"host": "bigip.example.org", "username": "certctl", "password": "hunter2", "ssl_profile": profileName}
-		if config[test.key] = test.value; test.key == "" {
-			delete(config, "")
-		}
-		_, err := host.Connector(Type(), config)
-		if (err == nil) != (test.says == "") || err != nil && !strings.Contains(err.Error(), test.says) {
-			t.Errorf("%s %v: got %v, want an error with %q", test.key, test.value, err, test.says)
-		}
+		err := host.Try(t, Type(), map[string]any{"host": "bigip.example.org", "username": "certctl", "password": "hunter2", "ssl_profile": profileName}, test.key, test.value, test.says)
 		if err != nil && strings.Contains(err.Error(), "hunter2") {
 			t.Errorf("the error shows the password: %v", err)
 		}

@@ -82,14 +82,7 @@ func TestNew(t *testing.T) {
 		{"kubeconfig_path", bad, bad + ", line 5:"},
 		{"post_deploy_verify", map[string]any{"enabled": true}, "post_deploy_verify.endpoint"},
 	} {
-		config := map[string]any{"namespace": "web", "secret_name": "www", "kubeconfig_path": path}
-		if config[test.key] = test.value; test.key == "" {
-			delete(config, "")
-		}
-		_, err := host.Connector(Type(), config)
-		if (err == nil) != (test.says == "") || err != nil && !strings.Contains(err.Error(), test.says) {
-			t.Errorf("%s %v: got %v, want an error with %q", test.key, test.value, err, test.says)
-		}
+		err := host.Try(t, Type(), map[string]any{"namespace": "web", "secret_name": "www", "kubeconfig_path": path}, test.key, test.value, test.says)
 		if err != nil && strings.Contains(err.Error(), "hunter2") {
 			t.Errorf("the error shows a token: %v", err)
 		}
