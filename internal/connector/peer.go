@@ -2,9 +2,11 @@ package connector
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"net/url"
 	"strconv"
 	"strings"
 	"syscall"
@@ -46,6 +48,34 @@ func (h Host) Peer(host string, port int, named bool) (*Peer, error) {
 		peer.policy = &policy.Policy{}
 	}
 	return peer, peer.policy.CheckHost(host, peer.port)
+}
+
+// ProxyFor is the proxy that the owner of this host has named for u. It returns nil
+// if there is none.
+func (h Host) ProxyFor(u *url.URL) *url.URL {
+	if h.Proxy == nil {
+		return nil
+	}
+	return h.Proxy(u)
+}
+
+// Route asks the policy whether keys may go to the host of an https URL, as Peer
+// does. It returns what connects to it, or else the proxy that does.
+func (h Host) Route(u *url.URL, named bool) (dial func(ctx context.Context, address string) (net.Conn, error), proxy *url.URL, err error) {
+	port := 443
+	if text := u.Port(); text != "" {
+		if port, err = strconv.Atoi(text); err != nil {
+			return nil, nil, errors.New("expected a port from 1 to 65535")
+		}
+	}
+	peer, err := h.Peer(u.Hostname(), port, named)
+	if err != nil {
+		return nil, nil, err
+	}
+	if proxy = h.ProxyFor(u); proxy != nil {
+		return nil, proxy, peer.CheckRelayed() // it looks the name up
+	}
+	return func(ctx context.Context, _ string) (net.Conn, error) { return peer.Dial(ctx) }, nil, nil
 }
 
 // CheckRelayed reports whether keys may go there by way of a proxy, which looks

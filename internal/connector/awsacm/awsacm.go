@@ -12,7 +12,6 @@ import (
 	"net"
 	"net/url"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -165,26 +164,10 @@ func (a *acm) endpoint() (*endpoint, error) {
 		}
 		u.Path = ""
 	}
-	port := 443
-	if text := u.Port(); text != "" {
-		var err error
-		if port, err = strconv.Atoi(text); err != nil {
-			return nil, targetconf.Invalid("endpoint", "expected a port from 1 to 65535")
-		}
-	}
-	peer, err := a.host.Peer(u.Hostname(), port, a.target.Local("endpoint"))
-	if err != nil {
+	at := &endpoint{url: u.String() + "/"}
+	var err error
+	if at.dial, at.proxy, err = a.host.Route(u, a.target.Local("endpoint")); err != nil {
 		return nil, fmt.Errorf("endpoint of ACM: %w", err)
-	}
-	at := &endpoint{url: u.String() + "/", dial: func(ctx context.Context, _ string) (net.Conn, error) { return peer.Dial(ctx) }}
-	if a.host.Proxy != nil {
-		at.proxy = a.host.Proxy(u)
-	}
-	if at.proxy != nil {
-		at.dial = nil
-		if err := peer.CheckRelayed(); err != nil {
-			return nil, fmt.Errorf("endpoint of ACM: %w", err)
-		}
 	}
 	return at, nil
 }

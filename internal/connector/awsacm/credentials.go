@@ -71,9 +71,7 @@ func newSource(c *config, host connector.Host, getenv func(string) string, targe
 	// STS gets no key, and a job has no say in where it is.
 	options := vendorapi.Options{TLS: trust.Config, Message: message, Timeout: p.try, Patience: p.call,
 		Busy: func(e *vendorapi.StatusError) bool { return isThrottled(e) || e.Status >= 500 }}
-	if host.Proxy != nil {
-		options.Proxy = host.Proxy(u)
-	}
+	options.Proxy = host.ProxyFor(u)
 	s.sts = vendorapi.New(options)
 	// What the metadata services say is for this host alone, and goes through no proxy.
 	s.metadata = vendorapi.New(vendorapi.Options{Timeout: metadataTimeout, Patience: min(cmp.Or(p.call, metadataPatience), metadataPatience)})

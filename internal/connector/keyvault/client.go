@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"net/url"
 	"strings"
@@ -34,30 +33,22 @@ type vault struct {
 
 // newAPI asks the policy whether keys may be sent to the vault.
 func newAPI(v *vault, c *targetconf.Config, host connector.Host, trust vendorapi.Trust, patience time.Duration) (*vendorapi.Client, error) {
-	peer, err := host.Peer(v.host(), 443, c.Local("vault_url"))
-	if err != nil {
-		return nil, targetconf.Invalid("vault_url", "%v", err)
-	}
 	at, err := url.Parse(v.url())
 	if err != nil {
 		return nil, err
 	}
-	o := vendorapi.Options{
-		TLS: trust.Config, Timeout: time.Duration(c.Common.CommandTimeout), Patience: patience, Proxy: proxyFor(host, at),
+	dial, proxy, err := host.Route(at, c.Local("vault_url"))
+	if err != nil {
+		return nil, targetconf.Invalid("vault_url", "%v", err)
+	}
+	return vendorapi.New(vendorapi.Options{
+		TLS: trust.Config, Timeout: time.Duration(c.Common.CommandTimeout), Patience: patience, Dial: dial, Proxy: proxy,
 		Message: func(body []byte) string { return redact(parseProblem(body).message, v.hidden...) },
 		Busy: func(e *vendorapi.StatusError) bool {
 			inner := parseProblem(e.Body).inner
 			return e.Status == http.StatusConflict && (inner == "ObjectIsBeingDeleted" || inner == "ObjectIsBeingRecovered")
 		},
-		Dial: func(ctx context.Context, _ string) (net.Conn, error) { return peer.Dial(ctx) },
-	}
-	if o.Proxy != nil {
-		o.Dial = nil // it looks the name up, and connects
-		if err := peer.CheckRelayed(); err != nil {
-			return nil, targetconf.Invalid("vault_url", "%v", err)
-		}
-	}
-	return vendorapi.New(o), nil
+	}), nil
 }
 
 // problem is an error that Key Vault reports.

@@ -235,7 +235,7 @@ func (w *ways) ask(ctx context.Context, resource string, proof url.Values) (*tok
 		return nil, err
 	}
 	api := vendorapi.New(vendorapi.Options{
-		Proxy: proxyFor(w.host, endpoint), TLS: w.trust.Config, Timeout: w.timeout, Patience: w.patience,
+		Proxy: w.host.ProxyFor(endpoint), TLS: w.trust.Config, Timeout: w.timeout, Patience: w.patience,
 		Message: func(body []byte) string { return redact(entraMessage(body), hidden...) },
 	})
 	answer, err := api.Do(ctx, &vendorapi.Request{
@@ -378,7 +378,7 @@ func (w *ways) byCLI(ctx context.Context, resource string) (*token, error) {
 		command.Env = append(command.Env, "AZURE_CONFIG_DIR="+dir)
 	}
 	// https://learn.microsoft.com/cli/azure/use-azure-cli-successfully-troubleshooting#work-behind-a-proxy
-	if proxy := proxyFor(w.host, &url.URL{Scheme: "https", Host: w.authority}); proxy != nil {
+	if proxy := w.host.ProxyFor(&url.URL{Scheme: "https", Host: w.authority}); proxy != nil {
 		command.Env = append(command.Env, "HTTPS_PROXY="+proxy.String())
 	}
 	if w.config.CABundle != "" {
@@ -400,13 +400,6 @@ func (w *ways) byCLI(ctx context.Context, resource string) (*token, error) {
 		t.expires = time.Unix(at, 0)
 	}
 	return t, nil
-}
-
-func proxyFor(host connector.Host, u *url.URL) *url.URL {
-	if host.Proxy == nil {
-		return nil
-	}
-	return host.Proxy(u)
 }
 
 // redact takes secrets out of a message, for whoever is called may repeat what it
