@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"slices"
 	"strings"
 )
 
@@ -121,35 +122,48 @@ type MalformedJob struct {
 // does a count of another type, which nothing depends on.
 func (w *Work) UnmarshalJSON(data []byte) error {
 	var raw struct {
-		Jobs  json.RawMessage `json:"jobs"`
+		Jobs  jobList         `json:"jobs"`
 		Count json.RawMessage `json:"count"`
 	}
 	if err := json.Unmarshal(data, &raw); err != nil {
 		return err
 	}
 	// An error with status 200 must not pass for "no work".
-	if raw.Jobs == nil && raw.Count == nil {
+	if !raw.Jobs.there && raw.Count == nil {
 		return errors.New("it holds neither jobs nor their count")
 	}
-	*w = Work{}
+	*w = raw.Jobs.work
 	_ = json.Unmarshal(raw.Count, &w.Count) // 0 where it is no number
-	if len(raw.Jobs) == 0 || string(raw.Jobs) == "null" {
+	return nil
+}
+
+// jobList is decoded where it stands in the answer, which may be large: a copy
+// of it would be, too.
+type jobList struct {
+	work  Work // without its count
+	there bool
+}
+
+func (l *jobList) UnmarshalJSON(data []byte) error {
+	*l = jobList{there: true}
+	if string(data) == "null" {
 		return nil
 	}
-	list := json.NewDecoder(bytes.NewReader(raw.Jobs))
+	list := json.NewDecoder(bytes.NewReader(data))
 	if start, err := list.Token(); err != nil || start != json.Delim('[') {
 		return errors.New("jobs is not a list")
 	}
+	w := &l.work
+	var one json.RawMessage // its memory serves again
 	for list.More() {
-		var data json.RawMessage
-		if err := list.Decode(&data); err != nil {
+		if err := list.Decode(&one); err != nil {
 			return err
 		}
 		if len(w.Jobs)+len(w.Malformed) >= MaxJobs {
 			w.Excess++
 			continue
 		}
-		job, name, err := decodeJob(data)
+		job, name, err := decodeJob(one)
 		if err != nil {
 			w.Malformed = append(w.Malformed, MalformedJob{ID: job.ID, Name: clip(name), Type: clip(job.Type), Err: err})
 			continue
@@ -264,7 +278,7 @@ func (r rawJob) checkBounds() error {
 // in its certificate, and a CSR is for no target.
 func (j Job) needed() Job {
 	if j.AwaitsCSR() {
-		j.TargetConfig = nil
+		j.TargetConfig, j.SANs = nil, slices.Clone(j.SANs) // decoding leaves room for as many again
 	} else {
 		j.CommonName, j.SANs = "", nil
 	}
