@@ -1,5 +1,5 @@
-// Package ber reads the encodings of X.690, DER and BER, and writes DER. Tools that stream write
-// PKCS#7 and PKCS#12 with indefinite lengths and strings in pieces, which encoding/asn1 refuses.
+// Package ber reads DER and BER (X.690) and writes DER. Streaming tools write PKCS#7 and PKCS#12
+// with indefinite lengths and segmented strings, which encoding/asn1 rejects.
 package ber
 
 import (
@@ -11,7 +11,7 @@ import (
 	"unicode/utf8"
 )
 
-// Identifier octets of X.690 that matter here.
+// Identifier octets (X.690).
 const (
 	TagBoolean         = 0x01
 	TagInteger         = 0x02
@@ -38,20 +38,20 @@ const (
 
 	constructed = 0x20
 
-	// maxDepth bounds how deep indefinite lengths nest. PKCS#7 and PKCS#12 need about ten levels.
+	// maxDepth bounds the nesting of indefinite lengths. PKCS#7 and PKCS#12 need about ten levels.
 	maxDepth = 32
 )
 
 var (
-	ErrTruncated = errors.New("the encoding ends before it is complete")
+	ErrTruncated = errors.New("the encoding is truncated")
 	ErrInvalid   = errors.New("the encoding is not valid BER")
 )
 
-// Value is one element.
+// Value is one encoded element.
 type Value struct {
 	Tag  byte   // identifier octet
 	Full []byte // the whole element
-	Body []byte // without header and end-of-contents
+	Body []byte // contents without header and end-of-contents
 }
 
 // Element reads the first element of b.
@@ -62,7 +62,7 @@ func elementAt(b []byte, depth int) (v Value, rest []byte, err error) {
 		return v, nil, ErrTruncated
 	}
 	if b[0]&0x1f == 0x1f || depth > maxDepth {
-		return v, nil, ErrInvalid // high tag numbers occur in none of the formats
+		return v, nil, ErrInvalid // none of the supported formats has high tag numbers
 	}
 	v.Tag = b[0]
 	length, header := int(b[1]), 2
@@ -75,7 +75,7 @@ func elementAt(b []byte, depth int) (v Value, rest []byte, err error) {
 			return v, nil, ErrTruncated
 		}
 		length = 0
-		for _, octet := range b[2:header] { // BER allows zeros in front (X.690, 8.1.3.5)
+		for _, octet := range b[2:header] { // BER allows leading zeros (X.690, 8.1.3.5)
 			if length = length<<8 | int(octet); length > len(b) {
 				return v, nil, ErrTruncated
 			}
@@ -89,8 +89,8 @@ func elementAt(b []byte, depth int) (v Value, rest []byte, err error) {
 	return v, b[end:], nil
 }
 
-// Open returns what follows the header of a SEQUENCE at the start of b, or nil if there is none. The
-// SEQUENCE may end after b, which is the head of a file.
+// Open returns the bytes after the header of the SEQUENCE at the start of b, or nil if b does not
+// start with one. b may be only the head of a file.
 func Open(b []byte) []byte {
 	if len(b) < 2 || b[0] != TagSequence {
 		return nil
@@ -122,7 +122,7 @@ func indefinite(b []byte, depth int) (v Value, rest []byte, err error) {
 	}
 }
 
-// Children are the elements inside v. Damage is the last pair.
+// Children yields the elements inside v. If v is damaged, the last pair has the error.
 func (v Value) Children() iter.Seq2[Value, error] {
 	return func(yield func(Value, error) bool) {
 		for rest := v.Body; len(rest) > 0; {
@@ -135,8 +135,8 @@ func (v Value) Children() iter.Seq2[Value, error] {
 	}
 }
 
-// Octets is the value of an OCTET STRING, put together where it came in pieces
-// (X.690, 8.7.3). Its tag may be implicit.
+// Octets returns the value of an OCTET STRING and joins its segments, if any (X.690, 8.7.3). Its
+// tag may be implicit.
 func (v Value) Octets() ([]byte, error) { return v.octetsAt(0) }
 
 func (v Value) octetsAt(depth int) ([]byte, error) {
@@ -163,20 +163,20 @@ func (v Value) octetsAt(depth int) ([]byte, error) {
 	return all, nil
 }
 
-// Fields reads elements in order, so that a parser of a SEQUENCE need not check
-// after each step. The first error stays.
+// Fields reads the elements of a SEQUENCE in order. After the first error, which Err keeps, all
+// reads return zero values, so a parser needs to check Err only once.
 type Fields struct {
 	Rest []byte
 	Err  error
 }
 
-// Sequence opens b, which is one SEQUENCE; what follows it is ignored.
+// Sequence returns the fields of the SEQUENCE at the start of b.
 func Sequence(b []byte) *Fields {
 	outer := &Fields{Rest: b}
 	return outer.Inside(TagSequence)
 }
 
-// Next reads an element of the given tag.
+// Next reads an element with the given tag.
 func (f *Fields) Next(tag byte) Value {
 	if f.Err != nil {
 		return Value{}
@@ -194,7 +194,7 @@ func (f *Fields) Next(tag byte) Value {
 	return Value{}
 }
 
-// Inside reads an element of the given tag and returns what is in it.
+// Inside reads an element with the given tag and returns its fields.
 func (f *Fields) Inside(tag byte) *Fields {
 	v := f.Next(tag)
 	return &Fields{Rest: v.Body, Err: f.Err}
@@ -203,10 +203,10 @@ func (f *Fields) Inside(tag byte) *Fields {
 // At reports whether the next element has the given tag.
 func (f *Fields) At(tag byte) bool { return f.Err == nil && len(f.Rest) > 0 && f.Rest[0] == tag }
 
-// OID reads an object identifier: its content octets.
+// OID reads an object identifier and returns its content octets.
 func (f *Fields) OID() string { return string(f.Next(TagOID).Body) }
 
-// Octets reads an OCTET STRING under the given tag, in pieces or not.
+// Octets reads an OCTET STRING with the given tag, segmented or not.
 func (f *Fields) Octets(tag byte) []byte {
 	if f.At(tag | constructed) {
 		tag |= constructed
@@ -220,7 +220,7 @@ func (f *Fields) Octets(tag byte) []byte {
 	return all
 }
 
-// Integer reads a small non-negative INTEGER.
+// Integer reads a small nonnegative INTEGER.
 func (f *Fields) Integer() int {
 	v := f.Next(TagInteger)
 	if f.Err != nil {
@@ -237,9 +237,9 @@ func (f *Fields) Integer() int {
 	return n
 }
 
-// OIDText is an object identifier in dotted form.
+// OIDText returns the dotted form of an object identifier.
 func OIDText(octets []byte) string {
-	const maxOID = 128 // the longest known are a third of that
+	const maxOID = 128 // three times the longest known one
 	var oid x509.OID
 	if len(octets) > maxOID || oid.UnmarshalBinary(octets) != nil {
 		return "unreadable"
@@ -247,9 +247,9 @@ func OIDText(octets []byte) string {
 	return oid.String()
 }
 
-// Text is the value of a character string, or at least the first limit bytes of a longer one, and
-// whether v is one. A string that is not what its type says is read as UTF-8 or else as Latin-1:
-// nearly all of those were written by a program that knew neither type nor encoding.
+// Text returns the value of a character string and whether v is one. Of a string longer than limit
+// bytes it returns at least the first limit bytes. A string that is invalid for its type is read as
+// UTF-8 or else as Latin-1: most such strings come from programs that ignored types and encodings.
 func (v Value) Text(limit int) (string, bool) {
 	body := v.Body[:min(len(v.Body), limit+utf8.UTFMax)]
 	switch v.Tag {
@@ -269,7 +269,7 @@ func (v Value) Text(limit int) (string, bool) {
 		}
 		return b.String(), true
 	case TagT61String:
-		return latin1(body), true // as crypto/x509 takes it
+		return latin1(body), true // like crypto/x509
 	case TagUTF8String, TagNumericString, TagPrintableString, TagIA5String, TagVisibleString, TagGeneralString,
 		TagUTCTime, TagGeneralizedTime:
 		if utf8.Valid(body) || len(body) < len(v.Body) {

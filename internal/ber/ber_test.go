@@ -37,7 +37,7 @@ func TestElement(t *testing.T) {
 func TestOctetsInPieces(t *testing.T) {
 	f := Fields{Rest: []byte("\x24\x80\x04\x01a\x24\x03\x04\x01b\x00\x00" + "\x02\x01\x07")}
 	if got := f.Octets(TagOctetString); string(got) != "ab" || f.Integer() != 7 || f.Err != nil {
-		t.Errorf("got %q, %v; want ab and what follows it", got, f.Err)
+		t.Errorf("got %q, %v; want ab and the rest", got, f.Err)
 	}
 	f = Fields{Rest: []byte("\x24\x03\x02\x01b")}
 	if got := f.Octets(TagOctetString); got != nil || !errors.Is(f.Err, ErrInvalid) {
@@ -45,7 +45,7 @@ func TestOctetsInPieces(t *testing.T) {
 	}
 }
 
-// TestEncode: what is written is what is read, in the shortest form.
+// TestEncode checks that elements survive encoding and have the shortest form.
 func TestEncode(t *testing.T) {
 	for size, header := range map[int]int{0: 2, 1: 2, 0x7f: 2, 0x80: 3, 0xff: 3, 0x100: 4, 0xffff: 4, 0x10000: 5, 0xffffff: 5, 0x1000000: 6} {
 		body := bytes.Repeat([]byte{7}, size)

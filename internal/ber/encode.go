@@ -5,7 +5,7 @@ import (
 	"unicode/utf16"
 )
 
-// Encode is one element in DER: a tag, and what is in it, one part after the other.
+// Encode returns an element in DER with the given tag and the concatenated parts as its contents.
 func Encode(tag byte, parts ...[]byte) []byte {
 	size := 0
 	for _, part := range parts {
@@ -22,7 +22,7 @@ func Encode(tag byte, parts ...[]byte) []byte {
 		element = append(element, 0x82, byte(size>>8), byte(size))
 	case size <= 0xffffff:
 		element = append(element, 0x83, byte(size>>16), byte(size>>8), byte(size))
-	default: // nothing that is written here comes near 4 GiB
+	default: // callers encode far less than 4 GiB
 		element = append(element, 0x84, byte(size>>24), byte(size>>16), byte(size>>8), byte(size))
 	}
 	for _, part := range parts {
@@ -31,7 +31,7 @@ func Encode(tag byte, parts ...[]byte) []byte {
 	return element
 }
 
-// EncodeInteger is a small non-negative INTEGER.
+// EncodeInteger encodes a small nonnegative INTEGER.
 func EncodeInteger(n int) []byte {
 	body := []byte{byte(n >> 24), byte(n >> 16), byte(n >> 8), byte(n)}
 	for len(body) > 1 && body[0] == 0 && body[1] < 0x80 {
@@ -40,10 +40,10 @@ func EncodeInteger(n int) []byte {
 	return Encode(TagInteger, body)
 }
 
-// EncodeOID is an OBJECT IDENTIFIER with these content octets.
+// EncodeOID encodes an object identifier, given its content octets.
 func EncodeOID(octets string) []byte { return Encode(TagOID, []byte(octets)) }
 
-// EncodeBMP is the content of a BMPString: UTF-16, big-endian.
+// EncodeBMP returns the contents of a BMPString: UTF-16, big-endian.
 func EncodeBMP(s string) (content []byte) {
 	for _, unit := range utf16.Encode([]rune(s)) {
 		content = binary.BigEndian.AppendUint16(content, unit)

@@ -30,7 +30,7 @@ var (
 	besideTime   = flag.Duration("beside-time", 100*time.Millisecond, "how long BenchmarkBesideNGINX measures at a time")
 )
 
-// TestScanForEver is the child of BenchmarkBesideNGINX, which ends it.
+// TestScanForEver is the child process of BenchmarkBesideNGINX, which kills it.
 func TestScanForEver(t *testing.T) {
 	if *besideTree == "" {
 		t.Skip("runs as the child of BenchmarkBesideNGINX")
@@ -44,9 +44,9 @@ func TestScanForEver(t *testing.T) {
 	}
 }
 
-// BenchmarkBesideNGINX measures how many requests nginx answers to clients that keep every processor
-// busy, in turns without a scan and beside one like the daemon's. The scan is
-// stopped and continued, so both halves of a pair are one after the other.
+// BenchmarkBesideNGINX measures how many requests nginx serves to clients that keep every processor
+// busy, alternately alone and beside a scan like the daemon's. The scan is stopped and continued,
+// so the two halves of a pair follow each other directly.
 func BenchmarkBesideNGINX(b *testing.B) {
 	dir := needs.MemoryDir(b)
 	n := min(*treeSize, 20_000)
@@ -107,7 +107,7 @@ func BenchmarkBesideNGINX(b *testing.B) {
 	b.ReportMetric(used.Seconds(), "cpu-s-of-the-scan")
 }
 
-// ask keeps asking a server, over several connections, until stop.
+// ask sends requests to a server over several connections until stop.
 func ask(b *testing.B, address string, config *tls.Config) (answered *atomic.Int64, stop func()) {
 	ctx, cancel := context.WithCancel(b.Context())
 	answered = new(atomic.Int64)

@@ -23,10 +23,9 @@ import (
 
 var treeSize = flag.Int("tree", 100_000, "files of the tree that BenchmarkScan scans; a tenth are certificates")
 
-// BenchmarkScan compares, over one tree: this scan without and with its index,
-// the plain way to do it, and find. One run measures all, in turns, so that a
-// busy host slows all of them down alike; the ratios are the result. The page
-// cache is warm throughout.
+// BenchmarkScan compares four ways to read one tree: this scan without its index, this scan with
+// it, a plain scan, and find. It runs them in turns, so a busy host slows all of them down alike,
+// and only the ratios matter. The page cache is warm throughout.
 func BenchmarkScan(b *testing.B) {
 	n := *treeSize
 	if testing.Short() {
@@ -71,7 +70,7 @@ func BenchmarkScan(b *testing.B) {
 		median[way.name] = times[way.name][len(times[way.name])/2].Seconds()
 		b.ReportMetric(1000*median[way.name], "ms-"+way.name)
 	}
-	b.ReportMetric(0, "ns/op") // of all of them together: it says nothing
+	b.ReportMetric(0, "ns/op") // the sum of all ways is meaningless
 	b.ReportMetric(median["plain"]/median["warm"], "plain/warm")
 	b.ReportMetric(median["plain"]/median["cold"], "plain/cold")
 	b.ReportMetric(median["warm"]/median["find"], "warm/find")
@@ -94,7 +93,7 @@ func find(b *testing.B, dir string) int {
 	return 0
 }
 
-// plain is the scan that one writes first: walk, read, parse.
+// plain is the obvious scan: walk, read, parse.
 func plain(b *testing.B, dir string) int {
 	var found []api.DiscoveredCertificate
 	err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
@@ -140,7 +139,7 @@ func plain(b *testing.B, dir string) int {
 
 var memoryTree = flag.String("memory-tree", "", "scan this directory and print what memory it took; see BenchmarkMemory")
 
-// TestMemoryOf is the child of BenchmarkMemory.
+// TestMemoryOf is the child process of BenchmarkMemory.
 func TestMemoryOf(t *testing.T) {
 	if *memoryTree == "" {
 		t.Skip("runs as the child of BenchmarkMemory")
@@ -175,9 +174,8 @@ func memory(t testing.TB, field string) float64 {
 	return 0
 }
 
-// BenchmarkMemory scans the tree of BenchmarkScan in a process of its own and
-// reports that process's resident memory: at its peak, and after the scans.
-// Some MiB of it are the test binary.
+// BenchmarkMemory scans the tree of BenchmarkScan in a child process and reports its resident
+// memory: the peak, and the rest after the scans. Some MiB of it belong to the test binary.
 func BenchmarkMemory(b *testing.B) {
 	n := *treeSize
 	if testing.Short() {

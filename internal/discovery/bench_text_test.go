@@ -13,10 +13,9 @@ import (
 	"certctl-agent/internal/testing/needs"
 )
 
-// BenchmarkText compares a first scan of a tree of configuration files, 470 MB of them, with a search
-// for the line that begins every certificate, by ripgrep or else by grep, and a rescan with find.
-// The tree is in memory, and the ways are measured in turns: the ratios, of the median of the time
-// and of the processor time, are the result.
+// BenchmarkText compares a first scan of 470 MB of configuration files with a search by ripgrep or
+// grep for the line that begins every certificate, and compares a rescan with find. The tree is in
+// memory. It runs them in turns; only the ratios of the median times matter.
 func BenchmarkText(b *testing.B) {
 	n := min(*treeSize, 20_000)
 	if testing.Short() {
@@ -66,7 +65,7 @@ func BenchmarkText(b *testing.B) {
 		b.ReportMetric(ways[i].ms(ways[i].wall), "ms-"+ways[i].name)
 		b.ReportMetric(ways[i].ms(ways[i].processor), "cpu-ms-"+ways[i].name)
 	}
-	b.ReportMetric(0, "ns/op") // of all of them together: it says nothing
+	b.ReportMetric(0, "ns/op") // the sum of all ways is meaningless
 	for _, pair := range [][2]*way{{&ways[2], &ways[0]}, {&ways[3], &ways[1]}} {
 		names := pair[0].name + "/" + pair[1].name
 		b.ReportMetric(pair[0].ms(pair[0].wall)/pair[1].ms(pair[1].wall), names)
@@ -74,7 +73,7 @@ func BenchmarkText(b *testing.B) {
 	}
 }
 
-// way is one of several ways to look through a tree, and what it took each time.
+// way is one of several ways to search a tree, with its measurements.
 type way struct {
 	name            string
 	run, before     func()
@@ -93,7 +92,7 @@ func (w *way) measure() {
 	w.processor = append(w.processor, processorTime(w.who)-used)
 }
 
-// ms is the median in milliseconds.
+// ms returns the median in milliseconds.
 func (w *way) ms(times []time.Duration) float64 {
 	return 1000 * slices.Sorted(slices.Values(times))[len(times)/2].Seconds()
 }
@@ -106,8 +105,8 @@ func processorTime(who int) time.Duration {
 	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
 }
 
-// BenchmarkGentle measures how long the daemon's scan of that tree takes, and the share of one
-// processor that it uses meanwhile.
+// BenchmarkGentle measures how long the daemon's scan of that tree takes and which share of one
+// processor it uses.
 func BenchmarkGentle(b *testing.B) {
 	n := min(*treeSize, 20_000)
 	if testing.Short() {

@@ -26,8 +26,7 @@ import (
 	"certctl-agent/internal/ber"
 )
 
-// manyNames is a certificate with n names of one character, and DER of about
-// 3n bytes.
+// manyNames returns a certificate with n names of one character, in about 3n bytes of DER.
 func manyNames(t testing.TB, n int) []byte {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -50,8 +49,8 @@ func manyNames(t testing.TB, n int) []byte {
 
 var memoryBound = flag.String("memory-bound", "", "scan this directory twice and print the peak of memory; see TestMemoryIsBounded")
 
-// TestMemoryIsBounded: certificates with hundreds of thousands of names, and
-// many of ten thousands, in a process of its own.
+// TestMemoryIsBounded scans certificates with hundreds of thousands of names, and many with tens of
+// thousands, in a child process.
 func TestMemoryIsBounded(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("reads /proc")
@@ -82,7 +81,7 @@ func TestMemoryIsBounded(t *testing.T) {
 		t.Fatalf("the certificate has %d bytes", len(huge))
 	}
 	for i := range each {
-		huge[len(huge)-1], large[len(large)-1] = byte(i), byte(i) // each is another one
+		huge[len(huge)-1], large[len(large)-1] = byte(i), byte(i) // make each unique
 		write(t, filepath.Join(dir, fmt.Sprintf("a%d.der", i)), huge)
 		write(t, filepath.Join(dir, fmt.Sprintf("b%d.der", i)), large)
 	}
@@ -105,21 +104,21 @@ func TestMemoryIsBounded(t *testing.T) {
 			t.Errorf("found %d certificates, %d errors; want %d", found, problems, 2*each+1)
 		}
 		if largest > emitBytes+8*MaxFileSize {
-			t.Errorf("%d bytes were handed out at once, want about %d at most", largest, emitBytes)
+			t.Errorf("%d bytes were emitted at once, want about %d at most", largest, emitBytes)
 		}
-		// Far above what it takes (the race detector doubles it), and far below
-		// what so many such certificates take together.
+		// The limit is far above normal use, which the race detector doubles, and far below the
+		// memory that all these certificates need together.
 		if peak > 200 {
 			t.Errorf("the scan took %.0f MiB", peak)
 		}
 	}
 	if scans != 2 {
-		t.Errorf("%d scans told what they took:\n%s", scans, output)
+		t.Errorf("%d scans reported their memory:\n%s", scans, output)
 	}
 }
 
-// TestIndexIsReadInBounds: files of the index that are all unchanged hold its
-// blocks; of those as much is in flight as of files that are read.
+// TestIndexIsReadInBounds checks that unchanged files, which keep blocks of the index in memory,
+// count against the same budget as files that are read.
 func TestIndexIsReadInBounds(t *testing.T) {
 	dir := t.TempDir()
 	large := manyNames(t, 30_000)
@@ -162,11 +161,10 @@ func TestIndexIsReadInBounds(t *testing.T) {
 	}
 }
 
-// noPassword ends the error of a store that no password opens.
+// noPassword is the end of the error for a store that no password opens.
 const noPassword = "PKCS#12: no configured password opens the certificates"
 
-// slowStore is a PKCS#12 file that no password opens, and whose keys take so
-// many iterations.
+// slowStore returns a PKCS#12 file that no password opens, with the given number of iterations.
 func slowStore(t testing.TB, iterations int, salt byte) []byte {
 	t.Helper()
 	data, err := os.ReadFile("../pkcs12/testdata/secret.p12")
@@ -194,8 +192,8 @@ func slowStore(t testing.TB, iterations int, salt byte) []byte {
 	return data
 }
 
-// TestEffortIsBounded: files that cost too much stop neither the scan nor
-// those of other users, and the next scan goes on with them.
+// TestEffortIsBounded checks that expensive files stop neither the scan nor the files of other
+// users, and that the next scan continues with them.
 func TestEffortIsBounded(t *testing.T) {
 	const stores = 5
 	for _, test := range []struct {
@@ -227,13 +225,13 @@ func TestEffortIsBounded(t *testing.T) {
 					switch {
 					case strings.HasSuffix(problem, noPassword):
 						locked++
-					case strings.Contains(problem, fmt.Sprintf("like %d more files of user %d", stores-i-2, owner)):
+					case strings.Contains(problem, fmt.Sprintf("like %d other files of user %d", stores-i-2, owner)):
 						unread++
 					}
 				}
 				last := i == stores-1
 				if locked != i+1 || unread != 1 && !last || len(summary.Errors) != locked+unread {
-					t.Errorf("scan %d: errors %q, want %d stores that are locked, and one error for the others", i, summary.Errors, i+1)
+					t.Errorf("scan %d: errors %q, want %d locked stores and one error for the others", i, summary.Errors, i+1)
 				}
 			}
 			_, summary := scanAll(t, s)
@@ -242,7 +240,7 @@ func TestEffortIsBounded(t *testing.T) {
 	}
 }
 
-// giveAway makes a file somebody else's than root's, and says whose.
+// giveAway gives a file to a user other than root and returns the user.
 func giveAway(t *testing.T, path string) (owner int) {
 	t.Helper()
 	const nobody = 65534
@@ -254,19 +252,19 @@ func giveAway(t *testing.T, path string) (owner int) {
 	return owner
 }
 
-// TestRootsFilesAreNotCrowdedOut: users, and one who owns files under a thousand
-// ids, use up neither the processor time nor the room of root's.
+// TestRootsFilesAreNotCrowdedOut checks that other users, even one who owns files under a thousand
+// ids, use up neither the processor time nor the report space of root's files.
 func TestRootsFilesAreNotCrowdedOut(t *testing.T) {
 	e := effort{ownerLimit: time.Minute, limit: 10 * time.Minute}
 	for owner := range uint32(2 * maxOwners) {
 		e.count(owner+1, 0, time.Second)
 	}
 	if e.allows(2*maxOwners, false) || e.allows(1, true) {
-		t.Error("what is used up goes on")
+		t.Error("the limit of a user is not enforced")
 	}
 	for range 2 {
 		if !e.allows(rootUser, true) {
-			t.Error("root's key stores are not looked into")
+			t.Error("root's key stores are not parsed")
 		}
 		e.count(rootUser, 0, time.Second)
 	}
@@ -288,27 +286,27 @@ func TestRootsFilesAreNotCrowdedOut(t *testing.T) {
 	write(t, filepath.Join(dir, "z1.pem"), text)
 	s := newScanner(t, Options{Dirs: []string{dir}})
 	s.ownerBytes = 150 * len(text)
-	for range 2 { // the second time out of the index
+	for range 2 { // the second time from the index
 		found, summary := scanAll(t, s)
 		if len(found) != 2*100+300+1 {
 			t.Errorf("%d certificates, want those of two of the user's files, and root's", len(found))
 		}
-		want := fmt.Sprintf("%s/a01.pem: what it holds is not reported, nor is that of 18 more files of user %d", dir, owner)
+		want := fmt.Sprintf("%s/a01.pem: its certificates are not reported, like those in 18 other files of user %d", dir, owner)
 		if len(summary.Errors) != 1 || !strings.HasPrefix(summary.Errors[0], want) {
 			t.Errorf("errors %q, want %q", summary.Errors, want)
 		}
 	}
 }
 
-// TestFailuresAreRemembered: a key store that was only touched, or copied, does
-// not cost a second time; with another password it is tried again.
+// TestFailuresAreRemembered checks that a key store that was only touched or copied is not opened
+// again, but is retried with another password.
 func TestFailuresAreRemembered(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "a.p12")
 	write(t, path, slowStore(t, 0x7fff, 1))
 	s := newScanner(t, Options{Dirs: []string{dir}})
 	scanAll(t, s)
-	s.ownerTime = 0 // nothing may cost anything any more
+	s.ownerTime = 0 // nothing may be opened any more
 	data, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
@@ -319,16 +317,16 @@ func TestFailuresAreRemembered(t *testing.T) {
 	}
 	_, summary := scanAll(t, s)
 	if summary.Read != 2 || len(summary.Errors) != 2 || !strings.HasSuffix(summary.Errors[1], noPassword) {
-		t.Errorf("read %d files, errors %q; want what is remembered of the first", summary.Read, summary.Errors)
+		t.Errorf("read %d files, errors %q; want the remembered outcome of the first", summary.Read, summary.Errors)
 	}
-	s.locked = []string{"another"}
-	if _, summary = scanAll(t, s); len(summary.Errors) != 1 || !strings.Contains(summary.Errors[0], "not looked into") {
-		t.Errorf("errors %q; want both to be tried again", summary.Errors)
+	s.tried = []string{"another"}
+	if _, summary = scanAll(t, s); len(summary.Errors) != 1 || !strings.Contains(summary.Errors[0], "not parsed, like") {
+		t.Errorf("errors %q; want both to be retried", summary.Errors)
 	}
 }
 
-// TestBrokenOffScanIsRemembered: the next scan reads only what this one and
-// those before it did not come to.
+// TestBrokenOffScanIsRemembered checks that a scan after interrupted ones reads only the files that
+// they did not reach.
 func TestBrokenOffScanIsRemembered(t *testing.T) {
 	const n = 40
 	dir := t.TempDir()
@@ -339,7 +337,7 @@ func TestBrokenOffScanIsRemembered(t *testing.T) {
 	}
 	s := newScanner(t, Options{Dirs: []string{dir}})
 	broken := errors.New("broken off")
-	// Until as many files are handed out, by an error or by the context.
+	// Stop after that many files, by an error or by the context.
 	scan := func(until int, cancelled bool) (int, Summary) {
 		ctx, cancel := context.WithCancelCause(t.Context())
 		defer cancel(nil)
@@ -364,19 +362,19 @@ func TestBrokenOffScanIsRemembered(t *testing.T) {
 		t.Errorf("the scan reached %s, want %s", summary.Reached, file(14))
 	}
 	if _, summary = scan(n+1, false); summary.Read != n-15 {
-		t.Errorf("read %d files, want the %d that the scan before did not come to", summary.Read, n-15)
+		t.Errorf("read %d files, want the %d that the previous scan did not reach", summary.Read, n-15)
 	}
-	// Of a complete index, what is behind the break stays.
+	// An interrupted scan keeps the records of a complete index that follow the interruption.
 	write(t, file(3), text)
 	scan(20, true)
 	batches, summary := scan(n+1, false)
 	mustRemember(t, summary)
 	if batches != n {
-		t.Errorf("%d files were handed out, want %d", batches, n)
+		t.Errorf("%d files were emitted, want %d", batches, n)
 	}
 }
 
-// TestLongPathKeepsItsCause: a path can have 4 KiB, and an error 1 KiB.
+// TestLongPathKeepsItsCause covers paths of up to 4 KiB in errors of at most 1 KiB.
 func TestLongPathKeepsItsCause(t *testing.T) {
 	dir := t.TempDir()
 	deep := dir

@@ -15,7 +15,7 @@ import (
 	"certctl-agent/internal/testing/devplane"
 )
 
-// repeated hands out one certificate at many paths.
+// repeated emits one certificate at many paths.
 type repeated struct {
 	cert api.DiscoveredCertificate
 	n    int
@@ -32,9 +32,8 @@ func (r repeated) Scan(_ context.Context, emit func([]api.DiscoveredCertificate)
 	return Summary{Certificates: r.n}, nil
 }
 
-// TestArrivesComplete: real scan, real client, and a control plane with the
-// limits that deployed ones have, busy with other agents: of its 50 requests a
-// second, few are left.
+// TestArrivesComplete runs a real scan and a real client against a control plane with production
+// limits. Other agents use up most of its 50 requests per second.
 func TestArrivesComplete(t *testing.T) {
 	dir := t.TempDir()
 	tree, err := corpus.Write(dir, corpus.Options{Seed: 5, Files: 3000, Certificates: 1200, Odd: true})
@@ -77,7 +76,7 @@ func TestArrivesComplete(t *testing.T) {
 				t.Errorf("%s: %d certificates arrived, %d reported, want %d", test.name, arrived, stats.Reported, test.want)
 			}
 			if problems := plane.Problems(); len(problems) > 0 {
-				t.Errorf("%s: against the protocol: %.3q", test.name, problems)
+				t.Errorf("%s: protocol violations: %.3q", test.name, problems)
 			}
 			t.Logf("%s: %d certificates in %d reports of %d requests, %v", test.name, stats.Reported, stats.Reports,
 				plane.Count(devplane.CallDiscoveries), time.Since(began).Round(time.Second))

@@ -1,7 +1,7 @@
 // Package discovery finds the X.509 certificates on a host's disks. A scan walks directories, reads
-// what can hold a certificate, and hands out what it finds in the order of the walk, a few at a
-// time, so that the size of a tree shows in none of its buffers. Only certificates leave it:
-// private keys are neither decrypted nor copied.
+// the files that may hold a certificate, and emits certificates in walk order in small batches, so
+// memory use does not depend on the size of the tree. Only certificates leave the package: private
+// keys are neither decrypted nor copied.
 package discovery
 
 import (
@@ -27,82 +27,83 @@ import (
 	"certctl-agent/internal/secret"
 )
 
-// MaxFileSize is the size of the largest file that is read.
+// MaxFileSize is the size of the largest file that a scan reads, in bytes.
 const MaxFileSize = 1 << 20
 
 const (
-	// stallAfter is how long one call on a file or directory may take before its file system counts
-	// as hung. A busy disk lets those who come last, as a scan does, wait for many seconds.
+	// stallAfter is how long a call on a file or directory may take before its file system counts
+	// as hung. Scans have the lowest I/O priority, so a busy disk can make them wait for many
+	// seconds.
 	stallAfter = time.Minute
 
-	// maxWorkers bounds the threads of a scan. More do not help: it is bound
-	// by system calls, and is to leave the host to others.
+	// maxWorkers bounds the threads of a scan. A scan is bound by system calls, so more threads do
+	// not make it faster, and most of the processor must remain for the host's own work.
 	maxWorkers = 4
 )
 
 // errBusy is returned by Scan while another scan runs.
-var errBusy = errors.New("a scan is running already")
+var errBusy = errors.New("another scan is still running")
 
-// Options says what to scan and how.
+// Options configures a Scanner.
 type Options struct {
 	Dirs    []string // absolute directories
-	Exclude []string // patterns of path.Match: with a slash for the whole path, else for the name
-	Skip    []string // directories of the agent's own, wherever they are reached
+	Exclude []string // path.Match patterns: matched against the path if they contain a slash, else the name
+	Skip    []string // the agent's own directories, skipped however a scan reaches them
 
-	// Passwords are tried on PKCS#12 files after the empty one, in order. It is
-	// called at the start of each scan; nil means none.
+	// Passwords returns the passwords to try on PKCS#12 files, in order, after the empty one. Each
+	// scan calls it once at its start. Nil means no passwords.
 	Passwords func() ([]secret.String, error)
 
-	MaxRate int // files a second; 0: as fast as it goes
+	MaxRate int // files per second; 0 means no limit
 
-	// Gentle makes a scan rest most of the time. At the idle priority alone it uses what a server
-	// leaves of the processors, and slows that server down all the same: see docs/performance.md.
+	// Gentle makes a scan rest most of the time. The idle priority alone still slows down a busy
+	// server: see docs/performance.md.
 	Gentle bool
 
-	// State and Index name the file that remembers what each file held. With a
-	// nil State each scan reads everything.
+	// State and Index name the file that records what each file held. If State is nil, every scan
+	// reads everything.
 	State *os.Root
 	Index string
 
 	Log *slog.Logger
 }
 
-// Scanner scans the same directories again and again.
+// Scanner scans a fixed list of directories. It remembers file contents between scans.
 type Scanner struct {
 	opts  Options
 	stall time.Duration                              // stallAfter
 	racy  time.Duration                              // racyWindow
 	idle  func(func())                               // runAtIdlePriority
-	rest  func(context.Context, time.Duration) error // sleep when it is gentle, or nil
+	rest  func(context.Context, time.Duration) error // sleep if gentle, else nil
 	names int                                        // maxListing
 
-	ownerTime, scanTime time.Duration // the constants of these names
-	ownerBytes          int           // likewise
+	ownerTime, scanTime time.Duration // the constants of the same names
+	ownerBytes          int           // the constant of the same name
 
-	// opened has the outcomes of key stores, as long as the passwords stay the same: a copy, or one
-	// that was only touched, does not cost a second time.
+	// opened caches the outcomes of key stores until the passwords change, so copies and touched
+	// files do not cost the time of opening them again.
 	opened record.Recent
 
-	files, found atomic.Int64 // of the scan that runs, or of the last one
+	files, found atomic.Int64 // of the running scan, or else of the last one
 
 	running atomic.Bool
-	locked  []string // passwords of the last scan; owned by the running one
-	scanned bool     // there was a scan; owned by the running one
+	tried   []string // passwords of the last scan; owned by the running scan
+	scanned bool     // true after the first scan; owned by the running scan
 
 	mu   sync.Mutex
-	hung map[string]int // guarded by mu: calls that have not returned, by mount point
+	hung map[string]int // guarded by mu: calls that hang, by mount point
 }
 
-// New checks the options.
+// New returns a Scanner, or an error if o is invalid.
 func New(o Options) (*Scanner, error) {
 	var problems []error
 	if len(o.Dirs) == 0 {
-		problems = append(problems, errors.New("no directory to scan"))
+		problems = append(problems, errors.New("no directories to scan"))
 	}
 	dirs := make([]string, 0, len(o.Dirs))
 	for _, dir := range o.Dirs {
 		if !filepath.IsAbs(dir) {
-			problems = append(problems, fmt.Errorf("directory to scan %q is not an absolute path", dir))
+			problems = append(problems, fmt.Errorf("scan directory %q is not an absolute path", dir))
 		}
 		dirs = append(dirs, filepath.Clean(dir))
 	}
@@ -110,51 +111,54 @@ func New(o Options) (*Scanner, error) {
 	o.Dirs = slices.Compact(dirs)
 	for _, pattern := range o.Exclude {
 		if _, err := path.Match(pattern, ""); err != nil || pattern == "" {
-			problems = append(problems, fmt.Errorf("pattern to exclude %q is malformed", pattern))
+			problems = append(problems, fmt.Errorf("exclude pattern %q is malformed", pattern))
 		}
 	}
 	if o.MaxRate < 0 {
-		problems = append(problems, fmt.Errorf("rate of %d files a second is negative", o.MaxRate))
+		problems = append(problems, fmt.Errorf("maximum rate of %d files per second is negative", o.MaxRate))
 	}
 	if err := errors.Join(problems...); err != nil {
 		return nil, err
 	}
-	if o.State != nil { // a kill may have left it half written
+	if o.State != nil { // the last scan may have been killed while it wrote
 		index.CleanUp(o.State, o.Index)
 	}
-	s := &Scanner{opts: o, stall: stallAfter, racy: racyWindow, idle: runAtIdlePriority, names: maxListing, ownerTime: ownerTime, scanTime: scanTime, ownerBytes: ownerBytes, hung: make(map[string]int)}
+	s := &Scanner{
+		opts: o, stall: stallAfter, racy: racyWindow, idle: runAtIdlePriority, names: maxListing,
+		ownerTime: ownerTime, scanTime: scanTime, ownerBytes: ownerBytes, hung: make(map[string]int),
+	}
 	if o.Gentle {
 		s.rest = sleep
 	}
 	return s, nil
 }
 
-// Progress is how many files the running scan, or the last one, has seen and
-// how many certificates it has handed out.
+// Progress returns how many files the running scan, or else the last one, has seen and how many
+// certificates it has emitted.
 func (s *Scanner) Progress() (files, certificates int64) { return s.files.Load(), s.found.Load() }
 
-// Summary is the outcome of a scan.
+// Summary describes a scan.
 type Summary struct {
 	Files        int            // regular files seen, read or not
-	Read         int            // files opened; the others were unchanged or need not be read
-	Certificates int            // handed out; the same one at two paths counts twice
+	Read         int            // files opened; the others were unchanged or skipped
+	Certificates int            // emitted; one certificate at two paths counts twice
 	Formats      map[string]int // certificates by source format
-	Skipped      map[string]int // files and directories by the reason why they were passed over
-	Errors       []string       // bounded; path and cause
-	Reached      string         // the path of the last file that was handed out or passed over
+	Skipped      map[string]int // files and directories by the reason for skipping them
+	Errors       []string       // path and cause; bounded
+	Reached      string         // path of the last file that was processed
 	Duration     time.Duration
 }
 
-// Scan walks the directories once. emit gets the certificates in the order of the walk, a few at a
-// time, in one goroutine; the slice is valid during the call only. An error of emit ends the scan,
-// and so does ctx, within 100 ms and the time that it takes to keep the index of what was read. The
-// summary is complete as far as the scan came.
+// Scan walks the directories once. It calls emit from one goroutine with batches of certificates in
+// walk order; the slice is valid only during the call. A scan ends early when emit fails or ctx is
+// cancelled, within 100 ms plus the time to save the index. The summary then covers the part that
+// was scanned.
 func (s *Scanner) Scan(ctx context.Context, emit func([]api.DiscoveredCertificate) error) (Summary, error) {
 	if !s.running.CompareAndSwap(false, true) {
 		return Summary{}, errBusy
 	}
 	defer s.running.Store(false)
-	// A scan leaves garbage that a process with little else to do would keep for minutes.
+	// An otherwise idle process would keep the scan's garbage for minutes.
 	defer debug.FreeOSMemory()
 
 	began := time.Now()
@@ -162,7 +166,7 @@ func (s *Scanner) Scan(ctx context.Context, emit func([]api.DiscoveredCertificat
 	s.found.Store(0)
 	r := newRun(ctx, s, emit)
 	if err := r.readPasswords(); err != nil {
-		r.problems.add("passwords for PKCS#12", err.Error())
+		r.problems.add("PKCS#12 passwords", err.Error())
 	}
 	err := r.scan()
 	r.summary.Errors = r.problems.list()
@@ -171,8 +175,8 @@ func (s *Scanner) Scan(ctx context.Context, emit func([]api.DiscoveredCertificat
 	return r.summary, err
 }
 
-// readPasswords reads the configured ones. A file that no password opened is tried again when they
-// have changed, and once after a start: what they were before is not written down anywhere.
+// readPasswords reads the configured passwords. Files that no password opened are retried if the
+// passwords have changed, and on the first scan after a start, because passwords are not stored.
 func (r *run) readPasswords() error {
 	var list []string
 	var err error
@@ -183,34 +187,34 @@ func (r *run) readPasswords() error {
 			list = append(list, s.Reveal())
 		}
 	}
-	r.retryLocked = !r.s.scanned || !slices.Equal(list, r.s.locked)
+	r.retryLocked = !r.s.scanned || !slices.Equal(list, r.s.tried)
 	if r.retryLocked {
 		r.s.opened.Forget()
 	}
-	r.parser.Passwords, r.s.locked, r.s.scanned = list, list, true
+	r.parser.Passwords, r.s.tried, r.s.scanned = list, list, true
 	return err
 }
 
 func workers() int { return min(max(runtime.GOMAXPROCS(0), 2), maxWorkers) }
 
-// problems collects the errors of a scan within bounds, so that a tree full of
-// damage fits in a report.
+// problems collects the errors of a scan, bounded so that a tree full of damaged files fits into a
+// report.
 type problems struct {
 	mu    sync.Mutex
 	texts []string // guarded by mu
 	bytes int      // guarded by mu
-	more  int      // guarded by mu: errors that were left out
+	more  int      // guarded by mu: errors omitted
 }
 
 const (
 	maxProblems     = 200
-	maxProblem      = 1 << 10  // bytes of one, which is a path and a cause
-	maxProblemPath  = 640      // of its path
-	maxProblemBytes = 64 << 10 // of all
+	maxProblem      = 1 << 10  // bytes of one problem: a path and a cause
+	maxProblemPath  = 640      // bytes of its path
+	maxProblemBytes = 64 << 10 // bytes of all problems together
 )
 
-// problemOf is an entry of a report's errors: a path and what is wrong with it.
-// A path can have 4 KiB. Of a long one both ends are kept, and the cause always.
+// problemOf formats one error of a report. Paths can be 4 KiB long: a long one keeps its beginning
+// and end, so the cause always fits.
 func problemOf(path, cause string) string {
 	path = api.TextOfPath(path)
 	if len(path) > maxProblemPath {
@@ -239,14 +243,14 @@ func (p *problems) note(problem string) {
 func (p *problems) list() []string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	list := slices.Sorted(slices.Values(p.texts)) // the goroutines of a scan add in any order
+	list := slices.Sorted(slices.Values(p.texts)) // several goroutines add
 	if p.more > 0 {
 		list = append(list, fmt.Sprintf("and %d more", p.more))
 	}
 	return list
 }
 
-// cause is what went wrong, without the operation and the path that the standard library adds.
+// cause returns the text of err without the operation and path that package os adds.
 func cause(err error) string {
 	if pathError, ok := errors.AsType[*fs.PathError](err); ok {
 		err = pathError.Err

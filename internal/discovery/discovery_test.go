@@ -21,8 +21,8 @@ import (
 	"certctl-agent/internal/testing/corpus"
 )
 
-// newScanner returns a scanner with an index that believes files at once: a
-// test does not wait until they are two seconds old.
+// newScanner returns a scanner whose index trusts files at once, so tests do not wait until their
+// files are two seconds old.
 func newScanner(t testing.TB, o Options) *Scanner {
 	t.Helper()
 	if o.Log == nil {
@@ -41,7 +41,7 @@ func newScanner(t testing.TB, o Options) *Scanner {
 		t.Fatal(err)
 	}
 	s.racy = 0
-	s.idle = func(f func()) { // with the priority of the others: on a busy host, tests would wait
+	s.idle = func(f func()) { // at normal priority, or tests would be slow on a busy host
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 		f()
@@ -49,7 +49,7 @@ func newScanner(t testing.TB, o Options) *Scanner {
 	return s
 }
 
-// TestGentleScanRests: a gentle scan rests many times as long as it works, within bounds.
+// TestGentleScanRests checks that a gentle scan rests much longer than it works, within bounds.
 func TestGentleScanRests(t *testing.T) {
 	dir := t.TempDir()
 	tree, err := corpus.Write(dir, corpus.Options{Seed: 1, Files: 2000, Certificates: 200})
@@ -80,7 +80,7 @@ func TestGentleScanRests(t *testing.T) {
 	}
 }
 
-// TestRestEndsWithTheScan: a scan that is cancelled does not sleep on.
+// TestRestEndsWithTheScan checks that cancelling a scan ends its rest.
 func TestRestEndsWithTheScan(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
@@ -100,7 +100,7 @@ func scanAll(t testing.TB, s *Scanner) ([]api.DiscoveredCertificate, Summary) {
 		t.Fatal(err)
 	}
 	if summary.Certificates != len(all) {
-		t.Errorf("summary has %d certificates, %d were handed out", summary.Certificates, len(all))
+		t.Errorf("summary has %d certificates, %d were emitted", summary.Certificates, len(all))
 	}
 	return all, summary
 }
@@ -135,7 +135,7 @@ func compare(t *testing.T, got, want []corpus.Certificate) {
 	}
 }
 
-// mustRemember fails unless nothing was read.
+// mustRemember fails the test if a rescan read anything.
 func mustRemember(t *testing.T, summary Summary) {
 	t.Helper()
 	if summary.Read != 0 {
@@ -167,7 +167,7 @@ func TestCorpus(t *testing.T) {
 	}
 	for _, path := range tree.Damaged {
 		if !slices.ContainsFunc(summary.Errors, func(problem string) bool { return strings.HasPrefix(problem, path+": ") }) {
-			t.Errorf("damage in %s is not named", path)
+			t.Errorf("damage in %s is not reported", path)
 		}
 	}
 	if len(summary.Errors) != len(tree.Damaged) {
@@ -184,15 +184,15 @@ func TestCorpus(t *testing.T) {
 	warm, again := scanAll(t, s)
 	mustRemember(t, again)
 	if !slices.EqualFunc(cold, warm, func(a, b api.DiscoveredCertificate) bool { return fmt.Sprint(a) == fmt.Sprint(b) }) {
-		t.Error("an unchanged rescan hands out something else, or in another order")
+		t.Error("an unchanged rescan emits other certificates, or another order")
 	}
 	if !slices.Equal(summary.Errors, again.Errors) {
 		t.Errorf("an unchanged rescan has %d errors, want the same %d", len(again.Errors), len(summary.Errors))
 	}
 }
 
-// TestChanges: whatever happens between two scans, the second one hands out
-// what a scan without an index does.
+// TestChanges checks, for changes of all kinds, that a second scan emits what a scan without an
+// index does.
 func TestChanges(t *testing.T) {
 	dir := t.TempDir()
 	if _, err := corpus.Write(dir, corpus.Options{Seed: 2, Files: 500, Certificates: 150, Odd: true}); err != nil {
@@ -265,12 +265,12 @@ func TestRecentFilesAreReadAgain(t *testing.T) {
 	s.racy = racyWindow
 	for range 2 {
 		if found, summary := scanAll(t, s); len(found) != 1 || summary.Read != 1 {
-			t.Errorf("found %d, read %d; a file this young can change without a trace, so it is read again", len(found), summary.Read)
+			t.Errorf("found %d, read %d; a file this young can change without a trace, so it must be read again", len(found), summary.Read)
 		}
 	}
 }
 
-// TestLinks: letsencrypt, Debian's /etc/ssl/certs and Kubernetes volumes.
+// TestLinks covers Let's Encrypt's directories, Debian's /etc/ssl/certs and Kubernetes volumes.
 func TestLinks(t *testing.T) {
 	outside, dir := t.TempDir(), t.TempDir()
 	cert, err := os.ReadFile("certfile/testdata/ed25519.pem")
@@ -284,7 +284,7 @@ func TestLinks(t *testing.T) {
 		t.Fatal(err)
 	}
 	for link, target := range map[string]string{
-		"live/cert.pem":   "../archive/cert1.pem",           // scanned anyway
+		"live/cert.pem":   "../archive/cert1.pem",           // scanned under its own path
 		"live/other.pem":  filepath.Join(outside, "ca.crt"), // only here
 		"live/zother.pem": filepath.Join(outside, "ca.crt"), // the same file again
 		"live/loop":       "..",
@@ -322,7 +322,7 @@ func TestLinks(t *testing.T) {
 		if !maps.Equal(summary.Skipped, want) {
 			t.Errorf("skipped %v, want %v", summary.Skipped, want)
 		}
-		if want := []string{top + "/live/gone.pem: the link leads nowhere: no such file or directory"}; !slices.Equal(summary.Errors, want) {
+		if want := []string{top + "/live/gone.pem: dangling link: no such file or directory"}; !slices.Equal(summary.Errors, want) {
 			t.Errorf("errors %q, want %q", summary.Errors, want)
 		}
 	}
@@ -450,14 +450,14 @@ func TestCancel(t *testing.T) {
 			t.Errorf("error %v, want the cancellation", err)
 		}
 		if late > 0 {
-			t.Errorf("%d certificates were handed out after the scan was cancelled", late)
+			t.Errorf("%d certificates were emitted after the scan was cancelled", late)
 		}
 	}
 	_, err = s.Scan(t.Context(), func([]api.DiscoveredCertificate) error { return reason })
 	if !errors.Is(err, reason) {
 		t.Errorf("error %v, want that of emit", err)
 	}
-	// The index is not that of a scan that was broken off.
+	// The index is not damaged by the interruptions.
 	found, _ := scanAll(t, s)
 	compare(t, summarise(found), tree.Certificates)
 }

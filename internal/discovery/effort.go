@@ -9,38 +9,38 @@ import (
 	"certctl-agent/internal/discovery/certfile"
 )
 
-// A file can ask for any amount of work: the derivation of a key takes as many iterations as it
-// says, once for each password. What one file may cost is bounded where it is read; here is what
-// many may. Only the work beyond what a file of that size ordinarily takes counts, so a large tree
-// of ordinary files never comes to these limits. What does is named, and read by the next scan,
-// which finds the rest in the index.
+// A key store can demand any amount of work: it names the number of key derivation iterations, and
+// each password needs them. Package certfile bounds the work for one file; these limits bound it
+// for a whole scan. Only time beyond what an ordinary file of that size takes counts, so large
+// trees of ordinary files never reach the limits. Files beyond a limit are reported as errors and
+// read by the next scan, which finds the other files in the index.
 
 const (
-	// ownerTime is the processor time for the files of one user in a scan.
+	// ownerTime limits the processor time for one user's files in a scan.
 	ownerTime = time.Minute
 
-	// scanTime is that for the key stores of all users. One user can own files
-	// under thousands of ids.
+	// scanTime limits the processor time for all key stores, because one person can own files under
+	// thousands of user ids.
 	scanTime = 10 * time.Minute
 
-	// fileTime and byteTime are what a file may take without being counted.
+	// fileTime and byteTime are the processor time per file and per byte that is not counted.
 	fileTime = time.Millisecond
 	byteTime = 64 * time.Nanosecond
 
-	// measuredSize is that of the smallest ordinary file that is measured: what
-	// is smaller takes a millisecond or two.
+	// measuredSize is the size from which ordinary files are measured. Smaller ones take a
+	// millisecond or two.
 	measuredSize = 64 << 10
 
-	// ownerBytes is how much a scan reports of the files of one user, as weight counts it: over a
-	// hundred thousand certificates. With links to one file, a user can have any number of them,
-	// and what comes later in the walk would be reported never.
+	// ownerBytes limits the weight of the certificates reported from one user's files: over a
+	// hundred thousand certificates. A user can have any number of links to one file, and would
+	// otherwise keep later files from ever being reported.
 	ownerBytes = 512 << 20
 
-	// maxOwners bounds the users that are told apart.
+	// maxOwners bounds the users that are counted separately.
 	maxOwners = 1 << 10
 )
 
-// effort is the processor time that files have taken in one scan.
+// effort counts the processor time that files have taken in one scan.
 type effort struct {
 	ownerLimit, limit time.Duration
 
@@ -49,11 +49,11 @@ type effort struct {
 	owners map[uint32]time.Duration // guarded by mu
 }
 
-// rootUser is the user whose files no other user's can keep from a report.
+// rootUser is the user whose files are always reported, whatever files other users have.
 const rootUser = 0
 
-// allows reports whether a file may be looked into. After the limit of the whole scan only key
-// stores may not, those of root excepted: everything else is cheap.
+// allows reports whether a file may be parsed. When the limit of the whole scan is reached, only
+// key stores of users other than root are refused: everything else is cheap.
 func (e *effort) allows(owner uint32, store bool) bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -74,16 +74,17 @@ func (e *effort) count(owner uint32, size int, took time.Duration) {
 	e.owners[countedAs(e.owners, owner)] += took
 }
 
-// countedAs is the user under whom a file is counted: from maxOwners on, all but root are one.
+// countedAs returns the user to count a file under. After maxOwners users all new ones but root
+// share an entry.
 func countedAs[T any](known map[uint32]T, owner uint32) uint32 {
 	if _, ok := known[owner]; !ok && len(known) >= maxOwners && owner != rootUser {
-		return ^uint32(0) // no user: chown(2)
+		return ^uint32(0) // never a valid user: chown(2)
 	}
 	return owner
 }
 
-// lookInto returns the outcome of a file's bytes, or nil when there is no processor time for it.
-func (r *run) lookInto(name string, data []byte, owner uint32) certfile.Outcome {
+// parse returns the outcome of a file's bytes, or nil if no processor time is left for it.
+func (r *run) parse(name string, data []byte, owner uint32) certfile.Outcome {
 	if !certfile.WorthParsing(name, data) {
 		data = nil
 	}
@@ -110,10 +111,10 @@ func (r *run) lookInto(name string, data []byte, owner uint32) certfile.Outcome 
 	return outcome
 }
 
-// leftOut are files of each user that were passed over for the sake of others.
+// leftOut counts each user's files that were omitted because of a limit.
 type leftOut map[uint32]firstOf
 
-// firstOf is the first of some files.
+// firstOf is the path of the first of a number of files.
 type firstOf struct {
 	path  string
 	files int
@@ -128,17 +129,17 @@ func (l leftOut) note(e *entry) {
 	l[owner] = first
 }
 
-// mayReport reports whether there is room in the report for a file's certificates.
+// mayReport reports whether the certificates in a user's file are still within ownerBytes.
 func (r *run) mayReport(owner uint32) bool {
 	return owner == rootUser || r.reported[countedAs(r.reported, owner)] < r.s.ownerBytes
 }
 
-// nameLeftOut adds one error for each user, so that one user's files do not fill the report.
-func (r *run) nameLeftOut() {
+// reportLeftOut adds one error per user, so that one user's files do not fill the report.
+func (r *run) reportLeftOut() {
 	for owner, first := range r.unread {
-		r.problems.add(first.path, fmt.Sprintf("not looked into, like %d more files of user %d: the processor time that a scan has for such files is used up; the next scan goes on", first.files-1, owner))
+		r.problems.add(first.path, fmt.Sprintf("not parsed, like %d other files of user %d: a scan's processor time for such files is used up; the next scan continues with them", first.files-1, owner))
 	}
 	for owner, first := range r.unreported {
-		r.problems.add(first.path, fmt.Sprintf("what it holds is not reported, nor is that of %d more files of user %d: a scan reports up to %d MiB of the files of one user", first.files-1, owner, r.s.ownerBytes>>20))
+		r.problems.add(first.path, fmt.Sprintf("its certificates are not reported, like those in %d other files of user %d: a scan reports at most %d MiB from the files of one user", first.files-1, owner, r.s.ownerBytes>>20))
 	}
 }

@@ -17,8 +17,7 @@ import (
 	"certctl-agent/internal/testing/corpus"
 )
 
-// TestDamagedIndex: whatever happens to the index, the scan is right and the
-// next one remembers again.
+// TestDamagedIndex checks that a damaged index does not affect the results and is replaced.
 func TestDamagedIndex(t *testing.T) {
 	dir, state := t.TempDir(), t.TempDir()
 	tree, err := corpus.Write(dir, corpus.Options{Seed: 4, Files: 300, Certificates: 100, Odd: true})
@@ -53,7 +52,7 @@ func TestDamagedIndex(t *testing.T) {
 		log.Reset()
 		found, summary := scanAll(t, s)
 		compare(t, summarise(found), tree.Certificates)
-		if !strings.Contains(log.String(), "thrown away") {
+		if !strings.Contains(log.String(), "discarded") {
 			t.Errorf("%s: the log does not say so; read %d files", what, summary.Read)
 		}
 		_, summary = scanAll(t, s)
@@ -61,8 +60,8 @@ func TestDamagedIndex(t *testing.T) {
 	}
 }
 
-// TestIndexThatLies: a record that does not decode in spite of its checksum
-// costs one scan, not all that follow.
+// TestIndexThatLies checks that a record that does not decode in spite of its checksum fails only
+// one scan.
 func TestIndexThatLies(t *testing.T) {
 	dir, state := t.TempDir(), t.TempDir()
 	text, _ := testCertificate(t)

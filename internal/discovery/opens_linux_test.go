@@ -6,8 +6,7 @@ import (
 	"testing"
 )
 
-// watchOpens returns a function that tells which files of some directories
-// have been opened.
+// watchOpens returns a function that lists the files in dirs that have been opened.
 func watchOpens(t *testing.T, dirs ...string) func() []string {
 	t.Helper()
 	watch, err := syscall.InotifyInit1(syscall.IN_NONBLOCK | syscall.IN_CLOEXEC)

@@ -2,5 +2,5 @@
 
 package discovery
 
-// many is fewer under the race detector, which makes JSON ten times slower.
+// many is smaller under the race detector, which makes JSON ten times slower.
 const many = 5_000

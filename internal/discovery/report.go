@@ -16,46 +16,46 @@ import (
 )
 
 const (
-	// maxBody is the size that no report reaches, half of what control planes take by default.
+	// maxBody is the size that every report stays below, in bytes: half of the limit that control
+	// planes have by default.
 	maxBody = 512 << 10
 
-	// gap is the mean pause between the reports of one scan. A fleet shares
-	// its control plane's rate limit, and nobody waits for an inventory.
+	// gap is the mean pause between the reports of a scan. All hosts share the control plane's rate
+	// limit, and discovery is not urgent.
 	gap = 500 * time.Millisecond
 
-	// retryInterval is the unit of the back-off between tries of one report.
+	// retryInterval is the base of the back-off between retries of a report.
 	retryInterval = 30 * time.Second
 
-	// maxRefused bounds how many entries are refused one by one before a single report was
-	// accepted, and maxRefusedInAll how many in one scan: each costs several requests. From then on
-	// a refused report is left out as a whole and the next one is tried, so a control plane that
-	// takes none is not asked about fifty thousand entries, and entries that it does not like
-	// cannot keep others from it.
+	// Each refused entry costs several requests, because its report is split until the entry is
+	// alone. After maxRefused such entries without one accepted report, or maxRefusedInAll in one
+	// scan, a refused report is omitted as a whole. So a control plane that accepts nothing does
+	// not get requests for fifty thousand entries, and bad entries do not keep the others from
+	// being reported.
 	maxRefused      = 20
 	maxRefusedInAll = 200
 
-	// maxNamed bounds the entries that a scan's errors name as left out.
+	// maxNamed bounds the omitted entries that a report lists as errors.
 	maxNamed = 20
 
-	// sendShare is the part of the interval, as its divisor, that is kept for
-	// reports: a scan ends that long before the next one is due.
+	// A scan stops after the interval minus interval/sendShare, to leave time for its reports.
 	sendShare = 10
 )
 
 var (
-	// errOverdue ends a scan whose reports did not arrive before the next one is due.
-	errOverdue = errors.New("the reports of this scan were not accepted before the next scan is due")
+	// errOverdue ends a scan whose reports have not been accepted before the next scan is due.
+	errOverdue = errors.New("the reports of this scan were not accepted before the next scan was due")
 
-	// errUnfinished ends a scan that takes too long. What it found is reported.
-	errUnfinished = errors.New("the scan ended early because the next one is almost due; that one does not read again what this one has read")
+	// errUnfinished ends a scan that takes too long. Its results so far are reported.
+	errUnfinished = errors.New("the scan was stopped because the next one is almost due; the next one skips the files that this one has read")
 )
 
-// Plane takes reports. Its errors are those of package api.
+// Plane receives reports. It returns the errors of package api.
 type Plane interface {
 	ReportDiscovery(ctx context.Context, report api.DiscoveryReport) error
 }
 
-// ReporterOptions is what a Reporter needs.
+// ReporterOptions configures a Reporter.
 type ReporterOptions struct {
 	Scanner interface {
 		Scan(ctx context.Context, emit func([]api.DiscoveredCertificate) error) (Summary, error)
@@ -63,12 +63,11 @@ type ReporterOptions struct {
 	Plane    Plane
 	AgentID  string
 	Dirs     []string      // as configured
-	Interval time.Duration // between scans: what is not accepted by then is given up
+	Interval time.Duration // between scans; reports not accepted by then are dropped
 	Log      *slog.Logger
 }
 
-// Reporter carries scans from the walk to reports that the control plane has
-// accepted. Run is not to be called twice at a time.
+// Reporter scans and reports the results to the control plane. Run must not be called concurrently.
 type Reporter struct {
 	opts ReporterOptions
 	gap  time.Duration
@@ -80,19 +79,20 @@ func NewReporter(o ReporterOptions) *Reporter {
 	return &Reporter{opts: o, gap: gap, draw: pace.Global}
 }
 
-// Stats says what a scan saw and what became of it.
+// Stats counts what a scan found and reported.
 type Stats struct {
 	Files        int
-	Certificates int           // found; the same one at two paths counts twice
-	Reported     int           // of these, accepted by the control plane
-	Refused      int           // of these, left out: refused, or too large for a report
-	Reports      int           // accepted
+	Certificates int           // found; one certificate at two paths counts twice
+	Reported     int           // certificates that the control plane accepted
+	Refused      int           // certificates omitted: refused, or too large for a report
+	Reports      int           // reports accepted
 	Errors       int           // files and directories that could not be read or parsed
-	Duration     time.Duration // of the scan, without waiting for the control plane
+	Duration     time.Duration // of the scan, without the time spent on reports
 }
 
-// Run scans once and returns when everything that was found has been accepted or refused for good.
-// Nothing found and no errors: nothing is sent. After an error the next scan reports it all again.
+// Run scans once and returns when everything found has been accepted or permanently refused. It
+// sends nothing if there are neither certificates nor errors. After an error, the next scan reports
+// everything again.
 func (s *Reporter) Run(ctx context.Context) (Stats, error) {
 	scanning := ctx
 	if s.opts.Interval > 0 {
@@ -104,7 +104,7 @@ func (s *Reporter) Run(ctx context.Context) (Stats, error) {
 	}
 	r := &reports{Reporter: s, ctx: ctx, began: time.Now(), pacer: pace.New(retryInterval, s.draw)}
 	summary, err := s.opts.Scanner.Scan(scanning, r.collect)
-	problems := append(summary.Errors, r.named()...)
+	problems := append(summary.Errors, r.tooLargeErrors()...)
 	if err != nil && r.failed == nil && errors.Is(context.Cause(scanning), errUnfinished) {
 		if !errors.Is(err, errUnfinished) {
 			err = fmt.Errorf("%w: %w", errUnfinished, err)
@@ -114,7 +114,7 @@ func (s *Reporter) Run(ctx context.Context) (Stats, error) {
 	r.stats.Files, r.stats.Certificates, r.stats.Errors = summary.Files, summary.Certificates, len(problems)
 	r.stats.Duration = time.Since(r.began) - r.sending
 	if r.failed == nil && ctx.Err() == nil {
-		// What was found before a scan broke off is true all the same.
+		// Certificates found before the scan was interrupted are still valid results.
 		err = errors.Join(err, r.finish(problems))
 	}
 	if err != nil && ctx.Err() != nil {
@@ -125,29 +125,29 @@ func (s *Reporter) Run(ctx context.Context) (Stats, error) {
 	return r.stats, err
 }
 
-// reports are those of one scan.
+// reports delivers the reports of one scan.
 type reports struct {
 	*Reporter
 	ctx     context.Context
 	began   time.Time
-	sending time.Duration // spent on reports
+	sending time.Duration // time spent on reports
 	pacer   *pace.Pacer
 	stats   Stats
-	failed  error // of a report, which ended the scan
+	failed  error // of the report that ended the scan
 
-	patience pace.Patience
-	believes bool // a gateway's refusals are: one has lasted
+	patience      pace.Patience
+	trustsGateway bool // a doubtful refusal has lasted: take further ones as final
 
 	pending []api.DiscoveredCertificate
-	size    int // of pending in the body
+	size    int // of pending in the body, in bytes
 
-	large    []string // errors that name what does not fit into a report
-	tooLarge int      // certificates that do not, named or not
-	refused  int      // entries that the control plane refused alone
-	refusal  error    // of the last of them
+	large    []string // errors for certificates that do not fit into a report
+	tooLarge int      // all such certificates, listed in large or not
+	refused  int      // entries that the control plane refused when sent alone
+	refusal  error    // of the last refused entry
 }
 
-// collect gathers certificates until a report is full.
+// collect adds certificates to the pending report and sends it when it is full.
 func (r *reports) collect(found []api.DiscoveredCertificate) error {
 	for _, cert := range found {
 		encoded, err := json.Marshal(cert)
@@ -160,7 +160,7 @@ func (r *reports) collect(found []api.DiscoveredCertificate) error {
 			r.stats.Refused++
 			r.tooLarge++
 			if len(r.large) < maxNamed {
-				r.large = append(r.large, problemOf(cert.SourcePath, fmt.Sprintf("a certificate takes %d bytes in a report, whose limit is %d: it is left out", size, maxBody)))
+				r.large = append(r.large, problemOf(cert.SourcePath, fmt.Sprintf("certificate omitted: it takes %d bytes in a report, and the limit is %d", size, maxBody)))
 			}
 			continue
 		}
@@ -175,15 +175,15 @@ func (r *reports) collect(found []api.DiscoveredCertificate) error {
 	return nil
 }
 
-// named is what the errors of the scan say about entries that were too large.
-func (r *reports) named() []string {
+// tooLargeErrors returns errors for the certificates that do not fit into a report.
+func (r *reports) tooLargeErrors() []string {
 	if more := r.tooLarge - len(r.large); more > 0 {
 		return append(r.large, fmt.Sprintf("and %d more certificates too large for a report", more))
 	}
 	return r.large
 }
 
-// envelope is the size of a report without certificates.
+// envelope returns the size of a report without certificates, in bytes.
 func (r *reports) envelope(problems []string) int {
 	encoded, err := json.Marshal(r.report(nil, problems))
 	if err != nil {
@@ -192,7 +192,7 @@ func (r *reports) envelope(problems []string) int {
 	return len(encoded)
 }
 
-// finish sends what is left, with the errors of the scan.
+// finish sends the last report, with the errors of the scan.
 func (r *reports) finish(problems []string) error {
 	if len(r.pending) > 0 && r.envelope(problems)+r.size >= maxBody {
 		if err := r.flush(nil); err != nil {
@@ -236,8 +236,8 @@ func (r *reports) report(certs []api.DiscoveredCertificate, problems []string) a
 	return report
 }
 
-// send delivers one report, in halves where it is refused as a whole: for its
-// size, or for one entry that the control plane does not like.
+// send delivers a report. If the control plane refuses it, because of its size or because of one
+// entry, send splits it in halves.
 func (r *reports) send(certs []api.DiscoveredCertificate, problems []string, size int) error {
 	err := r.deliver(r.report(certs, problems))
 	switch {
@@ -247,16 +247,16 @@ func (r *reports) send(certs []api.DiscoveredCertificate, problems []string, siz
 		return nil
 	case !refusesContent(err):
 		return err
-	case len(certs) > 1 && r.refusedEnough():
+	case len(certs) > 1 && r.tooManyRefused():
 		r.stats.Refused += len(certs)
-		r.opts.Log.Warn("discovery report left out: the control plane refuses it, as it refused many entries of this scan",
+		r.opts.Log.Warn("discovery report omitted: the control plane refuses it, after refusing many entries of this scan",
 			"certificates", len(certs), "from", certs[0].SourcePath, "to", certs[len(certs)-1].SourcePath, "error", err.Error())
 		if len(problems) > 0 {
 			return r.send(nil, problems, r.envelope(problems))
 		}
 		return nil
 	case len(certs) > 1:
-		r.opts.Log.Debug("discovery report refused: sending halves", "certificates", len(certs), "bytes", size, "error", err.Error())
+		r.opts.Log.Debug("discovery report refused: splitting it", "certificates", len(certs), "bytes", size, "error", err.Error())
 		half := len(certs) / 2
 		if err := r.send(certs[:half], nil, size/2); err != nil {
 			return err
@@ -268,24 +268,23 @@ func (r *reports) send(certs []api.DiscoveredCertificate, problems []string, siz
 		}
 		return r.send(nil, problems, size)
 	case len(certs) == 0:
-		r.opts.Log.Warn("errors of the scan not reported: the control plane refuses them", "errors", len(problems), "error", err.Error())
+		r.opts.Log.Warn("scan errors not reported: the control plane refuses them", "errors", len(problems), "error", err.Error())
 		return nil
 	}
 	r.stats.Refused++
 	r.refused, r.refusal = r.refused+1, err
-	r.opts.Log.Warn("certificate left out: the control plane refuses it", "path", certs[0].SourcePath,
+	r.opts.Log.Warn("certificate omitted: the control plane refuses it", "path", certs[0].SourcePath,
 		"fingerprint", certs[0].FingerprintSHA256, "error", err.Error())
 	return nil
 }
 
-// refusedEnough reports whether looking for the entries that the control plane
-// does not like costs more than it is worth.
-func (r *reports) refusedEnough() bool {
+// tooManyRefused reports whether to stop searching refused reports for the entries at fault.
+func (r *reports) tooManyRefused() bool {
 	return r.stats.Reported == 0 && r.refused >= maxRefused || r.refused >= maxRefusedInAll
 }
 
-// refusesContent reports whether another body may be accepted. 400 is also
-// what a body over the limit gets.
+// refusesContent reports whether another body may be accepted. Some servers answer a body over
+// their limit with 400.
 func refusesContent(err error) bool {
 	return answered(err, http.StatusBadRequest, http.StatusRequestEntityTooLarge, http.StatusUnprocessableEntity) || forbidden(err)
 }
@@ -295,14 +294,15 @@ func answered(err error, statuses ...int) bool {
 	return ok && slices.Contains(statuses, status.Status)
 }
 
-// forbidden reports whether a gateway forbids what the control plane has not seen. Some look for
-// attacks in what is sent, and anybody can have a certificate made whose name looks like one.
+// forbidden reports whether a gateway refused a report before the control plane saw it. Some
+// gateways search bodies for attacks, and anyone can obtain a certificate with a name that looks
+// like one.
 func forbidden(err error) bool {
 	status, ok := errors.AsType[*api.StatusError](err)
 	return ok && status.Status == http.StatusForbidden && !status.Own
 }
 
-// deliver sends a report until it is answered for good.
+// deliver sends a report and retries until it gets a final answer.
 func (r *reports) deliver(report api.DiscoveryReport) error {
 	if r.stats.Reports > 0 && r.gap > 0 {
 		if err := sleep(r.ctx, r.gap/2+time.Duration(r.draw(int64(r.gap)))); err != nil {
@@ -312,18 +312,18 @@ func (r *reports) deliver(report api.DiscoveryReport) error {
 	for {
 		err := r.opts.Plane.ReportDiscovery(r.ctx, report)
 		doubtful := api.Doubtful(err) || forbidden(err)
-		r.believes = r.patience.Lasts(doubtful) || r.believes
+		r.trustsGateway = r.patience.Lasts(doubtful) || r.trustsGateway
 		switch {
 		case err == nil:
 			r.pacer.Next(pace.Outcome{})
 			return nil
 		case errors.Is(err, api.ErrRetired) || errors.Is(err, api.ErrGone) || !api.Temporary(err) || r.ctx.Err() != nil:
 			return err
-		case answered(err, http.StatusRequestEntityTooLarge) || r.believes && doubtful:
-			return err // a gateway's limit is as good a reason to send less as the control plane's
+		case answered(err, http.StatusRequestEntityTooLarge) || r.trustsGateway && doubtful:
+			return err // a gateway's limit counts like the control plane's
 		}
 		wait := r.pacer.Next(pace.After(err))
-		r.opts.Log.Warn("discovery report not delivered: trying again", "certificates", len(report.Certificates),
+		r.opts.Log.Warn("discovery report not delivered: retrying", "certificates", len(report.Certificates),
 			"wait", wait.Round(time.Second).String(), "error", err.Error())
 		if err := sleep(r.ctx, wait); err != nil {
 			return err

@@ -40,14 +40,14 @@ func (f fakeScanner) Scan(ctx context.Context, emit func([]api.DiscoveredCertifi
 			if err := emit(batch); err != nil {
 				return Summary{Certificates: i + 1}, err
 			}
-			clear(batch) // as the real one does
+			clear(batch) // as a real scan does
 			batch = batch[:0]
 		}
 	}
 	return Summary{Files: 2 * f.n, Certificates: f.n, Errors: f.errors}, f.err
 }
 
-// fakePlane answers as told and remembers what it accepted.
+// fakePlane answers with the errors of answer and records what it accepts.
 type fakePlane struct {
 	t       *testing.T
 	answer  func(n int, body []byte, report api.DiscoveryReport) error
@@ -136,8 +136,8 @@ func TestEmptyScan(t *testing.T) {
 	}
 }
 
-// TestGatewaysSizeLimit: a gateway's 413 halves a report at once; any other
-// refusal of its own does when it has lasted, and then for the whole scan.
+// TestGatewaysSizeLimit checks that a gateway's 413 splits a report at once. Its other refusals do
+// so only after they have lasted, and then for the rest of the scan.
 func TestGatewaysSizeLimit(t *testing.T) {
 	for code, most := range map[int]time.Duration{http.StatusRequestEntityTooLarge: time.Minute, http.StatusBadRequest: 20 * time.Minute} {
 		synctest.Test(t, func(t *testing.T) {
@@ -156,7 +156,7 @@ func TestGatewaysSizeLimit(t *testing.T) {
 	}
 }
 
-// TestSizeLimit: control planes answer 400 or 413 to a body over their limit.
+// TestSizeLimit covers control planes that answer 400 or 413 to a body over their limit.
 func TestSizeLimit(t *testing.T) {
 	for _, code := range []int{http.StatusBadRequest, http.StatusRequestEntityTooLarge} {
 		synctest.Test(t, func(t *testing.T) {
@@ -196,8 +196,8 @@ func TestOneBadEntryIsLeftOutAndNamed(t *testing.T) {
 	})
 }
 
-// TestCertificateThatAGatewayForbids: a firewall takes a name for an attack, and
-// the other certificates arrive.
+// TestCertificateThatAGatewayForbids checks that a firewall that takes one name for an attack does
+// not keep the other certificates from arriving.
 func TestCertificateThatAGatewayForbids(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const bad = "/srv/00007.pem"
@@ -306,15 +306,15 @@ func TestBrokenScanReportsWhatItFound(t *testing.T) {
 	})
 }
 
-// scanFunc is a scanner that does as told.
+// scanFunc adapts a function to the interface of a scanner.
 type scanFunc func(ctx context.Context, emit func([]api.DiscoveredCertificate) error) (Summary, error)
 
 func (f scanFunc) Scan(ctx context.Context, emit func([]api.DiscoveredCertificate) error) (Summary, error) {
 	return f(ctx, emit)
 }
 
-// TestWhatDoesNotFitIsLeftOutAndNamed: certificates that are too large for a
-// report come first, and everything else arrives.
+// TestWhatDoesNotFitIsLeftOutAndNamed checks that everything else arrives if the first certificates
+// are too large for a report.
 func TestWhatDoesNotFitIsLeftOutAndNamed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const large, rest = 100, 300
@@ -324,7 +324,7 @@ func TestWhatDoesNotFitIsLeftOutAndNamed(t *testing.T) {
 			for i := range large + rest {
 				cert := fakeCertificate(i, 300)
 				if i < large {
-					// By its PEM, or by names that grow when they are escaped.
+					// Too large because of the PEM, or because of names that grow when escaped.
 					cert.PEMData = strings.Repeat("A", maxBody*(i%2))
 					cert.SANs = []string{strings.Repeat("<", maxBody/6)}
 				}
@@ -338,18 +338,18 @@ func TestWhatDoesNotFitIsLeftOutAndNamed(t *testing.T) {
 			return Summary{Certificates: large + rest, Errors: []string{"/x: y"}}, nil
 		}), Plane: plane, AgentID: "agent-1", Dirs: []string{"/srv"}, Interval: 6 * time.Hour, Log: slog.New(slog.DiscardHandler)}).Run(t.Context())
 		if err != nil || stats.Reported != rest || stats.Refused != large || plane.calls != stats.Reports {
-			t.Errorf("stats %+v after %d calls, error %v; want %d reported and %d left out", stats, plane.calls, err, rest, large)
+			t.Errorf("stats %+v after %d calls, error %v; want %d reported and %d omitted", stats, plane.calls, err, rest, large)
 		}
 		problems := plane.reports[len(plane.reports)-1].Errors
-		if len(problems) != maxNamed+2 || stats.Errors != len(problems) || !strings.Contains(problems[2], "/srv/00001.pem: a certificate takes ") ||
-			!strings.Contains(problems[1], "/end.pem: a certificate takes ") || problems[maxNamed+1] != "and 80 more certificates too large for a report" {
-			t.Errorf("errors %q, want the scan's and what was left out, within bounds", problems)
+		if len(problems) != maxNamed+2 || stats.Errors != len(problems) || !strings.Contains(problems[2], "/srv/00001.pem: certificate omitted: it takes ") ||
+			!strings.Contains(problems[1], "/end.pem: certificate omitted: it takes ") || problems[maxNamed+1] != "and 80 more certificates too large for a report" {
+			t.Errorf("errors %q, want the scan's and the omitted certificates, within bounds", problems)
 		}
 	})
 }
 
-// TestRefusedEntriesDoNotHideOthers: whoever can place certificates that the
-// control plane does not take, first in the walk, must not keep others from it.
+// TestRefusedEntriesDoNotHideOthers checks that certificates that the control plane refuses do not
+// keep later ones from being reported. Users can place such certificates early in the walk.
 func TestRefusedEntriesDoNotHideOthers(t *testing.T) {
 	for _, test := range []struct{ bad, good, maxCalls int }{{20, 3000, 200}, {200, 3000, 1000}, {5000, 3000, 4000}} {
 		synctest.Test(t, func(t *testing.T) {
@@ -374,8 +374,8 @@ func TestRefusedEntriesDoNotHideOthers(t *testing.T) {
 	}
 }
 
-// TestUnfinishedScanIsReported: a scan that takes too long ends before the next
-// one is due, and what it found arrives.
+// TestUnfinishedScanIsReported checks that a slow scan ends before the next one is due and reports
+// what it found.
 func TestUnfinishedScanIsReported(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		plane := &fakePlane{t: t}

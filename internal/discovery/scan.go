@@ -21,32 +21,31 @@ import (
 )
 
 const (
-	// segmentFiles and segmentBytes are how much is read in one task.
+	// segmentFiles and segmentBytes bound the files that one task reads.
 	segmentFiles = 512
 	segmentBytes = 256 << 10
 
-	// readAhead bounds the files that are read, or wait to be emitted, in
-	// bytes, in units of readUnit. It decides how much memory a scan takes.
+	// readAhead bounds the bytes of files that are being read or wait to be emitted. It is counted
+	// in units of readUnit and determines the memory use of a scan.
 	readAhead = 2 << 20
 	readUnit  = 32 << 10
 
-	// emitAtOnce and emitBytes are how many certificates are handed out at a
-	// time. One certificate may be larger.
+	// emitAtOnce and emitBytes bound a batch of certificates. A single certificate may be larger.
 	emitAtOnce = 64
 	emitBytes  = 256 << 10
 
-	// racyWindow is how long a file must have been left alone before what was read of it is
-	// believed later. A file system's clock may tick as slowly as every two seconds, and a change
-	// within one tick leaves all times as they are.
+	// racyWindow is how long a file must have been unchanged before its content is remembered. The
+	// clock of a file system may tick only every two seconds, so a second change within one tick
+	// leaves its times as they are.
 	racyWindow = 2 * time.Second
 )
 
 type identity struct{ dev, ino uint64 }
 
-// run is one scan. Fields without a remark are set before its goroutines start.
+// run is one scan. Fields without an owner are set before its goroutines start.
 //
-// The walk (one goroutine) goes through the directories in order, beside it the old index; it hands
-// segments to the goroutine that emits, and what has to be read to the workers.
+// The walk, in one goroutine, visits directories in order and compares them with the old index. It
+// passes segments to the emitter goroutine and files to read to the workers.
 type run struct {
 	s      *Scanner
 	ctx    context.Context
@@ -62,19 +61,19 @@ type run struct {
 
 	tasks    chan *task
 	segments chan *segment
-	budget   chan struct{} // a token for each readUnit in flight
+	budget   chan struct{} // one token per readUnit in flight
 	workers  sync.WaitGroup
 
 	coveredMu   sync.Mutex
-	coveredDirs map[string]bool // guarded by coveredMu: whether the walk lists a directory, by its real path
+	coveredDirs map[string]bool // guarded by coveredMu: whether the walk lists a directory, by real path
 
-	anyFile  bool              // a root is a file; set before the walk begins
-	named    sync.Map          // mount points of hung file systems already named
-	linked   map[identity]bool // files reached by links; owned by the walk
-	open     *segment          // being filled; owned by the walk
-	filled   int               // entries of the segment before it; owned by the walk
+	anyFile  bool              // some root is a file; set before the walk begins
+	hung     sync.Map          // mount points of hung file systems that were reported
+	linked   map[identity]bool // files reached through links; owned by the walk
+	open     *segment          // the segment being filled; owned by the walk
+	filled   int               // number of entries of the previous segment; owned by the walk
 	old      *index.Reader
-	oldFile  index.File // next of the old index, when haveOld; owned by the walk
+	oldFile  index.File // next file of the old index, if haveOld; owned by the walk
 	haveOld  bool
 	problems problems
 
@@ -88,41 +87,40 @@ type run struct {
 	// Owned by the emitter.
 	batch      []api.DiscoveredCertificate
 	batchBytes int
-	last       entry          // the last one that was emitted: its directory and name
-	unread     leftOut        // for lack of processor time
-	reported   map[uint32]int // the weight of the certificates of each user's files
-	unreported leftOut        // for lack of room among those
+	last       entry          // directory and name of the last emitted file
+	unread     leftOut        // files that would exceed a limit of processor time
+	reported   map[uint32]int // weight of the certificates in each user's files
+	unreported leftOut        // files that would exceed ownerBytes
 }
 
-// segment is a number of files in the order of the walk, of which those that
-// are not in the index are read by one task.
+// segment is a run of files in walk order. One task reads those that are not in the index.
 type segment struct {
-	*task   // nil: nothing to read
+	*task   // nil if there is nothing to read
 	entries []entry
-	units   int    // of the budget
-	gone    bool   // a file of the old index is not there any more
-	bytes   int64  // that its entries hold, or read
-	block   int64  // of the old index, the last one that an entry is in
-	reads   bool   // a file is to be read
-	on      string // mount point of all that is to be read
+	units   int    // tokens of the budget that it holds
+	removed bool   // a file of the old index no longer exists
+	bytes   int64  // memory that its entries hold, or need for reading
+	block   int64  // last block of the old index that it refers to
+	reads   bool   // some file must be read
+	on      string // mount point of the files to read
 }
 
-// entry is a file in a segment: as the index has it, or to be read.
+// entry is a file in a segment: either known from the index or to be read.
 type entry struct {
 	dir *node
 	file
-	hit  bool
-	kept index.File // when hit
+	hit  bool       // found unchanged in the index
+	kept index.File // if hit
 
-	*reading // when read
+	*reading // set by the task; nil if not read or gone
 }
 
-// reading is what came of a file that was opened.
+// reading is the result of opening a file.
 type reading struct {
 	outcome certfile.Outcome
-	stamp   []byte // nil: not to be remembered
+	stamp   []byte // nil if the outcome must not be remembered
 	problem string
-	unread  bool // its owner's processor time is used up
+	unread  bool // skipped: the processor time for such files is used up
 }
 
 func newRun(ctx context.Context, s *Scanner, emit func([]api.DiscoveredCertificate) error) *run {
@@ -146,7 +144,7 @@ func (r *run) scan() error {
 	defer r.cancel(nil)
 	var err error
 	if r.mounts, err = mountTable(); err != nil {
-		r.s.opts.Log.Warn("mounted file systems are not known: all count as local", "error", err.Error())
+		r.s.opts.Log.Warn("mount table not readable: all file systems count as local", "error", err.Error())
 	}
 	r.findOwn()
 	closeIndex := r.openIndex()
@@ -178,7 +176,7 @@ func (r *run) scan() error {
 	})
 	group.Wait()
 	r.awaitWorkers()
-	r.nameLeftOut()
+	r.reportLeftOut()
 	if r.last.dir != nil {
 		r.summary.Reached = api.TextOfPath(join(r.last.dir.shown, string(r.last.name)))
 	}
@@ -199,8 +197,7 @@ func (r *run) findOwn() {
 	}
 }
 
-// guard turns a panic into an error: what a stranger's file can do to a scan
-// must not end the agent.
+// guard turns a panic into an error: a malicious file must not end the agent.
 func (r *run) guard(what string, f func() error) (err error) {
 	defer func() {
 		if reason := recover(); reason != nil {
@@ -218,7 +215,7 @@ type panicError struct {
 
 func (e *panicError) Error() string { return fmt.Sprintf("internal error in %s: %v", e.in, e.reason) }
 
-// awaitWorkers leaves behind only workers that hang.
+// awaitWorkers waits until all workers have ended, except those that hang.
 func (r *run) awaitWorkers() {
 	ended := make(chan struct{})
 	go func() {
@@ -247,12 +244,12 @@ func (r *run) walkAll() error {
 	return r.flush()
 }
 
-// join compares the files of a directory, or of a part, with the old index.
+// join compares the files of a node with the old index and adds them to segments.
 func (r *run) join(n *node) error {
 	for i := range n.files {
 		f := &n.files[i]
 		if f.link {
-			// A file that several links lead to counts once.
+			// Several links to one file count once.
 			const maxLinked = 1 << 16
 			if r.linked[f.identity] {
 				r.summary.Skipped[skipAgain]++
@@ -273,7 +270,7 @@ func (r *run) join(n *node) error {
 
 func (r *run) put(e entry, mount string) error {
 	s := r.open
-	// An entry of the index holds the whole block that it is in.
+	// An index entry keeps its whole block in memory.
 	holds := max(e.size, certfile.HeadSize/8)
 	if e.hit {
 		if holds = 0; s == nil || s.block != e.kept.Block {
@@ -349,7 +346,7 @@ func (r *run) readSegment(entries []entry) func(*worker) func() {
 	}
 }
 
-// readFile looks into one file. It returns nil when the file is gone.
+// readFile reads and parses one file. It returns nil if the file is gone.
 func (r *run) readFile(w *worker, e *entry) *reading {
 	w.tick()
 	name := string(e.name)
@@ -362,7 +359,7 @@ func (r *run) readFile(w *worker, e *entry) *reading {
 	}
 	var err error
 	if e.link {
-		err = w.following(full, read)
+		err = w.followLink(full, read)
 	} else {
 		err = read()
 	}
@@ -373,10 +370,10 @@ func (r *run) readFile(w *worker, e *entry) *reading {
 	if err != nil {
 		return &reading{problem: cause(err)}
 	}
-	w.rest() // a slow key derivation must not count as a hung disk
+	w.rest() // a slow key derivation must not look like a hung disk
 	result := &reading{}
 	if err := r.guard(full, func() error {
-		result.outcome = r.lookInto(name, data, e.owner)
+		result.outcome = r.parse(name, data, e.owner)
 		return nil
 	}); err != nil {
 		return &reading{problem: err.Error()}
@@ -390,18 +387,19 @@ func (r *run) readFile(w *worker, e *entry) *reading {
 	return result
 }
 
-// errForbidden: a file is not what its path promised, and it is not to be read.
-var errForbidden = errors.New("the path leads to a file that is not to be read")
+// errForbidden means that a path no longer leads to the file that the walk saw, and that the file
+// it leads to must not be read.
+var errForbidden = errors.New("the path leads to a file that must not be read")
 
-// mayRead decides about a file that is open by handle only: a path that was
-// looked at before may lead anywhere by now.
+// mayRead decides whether to read a file that is open only as a handle: its path may have changed
+// since the walk checked it.
 func (r *run) mayRead(handle int, st *syscall.Stat_t, e *entry) error {
 	if !e.link && statusOf(st).identity == e.identity {
 		return nil
 	}
 	real, err := pathOf(handle)
 	if err != nil {
-		return fmt.Errorf("where it leads cannot be checked: %w", err)
+		return fmt.Errorf("find out where the path leads: %w", err)
 	}
 	if r.forbidden(real) != "" {
 		return errForbidden
@@ -409,26 +407,26 @@ func (r *run) mayRead(handle int, st *syscall.Stat_t, e *entry) error {
 	return nil
 }
 
-// open opens a file to be read. One that is in the directory where the walk saw it is opened there
-// by its name alone. That is as safe as to look at what a path leads to first: the directory is none
-// of the agent's own, no link is followed on the way, and what is there under the name now, instead
-// of the file that was seen, was put into that directory by somebody who may do so. That can be a
-// pipe or a socket, for which opening does not wait and has no effect, but no device, which only
-// root can make; what was opened is checked before it is read.
+// open opens a file for reading. A file that is not a link is opened by its name in the directory
+// where the walk saw it, if that is still the same directory. That is as safe as checking the
+// target of a path first: the directory is not one of the agent's own, no link is followed, and
+// only users who may write to the directory can have replaced the file. They could have put a pipe
+// or a socket there, which open neither waits for nor affects, but not a device, which only root
+// can create. The file is checked again once it is open.
 func (w *worker) open(full, name string, e *entry) (int, error) {
 	flags := syscall.O_RDONLY | syscall.O_NONBLOCK | syscall.O_NOCTTY | syscall.O_CLOEXEC
 	if !e.link {
 		flags |= syscall.O_NOFOLLOW
-		if dir, same := w.directoryOf(e); same {
+		if dir, ok := w.directoryOf(e); ok {
 			return openIn(dir, name, flags)
 		}
 	}
 	return openWithoutAtime(full, flags, func(handle int, st *syscall.Stat_t) error { return w.r.mayRead(handle, st, e) })
 }
 
-// directoryOf is a handle of the directory of a file, unless there is another one under its path
-// now.
-func (w *worker) directoryOf(e *entry) (fd int, same bool) {
+// directoryOf returns a handle of the directory that e was seen in. It reports false if the path
+// now leads to another directory.
+func (w *worker) directoryOf(e *entry) (fd int, ok bool) {
 	if w.inside != e.dir {
 		w.leave()
 		w.enter(e.dir)
@@ -449,7 +447,7 @@ func (w *worker) enter(n *node) {
 	w.dir = fd
 }
 
-// leave closes the directory that was entered last.
+// leave closes the directory that the worker entered last, if any.
 func (w *worker) leave() {
 	if w.inside != nil && w.dir >= 0 {
 		syscall.Close(w.dir)
@@ -457,8 +455,8 @@ func (w *worker) leave() {
 	w.inside = nil
 }
 
-// read returns the bytes of a file, or none when its head tells that there is
-// nothing in it. They are valid until the next call.
+// read returns the bytes of a file, or none if its head shows that it cannot hold a certificate.
+// They are valid until the next call.
 func (w *worker) read(full, name string, e *entry) (status, []byte, error) {
 	var fd int
 	err := retry(func() (err error) {
@@ -474,9 +472,9 @@ func (w *worker) read(full, name string, e *entry) (status, []byte, error) {
 		return status{}, nil, err
 	}
 	if !now.isRegular() || now.size > MaxFileSize {
-		return now, nil, nil // it changed since; the next scan counts it as what it is
+		return now, nil, nil // it changed after the walk saw it; the next scan counts it correctly
 	}
-	// What is added to it from here on changes its status, and the next scan reads it again.
+	// Data appended from here on changes the status, so the next scan reads the file again.
 	size := int(now.size)
 	data, err := w.fill(fd, 0, min(size, certfile.HeadSize))
 	if err != nil || !certfile.WorthReading(name, data) {
@@ -486,7 +484,7 @@ func (w *worker) read(full, name string, e *entry) (status, []byte, error) {
 	return now, data, err
 }
 
-// fill reads into the buffer from have on, up to size bytes in all.
+// fill extends the buffer, which holds have bytes of the file, to size bytes.
 func (w *worker) fill(fd, have, size int) ([]byte, error) {
 	for have < size {
 		if have == len(w.buffer) {
@@ -512,13 +510,13 @@ func (w *worker) fill(fd, have, size int) ([]byte, error) {
 	return w.buffer[:have], nil
 }
 
-// forget clears what was read: it may have been a private key.
+// forget clears the buffer, which may hold a private key.
 func (w *worker) forget() {
 	clear(w.buffer[:w.used])
 	w.used = 0
 }
 
-// appendStamp is what tells that a file is unchanged.
+// appendStamp appends the part of a status that changes whenever the file does.
 func appendStamp(b []byte, s status) []byte {
 	b = binary.AppendUvarint(b, s.dev)
 	b = binary.AppendUvarint(b, s.ino)
@@ -539,14 +537,15 @@ func (r *run) openIndex() (closeOld func()) {
 	case err == nil:
 		return func() { old.Close() }
 	case errors.Is(err, index.ErrDamaged), errors.Is(err, index.ErrForeign):
-		o.Log.Info("index of the last scan thrown away: every file is read again", "reason", err.Error())
+		o.Log.Info("index of the last scan discarded: every file is read again", "reason", err.Error())
 	case !errors.Is(err, fs.ErrNotExist):
-		o.Log.Warn("index of the last scan not read: every file is read again", "error", err.Error())
+		o.Log.Warn("index of the last scan not readable: every file is read again", "error", err.Error())
 	}
 	return func() {}
 }
 
-// lookUp finds a file in the old index, which is read on up to there.
+// lookUp finds a file in the old index by reading the index up to that file. It reports false if
+// the file is new, has changed, or must be retried with new passwords.
 func (r *run) lookUp(n *node, f *file) (index.File, bool) {
 	for r.advance() {
 		order := r.oldFile.Compare(n.root, n.path, f.name)
@@ -558,20 +557,20 @@ func (r *run) lookUp(n *node, f *file) (index.File, bool) {
 			unchanged := bytes.Equal(appendStamp(make([]byte, 0, 64), f.status), r.oldFile.Stamp)
 			return r.oldFile, unchanged && !(r.retryLocked && certfile.Outcome(r.oldFile.Outcome).Locked())
 		}
-		r.noteGone()
+		r.markRemoved()
 	}
 	return index.File{}, false
 }
 
-// noteGone: the new index differs from here on.
-func (r *run) noteGone() {
+// markRemoved records that a file of the old index is gone, so the new index differs from here on.
+func (r *run) markRemoved() {
 	if r.open == nil {
 		r.open = &segment{}
 	}
-	r.open.gone = true
+	r.open.removed = true
 }
 
-// advance makes oldFile the next of the old index.
+// advance sets oldFile to the next file of the old index. It reports whether there is one.
 func (r *run) advance() bool {
 	if r.haveOld || r.old == nil {
 		return r.haveOld
@@ -582,8 +581,8 @@ func (r *run) advance() bool {
 	case err == nil:
 		r.haveOld = true
 	case err != io.EOF:
-		r.s.opts.Log.Warn("index of the last scan thrown away from here on", "error", err.Error())
-		r.noteGone()
+		r.s.opts.Log.Warn("rest of the last scan's index discarded", "error", err.Error())
+		r.markRemoved()
 		r.old = nil
 	default:
 		r.old = nil
@@ -598,7 +597,7 @@ func (r *run) emitAll() error {
 			return context.Cause(r.ctx)
 		case s, more := <-r.segments:
 			if !more {
-				// A cancelled task leaves files out: the scan is not complete.
+				// Cancelled tasks omit files, so the scan is incomplete.
 				return cmp.Or(r.emitBatch(), context.Cause(r.ctx))
 			}
 			if err := r.emitSegment(s); err != nil {
@@ -614,8 +613,8 @@ func (r *run) emitSegment(s *segment) error {
 			return err
 		}
 	}
-	if s.gone && r.writer != nil {
-		r.writer.Differ()
+	if s.removed && r.writer != nil {
+		r.writer.Diverge()
 	}
 	for i := range s.entries {
 		if err := r.emitEntry(&s.entries[i]); err != nil {
@@ -677,9 +676,9 @@ func (r *run) emitEntry(e *entry) error {
 		func(cause string) { r.problems.add(path, cause) })
 }
 
-// weight is about how many bytes of memory a certificate takes.
+// weight estimates how many bytes of memory a certificate takes.
 func weight(c api.DiscoveredCertificate) int {
-	const header = 16 // of a string
+	const header = 16 // bytes of a string header
 	size := len(c.PEMData) + len(c.SubjectDN) + len(c.IssuerDN) + len(c.CommonName) + len(c.SerialNumber)
 	for _, san := range c.SANs {
 		size += header + len(san)
@@ -691,7 +690,7 @@ func (r *run) emitBatch() error {
 	if len(r.batch) == 0 {
 		return nil
 	}
-	// What the walk and the workers had in hand when the scan was cancelled comes here afterwards.
+	// Segments that were in flight when the scan was cancelled still arrive here.
 	if r.ctx.Err() != nil {
 		return context.Cause(r.ctx)
 	}
@@ -701,8 +700,8 @@ func (r *run) emitBatch() error {
 	return err
 }
 
-// finishIndex puts the new index in place. That of a scan that was broken off
-// has what the old one knew of the files it did not come to.
+// finishIndex replaces the old index with the new one. After an interrupted scan the new index
+// keeps the old records of the files that the scan did not reach.
 func (r *run) finishIndex(scanned error) {
 	if r.writer == nil {
 		return
@@ -710,7 +709,7 @@ func (r *run) finishIndex(scanned error) {
 	if _, panicked := errors.AsType[*panicError](scanned); panicked || errors.Is(scanned, certfile.ErrDamaged) {
 		r.writer.Abandon()
 		if !panicked {
-			// Its checksums are right: it would fail every scan alike.
+			// Its checksums are correct, so it would fail every scan.
 			_ = r.s.opts.State.Remove(r.s.opts.Index)
 		}
 		return
@@ -722,9 +721,9 @@ func (r *run) finishIndex(scanned error) {
 			r.writer.KeepAfter(r.last.dir.root, r.last.dir.path, r.last.name)
 		}
 	} else if r.advance() {
-		r.writer.Differ() // what is left of the old one is gone
+		r.writer.Diverge() // the remaining files of the old index are gone
 	}
 	if err := r.writer.Commit(); err != nil {
-		r.s.opts.Log.Warn("index not written: the next scan reads every file", "error", err.Error())
+		r.s.opts.Log.Warn("index not written: the next scan reads every file again", "error", err.Error())
 	}
 }

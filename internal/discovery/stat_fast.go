@@ -8,9 +8,9 @@ import (
 	"unsafe"
 )
 
-// lstatIn is lstat of a name in an open directory: half the work of looking up a whole path, and it
-// cannot be led astray by one that was replaced. name ends in a NUL. Package syscall has the call,
-// and Stat_t is the one it takes here, but exports no function for it.
+// lstatIn stats a name in an open directory without following a link. That is half the work of
+// resolving a whole path, and a path that was replaced cannot mislead it. name ends in a NUL.
+// Package syscall has fstatat with this Stat_t but does not export it.
 func lstatIn(dir *os.File, _ string, name []byte, st *syscall.Stat_t) error {
 	const noFollow = 0x100 // AT_SYMLINK_NOFOLLOW
 	_, _, errno := syscall.Syscall6(sysStatAt, dir.Fd(), uintptr(unsafe.Pointer(&name[0])), uintptr(unsafe.Pointer(st)), noFollow, 0, 0)

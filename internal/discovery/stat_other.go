@@ -7,7 +7,7 @@ import (
 	"syscall"
 )
 
-// lstatIn is lstat of a name in a directory. name ends in a NUL.
+// lstatIn stats a name in a directory without following a link. name ends in a NUL.
 func lstatIn(_ *os.File, dir string, name []byte, st *syscall.Stat_t) error {
 	return syscall.Lstat(join(dir, string(name[:len(name)-1])), st)
 }

@@ -7,7 +7,7 @@ import (
 	"unsafe"
 )
 
-// mountTable maps every mount point to what is mounted there. It waits for none of them.
+// mountTable returns the mounted file systems without waiting for any of them.
 func mountTable() (mounts, error) {
 	const (
 		noWait = 2      // MNT_NOWAIT
@@ -44,8 +44,8 @@ func changeTimes(st *syscall.Stat_t) (modified, changed int64) {
 	return st.Mtimespec.Nano(), st.Ctimespec.Nano()
 }
 
-// openWithoutAtime opens a file; access times cannot be left alone here. may
-// decides about a regular file once it is open.
+// openWithoutAtime opens a file. macOS offers no way to preserve its access time. may decides
+// whether to read a regular file once it is open.
 func openWithoutAtime(path string, flags int, may func(fd int, st *syscall.Stat_t) error) (int, error) {
 	fd, err := syscall.Open(path, flags, 0)
 	if err != nil {
@@ -61,8 +61,7 @@ func openWithoutAtime(path string, flags int, may func(fd int, st *syscall.Stat_
 	return fd, nil
 }
 
-// openIn opens a file of an open directory; access times cannot be left alone here. Package syscall
-// has the call, but exports no function for it.
+// openIn opens a file in an open directory. Package syscall has openat but does not export it.
 func openIn(dir int, name string, flags int) (int, error) {
 	const openat = 463 // SYS_openat
 	text, err := syscall.BytePtrFromString(name)
@@ -76,7 +75,7 @@ func openIn(dir int, name string, flags int) (int, error) {
 	return int(fd), nil
 }
 
-// pathOf is where an open file is, without symbolic links.
+// pathOf returns the path of an open file, without symbolic links.
 func pathOf(fd int) (string, error) {
 	var path [1024]byte // MAXPATHLEN
 	_, _, errno := syscall.Syscall(syscall.SYS_FCNTL, uintptr(fd), syscall.F_GETPATH, uintptr(unsafe.Pointer(&path[0])))
@@ -87,9 +86,8 @@ func pathOf(fd int) (string, error) {
 	return string(name), nil
 }
 
-// threadTime is about the processor time that this thread has taken; the
-// standard library knows of no better one here.
+// threadTime returns wall-clock time: the standard library offers no thread time here.
 func threadTime() time.Duration { return time.Duration(time.Now().UnixNano()) }
 
-// runAtIdlePriority runs f; threads have no priority of their own here.
+// runAtIdlePriority runs f at normal priority.
 func runAtIdlePriority(f func()) { f() }

@@ -10,8 +10,8 @@ import (
 	"unsafe"
 )
 
-// localFileSystems are entered where they are mounted below a root. All others
-// are not: network file systems, FUSE, automounts, and what the kernel makes up.
+// localFileSystems are entered where they are mounted below a root. All others are not: network
+// file systems, FUSE, automounts and virtual file systems.
 var localFileSystems = map[string]bool{
 	"aufs": true, "bcachefs": true, "btrfs": true, "cramfs": true, "ecryptfs": true, "erofs": true,
 	"exfat": true, "ext2": true, "ext3": true, "ext4": true, "f2fs": true, "hfs": true, "hfsplus": true,
@@ -20,8 +20,8 @@ var localFileSystems = map[string]bool{
 	"squashfs": true, "tmpfs": true, "ubifs": true, "udf": true, "ufs": true, "vfat": true, "xfs": true, "zfs": true,
 }
 
-// mountTable maps every mount point to what is mounted there. It touches none
-// of them, so a dead server cannot make it wait.
+// mountTable returns the mounted file systems. It touches none of them, so it cannot hang on a dead
+// server.
 func mountTable() (mounts, error) {
 	// proc(5): id parent device root MOUNT-POINT options [tags ...] - TYPE source options
 	data, err := os.ReadFile("/proc/self/mountinfo")
@@ -41,7 +41,7 @@ func mountTable() (mounts, error) {
 	return table, nil
 }
 
-// unescapeMount replaces \NNN, octal, which stands for blanks and backslashes.
+// unescapeMount replaces the octal escapes \NNN that mountinfo uses for blanks and backslashes.
 func unescapeMount(s string) string {
 	for i := 0; i+3 < len(s); i++ {
 		if s[i] != '\\' {
@@ -56,10 +56,10 @@ func unescapeMount(s string) string {
 
 func changeTimes(st *syscall.Stat_t) (modified, changed int64) { return st.Mtim.Nano(), st.Ctim.Nano() }
 
-// openWithoutAtime opens a regular file and leaves its access time alone, where this user may ask
-// for that. Of anything else it returns a handle that tells what it is and opens nothing: the owner
-// of a directory on the way can turn it into a link to /dev at any moment, and to open a watchdog
-// is to start it. may decides about a regular file before it is opened.
+// openWithoutAtime opens a regular file without updating its access time, if the user is allowed
+// to. If path leads to anything else, it returns only a handle for fstat and does not open the
+// file: the owner of a directory on the path can link to /dev at any moment, and opening a watchdog
+// starts it. may decides whether to open a regular file.
 func openWithoutAtime(path string, flags int, may func(handle int, st *syscall.Stat_t) error) (int, error) {
 	const pathOnly = 0x200000 // O_PATH, open(2)
 	handle, err := syscall.Open(path, pathOnly|flags&(syscall.O_NOFOLLOW|syscall.O_CLOEXEC), 0)
@@ -92,8 +92,8 @@ func openWithoutAtime(path string, flags int, may func(handle int, st *syscall.S
 	return fd, err
 }
 
-// openIn opens a file of an open directory, and leaves its access time alone where this user may ask
-// for that.
+// openIn opens a file in an open directory, without updating its access time if the user is allowed
+// to.
 func openIn(dir int, name string, flags int) (int, error) {
 	fd, err := syscall.Openat(dir, name, flags|syscall.O_NOATIME, 0)
 	if err == syscall.EPERM {
@@ -102,11 +102,11 @@ func openIn(dir int, name string, flags int) (int, error) {
 	return fd, err
 }
 
-// pathOf is where an open file is, without symbolic links. The kernel appends " (deleted)" to the
-// path of a deleted one.
+// pathOf returns the path of an open file, without symbolic links. The kernel appends " (deleted)"
+// if the file was deleted.
 func pathOf(fd int) (string, error) { return os.Readlink("/proc/self/fd/" + strconv.Itoa(fd)) }
 
-// threadTime is the processor time that this thread has taken.
+// threadTime returns the processor time that this thread has used.
 func threadTime() time.Duration {
 	const thisThread = 1 // RUSAGE_THREAD
 	var usage syscall.Rusage
@@ -116,14 +116,14 @@ func threadTime() time.Duration {
 	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
 }
 
-// runAtIdlePriority runs f on a thread of its own that gets a processor, and the disk, when hardly
-// anybody else wants it. The lowest nice value alone is not enough: beside a busy server it costs
-// that some hundredths of its throughput. The thread ends with the goroutine of f. Where a priority
-// cannot be set, f runs all the same.
+// runAtIdlePriority runs f on a dedicated thread that gets a processor and the disk only when
+// hardly anyone else wants them. The lowest nice value alone is not enough: it costs a busy server
+// some percent of its throughput. The thread ends with f. If a priority cannot be set, f runs
+// without it.
 func runAtIdlePriority(f func()) {
 	const (
 		idlePolicy = 5       // SCHED_IDLE
-		whoProcess = 1       // IOPRIO_WHO_PROCESS: of 0, this thread
+		whoProcess = 1       // IOPRIO_WHO_PROCESS; id 0 is this thread
 		idleDisk   = 3 << 13 // IOPRIO_CLASS_IDLE
 	)
 	ended := make(chan struct{})
@@ -131,8 +131,8 @@ func runAtIdlePriority(f func()) {
 		defer close(ended)
 		runtime.LockOSThread() // never unlocked: the priority must not stay on a shared thread
 		if syscall.Gettid() == os.Getpid() {
-			// The first thread cannot end, and its priority is what ps shows.
-			// While it is held here, the next one is another.
+			// The main thread cannot end, and ps shows its priority. While this goroutine holds it,
+			// the next one gets another thread.
 			defer runtime.UnlockOSThread()
 			runAtIdlePriority(f)
 			return

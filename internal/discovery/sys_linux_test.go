@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// A file that has become something else since it was found is not opened: to
-// open a device can have effects.
+// TestOpensOnlyRegularFiles checks that a file that was replaced by something else is not opened,
+// because opening a device can have effects.
 func TestOpensOnlyRegularFiles(t *testing.T) {
 	dir := t.TempDir()
 	pipe, file := filepath.Join(dir, "pipe"), filepath.Join(dir, "file")
@@ -45,13 +45,14 @@ func TestOpensOnlyRegularFiles(t *testing.T) {
 	}
 }
 
-// TestAccessTimes: a scan leaves those of files alone, however they are reached.
+// TestAccessTimes checks that a scan does not update the access times of files, however it reaches
+// them.
 func TestAccessTimes(t *testing.T) {
 	outside, dir := t.TempDir(), t.TempDir()
 	text, _ := testCertificate(t)
 	files := []string{filepath.Join(dir, "a.pem"), filepath.Join(outside, "b.pem")}
 	link(t, files[1], filepath.Join(dir, "b.pem"))
-	read := time.Now().AddDate(0, 0, -2).Truncate(time.Second) // so long ago that relatime sets it anew
+	read := time.Now().AddDate(0, 0, -2).Truncate(time.Second) // so long ago that relatime would update it
 	for _, path := range files {
 		write(t, path, text)
 		if err := os.Chtimes(path, read, read.AddDate(0, 0, -1)); err != nil {

@@ -19,7 +19,7 @@ import (
 	"certctl-agent/internal/testing/needs"
 )
 
-// tool runs a program in a directory and returns what it prints.
+// tool runs a program in a directory and returns its output.
 func tool(t *testing.T, dir, program string, args ...string) string {
 	t.Helper()
 	command := exec.CommandContext(t.Context(), program, args...)
@@ -31,7 +31,7 @@ func tool(t *testing.T, dir, program string, args ...string) string {
 	return string(output)
 }
 
-// selfSigned makes name.pem and name.key.
+// selfSigned creates name.pem and name.key.
 func selfSigned(t *testing.T, dir, name string, args ...string) {
 	t.Helper()
 	tool(t, dir, needs.Need(t, "openssl"), append([]string{"req", "-x509", "-nodes", "-days", "30", "-keyout", name + ".key", "-out", name + ".pem"}, args...)...)
@@ -39,7 +39,7 @@ func selfSigned(t *testing.T, dir, name string, args ...string) {
 
 var certificateText = regexp.MustCompile(`(?s)-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----\n`)
 
-// TestAgainstOpenSSL compares every field with what openssl says.
+// TestAgainstOpenSSL compares every field with the output of openssl.
 func TestAgainstOpenSSL(t *testing.T) {
 	t.Parallel()
 	openssl := needs.Need(t, "openssl")
@@ -147,7 +147,8 @@ func TestAgainstOpenSSL(t *testing.T) {
 	}
 }
 
-// TestKeysOpenSSLMakes: kinds of keys that cannot sign for themselves, or that req cannot make.
+// TestKeysOpenSSLMakes covers kinds of keys that cannot sign certificates, or that openssl req
+// cannot create.
 func TestKeysOpenSSLMakes(t *testing.T) {
 	t.Parallel()
 	openssl := needs.Need(t, "openssl")
@@ -182,7 +183,7 @@ func TestKeysOpenSSLMakes(t *testing.T) {
 	}
 }
 
-// commonName is the one that Go takes where there are several.
+// commonName returns the common name that Go takes if there are several.
 func commonName(dn string) string {
 	if cn, ok := strings.CutPrefix(dn, "CN="); ok {
 		cn, _, _ = strings.Cut(cn, ",")
@@ -205,7 +206,7 @@ func fingerprints(found []api.DiscoveredCertificate) []string {
 	return list
 }
 
-// TestOpenSSLBundles: PKCS#7 and PKCS#12 as openssl writes them.
+// TestOpenSSLBundles covers PKCS#7 and PKCS#12 written by openssl.
 func TestOpenSSLBundles(t *testing.T) {
 	t.Parallel()
 	openssl := needs.Need(t, "openssl")
@@ -249,8 +250,8 @@ func TestOpenSSLBundles(t *testing.T) {
 		{"lockedrc2.p12", export("unknown", "-legacy"), "", "no configured password opens"},
 		{"lockedrc4.p12", export("unknown", "-legacy", "-certpbe", "PBE-SHA1-RC4-128"), "", "no configured password opens"},
 		{"million.p12", export("wrong", "-iter", "1000000"), "PKCS12", ""}, // as Firefox does; "wrong" is the first password
-		{"costly.p12", export("secret", "-iter", "1000000"), "", "PKCS#12: trying every password costs more than one file may"},
-		{"tencostly.p12", export("secret", "-iter", "10000000"), "", "PKCS#12: trying every password costs more than one file may"},
+		{"costly.p12", export("secret", "-iter", "1000000"), "", "PKCS#12: trying every password takes too long"},
+		{"tencostly.p12", export("secret", "-iter", "10000000"), "", "PKCS#12: trying every password takes too long"},
 		{"camellia.p12", export("secret", "-certpbe", "CAMELLIA-128-CBC"), "", "Camellia-128 (OID 1.2.392.200011.61.1.1.1.2)"},
 		{"aria.p12", export("secret", "-certpbe", "ARIA-256-CBC"), "", "ARIA-256 (OID"},
 		{"des.p12", export("secret", "-legacy", "-certpbe", "PBE-MD5-DES"), "", "PBES1 with MD5 and DES"},
@@ -284,7 +285,7 @@ func TestOpenSSLBundles(t *testing.T) {
 
 var keytoolFingerprint = regexp.MustCompile(`SHA256: ([0-9A-F:]{95})`)
 
-// TestAgainstKeytool compares with what keytool lists.
+// TestAgainstKeytool compares certificates with the list that keytool prints.
 func TestAgainstKeytool(t *testing.T) {
 	if testing.Short() {
 		t.Skip("keytool takes seconds")
@@ -302,7 +303,7 @@ func TestAgainstKeytool(t *testing.T) {
 	tests := []struct {
 		file, kind string
 		args       []string
-		trusted    bool // a certificate of another beside the key's
+		trusted    bool // also a trusted certificate beside the key's
 		format     string
 		cause      string // instead of the certificates
 	}{
@@ -355,7 +356,7 @@ func TestAgainstKeytool(t *testing.T) {
 	})
 }
 
-// TestNoKeyLeaves: whatever a file holds beside certificates stays here.
+// TestNoKeyLeaves checks that only certificates leave the package, whatever else a file holds.
 func TestNoKeyLeaves(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -388,7 +389,7 @@ func TestNoKeyLeaves(t *testing.T) {
 	text := fmt.Sprint(found, summary)
 	body := strings.Split(string(key), "\n")[3]
 	if strings.Contains(text, body) || strings.Contains(text, "PRIVATE") || strings.Contains(text, hex.EncodeToString(block.Bytes[100:120])) {
-		t.Error("key material is in what was found")
+		t.Error("the results contain key material")
 	}
 	for _, cert := range found {
 		if fmt.Sprint(cert.PEMData) != string(certificateText.Find([]byte(cert.PEMData))) {

@@ -18,25 +18,24 @@ import (
 )
 
 const (
-	// partSize is how many files one task looks at.
+	// partSize is how many files of a large directory one task stats.
 	partSize = 512
 
-	// lookAhead is how many directories beside each other are read ahead of the walk.
+	// lookAhead is how many sibling directories are read ahead of the walk.
 	lookAhead = 8
 
-	// tickEvery is how many files are looked at under one tick. Looking at one
-	// takes microseconds, unless it hangs.
+	// tickEvery is how many files are statted per tick. Each takes microseconds, unless it hangs.
 	tickEvery = 32
 
-	// entriesAtOnce is how many entries of a directory are read under one tick.
+	// entriesAtOnce is how many entries of a directory are read per tick.
 	entriesAtOnce = 256
 
-	// maxListing bounds the names of one directory, which are sorted in memory,
-	// in bytes: about two million names.
+	// maxListing bounds the memory for the names of one directory, in bytes: about two million
+	// names, which are sorted in memory.
 	maxListing = 64 << 20
 )
 
-// Reasons why something was passed over, for people.
+// Reasons for skipping files and directories, shown by "certctl-agent scan".
 const (
 	skipKey      = "private key files (.key)"
 	skipSize     = "files over 1 MiB"
@@ -46,27 +45,27 @@ const (
 	skipOwn      = "directories of this agent"
 	skipMount    = "file systems that are not local"
 	skipDirLink  = "links to directories"
-	skipInside   = "links to files that are scanned anyway"
-	skipAgain    = "further links to one file"
-	skipNamed    = "named themselves"
-	skipDangling = "links to nothing"
+	skipInside   = "links to files that are scanned under their own path"
+	skipAgain    = "repeated links to one file"
+	skipNamed    = "listed as scan directories themselves"
+	skipDangling = "dangling links"
 )
 
-// root is a configured directory, or a file to scan.
+// root is a configured directory or file.
 type root struct {
 	path   string
-	real   string // without symbolic links; of a file that is one: above it
+	real   string // path without symbolic links, except that a file keeps its own name
 	isFile bool
 	err    error
 }
 
-// ownDir is a directory of the agent.
+// ownDir is one of the agent's own directories.
 type ownDir struct {
 	identity
-	real string // without symbolic links
+	real string // path without symbolic links
 }
 
-// nameList holds the names of a directory in one piece of memory: a directory can have a million.
+// nameList holds the names of a directory in one buffer, because a directory can have a million.
 type nameList struct {
 	text []byte
 	refs []nameRef
@@ -83,13 +82,13 @@ func (l *nameList) add(name string, link bool) {
 	l.text = append(append(l.text, name...), 0)
 }
 
-// name is the name at i; the byte behind it is a NUL.
+// name returns the name at index i. The byte after it is a NUL.
 func (l *nameList) name(i int) []byte {
 	ref := l.refs[i]
 	return l.text[ref.at : ref.at+uint32(ref.size)]
 }
 
-// bytes is how much memory the list takes.
+// bytes returns how much memory the list takes.
 func (l *nameList) bytes() int {
 	const ref = 8 // bytes of a nameRef
 	return len(l.text) + ref*len(l.refs)
@@ -101,7 +100,7 @@ func (l *nameList) sort() {
 	})
 }
 
-// status is what stat says about a file.
+// status is the result of stat that a scan needs.
 type status struct {
 	identity
 	size              int64
@@ -123,35 +122,35 @@ func statusOfOpen(fd int) (status, error) {
 	return statusOf(&st), err
 }
 
-// file is a regular file to look into.
+// file is a regular file to read.
 type file struct {
 	name []byte
 	status
 	link bool // a symbolic link to a file outside the tree
 }
 
-// node is a directory, or a part of the files of a large one.
+// node is a directory, or a part of the files of a large directory.
 type node struct {
 	*task
 	root   int
-	isRoot bool // the path may be a link
+	isRoot bool // path may be a link
 	path   string
-	shown  string // path as it is reported
+	shown  string // path to report
 	real   string // path without symbolic links
-	dev    uint64 // of the directory above
+	dev    uint64 // device of the parent directory
 
-	all    *nameList // of a part: the files of the directory, from lo to hi
+	all    *nameList // names of which lo to hi are this part's
 	lo, hi int
 
 	listing // set when the task is done
 }
 
-// listing is what a task has seen of a directory.
+// listing is the result of listing a directory.
 type listing struct {
 	files    []file
-	rest     *nameList // files to be looked at in parts
+	rest     *nameList // files of a large directory, to be handled in parts
 	dirs     *nameList
-	current  string // the directory in dirs that is reported as this one
+	current  string // subdirectory whose files are reported as this directory's, or ""
 	self     status
 	problems []string
 	skipped  map[string]int
@@ -169,8 +168,8 @@ func (n *node) problem(name string, err error) {
 	n.problems = append(n.problems, problemOf(name, cause(err)))
 }
 
-// walk visits the directories in order and hands their files to join. Workers
-// read directories ahead of it.
+// walk visits the directories in order and passes their files to join. Workers list directories
+// ahead of it.
 func (r *run) walk() error {
 	for i := range r.roots {
 		root := &r.roots[i]
@@ -192,14 +191,14 @@ func (r *run) walk() error {
 	return nil
 }
 
-// visit passes the files of a directory on, and then visits those below it.
+// visit processes the files of a directory and then visits its subdirectories.
 func (r *run) visit(n *node) error {
-	if err := r.take(n); err != nil {
+	if err := r.collect(n); err != nil {
 		return err
 	}
 	if n.rest != nil {
 		part := func(i int) *node { return r.startPart(n, i*partSize) }
-		if err := inOrder((len(n.rest.refs)+partSize-1)/partSize, part, r.take); err != nil {
+		if err := inOrder((len(n.rest.refs)+partSize-1)/partSize, part, r.collect); err != nil {
 			return err
 		}
 		n.rest = nil
@@ -211,7 +210,7 @@ func (r *run) visit(n *node) error {
 	return inOrder(len(n.dirs.refs), child, r.visit)
 }
 
-// inOrder visits nodes one after the other, each with the next ones started ahead of it.
+// inOrder visits nodes in order and keeps the next lookAhead of them started.
 func inOrder(total int, start func(int) *node, visit func(*node) error) error {
 	var ahead []*node
 	for i := range total {
@@ -227,8 +226,9 @@ func inOrder(total int, start func(int) *node, visit func(*node) error) error {
 	return nil
 }
 
-// take waits for the task of a node, adds what it counted to the summary, and passes its files on.
-func (r *run) take(n *node) error {
+// collect waits for the task of a node, adds its counts to the summary, and passes its files to
+// join.
+func (r *run) collect(n *node) error {
 	if err := r.wait(n.task, n.shown); err != nil {
 		return err
 	}
@@ -266,14 +266,14 @@ func (r *run) startChild(parent *node, name string) *node {
 	return n
 }
 
-// startPart starts a task for some of the files of a large directory, from lo on.
+// startPart starts a task for up to partSize files of a large directory, beginning with lo.
 func (r *run) startPart(n *node, lo int) *node {
 	part := &node{root: n.root, isRoot: n.isRoot, path: n.path, shown: n.shown, real: n.real, all: n.rest, lo: lo, hi: min(lo+partSize, len(n.rest.refs))}
 	r.start(part, n.mount, r.examineAt)
 	return part
 }
 
-// start queues a task that looks at a directory. It works on a copy of n.
+// start queues a task that lists a directory. The task works on a copy of n.
 func (r *run) start(n *node, mount string, look func(*worker, *node)) {
 	n.task = newTask(mount, func(w *worker) func() {
 		done := *n
@@ -283,14 +283,14 @@ func (r *run) start(n *node, mount string, look func(*worker, *node)) {
 	r.queue(n.task)
 }
 
-// list reads a directory, and looks at its files when they are few.
+// list reads a directory and, if it is small, examines its files.
 func (r *run) list(w *worker, n *node) {
 	if err := r.readDirectory(w, n); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		n.problem(n.shown, err)
 	}
 }
 
-// examineOne looks at one file of a directory.
+// examineOne examines one file of a directory.
 func (r *run) examineOne(w *worker, n *node, name string) {
 	n.all, n.hi = &nameList{}, 1
 	n.all.add(name, false)
@@ -298,7 +298,7 @@ func (r *run) examineOne(w *worker, n *node, name string) {
 	r.examineAt(w, n)
 }
 
-// examineAt opens a directory and looks at some of its files.
+// examineAt opens a directory and examines the files of a part.
 func (r *run) examineAt(w *worker, n *node) {
 	dir, err := r.listable(n)
 	if err != nil {
@@ -319,7 +319,7 @@ func (r *run) readDirectory(w *worker, n *node) error {
 	}
 	defer dir.Close()
 	if !n.isRoot && n.self.dev != n.dev && !r.mounts.mayEnter(n.real) {
-		n.skip(skipMount) // mounted since the scan began
+		n.skip(skipMount) // mounted after the scan began
 		return nil
 	}
 	files := &nameList{}
@@ -328,7 +328,7 @@ func (r *run) readDirectory(w *worker, n *node) error {
 		w.tick()
 		entries, err := dir.ReadDir(entriesAtOnce)
 		for _, entry := range entries {
-			r.sortOut(n, files, entry.Name(), entry.Type())
+			r.classify(n, files, entry.Name(), entry.Type())
 		}
 		if r.ctx.Err() != nil {
 			return nil
@@ -337,11 +337,11 @@ func (r *run) readDirectory(w *worker, n *node) error {
 			break
 		}
 		if err != nil {
-			n.problem(n.shown, err) // what was read of it is looked at
+			n.problem(n.shown, err) // the names read so far are still used
 			break
 		}
 		if files.bytes()+n.dirs.bytes() > r.s.names {
-			n.problem(n.shown, fmt.Errorf("the directory has too many names: of those after the first %d nothing is looked at", len(files.refs)+len(n.dirs.refs)))
+			n.problem(n.shown, fmt.Errorf("the directory has too many names: only the first %d are scanned", len(files.refs)+len(n.dirs.refs)))
 			break
 		}
 	}
@@ -357,10 +357,10 @@ func (r *run) readDirectory(w *worker, n *node) error {
 	return nil
 }
 
-// currentOf is the subdirectory whose files are reported as those of n, or "". Kubernetes writes
-// each version of a mounted Secret into a directory of its own, named after the time, and makes
-// ..data a link to the newest; programs read tls.crt, a link to ..data/tls.crt. So that is the path
-// to report: it stays the same, and it is the one in the server's configuration.
+// currentOf returns the subdirectory whose files are reported as those of n, or "". Kubernetes
+// writes each version of a mounted Secret into a new directory, named after the time, and links
+// ..data to the newest. Programs read tls.crt, a link to ..data/tls.crt. That path is the one to
+// report: it stays the same, and it is in the server's configuration.
 func (r *run) currentOf(n *node, files *nameList) string {
 	const link = "..data"
 	_, found := slices.BinarySearchFunc(files.refs, link, func(ref nameRef, name string) int {
@@ -376,7 +376,7 @@ func (r *run) currentOf(n *node, files *nameList) string {
 	return target
 }
 
-// openDirectory opens the directory of a node, which is not a link unless it is a root.
+// openDirectory opens the directory of a node. Only a root may be a link.
 func openDirectory(n *node) (fd int, err error) {
 	flags := syscall.O_RDONLY | syscall.O_DIRECTORY | syscall.O_CLOEXEC
 	if !n.isRoot {
@@ -389,8 +389,8 @@ func openDirectory(n *node) (fd int, err error) {
 	return fd, err
 }
 
-// listable opens the directory of a node. One of the agent's own is counted as skipped, and the file
-// is nil.
+// listable opens the directory of a node. It skips the agent's own directories: then the file is
+// nil.
 func (r *run) listable(n *node) (*os.File, error) {
 	fd, err := openDirectory(n)
 	if err != nil {
@@ -410,7 +410,7 @@ func (r *run) listable(n *node) (*os.File, error) {
 }
 
 // isOwn reports whether an open directory is one of the agent's own, or below one. Only the kernel
-// knows: the owner of a directory on the way to it can turn that into a link at any moment.
+// knows: the owner of any directory on the path can replace it by a link at any moment.
 func (r *run) isOwn(dir *os.File, st status) bool {
 	if len(r.own) == 0 {
 		return false
@@ -422,7 +422,7 @@ func (r *run) isOwn(dir *os.File, st status) bool {
 	return err == nil && r.inOwn(real)
 }
 
-// inOwn reports whether a real path is that of a directory of the agent, or below one.
+// inOwn reports whether a real path is at or below one of the agent's own directories.
 func (r *run) inOwn(real string) bool {
 	return slices.ContainsFunc(r.own, func(own ownDir) bool { return isBelow(real, own.real) })
 }
@@ -431,9 +431,9 @@ func isBelow(path, dir string) bool {
 	return dir == "/" || strings.HasPrefix(path, dir) && (len(path) == len(dir) || path[len(dir)] == '/')
 }
 
-// forbidden is the reason why a file is not read whatever link leads to it, or
-// "". Being below an excluded directory is none: exclusion is from the walk,
-// and the link may be the one that counts, as in letsencrypt's live.
+// forbidden returns the reason why a file must not be read whatever link leads to it, or "". A file
+// below an excluded directory is not forbidden: the exclusion applies to the walk, and the link may
+// be the path that matters, as in Let's Encrypt's live directory.
 func (r *run) forbidden(real string) string {
 	dir, name := path.Split(strings.TrimSuffix(real, " (deleted)"))
 	dir = path.Clean(dir)
@@ -446,23 +446,23 @@ func (r *run) forbidden(real string) string {
 		return skipExcluded
 	}
 	for i := range r.roots {
-		if root := &r.roots[i]; root.err == nil && root.real != root.path && isBelow(dir, root.real) && r.excluded(root.shows(dir), name) {
+		if root := &r.roots[i]; root.err == nil && root.real != root.path && isBelow(dir, root.real) && r.excluded(root.walkPath(dir), name) {
 			return skipExcluded
 		}
 	}
 	return ""
 }
 
-// shows is the path of the walk to a real path below the root.
-func (r *root) shows(real string) string {
+// walkPath returns the path under which the walk sees a real path below the root.
+func (r *root) walkPath(real string) string {
 	return path.Join(r.path, strings.TrimPrefix(real, r.real))
 }
 
-// sortOut decides by name and type alone what becomes of an entry.
-func (r *run) sortOut(n *node, files *nameList, name string, mode fs.FileMode) {
+// classify decides by name and type alone how to handle a directory entry.
+func (r *run) classify(n *node, files *nameList, name string, mode fs.FileMode) {
 	switch {
 	case mode.IsDir():
-		if reason := r.passOver(n, name); reason != "" {
+		if reason := r.skipReason(n, name); reason != "" {
 			n.skip(reason)
 			return
 		}
@@ -483,14 +483,14 @@ func (r *run) sortOut(n *node, files *nameList, name string, mode fs.FileMode) {
 	}
 }
 
-// passOver is the reason why a directory is not entered, or "".
-func (r *run) passOver(n *node, name string) string {
+// skipReason returns why a directory is not entered, or "".
+func (r *run) skipReason(n *node, name string) string {
 	if r.excludedIn(n, name) {
 		return skipExcluded
 	}
 	full := join(n.path, name)
 	if slices.Contains(r.s.opts.Dirs, full) {
-		return skipNamed // it is walked as a root of its own
+		return skipNamed // it is walked as a root
 	}
 	if m, ok := r.mounts[join(n.real, name)]; ok && !m.local {
 		return skipMount
@@ -502,8 +502,8 @@ func (r *run) passOver(n *node, name string) string {
 	return ""
 }
 
-// excludedIn reports whether a pattern matches a name of a directory, by its
-// path or by the one that is reported.
+// excludedIn reports whether a pattern matches a name in a directory, by its path or by the path to
+// report.
 func (r *run) excludedIn(n *node, name string) bool {
 	return r.excluded(n.path, name) || len(n.shown) != len(n.path) && r.excluded(n.shown, name)
 }
@@ -521,7 +521,7 @@ func (r *run) excluded(dir, name string) bool {
 	return false
 }
 
-// examine looks at the files of a node from lo to hi, without opening them.
+// examine stats the files of a node from lo to hi.
 func (r *run) examine(w *worker, n *node, dir *os.File) {
 	n.files = make([]file, 0, n.hi-n.lo)
 	w.tick()
@@ -561,8 +561,8 @@ func (r *run) examine(w *worker, n *node, dir *os.File) {
 	}
 }
 
-// follow resolves a symbolic link and reports whether its file is to be looked
-// into under the name of the link.
+// follow resolves a symbolic link and reports whether its target should be read under the link's
+// name.
 func (r *run) follow(w *worker, n *node, f *file) bool {
 	full := join(n.path, string(f.name))
 	var st syscall.Stat_t
@@ -571,12 +571,12 @@ func (r *run) follow(w *worker, n *node, f *file) bool {
 		if !filepath.IsAbs(target) {
 			target = filepath.Join(n.real, target)
 		}
-		// What is on a server is not touched: it may be gone.
+		// A network file system is not touched: its server may be gone.
 		if target = filepath.Clean(target); !r.mounts.of(target).local {
 			n.skip(skipMount)
 			return false
 		}
-		err = w.following(full, func() (err error) {
+		err = w.followLink(full, func() (err error) {
 			if target, err = filepath.EvalSymlinks(full); err != nil {
 				return err
 			}
@@ -585,7 +585,7 @@ func (r *run) follow(w *worker, n *node, f *file) bool {
 	}
 	if err != nil {
 		if certfile.Promises(string(f.name)) || err == errHung {
-			n.problem(join(n.shown, string(f.name)), fmt.Errorf("the link leads nowhere: %s", cause(err)))
+			n.problem(join(n.shown, string(f.name)), fmt.Errorf("dangling link: %s", cause(err)))
 		} else {
 			n.skip(skipDangling)
 		}
@@ -612,14 +612,14 @@ func (r *run) follow(w *worker, n *node, f *file) bool {
 	return true
 }
 
-// covered reports whether the walk reads a file, by its real path, on its own.
+// covered reports whether the walk reads a file under its real path.
 func (r *run) covered(real string) bool {
 	dir := path.Dir(real)
 	r.coveredMu.Lock()
 	covered, known := r.coveredDirs[dir]
 	r.coveredMu.Unlock()
 	if !known {
-		covered = slices.ContainsFunc(r.roots, func(root root) bool { return root.err == nil && !root.isFile && r.comesTo(&root, dir) })
+		covered = slices.ContainsFunc(r.roots, func(root root) bool { return root.err == nil && !root.isFile && r.reaches(&root, dir) })
 		r.coveredMu.Lock()
 		const maxCovered = 1 << 12
 		if r.coveredDirs == nil || len(r.coveredDirs) >= maxCovered {
@@ -631,9 +631,9 @@ func (r *run) covered(real string) bool {
 	return covered || r.anyFile && slices.ContainsFunc(r.roots, func(root root) bool { return root.isFile && root.real == real })
 }
 
-// comesTo reports whether the walk from a root comes to a directory, by its
-// real path, and can list it.
-func (r *run) comesTo(root *root, dir string) bool {
+// reaches reports whether the walk from a root reaches a directory, given by its real path, and can
+// list it.
+func (r *run) reaches(root *root, dir string) bool {
 	if !isBelow(dir, root.real) {
 		return false
 	}
@@ -643,8 +643,8 @@ func (r *run) comesTo(root *root, dir string) bool {
 	}
 	for at := dir; at != root.real; at = path.Dir(at) {
 		above := path.Dir(at)
-		shown := root.shows(above)
-		if r.passOver(&node{path: shown, shown: shown, real: above}, path.Base(at)) != "" {
+		shown := root.walkPath(above)
+		if r.skipReason(&node{path: shown, shown: shown, real: above}, path.Base(at)) != "" {
 			return false
 		}
 	}
@@ -659,7 +659,7 @@ func retry(f func() error) error {
 	}
 }
 
-// limit waits until the next file may be looked at, if there is a limit.
+// limit enforces MaxRate: it waits until the next file is due. It reports whether there is a limit.
 func (r *run) limit(w *worker) bool {
 	if r.s.opts.MaxRate <= 0 {
 		return false
@@ -679,14 +679,15 @@ func (r *run) limit(w *worker) bool {
 	return true
 }
 
-// resolveRoots resolves the configured directories. One may be a link to something that hangs.
+// resolveRoots resolves the configured directories in tasks, because one may be a link to a hung
+// file system.
 func (r *run) resolveRoots() error {
 	var tasks []*task
 	for i, dir := range r.s.opts.Dirs {
 		r.roots[i].path = dir
 		t := newTask("", func(w *worker) func() {
 			resolved := root{path: dir}
-			resolved.err = w.following(dir, resolved.resolve)
+			resolved.err = w.followLink(dir, resolved.resolve)
 			return func() { r.roots[i] = resolved }
 		})
 		r.queue(t)
@@ -712,7 +713,7 @@ func (r *root) resolve() (err error) {
 	case !info.Mode().IsRegular():
 		return errors.New("neither a directory nor a regular file")
 	case certfile.IsKey(r.path):
-		return errors.New("it is called like a private key: those files (.key) are not read")
+		return errors.New("private key files (.key) are not read")
 	}
 	r.isFile = true
 	above, err := filepath.EvalSymlinks(path.Dir(r.path))

@@ -14,7 +14,7 @@ import (
 	"certctl-agent/internal/api"
 )
 
-// link makes a symbolic link.
+// link creates a symbolic link.
 func link(t testing.TB, target, path string) {
 	t.Helper()
 	if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.Symlink(target, path)); err != nil {
@@ -22,7 +22,7 @@ func link(t testing.TB, target, path string) {
 	}
 }
 
-// pathsBelow are the paths of what was found, without their directory.
+// pathsBelow returns the paths of certificates relative to a directory.
 func pathsBelow(dir string, found []api.DiscoveredCertificate) []string {
 	var paths []string
 	for _, cert := range found {
@@ -31,8 +31,8 @@ func pathsBelow(dir string, found []api.DiscoveredCertificate) []string {
 	return paths
 }
 
-// TestLinkCountsWhereTheWalkDoesNotCome: a link to a file in the tree is passed
-// over only if the walk reads that file.
+// TestLinkCountsWhereTheWalkDoesNotCome checks that a link into the tree is skipped only if the
+// walk reads its target.
 func TestLinkCountsWhereTheWalkDoesNotCome(t *testing.T) {
 	dir := t.TempDir()
 	text, _ := testCertificate(t)
@@ -84,11 +84,11 @@ func TestLinkCountsWhereTheWalkDoesNotCome(t *testing.T) {
 	})
 }
 
-// TestLinksToWhatIsNotRead: no link leads to the agent's own files, to private
-// keys, or to a file that is excluded itself.
+// TestLinksToWhatIsNotRead checks that no link makes a scan read the agent's own files, private
+// keys, or excluded files.
 func TestLinksToWhatIsNotRead(t *testing.T) {
 	outside, dir := t.TempDir(), t.TempDir()
-	text, _ := testCertificate(t) // what is found was read, so all hold one
+	text, _ := testCertificate(t) // every file holds one, so a file that was read is found
 	own, other := filepath.Join(outside, "keys"), filepath.Join(outside, "other")
 	inTree := filepath.Join(dir, "state")
 	targets := []string{filepath.Join(own, "c1.key"), filepath.Join(own, ".state", "agent", "job.pem"), filepath.Join(inTree, "a", "b.pem"),
@@ -118,8 +118,8 @@ func TestLinksToWhatIsNotRead(t *testing.T) {
 	}
 }
 
-// TestPathThatIsReplaced: between the look at a file or directory and the
-// reading of it, whoever owns a directory on the way can make that a link.
+// TestPathThatIsReplaced covers owners of a directory on the path who replace it by a link between
+// stat and open.
 func TestPathThatIsReplaced(t *testing.T) {
 	outside, dir := t.TempDir(), t.TempDir()
 	text, _ := testCertificate(t)
@@ -137,7 +137,7 @@ func TestPathThatIsReplaced(t *testing.T) {
 		_, _, err := w.read(path, filepath.Base(path), &entry{dir: &node{path: filepath.Dir(path)}, file: file{status: status{identity: id}}})
 		return err
 	}
-	// As the walk has seen them.
+	// The entries as the walk saw them.
 	var inA, inB syscall.Stat_t
 	file := filepath.Join(dir, "a", "agent", "served.pem")
 	if err := errors.Join(syscall.Stat(file, &inA), syscall.Stat(filepath.Join(dir, "b", "served.pem"), &inB)); err != nil {
@@ -153,7 +153,7 @@ func TestPathThatIsReplaced(t *testing.T) {
 
 	opened := watchOpens(t, filepath.Join(own, "agent"))
 	if err := read(file, statusOf(&inA).identity); !errors.Is(err, errForbidden) || len(opened()) > 0 {
-		t.Errorf("a file of the agent: error %v, want %v, and that it is not opened", err, errForbidden)
+		t.Errorf("a file of the agent: error %v, want %v and no open", err, errForbidden)
 	}
 	if err := read(filepath.Join(dir, "b", "served.pem"), statusOf(&inB).identity); err != nil {
 		t.Errorf("a file that was replaced by another: %v", err)
@@ -164,8 +164,8 @@ func TestPathThatIsReplaced(t *testing.T) {
 	}
 }
 
-// TestNameThatIsReplaced: between the look at a file and the reading of it, it becomes another, or
-// what is not to be read. Reading waits for none of them.
+// TestNameThatIsReplaced covers files that are replaced between stat and open, by another file or
+// by something that must not be read. Reading must not wait for any of them.
 func TestNameThatIsReplaced(t *testing.T) {
 	outside, dir := t.TempDir(), t.TempDir()
 	text, _ := testCertificate(t)
@@ -216,7 +216,7 @@ func TestNameThatIsReplaced(t *testing.T) {
 	}
 }
 
-// TestKubernetesVolume: a mounted Secret keeps its paths when it is updated.
+// TestKubernetesVolume checks that a mounted Secret keeps its paths when it is updated.
 func TestKubernetesVolume(t *testing.T) {
 	dir := t.TempDir()
 	vol := filepath.Join(dir, "vol")
@@ -235,8 +235,8 @@ func TestKubernetesVolume(t *testing.T) {
 	link(t, "..data/tls.crt", filepath.Join(vol, "tls.crt"))
 	link(t, "..data/broken.pem", filepath.Join(vol, "broken.pem"))
 	link(t, "..data/sub", filepath.Join(vol, "sub"))
-	write(t, filepath.Join(vol, "z.pem"), text) // not of the Secret
-	// What only looks like one.
+	write(t, filepath.Join(vol, "z.pem"), text) // not part of the Secret
+	// Directories that only look like a volume.
 	write(t, filepath.Join(dir, "x", "..deeper", "a.pem"), text)
 	link(t, "/", filepath.Join(dir, "x", "..data"))
 	s := newScanner(t, Options{Dirs: []string{dir}})
@@ -262,12 +262,12 @@ func TestKubernetesVolume(t *testing.T) {
 
 	s = newScanner(t, Options{Dirs: []string{dir}, Exclude: []string{filepath.Join(vol, "sub")}})
 	check([]string{"vol/z.pem", "vol/tls.crt", "x/..deeper/a.pem"})
-	// Fleets that exclude the changing directories get the links.
+	// Excluding the versioned directories makes the links count.
 	s = newScanner(t, Options{Dirs: []string{dir}, Exclude: []string{"..2*"}})
 	check([]string{"vol/tls.crt", "vol/z.pem", "x/..deeper/a.pem"})
 }
 
-// TestRootIsAFile: what is named is scanned, whatever it is.
+// TestRootIsAFile checks that configured files are scanned like directories.
 func TestRootIsAFile(t *testing.T) {
 	dir := t.TempDir()
 	text, _ := testCertificate(t)
@@ -289,7 +289,7 @@ func TestRootIsAFile(t *testing.T) {
 		{"its directory too", []string{"", "b.pem", "d/e.pem"}, []string{"a.pem", "b.pem", "d/e.pem"}, nil},
 		{"a link and its target", []string{"d", "link.pem"}, []string{"d/e.pem"}, nil},
 		{"no file", []string{"pipe"}, nil, []string{"pipe: neither a directory nor a regular file"}},
-		{"a key", []string{"c.key"}, nil, []string{"c.key: it is called like a private key: those files (.key) are not read"}},
+		{"a key", []string{"c.key"}, nil, []string{"c.key: private key files (.key) are not read"}},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -315,7 +315,7 @@ func TestRootIsAFile(t *testing.T) {
 	}
 }
 
-// TestNamesOfADirectoryAreBounded: their sorting must not take all memory.
+// TestNamesOfADirectoryAreBounded checks that sorting names does not use unbounded memory.
 func TestNamesOfADirectoryAreBounded(t *testing.T) {
 	dir := t.TempDir()
 	text, _ := testCertificate(t)
@@ -332,11 +332,11 @@ func TestNamesOfADirectoryAreBounded(t *testing.T) {
 	found, summary := scanAll(t, s)
 	if len(found) != 1 || summary.Files >= n || summary.Files < 100 || len(summary.Errors) != 1 ||
 		!strings.HasPrefix(summary.Errors[0], filepath.Join(dir, "many")+": the directory has too many names") {
-		t.Errorf("found %d certificates, %d files, errors %q; want the directory to be cut short and named", len(found), summary.Files, summary.Errors)
+		t.Errorf("found %d certificates, %d files, errors %q; want part of the directory, and an error", len(found), summary.Files, summary.Errors)
 	}
 }
 
-// TestLinkToALargeDirectory: one that is configured is read in parts like any other.
+// TestLinkToALargeDirectory checks that a configured link to a large directory is read in parts.
 func TestLinkToALargeDirectory(t *testing.T) {
 	outside := t.TempDir()
 	text, _ := testCertificate(t)

@@ -10,21 +10,21 @@ import (
 	"certctl-agent/internal/api"
 )
 
-// A file system whose server is gone does not return from a call at all. So everything that touches
-// a scanned file is a task: a worker does it, and the scan waits for it within bounds. A worker
-// that hangs is given up and replaced; what it returns one day is not looked at.
+// A call on a file system whose server is gone may never return. So every access to a scanned file
+// is a task: a worker performs it, and the scan waits for it for a bounded time. A worker that
+// hangs is abandoned and replaced; if it returns later, its result is ignored.
 
 const (
-	// maxHung bounds the workers that hang at one time, over all scans.
+	// maxHung bounds the workers that hang at one time, across all scans.
 	maxHung = 16
 
-	// cancelGrace is how long a cancelled scan waits for its workers. They
-	// look for it between files; none but a hung one needs longer.
+	// cancelGrace is how long a cancelled scan waits for its workers. They check for cancellation
+	// after each file, so only a hung worker takes longer.
 	cancelGrace = 50 * time.Millisecond
 
-	// A worker of a gentle scan rests after restAfter of processor time, restFactor times as long,
-	// but not longer than maxRest: key stores that are made to be slow, whose time is bounded
-	// elsewhere, must not keep a scan from the other files for hours.
+	// After restAfter of processor time, a worker of a gentle scan rests restFactor times as long
+	// as it worked, but at most maxRest: key stores that are deliberately slow must not delay the
+	// other files for hours. Their own time is bounded in effort.go.
 	restAfter  = 2 * time.Millisecond
 	restFactor = 99
 	maxRest    = time.Second
@@ -32,11 +32,11 @@ const (
 
 var (
 	errHung     = errors.New("the file system does not answer")
-	errManyHung = errors.New("too many file systems do not answer: the scan was given up")
+	errManyHung = errors.New("too many file systems do not answer: scan aborted")
 )
 
-// task is one piece of work on a file system. What do has found takes effect by commit, so that a
-// worker that was given up changes nothing when it comes back.
+// task is one piece of work on a file system. The results of do take effect in commit, so an
+// abandoned worker changes nothing when it returns.
 type task struct {
 	mount string
 	do    func(*worker) (commit func())
@@ -48,21 +48,21 @@ type task struct {
 // worker is one thread of a scan.
 type worker struct {
 	r      *run
-	active atomic.Int64           // when its last call began, ns since the scan began; 0: none
-	task   atomic.Pointer[task]   // what it works on; the goroutine that takes it away ends the task
-	link   atomic.Pointer[string] // the symbolic link it follows, or nil
-	blamed string                 // what hangs; set before task is taken away
-	buffer []byte                 // of the file that is read
-	used   int                    // bytes of buffer that hold some of it
-	rested time.Duration          // its thread's processor time when it rested last
-	inside *node                  // the directory whose files are read, or nil
-	dir    int                    // its handle, or -1
+	active atomic.Int64           // start of its current call, in ns since the scan began; 0 if none
+	task   atomic.Pointer[task]   // current task; the goroutine that swaps it for nil ends the task
+	link   atomic.Pointer[string] // symbolic link that it is following, or nil
+	blamed string                 // path that hangs; set before task is swapped for nil
+	buffer []byte                 // bytes of the current file
+	used   int                    // how much of buffer is filled
+	rested time.Duration          // its thread's processor time at its last rest
+	inside *node                  // directory whose files it reads, or nil
+	dir    int                    // handle of inside, or -1
 }
 
-// tick says that a call on a file system begins.
+// tick records the start of a call on a file system.
 func (w *worker) tick() { w.active.Store(int64(max(time.Since(w.r.began), 1))) }
 
-// rest says that no call on a file system is under way.
+// rest records that no call on a file system is in progress.
 func (w *worker) rest() { w.active.Store(0) }
 
 func newTask(mount string, do func(*worker) (commit func())) *task {
@@ -76,8 +76,8 @@ func (r *run) queue(t *task) {
 	}
 }
 
-// wait waits for a task. That its file system hangs is not an error of the
-// scan: it is named once, and the walk goes on elsewhere.
+// wait waits for a task. A hung file system is not an error of the scan: it is reported once, and
+// the walk continues elsewhere.
 func (r *run) wait(t *task, path string) error {
 	select {
 	case <-t.done:
@@ -87,7 +87,7 @@ func (r *run) wait(t *task, path string) error {
 	if t.err == nil {
 		return nil
 	}
-	if _, named := r.named.LoadOrStore(t.mount, true); !named {
+	if _, reported := r.hung.LoadOrStore(t.mount, true); !reported {
 		r.problems.add(path, t.err.Error()+"; everything on "+api.TextOfPath(t.mount)+" is skipped")
 	}
 	return nil
@@ -99,7 +99,7 @@ func (r *run) work(w *worker) {
 		case <-r.ctx.Done():
 			return
 		case t, more := <-r.tasks:
-			if !more || !r.carryOut(w, t) {
+			if !more || !r.perform(w, t) {
 				return
 			}
 			w.pause()
@@ -107,9 +107,8 @@ func (r *run) work(w *worker) {
 	}
 }
 
-// pause lets a worker of a gentle scan rest restFactor times as long as it worked. What counts is
-// the processor's time: a scan that waits, for a disk or because others keep the processors busy,
-// does not wait for this, too.
+// pause lets a worker of a gentle scan rest restFactor times as long as it worked. Only processor
+// time counts, so waiting for a disk or a busy processor does not lengthen the rest.
 func (w *worker) pause() {
 	if w.r.s.rest == nil {
 		return
@@ -120,7 +119,7 @@ func (w *worker) pause() {
 	}
 }
 
-// sleep waits, and fails when ctx ends.
+// sleep waits for d. It returns an error if ctx ends first.
 func sleep(ctx context.Context, d time.Duration) error {
 	select {
 	case <-time.After(d):
@@ -130,8 +129,8 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// carryOut does a task and reports whether the worker is still wanted.
-func (r *run) carryOut(w *worker, t *task) bool {
+// perform runs a task. It reports false if the worker must end: it has been replaced or has panicked.
+func (r *run) perform(w *worker, t *task) bool {
 	if r.s.isHung(t.mount) {
 		t.err = errHung
 		close(t.done)
@@ -154,9 +153,9 @@ func (r *run) carryOut(w *worker, t *task) bool {
 	return true
 }
 
-// following does f, which follows a symbolic link. Where that leads may hang
-// when the file system of the link does not, so it is the link that is blamed.
-func (w *worker) following(link string, f func() error) error {
+// followLink calls f, which follows a symbolic link. If f hangs, the link is blamed rather than the
+// mount that it is on: the target may be on another file system.
+func (w *worker) followLink(link string, f func() error) error {
 	if w.r.s.isHung(link) {
 		return errHung
 	}
@@ -166,7 +165,7 @@ func (w *worker) following(link string, f func() error) error {
 	return f()
 }
 
-// watch replaces workers that hang, until the scan ends.
+// watch replaces hung workers until the scan ends.
 func (r *run) watch(workers []*worker) {
 	ticker := time.NewTicker(r.s.stall / 4)
 	defer ticker.Stop()
@@ -186,7 +185,7 @@ func (r *run) watch(workers []*worker) {
 			if link != nil {
 				w.blamed = *link
 			}
-			// Counted first: the worker may come back at any moment.
+			// Count it first: the worker may return at any moment.
 			total := r.s.countHung(w.blamed, 1)
 			if !w.task.CompareAndSwap(t, nil) {
 				r.s.countHung(w.blamed, -1)
@@ -199,7 +198,7 @@ func (r *run) watch(workers []*worker) {
 			}
 			workers[i] = r.newWorker()
 			if link != nil {
-				r.queue(t) // without the link, this time
+				r.queue(t) // isHung(link) now makes it skip the link
 				continue
 			}
 			t.err = errHung
@@ -214,7 +213,7 @@ func (s *Scanner) isHung(mount string) bool {
 	return s.hung[mount] > 0
 }
 
-// countHung returns how many calls hang on all file systems together.
+// countHung adds change to the hung calls on mount and returns the total on all file systems.
 func (s *Scanner) countHung(mount string, change int) (total int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -233,10 +232,10 @@ type mount struct {
 	local bool
 }
 
-// mounts are the mounted file systems by mount point, as of the start of the scan.
+// mounts are the file systems that were mounted when the scan began, by mount point.
 type mounts map[string]mount
 
-// of is the file system that a path is on.
+// of returns the file system that a real path is on.
 func (m mounts) of(real string) mount {
 	for {
 		if found, ok := m[real]; ok {
@@ -249,8 +248,9 @@ func (m mounts) of(real string) mount {
 	}
 }
 
-// mayEnter reports whether a directory on another device than its parent may be entered: a
-// subvolume, which is not a mount, or a local file system that was mounted since the table was read.
+// mayEnter reports whether the walk may enter a directory that is on another device than its
+// parent: a subvolume, which is not a mount, or a local file system mounted after the table was
+// read.
 func (m mounts) mayEnter(real string) bool {
 	if found, ok := m[real]; ok {
 		return found.local

@@ -17,9 +17,8 @@ import (
 	"certctl-agent/internal/api"
 )
 
-// mountDead mounts a FUSE file system that answers nothing, as a network file
-// system does when its server is gone: whoever looks at it waits, until the
-// test revives it, with an error.
+// mountDead mounts a FUSE file system that never answers, like a network file system whose server
+// is gone. Every access hangs until the test revives it; then it fails.
 func mountDead(t *testing.T, point string) (revive func()) {
 	t.Helper()
 	if os.Geteuid() != 0 {
@@ -75,10 +74,10 @@ func TestHungMount(t *testing.T) {
 	})
 	t.Run("named as a root it is given up", func(t *testing.T) {
 		s := newScanner(t, Options{Dirs: []string{dir, dead}})
-		s.stall = 3 * time.Second // a busy machine may make the other directories wait
+		s.stall = 3 * time.Second // the other directories may be slow on a busy machine
 		goroutines := runtime.NumGoroutine()
 		for i := range 3 {
-			found, summary := scanAll(t, s) // which ends, though the mount never answers
+			found, summary := scanAll(t, s) // returns although the mount never answers
 			if len(found) != 2 {
 				t.Errorf("found %d certificates, want those elsewhere", len(found))
 			}
@@ -90,7 +89,7 @@ func TestHungMount(t *testing.T) {
 		if left := runtime.NumGoroutine() - goroutines; left > 8 {
 			t.Errorf("%d goroutines were left behind by three scans", left)
 		}
-		// When the server is back, so are the workers.
+		// When the server returns, the workers do, too.
 		revive()
 		for range 100 {
 			if !s.isHung(dead) {
@@ -104,8 +103,8 @@ func TestHungMount(t *testing.T) {
 	})
 }
 
-// TestLinkToHungMount: a link, by way of another, leads to something that
-// hangs. Everything but the link is found.
+// TestLinkToHungMount checks that only the link is missing from a scan if a link leads, through
+// another, to a hung file system.
 func TestLinkToHungMount(t *testing.T) {
 	outside, dir := t.TempDir(), t.TempDir()
 	cert, err := os.ReadFile("certfile/testdata/ed25519.pem")
@@ -153,7 +152,7 @@ func TestCancelWhileAMountHangs(t *testing.T) {
 	dead := t.TempDir()
 	mountDead(t, dead)
 	s := newScanner(t, Options{Dirs: []string{dead}})
-	s.stall = time.Hour // a scan that waits for the mount does not return
+	s.stall = time.Hour // a scan that waits for the mount would not return
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	if _, err := s.Scan(ctx, nil); err == nil {
@@ -204,7 +203,7 @@ func TestLowestPriority(t *testing.T) {
 	}
 	during, want := 0, workers()+1 // the walk may have ended
 	if _, err := s.Scan(t.Context(), func([]api.DiscoveredCertificate) error {
-		for range 200 { // on a busy host the last worker may have to wait for its turn
+		for range 200 { // on a busy host the last worker may start late
 			if during = lowest(); during >= want {
 				break
 			}

@@ -1,7 +1,7 @@
-// Package jks reads Java's own formats of key stores, JKS and JCEKS, and writes JKS. They are
-// specified by the source of sun.security.provider.JavaKeyStore and
-// com.sun.crypto.provider.JceKeyStore. Certificates are in clear, private keys under a password of
-// their own. Integers are big-endian.
+// Package jks reads Java's own key store formats, JKS and JCEKS, and writes JKS. Their only
+// specification is the source of sun.security.provider.JavaKeyStore and
+// com.sun.crypto.provider.JceKeyStore. Certificates are in clear text; each private key has its own
+// password. Integers are big-endian.
 package jks
 
 import (
@@ -21,22 +21,22 @@ const (
 	tagTrusted = 2
 	tagSecret  = 3 // JCEKS only
 
-	// maxChain bounds the certificates of an entry, which take more memory than bytes of the store
-	// when they are empty. A file of a megabyte has no room for that many real ones.
+	// maxChain bounds the certificates of an entry, because empty ones take more memory than bytes
+	// in the store. A file of a megabyte has no room for that many real ones.
 	maxChain = 10_000
 )
 
-// X509 is the type of a certificate whose encoding is DER.
+// X509 is the type of certificates encoded in DER.
 const X509 = "X.509"
 
 var (
-	errFormat    = errors.New("it is not a Java key store")
-	errTruncated = errors.New("the Java key store ends before it is complete")
-	errSecret    = errors.New("the Java key store holds a secret key, whose end cannot be found without its password: the entries after it are not seen")
-	errChain     = fmt.Errorf("the Java key store holds a chain of more than %d certificates", maxChain)
+	errFormat    = errors.New("not a Java key store")
+	errTruncated = errors.New("the Java key store is truncated")
+	errSecret    = errors.New("the Java key store holds a secret key: the entries after it cannot be read without its password")
+	errChain     = fmt.Errorf("the Java key store has a chain of more than %d certificates", maxChain)
 )
 
-// Is reports whether data begins as a store does. A head of twelve bytes is enough.
+// Is reports whether data begins like a store. A head of twelve bytes is enough.
 func Is(data []byte) bool {
 	if len(data) < headerSize {
 		return false
@@ -45,24 +45,24 @@ func Is(data []byte) bool {
 	return (magic == magicJKS || magic == magicJCEKS) && (version == 1 || version == 2)
 }
 
-// Entry is a private key with its chain, or a trusted certificate. Its slices are part of the
-// store's bytes.
+// Entry is a private key with its chain, or a trusted certificate. Its slices alias the store's
+// bytes.
 type Entry struct {
 	Alias   string // in Java's modified UTF-8
 	Created time.Time
-	Key     []byte        // EncryptedPrivateKeyInfo of PKCS#8, as it is in the store; nil: the entry is a trusted certificate
-	Chain   []Certificate // of a key, its own certificate first
+	Key     []byte        // EncryptedPrivateKeyInfo of PKCS#8; nil for a trusted certificate
+	Chain   []Certificate // a key's own certificate comes first
 }
 
-// Certificate is one in a store.
+// Certificate is a certificate in a store.
 type Certificate struct {
-	Type    string // of java.security.cert.Certificate; X509 in every store that keytool makes
+	Type    string // type of java.security.cert.Certificate; X509 in every store that keytool creates
 	Encoded []byte
 }
 
-// Read hands out the entries of a store, in their order. Of a damaged one those before the damage
-// are handed out, the last with what can be read of its chain. The digest at the end is not
-// checked: that takes the password.
+// Read calls entry for each entry of a store, in order. In a damaged store these are the entries
+// before the damage and the readable part of the last chain. Read does not check the digest at the
+// end, which needs the password.
 func Read(data []byte, entry func(Entry)) error {
 	if !Is(data) {
 		return errFormat
@@ -93,7 +93,7 @@ func (r *reader) entry() (e Entry, err error) {
 	case tagSecret:
 		r.fail(errSecret)
 	default:
-		r.fail(fmt.Errorf("the Java key store holds an entry of unknown kind %d", tag))
+		r.fail(fmt.Errorf("the Java key store has an entry of unknown kind %d", tag))
 	}
 	for i := range certificates {
 		if i == maxChain {
@@ -118,10 +118,10 @@ func (r *reader) certificate() Certificate {
 	return Certificate{Type: kind, Encoded: r.bytes(r.uint32())}
 }
 
-// reader reads until the first error, which stays; then it returns zeros.
+// reader reads until the first error. From then on its methods return zero values.
 type reader struct {
 	rest  []byte
-	typed bool // each certificate has its type before it
+	typed bool // each certificate is preceded by its type
 	err   error
 }
 
@@ -152,6 +152,6 @@ func (r *reader) number(size int) (n uint64) {
 
 func (r *reader) uint16() int { return int(r.number(2)) }
 
-// uint32 is clipped so that it is not a negative int on any platform; no length that large fits in
-// a file that is read.
+// uint32 limits the number so that it is not negative on any platform. No valid length is that
+// large.
 func (r *reader) uint32() int { return int(min(r.number(4), 1<<31-1)) }

@@ -25,7 +25,7 @@ func TestIs(t *testing.T) {
 		"\xfe\xed\xfe\xed\x00\x00\x00\x02\x00\x00\x00\x00": true,
 		"\xfe\xed\xfe\xed\x00\x00\x00\x01\x00\x00\x00\x00": true,
 		"\xce\xce\xce\xce\x00\x00\x00\x02\x00\x00\x00\x00": true,
-		"\xce\xce\xce\xce\xce\xce\xce\xce\xce\xce\xce\xce": false, // a pattern that fills memory
+		"\xce\xce\xce\xce\xce\xce\xce\xce\xce\xce\xce\xce": false, // a fill pattern
 		"\xfe\xed\xfa\xcf\x00\x00\x00\x02\x00\x00\x00\x00": false, // Mach-O
 		"\xfe\xed\xfe\xed\x00\x00\x00\x02":                 false,
 		"":                                                 false,
@@ -60,7 +60,7 @@ func TestRead(t *testing.T) {
 	}
 }
 
-// TestDamage: what comes before it is read.
+// TestDamage checks that entries before the damage are read.
 func TestDamage(t *testing.T) {
 	data := corpus.JKS(2, []byte("a"), []byte("b"))
 	first := len(corpus.JKS(2, []byte("a"))) - 20 // without the digest
@@ -74,15 +74,15 @@ func TestDamage(t *testing.T) {
 			t.Errorf("the first %d bytes: %d entries, %v; want %d, and %v", end, len(entries), err, want, errTruncated)
 		}
 	}
-	// A key's entry with as many empty certificates as it says.
+	// A key entry with that many empty certificates.
 	long := binary.BigEndian.AppendUint32([]byte("\xfe\xed\xfe\xed\x00\x00\x00\x01\x00\x00\x00\x01\x00\x00\x00\x01\x00\x01a\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"), maxChain+1)
 	entries, err := read(append(long, make([]byte, 4*(maxChain+1))...))
 	if !errors.Is(err, errChain) || len(entries) != 1 || len(entries[0].Chain) != maxChain {
-		t.Errorf("a chain that is too long: %d entries, %v", len(entries), err)
+		t.Errorf("an overlong chain: %d entries, %v", len(entries), err)
 	}
 }
 
-// TestSecretKey: only its own password tells where it ends.
+// TestSecretKey checks that a secret key, whose length is unknown without its password, ends the reading.
 func TestSecretKey(t *testing.T) {
 	data, err := os.ReadFile("testdata/java.jceks")
 	if err != nil {
@@ -93,7 +93,7 @@ func TestSecretKey(t *testing.T) {
 	}
 }
 
-// TestAgainstKeytool: aliases, a key's chain, and the certificate of another.
+// TestAgainstKeytool compares aliases, a key's chain and a trusted certificate with keytool's.
 func TestAgainstKeytool(t *testing.T) {
 	if testing.Short() {
 		t.Skip("keytool takes seconds")

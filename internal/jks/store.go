@@ -18,41 +18,41 @@ import (
 )
 
 var (
-	// ErrPassword: the digest of a store, or of a private key, is not that of the password.
-	ErrPassword = errors.New("JKS: the password is wrong")
+	// ErrPassword means that the digest of a store or a private key does not match the password.
+	ErrPassword = errors.New("JKS: wrong password")
 
-	// ErrAlias: the alias is that of an entry which is not a private key.
+	// ErrAlias means that an entry other than a private key has the alias.
 	ErrAlias = errors.New("the alias belongs to a trusted certificate")
 
-	// ErrJCEKS: the store is one of the format that is read and not written.
-	ErrJCEKS = errors.New("the key store is of type JCEKS, which is not written")
+	// ErrJCEKS means that the store is in a format that this package can read but not write.
+	ErrJCEKS = errors.New("writing key stores of type JCEKS is not supported")
 )
 
-// maxEntries bounds the entries of a store that can be written. Those of a small file take several times
-// its memory.
+// maxEntries bounds the entries of a store that Open accepts. Small entries take several times
+// their size in memory.
 const maxEntries = 10_000
 
 var errEntries = fmt.Errorf("the Java key store has more than %d entries", maxEntries)
 
-// Store is a store that can be written. Whatever Put does not replace is written as it was read,
-// byte for byte.
+// Store is a store that can be changed. Entries that Put does not replace are written byte for byte
+// as they were read.
 type Store struct {
 	password string
 	version  byte
 	entries  []stored
 }
 
-// stored is an entry with its bytes.
+// stored is an entry with its encoding.
 type stored struct {
 	Entry
 	raw []byte
 }
 
-// New is an empty store.
+// New returns an empty store.
 func New(password string) *Store { return &Store{password: password, version: 2} }
 
-// Open reads a store whose digest is that of password. The error is ErrPassword or ErrJCEKS, or says
-// what is damaged.
+// Open reads a store and checks its digest. The error is ErrPassword or ErrJCEKS, or describes the
+// damage.
 func Open(data []byte, password string) (*Store, error) {
 	switch {
 	case !Is(data):
@@ -82,7 +82,7 @@ func Open(data []byte, password string) (*Store, error) {
 	return s, nil
 }
 
-// digest protects the integrity of a store. Passwords are hashed in UTF-16.
+// digest returns the digest that protects a store. Passwords are hashed in UTF-16.
 func digest(password string, content []byte) []byte {
 	h := sha1.New()
 	h.Write(ber.EncodeBMP(password))
@@ -91,7 +91,7 @@ func digest(password string, content []byte) []byte {
 	return h.Sum(nil)
 }
 
-// Encode is the store as it is written.
+// Encode encodes the store.
 func (s *Store) Encode() []byte {
 	data := binary.BigEndian.AppendUint32(nil, magicJKS)
 	data = binary.BigEndian.AppendUint32(data, uint32(s.version))
@@ -102,13 +102,13 @@ func (s *Store) Encode() []byte {
 	return append(data, digest(s.password, data)...)
 }
 
-// IsTrustStore reports whether there are entries, and none that is a private key.
+// IsTrustStore reports whether the store has entries, but no private key.
 func (s *Store) IsTrustStore() bool {
 	return len(s.entries) > 0 && !slices.ContainsFunc(s.entries, func(e stored) bool { return e.Key != nil })
 }
 
-// find returns the position of an alias as it is encoded, -1 if there is none. Java looks for lower
-// case alone; the last one counts.
+// find returns the index of an encoded alias, or -1. Java searches for lower-case aliases only, and
+// the last entry wins.
 func (s *Store) find(alias string) int {
 	for i, e := range slices.Backward(s.entries) {
 		if e.Alias == alias {
@@ -118,8 +118,8 @@ func (s *Store) find(alias string) int {
 	return -1
 }
 
-// Find returns the private key under an alias, nil if there is none. The error is ErrPassword, or says
-// why the entry cannot be read.
+// Find returns the private key under an alias, or nil if there is none. The error is ErrPassword or
+// says why the entry cannot be read.
 func (s *Store) Find(alias, password string) (*keyentry.PrivateKey, error) {
 	alias = encodeAlias(alias)
 	i := s.find(alias)
@@ -140,8 +140,8 @@ func (s *Store) Find(alias, password string) (*keyentry.PrivateKey, error) {
 	return k, err
 }
 
-// Put makes k the private key under its alias, in place of the one that is there, and reports whether
-// the store had to change for it.
+// Put stores k as the private key under its alias, replacing the key that is there. It reports
+// whether the store had to change.
 func (s *Store) Put(k keyentry.PrivateKey) (changed bool, err error) {
 	alias := encodeAlias(k.Alias)
 	i := s.find(alias)
@@ -175,16 +175,16 @@ func sameChain(was []Certificate, chain []*x509.Certificate) bool {
 	})
 }
 
-// encodeAlias is an alias as it is in a store: in lower case and in Java's modified UTF-8.
+// encodeAlias returns the stored form of an alias: lower case, in Java's modified UTF-8.
 func encodeAlias(alias string) string {
 	var b []byte
 	for _, unit := range utf16.Encode([]rune(strings.ToLower(alias))) {
 		switch {
 		case unit > 0 && unit < 0x80:
 			b = append(b, byte(unit))
-		case unit < 0x800: // 0 too
+		case unit < 0x800: // also 0
 			b = append(b, 0xc0|byte(unit>>6), 0x80|byte(unit&0x3f))
-		default: // each half of a surrogate pair too
+		default: // also each half of a surrogate pair
 			b = append(b, 0xe0|byte(unit>>12), 0x80|byte(unit>>6&0x3f), 0x80|byte(unit&0x3f))
 		}
 	}
@@ -193,7 +193,7 @@ func encodeAlias(alias string) string {
 
 func (e Entry) encode(typed bool) ([]byte, error) {
 	if len(e.Alias) > 1<<16-1 {
-		return nil, fmt.Errorf("an alias of %d bytes is too long", len(e.Alias))
+		return nil, fmt.Errorf("the alias has %d bytes, which is too long", len(e.Alias))
 	}
 	data := binary.BigEndian.AppendUint32(nil, tagKey)
 	data = binary.BigEndian.AppendUint16(data, uint16(len(e.Alias)))
@@ -216,7 +216,8 @@ func (e Entry) encode(typed bool) ([]byte, error) {
 // oidProtector is the algorithm of sun.security.provider.KeyProtector: 1.3.6.1.4.1.42.2.17.1.1.
 const oidProtector = "\x2b\x06\x01\x04\x01\x2a\x02\x11\x01\x01"
 
-// openKey decrypts a private key: a salt, what is encrypted with it, and a digest of the key.
+// openKey decrypts a private key, which is stored as a salt, the encrypted key and a digest of the
+// key.
 func openKey(encrypted []byte, password string) ([]byte, error) {
 	f := ber.Sequence(encrypted)
 	id := f.Inside(ber.TagSequence).OID()
@@ -225,7 +226,7 @@ func openKey(encrypted []byte, password string) ([]byte, error) {
 	case f.Err != nil:
 		return nil, fmt.Errorf("JKS: the private key is damaged: %w", f.Err)
 	case id != oidProtector:
-		return nil, fmt.Errorf("JKS: the private key is protected with an unknown method (OID %s)", ber.OIDText([]byte(id)))
+		return nil, fmt.Errorf("JKS: the private key is encrypted with an unknown method (OID %s)", ber.OIDText([]byte(id)))
 	case len(protected) < 2*sha1.Size:
 		return nil, fmt.Errorf("JKS: the private key is damaged: %w", ber.ErrTruncated)
 	}
@@ -239,7 +240,7 @@ func openKey(encrypted []byte, password string) ([]byte, error) {
 
 func sealKey(key []byte, password string) []byte {
 	salt := make([]byte, sha1.Size)
-	_, _ = rand.Read(salt) // it never fails
+	_, _ = rand.Read(salt) // never fails
 	algorithm := ber.Encode(ber.TagSequence, ber.EncodeOID(oidProtector), ber.Encode(ber.TagNull))
 	protected := slices.Concat(salt, mask(key, salt, password), keyDigest(key, password))
 	return ber.Encode(ber.TagSequence, algorithm, ber.Encode(ber.TagOctetString, protected))
@@ -250,8 +251,8 @@ func keyDigest(key []byte, password string) []byte {
 	return sum[:]
 }
 
-// mask encrypts and decrypts: each block of the stream is a digest of the password and of the block
-// before.
+// mask encrypts and decrypts with a key stream: each block is a digest of the password and the
+// previous block.
 func mask(data, salt []byte, password string) []byte {
 	masked, pass := make([]byte, 0, len(data)), ber.EncodeBMP(password)
 	block := salt

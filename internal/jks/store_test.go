@@ -27,7 +27,7 @@ import (
 
 const password = "correct horse"
 
-// newKey is a private key for an alias, its certificate and one more.
+// newKey returns a private key for an alias with a chain of two certificates.
 func newKey(t testing.TB, alias string) keyentry.PrivateKey {
 	t.Helper()
 	k := keyentry.PrivateKey{Alias: alias, Created: time.UnixMilli(1_600_000_000_000), Password: password}
@@ -72,7 +72,7 @@ func mustOpen(t testing.TB, data []byte) *Store {
 	return s
 }
 
-// mustPut puts k, encodes the store and opens it again.
+// mustPut stores k, encodes the store and opens it again.
 func mustPut(t testing.TB, s *Store, k keyentry.PrivateKey) *Store {
 	t.Helper()
 	if changed, err := s.Put(k); err != nil || !changed {
@@ -108,7 +108,7 @@ func TestPut(t *testing.T) {
 	for _, k := range []keyentry.PrivateKey{first, other} {
 		k.Created = time.Now()
 		if changed, err := s.Put(k); changed || err != nil {
-			t.Errorf("the same key once more under %q: changed %v, %v", k.Alias, changed, err)
+			t.Errorf("storing the same key again under %q: changed %v, %v", k.Alias, changed, err)
 		}
 	}
 	was := raws(s)
@@ -116,7 +116,7 @@ func TestPut(t *testing.T) {
 	s = mustPut(t, s, renewed)
 	checkKey(t, s, renewed)
 	if now := raws(s); len(now) != 2 || now[0] == was[0] || now[1] != was[1] {
-		t.Error("another entry changed with it, or moved")
+		t.Error("another entry changed or moved")
 	}
 	shorter := renewed
 	shorter.Chain = renewed.Chain[:1]
@@ -125,14 +125,14 @@ func TestPut(t *testing.T) {
 		t.Errorf("a key under a wrong password: %v", err)
 	}
 	if k, err := s.Find("nobody", password); k != nil || err != nil {
-		t.Errorf("an alias that is not there: %v, %v", k, err)
+		t.Errorf("an unknown alias: %v, %v", k, err)
 	}
 	if _, err := s.Put(keyentry.PrivateKey{Alias: strings.Repeat("a", 1<<16), Chain: first.Chain}); err == nil {
-		t.Error("an alias that has no room")
+		t.Error("no error for an overlong alias")
 	}
 }
 
-// signed is a store of the corpus with the digest of password.
+// signed returns a store of the corpus with the digest for password.
 func signed(version byte, certificates ...[]byte) []byte {
 	data := corpus.JKS(version, certificates...)
 	content := data[:len(data)-20]
@@ -144,7 +144,7 @@ func TestOpenRefuses(t *testing.T) {
 		data := signed(version, []byte("a"), []byte("b"))
 		s := mustOpen(t, data)
 		if !bytes.Equal(s.Encode(), data) {
-			t.Errorf("version %d: other bytes are written than were read", version)
+			t.Errorf("version %d: an unchanged store is written differently", version)
 		}
 		if _, err := s.Put(newKey(t, "ALIAS0")); !errors.Is(err, ErrAlias) {
 			t.Errorf("the alias of a trusted certificate: %v", err)
@@ -160,11 +160,11 @@ func TestOpenRefuses(t *testing.T) {
 		}
 		for end := range len(data) {
 			if _, err := Open(data[:end], password); err == nil {
-				t.Errorf("the first %d bytes are opened", end)
+				t.Errorf("opened the first %d bytes", end)
 			}
 		}
 		if _, err := Open(append(bytes.Clone(data), 0), password); err == nil {
-			t.Error("a byte too many is not noticed")
+			t.Error("no error for an additional byte")
 		}
 	}
 	many := signed(2)
@@ -181,7 +181,7 @@ func TestOpenRefuses(t *testing.T) {
 	}
 }
 
-// TestSample: a store as Java 8 makes it, with a key under a password of its own.
+// TestSample covers a store written by Java 8 whose key has a different password.
 func TestSample(t *testing.T) {
 	data, err := os.ReadFile("testdata/java8.jks")
 	if err != nil {
@@ -189,7 +189,7 @@ func TestSample(t *testing.T) {
 	}
 	s := mustOpen(t, data)
 	if !bytes.Equal(s.Encode(), data) {
-		t.Error("other bytes are written than were read")
+		t.Error("an unchanged store is written differently")
 	}
 	if _, err := s.Find("sample", password); !errors.Is(err, ErrPassword) {
 		t.Errorf("the key under the store's password: %v", err)
@@ -199,7 +199,7 @@ func TestSample(t *testing.T) {
 		t.Fatalf("%+v, %v", was, err)
 	}
 	if changed, err := s.Put(*was); changed || err != nil {
-		t.Errorf("its own key once more: changed %v, %v", changed, err)
+		t.Errorf("storing its own key again: changed %v, %v", changed, err)
 	}
 	was.Password = password
 	checkKey(t, mustPut(t, s, *was), *was)
@@ -226,8 +226,8 @@ func TestManyEntries(t *testing.T) {
 	}
 }
 
-// TestStoreAgainstKeytool: a store that keytool made, with keys under passwords of their own and a
-// trusted certificate, gets other keys; keytool reads it, and hands the keys on.
+// TestStoreAgainstKeytool replaces keys in a store written by keytool, with a password for each key
+// and a trusted certificate. keytool must read the result and export the keys.
 func TestStoreAgainstKeytool(t *testing.T) {
 	if testing.Short() {
 		t.Skip("keytool takes seconds")
@@ -285,14 +285,14 @@ func TestStoreAgainstKeytool(t *testing.T) {
 	second.Password = password
 	checkKey(t, read, k)
 	checkKey(t, read, second)
-	keytool(append(of, "-delete", "-alias", "trusted")...) // which writes all anew
+	keytool(append(of, "-delete", "-alias", "trusted")...) // keytool rewrites the whole store
 	if data, err = os.ReadFile(path); err != nil {
 		t.Fatal(err)
 	}
 	checkKey(t, mustOpen(t, data), k)
 }
 
-// FuzzStore: what is not replaced is written as it was read.
+// FuzzStore checks that entries that are not replaced are written as they were read.
 func FuzzStore(f *testing.F) {
 	f.Add(signed(2, []byte("a"), []byte("b")))
 	f.Add(signed(1, []byte("a")))
@@ -311,7 +311,7 @@ func FuzzStore(f *testing.F) {
 			return
 		}
 		if !bytes.Equal(s.Encode(), data) {
-			t.Fatal("other bytes are written than were read")
+			t.Fatal("an unchanged store is written differently")
 		}
 		was := raws(s)
 		changed, err := s.Put(k)
@@ -327,7 +327,7 @@ func FuzzStore(f *testing.F) {
 			}
 		}
 		if same < len(was)-1 {
-			t.Errorf("%d of %d entries are as they were", same, len(was))
+			t.Errorf("%d of %d entries are unchanged", same, len(was))
 		}
 	})
 }

@@ -13,15 +13,16 @@ import (
 	"certctl-agent/internal/ber"
 )
 
-// kdf derives keys from passwords, as PBKDF2 (RFC 8018, 5.2) or RFC 7292, appendix B, does.
+// kdf derives keys from passwords with PBKDF2 (RFC 8018, section 5.2) or as in RFC 7292, appendix
+// B.
 type kdf struct {
-	prf        func() hash.Hash // of PBKDF2; nil: as RFC 7292 does
+	prf        func() hash.Hash // of PBKDF2; nil for RFC 7292
 	salt       []byte
 	iterations int
 	keySize    int // in bytes
 }
 
-// derive returns size bytes. PBKDF2 has no use for newHash and id.
+// derive returns size bytes. PBKDF2 ignores newHash and id.
 func (k kdf) derive(newHash func() hash.Hash, password []byte, id byte, size int) ([]byte, error) {
 	if k.prf != nil {
 		return pbkdf2.Key(k.prf, string(password), k.salt, k.iterations, size)
@@ -39,11 +40,10 @@ var hmacHashes = map[string]func() hash.Hash{
 	"\x2a\x86\x48\x86\xf7\x0d\x02\x0d": sha512.New512_256,
 }
 
-// readPBKDF2 reads the parameters of RFC 8018, appendix A.2. The size of the key is optional there, 0 if
-// it is missing.
+// readPBKDF2 reads the parameters of RFC 8018, appendix A.2. The optional key size is 0 if missing.
 func readPBKDF2(algorithm *ber.Fields) (k kdf, err error) {
 	if id := algorithm.OID(); algorithm.Err == nil && id != oidPBKDF2 {
-		return k, errMethod("the key is derived with", id)
+		return k, errMethod("the key derivation method is", id)
 	}
 	derivation := algorithm.Inside(ber.TagSequence)
 	k.salt = derivation.Octets(ber.TagOctetString)
@@ -55,7 +55,7 @@ func readPBKDF2(algorithm *ber.Fields) (k kdf, err error) {
 	if derivation.At(ber.TagSequence) {
 		id := derivation.Inside(ber.TagSequence).OID()
 		if k.prf = hmacHashes[id]; k.prf == nil {
-			return k, errMethod("the key is derived with", id)
+			return k, errMethod("the key derivation method is", id)
 		}
 	}
 	return k, k.check(derivation.Err)
@@ -63,14 +63,13 @@ func readPBKDF2(algorithm *ber.Fields) (k kdf, err error) {
 
 func (k kdf) check(err error) error {
 	if err == nil && k.iterations < 1 {
-		return errors.New("a key derivation without iterations is invalid")
+		return errors.New("the key derivation has no iterations")
 	}
 	return err
 }
 
-// forms are the byte strings that a password can stand for. PBES2 takes UTF-8.
-// RFC 7292 takes UTF-16 followed by two zero octets, which some tools leave out
-// for an empty password.
+// forms returns the possible encodings of a password. PBES2 uses UTF-8. RFC 7292 uses UTF-16 with
+// two zero octets at the end, which some tools omit for an empty password.
 func (k kdf) forms(password string) [][]byte {
 	if k.prf != nil {
 		return [][]byte{[]byte(password)}
@@ -82,7 +81,7 @@ func (k kdf) forms(password string) [][]byte {
 	return [][]byte{form}
 }
 
-// What a key derivation is for (RFC 7292, appendix B.3).
+// Purposes of derived keys (RFC 7292, appendix B.3).
 const (
 	idKey = 1
 	idIV  = 2

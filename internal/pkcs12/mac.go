@@ -17,7 +17,7 @@ const (
 	oidSHA256 = "\x60\x86\x48\x01\x65\x03\x04\x02\x01"
 	oidPBMAC1 = "\x2a\x86\x48\x86\xf7\x0d\x01\x05\x0e"
 
-	// maxMACKey bounds the key that a PBMAC1 asks for, in bytes: no hash uses more.
+	// maxMACKey bounds the key of a PBMAC1, in bytes. No hash uses more.
 	maxMACKey = 128
 )
 
@@ -31,7 +31,7 @@ var macHashes = map[string]func() hash.Hash{
 	"\x60\x86\x48\x01\x65\x03\x04\x02\x06": sha512.New512_256,
 }
 
-// macScheme is a MAC under a password with its parameters: that of RFC 7292, appendix B, or PBMAC1
+// macScheme is a password-based MAC with its parameters: that of RFC 7292, appendix B, or PBMAC1
 // (RFC 9579).
 type macScheme struct {
 	kdf
@@ -58,18 +58,18 @@ func readMAC(data *ber.Fields) (m macScheme, digest []byte, err error) {
 		}
 		id = parameters.Inside(ber.TagSequence).OID()
 		if m.hash = hmacHashes[id]; m.keySize < 1 || m.keySize > maxMACKey {
-			return m, nil, fmt.Errorf("a MAC with a key of %d bytes", m.keySize)
+			return m, nil, fmt.Errorf("the MAC has a key of %d bytes, which is not supported", m.keySize)
 		}
 	} else if m.hash = macHashes[id]; m.hash != nil {
 		m.keySize = m.hash().Size()
 	}
 	if m.hash == nil {
-		return m, nil, errMethod("its integrity is protected with", id)
+		return m, nil, errMethod("the integrity method is", id)
 	}
 	return m, digest, m.check(nil)
 }
 
-// work is what a try costs, as scheme.work has it.
+// work returns the cost of trying a password, in the unit of scheme.work.
 func (m macScheme) work(content int) int64 {
 	if m.prf != nil {
 		return scheme{kdf: m.kdf}.work(0) + int64(content)
@@ -77,7 +77,7 @@ func (m macScheme) work(content int) int64 {
 	return int64(m.iterations)*int64(m.hash().BlockSize()) + int64(content)
 }
 
-// sum is the MAC of content.
+// sum computes the MAC of content.
 func (m macScheme) sum(password string, content []byte) ([]byte, error) {
 	key, err := m.derive(m.hash, m.forms(password)[0], idMAC, m.keySize)
 	if err != nil {
@@ -88,7 +88,7 @@ func (m macScheme) sum(password string, content []byte) ([]byte, error) {
 	return mac.Sum(nil), nil
 }
 
-// encodeMAC is MacData for content: with SHA-256, or for the sake of older readers SHA-1.
+// encodeMAC returns MacData for content, with SHA-256, or with SHA-1 for older readers.
 func encodeMAC(password string, content []byte, legacy bool, iterations int) ([]byte, error) {
 	id, m := oidSHA256, macScheme{hash: sha256.New}
 	if legacy {

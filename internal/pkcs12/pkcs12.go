@@ -1,5 +1,5 @@
-// Package pkcs12 reads and writes key stores in PKCS#12 (RFC 7292), called .p12 and .pfx: by default those of
-// Java since version 9, and what Windows and browsers export.
+// Package pkcs12 reads and writes PKCS#12 key stores (RFC 7292), with the extensions .p12 and .pfx.
+// They are Java's default format since version 9 and the export format of Windows and browsers.
 package pkcs12
 
 import (
@@ -13,7 +13,7 @@ import (
 	"certctl-agent/internal/ber"
 )
 
-// Object identifiers of PKCS#7, #9 and #12, as their content octets.
+// Object identifiers of PKCS#7, #9 and #12, as content octets.
 const (
 	oidPKCS7         = "\x2a\x86\x48\x86\xf7\x0d\x01\x07"
 	oidData          = oidPKCS7 + "\x01"
@@ -31,22 +31,22 @@ const (
 	oidLocalKeyID      = oidPKCS9 + "\x15"
 	oidX509Certificate = oidPKCS9 + "\x16\x01"
 
-	// oidTrustedKeyUsage marks what Java holds for a trusted certificate.
+	// oidTrustedKeyUsage is an attribute by which Java recognizes trusted certificates.
 	oidTrustedKeyUsage = "\x60\x86\x48\x01\x86\xf9\x66\xad\xca\x7b\x01\x01"
 
-	// maxEncrypted bounds the encrypted parts of one store, since each asks for the work of trying
-	// passwords again; tools write one.
+	// maxEncrypted bounds the encrypted parts of a store, because the passwords are tried on each
+	// part. Tools write one.
 	maxEncrypted = 4
 
-	// maxBagDepth bounds how deep bags nest; no tool nests them at all.
+	// maxBagDepth bounds the nesting of bags. No tool nests them at all.
 	maxBagDepth = 8
 
-	// maxAlias bounds the bytes of an entry's name.
+	// maxAlias bounds the name of an entry, in bytes.
 	maxAlias = 1 << 10
 )
 
-// Is reports whether data begins as a store does (RFC 7292, 4): a SEQUENCE with version 3 and a
-// ContentInfo of PKCS#7. A head of a few bytes is enough.
+// Is reports whether data begins like a store (RFC 7292, section 4): a SEQUENCE with version 3 and
+// a ContentInfo of PKCS#7. A head of a few bytes is enough.
 func Is(data []byte) bool {
 	info, ok := bytes.CutPrefix(ber.Open(data), []byte("\x02\x01\x03"))
 	kind := ber.Open(info)
@@ -54,55 +54,55 @@ func Is(data []byte) bool {
 	return ok && kind != nil && strings.HasPrefix(want, string(kind[:min(len(kind), len(want))]))
 }
 
-// Kind is what an entry is.
+// Kind is the type of an entry.
 type Kind int
 
 const (
 	Certificate  Kind = iota // X.509
-	EncryptedKey             // EncryptedPrivateKeyInfo of PKCS#8, as it is in the store
+	EncryptedKey             // EncryptedPrivateKeyInfo of PKCS#8, still encrypted
 	Key                      // PrivateKeyInfo of PKCS#8
-	Other                    // a bag of another kind: a revocation list, a secret
+	Other                    // any other bag, such as a revocation list or a secret
 )
 
-// Entry is one thing in a store. Its slices may be part of the store's bytes.
+// Entry is an entry of a store. Its slices may alias the store's bytes.
 type Entry struct {
 	Kind  Kind
-	Alias string // friendlyName; "": there is none
-	ID    []byte // localKeyId: a key and its certificate have the same one
+	Alias string // friendlyName, or ""
+	ID    []byte // localKeyId, equal for a key and its certificate
 	DER   []byte
 
-	opened      *openedKey        // nil: the key has not been decrypted
-	certificate *x509.Certificate // nil: it is none, or was not looked at
-	trusted     bool              // it has the attribute trustedKeyUsage, by which Java knows a trusted certificate
-	bag         []byte            // as it is in the store, with its attributes
+	opened      *openedKey        // nil if the key has not been decrypted
+	certificate *x509.Certificate // nil if the entry is not a certificate or was not parsed
+	trusted     bool              // it has the attribute trustedKeyUsage
+	bag         []byte            // encoding of the whole bag, with its attributes
 }
 
-// Reader reads stores with the same passwords.
+// Reader reads stores with a list of passwords.
 type Reader struct {
-	Passwords []string // in the order in which they are tried
+	Passwords []string // tried in this order
 
-	// Work is what trying passwords may still cost, over all stores that are read, in bytes that are
-	// hashed; 256 MiB take one to two seconds. A store can ask for any number of iterations, so none
-	// is read without a bound.
+	// Work is the remaining budget for trying passwords, for all stores together, in bytes hashed;
+	// 256 MiB take one to two seconds. A store can demand any number of iterations, so there is no
+	// reading without a budget.
 	Work int64
 }
 
 var (
-	// ErrPassword: none of the passwords decrypts a part of a store.
-	ErrPassword = errors.New("PKCS#12: none of the passwords is right")
+	// ErrPassword means that none of the passwords decrypts a part of a store.
+	ErrPassword = errors.New("PKCS#12: wrong password")
 
-	// ErrWork: trying another password would cost more than Work.
-	ErrWork = errors.New("PKCS#12: trying all passwords costs too much")
+	// ErrWork means that trying another password would exceed the budget for work.
+	ErrWork = errors.New("PKCS#12: deriving keys from passwords takes too long: the file demands too many iterations")
 
-	errParts  = fmt.Errorf("PKCS#12: it has more than %d encrypted parts, and what follows is not looked into", maxEncrypted)
-	errSigned = errors.New("PKCS#12: the contents are signed or enveloped with a public key, which is not supported")
+	errParts  = fmt.Errorf("PKCS#12: the store has more than %d encrypted parts: the rest of it is not read", maxEncrypted)
+	errSigned = errors.New("PKCS#12: signed or public-key encrypted contents are not supported")
 )
 
-// Read hands out the entries of a store, in their order, and a problem for each part that it cannot
-// read. Keys are not decrypted. The MAC is not checked: a wrong password shows in the padding and
-// in what comes out.
+// Read calls entry for each entry of a store, in order, and problem for each part that it cannot
+// read. It does not decrypt keys. It does not check the MAC: a wrong password shows in the padding
+// and the decrypted structure.
 func (r *Reader) Read(data []byte, entry func(Entry), problem func(error)) {
-	tell := func(err error) {
+	report := func(err error) {
 		if err != nil {
 			problem(damaged(err))
 		}
@@ -120,9 +120,9 @@ func (r *Reader) Read(data []byte, entry func(Entry), problem func(error)) {
 		content := safe.Inside(ber.TagExplicit0)
 		switch {
 		case content.Err != nil:
-			tell(content.Err)
+			report(content.Err)
 		case kind == oidData:
-			tell(readBags(content.Octets(ber.TagOctetString), 0, entry))
+			report(readBags(content.Octets(ber.TagOctetString), 0, entry))
 		case kind == oidEncryptedData:
 			if encrypted++; encrypted > maxEncrypted {
 				problem(errParts)
@@ -135,11 +135,11 @@ func (r *Reader) Read(data []byte, entry func(Entry), problem func(error)) {
 			problem(errSigned)
 		}
 	}
-	tell(safes.Err)
+	report(safes.Err)
 }
 
-// openPFX returns the AuthenticatedSafe of a store (RFC 7292, 4), and what comes after it: MacData, or
-// nothing.
+// openPFX returns the AuthenticatedSafe of a store (RFC 7292, section 4) and the fields after it:
+// an optional MacData.
 func openPFX(data []byte) (content []byte, rest *ber.Fields, err error) {
 	rest = ber.Sequence(data)
 	rest.Integer()
@@ -156,7 +156,7 @@ func openPFX(data []byte) (content []byte, rest *ber.Fields, err error) {
 
 func damaged(err error) error { return fmt.Errorf("damaged PKCS#12: %w", err) }
 
-// readBags hands out the entries of a SafeContents.
+// readBags calls entry for each entry of a SafeContents.
 func readBags(b []byte, depth int, entry func(Entry)) error {
 	if depth > maxBagDepth {
 		return ber.ErrInvalid
@@ -176,7 +176,8 @@ func readBags(b []byte, depth int, entry func(Entry)) error {
 	return contents.Err
 }
 
-// readBag reads a SafeBag. Nested is the SafeContents that it holds in place of an entry.
+// readBag reads a SafeBag. If that holds a SafeContents instead of an entry, readBag returns it as
+// nested.
 func readBag(whole ber.Value) (e Entry, nested []byte, err error) {
 	bag := &ber.Fields{Rest: whole.Body}
 	kind := bag.OID()
@@ -195,7 +196,7 @@ func readBag(whole ber.Value) (e Entry, nested []byte, err error) {
 	case oidCertBag:
 		cert := v.Inside(ber.TagSequence)
 		if cert.OID() != oidX509Certificate {
-			break // an SDSI certificate
+			break // SDSI
 		}
 		inner := cert.Inside(ber.TagExplicit0)
 		if e.Kind, e.DER = Certificate, inner.Octets(ber.TagOctetString); inner.Err != nil {
@@ -206,8 +207,8 @@ func readBag(whole ber.Value) (e Entry, nested []byte, err error) {
 	return e, nil, nil
 }
 
-// readAttributes reads what follows the value of a bag. Damage to it costs an entry no more than
-// its name.
+// readAttributes reads the fields after the value of a bag. It ignores damage: the entry is usable
+// without a name.
 func (e *Entry) readAttributes(bag *ber.Fields) {
 	for attribute, err := range bag.Next(ber.TagSet).Children() {
 		if err != nil {
@@ -247,7 +248,7 @@ func (r *Reader) readEncrypted(data *ber.Fields, entry func(Entry)) error {
 	})
 }
 
-// readEncryptedData reads the EncryptedData of PKCS#7 (RFC 2315, 13).
+// readEncryptedData reads the EncryptedData of PKCS#7 (RFC 2315, section 13).
 func readEncryptedData(data *ber.Fields) (s scheme, ciphertext []byte, err error) {
 	encrypted := data.Inside(ber.TagSequence)
 	encrypted.Integer()

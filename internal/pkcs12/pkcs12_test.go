@@ -17,7 +17,7 @@ import (
 	"certctl-agent/internal/testing/needs"
 )
 
-// enough is work for a test.
+// enough is a budget that no test exhausts.
 const enough = 256 << 20
 
 func read(data []byte, passwords ...string) (entries []Entry, problems []error) {
@@ -58,7 +58,7 @@ func TestIs(t *testing.T) {
 	}
 }
 
-// TestRead: the parts of an entry, as openssl pkcs12 -info names them.
+// TestRead compares entries with the output of openssl pkcs12 -info.
 func TestRead(t *testing.T) {
 	entries, problems := read(sample(t, "secret.p12"), "wrong", "correct horse")
 	if len(problems) > 0 || len(entries) != 2 {
@@ -81,7 +81,7 @@ func TestRead(t *testing.T) {
 	}
 }
 
-// TestAgainstOpenSSL: aliases, and keys in clear.
+// TestAgainstOpenSSL covers aliases and unencrypted keys.
 func TestAgainstOpenSSL(t *testing.T) {
 	t.Parallel()
 	openssl := needs.Need(t, "openssl")
@@ -136,7 +136,8 @@ func TestAgainstOpenSSL(t *testing.T) {
 	}
 }
 
-// A store with many encrypted parts would ask for the work of many stores.
+// TestParts checks the limit of encrypted parts, since a store with many of them would cost the
+// work of many stores.
 func TestParts(t *testing.T) {
 	part := corpus.PKCS12Locked("\x01", 16)
 	for parts, want := range map[int]error{maxEncrypted: ErrPassword, maxEncrypted + 1: errParts} {
@@ -147,7 +148,7 @@ func TestParts(t *testing.T) {
 	}
 }
 
-// TestWork: the budget is that of all stores together, and it is never exceeded.
+// TestWork checks that all stores share the budget and never exceed it.
 func TestWork(t *testing.T) {
 	store := corpus.PKCS12(corpus.PKCS12Locked("\x03\xe8", 16))
 	r := &Reader{Passwords: []string{"a", "b"}, Work: 1 << 20}
@@ -155,7 +156,7 @@ func TestWork(t *testing.T) {
 		var problem error
 		r.Read(store, func(Entry) { t.Error("an entry of a store that no password opens") }, func(err error) { problem = err })
 		if r.Work < 0 {
-			t.Fatalf("%d left to work after %d stores", r.Work, done)
+			t.Fatalf("%d work left after %d stores", r.Work, done)
 		}
 		if errors.Is(problem, ErrWork) {
 			if done < 2 {
@@ -179,8 +180,8 @@ func FuzzRead(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		before := bytes.Clone(data)
-		// Enough for OpenSSL's 2,048 iterations. GnuTLS and NSS ask for 600,000, which under load is
-		// what the fuzzer takes for a hang; TestSamples opens theirs.
+		// Enough for OpenSSL's 2,048 iterations. Under load, the fuzzer would take the 600,000 of
+		// GnuTLS and NSS for a hang; TestSamples covers those.
 		r := &Reader{Passwords: []string{"", "correct horse"}, Work: 4 << 20}
 		r.Read(data, func(e Entry) {
 			if len(e.Alias) > 4*maxAlias {

@@ -13,37 +13,38 @@ import (
 	"certctl-agent/internal/printable"
 )
 
-// Put makes k the private key under its alias, in place of the one that is there, and reports
-// whether the store had to change for it. Certificates of the former chain go with it, but for those
-// that are trusted or that another key's chain needs. After an error the store must not be written.
+// Put stores k as the private key under its alias, replacing the key that is there. It reports
+// whether the store had to change. It removes the certificates of the former chain, except those
+// that are trusted or belong to the chain of another key. After an error the store must not be
+// written.
 //
-// Legacy says that readers know only the older methods: what is encrypted with others, and is not
-// under another password, is encrypted anew.
+// Legacy means that the readers of the store know only the older methods: parts encrypted with
+// newer ones are encrypted again, unless they have another password.
 func (s *Store) Put(k keyentry.PrivateKey, legacy bool) (changed bool, err error) {
 	k.Alias = strings.ToLower(k.Alias) // as Java writes it
 	var mine, others []*Entry
 	for e := range s.all() {
 		switch {
-		case e.isKey() && e.is(k.Alias):
+		case e.isKey() && e.hasAlias(k.Alias):
 			mine = append(mine, e)
 		case e.isKey() && e.ID == nil:
 			return false, ErrNameless
 		case e.isKey():
 			others = append(others, e)
-		case e.is(k.Alias) && (e.trusted || e.Kind == Other):
+		case e.hasAlias(k.Alias) && (e.trusted || e.Kind == Other):
 			return false, ErrAlias
 		}
 	}
 	index := s.index()
-	gone := make(map[*Entry]bool)
+	drop := make(map[*Entry]bool)
 	for _, e := range mine {
 		for _, cert := range index.chain(e) {
-			gone[cert] = !cert.trusted
+			drop[cert] = !cert.trusted
 		}
 	}
 	for _, e := range others {
 		for _, cert := range index.chain(e) {
-			delete(gone, cert)
+			delete(drop, cert)
 		}
 	}
 	s.setLegacy(legacy)
@@ -52,28 +53,29 @@ func (s *Store) Put(k keyentry.PrivateKey, legacy bool) (changed bool, err error
 		return false, err
 	}
 	for _, e := range mine {
-		gone[e] = e != key
+		drop[e] = e != key
 	}
 	for _, cert := range k.Chain[1:] {
 		if e := s.certificate(cert); e != nil {
-			delete(gone, e)
+			delete(drop, e)
 		}
 	}
-	s.putLeaf(k, key, index.leaf(key), gone)
-	s.remove(gone)
+	s.putLeaf(k, key, index.leaf(key), drop)
+	s.remove(drop)
 	for i, cert := range k.Chain[1:] {
 		if err := s.putIssuer(cert, k.Chain[i]); err != nil {
 			return false, err
 		}
 	}
-	changed = s.mac && legacy && !s.macIsOld
+	changed = s.mac && legacy && !s.sha1MAC
 	for _, p := range s.parts {
 		changed = changed || p.raw == nil
 	}
 	return changed, nil
 }
 
-// setLegacy has what readers of the older methods could not open encrypted anew.
+// setLegacy sets whether to write the store with older methods. If so, parts that older readers
+// cannot open are encrypted again.
 func (s *Store) setLegacy(legacy bool) {
 	s.legacy = legacy
 	for _, p := range s.parts {
@@ -83,14 +85,14 @@ func (s *Store) setLegacy(legacy bool) {
 	}
 }
 
-// putKey returns the entry of k: one that is there and has this key, or a new one in its place.
+// putKey returns the entry of k: the existing entry if it holds this key, or a new one in its place.
 func (s *Store) putKey(k keyentry.PrivateKey, mine []*Entry) (*Entry, error) {
 	var at *Entry
 	if len(mine) > 0 {
 		at = mine[0]
 	}
 	if len(mine) == 1 && at.Kind == EncryptedKey && at.ID != nil {
-		// A key that cannot be read is replaced like any other.
+		// A key that cannot be decrypted is replaced like any other.
 		if was, modern, err := s.openKey(at, k.Password); err == nil && keyentry.SameKey(was, k.PKCS8) && !(s.legacy && modern) {
 			return at, nil
 		}
@@ -102,8 +104,8 @@ func (s *Store) putKey(k keyentry.PrivateKey, mine []*Entry) (*Entry, error) {
 	return key, err
 }
 
-// newID is a localKeyId that no entry has: the time in the form from which Java knows when the entry
-// was made.
+// newID returns an unused localKeyId. It is the time in the form from which Java reads the creation
+// time of an entry.
 func (s *Store) newID(created time.Time) []byte {
 	taken := make(map[string]bool)
 	for e := range s.all() {
@@ -116,23 +118,23 @@ func (s *Store) newID(created time.Time) []byte {
 	}
 }
 
-// putLeaf puts the certificate of a key in the place of the one before.
-func (s *Store) putLeaf(k keyentry.PrivateKey, key, was *Entry, gone map[*Entry]bool) {
+// putLeaf stores the certificate of a key in place of the former one.
+func (s *Store) putLeaf(k keyentry.PrivateKey, key, was *Entry, drop map[*Entry]bool) {
 	if was != nil && bytes.Equal(was.DER, k.Chain[0].Raw) && bytes.Equal(was.ID, key.ID) {
-		delete(gone, was)
+		delete(drop, was)
 		return
 	}
 	var at *Entry
 	for e := range s.all() {
-		if at == nil && gone[e] && e.Kind == Certificate {
+		if at == nil && drop[e] && e.Kind == Certificate {
 			at = e
 		}
 	}
 	s.place(newCertificate(k.Chain[0], k.Alias, key.ID), at)
 }
 
-// putIssuer sees to it that Java takes cert for the issuer of a certificate. Where another entry has
-// one of the same name and key, it goes before that.
+// putIssuer makes Java choose cert as the issuer of a certificate. If another entry has the same
+// name and key, cert goes before it.
 func (s *Store) putIssuer(cert, of *x509.Certificate) error {
 	got := s.index().issuer(of)
 	switch {
@@ -144,12 +146,12 @@ func (s *Store) putIssuer(cert, of *x509.Certificate) error {
 	case bytes.Equal(got.certificate.RawSubjectPublicKeyInfo, cert.RawSubjectPublicKeyInfo):
 		s.place(newCertificate(cert, "", nil), got)
 	default:
-		return fmt.Errorf("another entry of the store has a certificate with the name %s and another key, which Java would take for the issuer", printable.Quote(cert.Subject.String()))
+		return fmt.Errorf("another entry of the store has a certificate with the name %s and another key: Java would take it for the issuer", printable.Quote(cert.Subject.String()))
 	}
 	return nil
 }
 
-// certificate is the entry of a certificate, nil if there is none.
+// certificate returns the entry that holds cert, or nil.
 func (s *Store) certificate(cert *x509.Certificate) *Entry {
 	for e := range s.all() {
 		if e.Kind == Certificate && bytes.Equal(e.DER, cert.Raw) {
@@ -159,7 +161,7 @@ func (s *Store) certificate(cert *x509.Certificate) *Entry {
 	return nil
 }
 
-// place puts e before another entry or, if that is nil, behind the last one of its kind.
+// place inserts e before another entry or, if that is nil, after the last entry of its kind.
 func (s *Store) place(e, at *Entry) {
 	var last *part
 	for _, p := range s.parts {
@@ -178,15 +180,15 @@ func (s *Store) place(e, at *Entry) {
 	last.entries, last.raw = append(last.entries, e), nil
 }
 
-func (s *Store) remove(gone map[*Entry]bool) {
+func (s *Store) remove(drop map[*Entry]bool) {
 	for _, p := range s.parts {
-		if kept := slices.DeleteFunc(slices.Clone(p.entries), func(e *Entry) bool { return gone[e] }); len(kept) < len(p.entries) {
+		if kept := slices.DeleteFunc(slices.Clone(p.entries), func(e *Entry) bool { return drop[e] }); len(kept) < len(p.entries) {
 			p.entries, p.raw = kept, nil
 		}
 	}
 }
 
-// index finds certificates as Java does (sun.security.pkcs12.PKCS12KeyStore, JDK 17).
+// index finds certificates by the rules of Java (sun.security.pkcs12.PKCS12KeyStore, JDK 17).
 type index struct {
 	keys      int
 	leaves    []*Entry            // certificates that are not trusted
@@ -213,13 +215,13 @@ func (s *Store) index() *index {
 	return x
 }
 
-// leaf is the certificate of a key, nil if there is none: one with its localKeyId, or else with its
-// alias, or else the first of a store with one key.
+// leaf returns the certificate of a key, or nil: one with its localKeyId, else one with its alias,
+// else the first certificate of a store with a single key.
 func (x *index) leaf(key *Entry) *Entry {
 	if key.ID != nil {
 		same := x.byID[string(key.ID)]
 		for _, e := range same {
-			if e.is(key.Alias) {
+			if e.hasAlias(key.Alias) {
 				return e
 			}
 		}
@@ -228,7 +230,7 @@ func (x *index) leaf(key *Entry) *Entry {
 		}
 	}
 	for _, e := range slices.Backward(x.leaves) {
-		if e.is(key.Alias) {
+		if e.hasAlias(key.Alias) {
 			return e
 		}
 	}
@@ -238,11 +240,11 @@ func (x *index) leaf(key *Entry) *Entry {
 	return nil
 }
 
-// maxChain bounds the certificates of a chain, which a store could have go round for as long as it
-// has keys.
+// maxChain bounds the length of a chain, and with it the work that a crafted store can cause per
+// key.
 const maxChain = 20
 
-// chain is the certificate of a key and its issuers.
+// chain returns the certificate of a key and its issuers.
 func (x *index) chain(key *Entry) (chain []*Entry) {
 	for e := x.leaf(key); e != nil && len(chain) < maxChain && !slices.Contains(chain, e); e = x.issuer(e.certificate) {
 		chain = append(chain, e)
@@ -253,7 +255,7 @@ func (x *index) chain(key *Entry) (chain []*Entry) {
 	return chain
 }
 
-// issuer is the certificate by which Java continues a chain.
+// issuer returns the certificate with which Java continues a chain, or nil.
 func (x *index) issuer(of *x509.Certificate) (found *Entry) {
 	for _, e := range x.bySubject[string(of.RawIssuer)] {
 		switch {

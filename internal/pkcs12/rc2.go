@@ -6,18 +6,18 @@ import (
 	"math/bits"
 )
 
-// rc2 decrypts RC2 (RFC 2268). Nothing is encrypted with it here: it only reads what Windows, Java
-// before 17 and OpenSSL before 3 wrote by default.
+// rc2 decrypts RC2 (RFC 2268), the default of Windows, Java before 17 and OpenSSL before 3. It is
+// not used to encrypt.
 type rc2 [64]uint16
 
-// newRC2 makes a cipher whose effective key size is that of the key.
+// newRC2 returns a cipher whose effective key size is that of the key.
 func newRC2(key []byte) (cipher.Block, error) {
 	var l [128]byte
 	t := copy(l[:], key)
 	for i := t; i < len(l); i++ {
 		l[i] = rc2Pi[l[i-1]+l[i-t]]
 	}
-	first := len(l) - t // T8 of the RFC is T: whole octets count
+	first := len(l) - t // the RFC's T8 equals T, because the effective size is in whole octets
 	l[first] = rc2Pi[l[first]]
 	for i := first - 1; i >= 0; i-- {
 		l[i] = rc2Pi[l[i+1]^l[i+t]]

@@ -21,36 +21,36 @@ import (
 const (
 	oidPBES2  = "\x2a\x86\x48\x86\xf7\x0d\x01\x05\x0d"
 	oidPBKDF2 = "\x2a\x86\x48\x86\xf7\x0d\x01\x05\x0c"
-	oidPBE    = "\x2a\x86\x48\x86\xf7\x0d\x01\x0c\x01" // and one more octet: the cipher
+	oidPBE    = "\x2a\x86\x48\x86\xf7\x0d\x01\x0c\x01" // plus one octet for the cipher
 
 	oidHMACSHA256 = "\x2a\x86\x48\x86\xf7\x0d\x02\x09"
 	oidAES256     = "\x60\x86\x48\x01\x65\x03\x04\x01\x2a" // in CBC mode
 
-	// usualIterations and saltSize are keytool's.
+	// usualIterations and saltSize are the values of keytool.
 	usualIterations = 10_000
 	saltSize        = 20
 
-	// fewIterations are Windows' own. RFC 8018, 4.2 recommends at least 1,000.
+	// fewIterations is the value of Windows. RFC 8018, section 4.2, recommends at least 1,000.
 	fewIterations = 2_000
 )
 
-// scheme is a password-based encryption with its parameters: PBES2, or an older one of RFC 7292.
+// scheme is a password-based encryption with its parameters: PBES2, or an older scheme of RFC 7292.
 type scheme struct {
 	kdf
-	block newBlock // nil: RC4
-	iv    []byte   // of PBES2; the older schemes derive it from the password
+	block newBlock // nil for RC4
+	iv    []byte   // PBES2 only; the older schemes derive it from the password
 }
 
 type newBlock func(key []byte) (cipher.Block, error)
 
-// algorithm is a cipher with the size of its keys, in bytes.
+// algorithm is a cipher with its key size in bytes.
 type algorithm struct {
 	block   newBlock
 	keySize int
 }
 
-// pbeCiphers are those of RFC 7292, appendix C. OpenSSL before 3 and Java before 17 encrypt
-// certificates with 40-bit RC2. Without a block cipher it is RC4.
+// pbeCiphers are the ciphers of RFC 7292, appendix C. OpenSSL before 3 and Java before 17 encrypt
+// certificates with 40-bit RC2. Entries without a block cipher are RC4.
 var pbeCiphers = map[byte]algorithm{
 	1: {keySize: 16},
 	2: {keySize: 5},
@@ -60,7 +60,7 @@ var pbeCiphers = map[byte]algorithm{
 	6: {block: newRC2, keySize: 5},
 }
 
-// methods are the names of methods that are in use and not supported.
+// methods names methods that are in use but not supported.
 var methods = map[string]string{
 	"1.2.156.10197.1.104.2":     "SM4",
 	"1.2.392.200011.61.1.1.1.2": "Camellia-128",
@@ -83,10 +83,10 @@ var methods = map[string]string{
 	"2.16.840.1.101.3.4.1.46":   "AES-256 in GCM",
 }
 
-// errMethod says what a file needs and this does not have. what begins the sentence.
+// errMethod returns an error for an unsupported method. what is the start of its text.
 func errMethod(what, id string) error {
 	dotted := ber.OIDText([]byte(id))
-	return fmt.Errorf("%s %s (OID %s), which is not supported; writing the file anew with OpenSSL 3 or Java 17 helps",
+	return fmt.Errorf("%s %s (OID %s), which is not supported: export the file again with OpenSSL 3 or Java 17",
 		what, cmp.Or(methods[dotted], "an unknown method"), dotted)
 }
 
@@ -100,7 +100,7 @@ func encryptionScheme(algorithm *ber.Fields) (scheme, error) {
 	}
 	which, ok := strings.CutPrefix(id, oidPBE)
 	if !ok || len(which) != 1 || pbeCiphers[which[0]].keySize == 0 {
-		return scheme{}, errMethod("it is encrypted with", id)
+		return scheme{}, errMethod("the encryption method is", id)
 	}
 	cipher := pbeCiphers[which[0]]
 	parameters := algorithm.Inside(ber.TagSequence)
@@ -129,15 +129,15 @@ func pbes2(parameters *ber.Fields) (scheme, error) {
 	id := encryption.OID()
 	cipher, ok := pbes2Ciphers[id]
 	if encryption.Err == nil && !ok {
-		return scheme{}, errMethod("it is encrypted with", id)
+		return scheme{}, errMethod("the encryption method is", id)
 	}
 	derived.keySize = cipher.keySize
 	iv := encryption.Octets(ber.TagOctetString)
 	return scheme{kdf: derived, block: cipher.block, iv: iv}, encryption.Err
 }
 
-// work is what trying one password costs, in bytes that are hashed. A byte of ciphertext takes as
-// long as eight of them.
+// work returns the cost of trying one password, in bytes hashed. Decrypting a byte costs as much as
+// hashing eight.
 func (s scheme) work(ciphertext int) int64 {
 	hashed, blocks := sha1.BlockSize, (s.keySize+sha1.Size-1)/sha1.Size
 	switch {
@@ -145,14 +145,14 @@ func (s scheme) work(ciphertext int) int64 {
 		prf := s.prf()
 		hashed, blocks = 2*prf.BlockSize(), (s.keySize+prf.Size()-1)/prf.Size() // HMAC hashes twice
 	case s.block != nil:
-		blocks++ // the initialisation vector
+		blocks++ // the initialization vector
 	}
 	return int64(s.iterations)*int64(hashed*blocks) + int64(blocks*len(s.salt)) + 8*int64(ciphertext)
 }
 
-// try decrypts with each of the passwords in turn, for as long as work allows, until what comes out
-// is taken.
-func (s scheme) try(passwords []string, work *int64, ciphertext []byte, taken func(plain []byte) error) error {
+// try decrypts with each password in turn until accept returns nil for the plaintext. It deducts
+// the cost from work and returns ErrWork if that is used up.
+func (s scheme) try(passwords []string, work *int64, ciphertext []byte, accept func(plain []byte) error) error {
 	cost := s.work(len(ciphertext))
 	for _, password := range passwords {
 		for _, form := range s.forms(password) {
@@ -160,7 +160,7 @@ func (s scheme) try(passwords []string, work *int64, ciphertext []byte, taken fu
 				return ErrWork
 			}
 			*work -= cost
-			if plain, err := s.open(form, ciphertext); err == nil && taken(plain) == nil {
+			if plain, err := s.open(form, ciphertext); err == nil && accept(plain) == nil {
 				return nil
 			}
 		}
@@ -168,7 +168,7 @@ func (s scheme) try(passwords []string, work *int64, ciphertext []byte, taken fu
 	return ErrPassword
 }
 
-// open decrypts, with a block cipher in CBC mode, and removes the padding (RFC 8018, 6.1.1).
+// open decrypts and, for block ciphers in CBC mode, removes the padding (RFC 8018, section 6.1.1).
 func (s scheme) open(password, ciphertext []byte) ([]byte, error) {
 	key, iv, err := s.derive(password)
 	if err != nil {
@@ -182,7 +182,7 @@ func (s scheme) open(password, ciphertext []byte) ([]byte, error) {
 		}
 		stream.XORKeyStream(plain, ciphertext)
 		if _, rest, err := ber.Element(plain); err != nil || len(rest) > 0 {
-			return nil, ber.ErrInvalid // there is no padding to tell
+			return nil, ber.ErrInvalid // without padding, only the structure reveals a wrong password
 		}
 		return plain, nil
 	}
@@ -202,18 +202,18 @@ func (s scheme) open(password, ciphertext []byte) ([]byte, error) {
 	return plain[:len(plain)-padding], nil
 }
 
-// derive makes key and initialisation vector of a password.
+// derive returns the key and the initialization vector for a password.
 func (s scheme) derive(password []byte) (key, iv []byte, err error) {
 	key, err = s.kdf.derive(sha1.New, password, idKey, s.keySize)
 	if err != nil || s.prf != nil || s.block == nil {
 		return key, s.iv, err
 	}
-	iv, err = s.kdf.derive(sha1.New, password, idIV, des.BlockSize) // RC2 has the same
+	iv, err = s.kdf.derive(sha1.New, password, idIV, des.BlockSize) // RC2 has the same block size
 	return key, iv, err
 }
 
-// newScheme is what this package encrypts with, with the AlgorithmIdentifier that says so: PBES2 with
-// AES-256 and HMAC-SHA-256, or for the sake of older readers SHA-1 and 3DES.
+// newScheme returns the scheme for encryption and its AlgorithmIdentifier: PBES2 with AES-256 and
+// HMAC-SHA-256, or SHA-1 and 3DES for older readers.
 func newScheme(legacy bool, iterations int) (s scheme, algorithm []byte) {
 	salt := random(saltSize)
 	if legacy {
@@ -235,11 +235,11 @@ func newScheme(legacy bool, iterations int) (s scheme, algorithm []byte) {
 
 func random(size int) []byte {
 	b := make([]byte, size)
-	_, _ = rand.Read(b) // it never fails
+	_, _ = rand.Read(b) // never fails
 	return b
 }
 
-// seal encrypts with a scheme of newScheme.
+// seal encrypts. The scheme must come from newScheme.
 func (s scheme) seal(password string, plain []byte) ([]byte, error) {
 	key, iv, err := s.derive(s.forms(password)[0])
 	if err != nil {

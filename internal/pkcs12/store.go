@@ -15,56 +15,56 @@ import (
 	"certctl-agent/internal/keyentry"
 )
 
-// Store is a key store that one password opens. Whatever Put does not replace is written as it was
-// read, byte for byte: its bags, and parts without a change even with their encryption.
+// Store is a key store with a single password. Everything that Put does not replace is written byte
+// for byte as it was read: bags, and the encryption of unchanged parts.
 type Store struct {
 	password string
 	work     int64
-	legacy   bool // it is written with older methods
+	legacy   bool // write it with older methods
 	parts    []*part
-	entries  int // that were read
+	entries  int // number of entries read
 
-	mac      bool // it has one
-	once     bool // the password cannot be guessed
-	macIsOld bool // with SHA-1
+	mac     bool // it has a MAC
+	once    bool // the password cannot be guessed: few iterations suffice
+	sha1MAC bool // the MAC uses SHA-1
 }
 
 // part is a ContentInfo of the store: a SafeContents, which may be encrypted.
 type part struct {
-	raw     []byte // as it was read; nil: it has changed
+	raw     []byte // as read; nil if it has changed
 	sealed  bool
 	modern  bool // encrypted with PBES2
 	entries []*Entry
 }
 
-// maxEntries bounds the entries of a store. The work of matching keys and certificates grows with
-// their square.
+// maxEntries bounds the entries of a store. The work of matching keys and certificates is
+// quadratic.
 const maxEntries = 10_000
 
 var errEntries = fmt.Errorf("PKCS#12: the store has more than %d entries", maxEntries)
 
 var (
-	// ErrAlias: the alias is that of an entry which is not a private key.
+	// ErrAlias means that an entry other than a private key has the alias.
 	ErrAlias = errors.New("the alias belongs to a trusted certificate or a secret key")
 
-	// ErrNameless: Java finds the certificate of a key without localKeyId only as long as it is the
-	// store's only key.
-	ErrNameless = errors.New("another private key of the store has no localKeyId, so that Java would lose its certificate if a second key came")
+	// ErrNameless means that Put would add a second key beside one without localKeyId. Java finds
+	// the certificate of such a key only as long as it is the only key.
+	ErrNameless = errors.New("another private key of the store has no localKeyId, so Java would not find its certificate if a second key were added")
 )
 
-// New is an empty store. It is written for readers of PKCS#12 in its older form, SHA-1 and 3DES, if
-// legacy is set.
+// New returns an empty store. If legacy is set, it is written for readers of the older form of
+// PKCS#12, with SHA-1 and 3DES.
 func New(password string, legacy bool) *Store {
 	return &Store{password: password, legacy: legacy, mac: true}
 }
 
-// NewOnce is New for a password that nobody can guess, such as a random one which is used once. So
-// deriving keys from it costs little.
+// NewOnce is New for a password that nobody can guess, such as a random one that is used once. It
+// derives keys with few iterations.
 func NewOnce(password string, legacy bool) *Store {
 	return &Store{password: password, legacy: legacy, mac: true, once: true}
 }
 
-// rounds is how often a password is hashed for a key that is derived from it.
+// rounds returns the number of iterations for deriving a key.
 func (s *Store) rounds() int {
 	if s.once {
 		return fewIterations
@@ -72,10 +72,9 @@ func (s *Store) rounds() int {
 	return usualIterations
 }
 
-// Open reads a store whose integrity, and whatever is encrypted but for keys, is protected with
-// password. Work bounds what deriving keys may cost, as that of a Reader; it is for everything that
-// is done with the store. The error is ErrPassword or ErrWork, or says what is damaged or not
-// supported.
+// Open reads a store whose MAC and encrypted parts, except keys, use password. Work is the budget
+// for deriving keys, as in Reader, for all operations on the store. The error is ErrPassword or
+// ErrWork, or names the damaged or unsupported part.
 func Open(data []byte, password string, work int64) (*Store, error) {
 	content, rest, err := openPFX(data)
 	if err != nil {
@@ -103,7 +102,7 @@ func Open(data []byte, password string, work int64) (*Store, error) {
 	return s, nil
 }
 
-var errPart = errors.New("PKCS#12: the password is right, and a part of the store is damaged or encrypted with another")
+var errPart = errors.New("PKCS#12: the password is right, but a part of the store is damaged or has another password")
 
 func (s *Store) checkMAC(data *ber.Fields, content []byte) error {
 	m, digest, err := readMAC(data)
@@ -122,8 +121,8 @@ func (s *Store) checkMAC(data *ber.Fields, content []byte) error {
 	if !hmac.Equal(sum, digest) {
 		return ErrPassword
 	}
-	s.mac, s.macIsOld = true, m.prf == nil && len(digest) == sha1.Size
-	s.legacy = s.macIsOld
+	s.mac, s.sha1MAC = true, m.prf == nil && len(digest) == sha1.Size
+	s.legacy = s.sha1MAC
 	return nil
 }
 
@@ -167,8 +166,8 @@ func (s *Store) openPart(safe ber.Value) error {
 	return nil
 }
 
-// readEntries reads a SafeContents, but no more of it than is too much. One inside it is an entry of
-// another kind, as Java looks into none.
+// readEntries reads a SafeContents, up to one entry more than maxEntries. Like Java, it treats a
+// nested SafeContents as an entry of another kind.
 func readEntries(b []byte) (entries []*Entry, err error) {
 	contents := ber.Sequence(b)
 	for contents.Err == nil && len(contents.Rest) > 0 && len(entries) <= maxEntries {
@@ -188,7 +187,7 @@ func readEntries(b []byte) (entries []*Entry, err error) {
 	return entries, contents.Err
 }
 
-// Encode is the store as it is written.
+// Encode encodes the store.
 func (s *Store) Encode() ([]byte, error) {
 	var safes [][]byte
 	for _, p := range s.parts {
@@ -209,7 +208,7 @@ func (s *Store) Encode() ([]byte, error) {
 	return ber.Encode(ber.TagSequence, ber.EncodeInteger(3), encodeContent(oidData, ber.Encode(ber.TagOctetString, content)), mac), nil
 }
 
-// encodeContent is a ContentInfo of PKCS#7.
+// encodeContent returns a ContentInfo of PKCS#7.
 func encodeContent(kind string, content []byte) []byte {
 	return ber.Encode(ber.TagSequence, ber.EncodeOID(kind), ber.Encode(ber.TagExplicit0, content))
 }
@@ -235,7 +234,7 @@ func (p *part) encode(s *Store) ([]byte, error) {
 	return encodeContent(oidEncryptedData, ber.Encode(ber.TagSequence, ber.EncodeInteger(0), info)), nil
 }
 
-// all yields each entry.
+// all yields the entries of all parts.
 func (s *Store) all() iter.Seq[*Entry] {
 	return func(yield func(*Entry) bool) {
 		for _, p := range s.parts {
@@ -248,7 +247,7 @@ func (s *Store) all() iter.Seq[*Entry] {
 	}
 }
 
-// IsTrustStore reports whether there are entries, and none that is a private key.
+// IsTrustStore reports whether the store has entries, but no private key.
 func (s *Store) IsTrustStore() (some bool) {
 	for e := range s.all() {
 		if some = true; e.isKey() {
@@ -260,18 +259,18 @@ func (s *Store) IsTrustStore() (some bool) {
 
 func (e *Entry) isKey() bool { return e.Kind == Key || e.Kind == EncryptedKey }
 
-// is compares aliases as Java does.
-func (e *Entry) is(alias string) bool {
+// hasAlias compares aliases as Java does.
+func (e *Entry) hasAlias(alias string) bool {
 	return e.Alias != "" && strings.EqualFold(e.Alias, alias)
 }
 
-// Find returns the private key under an alias, and its chain as Java puts it together, or nil. The
-// error is ErrPassword or ErrWork, or says why the key cannot be read.
+// Find returns the private key under an alias and its chain by Java's rules, or nil if there is
+// none. The error is ErrPassword or ErrWork, or says why the key cannot be read.
 func (s *Store) Find(alias, password string) (*keyentry.PrivateKey, error) {
 	var found *Entry
 	for e := range s.all() {
-		if e.isKey() && e.is(alias) {
-			found = e // the last one counts
+		if e.isKey() && e.hasAlias(alias) {
+			found = e // the last entry wins
 		}
 	}
 	if found == nil {
@@ -280,8 +279,8 @@ func (s *Store) Find(alias, password string) (*keyentry.PrivateKey, error) {
 	return s.privateKey(found, password)
 }
 
-// Keys returns the private keys of the store that are under the password, in their order, whether they
-// have an alias or not, each with its chain as Java puts it together.
+// Keys returns all private keys of the store, in order, each with its chain by Java's rules. All
+// must have the given password.
 func (s *Store) Keys(password string) ([]*keyentry.PrivateKey, error) {
 	var keys []*keyentry.PrivateKey
 	for e := range s.all() {
@@ -309,15 +308,15 @@ func (s *Store) privateKey(e *Entry, password string) (*keyentry.PrivateKey, err
 	return k, nil
 }
 
-// openedKey is a key that a password has decrypted.
+// openedKey is a decrypted key.
 type openedKey struct {
 	password string
 	pkcs8    []byte
 	modern   bool
 }
 
-// openKey decrypts a key, and not again for who asks with the same password: that may be more work
-// than is left. Modern says that it is encrypted with PBES2.
+// openKey decrypts a key and caches the result, because decrypting it again might exceed the
+// budget. Modern means that it is encrypted with PBES2.
 func (s *Store) openKey(e *Entry, password string) (pkcs8 []byte, modern bool, err error) {
 	if e.Kind == Key {
 		return e.DER, false, nil
@@ -346,7 +345,7 @@ func (s *Store) openKey(e *Entry, password string) (pkcs8 []byte, modern bool, e
 	return pkcs8, e.opened.modern, nil
 }
 
-// sealKey is the bag of a private key.
+// sealKey returns a new entry for a private key.
 func (s *Store) sealKey(k keyentry.PrivateKey, id []byte) (*Entry, error) {
 	scheme, algorithm := newScheme(s.legacy, s.rounds())
 	sealed, err := scheme.seal(k.Password, k.PKCS8)
@@ -359,14 +358,14 @@ func (s *Store) sealKey(k keyentry.PrivateKey, id []byte) (*Entry, error) {
 	return e, nil
 }
 
-// newCertificate is the bag of a certificate; that of a key has its alias and id.
+// newCertificate returns a new entry for a certificate. The certificate of a key has its alias and id.
 func newCertificate(cert *x509.Certificate, alias string, id []byte) *Entry {
 	value := ber.Encode(ber.TagSequence, ber.EncodeOID(oidX509Certificate),
 		ber.Encode(ber.TagExplicit0, ber.Encode(ber.TagOctetString, cert.Raw)))
 	return &Entry{Kind: Certificate, Alias: alias, ID: id, DER: cert.Raw, certificate: cert, bag: encodeBag(oidCertBag, value, alias, id)}
 }
 
-// encodeBag is a SafeBag. Attributes that are empty are left out.
+// encodeBag returns a SafeBag, without empty attributes.
 func encodeBag(kind string, value []byte, alias string, id []byte) []byte {
 	var attributes [][]byte
 	add := func(oid string, tag byte, value []byte) {

@@ -35,7 +35,7 @@ func newAuthority(t testing.TB) *authority {
 	return &authority{certificate(t, &x509.Certificate{Subject: pkix.Name{CommonName: "root"}, IsCA: true}, nil, key, key), key}
 }
 
-// certificate signs one; without a parent, by itself.
+// certificate returns a certificate signed by parent, or self-signed without one.
 func certificate(t testing.TB, template, parent *x509.Certificate, key, signer *ecdsa.PrivateKey) *x509.Certificate {
 	t.Helper()
 	serial, err := rand.Int(rand.Reader, big.NewInt(1<<60))
@@ -58,7 +58,7 @@ func certificate(t testing.TB, template, parent *x509.Certificate, key, signer *
 	return cert
 }
 
-// newKey is a private key for an alias, and its certificate with an intermediate.
+// newKey returns a private key for an alias with its certificate and an intermediate.
 func newKey(t testing.TB, ca *authority, alias string) keyentry.PrivateKey {
 	t.Helper()
 	middle, key := ecKey(t), ecKey(t)
@@ -76,7 +76,7 @@ func pkcs8(t testing.TB, key crypto.Signer) []byte {
 	return der
 }
 
-// mustPut puts k, encodes the store and opens it again.
+// mustPut stores k, encodes the store and opens it again.
 func mustPut(t testing.TB, s *Store, k keyentry.PrivateKey, legacy bool) *Store {
 	t.Helper()
 	if changed, err := s.Put(k, legacy); err != nil || !changed {
@@ -115,7 +115,7 @@ func checkKey(t testing.TB, s *Store, k keyentry.PrivateKey) {
 	}
 }
 
-// bags are the bytes of all entries, sorted.
+// bags returns the encodings of all entries, sorted.
 func bags(s *Store) (all []string) {
 	for e := range s.all() {
 		all = append(all, string(e.bag))
@@ -124,7 +124,7 @@ func bags(s *Store) (all []string) {
 	return all
 }
 
-// without is what is in a and not in b.
+// without returns the elements of a that are not in b.
 func without(a, b []string) []string {
 	return slices.DeleteFunc(slices.Clone(a), func(bag string) bool { return slices.Contains(b, bag) })
 }
@@ -148,9 +148,9 @@ func TestPut(t *testing.T) {
 			k.Created = time.Now()
 			s := mustOpen(t, before)
 			checkKey(t, s, k)
-			s.work = 0 // it has been decrypted
+			s.work = 0 // the key is already decrypted
 			if changed, err := s.Put(k, legacy); changed || err != nil {
-				t.Errorf("legacy %v: the same key once more under %q: changed %v, %v", legacy, k.Alias, changed, err)
+				t.Errorf("legacy %v: storing the same key again under %q: changed %v, %v", legacy, k.Alias, changed, err)
 			}
 		}
 
@@ -161,18 +161,18 @@ func TestPut(t *testing.T) {
 		checkKey(t, s, renewed)
 		checkKey(t, s, other)
 		if gone, came := without(was, bags(s)), without(bags(s), was); len(gone) != 3 || len(came) != 3 {
-			t.Errorf("legacy %v: %d entries went and %d came, want a key, a certificate and an intermediate", legacy, len(gone), len(came))
+			t.Errorf("legacy %v: %d entries removed and %d added, want a key, a certificate and an intermediate", legacy, len(gone), len(came))
 		}
 		if _, err := s.Find("server", "another password"); !errors.Is(err, ErrPassword) {
 			t.Errorf("a key under a wrong password: %v", err)
 		}
 		if k, err := s.Find("nobody", password); k != nil || err != nil {
-			t.Errorf("an alias that is not there: %v, %v", k, err)
+			t.Errorf("an unknown alias: %v, %v", k, err)
 		}
 	}
 }
 
-// TestPutParts: a part of the store in which nothing changes stays as it is.
+// TestPutParts checks that parts without changes are written as they were read.
 func TestPutParts(t *testing.T) {
 	ca := newAuthority(t)
 	k := newKey(t, ca, "server")
@@ -185,7 +185,7 @@ func TestPutParts(t *testing.T) {
 		t.Error("an intermediate that is no longer sent is still there")
 	}
 	if checkKey(t, s, k); !bytes.Equal(s.parts[keys].raw, raw) {
-		t.Error("another chain had the key encrypted anew")
+		t.Error("a new chain caused the key to be encrypted again")
 	}
 	key, err := x509.ParsePKCS8PrivateKey(k.PKCS8)
 	if err != nil {
@@ -194,38 +194,37 @@ func TestPutParts(t *testing.T) {
 	k.Chain = []*x509.Certificate{certificate(t, &x509.Certificate{Subject: pkix.Name{CommonName: "server"}}, ca.Root, key.(*ecdsa.PrivateKey), ca.key)}
 	s = mustPut(t, s, k, false)
 	if checkKey(t, s, k); !bytes.Equal(s.parts[keys].raw, raw) || len(bags(s)) != 2 {
-		t.Errorf("another certificate for the key had it encrypted anew, or %d entries are not two", len(bags(s)))
+		t.Errorf("a new certificate caused the key to be encrypted again, or %d entries are not two", len(bags(s)))
 	}
 	k.Password = "of its own"
 	s = mustPut(t, s, k, false)
 	checkKey(t, s, k)
 }
 
-// TestPutLegacy: what older readers could not open is encrypted anew, and nothing of a store that
-// they can.
+// TestPutLegacy checks that Put encrypts again what older readers cannot open, and nothing else.
 func TestPutLegacy(t *testing.T) {
 	ca := newAuthority(t)
 	k := newKey(t, ca, "server")
 	s := mustPut(t, New(password, false), k, false)
-	if s = mustPut(t, s, k, true); !s.macIsOld {
-		t.Error("the MAC is a new one")
+	if s = mustPut(t, s, k, true); !s.sha1MAC {
+		t.Error("the MAC is not a legacy one")
 	}
 	for _, p := range s.parts {
 		if p.modern {
-			t.Error("a part is still under PBES2")
+			t.Error("a part still uses PBES2")
 		}
 	}
 	if _, modern, err := s.openKey(s.parts[0].entries[0], password); modern || err != nil {
-		t.Errorf("the key is still under PBES2: %v, %v", modern, err)
+		t.Errorf("the key still uses PBES2: %v, %v", modern, err)
 	}
 	for _, legacy := range []bool{true, false} {
 		if changed, err := s.Put(k, legacy); changed || err != nil {
-			t.Errorf("legacy %v, of a store in the older form: changed %v, %v", legacy, changed, err)
+			t.Errorf("legacy %v, store in the older form: changed %v, %v", legacy, changed, err)
 		}
 	}
 }
 
-// made is a certificate without AuthorityKeyId and SubjectKeyId.
+// made returns a certificate without AuthorityKeyId and SubjectKeyId.
 func made(t testing.TB, name, issuer string, key, signer *ecdsa.PrivateKey) *x509.Certificate {
 	t.Helper()
 	return certificate(t, &x509.Certificate{Subject: pkix.Name{CommonName: name}}, &x509.Certificate{Subject: pkix.Name{CommonName: issuer}}, key, signer)
@@ -240,7 +239,7 @@ func ecKey(t testing.TB) *ecdsa.PrivateKey {
 	return key
 }
 
-// TestSharedIssuers: Java puts chains together by the names of certificates.
+// TestSharedIssuers covers keys that share issuers: Java builds chains by the names of certificates.
 func TestSharedIssuers(t *testing.T) {
 	root, middle := ecKey(t), ecKey(t)
 	issuer := made(t, "middle", "root", middle, root)
@@ -255,23 +254,23 @@ func TestSharedIssuers(t *testing.T) {
 		t.Errorf("%d entries, want two keys, their certificates, and one intermediate", n)
 	}
 
-	// The intermediate of one is issued anew, with the same key.
+	// The intermediate of one is reissued with the same key.
 	again := made(t, "middle", "root", middle, root)
 	was := bags(s)
 	a2 := entry("a", again)
 	s = mustPut(t, s, a2, false)
 	checkKey(t, s, a2)
 	if gone := without(was, bags(s)); len(gone) != 2 {
-		t.Errorf("%d entries went, want the key of a and its certificate: b needs the intermediate", len(gone))
+		t.Errorf("%d entries removed, want the key of a and its certificate: b needs the intermediate", len(gone))
 	}
 	if k, err := s.Find("b", password); err != nil || len(k.Chain) != 2 || !bytes.Equal(k.Chain[1].RawSubjectPublicKeyInfo, issuer.RawSubjectPublicKeyInfo) {
 		t.Errorf("b has lost its chain: %v", err)
 	}
 	if changed, err := s.Put(a2, false); changed || err != nil {
-		t.Errorf("once more: changed %v, %v", changed, err)
+		t.Errorf("again: changed %v, %v", changed, err)
 	}
 
-	// And with another key, by which nothing can tell the two apart.
+	// And with another key, so Java cannot tell the two apart.
 	foreign := ecKey(t)
 	leaf := ecKey(t)
 	c := keyentry.PrivateKey{Alias: "c", PKCS8: pkcs8(t, leaf), Password: password,
@@ -281,7 +280,7 @@ func TestSharedIssuers(t *testing.T) {
 	}
 }
 
-// TestOccupied: what is not a private key is not replaced by one.
+// TestOccupied checks that a private key replaces only private keys.
 func TestOccupied(t *testing.T) {
 	ca := newAuthority(t)
 	s := New(password, false)
@@ -295,7 +294,7 @@ func TestOccupied(t *testing.T) {
 	if _, err := s.Put(newKey(t, ca, "rOOT"), false); !errors.Is(err, ErrAlias) {
 		t.Errorf("the alias of a trusted certificate: %v, want %v", err, ErrAlias)
 	}
-	// A key may have it as the end of its chain; it stays when the key goes.
+	// It may end the chain of a key, and must stay when that key is removed.
 	k := newKey(t, ca, "server")
 	k.Chain = append(k.Chain, ca.Root)
 	s = mustPut(t, s, k, false)
@@ -306,7 +305,7 @@ func TestOccupied(t *testing.T) {
 	}
 }
 
-// TestNameless: Java knows a certificate without localKeyId as that of the only key.
+// TestNameless covers keys without localKeyId, whose certificates Java finds only if the store has one key.
 func TestNameless(t *testing.T) {
 	ca := newAuthority(t)
 	k := newKey(t, ca, "server")
@@ -326,7 +325,7 @@ func TestNameless(t *testing.T) {
 	renewed := newKey(t, ca, "server")
 	s = mustPut(t, s, renewed, false)
 	if checkKey(t, s, renewed); len(bags(s)) != 3 {
-		t.Errorf("%d entries, want the new ones alone", len(bags(s)))
+		t.Errorf("%d entries, want only the new ones", len(bags(s)))
 	}
 }
 
@@ -340,26 +339,26 @@ func TestOpenRefuses(t *testing.T) {
 		t.Errorf("a wrong password: %v", err)
 	}
 	if _, err := Open(good, password, 1000); !errors.Is(err, ErrWork) {
-		t.Errorf("without work: %v", err)
+		t.Errorf("without a budget: %v", err)
 	}
 	for _, end := range []int{0, 1, 20, len(good) / 2, len(good) - 1} {
 		if _, err := Open(good[:end], password, 1<<30); err == nil {
-			t.Errorf("the first %d bytes are opened", end)
+			t.Errorf("opened the first %d bytes", end)
 		}
 	}
 	flipped := bytes.Clone(good)
 	flipped[len(good)/2] ^= 1
 	if _, err := Open(flipped, password, 1<<30); err == nil {
-		t.Error("one wrong bit is not noticed")
+		t.Error("no error for a wrong bit")
 	}
-	rounds := bytes.Clone(good) // of the MAC, which come last
+	rounds := bytes.Clone(good) // the iterations of the MAC come last
 	copy(rounds[bytes.LastIndex(good, ber.EncodeInteger(10_000)):], ber.EncodeInteger(0x7fff))
 	if _, err := Open(rounds, password, 1<<20); !errors.Is(err, ErrWork) {
 		t.Errorf("many rounds: %v", err)
 	}
 }
 
-// TestMAC: each hash, and the object identifiers.
+// TestMAC covers each hash and checks the object identifiers.
 func TestMAC(t *testing.T) {
 	content := []byte("content")
 	for _, id := range slices.Sorted(func(yield func(string) bool) {
@@ -400,7 +399,7 @@ func TestMAC(t *testing.T) {
 	}
 }
 
-// TestTooMany: the square of the entries would take its time.
+// TestTooMany checks the limit of entries, whose work is quadratic.
 func TestTooMany(t *testing.T) {
 	s := New(password, false)
 	bag := encodeBag(oidBag+"\x05", ber.Encode(ber.TagNull), "", nil)
@@ -419,14 +418,14 @@ func TestTooMany(t *testing.T) {
 		t.Errorf("got %v, want %v", err, errEntries)
 	}
 
-	// Each takes some thirty times the memory of its bytes.
+	// Each takes about thirty times its size in memory.
 	contents := ber.Encode(ber.TagSequence, bytes.Repeat(bag, 3*maxEntries))
 	if entries, err := readEntries(contents); len(entries) != maxEntries+1 || err != nil {
-		t.Errorf("%d entries were read of a part, %v, want %d", len(entries), err, maxEntries+1)
+		t.Errorf("read %d entries of a part, %v, want %d", len(entries), err, maxEntries+1)
 	}
 }
 
-// TestManyEntries: a thousand keys, one of which is renewed.
+// TestManyEntries renews one of a thousand keys.
 func TestManyEntries(t *testing.T) {
 	ca := newAuthority(t)
 	k := newKey(t, ca, "")
@@ -446,6 +445,6 @@ func TestManyEntries(t *testing.T) {
 	checkKey(t, s, k)
 	t.Logf("a renewal among a thousand entries takes %v", time.Since(begun))
 	if gone := without(was, bags(s)); len(gone) != 2 || len(bags(s)) != len(was)+1 {
-		t.Errorf("%d entries went of %d, %d are there", len(gone), len(was), len(bags(s)))
+		t.Errorf("%d of %d entries removed, %d left", len(gone), len(was), len(bags(s)))
 	}
 }

@@ -17,7 +17,7 @@ import (
 	"certctl-agent/internal/testing/needs"
 )
 
-// TestSamples: stores as other programs write them are opened, and an entry of theirs is replaced.
+// TestSamples opens stores written by other programs and replaces an entry.
 func TestSamples(t *testing.T) {
 	ca := newAuthority(t)
 	for name, alias := range map[string]string{
@@ -37,7 +37,7 @@ func TestSamples(t *testing.T) {
 			if alias == "" { // of a key without a name
 				s = mustPut(t, s, newKey(t, ca, "server"), false)
 				if n := len(bags(s)); n != 5 {
-					t.Errorf("%d entries, want the two that were there and three", n)
+					t.Errorf("%d entries, want the two old ones and three", n)
 				}
 				return
 			}
@@ -46,13 +46,13 @@ func TestSamples(t *testing.T) {
 				t.Fatalf("the sample's key: %+v, %v", was, err)
 			}
 			if !bytes.Equal(keys[0].PKCS8, was.PKCS8) || len(keys[0].Chain) != 2 {
-				t.Error("Keys and Find find different keys")
+				t.Error("Keys and Find return different keys")
 			}
 			if _, err := x509.ParsePKCS8PrivateKey(was.PKCS8); err != nil {
 				t.Error(err)
 			}
 			if changed, err := s.Put(*was, false); changed || err != nil {
-				t.Errorf("its own key once more: changed %v, %v", changed, err)
+				t.Errorf("storing its own key again: changed %v, %v", changed, err)
 			}
 			before := bags(s)
 			k := newKey(t, ca, alias)
@@ -61,7 +61,7 @@ func TestSamples(t *testing.T) {
 			for _, bag := range without(before, bags(s)) {
 				e, _, err := readBag(element(t, bag))
 				if err != nil || e.trusted {
-					t.Errorf("gone is %+v, %v", e, err)
+					t.Errorf("removed %+v, %v", e, err)
 				}
 			}
 		})
@@ -91,7 +91,7 @@ func (r runner) run(t *testing.T, name string, args ...string) string {
 	return string(output)
 }
 
-// keytool runs Java's own tool, started as fast as it can be.
+// keytool runs Java's keytool with the fastest JVM settings.
 func (r runner) keytool(t *testing.T, args ...string) string {
 	t.Helper()
 	args = append([]string{"-J-XX:TieredStopAtLevel=1", "-J-XX:+UseSerialGC", "-J-Duser.language=en"}, args...)
@@ -120,7 +120,7 @@ func (r runner) read(t *testing.T, name string) *Store {
 	return mustOpen(t, data)
 }
 
-// certificates are those that a program printed as PEM.
+// certificates returns the certificates that a program printed as PEM.
 func certificates(t *testing.T, text string) (all []*x509.Certificate) {
 	t.Helper()
 	for block, rest := pem.Decode([]byte(text)); block != nil; block, rest = pem.Decode(rest) {
@@ -136,8 +136,8 @@ func certificates(t *testing.T, text string) (all []*x509.Certificate) {
 	return all
 }
 
-// TestStoreAgainstKeytool: a store that keytool made, with two keys and a trusted certificate, gets
-// another key; keytool reads it, and hands the key on.
+// TestStoreAgainstKeytool replaces a key in a store written by keytool, with two keys and a trusted
+// certificate. keytool must read the result and export the key.
 func TestStoreAgainstKeytool(t *testing.T) {
 	if testing.Short() {
 		t.Skip("keytool takes seconds")
@@ -163,7 +163,7 @@ func TestStoreAgainstKeytool(t *testing.T) {
 		k, second := newKey(t, ca, "SERVER"), newKey(t, ca, "Zw\u00f6lf")
 		s = mustPut(t, mustPut(t, s, k, legacy), second, legacy)
 		if gone := without(was, bags(s)); len(gone) != 2 {
-			t.Errorf("legacy %v: %d entries went, want a key and its certificate", legacy, len(gone))
+			t.Errorf("legacy %v: %d entries removed, want a key and its certificate", legacy, len(gone))
 		}
 		r.write(t, "a.p12", s)
 		list := keytool("-list", "-rfc", "-alias", "server")
@@ -179,17 +179,17 @@ func TestStoreAgainstKeytool(t *testing.T) {
 				"-destkeystore", "b.p12", "-deststoretype", "PKCS12", "-deststorepass", password)
 			got, err := r.read(t, "b.p12").Find(key.Alias, password)
 			if err != nil || got == nil || !keyentry.SameKey(got.PKCS8, key.PKCS8) {
-				t.Errorf("legacy %v: what keytool read of %s: %v, %v", legacy, key.Alias, got, err)
+				t.Errorf("legacy %v: keytool exported %s as %v, %v", legacy, key.Alias, got, err)
 			}
 		}
-		keytool("-importcert", "-alias", "another", "-file", "root.der") // which writes all anew
+		keytool("-importcert", "-alias", "another", "-file", "root.der") // keytool rewrites the whole store
 		if got, err := r.read(t, "a.p12").Find("server", password); err != nil || !keyentry.SameKey(got.PKCS8, k.PKCS8) {
 			t.Errorf("legacy %v: after keytool wrote the store: %v", legacy, err)
 		}
 	}
 }
 
-// TestStoreAgainstOpenSSL: both ways, with each of the methods.
+// TestStoreAgainstOpenSSL exchanges stores with openssl in both directions, with each method.
 func TestStoreAgainstOpenSSL(t *testing.T) {
 	t.Parallel()
 	openssl := needs.Need(t, "openssl")
@@ -211,8 +211,8 @@ func TestStoreAgainstOpenSSL(t *testing.T) {
 		s := r.read(t, "a.p12")
 		checkKey(t, s, k)
 		changed, err := s.Put(k, false)
-		if wantChange := strings.Contains(args, "-keypbe NONE"); err != nil || changed != wantChange { // Java reads no key in clear
-			t.Errorf("%q: the same key once more: changed %v, %v", args, changed, err)
+		if wantChange := strings.Contains(args, "-keypbe NONE"); err != nil || changed != wantChange { // Java does not read unencrypted keys
+			t.Errorf("%q: storing the same key again: changed %v, %v", args, changed, err)
 		}
 		for _, legacy := range []bool{false, true} {
 			renewed := newKey(t, ca, "server")
@@ -235,12 +235,12 @@ func TestStoreAgainstOpenSSL(t *testing.T) {
 	}
 }
 
-// FuzzStore: what is not replaced is written as it was read.
+// FuzzStore checks that entries that are not replaced are written as they were read.
 func FuzzStore(f *testing.F) {
 	for _, name := range []string{"clear.p12", "windows.p12", "java8.p12"} {
 		s, err := Open(sample(f, name), password, 1<<30)
 		if err != nil {
-			continue // under another password
+			continue // has another password
 		}
 		for _, p := range s.parts {
 			p.raw, p.sealed = nil, false
@@ -263,20 +263,20 @@ func FuzzStore(f *testing.F) {
 		was := bags(s)
 		s = reopen(t, s)
 		if got := bags(s); !slices.Equal(was, got) {
-			t.Fatalf("%d entries were read and %d are back", len(was), len(got))
+			t.Fatalf("read %d entries, %d after writing", len(was), len(got))
 		}
 		if _, err := s.Put(k, false); err != nil {
 			return
 		}
 		s = reopen(t, s)
 		if got, err := s.Find("sample", password); err != nil || got == nil || !bytes.Equal(got.PKCS8, k.PKCS8) || len(got.Chain) == 0 || !got.Chain[0].Equal(k.Chain[0]) {
-			t.Errorf("the key that was put: %+v, %v", got, err)
+			t.Errorf("the stored key: %+v, %v", got, err)
 		}
 		if changed, err := s.Put(k, false); changed || err != nil {
-			t.Errorf("the same key once more: changed %v, %v", changed, err)
+			t.Errorf("storing the same key again: changed %v, %v", changed, err)
 		}
 		for _, bag := range without(was, bags(s)) {
-			if e, _, err := readBag(element(t, bag)); err != nil || e.Kind != Certificate && !e.is("sample") || e.trusted {
+			if e, _, err := readBag(element(t, bag)); err != nil || e.Kind != Certificate && !e.hasAlias("sample") || e.trusted {
 				t.Errorf("lost: %+v, %v", e, err)
 			}
 		}

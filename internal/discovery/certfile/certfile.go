@@ -1,6 +1,6 @@
-// Package certfile finds the X.509 certificates in the bytes of a file, whatever it is called and
-// in whichever of the usual formats they are, and describes each as a report does. Only
-// certificates leave it: private keys are neither decrypted nor copied.
+// Package certfile finds the X.509 certificates in the bytes of a file, in any of the usual formats
+// and under any name, and describes them for a report. Only certificates leave the package: private
+// keys are neither decrypted nor copied.
 package certfile
 
 import (
@@ -26,16 +26,16 @@ const (
 	formatJKS    = "JKS"
 )
 
-// formats in the order of their numbers in an Outcome.
+// formats lists the formats in the order of their numbers in an Outcome.
 var formats = []string{formatPEM, formatDER, formatPKCS7, formatPKCS12, formatJKS}
 
-// IsKey reports whether a file of that name is a private key's: it is not to be read.
+// IsKey reports whether a file has the name of a private key. Such files must not be read.
 func IsKey(name string) bool { return promiseOf(name) == promisesKey }
 
-// Promises reports whether the name of a file says that there are certificates in it, or a key.
+// Promises reports whether the name of a file suggests that it holds certificates or a key.
 func Promises(name string) bool { return promiseOf(name) != promisesNothing }
 
-// promise is what the name of a file says about its content.
+// promise is what the name of a file suggests about its content.
 type promise int
 
 const (
@@ -60,36 +60,36 @@ func promiseOf(name string) promise {
 	return promisesNothing
 }
 
-// HeadSize is how much of a file is looked at before the rest is read.
+// HeadSize is how many bytes of a file are read before the decision to read the rest.
 const HeadSize = 4096
 
-// WorthReading reports whether a file that begins with head can hold a
-// certificate. A name that promises one is believed, and so is the signature
-// of a key store under any name. Beyond those only text can hold one, as PEM,
-// anywhere in it; text has no NUL. (Text in UTF-16 has; no tool writes PEM so.)
+// WorthReading reports whether a file that begins with head can hold a certificate: its name
+// suggests it, it begins like a key store, or it may be text, which can hold PEM anywhere. Text has
+// no NUL, except in UTF-16, in which no tool writes PEM.
 func WorthReading(name string, head []byte) bool {
-	return isOther(name, head) || bytes.IndexByte(head, 0) < 0
+	return maybeBinary(name, head) || bytes.IndexByte(head, 0) < 0
 }
 
-// WorthParsing reports whether Parse may find something in the bytes of a file. It costs one look
-// at each byte, which is all that most files of a tree are worth.
+// WorthParsing reports whether Parse may find something in a file. It only searches for markers,
+// which is far cheaper than parsing.
 func WorthParsing(name string, data []byte) bool {
-	return isOther(name, data) || hasMarker(data)
+	return maybeBinary(name, data) || hasMarker(data)
 }
 
-// isOther reports whether a file may hold something else than PEM.
-func isOther(name string, head []byte) bool {
+// maybeBinary reports whether a file may hold a format other than PEM.
+func maybeBinary(name string, head []byte) bool {
 	return promiseOf(name) != promisesNothing || jks.Is(head) || pkcs12.Is(head) || looksLikeDER(name, head)
 }
 
-// IsStore reports whether a file is a key store by its name or content: reading it may cost the time
-// of trying passwords.
+// IsStore reports whether a file is a key store by its name or content. Parsing it may be slow,
+// because passwords have to be tried.
 func IsStore(name string, data []byte) bool {
 	return pkcs12.Is(data) || promiseOf(name) == promisesStore || bytes.Contains(data, []byte(pemBegin+labelPKCS12))
 }
 
-// looksLikeDER reports whether a file is read as DER though its name does not promise that: it has
-// no extension, or a number as OpenSSL's hashes have, and begins as a certificate or a bundle does.
+// looksLikeDER reports whether a file is read as DER although its name does not suggest it: it has
+// no extension, or a number as in OpenSSL's hash links, and it begins like a certificate or a
+// PKCS#7 bundle.
 func looksLikeDER(name string, b []byte) bool {
 	return strings.Trim(path.Ext(name), ".0123456789") == "" && (looksLikeCertificate(b) || isSignedData(b))
 }
@@ -100,25 +100,25 @@ type found struct {
 	format string
 }
 
-// content is what a file holds.
+// content is the result of parsing a file.
 type content struct {
 	certs  []found
-	causes []string // of damage
+	causes []string // errors to report
 
-	// locked: a password that is not configured would show more.
+	// locked means that an unknown password hides certificates.
 	locked bool
 
 	passwords []string
-	stores    *pkcs12.Reader // nil: there has been none
+	stores    *pkcs12.Reader // created for the first store; bounds the work of all
 }
 
 func (c *content) add(der []byte, format string) {
 	c.certs = append(c.certs, found{der, format})
 }
 
-// fail notes the cause of damage, if err is one.
+// fail records err, if not nil, as an error to report.
 func (c *content) fail(err error) {
-	// A file of damaged blocks must not fill the report alone.
+	// One file full of damaged blocks must not fill the report.
 	const maxCauses = 8
 	switch {
 	case err == nil:
@@ -126,23 +126,24 @@ func (c *content) fail(err error) {
 	case len(c.causes) < maxCauses:
 		c.causes = append(c.causes, err.Error())
 	case len(c.causes) == maxCauses:
-		c.causes = append(c.causes, "further damage in this file is not listed")
+		c.causes = append(c.causes, "further errors in this file are not listed")
 	}
 }
 
-// Parser looks into files. It may do so for several at a time.
+// Parser parses files. It may be used concurrently.
 type Parser struct {
 	Passwords []string // tried on PKCS#12 stores after the empty one, in order
 
 	recent record.Recent
 }
 
-// Parse finds the certificates in data, the bytes of a file of that name. It keeps none of them.
+// Parse finds the certificates in data, the content of a file with that name. It does not retain
+// data.
 func (p *Parser) Parse(name string, data []byte) Outcome {
 	return p.outcome(parse(name, data, p.Passwords))
 }
 
-// parse is Parse before the certificates are described.
+// parse finds the certificates but does not decode them.
 func parse(name string, data []byte, passwords []string) content {
 	c := content{passwords: passwords}
 	promised := promiseOf(name)
@@ -151,7 +152,7 @@ func parse(name string, data []byte, passwords []string) content {
 	}
 	switch {
 	case len(data) == 0 || promised == promisesKey:
-	case c.signed(data, promised):
+	case c.byMagic(data, promised):
 	case c.pem(data):
 	case promised != promisesNothing:
 		c.binary(data, promised)
@@ -159,8 +160,9 @@ func parse(name string, data []byte, passwords []string) content {
 	return c
 }
 
-// signed reads what its first bytes tell apart.
-func (c *content) signed(data []byte, promised promise) bool {
+// byMagic reads formats that begin with a known sequence of bytes. It reports whether data has such
+// a format.
+func (c *content) byMagic(data []byte, promised promise) bool {
 	switch {
 	case jks.Is(data):
 		c.jks(data)
@@ -176,7 +178,7 @@ func (c *content) signed(data []byte, promised promise) bool {
 	return true
 }
 
-// pem reads PEM blocks and reports whether there were any that can hold certificates.
+// pem reads PEM blocks and reports whether any of them can hold certificates.
 func (c *content) pem(data []byte) bool {
 	any := false
 	found := func(block pemBlock) {
@@ -190,7 +192,7 @@ func (c *content) pem(data []byte) bool {
 	}
 	pemBlocks(data, found)
 	wrappedPEM(data, func(text []byte) {
-		c.inside(text, func() {
+		c.parseDecoded(text, func() {
 			pemBlocks(text, func(block pemBlock) {
 				block.embedded, block.store = true, false
 				found(block)
@@ -200,9 +202,9 @@ func (c *content) pem(data []byte) bool {
 	return any
 }
 
-// inside parses what was decoded from a file. There may be a key in it, so only the certificates
-// stay in memory.
-func (c *content) inside(decoded []byte, parse func()) {
+// parseDecoded runs parse on bytes that were decoded from a file and then clears them, because they
+// may hold a key. Certificates found by parse are copied.
+func (c *content) parseDecoded(decoded []byte, parse func()) {
 	before := len(c.certs)
 	parse()
 	for i := range c.certs[before:] {
@@ -211,8 +213,8 @@ func (c *content) inside(decoded []byte, parse func()) {
 	clear(decoded[:cap(decoded)])
 }
 
-// block adds the certificates of one PEM block, whose label is not to be
-// trusted: PKCS#7 is found in CERTIFICATE blocks too.
+// block adds the certificates of a PEM block. Labels are unreliable: some CERTIFICATE blocks hold
+// PKCS#7.
 func (c *content) block(block pemBlock) error {
 	if isSignedData(block.der) {
 		return c.pkcs7(block.der)
@@ -229,7 +231,7 @@ func (c *content) block(block pemBlock) error {
 	return nil
 }
 
-// binary reads what a name promised and PEM is not.
+// binary reads a file that holds no PEM although its name suggests certificates.
 func (c *content) binary(data []byte, promised promise) {
 	if isText(data[:min(len(data), HeadSize)]) {
 		if c.bareBase64(data, promised) || promised != promisesDER {
@@ -246,9 +248,9 @@ func (c *content) binary(data []byte, promised promise) {
 	}
 }
 
-var errBase64Store = errors.New("PKCS#12 in base64 under a name that does not promise it: call it .p12 or .pfx")
+var errBase64Store = errors.New("PKCS#12 in base64: rename the file to .p12 or .pfx to have it read")
 
-// bareBase64 reads base64 without PEM's markers, as mail and secret stores hand out key stores.
+// bareBase64 reads base64 without PEM markers, as mail and secret stores use for key stores.
 func (c *content) bareBase64(data []byte, promised promise) (isDER bool) {
 	if bytes.IndexByte(data, ':') >= 0 {
 		return false
@@ -257,23 +259,23 @@ func (c *content) bareBase64(data []byte, promised promise) (isDER bool) {
 	if err != nil {
 		return false
 	}
-	c.inside(decoded, func() {
-		// Under any other name it does not get to spend time on passwords.
+	c.parseDecoded(decoded, func() {
+		// Passwords are tried only if the name suggests a key store.
 		if pkcs12.Is(decoded) && promised != promisesStore {
 			c.fail(errBase64Store)
 			return
 		}
-		isDER = c.signed(decoded, promised) || c.der(decoded) == nil
+		isDER = c.byMagic(decoded, promised) || c.der(decoded) == nil
 	})
 	return isDER
 }
 
-// errUnknown: the name promised something that is not there. DER of another kind, such as a key, is
-// not an error.
-var errUnknown = errors.New("neither PEM nor any other format that is known here")
+// errUnknown is reported if a file lacks the certificates that its name suggests. Other DER, such
+// as a key, is not an error.
+var errUnknown = errors.New("neither PEM nor another supported format")
 
-// der adds the certificate at the start of b, and those that follow it directly. Anything else that
-// follows is trailing garbage, as to OpenSSL.
+// der adds the certificate at the start of b and those that follow it directly. Like OpenSSL, it
+// ignores trailing garbage.
 func (c *content) der(b []byte) error {
 	cert, rest, err := firstCertificate(b)
 	for next := err; next == nil; cert, rest, next = firstCertificate(rest) {
@@ -282,8 +284,8 @@ func (c *content) der(b []byte) error {
 	return err
 }
 
-// isOtherSigned reports whether der is a signed object of another kind: a
-// request and a revocation list have a certificate's outer shape.
+// isOtherSigned reports whether der is a certificate request or a revocation list, which have the
+// same outer structure as a certificate.
 func isOtherSigned(der []byte) bool {
 	if _, err := x509.ParseCertificateRequest(der); err == nil {
 		return true
@@ -292,7 +294,7 @@ func isOtherSigned(der []byte) bool {
 	return err == nil
 }
 
-// isText reports whether head looks like text in ASCII or UTF-8.
+// isText reports whether head looks like ASCII or UTF-8 text.
 func isText(head []byte) bool {
 	for len(head) > 0 {
 		r, size := utf8.DecodeRune(head)

@@ -55,7 +55,7 @@ func TestParse(t *testing.T) {
 		name  string
 		data  []byte
 		found int
-		cause string // part of the only one, or ""
+		cause string // part of the only cause, or ""
 	}{
 		{"PEM", "a.pem", text, 1, ""},
 		{"upper case", "A.CRT", text, 1, ""},
@@ -136,7 +136,7 @@ func TestParse(t *testing.T) {
 		{"BCFKS", "a.keystore", sample("testdata/seeds/bc.bcfks"), 0, errBouncyCastle.Error()},
 		{"DER of another kind as a store", "a.p12", []byte{0x30, 3, 2, 1, 0}, 0, errUnknown.Error()},
 		{"damaged inside", "a.der", bytes.Replace(der, []byte("261123"), []byte("26xx23"), 1), 0, "x509: "},
-		{"damaged JKS", "a.jks", corpus.JKS(2, der, der)[:len(der)+100], 1, "the Java key store ends before it is complete"},
+		{"damaged JKS", "a.jks", corpus.JKS(2, der, der)[:len(der)+100], 1, "the Java key store is truncated"},
 		{"unknown entry of a JKS", "a.jks", bytes.Replace(corpus.JKS(2, der), []byte{0, 0, 0, 2, 0, 6}, []byte{0, 0, 0, 9, 0, 6}, 1), 0, "unknown kind 9"},
 		{"secret key in a JCEKS", "a.jks", bytes.Replace(bytes.Replace(corpus.JKS(2, der), []byte{0xfe, 0xed, 0xfe, 0xed}, []byte{0xce, 0xce, 0xce, 0xce}, 1), []byte{0, 0, 0, 2, 0, 6}, []byte{0, 0, 0, 3, 0, 6}, 1), 0, "the Java key store holds a secret key"},
 		{"damaged PKCS#7", "a.p7b", corpus.PKCS7(der)[:200], 0, "damaged PKCS#7"},
@@ -166,10 +166,10 @@ func TestParse(t *testing.T) {
 			t.Errorf("%s: causes %q, want %q", test.what, causes, test.cause)
 		}
 		if len(found) > 0 && len(test.data) >= HeadSize && !WorthReading(test.name, test.data[:HeadSize]) {
-			t.Errorf("%s: the head hides the certificate", test.what)
+			t.Errorf("%s: WorthReading rejects it", test.what)
 		}
 		if len(found)+len(causes) > 0 && !WorthParsing(test.name, test.data) {
-			t.Errorf("%s: it is not worth parsing, and holds something", test.what)
+			t.Errorf("%s: WorthParsing rejects a file with content", test.what)
 		}
 	}
 }
@@ -222,7 +222,7 @@ func addSeeds(f *testing.F) {
 	}
 	for _, file := range files {
 		if name := filepath.Base(file); name == "gnutls.p12" || name == "nss.p12" {
-			continue // 600,000 iterations each: seconds, and under load what the fuzzer takes for a hang
+			continue // 600,000 iterations each take seconds; under load the fuzzer would see a hang
 		}
 		data, err := os.ReadFile(file)
 		if err != nil {
@@ -232,7 +232,7 @@ func addSeeds(f *testing.F) {
 	}
 }
 
-// fuzzFile parses data as a file of that name, and checks what comes out.
+// fuzzFile parses data as a file with that name and checks the outcome.
 func fuzzFile(t *testing.T, name string, data []byte) {
 	const limit = 1 << 16
 	if len(data) > limit {
@@ -242,7 +242,7 @@ func fuzzFile(t *testing.T, name string, data []byte) {
 	parser := Parser{Passwords: []string{"correct horse"}}
 	outcome := parser.Parse(name, data)
 	if !outcome.Empty() && !WorthParsing(name, data) {
-		t.Error("it is not worth parsing, and holds something")
+		t.Error("WorthParsing rejects a file with content")
 	}
 	err := outcome.Report("/x", func(cert api.DiscoveredCertificate) error {
 		block, rest := pem.Decode([]byte(cert.PEMData))
@@ -274,7 +274,7 @@ func FuzzDER(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) { fuzzFile(t, "a.der", data) })
 }
 
-// FuzzShape: a name that promises nothing.
+// FuzzShape parses files whose names suggest nothing.
 func FuzzShape(f *testing.F) {
 	addSeeds(f)
 	f.Fuzz(func(t *testing.T, data []byte) { fuzzFile(t, "a", data) })
@@ -296,7 +296,7 @@ func FuzzPKCS7(f *testing.F) {
 	})
 }
 
-// FuzzPEM: every certificate that encoding/pem finds is found.
+// FuzzPEM checks that every certificate that encoding/pem finds is found.
 func FuzzPEM(f *testing.F) {
 	addSeeds(f)
 	f.Fuzz(func(t *testing.T, data []byte) {
@@ -305,7 +305,7 @@ func FuzzPEM(f *testing.F) {
 		pemBlocks(data, func(block pemBlock) { found[sha256.Sum256(block.der)] = true })
 		for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) {
 			if block.Type != "CERTIFICATE" || len(block.Bytes) == 0 || bytes.ContainsAny(data, ":\\\v\f\x85\xa0") {
-				continue // pem takes some of these, in places where no tool writes them
+				continue // encoding/pem accepts some of these, in places where no tool writes them
 			}
 			if !found[sha256.Sum256(block.Bytes)] {
 				t.Errorf("encoding/pem finds a block that was not found in %q", data)
@@ -321,7 +321,7 @@ func FuzzCertificate(f *testing.F) {
 	})
 }
 
-// FuzzOutcome: what a damaged index holds is an error, and no more.
+// FuzzOutcome checks that damaged outcomes cause errors and no panics.
 func FuzzOutcome(f *testing.F) {
 	text, _ := testCertificate(f)
 	var parser Parser
@@ -332,8 +332,8 @@ func FuzzOutcome(f *testing.F) {
 	})
 }
 
-// TestPKCS12Work: what a file may cost does not grow with its iterations, its parts, its size or
-// the number of passwords.
+// TestPKCS12Work checks that the cost of a file does not grow with its iterations, its parts, its
+// size or the number of passwords.
 func TestPKCS12Work(t *testing.T) {
 	many := make([]string, 1000)
 	armour := func(stores ...[]byte) (all []byte) {
@@ -358,7 +358,7 @@ func TestPKCS12Work(t *testing.T) {
 	} {
 		c := parse("a.p12", test.data, test.passwords)
 		if !c.locked || c.stores.Work < 0 {
-			t.Errorf("%s: locked %v, %d of %d left to work", test.what, c.locked, c.stores.Work, maxWork)
+			t.Errorf("%s: locked %v, %d of %d work left", test.what, c.locked, c.stores.Work, maxWork)
 		}
 		if named := slices.Contains(c.causes, errCostly.Error()); named != test.costly {
 			t.Errorf("%s: %q", test.what, c.causes)

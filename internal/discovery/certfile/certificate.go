@@ -14,16 +14,17 @@ import (
 	"certctl-agent/internal/ber"
 )
 
-// What a report says of one certificate is bounded: a file may hold a hundred thousand names, and
-// a fleet's hosts scan what anybody puts there. Whatever fits a report at all stays below.
+// The fields of one certificate in a report are bounded, because anyone may put a file with a
+// hundred thousand names on a host. Certificates that fit into a report otherwise are far below
+// these bounds.
 const (
 	maxNames     = 10_000    // alternative names
-	maxNameBytes = 256 << 10 // of all of them together
+	maxNameBytes = 256 << 10 // bytes of all alternative names
 	maxText      = 16 << 10  // bytes of any other field
 )
 
-// errCut comes beside a certificate that is reported in part.
-var errCut = fmt.Errorf("a certificate has more than %d names or %d KiB of them, or a field of more than %d KiB: it is reported without the rest",
+// errCut accompanies a certificate of which some fields were cut.
+var errCut = fmt.Errorf("a certificate has more than %d names or %d KiB of them, or a field of more than %d KiB: only part of it is reported",
 	maxNames, maxNameBytes>>10, maxText>>10)
 
 const (
@@ -31,14 +32,13 @@ const (
 	oidBasicConstraints = "\x55\x1d\x13"
 )
 
-// describe fills in everything that a report says about a certificate except its fingerprint, its
-// PEM and where it was found. der is exactly one certificate. The certificate is valid with a nil
-// error and with errCut.
+// describe returns what a report says about a certificate, except its fingerprint, PEM and path.
+// der must be exactly one certificate. The result is valid if the error is nil or errCut.
 //
-// crypto/x509 reads what may be trusted; this reads what is there, as `openssl x509 -text` does,
-// and agrees with crypto/x509 wherever that reads a certificate at all. Only the order of the
-// fields and a validity are asked for. Whatever else cannot be read is left out, or shown as it is
-// encoded, and does not cost the rest.
+// Unlike crypto/x509, which accepts only what may be trusted, describe reads what is there, like
+// "openssl x509 -text". It agrees with crypto/x509 on every certificate that crypto/x509 can read.
+// It requires only the order of the fields and a validity. Other fields that it cannot read are
+// omitted or shown as encoded.
 func describe(der []byte) (api.DiscoveredCertificate, error) {
 	tbs := ber.Sequence(der).Inside(ber.TagSequence)
 	if tbs.At(ber.TagExplicit0) {
@@ -55,13 +55,13 @@ func describe(der []byte) (api.DiscoveredCertificate, error) {
 	}
 	notBefore, err := readTime(validity)
 	if err != nil {
-		return api.DiscoveredCertificate{}, fmt.Errorf("x509: the start of the certificate's validity: %w", err)
+		return api.DiscoveredCertificate{}, fmt.Errorf("x509: invalid notBefore: %w", err)
 	}
 	notAfter, err := readTime(validity)
 	if err != nil {
-		return api.DiscoveredCertificate{}, fmt.Errorf("x509: the end of the certificate's validity: %w", err)
+		return api.DiscoveredCertificate{}, fmt.Errorf("x509: invalid notAfter: %w", err)
 	}
-	var cut bool // anything is left out
+	var cut bool // some field is incomplete
 	bounded := func(s string) string {
 		s, isCut := bound(api.Text(s))
 		cut = cut || isCut
@@ -93,7 +93,7 @@ func describe(der []byte) (api.DiscoveredCertificate, error) {
 	return c, nil
 }
 
-// bound shortens s, which is valid UTF-8, to maxText bytes and an ellipsis.
+// bound cuts s, which must be valid UTF-8, to maxText bytes and an ellipsis. It reports whether it did.
 func bound(s string) (string, bool) {
 	if len(s) <= maxText {
 		return s, false
@@ -105,10 +105,10 @@ func bound(s string) (string, bool) {
 	return s[:end] + "…", true
 }
 
-// serialNumber is the hex form of an INTEGER, of any length and minimal or not.
+// serialNumber formats an INTEGER in hex. The INTEGER may have any length and need not be minimal.
 func serialNumber(octets []byte) string {
 	if len(octets) > maxText {
-		return fmt.Sprintf("%x", octets[:maxText]) // which is cut once more
+		return fmt.Sprintf("%x", octets[:maxText]) // twice as long, so bound cuts it
 	}
 	n := new(big.Int).SetBytes(octets)
 	if len(octets) > 0 && octets[0] >= 0x80 {
@@ -117,10 +117,10 @@ func serialNumber(octets []byte) string {
 	return n.Text(16)
 }
 
-var errTime = errors.New("it is not a point in time")
+var errTime = errors.New("not a valid time")
 
-// readTime reads UTCTime or GeneralizedTime in any form of X.680 and some more: without seconds,
-// with a fraction of one, with an offset, or under each other's tag.
+// readTime reads UTCTime or GeneralizedTime in any form that X.680 allows, and more: without
+// seconds, with fractions, with an offset, or with the tag of the other type.
 func readTime(f *ber.Fields) (time.Time, error) {
 	tag := byte(ber.TagUTCTime)
 	if f.At(ber.TagGeneralizedTime) {
@@ -164,14 +164,14 @@ func readTime(f *ber.Fields) (time.Time, error) {
 	}
 	if zone, err := time.Parse("-0700", string(rest[:min(len(rest), 5)])); err == nil {
 		_, offset := zone.Zone()
-		if moved := t.Add(-time.Duration(offset) * time.Second); moved.Year() >= 0 && moved.Year() <= 9999 { // as RFC 3339 needs it
+		if moved := t.Add(-time.Duration(offset) * time.Second); moved.Year() >= 0 && moved.Year() <= 9999 { // RFC 3339 has four digits for the year
 			t = moved
 		}
 	}
 	return t, nil
 }
 
-// extensions is what a report has of a certificate's extensions.
+// extensions holds the contents of a certificate's extensions that a report contains.
 type extensions struct {
 	isCA         bool
 	names        [len(nameTags)][]string
@@ -179,12 +179,12 @@ type extensions struct {
 	cut          bool
 }
 
-// nameTags are the names that a report has, in the order of the protocol: dNSName, rfc822Name,
-// iPAddress and uniformResourceIdentifier of RFC 5280, 4.2.1.6.
+// nameTags are the types of alternative names in a report, in the protocol's order: dNSName,
+// rfc822Name, iPAddress and uniformResourceIdentifier (RFC 5280, section 4.2.1.6).
 const nameTags = "\x82\x81\x87\x86"
 
-// readExtensions reads what follows the public key (RFC 5280, 4.1): identifiers, which nobody uses,
-// and the extensions.
+// readExtensions reads the fields after the public key (RFC 5280, section 4.1): the extensions, and
+// unique identifiers, which it ignores.
 func readExtensions(b []byte) (x extensions) {
 	for part, err := range (ber.Value{Body: b}).Children() {
 		if err != nil || part.Tag != ber.TagExplicit3 {
@@ -207,7 +207,7 @@ func readExtensions(b []byte) (x extensions) {
 			case id == oidBasicConstraints:
 				ca := ber.Fields{Rest: content.Body}
 				if ca.At(ber.TagBoolean) {
-					// BER has any octet but zero for TRUE (X.690, 8.2.2).
+					// In BER any nonzero octet is TRUE (X.690, 8.2.2).
 					x.isCA = x.isCA || strings.Trim(string(ca.Next(ber.TagBoolean).Body), "\x00") != ""
 				}
 			}
@@ -216,7 +216,7 @@ func readExtensions(b []byte) (x extensions) {
 	return x
 }
 
-// sequenceIn is the SEQUENCE at the start of b, or an empty one.
+// sequenceIn returns the SEQUENCE at the start of b, or an empty value.
 func sequenceIn(b []byte) ber.Value {
 	v, _, err := ber.Element(b)
 	if err != nil || v.Tag != ber.TagSequence {
@@ -225,7 +225,7 @@ func sequenceIn(b []byte) ber.Value {
 	return v
 }
 
-// readNames reads the names that a report has.
+// readNames collects the alternative names whose types are in nameTags.
 func (x *extensions) readNames(names ber.Value) {
 	for name, err := range names.Children() {
 		if err != nil {
@@ -254,11 +254,11 @@ func (x *extensions) readNames(names ber.Value) {
 	}
 }
 
-// errNoCertificate: well-formed, but something else.
+// errNoCertificate means well-formed data of another kind.
 var errNoCertificate = errors.New("not a certificate")
 
-// firstCertificate is the certificate at the start of b, judged by its outer shape (RFC 5280, 4.1):
-// its own bytes, and what follows it, which OpenSSL ignores too.
+// firstCertificate returns the certificate at the start of b, recognized by its outer structure
+// (RFC 5280, section 4.1), and the bytes after it.
 func firstCertificate(b []byte) (der, rest []byte, err error) {
 	outer, rest, err := ber.Element(b)
 	if err != nil {
@@ -283,8 +283,8 @@ func firstCertificate(b []byte) (der, rest []byte, err error) {
 	return outer.Full, rest, nil
 }
 
-// looksLikeCertificate reports whether b, the beginning of a file, is that of a certificate: up to
-// the validity, which neither a request nor a revocation list has in that place.
+// looksLikeCertificate reports whether b, the head of a file, begins like a certificate. It checks
+// up to the validity, which certificate requests and revocation lists do not have in that place.
 func looksLikeCertificate(b []byte) bool {
 	tbs := ber.Fields{Rest: ber.Open(ber.Open(b))}
 	if tbs.At(ber.TagExplicit0) {

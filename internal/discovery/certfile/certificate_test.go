@@ -25,12 +25,12 @@ import (
 	"certctl-agent/internal/testing/needs"
 )
 
-// isUncommon: pkix has no name for it.
+// isUncommon reports whether pkix has no name for an attribute.
 func isUncommon(a pkix.AttributeTypeAndValue) bool {
 	return !slices.Contains(commonAttributes, a.Type.String())
 }
 
-// checkAgainstGo: what crypto/x509 reads is read here alike.
+// checkAgainstGo checks that certificates that crypto/x509 can read are described the same way.
 func checkAgainstGo(t *testing.T, der []byte) {
 	t.Helper()
 	got, err := describe(der)
@@ -91,7 +91,7 @@ func checkAgainstGo(t *testing.T, der []byte) {
 	}
 }
 
-// TestNamesAsGoWritesThem: names of common attributes are what they always were.
+// TestNamesAsGoWritesThem checks that names with only common attributes have Go's format.
 func TestNamesAsGoWritesThem(t *testing.T) {
 	random := rand.New(rand.NewPCG(1, 2))
 	values := []string{"", "a", "Example, Inc.", " lead", "trail ", "#hash", "a#b", `q"uo\te`, "a+b=c;d<e>f", "grüezi", "日本", " ", "  ", "a b", "\x00", "\U0001F600"}
@@ -134,12 +134,12 @@ func TestNamesAsGoWritesThem(t *testing.T) {
 
 func tlv(tag byte, parts ...string) string { return corpus.TLV(tag, parts...) }
 
-// rdn is one attribute in an RDN of its own; id is its type's last octet below 2.5.4.
+// rdn returns an RDN with one attribute of type 2.5.4.id.
 func rdn(id, tag byte, text string) string {
 	return tlv(0x31, tlv(ber.TagSequence, tlv(ber.TagOID, "\x55\x04"+string(id)), tlv(tag, text)))
 }
 
-// parts is a certificate to be put together. It is signed with nothing.
+// parts are the fields of a certificate to encode. Its signature is invalid.
 type parts struct {
 	version, serial, issuer, notBefore, notAfter, subject, key, extensions string
 }
@@ -170,8 +170,8 @@ func extension(id string, content ...string) string {
 	return tlv(ber.TagSequence, tlv(ber.TagOID, id), tlv(ber.TagOctetString, content...))
 }
 
-// TestOddCertificates: one thing that crypto/x509 refuses, and everything that a person reads all
-// the same. Where openssl is there, it has to read the certificate too, and to say the same.
+// TestOddCertificates covers certificates that crypto/x509 refuses because of one field. All other
+// fields must be described. If openssl is installed, it must read the certificate, too, and agree.
 func TestOddCertificates(t *testing.T) {
 	t.Parallel()
 	const alone = "openssl refuses it"
@@ -311,7 +311,7 @@ func TestOddCertificates(t *testing.T) {
 	}
 }
 
-// TestKeyAlgorithms: keys that no tool here makes.
+// TestKeyAlgorithms covers keys that none of the installed tools can make.
 func TestKeyAlgorithms(t *testing.T) {
 	sample, err := os.ReadFile("testdata/keys/mldsa44.spki")
 	if err != nil {
@@ -349,7 +349,7 @@ func TestKeyAlgorithms(t *testing.T) {
 	}
 }
 
-// TestHugeCertificates: what a report says of a certificate is bounded, in time and in space.
+// TestHugeCertificates checks that the description of a certificate is bounded in time and space.
 func TestHugeCertificates(t *testing.T) {
 	many := func(n int, s string) string { return strings.Repeat(s, n) }
 	names := func(list string) func(*parts) {
@@ -399,11 +399,11 @@ func TestHugeCertificates(t *testing.T) {
 			t.Errorf("%s: %v allocations, %v", test.what, spent, took)
 		}
 		var parser Parser
-		for range 2 { // the second one is not hidden by the first
+		for range 2 { // the cache must not hide the second one
 			c := content{certs: []found{{der, formatDER}}}
 			outcome := parser.outcome(c)
 			if named := bytes.Contains(outcome, []byte(errCut.Error())); named != (test.err != nil) {
-				t.Errorf("%s: named: %v", test.what, named)
+				t.Errorf("%s: errCut reported: %v", test.what, named)
 			}
 		}
 	}

@@ -10,7 +10,7 @@ import (
 )
 
 // commonAttributes are the attributes that crypto/x509/pkix knows, in the order in which it writes
-// them, which is the order that control planes have in their databases.
+// them. Control planes store names in that order.
 var commonAttributes = []string{oidSerialNumber, oidCommonName, "2.5.4.11", "2.5.4.10", "2.5.4.17", "2.5.4.9", "2.5.4.7", "2.5.4.8", "2.5.4.6"}
 
 const (
@@ -19,8 +19,8 @@ const (
 	idCommonName    = "\x55\x04\x03" // the same, encoded
 )
 
-// attributeNames are those of crypto/x509/pkix and of RFC 4514, section 3, and beyond them the ones
-// that OpenSSL has for attributes of public certificates.
+// attributeNames are the names in crypto/x509/pkix and RFC 4514, section 3, and OpenSSL's names for
+// other attributes of public certificates.
 var attributeNames = map[string]string{
 	oidSerialNumber:              "SERIALNUMBER",
 	oidCommonName:                "CN",
@@ -55,19 +55,19 @@ var attributeNames = map[string]string{
 	"2.5.4.97":                   "organizationIdentifier",
 }
 
-// distinguishedName is a Name of RFC 5280, 4.1.2.4.
+// distinguishedName is a Name (RFC 5280, section 4.1.2.4).
 type distinguishedName struct {
 	attributes []attribute
 	commonName string // the last one, as in crypto/x509
-	cut        bool   // there are more attributes
+	cut        bool   // attributes were omitted
 }
 
 type attribute struct {
-	oid    string // dotted; empty: raw is not an attribute at all
+	oid    string // dotted; empty if raw is not a valid attribute
 	raw    []byte // encoding of the value
-	text   string // the value, when isText
+	text   string // the value, if isText
 	isText bool
-	joined bool // in the same RDN as the attribute before
+	joined bool // in the same RDN as the previous attribute
 }
 
 func readName(name ber.Value) (n distinguishedName) {
@@ -112,9 +112,10 @@ func readName(name ber.Value) (n distinguishedName) {
 	return n
 }
 
-// String is the name as crypto/x509/pkix writes it where all attributes are common ones: control
-// planes compare it with what other programs reported. With any other attribute it is the form of
-// RFC 4514, in the order of the certificate; pkix would write those attributes as a number and hex.
+// String returns the name in the format of crypto/x509/pkix if all attributes are common ones,
+// because control planes compare it with the reports of other programs. Otherwise it returns the
+// format of RFC 4514 with the attributes in the order of the certificate: pkix would write the
+// other attributes as numbers and hex.
 func (n distinguishedName) String() string {
 	var b strings.Builder
 	write := func(rdn []attribute) {
@@ -149,8 +150,8 @@ func (n distinguishedName) isCommon() bool {
 	return !slices.ContainsFunc(n.attributes, func(a attribute) bool { return !slices.Contains(commonAttributes, a.oid) || !a.isText })
 }
 
-// common is what pkix.Name keeps of one type: of CN and SERIALNUMBER the last one alone, unless that
-// is empty.
+// common returns the attributes of a type that pkix.Name keeps: only the last CN and SERIALNUMBER,
+// unless that is empty.
 func (n distinguishedName) common(oid string) (list []attribute) {
 	for _, a := range n.attributes {
 		if a.oid == oid {
@@ -165,8 +166,8 @@ func (n distinguishedName) common(oid string) (list []attribute) {
 	return list
 }
 
-// write writes an attribute (RFC 4514, 2.3 and 2.4): with its name and as text where it has both,
-// else in hex.
+// write writes an attribute (RFC 4514, sections 2.3 and 2.4) as text if it has a known name and a
+// text value, and in hex otherwise.
 func (a attribute) write(b *strings.Builder) {
 	name := attributeNames[a.oid]
 	b.WriteString(cmp.Or(name, a.oid))

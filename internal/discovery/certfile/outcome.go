@@ -13,20 +13,19 @@ import (
 	"certctl-agent/internal/discovery/record"
 )
 
-// Outcome is what a file held, as bytes: the form in which it goes from the
-// reader to the goroutine that reports it, and into the index. An unchanged file
-// is reported from there without being parsed.
+// Outcome is the encoded result of parsing a file. Workers pass it to the goroutine that reports
+// it, and the index stores it, so unchanged files are reported without being parsed.
 //
 //	flags, causes (list of strings), certificates (list of format, certificate)
 type Outcome []byte
 
 const flagLocked = 1
 
-// ErrDamaged: bytes are not an outcome.
+// ErrDamaged means that bytes are not a valid Outcome.
 var ErrDamaged = errors.New("a file's record in the index is damaged")
 
 func (p *Parser) outcome(c content) Outcome {
-	// Describing may add causes, so certificates are put aside first.
+	// Encoding a certificate may add causes, which come first in the outcome.
 	var certs []byte
 	n := 0
 	for _, cert := range c.certs {
@@ -53,14 +52,14 @@ func (p *Parser) outcome(c content) Outcome {
 	return append(b, certs...)
 }
 
-// Locked reports whether a password would show more.
+// Locked reports whether an unknown password hides certificates.
 func (o Outcome) Locked() bool { return len(o) > 0 && o[0]&flagLocked != 0 }
 
 // Empty reports whether there is nothing to report.
 func (o Outcome) Empty() bool { return len(o) == 3 && o[1]|o[2] == 0 }
 
-// Report hands out the certificates of a file, and the causes of damage to it.
-// source is the path to report.
+// Report calls cert for each certificate of a file and cause for each error. source is the path to
+// report.
 func (o Outcome) Report(source string, cert func(api.DiscoveredCertificate) error, cause func(string)) error {
 	d := record.Decoder{Rest: o}
 	d.Byte()
@@ -127,8 +126,8 @@ func decodeCertificate(b []byte) api.DiscoveredCertificate {
 	return c
 }
 
-// encodePEM is pem.EncodeToMemory for a certificate, at a third of the cost:
-// it is most of what an unchanged certificate costs.
+// encodePEM does what pem.EncodeToMemory does at a third of the cost, because it dominates the cost
+// of an unchanged certificate.
 func encodePEM(der []byte) string {
 	const (
 		begin = "-----BEGIN CERTIFICATE-----\n"
@@ -146,8 +145,8 @@ func encodePEM(der []byte) string {
 	return b.String()
 }
 
-// encode returns the encoded form of a certificate, with errCut when some of it was left out. Hosts
-// have many copies of the same authorities, and of each chain.
+// encode returns the encoded form of a certificate, and errCut with it if some of its fields were
+// cut. It caches the result: hosts have many copies of the same CA certificates and chains.
 func (p *Parser) encode(der []byte) ([]byte, error) {
 	digest := sha256.Sum256(der)
 	if encoded := p.recent.Get(digest); encoded != nil {
@@ -159,7 +158,7 @@ func (p *Parser) encode(der []byte) ([]byte, error) {
 	}
 	described.FingerprintSHA256 = hex.EncodeToString(digest[:])
 	encoded := appendCertificate(nil, described, der)
-	if err == nil { // each file that holds one that is cut has to be named
+	if err == nil { // not if cut: every file with such a certificate must report errCut
 		p.recent.Put(digest, encoded)
 	}
 	return encoded, err

@@ -14,12 +14,12 @@ const (
 
 	labelPKCS12 = "PKCS12"
 
-	// maxLabel bounds the search for the end of a BEGIN line.
+	// maxLabel bounds the search for the end of a label, in bytes.
 	maxLabel = 64
 )
 
-// Labels of blocks that hold certificates. Blocks with any other label are
-// passed over, private keys first of all.
+// pemLabels are the labels of blocks that hold certificates. All other blocks are skipped, above
+// all private keys.
 var pemLabels = map[string]bool{
 	"CERTIFICATE":         true,
 	"X509 CERTIFICATE":    true, // older OpenSSL
@@ -32,25 +32,26 @@ var pemLabels = map[string]bool{
 
 var errPEM = errors.New("the PEM block is damaged")
 
-// pemBlock is one block of a label that can hold certificates.
+// pemBlock is a block with one of pemLabels.
 type pemBlock struct {
 	der []byte
 	err error
 
-	// embedded: the block does not begin a line, as inside indented YAML, a JSON string or source
-	// code. It may be an example in a text, so damage to it means nothing.
+	// embedded means that the block does not start at the beginning of a line, as in indented YAML,
+	// JSON strings and source code. It may be an example in a text, so damage to it is not an
+	// error.
 	embedded bool
 
-	// store: by its label it is a key store, which may cost the time of trying passwords.
+	// store means that the label is that of a key store, so passwords may be tried.
 	store bool
 }
 
-// hasMarker reports whether there is PEM in data, as it is or in base64 once more.
+// hasMarker reports whether data contains PEM, plain or wrapped in base64.
 func hasMarker(data []byte) bool { return indexMarker(data, pemBegin, wrappedBegin) >= 0 }
 
-// indexMarker is where one of the markers begins, or -1. Both have a B, which is rare in
-// configuration: that is what is searched for, many bytes at a time. The dash that bytes.Index
-// searches for is not, and makes it look at one byte after the other.
+// indexMarker returns the index of the first of the markers, or -1. It searches for the B that both
+// contain, many bytes at a time, because B is rare in configuration files. bytes.Index would search
+// for the common dash and examine almost every byte.
 func indexMarker(data []byte, markers ...string) int {
 	for at := 0; ; at++ {
 		next := bytes.IndexByte(data[at:], 'B')
@@ -67,9 +68,9 @@ func indexMarker(data []byte, markers ...string) int {
 	}
 }
 
-// pemBlocks finds the blocks in data. It accepts what encoding/pem accepts and
-// more: text before and after the markers on the same line, blocks without a
-// line feed between them, indentation, and line feeds written as \n.
+// pemBlocks finds the blocks in data. Unlike encoding/pem it accepts text before and after the
+// markers on their lines, blocks without a line feed between them, indentation, and line feeds
+// written as \n.
 func pemBlocks(data []byte, found func(pemBlock)) {
 	for {
 		start := indexMarker(data, pemBegin)
@@ -102,8 +103,8 @@ func pemBlocks(data []byte, found func(pemBlock)) {
 // wrappedBegin is "-----BEGIN CERTIFICATE-----" in base64.
 const wrappedBegin = "LS0tLS1CRUdJTiBDRVJUSUZJQ0FURS0tLS0t"
 
-// wrappedPEM finds PEM that is in base64 once more, as a whole value: certificates of a kubeconfig,
-// of a Kubernetes secret, of Traefik's acme.json. What begins with a key is not decoded.
+// wrappedPEM finds PEM that is a base64 value, as in kubeconfigs, Kubernetes secrets and Traefik's
+// acme.json. Values that begin with a key are not decoded.
 func wrappedPEM(data []byte, found func(text []byte)) {
 	for {
 		start := indexMarker(data, wrappedBegin)
@@ -119,7 +120,7 @@ func wrappedPEM(data []byte, found func(text []byte)) {
 		}
 		text := unfold(data[:end])
 		data = data[end:]
-		text = text[:len(text)/4*4] // what follows the last line's end is not needed
+		text = text[:len(text)/4*4] // the bytes after the last full group are not needed
 		n, err := base64.StdEncoding.Decode(text, text)
 		if err == nil {
 			found(text[:n])
@@ -127,7 +128,7 @@ func wrappedPEM(data []byte, found func(text []byte)) {
 	}
 }
 
-// decodePEM decodes what is between the markers.
+// decodePEM decodes the text between two markers.
 func decodePEM(body []byte) ([]byte, error) {
 	text := unfold(body)
 	n, err := base64.StdEncoding.Decode(text, text)
@@ -138,8 +139,8 @@ func decodePEM(body []byte) ([]byte, error) {
 	return text[:n], nil
 }
 
-// unfold is base64 without line ends and blanks. Headers (RFC 1421, 4.4) are passed over: base64 has
-// no colon.
+// unfold removes line ends and blanks from base64. It skips headers (RFC 1421, section 4.4),
+// recognized by their colon.
 func unfold(body []byte) []byte {
 	text := make([]byte, 0, len(body))
 	for line := range bytes.Lines(body) {

@@ -7,17 +7,16 @@ import (
 	"certctl-agent/internal/ber"
 )
 
-// oidSignedData is the object identifier of PKCS#7 with a signature, as its content octets.
+// oidSignedData is the encoded object identifier of PKCS#7 signedData.
 const oidSignedData = "\x2a\x86\x48\x86\xf7\x0d\x01\x07\x02"
 
-// isSignedData reports whether b begins as a PKCS#7 ContentInfo with
-// signedData does, whatever the form of its length.
+// isSignedData reports whether b begins like a PKCS#7 ContentInfo with signedData, in DER or BER.
 func isSignedData(b []byte) bool {
 	return bytes.HasPrefix(ber.Open(b), []byte("\x06\x09"+oidSignedData))
 }
 
-// pkcs7 adds the certificates of signedData (RFC 5652, 5.1), the form in which
-// bundles are handed around; its signature is of no interest.
+// pkcs7 adds the certificates of signedData (RFC 5652, section 5.1), which certificate bundles use.
+// It does not verify signatures.
 func (c *content) pkcs7(b []byte) error {
 	info := ber.Sequence(b)
 	info.OID()

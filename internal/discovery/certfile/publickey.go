@@ -6,14 +6,14 @@ import (
 	"certctl-agent/internal/ber"
 )
 
-// keyAlgorithm is a kind of public key: what a report calls it, and how its size is found.
+// keyAlgorithm is the name of a public key algorithm in a report and a function for the key size.
 type keyAlgorithm struct {
 	name string
 	bits func(parameters, key []byte) int
 }
 
-// keyAlgorithms are the kinds of keys in use, by object identifier. RSA, ECDSA, DSA and Ed25519 are
-// called as crypto/x509 calls them.
+// keyAlgorithms are the key algorithms in use, by object identifier. RSA, ECDSA, DSA and Ed25519
+// have the names that crypto/x509 uses.
 var keyAlgorithms = map[string]keyAlgorithm{
 	"1.2.840.113549.1.1.1":  {"RSA", modulusBits},
 	"2.5.8.1.1":             {"RSA", modulusBits}, // X.509 before PKCS #1
@@ -34,7 +34,7 @@ var keyAlgorithms = map[string]keyAlgorithm{
 	"1.2.643.7.1.1.1.1":     {"GOST R 34.10-2012", fixedBits(256)},
 	"1.2.643.7.1.1.1.2":     {"GOST R 34.10-2012", fixedBits(512)},
 
-	// FIPS 203 to 205. The names have the parameter set in them; the size is that of the key itself.
+	// FIPS 203 to 205. The name includes the parameter set; the size is that of the encoded key.
 	"2.16.840.1.101.3.4.4.1":  {"ML-KEM-512", keyBits},
 	"2.16.840.1.101.3.4.4.2":  {"ML-KEM-768", keyBits},
 	"2.16.840.1.101.3.4.4.3":  {"ML-KEM-1024", keyBits},
@@ -86,8 +86,8 @@ var curves = map[string]int{
 	oidSM2:         256,
 }
 
-// publicKey names the algorithm of a SubjectPublicKeyInfo, an unknown one by its object identifier,
-// and the size of the key in bits; 0: unknown.
+// publicKey returns the name of the algorithm of a SubjectPublicKeyInfo, or its object identifier
+// if it is unknown, and the size of the key in bits, or 0 if it is unknown.
 func publicKey(info ber.Value) (algorithm string, size int) {
 	f := ber.Fields{Rest: info.Body}
 	identifier := f.Inside(ber.TagSequence)
@@ -103,22 +103,24 @@ func publicKey(info ber.Value) (algorithm string, size int) {
 	if len(key) == 0 {
 		return known.name, 0
 	}
-	return known.name, known.bits(identifier.Rest, key[1:]) // without the number of unused bits
+	return known.name, known.bits(identifier.Rest, key[1:]) // after the number of unused bits
 }
 
 func fixedBits(n int) func([]byte, []byte) int { return func(_, _ []byte) int { return n } }
 
 func keyBits(_, key []byte) int { return 8 * len(key) }
 
-// modulusBits: RSAPublicKey (RFC 8017, A.1.1).
+// modulusBits reads an RSAPublicKey (RFC 8017, A.1.1).
 func modulusBits(_, key []byte) int { return bitLength(ber.Sequence(key).Next(ber.TagInteger).Body) }
 
-// primeBits: the parameters of DSA and of both kinds of DH begin with the prime (RFC 3279).
+// primeBits reads the parameters of DSA and both kinds of DH, which begin with the prime (RFC
+// 3279).
 func primeBits(parameters, _ []byte) int {
 	return bitLength(ber.Sequence(parameters).Next(ber.TagInteger).Body)
 }
 
-// curveBits: the parameters are the curve's name, or the curve itself (X9.62; RFC 3279, 2.3.5).
+// curveBits reads the parameters of an EC key: a named curve or an explicit one (X9.62; RFC 3279,
+// section 2.3.5).
 func curveBits(parameters, _ []byte) int {
 	if oid := curveOf(parameters); oid != "" {
 		return curves[oid]
@@ -139,7 +141,7 @@ func curveOf(parameters []byte) string {
 	return ber.OIDText(f.Next(ber.TagOID).Body)
 }
 
-// bitLength is the length of an INTEGER that is not negative.
+// bitLength returns the length of a nonnegative INTEGER in bits.
 func bitLength(octets []byte) int {
 	for len(octets) > 0 && octets[0] == 0 {
 		octets = octets[1:]

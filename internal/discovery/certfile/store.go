@@ -11,17 +11,17 @@ import (
 	"certctl-agent/internal/pkcs12"
 )
 
-// maxWork bounds the work that one file can ask for, over all its parts and all passwords, in bytes
-// that are hashed: one to two seconds. Firefox asks for a million iterations of 128 bytes.
+// maxWork bounds the key derivation for one file, over all its parts and all passwords, in bytes
+// hashed. That takes one to two seconds. Firefox uses a million iterations of 128 bytes.
 const maxWork = 256 << 20
 
 var (
 	errLocked = errors.New("PKCS#12: no configured password opens the certificates")
-	errCostly = errors.New("PKCS#12: trying every password costs more than one file may: put the right one first in the list, or write the file anew with fewer iterations (openssl pkcs12 -export -iter 10000)")
+	errCostly = errors.New("PKCS#12: trying every password takes too long: put the right one first in the list, or export the file again with fewer iterations (openssl pkcs12 -export -iter 10000)")
 )
 
-// pkcs12 adds the certificates of a PKCS#12 store. A report needs no proof of origin, so its MAC is of no
-// interest.
+// pkcs12 adds the certificates of a PKCS#12 store. It does not verify the MAC: a report does not
+// need proof of origin.
 func (c *content) pkcs12(data []byte) {
 	if c.stores == nil {
 		c.stores = &pkcs12.Reader{Passwords: slices.Concat([]string{""}, c.passwords), Work: maxWork}
@@ -63,11 +63,11 @@ func (c *content) jks(data []byte) {
 	}))
 }
 
-var errBouncyCastle = errors.New("a key store of BouncyCastle (BKS, UBER or BCFKS), which is not supported: " +
-	"keytool -importkeystore -deststoretype PKCS12 makes one that is read")
+var errBouncyCastle = errors.New("BouncyCastle key stores (BKS, UBER, BCFKS) are not supported: " +
+	"convert it with keytool -importkeystore -deststoretype PKCS12")
 
-// isBouncyCastle reports whether b begins as BKS and UBER do, with a version and the length of
-// their salt, or as BCFKS: in DER, with an encrypted store and the algorithm of its encryption.
+// isBouncyCastle reports whether b begins like a BKS or UBER store, with a version and the length
+// of the salt, or like a BCFKS store: DER of an encrypted store, with the encryption algorithm.
 func isBouncyCastle(b []byte) bool {
 	if len(b) >= 8 && binary.BigEndian.Uint32(b) <= 2 && binary.BigEndian.Uint32(b[4:]) == 20 {
 		return true

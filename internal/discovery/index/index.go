@@ -1,15 +1,14 @@
-// Package index remembers, from one scan to the next, what each file held. An
-// index has it in the order of the walk, so that a scan reads it as a stream beside the
-// walk and never holds it in memory.
+// Package index stores, from one scan to the next, what each file held. It keeps files in walk
+// order, so a scan can read the old index as a stream beside the walk without holding it in memory.
 //
 //	header: magic, digest of what the order depends on
 //	block:  length, CRC-32C, records; length 0 ends the file
 //	record: length, 'd', number of the root, path of a directory
 //	        length, 'f', name, stamp, outcome
 //
-// A file's record belongs to the directory record before it. Fixed-size
-// integers are little-endian, others varints. It is only a cache: it is not
-// synced to disk, and from the first damage on it counts as absent.
+// A file's record belongs to the directory record before it. Fixed-size integers are little-endian,
+// others varints. The index is only a cache: it is not synced to disk, and everything after the
+// first damage is ignored.
 package index
 
 import (
@@ -33,14 +32,14 @@ const (
 	headerSize  = int64(len(magic) + sha256.Size)
 	blockHeader = 8
 
-	// blockSize is when a block is written. One record may make it longer.
+	// blockSize is the size at which a block is written. Its last record may exceed it.
 	blockSize = 64 << 10
 
-	// maxRecord bounds a record; a file that holds more is read every time.
+	// maxRecord bounds a record. A file that needs more is read in every scan.
 	maxRecord = 2 << 20
 
-	// maxSize bounds the index: two million files, or 100,000 certificates.
-	// Files beyond it are read every time.
+	// maxSize bounds the index: two million files, or 100,000 certificates. Further files are read
+	// in every scan.
 	maxSize = 256 << 20
 
 	kindDirectory = 'd'
@@ -50,39 +49,39 @@ const (
 var (
 	castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-	// ErrDamaged: an index cannot be read any further.
+	// ErrDamaged means that the rest of an index cannot be read.
 	ErrDamaged = errors.New("the index of the last scan is damaged")
 
-	// ErrForeign: an index is of no use to this scan.
-	ErrForeign = errors.New("the index of the last scan is of other directories, or of another version of the agent")
+	// ErrForeign means that an index belongs to another configuration or version.
+	ErrForeign = errors.New("the index of the last scan was made for other directories, or by another version of the agent")
 )
 
-// headerOf binds an index to the roots, whose order is that of the walk,
-// and to the version of the agent: a newer one may find more in a file.
+// headerOf binds an index to the roots, which determine the walk order, and to the version of the
+// agent, because a newer version may find more in a file.
 func headerOf(roots []string) []byte {
 	digest := sha256.Sum256([]byte(buildinfo.Version() + "\x00" + strings.Join(roots, "\x00")))
 	return append([]byte(magic), digest[:]...)
 }
 
-// position is where a record ends: the offset of its block in the file, and
-// the end in the block. The zero position is before the first record.
+// position is the end of a record: the offset of its block in the file and the end in the block.
+// The zero position is before the first record.
 type position struct {
 	block int64
 	end   int
 }
 
-// File is one file of an index. Its slices stay valid, and hold the whole block that they are in.
+// File is one file of an index. Its slices remain valid and keep their whole block in memory.
 type File struct {
 	Root    int    // number of the root
 	Dir     string // path of its directory
 	Name    []byte
-	Stamp   []byte // what tells that it is unchanged
-	Outcome []byte // what it held
+	Stamp   []byte // differs if the file has changed
+	Outcome []byte // a certfile.Outcome
 
-	Block     int64 // tells the blocks apart
+	Block     int64 // identifies the block
 	BlockSize int
 
-	end int // of its record, in the block
+	end int // end of its record in the block
 }
 
 // Compare orders files as the walk does.
@@ -90,18 +89,18 @@ func (f *File) Compare(root int, dir string, name []byte) int {
 	return cmp.Or(cmp.Compare(f.Root, root), ComparePaths(f.Dir, dir), bytes.Compare(f.Name, name))
 }
 
-// Reader reads an index from begin to end.
+// Reader reads an index from start to end.
 type Reader struct {
 	file    *os.File
 	in      io.Reader
-	offset  int64 // of the block after this one
+	offset  int64 // of the next block
 	block   []byte
 	current position
 	root    int
 	dir     string
 }
 
-// Open opens the index of the last scan. It returns ErrDamaged or ErrForeign if that is of no use.
+// Open opens the index of the last scan. It returns ErrDamaged or ErrForeign if the index is unusable.
 func Open(root *os.Root, name string, roots []string) (*Reader, error) {
 	file, err := root.Open(name)
 	if err != nil {
@@ -116,7 +115,7 @@ func Open(root *os.Root, name string, roots []string) (*Reader, error) {
 	return r, nil
 }
 
-// Close closes the file. Reading ends, and so does a Writer that has the Reader.
+// Close closes the file. A Writer that uses the Reader must have finished.
 func (r *Reader) Close() error { return r.file.Close() }
 
 // newReader checks the header.
@@ -173,7 +172,7 @@ func (r *Reader) nextBlock() error {
 	if size > blockSize+maxRecord {
 		return ErrDamaged
 	}
-	// A new buffer: records of the last block may still be in use.
+	// Use a new buffer: records of the previous block may still be in use.
 	r.block = make([]byte, size)
 	if _, err := io.ReadFull(r.in, r.block); err != nil || crc32.Checksum(r.block, castagnoli) != binary.LittleEndian.Uint32(header[4:]) {
 		return ErrDamaged
@@ -183,14 +182,14 @@ func (r *Reader) nextBlock() error {
 	return nil
 }
 
-// Writer writes the index of this scan. As long as that is the same as the last
-// one, it writes nothing: an unchanged rescan leaves the disk alone.
+// Writer writes the index of a scan. It writes nothing as long as that equals the last one, so an
+// unchanged rescan does not touch the disk.
 type Writer struct {
 	root   *os.Root
 	name   string
 	header []byte
 	old    *os.File // of the last scan, or nil
-	same   position // up to here both are the same
+	same   position // up to here both are equal
 
 	file    *os.File // nil until the first difference
 	size    int64
@@ -201,7 +200,7 @@ type Writer struct {
 	failed  error
 }
 
-// NewWriter returns a Writer that takes what is the same from old, which is nil if there is none.
+// NewWriter returns a Writer that copies the common part from old, which may be nil.
 func NewWriter(root *os.Root, name string, roots []string, old *Reader) *Writer {
 	w := &Writer{root: root, name: name, header: headerOf(roots)}
 	if old != nil {
@@ -210,7 +209,7 @@ func NewWriter(root *os.Root, name string, roots []string, old *Reader) *Writer 
 	return w
 }
 
-// CleanUp removes a new index that a kill has left half written.
+// CleanUp removes an unfinished index left by a killed scan.
 func CleanUp(root *os.Root, name string) { (&Writer{root: root, name: name}).remove() }
 
 func (w *Writer) temporary() string { return "." + w.name + ".tmp" }
@@ -229,13 +228,13 @@ func (w *Writer) Add(root int, dir string, name, stamp, outcome []byte) {
 	if len(outcome) > maxRecord/2 {
 		return
 	}
-	w.Differ()
+	w.Diverge()
 	w.append(root, dir, name, stamp, outcome)
 }
 
-// Differ begins the new index, because the last one differs from here on. It copies what is the
-// same.
-func (w *Writer) Differ() {
+// Diverge starts a new file, because the index differs from the last one from here on. It copies
+// the common part.
+func (w *Writer) Diverge() {
 	if w.file != nil || w.failed != nil || w.same.block > maxSize-maxRecord {
 		return
 	}
@@ -289,8 +288,8 @@ func (w *Writer) write(b []byte) {
 	}
 }
 
-// Commit ends the new index and puts it in place of the old one. It is not
-// synced: what a power cut damages is noticed and thrown away.
+// Commit completes the new index and replaces the old one. It does not sync: damage from a power
+// cut is detected and discarded.
 func (w *Writer) Commit() error {
 	if w.file != nil {
 		w.flush()
@@ -310,7 +309,7 @@ func (w *Writer) Commit() error {
 	return nil
 }
 
-// Abandon leaves the old index as it is.
+// Abandon discards the new index and keeps the old one.
 func (w *Writer) Abandon() {
 	if w.file != nil {
 		w.file.Close()
@@ -319,11 +318,11 @@ func (w *Writer) Abandon() {
 	}
 }
 
-// KeepAfter ends the new index where its scan was broken off, after the given
-// file, with what the old one has behind it. Every file is behind root -1.
+// KeepAfter completes the index of a scan that stopped after the given file: it copies the old
+// records of all later files. Root -1 is before every file.
 func (w *Writer) KeepAfter(root int, dir string, name []byte) {
 	if w.file == nil || w.old == nil {
-		return // the old index holds all of that, or there is none
+		return // the old index stays in place, or there is none
 	}
 	old, err := newReader(io.NewSectionReader(w.old, 0, maxSize), w.header)
 	if err != nil {
@@ -332,7 +331,7 @@ func (w *Writer) KeepAfter(root int, dir string, name []byte) {
 	for {
 		f, err := old.Next()
 		if err != nil {
-			return // the end; or damage, after which all is read again
+			return // the end, or damage: the remaining files will be read again
 		}
 		if f.Compare(root, dir, name) > 0 {
 			w.append(f.Root, f.Dir, f.Name, f.Stamp, f.Outcome)
@@ -340,7 +339,7 @@ func (w *Writer) KeepAfter(root int, dir string, name []byte) {
 	}
 }
 
-// remove removes the temporary file. A leftover is overwritten next time.
+// remove removes the temporary file. If that fails, the next scan overwrites it.
 func (w *Writer) remove() { _ = w.root.Remove(w.temporary()) }
 
 // ComparePaths orders paths as the walk does: component by component, so that

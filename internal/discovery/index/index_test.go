@@ -24,7 +24,7 @@ func TestComparePaths(t *testing.T) {
 	}
 }
 
-// newWriter writes into a directory of its own.
+// newWriter returns a Writer for a new directory.
 func newWriter(t *testing.T, dir string, old *os.File) *Writer {
 	t.Helper()
 	root, err := os.OpenRoot(dir)
@@ -55,8 +55,8 @@ func readIndex(t *testing.T, path string) (files []File, last error) {
 	}
 }
 
-// TestIndexPrefix: where the first difference is, at each record, the new
-// index is the same as one written from scratch.
+// TestIndexPrefix checks, for a first difference at each record, that the new index equals one
+// written from scratch.
 func TestIndexPrefix(t *testing.T) {
 	const n = 40
 	dir := t.TempDir()

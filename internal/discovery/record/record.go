@@ -1,5 +1,5 @@
-// Package record is the encoding of what is remembered between scans, and the memory of what was
-// encoded lately. Strings and lists have their length before them, as a varint.
+// Package record encodes the results that discovery remembers between scans, and caches recent
+// encodings. Strings and lists are preceded by their length as a varint.
 package record
 
 import (
@@ -8,20 +8,19 @@ import (
 	"sync"
 )
 
-// AppendString appends a string with its length before it.
+// AppendString appends the length of s and then s.
 func AppendString[S ~string | ~[]byte](b []byte, s S) []byte {
 	return append(binary.AppendUvarint(b, uint64(len(s))), s...)
 }
 
-// Decoder reads what was appended. Damage makes it return zeros.
+// Decoder decodes a record. After damage it sets Damaged and returns zero values.
 type Decoder struct {
 	Rest    []byte
 	Damaged bool
-	shared  string // the same bytes up to its end, or ""
+	shared  string // a copy that ends where Rest ends, or ""
 }
 
-// Share makes the strings that are read from here on parts of one: that saves
-// an allocation for each.
+// Share makes all further strings substrings of one copy, which saves an allocation for each.
 func (d *Decoder) Share() { d.shared = string(d.Rest) }
 
 func (d *Decoder) Uvarint() uint64 {
@@ -34,7 +33,7 @@ func (d *Decoder) Uvarint() uint64 {
 	return n
 }
 
-// Length is the number of elements of a list, each of which takes a byte or more.
+// Length returns the number of elements of a list. Each element takes at least one byte.
 func (d *Decoder) Length() int {
 	n := d.Uvarint()
 	if n > uint64(len(d.Rest)) {
@@ -70,25 +69,24 @@ func (d *Decoder) Byte() byte {
 	return b
 }
 
-// Recent remembers records by the digest of what they were made from. It may be used by several
-// goroutines.
+// Recent caches records by the digest of their source. It may be used concurrently.
 type Recent struct {
 	mu    sync.Mutex
 	known map[[sha256.Size]byte][]byte // guarded by mu
 	bytes int                          // guarded by mu
 }
 
-// maxRecent bounds the bytes that are remembered: about 500 certificates.
+// maxRecent bounds the cached bytes: about 500 certificates.
 const maxRecent = 1 << 20
 
-// Get returns the record of a digest, or nil.
+// Get returns the record for a digest, or nil.
 func (r *Recent) Get(digest [sha256.Size]byte) []byte {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.known[digest]
 }
 
-// Put remembers a record, unless it would take the place of many others.
+// Put caches a record, unless it is so large that it would displace many others.
 func (r *Recent) Put(digest [sha256.Size]byte, record []byte) {
 	size := len(digest) + len(record)
 	if size > maxRecent/8 {
@@ -97,8 +95,8 @@ func (r *Recent) Put(digest [sha256.Size]byte, record []byte) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.known == nil || r.bytes+size > maxRecent {
-		// Starting over is simpler than ageing and as good here: what is
-		// common comes back with its next copy.
+		// Starting over is simpler than evicting by age and as good here: frequent records return
+		// with their next copy.
 		r.known, r.bytes = make(map[[sha256.Size]byte][]byte), 0
 	}
 	r.known[digest] = record
