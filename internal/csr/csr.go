@@ -1,6 +1,6 @@
-// Package csr makes PKCS#10 certificate requests, and the keys for them. The names come from the
-// control plane. A bad one is refused here, with the reason, before a CA refuses it or a client of
-// the finished certificate does.
+// Package csr creates PKCS#10 certificate requests and their keys. The names come from the control
+// plane. Invalid names are rejected here, with a reason, before a CA or a client of the issued
+// certificate rejects them.
 package csr
 
 import (
@@ -19,26 +19,26 @@ import (
 )
 
 const (
-	// maxName is the longest name in bytes, other than a URI. For DNS it is RFC
-	// 1035, section 2.3.4, without the length of the first label and the root.
-	// RFC 5280 allows a common name of 64; CAs that insist on it say so.
+	// maxName bounds a name other than a URI, in bytes. For DNS names it is the limit of RFC 1035,
+	// section 2.3.4, without the octets of the first length and of the root. RFC 5280 limits common
+	// names to 64, which some CAs enforce.
 	maxName = 253
 
-	// maxLabel is RFC 1035, section 2.3.4.
+	// maxLabel is the limit of RFC 1035, section 2.3.4.
 	maxLabel = 63
 
-	// maxURI bounds a URI in bytes, for which there is no standard.
+	// maxURI bounds a URI in bytes. No standard defines a limit.
 	maxURI = 2048
 
-	// maxQuoted is how much of a bad name is quoted in an error.
+	// maxQuoted bounds the part of an invalid name that an error quotes, in bytes.
 	maxQuoted = 100
 )
 
-// New returns a PEM certificate request, signed by signer with the hash that goes with its key:
-// SHA-256 for RSA and P-256, SHA-384 for P-384, SHA-512 for P-521. Its subject is the common name
-// alone; its subject alternative names are the entries of sans, each of the kind that it looks
-// like: IP address, URI, e-mail address or else DNS name. Blanks around names are dropped, and so
-// are empty and repeated entries. An RSA key under 2048 bits is refused.
+// New returns a certificate request in PEM, signed by signer with the hash that suits its key:
+// SHA-256 for RSA and P-256, SHA-384 for P-384, SHA-512 for P-521. The subject contains only the
+// common name. The subject alternative names are the entries of sans: IP addresses, URIs, e-mail
+// addresses or DNS names, recognized by their form. Surrounding blanks, empty entries and
+// duplicates are dropped. RSA keys under 2048 bits are rejected.
 func New(signer crypto.Signer, commonName string, sans []string) ([]byte, error) {
 	if err := checkKey(signer.Public()); err != nil {
 		return nil, err
@@ -54,7 +54,7 @@ func New(signer crypto.Signer, commonName string, sans []string) ([]byte, error)
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}), nil
 }
 
-// Check reports whether New would take these names.
+// Check returns the error that New would return for these names.
 func Check(commonName string, sans []string) error {
 	_, err := names(commonName, sans)
 	return err
@@ -80,13 +80,13 @@ func names(commonName string, sans []string) (*x509.CertificateRequest, error) {
 	return request, nil
 }
 
-// identity is the same for two spellings of one name.
+// identity returns a key that is equal for all spellings of a name.
 func identity(name string) string {
 	if ip, err := netip.ParseAddr(name); err == nil {
 		return ip.Unmap().String()
 	}
 	if strings.ContainsAny(name, "@:") {
-		return name // the case of a mailbox and of a path matters
+		return name // mailboxes and paths are case-sensitive
 	}
 	return strings.ToLower(name)
 }
@@ -97,7 +97,7 @@ func addSAN(request *x509.CertificateRequest, name string) error {
 	}
 	if ip, err := netip.ParseAddr(name); err == nil {
 		if ip.Zone() != "" {
-			return errors.New("an address with a zone means something on one host only")
+			return errors.New("an IP address in a certificate must not have a zone")
 		}
 		request.IPAddresses = append(request.IPAddresses, ip.Unmap().AsSlice())
 		return nil
@@ -120,12 +120,12 @@ func addSAN(request *x509.CertificateRequest, name string) error {
 	return checkDNS(name, true)
 }
 
-// checkCommonName allows what names a person or a service as well as a host,
-// but no asterisk that is not a proper wildcard.
+// checkCommonName allows names of people and services as well as hosts, but an asterisk only in a
+// valid wildcard.
 func checkCommonName(name string) error {
 	switch {
 	case name == "":
-		return errors.New("it is empty, and a certificate needs one")
+		return errors.New("it must not be empty")
 	case len(name) > maxName:
 		return fmt.Errorf("it has %d bytes, more than %d", len(name), maxName)
 	}
@@ -138,8 +138,8 @@ func checkCommonName(name string) error {
 	return nil
 }
 
-// checkText is for all names: only printable ASCII fits the ASN.1 type that holds
-// them (IA5String), and nothing else is sure to be seen by a reader.
+// checkText accepts only printable ASCII: other characters do not fit IA5String, the ASN.1 type of
+// names, and may be invisible to readers.
 func checkText(name string) error {
 	for _, r := range name {
 		switch {
@@ -152,14 +152,14 @@ func checkText(name string) error {
 	return nil
 }
 
-// checkDNS is RFC 1034, section 3.5, but for underscores, which hosts in private
-// zones have. A wildcard is the whole leftmost label (RFC 9525, section 6.3).
+// checkDNS enforces RFC 1034, section 3.5, but allows underscores, which hosts in private zones
+// have. A wildcard must be the whole leftmost label (RFC 9525, section 6.3).
 func checkDNS(name string, wildcard bool) error {
 	switch {
 	case len(name) > maxName:
 		return fmt.Errorf("it has %d bytes, more than %d", len(name), maxName)
 	case strings.HasSuffix(name, "."):
-		return errors.New("a DNS name in a certificate has no dot at its end")
+		return errors.New("a DNS name in a certificate must not end with a dot")
 	}
 	if rest, ok := strings.CutPrefix(name, "*."); ok && wildcard {
 		name = rest
@@ -174,7 +174,7 @@ func checkDNS(name string, wildcard bool) error {
 		}
 		last = label
 	}
-	// RFC 1123, section 2.1: what ends in a number is meant to be an address.
+	// RFC 1123, section 2.1: a name whose last label is a number is meant as an address.
 	if strings.Trim(last, "0123456789") == "" {
 		return errors.New("it is neither an IP address nor a DNS name")
 	}
@@ -184,7 +184,7 @@ func checkDNS(name string, wildcard bool) error {
 func checkLabel(label string) error {
 	switch {
 	case label == "":
-		return errors.New("a DNS name has no empty label")
+		return errors.New("a DNS name must not have an empty label")
 	case len(label) > maxLabel:
 		return fmt.Errorf("a label has %d bytes, more than %d", len(label), maxLabel)
 	case label[0] == '-' || label[len(label)-1] == '-':
@@ -192,7 +192,7 @@ func checkLabel(label string) error {
 	}
 	for _, c := range []byte(label) {
 		if !isAlphanumeric(c) && c != '-' && c != '_' {
-			return fmt.Errorf("a DNS name has no %q", c)
+			return fmt.Errorf("a DNS name must not contain %q", c)
 		}
 	}
 	return nil
@@ -202,42 +202,42 @@ func isAlphanumeric(c byte) bool {
 	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9'
 }
 
-// checkMailbox is RFC 5321, section 4.1.2, without quoted strings and address literals.
+// checkMailbox enforces RFC 5321, section 4.1.2, without quoted strings and address literals.
 func checkMailbox(local, domain string) error {
 	if len(local) > 64 { // section 4.5.3.1.1
 		return errors.New("the part before the @ has more than 64 bytes")
 	}
 	for atom := range strings.SplitSeq(local, ".") {
 		if atom == "" {
-			return errors.New("the part before the @ is empty, or has a dot too many")
+			return errors.New("the part before the @ is empty or has a misplaced dot")
 		}
 		for _, c := range []byte(atom) {
 			if !isAlphanumeric(c) && !strings.ContainsRune("!#$%&'*+-/=?^_`{|}~", rune(c)) {
-				return fmt.Errorf("an e-mail address has no %q before the @", c)
+				return fmt.Errorf("an e-mail address must not contain %q before the @", c)
 			}
 		}
 	}
 	return checkDNS(domain, false)
 }
 
-// isURI tells URIs from hosts with a port, which have a colon too.
+// isURI distinguishes URIs from hosts with a port, which also contain a colon.
 func isURI(name string) bool {
 	return strings.Contains(name, "://") || len(name) > 4 && strings.EqualFold(name[:4], "urn:")
 }
 
-// parseURI is RFC 5280, section 4.2.1.6: absolute, and of a host, if any, that
-// is a DNS name or an IP address.
+// parseURI enforces RFC 5280, section 4.2.1.6: an absolute URI whose host, if any, is a DNS name or
+// an IP address.
 func parseURI(name string) (*url.URL, error) {
 	if len(name) > maxURI {
 		return nil, fmt.Errorf("it has %d bytes, more than %d", len(name), maxURI)
 	}
 	if strings.Contains(name, " ") {
-		return nil, errors.New("a URI has no blanks")
+		return nil, errors.New("a URI must not contain blanks")
 	}
 	uri, err := url.Parse(name)
 	switch {
 	case err != nil:
-		return nil, errors.Unwrap(err) // without the URI, which the caller names
+		return nil, errors.Unwrap(err) // the caller adds the URI
 	case uri.Scheme == "" || uri.Host == "" && uri.Opaque == "":
 		return nil, errors.New("a URI needs a scheme and a host")
 	case uri.User != nil:
@@ -251,7 +251,7 @@ func parseURI(name string) (*url.URL, error) {
 	return uri, nil
 }
 
-// quote makes a bad name fit for an error.
+// quote quotes an invalid name for an error.
 func quote(name string) string {
 	if len(name) > maxQuoted {
 		return strconv.QuoteToASCII(name[:maxQuoted]) + "..."

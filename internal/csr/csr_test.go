@@ -31,7 +31,7 @@ func parse(t *testing.T, data []byte) *x509.CertificateRequest {
 	return request
 }
 
-// kinds are the SANs of a request, each with the kind that it has there.
+// kinds returns the SANs of a request, each with its kind.
 func kinds(request *x509.CertificateRequest) []string {
 	var all []string
 	for _, name := range request.DNSNames {
@@ -103,14 +103,14 @@ func TestBadNames(t *testing.T) {
 		{"a\x7fb.example", "control character"},
 		{"a\nb.example", "control character"},
 		{"a\x00b.example", "control character"},
-		{"a b.example", "no ' '"},
-		{"a.example.", "dot at its end"},
-		{".", "dot at its end"},
+		{"a b.example", "must not contain ' '"},
+		{"a.example.", "end with a dot"},
+		{".", "end with a dot"},
 		{".example", "empty label"},
 		{"a..example", "empty label"},
 		{"-a.example", "hyphen"},
 		{"a-.example", "hyphen"},
-		{"a,b.example", "no ','"},
+		{"a,b.example", "must not contain ','"},
 		{"*", "wildcard"},
 		{"f*.example", "wildcard"},
 		{"*f.example", "wildcard"},
@@ -121,24 +121,24 @@ func TestBadNames(t *testing.T) {
 		{strings.Repeat("a", 100_000), "100000 bytes"},
 		{"256.1.1.1", "neither an IP address"},
 		{"10.0.0", "neither an IP address"},
-		{"10.0.0.0/8", "no '/'"},
-		{"[::1]", "no '['"},
+		{"10.0.0.0/8", "must not contain '/'"},
+		{"[::1]", "must not contain '['"},
 		{"fe80::1%eth0", "zone"},
-		{"host:8443", "no ':'"},
+		{"host:8443", "must not contain ':'"},
 		{"@example.org", "before the @"},
 		{"who@", "empty label"},
-		{"a@b@example.org", "no '@' before the @"},
-		{"a..b@example.org", "dot too many"},
-		{"Who <who@example.org>", "no ' ' before the @"},
+		{"a@b@example.org", "must not contain '@' before the @"},
+		{"a..b@example.org", "misplaced dot"},
+		{"Who <who@example.org>", "must not contain ' ' before the @"},
 		{"who@*.example.org", "wildcard"},
-		{"mailto:who@example.org", "no ':' before the @"},
+		{"mailto:who@example.org", "must not contain ':' before the @"},
 		{strings.Repeat("a", 65) + "@example.org", "more than 64"},
 		{"https://", "scheme and a host"},
 		{"https:///path", "scheme and a host"},
 		{"://host/", "missing protocol scheme"},
 		{"https://user:pw@example.org/", "credentials"},
 		{"https://*.example.org/", "wildcard"},
-		{"https://a b.example/", "no blanks"},
+		{"https://a b.example/", "must not contain blanks"},
 		{"https://a.example/%zz", "invalid URL escape"},
 		{"https://" + strings.Repeat("a", 2048), "more than 2048"},
 	}
@@ -152,7 +152,7 @@ func TestBadNames(t *testing.T) {
 			t.Errorf("Check(%.40q): the error has %d bytes", test.name, len(err.Error()))
 		}
 		if strings.ContainsFunc(err.Error(), func(r rune) bool { return r < ' ' || r > '~' }) {
-			t.Errorf("Check(%.40q): the error is no printable ASCII: %q", test.name, err)
+			t.Errorf("Check(%.40q): the error is not printable ASCII: %q", test.name, err)
 		}
 	}
 }
@@ -180,7 +180,7 @@ func TestCommonName(t *testing.T) {
 	}
 }
 
-// TestSignatureAlgorithm: the hash goes with the key.
+// TestSignatureAlgorithm checks that the hash suits the key.
 func TestSignatureAlgorithm(t *testing.T) {
 	p521, err := ecdsa.GenerateKey(elliptic.P521(), rand.Reader)
 	if err != nil {
@@ -210,8 +210,8 @@ func TestSignatureAlgorithm(t *testing.T) {
 	}
 }
 
-// FuzzNames: what Check takes makes a request that a CA can read, with no more
-// names than there were.
+// FuzzNames checks that names that Check accepts make a request that a CA can read, without
+// additional names.
 func FuzzNames(f *testing.F) {
 	for _, name := range []string{"a.example", "*.example", "::1", "who@example.org", "spiffe://a/b", "urn:a:b", "host:80", "https://[::1]:8/%2f", "xn--a", "é"} {
 		f.Add("cn", name)
@@ -227,7 +227,7 @@ func FuzzNames(f *testing.F) {
 		}
 		data, err := csr.New(key, commonName, []string{san, san})
 		if err != nil {
-			t.Fatalf("New(%q, %q): %v, but Check takes it", commonName, san, err)
+			t.Fatalf("New(%q, %q): %v, but Check accepts it", commonName, san, err)
 		}
 		request := parse(t, data)
 		if got := request.Subject.CommonName; got != strings.TrimSpace(commonName) {

@@ -12,15 +12,15 @@ import (
 	"strings"
 )
 
-// DefaultAlgorithm is the algorithm of new keys where none is configured.
+// DefaultAlgorithm is the algorithm of new keys if none is configured.
 const DefaultAlgorithm = "ecdsa-p256"
 
-// Algorithms are the names that GenerateKey knows, the default first.
+// Algorithms returns the algorithms that GenerateKey supports, the default first.
 func Algorithms() []string {
 	return []string{DefaultAlgorithm, "ecdsa-p384", "rsa-2048", "rsa-3072", "rsa-4096", "ed25519"}
 }
 
-// GenerateKey makes a private key.
+// GenerateKey generates a private key.
 func GenerateKey(algorithm string) (crypto.Signer, error) {
 	switch algorithm {
 	case "ecdsa-p256":
@@ -40,11 +40,11 @@ func GenerateKey(algorithm string) (crypto.Signer, error) {
 	return nil, fmt.Errorf("key algorithm %q is not supported: expected one of %s", algorithm, strings.Join(Algorithms(), ", "))
 }
 
-// minRSABits is below what any public CA signs (CA/Browser Forum, Baseline
-// Requirements, section 6.1.5). Control planes sign less.
+// minRSABits is the minimum that public CAs sign (CA/Browser Forum, Baseline Requirements, section
+// 6.1.5). Some control planes would sign shorter keys.
 const minRSABits = 2048
 
-// checkKey refuses keys that no certificate should be asked for.
+// checkKey rejects keys that are too weak or not supported.
 func checkKey(public crypto.PublicKey) error {
 	switch public := public.(type) {
 	case *rsa.PublicKey:
@@ -60,5 +60,5 @@ func checkKey(public crypto.PublicKey) error {
 	case ed25519.PublicKey:
 		return nil
 	}
-	return fmt.Errorf("a key of type %T is not supported", public)
+	return fmt.Errorf("keys of type %T are not supported", public)
 }

@@ -46,12 +46,12 @@ func TestGenerateKey(t *testing.T) {
 	}
 	for _, bad := range []string{"", "rsa-1024", "ECDSA-P256"} {
 		if _, err := csr.GenerateKey(bad); err == nil || !strings.Contains(err.Error(), "rsa-3072") {
-			t.Errorf("GenerateKey(%q): %v, want an error that lists what there is", bad, err)
+			t.Errorf("GenerateKey(%q): %v, want an error that lists the algorithms", bad, err)
 		}
 	}
 }
 
-// keyOf is a signer of whatever kind.
+// keyOf is a signer with any public key.
 type keyOf struct {
 	crypto.Signer
 	public crypto.PublicKey
@@ -60,7 +60,7 @@ type keyOf struct {
 func (k keyOf) Public() crypto.PublicKey { return k.public }
 
 func TestWeakKeysAreRefused(t *testing.T) {
-	t.Setenv("GODEBUG", "rsa1024min=0") // makes the key that is to be refused
+	t.Setenv("GODEBUG", "rsa1024min=0") // to generate the key to reject
 	weak, err := rsa.GenerateKey(rand.Reader, 1024)
 	if err != nil {
 		t.Fatal(err)
@@ -75,7 +75,7 @@ func TestWeakKeysAreRefused(t *testing.T) {
 	}{
 		{weak, "1024 bits, fewer than 2048"},
 		{p224, "P-224 is not supported"},
-		{keyOf{public: "a key"}, "of type string is not supported"},
+		{keyOf{public: "a key"}, "of type string are not supported"},
 	}
 	for _, test := range tests {
 		if _, err := csr.New(test.key, "a.example", nil); err == nil || !strings.Contains(err.Error(), test.want) {

@@ -12,22 +12,22 @@ import (
 	"certctl-agent/internal/printable"
 )
 
-// maxChain bounds the work that OrderChain does for a chain that came from
-// elsewhere. Chains in use have up to five certificates.
+// maxChain bounds the work of OrderChain for untrusted chains. Real chains have up to five
+// certificates.
 const maxChain = 32
 
-// maxRSABits bounds the key that a signature is checked with. The work grows with the square of its
-// length, and a megabyte would hold one that takes minutes.
+// maxRSABits bounds the keys with which signatures are verified. The work is quadratic in the
+// length, and a key of a megabyte would take minutes.
 const maxRSABits = 16384
 
-// OrderChain returns rest in issuing order, without leaf: each certificate issued the one before
-// it, which is the order that TLS asks for (RFC 5246, section 7.4.2). A self-signed root ends it,
-// where there is one. Repeated certificates are dropped. Where an issuer is there more than once,
-// as with cross-signed ones, the path through the first of them comes first.
+// OrderChain returns rest in issuing order, without leaf: each certificate issued the previous one,
+// as TLS requires (RFC 5246, section 7.4.2). If there is a self-signed root, it comes last.
+// Duplicates are dropped. If an issuer has several certificates, as with cross-signing, the path
+// through the first of them comes first.
 //
-// Certificates that issued none of the others are no use to a client, and are
-// returned as stray. It is an error when all are: then the issuer of leaf has
-// been lost, and clients would not find a path.
+// Certificates that did not issue any of the others are useless to clients and are returned as
+// stray. If all are stray, OrderChain returns an error: the issuer of leaf is missing, and clients
+// would not find a path.
 func OrderChain(leaf *x509.Certificate, rest []*x509.Certificate) (ordered, stray []*x509.Certificate, err error) {
 	if len(rest) > maxChain {
 		return nil, nil, fmt.Errorf("the chain has %d certificates, more than %d", len(rest), maxChain)
@@ -53,19 +53,19 @@ func OrderChain(leaf *x509.Certificate, rest []*x509.Certificate) (ordered, stra
 	}
 	follow(leaf)
 	if len(unused) > 0 && len(ordered) == 0 && !IsSelfSigned(leaf) {
-		return nil, nil, fmt.Errorf("none of its %d certificates issued the leaf; the first is %q",
+		return nil, nil, fmt.Errorf("none of the %d certificates issued the leaf; the first is %q",
 			len(unused), printable.Line(unused[0].Subject.String(), 200))
 	}
 	return ordered, unused, nil
 }
 
-// IsSelfSigned reports whether cert is signed with its own key, as roots are.
+// IsSelfSigned reports whether cert is signed with its own key, like a root.
 func IsSelfSigned(cert *x509.Certificate) bool { return issued(cert, cert) }
 
-// issued reports whether child was signed with the key of parent, under its name.
+// issued reports whether child names parent as its issuer and is signed with its key.
 func issued(parent, child *x509.Certificate) bool {
-	// RFC 5280, section 7.1: names match without regard to case, and some CAs
-	// encode the same name in two string types.
+	// RFC 5280, section 7.1: names match case-insensitively, and some CAs encode one name in two
+	// string types.
 	if !bytes.Equal(parent.RawSubject, child.RawIssuer) &&
 		!strings.EqualFold(parent.Subject.String(), child.Issuer.String()) {
 		return false
@@ -77,8 +77,8 @@ func issued(parent, child *x509.Certificate) bool {
 	if err == nil {
 		return true
 	}
-	// What cannot be checked (MD5, DSA, algorithms of tomorrow) is believed when the
-	// key identifiers agree: the order of a chain is not a question of trust.
+	// If a signature cannot be verified (MD5, DSA, future algorithms), matching key identifiers are
+	// enough: the order of a chain does not establish trust.
 	_, insecure := errors.AsType[x509.InsecureAlgorithmError](err)
 	return (insecure || errors.Is(err, x509.ErrUnsupportedAlgorithm)) &&
 		(len(child.AuthorityKeyId) == 0 || bytes.Equal(parent.SubjectKeyId, child.AuthorityKeyId))

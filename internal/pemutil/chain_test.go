@@ -41,7 +41,7 @@ func TestOrderChain(t *testing.T) {
 		{"stranger", chain{low, stranger, high}, chain{low, high}, chain{stranger}, ""},
 		{"strangers around", chain{stranger, high, low, other, stranger}, chain{low, high}, chain{stranger, other}, ""},
 		{"gap", chain{low, root}, chain{low}, chain{root}, ""},
-		{"the issuer is missing", chain{high, root}, nil, nil, "none of its 2 certificates issued the leaf"},
+		{"the issuer is missing", chain{high, root}, nil, nil, "none of the 2 certificates issued the leaf"},
 		{"strangers alone", chain{stranger}, nil, nil, "issued the leaf"},
 		{"too long", slices.Repeat(chain{low}, 33), nil, nil, "more than 32"},
 	}
@@ -74,7 +74,7 @@ func subjects(certs []*x509.Certificate) (names []string) {
 	return names
 }
 
-// TestOrderChainCrossSigned: one key has certificates of two issuers.
+// TestOrderChainCrossSigned covers a key with certificates from two issuers.
 func TestOrderChainCrossSigned(t *testing.T) {
 	newKey := func() *ecdsa.PrivateKey { return must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)) }
 	serial := int64(0)
@@ -101,24 +101,24 @@ func TestOrderChainCrossSigned(t *testing.T) {
 		t.Errorf("two paths: %v, %v", subjects(got), err)
 	}
 
-	// A self-signed leaf has nothing that could be missing.
+	// A self-signed leaf has no issuer that could be missing.
 	if got, stray, err := pemutil.OrderChain(newSelf, []*x509.Certificate{byNew}); err != nil || len(got) > 0 || !slices.Equal(stray, []*x509.Certificate{byNew}) {
 		t.Errorf("self-signed: %v, %v, %v", subjects(got), subjects(stray), err)
 	}
-	// The name alone does not make an issuer.
+	// A matching name alone is not enough.
 	impostor := sign("Middle CA", newKey(), "New Root", newRoot)
 	if _, _, err := pemutil.OrderChain(leaf, []*x509.Certificate{impostor}); err == nil {
 		t.Error("a certificate with the issuer's name and another key was taken")
 	}
-	// Names differ in case only, as RFC 5280 allows.
+	// Names that differ only in case match (RFC 5280).
 	other := sign("leaf", newKey(), "MIDDLE ca", middle)
 	if _, _, err := pemutil.OrderChain(other, []*x509.Certificate{byNew}); err != nil {
 		t.Errorf("issuer in another case: %v", err)
 	}
 }
 
-// TestOrderChainUnknownAlgorithm: a signature that cannot be checked is believed
-// where names and key identifiers agree.
+// TestOrderChainUnknownAlgorithm checks that a signature that cannot be verified is accepted if
+// names and key identifiers match.
 func TestOrderChainUnknownAlgorithm(t *testing.T) {
 	issued := issue(t, testca.Must(t), testca.Template{Intermediates: 1})
 	for _, algorithm := range []x509.SignatureAlgorithm{x509.UnknownSignatureAlgorithm, x509.MD5WithRSA} {
@@ -134,8 +134,8 @@ func TestOrderChainUnknownAlgorithm(t *testing.T) {
 	}
 }
 
-// TestOrderChainHugeKey: a key so long that checking a signature with it would
-// take minutes is not used, and what it has signed counts as unknown.
+// TestOrderChainHugeKey checks that a key so long that verifying a signature would take minutes is
+// not used, and that its signatures count as unknown.
 func TestOrderChainHugeKey(t *testing.T) {
 	issued := issue(t, testca.Must(t), testca.Template{Intermediates: 1})
 	leaf, low := *issued.Leaf, *issued.Chain[1]
@@ -155,8 +155,8 @@ func TestIsSelfSigned(t *testing.T) {
 	}
 }
 
-// FuzzOrderChain drops, repeats and reorders the certificates of two CAs:
-// what comes back is in issuing order, and nothing else is lost.
+// FuzzOrderChain drops, repeats and reorders the certificates of two CAs. The result must be in
+// issuing order, and nothing else may be lost.
 func FuzzOrderChain(f *testing.F) {
 	chain := issue(f, testca.Must(f), testca.Template{Intermediates: 3}).Chain
 	pool := append(chain[1:], issue(f, testca.Must(f), testca.Template{}).Chain[1])

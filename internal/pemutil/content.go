@@ -9,16 +9,15 @@ import (
 	"certctl-agent/internal/pkcs12"
 )
 
-// Content is what a file that is about to be replaced seems to hold. It is
-// found by shape, so that damaged, encrypted and unknown ones count too.
+// Content is the apparent content of a file that is about to be replaced. It is judged by form, so
+// damaged, encrypted and unknown certificates and keys count, too.
 type Content struct {
-	Certificates bool // or what comes with them: parameters, requests, public keys
-	Keys         bool // private keys, or stores that can hold them
+	Certificates bool // or related data: parameters, requests, public keys
+	Keys         bool // private keys, or key stores
 }
 
-// ContentOf looks for certificates and keys: PEM, DER, PKCS#12 and Java key
-// stores. A program counts as neither, whatever it carries, and so does a key
-// of SSH or PGP, though HoldsPrivateKey sees it.
+// ContentOf finds certificates and keys in PEM, DER, PKCS#12 and Java key stores. It ignores
+// programs, whatever is embedded in them, and SSH and PGP keys, which HoldsPrivateKey does find.
 func ContentOf(data []byte) Content {
 	if bytes.HasPrefix(data, []byte("#!")) || bytes.HasPrefix(data, []byte("\x7fELF")) {
 		return Content{}
@@ -27,7 +26,7 @@ func ContentOf(data []byte) Content {
 	beside := false // a curve, a request or a public key
 	for label, begins := range labels(data) {
 		switch {
-		case !begins: // quoted in a configuration or in code
+		case !begins: // quoted in a configuration file or source code
 		case strings.Contains(label, "OPENSSH"), strings.Contains(label, "SSH2"), strings.Contains(label, "PGP"):
 		case strings.Contains(label, privateKeySuffix):
 			c.Keys = true
@@ -38,7 +37,7 @@ func ContentOf(data []byte) Content {
 			c.Certificates = true
 		}
 	}
-	// Beside a key these are a part of it: no server reads them.
+	// Beside a key these belong to the key: servers ignore them.
 	c.Certificates = c.Certificates || beside && !c.Keys
 	if isStore(data) {
 		return Content{Certificates: true, Keys: true}
@@ -51,8 +50,8 @@ func ContentOf(data []byte) Content {
 	return c
 }
 
-// HoldsPrivateKey reports whether a private key would be lost with data. It
-// errs on the side of finding one.
+// HoldsPrivateKey reports whether replacing data might destroy a private key. When in doubt it
+// reports true.
 func HoldsPrivateKey(data []byte) bool {
 	for label := range labels(data) {
 		if strings.Contains(label, privateKeySuffix) {
@@ -62,12 +61,12 @@ func HoldsPrivateKey(data []byte) bool {
 	return isStore(data) || isKeyDER(data)
 }
 
-// maxLabel bounds what is taken for the label of a PEM block.
+// maxLabel bounds the length of a label in bytes.
 const maxLabel = 64
 
-// labels yields the label of every PEM block in upper case, and whether the
-// block begins a line, as those do that a server reads. A block need not be
-// whole: two dashes, BEGIN, and dashes again are enough.
+// labels yields the label of every PEM block in upper case, and whether the block starts at the
+// beginning of a line, which servers require. Incomplete blocks count: two dashes, BEGIN, a label
+// and two dashes are enough.
 func labels(data []byte) func(yield func(label string, begins bool) bool) {
 	return func(yield func(string, bool) bool) {
 		const begin = "BEGIN "
@@ -95,22 +94,22 @@ func labels(data []byte) func(yield func(label string, begins bool) bool) {
 // isStore reports whether data is a key store.
 func isStore(data []byte) bool { return pkcs12.Is(data) || jks.Is(data) }
 
-// sequence returns the content of the one SEQUENCE that data is.
+// sequence returns the contents of data if it is a single SEQUENCE.
 func sequence(data []byte) ([]byte, bool) {
 	outer, rest, err := ber.Element(data)
-	// Some programs end a DER file with a line feed.
+	// Some programs append a line feed to DER.
 	return outer.Body, err == nil && outer.Tag == ber.TagSequence && len(bytes.Trim(rest, "\r\n")) == 0
 }
 
-// isKeyDER reports whether data has the outer shape of a private key: a small
-// version number first (PKCS#1, SEC 1, PKCS#8), or an algorithm before an octet
-// string (encrypted PKCS#8, RFC 5208, section 6).
+// isKeyDER reports whether data has the structure of a private key: it starts with a small version
+// number (PKCS#1, SEC 1, PKCS#8), or with an algorithm and an octet string (encrypted PKCS#8, RFC
+// 5208, section 6).
 func isKeyDER(data []byte) bool {
 	body, ok := sequence(data)
 	if !ok {
 		return false
 	}
-	const universal = 0xc0 // the bits of the tag that are zero
+	const universal = 0xc0 // tag bits that are zero for universal types
 	first, rest, err := ber.Element(body)
 	second, _, err2 := ber.Element(rest)
 	if err != nil || err2 != nil || second.Tag&universal != 0 {

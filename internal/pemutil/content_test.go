@@ -81,7 +81,7 @@ func TestContentOf(t *testing.T) {
 	}
 }
 
-// TestContentOfOpenSSL: what openssl writes.
+// TestContentOfOpenSSL covers files written by openssl.
 func TestContentOfOpenSSL(t *testing.T) {
 	openssl := needs.Need(t, "openssl")
 	issued := issue(t, testca.Must(t), testca.Template{})
@@ -120,7 +120,7 @@ func FuzzContentOf(f *testing.F) {
 	f.Add([]byte("\x30\x80\x02\x01\x03"))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		if pemutil.ContentOf(data).Keys && !pemutil.HoldsPrivateKey(data) {
-			t.Error("holds keys, and none would be lost")
+			t.Error("ContentOf finds keys that HoldsPrivateKey does not")
 		}
 	})
 }

@@ -20,22 +20,22 @@ const (
 	encryptedType    = "ENCRYPTED PRIVATE KEY"
 	privateKeySuffix = "PRIVATE KEY"
 
-	// maxKey bounds the DER of a key. An RSA key of 16384 bits takes 9 KiB; the work of reading one
-	// grows with the square of its length, and a megabyte would hold one that takes minutes.
+	// maxKey bounds the DER of a key. An RSA key of 16384 bits takes 9 KiB. The work of reading a
+	// key is quadratic in its length, and a key of a megabyte would take minutes.
 	maxKey = 16 << 10
 )
 
 var (
-	errNoKey = errors.New("there is no PRIVATE KEY block in it")
+	errNoKey = errors.New("no PRIVATE KEY block found")
 
-	// errEncrypted means that the private key is under a passphrase, which
-	// nobody could type when a server restarts at night.
+	// errEncrypted means that the private key has a passphrase, which nobody could enter when a
+	// server restarts at night.
 	errEncrypted = errors.New("the private key is encrypted: store it without a passphrase (openssl pkey -in FILE -out FILE)")
 )
 
 // ParseKey returns the first private key in data: PKCS#8, PKCS#1 (RSA PRIVATE KEY) or SEC 1 (EC
-// PRIVATE KEY). Blocks of other types, such as the EC PARAMETERS that openssl writes before a key,
-// are passed over. Errors say nothing about the key itself.
+// PRIVATE KEY). It skips blocks of other types, such as the EC PARAMETERS that openssl writes
+// before a key. Its errors do not reveal anything about the key itself.
 func ParseKey(data []byte) (crypto.Signer, error) {
 	data = bytes.TrimPrefix(data, []byte(byteOrderMark)) // without a copy of the key
 	for {
@@ -48,7 +48,7 @@ func ParseKey(data []byte) (crypto.Signer, error) {
 			continue
 		}
 		defer clear(block.Bytes)
-		// RFC 1421, section 4.6.1.1: how encryption shows before PKCS#8.
+		// RFC 1421, section 4.6.1.1: the header that marks encrypted PKCS#1 and SEC 1 keys.
 		if block.Type == encryptedType || strings.Contains(block.Headers["Proc-Type"], "ENCRYPTED") {
 			return nil, errEncrypted
 		}
@@ -70,7 +70,7 @@ func parseKeyBlock(block *pem.Block) (crypto.Signer, error) {
 	case sec1Type:
 		key, err = x509.ParseECPrivateKey(block.Bytes)
 	default:
-		return nil, fmt.Errorf("a %s block is not supported: expected %s, %s or %s", block.Type, pkcs8Type, sec1Type, pkcs1Type)
+		return nil, fmt.Errorf("%s blocks are not supported: expected %s, %s or %s", block.Type, pkcs8Type, sec1Type, pkcs1Type)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("the %s block is damaged: %w", block.Type, err)
@@ -79,11 +79,11 @@ func parseKeyBlock(block *pem.Block) (crypto.Signer, error) {
 	case *ecdsa.PrivateKey, *rsa.PrivateKey, ed25519.PrivateKey:
 		return key.(crypto.Signer), nil
 	}
-	return nil, fmt.Errorf("a key of type %T cannot sign: expected ECDSA, RSA or Ed25519", key)
+	return nil, fmt.Errorf("keys of type %T cannot sign: expected ECDSA, RSA or Ed25519", key)
 }
 
-// EncodeKey returns the PEM of a private key: ECDSA as SEC 1, which is what existing fleets have on
-// disk, RSA and Ed25519 as PKCS#8. The caller clears it after use.
+// EncodeKey returns a private key in PEM: ECDSA as SEC 1, the format that existing fleets have on
+// disk, RSA and Ed25519 as PKCS#8. The caller must clear the result after use.
 func EncodeKey(key crypto.Signer) ([]byte, error) {
 	block := pem.Block{Type: pkcs8Type}
 	var err error
@@ -106,9 +106,9 @@ func SamePublicKey(a, b crypto.PublicKey) bool {
 	return ok && b != nil && key.Equal(b)
 }
 
-// SamePrivateKey reports whether a and b are the same key in full. That they have one public key is
-// no proof: of an RSA key with three primes crypto/x509 does not check that they belong to it, so
-// anybody can make such a key for anybody's certificate.
+// SamePrivateKey reports whether a and b are the same private key. Comparing public keys is not
+// enough: crypto/x509 does not check all primes of a multi-prime RSA key, so anyone can make such a
+// key for someone else's certificate.
 func SamePrivateKey(a, b crypto.Signer) bool {
 	key, ok := a.(interface{ Equal(crypto.PrivateKey) bool })
 	return ok && b != nil && key.Equal(b)

@@ -36,7 +36,7 @@ func TestParseKey(t *testing.T) {
 		t.Fatal(err)
 	}
 	sec1 := block("EC PRIVATE KEY", must(x509.MarshalECPrivateKey(ecKey)))
-	// The object identifier of P-256, as openssl ecparam -genkey writes it first.
+	// The object identifier of P-256, which openssl ecparam -genkey writes before the key.
 	parameters := block("EC PARAMETERS", []byte{6, 8, 0x2a, 0x86, 0x48, 0xce, 0x3d, 3, 1, 7})
 	x25519 := must(ecdh.X25519().GenerateKey(rand.Reader))
 
@@ -78,11 +78,11 @@ func TestParseKey(t *testing.T) {
 				t.Fatal(err)
 			}
 			if !pemutil.SamePublicKey(key.Public(), test.want.Public()) {
-				t.Error("another key came back")
+				t.Error("got another key")
 			}
 		})
 	}
-	const noKey = "there is no PRIVATE KEY block in it"
+	const noKey = "no PRIVATE KEY block found"
 	if _, err := pemutil.ParseKey(nil); err == nil || err.Error() != noKey {
 		t.Errorf("error = %v, want %s", err, noKey)
 	}
@@ -116,15 +116,15 @@ func TestEncodeKey(t *testing.T) {
 		}
 		again, err := pemutil.ParseKey(data)
 		if err != nil || !pemutil.SamePublicKey(again.Public(), test.key.Public()) {
-			t.Errorf("%T does not come back: %v", test.key, err)
+			t.Errorf("%T does not survive encoding: %v", test.key, err)
 		}
 	}
 	if _, err := pemutil.EncodeKey(opaque{tests[0].key}); err == nil {
-		t.Error("a key that cannot be encoded was")
+		t.Error("no error for a key that cannot be encoded")
 	}
 }
 
-// opaque is a signer that keeps its key to itself, as one in hardware does.
+// opaque is a signer that does not reveal its key, like a hardware key.
 type opaque struct{ crypto.Signer }
 
 func TestSamePublicKey(t *testing.T) {
@@ -157,7 +157,7 @@ func FuzzParseKey(f *testing.F) {
 		}
 		encoded, err := pemutil.EncodeKey(key)
 		if err != nil {
-			t.Fatalf("a key that was read cannot be written: %v", err)
+			t.Fatalf("a parsed key cannot be encoded: %v", err)
 		}
 		again, err := pemutil.ParseKey(encoded)
 		if err != nil || !pemutil.SamePublicKey(key.Public(), again.Public()) {

@@ -1,5 +1,5 @@
-// Package pemutil reads and writes PEM certificates and private keys in the
-// forms that servers use, and tells which of them belong together.
+// Package pemutil reads and writes certificates and private keys in PEM, orders chains, and
+// compares keys.
 package pemutil
 
 import (
@@ -15,21 +15,20 @@ import (
 
 const (
 	certificateType = "CERTIFICATE"
-	curveType       = "EC PARAMETERS" // the curve of the key that follows
+	curveType       = "EC PARAMETERS" // the curve of the next key
 
-	// byteOrderMark is what some editors put before UTF-8 text.
+	// byteOrderMark is written by some editors at the start of UTF-8 text.
 	byteOrderMark = "\ufeff"
 )
 
-// errNoCertificate means that there is no CERTIFICATE block.
-var errNoCertificate = errors.New("there is no CERTIFICATE block in it")
+var errNoCertificate = errors.New("no CERTIFICATE block found")
 
-// ParseCertificates returns the certificates of all CERTIFICATE blocks in their
-// order. Text around the blocks and blocks of other types are ignored, except
-// for private keys, which must not be where certificates are expected.
+// ParseCertificates returns the certificates of all CERTIFICATE blocks in order. It ignores text
+// and blocks of other types, except that private keys are an error: they must not be stored where
+// certificates are expected.
 func ParseCertificates(data []byte) ([]*x509.Certificate, error) {
-	// Within as well: the text may have been joined from files that begin with
-	// one, and encoding/pem passes over a block that follows one.
+	// Also inside data: it may have been joined from files that begin with a mark, and encoding/pem
+	// skips a block after a mark.
 	data = bytes.ReplaceAll(data, []byte(byteOrderMark), nil)
 	begun := bytes.Count(data, []byte("-----BEGIN "+certificateType+"-----"))
 	var certs []*x509.Certificate
@@ -41,7 +40,7 @@ func ParseCertificates(data []byte) ([]*x509.Certificate, error) {
 		}
 		if strings.HasSuffix(block.Type, privateKeySuffix) {
 			clear(block.Bytes)
-			return nil, fmt.Errorf("there is a %s among the certificates", block.Type)
+			return nil, fmt.Errorf("found a %s among the certificates", block.Type)
 		}
 		if block.Type != certificateType {
 			continue
@@ -52,10 +51,10 @@ func ParseCertificates(data []byte) ([]*x509.Certificate, error) {
 		}
 		certs = append(certs, cert)
 	}
-	// pem.Decode passes over a block that it cannot read. A chain that has lost
-	// an intermediate that way would look complete.
+	// pem.Decode skips blocks that it cannot read. Without an intermediate that was lost that way,
+	// a chain would still look complete.
 	if len(certs) < begun {
-		return nil, fmt.Errorf("%d of %d CERTIFICATE blocks cannot be read: no valid PEM", begun-len(certs), begun)
+		return nil, fmt.Errorf("%d of %d CERTIFICATE blocks are not valid PEM", begun-len(certs), begun)
 	}
 	if len(certs) == 0 {
 		return nil, errNoCertificate
@@ -63,8 +62,8 @@ func ParseCertificates(data []byte) ([]*x509.Certificate, error) {
 	return certs, nil
 }
 
-// OtherBlocks returns the blocks of data that are neither a certificate nor a
-// private key or a part of one, each as it was encoded.
+// OtherBlocks returns the blocks of data, in PEM, that are not certificates, private keys or parts
+// of keys.
 func OtherBlocks(data []byte) []byte {
 	var others []byte
 	for {
@@ -83,8 +82,8 @@ func OtherBlocks(data []byte) []byte {
 	}
 }
 
-// EncodeCertificates returns one PEM block for each certificate, one directly
-// after the other, with a newline at the end. No certificates make no bytes.
+// EncodeCertificates returns the PEM of the certificates, without text between the blocks. It
+// returns nil for no certificates.
 func EncodeCertificates(certs ...*x509.Certificate) []byte {
 	var out []byte
 	for _, cert := range certs {
@@ -93,7 +92,7 @@ func EncodeCertificates(certs ...*x509.Certificate) []byte {
 	return out
 }
 
-// Fingerprint is the SHA-256 of the certificate's DER, in lower-case hex.
+// Fingerprint returns the SHA-256 of the certificate's DER in lower-case hex.
 func Fingerprint(cert *x509.Certificate) string {
 	sum := sha256.Sum256(cert.Raw)
 	return hex.EncodeToString(sum[:])

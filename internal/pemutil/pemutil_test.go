@@ -33,7 +33,7 @@ func TestParseCertificates(t *testing.T) {
 		name string
 		data []byte
 		want int
-		err  string // part of the error, "" for none
+		err  string // part of the error, or ""
 	}{
 		{"leaf", leaf, 1, ""},
 		{"leaf and chain", join(leaf, chain), 3, ""},
@@ -47,8 +47,8 @@ func TestParseCertificates(t *testing.T) {
 		{"empty", nil, 0, "no CERTIFICATE block"},
 		{"no PEM", []byte("hello"), 0, "no CERTIFICATE block"},
 		{"only another block", other, 0, "no CERTIFICATE block"},
-		{"damaged base64 in the middle", join(leaf, bytes.Replace(chain, []byte("\nM"), []byte("\n*"), 1), leaf), 0, "cannot be read"},
-		{"cut short", join(leaf, chain[:len(chain)/3]), 0, "cannot be read"},
+		{"damaged base64 in the middle", join(leaf, bytes.Replace(chain, []byte("\nM"), []byte("\n*"), 1), leaf), 0, "not valid PEM"},
+		{"cut short", join(leaf, chain[:len(chain)/3]), 0, "not valid PEM"},
 		{"damaged DER", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: issued.Leaf.Raw[:100]}), 0, "certificate 1"},
 		{"bytes after the DER", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: append(bytes.Clone(issued.Leaf.Raw), 0)}), 0, "certificate 1"},
 	}
@@ -69,7 +69,7 @@ func TestParseCertificates(t *testing.T) {
 			}
 		})
 	}
-	const none = "there is no CERTIFICATE block in it"
+	const none = "no CERTIFICATE block found"
 	if _, err := pemutil.ParseCertificates(nil); err == nil || err.Error() != none {
 		t.Errorf("error = %v, want %q", err, none)
 	}
@@ -79,14 +79,14 @@ func TestEncodeCertificates(t *testing.T) {
 	issued := issue(t, testca.Must(t), testca.Template{})
 	data := pemutil.EncodeCertificates(issued.Chain...)
 	if bytes.Contains(data, []byte("\n\n")) || !bytes.HasSuffix(data, []byte("-----\n")) {
-		t.Errorf("not one block after the other with one newline at the end:\n%s", data)
+		t.Errorf("want blocks without text between them and one newline at the end:\n%s", data)
 	}
 	certs, err := pemutil.ParseCertificates(data)
 	if err != nil || !slices.EqualFunc(certs, issued.Chain, (*x509.Certificate).Equal) {
 		t.Errorf("the certificates did not come back: %v", err)
 	}
 	if got := pemutil.EncodeCertificates(); len(got) != 0 {
-		t.Errorf("no certificates make %q", got)
+		t.Errorf("no certificates are encoded as %q", got)
 	}
 }
 
@@ -132,6 +132,6 @@ func TestOtherBlocks(t *testing.T) {
 		t.Errorf("got\n%swant\n%s", got, want)
 	}
 	if got := pemutil.OtherBlocks([]byte("no PEM")); got != nil {
-		t.Errorf("got %q of nothing", got)
+		t.Errorf("got %q from no data", got)
 	}
 }
