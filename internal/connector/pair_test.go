@@ -97,7 +97,7 @@ func TestMatch(t *testing.T) {
 		{"one file, key apart in the server", `{"key_path": "/tls/site.pem"}`, "", at("/k"), nil, "", "from /k", true},
 		{"another key than the overlay's", `{}`, `{"key_path": "/k"}`, at("/other"), nil, "", "from /other", true},
 
-		{"several keys", `{"key_path": "/k"}`, "", append(at("/k"), at("/other")...), nil, "", "a certificate file of its own", true},
+		{"several keys", `{"key_path": "/k"}`, "", append(at("/k"), at("/other")...), nil, "", "a separate certificate file", true},
 		{"no key that is certain", `{"key_path": "/k"}`, "", at(""), nil, "", "name its key file there", true},
 		{"a variable", `{"key_path": "/k"}`, "", at("/$x"), nil, "", "write the path in full", true},
 		{"unclear, no key", `{}`, "", at(""), nil, "", "overlay", true},

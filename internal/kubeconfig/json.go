@@ -7,8 +7,8 @@ import (
 	"fmt"
 )
 
-// parseJSON reads a document in JSON, as kubectl config view -o json prints it.
-// Errors are a *SyntaxError.
+// parseJSON parses a JSON document, as printed by kubectl config view -o json. It returns only
+// errors of type *SyntaxError.
 func parseJSON(data []byte) (*node, error) {
 	decoder := json.NewDecoder(bytes.NewReader(data))
 	decoder.UseNumber()
@@ -29,11 +29,11 @@ type jsonParser struct {
 	*json.Decoder
 	data []byte
 
-	breaks  int   // in the first counted bytes
-	counted int64 // not counted again at each value
+	breaks  int // line breaks in data[:counted]
+	counted int64
 }
 
-// line is the line that the decoder has come to.
+// line returns the current line of the decoder.
 func (p *jsonParser) line() int {
 	at := p.InputOffset()
 	p.breaks += bytes.Count(p.data[p.counted:at], []byte("\n"))
@@ -73,8 +73,8 @@ func (p *jsonParser) value(depth int) (*node, error) {
 	return n, nil
 }
 
-// member reads the next item of a list, or key of an object that none of those
-// seen is.
+// member reads the next item of a list, or the next key and value of an object. A key in seen is an
+// error.
 func (p *jsonParser) member(n *node, seen map[string]bool, depth int) error {
 	var key string
 	if n.kind == mapping {

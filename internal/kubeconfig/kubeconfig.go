@@ -1,5 +1,5 @@
-// Package kubeconfig reads the files that say how to reach a Kubernetes cluster
-// and as whom, in the form that kubectl writes them.
+// Package kubeconfig reads kubeconfig files, which hold the addresses of Kubernetes clusters and
+// the credentials for them, in the form that kubectl writes.
 package kubeconfig
 
 import (
@@ -15,31 +15,30 @@ import (
 	"certctl-agent/internal/secret"
 )
 
-// MaxSize bounds a file, in bytes. A context of a cluster takes some 10 KiB, most
-// of it certificates.
+// MaxSize bounds a file, in bytes. A context takes about 10 KiB, most of it certificates.
 const MaxSize = 1 << 20
 
-// Context is a cluster with the user to be there.
+// Context is a cluster with the user for it.
 type Context struct {
 	Name    string
 	Cluster Cluster
 	User    User
 }
 
-// Cluster is the address of an API server, and how its identity is verified.
+// Cluster is the address of an API server and the way to verify its identity.
 type Cluster struct {
 	Server     *url.URL // https
-	CA         []byte   // PEM; nil: see CAFile
-	CAFile     string   // ""; with no CA either: the system's roots
-	ServerName string   // expected in the certificate; "": the host of Server
-	Insecure   bool     // the certificate is not verified
-	Proxy      *url.URL // http or socks5; nil: none
+	CA         []byte   // PEM; nil to use CAFile
+	CAFile     string   // if neither CA nor CAFile is set, the system's roots apply
+	ServerName string   // expected in the certificate; "" for the host of Server
+	Insecure   bool     // do not verify the certificate
+	Proxy      *url.URL // http or socks5, or nil
 }
 
-// User holds credentials. Exec is nil where there is a token or a certificate,
-// which take precedence.
+// User holds credentials. Exec is set only if there is neither a token nor a certificate, which
+// take precedence.
 type User struct {
-	Certificate     []byte // PEM; nil: see CertificateFile
+	Certificate     []byte // PEM; nil to use CertificateFile
 	CertificateFile string
 	Key             secret.String // PEM
 	KeyFile         string
@@ -54,15 +53,14 @@ type Exec struct {
 	APIVersion         string
 	Command            string // a path, or a plain name
 	Args               []string
-	Env                []string // NAME=value, on top of the environment that commands have
+	Env                []string // NAME=value, added to the usual environment of commands
 	InstallHint        string
 	ProvideClusterInfo bool
 }
 
-// Parse reads a file, whose relative paths start from the directory dir. It
-// returns the named context, or the current one if context is "". Errors name
-// the line and never quote a value that may be a secret. Other contexts,
-// clusters and users are not checked beyond their syntax.
+// Parse parses a file with relative paths based on the directory dir. It returns the named context,
+// or the current one if context is "". Errors have a line number and never quote a value that may
+// be a secret. Of other contexts, clusters and users Parse checks only the syntax.
 func Parse(data []byte, dir, context string) (*Context, error) {
 	read := parse
 	if bytes.HasPrefix(bytes.TrimLeft(data, " \t\r\n"), []byte("{")) {
@@ -107,7 +105,7 @@ func (f *file) context(root *node, name string) *Context {
 	current := top.text("current-context")
 	if name == "" {
 		if name = current; name == "" {
-			f.fail(1, "the file has no current-context: name one (context)")
+			f.fail(1, "the file has no current-context: set context")
 		}
 	}
 	context := f.named(top, "contexts", "context", name)
@@ -116,18 +114,18 @@ func (f *file) context(root *node, name string) *Context {
 	if f.err != nil {
 		return nil
 	}
-	context.only("cluster", "user", "namespace", "extensions")
+	context.allowOnly("cluster", "user", "namespace", "extensions")
 	return &Context{Name: name, Cluster: f.cluster(cluster), User: f.user(user)}
 }
 
-// object is a mapping.
+// object is a mapping with access to its values.
 type object struct {
 	*node
 	file *file
 	what string // its name in errors
 }
 
-// object takes n for a mapping, an empty one if it is null.
+// object converts n, which must be a mapping or null.
 func (f *file) object(n *node, what string) object {
 	if n == nil {
 		n = &node{line: 1}
@@ -141,7 +139,7 @@ func (f *file) object(n *node, what string) object {
 	return object{n, f, what}
 }
 
-// named finds an entry of one of the lists of clusters, contexts and users.
+// named returns an entry of the list of clusters, contexts or users.
 func (f *file) named(top object, list, key, name string) object {
 	for _, item := range top.list(list) {
 		entry := f.object(item, "an item of "+list)
@@ -158,7 +156,7 @@ func (f *file) named(top object, list, key, name string) object {
 	return f.object(nil, key)
 }
 
-// lineOf is the line of a key, or of the mapping.
+// lineOf returns the line of a key, or of the mapping if it has no such key.
 func (o object) lineOf(key string) int {
 	for _, field := range o.fields {
 		if field.key == key {
@@ -168,8 +166,8 @@ func (o object) lineOf(key string) int {
 	return o.line
 }
 
-// only refuses keys whose meaning is not known.
-func (o object) only(keys ...string) {
+// allowOnly rejects all other keys.
+func (o object) allowOnly(keys ...string) {
 	for _, field := range o.fields {
 		if !slices.Contains(keys, field.key) && !field.value.isNull() {
 			o.file.fail(field.line, "%s: the key %s is not supported", o.what, printable.Quote(field.key))
@@ -177,7 +175,7 @@ func (o object) only(keys ...string) {
 	}
 }
 
-// text is the value of a key that is a single value; "" if there is none.
+// text returns the value of a key, which must be a single value, or "".
 func (o object) text(key string) string {
 	n := o.get(key)
 	if n.isNull() {
@@ -190,7 +188,7 @@ func (o object) text(key string) string {
 	return n.text
 }
 
-func (o object) flag(key string) bool {
+func (o object) bool(key string) bool {
 	switch text := o.text(key); strings.ToLower(text) {
 	case "true":
 		return true
@@ -202,7 +200,7 @@ func (o object) flag(key string) bool {
 	}
 }
 
-// path is a file's, which may be relative to the kubeconfig's directory.
+// path returns the path of a file. Relative paths are based on the kubeconfig's directory.
 func (o object) path(key string) string {
 	text := o.text(key)
 	if text == "" || filepath.IsAbs(text) {
@@ -211,7 +209,7 @@ func (o object) path(key string) string {
 	return filepath.Join(o.file.dir, text)
 }
 
-// data is a value in base64.
+// data decodes a base64 value.
 func (o object) data(key string) []byte {
 	text := o.text(key)
 	if text == "" {
@@ -225,18 +223,18 @@ func (o object) data(key string) []byte {
 }
 
 func (f *file) cluster(o object) Cluster {
-	o.only("server", "certificate-authority", "certificate-authority-data", "insecure-skip-tls-verify", "tls-server-name", "proxy-url",
+	o.allowOnly("server", "certificate-authority", "certificate-authority-data", "insecure-skip-tls-verify", "tls-server-name", "proxy-url",
 		"disable-compression", "extensions")
 	c := Cluster{
 		CA:         o.data("certificate-authority-data"),
 		ServerName: o.text("tls-server-name"),
-		Insecure:   o.flag("insecure-skip-tls-verify"),
+		Insecure:   o.bool("insecure-skip-tls-verify"),
 	}
 	if c.CA == nil { // as in kubectl, the data takes precedence
 		c.CAFile = o.path("certificate-authority")
 	}
 	if c.Insecure && (c.CA != nil || c.CAFile != "") {
-		f.fail(o.lineOf("insecure-skip-tls-verify"), "%s: insecure-skip-tls-verify does not go with a certificate authority", o.what)
+		f.fail(o.lineOf("insecure-skip-tls-verify"), "%s: insecure-skip-tls-verify cannot be combined with a certificate authority", o.what)
 	}
 	server := o.text("server")
 	u, err := url.Parse(server)
@@ -246,7 +244,7 @@ func (f *file) cluster(o object) Cluster {
 	case err != nil || u.Hostname() == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" || u.Opaque != "":
 		f.fail(o.lineOf("server"), "%s: server is not a URL such as https://host:6443", o.what)
 	case u.Scheme != "https":
-		f.fail(o.lineOf("server"), "%s: server is not an https URL, and private keys are sent there", o.what)
+		f.fail(o.lineOf("server"), "%s: server must be an https URL, because private keys are sent there", o.what)
 	default:
 		u.Path = strings.TrimRight(u.Path, "/")
 		c.Server = u
@@ -263,12 +261,12 @@ func (f *file) cluster(o object) Cluster {
 func (f *file) user(o object) User {
 	const dropped = "the API server dropped passwords in version 1.19: use a token or a client certificate"
 	for _, refused := range [][2]string{{"username", dropped}, {"password", dropped}, {"auth-provider", "kubectl dropped it in version 1.26: use exec"},
-		{"as", "the agent impersonates nobody"}} {
+		{"as", "the agent does not impersonate users"}} {
 		if !o.get(refused[0]).isNull() {
 			f.fail(o.lineOf(refused[0]), "%s: %s is not supported: %s", o.what, refused[0], refused[1])
 		}
 	}
-	o.only("client-certificate", "client-certificate-data", "client-key", "client-key-data", "token", "tokenFile", "exec", "extensions")
+	o.allowOnly("client-certificate", "client-certificate-data", "client-key", "client-key-data", "token", "tokenFile", "exec", "extensions")
 	u := User{
 		Certificate: o.data("client-certificate-data"),
 		Key:         secret.New(string(o.data("client-key-data"))),
@@ -286,7 +284,7 @@ func (f *file) user(o object) User {
 		f.fail(o.line, "%s has a client certificate without its key, or a key without its certificate", o.what)
 	}
 	if strings.ContainsAny(u.Token.Reveal(), " \r\n\t") {
-		f.fail(o.lineOf("token"), "%s: token holds white space", o.what)
+		f.fail(o.lineOf("token"), "%s: token contains white space", o.what)
 	}
 	hasToken := !u.Token.IsZero() || u.TokenFile != ""
 	if exec := o.get("exec"); !exec.isNull() && !hasToken && !hasCertificate {
@@ -298,12 +296,12 @@ func (f *file) user(o object) User {
 }
 
 func (f *file) exec(o object) *Exec {
-	o.only("apiVersion", "command", "args", "env", "installHint", "provideClusterInfo", "interactiveMode")
+	o.allowOnly("apiVersion", "command", "args", "env", "installHint", "provideClusterInfo", "interactiveMode")
 	e := &Exec{
 		APIVersion:         o.text("apiVersion"),
 		Command:            o.text("command"),
 		InstallHint:        o.text("installHint"),
-		ProvideClusterInfo: o.flag("provideClusterInfo"),
+		ProvideClusterInfo: o.bool("provideClusterInfo"),
 	}
 	if !slices.Contains([]string{"client.authentication.k8s.io/v1", "client.authentication.k8s.io/v1beta1"}, e.APIVersion) {
 		f.fail(o.lineOf("apiVersion"), "%s: apiVersion %s is neither client.authentication.k8s.io/v1 nor v1beta1", o.what, printable.Quote(e.APIVersion))
@@ -317,7 +315,7 @@ func (f *file) exec(o object) *Exec {
 	switch mode := o.text("interactiveMode"); mode {
 	case "", "Never", "IfAvailable":
 	case "Always":
-		f.fail(o.lineOf("interactiveMode"), "%s asks a person (interactiveMode: Always), and there is none", o.what)
+		f.fail(o.lineOf("interactiveMode"), "%s requires a user at a terminal (interactiveMode: Always)", o.what)
 	default:
 		f.fail(o.lineOf("interactiveMode"), "%s: interactiveMode %s is unknown", o.what, printable.Quote(mode))
 	}
@@ -329,7 +327,7 @@ func (f *file) exec(o object) *Exec {
 	}
 	for _, item := range o.list("env") {
 		variable := f.object(item, o.what+": an item of env")
-		variable.only("name", "value")
+		variable.allowOnly("name", "value")
 		name := variable.text("name")
 		if name == "" || strings.ContainsAny(name, "=\x00") {
 			f.fail(item.line, "%s: an item of env has no usable name", o.what)
@@ -339,7 +337,7 @@ func (f *file) exec(o object) *Exec {
 	return e
 }
 
-// list is the items of a key that is a list.
+// list returns the items of a key, which must be a list.
 func (o object) list(key string) []*node {
 	n := o.get(key)
 	if n.isNull() {

@@ -16,7 +16,7 @@ import (
 	"certctl-agent/internal/testing/needs"
 )
 
-// written is a file as kubectl writes it, with two contexts.
+// written is a file in the form that kubectl writes, with two contexts.
 const written = `apiVersion: v1
 clusters:
 - cluster:
@@ -94,8 +94,7 @@ func TestParse(t *testing.T) {
 	}
 }
 
-// Each mistake is refused with the line that it is in, and no error shows a
-// secret.
+// Each error has the right line, and no error shows a secret.
 func TestParseRefused(t *testing.T) {
 	for _, test := range []struct {
 		context, old, with string
@@ -123,14 +122,14 @@ func TestParseRefused(t *testing.T) {
 		{"", "kind: Config", "kind: Secret", 28, "Config"},
 		{"", "apiVersion: v1\n", "apiVersion: v2\n", 1, "v1"},
 		{"lab", "authentication.k8s.io/v1", "authentication.k8s.io/v1alpha1", 39, "v1alpha1"},
-		{"lab", "IfAvailable", "Always", 47, "person"},
+		{"lab", "IfAvailable", "Always", 47, "terminal"},
 		{"lab", "      command: bin/plugin\n", "", 39, "no command"},
 		{"lab", "      args:\n      - get-token\n      - --cluster=lab\n", "      args: get-token\n", 40, "not a list"},
 		{"lab", "http://proxy", "https://proxy", 10, "proxy-url"},
 		{"lab", "      env:\n", "      stdin: hunter2\n      env:\n", 44, "stdin"},
 	} {
 		if !strings.Contains(written, test.old) {
-			t.Fatalf("%q is not there", test.old)
+			t.Fatalf("%q not found", test.old)
 		}
 		_, err := Parse([]byte(strings.Replace(written, test.old, test.with, 1)), "/etc/kube", test.context)
 		syntax, ok := errors.AsType[*SyntaxError](err)
@@ -148,8 +147,8 @@ func TestParseRefused(t *testing.T) {
 	}
 }
 
-// kubectl writes files in all forms that it has flags for; it and we read the
-// same in them.
+// TestKubectl compares what Parse and kubectl read from files that kubectl wrote with all of
+// its flags.
 func TestKubectl(t *testing.T) {
 	kubectl := needs.Need(t, "kubectl")
 	dir := t.TempDir()
@@ -167,7 +166,7 @@ func TestKubectl(t *testing.T) {
 		}
 		return out
 	}
-	csv := func(value string) string { return `"` + strings.ReplaceAll(value, `"`, `""`) + `"` } // as the flags want it
+	csv := func(value string) string { return `"` + strings.ReplaceAll(value, `"`, `""`) + `"` } // as the flags require
 	long := strings.Repeat("words and more: words # and 'quotes' \"too\" ", 8)
 	for name, test := range map[string]struct {
 		cluster, user []string
@@ -253,12 +252,12 @@ func FuzzParse(f *testing.F) {
 		}
 		syntax, ok := errors.AsType[*SyntaxError](err)
 		if lines := bytes.Count(data, []byte("\n")) + 1; !ok || syntax.Line < 1 || syntax.Line > lines {
-			t.Errorf("%v is in none of %d lines", err, lines)
+			t.Errorf("%v has a line outside of 1 to %d", err, lines)
 		}
 	})
 }
 
-// What is printed of a context shows no secret.
+// Printing a context does not reveal secrets.
 func TestContextIsRedacted(t *testing.T) {
 	c, err := Parse([]byte(strings.Replace(written, "S0VZ", base64.StdEncoding.EncodeToString([]byte("hunter2")), 1)), "/", "")
 	must(t, err)

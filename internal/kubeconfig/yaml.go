@@ -11,16 +11,15 @@ import (
 	"certctl-agent/internal/printable"
 )
 
-// A node is one value of a document. The parser reads the part of YAML that
-// kubectl writes: block mappings and sequences, {} and [], and plain, quoted and
-// literal scalars, over several lines where kubectl wraps them. It also takes
-// what people add by hand: comments, indented lists and a leading "---".
-// Anything else is refused rather than guessed at.
+// A node is one value of a document. The parser supports the part of YAML that kubectl writes:
+// block mappings and sequences, {} and [], and plain, quoted and literal scalars, wrapped over
+// several lines in kubectl's way. It also supports what people add by hand: comments, indented
+// lists and a leading "---". It rejects everything else rather than guessing.
 type node struct {
 	line   int
 	kind   kind
 	text   string // of a scalar
-	quoted bool   // a string, even if it spells null
+	quoted bool   // a string, even if the text is null
 	fields []field
 	items  []*node
 }
@@ -57,15 +56,15 @@ func (n *node) isNull() bool {
 	return n == nil || n.kind == scalar && !n.quoted && slices.Contains([]string{"", "~", "null", "Null", "NULL"}, n.text)
 }
 
-// maxDepth bounds how deep values are nested. kubectl's own files have 7 levels;
-// what tools keep under extensions may have more.
+// maxDepth bounds the nesting of values. kubectl's files have 7 levels; extensions of other tools
+// may have more.
 const maxDepth = 50
 
-// maxQuoted bounds a string in quotes, in lines. Some tools break the base64 of a
-// certificate into dozens.
+// maxQuoted bounds a quoted string, in lines. Some tools break the base64 of a certificate into
+// dozens of lines.
 const maxQuoted = 1000
 
-// SyntaxError is a line that cannot be read.
+// SyntaxError is an error in a line of a document.
 type SyntaxError struct {
 	Line    int // from 1
 	Problem string
@@ -73,7 +72,7 @@ type SyntaxError struct {
 
 func (e *SyntaxError) Error() string { return fmt.Sprintf("line %d: %s", e.Line, e.Problem) }
 
-// line is one line of the document.
+// line is a line of the document.
 type line struct {
 	number int
 	indent int    // in spaces
@@ -89,11 +88,11 @@ func (l line) isItem() bool { return l.text == "-" || strings.HasPrefix(l.text, 
 
 type parser struct {
 	lines []line
-	at    int // the line that is read next
+	at    int // index of the next line
 	depth int
 }
 
-// parse reads a document. The only error is a *SyntaxError.
+// parse parses a document. It returns only errors of type *SyntaxError.
 func parse(data []byte) (root *node, err error) {
 	defer func() {
 		if r := recover(); r != nil {
@@ -112,7 +111,7 @@ func parse(data []byte) (root *node, err error) {
 	}
 	root = p.block(first.indent)
 	if rest := p.peek(); rest != nil {
-		p.fail(rest.number, "is indented unlike anything before it that it could belong to")
+		p.fail(rest.number, "has an indentation that matches no block before it")
 	}
 	return root, nil
 }
@@ -131,7 +130,7 @@ func (p *parser) split(data string) {
 		number++
 		text = strings.TrimSuffix(text, "\r")
 		if !utf8.ValidString(text) || strings.ContainsFunc(text, func(r rune) bool { return r != '\t' && printable.IsControl(r) }) {
-			p.fail(number, "holds bytes that are not text")
+			p.fail(number, "contains bytes that are not text")
 		}
 		content := strings.TrimLeft(text, " ")
 		l := line{number: number, indent: len(text) - len(content), text: strings.TrimRight(content, " \t"), raw: content}
@@ -163,7 +162,7 @@ func (p *parser) peek() *line {
 	return nil
 }
 
-// block reads the value whose first line is the next one, indented by indent.
+// block reads the value that starts on the next line, which has the given indentation.
 func (p *parser) block(indent int) *node {
 	l := p.peek()
 	if p.depth++; p.depth > maxDepth {
@@ -182,7 +181,7 @@ func (p *parser) block(indent int) *node {
 	return p.inline(l.number, l.text, indent-1)
 }
 
-// mapping reads the keys that are indented by indent.
+// mapping reads a mapping whose keys have the given indentation.
 func (p *parser) mapping(indent int) *node {
 	n := &node{kind: mapping, line: p.peek().number}
 	seen := make(map[string]bool)
@@ -203,7 +202,7 @@ func (p *parser) mapping(indent int) *node {
 	return n
 }
 
-// sequence reads the items that are indented by indent.
+// sequence reads a sequence whose items have the given indentation.
 func (p *parser) sequence(indent int) *node {
 	n := &node{kind: sequence, line: p.peek().number}
 	for l := p.peek(); l != nil && l.indent == indent && l.isItem(); l = p.peek() {
@@ -223,15 +222,15 @@ func (p *parser) sequence(indent int) *node {
 	return n
 }
 
-// noDeeper refuses a next line that is indented more than the block before it.
+// noDeeper rejects a next line that is indented more than the block before it.
 func (p *parser) noDeeper(indent int) {
 	if l := p.peek(); l != nil && l.indent > indent {
-		p.fail(l.number, "is indented unlike anything before it that it could belong to")
+		p.fail(l.number, "has an indentation that matches no block before it")
 	}
 }
 
-// value reads what follows a key or a dash, on the same line or below. A list
-// may be indented like its key.
+// value reads the value after a key or a dash, which may be on the same line or below. A list may
+// have the same indentation as its key.
 func (p *parser) value(number int, rest string, indent int, ofKey bool) *node {
 	if rest != "" && rest[0] != '#' {
 		return p.inline(number, rest, indent)
@@ -275,8 +274,8 @@ func (p *parser) splitKey(l line) (key, rest string, ok bool) {
 	return key, strings.TrimLeft(text[min(end+1, len(text)):], " "), true
 }
 
-// inline reads a value that begins with text, on the line of its key or dash,
-// which is indented by indent. It may continue on the lines after that.
+// inline reads a value that begins with text, on the line of its key or dash, whose indentation is
+// indent. It may continue on the following lines.
 func (p *parser) inline(number int, text string, indent int) *node {
 	n := &node{line: number}
 	switch text[0] {
@@ -293,14 +292,14 @@ func (p *parser) inline(number int, text string, indent int) *node {
 		case "[]":
 			n.kind = sequence
 		default:
-			p.fail(number, "has a value in braces or brackets: write it on lines of its own, or the whole file as JSON")
+			p.fail(number, "has a value in braces or brackets: write it on separate lines, or the whole file as JSON")
 		}
 		return n
 	case '>', '&', '*', '!', '%', '@', '`', '?', ',', ']', '}':
 		p.fail(number, "has a value that begins with %s: folded text, anchors, aliases and tags are not supported", printable.Quote(text[:1]))
 	}
 	if strings.HasPrefix(text, "- ") {
-		p.fail(number, "has a list item after a key: put it on a line of its own")
+		p.fail(number, "has a list item after a key: put it on a separate line")
 	}
 	first := uncommented(text)
 	p.noKey(number, first)
@@ -329,14 +328,14 @@ func (p *parser) inline(number int, text string, indent int) *node {
 	return n
 }
 
-// noKey refuses a plain value that reads like another key and its value.
+// noKey rejects a plain value that looks like another key with its value.
 func (p *parser) noKey(number int, text string) {
 	if strings.Contains(text+" ", ": ") {
 		p.fail(number, "has a colon in its value: quote the value")
 	}
 }
 
-// uncommented is text without the comment at its end.
+// uncommented returns text without a comment at the end.
 func uncommented(text string) string {
 	if i := strings.Index(text, " #"); i >= 0 {
 		text = text[:i]
@@ -344,7 +343,7 @@ func uncommented(text string) string {
 	return strings.TrimRight(text, " \t")
 }
 
-// literal reads the lines below a | as they are.
+// literal reads the literal text below a |.
 func (p *parser) literal(number int, header string, parent int) string {
 	strip, indent := "", 0
 	for _, r := range uncommented(header[1:]) {
@@ -384,12 +383,12 @@ func (p *parser) literal(number int, header string, parent int) string {
 	return text.String()
 }
 
-// quoted reads a string in quotes, which may go on for several lines.
+// quoted reads a quoted string, which may span several lines.
 func (p *parser) quoted(number int, text string) string {
 	end, closed := closing(text, 1)
 	for lines := 1; !closed; lines++ {
 		if p.at == len(p.lines) || lines == maxQuoted {
-			p.fail(number, "has quotes that do not end")
+			p.fail(number, "has an unterminated quoted string")
 		}
 		text += "\n" + p.lines[p.at].raw
 		p.at++
@@ -400,13 +399,13 @@ func (p *parser) quoted(number int, text string) string {
 	}
 	value, ok := unquote(text[1:end], text[0])
 	if !ok {
-		p.fail(number, "has an invalid escape in its quotes")
+		p.fail(number, "has an invalid escape sequence")
 	}
 	return value
 }
 
-// closing finds the quote that closes the one at the start of text, from index at
-// on. If there is none, end is where to continue once text is longer.
+// closing finds the quote that closes the one at the start of text, searching from index at. If
+// there is none, end is the index at which to continue in a longer text.
 func closing(text string, at int) (end int, closed bool) {
 	quote := text[0]
 	for end = at; end < len(text); end++ {
@@ -423,11 +422,11 @@ func closing(text string, at int) (end int, closed bool) {
 	return end, false
 }
 
-// unquote decodes the text between quotes. It reports whether all escapes are
-// valid. Line breaks fold (YAML 1.2, 7.3): one becomes a space, n become n-1.
+// unquote decodes the text between quotes. It reports whether all escapes are valid. Line breaks
+// fold (YAML 1.2, section 7.3): a single one becomes a space, n become n-1.
 func unquote(text string, quote byte) (value string, ok bool) {
 	var out []byte
-	kept := 0 // bytes of out whose white space is not trimmed before a break
+	kept := 0 // bytes of out that must not be trimmed before a line break
 	for text != "" {
 		switch c := text[0]; {
 		case c == quote: // doubled
@@ -455,15 +454,15 @@ func unquote(text string, quote byte) (value string, ok bool) {
 	return string(out), true
 }
 
-// unescape decodes the escape after a backslash, and returns its size in bytes, 0
-// if it is invalid.
+// unescape decodes the escape after a backslash and returns its size in bytes, or 0 if it is
+// invalid.
 func unescape(text string) (decoded string, size int) {
 	simple := map[byte]string{'0': "\x00", 'a': "\a", 'b': "\b", 't': "\t", '\t': "\t", 'n': "\n", 'v': "\v", 'f': "\f", 'r': "\r", 'e': "\x1b",
 		' ': " ", '"': `"`, '/': "/", '\\': `\`, 'N': "\u0085", '_': "\u00a0", 'L': "\u2028", 'P': "\u2029"}
 	if s, ok := simple[text[0]]; ok {
 		return s, 1
 	}
-	if text[0] == '\n' { // a break that is not part of the string, nor is the indentation after it
+	if text[0] == '\n' { // an escaped break and the indentation after it are dropped
 		return "", len(text) - len(strings.TrimLeft(text[1:], " \t"))
 	}
 	digits := map[byte]int{'x': 2, 'u': 4, 'U': 8}[text[0]]

@@ -10,8 +10,7 @@ import (
 	"time"
 )
 
-// plain makes of a node what encoding/json would: mappings, lists, strings, and
-// nil.
+// plain converts a node to mappings, lists, strings and nil, as encoding/json would decode it.
 func plain(n *node) any {
 	switch {
 	case n.isNull():
@@ -73,7 +72,7 @@ func TestYAML(t *testing.T) {
 	}
 }
 
-// What is not read is refused, with its line.
+// Unsupported YAML is rejected with its line.
 func TestYAMLRefused(t *testing.T) {
 	for _, test := range []struct {
 		yaml string
@@ -98,10 +97,10 @@ func TestYAMLRefused(t *testing.T) {
 		{"%YAML 1.2\na: b", 1, "directive"},
 		{"just text", 1, "neither"},
 		{"a: b\ntext", 2, "neither"},
-		{"a:\n  b: c\n d: e", 3, "indented"},
+		{"a:\n  b: c\n d: e", 3, "indentation"},
 		{"a: b\nc:\n- d: e\n   f: g", 4, "colon"},
-		{"a: {}\n  b: c", 2, "indented"},
-		{"a: \"b", 1, "do not end"},
+		{"a: {}\n  b: c", 2, "indentation"},
+		{"a: \"b", 1, "unterminated"},
 		{"a: 'b'c", 1, "after the closing"},
 		{`a: "\q"`, 1, "escape"},
 		{`a: "\ud800"`, 1, "escape"},
@@ -135,8 +134,8 @@ func TestJSON(t *testing.T) {
 	}
 }
 
-// What a file of the greatest size costs does not grow with its square: most of
-// these took minutes. They take a second together.
+// The cost of parsing does not grow with the square of the size. Most of these files took minutes;
+// together they take a second.
 func TestCost(t *testing.T) {
 	numbered := func(format string) string {
 		var all strings.Builder

@@ -8,10 +8,9 @@ import (
 	"certctl-agent/internal/targetconf"
 )
 
-// Dovecot finds the key of cert in those of Dovecot's settings that are not at
-// their defaults. Without -P doveconf hides keys, their files' names too; that
-// other secrets are in the answer is why nothing of it is ever shown but file
-// names.
+// Dovecot finds the key of cert in Dovecot's non-default settings. doveconf needs -P, because it
+// otherwise hides keys and even the names of their files. The output may therefore contain secrets:
+// nothing of it but file names may be shown.
 func Dovecot(ctx context.Context, query Query, cert targetconf.Path, validate, reload policy.Command) (Pair, error) {
 	return ask("dovecot", query, cert, func() ([]Pair, error) {
 		call, err := printer("doveconf", validate, reload, "doveadm", "doveconf")
@@ -24,15 +23,14 @@ func Dovecot(ctx context.Context, query Query, cert targetconf.Path, validate, r
 	})
 }
 
-// dovecotBlock is a block of settings, such as protocol imap { }, or the whole file.
+// dovecotBlock is a block of settings, such as protocol imap { }, or the top level.
 type dovecotBlock struct {
 	name   string
-	around *dovecotBlock // nil: the whole file
+	around *dovecotBlock // enclosing block; nil at the top level
 	set    map[string]string
 }
 
-// get is the value of a setting here: a block has what it does not set itself
-// from the block around it.
+// get returns the value of a setting. A block inherits settings from the enclosing block.
 func (b *dovecotBlock) get(name string) string {
 	for ; b != nil; b = b.around {
 		if value, ok := b.set[name]; ok {
@@ -42,20 +40,20 @@ func (b *dovecotBlock) get(name string) string {
 	return ""
 }
 
-// dovecotFamilies are the settings that name a certificate and its key. The names with
-// _file are those of Dovecot 2.4, which may also print them without their first
-// words, in a block of that name: ssl_server { cert_file = … }.
+// dovecotFamilies are the settings for a certificate and its key. The names with _file are those of
+// Dovecot 2.4, which may also print them without their prefix in a block of that name: ssl_server {
+// cert_file = … }.
 var dovecotFamilies = [...][2]string{
 	{"ssl_cert", "ssl_key"}, {"ssl_alt_cert", "ssl_alt_key"}, {"ssl_client_cert", "ssl_client_key"},
 	{"ssl_server_cert_file", "ssl_server_key_file"}, {"ssl_server_alt_cert_file", "ssl_server_alt_key_file"},
 	{"ssl_client_cert_file", "ssl_client_key_file"},
 }
 
-// dovecotPairs lists the pairs of each block that doveconf prints.
+// dovecotPairs returns the pairs of each block in the output of doveconf.
 func dovecotPairs(dump string) []Pair {
 	type level struct {
 		*dovecotBlock
-		prefix string // of the names of settings
+		prefix string // for the names of settings
 	}
 	general := &dovecotBlock{name: "doveconf", set: make(map[string]string)}
 	blocks, open := []*dovecotBlock{general}, []level{{dovecotBlock: general}}
@@ -90,9 +88,9 @@ func dovecotPairs(dump string) []Pair {
 	return pairs
 }
 
-// dovecotFile is the file that the value of a setting names, "" if it names none
-// or only by a variable. Dovecot 2.3 reads a file for <path, and takes anything
-// else for the certificate or the key itself.
+// dovecotFile returns the file that a setting refers to, or "" if there is none or its name
+// contains a variable. In Dovecot 2.3 the value <path refers to a file; any other value is the
+// certificate or key itself.
 func dovecotFile(setting, value string) string {
 	path, isFile := strings.CutPrefix(strings.Trim(value, `"`), "<")
 	if !isFile && !strings.HasSuffix(setting, "_file") || strings.HasPrefix(path, "inline:") || strings.ContainsAny(path, "%$") {

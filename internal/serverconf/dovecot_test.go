@@ -38,8 +38,8 @@ protocol pop3 {
 }
 `
 
-// What doveconf -n of Dovecot 2.4 prints: names of settings with _file, a path
-// without <, and the settings of one prefix either in full or in a block.
+// The output of doveconf -n of Dovecot 2.4: names of settings with _file, paths without <, and the
+// settings of one prefix either with full names or in a block.
 const dovecot24 = `# 2.4.1-4 (7d8c0e5759): /etc/dovecot/dovecot.conf
 dovecot_config_version = 2.4.1
 dovecot_storage_version = 2.4.1
@@ -103,7 +103,7 @@ func TestDovecotPairs(t *testing.T) {
 		{"as a client", dovecot23, "/client.pem", "/client.key doveconf, ssl_client_key"},
 		{"block", dovecot23, "/a.pem", "/a.key doveconf, local_name a.example, ssl_key"},
 		{"blocks that differ", dovecot23, "/l.pem", "several keys"},
-		{"key in the configuration itself", dovecot23, "/b.pem", "no key for /b.pem that is certain"},
+		{"key in the configuration itself", dovecot23, "/b.pem", "which key belongs to /b.pem"},
 		{"one file", "ssl_cert = </c.pem\nssl_key = </c.pem\n", "/c.pem", "/c.pem doveconf, ssl_key"},
 		{"certificate in the configuration itself", "ssl_cert = /c.pem\nssl_key = </c.key\n", "/c.pem", "does not use that file"},
 		{"2.4", dovecot24, "/c.pem", "/c.key doveconf, ssl_server_key_file"},
@@ -111,8 +111,8 @@ func TestDovecotPairs(t *testing.T) {
 		{"2.4, as a client", dovecot24, "/client.pem", "/client.key doveconf, ssl_client_key_file"},
 		{"2.4, block", dovecot24, "/a.pem", "/a.key doveconf, local_name a.example, ssl_server_key_file"},
 		{"2.4, blocks that differ", dovecot24, "/l.pem", "several keys"},
-		{"2.4, key in the configuration itself", dovecot24, "/b.pem", "no key for /b.pem that is certain"},
-		{"2.4, variable", dovecot24, "/v.pem", "no key for /v.pem that is certain"},
+		{"2.4, key in the configuration itself", dovecot24, "/b.pem", "which key belongs to /b.pem"},
+		{"2.4, variable", dovecot24, "/v.pem", "which key belongs to /v.pem"},
 		{"2.4, one file", dovecot24, "/one file.pem", "/one file.pem doveconf, local_name one.example, ssl_server_key_file"},
 		{"2.4, key from around the block", dovecot24, "/own.pem", "/c.key doveconf, local_name key.example, ssl_server_key_file"},
 		{"2.4, not named", dovecot24, "/other.pem", "does not use that file"},
@@ -133,7 +133,7 @@ func FuzzDovecotPairs(f *testing.F) {
 	f.Fuzz(func(t *testing.T, dump string) {
 		for _, pair := range dovecotPairs(dump) {
 			if pair.Cert == "" || pair.Where == "" {
-				t.Errorf("%q: a pair from nowhere: %+v", dump, pair)
+				t.Errorf("%q: invented the pair %+v", dump, pair)
 			}
 		}
 	})

@@ -13,11 +13,10 @@ import (
 	"certctl-agent/internal/targetconf"
 )
 
-// HTTPD finds the key of cert in httpd's own configuration. httpd's mod_info
-// prints that as httpd understands it (-D DUMP_CONFIG): includes, macros, Define,
-// <IfModule> and the environment are resolved. -D DUMP_RUN_CFG says where relative
-// paths start, and makes httpd look at no certificate file, so that there is an
-// answer before the first deployment too.
+// HTTPD finds the key of cert in httpd's configuration. httpd's mod_info prints the configuration
+// with includes, macros, Define, <IfModule> and the environment resolved (-D DUMP_CONFIG). -D
+// DUMP_RUN_CFG prints the base of relative paths and keeps httpd from opening certificate files, so
+// it answers even before the first deployment.
 func HTTPD(ctx context.Context, query Query, cert targetconf.Path, validate, reload policy.Command) (Pair, error) {
 	call, err := httpdCall(validate, reload)
 	if err != nil {
@@ -33,23 +32,22 @@ func HTTPD(ctx context.Context, query Query, cert targetconf.Path, validate, rel
 				return pairs, nil
 			}
 			if err != nil && load == nil {
-				return nil, err // no module mends that
+				return nil, err // loading a module would not help
 			}
 		}
-		return nil, errors.New("it printed none, which takes mod_info")
+		return nil, errors.New("it printed none: that requires mod_info")
 	})
 }
 
-// infoModules is where distributions keep mod_info: Debian, Alpine, SUSE, Gentoo;
-// then, relative to the directory that httpd was built for, Apache's own layout
-// with Red Hat, and FreeBSD.
+// infoModules are the paths of mod_info: on Debian, Alpine, SUSE and Gentoo, then relative to the
+// directory that httpd was built for, in Apache's own layout with Red Hat, and on FreeBSD.
 var infoModules = [...]string{
 	"/usr/lib/apache2/modules/mod_info.so", "/usr/lib/apache2/mod_info.so", "/usr/lib64/apache2/mod_info.so", "/usr/lib64/apache2/modules/mod_info.so",
 	"modules/mod_info.so", "libexec/apache24/mod_info.so",
 }
 
-// loadInfo are the flags that load mod_info, one try after the other. The first
-// is for an httpd that has it.
+// loadInfo returns the sets of flags to try for loading mod_info. The first is for an httpd that
+// has already loaded it.
 func loadInfo() [][]string {
 	tries := [][]string{nil}
 	for _, module := range infoModules {
@@ -60,10 +58,10 @@ func loadInfo() [][]string {
 	return tries
 }
 
-// httpdCall is the call of httpd in the commands of a job, with the flags that
-// choose its configuration.
+// httpdCall returns the call of httpd in the commands of a job, with the flags that select its
+// configuration.
 func httpdCall(validate, reload policy.Command) (policy.Command, error) {
-	c, at := starting([]policy.Command{validate, reload}, "apache2", "apache2ctl", "apachectl", "httpd")
+	c, at := findStart([]policy.Command{validate, reload}, "apache2", "apache2ctl", "apachectl", "httpd")
 	if at < 0 {
 		return c, errors.New("neither validate_command nor reload_command starts httpd itself, so it cannot be asked")
 	}
@@ -73,7 +71,7 @@ func httpdCall(validate, reload policy.Command) (policy.Command, error) {
 		flag, isFlag := strings.CutPrefix(words[i], "-")
 		if !isFlag || flag == "" || !strings.Contains("fdDCcE", flag[:1]) {
 			if flag == "k" || flag == "e" {
-				i++ // and its value
+				i++ // skip its value
 			}
 			continue
 		}
@@ -91,16 +89,16 @@ type httpdSetting struct {
 	where string // file:line
 }
 
-// httpdScope is what one virtual host, or the server around them, sets.
+// httpdScope holds the settings of a virtual host, or of the server outside them.
 type httpdScope struct {
 	certs, keys []httpdSetting
 }
 
-// httpdPairs reads httpd's answer to -D DUMP_RUN_CFG and -D DUMP_CONFIG, which
-// has each directive in force on a line of its own, with the number of its line
-// before it and the name of its file before the first of them. It reports false if
-// the configuration is not there. A variable of the running httpd's environment may
-// be unknown to the one that was asked: where it may be part of cert, it is.
+// httpdPairs parses the output of -D DUMP_RUN_CFG and -D DUMP_CONFIG. That has each effective
+// directive on a line, preceded by its line number, and the name of a file before its first
+// directive. httpdPairs reports false if the output contains no configuration. The httpd that
+// printed it may lack environment variables of the running server. If a path with unknown variables
+// can match cert, it is assumed to be cert.
 func httpdPairs(dump, cert string) (pairs []Pair, ok bool) {
 	var server httpdScope
 	var hosts []*httpdScope
@@ -146,16 +144,16 @@ func httpdPairs(dump, cert string) (pairs []Pair, ok bool) {
 		pairs = append(pairs, host.pairs(root)...)
 	}
 	for i, pair := range pairs {
-		if strings.Contains(pair.Cert, "${") && fits(pair.Cert, cert) {
+		if strings.Contains(pair.Cert, "${") && canExpandTo(pair.Cert, cert) {
 			pairs[i].Cert = cert
 		}
 	}
 	return pairs, ok
 }
 
-// fits reports whether path is what template can become when its variables, such
-// as ${name}, are known.
-func fits(template, path string) bool {
+// canExpandTo reports whether path can result from template when its variables, such as ${name},
+// are replaced.
+func canExpandTo(template, path string) bool {
 	var pattern strings.Builder
 	for i, part := range strings.Split(template, "${") {
 		if i > 0 {
@@ -172,15 +170,15 @@ func fits(template, path string) bool {
 	return ok && err == nil
 }
 
-// inherit adds what a virtual host has from the server around it: the first that
-// it sets itself stands for the first there, and so on.
+// inherit adds the settings of the enclosing server. As in httpd, the first setting of a virtual
+// host overrides the first of the server, and so on.
 func (s *httpdScope) inherit(server *httpdScope) {
 	s.certs = append(s.certs, server.certs[min(len(s.certs), len(server.certs)):]...)
 	s.keys = append(s.keys, server.keys[min(len(s.keys), len(server.keys)):]...)
 }
 
-// pairs takes the first certificate with the first key, and so on. For a
-// certificate without one httpd reads the key from the certificate's own file.
+// pairs combines the first certificate with the first key, and so on. If there is no key, httpd
+// reads it from the certificate's file.
 func (s *httpdScope) pairs(root string) []Pair {
 	var pairs []Pair
 	for i, cert := range s.certs {
@@ -189,15 +187,15 @@ func (s *httpdScope) pairs(root string) []Pair {
 			key = s.keys[i]
 		}
 		if cert.value == "" || key.value == "" {
-			continue // httpd does not start with that
+			continue // httpd would not start
 		}
 		pairs = append(pairs, Pair{Cert: httpdPath(root, cert.value), Key: httpdPath(root, key.value), Where: key.where})
 	}
 	return pairs
 }
 
-// httpdPath makes a path absolute. Of a key that a token holds only the scheme is
-// kept, which nobody takes for a path.
+// httpdPath makes a path absolute. For a key in a PKCS#11 token it returns only the scheme, which
+// cannot be mistaken for an absolute path.
 func httpdPath(root, value string) string {
 	if scheme := "pkcs11:"; strings.HasPrefix(value, scheme) {
 		return scheme
@@ -208,8 +206,8 @@ func httpdPath(root, value string) string {
 	return filepath.Join(root, value)
 }
 
-// httpdWords parts a line into words as ap_getword_conf does: a word may be quoted,
-// and a backslash in it escapes a quote or a backslash. A comment has none.
+// httpdWords splits a line into words like ap_getword_conf: a word may be quoted, and a backslash
+// in it escapes a quote or a backslash. A comment has no words.
 func httpdWords(line string) []string {
 	var words []string
 	for line = strings.TrimSpace(line); line != "" && (len(words) > 0 || line[0] != '#'); line = strings.TrimSpace(line) {

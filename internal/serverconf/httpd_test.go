@@ -27,14 +27,14 @@ func TestHTTPDCall(t *testing.T) {
 	}
 }
 
-// An httpd without mod_info prints nothing, and is asked again with it.
+// TestHTTPD checks that an httpd without mod_info, which prints nothing, is run again with it.
 func TestHTTPD(t *testing.T) {
 	configuration := "# In file: /a.conf\n#  2:\nSSLCertificateFile /c.pem\n#  3:\nSSLCertificateKeyFile k.pem\nServerRoot: \"/srv\"\n"
 	want := Pair{Cert: "/c.pem", Key: "/srv/k.pem", Where: "/a.conf:3"}
 	tests := []struct {
 		name   string
 		answer func(loads string) (string, error)
-		says   string // in the error; "": want
+		says   string // part of the error; "" if want is expected
 	}{
 		{"mod_info is in use", func(string) (string, error) { return configuration, nil }, ""},
 		{"mod_info is where Apache's own layout has it", func(loads string) (string, error) {
@@ -51,17 +51,17 @@ func TestHTTPD(t *testing.T) {
 				return "ServerRoot: \"/srv\"\n", nil
 			}
 			return "", errors.New("exit status 1: cannot open shared object file")
-		}, "takes mod_info"},
+		}, "requires mod_info"},
 		{"httpd fails", func(loads string) (string, error) {
 			if loads != "" {
-				t.Error("httpd is asked again")
+				t.Error("httpd is run again")
 			}
 			return "", errors.New("exit status 1: Syntax error")
 		}, "Syntax error"},
 	}
 	validate, reload := words("httpd -f /x -t"), words("true")
 	if _, err := HTTPD(t.Context(), nil, "/c.pem", validate, reload); err == nil || !strings.Contains(err.Error(), "cannot be asked") {
-		t.Errorf("nobody to ask: %v", err)
+		t.Errorf("no query: %v", err)
 	}
 	for _, test := range tests {
 		query := func(_ context.Context, command policy.Command) ([]byte, error) {
@@ -70,7 +70,7 @@ func TestHTTPD(t *testing.T) {
 				line, loads = slices.Concat(line[:3], line[5:]), line[4]
 			}
 			if got := strings.Join(line, " "); got != "httpd -f /x -t -D DUMP_RUN_CFG -D DUMP_CONFIG" {
-				t.Errorf("%s: asked by %s", test.name, got)
+				t.Errorf("%s: ran %s", test.name, got)
 			}
 			answer, err := test.answer(loads)
 			return []byte(answer), err
@@ -85,7 +85,7 @@ func TestHTTPD(t *testing.T) {
 	}
 }
 
-// httpdDump is an answer of httpd whose configuration has these lines.
+// httpdDump returns the output of an httpd whose configuration has these lines.
 func httpdDump(lines string) string {
 	var dump strings.Builder
 	dump.WriteString("Syntax OK\n# In file: /etc/apache2/f.conf\n")
@@ -113,7 +113,7 @@ func TestHTTPDPairs(t *testing.T) {
 		{"another certificate than the whole server", "SSLCertificateFile /x.pem\nSSLCertificateKeyFile /x.key\n<VirtualHost a>\nSSLCertificateFile /c.pem\nSSLCertificateKeyFile /k.pem\n</VirtualHost>", "/k.pem"},
 		{"the second of the whole server", "SSLCertificateFile /x.pem\nSSLCertificateFile /c.pem\nSSLCertificateKeyFile /x.key\nSSLCertificateKeyFile /k.pem\n<VirtualHost a>\nSSLCertificateFile /y.pem\nSSLCertificateKeyFile /y.key\n</VirtualHost>", "/k.pem"},
 		{"an unknown variable in the key", "SSLCertificateFile /c.pem\nSSLCertificateKeyFile /etc/${X}/k.pem", "a variable"},
-		{"an unknown variable in the certificate", "SSLCertificateFile ${X}.pem\nSSLCertificateKeyFile /k.pem", "does not use"}, // relative to ServerRoot, for all that httpd knows
+		{"an unknown variable in the certificate", "SSLCertificateFile ${X}.pem\nSSLCertificateKeyFile /k.pem", "does not use"}, // httpd takes it as relative to ServerRoot
 		{"an unknown variable in both", "SSLCertificateFile /${X}.pem\nSSLCertificateKeyFile /${X}.key", "a variable"},
 		{"a variable in another certificate", "SSLCertificateFile /tls/${X}.pem\nSSLCertificateKeyFile /${X}.key", "does not use"},
 		{"in a token", "SSLCertificateFile /c.pem\nSSLCertificateKeyFile pkcs11:object=x;pin-value=secret-pin", "cannot be used"},
@@ -126,7 +126,7 @@ func TestHTTPDPairs(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			pairs, ok := httpdPairs(httpdDump(test.text), "/c.pem")
 			if !ok {
-				t.Fatal("this is no configuration")
+				t.Fatal("this is not a configuration")
 			}
 			found, err := KeyFor("/c.pem", pairs)
 			if strings.HasPrefix(test.want, "/") {
@@ -144,7 +144,7 @@ func TestHTTPDPairs(t *testing.T) {
 		})
 	}
 	if _, ok := httpdPairs("Syntax OK\nServerRoot: \"/etc/apache2\"\n", "/c.pem"); ok {
-		t.Error("an answer without a configuration is taken for one")
+		t.Error("output without a configuration is accepted")
 	}
 }
 
@@ -167,7 +167,7 @@ func FuzzHTTPDPairs(f *testing.F) {
 		pairs, _ := httpdPairs(dump, "/c")
 		for _, pair := range pairs {
 			if !strings.Contains(pair.Where, ":") || pair.Key == "" {
-				t.Errorf("%q: a pair from nowhere: %+v", dump, pair)
+				t.Errorf("%q: invented the pair %+v", dump, pair)
 			}
 		}
 	})

@@ -13,10 +13,10 @@ import (
 	"certctl-agent/internal/targetconf"
 )
 
-// NGINX finds the key of cert in nginx's own configuration, as the nginx that
-// the job's commands name prints it (nginx -T). It refuses to while the files of
-// a first deployment are missing, and names the configuration file that it
-// tested; that one is then read from disk.
+// NGINX finds the key of cert in nginx's configuration. It runs the nginx in the job's commands
+// with -T, which prints the configuration. That fails before a first deployment, while files are
+// missing. Then nginx names its main configuration file, and NGINX reads the configuration from
+// disk.
 func NGINX(ctx context.Context, query Query, cert targetconf.Path, validate, reload policy.Command) (Pair, error) {
 	call, err := nginxCall(validate, reload)
 	if err != nil {
@@ -35,8 +35,7 @@ func NGINX(ctx context.Context, query Query, cert targetconf.Path, validate, rel
 	})
 }
 
-// testedFile finds the configuration file in what nginx says when a test has
-// failed, "" where it does not say that.
+// testedFile returns the configuration file that nginx names when its test fails, or "".
 func testedFile(output string) string {
 	const named = "configuration file "
 	before, _, failed := strings.Cut(output, " test failed")
@@ -51,10 +50,10 @@ func testedFile(output string) string {
 	return file
 }
 
-// nginxCall is the call of nginx in the commands of a job, with the flags that
-// choose its configuration.
+// nginxCall returns the call of nginx in the commands of a job, with the flags that select its
+// configuration.
 func nginxCall(validate, reload policy.Command) (policy.Command, error) {
-	c, at := starting([]policy.Command{validate, reload}, "nginx", "openresty", "angie", "freenginx", "tengine")
+	c, at := findStart([]policy.Command{validate, reload}, "nginx", "openresty", "angie", "freenginx", "tengine")
 	if at < 0 {
 		return c, errors.New("neither validate_command nor reload_command starts nginx itself, so it cannot be asked")
 	}
@@ -62,9 +61,8 @@ func nginxCall(validate, reload policy.Command) (policy.Command, error) {
 	return c, nil
 }
 
-// nginxFlags are those of nginx's flags that choose its configuration. As in
-// nginx, one word may hold several flags, and a value may follow its flag in
-// the same word.
+// nginxFlags returns the flags that select nginx's configuration. As in nginx, one word may hold
+// several flags, and a value may follow its flag in the same word.
 func nginxFlags(words []string) []string {
 	var kept []string
 	for i := 0; i < len(words); i++ {
@@ -95,7 +93,7 @@ const dumpHeader = "# configuration file "
 
 func nginxDumpPairs(dump string) ([]Pair, error) {
 	var sections []nginxFile
-	start, at := 0, 0 // of the file's text, and of the line
+	start, at := 0, 0 // offsets of the file's text and of the line
 	end := func() {
 		if len(sections) > 0 {
 			sections[len(sections)-1].text = dump[start:at]
@@ -113,8 +111,8 @@ func nginxDumpPairs(dump string) ([]Pair, error) {
 	if end(); len(sections) == 0 {
 		return nil, errors.New("nginx -T printed no configuration")
 	}
-	// Each file is printed once. A second one is a comment of somebody's that
-	// looks like a header, and what belongs where is anybody's guess.
+	// nginx prints each file once. A second header is a comment that looks like one, so the text
+	// cannot be assigned to files reliably.
 	seen := make(map[string]bool)
 	for _, s := range sections {
 		if seen[s.path] {
@@ -133,8 +131,8 @@ func nginxDumpPairs(dump string) ([]Pair, error) {
 	})
 }
 
-// included reports whether an include of pattern takes path, by the rules of
-// glob(3): a wildcard does not stand for a dot in front.
+// included reports whether an include of pattern matches path. As in glob(3), a wildcard does not
+// match a leading dot.
 func included(pattern, path string) bool {
 	if pattern == path {
 		return true
@@ -146,8 +144,7 @@ func included(pattern, path string) bool {
 	return ok && err == nil
 }
 
-// maxIncluded bounds how many files one configuration is made of, a file that is
-// included twice counting twice.
+// maxIncluded bounds the files of one configuration. Files that are included twice count twice.
 const maxIncluded = 4096
 
 func nginxDiskPairs(main string) ([]Pair, error) {
@@ -174,7 +171,7 @@ func nginxDiskPairs(main string) ([]Pair, error) {
 	})
 }
 
-// nginxPairs lists the certificates and keys of all server blocks.
+// nginxPairs returns the certificates and keys of all server blocks.
 func nginxPairs(main string, open func(pattern string) ([]nginxFile, error)) ([]Pair, error) {
 	w := &nginxWalker{dir: filepath.Dir(main), open: open}
 	list, err := w.include(main, 0)
@@ -186,7 +183,7 @@ func nginxPairs(main string, open func(pattern string) ([]nginxFile, error)) ([]
 }
 
 type nginxWalker struct {
-	dir   string // what relative paths are relative to: where the main file is
+	dir   string // directory of the main file, to which relative paths refer
 	open  func(pattern string) ([]nginxFile, error)
 	files int
 	pairs []Pair
@@ -201,14 +198,14 @@ func (w *nginxWalker) full(path string) string {
 
 func (w *nginxWalker) include(path string, depth int) ([]nginxDirective, error) {
 	if depth > maxNesting {
-		return nil, errors.New("includes nest too deep")
+		return nil, errors.New("includes are nested too deeply")
 	}
 	sections, err := w.open(w.full(path))
 	if err != nil {
 		return nil, err
 	}
 	if w.files += len(sections); w.files > maxIncluded {
-		return nil, errors.New("there are too many includes")
+		return nil, errors.New("too many includes")
 	}
 	var all []nginxDirective
 	for _, s := range sections {
@@ -224,7 +221,7 @@ func (w *nginxWalker) include(path string, depth int) ([]nginxDirective, error) 
 	return all, nil
 }
 
-// expand puts the content of included files where their include is.
+// expand replaces include directives by the contents of the files.
 func (w *nginxWalker) expand(list []nginxDirective, depth int) ([]nginxDirective, error) {
 	var all []nginxDirective
 	for _, d := range list {
@@ -243,8 +240,8 @@ func (w *nginxWalker) expand(list []nginxDirective, depth int) ([]nginxDirective
 	return all, nil
 }
 
-// nginxScope is what a block has of certificates and keys. A block that sets none
-// of one kind has those of the block around it.
+// nginxScope holds the certificates and keys of a block. A block without directives of one kind
+// inherits those of the enclosing block.
 type nginxScope struct {
 	certs, keys []nginxDirective
 }
@@ -274,17 +271,16 @@ func (w *nginxWalker) walk(name string, list []nginxDirective, outer nginxScope)
 	}
 }
 
-// pair adds what a server reads. nginx keeps one certificate and one key for each
-// type of key. It loads the first certificate and the first key, then the second
-// ones, and in the end each certificate has the key of its type, in whatever order
-// they are named. So of several, the files themselves have to say what belongs
-// together, and one certificate that is not there yet gets the key that is left.
+// pair adds the pairs of a server block. nginx keeps one certificate and one key for each type of
+// key. It loads the first certificate and the first key, then the second ones, and finally each
+// certificate has the key of its type, whatever the order. So if there are several, the contents of
+// the files decide, and a single certificate that does not exist yet gets the remaining key.
 func (w *nginxWalker) pair(s nginxScope) {
-	keys := make([]string, min(len(s.keys), len(s.certs))) // further ones are not read
+	keys := make([]string, min(len(s.keys), len(s.certs))) // nginx ignores further keys
 	for i := range keys {
 		keys[i] = w.keyFile(s.keys[i].args[0])
 	}
-	key := make([]int, len(s.certs)) // of each certificate; -1: none found
+	key := make([]int, len(s.certs)) // index of the key of each certificate, or -1
 	taken := make([]bool, len(keys))
 	for i, cert := range s.certs {
 		key[i] = -1
@@ -295,7 +291,7 @@ func (w *nginxWalker) pair(s nginxScope) {
 			taken[key[i]] = true
 		}
 	}
-	if lone, spare := only(key, -1), only(taken, false); lone >= 0 && spare >= 0 {
+	if lone, spare := uniqueIndex(key, -1), uniqueIndex(taken, false); lone >= 0 && spare >= 0 {
 		key[lone] = spare
 	}
 	for i, cert := range s.certs {
@@ -307,18 +303,17 @@ func (w *nginxWalker) pair(s nginxScope) {
 	}
 }
 
-// keyOf is the index of the key of a certificate, -1 if none of them is. Of
-// several, as placeholders have that are copies of one pair, it is the one named
-// in the same place.
+// keyOf returns the index of the key of a certificate, or -1. If several match, as with placeholder
+// copies of one pair, it prefers the key at index place.
 func keyOf(cert string, keys []string, place int) int {
-	if place < len(keys) && belong(cert, keys[place]) {
+	if place < len(keys) && isPair(cert, keys[place]) {
 		return place
 	}
-	return slices.IndexFunc(keys, func(key string) bool { return belong(cert, key) })
+	return slices.IndexFunc(keys, func(key string) bool { return isPair(cert, key) })
 }
 
-// only is the index of v in list, -1 unless it is there exactly once.
-func only[T comparable](list []T, v T) int {
+// uniqueIndex returns the index of v in list, or -1 unless v occurs exactly once.
+func uniqueIndex[T comparable](list []T, v T) int {
 	at := slices.Index(list, v)
 	if at >= 0 && slices.Contains(list[at+1:], v) {
 		return -1
@@ -326,9 +321,8 @@ func only[T comparable](list []T, v T) int {
 	return at
 }
 
-// belong reports whether the file key holds the private key of the certificate
-// in the file cert.
-func belong(cert, key string) bool {
+// isPair reports whether the file key holds the private key of the certificate in the file cert.
+func isPair(cert, key string) bool {
 	if !filepath.IsAbs(key) || strings.Contains(key, "$") {
 		return false
 	}
@@ -344,9 +338,9 @@ func belong(cert, key string) bool {
 	return err == nil
 }
 
-// keyFile is the file of an ssl_certificate_key, which need not be one: of a
-// key that the value itself, an engine or a provider holds only the scheme is
-// kept, and a variable stays what it is. Neither is taken for a path.
+// keyFile returns the file in an ssl_certificate_key. If the value itself, an engine or a provider
+// holds the key, it returns only the scheme. It leaves variables as they are. Neither can be
+// mistaken for an absolute path.
 func (w *nginxWalker) keyFile(value string) string {
 	for _, scheme := range []string{"data:", "engine:", "store:"} {
 		if strings.HasPrefix(value, scheme) {

@@ -6,7 +6,7 @@ import (
 	"strings"
 )
 
-// nginxDirective is one directive of a configuration, with its block if it has one.
+// nginxDirective is a directive of a configuration with its block, if any.
 type nginxDirective struct {
 	name  string
 	args  []string
@@ -14,13 +14,13 @@ type nginxDirective struct {
 	where string // file:line
 }
 
-// maxNesting bounds how deep blocks and includes nest; real configurations stay
-// below ten.
+// maxNesting bounds the nesting of blocks and includes. Real configurations have fewer than ten
+// levels.
 const maxNesting = 32
 
-// parseNGINX reads one configuration file by the rules of nginx's own reader
-// (ngx_conf_read_token): words are parted by white space and end at a ; or {;
-// a quote, or a # for a comment, counts only where a word begins.
+// parseNGINX parses a configuration file by the rules of nginx's own parser (ngx_conf_read_token):
+// words are separated by white space and end at a ; or {. Quotes, and # for a comment, are special
+// only at the start of a word.
 func parseNGINX(file, text string) ([]nginxDirective, error) {
 	p := &nginxParser{file: file, text: text, line: 1}
 	block, err := p.block(0)
@@ -32,18 +32,18 @@ func parseNGINX(file, text string) ([]nginxDirective, error) {
 
 type nginxParser struct {
 	file string
-	text string // what is left
+	text string // remaining text
 	line int
 }
 
 var (
 	errEnd   = errors.New("unexpected end of file")
-	errQuote = errors.New("a closing quote is followed by something")
+	errQuote = errors.New("text follows a closing quote")
 )
 
 func (p *nginxParser) block(depth int) ([]nginxDirective, error) {
 	if depth > maxNesting {
-		return nil, errors.New("blocks nest too deep")
+		return nil, errors.New("blocks are nested too deeply")
 	}
 	var list []nginxDirective
 	for {
@@ -95,8 +95,7 @@ func (p *nginxParser) rest(d *nginxDirective) (mark rune, err error) {
 	}
 }
 
-// next returns the next word (mark 'w'), one of ; { } as the mark, or 0 at the
-// end.
+// next returns the next word with mark 'w', one of ; { } as the mark, or mark 0 at the end.
 func (p *nginxParser) next() (word string, mark rune, err error) {
 	for p.text != "" {
 		switch c := p.text[0]; c {
@@ -162,7 +161,7 @@ func (p *nginxParser) bare() (string, error) {
 	return "", errEnd
 }
 
-// unescape undoes the escapes that nginx knows; any other backslash stays.
+// unescape resolves nginx's escapes. Other backslashes stay.
 func unescape(word string) string {
 	if !strings.Contains(word, `\`) {
 		return word
@@ -170,8 +169,7 @@ func unescape(word string) string {
 	return strings.NewReplacer(`\"`, `"`, `\'`, `'`, `\\`, `\`, `\t`, "\t", `\r`, "\r", `\n`, "\n").Replace(word)
 }
 
-// skipLua passes over a block of Lua, in which braces, quotes and comments
-// follow Lua's rules.
+// skipLua skips a block of Lua. Its braces, quotes and comments follow Lua's rules.
 func (p *nginxParser) skipLua() error {
 	depth := 1
 	for i := 0; i < len(p.text); i++ {

@@ -6,8 +6,7 @@ import (
 	"testing"
 )
 
-// tree writes directives with all words quoted, so that a test sees where one
-// ends.
+// tree formats directives with all words quoted, so that tests see where words end.
 func tree(list []nginxDirective) string {
 	var b strings.Builder
 	for _, d := range list {
@@ -56,7 +55,7 @@ func TestNGINXParseErrors(t *testing.T) {
 		"}":                      "unexpected '}'",
 		";":                      "unexpected ';'",
 		"{":                      "unexpected '{'",
-		"a }":                    "unexpected '}'", // the brace ends no word: nginx says so too
+		"a }":                    "unexpected '}'", // a brace does not end a word in nginx either
 		`a "b`:                   "unexpected end",
 		`a "b"c;`:                "closing quote",
 		`a \`:                    "unexpected end",
@@ -78,7 +77,7 @@ func FuzzNGINXParse(f *testing.F) {
 	f.Fuzz(func(t *testing.T, text string) {
 		list, err := parseNGINX("f", text)
 		if err == nil && strings.TrimSpace(text) != "" && list == nil && !strings.Contains(text, "#") {
-			t.Errorf("%q parses to nothing", text)
+			t.Errorf("%q parses to no directives", text)
 		}
 	})
 }

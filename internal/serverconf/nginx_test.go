@@ -33,14 +33,14 @@ func TestNGINXKeyInDump(t *testing.T) {
 		{"the server's own goes before the inherited", nginxMain + `http { ssl_certificate /x; ssl_certificate_key /y; server { ssl_certificate /c.pem; ssl_certificate_key /k.pem; } }`, "/k.pem"},
 		{"relative to the main file's directory", nginxMain + `http { server { ssl_certificate ../../c.pem; ssl_certificate_key tls/k.pem; } }`, "/etc/nginx/tls/k.pem"},
 		{"quoted", nginxMain + `http { server { ssl_certificate "/c.pem"; ssl_certificate_key '/k k.pem'; } }`, "/k k.pem"},
-		{"two pairs in one block, of which nothing is there", nginxMain + `http { server { ssl_certificate /rsa; ssl_certificate /c.pem; ssl_certificate_key /rsa.key; ssl_certificate_key /k.pem; } }`, "no key for /c.pem that is certain"},
+		{"two pairs in one block, of which nothing is there", nginxMain + `http { server { ssl_certificate /rsa; ssl_certificate /c.pem; ssl_certificate_key /rsa.key; ssl_certificate_key /k.pem; } }`, "which key belongs to /c.pem"},
 		{"more keys than certificates", nginxMain + `http { server { ssl_certificate /c.pem; ssl_certificate_key /k.pem; ssl_certificate_key /x; } }`, "/k.pem"},
 		{"the same pair twice", nginxMain + `http { server { ssl_certificate /c.pem; ssl_certificate_key /k.pem; } server { ssl_certificate /c.pem; ssl_certificate_key /k.pem; } }`, "/k.pem"},
 		{"stream", nginxMain + `stream { server { ssl_certificate /c.pem; ssl_certificate_key /k.pem; } }`, "/k.pem"},
 		{"include, relative with a wildcard", nginxMain + "http { include sites/*.conf; }\n# configuration file /etc/nginx/sites/a.conf:\nserver { include tls; }\n\n# configuration file /etc/nginx/tls:\nssl_certificate /c.pem; ssl_certificate_key /k.pem;\n", "/k.pem"},
 		{"not included where it would count", nginxMain + "http { include sites/*.conf; }\n# configuration file /etc/nginx/other/a.conf:\nserver { ssl_certificate /c.pem; ssl_certificate_key /k.pem; }\n", "names no key"},
 		{"none", nginxMain + `http { server { ssl_certificate /other; ssl_certificate_key /k.pem; } }`, "names no key for /c.pem"},
-		{"no key", nginxMain + `http { server { ssl_certificate /c.pem; } }`, "no key for /c.pem that is certain"},
+		{"no key", nginxMain + `http { server { ssl_certificate /c.pem; } }`, "which key belongs to /c.pem"},
 		{"in a comment", nginxMain + "http { server { # ssl_certificate /c.pem; ssl_certificate_key /k.pem;\n } }", "names no key"},
 		{"of a proxied connection", nginxMain + `http { server { proxy_ssl_certificate /c.pem; proxy_ssl_certificate_key /k.pem; } }`, "names no key"},
 		{"several", nginxMain + `http { server { ssl_certificate /c.pem; ssl_certificate_key /k1; } server { ssl_certificate /c.pem; ssl_certificate_key /k2; } }`, `several keys for /c.pem: "/k1" (/etc/nginx/nginx.conf:1), "/k2" (`},
@@ -76,9 +76,8 @@ func TestNGINXKeyInDump(t *testing.T) {
 	}
 }
 
-// Of several pairs in one block nginx gives each certificate the key of its type,
-// whatever the order. The files say which one that is; a certificate that is not
-// there yet takes the key that is left.
+// nginx gives each of several certificates in a block the key of its type, whatever the order. The
+// contents of the files decide, and a certificate that does not exist yet gets the remaining key.
 func TestNGINXSeveralPairs(t *testing.T) {
 	dir := t.TempDir()
 	rsa, ec, ed := writePair(t, dir, "rsa", newRSA(t)), writePair(t, dir, "ec", nil), writePair(t, dir, "ed", newEd25519(t))
@@ -149,7 +148,7 @@ func writePair(t *testing.T, dir, name string, key crypto.Signer) string {
 	return path
 }
 
-// Includes that double at each level are cut off before they fill the memory.
+// Includes that double at each level fail before they exhaust the memory.
 func TestNGINXIncludeBomb(t *testing.T) {
 	dump := nginxMain + "include a0; include a0;\n"
 	for i := range 30 {
@@ -182,7 +181,7 @@ func TestNGINXDiskPairs(t *testing.T) {
 	}
 	write("nginx.conf", "include missing;")
 	if _, err := nginxDiskPairs(filepath.Join(dir, "nginx.conf")); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("an include that is not there: %v", err)
+		t.Errorf("an include that does not exist: %v", err)
 	}
 	write("nginx.conf", "include sites;")
 	if _, err := nginxDiskPairs(filepath.Join(dir, "nginx.conf")); err == nil || !strings.Contains(err.Error(), "not a regular file") {
@@ -211,7 +210,7 @@ func TestNGINXCall(t *testing.T) {
 
 func TestNGINXFails(t *testing.T) {
 	if _, err := NGINX(t.Context(), nil, "/c.pem", words("nginx -t"), words("true")); err == nil || !strings.Contains(err.Error(), "cannot be asked") {
-		t.Errorf("nobody to ask: %v", err)
+		t.Errorf("no query: %v", err)
 	}
 	query := func(context.Context, policy.Command) ([]byte, error) { return nil, errors.New("exit status 1") }
 	if _, err := NGINX(t.Context(), query, "/c.pem", words("nginx -t"), words("true")); err == nil || !strings.Contains(err.Error(), "exit status 1") {

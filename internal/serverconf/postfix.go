@@ -13,23 +13,22 @@ import (
 	"certctl-agent/internal/targetconf"
 )
 
-// parameters are those of Postfix, expanded, by name.
+// parameters are expanded Postfix parameters by name.
 type parameters map[string]string
 
-// maxServices bounds how many different sets of overrides are looked at.
+// maxServices bounds the services with different overrides.
 const maxServices = 64
 
-// Postfix finds the key of cert in Postfix's own configuration. keyPath is the
-// key file of the job.
+// Postfix finds the key of cert in Postfix's configuration. keyPath is the key file of the job.
 func Postfix(ctx context.Context, query Query, cert, keyPath targetconf.Path, validate, reload policy.Command) (Pair, error) {
 	return ask("postfix", query, cert, func() ([]Pair, error) {
-		return askPostfix(ctx, query, string(keyPath), validate, reload)
+		return postfixPairs(ctx, query, string(keyPath), validate, reload)
 	})
 }
 
-// askPostfix has postconf print main.cf, and main.cf again as each service of
-// master.cf sees it that overrides something. postconf expands all parameters.
-func askPostfix(ctx context.Context, query Query, keyPath string, validate, reload policy.Command) ([]Pair, error) {
+// postfixPairs runs postconf to print main.cf, and again for each service in master.cf that
+// overrides parameters. postconf expands all parameters.
+func postfixPairs(ctx context.Context, query Query, keyPath string, validate, reload policy.Command) ([]Pair, error) {
 	postconf, err := printer("postconf", validate, reload, "postfix")
 	if err != nil {
 		return nil, err
@@ -49,7 +48,7 @@ func askPostfix(ctx context.Context, query Query, keyPath string, validate, relo
 	pairs := parametersOf(main).pairs("main.cf", keyPath)
 	services := servicesOf(overrides)
 	if len(services) > maxServices {
-		return nil, fmt.Errorf("master.cf has more than %d services with parameters of their own", maxServices)
+		return nil, fmt.Errorf("master.cf has more than %d services that override parameters", maxServices)
 	}
 	for _, service := range services {
 		seen, err := ask(append([]string{"-x"}, service.flags...)...)
@@ -76,8 +75,8 @@ type service struct {
 	flags []string
 }
 
-// servicesOf reads the answer to postconf -P: service/type/parameter = value. Of
-// services with the same overrides it keeps the first.
+// servicesOf parses the output of postconf -P: service/type/parameter = value. It omits services
+// with the same overrides as an earlier one.
 func servicesOf(overrides string) []service {
 	flags := make(map[string][]string)
 	for line := range strings.Lines(overrides) {
@@ -97,8 +96,8 @@ func servicesOf(overrides string) []service {
 	return services
 }
 
-// pairs lists those of the server, of the clients and of tlsproxy: each has a
-// family of parameters, such as smtpd_tls_.
+// pairs returns the pairs of the server, the clients and tlsproxy. Each has a family of parameters,
+// such as smtpd_tls_.
 func (p parameters) pairs(where, keyPath string) []Pair {
 	var pairs []Pair
 	for _, name := range slices.Sorted(maps.Keys(p)) {
@@ -106,7 +105,7 @@ func (p parameters) pairs(where, keyPath string) []Pair {
 		if !ok {
 			continue
 		}
-		// Where there are chain files, nothing else is read.
+		// Chain files replace all other settings.
 		files := strings.FieldsFunc(p[family+"_chain_files"], func(r rune) bool { return strings.ContainsRune(", \t", r) })
 		if len(files) > 0 {
 			pairs = append(pairs, chainPairs(files, keyPath, where+", "+family+"_chain_files")...)
@@ -122,10 +121,10 @@ func (p parameters) pairs(where, keyPath string) []Pair {
 	return pairs
 }
 
-// chainPairs finds the key of each of a list of chain files. Postfix wants a key,
-// its certificate and the chain in this order, in one file or in several. So the
-// key is in the file itself, unless the file before holds a key and nothing else.
-// A file before that does not exist yet will be what the target's key_path says.
+// chainPairs returns the pairs in a list of chain files. Postfix expects a key, its certificate and
+// the chain in this order, in one file or several. So a key is in the certificate's own file unless
+// the previous file holds only a key. If the previous file does not exist yet, it can only be the
+// target's key_path.
 func chainPairs(files []string, keyPath, where string) []Pair {
 	var pairs []Pair
 	for i, cert := range files {

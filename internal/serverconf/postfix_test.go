@@ -14,7 +14,7 @@ import (
 	"certctl-agent/internal/targetconf"
 )
 
-// Answers of postconf 3.7: to -x, to -P, and to -x with the overrides of a service.
+// Output of postconf 3.7: for -x, for -P, and for -x with the overrides of a service.
 const mainCF = `config_directory = /etc/postfix
 mua_key = /mua.key
 smtp_tls_cert_file =
@@ -29,7 +29,7 @@ tlsproxy_tls_cert_file = /etc/postfix/cert.pem
 tlsproxy_tls_key_file = /etc/postfix/key.pem
 `
 
-// pairsOf lists the pairs of a Postfix that answers with these.
+// pairsOf returns the pairs of a Postfix with this output.
 func pairsOf(t *testing.T, keyPath, main, overrides string, services map[string]string) ([]Pair, error) {
 	t.Helper()
 	query := func(_ context.Context, command policy.Command) ([]byte, error) {
@@ -44,11 +44,11 @@ func pairsOf(t *testing.T, keyPath, main, overrides string, services map[string]
 			if !ok {
 				return nil, errors.New("no answer, or none any more, to " + line)
 			}
-			delete(services, service) // once is enough
+			delete(services, service) // each service must be asked for once only
 			return []byte(answer), nil
 		}
 	}
-	return askPostfix(t.Context(), query, keyPath, words("postfix check"), words("postfix reload"))
+	return postfixPairs(t.Context(), query, keyPath, words("postfix check"), words("postfix reload"))
 }
 
 func TestPostfixPairs(t *testing.T) {
@@ -63,7 +63,7 @@ func TestPostfixPairs(t *testing.T) {
 	}{
 		{"main.cf", mainCF, "", nil, "/etc/postfix/cert.pem", "/etc/postfix/key.pem main.cf, smtpd_tls_key_file"},
 		{"not named", mainCF, "", nil, "/other.pem", "does not use that file"},
-		{"no key", mainCF, "", nil, "/ec.pem", "no key for /ec.pem that is certain"},
+		{"no key", mainCF, "", nil, "/ec.pem", "which key belongs to /ec.pem"},
 		{"service with a certificate of its own", mainCF, "submission/inet/smtpd_tls_cert_file = /sub.pem\nsubmission/inet/smtpd_tls_key_file = $mua_key\n",
 			map[string]string{"smtpd_tls_cert_file=/sub.pem -o smtpd_tls_key_file=$mua_key": "smtpd_tls_cert_file = /sub.pem\nsmtpd_tls_key_file = /mua.key\n"},
 			"/sub.pem", "/mua.key master.cf, submission/inet, smtpd_tls_key_file"},
@@ -82,7 +82,7 @@ func TestPostfixPairs(t *testing.T) {
 	}
 }
 
-// postconf is the one beside the program that the job starts.
+// postconf is run from the directory of the program that the job starts.
 func TestPostfixCall(t *testing.T) {
 	tests := []struct{ reload, validate, want string }{
 		{"postfix reload", "postfix check", "postconf -P"},
@@ -97,7 +97,7 @@ func TestPostfixCall(t *testing.T) {
 			got = strings.Join(command.Argv, " ")
 			return nil, nil
 		}
-		_, err := askPostfix(t.Context(), query, "", words(test.validate), words(test.reload))
+		_, err := postfixPairs(t.Context(), query, "", words(test.validate), words(test.reload))
 		if got != test.want || (err == nil) != (test.want != "") {
 			t.Errorf("%q and %q: got %q, %v, want %q", test.reload, test.validate, got, err, test.want)
 		}
@@ -129,9 +129,8 @@ func check(t *testing.T, name string, cert targetconf.Path, pairs []Pair, err er
 	}
 }
 
-// The key of a chain file is in the file before, if that holds nothing but a key;
-// else it is in the file itself. A file that is not there yet holds what the target
-// puts there.
+// The key of a chain file is in the previous file if that holds only a key, and in the file itself
+// otherwise. A file that does not exist yet will hold what the target puts there.
 func TestPostfixChainFiles(t *testing.T) {
 	dir := t.TempDir()
 	const key, cert = "-----BEGIN PRIVATE KEY-----\n", "-----BEGIN CERTIFICATE-----\n"
@@ -150,8 +149,8 @@ func TestPostfixChainFiles(t *testing.T) {
 		{[]string{"both", "new"}, "", "new", "new"},
 		{[]string{"new", "cert"}, "new", "cert", "new"},
 		{[]string{"new", "cert"}, "cert", "cert", "cert"},
-		{[]string{"new", "cert"}, "ca", "cert", "no key for "},
-		{[]string{"new", "cert"}, "", "cert", "no key for "},
+		{[]string{"new", "cert"}, "ca", "cert", "which key belongs to "},
+		{[]string{"new", "cert"}, "", "cert", "which key belongs to "},
 		{[]string{".", "cert"}, "", "cert", "cert"},
 		{[]string{"key", "cert"}, "", "old", "does not use that file"},
 	}

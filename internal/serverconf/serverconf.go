@@ -1,4 +1,4 @@
-// Package serverconf asks servers which certificates and keys they use.
+// Package serverconf finds out from servers which certificates and keys they use.
 package serverconf
 
 import (
@@ -15,15 +15,14 @@ import (
 	"certctl-agent/internal/targetconf"
 )
 
-// Query runs a command that changes nothing and returns what it printed. Nil:
-// nobody can be asked.
+// Query runs a command that changes nothing and returns its output. A nil Query means that commands
+// cannot be run.
 type Query func(ctx context.Context, c policy.Command) (stdout []byte, err error)
 
-// Pair is a certificate and its key as a server's own configuration
-// names them.
+// Pair is a certificate and its key according to a server's configuration.
 type Pair struct {
 	Cert  string // absolute
-	Key   string // absolute, unless the server takes the key from elsewhere; "": not certain
+	Key   string // absolute, or not a path if the key is not in a file; "" if unclear
 	Where string // file and line
 }
 
@@ -32,18 +31,17 @@ func (p Pair) Reads(path targetconf.Path) bool {
 	return hostfile.Real(p.Key) == hostfile.Real(string(path))
 }
 
-// ErrUnnamed is the answer of a server that does not use a certificate at all.
+// ErrUnnamed means that a server does not use a certificate at all.
 var ErrUnnamed = errors.New("it does not use that file")
 
-// UnclearError is the answer of a server that uses a certificate, but with a
-// key that cannot be told from it.
+// UnclearError means that a server uses a certificate, but that its key cannot be determined.
 type UnclearError struct{ error }
 
 func (e *UnclearError) Unwrap() error { return e.error }
 
 func unclear(format string, args ...any) error { return &UnclearError{fmt.Errorf(format, args...)} }
 
-// ask finds the key of cert among the pairs that server answers with.
+// ask finds the key of cert among the pairs in the server's answer.
 func ask(server string, query Query, cert targetconf.Path, pairs func() ([]Pair, error)) (Pair, error) {
 	if query == nil {
 		return Pair{}, errors.New(server + " cannot be asked here")
@@ -55,8 +53,8 @@ func ask(server string, query Query, cert targetconf.Path, pairs func() ([]Pair,
 	return KeyFor(cert, found)
 }
 
-// KeyFor finds the key that belongs to cert. Only one answer is an answer. A
-// key in the certificate's own file is one, with cert as its name.
+// KeyFor finds the key that belongs to cert. It returns an error unless there is exactly one. If
+// the certificate's own file holds the key, the result has cert as its Key.
 func KeyFor(cert targetconf.Path, pairs []Pair) (Pair, error) {
 	var found []Pair
 	want := hostfile.Real(string(cert))
@@ -78,16 +76,16 @@ func KeyFor(cert targetconf.Path, pairs []Pair) (Pair, error) {
 		for _, pair := range found[:min(len(found), 4)] {
 			keys = append(keys, printable.Quote(pair.Key)+" ("+pair.Where+")")
 		}
-		return Pair{}, unclear("the server's own configuration names several keys for %s: %s: give each key a certificate file of its own",
+		return Pair{}, unclear("the server's own configuration names several keys for %s: %s: use a separate certificate file for each key",
 			cert, strings.Join(keys, ", "))
 	}
 	if found[0].Key == "" {
-		return Pair{}, unclear("the server's own configuration names no key for %s that is certain to be the one (%s): name its key file there, right beside it",
+		return Pair{}, unclear("the server's own configuration leaves open which key belongs to %s (%s): name its key file there, next to the certificate",
 			cert, found[0].Where)
 	}
 	key, err := targetconf.ParsePath(found[0].Key)
 	if err == nil && strings.Contains(string(key), "$") {
-		err = fmt.Errorf("%s holds a variable: write the path in full there", printable.Quote(string(key)))
+		err = fmt.Errorf("%s contains a variable: write the path in full there", printable.Quote(string(key)))
 	}
 	if err != nil {
 		return Pair{}, unclear("the key that the server's own configuration names for %s (%s) cannot be used: %w", cert, found[0].Where, err)
@@ -98,9 +96,9 @@ func KeyFor(cert targetconf.Path, pairs []Pair) (Pair, error) {
 	return found[0], nil
 }
 
-// starting is the first of commands that starts one of programs itself, and the
-// index of that program in its words; -1: none does.
-func starting(commands []policy.Command, programs ...string) (c policy.Command, at int) {
+// findStart returns the first of commands that starts one of programs, and the index of the program
+// in it, or -1 if none does.
+func findStart(commands []policy.Command, programs ...string) (c policy.Command, at int) {
 	for _, c := range commands {
 		if at := program(c.Argv, programs...); at >= 0 {
 			return c, at
@@ -109,12 +107,11 @@ func starting(commands []policy.Command, programs ...string) (c policy.Command, 
 	return policy.Command{}, -1
 }
 
-// printer is the call of the program name, which prints the configuration of a
-// mail server: the one beside the first of programs that the job's commands start,
-// with the -c of that command. The reload says which server it is about, so it
-// goes first.
+// printer returns a call of the program name, which prints the configuration of a mail server. The
+// program is next to the first of programs that the job's commands start and gets the -c flag of
+// that command. The reload command comes first because it shows which server the job is about.
 func printer(name string, validate, reload policy.Command, programs ...string) (policy.Command, error) {
-	c, at := starting([]policy.Command{reload, validate}, programs...)
+	c, at := findStart([]policy.Command{reload, validate}, programs...)
 	if at < 0 {
 		return c, fmt.Errorf("neither reload_command nor validate_command starts %s itself", strings.Join(programs, " or "))
 	}
@@ -126,8 +123,8 @@ func printer(name string, validate, reload policy.Command, programs ...string) (
 	return c, nil
 }
 
-// configFlag is the flag -c of words with its value, which may be in the same
-// word, as all these programs have it.
+// configFlag returns the flag -c in words with its value. Like the programs themselves, it accepts
+// a value in the same word.
 func configFlag(words []string) []string {
 	for i, word := range words {
 		value, ok := strings.CutPrefix(word, "-c")
@@ -141,10 +138,10 @@ func configFlag(words []string) []string {
 	return nil
 }
 
-// program is the index in argv of the program that a command starts, if it is
-// one of names; else -1. sudo and doas are looked through. A longer name is
-// another program, such as a script around a server, and must not be started
-// with words that nobody allowed: only a version or a variant may follow.
+// program returns the index in argv of the program that a command starts if it is one of names, and
+// -1 otherwise. It skips sudo and doas. A name may have the suffix of a version or variant. Any
+// other longer name is a different program, such as a script around a server, which must not be
+// started with arguments that the policy does not allow.
 func program(argv []string, names ...string) int {
 	at := 0
 	if first := filepath.Base(argv[0]); first == "sudo" || first == "doas" {
@@ -163,8 +160,7 @@ func program(argv []string, names ...string) int {
 	return -1
 }
 
-// isVariant reports whether suffix is what distributions put behind the name of
-// a server.
+// isVariant reports whether suffix is one that distributions append to the names of servers.
 func isVariant(suffix string) bool {
 	switch suffix {
 	case "-debug", ".worker", ".event", ".prefork":
@@ -173,11 +169,11 @@ func isVariant(suffix string) bool {
 	return strings.Trim(suffix, "0123456789.") == ""
 }
 
-// afterFlags is the index of the command in a call of sudo or doas.
+// afterFlags returns the index of the command in a call of sudo or doas.
 func afterFlags(argv []string) int {
 	at := 1
 	for ; at < len(argv) && strings.HasPrefix(argv[at], "-"); at++ {
-		// Of these flags, the next word is the value.
+		// The next word is the value of these flags.
 		if flag := argv[at]; len(flag) == 2 && strings.Contains("aCcDghpRrTtUu", flag[1:]) {
 			at++
 		}
@@ -185,11 +181,10 @@ func afterFlags(argv []string) int {
 	return min(at, len(argv))
 }
 
-// maxFile bounds one file of a server's configuration.
+// maxFile bounds a file of a server's configuration, in bytes.
 const maxFile = 4 << 20
 
-// ReadFile reads a file of a server's own configuration. Its directory
-// may be somebody else's.
+// ReadFile reads a file of a server's configuration. Its directory need not be trusted.
 func ReadFile(path string) ([]byte, error) {
 	data, _, err := hostfile.Read(path, maxFile)
 	return data, err

@@ -21,17 +21,17 @@ func TestKeyFor(t *testing.T) {
 	if err != nil || found.Key != "/k/k.pem" || found.Where != "f:2" {
 		t.Errorf("through a symlink: got %+v, %v", found, err)
 	}
-	// A key in the certificate's own file is in cert, by whichever way the server goes.
+	// A key in the certificate's own file is reported as cert, whichever path the server uses.
 	if found, err = KeyFor(targetconf.Path(linked), []Pair{{direct, direct, ""}}); err != nil || found.Key != linked {
 		t.Errorf("one file: got %+v, %v", found, err)
 	}
 	if found, err = KeyFor("/c", []Pair{{"/c", linked, ""}, {"/c", direct, ""}}); err != nil || found.Key != linked {
-		t.Errorf("one key by two ways: got %+v, %v", found, err)
+		t.Errorf("one key under two paths: got %+v, %v", found, err)
 	}
 	for says, pairs := range map[string][]Pair{
 		"does not use that file": {{"/x", "/k", ""}},
 		"several keys":           {{linked, "/k1", ""}, {direct, "/k2", ""}},
-		"that is certain":        {{linked, "", ""}},
+		"which key belongs to":   {{linked, "", ""}},
 		`several keys for `:      {{linked, "/k1", ""}, {direct, "", ""}},
 		"a variable":             {{linked, "/k/$name", ""}},
 		"absolute path":          {{linked, "engine:", ""}},
@@ -42,7 +42,7 @@ func TestKeyFor(t *testing.T) {
 			t.Errorf("%v: got %+v, %v, want an error with %q", pairs, found, err, says)
 		}
 		if _, isUnclear := errors.AsType[*UnclearError](err); isUnclear == errors.Is(err, ErrUnnamed) {
-			t.Errorf("%v: %v has to be either unclear or that the server does not use the file", pairs, err)
+			t.Errorf("%v: %v must be either an UnclearError or ErrUnnamed", pairs, err)
 		}
 	}
 }
@@ -73,7 +73,7 @@ func TestReadFile(t *testing.T) {
 	}
 }
 
-// words is the command of a line that needs no quotes.
+// words returns the command in a line without quotes.
 func words(line string) policy.Command { return policy.Command{Argv: strings.Fields(line)} }
 
 func must(t *testing.T, err error) {

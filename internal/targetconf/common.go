@@ -32,14 +32,14 @@ type Common struct {
 	Retention      int      `json:"backup_retention"`
 	DropRoot       bool     `json:"drop_root"`
 
-	// ReplaceAny lets the target's files take the place of files that hold
-	// neither certificates nor keys. Merge takes it from overlays alone.
+	// ReplaceAny allows the target's files to replace files that hold
+	// neither certificates nor keys. Only overlays can set it.
 	ReplaceAny bool `json:"replace_any_file"`
 
 	managed bool // see Managed
 }
 
-// VerifyOptions is the check that is part of the transaction.
+// VerifyOptions configures the verification at the end of a transaction.
 type VerifyOptions struct {
 	Enabled    bool     `json:"enabled"`
 	Endpoint   string   `json:"endpoint"` // host:port
@@ -47,21 +47,19 @@ type VerifyOptions struct {
 	ServerName string   `json:"server_name"`
 	StartTLS   string   `json:"starttls"` // smtp, imap, pop3
 
-	// ProxyProtocol says that the listener expects a header of the PROXY
-	// protocol before anything else.
+	// ProxyProtocol means that the listener expects a PROXY protocol header first.
 	ProxyProtocol bool `json:"proxy_protocol"`
 }
 
-// Bounds.
+// Limits of settings.
 const (
 	maxAttempts  = 100
 	maxRetention = 1000
 
-	// maxVerify bounds the check as a whole, whatever attempts, timeout and
-	// backoff add up to. The new files are unproven meanwhile, and others wait
-	// for their directories: another agent for ten minutes, which two commands
-	// need a share of. A server that does not use what it was told to load five
-	// minutes ago will not.
+	// maxVerify bounds the verification as a whole, whatever attempts, timeout and back-off add up
+	// to. Until it ends the new files are unproven, and other agents wait for their directories,
+	// for at most ten minutes, of which two commands need a share. A server that does not use new
+	// files after five minutes never will.
 	maxVerify = 5 * time.Minute
 )
 
@@ -94,16 +92,15 @@ func (c *Common) needsEndpoint() error {
 	return nil
 }
 
-// Managed says that host and port of this target are where it is managed, and
-// not where it serves its certificate: post_deploy_verify.endpoint alone says
-// that.
+// Managed declares that host and port are the management address of this target rather than the
+// address that serves the certificate. Then only post_deploy_verify.endpoint gives the latter.
 func (c *Common) Managed() error {
 	c.managed = true
 	return c.check()
 }
 
-// Endpoint is where the target serves its certificate. It returns nil if the
-// configuration does not say.
+// Endpoint returns the address at which the target serves its certificate, or nil if the
+// configuration does not contain it.
 func (c *Common) Endpoint() *tlsprobe.Endpoint {
 	if c.managed {
 		return c.verifyEndpoint()
@@ -112,7 +109,7 @@ func (c *Common) Endpoint() *tlsprobe.Endpoint {
 	if host == "" {
 		return nil
 	}
-	host = strings.Trim(host, "[]") // of a literal IPv6 address
+	host = strings.Trim(host, "[]") // a literal IPv6 address
 	port := strconv.Itoa(cmp.Or(c.Port, 443))
 	return &tlsprobe.Endpoint{
 		Address:    net.JoinHostPort(host, port),
@@ -123,8 +120,8 @@ func (c *Common) Endpoint() *tlsprobe.Endpoint {
 	}
 }
 
-// VerifiedAt is the endpoint that must serve the certificate before the
-// deployment counts. It returns nil if that is not wanted.
+// VerifiedAt returns the endpoint that must serve the certificate for the deployment to succeed, or
+// nil if verification is off.
 func (c *Common) VerifiedAt() *tlsprobe.Endpoint {
 	if !c.Verify.Enabled {
 		return nil
@@ -137,7 +134,7 @@ func (c *Common) VerifiedAt() *tlsprobe.Endpoint {
 	return endpoint
 }
 
-// verifyEndpoint is post_deploy_verify.endpoint, nil if that is not configured.
+// verifyEndpoint returns post_deploy_verify.endpoint, or nil if it is not configured.
 func (c *Common) verifyEndpoint() *tlsprobe.Endpoint {
 	host, port, err := net.SplitHostPort(c.Verify.Endpoint)
 	if err != nil {
@@ -151,8 +148,8 @@ func (c *Common) verifyEndpoint() *tlsprobe.Endpoint {
 	}
 }
 
-// Verifier is the check that is part of the deployment: the endpoint must serve
-// leaf. It returns nil if that is not wanted.
+// Verifier returns a function that checks that the endpoint serves leaf, or nil if verification is
+// off.
 func (c *Common) Verifier(leaf *x509.Certificate) func(context.Context) error {
 	at := c.VerifiedAt()
 	if at == nil {
@@ -162,7 +159,7 @@ func (c *Common) Verifier(leaf *x509.Certificate) func(context.Context) error {
 	endpoint.KeyType = leaf.PublicKeyAlgorithm
 	fingerprint := pemutil.Fingerprint(leaf)
 	return func(ctx context.Context) error {
-		ctx, cancel := context.WithTimeoutCause(ctx, maxVerify, fmt.Errorf("given up after %s, the most that it may take in all", maxVerify))
+		ctx, cancel := context.WithTimeoutCause(ctx, maxVerify, fmt.Errorf("given up after %s, the limit for all attempts", maxVerify))
 		defer cancel()
 		attempts, pause, most := c.VerifyAttempts, time.Duration(c.VerifyBackoff), time.Duration(c.VerifyMaxBackoff)
 		for attempt := 1; ; attempt++ {

@@ -74,12 +74,11 @@ func TestCommonMistakes(t *testing.T) {
 		}
 	}
 	if _, err := common(t, `{"post_deploy_verify":{"enabled":true},"host":"h","backup_retention":-1,"drop_root":"yes"}`); err != nil {
-		t.Errorf("the endpoint of the report serves for the verification too: %v", err)
+		t.Errorf("the endpoint of the report must also do for the verification: %v", err)
 	}
 }
 
-// server serves one certificate after the other, one for each connection, the
-// last one for ever.
+// server serves a different certificate on each connection and repeats the last one.
 func server(t *testing.T, certificates ...tls.Certificate) string {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -100,7 +99,7 @@ func server(t *testing.T, certificates ...tls.Certificate) string {
 	return listener.Addr().String()
 }
 
-// TestVerifyAsked: the listener is asked in the way that it needs.
+// TestVerifyAsked checks that the probe uses the protocol that the listener needs.
 func TestVerifyAsked(t *testing.T) {
 	ca := testca.Must(t)
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
@@ -137,7 +136,7 @@ func TestVerifyAsked(t *testing.T) {
 	c, err = common(t, `{"host":"h","post_deploy_verify":{"proxy_protocol":true}}`)
 	must(t, err)
 	if endpoint := c.Endpoint(); endpoint == nil || !endpoint.ProxyProtocol {
-		t.Errorf("the report looks at %+v", endpoint)
+		t.Errorf("the report probes %+v", endpoint)
 	}
 }
 
@@ -167,7 +166,7 @@ func TestVerify(t *testing.T) {
 	}
 	c = config("127.0.0.1:1", `,"post_deploy_verify_attempts":"1"`)
 	if err := c.Verifier(want)(t.Context()); err == nil || !strings.Contains(err.Error(), "127.0.0.1:1") {
-		t.Errorf("nobody there: got %v", err)
+		t.Errorf("no listener: got %v", err)
 	}
 	c = config("127.0.0.1:1", "")
 	c.VerifyBackoff = Duration(time.Hour)
@@ -178,11 +177,11 @@ func TestVerify(t *testing.T) {
 	}
 	c, err = common(t, `{"post_deploy_verify":{"endpoint":"127.0.0.1:1"}}`)
 	if err != nil || c.Verifier(want) != nil {
-		t.Errorf("without enabled it is on: %v", err)
+		t.Errorf("verification is on without enabled: %v", err)
 	}
 }
 
-// TestVerifyEnds: attempts, timeouts and pauses do not add up to days.
+// TestVerifyEnds checks that attempts, timeouts and pauses do not add up to days.
 func TestVerifyEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, err := common(t, `{"post_deploy_verify":{"enabled":true,"endpoint":"127.0.0.1:1","timeout":"1h"},
@@ -191,7 +190,7 @@ func TestVerifyEnds(t *testing.T) {
 		began := time.Now()
 		err = c.Verifier(new(x509.Certificate))(t.Context())
 		if err == nil || !strings.Contains(err.Error(), "given up after 5m0s") || !strings.Contains(err.Error(), "refused") {
-			t.Errorf("got %v, want the bound and what was seen last", err)
+			t.Errorf("got %v, want the limit and the last result", err)
 		}
 		if took := time.Since(began); took != maxVerify {
 			t.Errorf("took %v, want %v", took, maxVerify)
@@ -199,7 +198,7 @@ func TestVerifyEnds(t *testing.T) {
 	})
 }
 
-// TestManaged: what manages a target is not what is verified.
+// TestManaged checks that the management address of a target is not verified.
 func TestManaged(t *testing.T) {
 	merge := func(job string) (*Common, error) {
 		c, err := Merge([]byte(job), "SSH", nil, "t-1", Overlays{})

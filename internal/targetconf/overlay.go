@@ -16,25 +16,25 @@ const (
 	defaultOverlay = "default.json"
 	overlaySuffix  = ".json"
 
-	// maxOverlay bounds an overlay file; it holds a handful of keys.
+	// maxOverlay bounds an overlay, in bytes. It holds a handful of keys.
 	maxOverlay = 64 << 10
 )
 
-// Overlays is the directory where this host's owner has the last word on
-// targets: default.json for all of them, <target-id>.json for one. It is read
-// at each use. If it is required and does not exist, every use is an error: what
-// they would have forbidden must not become possible.
+// Overlays is the directory in which the owner of this host can override the configuration of
+// targets: default.json for all of them, <target-id>.json for one. It is read for each job. If
+// Required is set and the directory does not exist, every job fails: what an overlay would have
+// forbidden must not become possible.
 type Overlays struct {
 	Dir      string
 	Required bool
 }
 
-// path is the file that would supply a value for one target alone.
+// path returns the overlay file of a target.
 func (o Overlays) path(targetID api.ID) string { return o.file(string(targetID) + overlaySuffix) }
 
 func (o Overlays) file(name string) string { return filepath.Join(o.Dir, name) }
 
-// readOverlay parses one overlay; no file is no values.
+// readOverlay parses an overlay. It returns nil if the file does not exist.
 func (c *Config) readOverlay(name string) (map[string]*value, error) {
 	data, err := c.overlays.readFile(name)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -50,8 +50,8 @@ func (c *Config) readOverlay(name string) (map[string]*value, error) {
 	return values, nil
 }
 
-// readFile fails with fs.ErrNotExist only where that means that nobody wanted
-// an overlay.
+// readFile reads an overlay. It returns fs.ErrNotExist only if the overlay is not expected to
+// exist.
 func (o Overlays) readFile(name string) ([]byte, error) {
 	root, err := os.OpenRoot(o.Dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -68,7 +68,7 @@ func (o Overlays) readFile(name string) ([]byte, error) {
 	if err := trusted(info, o.Dir); err != nil {
 		return nil, err
 	}
-	if err := trustedWay(o.file(name)); err != nil {
+	if err := trustedPath(o.file(name)); err != nil {
 		return nil, err
 	}
 	data, info, err := readIn(root, name)
@@ -78,7 +78,8 @@ func (o Overlays) readFile(name string) ([]byte, error) {
 	return data, trusted(info, o.file(name))
 }
 
-// readIn fails with fs.ErrNotExist only where not even a link is there.
+// readIn reads a file. It returns fs.ErrNotExist only if name does not exist, not even as a
+// dangling link.
 func readIn(root *os.Root, name string) ([]byte, fs.FileInfo, error) {
 	for again := true; ; again = false {
 		data, info, err := hostfile.ReadIn(root, name, maxOverlay)
@@ -88,15 +89,15 @@ func readIn(root *os.Root, name string) ([]byte, fs.FileInfo, error) {
 		if _, err := root.Lstat(name); err != nil {
 			return nil, nil, err
 		}
-		// A Kubernetes volume replaces what its links lead to.
+		// A Kubernetes volume may just have replaced the targets of its links.
 		if !again {
 			return nil, nil, errors.New("is a symlink that leads nowhere")
 		}
 	}
 }
 
-// missing says why a directory that does not exist is not one that nobody
-// wanted.
+// missing returns fs.ErrNotExist if the directory does not exist and need not, and otherwise an
+// error that says why it must.
 func (o Overlays) missing() error {
 	for at := o.Dir; ; at = filepath.Dir(at) {
 		_, err := os.Lstat(at)
@@ -111,20 +112,20 @@ func (o Overlays) missing() error {
 			return err
 		}
 		if o.Required {
-			return fmt.Errorf("directory %s does not exist, and CERTCTL_TARGETS_DIR names it: create it, or take the setting away", o.Dir)
+			return fmt.Errorf("directory %s does not exist, and CERTCTL_TARGETS_DIR names it: create it, or remove the setting", o.Dir)
 		}
 		return fs.ErrNotExist
 	}
 }
 
-// trustedWay reports whether only root and the agent's own user can put
-// something else in place of path, or of a directory or link on the way to it.
-func trustedWay(path string) error {
+// trustedPath returns an error unless only root and the agent's own user can replace path or a
+// directory or link on the way to it.
+func trustedPath(path string) error {
 	_, err := hostfile.Follow(path, func(at string, info fs.FileInfo) error {
 		switch {
 		case !info.IsDir():
 			return hostfile.TrustedLink(at, info)
-		case info.Mode()&fs.ModeSticky != 0: // there nobody can move what belongs to another
+		case info.Mode()&fs.ModeSticky != 0: // users cannot rename each other's files
 			return trustedOwner(info, at)
 		}
 		return trusted(info, at)
@@ -132,9 +133,8 @@ func trustedWay(path string) error {
 	return err
 }
 
-// trusted reports whether only root and the agent's own user can have written
-// a file or directory. Anyone else who can change an overlay decides where
-// keys go.
+// trusted returns an error unless only root and the agent's own user can have written a file or
+// directory. Anyone else who can change an overlay could decide where keys go.
 func trusted(info fs.FileInfo, path string) error {
 	if info.Mode().Perm()&0o022 != 0 {
 		return fmt.Errorf("%s is writable by its group or by others (mode %#o), so its content cannot be trusted: chmod go-w %s",

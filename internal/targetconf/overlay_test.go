@@ -102,7 +102,7 @@ func TestNoOverlays(t *testing.T) {
 	}
 }
 
-// A directory that was named and is missing forbids what its files might.
+// A configured directory that is missing makes every job fail.
 func TestRequiredOverlays(t *testing.T) {
 	base := t.TempDir()
 	must(t, os.Chmod(base, 0o755))
@@ -119,7 +119,7 @@ func TestRequiredOverlays(t *testing.T) {
 	}
 }
 
-// Only this host says that any file may be replaced.
+// Only this host can allow the replacement of any file.
 func TestReplaceAnyFileIsLocal(t *testing.T) {
 	replaceAny := func(o Overlays) bool {
 		c, err := Merge([]byte(`{"replace_any_file":true,"Replace_Any_File":true}`), "NGINX", nil, "t-1", o)
@@ -127,14 +127,14 @@ func TestReplaceAnyFileIsLocal(t *testing.T) {
 		return c.Common.ReplaceAny
 	}
 	if replaceAny(Overlays{}) {
-		t.Error("the control plane said so, and it counts")
+		t.Error("replace_any_file from the control plane is accepted")
 	}
 	if !replaceAny(overlays(t, "t-1.json", `{"replace_any_file":true}`)) {
-		t.Error("this host said so, and it does not count")
+		t.Error("replace_any_file from an overlay is ignored")
 	}
 }
 
-// A Kubernetes volume serves its files through links inside of it.
+// A Kubernetes volume provides its files through internal links.
 func TestOverlayLinkInside(t *testing.T) {
 	o := overlays(t, "data.json", `{"key_path":"/k"}`)
 	must(t, os.Symlink("data.json", filepath.Join(o.Dir, "t-1.json")))

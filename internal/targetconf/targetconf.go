@@ -1,5 +1,5 @@
-// Package targetconf decodes the configuration of a target: the control plane's
-// word under the overlays of this host.
+// Package targetconf decodes the configuration of a target: the control plane's configuration with
+// the overlays of this host on top.
 package targetconf
 
 import (
@@ -22,39 +22,39 @@ import (
 	"certctl-agent/internal/trustedfile"
 )
 
-// Config is a target's configuration: the job's own under the host's overlays.
-// Decode turns it into a connector's struct.
+// Config is a target's configuration: that of the job, overridden by the host's overlays. Decode
+// decodes it into a connector's struct.
 type Config struct {
 	Common Common // the part that all types share
 
 	overlays Overlays
 	targetID api.ID
-	aliases  map[string]string  // folded, to the folded main names
-	prefix   string             // of a nested object: "post_deploy_verify."
+	aliases  map[string]string  // from folded aliases to folded main names
+	prefix   string             // of the keys of a nested object, such as "post_deploy_verify."
 	values   map[string]*value  // by folded main name
-	settings map[string]Setting // what was decoded, by name; shared with nested objects
+	settings map[string]Setting // decoded settings by name; shared with nested objects
 }
 
 type value struct {
-	key    string // as it was written
-	alias  bool   // that is not the main name
+	key    string // as written
+	alias  bool   // key is an alias
 	raw    json.RawMessage
 	masked bool   // the control plane withheld it
-	from   string // the overlay that supplied it; "": the job
-	used   bool   // some struct has a field for it
+	from   string // the overlay that supplied it, or "" for the job
+	used   bool   // a struct has a field for it
 }
 
-// Setting is one key of a configuration with what it came to, for people.
+// Setting is a key of a configuration with its final value, for display.
 type Setting struct {
 	Key    string `json:"key"`
-	Value  string `json:"value"`  // as JSON; a secret is not in it
+	Value  string `json:"value"`  // as JSON; secrets are redacted
 	Source string `json:"source"` // "job", "default", or the overlay's file
 }
 
-// ConfigError is one thing wrong with a target's configuration.
+// ConfigError is an error in a target's configuration.
 type ConfigError struct {
 	Key     string
-	Problem string // what was expected, or what to do
+	Problem string // what is expected, or what to do
 }
 
 func (e *ConfigError) Error() string { return "target config: " + e.Key + ": " + e.Problem }
@@ -63,7 +63,7 @@ func Invalid(key, format string, args ...any) error {
 	return &ConfigError{Key: key, Problem: fmt.Sprintf(format, args...)}
 }
 
-// Problems are several things wrong with a configuration.
+// Problems are several errors in a configuration.
 type Problems []error
 
 func (p Problems) Error() string {
@@ -76,8 +76,7 @@ func (p Problems) Error() string {
 
 func (p Problems) Unwrap() []error { return p }
 
-// Join makes one error of those that are not nil, as errors.Join does, on one
-// line. It returns nil if there are none.
+// Join combines errors like errors.Join, but on one line. It returns nil if all are nil.
 func Join(errs ...error) error {
 	var problems Problems
 	for _, err := range errs {
@@ -97,17 +96,17 @@ func Join(errs ...error) error {
 }
 
 const (
-	// pinKey in an overlay says which type the target must have.
+	// pinKey in an overlay restricts the type of the target.
 	pinKey = "target_type"
 
 	// replaceKey in an overlay lets the target's files replace any others.
 	replaceKey = "replace_any_file"
 )
 
-// Merge lays the host's overlays over the configuration of a job for a target of
-// type typ: the job without its masked values, then default.json, then the
-// target's own file. Aliases are those of the type. Beside an error in the common
-// part there is a Config, for whoever wants to know what else is wrong.
+// Merge combines the configuration of a job for a target of type typ with the host's overlays. In
+// order of precedence: the target's own overlay, default.json, and the job without its masked
+// values. aliases are those of the type. If only the common part is invalid, Merge returns the
+// Config along with the error, so that the caller can check the rest, too.
 func Merge(job json.RawMessage, typ string, aliases map[string]string, targetID api.ID, overlays Overlays) (*Config, error) {
 	c := &Config{targetID: targetID, overlays: overlays, aliases: make(map[string]string), settings: make(map[string]Setting)}
 	for alias, key := range aliases {
@@ -121,7 +120,7 @@ func Merge(job json.RawMessage, typ string, aliases map[string]string, targetID 
 		v.masked = isMask(v.raw)
 	}
 	for _, key := range []string{pinKey, replaceKey} {
-		delete(c.values, fold(key)) // only this host's word counts
+		delete(c.values, fold(key)) // only overlays may set these
 	}
 	for _, name := range slices.Compact([]string{defaultOverlay, string(targetID) + overlaySuffix}) {
 		layer, err := c.readOverlay(name)
@@ -145,7 +144,7 @@ func Merge(job json.RawMessage, typ string, aliases map[string]string, targetID 
 		}
 	}
 	if typ == "" {
-		return c, nil // nobody decodes it
+		return c, nil // it will not be decoded
 	}
 	if err := c.Decode(&c.Common); err != nil {
 		return c, err
@@ -155,14 +154,14 @@ func Merge(job json.RawMessage, typ string, aliases map[string]string, targetID 
 
 func (c *Config) Target() api.ID { return c.targetID }
 
-// Settings lists what was decoded so far, sorted by key.
+// Settings returns the settings decoded so far, sorted by key.
 func (c *Config) Settings() []Setting {
 	return slices.SortedFunc(maps.Values(c.settings), func(a, b Setting) int { return cmp.Compare(a.Key, b.Key) })
 }
 
-// parseObject reads one JSON object. A key that is there twice, in whatever
-// spelling encoding/json takes for the same, counts where it comes last; null
-// is no value. A main name goes before its alias, unless it is empty.
+// parseObject parses a JSON object. If a key is repeated, in any spelling that encoding/json treats
+// as equal, the last value wins. Null values are ignored. A main name takes precedence over its
+// alias unless its value is empty.
 func (c *Config) parseObject(data []byte) (map[string]*value, error) {
 	values := make(map[string]*value)
 	if len(bytes.TrimSpace(data)) == 0 {
@@ -205,7 +204,7 @@ func (c *Config) parseObject(data []byte) (map[string]*value, error) {
 	return values, nil
 }
 
-// mainName is the folded name under which key is kept. Some keys have two.
+// mainName returns the folded main name of key and whether key is an alias.
 func (c *Config) mainName(key string) (name string, isAlias bool) {
 	if name, isAlias = c.aliases[fold(key)]; isAlias {
 		return name, true
@@ -213,15 +212,14 @@ func (c *Config) mainName(key string) (name string, isAlias bool) {
 	return fold(key), false
 }
 
-// fold maps the spellings that encoding/json takes for one key to one string:
-// upper and lower case, and the look-alikes that Unicode folds to a letter
-// (U+212A KELVIN SIGN for k, U+017F LONG S for s). An overlay would otherwise
-// be slipped past by a key that it does not know and the decoder does.
+// fold maps all spellings that encoding/json treats as one key to one string: upper and lower case,
+// and look-alikes that Unicode folds to a letter (U+212A KELVIN SIGN for k, U+017F LONG S for s).
+// Otherwise a key in another spelling could bypass an overlay but still be decoded.
 func fold(key string) string {
 	return strings.Map(func(r rune) rune {
 		for {
 			next := unicode.SimpleFold(r)
-			if next <= r { // the smallest of the orbit
+			if next <= r { // the smallest rune of the orbit
 				return next
 			}
 			r = next
@@ -229,8 +227,8 @@ func fold(key string) string {
 	}, key)
 }
 
-// minMask is the length from which a string of nothing but asterisks is taken
-// for a mask. Control planes send exactly this many.
+// minMask is the length from which a string of asterisks counts as a mask. Control planes send
+// exactly this many.
 const minMask = 8
 
 func isMask(raw json.RawMessage) bool {
@@ -246,23 +244,21 @@ func (c *Config) Masked(key string) bool {
 	return v != nil && v.masked
 }
 
-// Local reports whether an overlay supplied key, which makes it the word of
-// this host's owner.
+// Local reports whether an overlay supplied key: then the owner of this host has decided on it.
 func (c *Config) Local(key string) bool {
 	name, _ := c.mainName(key)
 	v := c.values[name]
 	return v != nil && v.from != ""
 }
 
-// fileSuffix behind the key of a secret, in an overlay, names a file that holds
-// the secret.
+// fileSuffix, appended to the key of a secret in an overlay, names a file that holds the secret.
 const fileSuffix = "_file"
 
-// maxSecret bounds such a file, in bytes. It may hold a private key.
+// maxSecret bounds the file of a secret, in bytes. It may hold a private key.
 const maxSecret = 64 << 10
 
-// secretFile reads the file that an overlay names for the secret under key, at
-// each use. It returns the value that names it, or nil if there is none.
+// secretFile reads the secret for key from the file that an overlay names, each time. It returns
+// the value that names the file, or nil if there is none.
 func (c *Config) secretFile(key string, dst *secret.String) (*value, error) {
 	named := c.values[fold(key+fileSuffix)]
 	if named == nil {
@@ -272,17 +268,17 @@ func (c *Config) secretFile(key string, dst *secret.String) (*value, error) {
 	var path string
 	switch err := json.Unmarshal(named.raw, &path); {
 	case named.from == "":
-		return nil, Invalid(c.prefix+key+fileSuffix, "a job cannot name a file of this host for a secret: put it into %s", c.overlays.path(c.targetID))
+		return nil, Invalid(c.prefix+key+fileSuffix, "a job must not name a file on this host for a secret: put the key into %s", c.overlays.path(c.targetID))
 	case err != nil || !filepath.IsAbs(path):
 		return nil, Invalid(c.prefix+key+fileSuffix, "expected an absolute path")
 	case c.Local(key):
-		return nil, Invalid(c.prefix+key+fileSuffix, "overlays give %s itself too: take one of the two away", c.prefix+key)
+		return nil, Invalid(c.prefix+key+fileSuffix, "overlays also set %s: remove one of the two", c.prefix+key)
 	}
 	data, err := trustedfile.ReadSecret(path, maxSecret)
 	if err != nil {
 		return nil, Invalid(c.prefix+key+fileSuffix, "%v", err)
 	}
-	// An editor ends the last line; a secret of more lines keeps what is between them.
+	// Editors add a line feed at the end. Line feeds within a secret stay.
 	text := strings.TrimRight(strings.TrimPrefix(string(data), hostfile.ByteOrderMark), "\r\n")
 	if text == "" {
 		return nil, Invalid(c.prefix+key+fileSuffix, "%s is empty", path)
@@ -291,18 +287,18 @@ func (c *Config) secretFile(key string, dst *secret.String) (*value, error) {
 	return named, nil
 }
 
-// MaskedError says that key is masked and what supplies it. why says what
-// other source was tried; it may be nil.
+// MaskedError returns an error that says that key is masked and how to supply it. why is the error
+// of another source that was tried, or nil.
 func (c *Config) MaskedError(key string, why error) error {
 	tried := ""
 	if why != nil {
 		tried = "; " + why.Error()
 	}
-	return Invalid(key, "the control plane sent it masked, so this host has to supply it: put {%q: ...} into %s%s",
+	return Invalid(key, "the control plane sent it masked, so this host must supply it: put {%q: ...} into %s%s",
 		key, c.overlays.path(c.targetID), tried)
 }
 
-// Unknown lists the keys that nothing decoded, sorted. They are ignored.
+// Unknown returns the keys that nothing has decoded, sorted. They have no effect.
 func (c *Config) Unknown() []string {
 	var unknown []string
 	for _, v := range c.values {
@@ -314,16 +310,16 @@ func (c *Config) Unknown() []string {
 	return unknown
 }
 
-// Decode fills the struct that v points to. Fields are named by their json
-// tag; the tag config:"required" refuses an absent or empty value, and the tag
-// default has what stands for one. Fields may be strings, integers, booleans (both also accepted as JSON strings),
-// pointers to booleans, whose default can be true, secret.String, structs, the types of this package, whatever else
-// encoding/json decodes, and embedded structs. A field of type FileOptions
-// with the tag json:"cert_file_*" takes cert_file_mode, cert_file_owner and
-// cert_file_group, and with config:"secret" no mode that lets others in.
+// Decode fills the struct that v points to. Fields are named by their json tag. The tag
+// config:"required" rejects an absent or empty value, and the tag default supplies a value. Fields
+// may be strings, integers, booleans (both also accepted as JSON strings), pointers to booleans,
+// whose default can be true, secret.String, structs, embedded structs, the types of this package,
+// and whatever else encoding/json decodes. A field of type FileOptions with the tag
+// json:"cert_file_*" reads cert_file_mode, cert_file_owner and cert_file_group; with
+// config:"secret" it rejects modes that give others access.
 //
-// A masked key that has a field is an error unless resolvable names it: then
-// the field stays as it is, and the connector asks Masked.
+// A masked key that has a field is an error unless resolvable contains it. Then the field stays
+// unset, and the connector must check Masked.
 func (c *Config) Decode(v any, resolvable ...string) error {
 	return c.decode(reflect.ValueOf(v).Elem(), resolvable)
 }
@@ -350,11 +346,11 @@ func (c *Config) decode(v reflect.Value, resolvable []string) error {
 			continue
 		}
 		if value := field.Tag.Get("default"); value != "" && v.Field(i).IsZero() && !c.Masked(key) {
-			raw, _ := json.Marshal(value) // a string always can be
+			raw, _ := json.Marshal(value) // cannot fail for a string
 			if err := c.decodeValue(key, v.Field(i), raw); err != nil {
 				return fmt.Errorf("default of %s: %w", key, err)
 			}
-			c.note(key, raw, "default")
+			c.record(key, raw, "default")
 		}
 		if option == optionRequired && v.Field(i).IsZero() && !c.Masked(key) {
 			errs = append(errs, Invalid(c.prefix+key, "is required"))
@@ -363,10 +359,10 @@ func (c *Config) decode(v reflect.Value, resolvable []string) error {
 	return Join(errs...)
 }
 
-// What a config tag may say.
+// Options of the config tag.
 const (
 	optionRequired = "required"
-	optionSecret   = "secret" // of FileOptions: the file holds a private key
+	optionSecret   = "secret" // for FileOptions: the file holds a private key
 )
 
 func (c *Config) decodeKey(key string, dst reflect.Value, resolvable []string) error {
@@ -380,7 +376,7 @@ func (c *Config) decodeKey(key string, dst reflect.Value, resolvable []string) e
 			if val != nil {
 				val.used, val.masked = true, false
 			}
-			c.noteValue(key, named, dst)
+			c.recordValue(key, named, dst)
 			return nil
 		}
 	}
@@ -399,7 +395,7 @@ func (c *Config) decodeKey(key string, dst reflect.Value, resolvable []string) e
 	}
 	err := c.decodeValue(key, dst, val.raw)
 	if err == nil && !dst.IsZero() {
-		c.noteValue(key, val, dst)
+		c.recordValue(key, val, dst)
 	}
 	if _, ok := errors.AsType[*ConfigError](err); ok || err == nil {
 		return err
@@ -410,8 +406,8 @@ func (c *Config) decodeKey(key string, dst reflect.Value, resolvable []string) e
 	return &ConfigError{Key: c.prefix + key, Problem: err.Error()}
 }
 
-// decodeValue never quotes what it was given unless the type says that it is
-// no secret.
+// decodeValue decodes raw into dst. Its errors never quote the value unless the type rules out a
+// secret.
 func (c *Config) decodeValue(key string, dst reflect.Value, raw json.RawMessage) error {
 	switch p := dst.Addr().Interface().(type) {
 	case json.Unmarshaler:
@@ -464,7 +460,7 @@ func (c *Config) decodeValue(key string, dst reflect.Value, raw json.RawMessage)
 	return nil
 }
 
-// nested is the configuration in the object at key.
+// nested returns the configuration in the object at key.
 func (c *Config) nested(key string, values map[string]*value) *Config {
 	from := ""
 	if v := c.values[fold(key)]; v != nil {
@@ -485,9 +481,9 @@ func isLeaf(dst reflect.Value) bool {
 	return false
 }
 
-// noteValue keeps a value for Settings, unless it is an object, whose keys are
-// kept, or a secret.
-func (c *Config) noteValue(key string, val *value, dst reflect.Value) {
+// recordValue records a value for Settings, redacted if it is a secret. Objects are not recorded,
+// because their keys are.
+func (c *Config) recordValue(key string, val *value, dst reflect.Value) {
 	raw, source := val.raw, "job"
 	if val.from != "" {
 		source = c.overlays.file(val.from)
@@ -496,12 +492,11 @@ func (c *Config) noteValue(key string, val *value, dst reflect.Value) {
 		raw = json.RawMessage(`"[redacted]"`)
 	}
 	if dst.Kind() != reflect.Struct || isLeaf(dst) {
-		c.note(key, raw, source)
+		c.record(key, raw, source)
 	}
 }
 
-// Default sets a value that the configuration does not have, and that a tag
-// cannot have either since it depends on others.
+// Default sets a default that depends on other settings, so that a tag cannot hold it.
 func Default[T ~string](c *Config, key string, dst *T, value string) {
 	if *dst == "" {
 		*dst = T(value)
@@ -509,13 +504,13 @@ func Default[T ~string](c *Config, key string, dst *T, value string) {
 	}
 }
 
-// Learn notes a value that a key got from elsewhere, for Settings.
+// Learn records in Settings that a key got its value from another source.
 func (c *Config) Learn(key, value, source string) {
-	raw, _ := json.Marshal(value) // a string always can be
-	c.note(key, raw, source)
+	raw, _ := json.Marshal(value) // cannot fail for a string
+	c.record(key, raw, source)
 }
 
-func (c *Config) note(key string, raw json.RawMessage, source string) {
+func (c *Config) record(key string, raw json.RawMessage, source string) {
 	c.settings[c.prefix+key] = Setting{Key: c.prefix + key, Value: string(raw), Source: source}
 }
 
@@ -526,13 +521,13 @@ func (c *Config) decodeFileOptions(prefix string, secret bool, options reflect.V
 		}
 	}
 	if mode := options.Interface().(FileOptions).Mode; secret && mode&0o007 != 0 {
-		return Invalid(prefix+"mode", "%#o would let every user of this host at a private key: the most that a key file may grant is %#o",
+		return Invalid(prefix+"mode", "%#o would let every user of this host at a private key: a key file may have at most %#o",
 			mode, maxKeyMode)
 	}
 	return nil
 }
 
-// kindOf names the kind of a JSON value, for errors that must not show it.
+// kindOf names the type of a JSON value, for errors that must not show the value.
 func kindOf(raw []byte) string {
 	raw = bytes.TrimSpace(raw)
 	if len(raw) == 0 {

@@ -13,7 +13,7 @@ import (
 	"certctl-agent/internal/secret"
 )
 
-// overlays writes the given files, name and content in turn.
+// overlays writes files, given as alternating names and contents.
 func overlays(t *testing.T, files ...string) Overlays {
 	t.Helper()
 	dir := t.TempDir()
@@ -126,7 +126,7 @@ func TestMasked(t *testing.T) {
 		}
 	}
 	if _, _, err := decodeSample(t, `{"cert_path":"/c","private_thing":"********"}`, Overlays{}); err != nil {
-		t.Errorf("a masked key that nobody reads: %v", err)
+		t.Errorf("a masked key without a field: %v", err)
 	}
 	_, c, err = decodeSample(t, `{"cert_path":"/c","key_path":"********"}`, overlays(t, "default.json", `{"key_path":"/d"}`))
 	if err != nil || c.Masked("key_path") || !c.Local("key_path") || c.Local("cert_path") {
@@ -150,11 +150,11 @@ func TestTypePin(t *testing.T) {
 		t.Errorf("another type: got %v", err)
 	}
 	if _, _, err := decodeSample(t, job, overlays(t, "default.json", `{"target_type":7}`)); err == nil {
-		t.Error("a pin that is no string: got no error")
+		t.Error("a pin that is not a string: got no error")
 	}
 }
 
-// Settings say where each value came from, and no secret.
+// Settings have the source of each value and no secrets.
 func TestSettings(t *testing.T) {
 	var s struct {
 		Path     Path          `json:"cert_path"`
@@ -211,8 +211,7 @@ func TestDecode(t *testing.T) {
 	}
 }
 
-// Every mistake names its key and what was expected, and shows no value that
-// could be a secret.
+// Every error names its key and what was expected, and shows no value that could be a secret.
 func TestMistakes(t *testing.T) {
 	tests := []struct{ config, key, says string }{
 		{`[]`, "target config", "expected a JSON object, got a list"},
@@ -263,8 +262,8 @@ func TestMistakes(t *testing.T) {
 	}
 }
 
-// FuzzParseObject holds the folding of keys to encoding/json's own: whatever
-// it takes for key_path, an overlay must be able to override.
+// FuzzParseObject compares the folding of keys with encoding/json: an overlay must override every
+// spelling that encoding/json accepts for key_path.
 func FuzzParseObject(f *testing.F) {
 	for _, seed := range []string{`{"key_path":"/a"}`, "{\"\u212aey_path\":\"/a\"}", `{"KEY_PATH":"/a","key_path":"/b"}`, `{"key_path":null}`, `{"a":{"b":[1,2]}}`,
 		`{"\u212aey_path":"x"}`, `{"key_path":1}`, `[]`, `{"hoſt":"x"}`, "{\"key_path\":\"\xff\"}"} {
@@ -282,7 +281,7 @@ func FuzzParseObject(f *testing.F) {
 		values, err := new(Config).parseObject(data)
 		if err != nil {
 			if string(data[0]) == "n" {
-				return // null is no object here
+				return // null is not an object here
 			}
 			var object map[string]any
 			if json.Unmarshal(data, &object) == nil {
@@ -311,10 +310,10 @@ func ExampleConfig_Decode() {
 		CertFile FileOptions `json:"cert_file_*"`
 	}
 	fmt.Println(c.Decode(&config))
-	// Output: target config: cert_file_mode: a number holds the bits in decimal, and 640 is 01200, which is no plausible file mode, so "0640" was probably meant (416 as a number)
+	// Output: target config: cert_file_mode: a number is the bits in decimal, and 640 is 01200, which is not a plausible file mode, so "0640" was probably meant (416 as a number)
 }
 
-// TestSecretFile: in an overlay, a secret may be in a file of its own.
+// TestSecretFile covers secrets that an overlay reads from a file.
 func TestSecretFile(t *testing.T) {
 	dir := t.TempDir()
 	file := func(name, data string, mode os.FileMode) string {
@@ -355,9 +354,9 @@ func TestSecretFile(t *testing.T) {
 		}
 	}
 	for _, test := range []struct{ name, job, overlay, want string }{
-		{"of the job", `{"password":"x","password_file":"` + good + `"}`, `{}`, "password_file: a job cannot name a file"},
-		{"nested, of the job", `{"password":"x","nested":{"token_file":"` + good + `"}}`, `{}`, "nested.token_file: a job cannot name a file"},
-		{"beside the secret", `{}`, `{"password":"x","password_file":"` + good + `"}`, "take one of the two away"},
+		{"of the job", `{"password":"x","password_file":"` + good + `"}`, `{}`, "password_file: a job must not name a file"},
+		{"nested, of the job", `{"password":"x","nested":{"token_file":"` + good + `"}}`, `{}`, "nested.token_file: a job must not name a file"},
+		{"beside the secret", `{}`, `{"password":"x","password_file":"` + good + `"}`, "remove one of the two"},
 		{"relative", `{}`, `{"password_file":"good"}`, "expected an absolute path"},
 		{"no string", `{}`, `{"password_file":["` + good + `"]}`, "expected an absolute path"},
 		{"missing", `{}`, `{"password_file":"` + dir + `/none"}`, "no such file"},
@@ -372,7 +371,7 @@ func TestSecretFile(t *testing.T) {
 	}
 }
 
-// TestTrueByDefault: a pointer to a boolean tells false from not configured.
+// TestTrueByDefault covers pointers to booleans, which distinguish false from not configured.
 func TestTrueByDefault(t *testing.T) {
 	for config, want := range map[string]bool{
 		`{}`: true, `{"create":""}`: true, `{"create":true}`: true, `{"create":"on"}`: true, `{"create":false}`: false, `{"create":"no"}`: false,

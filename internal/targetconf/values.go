@@ -13,12 +13,11 @@ import (
 	"certctl-agent/internal/printable"
 )
 
-// Mode is the permission bits of a file; 0 is "not configured". In JSON it is
-// a number that holds the bits in decimal (416 is 0640), or an octal string
-// ("0640", "640").
+// Mode is the permission bits of a file. 0 means "not configured". In JSON it is a number with the
+// bits in decimal (416 is 0640) or an octal string ("0640", "640").
 type Mode fs.FileMode
 
-// maxKeyMode is the most that a private key's file may grant.
+// maxKeyMode is the most permissive mode for the file of a private key.
 const maxKeyMode Mode = 0o770
 
 func (m *Mode) UnmarshalJSON(raw []byte) error {
@@ -38,7 +37,7 @@ func (m *Mode) UnmarshalJSON(raw []byte) error {
 	if meant, err := strconv.ParseUint(string(raw), 8, 32); err == nil && Mode(meant).plausible() {
 		hint = fmt.Sprintf(", so \"%04o\" was probably meant (%d as a number)", meant, meant)
 	}
-	return fmt.Errorf("a number holds the bits in decimal, and %d is %#o, which is no plausible file mode%s", bits, bits, hint)
+	return fmt.Errorf("a number is the bits in decimal, and %d is %#o, which is not a plausible file mode%s", bits, bits, hint)
 }
 
 func (m *Mode) parseOctal(text string) error {
@@ -55,13 +54,13 @@ func (m *Mode) parseOctal(text string) error {
 	if meant, err := strconv.ParseUint(text, 10, 32); err == nil && Mode(meant).plausible() {
 		hint = fmt.Sprintf(", so \"%04o\" (or the number %d) was probably meant", meant, meant)
 	}
-	return fmt.Errorf("a string holds the mode in octal, such as \"0640\", and %s is no plausible one%s", printable.Quote(text), hint)
+	return fmt.Errorf("a string is the mode in octal, such as \"0640\", and %s is not plausible%s", printable.Quote(text), hint)
 }
 
-// plausible reports whether some file could sensibly have these bits: the
-// owner can read, no class may do what the one before it may not, and nothing
-// is written or executed unread. Set-user-id and its kin are never plausible.
-// 0 passes: it stands for "not configured".
+// plausible reports whether the bits make sense for a file: the owner can read it, no class may do
+// what the previous one may not, and write or execute permission implies read permission.
+// Set-user-id and similar bits are never plausible. 0 is plausible because it means "not
+// configured".
 func (m Mode) plausible() bool {
 	if m == 0 {
 		return true
@@ -75,12 +74,12 @@ func (m Mode) plausible() bool {
 	return m <= 0o777 && owner&4 != 0 && group&^owner == 0 && others&^group == 0
 }
 
-// Duration is a time span: in JSON a number of nanoseconds or a Go duration
-// string ("10s"). 0 is "not configured".
+// Duration is a time span. In JSON it is a number of nanoseconds or a Go duration string ("10s"). 0
+// means "not configured".
 type Duration time.Duration
 
-// maxDuration bounds what a configuration may make a deployment wait for; a
-// job slot is held all the while.
+// maxDuration bounds how long a setting can make a deployment wait, because the deployment occupies
+// a job slot meanwhile.
 const maxDuration = Duration(time.Hour)
 
 func (d *Duration) UnmarshalJSON(raw []byte) error {
@@ -94,7 +93,7 @@ func (d *Duration) UnmarshalJSON(raw []byte) error {
 	if nanoseconds, numErr := strconv.ParseInt(text, 10, 64); numErr == nil {
 		span, err = time.Duration(nanoseconds), nil
 		if span < time.Millisecond && span > 0 {
-			return fmt.Errorf("a number is taken for nanoseconds, and %d of them is next to nothing: \"%ds\" was probably meant", span, span)
+			return fmt.Errorf("a number counts nanoseconds, and %d of them is next to nothing: \"%ds\" was probably meant", span, span)
 		}
 	}
 	switch {
@@ -107,8 +106,8 @@ func (d *Duration) UnmarshalJSON(raw []byte) error {
 	return nil
 }
 
-// Seconds is a time span: in JSON a whole number of seconds, which may be a
-// string, or a Go duration string ("2m"). 0 is "not configured".
+// Seconds is a time span. In JSON it is a whole number of seconds, which may be a string, or a Go
+// duration string ("2m"). 0 means "not configured".
 type Seconds time.Duration
 
 func (s *Seconds) UnmarshalJSON(raw []byte) error {
@@ -125,8 +124,8 @@ func (s *Seconds) UnmarshalJSON(raw []byte) error {
 	return nil
 }
 
-// ParseStrings reads a JSON object of strings, or a string that holds one. An
-// empty string is "not configured".
+// ParseStrings parses a JSON object of strings, or a string that contains one. An empty string
+// means "not configured".
 func ParseStrings(raw []byte) (map[string]string, error) {
 	var text string
 	if json.Unmarshal(raw, &text) == nil {
@@ -141,7 +140,7 @@ func ParseStrings(raw []byte) (map[string]string, error) {
 	return read, nil
 }
 
-// Path is an absolute path without "..", cleaned.
+// Path is a clean absolute path without "..".
 type Path string
 
 func (p *Path) UnmarshalJSON(raw []byte) error {
@@ -157,8 +156,8 @@ func (p *Path) UnmarshalJSON(raw []byte) error {
 	return nil
 }
 
-// ParsePath checks a path that comes from outside. "" is none. A ".." is
-// refused: what it means depends on which elements are symlinks.
+// ParsePath parses a path from an untrusted source. "" stays "". It rejects "..", whose meaning
+// depends on which elements are symlinks.
 func ParsePath(text string) (Path, error) {
 	if text == "" {
 		return "", nil
@@ -174,12 +173,12 @@ func ParsePath(text string) (Path, error) {
 	return Path(filepath.Clean(text)), nil
 }
 
-// Join is the file called name in the directory p.
+// Join returns the path of the file called name in the directory p.
 func (p Path) Join(name FileName) Path {
 	return Path(filepath.Join(string(p), string(name)))
 }
 
-// FileName is the plain name of a file: no directory in it, no dot in front.
+// FileName is the plain name of a file, without a directory and a leading dot.
 type FileName string
 
 func (n *FileName) UnmarshalJSON(raw []byte) error {
@@ -194,33 +193,33 @@ func (n *FileName) UnmarshalJSON(raw []byte) error {
 	return nil
 }
 
-// Account is a user or a group: its name, or its number.
+// Account is the name or number of a user or group.
 type Account string
 
 func (a *Account) UnmarshalJSON(raw []byte) error {
 	var text string
 	if json.Unmarshal(raw, &text) != nil {
 		if _, err := strconv.ParseUint(string(raw), 10, 31); err != nil {
-			return errors.New("expected a name or a number of an account, got " + kindOf(raw))
+			return errors.New("expected the name or number of an account, got " + kindOf(raw))
 		}
 		text = string(raw)
 	}
 	if strings.ContainsFunc(text, printable.IsControl) || strings.ContainsAny(text, ":/ ") || len(text) > 256 {
-		return fmt.Errorf("expected a name or a number of an account, got %s", printable.Quote(text))
+		return fmt.Errorf("expected the name or number of an account, got %s", printable.Quote(text))
 	}
 	*a = Account(text)
 	return nil
 }
 
-// FileOptions is what can be configured of a file's mode and owner.
+// FileOptions is the configured mode and owner of a file.
 type FileOptions struct {
 	Mode  Mode    `json:"mode"`
 	Owner Account `json:"owner"`
 	Group Account `json:"group"`
 }
 
-// parseBool takes true, false, and what operators write for them in a form
-// that sends strings. "" is false.
+// parseBool accepts true, false and the strings that operators enter for them in forms. "" is
+// false.
 func parseBool(raw []byte) (bool, error) {
 	text := string(raw)
 	_ = json.Unmarshal(raw, &text)
@@ -233,7 +232,7 @@ func parseBool(raw []byte) (bool, error) {
 	return false, errors.New("expected true or false, got " + shown(raw))
 }
 
-// parseInt takes a whole number, also as a string. "" is 0.
+// parseInt accepts a whole number, also as a string. "" is 0.
 func parseInt(raw []byte) (int64, error) {
 	text := string(raw)
 	_ = json.Unmarshal(raw, &text)
@@ -247,7 +246,7 @@ func parseInt(raw []byte) (int64, error) {
 	return n, nil
 }
 
-// shown is a JSON value for an error: scalars as they are, others by kind.
+// shown returns a JSON value for an error: scalars as they are, others by type.
 func shown(raw []byte) string {
 	var text string
 	switch {
