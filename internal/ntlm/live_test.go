@@ -18,7 +18,7 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-// python is Debian's, which has Debian's modules.
+// python is Debian's interpreter, which finds Debian's modules.
 const python = "/usr/bin/python3"
 
 // acceptor is a program that accepts a logon.
@@ -29,7 +29,7 @@ type acceptor struct {
 	wait   func() error
 }
 
-// startAcceptor runs gss-ntlmssp, which is not ours, for the users of a file.
+// startAcceptor runs gss-ntlmssp, an independent implementation, with a file of users.
 func startAcceptor(t *testing.T, users string, arguments ...string) *acceptor {
 	t.Helper()
 	needs.Need(t, python)
@@ -59,7 +59,7 @@ func startAcceptor(t *testing.T, users string, arguments ...string) *acceptor {
 	return a
 }
 
-// ask sends a message and returns the answer; nil: the program has given up.
+// ask sends a message and returns the answer, or nil if the program has ended.
 func (a *acceptor) ask(t *testing.T, message []byte) []byte {
 	t.Helper()
 	fmt.Fprintf(a.in, "%x\n", message)
@@ -73,7 +73,7 @@ func (a *acceptor) ask(t *testing.T, message []byte) []byte {
 	return answer
 }
 
-// end ends the program, and returns what it has complained about.
+// end ends the program and returns its error output.
 func (a *acceptor) end() string {
 	a.in.Close()
 	if err := a.wait(); err != nil {
@@ -128,7 +128,7 @@ func TestLive(t *testing.T) {
 				}
 				got, err := session.Unwrap(answer[:SignatureSize], answer[SignatureSize:])
 				if err != nil || string(got) != text {
-					t.Errorf("of %d bytes came back %d: %v", len(text), len(got), err)
+					t.Errorf("sent %d bytes, got back %d: %v", len(text), len(got), err)
 				}
 			}
 			if complaint := a.end(); complaint != "" {

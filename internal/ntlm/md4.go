@@ -5,8 +5,8 @@ import (
 	"math/bits"
 )
 
-// md4 is the digest of RFC 1320, which is broken for everything but this: it turns
-// a password into the key that Windows stores.
+// md4 computes the digest of RFC 1320. It is broken for most purposes, but turns a password into
+// the key that Windows stores.
 func md4(message []byte) [16]byte {
 	// RFC 1320, 3.1 and 3.2: a one bit, zeros, the length in bits.
 	padded := append([]byte(nil), message...)
@@ -27,7 +27,7 @@ func md4(message []byte) [16]byte {
 	return sum
 }
 
-// md4Block is RFC 1320, 3.4.
+// md4Block processes a block (RFC 1320, 3.4).
 func md4Block(state *[4]uint32, block []byte) {
 	var x [16]uint32
 	for i := range x {

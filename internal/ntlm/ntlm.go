@@ -1,9 +1,8 @@
-// Package ntlm is the client's part of NTLM version 2, as [MS-NLMP] has it: it
-// logs on, and seals what is then said. Older versions and weaker keys are refused.
-// What a server has in common with it is exported for a server in tests.
+// Package ntlm implements the client of NTLM version 2 [MS-NLMP]: it logs on, and seals the
+// messages that follow. It rejects older versions and weaker keys. The parts that a server shares
+// are exported for a server in tests.
 //
-// Clauses are those of
-// https://learn.microsoft.com/en-us/openspecs/windows_protocols/ms-nlmp/.
+// Clause numbers refer to https://learn.microsoft.com/en-us/openspecs/windows_protocols/ms-nlmp/.
 package ntlm
 
 import (
@@ -23,7 +22,7 @@ import (
 	"certctl-agent/internal/secret"
 )
 
-// The negotiate flags, 2.2.2.5.
+// Negotiate flags (2.2.2.5).
 const (
 	Unicode                 = 0x00000001
 	RequestTarget           = 0x00000004
@@ -39,13 +38,13 @@ const (
 	Key56                   = 0x80000000
 )
 
-// Required are the flags without which nothing is sent: there is then no key
-// that an eavesdropper could not find by trying all.
+// Required are the flags that a server must offer. Without them the key would be weak enough for an
+// eavesdropper to find by brute force.
 const Required = Unicode | Sign | Seal | ExtendedSessionSecurity | TargetInfo | Key128 | KeyExchange
 
 const offered = Required | RequestTarget | NTLM | AlwaysSign | Version | Key56
 
-// Kinds of message, 2.2.1.
+// Message types (2.2.1).
 const (
 	negotiateMessage    = 1
 	challengeMessage    = 2
@@ -54,7 +53,7 @@ const (
 
 const signature = "NTLMSSP\x00"
 
-// Kinds of AV_PAIR, 2.2.2.1.
+// Types of AV_PAIR (2.2.2.1).
 const (
 	AvEOL             = 0
 	AvComputerName    = 1
@@ -65,27 +64,26 @@ const (
 	AvChannelBindings = 10
 )
 
-// HasMIC is the bit of AvFlags that says that there is a MIC, 2.2.2.1.
+// HasMIC is the bit of AvFlags that announces a MIC (2.2.2.1).
 const HasMIC = 0x2
 
-// version is what a client says of itself, 2.2.2.10, for debugging only: Windows
-// 10, and the revision of NTLMSSP that is in use.
+// version is the client's version (2.2.2.10), which is for debugging only: Windows 10, and the
+// current revision of NTLMSSP.
 const version = "\x0a\x00\x00\x00\x00\x00\x00\x0f"
 
-// Client logs on once.
+// Client performs one logon.
 type Client struct {
 	user, domain string
 	password     secret.String
-	target       string // the service, such as HTTP/host
+	target       string // service, such as HTTP/host
 	bindings     [16]byte
 
 	random    func([]byte)
 	negotiate []byte // the first message
 }
 
-// New returns a client for an account: user, DOMAIN\user or user@domain. Target is
-// the service that it logs on to, such as HTTP/host, and bindings are those of the
-// TLS connection, or zero.
+// New returns a client for an account: user, DOMAIN\user or user@domain. target is the service to
+// log on to, such as HTTP/host. bindings are those of the TLS connection, or zero.
 func New(account string, password secret.String, target string, bindings [16]byte) *Client {
 	domain, user, ok := strings.Cut(account, `\`)
 	if !ok {
@@ -95,7 +93,7 @@ func New(account string, password secret.String, target string, bindings [16]byt
 		random: func(b []byte) { rand.Read(b) }}
 }
 
-// Negotiate returns the first message, 2.2.1.1. It names neither a domain nor this
+// Negotiate returns the first message (2.2.1.1). It contains neither a domain nor the name of this
 // host.
 func (c *Client) Negotiate() []byte {
 	m := append([]byte(signature), negotiateMessage, 0, 0, 0)
@@ -105,33 +103,33 @@ func (c *Client) Negotiate() []byte {
 	return c.negotiate
 }
 
-// Challenge is a CHALLENGE_MESSAGE, 2.2.1.2.
+// Challenge is a CHALLENGE_MESSAGE (2.2.1.2).
 type Challenge struct {
 	Flags  uint32
-	Server [8]byte // the server's challenge
+	Server [8]byte // ServerChallenge
 	Pairs  []AvPair
 
 	raw []byte
 }
 
-// AvPair is an element of the target information, 2.2.2.1.
+// AvPair is an element of the target information (2.2.2.1).
 type AvPair struct {
 	ID    uint16
 	Value []byte
 }
 
-// maxChallenge bounds the server's message, in bytes: it has a few names of the
-// server and of its domain. What is made of it has to fit in 16 bits.
+// maxChallenge bounds the server's message, in bytes. It contains a few names of the server and its
+// domain. The response, which includes them, must fit in 16 bits.
 const maxChallenge = 16 << 10
 
-// ParseChallenge reads the server's message.
+// ParseChallenge parses the server's message.
 func ParseChallenge(m []byte) (*Challenge, error) {
 	if len(m) < 48 || len(m) > maxChallenge || string(m[:8]) != signature || binary.LittleEndian.Uint32(m[8:]) != challengeMessage {
 		return nil, errors.New("the server's NTLM message is not a challenge")
 	}
 	c := &Challenge{Flags: binary.LittleEndian.Uint32(m[20:]), Server: [8]byte(m[24:32]), raw: slices.Clone(m)}
 	if missing := Required &^ c.Flags; missing != 0 {
-		return nil, fmt.Errorf("the server does not offer what NTLMv2 with 128 bits needs (flags %08x are missing)", missing)
+		return nil, fmt.Errorf("the server does not support NTLMv2 with 128 bits (flags %08x are missing)", missing)
 	}
 	info, err := Field(m, 40)
 	if err != nil {
@@ -146,23 +144,22 @@ func ParseChallenge(m []byte) (*Challenge, error) {
 	return c, nil
 }
 
-// Field is the data to which the length and the offset at this place of a message
-// point.
+// Field returns the data of the field whose length and offset are at index at of a message.
 func Field(m []byte, at int) ([]byte, error) {
 	if len(m) < at+8 {
-		return nil, errors.New("the NTLM message is cut off")
+		return nil, errors.New("the NTLM message is truncated")
 	}
 	length, offset := uint64(binary.LittleEndian.Uint16(m[at:])), uint64(binary.LittleEndian.Uint32(m[at+4:]))
 	if length == 0 {
 		return nil, nil
 	}
 	if offset+length > uint64(len(m)) {
-		return nil, errors.New("a field of the NTLM message is outside of it")
+		return nil, errors.New("a field of the NTLM message lies outside of the message")
 	}
 	return m[offset : offset+length], nil
 }
 
-// ParsePairs reads target information up to its end mark.
+// ParsePairs parses target information up to its end mark.
 func ParsePairs(info []byte) (pairs []AvPair, err error) {
 	for len(info) >= 4 {
 		id, length := binary.LittleEndian.Uint16(info), int(binary.LittleEndian.Uint16(info[2:]))
@@ -175,10 +172,10 @@ func ParsePairs(info []byte) (pairs []AvPair, err error) {
 		pairs = append(pairs, AvPair{id, info[4 : 4+length]})
 		info = info[4+length:]
 	}
-	return nil, errors.New("the target information of the NTLM message is cut off")
+	return nil, errors.New("the target information of the NTLM message is truncated")
 }
 
-// AppendPairs writes target information with its end mark.
+// AppendPairs appends target information with its end mark.
 func AppendPairs(info []byte, pairs []AvPair) []byte {
 	for _, pair := range append(slices.Clip(pairs), AvPair{ID: AvEOL}) {
 		info = binary.LittleEndian.AppendUint16(info, pair.ID)
@@ -188,7 +185,7 @@ func AppendPairs(info []byte, pairs []AvPair) []byte {
 	return info
 }
 
-// Pair is the value of one; nil: there is none.
+// Pair returns the value of the pair with an ID, or nil.
 func Pair(pairs []AvPair, id uint16) []byte {
 	for _, pair := range pairs {
 		if pair.ID == id {
@@ -198,7 +195,7 @@ func Pair(pairs []AvPair, id uint16) []byte {
 	return nil
 }
 
-// Time is the clock of the server; the zero time if it has not said.
+// Time returns the server's time, or the zero time if the challenge does not contain it.
 func (c *Challenge) Time() time.Time {
 	value := Pair(c.Pairs, AvTimestamp)
 	if len(value) != 8 {
@@ -207,30 +204,28 @@ func (c *Challenge) Time() time.Time {
 	return ParseFiletime(binary.LittleEndian.Uint64(value))
 }
 
-// epoch is 1970 in the count of a FILETIME, [MS-DTYP] 2.3.3: tenths of a
-// microsecond since 1601.
+// epoch is 1970 as a FILETIME ([MS-DTYP] 2.3.3), in units of 100 ns since 1601.
 const epoch = 116444736000000000
 
-// Filetime is t as a FILETIME.
+// Filetime returns t as a FILETIME.
 func Filetime(t time.Time) uint64 { return uint64(t.UnixNano()/100) + epoch }
 
-// ParseFiletime is the time that a FILETIME stands for.
+// ParseFiletime returns the time of a FILETIME.
 func ParseFiletime(f uint64) time.Time {
 	ticks := int64(f) - epoch
 	return time.Unix(ticks/1e7, ticks%1e7*100)
 }
 
-// Authenticate answers a challenge with the last message, 2.2.1.3, and returns
-// what seals the messages after it. The steps are those of 3.1.5.1.2.
+// Authenticate returns the last message (2.2.1.3), which answers a challenge, and the session for
+// the messages after it. The steps are those of 3.1.5.1.2.
 func (c *Client) Authenticate(challenge *Challenge) ([]byte, *Session) {
 	var nonce [8]byte
 	var key [16]byte // ExportedSessionKey
 	c.random(nonce[:])
 	c.random(key[:])
 
-	// The MIC is sent even if the server has not told its time, which the clause
-	// makes a condition: otherwise someone in between who removes the time would
-	// be rid of the MIC too.
+	// Send the MIC even if the server has not sent its time, although the clause requires that.
+	// Otherwise an attacker in between could get rid of the MIC by removing the time.
 	flags := uint32(HasMIC)
 	if value := Pair(challenge.Pairs, AvFlags); len(value) == 4 {
 		flags |= binary.LittleEndian.Uint32(value)
@@ -255,7 +250,7 @@ func (c *Client) Authenticate(challenge *Challenge) ([]byte, *Session) {
 	return m, NewSession(key, false)
 }
 
-// Offsets in an AUTHENTICATE_MESSAGE, 2.2.1.3.
+// Offsets in an AUTHENTICATE_MESSAGE (2.2.1.3).
 const (
 	micOffset     = 72
 	payloadOffset = micOffset + 16
@@ -273,18 +268,17 @@ func (c *Client) message(flags uint32, lm, nt, key []byte) []byte {
 	}
 	m = binary.LittleEndian.AppendUint32(m, flags)
 	m = append(m, version...)
-	m = append(m, make([]byte, 16)...) // MIC: zero while it is computed
+	m = append(m, make([]byte, 16)...) // MIC, zero while it is computed
 	return append(m, slices.Concat(payload...)...)
 }
 
-// ResponseKey is NTOWFv2, 3.3.2.
+// ResponseKey computes NTOWFv2 (3.3.2).
 func ResponseKey(user, domain, password string) [16]byte {
 	hash := md4(UTF16(password))
 	return HMAC(hash[:], UTF16(strings.Map(unicode.ToUpper, user)+domain))
 }
 
-// Response is ComputeResponse for NTLMv2, 3.3.2: NtChallengeResponse and
-// SessionBaseKey.
+// Response computes NtChallengeResponse and SessionBaseKey for NTLMv2 (ComputeResponse, 3.3.2).
 func Response(key [16]byte, server, client [8]byte, time uint64, targetInfo []byte) ([]byte, [16]byte) {
 	temp := []byte{1, 1, 0, 0, 0, 0, 0, 0}
 	temp = binary.LittleEndian.AppendUint64(temp, time)
@@ -296,13 +290,13 @@ func Response(key [16]byte, server, client [8]byte, time uint64, targetInfo []by
 	return append(proof[:], temp...), HMAC(key[:], proof[:])
 }
 
-// LMResponse is LmChallengeResponse for NTLMv2, 3.3.2.
+// LMResponse computes LmChallengeResponse for NTLMv2 (3.3.2).
 func LMResponse(key [16]byte, server, client [8]byte) []byte {
 	proof := HMAC(key[:], server[:], client[:])
 	return append(proof[:], client[:]...)
 }
 
-// HMAC is HMAC_MD5 of what the parts are together.
+// HMAC computes HMAC_MD5 of the concatenated parts.
 func HMAC(key []byte, parts ...[]byte) [16]byte {
 	mac := hmac.New(md5.New, key)
 	for _, part := range parts {
@@ -311,18 +305,18 @@ func HMAC(key []byte, parts ...[]byte) [16]byte {
 	return [16]byte(mac.Sum(nil))
 }
 
-// RC4 encrypts, or decrypts, with a key of its own.
+// RC4 encrypts or decrypts data with a new key stream.
 func RC4(key [16]byte, data []byte) []byte {
 	cipher, err := rc4.NewCipher(key[:])
 	if err != nil {
-		panic(err) // there are keys of 16 bytes
+		panic(err) // impossible: 16 bytes are a valid key size
 	}
 	out := make([]byte, len(data))
 	cipher.XORKeyStream(out, data)
 	return out
 }
 
-// UTF16 is a text as messages have it.
+// UTF16 encodes a text as in messages, in UTF-16LE.
 func UTF16(s string) []byte {
 	var out []byte
 	for _, unit := range utf16.Encode([]rune(s)) {

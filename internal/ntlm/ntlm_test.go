@@ -14,7 +14,7 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-// TestMD4 has the suite of RFC 1320, A.5.
+// TestMD4 runs the test suite of RFC 1320, A.5.
 func TestMD4(t *testing.T) {
 	for message, want := range map[string]string{
 		"":                           "31d6cfe0d16ae931b73c59d7e0c089c0",
@@ -31,7 +31,7 @@ func TestMD4(t *testing.T) {
 	}
 }
 
-// The input of the examples, 4.2.1 and 4.2.4.
+// The input of the examples in 4.2.1 and 4.2.4.
 var (
 	exampleKey    = [16]byte(bytes.Repeat([]byte{0x55}, 16)) // RandomSessionKey
 	exampleClient = [8]byte(bytes.Repeat([]byte{0xaa}, 8))
@@ -39,7 +39,7 @@ var (
 	exampleInfo   = AppendPairs(nil, []AvPair{{AvDomainName, UTF16("Domain")}, {AvComputerName, UTF16("Server")}})
 )
 
-// TestExamples has the values that MS-NLMP prints for NTLMv2.
+// TestExamples checks the example values of MS-NLMP for NTLMv2.
 func TestExamples(t *testing.T) {
 	hash := md4(UTF16("Password"))
 	key := ResponseKey("User", "Domain", "Password")
@@ -70,7 +70,7 @@ func TestExamples(t *testing.T) {
 	}
 }
 
-// exampleChallenge is that of 4.2.4.3.
+// exampleChallenge is the challenge of 4.2.4.3.
 func exampleChallenge(t *testing.T) []byte {
 	t.Helper()
 	m, err := hex.DecodeString("4e544c4d53535000020000000c000c003800000033828ae20123456789abcdef0000000000000000240024004400000006007017" +
@@ -81,9 +81,8 @@ func exampleChallenge(t *testing.T) []byte {
 	return m
 }
 
-// TestAuthenticate answers the example of 4.2.4.3, whose AUTHENTICATE_MESSAGE is
-// from a client that sends neither MIC nor bindings: its fields are checked against
-// the clauses.
+// TestAuthenticate answers the challenge of 4.2.4.3. The AUTHENTICATE_MESSAGE there is from a
+// client that sends neither MIC nor bindings, so the fields are checked against the clauses.
 func TestAuthenticate(t *testing.T) {
 	challenge, err := ParseChallenge(exampleChallenge(t))
 	if err != nil {
@@ -117,7 +116,7 @@ func TestAuthenticate(t *testing.T) {
 			t.Errorf("%s = %s, want %s", name, got, want)
 		}
 	}
-	if flags := binary.LittleEndian.Uint32(m[60:]); flags != 0xe2888231 { // all of the challenge that a client of this kind may choose
+	if flags := binary.LittleEndian.Uint32(m[60:]); flags != 0xe2888231 { // all flags of the challenge that the client offers
 		t.Errorf("flags = %08x", flags)
 	}
 	pairs, err := ParsePairs(fields["nt"][16+28:])
@@ -131,7 +130,7 @@ func TestAuthenticate(t *testing.T) {
 		}
 	}
 	if sent := ParseFiletime(binary.LittleEndian.Uint64(fields["nt"][24:])); time.Since(sent).Abs() > time.Hour {
-		t.Errorf("time = %v, want that of this host, since the server has not told its own", sent)
+		t.Errorf("time = %v, want this host's, since the server has not sent its own", sent)
 	}
 	mic := [16]byte(m[micOffset:])
 	copy(m[micOffset:], make([]byte, 16))
@@ -148,8 +147,8 @@ func TestAuthenticate(t *testing.T) {
 	}
 }
 
-// TestServersTime: it is sent back as it came, so that clocks need not agree, and
-// there is no LMv2 response then, 3.1.5.1.2.
+// TestServersTime checks that the server's time is sent back unchanged, so that clocks need not
+// agree, and that there is no LMv2 response then (3.1.5.1.2).
 func TestServersTime(t *testing.T) {
 	stamp := time.Date(2001, 2, 3, 4, 5, 6, 700, time.UTC)
 	challenge, err := ParseChallenge(withPairs(t, AvPair{AvTimestamp, binary.LittleEndian.AppendUint64(nil, Filetime(stamp))}))
@@ -174,7 +173,7 @@ func TestServersTime(t *testing.T) {
 	}
 }
 
-// withPairs is a challenge with these after the names.
+// withPairs returns a challenge with these pairs after the names.
 func withPairs(t testing.TB, pairs ...AvPair) []byte {
 	t.Helper()
 	info := AppendPairs(nil, append([]AvPair{{AvDomainName, UTF16("D")}, {AvComputerName, UTF16("S")}}, pairs...))
@@ -188,7 +187,7 @@ func withPairs(t testing.TB, pairs ...AvPair) []byte {
 	return append(m, info...)
 }
 
-// TestServersPairs: what the client says is not said a second time, by the server.
+// TestServersPairs checks that pairs that the client sets replace the server's.
 func TestServersPairs(t *testing.T) {
 	challenge, err := ParseChallenge(withPairs(t, AvPair{AvFlags, []byte{1, 0, 0, 0}}, AvPair{AvChannelBindings, make([]byte, 16)}, AvPair{AvTargetName, UTF16("theirs")}))
 	if err != nil {
@@ -225,7 +224,7 @@ func TestBadChallenge(t *testing.T) {
 		"no sealing":     {change(20, Unicode|Sign), "00000020 are missing"},
 		"40 bits":        {change(23, 0x40), "20000000 are missing"},
 		"info outside":   {change(44, 0xff), "outside"},
-		"pair cut off":   {change(40, 3), "cut off"},
+		"pair cut off":   {change(40, 3), "truncated"},
 		"no server name": {change(48, 4), "does not name"},
 	} {
 		if _, err := ParseChallenge(test.message); err == nil || !strings.Contains(err.Error(), test.want) {
@@ -237,8 +236,8 @@ func TestBadChallenge(t *testing.T) {
 	}
 }
 
-// TestSession: both sides, both directions, and nothing that was changed, sent
-// twice or out of order.
+// TestSession covers both sides and both directions, and checks that modified, repeated and
+// reordered messages are rejected.
 func TestSession(t *testing.T) {
 	client, server := NewSession(exampleKey, false), NewSession(exampleKey, true)
 	for i := range 3 {
@@ -255,13 +254,13 @@ func TestSession(t *testing.T) {
 	signature, sealed := client.Wrap([]byte("message"))
 	sealed[0] ^= 1
 	if _, err := server.Unwrap(signature, sealed); err == nil {
-		t.Error("a message that was changed is opened")
+		t.Error("a modified message is accepted")
 	}
 	if _, err := NewSession(exampleKey, true).Unwrap(client.Wrap(nil)); err == nil {
-		t.Error("the fourth message is opened as the first")
+		t.Error("the fourth message is accepted as the first")
 	}
 	if _, err := server.Unwrap(nil, nil); err == nil {
-		t.Error("a message without a signature is opened")
+		t.Error("a message without a signature is accepted")
 	}
 }
 

@@ -12,10 +12,10 @@ type Attrs struct {
 	Mode     fs.FileMode // type and permissions
 	Modified uint32      // seconds since 1970
 
-	complete bool // the server sent them all
+	complete bool // the server sent all of them
 }
 
-// Flags that say which attributes follow.
+// Flags for the attributes that follow.
 const (
 	hasSize        = 0x01
 	hasOwner       = 0x02
@@ -24,10 +24,10 @@ const (
 	hasExtended    = 0x80000000
 )
 
-// packet is the body of a packet that is being made.
+// packet is the body of a packet that is being built.
 type packet struct{ data []byte }
 
-// about begins one with the path or the handle that it is about.
+// about returns a packet that starts with a path or handle.
 func about(what string) (p packet) {
 	p.string(what)
 	return p
@@ -40,7 +40,7 @@ func (p *packet) string(s string) {
 	p.data = append(p.data, s...)
 }
 
-// reader takes a packet apart. What is missing reads as zero, and short says so.
+// reader decodes a packet. If data is missing, it returns zero values and sets short.
 type reader struct {
 	data  []byte
 	short bool
@@ -85,7 +85,7 @@ func (r *reader) attrs() Attrs {
 		a.Mode = modeOf(r.uint32())
 	}
 	if flags&hasTimes != 0 {
-		r.uint32() // of the last access
+		r.uint32() // last access
 		a.Modified = r.uint32()
 	}
 	if flags&hasExtended != 0 {
@@ -99,8 +99,7 @@ func (r *reader) attrs() Attrs {
 	return a
 }
 
-// modeOf translates a mode of POSIX, whose types are these numbers everywhere
-// that matters.
+// modeOf converts a POSIX mode. The values of its types are the same on all relevant systems.
 func modeOf(bits uint32) fs.FileMode {
 	mode := fs.FileMode(bits & 0o777)
 	switch bits & 0o170000 {

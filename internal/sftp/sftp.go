@@ -1,7 +1,6 @@
-// Package sftp is a client of the SSH File Transfer Protocol, version 3, as far
-// as replacing files takes it (draft-ietf-secsh-filexfer-02, with the extensions
-// of OpenSSH that its file PROTOCOL describes). It speaks over any stream; who
-// is at the other end is for others to see to.
+// Package sftp is a client of the SSH File Transfer Protocol, version 3, with the operations that
+// replacing files needs (draft-ietf-secsh-filexfer-02, and the extensions in OpenSSH's file
+// PROTOCOL). It works over any stream; the caller authenticates the server.
 package sftp
 
 import (
@@ -19,10 +18,10 @@ import (
 	"certctl-agent/internal/printable"
 )
 
-// version is the only one that OpenSSH's server speaks.
+// version is the only one that OpenSSH's server supports.
 const version = 3
 
-// Types of packets.
+// Packet types.
 const (
 	typeInit     = 1
 	typeVersion  = 2
@@ -53,25 +52,23 @@ const (
 )
 
 const (
-	// maxPacket bounds what a server sends in one packet, in bytes. OpenSSH's
-	// own bound is the same.
+	// maxPacket bounds a packet from the server, in bytes. OpenSSH has the same limit.
 	maxPacket = 256 << 10
 
-	// maxChunk is how much one request reads or writes: what every server takes
+	// maxChunk is how much one request reads or writes, in bytes. Every server supports that much
 	// (section 3 of the draft).
 	maxChunk = 32 << 10
 
-	// maxNames bounds the names of a directory that are looked at.
+	// maxNames bounds the entries of a directory.
 	maxNames = 100_000
 
-	// grace is how long the answer to a request is still waited for once the
-	// context has ended: to undo a change, one must know whether it happened.
+	// grace is how long a request still waits for its answer after the context has ended. To undo a
+	// change, the caller must know whether it happened.
 	grace = 2 * time.Second
 )
 
-// A Client is one session. Its methods may be called from several goroutines,
-// one after the other is served. One that was given up in the middle of a
-// request, or that the server answered with nonsense, fails from then on.
+// A Client is a session. Its methods may be called concurrently; it sends one request at a time.
+// After a request was abandoned or the server sent an invalid answer, all further requests fail.
 type Client struct {
 	timeout    time.Duration
 	extensions map[string]bool
@@ -79,11 +76,11 @@ type Client struct {
 	mu     sync.Mutex // held for a request and its answer
 	conn   io.ReadWriteCloser
 	lastID uint32
-	broken error // why there is no session any more
+	broken error // why the session has ended, or nil
 }
 
-// New begins a session over conn, whose Close must end a Read and a Write that
-// wait. Each request gets timeout for its answer. An error has closed conn.
+// New starts a session over conn. Closing conn must end blocked Reads and Writes. Each request
+// waits up to timeout for its answer. If New fails, it closes conn.
 func New(ctx context.Context, conn io.ReadWriteCloser, timeout time.Duration) (*Client, error) {
 	c := &Client{conn: conn, timeout: timeout, extensions: make(map[string]bool)}
 	var hello packet
@@ -95,7 +92,7 @@ func New(ctx context.Context, conn io.ReadWriteCloser, timeout time.Duration) (*
 	}
 	answer := reader{data: body}
 	if got := answer.uint32(); kind != typeVersion || got != version {
-		return nil, c.fail(fmt.Errorf("the server answers with packet type %d, version %d of SFTP, and version %d is needed", kind, got, version))
+		return nil, c.fail(fmt.Errorf("the server answers with packet type %d, SFTP version %d: expected version %d", kind, got, version))
 	}
 	for len(answer.data) > 0 {
 		name := answer.string()
@@ -111,7 +108,7 @@ func New(ctx context.Context, conn io.ReadWriteCloser, timeout time.Duration) (*
 // Has reports whether the server offers an extension.
 func (c *Client) Has(extension string) bool { return c.extensions[extension] }
 
-// Err is why the session has ended, nil while it has not.
+// Err returns the error that ended the session, or nil.
 func (c *Client) Err() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -121,15 +118,15 @@ func (c *Client) Err() error {
 // Close ends the session.
 func (c *Client) Close() error { return c.conn.Close() }
 
-var errShort = errors.New("the server's answer ends in the middle of a field")
+var errShort = errors.New("the server's answer is truncated")
 
-// StatusError is the answer of a server that something did not work.
+// StatusError is an error that the server returned.
 type StatusError struct {
 	Code    uint32
-	Message string // the server's, printable and bounded
+	Message string // from the server; printable and bounded
 }
 
-// The codes that callers tell apart.
+// Status codes with a special meaning here.
 const (
 	statusOK               = 0
 	statusEOF              = 1
@@ -145,29 +142,28 @@ func (e *StatusError) Error() string {
 	case statusPermissionDenied:
 		return "permission denied"
 	case statusUnsupported:
-		return "the server does not support that"
+		return "the server does not support this operation"
 	}
 	if e.Message == "" || e.Message == "Failure" {
-		return "the server's SFTP gives no reason" // OpenSSH has none for a full disk or a file that is there
+		return "the SFTP server gives no reason" // as OpenSSH for a full disk or an existing file
 	}
 	return e.Message
 }
 
-// Is makes a StatusError one of package fs, where there is one.
+// Is reports whether e corresponds to an error of package fs or errors.ErrUnsupported.
 func (e *StatusError) Is(target error) bool {
 	return target == fs.ErrNotExist && e.Code == statusNoSuchFile ||
 		target == fs.ErrPermission && e.Code == statusPermissionDenied ||
 		target == errors.ErrUnsupported && e.Code == statusUnsupported
 }
 
-// A LostError means that the session has ended: nobody knows whether the last
-// request was served.
+// A LostError means that the session has ended. The last request may or may not have been served.
 type LostError struct{ Err error }
 
 func (e *LostError) Error() string { return "the connection was lost: " + e.Err.Error() }
 func (e *LostError) Unwrap() error { return e.Err }
 
-// fail ends the session. The caller holds c.mu, or is the only one to know c.
+// fail ends the session. The caller must hold c.mu or have the only reference to c.
 func (c *Client) fail(err error) error {
 	if c.broken == nil {
 		c.broken = &LostError{err}
@@ -176,7 +172,7 @@ func (c *Client) fail(err error) error {
 	return c.broken
 }
 
-// exchange sends one packet and returns the next that comes.
+// exchange sends a packet and returns the next packet that it receives.
 func (c *Client) exchange(ctx context.Context, kind byte, body []byte) (byte, []byte, error) {
 	if c.broken != nil {
 		return 0, nil, c.broken
@@ -203,7 +199,7 @@ func (c *Client) exchange(ctx context.Context, kind byte, body []byte) (byte, []
 		case watch.Err() != nil:
 			err = context.Cause(watch)
 		case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
-			err = errors.New("the other side has ended it")
+			err = errors.New("the server closed it")
 		}
 		return c.fail(err)
 	}
@@ -227,15 +223,15 @@ func (c *Client) exchange(ctx context.Context, kind byte, body []byte) (byte, []
 	return head[4], answer, nil
 }
 
-// A NoiseError means that something that is not SFTP came, such as the greeting
-// of a shell's start-up file.
+// A NoiseError means that the server sent something other than SFTP, such as output of a shell's
+// start-up file.
 type NoiseError struct{ beginning string }
 
 func (e *NoiseError) Error() string {
-	return "not SFTP, but something that begins with " + printable.Quote(e.beginning)
+	return "expected SFTP, got data that begins with " + printable.Quote(e.beginning)
 }
 
-// request sends one request and returns the answer to it, which is of type want.
+// request sends a request and returns its answer, which must be of type want.
 func (c *Client) request(ctx context.Context, kind byte, body packet, want byte) (*reader, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -246,7 +242,7 @@ func (c *Client) request(ctx context.Context, kind byte, body packet, want byte)
 	}
 	r := &reader{data: answer}
 	if id := r.uint32(); r.short || id != c.lastID {
-		return nil, c.fail(errors.New("the server answers what nobody asked"))
+		return nil, c.fail(errors.New("the server's answer does not match the request"))
 	}
 	switch {
 	case kind == typeStatus:
@@ -259,18 +255,18 @@ func (c *Client) request(ctx context.Context, kind byte, body packet, want byte)
 		}
 		return nil, &StatusError{code, printable.Line(r.string(), 200)} // older servers send no message
 	case kind != want:
-		return nil, c.fail(fmt.Errorf("the server answers with packet type %d, and %d was expected", kind, want))
+		return nil, c.fail(fmt.Errorf("the server answers with packet type %d: expected %d", kind, want))
 	}
 	return r, nil
 }
 
-// do is a request whose only answer is a status.
+// do sends a request whose only answer is a status.
 func (c *Client) do(ctx context.Context, kind byte, body packet) error {
 	_, err := c.request(ctx, kind, body, typeStatus)
 	return err
 }
 
-// extended is do for an extension.
+// extended sends a request of an extension.
 func (c *Client) extended(ctx context.Context, name string, arguments ...string) error {
 	if !c.Has(name) {
 		return &StatusError{Code: statusUnsupported}
@@ -282,7 +278,7 @@ func (c *Client) extended(ctx context.Context, name string, arguments ...string)
 	return c.do(ctx, typeExtended, p)
 }
 
-// Rename renames a file in one step, over one that is there (rename(2)).
+// Rename renames a file atomically and replaces an existing one (rename(2)).
 func (c *Client) Rename(ctx context.Context, from, to string) error {
 	return c.extended(ctx, PosixRename, from, to)
 }
@@ -297,7 +293,7 @@ func (c *Client) Remove(ctx context.Context, path string) error {
 	return c.do(ctx, typeRemove, about(path))
 }
 
-// RealPath is path without symlinks.
+// RealPath returns path without symlinks.
 func (c *Client) RealPath(ctx context.Context, path string) (string, error) {
 	r, err := c.request(ctx, typeRealPath, about(path), typeName)
 	if err != nil {
@@ -310,14 +306,14 @@ func (c *Client) RealPath(ctx context.Context, path string) (string, error) {
 	return name, nil
 }
 
-// nonsense ends the session for an answer that cannot be understood.
+// nonsense ends the session because of an invalid answer.
 func (c *Client) nonsense(err error) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.fail(err)
 }
 
-// Lstat describes a file, and a symlink as itself.
+// Lstat describes a file without following a symlink.
 func (c *Client) Lstat(ctx context.Context, path string) (Attrs, error) {
 	return c.attrs(c.request(ctx, typeLstat, about(path), typeAttrs))
 }
@@ -328,13 +324,13 @@ func (c *Client) attrs(r *reader, err error) (Attrs, error) {
 	}
 	a := r.attrs()
 	if r.short || !a.complete {
-		return Attrs{}, c.nonsense(errors.New("the server does not say what a file is, whose and how large"))
+		return Attrs{}, c.nonsense(errors.New("the server does not send the type, owner and size of a file"))
 	}
 	return a, nil
 }
 
-// Names lists the names in a directory for which keep says true. A name may have
-// any length and anything in it.
+// Names lists the names in a directory for which keep returns true. Names may have any length and
+// contain any bytes.
 func (c *Client) Names(ctx context.Context, dir string, keep func(name string) bool) (names []string, err error) {
 	f, err := c.open(ctx, typeOpenDir, about(dir))
 	if err != nil {
@@ -351,17 +347,17 @@ func (c *Client) Names(ctx context.Context, dir string, keep func(name string) b
 		}
 		count := r.uint32()
 		if count == 0 {
-			return nil, c.nonsense(errors.New("the server sends a list without an entry, which has no end"))
+			return nil, c.nonsense(errors.New("the server sends an empty list of names"))
 		}
 		for range count {
 			name := r.string()
-			r.string() // as ls -l has it
+			r.string() // in the format of ls -l
 			r.attrs()
 			if r.short {
 				return nil, c.nonsense(errShort)
 			}
 			if seen++; seen > maxNames {
-				return nil, fmt.Errorf("there are more than %d names in %s", maxNames, dir)
+				return nil, fmt.Errorf("the directory %s has more than %d entries", dir, maxNames)
 			}
 			if keep(name) {
 				names = append(names, name)
@@ -375,7 +371,7 @@ func isEOF(err error) bool {
 	return ok && status.Code == statusEOF
 }
 
-// A File is open.
+// A File is an open file.
 type File struct {
 	client *Client
 	handle string
@@ -389,7 +385,7 @@ const (
 	flagExcl   = 0x20
 )
 
-// OpenToRead opens a file to read it.
+// OpenToRead opens a file for reading.
 func (c *Client) OpenToRead(ctx context.Context, path string) (*File, error) {
 	p := about(path)
 	p.uint32(flagRead)
@@ -397,8 +393,8 @@ func (c *Client) OpenToRead(ctx context.Context, path string) (*File, error) {
 	return c.open(ctx, typeOpen, p)
 }
 
-// Create makes a file, to write it, which must not be there. Its mode is perm
-// at most.
+// Create creates a file for writing. It fails if the file exists. The server's umask may restrict
+// perm.
 func (c *Client) Create(ctx context.Context, path string, perm fs.FileMode) (*File, error) {
 	p := about(path)
 	p.uint32(flagWrite | flagCreate | flagExcl)
@@ -419,7 +415,7 @@ func (c *Client) open(ctx context.Context, kind byte, p packet) (*File, error) {
 	return f, nil
 }
 
-// Close closes the file. The server may hold a failed write back until then.
+// Close closes the file. The server may report a failed write only now.
 func (f *File) Close(ctx context.Context) error {
 	return f.client.do(ctx, typeClose, about(f.handle))
 }
@@ -429,7 +425,7 @@ func (f *File) Stat(ctx context.Context) (Attrs, error) {
 	return f.client.attrs(f.client.request(ctx, typeFstat, about(f.handle), typeAttrs))
 }
 
-// Read reads up to size bytes at offset: fewer only at the end of the file.
+// Read reads size bytes at offset, or fewer at the end of the file.
 func (f *File) Read(ctx context.Context, offset int64, size int) ([]byte, error) {
 	var data []byte
 	for len(data) < size {
@@ -446,14 +442,14 @@ func (f *File) Read(ctx context.Context, offset int64, size int) ([]byte, error)
 		}
 		chunk := r.string()
 		if r.short || len(chunk) == 0 || len(chunk) > want {
-			return nil, f.client.nonsense(errors.New("the server returns more or less than was asked for"))
+			return nil, f.client.nonsense(errors.New("the server returns a wrong number of bytes"))
 		}
 		data = append(data, chunk...)
 	}
 	return data, nil
 }
 
-// Write writes data from the beginning of the file on.
+// Write writes data at the start of the file.
 func (f *File) Write(ctx context.Context, data []byte) error {
 	offset := 0
 	for chunk := range slices.Chunk(data, maxChunk) {
@@ -468,7 +464,7 @@ func (f *File) Write(ctx context.Context, data []byte) error {
 	return nil
 }
 
-// Chown gives the file to a user and a group.
+// Chown sets the user and group of the file.
 func (f *File) Chown(ctx context.Context, uid, gid uint32) error {
 	p := about(f.handle)
 	p.uint32(hasOwner)
@@ -485,7 +481,7 @@ func (f *File) Chmod(ctx context.Context, mode fs.FileMode) error {
 	return f.client.do(ctx, typeFsetstat, p)
 }
 
-// SetModified sets when the file was modified, and read, in seconds since 1970.
+// SetModified sets the modification and access times of the file, in seconds since 1970.
 func (f *File) SetModified(ctx context.Context, seconds uint32) error {
 	p := about(f.handle)
 	p.uint32(hasTimes)
@@ -494,8 +490,8 @@ func (f *File) SetModified(ctx context.Context, seconds uint32) error {
 	return f.client.do(ctx, typeFsetstat, p)
 }
 
-// Sync has the server write the file to its disk. A server that has no such
-// extension is not asked.
+// Sync makes the server write the file to its disk. It does nothing if the server lacks the
+// extension.
 func (f *File) Sync(ctx context.Context) error {
 	if !f.client.Has(Fsync) {
 		return nil

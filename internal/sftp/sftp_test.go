@@ -25,7 +25,7 @@ func must(t testing.TB, err error) {
 	}
 }
 
-// process is a server by its streams.
+// process is a server process with its streams.
 type process struct {
 	io.Reader
 	io.WriteCloser
@@ -38,7 +38,7 @@ func (p *process) Close() error {
 	return nil
 }
 
-// openssh is a session with OpenSSH's server.
+// openssh returns a session with OpenSSH's server.
 func openssh(t *testing.T) *Client {
 	for _, path := range []string{"/usr/lib/openssh/sftp-server", "/usr/libexec/openssh/sftp-server", "/usr/libexec/sftp-server", "/usr/lib/ssh/sftp-server"} {
 		if _, err := os.Stat(path); err != nil {
@@ -79,10 +79,10 @@ func TestOpenSSH(t *testing.T) {
 	}
 	must(t, f.Close(ctx))
 	if got, err := os.ReadFile(path); err != nil || string(got) != string(data) {
-		t.Errorf("written %d bytes, %v", len(got), err)
+		t.Errorf("the file has %d bytes, %v", len(got), err)
 	}
 	if _, err := c.Create(ctx, path, 0o600); err == nil {
-		t.Error("a file that is there was made again")
+		t.Error("Create replaced an existing file")
 	}
 	f, err = c.OpenToRead(ctx, path)
 	must(t, err)
@@ -123,8 +123,7 @@ func TestOpenSSH(t *testing.T) {
 	}
 }
 
-// answering is a session with a server that answers each packet with the next of
-// these, as they are.
+// answering returns a session with a server that sends these packets in turn.
 func answering(t testing.TB, timeout time.Duration, answers ...string) (*Client, error) {
 	ours, theirs := net.Pipe()
 	t.Cleanup(func() { ours.Close(); theirs.Close() })
@@ -147,23 +146,23 @@ const hello = "\x00\x00\x00\x05\x02\x00\x00\x00\x03"
 func TestNonsense(t *testing.T) {
 	for _, test := range []struct{ name, answer, says string }{
 		{"text", "Welcome to the machine", "begins with \"Welco\""},
-		{"too long", "\x7f\x00\x00\x00\x02", "not SFTP"},
-		{"empty", "\x00\x00\x00\x00\x02", "not SFTP"},
+		{"too long", "\x7f\x00\x00\x00\x02", "expected SFTP"},
+		{"empty", "\x00\x00\x00\x00\x02", "expected SFTP"},
 		{"version", "\x00\x00\x00\x05\x02\x00\x00\x00\x02", "version 2"},
 		{"type", "\x00\x00\x00\x05\x03\x00\x00\x00\x03", "packet type 3"},
-		{"extensions", "\x00\x00\x00\x09\x02\x00\x00\x00\x03\x00\x00\x00\x09", "middle of a field"},
+		{"extensions", "\x00\x00\x00\x09\x02\x00\x00\x00\x03\x00\x00\x00\x09", "truncated"},
 	} {
 		if _, err := answering(t, time.Minute, test.answer); err == nil || !strings.Contains(err.Error(), test.says) {
 			t.Errorf("%s: got %v, want %q", test.name, err, test.says)
 		}
 	}
 	for _, test := range []struct{ name, answer, says string }{
-		{"another request's", "\x00\x00\x00\x09\x65\x00\x00\x00\x07\x00\x00\x00\x00", "nobody asked"},
-		{"no id", "\x00\x00\x00\x01\x65", "nobody asked"},
-		{"no code", "\x00\x00\x00\x05\x65\x00\x00\x00\x01", "middle of a field"},
+		{"another request's", "\x00\x00\x00\x09\x65\x00\x00\x00\x07\x00\x00\x00\x00", "does not match the request"},
+		{"no id", "\x00\x00\x00\x01\x65", "does not match the request"},
+		{"no code", "\x00\x00\x00\x05\x65\x00\x00\x00\x01", "truncated"},
 		{"another type", "\x00\x00\x00\x05\x66\x00\x00\x00\x01", "packet type 102"},
 		{"success for nothing", "\x00\x00\x00\x09\x65\x00\x00\x00\x01\x00\x00\x00\x00", "no reason"},
-		{"few attributes", "\x00\x00\x00\x09\x69\x00\x00\x00\x01\x00\x00\x00\x00", "what a file is"},
+		{"few attributes", "\x00\x00\x00\x09\x69\x00\x00\x00\x01\x00\x00\x00\x00", "type, owner and size"},
 	} {
 		c, err := answering(t, time.Minute, hello, test.answer)
 		must(t, err)
@@ -173,7 +172,7 @@ func TestNonsense(t *testing.T) {
 	}
 }
 
-// TestEndlessList: a server that sends lists of nothing is given up.
+// TestEndlessList checks that empty lists of names end the session.
 func TestEndlessList(t *testing.T) {
 	answers := []string{hello, "\x00\x00\x00\x0a\x66\x00\x00\x00\x01\x00\x00\x00\x01d"}
 	for id := byte(2); id < 100; id++ {
@@ -181,12 +180,12 @@ func TestEndlessList(t *testing.T) {
 	}
 	c, err := answering(t, time.Second, answers...)
 	must(t, err)
-	if _, err := c.Names(t.Context(), "/x", func(string) bool { return true }); err == nil || !strings.Contains(err.Error(), "list without an entry") {
+	if _, err := c.Names(t.Context(), "/x", func(string) bool { return true }); err == nil || !strings.Contains(err.Error(), "empty list") {
 		t.Errorf("got %v", err)
 	}
 }
 
-// TestSilence: a server that does not answer is given up, and the session with it.
+// TestSilence checks that a missing answer ends the session.
 func TestSilence(t *testing.T) {
 	c, err := answering(t, 10*time.Millisecond, hello)
 	must(t, err)
@@ -206,8 +205,8 @@ func TestSilence(t *testing.T) {
 	}
 }
 
-// TestCancelledBefore: the program behind a stream ends even if the context ended
-// before anything was sent.
+// TestCancelledBefore checks that New closes the stream even if the context ended before anything
+// was sent.
 func TestCancelledBefore(t *testing.T) {
 	ours, theirs := net.Pipe()
 	must(t, theirs.SetReadDeadline(time.Now().Add(10*time.Second)))
@@ -221,7 +220,7 @@ func TestCancelledBefore(t *testing.T) {
 	}
 }
 
-// FuzzAnswers: whatever a server answers, it is an error or an answer.
+// FuzzAnswers checks that every answer of a server is either valid or an error.
 func FuzzAnswers(f *testing.F) {
 	f.Add([]byte("\x69\x00\x00\x00\x01\x00\x00\x00\x0f"))
 	f.Add([]byte("\x68\x00\x00\x00\x01\x00\x00\x00\x01\x00\x00\x00\x01a\x00\x00\x00\x00\x80\x00\x00\x00\xff\xff\xff\xff"))

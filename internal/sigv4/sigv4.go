@@ -1,4 +1,4 @@
-// Package sigv4 signs requests to AWS, and verifies such signatures: Signature Version 4,
+// Package sigv4 signs requests to AWS and verifies such signatures: Signature Version 4,
 // https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html.
 package sigv4
 
@@ -24,7 +24,7 @@ const (
 	dateHeader  = "X-Amz-Date"
 	tokenHeader = "X-Amz-Security-Token"
 
-	// timeForm is ISO 8601 as AWS wants it. Its first eight bytes are the day.
+	// timeForm is AWS's variant of ISO 8601. Its first eight bytes are the day.
 	timeForm = "20060102T150405Z"
 	dayLen   = 8
 )
@@ -33,18 +33,18 @@ const (
 type Credentials struct {
 	AccessKeyID     string
 	SecretAccessKey secret.String
-	SessionToken    secret.String // of temporary ones; zero: there is none
+	SessionToken    secret.String // for temporary credentials, else zero
 }
 
-// Scope is what a signature is good for, on the day it was made.
+// Scope is the scope of a signature, which is valid on the day of signing.
 type Scope struct{ Region, Service string }
 
 func (s Scope) of(day string) string {
 	return strings.Join([]string{day, s.Region, s.Service, terminator}, "/")
 }
 
-// Sign signs a request with this body: its method, path, query, host and all of its header
-// but what proxies change.
+// Sign signs a request with the given body: the method, path, query, host and all header fields
+// except those that proxies change.
 func Sign(r *http.Request, body []byte, c Credentials, scope Scope, at time.Time) {
 	stamp := at.UTC().Format(timeForm)
 	r.Header.Set(dateHeader, stamp)
@@ -79,7 +79,7 @@ func signature(r *http.Request, body []byte, key secret.String, scope Scope, sta
 	return hex.EncodeToString(sum)
 }
 
-// canonical is the canonical request.
+// canonical returns the canonical request.
 func canonical(r *http.Request, body []byte, names []string) string {
 	path := r.URL.Path
 	if path == "" {
@@ -93,7 +93,7 @@ func canonical(r *http.Request, body []byte, names []string) string {
 	return strings.Join(append(lines, "", strings.Join(names, ";"), hex.EncodeToString(digest[:])), "\n")
 }
 
-// values are a field's, each without the blanks that do not count.
+// values returns the values of a header field with normalized white space.
 func values(r *http.Request, name string) []string {
 	if name == "host" {
 		if r.Host != "" {
@@ -133,7 +133,7 @@ func escape(text string, keepSlash bool) string {
 	return out.String()
 }
 
-// A Signature is what a request says of itself.
+// A Signature is the signature in a request.
 type Signature struct {
 	AccessKeyID  string
 	SessionToken string
@@ -145,7 +145,7 @@ type Signature struct {
 	sum   string
 }
 
-// Parse reads the signature of a request. Nothing of it is verified.
+// Parse reads the signature of a request without verifying it.
 func Parse(r *http.Request) (*Signature, error) {
 	s := &Signature{SessionToken: r.Header.Get(tokenHeader), stamp: r.Header.Get(dateHeader)}
 	rest, ok := strings.CutPrefix(r.Header.Get("Authorization"), algorithm+" ")
@@ -165,7 +165,7 @@ func Parse(r *http.Request) (*Signature, error) {
 	s.names = strings.Split(fields["SignedHeaders"], ";")
 	var err error
 	if s.At, err = time.Parse(timeForm, s.stamp); err != nil || credential[1] != s.stamp[:dayLen] {
-		return nil, errors.New("the request's date and that of its scope are not the same")
+		return nil, errors.New("the date of the request differs from that of its scope")
 	}
 	if !slices.IsSorted(s.names) || !slices.Contains(s.names, "host") {
 		return nil, errors.New("the signed fields are not sorted, or host is not one of them")

@@ -96,17 +96,17 @@ func TestExamples(t *testing.T) {
 				t.Error("the signature does not verify")
 			}
 			if s.Verify(r, []byte(test.body+"x"), c.SecretAccessKey) || s.Verify(r, []byte(test.body), secret.New("other")) {
-				t.Error("another body or key verifies too")
+				t.Error("another body or key also verifies")
 			}
 			r.Host = "elsewhere.example.org"
 			if s.Verify(r, []byte(test.body), c.SecretAccessKey) {
-				t.Error("another host verifies too")
+				t.Error("another host also verifies")
 			}
 		})
 	}
 }
 
-// A request that is signed again, with other credentials, shows nothing of the ones before.
+// Signing a request again with other credentials leaves no trace of the first ones.
 func TestSignAgain(t *testing.T) {
 	r, err := http.NewRequest("POST", "https://example.amazonaws.com/", nil)
 	if err != nil {
@@ -145,7 +145,7 @@ func TestParseRefuses(t *testing.T) {
 	}
 }
 
-// What a client sends is for the fake of a test to parse; it must not panic.
+// Fakes in tests parse the signatures of any client, so Parse must not panic.
 func FuzzParse(f *testing.F) {
 	f.Add(algorithm+" Credential=AKIDEXAMPLE/20150830/us-east-1/service/aws4_request, SignedHeaders=host, Signature=00", "20150830T123600Z")
 	f.Add(algorithm+" Credential=////aws4_request,Signature=x", "x")

@@ -12,18 +12,18 @@ import (
 	"certctl-agent/internal/trustedfile"
 )
 
-// maxBundle bounds a file of certificate authorities, in bytes: those of the
-// whole web fit in a quarter of it.
+// maxBundle bounds a file of CA certificates, in bytes. The CA certificates of the whole web fit in
+// a quarter of it.
 const maxBundle = 1 << 20
 
-// Trust says how the server of an API proves that it is the one.
+// Trust configures how the identity of an API's server is verified.
 type Trust struct {
-	CAFile      string // PEM, instead of the system's authorities; "": theirs
-	Fingerprint string // SHA-256 of the server's certificate, in hex; it alone decides then
-	Insecure    bool   // no proof is asked for
+	CAFile      string // PEM file with CA certificates; "" for the system's
+	Fingerprint string // SHA-256 of the server's certificate in hex; if set, nothing else is checked
+	Insecure    bool   // do not verify the server
 }
 
-// Check reports what of it could not be used.
+// Check returns an error if the fingerprint is malformed.
 func (t Trust) Check() error {
 	if t.Fingerprint == "" {
 		return nil
@@ -40,7 +40,7 @@ func (t Trust) fingerprint() ([]byte, error) {
 	return sum, nil
 }
 
-// Config reads the file and returns the configuration of a connection.
+// Config reads CAFile and returns a TLS configuration.
 func (t Trust) Config() (*tls.Config, error) {
 	config := &tls.Config{MinVersion: tls.VersionTLS12}
 	switch {
@@ -64,7 +64,7 @@ func (t Trust) Config() (*tls.Config, error) {
 		}
 		config.RootCAs = x509.NewCertPool()
 		if !config.RootCAs.AppendCertsFromPEM(data) {
-			return nil, fmt.Errorf("%s holds no certificate", t.CAFile)
+			return nil, fmt.Errorf("%s contains no certificates", t.CAFile)
 		}
 	}
 	config.InsecureSkipVerify = config.InsecureSkipVerify || t.Insecure

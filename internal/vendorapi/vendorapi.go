@@ -1,6 +1,5 @@
-// Package vendorapi calls the HTTP APIs of appliances and clouds. It bounds each
-// call in time and bytes, repeats it where that is safe, and makes what the other
-// side says fit to be shown.
+// Package vendorapi calls the HTTP APIs of appliances and clouds. It bounds the time and size of
+// each call, retries calls if that is safe, and makes the server's error messages safe to print.
 package vendorapi
 
 import (
@@ -25,62 +24,60 @@ import (
 )
 
 const (
-	// defaultTimeout is for one try of a call.
+	// defaultTimeout bounds one attempt of a call.
 	defaultTimeout = 30 * time.Second
 
-	// defaultPatience is how long a call is tried again, in all.
+	// defaultPatience bounds all attempts of a call together.
 	defaultPatience = time.Minute
 
-	// firstPause is before the second try, and doubles from there to maxPause,
-	// unless the API says how long it wants to be left alone. Up to a half more is
-	// drawn, so that agents that were refused together do not come back together.
+	// firstPause is the pause before the first retry. Pauses double up to maxPause unless the API
+	// asks for a longer one. Up to half of a pause is added at random, so agents that were rejected
+	// together do not return together.
 	firstPause = 500 * time.Millisecond
 	maxPause   = 10 * time.Second
 
-	// defaultMaxAnswer bounds an answer, in bytes: lists of objects come in pages
-	// that are shorter.
+	// defaultMaxAnswer bounds an answer, in bytes. Lists of objects come in shorter pages.
 	defaultMaxAnswer = 4 << 20
 
 	// maxHeader bounds the header of an answer, in bytes.
 	maxHeader = 64 << 10
 
-	// maxMessage bounds what is shown of an answer that is not success, in bytes.
+	// maxMessage bounds the part of an error answer that is shown, in bytes.
 	maxMessage = 1 << 10
 )
 
-// Options are of one API.
+// Options configure the client of an API.
 type Options struct {
-	// Dial connects to the API or, if there is one, to the proxy, at host:port. It
-	// asks the policy. Nil: to any, because no private key is sent, or because the
-	// policy has allowed what the proxy is to connect to.
+	// Dial connects to the API, or to the proxy if there is one, at host:port, after consulting the
+	// policy. If it is nil, every connection is allowed: no private key is sent, or the policy has
+	// already allowed the address behind the proxy.
 	Dial func(ctx context.Context, address string) (net.Conn, error)
 
-	Proxy *url.URL // nil: none
+	Proxy *url.URL // or nil
 
-	// TLS is asked for each try, after Sign, since what it reads may have rotated.
-	// Nil: the authorities of the system are trusted.
+	// TLS returns the configuration for each attempt. It is called after Sign, because the files
+	// that it reads may have been rotated. If it is nil, the system's CA certificates apply.
 	TLS func() (*tls.Config, error)
 
-	// Sign authenticates a request, for each try. Nil: requests stay as they are.
+	// Sign authenticates a request, for each attempt. It may be nil.
 	Sign func(ctx context.Context, request *http.Request, body []byte) error
 
-	// Busy is asked about each answer that is not success: does it say that nothing
-	// has been done, and may the call be made again? 429 and 503 count as yes. Nil:
-	// nothing else does.
+	// Busy reports whether an error answer means that nothing was done and that the call may be
+	// retried. 429 and 503 always mean that. It may be nil.
 	Busy func(*StatusError) bool
 
-	// Message is the vendor's own message in the body of an answer that is not
-	// success. Nil or "": the whole body.
+	// Message extracts the vendor's error message from the body of an answer. If Message is nil or
+	// returns "", the whole body is shown.
 	Message func(body []byte) string
 
-	Timeout  time.Duration // of one try; 0: 30 s
-	Patience time.Duration // how long a call is tried again, in all; 0: one minute; negative: it is not
+	Timeout  time.Duration // of one attempt; 0 means 30 s
+	Patience time.Duration // for all attempts; 0 means one minute, negative means no retries
 }
 
-// Client calls one API.
+// Client calls an API.
 type Client struct {
 	options Options
-	draw    func(n int64) int64 // uniform in [0, n); a test injects its own
+	draw    func(n int64) int64 // uniform in [0, n); injected by tests
 }
 
 // New returns a client.
@@ -94,52 +91,52 @@ func New(o Options) *Client {
 	return &Client{o, rand.Int64N}
 }
 
-// Request is one call.
+// Request is a call.
 type Request struct {
 	Method string
 	URL    string
 	Header http.Header
 	Body   []byte
 
-	// Reads says that the call changes nothing, whatever its method, so that it
-	// may be made again although it is not known whether it arrived. A GET does.
+	// Reads means that the call changes nothing, whatever its method, so it may be retried even if
+	// it may have arrived. It is implied by GET.
 	Reads bool
 
-	MaxAnswer int64 // in bytes; 0: 4 MiB
+	MaxAnswer int64 // in bytes; 0 means 4 MiB
 }
 
 func (r *Request) reads() bool { return r.Reads || r.Method == http.MethodGet }
 
-// Answer is a successful one, 2xx.
+// Answer is a successful answer (2xx).
 type Answer struct {
 	Status int
 	Header http.Header
 	Body   []byte
 }
 
-// StatusError is an answer that is not 2xx. Redirects are not followed.
+// StatusError is an answer other than 2xx. Redirects are not followed.
 type StatusError struct {
 	Status  int
 	Header  http.Header
-	Body    []byte        // as it came
-	Message string        // bounded, fit to print
-	After   time.Duration // how long the API wants to be left alone; 0: it does not say
+	Body    []byte        // as received
+	Message string        // printable and bounded
+	After   time.Duration // how long the API asks to wait, or 0
 }
 
 func (e *StatusError) Error() string {
 	return strings.TrimSuffix(fmt.Sprintf("%d %s: %s", e.Status, http.StatusText(e.Status), e.Message), ": ")
 }
 
-// LostError says that a call may or may not have changed something: there was a
-// connection for it, and no whole answer came.
+// LostError means that a call may or may not have changed something: it was connected, but no
+// complete answer arrived.
 type LostError struct{ err error }
 
 func (e *LostError) Error() string { return e.err.Error() + " (it may have been carried out)" }
 
-// Unwrap returns what happened to the connection.
+// Unwrap returns the error of the connection.
 func (e *LostError) Unwrap() error { return e.err }
 
-// StatusOf is the status code of a StatusError, else 0.
+// StatusOf returns the status code of a StatusError, or 0 for other errors.
 func StatusOf(err error) int {
 	if e, ok := errors.AsType[*StatusError](err); ok {
 		return e.Status
@@ -147,9 +144,8 @@ func StatusOf(err error) int {
 	return 0
 }
 
-// Do makes a call, and makes it again while the API is restarting or busy. A call
-// that changes something and has begun is not cancelled with ctx: an undo has to
-// know whether it happened.
+// Do makes a call and retries it while the API restarts or is busy. Once a call that changes
+// something has started, ctx does not cancel it: an undo must know whether the change happened.
 func (c *Client) Do(ctx context.Context, r *Request) (*Answer, error) {
 	begun, pause := time.Now(), firstPause
 	for {
@@ -162,7 +158,7 @@ func (c *Client) Do(ctx context.Context, r *Request) (*Answer, error) {
 		}
 		wait, asked := pause, ""
 		if status, ok := errors.AsType[*StatusError](err); ok && status.After > wait {
-			wait, asked = status.After, fmt.Sprintf(", since it wants to be left alone for %v", status.After)
+			wait, asked = status.After, fmt.Sprintf(": it asks to wait %v", status.After)
 		}
 		wait += time.Duration(c.draw(int64(wait / 2)))
 		if tried := time.Since(begun); tried+wait > c.options.Patience {
@@ -245,9 +241,8 @@ func (c *Client) try(ctx context.Context, r *Request) (*Answer, error) {
 	return &Answer{Status: response.StatusCode, Header: response.Header, Body: body}, nil
 }
 
-// transport serves one request. A connection that is kept could be closed by the
-// other side just when a change is sent by it, which nobody could tell from one
-// that was carried out.
+// transport returns a transport for one request. A kept connection could be closed by the server
+// just when a change is sent over it, and it would be unknown whether the change was carried out.
 func (c *Client) transport() (*http.Transport, error) {
 	config := &tls.Config{}
 	if c.options.TLS != nil {
@@ -266,7 +261,7 @@ func (c *Client) transport() (*http.Transport, error) {
 	return &http.Transport{
 		Proxy: http.ProxyURL(proxy),
 		OnProxyConnectResponse: func(_ context.Context, _ *url.URL, _ *http.Request, answer *http.Response) error {
-			if answer.StatusCode != http.StatusOK { // net/http would show all of the reason, whatever that is
+			if answer.StatusCode != http.StatusOK { // net/http would show the whole reason, unbounded
 				return fmt.Errorf("the proxy %s answers %s", proxy.Host, printable.Line(answer.Status, 200))
 			}
 			return nil
@@ -280,8 +275,8 @@ func (c *Client) transport() (*http.Transport, error) {
 	}, nil
 }
 
-// plainError is an error of net/http without the URL, which may hold a secret
-// and which the caller names better, and with the reason for a context's end.
+// plainError returns an error of net/http without the URL, which may contain a secret and which the
+// caller describes better. If the context ended, it returns the cause.
 func plainError(ctx context.Context, err error) error {
 	if e, ok := errors.AsType[*url.Error](err); ok {
 		err = e.Err
@@ -301,17 +296,17 @@ func (c *Client) newStatusError(response *http.Response, body []byte) *StatusErr
 		e.Message = string(body)
 	}
 	if location := response.Header.Get("Location"); response.StatusCode/100 == 3 {
-		e.Message = "it redirects to " + location + ", which is not followed"
+		e.Message = "it redirects to " + location + "; redirects are not followed"
 	}
-	// It may quote anything of the request, and be of any length: Redact is slow.
+	// The message may quote any part of the request, so redact it. Redact is slow: cut it first.
 	e.Message = printable.Line(command.Redact(e.Message[:min(len(e.Message), 8*maxMessage)]), maxMessage)
 	e.After = retryAfter(response.Header.Get("Retry-After"))
 	return e
 }
 
-// retryAfter reads the field's value, seconds or a date (RFC 9110, section 10.2.3).
+// retryAfter parses a Retry-After field in seconds or as a date (RFC 9110, section 10.2.3).
 func retryAfter(value string) time.Duration {
-	const most = time.Hour // no call waits for as long
+	const most = time.Hour // longer than any call waits
 	if seconds, err := strconv.Atoi(value); err == nil {
 		return time.Duration(min(max(seconds, 0), int(most/time.Second))) * time.Second
 	}

@@ -24,8 +24,8 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-// network answers the calls of a client in memory, each with the next of its
-// handlers, and the last again and again.
+// network answers the calls of a client in memory. It uses its handlers in turn and repeats the
+// last one.
 type network struct {
 	handlers []http.HandlerFunc
 	calls    atomic.Int64
@@ -74,7 +74,7 @@ func drop(w http.ResponseWriter, _ *http.Request) {
 
 func hang(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }
 
-// What is made again, what is not, and how long each takes.
+// TestRetries checks which calls are retried and how long each takes.
 func TestRetries(t *testing.T) {
 	busy := func(e *StatusError) bool { return e.Status == 423 }
 	for _, test := range []struct {
@@ -84,17 +84,17 @@ func TestRetries(t *testing.T) {
 		handlers []http.HandlerFunc
 		calls    int64
 		took     time.Duration
-		says     string // "": success
+		says     string // part of the error; "" for success
 		lost     bool
 	}{
 		{"success", "POST", false, []http.HandlerFunc{status(201)}, 1, 0, "", false},
 		{"busy once", "POST", false, []http.HandlerFunc{status(503), status(200)}, 2, firstPause, "", false},
 		{"throttled, with a time", "POST", false, []http.HandlerFunc{status(429, "Retry-After", "7"), status(200)}, 2, 7 * time.Second, "", false},
-		{"throttled for too long", "GET", false, []http.HandlerFunc{status(429, "Retry-After", "61"), status(200)}, 1, 0, "429 Too Many Requests: body 429 (given up after 0s, since it wants to be left alone for 1m1s)", false},
+		{"throttled for too long", "GET", false, []http.HandlerFunc{status(429, "Retry-After", "61"), status(200)}, 1, 0, "429 Too Many Requests: body 429 (given up after 0s: it asks to wait 1m1s)", false},
 		{"the vendor's own busy", "POST", false, []http.HandlerFunc{status(423), status(200)}, 2, firstPause, "", false},
 		{"busy for ever", "POST", false, []http.HandlerFunc{status(503)}, 10, 55500 * time.Millisecond, "given up after 56s", false},
 		{"failed", "GET", false, []http.HandlerFunc{status(500)}, 1, 0, "500 Internal Server Error: body 500", false},
-		{"redirected", "GET", false, []http.HandlerFunc{status(307, "Location", "https://evil.example/")}, 1, 0, "it redirects to https://evil.example/, which is not followed", false},
+		{"redirected", "GET", false, []http.HandlerFunc{status(307, "Location", "https://evil.example/")}, 1, 0, "it redirects to https://evil.example/; redirects are not followed", false},
 		{"a read whose answer is lost", "GET", false, []http.HandlerFunc{drop, status(200)}, 2, firstPause, "", false},
 		{"a POST that reads", "POST", true, []http.HandlerFunc{drop, status(200)}, 2, firstPause, "", false},
 		{"a change whose answer is lost", "POST", false, []http.HandlerFunc{drop, status(200)}, 1, 0, "it may have been carried out", true},
@@ -129,7 +129,7 @@ func TestRetries(t *testing.T) {
 	}
 }
 
-// Nothing was sent, so that a change is made again too.
+// If nothing was sent, even a change is retried.
 func TestRefused(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, before := range []error{syscall.ECONNREFUSED, syscall.ECONNRESET, io.EOF} { // refused, and in the handshake
@@ -153,7 +153,7 @@ func TestRefused(t *testing.T) {
 	})
 }
 
-// Clients that were refused together do not come back together.
+// Clients that were rejected together do not return together.
 func TestJitter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, draw := range []int64{0, 1} {
@@ -176,7 +176,7 @@ func TestNoPatience(t *testing.T) {
 	}
 }
 
-// A read ends with its context, a change that has begun does not.
+// A read ends with its context, but a change that has started does not.
 func TestCancel(t *testing.T) {
 	for method, want := range map[string]time.Duration{"GET": time.Second, "POST": 3 * time.Second} {
 		synctest.Test(t, func(t *testing.T) {
@@ -203,7 +203,7 @@ func TestCancel(t *testing.T) {
 	}
 }
 
-// What the other side says is bounded, on one line, and without keys.
+// Messages from the server are bounded, on one line, and without keys.
 func TestMessage(t *testing.T) {
 	key := "-----BEGIN PRIVATE KEY-----\nMIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg\n-----END PRIVATE KEY-----"
 	body := "denied\x1b[2J\n" + key + strings.Repeat("x", 1<<20)
@@ -261,12 +261,12 @@ func TestTrust(t *testing.T) {
 			t.Errorf("%s: got %v, want %q", name, err, test.says)
 		}
 		if _, lost := errors.AsType[*LostError](err); lost {
-			t.Errorf("%s: nothing was sent, and the error says it may have been: %v", name, err)
+			t.Errorf("%s: nothing was sent, but the error says that it may have been: %v", name, err)
 		}
 	}
 }
 
-// A proxy gets the connection, and what it says is bounded.
+// The client connects to the proxy, and the proxy's message is bounded.
 func TestProxy(t *testing.T) {
 	var asked atomic.Value
 	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -285,7 +285,7 @@ func TestProxy(t *testing.T) {
 	}
 }
 
-// Each try is authenticated anew.
+// Each attempt is authenticated.
 func TestSign(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := &network{handlers: []http.HandlerFunc{status(503), func(w http.ResponseWriter, r *http.Request) {

@@ -22,25 +22,25 @@ import (
 )
 
 const (
-	// maxHeader bounds the head of an answer, in bytes.
+	// maxHeader bounds the HTTP header of an answer, in bytes.
 	maxHeader = 64 << 10
 
-	// maxAnswer bounds the body, in bytes: an envelope, which may be in UTF-16, and
-	// what an encrypted one has around it.
+	// maxAnswer bounds the body of an answer, in bytes: an envelope, possibly in UTF-16, and the
+	// parts around an encrypted one.
 	maxAnswer = 2*maxEnvelope + 8<<10
 
-	// maxSkew is how far clocks may be apart without it being worth a word.
+	// maxSkew is the difference of clocks from which a refused logon mentions it.
 	maxSkew = 5 * time.Minute
 )
 
-// connection is one to the host. NTLM logs a connection on, so it is not left to
-// the transport of net/http, which makes another whenever it sees fit.
+// connection is a connection to the host. NTLM authenticates connections, so the transport of
+// net/http, which opens new ones at will, is not suitable.
 type connection struct {
 	net.Conn
 	in      *io.LimitedReader
 	reader  *bufio.Reader
-	closing bool          // after the answer that has been read
-	session *ntlm.Session // nil: messages are in clear, inside of TLS
+	closing bool          // the host closes it after the last answer
+	session *ntlm.Session // nil with TLS: messages are not encrypted again
 }
 
 func (c *Client) address() string {
@@ -62,8 +62,8 @@ func (c *Client) disconnect() {
 	}
 }
 
-// call sends a request, for a shell or nil, and returns the answer. After an error
-// that is not a Fault the connection is closed.
+// call sends a request, for a shell or nil, and returns the answer. After an error other than a
+// Fault the connection is closed.
 func (c *Client) call(ctx context.Context, r request, s *shell) (*envelope, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, c.options.Timeout, fmt.Errorf("no answer within %v", c.options.Timeout))
 	defer cancel()
@@ -89,7 +89,7 @@ func (c *Client) tryCall(ctx context.Context, r request, s *shell) (*envelope, e
 	}
 	message := envelopeOf(r, c.url(), id, shellID, min(maxWait, c.options.Timeout/2))
 	if len(message) > maxEnvelope {
-		return nil, fmt.Errorf("the request has %d bytes, more than the %d that a host takes", len(message), maxEnvelope)
+		return nil, fmt.Errorf("the request has %d bytes, and the host's limit is %d", len(message), maxEnvelope)
 	}
 	body, err := c.exchange(ctx, message)
 	if err != nil {
@@ -105,7 +105,7 @@ func (c *Client) tryCall(ctx context.Context, r request, s *shell) (*envelope, e
 	return answer, answer.answers(id)
 }
 
-// exchange sends an envelope and returns that of the answer.
+// exchange sends an envelope and returns the envelope of the answer.
 func (c *Client) exchange(ctx context.Context, message []byte) ([]byte, error) {
 	header := http.Header{"Content-Type": {plainType + ";charset=UTF-8"}}
 	session := c.conn.session
@@ -134,8 +134,7 @@ func (c *Client) exchange(ctx context.Context, message []byte) ([]byte, error) {
 	return nil, newStatusError(answer, body)
 }
 
-// statusError is an answer that is not WS-Management's, or of which nobody knows
-// whose it is.
+// statusError is an answer that is not from WS-Management, or that cannot be authenticated.
 type statusError struct {
 	code int
 	text string
@@ -151,7 +150,7 @@ func newStatusError(answer *http.Response, body []byte) error {
 
 func (e *statusError) Error() string { return e.text }
 
-// isBusy reports whether the host has not taken a call, and may do so later.
+// isBusy reports whether the host did not accept a call but may do so later.
 func isBusy(err error) bool {
 	if status, ok := errors.AsType[*statusError](err); ok {
 		return status.code == http.StatusServiceUnavailable || status.code == http.StatusTooManyRequests
@@ -162,7 +161,7 @@ func isBusy(err error) bool {
 // connect dials and logs on.
 func (c *Client) connect(ctx context.Context) error {
 	if c.refused != nil {
-		return fmt.Errorf("%w; it is not tried again, since that could lock the account", c.refused)
+		return fmt.Errorf("%w; there is no second attempt, because it could lock the account", c.refused)
 	}
 	conn, err := c.options.Dial(ctx, c.address())
 	if err != nil {
@@ -190,8 +189,8 @@ func (c *Client) handshake(ctx context.Context, raw net.Conn) (net.Conn, [16]byt
 	}
 	config.ServerName = c.options.Host
 	if c.options.Auth == Certificate {
-		// Windows asks for the certificate once it has seen the request, by
-		// renegotiation, for which TLS 1.3 has a form that crypto/tls has not.
+		// Windows asks for the certificate after it has seen the request, by renegotiation.
+		// crypto/tls does not support the equivalent in TLS 1.3.
 		config.Certificates = []tls.Certificate{*c.options.Certificate}
 		config.Renegotiation = tls.RenegotiateOnceAsClient
 		config.MaxVersion = tls.VersionTLS12
@@ -204,8 +203,7 @@ func (c *Client) handshake(ctx context.Context, raw net.Conn) (net.Conn, [16]byt
 	return conn, ntlm.Bindings(conn.ConnectionState().PeerCertificates[0]), nil
 }
 
-// logOn does so by NTLM, RFC 4559, 4: Windows takes its messages without SPNEGO
-// around them.
+// logOn logs on with NTLM (RFC 4559, section 4). Windows accepts its messages without SPNEGO.
 func (c *Client) logOn(ctx context.Context, bindings [16]byte) error {
 	client := ntlm.New(c.options.User, c.options.Password, "HTTP/"+c.options.Host, bindings)
 	answer, body, err := c.post(ctx, negotiate(client.Negotiate()), nil)
@@ -220,7 +218,7 @@ func (c *Client) logOn(ctx context.Context, bindings [16]byte) error {
 		return err
 	}
 	if c.conn.closing {
-		return errors.New("the host does not keep the connection that NTLM logs on: look for a proxy before it")
+		return errors.New("the host does not keep the connection open, which NTLM requires: look for a proxy in front of it")
 	}
 	message, session := client.Authenticate(challenge)
 	answer, body, err = c.post(ctx, negotiate(message), nil)
@@ -247,7 +245,7 @@ func negotiate(message []byte) http.Header {
 	return http.Header{"Authorization": {"Negotiate " + base64.StdEncoding.EncodeToString(message)}}
 }
 
-// challengeOf finds the challenge among the ways to log on that a host offers.
+// challengeOf returns the NTLM challenge in an answer.
 func challengeOf(answer *http.Response) (*ntlm.Challenge, error) {
 	offers := answer.Header.Values("WWW-Authenticate")
 	for _, offer := range offers {
@@ -261,35 +259,35 @@ func challengeOf(answer *http.Response) (*ntlm.Challenge, error) {
 		}
 		return ntlm.ParseChallenge(message)
 	}
-	return nil, fmt.Errorf("the host does not offer NTLM, but %s: set WSMan:\\localhost\\Service\\Auth\\Negotiate on it", printable.Quote(strings.Join(offers, ", ")))
+	return nil, fmt.Errorf("the host does not offer NTLM, only %s: enable WSMan:\\localhost\\Service\\Auth\\Negotiate on it", printable.Quote(strings.Join(offers, ", ")))
 }
 
-// refusal explains a 401. Windows says no more than that, lest someone who guesses
-// passwords learn from it. The clock is the host's, or zero if it does not matter.
+// refusal explains a 401. Windows gives no reason, to reveal nothing to someone who guesses
+// passwords. clock is the host's, or zero if it does not matter.
 func (c *Client) refusal(clock time.Time) error {
-	reason := fmt.Sprintf("of %s: the password is wrong, or the account is locked, disabled, expired or may not log on over the network; its event 4625 says which",
+	reason := fmt.Sprintf("of %s: the password is wrong, or the account is locked, disabled, expired or not allowed to log on over the network; event 4625 on the host has the reason",
 		printable.Quote(c.options.User))
 	switch c.options.Auth {
 	case NTLM:
 		if c.options.HTTPS {
-			reason += ", unless something in between ends TLS"
+			reason += "; or a proxy in between terminates TLS"
 		}
 	case Basic:
-		reason += ", unless WSMan:\\localhost\\Service\\Auth\\Basic is off there"
+		reason += "; or WSMan:\\localhost\\Service\\Auth\\Basic is off on the host"
 	case Certificate:
-		reason = "with the certificate: WSMan:\\localhost\\ClientCertificate has to map it to a user, and WSMan:\\localhost\\Service\\Auth\\Certificate to be on"
+		reason = "with the certificate: WSMan:\\localhost\\ClientCertificate must map it to a user, and WSMan:\\localhost\\Service\\Auth\\Certificate must be on"
 	}
 	if skew := time.Until(clock).Round(time.Minute); !clock.IsZero() && skew.Abs() >= maxSkew {
 		direction := "ahead of"
 		if skew < 0 {
 			direction = "behind"
 		}
-		reason += fmt.Sprintf("; the host's clock is %v %s this one's, which may be reason enough: set the clocks first", skew.Abs(), direction)
+		reason += fmt.Sprintf("; the host's clock is %v %s this one's, which may be the reason: set the clocks first", skew.Abs(), direction)
 	}
 	return fmt.Errorf("%w %s", ErrLogon, reason)
 }
 
-// post is one exchange of HTTP.
+// post performs an HTTP request.
 func (c *Client) post(ctx context.Context, header http.Header, body []byte) (*http.Response, []byte, error) {
 	request, err := http.NewRequestWithContext(ctx, http.MethodPost, c.url(), bytes.NewReader(body))
 	if err != nil {
@@ -301,7 +299,7 @@ func (c *Client) post(ctx context.Context, header http.Header, body []byte) (*ht
 	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
 	defer func() {
 		if !stop() {
-			conn.closing = true // its deadline is over, or will be any moment
+			conn.closing = true // its deadline has passed, or is about to
 		}
 	}()
 	c.conn.in.N = maxHeader + maxAnswer
@@ -324,8 +322,8 @@ func (c *Client) post(ctx context.Context, header http.Header, body []byte) (*ht
 	return answer, data, nil
 }
 
-// printableError is for an error that has in it what the other side sent: names of
-// a certificate, a line of a header.
+// printableError makes an error safe to print that contains data from the server, such as names in
+// a certificate or header lines.
 func printableError(err error) error {
 	if isBroken(err) {
 		return err
@@ -333,7 +331,7 @@ func printableError(err error) error {
 	return errors.New(printable.Line(err.Error(), maxMessage))
 }
 
-// isBroken reports whether the other side has closed the connection.
+// isBroken reports whether the connection is closed.
 func isBroken(err error) bool {
 	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) ||
 		errors.Is(err, net.ErrClosed)

@@ -12,7 +12,7 @@ import (
 	"certctl-agent/internal/ntlm"
 )
 
-// The parts of an encrypted message, 2.2.9.1.1.
+// The parts of an encrypted message (2.2.9.1.1).
 const (
 	encryptedProtocol = "application/HTTP-SPNEGO-session-encrypted"
 	boundary          = "Encrypted Boundary"
@@ -37,8 +37,8 @@ func encrypt(session *ntlm.Session, message []byte) []byte {
 	return out.Bytes()
 }
 
-// decrypt opens what encrypt makes. Windows has it in the same form, whatever else
-// a multipart message could look like.
+// decrypt opens a message in the format of encrypt. Windows uses exactly this form, although
+// multipart messages could vary.
 func decrypt(session *ntlm.Session, body []byte) ([]byte, error) {
 	signature, sealed, err := splitEncrypted(body)
 	if err != nil {
@@ -48,12 +48,12 @@ func decrypt(session *ntlm.Session, body []byte) ([]byte, error) {
 }
 
 func splitEncrypted(body []byte) (signature, sealed []byte, err error) {
-	malformed := errors.New("the host's answer is not a message of multipart/encrypted")
+	malformed := errors.New("the host's answer is not a valid multipart/encrypted message")
 	body, ok := bytes.CutPrefix(body, []byte(delimiter+"\r\n"))
 	if !ok {
 		return nil, nil, malformed
 	}
-	// The first part is text. The second has any bytes, so it ends where the whole does.
+	// The first part is text. The second may contain any bytes, so it ends at the end of the message.
 	head, data, ok := bytes.Cut(body, []byte(delimiter+"\r\n"))
 	if !ok {
 		return nil, nil, malformed
@@ -72,18 +72,18 @@ func splitEncrypted(body []byte) (signature, sealed []byte, err error) {
 	}
 	signature, sealed = data[:size], data[size:]
 	if length, err := originalLength(string(head)); err != nil || length != len(sealed) {
-		return nil, nil, errors.New("the host's answer is not as long as it says")
+		return nil, nil, errors.New("the host's answer declares a wrong length")
 	}
 	return signature, sealed, nil
 }
 
-// originalLength is the length of the message in clear, 2.2.9.1.1.2.1.
+// originalLength returns the length of the plain message (2.2.9.1.1.2.1).
 func originalLength(head string) (int, error) {
 	_, length, _ := strings.Cut(head, "Length=")
 	return strconv.Atoi(strings.TrimSpace(length))
 }
 
-// isEncrypted reports whether a content type is that of encrypt.
+// isEncrypted reports whether a content type is that of an encrypted message.
 func isEncrypted(contentType string) bool {
 	kind, parameters, err := mime.ParseMediaType(contentType)
 	return err == nil && kind == "multipart/encrypted" && parameters["protocol"] == encryptedProtocol

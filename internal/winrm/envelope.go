@@ -25,34 +25,33 @@ const (
 )
 
 const (
-	// maxEnvelope bounds an envelope either way, in bytes. Every version of Windows
-	// takes that much, 3.1.4.1.7; newer ones would take more.
+	// maxEnvelope bounds an envelope in both directions, in bytes. Every version of Windows
+	// supports this size (3.1.4.1.7); newer ones support more.
 	maxEnvelope = 153600
 
-	// maxHead is what an envelope has beside the input of a command, in bytes.
+	// maxHead bounds the parts of an envelope other than the input of a command, in bytes.
 	maxHead = 4 << 10
 
-	// maxInput is how much input fits in an envelope, in base64.
+	// maxInput is how many bytes of input fit into an envelope, in base64.
 	maxInput = (maxEnvelope - maxHead) / 4 * 3
 
-	// idleTimeout is after how long without a call the host ends a shell that could
-	// not be deleted. Windows takes a minute or more.
+	// idleTimeout is how long the host keeps an idle shell that could not be deleted. Windows
+	// accepts a minute or more.
 	idleTimeout = 3 * time.Minute
 
-	// maxWait is how long the host may hold a call back until there is something to
-	// say.
+	// maxWait is how long the host may delay its answer until there is output.
 	maxWait = 20 * time.Second
 )
 
-// request is what an envelope differs in from others.
+// request is the variable part of an envelope.
 type request struct {
 	action  string
-	options string // in XML
-	body    string // in XML
+	options string // XML
+	body    string // XML
 }
 
-// createRequest asks for a shell that speaks UTF-8 and has the user's profile, in
-// which the user's own certificates are.
+// createRequest requests a shell that uses UTF-8 and loads the user's profile, which contains the
+// user's certificates.
 func createRequest() request {
 	return request{
 		action:  transfer + "/Create",
@@ -62,7 +61,7 @@ func createRequest() request {
 	}
 }
 
-// commandRequest has words that checkCommand has passed: none needs quoting.
+// commandRequest starts a command. checkCommand has made sure that no word needs quoting.
 func commandRequest(words []string) request {
 	body := `<rsp:CommandLine><rsp:Command>` + words[0] + `</rsp:Command>`
 	if len(words) > 1 {
@@ -95,7 +94,7 @@ func receiveRequest(command string) request {
 	}
 }
 
-// signalRequest is Terminate, 2.2.4.38, in the spelling of Windows' own client.
+// signalRequest terminates a command (2.2.4.38). The code is spelled as in Windows' own client.
 func signalRequest(command string) request {
 	return request{
 		action: shellNamespace + "/Signal",
@@ -117,7 +116,7 @@ func escape(text string) string {
 	return out.String()
 }
 
-// newID is a random UUID, RFC 9562, 5.4.
+// newID returns a random UUID (RFC 9562, section 5.4).
 func newID() string {
 	var b [16]byte
 	rand.Read(b[:])
@@ -126,7 +125,7 @@ func newID() string {
 	return fmt.Sprintf("%X-%X-%X-%X-%X", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
 }
 
-// envelopeOf writes a request for a shell, "" for none yet.
+// envelopeOf encodes a request. shellID is "" before there is a shell.
 func envelopeOf(r request, to, id, shellID string, wait time.Duration) []byte {
 	var e strings.Builder
 	e.WriteString(`<s:Envelope xmlns:s="` + soap + `" xmlns:a="` + addressing + `" xmlns:w="` + wsman + `" xmlns:p="` + microsoft + `" xmlns:rsp="` + shellNamespace + `"><s:Header>` +
@@ -198,7 +197,7 @@ type faultBody struct {
 	} `xml:"Detail>WSManFault"`
 }
 
-// parseEnvelope reads an answer. A fault is a *Fault.
+// parseEnvelope parses an answer. If that is a fault, it returns a *Fault as the error.
 func parseEnvelope(data []byte) (*envelope, error) {
 	data, err := toUTF8(data) // 2.2.9.1.1.2.1 allows UTF-16
 	if err != nil {
@@ -209,11 +208,11 @@ func parseEnvelope(data []byte) (*envelope, error) {
 		if !strings.EqualFold(charset, "utf-16") {
 			return nil, fmt.Errorf("unknown charset %s", printable.Quote(charset))
 		}
-		return input, nil // which it no longer is
+		return input, nil // already converted to UTF-8
 	}
 	e := new(envelope)
 	if err := decoder.Decode(e); err != nil {
-		return nil, fmt.Errorf("the host's answer is not an envelope of SOAP 1.2: %s", printable.Line(err.Error(), maxMessage))
+		return nil, fmt.Errorf("the host's answer is not a SOAP 1.2 envelope: %s", printable.Line(err.Error(), maxMessage))
 	}
 	if e.Body.Fault != nil {
 		return nil, newFault(e.Body.Fault)
@@ -221,10 +220,10 @@ func parseEnvelope(data []byte) (*envelope, error) {
 	return e, nil
 }
 
-// answers checks that an answer is to the call with this id.
+// answers returns an error unless e answers the call with this id.
 func (e *envelope) answers(id string) error {
 	if !strings.EqualFold(strings.TrimSpace(e.Header.RelatesTo), "uuid:"+id) {
-		return errors.New("the host's answer is to another call")
+		return errors.New("the host's answer belongs to another call")
 	}
 	return nil
 }

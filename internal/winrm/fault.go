@@ -11,20 +11,20 @@ import (
 	"certctl-agent/internal/printable"
 )
 
-// maxMessage bounds what is kept of what a host says about an error, in bytes.
+// maxMessage bounds error messages of hosts, in bytes.
 const maxMessage = 1 << 10
 
-// Codes of faults: those of WinRM, as wsmerror.h names them, and those of Windows.
+// Fault codes of WinRM, with their names in wsmerror.h, and of Windows.
 const (
 	faultTimeout      = 0x80338029 // ERROR_WSMAN_OPERATION_TIMEDOUT
 	faultNoShell      = 0x8033805b // ERROR_WSMAN_INVALID_SELECTORS
 	faultAccessDenied = 5          // ERROR_ACCESS_DENIED
 )
 
-// Fault is a refusal of the host, 2.2.4.43.
+// Fault is an error that the host returns (2.2.4.43).
 type Fault struct {
-	Code    uint32 // 0: it has none
-	Message string // the host's own, in its language, bounded, fit to print
+	Code    uint32 // or 0
+	Message string // in the host's language; printable and bounded
 }
 
 func (f *Fault) Error() string {
@@ -34,14 +34,14 @@ func (f *Fault) Error() string {
 	}
 	switch f.Code {
 	case faultAccessDenied:
-		return text + " (the user needs to be one of the host's Administrators, or to have Read and Execute in \"winrm configSDDL default\" there)"
+		return text + " (the user must be a member of the host's Administrators group, or have Read and Execute permission in \"winrm configSDDL default\")"
 	case faultNoShell:
-		return text + " (the shell is gone: the host has restarted, or somebody has ended it)"
+		return text + " (the shell is gone: the host has restarted, or someone has ended the shell)"
 	}
 	return text
 }
 
-// isTimeout reports whether the time is over that the host may hold a call back.
+// isTimeout reports whether the operation timeout of a call has expired on the host.
 func isTimeout(err error) bool {
 	fault, ok := errors.AsType[*Fault](err)
 	return ok && fault.Code == faultTimeout
@@ -62,7 +62,7 @@ func newFault(body *faultBody) *Fault {
 	return &Fault{uint32(code), printable.Line(message, maxMessage)}
 }
 
-// textOf is the text of an element: a provider's own fault is nested in it.
+// textOf returns the text of an element, including nested elements such as a provider's own fault.
 func textOf(inner []byte) string {
 	var text strings.Builder
 	decoder := xml.NewDecoder(bytes.NewReader(inner))

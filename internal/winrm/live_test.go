@@ -15,8 +15,8 @@ import (
 	"certctl-agent/internal/winrm"
 )
 
-// renegotiating is an httpd that asks for a client's certificate as Windows does:
-// once it knows what is requested, by TLS renegotiation.
+// renegotiating is the configuration of an httpd that requests a client certificate like Windows:
+// by TLS renegotiation, after it has seen the request.
 const renegotiating = `ServerRoot %[1]s
 ServerName localhost
 LoadModule mpm_event_module /usr/lib/apache2/modules/mod_mpm_event.so
@@ -38,7 +38,7 @@ SSLCACertificateFile %[1]s/ca.pem
 </Location>
 `
 
-// TestRenegotiation: the certificate is shown to a server that asks for it late.
+// TestRenegotiation checks that a server that asks late gets the certificate.
 func TestRenegotiation(t *testing.T) {
 	httpd := needs.Need(t, "apache2")
 	if _, err := os.Stat("/usr/lib/apache2/modules/mod_ssl.so"); err != nil {
@@ -92,6 +92,6 @@ func TestRenegotiation(t *testing.T) {
 	}
 	defer c.Close()
 	if _, err := c.Run(t.Context(), []string{"command"}, nil); err == nil || !strings.Contains(err.Error(), "unexpected answer 404 Not Found: to deployer") {
-		t.Errorf("error = %v, want httpd's, which names who it talks to", err)
+		t.Errorf("error = %v, want httpd's, which names the client", err)
 	}
 }

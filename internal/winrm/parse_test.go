@@ -17,7 +17,7 @@ const envelopeHead = `<s:Envelope xmlns:s="http://www.w3.org/2003/05/soap-envelo
 
 const envelopeEnd = `</s:Body></s:Envelope>`
 
-// receiveResponse is an answer with output, and with the end of command c.
+// receiveResponse returns an answer with output and the end of command c.
 func receiveResponse(data, state string) string {
 	return envelopeHead + `<r:ReceiveResponse xmlns:r="` + shellNamespace + `"><r:Stream Name="stdout" CommandId="C">` + data + `</r:Stream>` +
 		`<r:Stream Name="stdout" CommandId="other">AAAA</r:Stream>` + state + `</r:ReceiveResponse>` + envelopeEnd
@@ -32,11 +32,11 @@ func TestParseEnvelope(t *testing.T) {
 		"output":           {receiveResponse("aGk=\n", done), "hi true 4294967295 <nil>"},
 		"running":          {receiveResponse("aGk=", ""), "hi false 0 <nil>"},
 		"UTF-16":           {string(wide), "hi true 4294967295 <nil>"},
-		"not base64":       {receiveResponse("!", done), "not in base64"},
+		"not base64":       {receiveResponse("!", done), "not base64"},
 		"no exit code":     {receiveResponse("", strings.ReplaceAll(done, "ExitCode", "Other")), "without an exit code"},
-		"odd exit code":    {receiveResponse("", strings.ReplaceAll(done, "4294967295", "one")), "not an envelope"},
-		"SOAP 1.1":         {strings.ReplaceAll(receiveResponse("", done), "2003/05", "2001/12"), "not an envelope"},
-		"entities":         {`<!DOCTYPE s [<!ENTITY x "y">]>` + envelopeHead + `&x;` + envelopeEnd, "not an envelope"},
+		"odd exit code":    {receiveResponse("", strings.ReplaceAll(done, "4294967295", "one")), "not a SOAP 1.2 envelope"},
+		"SOAP 1.1":         {strings.ReplaceAll(receiveResponse("", done), "2003/05", "2001/12"), "not a SOAP 1.2 envelope"},
+		"entities":         {`<!DOCTYPE s [<!ENTITY x "y">]>` + envelopeHead + `&x;` + envelopeEnd, "not a SOAP 1.2 envelope"},
 		"other charset":    {`<?xml version="1.0" encoding="ebcdic"?>` + receiveResponse("", done), "ebcdic"},
 		"fault":            {faultEnvelope(`<s:Reason><s:Text>why</s:Text></s:Reason>`), "why"},
 		"provider's":       {faultEnvelope(`<s:Detail><f:WSManFault xmlns:f="` + faultNamespace + `" Code="5"><f:Message>outer <f:ProviderFault><f:WSManFault Code="1"><f:Message>inner</f:Message></f:WSManFault></f:ProviderFault></f:Message></f:WSManFault></s:Detail>`), "fault 0x00000005: outer inner ("},
@@ -61,7 +61,7 @@ func TestParseEnvelope(t *testing.T) {
 		t.Errorf("too much output: %v, then %v", first, second)
 	}
 	if e.answers("1") != nil || e.answers("2") == nil {
-		t.Errorf("which call an answer is to: %v, %v", e.answers("1"), e.answers("2"))
+		t.Errorf("the call of an answer: %v, %v", e.answers("1"), e.answers("2"))
 	}
 }
 
@@ -101,14 +101,14 @@ func TestDecrypt(t *testing.T) {
 		"good":             {good, "message"},
 		"space":            {change("\r\n--Encrypted Boundary\r\n", " \r\n--Encrypted Boundary\r\n"), "message"},
 		"no last line end": {good[:len(good)-2], "message"},
-		"length":           {change("Length=7", "Length=8"), "not as long"},
-		"no length":        {change("Length=7", "Size=7"), "not as long"},
-		"signature size":   {change("\x10\x00\x00\x00", "\x11\x00\x00\x00"), "not a message"},
-		"no end":           {bytes.TrimSuffix(good, []byte("--\r\n")), "not a message"},
-		"no second part":   {change("\r\n--Encrypted Boundary", ""), "not a message"},
-		"other type":       {change("octet-stream", "json"), "not a message"},
+		"length":           {change("Length=7", "Length=8"), "declares a wrong length"},
+		"no length":        {change("Length=7", "Size=7"), "declares a wrong length"},
+		"signature size":   {change("\x10\x00\x00\x00", "\x11\x00\x00\x00"), "not a valid multipart"},
+		"no end":           {bytes.TrimSuffix(good, []byte("--\r\n")), "not a valid multipart"},
+		"no second part":   {change("\r\n--Encrypted Boundary", ""), "not a valid multipart"},
+		"other type":       {change("octet-stream", "json"), "not a valid multipart"},
 		"changed":          {change("\x01\x00\x00\x00", "\x02\x00\x00\x00"), "signature"},
-		"empty":            {nil, "not a message"},
+		"empty":            {nil, "not a valid multipart"},
 	} {
 		client, _ := sessions()
 		got, err := decrypt(client, test.body)
@@ -129,7 +129,7 @@ func TestDecrypt(t *testing.T) {
 	}
 }
 
-// TestEnvelopeFits has the largest request, with ids of a host that is up to no good.
+// TestEnvelopeFits builds the largest request, with ids from a malicious host.
 func TestEnvelopeFits(t *testing.T) {
 	command, shell := strings.Repeat(`"<&>`, 20), strings.Repeat("s", 200)
 	data := envelopeOf(sendRequest(command, make([]byte, maxInput), true), "http://"+strings.Repeat("h", 255)+":5985/wsman", newID(), shell, time.Minute)
@@ -177,7 +177,7 @@ func FuzzSplitEncrypted(f *testing.F) {
 		}
 		client, _ := sessions()
 		if _, err := decrypt(client, body); err == nil {
-			t.Errorf("%q is opened", body)
+			t.Errorf("%q is accepted", body)
 		}
 	})
 }

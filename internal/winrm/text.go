@@ -7,9 +7,9 @@ import (
 	"unicode/utf16"
 )
 
-// toUTF8 turns a text into UTF-8 without a byte order mark, if it is UTF-16: by its
-// mark, or else by where the zeros of its first two characters are, as RFC 4627, 3,
-// tells the encoding of JSON. Anything else stays as it is.
+// toUTF8 converts UTF-16 to UTF-8 without a byte order mark. It recognizes UTF-16 by its mark, or
+// by the zeros in its first two characters, like JSON encodings in RFC 4627, section 3. It returns
+// any other text as it is.
 func toUTF8(text []byte) ([]byte, error) {
 	var order binary.ByteOrder
 	switch {
@@ -27,7 +27,7 @@ func toUTF8(text []byte) ([]byte, error) {
 		return text, nil
 	}
 	if len(text)%2 != 0 {
-		return nil, errors.New("a text in UTF-16 is cut off in the middle of a character")
+		return nil, errors.New("UTF-16 text ends in the middle of a character")
 	}
 	units := make([]uint16, 0, len(text)/2)
 	for ; len(text) > 0; text = text[2:] {

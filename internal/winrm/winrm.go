@@ -1,8 +1,7 @@
-// Package winrm runs commands on Windows hosts by WS-Management, as [MS-WSMV] has
-// it: a shell, a command in it, its input and its output.
+// Package winrm runs commands on Windows hosts over WS-Management [MS-WSMV]: it creates a shell,
+// starts a command in it, sends its input and receives its output.
 //
-// Clauses are those of
-// https://learn.microsoft.com/en-us/openspecs/windows_protocols/ms-wsmv/.
+// Clause numbers refer to https://learn.microsoft.com/en-us/openspecs/windows_protocols/ms-wsmv/.
 package winrm
 
 import (
@@ -20,7 +19,7 @@ import (
 	"certctl-agent/internal/vendorapi"
 )
 
-// The ways to log on.
+// Methods of authentication.
 const (
 	NTLM        = "ntlm"
 	Basic       = "basic"       // over HTTPS only
@@ -28,66 +27,65 @@ const (
 )
 
 const (
-	// defaultTimeout is for one call.
+	// defaultTimeout bounds one call.
 	defaultTimeout = time.Minute
 
-	// longestRun bounds a command, if its context does not. Those of connectors
+	// longestRun bounds a command whose context has no earlier deadline. The commands of connectors
 	// take seconds.
 	longestRun = 15 * time.Minute
 
-	// cleanUpTimeout is for the calls after a command, and how long a shell that is
-	// being made may take once the command is cancelled: only its answer says which
-	// to delete.
+	// cleanUpTimeout bounds the calls after a command. It is also how long a cancelled creation of
+	// a shell still waits for its answer, which alone has the id needed to delete the shell.
 	cleanUpTimeout = 10 * time.Second
 
-	// patience is how long a host that is restarting or busy is asked for a shell
-	// again, in all. The first pause doubles up to the longest.
+	// patience is how long a client keeps asking a restarting or busy host for a shell. The pauses
+	// double from firstPause to maxPause.
 	patience   = time.Minute
 	firstPause = 500 * time.Millisecond
 	maxPause   = 10 * time.Second
 
-	// maxOutput bounds the output of a command, in bytes: a list of certificates has
-	// some hundred kilobytes.
+	// maxOutput bounds the output of a command, in bytes. A list of certificates takes some hundred
+	// kilobytes.
 	maxOutput = 8 << 20
 
-	// maxCommand bounds a command line, in bytes, as cmd.exe does, see
+	// maxCommand bounds a command line, in bytes. It is the limit of cmd.exe:
 	// https://learn.microsoft.com/en-us/troubleshoot/windows-client/shell-experience/command-line-string-limitation.
 	maxCommand = 8191
 )
 
-// Options say how to reach a host, and as whom.
+// Options configure the address of a host and the account to log on with.
 type Options struct {
-	// Dial connects to an address, host:port, after asking the policy for it.
+	// Dial connects to an address, host:port, after consulting the policy.
 	Dial func(ctx context.Context, address string) (net.Conn, error)
 
-	Host  string // a name or an address, IPv6 without brackets
-	Port  int    // 0: 5986, or 5985 without HTTPS
+	Host  string // name or address, IPv6 without brackets
+	Port  int    // 0 means 5986, or 5985 without HTTPS
 	HTTPS bool
 
-	CAFile      string // see vendorapi.Trust
+	CAFile      string // this and the next two: see vendorapi.Trust
 	Fingerprint string
 	Insecure    bool
 
-	Auth        string        // "": NTLM
-	User        string        // user, DOMAIN\user or user@domain; of NTLM and Basic
+	Auth        string        // "" means NTLM
+	User        string        // user, DOMAIN\user or user@domain; for NTLM and Basic
 	Password    secret.String // of NTLM and Basic
 	Certificate *tls.Certificate
 
-	Timeout time.Duration // of one call; 0: a minute
+	Timeout time.Duration // of one call; 0 means a minute
 }
 
-// Client runs commands on one host, one at a time. It keeps its connection, which
-// is what NTLM logs on.
+// Client runs commands on a host, one at a time. It keeps its connection, because NTLM
+// authenticates connections.
 type Client struct {
 	options Options
 	trust   vendorapi.Trust
 
-	mu      sync.Mutex // guards what follows, and is held while a command runs
+	mu      sync.Mutex // guards the fields below; held while a command runs
 	conn    *connection
-	refused error // the host has refused the logon: it is not tried again
+	refused error // set once the host has refused a logon: there is no second attempt
 }
 
-// New checks the options. It touches nothing.
+// New returns a client, or an error if the options are invalid. It does not connect.
 func New(o Options) (*Client, error) {
 	if o.Auth == "" {
 		o.Auth = NTLM
@@ -103,51 +101,50 @@ func New(o Options) (*Client, error) {
 	}
 	switch {
 	case o.Auth != NTLM && o.Auth != Basic && o.Auth != Certificate:
-		return nil, fmt.Errorf("expected ntlm, basic or certificate as the way to log on, got %q", o.Auth)
+		return nil, fmt.Errorf("expected ntlm, basic or certificate as the authentication method, got %q", o.Auth)
 	case o.Auth != NTLM && !o.HTTPS:
-		return nil, fmt.Errorf("logging on with %s needs HTTPS: over plain HTTP only NTLM encrypts what is sent", o.Auth)
+		return nil, fmt.Errorf("authentication with %s requires HTTPS: over plain HTTP only NTLM encrypts messages", o.Auth)
 	case o.Auth == Certificate && o.Certificate == nil:
-		return nil, errors.New("there is no certificate to log on with")
+		return nil, errors.New("no certificate to log on with")
 	case o.Auth != Certificate && (o.User == "" || o.Password.IsZero()):
-		return nil, errors.New("there is no user or no password to log on with")
+		return nil, errors.New("no user or no password to log on with")
 	case o.Auth == Basic && strings.Contains(o.User, ":"): // RFC 7617, 2
-		return nil, errors.New("a user who logs on with basic has no colon in the name")
+		return nil, errors.New("with basic authentication the user name must not contain a colon")
 	}
 	c := &Client{options: o, trust: vendorapi.Trust{CAFile: o.CAFile, Fingerprint: o.Fingerprint, Insecure: o.Insecure}}
 	return c, c.trust.Check()
 }
 
-// Result is what a command has answered. Output in UTF-16 is turned into UTF-8, and
-// has no byte order mark.
+// Result is the result of a command. Output in UTF-16 is converted to UTF-8 without a byte order
+// mark.
 type Result struct {
 	Stdout, Stderr []byte
 	ExitCode       int
 }
 
-// ErrLogon is wrapped by the error for a host that refuses to let the user in.
+// ErrLogon is wrapped by errors of hosts that refuse the logon.
 var ErrLogon = errors.New("the host refuses the logon")
 
-// LostError says that a command may or may not have run to its end.
+// LostError means that a command may or may not have run to its end.
 type LostError struct{ err error }
 
 func (e *LostError) Error() string { return e.err.Error() + " (the command may have been carried out)" }
 
-// Unwrap returns what happened.
+// Unwrap returns the cause.
 func (e *LostError) Unwrap() error { return e.err }
 
-// Run runs a command and gives it stdin, and then the end of its input. Whatever
-// happens, cancellation too, it deletes the shell. Once the command may have begun
-// errors are a *LostError.
+// Run runs a command with stdin as its input. It deletes the shell in any case, even after a
+// cancellation. Once the command may have started, errors are of type *LostError.
 //
-// The words of commandLine go through cmd.exe, so they may only consist of
-// [A-Za-z0-9._/\:=,+-]: what else a command has to know is on stdin.
+// The words of commandLine are interpreted by cmd.exe, so they may only consist of
+// [A-Za-z0-9._/\:=,+-]. All other data must be passed on stdin.
 func (c *Client) Run(ctx context.Context, commandLine []string, stdin []byte) (*Result, error) {
 	if err := checkCommand(commandLine); err != nil {
 		return nil, err
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	ctx, cancel := context.WithTimeoutCause(ctx, longestRun, fmt.Errorf("no end within %v", longestRun))
+	ctx, cancel := context.WithTimeoutCause(ctx, longestRun, fmt.Errorf("the command did not end within %v", longestRun))
 	defer cancel()
 	result, err := c.run(ctx, commandLine, stdin)
 	if err != nil {
@@ -161,11 +158,11 @@ func checkCommand(words []string) error {
 		if word == "" || strings.ContainsFunc(word, func(r rune) bool {
 			return !strings.ContainsRune(`ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._/\:=,+-`, r)
 		}) {
-			return fmt.Errorf(`the word %q of a command has something else than A-Z a-z 0-9 . _ / \ : = , + -`, word)
+			return fmt.Errorf(`the word %q of a command contains characters other than A-Z a-z 0-9 . _ / \ : = , + -`, word)
 		}
 	}
 	if length := len(strings.Join(words, " ")); length == 0 || length > maxCommand {
-		return fmt.Errorf("a command has from 1 to %d bytes, not %d", maxCommand, length)
+		return fmt.Errorf("a command must have 1 to %d bytes, not %d", maxCommand, length)
 	}
 	return nil
 }
@@ -182,22 +179,21 @@ func (c *Client) run(ctx context.Context, commandLine []string, stdin []byte) (*
 	result, err := s.run(ctx, commandLine, stdin)
 	if err != nil {
 		if _, ok := errors.AsType[*Fault](err); ok && s.command == "" {
-			return nil, err // refused, so it has not begun
+			return nil, err // refused, so it has not started
 		}
 		return nil, &LostError{err}
 	}
 	return result, nil
 }
 
-// shell is one on the host, with at most one command.
+// shell is a shell on the host, with at most one command.
 type shell struct {
 	client  *Client
 	id      string
-	command string // its id; "": none has begun
+	command string // id of the command; "" before it has started
 }
 
-// create makes the shell. Until there is one nothing has happened, so it is tried
-// again.
+// create creates the shell. Nothing has happened before it exists, so failures are retried.
 func (s *shell) create(ctx context.Context) error {
 	begun, pause := time.Now(), firstPause
 	for {
@@ -221,15 +217,15 @@ func (s *shell) create(ctx context.Context) error {
 	}
 }
 
-// tryCreate is 3.1.4.5.2.
+// tryCreate is one attempt to create the shell (3.1.4.5.2).
 func (s *shell) tryCreate(ctx context.Context) error {
 	ctx, cancel := outlasting(ctx)
 	defer cancel()
 	kept := s.client.conn != nil
 	answer, err := s.client.call(ctx, createRequest(), nil)
 	if kept && isBroken(err) {
-		// The host has closed the connection since the last command. Should it have
-		// made a shell, that ends by itself.
+		// The host has closed the connection since the last command. If it has created a shell all
+		// the same, that shell times out.
 		answer, err = s.client.call(ctx, createRequest(), nil)
 	}
 	if err != nil {
@@ -254,20 +250,20 @@ func outlasting(ctx context.Context) (context.Context, func()) {
 	return outlasting, func() { stop(); cancel(nil) }
 }
 
-// run is 3.1.4.11, 3.1.4.13 and 3.1.4.14.
+// run starts a command, sends its input and receives its output (3.1.4.11, 3.1.4.13, 3.1.4.14).
 func (s *shell) run(ctx context.Context, commandLine []string, stdin []byte) (*Result, error) {
 	answer, err := s.client.call(ctx, commandRequest(commandLine), s)
 	if err != nil {
-		return nil, fmt.Errorf("begin the command: %w", err)
+		return nil, fmt.Errorf("start the command: %w", err)
 	}
 	if s.command = answer.Body.Command.ID; s.command == "" {
-		return nil, errors.New("begin the command: the host's answer has no command id")
+		return nil, errors.New("start the command: the host's answer has no command id")
 	}
 	for end := false; !end; {
 		part := stdin[:min(len(stdin), maxInput)]
 		stdin = stdin[len(part):]
 		end = len(stdin) == 0
-		// A host under load takes the input and says that it took too long.
+		// A host under load accepts the input but reports a timeout.
 		if _, err := s.client.call(ctx, sendRequest(s.command, part, end), s); err != nil && !isTimeout(err) {
 			return nil, fmt.Errorf("send the command its input: %w", err)
 		}
@@ -276,7 +272,7 @@ func (s *shell) run(ctx context.Context, commandLine []string, stdin []byte) (*R
 	for {
 		answer, err := s.client.call(ctx, receiveRequest(s.command), s)
 		if isTimeout(err) {
-			continue // it has nothing to say yet
+			continue // no output yet
 		}
 		if err == nil {
 			err = out.add(answer, s.command)
@@ -290,8 +286,8 @@ func (s *shell) run(ctx context.Context, commandLine []string, stdin []byte) (*R
 	}
 }
 
-// delete tells the host that nobody waits for the command any more, 3.1.4.12, and
-// deletes the shell, 3.1.4.4.1. If that fails the shell ends by itself.
+// delete terminates the command (3.1.4.12) and deletes the shell (3.1.4.4.1). If that fails, the
+// shell times out.
 func (s *shell) delete(ctx context.Context) {
 	ctx, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), cleanUpTimeout, fmt.Errorf("no answer within %v", cleanUpTimeout))
 	defer cancel()
@@ -301,7 +297,7 @@ func (s *shell) delete(ctx context.Context) {
 	s.client.call(ctx, deleteRequest(), s)
 }
 
-// output is what a command has said so far.
+// output is the output of a command so far.
 type output struct {
 	stdout, stderr []byte
 	exitCode       int
@@ -315,7 +311,7 @@ func (o *output) add(answer *envelope, command string) error {
 		}
 		data, err := base64.StdEncoding.DecodeString(strings.Join(strings.Fields(stream.Data), ""))
 		if err != nil {
-			return fmt.Errorf("a stream is not in base64: %w", err)
+			return fmt.Errorf("a stream is not base64: %w", err)
 		}
 		if len(o.stdout)+len(o.stderr)+len(data) > maxOutput {
 			return fmt.Errorf("it is longer than %d bytes", maxOutput)
@@ -333,7 +329,7 @@ func (o *output) add(answer *envelope, command string) error {
 	}
 	o.done = true
 	if state.ExitCode == nil {
-		return errors.New("the command is done, without an exit code: the host has ended it")
+		return errors.New("the command ended without an exit code: the host has terminated it")
 	}
 	o.exitCode = int(*state.ExitCode)
 	return nil

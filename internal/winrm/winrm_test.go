@@ -32,12 +32,12 @@ const (
 	password = "hunter2-höchst-geheim"
 )
 
-// echo answers with what it was given.
+// echo answers with its input.
 func echo(command []string, stdin []byte) ([]byte, []byte, int) {
 	return append([]byte(strings.Join(command, "|")+"\n"), stdin...), []byte("to stderr: ü\n"), 3
 }
 
-// site is a host with what a client needs to reach it.
+// site is a host with the options to reach it.
 type site struct {
 	*winrmhost.Host
 	options winrm.Options
@@ -77,8 +77,7 @@ func start(t *testing.T, https bool, o winrmhost.Options) *site {
 		User: user, Password: secret.New(password), Certificate: &pair, Timeout: 20 * time.Second}}
 }
 
-// startInMemory is start for a bubble of package synctest, where nothing waits for
-// the network.
+// startInMemory is start for a synctest bubble, in which nothing may wait for the network.
 func startInMemory(t *testing.T, https bool, o winrmhost.Options) *site {
 	t.Helper()
 	p := &pipes{conns: make(chan net.Conn), done: make(chan struct{})}
@@ -88,7 +87,7 @@ func startInMemory(t *testing.T, https bool, o winrmhost.Options) *site {
 	return s
 }
 
-// pipes is a listener in memory.
+// pipes is an in-memory listener.
 type pipes struct {
 	conns chan net.Conn
 	once  sync.Once
@@ -135,7 +134,7 @@ func (s *site) client(t *testing.T) *winrm.Client {
 	return client
 }
 
-// transports are all ways to talk to a host.
+// transports are all combinations of transport and authentication.
 var transports = []struct {
 	name  string
 	https bool
@@ -148,7 +147,7 @@ func TestRun(t *testing.T) {
 			s := start(t, transport.https, winrmhost.Options{Basic: true})
 			s.options.Auth = transport.auth
 			client := s.client(t)
-			for range 2 { // the second by the connection that there is
+			for range 2 { // the second over the same connection
 				result, err := client.Run(t.Context(), []string{"powershell.exe", "-NoProfile"}, []byte("{\"a\": \"ß\"}"))
 				if err != nil {
 					t.Fatal(err)
@@ -162,13 +161,13 @@ func TestRun(t *testing.T) {
 				t.Errorf("%d shells are left, counts %+v", s.Shells(), counts)
 			}
 			if transport.auth == winrm.NTLM && counts.Logons != 1 {
-				t.Errorf("%d logons, want one of the connection", counts.Logons)
+				t.Errorf("%d logons, want one per connection", counts.Logons)
 			}
 		})
 	}
 }
 
-// TestIPv6 has addresses as hosts.
+// TestIPv6 uses addresses as hosts.
 func TestIPv6(t *testing.T) { synctest.Test(t, testIPv6) }
 
 func testIPv6(t *testing.T) {
@@ -188,7 +187,7 @@ func testIPv6(t *testing.T) {
 	}
 }
 
-// TestNothingInClear looks at what goes over the wire without TLS.
+// TestNothingInClear checks the data on the wire without TLS.
 func TestNothingInClear(t *testing.T) {
 	s := start(t, false, winrmhost.Options{})
 	var wire bytes.Buffer
@@ -200,7 +199,7 @@ func TestNothingInClear(t *testing.T) {
 		t.Fatal(err)
 	}
 	if !strings.Contains(wire.String(), "Encrypted Boundary") {
-		t.Error("the wire was not looked at")
+		t.Error("no data was recorded")
 	}
 	for _, word := range []string{"topsecret", "dG9wc2VjcmV0", "hunter2", "h\x00u\x00n\x00t\x00e\x00r", "Envelope"} {
 		if strings.Contains(wire.String(), word) {
@@ -225,7 +224,7 @@ func (c *tap) Write(b []byte) (int, error) {
 	return c.Conn.Write(b)
 }
 
-// TestLarge sends more than an envelope takes, and receives as much.
+// TestLarge sends and receives more than fits into an envelope.
 func TestLarge(t *testing.T) {
 	for _, size := range []int{0, 112128, 112129, 300_000} {
 		s := start(t, false, winrmhost.Options{Handler: func(_ []string, stdin []byte) ([]byte, []byte, int) { return stdin, nil, 0 }})
@@ -237,7 +236,7 @@ func TestLarge(t *testing.T) {
 			t.Fatal(err)
 		}
 		if !bytes.Equal(result.Stdout, data) {
-			t.Errorf("of %d bytes %d came back", size, len(result.Stdout))
+			t.Errorf("sent %d bytes, got back %d", size, len(result.Stdout))
 		}
 		if largest := s.Counts().Largest; largest > 153600 || size > 112128 && largest < 150000 {
 			t.Errorf("%d bytes went in envelopes of up to %d", size, largest)
@@ -257,7 +256,7 @@ func TestUTF16(t *testing.T) {
 	}
 }
 
-// TestWrongPassword is tried once: Windows locks accounts.
+// TestWrongPassword checks that there is only one attempt, because Windows locks accounts.
 func TestWrongPassword(t *testing.T) {
 	for _, transport := range transports {
 		t.Run(transport.name, func(t *testing.T) {
@@ -281,13 +280,13 @@ func TestWrongPassword(t *testing.T) {
 				}
 			}
 			if counts := s.Counts(); counts.Failed != 1 || counts.Locked {
-				t.Errorf("counts = %+v, want one logon that failed", counts)
+				t.Errorf("counts = %+v, want one failed logon", counts)
 			}
 		})
 	}
 }
 
-// TestLocked: the right password is refused too, and not tried again.
+// TestLocked checks that a refused logon is not retried even with the right password.
 func TestLocked(t *testing.T) {
 	s := start(t, false, winrmhost.Options{LockAfter: 1})
 	s.options.Password = secret.New("wrong")
@@ -304,8 +303,8 @@ func TestLocked(t *testing.T) {
 	}
 }
 
-// TestClocks: a host that tells its time is answered with it; one that does not
-// refuses a response that looks too old.
+// TestClocks covers a host that sends its time, which the response repeats, and one that does not
+// and refuses a response that looks too old.
 func TestClocks(t *testing.T) {
 	for _, test := range []struct {
 		name string
@@ -363,7 +362,7 @@ func TestTrust(t *testing.T) {
 	}
 }
 
-// counted is a connection that is missed when it is closed.
+// counted counts open connections.
 type counted struct {
 	net.Conn
 	open *int
@@ -386,8 +385,8 @@ func fingerprint(t *testing.T, s *site) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// TestRelay: a logon that somebody in between passes on to the host over another
-// TLS connection is refused, by its channel bindings.
+// TestRelay checks that channel bindings make the host refuse a logon that a man in the middle
+// relays over another TLS connection.
 func TestRelay(t *testing.T) {
 	s := start(t, true, winrmhost.Options{})
 	other, err := testca.Must(t).TLSCertificate("127.0.0.1")
@@ -428,9 +427,8 @@ func TestRelay(t *testing.T) {
 	}
 }
 
-// TestTrouble has each call go wrong in each way: the error names the step, says
-// whether the command may have run, and no shell is left once the host answers
-// again.
+// TestTrouble makes each call fail in each way. The error must name the step and say whether the
+// command may have run. No shell may be left once the host answers again.
 func TestTrouble(t *testing.T) { synctest.Test(t, testTrouble) }
 
 func testTrouble(t *testing.T) {
@@ -452,13 +450,13 @@ func testTrouble(t *testing.T) {
 			{"Create", winrmhost.Trouble{Drop: true}, "create a shell: ", false},
 			{"Create", winrmhost.Trouble{Status: 503, Body: "busy"}, "", false},
 			{"Create", winrmhost.Trouble{Status: 429, Body: "busy"}, "", false},
-			{"Create", winrmhost.Trouble{Code: 5, Reason: terrible}, "create a shell: fault 0x00000005: Zugriff\ufffd[31m verweigert\ufffd <&> (the user needs to be", false},
+			{"Create", winrmhost.Trouble{Code: 5, Reason: terrible}, "create a shell: fault 0x00000005: Zugriff\ufffd[31m verweigert\ufffd <&> (the user must be a member of", false},
 			{"Create", winrmhost.Trouble{Code: 7, Reason: strings.Repeat("long ", 1000)}, "…", false},
 			{"Create", winrmhost.Trouble{Status: 200, Body: "<html>a proxy</html>"}, "unexpected answer 200 OK: <html>a proxy</html>", false},
 			{"Create", winrmhost.Trouble{Status: 200, Body: strings.Repeat("x", 400_000)}, "longer than", false},
-			{"Command", winrmhost.Trouble{Hang: true}, "begin the command: no answer", true},
-			{"Command", winrmhost.Trouble{Lose: true}, "begin the command: ", true},
-			{"Command", winrmhost.Trouble{Code: 2150858843, Reason: "weg"}, "begin the command: fault 0x8033805b: weg (the shell is gone", false},
+			{"Command", winrmhost.Trouble{Hang: true}, "start the command: no answer", true},
+			{"Command", winrmhost.Trouble{Lose: true}, "start the command: ", true},
+			{"Command", winrmhost.Trouble{Code: 2150858843, Reason: "weg"}, "start the command: fault 0x8033805b: weg (the shell is gone", false},
 			{"Send", winrmhost.Trouble{Hang: true}, "send the command its input: no answer", true},
 			{"Send", winrmhost.Trouble{Lose: true}, "send the command its input: ", true},
 			{"Send", winrmhost.Trouble{Code: 995, Reason: terrible}, "send the command its input: fault 0x000003e3", true},
@@ -487,7 +485,7 @@ func testTrouble(t *testing.T) {
 				t.Errorf("%s: LostError %v, want %v", name, lost, test.lost)
 			}
 			if !happened.Load() {
-				t.Errorf("%s has not happened", name)
+				t.Errorf("%s did not happen", name)
 			}
 			if left := s.Shells(); left != 0 {
 				t.Errorf("%s: %d shells are left", name, left)
@@ -497,8 +495,7 @@ func testTrouble(t *testing.T) {
 	}
 }
 
-// TestCancelled: the command is told to end, and the shell goes, wherever the
-// cancellation comes.
+// TestCancelled checks that a cancellation at any point ends the command and deletes the shell.
 func TestCancelled(t *testing.T) { synctest.Test(t, testCancelled) }
 
 func testCancelled(t *testing.T) {
@@ -507,7 +504,7 @@ func testCancelled(t *testing.T) {
 		trouble winrmhost.Trouble
 		want    time.Duration
 	}{
-		{"Create", winrmhost.Trouble{}, 5 * time.Second}, // its answer is waited for
+		{"Create", winrmhost.Trouble{}, 5 * time.Second}, // waits for the answer
 		{"Create", winrmhost.Trouble{Hang: true}, 15 * time.Second},
 		{"Command", winrmhost.Trouble{Hang: true}, 5 * time.Second},
 		{"Send", winrmhost.Trouble{Hang: true}, 5 * time.Second},
@@ -536,7 +533,7 @@ func testCancelled(t *testing.T) {
 			t.Errorf("%s: LostError %v", test.at, lost)
 		}
 		if took := time.Since(begun); took > test.want {
-			t.Errorf("%s: it has taken %v, want %v", test.at, took, test.want)
+			t.Errorf("%s: it took %v, want %v", test.at, took, test.want)
 		}
 		made := test.at != "Create" || !test.trouble.Hang
 		if left := s.Shells(); left != 0 || deleted.Load() != made {
@@ -547,13 +544,12 @@ func testCancelled(t *testing.T) {
 			t.Errorf("%s: the next command: %v", test.at, err)
 		}
 		if _, err := client.Run(ctx, []string{"command"}, nil); err == nil {
-			t.Errorf("%s: a command that is cancelled already runs", test.at)
+			t.Errorf("%s: a command runs although its context has ended", test.at)
 		}
 	}
 }
 
-// TestQuiet: a command that says nothing for longer than a call may take is waited
-// for.
+// TestQuiet covers a command without output for longer than a call may take.
 func TestQuiet(t *testing.T) { synctest.Test(t, testQuiet) }
 
 func testQuiet(t *testing.T) {
@@ -568,8 +564,8 @@ func testQuiet(t *testing.T) {
 	}
 }
 
-// TestReboot: a host that restarts while a command runs is not taken for one that
-// has run it, and the next command finds it again.
+// TestReboot checks that a command is reported as lost if the host restarts meanwhile, and that the
+// next command works.
 func TestReboot(t *testing.T) {
 	var s *site
 	var once sync.Once
@@ -598,8 +594,7 @@ func TestReboot(t *testing.T) {
 	}
 }
 
-// TestRestarting: a host that is not there yet, or busy, is asked again for a
-// minute.
+// TestRestarting checks that an unreachable or busy host is retried for a minute.
 func TestRestarting(t *testing.T) { synctest.Test(t, testRestarting) }
 
 func testRestarting(t *testing.T) {
@@ -633,7 +628,7 @@ func testRestarting(t *testing.T) {
 	}
 }
 
-// TestDroppedShell: an administrator ends the shell while the command runs.
+// TestDroppedShell covers an administrator who ends the shell while the command runs.
 func TestDroppedShell(t *testing.T) {
 	var s *site
 	s = start(t, false, winrmhost.Options{Handler: func([]string, []byte) ([]byte, []byte, int) {
@@ -646,7 +641,7 @@ func TestDroppedShell(t *testing.T) {
 	}
 }
 
-// TestForged: without the password nobody can answer over plain HTTP.
+// TestForged checks that forged answers over plain HTTP are rejected.
 func TestForged(t *testing.T) {
 	s := start(t, false, winrmhost.Options{})
 	for name, change := range map[string]func([]byte) []byte{
@@ -670,12 +665,12 @@ func TestForged(t *testing.T) {
 		}
 		_, err := s.client(t).Run(t.Context(), []string{"command"}, nil)
 		if _, isFault := errors.AsType[*winrm.Fault](err); err == nil || isFault {
-			t.Errorf("%s: the answer is taken: %v", name, err)
+			t.Errorf("%s: the answer is accepted: %v", name, err)
 		}
 	}
 }
 
-// TestEndless: a host that never stops talking is left.
+// TestEndless checks that the client disconnects from a host that sends endlessly.
 func TestEndless(t *testing.T) {
 	for name, test := range map[string]struct{ begin, more string }{
 		"escapes": {"HTTP/1.1 200 OK\r\n", "\x1b[31m\u202e " + strings.Repeat("y", 1000)},
@@ -711,8 +706,8 @@ func TestEndless(t *testing.T) {
 	}
 }
 
-// TestClosing: a host that closes the connection after each answer cannot be
-// logged on to by NTLM, which logs a connection on.
+// TestClosing checks the error for a host that closes the connection after each answer: NTLM does
+// not work then.
 func TestClosing(t *testing.T) {
 	s := start(t, true, winrmhost.Options{Basic: true})
 	s.SetKeepAlive(false)
@@ -725,7 +720,7 @@ func TestClosing(t *testing.T) {
 	}
 }
 
-// forger changes what is read, in pieces that are larger than an answer.
+// forger modifies the data that is read, in pieces larger than an answer.
 type forger struct {
 	net.Conn
 	change func([]byte) []byte
@@ -743,8 +738,8 @@ func TestOptions(t *testing.T) {
 		want   string
 	}{
 		"good":                  {func(*winrm.Options) {}, ""},
-		"basic in clear":        {func(o *winrm.Options) { o.Auth = winrm.Basic }, "needs HTTPS"},
-		"certificate in clear":  {func(o *winrm.Options) { o.Auth = winrm.Certificate }, "needs HTTPS"},
+		"basic in clear":        {func(o *winrm.Options) { o.Auth = winrm.Basic }, "requires HTTPS"},
+		"certificate in clear":  {func(o *winrm.Options) { o.Auth = winrm.Certificate }, "requires HTTPS"},
 		"no certificate":        {func(o *winrm.Options) { o.Auth, o.HTTPS = winrm.Certificate, true }, "no certificate"},
 		"no password":           {func(o *winrm.Options) { o.Password = secret.String{} }, "no password"},
 		"no user":               {func(o *winrm.Options) { o.User = "" }, "no user"},
@@ -760,7 +755,7 @@ func TestOptions(t *testing.T) {
 	}
 }
 
-// TestCommandLine: nothing that cmd.exe acts on gets there.
+// TestCommandLine checks that characters that are special to cmd.exe are rejected.
 func TestCommandLine(t *testing.T) {
 	client, err := winrm.New(winrm.Options{Host: "h", User: "u", Password: secret.New("p")})
 	if err != nil {
@@ -773,7 +768,7 @@ func TestCommandLine(t *testing.T) {
 	}
 }
 
-// TestSecrets prints a client and its errors in every way.
+// TestSecrets formats a client and its errors with every verb.
 func TestSecrets(t *testing.T) {
 	s := start(t, false, winrmhost.Options{})
 	s.options.Password = secret.New("hunter2-wrong")
