@@ -1,5 +1,5 @@
-// Package apiserver runs a Kubernetes API server with RBAC, on an etcd of its
-// own, for tests and the demo. Both listen on loopback only.
+// Package apiserver runs a Kubernetes API server with RBAC and a dedicated etcd, for tests and the
+// demo. Both listen on loopback only.
 package apiserver
 
 import (
@@ -32,19 +32,19 @@ import (
 )
 
 const (
-	// Etcd and APIServer are the programs. Debian has the first; .ci/run builds
+	// Etcd and APIServer are the names of the programs. Debian packages the first; .ci/run builds
 	// the second.
 	Etcd      = "etcd"
 	APIServer = "kube-apiserver"
 
-	// startTimeout is how long the API server may take until it is ready: on a
-	// busy machine it is not done in seconds.
+	// startTimeout is how long the API server may take to become ready. On a busy machine that
+	// takes minutes.
 	startTimeout = 4 * time.Minute
 
-	maxLog = 64 << 10 // bytes of each program's output that are kept
+	maxLog = 64 << 10 // bytes of each program's output to keep
 )
 
-// Admin is a user who may do anything.
+// Admin is a user with all permissions.
 const Admin = "admin"
 
 // Server is a running API server.
@@ -59,9 +59,8 @@ type Server struct {
 	etcd, api *process
 }
 
-// Start starts both programs, found under these paths, in dir, which is empty.
-// Users are who may show the token that Token returns, beside Admin, and may do
-// nothing until a role is bound to them.
+// Start starts both programs, which are at the given paths, in dir, which must be empty. users,
+// like Admin, can authenticate with Token, but have no permissions until Allow grants some.
 func Start(ctx context.Context, dir, etcd, apiserver string, users ...string) (*Server, error) {
 	s := &Server{dir: dir, programs: [2]string{etcd, apiserver}}
 	var err error
@@ -81,12 +80,12 @@ func Start(ctx context.Context, dir, etcd, apiserver string, users ...string) (*
 	return s, nil
 }
 
-// Token is what a user shows.
+// Token returns the bearer token of a user.
 func Token(user string) string { return "token-of-" + user }
 
 func (s *Server) file(name string) string { return filepath.Join(s.dir, name) }
 
-// prepare writes what the API server reads.
+// prepare writes the files of the API server.
 func (s *Server) prepare(users []string) error {
 	ports, err := freePorts(3)
 	if err != nil {
@@ -121,7 +120,7 @@ func (s *Server) prepare(users []string) error {
 	return nil
 }
 
-// freePorts returns n loopback addresses that nobody listens on.
+// freePorts returns n loopback addresses with unused ports.
 func freePorts(n int) (addresses []string, err error) {
 	for range n {
 		listener, err := net.Listen("tcp4", "127.0.0.1:0")
@@ -140,8 +139,7 @@ func (s *Server) startEtcd() (err error) {
 	return err
 }
 
-// StartAPI starts the API server once more, after StopAPI, and waits until it is
-// ready.
+// StartAPI starts the API server, also again after StopAPI, and waits until it is ready.
 func (s *Server) StartAPI(ctx context.Context) (err error) {
 	address, err := url.Parse(s.URL)
 	if err != nil {
@@ -159,7 +157,7 @@ func (s *Server) StartAPI(ctx context.Context) (err error) {
 	for {
 		_, err := s.Do(ctx, http.MethodGet, "/readyz", nil)
 		if err == nil {
-			_, err = s.Do(ctx, http.MethodGet, "/api/v1/namespaces/default", nil) // which it makes a little later
+			_, err = s.Do(ctx, http.MethodGet, "/api/v1/namespaces/default", nil) // created a little later
 		}
 		if err == nil {
 			return nil
@@ -174,16 +172,16 @@ func (s *Server) StartAPI(ctx context.Context) (err error) {
 	}
 }
 
-// StopAPI ends the API server. What it stored stays.
+// StopAPI stops the API server. Its data remains.
 func (s *Server) StopAPI() { s.api.stop() }
 
-// Stop ends both programs.
+// Stop stops both programs.
 func (s *Server) Stop() {
 	s.api.stop()
 	s.etcd.stop()
 }
 
-// StatusError is an answer that is not success.
+// StatusError is an unsuccessful answer.
 type StatusError struct {
 	Code int
 	Body string
@@ -191,8 +189,7 @@ type StatusError struct {
 
 func (e *StatusError) Error() string { return fmt.Sprintf("%d: %s", e.Code, e.Body) }
 
-// Do does a request as Admin; body is sent as JSON unless it is nil. It returns
-// the answer.
+// Do sends a request as Admin and returns the answer. It sends body as JSON unless that is nil.
 func (s *Server) Do(ctx context.Context, method, path string, body any) ([]byte, error) {
 	data, err := json.Marshal(body)
 	if err != nil {
@@ -223,14 +220,14 @@ func (s *Server) Do(ctx context.Context, method, path string, body any) ([]byte,
 	return answer, err
 }
 
-// Namespace makes a namespace.
+// Namespace creates a namespace.
 func (s *Server) Namespace(ctx context.Context, name string) error {
 	_, err := s.Do(ctx, http.MethodPost, "/api/v1/namespaces", map[string]any{"metadata": map[string]any{"name": name}})
 	return err
 }
 
-// Allow lets a user do something with secrets in a namespace: the verbs with
-// those called names, or, for create, which no name restricts, with any.
+// Allow grants a user verbs on the secrets with the given names in a namespace. The verb create
+// cannot be restricted to names and is granted for all.
 func (s *Server) Allow(ctx context.Context, namespace, user string, names []string, verbs ...string) error {
 	type rule map[string]any
 	var rules []rule
@@ -258,7 +255,7 @@ func (s *Server) Allow(ctx context.Context, namespace, user string, names []stri
 	return s.effective(ctx, namespace, user, names, verbs)
 }
 
-// effective waits until the API server has heard of the roles that it holds.
+// effective waits until the API server applies a new role.
 func (s *Server) effective(ctx context.Context, namespace, user string, names, verbs []string) error {
 	name := ""
 	if last := verbs[len(verbs)-1]; last != "create" {
@@ -279,29 +276,28 @@ func (s *Server) effective(ctx context.Context, namespace, user string, names, v
 		select {
 		case <-time.After(20 * time.Millisecond):
 		case <-ctx.Done():
-			return errors.New("a role has no effect")
+			return errors.New("a role did not take effect")
 		}
 	}
 }
 
-// Kubeconfig is a file for a user, who shows a token.
+// Kubeconfig returns a kubeconfig with the token of a user.
 func (s *Server) Kubeconfig(user string) []byte {
 	return s.KubeconfigAt(s.URL, user)
 }
 
-// KubeconfigAt is Kubeconfig with another address, of something before the
-// server.
+// KubeconfigAt is Kubeconfig with another address, such as that of a proxy in front of the server.
 func (s *Server) KubeconfigAt(server, user string) []byte {
 	text, _ := json.Marshal(map[string]any{
 		"apiVersion": "v1", "kind": "Config", "current-context": "test",
 		"clusters": []any{map[string]any{"name": "test", "cluster": map[string]any{"server": server, "certificate-authority-data": s.CA.PEM()}}},
 		"users":    []any{map[string]any{"name": user, "user": map[string]any{"token": Token(user)}}},
 		"contexts": []any{map[string]any{"name": "test", "context": map[string]any{"cluster": "test", "user": user}}},
-	}) // which can be
+	}) // cannot fail
 	return text
 }
 
-// ClientCertificate is one that the API server takes for the user it names.
+// ClientCertificate returns a certificate that authenticates a user.
 func (s *Server) ClientCertificate(user string) (certificate, key []byte, err error) {
 	issued, err := s.CA.Issue(testca.Template{CommonName: user, Names: []string{user}})
 	if err != nil {
@@ -313,7 +309,7 @@ func (s *Server) ClientCertificate(user string) (certificate, key []byte, err er
 // process is a running program.
 type process struct {
 	command *exec.Cmd
-	done    chan struct{} // closed once it has ended
+	done    chan struct{} // closed when the program has ended
 	output  *output
 }
 
@@ -338,7 +334,7 @@ func (p *process) stop() {
 	_ = p.command.Process.Signal(syscall.SIGTERM)
 	select {
 	case <-p.done:
-	case <-time.After(10 * time.Second): // it waits for requests that are under way
+	case <-time.After(10 * time.Second): // it waits for running requests
 		_ = p.command.Process.Kill()
 		<-p.done
 	}
@@ -346,7 +342,7 @@ func (p *process) stop() {
 
 func (p *process) log() string { return p.output.String() }
 
-// output keeps the end of what is written.
+// output keeps the end of a program's output.
 type output struct {
 	mu   sync.Mutex
 	data []byte // guarded by mu

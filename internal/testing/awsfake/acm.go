@@ -20,35 +20,35 @@ import (
 	"certctl-agent/internal/pemutil"
 )
 
-// certificate is one that was imported.
+// certificate is a certificate in ACM.
 type certificate struct {
 	arn        string
 	leaf       *x509.Certificate
 	body       string // PEM
-	chain      string // PEM; "": none
-	key        string // PEM, which no call returns
+	chain      string // PEM, or ""
+	key        string // PEM; not returned by any call
 	tags       []Tag
-	usedBy     []string // ARNs of load balancers and their like
+	usedBy     []string // ARNs of load balancers and similar resources
 	created    time.Time
 	importedAt time.Time
 	kind       string // "IMPORTED", "AMAZON_ISSUED"
-	missing    int    // how many lists and looks at it do not show it yet
+	missing    int    // number of calls in which it does not appear yet
 }
 
-// Tag is of a certificate.
+// Tag is a tag of a certificate.
 type Tag struct {
 	Key   string
 	Value string `json:",omitempty"`
 }
 
-// Certificate is what tests look at.
+// Certificate is a certificate for tests to examine.
 type Certificate struct {
 	ARN              string
 	Body, Chain, Key string // PEM
 	Tags             []Tag
 }
 
-// Certificates are all that there are, in the order of their import.
+// Certificates returns all certificates in the order of their import.
 func (c *Cloud) Certificates() (all []Certificate) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -58,7 +58,7 @@ func (c *Cloud) Certificates() (all []Certificate) {
 	return all
 }
 
-// Use has a load balancer use a certificate, or none do.
+// Use sets which load balancers use a certificate.
 func (c *Cloud) Use(arn string, by ...string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -67,7 +67,7 @@ func (c *Cloud) Use(arn string, by ...string) {
 	}
 }
 
-// SetKind turns a certificate into one that was not imported.
+// SetKind changes the origin of a certificate, such as "AMAZON_ISSUED".
 func (c *Cloud) SetKind(arn, kind string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -76,7 +76,7 @@ func (c *Cloud) SetKind(arn, kind string) {
 	}
 }
 
-// Put makes a certificate as somebody else's import does, past the quota.
+// Put imports a certificate as another client would, regardless of the quota.
 func (c *Cloud) Put(body, key, chain []byte, tags ...Tag) (arn string, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -101,7 +101,7 @@ func (c *Cloud) find(arn string) *certificate {
 	return c.certificates[i]
 }
 
-// acm answers https://docs.aws.amazon.com/acm/latest/APIReference/.
+// acm implements https://docs.aws.amazon.com/acm/latest/APIReference/.
 func (c *Cloud) acm(r *http.Request, body []byte) (speaks protocol, operation string, call func() ([]byte, *problem)) {
 	const contentType = "application/x-amz-json-1.1"
 	speaks = protocol{contentType, acmProblem}
@@ -130,7 +130,7 @@ func (c *Cloud) acm(r *http.Request, body []byte) (speaks protocol, operation st
 		}
 		data, err := json.Marshal(result)
 		if err != nil {
-			panic(err) // it is made of strings and numbers
+			panic(err) // impossible: results are strings and numbers
 		}
 		return data, nil
 	}
@@ -141,7 +141,7 @@ func acmProblem(p *problem) []byte {
 	return data
 }
 
-// decode is strict, unlike the real one: it finds spelling mistakes.
+// decode is stricter than AWS: it rejects misspelled fields.
 func decode(body []byte, request any) *problem {
 	d := json.NewDecoder(bytes.NewReader(body))
 	if d.DisallowUnknownFields(); d.Decode(request) != nil || d.More() {
@@ -152,7 +152,7 @@ func decode(body []byte, request any) *problem {
 
 var arnForm = regexp.MustCompile(`^arn:[\w+=/,.@-]+:acm:[\w+=/,.@-]*:[0-9]+:[\w+=,.@-]+(/[\w+=,.@-]+)*$`)
 
-// named finds the certificate of a request.
+// named returns the certificate that a request names.
 func (c *Cloud) named(k *key, action, arn string) (*certificate, *problem) {
 	if !arnForm.MatchString(arn) {
 		return nil, refuse("InvalidArnException", "Invalid ARN: %.100s", arn)
@@ -167,7 +167,7 @@ func (c *Cloud) named(k *key, action, arn string) (*certificate, *problem) {
 	return have, nil
 }
 
-// Sizes of the parts of an import, in bytes.
+// Limits for the parts of an import, in bytes.
 const (
 	maxCertificate = 32768
 	maxKey         = 5120
@@ -227,8 +227,9 @@ func (c *Cloud) importCertificate(k *key, body []byte) (any, *problem) {
 	return map[string]string{"CertificateArn": have.arn}, nil
 }
 
-// parseImport checks what https://docs.aws.amazon.com/acm/latest/userguide/import-certificate-prerequisites.html and
-// the reference of ImportCertificate ask for.
+// parseImport enforces the requirements of
+// https://docs.aws.amazon.com/acm/latest/userguide/import-certificate-prerequisites.html and of the
+// reference of ImportCertificate.
 func parseImport(body, key, chain []byte) (*certificate, *problem) {
 	invalid := func(format string, args ...any) (*certificate, *problem) {
 		return nil, refuse("ValidationException", format, args...)
@@ -290,7 +291,7 @@ func checkChain(leaf *x509.Certificate, chain []byte) *problem {
 	return nil
 }
 
-// parsePEM takes certificates and nothing else.
+// parsePEM parses PEM that contains only certificates.
 func parsePEM(data []byte) (all []*x509.Certificate, err error) {
 	for len(bytes.TrimSpace(data)) > 0 {
 		block, rest := pem.Decode(data)
@@ -306,7 +307,7 @@ func parsePEM(data []byte) (all []*x509.Certificate, err error) {
 	return all, nil
 }
 
-// keyAlgorithm is the name that ACM has for a certificate's, "" if it takes none such.
+// keyAlgorithm returns ACM's name for a certificate's key algorithm, or "" if it is not supported.
 func keyAlgorithm(c *x509.Certificate) string {
 	switch public := c.PublicKey.(type) {
 	case *rsa.PublicKey:
@@ -320,12 +321,13 @@ func keyAlgorithm(c *x509.Certificate) string {
 	return ""
 }
 
-// mayReplace has the rules of https://docs.aws.amazon.com/acm/latest/userguide/import-reimport.html, and
-// the one of the prerequisites that an extension of usages cannot be added.
+// mayReplace enforces the rules of
+// https://docs.aws.amazon.com/acm/latest/userguide/import-reimport.html, and the rule of the
+// prerequisites that a key usage extension cannot be added.
 func mayReplace(old, new *x509.Certificate) *problem {
 	lost := old.KeyUsage &^ new.KeyUsage
 	if _, isEC := old.PublicKey.(*ecdsa.PublicKey); isEC {
-		lost &^= x509.KeyUsageKeyEncipherment // RFC 5480, section 3, has it for no such key
+		lost &^= x509.KeyUsageKeyEncipherment // not valid for such keys (RFC 5480, section 3)
 	}
 	switch {
 	case keyAlgorithm(old) != keyAlgorithm(new):
@@ -336,7 +338,7 @@ func mayReplace(old, new *x509.Certificate) *problem {
 		return refuse("ValidationException", "The certificate you are importing has a Key Usage or Extended Key Usage extension, and the existing one has none")
 	}
 	for _, usage := range old.ExtKeyUsage {
-		// Authorities stop issuing for it.
+		// CAs are dropping it.
 		if usage != x509.ExtKeyUsageClientAuth && !slices.Contains(new.ExtKeyUsage, usage) {
 			return refuse("ValidationException", "The certificate you are importing lacks Extended Key Usage values of the existing one")
 		}
@@ -373,7 +375,7 @@ func names(leaf *x509.Certificate) []string {
 	return all
 }
 
-// serial has pairs of digits with colons between.
+// serial formats a serial number as pairs of digits separated by colons.
 func serial(leaf *x509.Certificate) string {
 	var pairs []string
 	for _, b := range leaf.SerialNumber.Bytes() {
@@ -382,7 +384,7 @@ func serial(leaf *x509.Certificate) string {
 	return strings.Join(pairs, ":")
 }
 
-// summary is a certificate as lists have it.
+// summary returns a certificate as it appears in lists.
 func (c *Cloud) summary(have *certificate) map[string]any {
 	status := "ISSUED"
 	if time.Now().After(have.leaf.NotAfter) {
@@ -440,7 +442,7 @@ func (c *Cloud) listCertificates(k *key, body []byte) (any, *problem) {
 		}
 		size = min(size, *request.MaxItems)
 	}
-	// "Default filtering returns only RSA_2048 certificates", says the reference.
+	// The reference says: "Default filtering returns only RSA_2048 certificates".
 	types := request.Includes.KeyTypes
 	if types == nil {
 		types = []string{"RSA_2048"}
@@ -517,7 +519,7 @@ func (c *Cloud) addTags(k *key, body []byte) (any, *problem) {
 
 var tagForm = regexp.MustCompile(`^[\p{L}\p{Z}\p{N}_.:/=+\-@]*$`)
 
-// checkTags checks tags that come to those that are there.
+// checkTags checks tags that are added to existing ones.
 func checkTags(have, tags []Tag) *problem {
 	all := make(map[string]bool)
 	for _, tag := range have {

@@ -1,6 +1,7 @@
-// Package awsfake is the part of AWS that tests of certificates need: ACM, the STS calls that issue
-// credentials, and the services that hand them to containers and instances. It keeps state, verifies
-// signatures, and refuses what the documentation says that AWS refuses. All of it listens on loopback.
+// Package awsfake is a fake of the parts of AWS that deal with certificates: ACM, the STS calls
+// that issue credentials, and the services that provide them to containers and instances. It keeps
+// state, verifies signatures, and refuses everything that AWS refuses according to its
+// documentation. It listens on loopback only.
 package awsfake
 
 import (
@@ -23,52 +24,52 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-// Account is the only one.
+// Account is the only account.
 const Account = "123456789012"
 
-// maxBody bounds a request, in bytes. A chain may take two of the MiB.
+// maxBody bounds a request, in bytes. A chain may take 2 MiB.
 const maxBody = 4 << 20
 
-// Cloud is a running fake. Its exported fields may be changed before the first call, and by Set.
+// Cloud is a running fake. Its exported fields may be changed before the first call and with Set.
 type Cloud struct {
-	URL         string // of ACM and STS: https, with a certificate of CA
-	MetadataURL string // of the metadata services: http
+	URL         string // of ACM and STS; https, with a certificate issued by CA
+	MetadataURL string // of the metadata services; http
 	CA          *testca.CA
 
-	Region   string        // the only one that signatures are good for
-	Quota    int           // imports that are allowed; re-imports are not counted
-	PageSize int           // of lists, whatever is asked for
-	Lag      int           // how many lists and looks at a new certificate do not show it
-	Lifetime time.Duration // of the credentials that it issues
+	Region   string        // the only region that accepts signatures
+	Quota    int           // allowed imports, not counting re-imports
+	PageSize int           // page size of lists, whatever the request asks for
+	Lag      int           // number of calls in which a new certificate does not appear yet
+	Lifetime time.Duration // lifetime of issued credentials
 
-	mu           sync.Mutex // guards what follows
+	mu           sync.Mutex // guards the fields below
 	imports      int
 	certificates []*certificate // in the order of their import
 	keys         map[string]*key
 	issued       []string // secrets
 	roles        map[string]*role
-	webTokens    map[string]string // to the role that each may assume
+	webTokens    map[string]string // from tokens to the roles that they may assume
 	container    containerRole
 	instance     instanceRole
-	denied       []string // operations
+	denied       []string // operations without permission
 	calls        []string
 	fault        func(operation string, n int) Fault
 }
 
-// A Fault is what happens to a call.
+// A Fault makes a call fail.
 type Fault int
 
 // The faults.
 const (
 	None        Fault = iota
 	Throttled         // ThrottlingException
-	TooMany           // 429, which says no more
+	TooMany           // 429 without a body
 	Broken            // 500 InternalFailure
 	Busy              // 503
-	Dropped           // the connection ends, and nothing has happened
-	Lost              // the connection ends, and the call has been carried out
-	Hanging           // nothing happens until the client goes
-	HangingLate       // the call has been carried out, and no answer comes
+	Dropped           // the connection closes before the call is carried out
+	Lost              // the connection closes after the call is carried out
+	Hanging           // no answer, and the call is not carried out
+	HangingLate       // no answer, but the call is carried out
 )
 
 // Start starts a fake for a test.
@@ -78,7 +79,7 @@ func Start(t testing.TB) *Cloud {
 		CA: testca.Must(t), Region: "eu-central-1", Quota: 5000, PageSize: 2, Lifetime: time.Hour,
 		keys: make(map[string]*key), roles: make(map[string]*role), webTokens: make(map[string]string), instance: instanceRole{tokens: make(map[string]time.Time)},
 	}
-	// Also for those who come through a proxy.
+	// The names are for clients that connect through a proxy.
 	certificate, err := c.CA.TLSCertificate("127.0.0.1", "localhost", "*.eu-central-1.amazonaws.com", "*.us-gov-west-1.amazonaws.com", "*.cn-north-1.amazonaws.com.cn")
 	if err != nil {
 		t.Fatal(err)
@@ -87,7 +88,7 @@ func Start(t testing.TB) *Cloud {
 	api.TLS = &tls.Config{Certificates: []tls.Certificate{certificate}}
 	metadata := httptest.NewUnstartedServer(http.HandlerFunc(c.serveMetadata))
 	for _, server := range []*httptest.Server{api, metadata} {
-		server.Config.ErrorLog = log.New(io.Discard, "", 0) // of clients that do not trust it, or are gone
+		server.Config.ErrorLog = log.New(io.Discard, "", 0) // clients that distrust the certificate or have gone
 		t.Cleanup(server.Close)
 	}
 	api.StartTLS()
@@ -96,8 +97,8 @@ func Start(t testing.TB) *Cloud {
 	return c
 }
 
-// OnCall lets choose decide what happens to each call. N counts the calls of that operation from 1.
-// Choose may be called at once with itself. Nil: nothing happens to any.
+// OnCall makes choose decide on the fault of each call. n counts the calls of an operation from 1.
+// choose may be called concurrently. Nil means no faults.
 func (c *Cloud) OnCall(choose func(operation string, n int) Fault) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -111,28 +112,28 @@ func (c *Cloud) Set(change func(c *Cloud)) {
 	change(c)
 }
 
-// Deny withholds the permission for operations, and grants all others.
+// Deny denies permission for the given operations and grants all others.
 func (c *Cloud) Deny(operations ...string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.denied = operations
 }
 
-// Calls are the operations that were called since OnCall, in order.
+// Calls returns the operations called since OnCall, in order.
 func (c *Cloud) Calls() []string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return slices.Clone(c.calls)
 }
 
-// Imports counts the imports that made a new certificate, deleted ones too.
+// Imports returns the number of imports that created a certificate, including deleted ones.
 func (c *Cloud) Imports() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.imports
 }
 
-// note counts a call, and says what is to happen to it.
+// note records a call and returns its fault.
 func (c *Cloud) note(operation string) Fault {
 	c.mu.Lock()
 	c.calls = append(c.calls, operation)
@@ -150,7 +151,7 @@ func (c *Cloud) note(operation string) Fault {
 	return choose(operation, n)
 }
 
-// problem is an error of AWS.
+// problem is an AWS error.
 type problem struct {
 	status  int
 	code    string
@@ -161,13 +162,13 @@ func refuse(code, format string, args ...any) *problem {
 	return &problem{http.StatusBadRequest, code, fmt.Sprintf(format, args...)}
 }
 
-// protocol is how a service answers.
+// protocol is the format of a service's answers.
 type protocol struct {
 	contentType string
 	problem     func(*problem) []byte
 }
 
-// serve answers for ACM and STS, which are told apart by what they are asked.
+// serve answers the requests of ACM and STS.
 func (c *Cloud) serve(w http.ResponseWriter, r *http.Request) {
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 	if err != nil {
@@ -230,7 +231,7 @@ func drop(w http.ResponseWriter) {
 	}
 }
 
-// caller finds out who signed a request.
+// caller returns the key that signed a request.
 func (c *Cloud) caller(r *http.Request, body []byte, service string) (*key, *problem) {
 	s, err := sigv4.Parse(r)
 	if err != nil {
@@ -252,7 +253,7 @@ func (c *Cloud) caller(r *http.Request, body []byte, service string) (*key, *pro
 	return k, nil
 }
 
-// allow reports whether a caller may do something.
+// allow returns an error if a caller lacks the permission for an action.
 func (c *Cloud) allow(k *key, action, resource string) *problem {
 	if _, operation, _ := strings.Cut(action, ":"); !slices.Contains(c.denied, operation) {
 		return nil
@@ -284,7 +285,7 @@ func randomText() string {
 	return hex.EncodeToString(random)
 }
 
-// uuid is a random one (RFC 9562, section 5.4).
+// uuid returns a random UUID (RFC 9562, section 5.4).
 func uuid() string {
 	b := make([]byte, 16)
 	rand.Read(b)

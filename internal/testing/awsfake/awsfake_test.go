@@ -67,7 +67,7 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// TestRefusals: the fake refuses what the documentation says that ACM does.
+// TestRefusals checks that the fake refuses what ACM refuses according to its documentation.
 func TestRefusals(t *testing.T) {
 	c := newCaller(t)
 	issue := func(template testca.Template) map[string]any {
@@ -88,7 +88,7 @@ func TestRefusals(t *testing.T) {
 	_, answer := c.call("ImportCertificate", plain())
 	arn, _ := answer["CertificateArn"].(string)
 	if arn == "" {
-		t.Fatalf("a good one: %v", answer)
+		t.Fatalf("a valid request: %v", answer)
 	}
 	_, answer = c.call("ImportCertificate", issue(testca.Template{ExtKeyUsage: []x509.ExtKeyUsage{}}))
 	bare, _ := answer["CertificateArn"].(string)
@@ -145,8 +145,8 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
-// TestSignatures: a request counts only with the signature of a key that is good at this time, for this
-// region and this service.
+// TestSignatures checks that requests need a signature by a valid key, for the current time, the
+// region and the service.
 func TestSignatures(t *testing.T) {
 	for name, test := range map[string]struct {
 		spoil func(c *caller)
@@ -169,7 +169,8 @@ func TestSignatures(t *testing.T) {
 	}
 }
 
-// TestMetadata: version 1 of the instance's service is off, and nothing is told through a proxy.
+// TestMetadata checks that version 1 of the instance metadata service is off and that proxied
+// requests are refused.
 func TestMetadata(t *testing.T) {
 	cloud := awsfake.Start(t)
 	cloud.SetInstance("machine")

@@ -15,13 +15,13 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-// cli is the AWS CLI in front of a fake.
+// cli runs the AWS CLI against a fake.
 type cli struct {
 	t       *testing.T
 	cloud   *awsfake.Cloud
 	program string
 	dir     string
-	env     []string // how it gets its credentials
+	env     []string // environment with its credentials
 }
 
 func (c *cli) run(args ...string) (string, error) {
@@ -62,7 +62,7 @@ func (c *cli) write(name string, data []byte) {
 	}
 }
 
-// pair writes a certificate's files under a prefix.
+// pair writes the files of a certificate with a prefix.
 func (c *cli) pair(prefix string, issued *testca.Issued) {
 	c.t.Helper()
 	c.write(prefix+".pem", issued.LeafPEM())
@@ -93,7 +93,8 @@ func (c *cli) keysOf(user string) {
 	c.env = []string{"AWS_ACCESS_KEY_ID=" + id, "AWS_SECRET_ACCESS_KEY=" + secret}
 }
 
-// TestCLI: the AWS CLI imports, imports again, describes, gets, lists in pages, tags and deletes.
+// TestCLI imports, re-imports, describes, gets, lists in pages, tags and deletes certificates with
+// the AWS CLI.
 func TestCLI(t *testing.T) {
 	c := newCLI(t, "eu-central-1")
 	c.keysOf("admin")
@@ -114,7 +115,7 @@ func TestCLI(t *testing.T) {
 	if _, err := c.run(append(files("second"), "--certificate-arn", arn, "--tags", "Key=team,Value=db")...); err == nil || !strings.Contains(err.Error(), "Tagging is not permitted on re-import") {
 		t.Errorf("tags on a re-import: %v", err)
 	}
-	c.cloud.OnCall(func(operation string, n int) awsfake.Fault { // which the CLI tries again
+	c.cloud.OnCall(func(operation string, n int) awsfake.Fault { // the CLI retries
 		return map[int]awsfake.Fault{1: awsfake.Throttled, 2: awsfake.Broken}[n]
 	})
 	if got := c.must(append(files("second"), "--certificate-arn", arn)...)["CertificateArn"]; got != arn {
@@ -138,7 +139,7 @@ func TestCLI(t *testing.T) {
 		t.Errorf("%d in the list, %d imports", len(got), c.cloud.Imports())
 	}
 	if list, _ := c.must("acm", "list-certificates")["CertificateSummaryList"].([]any); len(list) > 0 {
-		t.Errorf("the default list has %d of another key type", len(list))
+		t.Errorf("the default list has %d certificates with another key type", len(list))
 	}
 	c.cloud.Set(func(cloud *awsfake.Cloud) { cloud.Quota = 3 })
 	if _, err := c.run(files("second")...); err == nil || !strings.Contains(err.Error(), "LimitExceededException") {
@@ -146,7 +147,7 @@ func TestCLI(t *testing.T) {
 	}
 	c.must("acm", "delete-certificate", "--certificate-arn", arn)
 	if _, err := c.run("acm", "get-certificate", "--certificate-arn", arn); err == nil || !strings.Contains(err.Error(), "ResourceNotFoundException") {
-		t.Errorf("after its deletion: %v", err)
+		t.Errorf("after the deletion: %v", err)
 	}
 	c.env[1] = "AWS_SECRET_ACCESS_KEY=wrong"
 	if _, err := c.run("acm", "list-certificates"); err == nil || !strings.Contains(err.Error(), "InvalidSignatureException") {
@@ -154,7 +155,7 @@ func TestCLI(t *testing.T) {
 	}
 }
 
-// TestCLICredentials: the CLI gets what it signs with from each source, in each partition.
+// TestCLICredentials checks each source of the CLI's credentials in each partition.
 func TestCLICredentials(t *testing.T) {
 	for _, test := range []struct {
 		name, region string
@@ -192,7 +193,7 @@ func TestCLICredentials(t *testing.T) {
 			c.pair("one", c.issue())
 			c.must("acm", "import-certificate", "--certificate", "fileb://one.pem", "--private-key", "fileb://one.key", "--certificate-chain", "fileb://one-chain.pem")
 			if got := c.cloud.Certificates(); len(got) != 1 || !strings.Contains(got[0].ARN, test.region) {
-				t.Errorf("there are %v", got)
+				t.Errorf("got %v", got)
 			}
 			if test.called != "" && !strings.Contains(strings.Join(c.cloud.Calls(), "\n"), test.called) {
 				t.Errorf("called %q, not %q", c.cloud.Calls(), test.called)
@@ -206,9 +207,9 @@ func TestCLICredentials(t *testing.T) {
 	}
 }
 
-// assume has the CLI's own call assume a role, and signs on with what that returns. A profile with
-// role_arn would do, but --endpoint-url is for ACM then, and older versions know no other way to say
-// it for STS.
+// assume assumes a role with the CLI and uses the returned credentials. A profile with role_arn
+// would do, but --endpoint-url then applies to ACM, and older versions have no other way to set it
+// for STS.
 func (c *cli) assume(command, role string, how ...string) {
 	c.t.Helper()
 	args := []string{"sts", command, "--role-arn", c.cloud.RoleARN(role), "--role-session-name", "certctl"}

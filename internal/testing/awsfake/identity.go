@@ -15,22 +15,22 @@ import (
 	"certctl-agent/internal/secret"
 )
 
-// key is an access key that AWS knows.
+// key is a valid access key.
 type key struct {
-	arn     string // who has it
+	arn     string // of its owner
 	secret  secret.String
-	token   string    // "": a user's own, which has none
-	expires time.Time // zero: never
+	token   string    // "" for a user's permanent key
+	expires time.Time // zero for never
 }
 
-// role is one that can be assumed.
+// role is a role that can be assumed.
 type role struct {
 	arn        string
-	externalID string   // "": not asked for
-	trusted    []string // ARNs of users and roles; nil: nobody but who has a token or is the machine
+	externalID string   // "" if not required
+	trusted    []string // ARNs of users and roles that may assume it with AssumeRole
 }
 
-// AddUser makes a user with an access key that lasts.
+// AddUser creates a user with a permanent access key.
 func (c *Cloud) AddUser(name string) (id, secretKey string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -38,17 +38,18 @@ func (c *Cloud) AddUser(name string) (id, secretKey string) {
 	return k.AccessKeyID, k.SecretAccessKey
 }
 
-// UserARN is the ARN of a user, RoleARN that of a role.
+// UserARN returns the ARN of a user.
 func (c *Cloud) UserARN(name string) string {
 	return "arn:" + c.partition() + ":iam::" + Account + ":user/" + name
 }
 
-// RoleARN is the ARN of a role.
+// RoleARN returns the ARN of a role.
 func (c *Cloud) RoleARN(name string) string {
 	return "arn:" + c.partition() + ":iam::" + Account + ":role/" + name
 }
 
-// AddRole makes a role that those who are named may assume, with the external id if that is not "".
+// AddRole creates a role that the trusted users and roles may assume, with the external id if that
+// is not "".
 func (c *Cloud) AddRole(name, externalID string, trusted ...string) (arn string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -65,7 +66,7 @@ func (c *Cloud) AllowToken(token, roleARN string) {
 	c.issued = append(c.issued, token)
 }
 
-// Expire ends all credentials that do not last.
+// Expire makes all temporary credentials expire.
 func (c *Cloud) Expire() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -76,14 +77,14 @@ func (c *Cloud) Expire() {
 	}
 }
 
-// Secrets are all secret keys and tokens that were ever given out.
+// Secrets returns all secret keys and tokens issued so far.
 func (c *Cloud) Secrets() []string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return slices.Clone(c.issued)
 }
 
-// issue is a key as it is given out.
+// issue is an issued key.
 type issue struct {
 	AccessKeyID     string `json:"AccessKeyId" xml:"AccessKeyId"`
 	SecretAccessKey string
@@ -105,7 +106,7 @@ func (c *Cloud) newKey(arn string, temporary bool) issue {
 	return made
 }
 
-// newSession is a key of a role.
+// newSession issues a key for a session of a role.
 func (c *Cloud) newSession(roleARN, session string) (issue, string) {
 	_, name, _ := strings.Cut(roleARN, ":role/")
 	arn := "arn:" + c.partition() + ":sts::" + Account + ":assumed-role/" + name + "/" + session
@@ -117,7 +118,7 @@ var (
 	sessionNameForm = regexp.MustCompile(`^[\w+=,.@-]{2,64}$`)
 )
 
-// sts answers AssumeRole (https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html) and
+// sts implements AssumeRole (https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html) and
 // AssumeRoleWithWebIdentity.
 func (c *Cloud) sts(r *http.Request, body []byte) (speaks protocol, operation string, call func() ([]byte, *problem)) {
 	speaks = protocol{"text/xml", stsProblem}
@@ -187,7 +188,7 @@ func (c *Cloud) assume(form url.Values, operation string, trusted func(*role) bo
 		RequestID: uuid(),
 	})
 	if err != nil {
-		panic(err) // it has strings only
+		panic(err) // impossible: it contains only strings
 	}
 	return answer, nil
 }

@@ -8,25 +8,25 @@ import (
 	"time"
 )
 
-// containerRole is what the agent of ECS or EKS hands to a container
+// containerRole is the role that the agent of ECS or EKS provides to a container
 // (https://docs.aws.amazon.com/sdkref/latest/guide/feature-container-credentials.html).
 type containerRole struct {
-	arn           string // "": there is none
-	authorization string // that it asks for
+	arn           string // "" if there is none
+	authorization string // required in requests
 }
 
-// instanceRole is what the metadata service of an instance hands out, in its version 2
+// instanceRole is the role that version 2 of the metadata service provides to an instance
 // (https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instancedata-data-retrieval.html).
 type instanceRole struct {
-	arn    string // "": the instance has no role
+	arn    string // "" if there is none
 	name   string
-	tokens map[string]time.Time // of sessions, to their end
+	tokens map[string]time.Time // from session tokens to their expiry
 }
 
-// ContainerPath is where a container finds its credentials.
+// ContainerPath is the path of a container's credentials.
 const ContainerPath = "/v2/credentials/b7a6"
 
-// SetContainer gives containers a role, for those that show this authorization.
+// SetContainer sets the role of containers and the authorization that requests must have.
 func (c *Cloud) SetContainer(roleARN, authorization string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -34,16 +34,16 @@ func (c *Cloud) SetContainer(roleARN, authorization string) {
 	c.issued = append(c.issued, authorization)
 }
 
-// SetInstance gives instances a role.
+// SetInstance sets the role of instances.
 func (c *Cloud) SetInstance(name string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.instance.name, c.instance.arn = name, c.RoleARN(name)
 }
 
-// serveMetadata answers containers and instances.
+// serveMetadata answers the requests of containers and instances.
 func (c *Cloud) serveMetadata(w http.ResponseWriter, r *http.Request) {
-	if !isLoopback(r) { // IMDS refuses what a proxy passes on
+	if !isLoopback(r) { // IMDS refuses proxied requests
 		w.WriteHeader(http.StatusForbidden)
 		return
 	}

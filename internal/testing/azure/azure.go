@@ -1,11 +1,10 @@
-// Package azure is a fake of what a client of Azure Key Vault meets: vaults with
-// their certificates, the token endpoints of Microsoft Entra ID, and the managed
-// identities of a virtual machine and of App Service, in the public, the US
-// government and the China cloud. It keeps state, refuses what the real ones
-// refuse, and can fail, hang, throttle and lose an answer at any call.
+// Package azure is a fake of the services that a client of Azure Key Vault uses: vaults with
+// certificates, the token endpoints of Microsoft Entra ID, and the managed identities of virtual
+// machines and App Service, in the public, US government and China clouds. It keeps state and
+// refuses what the real services refuse. Any call can be made to fail, hang, be throttled or lose
+// its answer.
 //
-// All of it listens on loopback. Clients reach the names of the clouds through the
-// proxy of the fake.
+// It listens on loopback only. Clients reach the hosts of the clouds through its proxy.
 package azure
 
 import (
@@ -28,15 +27,15 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-// Cloud is one of Azure's clouds, by its names, see
+// Cloud is one of Azure's clouds with its domain names, see
 // https://learn.microsoft.com/azure/key-vault/general/about-keys-secrets-certificates#dns-suffixes-for-object-identifiers
 // and https://learn.microsoft.com/entra/identity-platform/authentication-national-cloud.
 type Cloud struct {
-	Vaults    string // the names of vaults end in it
+	Vaults    string // domain of vaults
 	Authority string // host of the token endpoint
 }
 
-// Public is the cloud that nearly everybody uses.
+// Public is the global cloud.
 func Public() Cloud { return Cloud{"vault.azure.net", "login.microsoftonline.com"} }
 
 // USGovernment is Azure Government.
@@ -47,28 +46,28 @@ func China() Cloud { return Cloud{"vault.azure.cn", "login.chinacloudapi.cn"} }
 
 func clouds() []Cloud { return []Cloud{Public(), USGovernment(), China()} }
 
-// Resource is what tokens for vaults of the cloud are for.
+// Resource returns the resource of tokens for vaults of the cloud.
 func (c Cloud) Resource() string { return "https://" + c.Vaults }
 
-// Tenant is the directory that the vaults and applications of the fake are in.
+// Tenant is the directory of the fake's vaults and applications.
 const Tenant = "9c3e2b0a-51f4-4d76-8f1c-2f6a4f0b7d11"
 
-// Fault is what goes wrong with a call.
+// Fault makes a call fail.
 type Fault struct {
-	Status int    // answer with it, and do nothing
-	Code   string // of the error
+	Status int    // answer with it and do nothing
+	Code   string // error code
 	After  int    // Retry-After, in seconds; 0: none
 	Body   string // instead of an error of the usual form
 	Echo   bool   // the message repeats the request, with its credentials
 
-	Hang bool   // never answer, and do nothing
-	Drop bool   // close the connection, and do nothing
-	Lose bool   // do what was asked, and close the connection
-	Then func() // with Lose: called when that is done; nil: nothing
-	Late bool   // do what was asked, and answer as a gateway does that waited for too long
+	Hang bool   // never answer and do nothing
+	Drop bool   // close the connection and do nothing
+	Lose bool   // carry out the call and close the connection
+	Then func() // with Lose: called afterwards; may be nil
+	Late bool   // carry out the call and answer with a gateway timeout
 }
 
-// Throttled is the answer to too many requests, see
+// Throttled returns the answer to too many requests, see
 // https://learn.microsoft.com/azure/key-vault/general/overview-throttling.
 func Throttled(seconds int) Fault {
 	return Fault{Status: http.StatusTooManyRequests, Code: "Throttled", After: seconds}
@@ -82,14 +81,14 @@ type Server struct {
 	AppHeader   string // IDENTITY_HEADER
 
 	tls, proxy, metadata *httptest.Server
-	gone                 chan struct{} // closed at the end
+	gone                 chan struct{} // closed by Close
 	relays               sync.WaitGroup
 
-	mu         sync.Mutex // guards what follows
+	mu         sync.Mutex // guards the fields below
 	vaults     map[string]*Vault
 	tokens     map[string]token
 	apps       map[string]*App
-	identities map[string]bool // client ids of managed identities; "": the system-assigned one
+	identities map[string]bool // client ids of managed identities; "" for the system-assigned one
 	life       time.Duration   // of tokens
 	refuse     bool            // no token is accepted
 	faults     map[string][]Fault
@@ -112,7 +111,7 @@ func Start(ca *testca.CA) (*Server, error) {
 		AppHeader: random(), gone: make(chan struct{}), vaults: make(map[string]*Vault), tokens: make(map[string]token), apps: make(map[string]*App),
 		identities: make(map[string]bool), life: time.Hour, faults: make(map[string][]Fault),
 	}
-	quiet := log.New(io.Discard, "", 0) // of clients that have gone
+	quiet := log.New(io.Discard, "", 0) // clients that have gone
 	s.tls = httptest.NewUnstartedServer(http.HandlerFunc(s.serveCloud))
 	// The post-quantum exchange is slow under the race detector.
 	s.tls.TLS = &tls.Config{Certificates: []tls.Certificate{pair}, CurvePreferences: []tls.CurveID{tls.X25519}}
@@ -125,7 +124,7 @@ func Start(ca *testca.CA) (*Server, error) {
 	return s, nil
 }
 
-// Close ends it.
+// Close stops the fake.
 func (s *Server) Close() {
 	close(s.gone)
 	s.proxy.CloseClientConnections()
@@ -137,40 +136,38 @@ func (s *Server) Close() {
 	s.relays.Wait()
 }
 
-// Next has the next calls of an operation go wrong, one after the other. The
-// operations are those of Calls, without what follows the blank; with it, only
-// calls for that count.
+// Next makes the next calls of an operation fail, one after the other. Operations are named as in
+// Calls; without the part after the blank, calls for any name count.
 func (s *Server) Next(operation string, faults ...Fault) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.faults[operation] = append(s.faults[operation], faults...)
 }
 
-// Calls are the calls so far: "import www", "get www", "update www", "secret www",
-// "versions www", "policy www", "delete www", "deleted www", "recover www",
-// "purge www" of vaults, "challenge www" for a request without a token, "token
-// client id", "imds", "app".
+// Calls returns the calls so far: "import www", "get www", "update www", "secret www", "versions
+// www", "policy www", "delete www", "deleted www", "recover www", "purge www" of vaults, "challenge
+// www" for a request without a token, "token client id", "imds", "app".
 func (s *Server) Calls() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Clone(s.calls)
 }
 
-// Connected are the addresses that the proxy was asked for.
+// Connected returns the addresses that clients asked the proxy for.
 func (s *Server) Connected() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Clone(s.connected)
 }
 
-// Imported are the values and passwords of all imports so far.
+// Imported returns the values and passwords of all imports so far.
 func (s *Server) Imported() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Clone(s.imported)
 }
 
-// Forget forgets calls, connections and faults so far.
+// Forget discards all recorded calls, connections and faults.
 func (s *Server) Forget() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -178,8 +175,8 @@ func (s *Server) Forget() {
 	clear(s.faults)
 }
 
-// begin notes a call and carries out what is to go wrong with it. It reports
-// whether the call goes on, and returns what then happens instead of an answer; nil: nothing.
+// begin records a call and applies its fault. It reports whether the call should be carried out,
+// and returns what to do instead of answering, or nil.
 func (s *Server) begin(w http.ResponseWriter, r *http.Request, operation, of string) (goes bool, instead func()) {
 	name := strings.TrimSpace(operation + " " + of)
 	s.mu.Lock()
@@ -194,7 +191,7 @@ func (s *Server) begin(w http.ResponseWriter, r *http.Request, operation, of str
 	s.mu.Unlock()
 	switch {
 	case fault.Hang:
-		_, _ = io.Copy(io.Discard, r.Body) // then the server notices that the client has gone
+		_, _ = io.Copy(io.Discard, r.Body) // so that the server notices when the client has gone
 		select {
 		case <-r.Context().Done():
 		case <-s.gone:
@@ -213,7 +210,7 @@ func (s *Server) begin(w http.ResponseWriter, r *http.Request, operation, of str
 		}
 		words := "made to fail"
 		if fault.Echo {
-			body, _ := io.ReadAll(r.Body) // an empty one of a form that has been read
+			body, _ := io.ReadAll(r.Body) // empty if the form has been read
 			words = r.Header.Get("Authorization") + " " + r.PostForm.Encode() + " " + r.PostForm.Get("client_secret") + " " + string(body)
 		}
 		if operation == "token" {
@@ -237,7 +234,7 @@ func (s *Server) begin(w http.ResponseWriter, r *http.Request, operation, of str
 	return true, instead
 }
 
-// serveCloud answers for every name of the clouds.
+// serveCloud answers requests to all hosts of the clouds.
 func (s *Server) serveCloud(w http.ResponseWriter, r *http.Request) {
 	host := strings.TrimSuffix(r.Host, ":443")
 	for _, c := range clouds() {
@@ -256,8 +253,8 @@ func (s *Server) serveCloud(w http.ResponseWriter, r *http.Request) {
 	s.serveVault(w, r, v)
 }
 
-// connect is a proxy for TLS (RFC 9110, section 9.3.6) that leads all names of the
-// clouds to this host.
+// connect is a CONNECT proxy (RFC 9110, section 9.3.6) that leads to this host for all names of the
+// clouds.
 func (s *Server) connect(w http.ResponseWriter, r *http.Request) {
 	s.mu.Lock()
 	s.connected = append(s.connected, r.Host)
@@ -293,7 +290,7 @@ func (s *Server) connect(w http.ResponseWriter, r *http.Request) {
 	s.relays.Go(func() { defer close(done); _, _ = io.Copy(to, buffered) })
 }
 
-// problem is an error as Key Vault reports it, see
+// problem is an error in Key Vault's format, see
 // https://learn.microsoft.com/azure/key-vault/general/authentication-requests-and-responses#error-responses.
 type problem struct {
 	status      int
@@ -315,9 +312,9 @@ func answer(w http.ResponseWriter, status int, body any) {
 	_ = json.NewEncoder(w).Encode(body) // the client may have gone
 }
 
-// random is 32 hexadecimal digits that nobody can guess.
+// random returns 32 random hexadecimal digits.
 func random() string {
 	id := make([]byte, 16)
-	_, _ = rand.Read(id) // it does not fail
+	_, _ = rand.Read(id) // never fails
 	return hex.EncodeToString(id)
 }

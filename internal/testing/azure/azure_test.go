@@ -31,7 +31,7 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// python finds the one that has Debian's modules.
+// python returns the interpreter that has Debian's modules.
 func python(t *testing.T) string {
 	t.Helper()
 	const program = "/usr/bin/python3"
@@ -48,7 +48,7 @@ func write(t *testing.T, dir, name string, data ...[]byte) string {
 	return path
 }
 
-// pkcs8 is a key as the service takes it in PEM.
+// pkcs8 returns a key in the form that the service accepts in PEM.
 func pkcs8(t *testing.T, key crypto.Signer) []byte {
 	t.Helper()
 	der, err := x509.MarshalPKCS8PrivateKey(key)
@@ -56,7 +56,7 @@ func pkcs8(t *testing.T, key crypto.Signer) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})
 }
 
-// federated is a token as Kubernetes gives it to a pod.
+// federated returns a token like those of Kubernetes pods.
 func federated(t *testing.T, key *rsa.PrivateKey) []byte {
 	t.Helper()
 	encode := func(v any) string {
@@ -74,8 +74,8 @@ func federated(t *testing.T, key *rsa.PrivateKey) []byte {
 	return []byte(signed + "." + base64.RawURLEncoding.EncodeToString(signature))
 }
 
-// Microsoft's own client works against the fake, whatever the credential and the
-// cloud, and finds the limits that the service has.
+// TestSDK checks that Microsoft's client works against the fake with every kind of credential in
+// every cloud, and meets the limits of the service.
 func TestSDK(t *testing.T) {
 	program, openssl := python(t), needs.Need(t, "openssl")
 	ca := testca.Must(t)
@@ -111,7 +111,7 @@ func TestSDK(t *testing.T) {
 		name, kind string
 		cloud      azure.Cloud
 		env        []string
-		calls      string // how the token is come by
+		calls      string // how the client obtains the token
 	}{
 		{"secret", "secret", azure.Public(), []string{"SECRET=" + secret}, "token " + client},
 		{"certificate", "certificate", azure.USGovernment(), nil, "token " + client},
@@ -135,7 +135,7 @@ func TestSDK(t *testing.T) {
 			calls := server.Calls()
 			for _, want := range []string{"challenge www", test.calls, "import www", "versions www"} {
 				if !slices.Contains(calls, want) {
-					t.Errorf("there is no call %q: %q", want, calls)
+					t.Errorf("no call %q in %q", want, calls)
 				}
 			}
 		})

@@ -14,12 +14,12 @@ import (
 	"time"
 )
 
-// App is an application that is registered in the tenant.
+// App is an application registered in the tenant.
 type App struct {
 	Secret       string              // "": none
-	Certificates []*x509.Certificate // that sign its assertions
+	Certificates []*x509.Certificate // for its assertions
 
-	// Federated trusts tokens of another issuer, see
+	// Federated configures trust in tokens of another issuer, see
 	// https://learn.microsoft.com/entra/workload-id/workload-identity-federation.
 	Federated *Federation
 }
@@ -45,35 +45,35 @@ func (s *Server) Register(id string, app App) {
 	s.apps[id] = &app
 }
 
-// Assign gives the host a managed identity. "" is the system-assigned one.
+// Assign assigns a managed identity to the host. "" is the system-assigned one.
 func (s *Server) Assign(clientID string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.identities[clientID] = true
 }
 
-// SetLife is how long new tokens are valid.
+// SetLife sets how long new tokens are valid.
 func (s *Server) SetLife(life time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.life = life
 }
 
-// ExpireTokens ends the life of all tokens that there are.
+// ExpireTokens makes all existing tokens expire.
 func (s *Server) ExpireTokens() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	clear(s.tokens)
 }
 
-// Refuse has vaults accept no token, or accept them again.
+// Refuse sets whether vaults reject all tokens.
 func (s *Server) Refuse(all bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.refuse = all
 }
 
-// Tokens are those issued so far that have not expired.
+// Tokens returns the valid tokens.
 func (s *Server) Tokens() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -84,8 +84,8 @@ func (s *Server) Tokens() []string {
 	return all
 }
 
-// Issue makes a token for a resource. Entra's are JWTs, and nobody but the resource
-// may rely on what is in them.
+// Issue issues a token for a resource. It is opaque: Entra's are JWTs, but only the resource may
+// rely on their contents.
 func (s *Server) Issue(resource string) (value string, life time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -96,8 +96,7 @@ func (s *Server) Issue(resource string) (value string, life time.Duration) {
 	return value, s.life
 }
 
-// valid reports whether a request may be made with this Authorization for a
-// resource.
+// valid returns an error unless the Authorization permits requests to a resource.
 func (s *Server) valid(authorization, resource string) *problem {
 	value, ok := strings.CutPrefix(authorization, "Bearer ")
 	if !ok {
@@ -123,7 +122,7 @@ type refusal struct {
 	code, words string
 }
 
-// serveAuthority answers for Entra ID.
+// serveAuthority answers requests to Entra ID.
 func (s *Server) serveAuthority(w http.ResponseWriter, r *http.Request, c Cloud) {
 	base := "https://" + c.Authority + "/"
 	tenant, path, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/"), "/")
@@ -163,7 +162,7 @@ func (s *Server) serveAuthority(w http.ResponseWriter, r *http.Request, c Cloud)
 	}
 }
 
-// grant decides about a request for a token, see
+// grant decides on a request for a token, see
 // https://learn.microsoft.com/entra/identity-platform/v2-oauth2-client-creds-grant-flow.
 func (s *Server) grant(r *http.Request, c Cloud, tenant string) (resource string, refused *refusal) {
 	f := r.PostForm
@@ -244,7 +243,7 @@ func (a *assertion) signedBy(key *rsa.PublicKey) bool {
 	return false
 }
 
-// check says what is wrong with an assertion, see
+// check returns the error of an assertion, or "", see
 // https://learn.microsoft.com/entra/identity-platform/certificate-credentials.
 func (app *App) check(text, id, endpoint string) string {
 	const skew = 5 * time.Minute

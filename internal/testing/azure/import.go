@@ -19,14 +19,15 @@ import (
 	"certctl-agent/internal/pkcs12"
 )
 
-// work bounds what opening a store may cost.
+// work is the budget for opening a store.
 const work = 256 << 20
 
 func bad(words string) *problem { return &problem{http.StatusBadRequest, "BadParameter", words, ""} }
 
-// newVersion imports what is in the body of a request, see
+// newVersion imports the body of a request, see
 // https://learn.microsoft.com/rest/api/keyvault/certificates/import-certificate/import-certificate?view=rest-keyvault-certificates-7.4
-// and https://learn.microsoft.com/azure/key-vault/certificates/tutorial-import-certificate#import-a-certificate-to-your-key-vault.
+// and
+// https://learn.microsoft.com/azure/key-vault/certificates/tutorial-import-certificate#import-a-certificate-to-your-key-vault.
 func (v *Vault) newVersion(body []byte) (*Version, *problem) {
 	var asked struct {
 		Value      string `json:"value"`
@@ -40,7 +41,7 @@ func (v *Vault) newVersion(body []byte) (*Version, *problem) {
 	decoder := json.NewDecoder(bytes.NewReader(body))
 	decoder.DisallowUnknownFields()
 	if err := decoder.Decode(&asked); err != nil {
-		return nil, bad("the body is not what an import takes: " + err.Error())
+		return nil, bad("the body is not a valid import: " + err.Error())
 	}
 	v.server.imported = append(v.server.imported, asked.Value, asked.Password)
 	if refused := checkTags(asked.Tags); refused != nil {
@@ -63,7 +64,7 @@ func (v *Vault) newVersion(body []byte) (*Version, *problem) {
 	return at, at.Policy.fit(key)
 }
 
-// read takes the certificate and its key out of the value.
+// read extracts the certificate and its key from the value.
 func (at *Version) read(value, password string) (crypto.Signer, *problem) {
 	const unreadable = "The specified PKCS#12 X.509 certificate content can not be read. Please check if certificate is in valid PKCS#12 format."
 	var certificates []*x509.Certificate
@@ -71,7 +72,7 @@ func (at *Version) read(value, password string) (crypto.Signer, *problem) {
 	case PEM:
 		data := []byte(value)
 		if decoded, err := base64.StdEncoding.DecodeString(value); err == nil {
-			data = decoded // the Azure SDK for Python encodes PEM once more, others do not
+			data = decoded // the Azure SDK for Python encodes PEM again, others do not
 		}
 		for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) {
 			switch block.Type {
@@ -92,7 +93,7 @@ func (at *Version) read(value, password string) (crypto.Signer, *problem) {
 		if err != nil || !pkcs12.Is(data) {
 			return nil, bad(unreadable)
 		}
-		// AES has been refused: https://github.com/MicrosoftDocs/azure-docs/issues/39861,
+		// The service has refused AES: https://github.com/MicrosoftDocs/azure-docs/issues/39861,
 		// https://github.com/hashicorp/packer-plugin-azure/pull/571.
 		if pbes2 := []byte{0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x05, 0x0d}; bytes.Contains(data, pbes2) {
 			return nil, bad(unreadable)
@@ -123,8 +124,8 @@ func (at *Version) read(value, password string) (crypto.Signer, *problem) {
 	return key, nil
 }
 
-// fit completes the part of the policy that is about the key, or says where it does
-// not fit, see
+// fit completes the key properties of the policy, or returns an error if they do not match the key,
+// see
 // https://learn.microsoft.com/azure/key-vault/certificates/about-certificates#supported-key-types.
 func (p *Policy) fit(key crypto.Signer) *problem {
 	kind, curve, size := "", "", 0
@@ -160,8 +161,7 @@ func (p *Policy) fit(key crypto.Signer) *problem {
 	return nil
 }
 
-// export is the value of the secret. That of a key that cannot be exported holds
-// none.
+// export returns the value of the secret. It contains the key only if that is exportable.
 func (at *Version) export() (string, error) {
 	exportable := *at.Policy.Key.Exportable
 	if at.Policy.Secret.ContentType == PEM {
@@ -171,7 +171,7 @@ func (at *Version) export() (string, error) {
 		}
 		return string(all), nil
 	}
-	store := pkcs12.NewOnce("", true) // there is nothing to protect, and many tests
+	store := pkcs12.NewOnce("", true) // nothing to protect, and it must be fast
 	if exportable {
 		entry := keyentry.PrivateKey{Alias: at.ID, PKCS8: at.Key, Chain: append([]*x509.Certificate{at.Certificate}, at.Chain...), Created: at.created}
 		if _, err := store.Put(entry, true); err != nil {

@@ -7,9 +7,9 @@ import (
 	"time"
 )
 
-// serveMetadata answers for the metadata service of a virtual machine, see
+// serveMetadata answers requests to the metadata service of a virtual machine, see
 // https://learn.microsoft.com/entra/identity/managed-identities-azure-resources/how-to-use-vm-token#get-a-token-using-http,
-// and for the token endpoint of App Service, see
+// and to the token endpoint of App Service, see
 // https://learn.microsoft.com/azure/app-service/overview-managed-identity#rest-endpoint-reference.
 func (s *Server) serveMetadata(w http.ResponseWriter, r *http.Request) {
 	refuse := func(status int, code, words string) {
@@ -50,7 +50,7 @@ func (s *Server) serveMetadata(w http.ResponseWriter, r *http.Request) {
 			instead()
 			return
 		}
-		said := map[string]any{ // the numbers are strings
+		said := map[string]any{ // numbers are strings here
 			"access_token": value, "expires_on": fmt.Sprint(time.Now().Add(life).Unix()), "resource": resource, "token_type": "Bearer", "client_id": client,
 		}
 		if operation == "imds" {

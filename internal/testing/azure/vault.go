@@ -19,30 +19,29 @@ import (
 	"unicode/utf8"
 )
 
-// Vault is a key vault with soft-delete, which no vault can be without any more.
+// Vault is a key vault. It has soft-delete, which Azure has made mandatory.
 type Vault struct {
 	Host string
 
 	cloud        Cloud
-	server       *Server // whose mu guards what follows
+	server       *Server // its mu guards the fields below
 	certificates map[string]*certificate
-	denied       map[string]bool // operations that the caller may not do
-	challenge    string          // instead of the usual one
-	protected    bool            // against purging
+	denied       map[string]bool // operations without permission
+	challenge    string          // replaces the usual one
+	protected    bool            // purging is not allowed
 }
 
-// certificate is all that is under a name.
+// certificate holds all versions under a name.
 type certificate struct {
-	versions []*Version // the oldest first
-	deleted  time.Time  // zero: it is not
-	pending  bool       // the last version waits for its certificate
+	versions []*Version // oldest first
+	deleted  time.Time  // zero if it is not deleted
+	pending  bool       // the last version has no certificate yet
 }
 
-// Version is one version of a certificate, with the secret and the key that belong
-// to it.
+// Version is a version of a certificate with its secret and key.
 type Version struct {
 	ID          string
-	Certificate *x509.Certificate   // nil: its creation is pending, or was given up
+	Certificate *x509.Certificate   // nil if its creation is pending or was cancelled
 	Chain       []*x509.Certificate // without the certificate
 	Key         []byte              // PKCS#8
 	Enabled     bool
@@ -78,7 +77,7 @@ const (
 	PEM = "application/x-pem-file"
 )
 
-// Vault makes a vault of a cloud, or returns the one that is there.
+// Vault returns a vault of a cloud. It creates it if necessary.
 func (s *Server) Vault(c Cloud, name string) *Vault {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -91,10 +90,10 @@ func (s *Server) Vault(c Cloud, name string) *Vault {
 	return v
 }
 
-// URL is where the vault is.
+// URL returns the address of the vault.
 func (v *Vault) URL() string { return "https://" + v.Host }
 
-// Deny takes permissions away: the names of operations as in Server.Calls.
+// Deny denies permission for operations, named as in Server.Calls.
 func (v *Vault) Deny(operations ...string) {
 	v.server.mu.Lock()
 	defer v.server.mu.Unlock()
@@ -104,14 +103,14 @@ func (v *Vault) Deny(operations ...string) {
 	}
 }
 
-// Challenge has the vault ask for something else than it should.
+// Challenge sets a different authentication challenge.
 func (v *Vault) Challenge(header string) {
 	v.server.mu.Lock()
 	defer v.server.mu.Unlock()
 	v.challenge = header
 }
 
-// Versions are the versions of a certificate that is not deleted, the oldest first.
+// Versions returns the versions of a certificate that is not deleted, oldest first.
 func (v *Vault) Versions(name string) []Version {
 	v.server.mu.Lock()
 	defer v.server.mu.Unlock()
@@ -126,7 +125,7 @@ func (v *Vault) Versions(name string) []Version {
 	return all
 }
 
-// Put makes a version as somebody else would.
+// Put adds a version as another client would.
 func (v *Vault) Put(name string, at Version) {
 	v.server.mu.Lock()
 	defer v.server.mu.Unlock()
@@ -139,36 +138,36 @@ func (v *Vault) Put(name string, at Version) {
 	c.versions = append(c.versions, &at)
 }
 
-// Create begins the creation of a version whose certificate an authority that the
-// vault does not know is to issue. GiveUp ends it.
+// Create starts the creation of a version whose certificate will be issued by a CA unknown to the
+// vault. GiveUp ends it.
 func (v *Vault) Create(name string) {
 	v.server.mu.Lock()
 	defer v.server.mu.Unlock()
 	v.create(name, Policy{})
 }
 
-// GiveUp ends the creation of a version. What it was to be stays.
+// GiveUp cancels the creation of a version. The version remains, without a certificate.
 func (v *Vault) GiveUp(name string) {
 	v.server.mu.Lock()
 	defer v.server.mu.Unlock()
 	v.certificates[strings.ToLower(name)].pending = false
 }
 
-// Delete deletes a certificate, so that it can be recovered.
+// Delete deletes a certificate. It can be recovered.
 func (v *Vault) Delete(name string) {
 	v.server.mu.Lock()
 	defer v.server.mu.Unlock()
 	v.certificates[strings.ToLower(name)].deleted = time.Now()
 }
 
-// The path of a certificate, of a version of it, of its secret, or of what is
-// deleted. Names are what the service takes.
+// The paths of a certificate, of its versions and secrets, and of deleted ones. Names are
+// restricted as in the service.
 var (
 	nameForm = regexp.MustCompile(`^[0-9a-zA-Z-]{1,127}$`)
 	versions = []string{"2016-10-01", "7.0", "7.1", "7.2", "7.3", "7.4", "7.5"}
 )
 
-// operationOf says what a request asks for.
+// operationOf returns the operation of a request and its arguments.
 func operationOf(method string, path []string) (operation, name, version string) {
 	at := func(i int) string {
 		if i < len(path) {
@@ -209,7 +208,7 @@ func operationOf(method string, path []string) (operation, name, version string)
 	return "", name, ""
 }
 
-// rights are the names of the permissions in access policies, see
+// rights are the names of permissions in access policies, see
 // https://learn.microsoft.com/azure/key-vault/certificates/certificate-access-control.
 var rights = map[string]string{
 	"import": "certificates/import/action", "create": "certificates/create/action", "pending": "certificates/read", "give up": "certificates/update/action", "get": "certificates/read", "versions": "certificates/read", "policy": "certificates/read", "update": "certificates/update/action",
@@ -268,7 +267,7 @@ func (s *Server) serveVault(w http.ResponseWriter, r *http.Request, v *Vault) {
 	}
 }
 
-// do carries an operation out, under the server's lock.
+// do carries out an operation. The caller must hold the server's lock.
 func (v *Vault) do(r *http.Request, operation, name, version string, body []byte) (any, *problem) {
 	if !slices.Contains(versions, r.URL.Query().Get("api-version")) {
 		return nil, &problem{http.StatusBadRequest, "BadParameter", "The specified version (" + r.URL.Query().Get("api-version") + ") is not recognized.", ""}
@@ -294,7 +293,7 @@ func (v *Vault) do(r *http.Request, operation, name, version string, body []byte
 		if operation == "create" {
 			var asked struct{ Policy Policy }
 			if json.Unmarshal(body, &asked) != nil {
-				return nil, bad("the body is not what a creation takes")
+				return nil, bad("the body is not a valid creation")
 			}
 			return v.create(name, asked.Policy), nil
 		}
@@ -344,7 +343,7 @@ func (v *Vault) do(r *http.Request, operation, name, version string, body []byte
 	return v.deletedBundle(name, c), nil
 }
 
-// doDeleted is do for a certificate that is deleted and can be recovered.
+// doDeleted is do for a deleted certificate that can be recovered.
 func (v *Vault) doDeleted(operation, name string, c *certificate) (any, *problem) {
 	switch operation {
 	case "deleted":
@@ -379,7 +378,7 @@ func attributes(at *Version) map[string]any {
 	return said
 }
 
-// create begins a creation, see
+// create starts a creation, see
 // https://learn.microsoft.com/azure/key-vault/certificates/create-certificate-scenarios.
 func (v *Vault) create(name string, policy Policy) map[string]any {
 	c := v.certificates[strings.ToLower(name)]
@@ -393,7 +392,7 @@ func (v *Vault) create(name string, policy Policy) map[string]any {
 	return v.operation(name)
 }
 
-// operation is a CertificateOperation.
+// operation returns a CertificateOperation.
 func (v *Vault) operation(name string) map[string]any {
 	return map[string]any{"id": v.URL() + "/certificates/" + name + "/pending", "issuer": map[string]any{"name": "Unknown"}, "csr": "", "cancellation_requested": false,
 		"status": "inProgress", "status_details": "Pending certificate created. Please Perform Merge to complete the request.", "request_id": random()}
@@ -404,8 +403,8 @@ func thumbprint(c *x509.Certificate) string {
 	return base64.RawURLEncoding.EncodeToString(sum[:])
 }
 
-// bundle is a CertificateBundle. That of a version without a certificate is shorter, as
-// Microsoft's recordings show:
+// bundle returns a CertificateBundle. It is shorter for a version without a certificate, as in
+// Microsoft's recordings:
 // https://github.com/Azure/azure-sdk-for-js/blob/011a3b4199424b9416c77958f06496cf30faca5d/sdk/keyvault/keyvault-certificates/recordings/node/certificates_client__create_read_update_and_delete/recording_can_read_cancel_and_delete_a_certificates_operation.js.
 func (v *Vault) bundle(name string, at *Version) map[string]any {
 	policy := at.Policy
@@ -426,7 +425,7 @@ func (v *Vault) deletedBundle(name string, c *certificate) map[string]any {
 	return b
 }
 
-// list is a page of versions, the newest first.
+// list returns a page of versions, newest first.
 func (v *Vault) list(r *http.Request, name string, c *certificate) (any, *problem) {
 	size := 25
 	if text := r.URL.Query().Get("maxresults"); text != "" {
@@ -456,8 +455,7 @@ func (v *Vault) list(r *http.Request, name string, c *certificate) (any, *proble
 	return map[string]any{"value": items, "nextLink": next}, nil
 }
 
-// maxTags is how many tags a version may have, and maxTag how long a name or a
-// value may be, see
+// maxTags bounds the tags of a version, and maxTag the length of a name or value, see
 // https://learn.microsoft.com/azure/key-vault/certificates/about-certificates#certificate-tags.
 const (
 	maxTags = 15
@@ -466,7 +464,7 @@ const (
 
 func checkTags(tags map[string]string) *problem {
 	if len(tags) > maxTags {
-		return &problem{http.StatusBadRequest, "BadParameter", fmt.Sprintf("there are %d tags, and at most %d are allowed", len(tags), maxTags), ""}
+		return &problem{http.StatusBadRequest, "BadParameter", fmt.Sprintf("there are %d tags, but at most %d are allowed", len(tags), maxTags), ""}
 	}
 	for key, value := range tags {
 		if key == "" || utf8.RuneCountInString(key) > maxTag || utf8.RuneCountInString(value) > maxTag {
@@ -487,13 +485,13 @@ func (v *Vault) update(name string, at *Version, body []byte) (any, *problem) {
 	decoder := json.NewDecoder(bytes.NewReader(body))
 	decoder.DisallowUnknownFields()
 	if err := decoder.Decode(&asked); err != nil {
-		return nil, &problem{http.StatusBadRequest, "BadParameter", "the body is not what an update takes: " + err.Error(), ""}
+		return nil, &problem{http.StatusBadRequest, "BadParameter", "the body is not a valid update: " + err.Error(), ""}
 	}
 	if refused := checkTags(asked.Tags); refused != nil {
 		return nil, refused
 	}
 	if asked.Tags != nil {
-		at.Tags = asked.Tags // they are replaced as a whole
+		at.Tags = asked.Tags // replaces all of them
 	}
 	if asked.Attributes != nil && asked.Attributes.Enabled != nil {
 		at.Enabled = *asked.Attributes.Enabled
@@ -502,8 +500,7 @@ func (v *Vault) update(name string, at *Version, body []byte) (any, *problem) {
 	return v.bundle(name, at), nil
 }
 
-// secret is the value behind a version: with the private key only if that can be
-// exported, see
+// secret returns the value of a version, with the private key only if that is exportable, see
 // https://learn.microsoft.com/azure/key-vault/certificates/about-certificates#exportable-or-non-exportable-key.
 func (v *Vault) secret(name string, at *Version) (any, *problem) {
 	if !at.Enabled {

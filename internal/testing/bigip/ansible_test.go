@@ -15,7 +15,7 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-// TestAnsible: F5's own modules for Ansible work against the device.
+// TestAnsible runs F5's Ansible modules against the fake.
 func TestAnsible(t *testing.T) {
 	ansible := needs.Need(t, "ansible-playbook")
 	d, err := bigip.New("15.1.2")
@@ -52,7 +52,7 @@ func TestAnsible(t *testing.T) {
 	entry := func(name, chain string) []any {
 		return []any{map[string]any{"cert": name, "key": name, "chain": chain}}
 	}
-	// JSON is YAML, and it is the content that has the line ends of PEM.
+	// JSON is valid YAML and preserves the line ends of PEM.
 	playbook, err := json.Marshal([]any{map[string]any{"hosts": "localhost", "connection": "local", "gather_facts": false, "tasks": []any{
 		task("bigip_ssl_certificate", map[string]any{"name": "www", "content": string(first.LeafPEM())}),
 		task("bigip_ssl_certificate", map[string]any{"name": "chain", "content": string(testcaPEM(first))}),
@@ -60,7 +60,7 @@ func TestAnsible(t *testing.T) {
 		task("bigip_profile_client_ssl", map[string]any{"name": "www", "cert_key_chain": entry("www", "chain")}),
 		failing("bigip_ssl_key", map[string]any{"name": "www", "content": string(second.KeyPEM())}, "01070317"),
 		failing("bigip_ssl_key", map[string]any{"name": "www", "state": "absent"}, "01071349"),
-		// Both at once, in a transaction, is how a pair in use is exchanged.
+		// A pair in use must be replaced in one transaction.
 		task("bigip_ssl_key_cert", map[string]any{"key_name": "www", "key_content": string(second.KeyPEM()), "cert_name": "www", "cert_content": string(second.LeafPEM())}),
 		task("bigip_ssl_key_cert", map[string]any{"key_name": "other", "key_content": string(first.KeyPEM()), "cert_name": "other", "cert_content": string(first.LeafPEM()), "partition": "Tenant"}),
 		task("bigip_profile_server_ssl", map[string]any{"name": "back", "certificate": "www.crt", "key": "www.key"}),
@@ -109,5 +109,5 @@ func TestAnsible(t *testing.T) {
 	}
 }
 
-// testcaPEM is the chain of a certificate.
+// testcaPEM returns the chain of a certificate.
 func testcaPEM(i *testca.Issued) []byte { return i.PEM()[len(i.LeafPEM()):] }

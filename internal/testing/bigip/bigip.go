@@ -1,7 +1,7 @@
-// Package bigip is a BIG-IP of F5 in memory: the part of iControl REST that
-// installs certificates, strict and with state, for tests. It follows
-// https://clouddocs.f5.com/api/icontrol-rest/ and the answers of real devices that
-// are published; f5networks.f5_modules of Ansible works against it.
+// Package bigip is an in-memory fake of F5 BIG-IP for tests: the part of iControl REST that
+// installs certificates, strict and with state. It follows
+// https://clouddocs.f5.com/api/icontrol-rest/ and published answers of real devices. Ansible's
+// f5networks.f5_modules works against it.
 package bigip
 
 import (
@@ -24,7 +24,7 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-// The accounts of a new device. Admin may do everything.
+// The accounts of a new device. Admin has all permissions.
 const (
 	Admin    = "admin"
 	Password = "s3cret-of-the-admin"
@@ -33,47 +33,46 @@ const (
 // Group is the device group of the two units.
 const Group = "pair"
 
-// Downloads is where uploads are kept.
+// Downloads is the directory of uploads.
 const Downloads = "/var/config/rest/downloads/"
 
-// Device is one unit of a pair, which answers, and what the other one holds.
+// Device is a pair of units, of which one answers requests.
 type Device struct {
-	CA *testca.CA // of its management certificate
+	CA *testca.CA // issued its management certificate
 
-	server       *httptest.Server // nil: it was not started
+	server       *httptest.Server // nil if not started
 	major, minor int
 	version      string
 
-	mu           sync.Mutex // guards what follows
+	mu           sync.Mutex // guards the fields below
 	running      *config
-	saved        *config           // what a restart brings back
-	peer         *config           // of the other unit
-	uploads      map[string][]byte // whole files
+	saved        *config           // restored by a restart
+	peer         *config           // configuration of the other unit
+	uploads      map[string][]byte // complete files
 	parts        map[string]*part
-	tokens       map[string]string // to user
+	tokens       map[string]string // token to user
 	transactions map[int64]*transaction
 	users        map[string]*user
-	count        int64 // of tokens, transactions, revisions
+	count        int64 // counts tokens, transactions and revisions
 	now          time.Time
 	calls        []Call
 	fault        func(Call) Fault
-	syncDelay    int           // how many looks at the status a sync takes
-	pending      int           // of these, for the one under way
-	peerDown     bool          // the other unit is not there
-	otherPending bool          // somebody has not synced another group
-	saveFails    string        // why the configuration cannot be saved; "": it can
-	removeFails  string        // why rm removes nothing; "": it does
-	release      chan struct{} // closed at the end: hanging calls go on
+	syncDelay    int           // number of status requests until a sync is done
+	pending      int           // remaining ones for the current sync
+	peerDown     bool          // the other unit is unreachable
+	otherPending bool          // another device group is not in sync
+	saveFails    string        // error of saving the configuration, or ""
+	removeFails  string        // error of rm, or ""
+	release      chan struct{} // closed at the end, so hanging calls return
 }
 
 // user is an account.
 type user struct {
 	password string
-	allowed  []Rule // nil: everything
+	allowed  []Rule // nil means all calls
 }
 
-// Rule allows an account calls, as a resource of an iControl REST resource group
-// does.
+// Rule allows calls, like a resource of an iControl REST resource group.
 type Rule struct {
 	Method string `json:"restMethod"`
 	Mask   string `json:"resourceMask"` // * stands for one segment, /** for the rest
@@ -120,9 +119,8 @@ func (c *config) clone() *config {
 	return d
 }
 
-// New makes a device of a version such as "17.1.1" that has the partitions
-// Common and Tenant, the folder /Common/site, and the profiles that a device has
-// from the factory. Dial connects to it, and Start has it listen.
+// New returns a device with a version such as "17.1.1", the partitions Common and Tenant, the
+// folder /Common/site, and the factory profiles. Dial connects to it; Start makes it listen.
 func New(version string) (*Device, error) {
 	d := &Device{
 		version: version, uploads: make(map[string][]byte), parts: make(map[string]*part), tokens: make(map[string]string),
@@ -144,7 +142,7 @@ func New(version string) (*Device, error) {
 	return d, nil
 }
 
-// Start has the device listen on loopback, with TLS. Stop ends that.
+// Start makes the device listen on loopback with TLS until Stop.
 func (d *Device) Start() error {
 	certificate, err := d.CA.TLSCertificate("127.0.0.1")
 	if err != nil {
@@ -152,12 +150,12 @@ func (d *Device) Start() error {
 	}
 	d.server = httptest.NewUnstartedServer(d)
 	d.server.TLS = &tls.Config{Certificates: []tls.Certificate{certificate}}
-	d.server.Config.ErrorLog = log.New(io.Discard, "", 0) // of clients that do not trust it
+	d.server.Config.ErrorLog = log.New(io.Discard, "", 0) // clients that distrust the certificate
 	d.server.StartTLS()
 	return nil
 }
 
-// URL is where the device listens; "": nowhere.
+// URL returns the address of the device, or "" if it does not listen.
 func (d *Device) URL() string {
 	if d.server == nil {
 		return ""
@@ -165,7 +163,7 @@ func (d *Device) URL() string {
 	return d.server.URL
 }
 
-// Stop ends what Start began.
+// Stop undoes Start.
 func (d *Device) Stop() {
 	close(d.release)
 	d.server.Close()
@@ -178,7 +176,7 @@ func (d *Device) Dial(context.Context) (net.Conn, error) {
 	return client, nil
 }
 
-// listener is one of a single connection.
+// listener accepts a single connection.
 type listener struct{ conn net.Conn }
 
 // Accept implements net.Listener.
@@ -225,8 +223,8 @@ func (d *Device) Trust(name, password string, rules ...Rule) {
 	d.users[name] = &user{password: password, allowed: rules}
 }
 
-// Profile makes a profile of a kind that inherits from another ("": the one of the
-// factory).
+// Profile creates a profile of a kind that inherits from parent, or from the factory's if parent is
+// "".
 func (d *Device) Profile(kind, path, parent string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -237,9 +235,9 @@ func (d *Device) Profile(kind, path, parent string) {
 	d.settle()
 }
 
-// Install puts a certificate and its key there, as a person would, under path.crt
-// and path.key. The profile ("client-ssl /Common/www"; "" is none) uses them in
-// place of a pair with the same type of key.
+// Install installs a certificate and its key as path.crt and path.key, as an administrator would.
+// The profile ("client-ssl /Common/www", or "") uses them in place of a pair with the same type of
+// key.
 func (d *Device) Install(path string, cert, key []byte, in string) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -261,7 +259,7 @@ func (d *Device) Install(path string, cert, key []byte, in string) error {
 	return nil
 }
 
-// Passphrase says that the key of a pair in a client-ssl profile has one.
+// Passphrase gives the key of a pair in a client-ssl profile a passphrase.
 func (d *Device) Passphrase(path, pair, passphrase string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -275,10 +273,10 @@ func (d *Device) Passphrase(path, pair, passphrase string) {
 	d.settle()
 }
 
-// settle makes the running configuration that of both units, saved.
+// settle saves the running configuration and syncs it to the other unit.
 func (d *Device) settle() { d.saved, d.peer = d.running.clone(), d.running.clone() }
 
-// Reboot has the device start again from its saved configuration.
+// Reboot restarts the device with its saved configuration.
 func (d *Device) Reboot() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -292,8 +290,8 @@ func (d *Device) reboot() {
 	clear(d.parts)
 }
 
-// failOver has the other unit answer. It knows neither tokens nor uploads of this
-// one, and has its configuration saved, as a sync does.
+// failOver makes the other unit answer. It has none of this unit's tokens and uploads. Its
+// configuration is saved, because a sync saves it.
 func (d *Device) failOver() {
 	d.running, d.peer = d.peer, d.running
 	d.saved = d.running.clone()
@@ -303,51 +301,50 @@ func (d *Device) failOver() {
 	clear(d.uploads)
 }
 
-// OnCall has do decide what becomes of each call.
+// OnCall makes do decide on the fault of each call.
 func (d *Device) OnCall(do func(Call) Fault) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.fault = do
 }
 
-// SyncTakes has a sync take that many looks at its status; down says that the
-// other unit cannot be reached.
+// SyncTakes sets how many status requests a sync takes, and whether the other unit is unreachable.
 func (d *Device) SyncTakes(looks int, down bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.syncDelay, d.peerDown = looks, down
 }
 
-// Unsynced has the other unit lack a file.
+// Unsynced makes the other unit lack a file.
 func (d *Device) Unsynced() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	delete(d.peer.Certs, "/Common/default.crt")
 }
 
-// OtherPending has another device group wait for its sync for ever.
+// OtherPending makes another device group wait for its sync permanently.
 func (d *Device) OtherPending() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.otherPending = true
 }
 
-// SaveFails has saving the configuration fail with a message; "" ends that.
+// SaveFails makes saving the configuration fail with a message, or succeed if it is "".
 func (d *Device) SaveFails(message string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.saveFails = message
 }
 
-// RemoveFails has rm remove nothing and say why, which is a success to iControl
-// REST; "" ends that.
+// RemoveFails makes rm fail with a message, which iControl REST reports as a success. "" makes it
+// work again.
 func (d *Device) RemoveFails(message string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.removeFails = message
 }
 
-// Calls are those so far, and Forget has them forgotten.
+// Calls returns the calls since the start or the last Forget.
 func (d *Device) Calls() []Call {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -361,10 +358,9 @@ func (d *Device) Forget() {
 	d.calls = nil
 }
 
-// State is all of the device that clients can change, by name: the files
-// ("ssl-key /Common/www.key") and profiles of the running configuration, uploads
-// ("upload www.key") and tokens. What is saved, and what the other unit holds, is
-// under names that end in Saved and Peer.
+// State returns everything on the device that clients can change, by name: files ("ssl-key
+// /Common/www.key") and profiles of the running configuration, uploads ("upload www.key") and
+// tokens. Names that end in Saved and Peer have the saved configuration and that of the other unit.
 func (d *Device) State() map[string]string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -392,13 +388,13 @@ func (d *Device) State() map[string]string {
 	return state
 }
 
-// What names of State end in.
+// Suffixes of names in State.
 const (
 	Saved = " (saved)"
 	Peer  = " (of the other unit)"
 )
 
-// InSync reports whether what runs is saved, and what the other unit holds.
+// InSync reports whether the running configuration is saved, and whether the other unit has it.
 func (d *Device) InSync() (saved, synced bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -411,7 +407,7 @@ func (c *config) equal(other *config) bool {
 	return errA == nil && errB == nil && bytes.Equal(a, b)
 }
 
-// tick is the time of the device, which goes on with each change.
+// tick returns the device's time, which advances with each change.
 func (d *Device) tick() time.Time {
 	d.now = d.now.Add(time.Second)
 	return d.now

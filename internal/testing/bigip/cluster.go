@@ -5,7 +5,7 @@ import (
 	"strings"
 )
 
-// save is what POST of /mgmt/tm/sys/config does.
+// save implements POST /mgmt/tm/sys/config.
 func (d *Device) save(sent object) (object, error) {
 	if err := known(sent, "command"); err != nil || sent["command"] != "save" {
 		return nil, refuse(400, "the command %v is not supported", sent["command"])
@@ -17,7 +17,7 @@ func (d *Device) save(sent object) (object, error) {
 	return object{"kind": "tm:sys:config:savestate", "command": "save"}, nil
 }
 
-// bash knows the one command by which Ansible saves the configuration.
+// bash supports only the command with which Ansible saves the configuration.
 func (d *Device) bash(sent object) (object, error) {
 	if text(sent["command"]) != "run" || text(sent["utilCmdArgs"]) != `-c "tmsh save sys config"` {
 		return nil, refuse(400, "this shell has no other command")
@@ -28,7 +28,7 @@ func (d *Device) bash(sent object) (object, error) {
 	return object{"kind": "tm:util:bash:runstate", "command": "run", "utilCmdArgs": sent["utilCmdArgs"], "commandResult": "Saving running configuration...\n  /config/bigip.conf\n"}, nil
 }
 
-// sync hands the running configuration to the other unit, which saves it.
+// sync copies the running configuration to the other unit, which saves it.
 func (d *Device) sync(sent object) (object, error) {
 	words := strings.Fields(text(sent["utilCmdArgs"]))
 	if err := known(sent, "command", "utilCmdArgs"); err != nil || sent["command"] != "run" || len(words) != 3 || words[0] != "config-sync" || words[1] != "to-group" {

@@ -25,13 +25,13 @@ const (
 	MaxChunk = 512 << 10
 )
 
-// part is an upload that is not whole yet.
+// part is an incomplete upload.
 type part struct {
 	data []byte
 	size int
 }
 
-// upload takes a chunk
+// upload accepts a chunk
 // (https://community.f5.com/kb/technicalarticles/demystifying-icontrol-rest-part-5-transferring-files/286689).
 func (d *Device) upload(r *http.Request, name string, body []byte) (object, error) {
 	var start, end, size int
@@ -68,7 +68,7 @@ func (d *Device) upload(r *http.Request, name string, body []byte) (object, erro
 		"localFilePath": Downloads + name, "temporaryFilePath": Downloads + "tmp/" + name, "generation": 0}, nil
 }
 
-// remove is unix-rm, which only administrators may run.
+// remove implements unix-rm, which only administrators may run.
 func (d *Device) remove(sent object) (object, error) {
 	name, ok := strings.CutPrefix(text(sent["utilCmdArgs"]), Downloads)
 	if text(sent["command"]) != "run" || !ok || strings.ContainsAny(name, "/ *") {
@@ -86,18 +86,18 @@ func (d *Device) remove(sent object) (object, error) {
 	return answer, nil
 }
 
-// file is a certificate, several of them, or a key.
+// file is a file with certificates or a key.
 type file struct {
 	Content  []byte
 	Source   string
 	Created  time.Time
 	Revision int64
 
-	leaf    *x509.Certificate // the first; nil: it holds none
-	private crypto.Signer     // nil: it holds none
+	leaf    *x509.Certificate // first certificate, or nil
+	private crypto.Signer     // or nil
 }
 
-// parsed reads the content of a file.
+// parsed parses the contents of a file.
 func parsed(f *file) *file {
 	if certificates, err := pemutil.ParseCertificates(f.Content); err == nil {
 		f.leaf = certificates[0]
@@ -151,7 +151,7 @@ func (d *Device) file(c *config, kind, method, rest, filter string, sent object)
 	case http.MethodGet:
 		return d.showFile(kind, path, files[path]), nil
 	case http.MethodPut, http.MethodPatch:
-		if sent["sourcePath"] == nil { // Ansible's second look at a certificate
+		if sent["sourcePath"] == nil { // Ansible's second request for a certificate
 			return d.showFile(kind, path, files[path]), nil
 		}
 		return d.setFile(files, kind, path, sent)
@@ -165,7 +165,7 @@ func (d *Device) file(c *config, kind, method, rest, filter string, sent object)
 	return nil, refuse(405, "method %s is not supported", method)
 }
 
-// newPath is where a new object goes.
+// newPath returns the path of a new object.
 func (c *config) newPath(sent object) (string, error) {
 	name, folder := text(sent["name"]), "/"+text(sent["partition"])
 	if folder == "/" {
@@ -188,7 +188,7 @@ func (c *config) newPath(sent object) (string, error) {
 
 func partitionOf(path string) string { return strings.Split(path+"/", "/")[1] }
 
-// setFile reads an upload into a file.
+// setFile copies an upload into a file.
 func (d *Device) setFile(files map[string]*file, kind, path string, sent object) (object, error) {
 	if err := known(sent, "name", "partition", "subPath", "sourcePath", "checksum", "passphrase"); err != nil {
 		return nil, err
@@ -214,7 +214,7 @@ func (d *Device) setFile(files map[string]*file, kind, path string, sent object)
 	return d.showFile(kind, path, files[path]), nil
 }
 
-// listFiles is a collection. A filter names a partition
+// listFiles returns a collection. A filter names a partition
 // (https://clouddocs.f5.com/api/icontrol-rest/APIRef.html, OData).
 func (d *Device) listFiles(kind string, files map[string]*file, filter string) (object, error) {
 	partition, ok := strings.CutPrefix(filter, "partition eq ")
@@ -256,7 +256,7 @@ func (d *Device) showFile(kind, path string, f *file) object {
 	return o
 }
 
-// keyType is the type of a key as mcpd names it.
+// keyType returns mcpd's name for the type of a key.
 func (f *file) keyType() string {
 	if f.private == nil {
 		return "unknown"

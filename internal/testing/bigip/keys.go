@@ -7,6 +7,6 @@ import (
 	"sync"
 )
 
-// rsaKey is the key of the factory's certificate: making one is slow, so all
-// devices of a process have the same, as real ones have theirs by serial number.
+// rsaKey generates the key of the factory certificate. Generating one is slow, so all devices of a
+// process share it.
 var rsaKey = sync.OnceValues(func() (crypto.Signer, error) { return rsa.GenerateKey(rand.Reader, 2048) })

@@ -21,24 +21,24 @@ const (
 // profile is a client-ssl or server-ssl profile.
 type profile struct {
 	Kind, Path string
-	Parent     string  // defaultsFrom; "": of the factory
-	Inherit    bool    // client-ssl: the parent's list, not Chain
+	Parent     string  // defaultsFrom; "" for a factory profile
+	Inherit    bool    // client-ssl: use the parent's list, not Chain
 	Chain      []entry // client-ssl: certKeyChain
 
-	Cert, Key, CA, Passphrase string // server-ssl; "": none
+	Cert, Key, CA, Passphrase string // server-ssl; may be ""
 
-	Other map[string]any // what is set besides
+	Other map[string]any // other properties
 }
 
-// entry is one of certKeyChain.
+// entry is an element of certKeyChain.
 type entry struct {
 	Name, Cert, Key string
-	CA              string // the chain; "": none
+	CA              string // chain, or ""
 	Passphrase      string // encrypted
-	Usage           string // "": SERVER
+	Usage           string // "" means SERVER
 }
 
-// String is the part of a profile that says what it serves.
+// String returns the part of a profile that determines what it serves.
 func (p *profile) String() string {
 	data, err := json.Marshal(p)
 	if err != nil {
@@ -47,7 +47,7 @@ func (p *profile) String() string {
 	return string(data)
 }
 
-// chain is the list that counts for a profile.
+// chain returns the effective list of a profile.
 func (c *config) chain(p *profile) []entry {
 	for p.Inherit && p.Parent != "" && c.Profiles[p.Kind+" "+p.Parent] != nil {
 		p = c.Profiles[p.Kind+" "+p.Parent]
@@ -65,7 +65,7 @@ func (c *config) uses(path string) bool {
 	return false
 }
 
-// check is what mcpd asks of a configuration as a whole.
+// check enforces mcpd's rules for a whole configuration.
 func (c *config) check(d *Device) error {
 	for _, p := range c.Profiles {
 		if p.Parent != "" && c.Profiles[p.Kind+" "+p.Parent] == nil {
@@ -119,7 +119,7 @@ func (c *config) checkEntry(p *profile, e entry) error {
 	return nil
 }
 
-// others are properties that are taken and shown as they come.
+// others are properties that are stored and shown unchanged.
 var others = []string{"ciphers", "cipherGroup", "serverName", "sniDefault", "sniRequire", "tmOptions", "description", "secureRenegotiation", "renegotiation",
 	"peerCertMode", "authenticate", "retainCertificate", "allowNonSsl", "strictResume"}
 
@@ -200,7 +200,7 @@ func (d *Device) setProfile(c *config, p *profile, sent object) (object, error) 
 	return d.showProfile(c, p), nil
 }
 
-// setChain takes the whole list at once, as the property does.
+// setChain replaces the whole list, like the property.
 func (p *profile) setChain(sent object) error {
 	if list, ok := sent["certKeyChain"]; ok {
 		items, ok := list.([]any)
@@ -239,7 +239,7 @@ func orNone(v any) string {
 	return ""
 }
 
-// encrypt is what the device shows of a passphrase, which it takes back too.
+// encrypt returns the form of a passphrase that the device shows and also accepts.
 func encrypt(passphrase string) string {
 	if passphrase == "" || strings.HasPrefix(passphrase, "$M$") {
 		return passphrase
@@ -280,8 +280,7 @@ func (d *Device) showProfile(c *config, p *profile) object {
 	return o
 }
 
-// showPair shows the files of an entry. Versions from 14 leave a chain out that
-// there is not.
+// showPair shows the files of an entry. Versions from 14 omit an empty chain.
 func (d *Device) showPair(o object, e entry) {
 	for name, path := range map[string]string{"cert": e.Cert, "key": e.Key, "chain": e.CA} {
 		if path == "" {

@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// Call is one request.
+// Call is a request.
 type Call struct {
 	N            int // from 1
 	Method, Path string
@@ -22,7 +22,7 @@ func (c Call) Is(method, prefix string) bool {
 	return c.Method == method && strings.HasPrefix(c.Path, prefix)
 }
 
-// Fault is what becomes of a call.
+// Fault makes a call fail.
 type Fault int
 
 const (
@@ -30,12 +30,12 @@ const (
 	Fail               // 500
 	Busy               // 503, as while the device starts
 	Throttle           // 429
-	Drop               // the connection ends before the call is carried out
-	Lose               // the connection ends instead of the answer
-	Hang               // no answer, and nothing is carried out
-	Expire             // the token is not known any more
-	Reboot             // the device starts again before the call
-	RebootAfter        // and after it, instead of the answer
+	Drop               // the connection closes before the call is carried out
+	Lose               // the connection closes instead of the answer
+	Hang               // no answer, and the call is not carried out
+	Expire             // the token has expired
+	Reboot             // the device restarts before the call
+	RebootAfter        // the device restarts after the call, instead of answering
 	Unregistered       // 404, as while the REST framework starts
 	FailOver           // the other unit of the pair answers from this call on
 	Garbage            // a 200 that is not JSON
@@ -43,10 +43,10 @@ const (
 	Mute               // 400, with the request and without a message
 )
 
-// maxBody bounds a request, in bytes: a chunk is 512 KiB at most.
+// maxBody bounds a request, in bytes. A chunk has up to 512 KiB.
 const maxBody = 1 << 20
 
-// problem is an answer that is not success.
+// problem is an unsuccessful answer.
 type problem struct {
 	status  int
 	message string
@@ -58,7 +58,7 @@ func refuse(status int, format string, args ...any) error {
 	return &problem{status, fmt.Sprintf(format, args...)}
 }
 
-// notFound is how mcpd says that there is no such object.
+// notFound is mcpd's error for an unknown object.
 func notFound(what, path string) error {
 	return refuse(404, "01020036:3: The requested %s (%s) was not found.", what, path)
 }
@@ -91,7 +91,7 @@ func (d *Device) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		hangUp(w)
 		return
 	case Busy:
-		// What httpd says while the device starts.
+		// The answer of httpd while the device starts.
 		w.WriteHeader(http.StatusServiceUnavailable)
 		io.WriteString(w, "<html><title>Configuration Utility restarting...</title></html>")
 		return
@@ -142,8 +142,7 @@ func hangUp(w http.ResponseWriter) {
 	}
 }
 
-// reply writes an answer. Like the real one, one of the REST framework quotes the
-// request in full when it fails.
+// reply writes an answer. Like those of the real REST framework, errors quote the whole request.
 func (d *Device) reply(w http.ResponseWriter, r *http.Request, body []byte, answer object, err error) {
 	status := http.StatusOK
 	if err != nil {
@@ -235,7 +234,7 @@ func allows(rules []Rule, method, path string) bool {
 	return false
 }
 
-// carryOut does one call of /mgmt/tm on a configuration.
+// carryOut performs a call of /mgmt/tm on a configuration.
 func (d *Device) carryOut(c *config, method, path, filter string, sent object) (object, error) {
 	switch {
 	case path == "/mgmt/tm/sys" && method == http.MethodGet:
@@ -269,7 +268,7 @@ func (d *Device) carryOut(c *config, method, path, filter string, sent object) (
 	return nil, refuse(404, "Public URI path not registered: %s", path)
 }
 
-// under returns the name in a path below a collection, "" if it is the collection.
+// under returns the name in a path below a collection, or "" for the collection itself.
 func under(path, collection string) (name string, ok bool) {
 	if path == collection {
 		return "", true
@@ -277,7 +276,7 @@ func under(path, collection string) (name string, ok bool) {
 	return strings.CutPrefix(path, collection+"/")
 }
 
-// fromURL is the path of an object in a URL: ~Common~site~www.
+// fromURL returns the path of an object from its form in URLs: ~Common~site~www.
 func fromURL(name string) string {
 	if !strings.HasPrefix(name, "~") {
 		return name
@@ -294,7 +293,7 @@ func text(v any) string {
 	return s
 }
 
-// known refuses what an object does not have.
+// known rejects unknown properties.
 func known(sent object, names ...string) error {
 	for name := range sent {
 		found := false

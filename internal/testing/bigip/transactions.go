@@ -7,10 +7,10 @@ import (
 	"time"
 )
 
-// lifetime is how long a transaction waits for its next command.
+// lifetime is the idle timeout of a transaction.
 const lifetime = 120 * time.Second
 
-// transaction collects commands. They are carried out at its end, all or none
+// transaction collects commands, which are carried out at its end, all or none
 // (https://community.f5.com/kb/technicalarticles/demystifying-icontrol-rest-part-7---understanding-transactions/290328).
 type transaction struct {
 	commands []command

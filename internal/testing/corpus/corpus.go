@@ -1,5 +1,5 @@
-// Package corpus writes trees of files with certificates among them, the same
-// shape for the same seed, and says what a scan has to find there.
+// Package corpus writes trees of files that contain certificates, with the same structure for the
+// same seed, and returns what a scan must find.
 package corpus
 
 import (
@@ -27,36 +27,37 @@ import (
 	"time"
 )
 
-// perDirectory is how many files a directory has.
+// perDirectory is the number of files per directory.
 const perDirectory = 64
 
-// Options shapes a tree.
+// Options configures a tree.
 type Options struct {
 	Seed         uint64
 	Files        int
 	Certificates int
 
-	// Odd adds every way to write a certificate and to get it wrong. Without
-	// it all certificates are plain PEM or DER.
+	// Odd adds unusual and damaged forms of certificates. Without it all certificates are plain PEM
+	// or DER.
 	Odd bool
 
-	// TextSize, if set, makes all that is no certificate configuration-like text of about so many
-	// bytes, and all certificates PEM: what a search for text can be compared on.
+	// TextSize, if set, is the approximate size of files without certificates, in bytes. These are
+	// then all configuration-like text, and all certificates are PEM, so that a scan can be
+	// compared with a text search.
 	TextSize int
 }
 
-// Certificate is one that a scan has to find.
+// Certificate is a certificate that a scan must find.
 type Certificate struct {
 	Path        string
 	Fingerprint string // lower-case hex SHA-256 of the DER
 	Format      string
 }
 
-// Tree is what was written.
+// Tree describes the tree that was written.
 type Tree struct {
 	Files        int
 	Certificates []Certificate
-	Damaged      []string // files that a scan has to name in its errors
+	Damaged      []string // files that a scan must report as errors
 }
 
 // Write fills dir.
@@ -67,7 +68,7 @@ func Write(dir string, o Options) (*Tree, error) {
 	}
 	for w.tree.Files < o.Files {
 		left := o.Files - w.tree.Files
-		// Spread evenly, so that each prefix of the tree has its share.
+		// Spread certificates evenly, so that every prefix of the tree contains some.
 		certificate := w.random.IntN(left) < o.Certificates-len(w.tree.Certificates)
 		switch {
 		case certificate && o.TextSize > 0:
@@ -90,14 +91,14 @@ type writer struct {
 	dir    string
 	random *rand.Rand
 	tree   Tree
-	made   string // last directory made
+	made   string // last directory created
 
 	ca     *x509.Certificate
 	caKey  crypto.Signer
 	keys   []crypto.PublicKey
 	serial int64
 	words  []byte
-	lines  []byte // of configuration
+	lines  []byte // configuration text
 	noise  []byte
 }
 
@@ -115,7 +116,7 @@ func newWriter(dir string, o Options) (*writer, error) {
 		w.keys = append(w.keys, key.Public())
 	}
 	for _, bits := range []int{2048, 2048, 3072} {
-		// Nobody signs with it, so any odd number of that size will do.
+		// The key never signs, so any odd number of that size will do.
 		modulus := make([]byte, bits/8)
 		for i := range modulus {
 			modulus[i] = byte(w.random.Uint32())
@@ -134,13 +135,13 @@ func newWriter(dir string, o Options) (*writer, error) {
 	for len(w.words) < 64<<10 {
 		w.words = fmt.Appendf(w.words, "setting_%d = %x # as shipped\n", w.random.IntN(1000), w.random.Uint64())
 		w.noise = binary.LittleEndian.AppendUint64(w.noise, w.random.Uint64())
-		w.noise = binary.LittleEndian.AppendUint64(w.noise, w.random.Uint64N(1<<20)) // with zeros in it
+		w.noise = binary.LittleEndian.AppendUint64(w.noise, w.random.Uint64N(1<<20)) // contains zeros
 		w.noise = append(w.noise, make([]byte, 24)...)
 	}
 	return w, nil
 }
 
-// write puts a file into the next place of the tree.
+// write writes the next file of the tree.
 func (w *writer) write(ext string, data []byte) (string, error) {
 	n := w.tree.Files
 	group := n / perDirectory
@@ -156,7 +157,7 @@ func (w *writer) write(ext string, data []byte) (string, error) {
 	return path, os.WriteFile(path, data, 0o644)
 }
 
-// New makes one certificate.
+// new creates a certificate.
 func (w *writer) new() ([]byte, error) {
 	w.serial++
 	name := fmt.Sprintf("host%d.example.org", w.serial)
@@ -196,7 +197,7 @@ func encode(ders ...[]byte) []byte {
 	return all
 }
 
-// form is a way to write certificates into a file.
+// form is a format for certificates in a file.
 type form struct {
 	ext    string
 	format string
@@ -232,11 +233,11 @@ var oddForms = []form{
 	{".crt", "PEM", 1, func(_ *writer, ders [][]byte) []byte { // one long line
 		return []byte("-----BEGIN CERTIFICATE-----\n" + base64.StdEncoding.EncodeToString(ders[0]) + "\n-----END CERTIFICATE-----")
 	}},
-	{".PEM", "PEM", 1, func(w *writer, ders [][]byte) []byte { // a key before, garbage behind
+	{".PEM", "PEM", 1, func(w *writer, ders [][]byte) []byte { // a key before, garbage after
 		key := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: w.noise[:200]})
 		return append(append(key, encode(ders...)...), w.noise[:500]...)
 	}},
-	{".crt", "PEM", 1, func(_ *writer, ders [][]byte) []byte { // as openssl x509 -trustout
+	{".crt", "PEM", 1, func(_ *writer, ders [][]byte) []byte { // like openssl x509 -trustout
 		return pem.EncodeToMemory(&pem.Block{Type: "TRUSTED CERTIFICATE", Bytes: append(bytes.Clone(ders[0]), 0x30, 0x00)})
 	}},
 	{".der", "DER", 1, func(_ *writer, ders [][]byte) []byte { return append(bytes.Clone(ders[0]), 0, 0, '\n') }},
@@ -272,7 +273,7 @@ func (w *writer) certificateOf(form form) error {
 	return err
 }
 
-// text writes a configuration file, of between nothing and twice so many bytes.
+// text writes a configuration file of up to twice the given size.
 func (w *writer) text(size int) error {
 	for len(w.lines) < 4*size {
 		key, value := w.random.IntN(len(textLines)), w.random.Uint64()
@@ -284,7 +285,7 @@ func (w *writer) text(size int) error {
 	return err
 }
 
-// textLines are formats of a line of configuration, each with a number in it.
+// textLines are formats of configuration lines with a number.
 var textLines = []string{
 	"# ------------------------------------------------------------ section %d\n",
 	"    server_name www%d.example.org; # as shipped\n",
@@ -298,7 +299,7 @@ var textLines = []string{
 	"checksum = %x\n",
 }
 
-// other writes a file in which nothing is to be found.
+// other writes a file without certificates to find.
 func (w *writer) other(odd bool) error {
 	kinds := 10
 	if odd {
@@ -319,7 +320,7 @@ func (w *writer) other(odd bool) error {
 		_, err = w.write(".pem", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: w.noise[at : at+300]}))
 	case 12: // over the limit
 		_, err = w.write(".log", bytes.Repeat([]byte("line\n"), 1<<20/5+1))
-	case 13: // a certificate where none is looked for
+	case 13: // a certificate in a file that a scan ignores
 		var der []byte
 		if der, err = w.new(); err == nil {
 			_, err = w.write([]string{".key", ".bin"}[w.random.IntN(2)], append([]byte{0x30, 0x00}, der...))
@@ -330,7 +331,7 @@ func (w *writer) other(odd bool) error {
 	return err
 }
 
-// damaged writes a file that a scan has to name.
+// damaged writes a file that a scan must report as an error.
 func (w *writer) damaged() error {
 	der, err := w.new()
 	if err != nil {
@@ -338,14 +339,14 @@ func (w *writer) damaged() error {
 	}
 	var path string
 	switch w.random.IntN(5) {
-	case 0: // a block that is no certificate
+	case 0: // a block that is not a certificate
 		path, err = w.write(".pem", encode(w.noise[:100]))
-	case 1: // a block that ends too early
+	case 1: // a truncated block
 		block := encode(der)
 		path, err = w.write(".crt", block[:len(block)/2])
 	case 2:
 		path, err = w.write(".der", der[:len(der)-20])
-	case 3: // no base64
+	case 3: // not base64
 		path, err = w.write(".pem", bytes.Replace(encode(der), []byte("MII"), []byte("M*I"), 1))
 	default:
 		store := JKS(2, der)
@@ -355,7 +356,7 @@ func (w *writer) damaged() error {
 	return err
 }
 
-// PKCS7 is a bundle of certificates without a signature (RFC 5652).
+// PKCS7 returns a bundle of certificates without a signature (RFC 5652).
 func PKCS7(ders ...[]byte) []byte {
 	signed := bytes.Join([][]byte{
 		{0x02, 0x01, 0x01, 0x31, 0x00},
@@ -371,8 +372,8 @@ func element(tag byte, body []byte) []byte {
 	return append(binary.BigEndian.AppendUint32([]byte{tag, 0x84}, uint32(len(body))), body...)
 }
 
-// JKS is a Java key store of trusted certificates. Its digest is wrong: that
-// needs no more than a password to be right.
+// JKS returns a Java key store of trusted certificates. Its digest is wrong, but only readers with
+// a password check that.
 func JKS(version byte, ders ...[]byte) []byte {
 	b := binary.BigEndian.AppendUint32([]byte{0xfe, 0xed, 0xfe, 0xed, 0, 0, 0, version}, uint32(len(ders)))
 	text := func(s string) { b = append(binary.BigEndian.AppendUint16(b, uint16(len(s))), s...) }
@@ -388,7 +389,7 @@ func JKS(version byte, ders ...[]byte) []byte {
 	return append(b, make([]byte, 20)...)
 }
 
-// TLV is one element of DER.
+// TLV returns an element of DER.
 func TLV(tag byte, parts ...string) string {
 	body := strings.Join(parts, "")
 	switch n := len(body); {
@@ -408,20 +409,20 @@ const (
 	pkcs7Encrypted = "\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x07\x06"
 )
 
-// PKCS12 is a key store (RFC 7292) of parts that the next two functions make. It has no MAC.
+// PKCS12 returns a key store (RFC 7292) of parts from the next two functions. It has no MAC.
 func PKCS12(parts ...string) []byte {
 	return []byte(TLV(0x30, "\x02\x01\x03", TLV(0x30, pkcs7Data, TLV(0xa0, TLV(0x04, TLV(0x30, parts...))))))
 }
 
-// PKCS12Certificate is a part with a certificate that is not encrypted.
+// PKCS12Certificate returns a part with an unencrypted certificate.
 func PKCS12Certificate(der []byte) string {
 	const certBag, x509Certificate = "\x06\x0b\x2a\x86\x48\x86\xf7\x0d\x01\x0c\x0a\x01\x03", "\x06\x0a\x2a\x86\x48\x86\xf7\x0d\x01\x09\x16\x01"
 	bag := TLV(0x30, certBag, TLV(0xa0, TLV(0x30, x509Certificate, TLV(0xa0, TLV(0x04, string(der))))))
 	return TLV(0x30, pkcs7Data, TLV(0xa0, TLV(0x04, TLV(0x30, bag))))
 }
 
-// PKCS12Locked is a part of so many bytes that is encrypted with a key derived in so many rounds,
-// an INTEGER's octets, and that no password opens.
+// PKCS12Locked returns an encrypted part that no password opens. rounds, as the octets of an
+// INTEGER, is the number of iterations; ciphertext is the size in bytes.
 func PKCS12Locked(rounds string, ciphertext int) string {
 	const with3DES = "\x06\x0a\x2a\x86\x48\x86\xf7\x0d\x01\x0c\x01\x03"
 	method := TLV(0x30, with3DES, TLV(0x30, TLV(0x04, "salt"), TLV(0x02, rounds)))

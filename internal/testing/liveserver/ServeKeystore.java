@@ -16,10 +16,10 @@ import javax.net.ssl.SSLSocket;
 import sun.misc.Signal;
 
 /**
- * A TLS server on loopback that serves from a key store, and loads it again on SIGHUP. What came of
- * each load is in a file: its number, and ok or the error.
+ * A TLS server on loopback that uses a key store and reloads it on SIGHUP. It writes the outcome of
+ * each load to a file: the number of the load, and ok or the error.
  *
- * The file of passwords has the store's, and on a line of its own the key's, if that is another.
+ * The password file contains the store's password and, on a second line, the key's if it differs.
  */
 public class ServeKeystore {
     static volatile SSLContext context;

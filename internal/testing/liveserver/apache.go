@@ -34,7 +34,7 @@ Listen 127.0.0.1:%[3]s
 </VirtualHost>
 `
 
-// apacheModules is where Debian keeps what httpd loads.
+// apacheModules is Debian's directory of httpd's modules.
 const apacheModules = "/usr/lib/apache2/modules"
 
 // StartApache starts httpd with one TLS server.
@@ -42,8 +42,8 @@ func StartApache(ctx context.Context, dir string, pair Pair) (*Server, error) {
 	return startApache(ctx, dir, pair, writePair, `SSLCertificateKeyFile "${TLS}/key.pem"`)
 }
 
-// StartApacheInOneFile is StartApache with the key in the certificate's file, where
-// httpd looks for it unless it is told another place.
+// StartApacheInOneFile is StartApache with the key in the certificate's file, where httpd looks for
+// it by default.
 func StartApacheInOneFile(ctx context.Context, dir string, pair Pair) (*Server, error) {
 	return startApache(ctx, dir, pair, writeOneFile, "")
 }

@@ -15,9 +15,9 @@ import (
 	"certctl-agent/internal/tlsprobe"
 )
 
-// StartBuiltin starts a small TLS server in this process, for machines without
-// nginx. It loads its pair when it is told to, over a unix socket, by
-// BuiltinCommand; self is the command line that calls that.
+// StartBuiltin starts a small TLS server in this process, for machines without nginx. It reloads
+// its pair when BuiltinCommand tells it to over a unix socket. self is the command line that calls
+// BuiltinCommand.
 func StartBuiltin(ctx context.Context, dir string, pair Pair, self string) (*Server, error) {
 	certPath, keyPath, err := writePair(dir, pair)
 	if err != nil {
@@ -83,7 +83,7 @@ func StartBuiltin(ctx context.Context, dir string, pair Pair, self string) (*Ser
 	return s, s.ready(ctx)
 }
 
-// answer carries out one order.
+// answer carries out an order.
 func answer(conn net.Conn, load func(keep bool) error) {
 	defer conn.Close()
 	_ = conn.SetDeadline(time.Now().Add(5 * time.Second))

@@ -10,7 +10,7 @@ import (
 	"certctl-agent/internal/tlsprobe"
 )
 
-// A client that names no server gets the pair too.
+// Clients without SNI also get the pair.
 const caddyConf = `{
 	"admin": {"listen": "127.0.0.1:%[1]s"},
 	"logging": {"logs": {"default": {"level": "WARN"}}},
@@ -65,7 +65,7 @@ func StartCaddy(ctx context.Context, dir string, pair Pair) (*Server, error) {
 		Resets:   true,
 	}
 	command := exec.Command(caddy, "run", "--config", conf)
-	// Where Caddy keeps its own state; the user's is not touched.
+	// Keep Caddy's state here, so that the user's is not touched.
 	command.Env = []string{"HOME=" + dir, "XDG_CONFIG_HOME=" + dir, "XDG_DATA_HOME=" + dir}
 	if err := s.start(command); err != nil {
 		return nil, err

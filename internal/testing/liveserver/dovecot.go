@@ -47,7 +47,7 @@ service pop3-login {
 }
 `
 
-// Without root nobody can become another user, or lock itself in a directory.
+// Without root, Dovecot can neither change its user nor chroot.
 const dovecotUser = `default_internal_user = %[1]s
 default_internal_group = %[2]s
 default_login_user = %[1]s
@@ -62,8 +62,7 @@ service pop3-login {
 }
 `
 
-// StartDovecot starts Dovecot with imap and pop3 (STARTTLS), imaps and pop3s
-// (TLS from the first byte).
+// StartDovecot starts Dovecot with imap and pop3 (STARTTLS), and imaps and pop3s (implicit TLS).
 func StartDovecot(ctx context.Context, dir string, pair Pair) (*Server, error) {
 	return startDovecot(ctx, dir, pair, writePair)
 }

@@ -10,7 +10,7 @@ import (
 	"certctl-agent/internal/tlsprobe"
 )
 
-// The directory, not the file: HAProxy loads everything that is in it.
+// crt names the directory rather than the file: HAProxy loads all files in it.
 const haproxyConf = `global
 	stats socket %[1]s/admin.sock mode 600 expose-fd listeners level user
 	hard-stop-after 10s
@@ -25,10 +25,9 @@ frontend tls
 	http-request return status 200
 `
 
-// haproxyReload waits for the end of the reload that it asks for, as systemctl
-// reload does. The master executes itself anew for it and loses a SIGUSR2 that
-// comes meanwhile; it answers on its socket only once it takes signals again.
-// Reloads that fail count as well.
+// haproxyReload triggers a reload and waits for its end, like systemctl reload. The master
+// re-executes itself for a reload and would lose another SIGUSR2 meanwhile; it answers on its
+// socket only once it handles signals again. Failed reloads count as well.
 const haproxyReload = `#!%[1]s
 use strict;
 use IO::Socket::UNIX;

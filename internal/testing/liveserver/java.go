@@ -4,7 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	_ "embed" // of the server's source
+	_ "embed" // for the server's source
 	"errors"
 	"fmt"
 	"os"
@@ -19,10 +19,10 @@ import (
 //go:embed ServeKeystore.java
 var serveKeystore []byte
 
-// StorePassword is that of the store which StartJava serves from.
+// StorePassword is the password of StartJava's key store.
 const StorePassword = "a password for the store"
 
-// javaReload waits for the end of the reload that it asks for.
+// javaReload triggers a reload and waits for its end.
 const javaReload = `#!/bin/sh
 before=$(cat %[2]s)
 kill -HUP %[1]d || exit 1
@@ -39,14 +39,14 @@ echo "the server has not reloaded within 30 seconds"
 exit 1
 `
 
-// StartJava starts a TLS server in Java, from its source, with a key store in PKCS#12.
+// StartJava starts a TLS server in Java, from its source, with a PKCS#12 key store.
 func StartJava(ctx context.Context, dir string, pair Pair) (*Server, error) {
 	java, err := program("java")
 	if err != nil {
 		return nil, err
 	}
 	if _, err := program("javac"); err != nil {
-		return nil, err // java alone runs no source
+		return nil, err // a JRE cannot run source files
 	}
 	port, err := FreePort()
 	if err != nil {
@@ -79,7 +79,7 @@ func StartJava(ctx context.Context, dir string, pair Pair) (*Server, error) {
 		Endpoint: tlsprobe.Endpoint{Address: "127.0.0.1:" + port},
 		CertPath: path,
 	}
-	// Started as fast as it can be.
+	// Use the fastest JVM settings for a start.
 	if err := s.run(java, "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-Xmx128m", source, path, passwords, outcome, port); err != nil {
 		return nil, err
 	}
@@ -90,7 +90,7 @@ func StartJava(ctx context.Context, dir string, pair Pair) (*Server, error) {
 	return s, s.ready(ctx)
 }
 
-// newStore is a key store with a pair.
+// newStore returns a key store with a pair.
 func newStore(pair Pair) ([]byte, error) {
 	loaded, err := tls.X509KeyPair(pair.Certificate, pair.Key)
 	if err != nil {
@@ -114,7 +114,7 @@ func newStore(pair Pair) ([]byte, error) {
 	return store.Encode()
 }
 
-// storedCertificate is the certificate of the key under StartJava's alias.
+// storedCertificate returns the certificate of the key under StartJava's alias.
 func storedCertificate(data []byte) (*x509.Certificate, error) {
 	const work = 1 << 30
 	store, err := pkcs12.Open(data, StorePassword, work)
@@ -126,7 +126,7 @@ func storedCertificate(data []byte) (*x509.Certificate, error) {
 		return nil, err
 	}
 	if key == nil || len(key.Chain) == 0 {
-		return nil, errors.New("it holds no certificate under the alias")
+		return nil, errors.New("it contains no certificate under the alias")
 	}
 	return key.Chain[0], nil
 }

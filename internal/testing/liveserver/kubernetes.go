@@ -21,15 +21,14 @@ import (
 const (
 	kubeNamespace = "web"
 	kubeSecret    = "www"
-	kubeAgent     = "agent" // the user that the agent is
+	kubeAgent     = "agent" // the agent's user
 
-	// kubePoll is how often the ingress looks at its secret. Real ones are told.
+	// kubePoll is how often the ingress polls its secret. Real ones watch it.
 	kubePoll = 100 * time.Millisecond
 )
 
-// StartKubernetes starts a Kubernetes API server, and in this process what an
-// ingress controller is to the agent: a TLS server that serves what is in a
-// secret, and notes it in a file.
+// StartKubernetes starts a Kubernetes API server and, in this process, a stand-in for an ingress
+// controller: a TLS server that serves the pair in a secret and records it in a file.
 func StartKubernetes(ctx context.Context, dir string, pair Pair) (*Server, error) {
 	etcd, err := program(apiserver.Etcd)
 	if err != nil {
@@ -111,7 +110,7 @@ func startIngress(ctx context.Context, dir string, cluster *apiserver.Server, pa
 	return s, nil
 }
 
-// ingress serves what is in the secret.
+// ingress serves the pair in the secret.
 type ingress struct {
 	cluster *apiserver.Server
 	file    string
@@ -123,7 +122,7 @@ func (i *ingress) follow(ctx context.Context) {
 	for {
 		select {
 		case <-time.After(kubePoll):
-			_ = i.load(ctx) // it goes on with what it has
+			_ = i.load(ctx) // after an error it keeps the last pair
 		case <-ctx.Done():
 			return
 		}

@@ -1,6 +1,5 @@
-// Package liveserver runs real TLS servers on loopback, each with a
-// configuration of its own in a directory of its own, for tests and the demo.
-// Nothing of a server that the host runs already is touched.
+// Package liveserver runs real TLS servers on loopback for tests and the demo. Each has its own
+// configuration and directory, separate from any server that the host already runs.
 package liveserver
 
 import (
@@ -25,8 +24,8 @@ import (
 	"certctl-agent/internal/tlsprobe"
 )
 
-// startTimeout is how long a server may take to accept its first connection. Java takes many times as
-// long on a busy machine.
+// startTimeout is how long a server may take to accept its first connection. On a busy machine Java
+// takes much longer than usual.
 const startTimeout = time.Minute
 
 // ErrMissing means that the server's program is not installed.
@@ -34,38 +33,36 @@ var ErrMissing = errors.New("not installed")
 
 // Server is a running server.
 type Server struct {
-	Name     string // of the product
-	Type     string // target type that deploys to it
+	Name     string // product name
+	Type     string // type of targets that deploy to it
 	Config   map[string]any
 	Endpoint tlsprobe.Endpoint
-	Others   []tlsprobe.Endpoint // that serve the same certificate
-	CertPath string              // what it serves is in this file: OnDisk reads it
+	Others   []tlsprobe.Endpoint // other endpoints with the same certificate
+	CertPath string              // file with the certificate that it serves, read by OnDisk
 
-	// Broken is laid over Config to have a deployment fail. Nil: a reload command
-	// that does not work.
+	// Broken overrides parts of Config to make a deployment fail. If nil, a broken reload command
+	// does.
 	Broken map[string]any
 
-	// Resets says that a reload closes the listener, so that connections which
-	// wait at it are reset.
+	// Resets means that a reload closes the listener, so waiting connections are reset.
 	Resets bool
 
 	commands []*exec.Cmd
-	stop     func() error // in place of a signal to the process; may be nil
+	stop     func() error // replaces a signal to the process; may be nil
 	log      *lockedBuffer
-	logFile  string // of a server that prints nothing; may be ""
+	logFile  string // for a server that prints nothing, else ""
 	ended    sync.WaitGroup
 }
 
-// Pair is the certificate and key that a server starts with, as PEM. The
-// certificate has its chain behind it.
+// Pair is the certificate, followed by its chain, and the key with which a server starts, in PEM.
 type Pair struct {
 	Certificate, Key []byte
 }
 
-// Starter starts one product in dir, which is empty.
+// Starter starts a product in dir, which must be empty.
 type Starter func(ctx context.Context, dir string, pair Pair) (*Server, error)
 
-// Starters are the products by name.
+// Starters returns the products by name.
 func Starters() map[string]Starter {
 	return map[string]Starter{
 		"apache":       StartApache,
@@ -117,7 +114,7 @@ func (s *Server) ready(ctx context.Context) error {
 	}
 }
 
-// OnDisk is the certificate in CertPath: the first of a PEM file, or that of a key store.
+// OnDisk returns the certificate in CertPath: the first of a PEM file, or that of a key store.
 func (s *Server) OnDisk() (*x509.Certificate, error) {
 	data, err := os.ReadFile(s.CertPath)
 	if err != nil {
@@ -131,10 +128,10 @@ func (s *Server) OnDisk() (*x509.Certificate, error) {
 			return x509.ParseCertificate(block.Bytes)
 		}
 	}
-	return nil, errors.New("it holds no certificate")
+	return nil, errors.New("it contains no certificate")
 }
 
-// Log is what the server printed.
+// Log returns the server's output.
 func (s *Server) Log() string {
 	var printed string
 	if s.log != nil {
@@ -147,7 +144,7 @@ func (s *Server) Log() string {
 	return printed
 }
 
-// Stop ends the server's processes, and only those, and waits for them.
+// Stop stops the server's processes, and no others, and waits for them.
 func (s *Server) Stop() {
 	if s.stop != nil {
 		_ = s.stop()
@@ -164,7 +161,7 @@ func (s *Server) Stop() {
 	s.ended.Wait()
 }
 
-// FreePort returns a loopback port that nobody listens on.
+// FreePort returns an unused loopback port.
 func FreePort() (string, error) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -174,7 +171,7 @@ func FreePort() (string, error) {
 	return strconv.Itoa(listener.Addr().(*net.TCPAddr).Port), nil
 }
 
-// freePorts returns n different ones.
+// freePorts returns n different unused ports.
 func freePorts(n int) ([]string, error) {
 	var ports []string
 	for len(ports) < n {
@@ -189,7 +186,7 @@ func freePorts(n int) ([]string, error) {
 	return ports, nil
 }
 
-// program finds an installed program; servers are often outside a user's PATH.
+// program finds an installed program. Servers are often outside a user's PATH.
 func program(name string) (string, error) {
 	if path, err := exec.LookPath(name); err == nil {
 		return path, nil
@@ -202,15 +199,13 @@ func program(name string) (string, error) {
 	return "", fmt.Errorf("%s: %w", name, ErrMissing)
 }
 
-// tlsDir is the directory below a server's own that holds its certificates and
-// nothing else.
+// tlsDir is the subdirectory that holds only the server's certificates.
 const tlsDir = "tls"
 
 // A writer writes the first pair and returns its paths.
 type writer func(dir string, pair Pair) (certPath, keyPath string, err error)
 
-// writePair writes the first pair, each in a file of its own, and returns the
-// paths.
+// writePair writes the first pair into separate files and returns their paths.
 func writePair(dir string, pair Pair) (certPath, keyPath string, err error) {
 	certPath, keyPath = filepath.Join(dir, tlsDir, "cert.pem"), filepath.Join(dir, tlsDir, "key.pem")
 	if _, err := tls.X509KeyPair(pair.Certificate, pair.Key); err != nil {
@@ -232,7 +227,7 @@ func writeOneFile(dir string, pair Pair) (certPath, keyPath string, err error) {
 	return path, path, err
 }
 
-// lockedBuffer keeps the last of what a server prints.
+// lockedBuffer keeps the end of a server's output.
 type lockedBuffer struct {
 	mu   sync.Mutex // guards data
 	data bytes.Buffer

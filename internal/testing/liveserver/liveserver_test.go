@@ -16,8 +16,7 @@ import (
 	"certctl-agent/internal/tlsprobe"
 )
 
-// Each product serves the pair that it was started with on all its endpoints,
-// and on none of them once it has been stopped.
+// Each product serves its first pair on all its endpoints, and on none after it has been stopped.
 func TestStarters(t *testing.T) {
 	issued, err := testca.Must(t).Issue(testca.Template{Names: []string{"127.0.0.1"}})
 	if err != nil {
@@ -30,7 +29,7 @@ func TestStarters(t *testing.T) {
 				t.Skip("only root can start Postfix")
 			}
 			dir := t.TempDir()
-			// Workers that are not root must get there.
+			// Unprivileged workers must be able to enter it.
 			if err := os.Chmod(filepath.Dir(dir), 0o755); err != nil {
 				t.Fatal(err)
 			}

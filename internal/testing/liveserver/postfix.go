@@ -15,8 +15,8 @@ import (
 	"certctl-agent/internal/tlsprobe"
 )
 
-// Everything that a Postfix writes is below its directory, no mail is taken
-// for anybody, and no table but its own files is looked at.
+// Postfix writes only below its directory, accepts no mail for anyone, and uses no other lookup
+// tables.
 const postfixMain = `compatibility_level = 3.6
 config_directory = %[1]s/postfix
 queue_directory = %[1]s/queue
@@ -54,8 +54,8 @@ tlsmgr unix - - n 1000? 1 tlsmgr
 cleanup unix n - n - 0 cleanup
 `
 
-// StartPostfix starts Postfix, which only root can, with smtp and submission
-// (STARTTLS) and smtps (TLS from the first byte).
+// StartPostfix starts Postfix, which requires root, with smtp and submission (STARTTLS), and smtps
+// (implicit TLS).
 func StartPostfix(ctx context.Context, dir string, pair Pair) (*Server, error) {
 	certPath, keyPath, err := writePair(dir, pair)
 	if err != nil {
@@ -64,8 +64,8 @@ func StartPostfix(ctx context.Context, dir string, pair Pair) (*Server, error) {
 	return startPostfix(ctx, dir, certPath, keyPath, postfixTwoFiles)
 }
 
-// StartPostfixInOneFile is StartPostfix with key and certificate in one file,
-// which no smtpd can read half replaced.
+// StartPostfixInOneFile is StartPostfix with key and certificate in one file, so that no smtpd can
+// read a half-replaced pair.
 func StartPostfixInOneFile(ctx context.Context, dir string, pair Pair) (*Server, error) {
 	path, _, err := writeOneFile(dir, pair)
 	if err != nil {
@@ -90,7 +90,7 @@ func startPostfix(ctx context.Context, dir, certPath, keyPath, tlsParameters str
 	if err := writePostfixDirs(dir, conf, tlsParameters, ports); err != nil {
 		return nil, err
 	}
-	// This makes the queue directories too.
+	// This also creates the queue directories.
 	if out, err := exec.CommandContext(ctx, postfix, "-c", conf, "check").CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("postfix check: %w: %s", err, out)
 	}
@@ -121,7 +121,7 @@ func startPostfix(ctx context.Context, dir, certPath, keyPath, tlsParameters str
 		logFile:  filepath.Join(dir, "mail.log"),
 	}
 	master := exec.Command(filepath.Join(strings.TrimSpace(string(daemons)), "master"), "-c", conf, "-d")
-	// master ends with its whole process group, and has to be its leader.
+	// master kills its whole process group at its end, so it must be the leader of its own.
 	master.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := s.start(master); err != nil {
 		return nil, err

@@ -25,8 +25,8 @@ PasswordAuthentication no
 Subsystem sftp internal-sftp
 `
 
-// StartSSH starts nginx, as on another host: the way there is OpenSSH's server,
-// where this user logs in as itself.
+// StartSSH starts nginx as if on another host: it is reached through OpenSSH's server, where this
+// user logs in.
 func StartSSH(ctx context.Context, dir string, pair Pair) (*Server, error) {
 	sshd, err := program("sshd")
 	if err != nil {
@@ -76,7 +76,7 @@ func (s *Server) behindSSH(ctx context.Context, dir, sshd, keygen string) error 
 	if err := os.WriteFile(conf, fmt.Appendf(nil, sshdConf, dir, port), 0o600); err != nil {
 		return err
 	}
-	if os.Geteuid() == 0 { // what the service makes before it starts sshd
+	if os.Geteuid() == 0 { // created by the service before it starts sshd
 		if err := os.MkdirAll("/run/sshd", 0o755); err != nil {
 			return err
 		}

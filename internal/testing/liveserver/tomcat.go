@@ -15,7 +15,7 @@ const (
 	tomcatManager = "/usr/share/tomcat10-admin/manager"
 )
 
-// Tomcat's own manager, on a port of its own, has it read the key store again.
+// Tomcat's manager, on a separate port, makes it reload the key store.
 const tomcatServer = `<Server port="-1">
   <Service name="Catalina">
     <Connector port="%[1]s" address="127.0.0.1"/>
@@ -37,7 +37,7 @@ const tomcatServer = `<Server port="-1">
 const tomcatUsers = `<tomcat-users><user username="certctl" password="reload" roles="manager-script"/></tomcat-users>
 `
 
-// tomcatReload fails unless the manager says OK. The header has certctl:reload.
+// tomcatReload fails unless the manager answers OK. The header authenticates certctl:reload.
 const tomcatReload = `#!%[1]s
 use strict;
 use IO::Socket::INET;
@@ -48,7 +48,7 @@ my $answer = join("", <$manager>);
 $answer =~ /^OK - /m or die $answer;
 `
 
-// StartTomcat starts Tomcat 10 with a key store in PKCS#12.
+// StartTomcat starts Tomcat 10 with a PKCS#12 key store.
 func StartTomcat(ctx context.Context, dir string, pair Pair) (*Server, error) {
 	java, err := program("java")
 	if err != nil {
@@ -97,7 +97,7 @@ func StartTomcat(ctx context.Context, dir string, pair Pair) (*Server, error) {
 		Endpoint: tlsprobe.Endpoint{Address: "127.0.0.1:" + ports[1]},
 		CertPath: path,
 	}
-	// What catalina.sh runs, which would start a process of its own.
+	// The command that catalina.sh runs; catalina.sh itself would start a child process.
 	err = s.run(java, "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-Xmx256m",
 		"--add-opens=java.base/java.lang=ALL-UNNAMED", "--add-opens=java.base/java.io=ALL-UNNAMED",
 		"-Dcatalina.home="+tomcatHome, "-Dcatalina.base="+dir, "-Djava.io.tmpdir="+filepath.Join(dir, "temp"),

@@ -1,8 +1,7 @@
-// Package windowshost is a model of a Windows host for tests: its certificate
-// stores, the bindings of IIS, and what serves them. It runs no PowerShell, but
-// carries out what the agent's script is told, as the script's own contract says
-// (internal/connector/windows/scripts/1-contract.ps1). It shares no code with the
-// agent.
+// Package windowshost is a model of a Windows host for tests: its certificate stores, the bindings
+// of IIS, and http.sys, which serves them. It does not run PowerShell, but carries out the requests
+// of the agent's script by that script's own contract
+// (internal/connector/windows/scripts/1-contract.ps1). It shares no code with the agent.
 package windowshost
 
 import (
@@ -26,16 +25,16 @@ import (
 	"certctl-agent/internal/pkcs12"
 )
 
-// Certificate is one in a store.
+// Certificate is a certificate in a store.
 type Certificate struct {
 	*x509.Certificate
-	Key          []byte // PKCS #8; nil: without one
+	Key          []byte // PKCS #8, or nil
 	Exportable   bool
 	FriendlyName string
-	Readers      []string // accounts that may read the key, beside the system
+	Readers      []string // accounts other than SYSTEM that may read the key
 }
 
-// Binding is one of a site.
+// Binding is a binding of a site.
 type Binding struct {
 	Protocol    string
 	Information string // address:port:host
@@ -46,33 +45,33 @@ type Binding struct {
 
 // Host is a Windows host.
 type Host struct {
-	mu       sync.Mutex                         // guards what follows
+	mu       sync.Mutex                         // guards the fields below
 	stores   map[string]map[string]*Certificate // by Location\Store, by thumbprint
-	marks    map[string]map[string]string       // by Location\Store, by thumbprint, the target
-	order    []string                           // of marks
+	marks    map[string]map[string]string       // targets by Location\Store and thumbprint
+	order    []string                           // order of marks
 	sites    map[string][]*Binding
-	accounts []string // that exist
-	listener []string // thumbprints that something else than IIS serves
+	accounts []string // existing accounts
+	listener []string // thumbprints that services other than IIS use
 	noIIS    bool
-	plain    bool // the account is no administrator
+	plain    bool // the account is not an administrator
 	german   bool
-	old      bool // it reads no PKCS #12 with AES
-	loses    bool // the next certificate of a binding, and the former with it
+	old      bool // it cannot read PKCS #12 with AES
+	loses    bool // the next change of a binding's certificate loses both
 	now      func() time.Time
 	fault    func(operation string, done bool) error
-	kind     func(*Standing) // changes what a self-test sees; nil: nothing
+	kind     func(*Standing) // changes the result of a self-test; may be nil
 	seen     []Run
 	writes   int
 }
 
-// Run is one run of PowerShell.
+// Run is a run of PowerShell.
 type Run struct {
 	Command []string
 	Script  string
 	Request Request
 }
 
-// Request is what the script is told.
+// Request is the input of the script.
 type Request struct {
 	Contract      int      `json:"contract"`
 	Operation     string   `json:"operation"`
@@ -95,7 +94,7 @@ type Request struct {
 	RemoveExpired bool     `json:"remove_expired"`
 }
 
-// Answer is what the script answers.
+// Answer is the output of the script.
 type Answer struct {
 	Contract int       `json:"contract"`
 	Code     string    `json:"code"`
@@ -107,7 +106,7 @@ type Answer struct {
 	Host     *Standing `json:"host"`
 }
 
-// State is what there is of a certificate and of a binding.
+// State is the state of a certificate and a binding.
 type State struct {
 	Thumbprint   string   `json:"thumbprint"`
 	Present      bool     `json:"present"`
@@ -124,7 +123,7 @@ type State struct {
 	Sharing      []string `json:"sharing"`
 }
 
-// Standing is what a self-test sees.
+// Standing is the result of a self-test.
 type Standing struct {
 	PowerShell    string   `json:"powershell"`
 	LanguageMode  string   `json:"language_mode"`
@@ -137,7 +136,7 @@ type Standing struct {
 	Sites         []string `json:"sites"`
 }
 
-// New is a host with the stores that every one has, and a site without HTTPS.
+// New returns a host with the standard stores and a site without HTTPS.
 func New() *Host {
 	h := &Host{stores: make(map[string]map[string]*Certificate), marks: make(map[string]map[string]string), sites: make(map[string][]*Binding), now: time.Now}
 	for _, location := range []string{"LocalMachine", "CurrentUser"} {
@@ -150,78 +149,76 @@ func New() *Host {
 	return h
 }
 
-// Change changes the host, as somebody at its console does.
+// Change changes the host as an administrator at its console would.
 func (h *Host) Change(do func(*Console)) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	do(&Console{h})
 }
 
-// Console is a person who works on the host.
+// Console is an administrator at the host.
 type Console struct{ h *Host }
 
-// Site makes a site, or adds bindings to it.
+// Site creates a site, or adds bindings to it.
 func (c *Console) Site(name string, bindings ...*Binding) {
 	c.h.sites[name] = append(c.h.sites[name], bindings...)
 }
 
-// Bindings are those of a site.
+// Bindings returns the bindings of a site.
 func (c *Console) Bindings(site string) []*Binding { return c.h.sites[site] }
 
-// Put puts a certificate into a store, Location\Store.
+// Put adds a certificate to a store, named Location\Store.
 func (c *Console) Put(store string, certificate *Certificate) string {
 	name := Thumbprint(certificate.Certificate)
 	c.h.stores[store][name] = certificate
 	return name
 }
 
-// Certificates are those of a store.
+// Certificates returns the certificates in a store.
 func (c *Console) Certificates(store string) map[string]*Certificate { return c.h.stores[store] }
 
-// Marked are the certificates in a store that carry the mark of a target, the
-// newest first.
+// Marked returns the certificates in a store with the mark of a target, newest first.
 func (c *Console) Marked(store, target string) []string { return c.h.marked(store, target) }
 
-// Account makes accounts.
+// Account creates accounts.
 func (c *Console) Account(names ...string) { c.h.accounts = append(c.h.accounts, names...) }
 
-// Listen has something else than IIS serve a certificate.
+// Listen makes a service other than IIS use a certificate.
 func (c *Console) Listen(thumbprint string) { c.h.listener = append(c.h.listener, thumbprint) }
 
-// Uninstall takes IIS away.
+// Uninstall removes IIS.
 func (c *Console) Uninstall() { c.h.noIIS = true }
 
-// Demote takes the agent's account out of Administrators.
+// Demote removes the agent's account from Administrators.
 func (c *Console) Demote() { c.h.plain = true }
 
-// Become changes what kind of host it is.
+// Become changes the result of self-tests.
 func (c *Console) Become(do func(*Standing)) { c.h.kind = do }
 
-// German has Windows speak German.
+// German sets the language of Windows to German.
 func (c *Console) German() { c.h.german = true }
 
-// Old makes the host a Server 2016.
+// Old makes the host a Windows Server 2016.
 func (c *Console) Old() { c.h.old = true }
 
-// Lose has http.sys refuse the next certificate of a binding when the former one is
-// gone already.
+// Lose makes http.sys refuse the next certificate of a binding after it has removed the former one.
 func (c *Console) Lose() { c.h.loses = true }
 
 // Clock sets the clock.
 func (c *Console) Clock(now func() time.Time) { c.h.now = now }
 
-// Fault is asked before each operation, and again once it is done, whether the
-// host fails there: then nothing is answered.
+// Fault sets a function that is called before and after each operation. If it reports true, the
+// host fails there and does not answer.
 func (c *Console) Fault(fault func(operation string, done bool) error) { c.h.fault = fault }
 
-// Runs are the runs of PowerShell so far.
+// Runs returns the runs of PowerShell so far.
 func (h *Host) Runs() []Run {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return slices.Clone(h.seen)
 }
 
-// State is everything on the host, by name, as text.
+// State returns everything on the host as text, by name.
 func (h *Host) State() map[string]string {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -247,21 +244,21 @@ func (h *Host) State() map[string]string {
 	return all
 }
 
-// Writes counts what has been changed by the agent.
+// Writes returns the number of changes by the agent.
 func (h *Host) Writes() int {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.writes
 }
 
-// Thumbprint is SHA-1 of a certificate, as Windows writes it.
+// Thumbprint returns the SHA-1 of a certificate in Windows' format.
 func Thumbprint(c *x509.Certificate) string { return fmt.Sprintf("%X", sha1.Sum(c.Raw)) }
 
-// ErrDropped is what Run returns when the host fails in the middle.
+// ErrDropped is returned by Run if the host fails during a run.
 var ErrDropped = errors.New("the host has gone away")
 
-// Run runs a command the way that a WinRM shell does: only what the agent is
-// documented to run is known.
+// Run runs a command like a WinRM shell. It knows only the commands that the agent is documented to
+// run.
 func (h *Host) Run(command []string, stdin []byte) (stdout, stderr []byte, exit int, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -288,7 +285,7 @@ func (h *Host) Run(command []string, stdin []byte) (stdout, stderr []byte, exit 
 	return append(document, "\r\n"...), nil, 0, nil
 }
 
-// parse is what PowerShell and the first lines of the script do.
+// parse does the work of PowerShell and of the first lines of the script.
 func parse(command []string, stdin []byte) (string, *Request, error) {
 	if len(command) < 2 || command[0] != "powershell.exe" || command[len(command)-2] != "-EncodedCommand" {
 		return "", nil, fmt.Errorf("%q is not recognized as a command", command)
@@ -324,8 +321,8 @@ func parse(command []string, stdin []byte) (string, *Request, error) {
 	return string(script), q, complete(lines[1])
 }
 
-// complete reports whether a request has all of its members: the script does not
-// look whether one is there.
+// complete returns an error unless a request has all of its members: the script does not check
+// that.
 func complete(document []byte) error {
 	var got map[string]json.RawMessage
 	if err := json.Unmarshal(document, &got); err != nil {
@@ -361,7 +358,7 @@ func fail(code, detail string) error {
 	return &failure{code: code, detail: detail, message: code, hresult: -2146233088}
 }
 
-// denied is E_ACCESSDENIED.
+// denied returns E_ACCESSDENIED.
 func (h *Host) denied() error {
 	message := "Access is denied.\r\n"
 	if h.german {
@@ -469,9 +466,9 @@ func (h *Host) site(q *Request) (string, *Binding, error) {
 	return "", nil, fail("site-missing", strings.Join(slices.Sorted(maps.Keys(sites)), ", "))
 }
 
-// entry is what http.sys has one certificate for, see
-// https://learn.microsoft.com/en-us/windows-server/networking/technologies/netsh/netsh-http#add-sslcert:
-// an address and port, or the port and host name of one with SNI.
+// entry returns the http.sys entry of a binding, which has one certificate: an address and port or,
+// with SNI, a host name and port, see
+// https://learn.microsoft.com/en-us/windows-server/networking/technologies/netsh/netsh-http#add-sslcert.
 func entry(information string, flags int) string {
 	parts := strings.Split(strings.ToLower(information), ":")
 	if flags&1 != 0 {
@@ -480,7 +477,7 @@ func entry(information string, flags int) string {
 	return strings.Join(parts[:len(parts)-1], ":")
 }
 
-// entries are the bindings of a site that have the certificate of an entry.
+// entries returns the bindings of a site that use the certificate of an entry.
 func (h *Host) entries(site, at string) (all []*Binding) {
 	for _, b := range h.sites[site] {
 		if b.Protocol == "https" && entry(b.Information, b.Flags) == at {
@@ -490,8 +487,8 @@ func (h *Host) entries(site, at string) (all []*Binding) {
 	return all
 }
 
-// sharing are the bindings that a new certificate of the request's would change and
-// may not: not those of its site that have the same name at another address.
+// sharing returns the bindings that the request would change without permission. Bindings of its
+// own site with the same name at another address are permitted.
 func (h *Host) sharing(q *Request, exists bool, flags int) []string {
 	sharing := []string{}
 	for _, name := range slices.Sorted(maps.Keys(h.sites)) {
@@ -504,7 +501,7 @@ func (h *Host) sharing(q *Request, exists bool, flags int) []string {
 	return sharing
 }
 
-// serve changes the certificate of a binding's entry.
+// serve sets the certificate of a binding's entry.
 func (h *Host) serve(b *Binding, thumbprint, store string) {
 	for site := range h.sites {
 		for _, other := range h.entries(site, entry(b.Information, b.Flags)) {
@@ -513,7 +510,7 @@ func (h *Host) serve(b *Binding, thumbprint, store string) {
 	}
 }
 
-// ours are the certificates that carry a mark and are there.
+// ours returns the existing certificates that have a mark.
 func (h *Host) ours(q *Request) []string {
 	ours := []string{}
 	for _, name := range h.marked(q.Location+`\`+q.Store, q.Target) {
@@ -524,7 +521,7 @@ func (h *Host) ours(q *Request) []string {
 	return ours
 }
 
-// marked are the marks of a target, the newest first.
+// marked returns the marks of a target, newest first.
 func (h *Host) marked(store, target string) []string {
 	var names []string
 	for _, name := range slices.Backward(h.order) {
@@ -671,7 +668,7 @@ func (h *Host) write(q *Request) error {
 	return h.assign(q)
 }
 
-// load reads the PKCS #12 as Windows does.
+// load reads PKCS #12 like Windows.
 func (h *Host) load(q *Request, store map[string]*Certificate) error {
 	wrong := &failure{code: "failed", message: "The specified network password is not correct.", hresult: -2147024810}
 	pfx, err := base64.StdEncoding.DecodeString(q.PFX)
@@ -846,7 +843,7 @@ func (h *Host) finish(q *Request) error {
 	return nil
 }
 
-// removeUnused removes intermediates of the agent's that issued nothing any more.
+// removeUnused removes the agent's intermediates that no longer issued anything.
 func (h *Host) removeUnused(q *Request) {
 	at := q.Location + `\CA`
 	for _, name := range h.marked(at, "chain") {

@@ -14,7 +14,7 @@ import (
 	"unicode/utf16"
 )
 
-// request is an envelope of a client.
+// request is an envelope from a client.
 type request struct {
 	id, action, shellID string
 	wait                time.Duration
@@ -78,8 +78,8 @@ const (
 	microsoft  = "http://schemas.microsoft.com/wbem/wsman/1/wsman.xsd "
 )
 
-// parse reads an envelope, with the headers of [DSP0226] 5 and 6 and [MS-WSMV]
-// 3.1.4.1. The request is not nil, whatever is wrong.
+// parse parses an envelope with the headers of [DSP0226] 5 and 6 and [MS-WSMV] 3.1.4.1. It returns
+// a request even if it also returns a fault.
 func parse(data []byte) (*request, error) {
 	r := &request{wait: time.Minute, maxEnvelope: maxEnvelope, options: make(map[string]string)}
 	if len(data) > maxEnvelope {
@@ -161,7 +161,7 @@ func parse(data []byte) (*request, error) {
 	return r, nil
 }
 
-// parseDuration reads the part of xs:duration that has seconds, minutes and hours.
+// parseDuration parses an xs:duration of hours, minutes and seconds.
 func parseDuration(text string) (time.Duration, error) {
 	rest, ok := strings.CutPrefix(text, "PT")
 	d, err := time.ParseDuration(strings.ToLower(rest))
@@ -180,7 +180,7 @@ func (r *request) answer(content string) []byte {
 		r.action, newID(), r.id, content)
 }
 
-// fault is [MS-WSMV] 2.2.4.43.
+// fault is a WS-Management fault ([MS-WSMV] 2.2.4.43).
 type fault struct {
 	subcode string
 	code    uint32

@@ -15,10 +15,10 @@ import (
 	"certctl-agent/internal/testing/winrmhost"
 )
 
-// python is Debian's, which has Debian's modules.
+// python is Debian's interpreter, which finds Debian's modules.
 const python = "/usr/bin/python3"
 
-// TestPywinrm: a client that is not ours takes the host for Windows.
+// TestPywinrm checks that an independent client works against the host.
 func TestPywinrm(t *testing.T) {
 	needs.Need(t, python)
 	if err := exec.Command(python, "-c", "import winrm").Run(); err != nil {
@@ -41,7 +41,7 @@ func TestPywinrm(t *testing.T) {
 		}
 		return path
 	}
-	// NTLM needs MD4, which OpenSSL 3 has in its provider of old algorithms.
+	// NTLM needs MD4, which OpenSSL 3 has in its legacy provider.
 	openssl := file("openssl.cnf", []byte("openssl_conf = a\n[a]\nproviders = b\n[b]\ndefault = c\nlegacy = c\n[c]\nactivate = 1\n"))
 	long := strings.Repeat("0123456789abcdef", 20_000)
 	options := winrmhost.Options{Domain: "CORP", User: "deployer", Password: "geheim", Basic: true, ClientCA: ca.Pool(),

@@ -18,17 +18,17 @@ import (
 	"certctl-agent/internal/ntlm"
 )
 
-// conn is a connection. Its requests come one after the other.
+// conn is a connection. It has one request at a time.
 type conn struct {
 	net.Conn
-	user      string // "": nobody has logged on
-	negotiate []byte // the messages of a logon under way
+	user      string // "" before a logon
+	negotiate []byte // the messages of the current logon
 	challenge []byte
 	session   *ntlm.Session
 }
 
-// authenticate reports whether somebody has logged on, by this request or on this
-// connection, or answers.
+// authenticate reports whether the request or its connection is logged on. If not, it answers the
+// request.
 func (h *Host) authenticate(w http.ResponseWriter, r *http.Request, c *conn) bool {
 	authorization := r.Header.Get("Authorization")
 	if authorization == "" && c.user != "" {
@@ -82,8 +82,8 @@ func (h *Host) unauthorized(w http.ResponseWriter, token string) {
 	w.WriteHeader(http.StatusUnauthorized)
 }
 
-// decide counts a logon, and answers one that has failed. A locked account refuses
-// the right password too.
+// decide counts a logon, and answers a failed one. A locked account rejects even the right
+// password.
 func (h *Host) decide(w http.ResponseWriter, c *conn, err error) bool {
 	h.mu.Lock()
 	if err != nil {
@@ -118,7 +118,7 @@ func (h *Host) isUser(domain, user string) bool {
 	return strings.EqualFold(user, h.options.User) && (domain == "" || strings.EqualFold(domain, h.options.Domain))
 }
 
-// oem is a flag that older clients choose in place of Unicode, [MS-NLMP] 2.2.2.5.
+// oem is the flag for the older alternative to Unicode ([MS-NLMP] 2.2.2.5).
 const oem = 0x00000002
 
 const (
@@ -128,11 +128,11 @@ const (
 		ntlm.Version | ntlm.Key128 | ntlm.KeyExchange | ntlm.Key56
 )
 
-// maxAge is how old a response may be: half an hour in the strictest Windows, by the
+// maxAge is the maximum age of a response: half an hour on the strictest Windows, according to the
 // notes on MaxLifetime in [MS-NLMP].
 const maxAge = 30 * time.Minute
 
-// challenge is [MS-NLMP] 3.2.5.1.1 and 2.2.1.2.
+// challenge returns a challenge ([MS-NLMP] 3.2.5.1.1, 2.2.1.2).
 func (h *Host) challenge(c *conn, m []byte) ([]byte, error) {
 	if len(m) < 32 || string(m[:8]) != "NTLMSSP\x00" || binary.LittleEndian.Uint32(m[8:]) != 1 {
 		return nil, errors.New("not a NEGOTIATE_MESSAGE")
@@ -167,7 +167,7 @@ func field(out, value []byte, offset int) []byte {
 	return binary.LittleEndian.AppendUint32(out, uint32(offset))
 }
 
-// logOn is [MS-NLMP] 3.2.5.1.2: it checks the response to the challenge.
+// logOn checks the response to the challenge ([MS-NLMP] 3.2.5.1.2).
 func (h *Host) logOn(c *conn, m []byte) error {
 	if len(m) < 88 || string(m[:8]) != "NTLMSSP\x00" || binary.LittleEndian.Uint32(m[8:]) != 3 {
 		return errors.New("not an AUTHENTICATE_MESSAGE with a MIC")
@@ -198,7 +198,7 @@ func (h *Host) logOn(c *conn, m []byte) error {
 		return errors.New("wrong password")
 	}
 	if age := time.Now().Add(h.options.Clock).Sub(ntlm.ParseFiletime(stamp)); age.Abs() > maxAge {
-		return fmt.Errorf("the response is of %v ago", age)
+		return fmt.Errorf("the response is %v old", age)
 	}
 	exported := [16]byte(ntlm.RC4(base, key))
 	pairs, err := ntlm.ParsePairs(info)
@@ -224,7 +224,7 @@ func (h *Host) logOn(c *conn, m []byte) error {
 	return nil
 }
 
-// checkBindings is what Windows does with CbtHardeningLevel Strict.
+// checkBindings checks channel bindings like CbtHardeningLevel Strict.
 func (h *Host) checkBindings(sent []byte) error {
 	if !h.isTLS() {
 		return nil
@@ -250,7 +250,7 @@ func decode(text []byte, flags uint32) string {
 	return string(utf16.Decode(units))
 }
 
-// Encrypted messages, [MS-WSMV] 2.2.9.1.1.
+// Encrypted messages ([MS-WSMV] 2.2.9.1.1).
 
 const (
 	partOne = "--Encrypted Boundary\r\n\tContent-Type: application/HTTP-SPNEGO-session-encrypted\r\n\tOriginalContent: type=application/soap+xml;charset=UTF-8;Length="

@@ -1,6 +1,5 @@
-// Package winrmhost is a Windows host that is reached by WS-Management, for tests:
-// what its commands do is a function. It refuses what [MS-WSMV], [MS-NLMP] and
-// [DSP0226] have Windows refuse.
+// Package winrmhost is a fake Windows host with WS-Management, for tests. A function implements its
+// commands. It rejects what Windows rejects according to [MS-WSMV], [MS-NLMP] and [DSP0226].
 //
 // The documents are
 // https://learn.microsoft.com/en-us/openspecs/windows_protocols/ms-wsmv/,
@@ -25,38 +24,38 @@ import (
 	"time"
 )
 
-// Handler runs a command: the words of its line, and all of its standard input.
+// Handler runs a command, given its words and its whole standard input.
 type Handler func(command []string, stdin []byte) (stdout, stderr []byte, exit int)
 
-// Options say what kind of host it is.
+// Options configure a host.
 type Options struct {
-	Domain, User, Password string // the one account; Domain is accepted as empty too
+	Domain, User, Password string // of its only account; Domain may be omitted by clients
 	Handler                Handler
 
-	Certificate *tls.Certificate // nil: plain HTTP
-	ClientCA    *x509.CertPool   // whose certificates are mapped to the account; nil: none
-	Basic       bool             // whether it takes Basic, over HTTPS
+	Certificate *tls.Certificate // nil for plain HTTP
+	ClientCA    *x509.CertPool   // its certificates are mapped to the account; may be nil
+	Basic       bool             // accept Basic over HTTPS
 
-	Listen func() (net.Listener, error) // nil: at a port of 127.0.0.1
+	Listen func() (net.Listener, error) // nil means on a port of 127.0.0.1
 
-	LockAfter int           // so many failed logons lock the account; 0: none
+	LockAfter int           // number of failed logons that lock the account, or 0
 	Clock     time.Duration // how far its clock is ahead
-	HideClock bool          // its challenges do not tell the time, as before Windows Vista
+	HideClock bool          // challenges do not contain the time, as before Windows Vista
 }
 
-// Trouble is what goes wrong with a call. The first that is set happens.
+// Trouble makes a call fail. The first field that is set applies.
 type Trouble struct {
-	Hang   bool   // there is no answer, and nothing is done
-	Drop   bool   // the connection is closed, and nothing is done
-	Lose   bool   // it is done, and then the connection is closed
-	Status int    // of HTTP, in place of an answer
-	Body   string // in HTML, with Status
-	Code   uint32 // of a fault, 0: none
+	Hang   bool   // no answer, and the call is not carried out
+	Drop   bool   // the connection is closed, and the call is not carried out
+	Lose   bool   // the call is carried out, then the connection is closed
+	Status int    // HTTP status of an error answer
+	Body   string // HTML for Status
+	Code   uint32 // fault code, or 0
 	Reason string // of a fault
-	Late   bool   // the fault comes after it was done
+	Late   bool   // with a fault: the call is carried out first
 }
 
-// Host is a running one.
+// Host is a running host.
 type Host struct {
 	Port int // of 127.0.0.1; 0 with Options.Listen
 
@@ -65,7 +64,7 @@ type Host struct {
 	stop    context.CancelFunc
 	stopped context.Context
 
-	mu      sync.Mutex // guards what follows
+	mu      sync.Mutex // guards the fields below
 	server  *http.Server
 	closed  bool
 	conns   map[*conn]bool
@@ -75,12 +74,12 @@ type Host struct {
 	counts  Counts
 }
 
-// Counts are of what has happened since the start.
+// Counts counts events since the start.
 type Counts struct {
-	Shells, Commands int  // created, begun
-	Logons, Failed   int  // by NTLM and, for each call, by other ways
-	Locked           bool // whether the account is
-	Largest          int  // bytes of the longest envelope of a client
+	Shells, Commands int  // created, started
+	Logons, Failed   int  // per connection with NTLM, else per call
+	Locked           bool // the account is locked
+	Largest          int  // size of the largest envelope from a client, in bytes
 }
 
 // Start starts a host.
@@ -99,7 +98,7 @@ func Start(o Options) (*Host, error) {
 	return h, h.listen()
 }
 
-// listen listens where the host has before.
+// listen listens on the same address as before.
 func (h *Host) listen() error {
 	listen := h.options.Listen
 	if listen == nil {
@@ -122,7 +121,7 @@ func (h *Host) run(listener net.Listener) {
 	}
 	server := &http.Server{
 		Handler:  http.HandlerFunc(h.serve),
-		ErrorLog: log.New(io.Discard, "", 0), // handshakes that clients end
+		ErrorLog: log.New(io.Discard, "", 0), // handshakes aborted by clients
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			state := &conn{Conn: c}
 			h.mu.Lock()
@@ -137,7 +136,7 @@ func (h *Host) run(listener net.Listener) {
 	h.serving.Go(func() { server.Serve(listener) })
 }
 
-// Close stops the host, and waits for its commands.
+// Close stops the host and waits for its commands.
 func (h *Host) Close() {
 	h.stop()
 	h.mu.Lock()
@@ -154,7 +153,7 @@ func (h *Host) closeServer() {
 	server.Close()
 }
 
-// Reboot closes the connections, and forgets shells and logons.
+// Reboot closes the connections and discards shells and logons.
 func (h *Host) Reboot() error {
 	h.closeServer()
 	h.DropShells()
@@ -184,7 +183,7 @@ func (h *Host) DropShells() {
 	clear(h.shells)
 }
 
-// Shells is how many there are.
+// Shells returns the number of shells.
 func (h *Host) Shells() int {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -198,22 +197,22 @@ func (h *Host) Counts() Counts {
 	return h.counts
 }
 
-// SetTrouble has calls go wrong; nil: none. Actions are Logon, Create, Command,
-// Send, Receive, Signal and Delete.
+// SetTrouble sets a function that decides on the trouble of each call; it may be nil. Actions are
+// Logon, Create, Command, Send, Receive, Signal and Delete.
 func (h *Host) SetTrouble(trouble func(action string) *Trouble) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.trouble = trouble
 }
 
-// SetKeepAlive says whether connections are kept after an answer.
+// SetKeepAlive sets whether connections are kept open after an answer.
 func (h *Host) SetKeepAlive(on bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.server.SetKeepAlivesEnabled(on)
 }
 
-// SetUTF16 has commands write UTF-16, with a byte order mark.
+// SetUTF16 makes commands write UTF-16 with a byte order mark.
 func (h *Host) SetUTF16(on bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -224,11 +223,11 @@ func (h *Host) isTLS() bool { return h.options.Certificate != nil }
 
 type connKey struct{}
 
-// maxEnvelope bounds a request: 150 KiB, the least that Windows has by default,
-// [MS-WSMV] 2.2.4.10 and 3.1.4.1.20.
+// maxEnvelope bounds a request: 150 KiB, the smallest default of Windows ([MS-WSMV] 2.2.4.10,
+// 3.1.4.1.20).
 const maxEnvelope = 150 << 10
 
-// serve is one request of HTTP.
+// serve handles an HTTP request.
 func (h *Host) serve(w http.ResponseWriter, r *http.Request) {
 	h.mu.Lock()
 	if h.closed {
@@ -279,8 +278,8 @@ func (h *Host) serve(w http.ResponseWriter, r *http.Request) {
 	w.Write(answer)
 }
 
-// handle answers an envelope. It returns nil if there is nothing to be said, or
-// something has been said that is not WS-Management.
+// handle returns the answer to an envelope. It returns nil if there is none, or if it has already
+// sent one that is not WS-Management.
 func (h *Host) handle(w http.ResponseWriter, r *http.Request, c *conn, body []byte) (answer []byte, status int) {
 	request, err := parse(body)
 	if fault, ok := errors.AsType[*fault](err); ok {
@@ -322,7 +321,7 @@ func (h *Host) troubleOf(action string) Trouble {
 	return Trouble{}
 }
 
-// happens reports whether there was trouble that leaves nothing to do.
+// happens reports whether trouble has ended the call.
 func (h *Host) happens(w http.ResponseWriter, r *http.Request, c *conn, t Trouble) bool {
 	switch {
 	case t.Hang:
@@ -343,7 +342,7 @@ func (h *Host) happens(w http.ResponseWriter, r *http.Request, c *conn, t Troubl
 	return true
 }
 
-// minIdle and maxShells, for each user, are what Windows has by default.
+// minIdle and maxShells, per user, are the defaults of Windows.
 const (
 	minIdle   = time.Minute
 	maxShells = 30
@@ -408,22 +407,22 @@ func (h *Host) create(c *conn, r *request) (string, error) {
 		`<rsp:Shell><rsp:ShellId>` + s.id + `</rsp:ShellId></rsp:Shell>`, nil
 }
 
-// shell has at most one command at a time, [MS-WSMV] 2.2.4.38.
+// shell is a WinRM shell. It has at most one command at a time ([MS-WSMV] 2.2.4.38).
 type shell struct {
 	id, owner string
 	utf16     bool
 
-	mu      sync.Mutex // guards what follows
+	mu      sync.Mutex // guards the fields below
 	current *command
 }
 
 type command struct {
 	id       string
 	words    []string
-	pipe     bool // whether it reads standard input to its end
+	pipe     bool // reads standard input to its end
 	stdin    bytes.Buffer
-	ended    bool          // its input
-	finished chan struct{} // closed when it is, or its shell
+	ended    bool          // its input has ended
+	finished chan struct{} // closed when the command or its shell has ended
 	out, err []byte
 	exit     int
 	killed   bool
@@ -437,7 +436,7 @@ func (s *shell) end() {
 	}
 }
 
-// kill is called with the lock.
+// kill ends the command. The caller must hold the lock.
 func (c *command) kill() {
 	c.killed = true
 	select {
@@ -447,7 +446,7 @@ func (c *command) kill() {
 	}
 }
 
-// command begins one, [MS-WSMV] 3.1.4.11.
+// command starts a command ([MS-WSMV] 3.1.4.11).
 func (h *Host) command(s *shell, r *request) (string, error) {
 	b := r.body.CommandLine
 	if b == nil || b.Command == "" {
@@ -478,7 +477,7 @@ func (h *Host) command(s *shell, r *request) (string, error) {
 	return "<rsp:CommandResponse><rsp:CommandId>" + c.id + "</rsp:CommandId></rsp:CommandResponse>", nil
 }
 
-// start runs a command whose input is all there.
+// start runs a command whose input is complete.
 func (h *Host) start(s *shell, c *command) {
 	h.serving.Go(func() {
 		stdout, stderr, exit := h.options.Handler(c.words, c.stdin.Bytes())
@@ -494,7 +493,7 @@ func (h *Host) start(s *shell, c *command) {
 	})
 }
 
-// find is the command that a request is about.
+// find returns the command of a request.
 func (s *shell) find(id string) (*command, error) {
 	if s.current == nil || !strings.EqualFold(s.current.id, id) {
 		return nil, invalid("there is no command " + id)
@@ -502,7 +501,7 @@ func (s *shell) find(id string) (*command, error) {
 	return s.current, nil
 }
 
-// send takes input, [MS-WSMV] 3.1.4.13.
+// send accepts input ([MS-WSMV] 3.1.4.13).
 func (h *Host) send(s *shell, r *request) (string, error) {
 	if r.body.Send == nil {
 		return "", invalid("there is nothing to send")
@@ -527,11 +526,11 @@ func (h *Host) send(s *shell, r *request) (string, error) {
 	return "<rsp:SendResponse/>", nil
 }
 
-// chunk is how much of the output is in one answer, in bytes: it fits, in base64,
-// in the least envelope that a client may ask for.
+// chunk is the part of the output in one answer, in bytes. In base64 it fits into the smallest
+// envelope that a client may request.
 const chunk = 4 << 10
 
-// receive returns output, [MS-WSMV] 3.1.4.14.
+// receive returns output ([MS-WSMV] 3.1.4.14).
 func (s *shell) receive(ctx context.Context, r *request) (string, error) {
 	if r.body.Receive == nil || strings.TrimSpace(r.body.Receive.Stream.Names) != "stdout stderr" {
 		return "", invalid("unknown streams")
@@ -570,7 +569,7 @@ func (s *shell) receive(ctx context.Context, r *request) (string, error) {
 	return content.String() + state + fmt.Sprintf(`Done"><rsp:ExitCode>%d</rsp:ExitCode></rsp:CommandState></rsp:ReceiveResponse>`, c.exit), nil
 }
 
-// signal is [MS-WSMV] 3.1.4.12.
+// signal handles a signal ([MS-WSMV] 3.1.4.12).
 func (s *shell) signal(r *request) error {
 	b := r.body.Signal
 	if b == nil {

@@ -18,7 +18,7 @@ const (
 	create   = `<rsp:Shell><rsp:InputStreams>stdin</rsp:InputStreams><rsp:OutputStreams>stdout stderr</rsp:OutputStreams></rsp:Shell>`
 )
 
-// envelope is a request that is as it should be.
+// envelope returns a valid request.
 func envelope(action, shellID, body string) string {
 	selector := ""
 	if shellID != "" {
@@ -32,7 +32,7 @@ func envelope(action, shellID, body string) string {
 		selector + `</s:Header><s:Body>` + body + `</s:Body></s:Envelope>`
 }
 
-// TestStrict has what Windows refuses.
+// TestStrict sends requests that Windows rejects.
 func TestStrict(t *testing.T) {
 	certificate, err := testca.Must(t).TLSCertificate("127.0.0.1")
 	if err != nil {
@@ -66,7 +66,7 @@ func TestStrict(t *testing.T) {
 		return answer.StatusCode, string(text)
 	}
 	const soap = "application/soap+xml;charset=UTF-8"
-	// say sends an envelope and returns what is between two marks in the answer.
+	// say sends an envelope and returns the text between two marks in the answer.
 	say := func(body, after, before string) string {
 		t.Helper()
 		status, text := post(body, "p", soap)
@@ -134,7 +134,7 @@ func TestStrict(t *testing.T) {
 	}
 	say(envelope(transfer+"Delete", id, ""), "DeleteResponse", ">")
 	if status, _ := post(envelope(shell+"/Receive", id, receive), "p", soap); status != http.StatusInternalServerError || host.Shells() != 0 {
-		t.Errorf("a shell that was deleted answers: %d, %d shells", status, host.Shells())
+		t.Errorf("a deleted shell answers: %d, %d shells", status, host.Shells())
 	}
 	for range 30 {
 		say(good, "ShellId", ">")
