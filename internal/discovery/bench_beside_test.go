@@ -30,8 +30,8 @@ var (
 	besideTime   = flag.Duration("beside-time", 100*time.Millisecond, "how long BenchmarkBesideNGINX measures at a time")
 )
 
-// TestScanForEver is the child process of BenchmarkBesideNGINX, which kills it.
-func TestScanForEver(t *testing.T) {
+// TestScanForever is the child process of BenchmarkBesideNGINX, which kills it.
+func TestScanForever(t *testing.T) {
 	if *besideTree == "" {
 		t.Skip("runs as the child of BenchmarkBesideNGINX")
 	}
@@ -68,7 +68,7 @@ func BenchmarkBesideNGINX(b *testing.B) {
 	answered, stop := ask(b, server.Endpoint.Address, &tls.Config{RootCAs: ca.Pool(), ServerName: "localhost"})
 	defer stop()
 
-	scan := exec.CommandContext(b.Context(), os.Args[0], "-test.run", "^TestScanForEver$", "-beside-tree", dir, fmt.Sprintf("-beside-gentle=%v", *besideGentle))
+	scan := exec.CommandContext(b.Context(), os.Args[0], "-test.run", "^TestScanForever$", "-beside-tree", dir, fmt.Sprintf("-beside-gentle=%v", *besideGentle))
 	if err := scan.Start(); err != nil {
 		b.Fatal(err)
 	}

@@ -325,9 +325,9 @@ func TestFailuresAreRemembered(t *testing.T) {
 	}
 }
 
-// TestBrokenOffScanIsRemembered checks that a scan after interrupted ones reads only the files that
-// they did not reach.
-func TestBrokenOffScanIsRemembered(t *testing.T) {
+// TestInterruptedScanIsRemembered checks that a scan after interrupted ones reads only the files
+// that they did not reach.
+func TestInterruptedScanIsRemembered(t *testing.T) {
 	const n = 40
 	dir := t.TempDir()
 	file := func(i int) string { return filepath.Join(dir, fmt.Sprint(i/10), fmt.Sprintf("%02d.pem", i)) }

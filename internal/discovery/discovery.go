@@ -70,12 +70,12 @@ type Options struct {
 
 // Scanner scans a fixed list of directories. It remembers file contents between scans.
 type Scanner struct {
-	opts  Options
-	stall time.Duration                              // stallAfter
-	racy  time.Duration                              // racyWindow
-	idle  func(func())                               // runAtIdlePriority
-	rest  func(context.Context, time.Duration) error // sleep if gentle, else nil
-	names int                                        // maxListing
+	opts       Options
+	stall      time.Duration                              // stallAfter
+	racy       time.Duration                              // racyWindow
+	idle       func(func())                               // runAtIdlePriority
+	rest       func(context.Context, time.Duration) error // sleep if gentle, else nil
+	maxListing int                                        // the constant of the same name
 
 	ownerTime, scanTime time.Duration // the constants of the same names
 	ownerBytes          int           // the constant of the same name
@@ -124,7 +124,7 @@ func New(o Options) (*Scanner, error) {
 		index.CleanUp(o.State, o.Index)
 	}
 	s := &Scanner{
-		opts: o, stall: stallAfter, racy: racyWindow, idle: runAtIdlePriority, names: maxListing,
+		opts: o, stall: stallAfter, racy: racyWindow, idle: runAtIdlePriority, maxListing: maxListing,
 		ownerTime: ownerTime, scanTime: scanTime, ownerBytes: ownerBytes, hung: make(map[string]int),
 	}
 	if o.Gentle {

@@ -60,9 +60,9 @@ func TestDamagedIndex(t *testing.T) {
 	}
 }
 
-// TestIndexThatLies checks that a record that does not decode in spite of its checksum fails only
-// one scan.
-func TestIndexThatLies(t *testing.T) {
+// TestUndecodableRecord checks that a record that does not decode in spite of its checksum fails
+// only one scan.
+func TestUndecodableRecord(t *testing.T) {
 	dir, state := t.TempDir(), t.TempDir()
 	text, _ := testCertificate(t)
 	path := filepath.Join(dir, "a.pem")
@@ -110,7 +110,7 @@ func TestIndexOfOtherDirectories(t *testing.T) {
 	}
 }
 
-func TestIndexThatCannotBeWritten(t *testing.T) {
+func TestUnwritableIndex(t *testing.T) {
 	dir, state := t.TempDir(), t.TempDir()
 	text, _ := testCertificate(t)
 	write(t, filepath.Join(dir, "a.pem"), text)

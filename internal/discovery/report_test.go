@@ -174,7 +174,7 @@ func TestSizeLimit(t *testing.T) {
 	}
 }
 
-func TestOneBadEntryIsLeftOutAndNamed(t *testing.T) {
+func TestOneBadEntryIsOmitted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const bad = "/srv/00077.pem"
 		plane := &fakePlane{t: t, answer: func(_ int, _ []byte, report api.DiscoveryReport) error {
@@ -196,9 +196,9 @@ func TestOneBadEntryIsLeftOutAndNamed(t *testing.T) {
 	})
 }
 
-// TestCertificateThatAGatewayForbids checks that a firewall that takes one name for an attack does
+// TestGatewayForbidsOneCertificate checks that a firewall that takes one name for an attack does
 // not keep the other certificates from arriving.
-func TestCertificateThatAGatewayForbids(t *testing.T) {
+func TestGatewayForbidsOneCertificate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const bad = "/srv/00007.pem"
 		plane := &fakePlane{t: t, answer: func(_ int, _ []byte, report api.DiscoveryReport) error {
@@ -216,7 +216,7 @@ func TestCertificateThatAGatewayForbids(t *testing.T) {
 	})
 }
 
-func TestPlaneThatRefusesEverythingIsLeftAlone(t *testing.T) {
+func TestPlaneThatRefusesEverything(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		plane := &fakePlane{t: t, answer: func(int, []byte, api.DiscoveryReport) error { return refusal(http.StatusBadRequest, 0) }}
 		_, err := newReporter(fakeScanner{n: 5000}, plane, slog.New(slog.DiscardHandler)).Run(t.Context())

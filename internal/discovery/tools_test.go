@@ -147,9 +147,9 @@ func TestAgainstOpenSSL(t *testing.T) {
 	}
 }
 
-// TestKeysOpenSSLMakes covers kinds of keys that cannot sign certificates, or that openssl req
+// TestOpenSSLKeys covers kinds of keys that cannot sign certificates, or that openssl req
 // cannot create.
-func TestKeysOpenSSLMakes(t *testing.T) {
+func TestOpenSSLKeys(t *testing.T) {
 	t.Parallel()
 	openssl := needs.Need(t, "openssl")
 	dir := t.TempDir()

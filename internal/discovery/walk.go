@@ -340,7 +340,7 @@ func (r *run) readDirectory(w *worker, n *node) error {
 			n.problem(n.shown, err) // the names read so far are still used
 			break
 		}
-		if files.bytes()+n.dirs.bytes() > r.s.names {
+		if files.bytes()+n.dirs.bytes() > r.s.maxListing {
 			n.problem(n.shown, fmt.Errorf("the directory has too many names: only the first %d are scanned", len(files.refs)+len(n.dirs.refs)))
 			break
 		}

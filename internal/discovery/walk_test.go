@@ -164,9 +164,9 @@ func TestPathThatIsReplaced(t *testing.T) {
 	}
 }
 
-// TestNameThatIsReplaced covers files that are replaced between stat and open, by another file or
+// TestReplacedName covers files that are replaced between stat and open, by another file or
 // by something that must not be read. Reading must not wait for any of them.
-func TestNameThatIsReplaced(t *testing.T) {
+func TestReplacedName(t *testing.T) {
 	outside, dir := t.TempDir(), t.TempDir()
 	text, _ := testCertificate(t)
 	write(t, filepath.Join(outside, "served.pem"), text)
@@ -328,7 +328,7 @@ func TestNamesOfADirectoryAreBounded(t *testing.T) {
 	if _, summary := scanAll(t, s); summary.Files != n+1 || len(summary.Errors) > 0 {
 		t.Errorf("%d files, errors %q; want %d files", summary.Files, summary.Errors, n+1)
 	}
-	s.names = 8 << 10
+	s.maxListing = 8 << 10
 	found, summary := scanAll(t, s)
 	if len(found) != 1 || summary.Files >= n || summary.Files < 100 || len(summary.Errors) != 1 ||
 		!strings.HasPrefix(summary.Errors[0], filepath.Join(dir, "many")+": the directory has too many names") {

@@ -129,7 +129,8 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// perform runs a task. It reports false if the worker must end: it has been replaced or has panicked.
+// perform runs a task. It reports false if the worker must end: it has been replaced or has
+// panicked.
 func (r *run) perform(w *worker, t *task) bool {
 	if r.s.isHung(t.mount) {
 		t.err = errHung

@@ -181,7 +181,8 @@ func TestLowestPriority(t *testing.T) {
 			if err != nil {
 				continue // a thread that has ended
 			}
-			// proc(5): the nice value is field 19, the policy 41 (5: SCHED_IDLE); field 2 ends in ")".
+			// proc(5): the nice value is field 19, the policy 41 (5: SCHED_IDLE); field 2 ends in
+			// ")".
 			_, after, _ := strings.Cut(string(data), ") ")
 			if fields := strings.Fields(after); len(fields) > 38 && fields[16] == "19" && fields[38] == "5" {
 				n++

@@ -82,7 +82,8 @@ func TestDamage(t *testing.T) {
 	}
 }
 
-// TestSecretKey checks that a secret key, whose length is unknown without its password, ends the reading.
+// TestSecretKey checks that a secret key, whose length is unknown without its password, ends the
+// reading.
 func TestSecretKey(t *testing.T) {
 	data, err := os.ReadFile("testdata/java.jceks")
 	if err != nil {

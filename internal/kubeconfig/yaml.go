@@ -353,7 +353,7 @@ func (p *parser) literal(number int, header string, parent int) string {
 		case r >= '1' && r <= '9' && indent == 0:
 			indent = max(parent, 0) + int(r-'0')
 		default:
-			p.fail(number, "has %s, which does not begin a literal text", printable.Quote(header))
+			p.fail(number, "has %s, which is not a valid header of literal text", printable.Quote(header))
 		}
 	}
 	var text strings.Builder

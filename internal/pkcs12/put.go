@@ -85,7 +85,8 @@ func (s *Store) setLegacy(legacy bool) {
 	}
 }
 
-// putKey returns the entry of k: the existing entry if it holds this key, or a new one in its place.
+// putKey returns the entry of k: the existing entry if it holds this key, or a new one in its
+// place.
 func (s *Store) putKey(k keyentry.PrivateKey, mine []*Entry) (*Entry, error) {
 	var at *Entry
 	if len(mine) > 0 {

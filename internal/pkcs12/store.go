@@ -358,7 +358,8 @@ func (s *Store) sealKey(k keyentry.PrivateKey, id []byte) (*Entry, error) {
 	return e, nil
 }
 
-// newCertificate returns a new entry for a certificate. The certificate of a key has its alias and id.
+// newCertificate returns a new entry for a certificate. The certificate of a key has its alias and
+// id.
 func newCertificate(cert *x509.Certificate, alias string, id []byte) *Entry {
 	value := ber.Encode(ber.TagSequence, ber.EncodeOID(oidX509Certificate),
 		ber.Encode(ber.TagExplicit0, ber.Encode(ber.TagOctetString, cert.Raw)))

@@ -239,7 +239,8 @@ func ecKey(t testing.TB) *ecdsa.PrivateKey {
 	return key
 }
 
-// TestSharedIssuers covers keys that share issuers: Java builds chains by the names of certificates.
+// TestSharedIssuers covers keys that share issuers: Java builds chains by the names of
+// certificates.
 func TestSharedIssuers(t *testing.T) {
 	root, middle := ecKey(t), ecKey(t)
 	issuer := made(t, "middle", "root", middle, root)
@@ -305,7 +306,8 @@ func TestOccupied(t *testing.T) {
 	}
 }
 
-// TestNameless covers keys without localKeyId, whose certificates Java finds only if the store has one key.
+// TestNameless covers keys without localKeyId, whose certificates Java finds only if the store has
+// one key.
 func TestNameless(t *testing.T) {
 	ca := newAuthority(t)
 	k := newKey(t, ca, "server")

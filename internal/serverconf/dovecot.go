@@ -13,7 +13,7 @@ import (
 // nothing of it but file names may be shown.
 func Dovecot(ctx context.Context, query Query, cert targetconf.Path, validate, reload policy.Command) (Pair, error) {
 	return ask("dovecot", query, cert, func() ([]Pair, error) {
-		call, err := printer("doveconf", validate, reload, "doveadm", "doveconf")
+		call, err := configPrinter("doveconf", validate, reload, "doveadm", "doveconf")
 		if err != nil {
 			return nil, err
 		}

@@ -29,7 +29,7 @@ func Postfix(ctx context.Context, query Query, cert, keyPath targetconf.Path, va
 // postfixPairs runs postconf to print main.cf, and again for each service in master.cf that
 // overrides parameters. postconf expands all parameters.
 func postfixPairs(ctx context.Context, query Query, keyPath string, validate, reload policy.Command) ([]Pair, error) {
-	postconf, err := printer("postconf", validate, reload, "postfix")
+	postconf, err := configPrinter("postconf", validate, reload, "postfix")
 	if err != nil {
 		return nil, err
 	}

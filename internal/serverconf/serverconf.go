@@ -107,10 +107,11 @@ func findStart(commands []policy.Command, programs ...string) (c policy.Command,
 	return policy.Command{}, -1
 }
 
-// printer returns a call of the program name, which prints the configuration of a mail server. The
-// program is next to the first of programs that the job's commands start and gets the -c flag of
-// that command. The reload command comes first because it shows which server the job is about.
-func printer(name string, validate, reload policy.Command, programs ...string) (policy.Command, error) {
+// configPrinter returns a call of the program name, which prints the configuration of a mail
+// server. The program is next to the first of programs that the job's commands start and gets the
+// -c flag of that command. The reload command comes first because it shows which server the job is
+// about.
+func configPrinter(name string, validate, reload policy.Command, programs ...string) (policy.Command, error) {
 	c, at := findStart([]policy.Command{reload, validate}, programs...)
 	if at < 0 {
 		return c, fmt.Errorf("neither reload_command nor validate_command starts %s itself", strings.Join(programs, " or "))

@@ -27,8 +27,8 @@ const (
 // packet is the body of a packet that is being built.
 type packet struct{ data []byte }
 
-// about returns a packet that starts with a path or handle.
-func about(what string) (p packet) {
+// newPacket returns a packet that starts with a path or handle.
+func newPacket(what string) (p packet) {
 	p.string(what)
 	return p
 }

@@ -271,7 +271,7 @@ func (c *Client) extended(ctx context.Context, name string, arguments ...string)
 	if !c.Has(name) {
 		return &StatusError{Code: statusUnsupported}
 	}
-	p := about(name)
+	p := newPacket(name)
 	for _, argument := range arguments {
 		p.string(argument)
 	}
@@ -290,12 +290,12 @@ func (c *Client) Link(ctx context.Context, old, new string) error {
 
 // Remove removes a file.
 func (c *Client) Remove(ctx context.Context, path string) error {
-	return c.do(ctx, typeRemove, about(path))
+	return c.do(ctx, typeRemove, newPacket(path))
 }
 
 // RealPath returns path without symlinks.
 func (c *Client) RealPath(ctx context.Context, path string) (string, error) {
-	r, err := c.request(ctx, typeRealPath, about(path), typeName)
+	r, err := c.request(ctx, typeRealPath, newPacket(path), typeName)
 	if err != nil {
 		return "", err
 	}
@@ -315,7 +315,7 @@ func (c *Client) nonsense(err error) error {
 
 // Lstat describes a file without following a symlink.
 func (c *Client) Lstat(ctx context.Context, path string) (Attrs, error) {
-	return c.attrs(c.request(ctx, typeLstat, about(path), typeAttrs))
+	return c.attrs(c.request(ctx, typeLstat, newPacket(path), typeAttrs))
 }
 
 func (c *Client) attrs(r *reader, err error) (Attrs, error) {
@@ -332,13 +332,13 @@ func (c *Client) attrs(r *reader, err error) (Attrs, error) {
 // Names lists the names in a directory for which keep returns true. Names may have any length and
 // contain any bytes.
 func (c *Client) Names(ctx context.Context, dir string, keep func(name string) bool) (names []string, err error) {
-	f, err := c.open(ctx, typeOpenDir, about(dir))
+	f, err := c.open(ctx, typeOpenDir, newPacket(dir))
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = cmp.Or(err, f.Close(ctx)) }()
 	for seen := 0; ; {
-		r, err := c.request(ctx, typeReadDir, about(f.handle), typeName)
+		r, err := c.request(ctx, typeReadDir, newPacket(f.handle), typeName)
 		if isEOF(err) {
 			return names, nil
 		}
@@ -387,7 +387,7 @@ const (
 
 // OpenToRead opens a file for reading.
 func (c *Client) OpenToRead(ctx context.Context, path string) (*File, error) {
-	p := about(path)
+	p := newPacket(path)
 	p.uint32(flagRead)
 	p.uint32(0)
 	return c.open(ctx, typeOpen, p)
@@ -396,7 +396,7 @@ func (c *Client) OpenToRead(ctx context.Context, path string) (*File, error) {
 // Create creates a file for writing. It fails if the file exists. The server's umask may restrict
 // perm.
 func (c *Client) Create(ctx context.Context, path string, perm fs.FileMode) (*File, error) {
-	p := about(path)
+	p := newPacket(path)
 	p.uint32(flagWrite | flagCreate | flagExcl)
 	p.uint32(hasPermissions)
 	p.uint32(uint32(perm.Perm()))
@@ -417,19 +417,19 @@ func (c *Client) open(ctx context.Context, kind byte, p packet) (*File, error) {
 
 // Close closes the file. The server may report a failed write only now.
 func (f *File) Close(ctx context.Context) error {
-	return f.client.do(ctx, typeClose, about(f.handle))
+	return f.client.do(ctx, typeClose, newPacket(f.handle))
 }
 
 // Stat describes the file.
 func (f *File) Stat(ctx context.Context) (Attrs, error) {
-	return f.client.attrs(f.client.request(ctx, typeFstat, about(f.handle), typeAttrs))
+	return f.client.attrs(f.client.request(ctx, typeFstat, newPacket(f.handle), typeAttrs))
 }
 
 // Read reads size bytes at offset, or fewer at the end of the file.
 func (f *File) Read(ctx context.Context, offset int64, size int) ([]byte, error) {
 	var data []byte
 	for len(data) < size {
-		p := about(f.handle)
+		p := newPacket(f.handle)
 		p.uint64(uint64(offset) + uint64(len(data)))
 		want := min(size-len(data), maxChunk)
 		p.uint32(uint32(want))
@@ -453,7 +453,7 @@ func (f *File) Read(ctx context.Context, offset int64, size int) ([]byte, error)
 func (f *File) Write(ctx context.Context, data []byte) error {
 	offset := 0
 	for chunk := range slices.Chunk(data, maxChunk) {
-		p := about(f.handle)
+		p := newPacket(f.handle)
 		p.uint64(uint64(offset))
 		p.string(string(chunk))
 		if err := f.client.do(ctx, typeWrite, p); err != nil {
@@ -466,7 +466,7 @@ func (f *File) Write(ctx context.Context, data []byte) error {
 
 // Chown sets the user and group of the file.
 func (f *File) Chown(ctx context.Context, uid, gid uint32) error {
-	p := about(f.handle)
+	p := newPacket(f.handle)
 	p.uint32(hasOwner)
 	p.uint32(uid)
 	p.uint32(gid)
@@ -475,7 +475,7 @@ func (f *File) Chown(ctx context.Context, uid, gid uint32) error {
 
 // Chmod sets the permissions of the file.
 func (f *File) Chmod(ctx context.Context, mode fs.FileMode) error {
-	p := about(f.handle)
+	p := newPacket(f.handle)
 	p.uint32(hasPermissions)
 	p.uint32(uint32(mode.Perm()))
 	return f.client.do(ctx, typeFsetstat, p)
@@ -483,7 +483,7 @@ func (f *File) Chmod(ctx context.Context, mode fs.FileMode) error {
 
 // SetModified sets the modification and access times of the file, in seconds since 1970.
 func (f *File) SetModified(ctx context.Context, seconds uint32) error {
-	p := about(f.handle)
+	p := newPacket(f.handle)
 	p.uint32(hasTimes)
 	p.uint32(seconds)
 	p.uint32(seconds)

@@ -21,9 +21,9 @@ const (
 )
 
 // Overlays is the directory in which the owner of this host can override the configuration of
-// targets: default.json for all of them, <target-id>.json for one. It is read for each job. If
-// Required is set and the directory does not exist, every job fails: what an overlay would have
-// forbidden must not become possible.
+// targets: default.json for all of them, <target-id>.json for one. It is read at each use. If
+// Required is set and the directory does not exist, every use is an error: what an overlay would
+// have forbidden must not become possible.
 type Overlays struct {
 	Dir      string
 	Required bool

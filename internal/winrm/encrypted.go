@@ -53,7 +53,8 @@ func splitEncrypted(body []byte) (signature, sealed []byte, err error) {
 	if !ok {
 		return nil, nil, malformed
 	}
-	// The first part is text. The second may contain any bytes, so it ends at the end of the message.
+	// The first part is text. The second may contain any bytes, so it ends at the end of the
+	// message.
 	head, data, ok := bytes.Cut(body, []byte(delimiter+"\r\n"))
 	if !ok {
 		return nil, nil, malformed

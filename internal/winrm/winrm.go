@@ -219,13 +219,13 @@ func (s *shell) create(ctx context.Context) error {
 
 // tryCreate is one attempt to create the shell (3.1.4.5.2).
 func (s *shell) tryCreate(ctx context.Context) error {
-	ctx, cancel := outlasting(ctx)
+	ctx, cancel := withGrace(ctx)
 	defer cancel()
 	kept := s.client.conn != nil
 	answer, err := s.client.call(ctx, createRequest(), nil)
 	if kept && isBroken(err) {
-		// The host has closed the connection since the last command. If it has created a shell all
-		// the same, that shell times out.
+		// The host has closed the connection since the last command. If it has created a shell
+		// anyway, that shell times out.
 		answer, err = s.client.call(ctx, createRequest(), nil)
 	}
 	if err != nil {
@@ -237,17 +237,17 @@ func (s *shell) tryCreate(ctx context.Context) error {
 	return nil
 }
 
-// outlasting returns a context that ends cleanUpTimeout after ctx.
-func outlasting(ctx context.Context) (context.Context, func()) {
-	outlasting, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+// withGrace returns a context that ends cleanUpTimeout after ctx.
+func withGrace(ctx context.Context) (context.Context, func()) {
+	later, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	stop := context.AfterFunc(ctx, func() {
 		select {
 		case <-time.After(cleanUpTimeout):
 			cancel(context.Cause(ctx))
-		case <-outlasting.Done():
+		case <-later.Done():
 		}
 	})
-	return outlasting, func() { stop(); cancel(nil) }
+	return later, func() { stop(); cancel(nil) }
 }
 
 // run starts a command, sends its input and receives its output (3.1.4.11, 3.1.4.13, 3.1.4.14).

@@ -93,7 +93,8 @@ func describe(der []byte) (api.DiscoveredCertificate, error) {
 	return c, nil
 }
 
-// bound cuts s, which must be valid UTF-8, to maxText bytes and an ellipsis. It reports whether it did.
+// bound cuts s, which must be valid UTF-8, to maxText bytes and an ellipsis. It reports whether it
+// did.
 func bound(s string) (string, bool) {
 	if len(s) <= maxText {
 		return s, false

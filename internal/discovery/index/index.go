@@ -100,7 +100,8 @@ type Reader struct {
 	dir     string
 }
 
-// Open opens the index of the last scan. It returns ErrDamaged or ErrForeign if the index is unusable.
+// Open opens the index of the last scan. It returns ErrDamaged or ErrForeign if the index is
+// unusable.
 func Open(root *os.Root, name string, roots []string) (*Reader, error) {
 	file, err := root.Open(name)
 	if err != nil {
