@@ -244,8 +244,8 @@ func (r *run) walkAll() error {
 	return r.flush()
 }
 
-// join compares the files of a node with the old index and adds them to segments.
-func (r *run) join(n *node) error {
+// addFiles compares the files of a node with the old index and adds them to segments.
+func (r *run) addFiles(n *node) error {
 	for i := range n.files {
 		f := &n.files[i]
 		if f.link {

@@ -168,7 +168,7 @@ func (n *node) problem(name string, err error) {
 	n.problems = append(n.problems, problemOf(name, cause(err)))
 }
 
-// walk visits the directories in order and passes their files to join. Workers list directories
+// walk visits the directories in order and passes their files to addFiles. Workers list directories
 // ahead of it.
 func (r *run) walk() error {
 	for i := range r.roots {
@@ -227,7 +227,7 @@ func inOrder(total int, start func(int) *node, visit func(*node) error) error {
 }
 
 // collect waits for the task of a node, adds its counts to the summary, and passes its files to
-// join.
+// addFiles.
 func (r *run) collect(n *node) error {
 	if err := r.wait(n.task, n.shown); err != nil {
 		return err
@@ -240,7 +240,7 @@ func (r *run) collect(n *node) error {
 		r.summary.Skipped[reason] += count
 	}
 	n.problems, n.skipped = nil, nil
-	return r.join(n)
+	return r.addFiles(n)
 }
 
 func join(dir, name string) string {
@@ -410,7 +410,7 @@ func (r *run) listable(n *node) (*os.File, error) {
 }
 
 // isOwn reports whether an open directory is one of the agent's own, or below one. Only the kernel
-// knows: the owner of any directory on the path can replace it by a link at any moment.
+// knows: the owner of any directory on the path can replace it with a link at any moment.
 func (r *run) isOwn(dir *os.File, st status) bool {
 	if len(r.own) == 0 {
 		return false
@@ -584,7 +584,7 @@ func (r *run) follow(w *worker, n *node, f *file) bool {
 		})
 	}
 	if err != nil {
-		if certfile.Promises(string(f.name)) || err == errHung {
+		if certfile.HasKnownExtension(string(f.name)) || err == errHung {
 			n.problem(join(n.shown, string(f.name)), fmt.Errorf("dangling link: %s", cause(err)))
 		} else {
 			n.skip(skipDangling)

@@ -118,8 +118,8 @@ func TestLinksToWhatIsNotRead(t *testing.T) {
 	}
 }
 
-// TestPathThatIsReplaced covers owners of a directory on the path who replace it by a link between
-// stat and open.
+// TestPathThatIsReplaced covers owners of a directory on the path who replace it with a link
+// between stat and open.
 func TestPathThatIsReplaced(t *testing.T) {
 	outside, dir := t.TempDir(), t.TempDir()
 	text, _ := testCertificate(t)

@@ -30,34 +30,35 @@ const (
 var formats = []string{formatPEM, formatDER, formatPKCS7, formatPKCS12, formatJKS}
 
 // IsKey reports whether a file has the name of a private key. Such files must not be read.
-func IsKey(name string) bool { return promiseOf(name) == promisesKey }
+func IsKey(name string) bool { return hintOf(name) == hintKey }
 
-// Promises reports whether the name of a file suggests that it holds certificates or a key.
-func Promises(name string) bool { return promiseOf(name) != promisesNothing }
+// HasKnownExtension reports whether a file has an extension that is usual for certificates, key
+// stores or keys.
+func HasKnownExtension(name string) bool { return hintOf(name) != hintNone }
 
-// promise is what the name of a file suggests about its content.
-type promise int
+// nameHint is the content that the name of a file suggests.
+type nameHint int
 
 const (
-	promisesNothing     promise = iota // PEM, if anything
-	promisesCertificate                // .pem .crt .cer .cert: PEM, or DER
-	promisesDER                        // .der
-	promisesStore                      // a key store or a PKCS#7 bundle
-	promisesKey                        // .key: never read
+	hintNone        nameHint = iota // PEM, if anything
+	hintCertificate                 // .pem .crt .cer .cert: PEM, or DER
+	hintDER                         // .der
+	hintStore                       // a key store or a PKCS#7 bundle
+	hintKey                         // .key: never read
 )
 
-func promiseOf(name string) promise {
+func hintOf(name string) nameHint {
 	switch strings.ToLower(path.Ext(name)) {
 	case ".pem", ".crt", ".cer", ".cert":
-		return promisesCertificate
+		return hintCertificate
 	case ".der":
-		return promisesDER
+		return hintDER
 	case ".p7b", ".p7c", ".p12", ".pfx", ".jks", ".keystore", ".ks", ".bks", ".bcfks", ".uber", ".ubr":
-		return promisesStore
+		return hintStore
 	case ".key":
-		return promisesKey
+		return hintKey
 	}
-	return promisesNothing
+	return hintNone
 }
 
 // HeadSize is how many bytes of a file are read before the decision to read the rest.
@@ -78,13 +79,13 @@ func WorthParsing(name string, data []byte) bool {
 
 // maybeBinary reports whether a file may hold a format other than PEM.
 func maybeBinary(name string, head []byte) bool {
-	return promiseOf(name) != promisesNothing || jks.Is(head) || pkcs12.Is(head) || looksLikeDER(name, head)
+	return hintOf(name) != hintNone || jks.Is(head) || pkcs12.Is(head) || looksLikeDER(name, head)
 }
 
 // IsStore reports whether a file is a key store by its name or content. Parsing it may be slow,
 // because passwords have to be tried.
 func IsStore(name string, data []byte) bool {
-	return pkcs12.Is(data) || promiseOf(name) == promisesStore || bytes.Contains(data, []byte(pemBegin+labelPKCS12))
+	return pkcs12.Is(data) || hintOf(name) == hintStore || bytes.Contains(data, []byte(pemBegin+labelPKCS12))
 }
 
 // looksLikeDER reports whether a file is read as DER although its name does not suggest it: it has
@@ -146,31 +147,31 @@ func (p *Parser) Parse(name string, data []byte) Outcome {
 // parse finds the certificates but does not decode them.
 func parse(name string, data []byte, passwords []string) content {
 	c := content{passwords: passwords}
-	promised := promiseOf(name)
+	hint := hintOf(name)
 	if looksLikeDER(name, data) {
-		promised = promisesCertificate
+		hint = hintCertificate
 	}
 	switch {
-	case len(data) == 0 || promised == promisesKey:
-	case c.byMagic(data, promised):
+	case len(data) == 0 || hint == hintKey:
+	case c.byMagic(data, hint):
 	case c.pem(data):
-	case promised != promisesNothing:
-		c.binary(data, promised)
+	case hint != hintNone:
+		c.binary(data, hint)
 	}
 	return c
 }
 
 // byMagic reads formats that begin with a known sequence of bytes. It reports whether data has such
 // a format.
-func (c *content) byMagic(data []byte, promised promise) bool {
+func (c *content) byMagic(data []byte, hint nameHint) bool {
 	switch {
 	case jks.Is(data):
 		c.jks(data)
 	case pkcs12.Is(data):
 		c.pkcs12(data)
-	case promised != promisesNothing && isSignedData(data):
+	case hint != hintNone && isSignedData(data):
 		c.fail(c.pkcs7(data))
-	case promised != promisesNothing && isBouncyCastle(data):
+	case hint != hintNone && isBouncyCastle(data):
 		c.fail(errBouncyCastle)
 	default:
 		return false
@@ -232,9 +233,9 @@ func (c *content) block(block pemBlock) error {
 }
 
 // binary reads a file that holds no PEM although its name suggests certificates.
-func (c *content) binary(data []byte, promised promise) {
+func (c *content) binary(data []byte, hint nameHint) {
 	if isText(data[:min(len(data), HeadSize)]) {
-		if c.bareBase64(data, promised) || promised != promisesDER {
+		if c.bareBase64(data, hint) || hint != hintDER {
 			return
 		}
 	}
@@ -243,7 +244,7 @@ func (c *content) binary(data []byte, promised promise) {
 	case err == nil:
 	case !errors.Is(err, errNoCertificate):
 		c.fail(err)
-	case data[0] != ber.TagSequence || promised == promisesStore:
+	case data[0] != ber.TagSequence || hint == hintStore:
 		c.fail(errUnknown)
 	}
 }
@@ -251,7 +252,7 @@ func (c *content) binary(data []byte, promised promise) {
 var errBase64Store = errors.New("PKCS#12 in base64: rename the file to .p12 or .pfx to have it read")
 
 // bareBase64 reads base64 without PEM markers, as mail and secret stores use for key stores.
-func (c *content) bareBase64(data []byte, promised promise) (isDER bool) {
+func (c *content) bareBase64(data []byte, hint nameHint) (isDER bool) {
 	if bytes.IndexByte(data, ':') >= 0 {
 		return false
 	}
@@ -261,11 +262,11 @@ func (c *content) bareBase64(data []byte, promised promise) (isDER bool) {
 	}
 	c.parseDecoded(decoded, func() {
 		// Passwords are tried only if the name suggests a key store.
-		if pkcs12.Is(decoded) && promised != promisesStore {
+		if pkcs12.Is(decoded) && hint != hintStore {
 			c.fail(errBase64Store)
 			return
 		}
-		isDER = c.byMagic(decoded, promised) || c.der(decoded) == nil
+		isDER = c.byMagic(decoded, hint) || c.der(decoded) == nil
 	})
 	return isDER
 }
