@@ -39,7 +39,7 @@ func TestOverlayTrust(t *testing.T) {
 			must(t, os.Symlink("sub/real.json", file))
 			must(t, os.Chown(filepath.Join(dir, "sub"), 4242, -1))
 		}, "chown root"},
-		{"a link that leads nowhere", func(t *testing.T, _, file string) {
+		{"a dangling link", func(t *testing.T, _, file string) {
 			must(t, os.Remove(file))
 			must(t, os.Symlink("none.json", file))
 		}, "is a symlink that leads nowhere"},
@@ -49,7 +49,7 @@ func TestOverlayTrust(t *testing.T) {
 			}
 			must(t, os.Chmod(file, 0))
 		}, "permission denied"},
-		{"the directory is a link that leads nowhere", func(t *testing.T, dir, _ string) {
+		{"the directory is a dangling link", func(t *testing.T, dir, _ string) {
 			must(t, os.Rename(dir, dir+"-moved"))
 			must(t, os.Symlink(dir+"-gone", dir))
 		}, "is a symlink that leads nowhere"},
@@ -64,7 +64,7 @@ func TestOverlayTrust(t *testing.T) {
 			must(t, os.Chown(dir, 4242, -1))
 		}, "chown root"},
 		{"too large", func(t *testing.T, _, file string) { must(t, os.WriteFile(file, make([]byte, maxOverlay+1), 0o600)) }, "longer than 65536 bytes"},
-		{"no JSON", func(t *testing.T, _, file string) { must(t, os.WriteFile(file, []byte("{hunter2"), 0o600)) }, "invalid character"},
+		{"not JSON", func(t *testing.T, _, file string) { must(t, os.WriteFile(file, []byte("{hunter2"), 0o600)) }, "invalid character"},
 		{"a pipe", func(t *testing.T, _, file string) {
 			must(t, os.Remove(file))
 			must(t, syscall.Mkfifo(file, 0o600))
@@ -73,7 +73,7 @@ func TestOverlayTrust(t *testing.T) {
 			must(t, os.Remove(file))
 			must(t, os.Mkdir(file, 0o700))
 		}, "not a regular file"},
-		{"a link that leads out", func(t *testing.T, _, file string) {
+		{"a link to the outside", func(t *testing.T, _, file string) {
 			must(t, os.Remove(file))
 			must(t, os.Symlink("/etc/hostname", file))
 		}, "escapes"},

@@ -69,13 +69,13 @@ func TestLayers(t *testing.T) {
 		{"default over job", `{"cert_path":"/c","key_path":"/k"}`, []string{"default.json", `{"key_path":"/d"}`}, "/c", "/d"},
 		{"own over default", `{"cert_path":"/c"}`, []string{"default.json", `{"key_path":"/d"}`, "t-1.json", `{"key_path":"/o"}`}, "/c", "/o"},
 		{"another target's", `{"cert_path":"/c","key_path":"/k"}`, []string{"t-2.json", `{"key_path":"/o"}`}, "/c", "/k"},
-		{"the mask is no value", `{"cert_path":"/c","key_path":` + mask + `}`, []string{"default.json", `{"key_path":"/d"}`}, "/c", "/d"},
+		{"the mask is not a value", `{"cert_path":"/c","key_path":` + mask + `}`, []string{"default.json", `{"key_path":"/d"}`}, "/c", "/d"},
 		{"upper case", `{"CERT_PATH":"/c","Key_Path":"/k"}`, []string{"t-1.json", `{"kEY_pATH":"/o"}`}, "/c", "/o"},
 		{"look-alikes in the job do not slip past", "{\"cert_path\":\"/c\",\"\u212aey_path\":\"/evil\"}", []string{"t-1.json", `{"key_path":"/o"}`}, "/c", "/o"},
 		{"nor escaped ones", `{"cert_path":"/c","\u212aey_path":"/evil"}`, []string{"t-1.json", `{"key_path":"/o"}`}, "/c", "/o"},
 		{"twice in one object: the last", `{"cert_path":"/c","key_path":"/1","KEY_PATH":"/2"}`, nil, "/c", "/2"},
-		{"null is nothing", `{"cert_path":"/c","key_path":"/k"}`, []string{"t-1.json", `{"key_path":null}`}, "/c", "/k"},
-		{"an overlay can take back", `{"cert_path":"/c","key_path":"/k"}`, []string{"t-1.json", `{"key_path":""}`}, "/c", ""},
+		{"null is not a value", `{"cert_path":"/c","key_path":"/k"}`, []string{"t-1.json", `{"key_path":null}`}, "/c", "/k"},
+		{"an overlay can clear a key of the job", `{"cert_path":"/c","key_path":"/k"}`, []string{"t-1.json", `{"key_path":""}`}, "/c", ""},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -358,7 +358,7 @@ func TestSecretFile(t *testing.T) {
 		{"nested, of the job", `{"password":"x","nested":{"token_file":"` + good + `"}}`, `{}`, "nested.token_file: a job must not name a file"},
 		{"beside the secret", `{}`, `{"password":"x","password_file":"` + good + `"}`, "remove one of the two"},
 		{"relative", `{}`, `{"password_file":"good"}`, "expected an absolute path"},
-		{"no string", `{}`, `{"password_file":["` + good + `"]}`, "expected an absolute path"},
+		{"not a string", `{}`, `{"password_file":["` + good + `"]}`, "expected an absolute path"},
 		{"missing", `{}`, `{"password_file":"` + dir + `/none"}`, "no such file"},
 		{"empty", `{}`, `{"password_file":"` + file("empty", "\n", 0o600) + `"}`, "is empty"},
 		{"open to others", `{}`, `{"password_file":"` + file("open", "hunter2", 0o644) + `"}`, "can be read by others"},

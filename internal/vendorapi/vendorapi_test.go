@@ -92,7 +92,7 @@ func TestRetries(t *testing.T) {
 		{"throttled, with a time", "POST", false, []http.HandlerFunc{status(429, "Retry-After", "7"), status(200)}, 2, 7 * time.Second, "", false},
 		{"throttled for too long", "GET", false, []http.HandlerFunc{status(429, "Retry-After", "61"), status(200)}, 1, 0, "429 Too Many Requests: body 429 (given up after 0s: it asks to wait 1m1s)", false},
 		{"the vendor's own busy", "POST", false, []http.HandlerFunc{status(423), status(200)}, 2, firstPause, "", false},
-		{"busy for ever", "POST", false, []http.HandlerFunc{status(503)}, 10, 55500 * time.Millisecond, "given up after 56s", false},
+		{"busy permanently", "POST", false, []http.HandlerFunc{status(503)}, 10, 55500 * time.Millisecond, "given up after 56s", false},
 		{"failed", "GET", false, []http.HandlerFunc{status(500)}, 1, 0, "500 Internal Server Error: body 500", false},
 		{"redirected", "GET", false, []http.HandlerFunc{status(307, "Location", "https://evil.example/")}, 1, 0, "it redirects to https://evil.example/; redirects are not followed", false},
 		{"a read whose answer is lost", "GET", false, []http.HandlerFunc{drop, status(200)}, 2, firstPause, "", false},

@@ -311,9 +311,9 @@ func TestClocks(t *testing.T) {
 		host winrmhost.Options
 		want string
 	}{
-		{"told", winrmhost.Options{Clock: 5 * time.Hour}, ""},
-		{"not told", winrmhost.Options{HideClock: true}, ""},
-		{"not told, ahead", winrmhost.Options{HideClock: true, Clock: 5 * time.Hour}, "clock is 5h0m0s ahead of this one's"},
+		{"sent", winrmhost.Options{Clock: 5 * time.Hour}, ""},
+		{"hidden", winrmhost.Options{HideClock: true}, ""},
+		{"hidden, ahead", winrmhost.Options{HideClock: true, Clock: 5 * time.Hour}, "clock is 5h0m0s ahead of this one's"},
 	} {
 		_, err := start(t, false, test.host).client(t).Run(t.Context(), []string{"command"}, nil)
 		if (err == nil) != (test.want == "") || err != nil && !strings.Contains(err.Error(), test.want) {

@@ -1,6 +1,6 @@
-# Accepts NTLM with gss-ntlmssp: messages in hex, a line each. After the logon it
-# opens each message and seals it again. The argument is the application data of
-# the channel bindings in hex, or nothing.
+# Accepts NTLM logons with gss-ntlmssp. Each line is a message in hex. After the logon it opens
+# each message and seals it again. The optional argument is the application data of the channel
+# bindings in hex.
 import sys
 
 import gssapi

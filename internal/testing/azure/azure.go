@@ -177,7 +177,7 @@ func (s *Server) Forget() {
 
 // begin records a call and applies its fault. It reports whether the call should be carried out,
 // and returns what to do instead of answering, or nil.
-func (s *Server) begin(w http.ResponseWriter, r *http.Request, operation, of string) (goes bool, instead func()) {
+func (s *Server) begin(w http.ResponseWriter, r *http.Request, operation, of string) (proceed bool, instead func()) {
 	name := strings.TrimSpace(operation + " " + of)
 	s.mu.Lock()
 	s.calls = append(s.calls, name)

@@ -142,8 +142,8 @@ func (s *Server) serveAuthority(w http.ResponseWriter, r *http.Request, c Cloud)
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
 		}
-		goes, instead := s.begin(w, r, "token", r.PostForm.Get("client_id"))
-		if !goes {
+		proceed, instead := s.begin(w, r, "token", r.PostForm.Get("client_id"))
+		if !proceed {
 			return
 		}
 		resource, refused := s.grant(r, c, tenant)

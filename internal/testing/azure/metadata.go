@@ -20,8 +20,8 @@ func (s *Server) serveMetadata(w http.ResponseWriter, r *http.Request) {
 		http.NotFound(w, r)
 		return
 	}
-	goes, instead := s.begin(w, r, operation, "")
-	if !goes {
+	proceed, instead := s.begin(w, r, operation, "")
+	if !proceed {
 		return
 	}
 	query := r.URL.Query()

@@ -229,7 +229,7 @@ func (s *Server) serveVault(w http.ResponseWriter, r *http.Request, v *Vault) {
 	}
 	if refused := s.valid(r.Header.Get("Authorization"), v.cloud.Resource()); refused != nil {
 		if r.Header.Get("Authorization") == "" {
-			if goes, _ := s.begin(w, r, "challenge", name); !goes {
+			if proceed, _ := s.begin(w, r, "challenge", name); !proceed {
 				return
 			}
 		}
@@ -241,8 +241,8 @@ func (s *Server) serveVault(w http.ResponseWriter, r *http.Request, v *Vault) {
 		fail(w, &problem{http.StatusMethodNotAllowed, "MethodNotAllowed", "Method " + r.Method + " does not allow operation " + r.URL.Path, ""})
 		return
 	}
-	goes, instead := s.begin(w, r, operation, name)
-	if !goes {
+	proceed, instead := s.begin(w, r, operation, name)
+	if !proceed {
 		return
 	}
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
@@ -369,13 +369,13 @@ func (v *Vault) id(kind, name, version string) string {
 }
 
 func attributes(at *Version) map[string]any {
-	said := map[string]any{
+	fields := map[string]any{
 		"enabled": at.Enabled, "created": at.created.Unix(), "updated": at.updated.Unix(), "recoveryLevel": "Recoverable+Purgeable", "recoverableDays": 90,
 	}
 	if at.Certificate != nil {
-		said["nbf"], said["exp"] = at.Certificate.NotBefore.Unix(), at.Certificate.NotAfter.Unix()
+		fields["nbf"], fields["exp"] = at.Certificate.NotBefore.Unix(), at.Certificate.NotAfter.Unix()
 	}
-	return said
+	return fields
 }
 
 // create starts a creation, see

@@ -309,10 +309,10 @@ func (d *Device) OnCall(do func(Call) Fault) {
 }
 
 // SyncTakes sets how many status requests a sync takes, and whether the other unit is unreachable.
-func (d *Device) SyncTakes(looks int, down bool) {
+func (d *Device) SyncTakes(polls int, down bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.syncDelay, d.peerDown = looks, down
+	d.syncDelay, d.peerDown = polls, down
 }
 
 // Unsynced makes the other unit lack a file.

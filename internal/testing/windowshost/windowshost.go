@@ -59,7 +59,7 @@ type Host struct {
 	loses    bool // the next change of a binding's certificate loses both
 	now      func() time.Time
 	fault    func(operation string, done bool) error
-	kind     func(*Standing) // changes the result of a self-test; may be nil
+	adjust   func(*Standing) // changes the result of a self-test; may be nil
 	seen     []Run
 	writes   int
 }
@@ -193,7 +193,7 @@ func (c *Console) Uninstall() { c.h.noIIS = true }
 func (c *Console) Demote() { c.h.plain = true }
 
 // Become changes the result of self-tests.
-func (c *Console) Become(do func(*Standing)) { c.h.kind = do }
+func (c *Console) Become(do func(*Standing)) { c.h.adjust = do }
 
 // German sets the language of Windows to German.
 func (c *Console) German() { c.h.german = true }
@@ -207,8 +207,8 @@ func (c *Console) Lose() { c.h.loses = true }
 // Clock sets the clock.
 func (c *Console) Clock(now func() time.Time) { c.h.now = now }
 
-// Fault sets a function that is called before and after each operation. If it reports true, the
-// host fails there and does not answer.
+// Fault sets a function that is called before and after each operation. If it returns an error, the
+// host fails there: Run returns the error without an answer.
 func (c *Console) Fault(fault func(operation string, done bool) error) { c.h.fault = fault }
 
 // Runs returns the runs of PowerShell so far.
@@ -398,13 +398,13 @@ func (h *Host) carryOut(q *Request, a *Answer) error {
 	case "finish":
 		return h.finish(q)
 	case "selftest":
-		a.Host = h.standing(q)
+		a.Host = h.selfTest(q)
 		return nil
 	}
 	return fail("request", "")
 }
 
-func (h *Host) standing(q *Request) *Standing {
+func (h *Host) selfTest(q *Request) *Standing {
 	s := &Standing{PowerShell: "5.1.17763.1", LanguageMode: "FullLanguage", DotNet: 461814, Windows: "10.0.17763.0", User: `WIN1\certctl`, Administrator: !h.plain, Sites: []string{}}
 	code := func(err error) string {
 		if f, ok := errors.AsType[*failure](err); ok {
@@ -418,8 +418,8 @@ func (h *Host) standing(q *Request) *Standing {
 		s.Sites = slices.Sorted(maps.Keys(h.sites))
 	}
 	s.IIS = code(err)
-	if h.kind != nil {
-		h.kind(s)
+	if h.adjust != nil {
+		h.adjust(s)
 	}
 	return s
 }

@@ -1,4 +1,4 @@
-"""What the Azure SDK for Python does with the fake. Arguments: a credential, the
+"""Uses the fake with the Azure SDK for Python. Arguments: a credential, the
 URL of a vault, a directory with www.pfx (password hunter2), www.pem and other.pem."""
 import base64
 import os
@@ -70,7 +70,7 @@ assert secret.properties.content_type == "application/x-pkcs12"
 read_key, read_leaf, chain = pkcs12.load_key_and_certificates(base64.b64decode(secret.value), None)
 assert read_key.private_numbers() == key.private_numbers() and read_leaf == leaf and len(chain) == 1
 
-# PEM, and a key that does not leave the vault.
+# PEM, and a key that is not exportable.
 pem = CertificatePolicy("Unknown", exportable=False, key_type=KeyType.ec, content_type=CertificateContentType.pem)
 certificates.import_certificate("www", read("other.pem"), policy=pem)
 secret = secrets.get_secret("www")
@@ -103,7 +103,7 @@ try:
 except HttpResponseError as e:
     assert e.status_code == 403, e
 
-# Deleted, and in the way.
+# A deleted certificate blocks its name.
 deleted = certificates.begin_delete_certificate("www").result()
 assert deleted.recovery_id and deleted.scheduled_purge_date
 try:
@@ -118,7 +118,7 @@ certificates.begin_delete_certificate("www").wait()
 certificates.purge_deleted_certificate("www")
 certificates.import_certificate("www", read("www.pfx"), password="hunter2")
 
-# A creation that is pending is in the way, and leaves something when it is given up.
+# A pending creation blocks its name, and leaves a version when it is cancelled.
 if kind == "secret":
     certificates.begin_create_certificate("new", CertificatePolicy("Unknown", subject="CN=new"))
     try:

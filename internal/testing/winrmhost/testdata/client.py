@@ -1,5 +1,5 @@
-# Runs a command with pywinrm as the JSON document on standard input says, and
-# prints the result as one.
+# Runs a command with pywinrm. It reads the command as JSON from standard input and prints the
+# result as JSON.
 import json
 import sys
 
