@@ -239,7 +239,7 @@ func (c *Client) Authenticate(challenge *Challenge) ([]byte, *Session) {
 		AvPair{AvTargetName, UTF16(c.target)})
 
 	responseKey := ResponseKey(c.user, c.domain, c.password.Reveal())
-	now, lm := Filetime(time.Now()), LMResponse(responseKey, challenge.Server, nonce)
+	now, lm := Filetime(time.Now()), lmResponse(responseKey, challenge.Server, nonce)
 	if value := Pair(challenge.Pairs, AvTimestamp); len(value) == 8 {
 		now, lm = binary.LittleEndian.Uint64(value), make([]byte, 24)
 	}
@@ -290,8 +290,8 @@ func Response(key [16]byte, server, client [8]byte, time uint64, targetInfo []by
 	return append(proof[:], temp...), HMAC(key[:], proof[:])
 }
 
-// LMResponse computes LmChallengeResponse for NTLMv2 (3.3.2).
-func LMResponse(key [16]byte, server, client [8]byte) []byte {
+// lmResponse computes LmChallengeResponse for NTLMv2 (3.3.2).
+func lmResponse(key [16]byte, server, client [8]byte) []byte {
 	proof := HMAC(key[:], server[:], client[:])
 	return append(proof[:], client[:]...)
 }

@@ -57,7 +57,7 @@ func TestExamples(t *testing.T) {
 		{"4.2.4.1.2", "SessionBaseKey", base[:], "8de40ccadbc14a82f15cb0ad0de95ca3"},
 		{"4.2.4.1.3", "temp", nt[16:], "01010000000000000000000000000000aaaaaaaaaaaaaaaa00000000" +
 			"02000c0044006f006d00610069006e0001000c005300650072007600650072000000000000000000"},
-		{"4.2.4.2.1", "LMv2 response", LMResponse(key, exampleServer, exampleClient), "86c35097ac9cec102554764a57cccc19aaaaaaaaaaaaaaaa"},
+		{"4.2.4.2.1", "LMv2 response", lmResponse(key, exampleServer, exampleClient), "86c35097ac9cec102554764a57cccc19aaaaaaaaaaaaaaaa"},
 		{"4.2.4.2.2", "NTLMv2 response", nt[:16], "68cd0ab851e51c96aabc927bebef6a1c"},
 		{"4.2.4.2.3", "encrypted session key", RC4(base, exampleKey[:]), "c5dad2544fc9799094ce1ce90bc9d03e"},
 		{"4.2.4.4", "SIGNKEY", seal.key[:], "4788dc861b4782f35d43fd98fe1a2d39"},

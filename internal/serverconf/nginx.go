@@ -161,7 +161,7 @@ func nginxDiskPairs(main string) ([]Pair, error) {
 			if !included(pattern, path) {
 				continue
 			}
-			text, err := ReadFile(path)
+			text, err := readFile(path)
 			if err != nil {
 				return nil, err
 			}
@@ -326,11 +326,11 @@ func isPair(cert, key string) bool {
 	if !filepath.IsAbs(key) || strings.Contains(key, "$") {
 		return false
 	}
-	certPEM, err := ReadFile(cert)
+	certPEM, err := readFile(cert)
 	if err != nil {
 		return false
 	}
-	keyPEM, err := ReadFile(key)
+	keyPEM, err := readFile(key)
 	if err != nil {
 		return false
 	}

@@ -147,6 +147,6 @@ func exists(path string) bool {
 }
 
 func holdsOnlyKeys(path string) bool {
-	data, err := ReadFile(path)
+	data, err := readFile(path)
 	return err == nil && bytes.Contains(data, []byte("PRIVATE KEY-----")) && !bytes.Contains(data, []byte("CERTIFICATE-----"))
 }

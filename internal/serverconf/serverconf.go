@@ -185,8 +185,8 @@ func afterFlags(argv []string) int {
 // maxFile bounds a file of a server's configuration, in bytes.
 const maxFile = 4 << 20
 
-// ReadFile reads a file of a server's configuration. Its directory need not be trusted.
-func ReadFile(path string) ([]byte, error) {
+// readFile reads a file of a server's configuration. Its directory need not be trusted.
+func readFile(path string) ([]byte, error) {
 	data, _, err := hostfile.Read(path, maxFile)
 	return data, err
 }

@@ -62,12 +62,12 @@ func TestProgram(t *testing.T) {
 func TestReadFile(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "f")
 	must(t, os.WriteFile(file, []byte("x"), 0o600))
-	if text, err := ReadFile(file); string(text) != "x" || err != nil {
+	if text, err := readFile(file); string(text) != "x" || err != nil {
 		t.Errorf("got %q, %v", text, err)
 	}
 	must(t, os.Truncate(file, maxFile+1))
 	for _, path := range []string{file, filepath.Dir(file), file + ".missing"} {
-		if _, err := ReadFile(path); err == nil {
+		if _, err := readFile(path); err == nil {
 			t.Errorf("%s: got no error", path)
 		}
 	}

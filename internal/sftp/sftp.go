@@ -47,8 +47,8 @@ const (
 // The extensions that this package uses.
 const (
 	PosixRename = "posix-rename@openssh.com"
-	Hardlink    = "hardlink@openssh.com"
-	Fsync       = "fsync@openssh.com"
+	hardlink    = "hardlink@openssh.com"
+	fsync       = "fsync@openssh.com"
 )
 
 const (
@@ -285,7 +285,7 @@ func (c *Client) Rename(ctx context.Context, from, to string) error {
 
 // Link gives a file a second name (link(2)).
 func (c *Client) Link(ctx context.Context, old, new string) error {
-	return c.extended(ctx, Hardlink, old, new)
+	return c.extended(ctx, hardlink, old, new)
 }
 
 // Remove removes a file.
@@ -493,8 +493,8 @@ func (f *File) SetModified(ctx context.Context, seconds uint32) error {
 // Sync makes the server write the file to its disk. It does nothing if the server lacks the
 // extension.
 func (f *File) Sync(ctx context.Context) error {
-	if !f.client.Has(Fsync) {
+	if !f.client.Has(fsync) {
 		return nil
 	}
-	return f.client.extended(ctx, Fsync, f.handle)
+	return f.client.extended(ctx, fsync, f.handle)
 }
