@@ -80,7 +80,7 @@ func (a *Agent) ended(act *activity, err error) {
 	act.stats.Running = false
 	now := time.Now()
 	outcome := pace.After(err)
-	if outcome.RateLimited || a.opts.Budget.Tight() {
+	if outcome.RateLimited || a.opts.Budget.Throttled() {
 		a.poll.pacer.Yield()
 		a.scan.pacer.Yield()
 	}

@@ -74,7 +74,7 @@ type Ledger interface {
 
 // Budget is what the control plane grants; see package budget.
 type Budget interface {
-	Tight() bool
+	Throttled() bool
 	Stop()
 }
 
@@ -384,7 +384,7 @@ func (a *Agent) contain(work func()) (err error) {
 // has lasted, and heartbeats are accepted. Some gateways answer 404 to all calls
 // for as long as what is behind them is down.
 func (a *Agent) lost(p *pace.Patience, err error) bool {
-	return p.Lost(err) && a.inContact.Load()
+	return p.Exhausted(err) && a.inContact.Load()
 }
 
 func wake(c chan struct{}) {

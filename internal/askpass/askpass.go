@@ -1,8 +1,7 @@
-// Package askpass answers what ssh asks for (SSH_ASKPASS in ssh(1)): passwords
-// and passphrases. ssh runs the agent's own program once more, under the name of
-// a link in a directory that only the agent can enter. That process asks, over a
-// socket in the same directory, the one that wants to log in. So a secret is in
-// no argument, in no environment and in no file.
+// Package askpass gives passwords and passphrases to ssh (SSH_ASKPASS in ssh(1)). ssh runs the
+// agent's program again, through a symlink in a directory that only the agent can enter. The new
+// process gets the answer from the agent over a socket in that directory. So no secret is in an
+// argument, an environment variable or a file.
 package askpass
 
 import (
@@ -20,25 +19,25 @@ import (
 
 const (
 	linkName   = "certctl-askpass"
-	socketName = "a" // the path of a socket has at most 104 bytes
+	socketName = "a" // short: a socket's path has at most 104 bytes
 
-	// maxPrompt and maxAnswer bound what goes over the socket, in bytes.
+	// maxPrompt and maxAnswer are in bytes.
 	maxPrompt = 4 << 10
 	maxAnswer = 64 << 10
 
-	// patience is how long either side waits for the other.
-	patience = 10 * time.Second
+	// ioTimeout is how long either side waits for the other.
+	ioTimeout = 10 * time.Second
 )
 
-// Server answers.
+// Server answers the prompts of ssh.
 type Server struct {
 	link     string
 	listener net.Listener
 	serving  sync.WaitGroup
 }
 
-// Serve answers prompts with what answer returns; false declines. The directory
-// must be the agent's alone.
+// Serve starts a server. Answer returns the secret for a prompt, or false to decline. Only the
+// agent may have access to dir.
 func Serve(dir string, answer func(prompt string) (secret.String, bool)) (*Server, error) {
 	self, err := os.Executable()
 	if err != nil {
@@ -65,7 +64,7 @@ func Serve(dir string, answer func(prompt string) (secret.String, bool)) (*Serve
 
 func serve(conn net.Conn, answer func(string) (secret.String, bool)) {
 	defer conn.Close()
-	_ = conn.SetDeadline(time.Now().Add(patience))
+	_ = conn.SetDeadline(time.Now().Add(ioTimeout))
 	prompt, err := io.ReadAll(io.LimitReader(conn, maxPrompt))
 	if err != nil {
 		return
@@ -75,32 +74,32 @@ func serve(conn net.Conn, answer func(string) (secret.String, bool)) {
 	}
 }
 
-// Environment is what ssh needs to know, beside the rest of its environment.
-// Versions before 8.4 want a DISPLAY and no terminal.
+// Environment returns the variables that ssh needs. Versions before 8.4 need a DISPLAY, and no
+// terminal.
 func (s *Server) Environment() []string {
 	return []string{"SSH_ASKPASS=" + s.link, "SSH_ASKPASS_REQUIRE=force", "DISPLAY=none"}
 }
 
-// Close ends the answering and waits for it.
+// Close stops the server and waits for it to end.
 func (s *Server) Close() {
 	s.listener.Close()
 	s.serving.Wait()
 }
 
-// Asked reports whether ssh has run this process, with these arguments, to ask
-// for something. Main is then all that it has to do.
+// Asked reports whether ssh ran this process, with these arguments, to ask for a secret. If so, the
+// process must call Main and do nothing else.
 func Asked(args []string) bool {
 	return len(args) > 0 && filepath.Base(args[0]) == linkName
 }
 
-// Main asks the agent and prints the answer.
+// Main asks the agent for the secret and prints it.
 func Main(args []string, stdout io.Writer) error {
-	conn, err := net.DialTimeout("unix", filepath.Join(filepath.Dir(args[0]), socketName), patience)
+	conn, err := net.DialTimeout("unix", filepath.Join(filepath.Dir(args[0]), socketName), ioTimeout)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	_ = conn.SetDeadline(time.Now().Add(patience))
+	_ = conn.SetDeadline(time.Now().Add(ioTimeout))
 	if len(args) > 1 {
 		if _, err := io.WriteString(conn, args[1]); err != nil {
 			return err
@@ -111,7 +110,7 @@ func Main(args []string, stdout io.Writer) error {
 	}
 	answer, err := io.ReadAll(io.LimitReader(conn, maxAnswer))
 	if err == nil && len(answer) == 0 {
-		err = errors.New("there is no answer to that")
+		err = errors.New("the agent has no answer to this prompt")
 	}
 	if err != nil {
 		return err

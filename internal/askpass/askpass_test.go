@@ -9,7 +9,7 @@ import (
 	"certctl-agent/internal/secret"
 )
 
-// This program is run once more, as ssh runs the agent.
+// TestMain stands for the agent when ssh would run it again.
 func TestMain(m *testing.M) {
 	if Asked(os.Args) {
 		if Main(os.Args, os.Stdout) != nil {
@@ -53,6 +53,6 @@ func TestAnswers(t *testing.T) {
 		t.Errorf("after the end: got %q, %v", got, err)
 	}
 	if Asked([]string{"/usr/bin/certctl-agent"}) || Asked(nil) {
-		t.Error("the agent's own name is taken for a question")
+		t.Error("Asked is true for the agent's own name")
 	}
 }

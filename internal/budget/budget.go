@@ -1,10 +1,9 @@
-// Package budget shares what the control plane grants among the calls of one
-// agent. It learns that from the answers: there is no limit until one of them
-// is 429, which closes the budget until Retry-After and halves the rate;
-// successes raise it slowly again. The agents of a fleet that share a limit
-// find their shares without knowing of each other.
+// Package budget limits the rate of an agent's calls to what the control plane accepts. It learns
+// the limit from the answers: there is none until a call is answered 429. A 429 stops all calls
+// until Retry-After and halves the rate; successes raise it slowly again. So the agents of a fleet
+// that share a limit find their shares without knowing of each other.
 //
-// A call that has no turn waits for one, the more urgent first.
+// Calls beyond the rate wait for a turn, the most urgent first.
 package budget
 
 import (
@@ -19,7 +18,7 @@ type Class int
 
 // The classes, the most urgent first.
 const (
-	Heartbeat   Class = iota // waits for nobody
+	Heartbeat   Class = iota // never waits
 	Report                   // how a job ended
 	Certificate              // for a deployment that has begun
 	CSR
@@ -28,23 +27,22 @@ const (
 	classes
 )
 
-// overdue is how long a poll or a discovery report waits for more urgent calls.
-// There is one of each at a time, and there may be CSRs for hours: none of what
-// they lead to would be deployed.
+// overdue is how long a poll or a discovery report lets more urgent calls go first. CSRs may go on
+// for hours, and without polls none of the new certificates would be deployed.
 const overdue = 5 * time.Minute
 
-// Turn is leave to send one call.
+// Turn permits one call.
 type Turn struct {
 	sent  time.Time
-	later time.Duration // of the turn that follows
+	later time.Duration // by how much it delayed the next turn
 }
 
 // Budget is safe for concurrent use.
 type Budget struct {
-	mu      sync.Mutex // guards what follows
+	mu      sync.Mutex // guards the fields below
 	limit   limit
 	waiting [classes][]waiter // first come, first served in each class
-	timer   *time.Timer       // of the next turn; nil until one is waited for
+	timer   *time.Timer       // fires at the next turn; nil until a call has waited
 	stopped bool
 }
 
@@ -53,25 +51,23 @@ type waiter struct {
 	since   time.Time
 }
 
-// grant is a turn, or why there is none.
+// grant is a turn, or an error.
 type grant struct {
 	turn Turn
 	err  error
 }
 
-// New returns a budget without a limit. Draw is the source of randomness,
-// uniform in [0, n).
+// New returns a budget without a limit. Draw returns a random number, uniform in [0, n).
 func New(draw func(n int64) int64) *Budget {
 	return &Budget{limit: limit{draw: draw}}
 }
 
-// Wait waits for the turn of a call. It fails with the cause of ctx, or of Stop or
-// Refuse.
-// Whoever has a turn tells how it went, by Succeeded or Limited; one that got no
-// answer says nothing of the limit.
+// Wait waits for the turn of a call. Its error is the cause of ctx, or that of Stop or Refuse. The
+// caller reports a success with Succeeded and a 429 with Limited; other failures say nothing about
+// the limit.
 func (b *Budget) Wait(ctx context.Context, class Class) (Turn, error) {
 	if class == Heartbeat {
-		// It uses up no turn either: at the slowest rate there is one a minute.
+		// It uses up no turn either: the slowest rate is one a minute.
 		return Turn{sent: time.Now()}, nil
 	}
 	if ctx.Err() != nil {
@@ -96,8 +92,8 @@ func (b *Budget) Wait(ctx context.Context, class Class) (Turn, error) {
 	}
 }
 
-// leave takes a caller out of its queue. A turn that came at the same moment is
-// the next one's: at the slowest rate it is a minute's.
+// leave removes a caller from its queue. If its turn came at the same moment, the next caller gets
+// that turn: at the slowest rate it would wait another minute.
 func (b *Budget) leave(class Class, granted chan grant) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -112,8 +108,7 @@ func (b *Budget) leave(class Class, granted chan grant) {
 	}
 }
 
-// Succeeded records that the control plane carried out a call. Other failures
-// than a 429 say nothing of the limit.
+// Succeeded records that the control plane carried out a call.
 func (b *Budget) Succeeded() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -121,8 +116,8 @@ func (b *Budget) Succeeded() {
 	b.grant()
 }
 
-// Limited records that a call was answered 429, with Retry-After or 0. It
-// reports whether the call may wait for another turn.
+// Limited records that a call was answered 429, with its Retry-After or 0. It reports whether the
+// call may wait for another turn.
 func (b *Budget) Limited(turn Turn, retryAfter time.Duration) (again bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -131,16 +126,14 @@ func (b *Budget) Limited(turn Turn, retryAfter time.Duration) (again bool) {
 	return !b.stopped
 }
 
-// Tight reports whether calls are limited, so that those which matter to nobody
-// are better left out.
-func (b *Budget) Tight() bool {
+// Throttled reports whether there is a limit, so that callers can skip calls that matter little.
+func (b *Budget) Throttled() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return !b.limit.open()
 }
 
-// Stop ends waiting, for an agent that stops: who waits now fails, and later
-// calls do not wait.
+// Stop is for an agent that stops: waiting calls fail, and later calls do not wait.
 func (b *Budget) Stop() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -148,8 +141,8 @@ func (b *Budget) Stop() {
 	b.refuse(context.Canceled)
 }
 
-// Refuse has those that wait now fail with err, if the next turn is further away
-// than most: what they hold is of use to others meanwhile.
+// Refuse makes waiting calls fail with err if the next turn is further away than most, so that
+// their callers release what they hold.
 func (b *Budget) Refuse(most time.Duration, err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -178,8 +171,8 @@ func (b *Budget) take() Turn {
 	return Turn{now, b.limit.take(now)}
 }
 
-// first is the queue of the most urgent class that has one, or one that is
-// overdue.
+// first returns the queue that is served next: one whose first caller is overdue, else the most
+// urgent. It returns nil if all are empty.
 func (b *Budget) first() *[]waiter {
 	for class := Poll; class < classes; class++ {
 		if queue := b.waiting[class]; len(queue) > 0 && time.Since(queue[0].since) >= overdue {
@@ -194,7 +187,7 @@ func (b *Budget) first() *[]waiter {
 	return nil
 }
 
-// grant gives out the turns that have come, and sets the timer for the next.
+// grant gives out the turns that are due and sets the timer for the next.
 func (b *Budget) grant() {
 	for {
 		queue := b.first()

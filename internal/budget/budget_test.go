@@ -12,10 +12,10 @@ import (
 	"certctl-agent/internal/budget"
 )
 
-// none draws no spread.
+// none is a random number that adds no delay.
 func none(int64) int64 { return 0 }
 
-// turn waits for a turn and says how long that took.
+// turn waits for a turn and returns how long that took.
 func turn(t *testing.T, b *budget.Budget, class budget.Class) (budget.Turn, time.Duration) {
 	t.Helper()
 	begun := time.Now()
@@ -26,7 +26,7 @@ func turn(t *testing.T, b *budget.Budget, class budget.Class) (budget.Turn, time
 	return turn, time.Since(begun)
 }
 
-// refuse has the next call answered 429.
+// refuse makes a call that is answered 429.
 func refuse(t *testing.T, b *budget.Budget, retryAfter time.Duration) {
 	t.Helper()
 	refused, _ := turn(t, b, budget.CSR)
@@ -42,8 +42,8 @@ func TestOpenAtFirst(t *testing.T) {
 			}
 			b.Succeeded()
 		}
-		if b.Tight() {
-			t.Error("tight, though nothing was refused")
+		if b.Throttled() {
+			t.Error("throttled, though nothing was refused")
 		}
 	})
 }
@@ -60,8 +60,8 @@ func TestRefusalClosesAndHalves(t *testing.T) {
 		together, _ := turn(t, b, budget.CSR) // under way at the same time
 		b.Limited(refused, 3*time.Second)
 		b.Limited(together, 3*time.Second)
-		if !b.Tight() {
-			t.Error("not tight after a 429")
+		if !b.Throttled() {
+			t.Error("not throttled after a 429")
 		}
 		if _, waited := turn(t, b, budget.Heartbeat); waited != 0 {
 			t.Errorf("a heartbeat waited %v", waited)
@@ -82,7 +82,7 @@ func TestSuccessesRaiseTheRateAndLiftTheLimit(t *testing.T) {
 		begun := time.Now()
 		turn(t, b, budget.CSR) // after Retry-After
 		last := time.Hour
-		for b.Tight() {
+		for b.Throttled() {
 			_, waited := turn(t, b, budget.CSR)
 			b.Succeeded()
 			if waited > last {
@@ -156,8 +156,7 @@ func TestRefusedForLong(t *testing.T) {
 	})
 }
 
-// TestTurnOfOneWhoLeaves: a turn that comes in the moment in which its caller
-// gives up is the next caller's.
+// TestTurnOfOneWhoLeaves: if a caller gives up at the moment of its turn, the next caller gets it.
 func TestTurnOfOneWhoLeaves(t *testing.T) {
 	for range 50 { // either of the two may be seen first
 		synctest.Test(t, func(t *testing.T) {
@@ -184,8 +183,7 @@ func TestTurnOfOneWhoLeaves(t *testing.T) {
 	}
 }
 
-// TestPollsAreNotStarved: a poll and a discovery report have their turns however
-// many CSRs there are.
+// TestPollsAreNotStarved: polls and discovery reports get their turns however many CSRs wait.
 func TestPollsAreNotStarved(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := budget.New(none)
@@ -214,8 +212,7 @@ func TestPollsAreNotStarved(t *testing.T) {
 	})
 }
 
-// TestRefusedAltogether: a control plane that has refused everything for a minute
-// is soon asked as often as before.
+// TestRefusedAltogether: the rate soon recovers after a minute in which everything was refused.
 func TestRefusedAltogether(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := budget.New(none)
@@ -238,8 +235,8 @@ func TestRefusedAltogether(t *testing.T) {
 	})
 }
 
-// TestRefusedHeartbeats: however long a time each heartbeat is answered with, the
-// others have a turn when the first such time is over.
+// TestRefusedHeartbeats: 429s of heartbeats do not extend the wait of other calls beyond the first
+// Retry-After.
 func TestRefusedHeartbeats(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := budget.New(none)

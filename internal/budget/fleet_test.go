@@ -20,7 +20,7 @@ const (
 
 var fleetSize = flag.Int("fleet", 10_000, "agents in the simulations of a fleet")
 
-// fleetRate is the requests a second of a fleet when all is well.
+// fleetRate is the request rate of a healthy fleet, per second.
 func fleetRate(agents int) float64 {
 	return float64(agents)/heartbeats.Seconds() + float64(agents)/polls.Seconds()
 }
@@ -47,8 +47,7 @@ func (s *schedule) Pop() any {
 	return last
 }
 
-// simulate runs a fleet until the given time. answer decides each request;
-// seen is told of it.
+// simulate runs a fleet until the given time. answer decides each request; seen records it.
 func simulate(seed uint64, agents int, until time.Duration, answer func(now time.Duration) pace.Outcome,
 	seen func(now time.Duration, a *activity, o pace.Outcome)) {
 	start := time.Now()
@@ -165,8 +164,8 @@ func TestFleetAfterOutage(t *testing.T) {
 	}
 }
 
-// TestFleetShortOfCapacity: the control plane serves 80 % of what the fleet
-// asks for and answers the rest 429 with Retry-After: 1.
+// TestFleetShortOfCapacity: the control plane serves 80 % of the fleet's requests and answers the
+// rest with 429 and Retry-After: 1.
 func TestFleetShortOfCapacity(t *testing.T) {
 	agents := *fleetSize
 	const until = 90 * time.Minute

@@ -118,7 +118,7 @@ func (h *host) polls(ctx context.Context) {
 	for wait := h.poll.First(); sleep(ctx, wait, h.soon); {
 		answered := h.call(ctx, budget.Poll)
 		h.mu.Lock()
-		if h.budget.Tight() {
+		if h.budget.Throttled() {
 			h.poll.Yield()
 		}
 		wait = h.poll.Next(pace.Outcome{})
@@ -176,7 +176,7 @@ func (h *host) deploy(ctx context.Context) {
 	h.last = time.Now()
 }
 
-// sleep reports false when ctx ended first.
+// sleep reports false if ctx ended first.
 func sleep(ctx context.Context, d time.Duration, soon <-chan struct{}) bool {
 	timer := time.NewTimer(d)
 	defer timer.Stop()

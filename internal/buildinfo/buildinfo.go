@@ -1,4 +1,4 @@
-// Package buildinfo says which version of the agent this is.
+// Package buildinfo reports the agent's version and commit.
 package buildinfo
 
 import (
@@ -13,24 +13,23 @@ var (
 	commit  string
 )
 
-// unreleased is the version of a build that says nothing better of itself.
+// unreleased is the version of a build that does not know its own.
 const unreleased = "devel"
 
-// Version is the version that the build was given, else that of the module,
-// else "devel".
+// Version returns the version set by the linker, else that of the module, else "devel".
 func Version() string {
 	info, _ := debug.ReadBuildInfo()
 	return versionOf(version, info)
 }
 
-// Commit is the commit that was built, "" where that is not known. A build by
-// the go command alone marks a changed tree with "-dirty".
+// Commit returns the commit that was built, or "" if it is not known. It ends with "-dirty" if the
+// go command found changes in the working tree.
 func Commit() string {
 	info, _ := debug.ReadBuildInfo()
 	return commitOf(commit, info)
 }
 
-// UserAgent is what the agent calls itself in HTTP requests.
+// UserAgent returns the User-Agent of the agent's HTTP requests.
 func UserAgent() string {
 	return "certctl-agent/" + Version() + " (" + runtime.GOOS + "/" + runtime.GOARCH + ")"
 }

@@ -50,7 +50,7 @@ func TestCommit(t *testing.T) {
 	}
 }
 
-// TestUserAgent: the form that control planes expect.
+// TestUserAgent holds the format that control planes expect.
 func TestUserAgent(t *testing.T) {
 	if got := UserAgent(); !regexp.MustCompile(`^certctl-agent/\S+ \([a-z0-9]+/[a-z0-9]+\)$`).MatchString(got) {
 		t.Errorf("UserAgent = %q", got)

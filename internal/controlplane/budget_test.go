@@ -67,7 +67,7 @@ func TestHeartbeatsDoNotWait(t *testing.T) {
 	})
 }
 
-func TestRunningIsLeftOutWhileTight(t *testing.T) {
+func TestRunningIsLeftOutWhileThrottled(t *testing.T) {
 	budgeted(t, func(t *testing.T, p *devplane.Plane, c *controlplane.Client, b *budget.Budget) {
 		job := api.ID(p.AddJob(devplane.WireJob{Type: api.TypeDeployment, Status: api.StatusRunning}))
 		report := func(status string) {

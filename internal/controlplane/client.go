@@ -155,7 +155,7 @@ func (c *Client) Certificate(ctx context.Context, certID api.ID) ([]byte, error)
 // out.
 func (c *Client) ReportStatus(ctx context.Context, jobID api.ID, status api.JobStatus) error {
 	running := status.Status == api.StatusRunning
-	if running && c.opts.Budget != nil && c.opts.Budget.Tight() {
+	if running && c.opts.Budget != nil && c.opts.Budget.Throttled() {
 		return nil
 	}
 	return c.acknowledged(ctx, call{name: "status report", class: budget.Report, once: running, method: http.MethodPost, path: api.JobStatusPath(c.opts.AgentID, string(jobID)),

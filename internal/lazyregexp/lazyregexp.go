@@ -1,6 +1,5 @@
-// Package lazyregexp holds regular expressions that are compiled when they are
-// first used. Those of all target types together would take 2 MB and some
-// milliseconds of each start.
+// Package lazyregexp compiles regular expressions when they are first used. Compiling those of all
+// target types would cost each start 2 MB and some milliseconds.
 package lazyregexp
 
 import (
@@ -8,7 +7,8 @@ import (
 	"sync"
 )
 
-// New returns the expression. It panics at its first use if it is not valid.
+// New returns a function that compiles the expression at its first call, and panics if it is
+// invalid.
 func New(expression string) func() *regexp.Regexp {
 	return sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(expression) })
 }

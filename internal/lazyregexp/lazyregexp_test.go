@@ -2,7 +2,7 @@ package lazyregexp
 
 import "testing"
 
-// Nothing is compiled before it is used, and then once.
+// TestNew: an expression is compiled at its first use, and only once.
 func TestNew(t *testing.T) {
 	broken := New("(")
 	vowels := New("[aeiou]+")
@@ -11,7 +11,7 @@ func TestNew(t *testing.T) {
 	}
 	defer func() {
 		if recover() == nil {
-			t.Error("an expression that is not valid was compiled")
+			t.Error("an invalid expression was compiled")
 		}
 	}()
 	broken()

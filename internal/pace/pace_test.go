@@ -11,7 +11,7 @@ import (
 
 const interval = time.Minute
 
-// low and high are the ends of every draw.
+// low and high are Rands that always return the ends of the range.
 func low(int64) int64    { return 0 }
 func high(n int64) int64 { return n - 1 }
 

@@ -6,26 +6,25 @@ import (
 	"certctl-agent/internal/api"
 )
 
-// A refusal has lasted, and is believed, after this long and this many tries:
-// longer than a gateway takes to find what is behind it again.
+// A doubtful refusal counts as final after this long and this many tries: longer than a gateway
+// answers for a control plane that restarts.
 const (
 	lastingTime  = 10 * time.Minute
 	lastingTries = 4
 )
 
-// Patience tells a refusal that lasts from one that passes. Each request that
-// is tried again has one of its own. It is not kept across a restart, which only
-// makes the wait longer.
+// Patience decides when to stop retrying a doubtful refusal (see api.Doubtful). Each retried
+// request has its own. It is not kept across a restart, which only makes the wait longer.
 type Patience struct {
-	since time.Time // of the first of the refusals in a row
+	since time.Time // of the first refusal in a row
 	tries int
 }
 
-// Lost records how a try ended, and reports whether there is no point in
-// another one. Any other outcome than a doubtful refusal starts over.
-func (p *Patience) Lost(err error) bool { return p.Lasts(api.Doubtful(err)) }
+// Exhausted records how a try ended and reports whether to give up. Any outcome but a doubtful
+// refusal starts over.
+func (p *Patience) Exhausted(err error) bool { return p.Lasts(api.Doubtful(err)) }
 
-// Lasts is Lost for callers with a rule of their own for what is doubtful.
+// Lasts is Exhausted for callers that decide themselves which errors are doubtful.
 func (p *Patience) Lasts(doubtful bool) bool {
 	if !doubtful {
 		*p = Patience{}

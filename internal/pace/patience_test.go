@@ -22,7 +22,7 @@ func TestPatience(t *testing.T) {
 		name  string
 		every time.Duration
 		tries []error
-		want  int // the try at which patience is lost, from 1; 0: never
+		want  int // the try at which patience is exhausted, from 1; 0: never
 	}{
 		{"ten minutes", time.Minute, repeat(30, gateway), 11},
 		{"few tries", time.Hour, repeat(30, gateway), 4},
@@ -39,13 +39,13 @@ func TestPatience(t *testing.T) {
 				var p pace.Patience
 				lost := 0
 				for i, err := range test.tries {
-					if p.Lost(err) && lost == 0 {
+					if p.Exhausted(err) && lost == 0 {
 						lost = i + 1
 					}
 					time.Sleep(test.every)
 				}
 				if lost != test.want {
-					t.Errorf("patience was lost at try %d, want %d", lost, test.want)
+					t.Errorf("patience was exhausted at try %d, want %d", lost, test.want)
 				}
 			})
 		})

@@ -1,9 +1,8 @@
-// Package peer connects to programs of this host that are handed secrets.
+// Package peer connects to local servers that will receive secrets.
 //
-// That an address is on this host says nothing about who listens there: any
-// user can bind an unprivileged port, or an address of the loopback network
-// beside the one that the server has. So each connection is checked before the
-// first byte is sent: the program that accepted it must run as a trusted user.
+// A loopback address does not show who listens there: any user can bind an unprivileged port, or
+// another address of the loopback network. So each connection is checked before the first byte is
+// sent: the program that accepted it must run as a trusted user.
 package peer
 
 import (
@@ -21,25 +20,24 @@ import (
 	"time"
 )
 
-// acceptTimeout is how long a server may take to accept a connection. Until
-// then its user is unknown.
+// acceptTimeout is how long a server may take to accept a connection. Its user is unknown before.
 const acceptTimeout = 10 * time.Second
 
-// ErrUntrusted is wrapped by the error for a listener that may not be sent a
-// secret, because it is not on this host or because of the user it runs as.
+// ErrUntrusted means that a server must not receive a secret: it is not on this host, or it runs as
+// an untrusted user.
 var ErrUntrusted = errors.New("not trusted with a secret")
 
-// Dialer connects to servers that run on this host as root, as the agent's own
-// user or as one of Users. The zero Dialer is ready to use.
+// Dialer connects to servers that run on this host as root, as the agent's user or as one of Users.
+// The zero Dialer is ready to use.
 type Dialer struct {
-	Users []string // names; one that this host does not know matches no user
+	Users []string // names; unknown ones are ignored
 
-	// Anyone turns all checks off: this host's owner has named the address.
+	// Anyone turns all checks off. Set it only if the owner of this host named the address.
 	Anyone bool
 }
 
-// DialContext connects to a "tcp" or "unix" address. localhost is 127.0.0.1: where it is also ::1,
-// a server that is told to listen at localhost leaves that address to others.
+// DialContext connects to a "tcp" or "unix" address. It takes localhost for 127.0.0.1 only: a
+// server told to listen at localhost may leave ::1 to other users.
 func (d *Dialer) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
 	if host, port, err := net.SplitHostPort(address); err == nil && network != "unix" &&
 		strings.EqualFold(strings.TrimSuffix(host, "."), "localhost") {
@@ -72,7 +70,7 @@ func (d *Dialer) check(ctx context.Context, conn net.Conn, trusted []int) error 
 	defer cancel()
 	owners, err := owners(ctx, conn)
 	if err != nil {
-		return fmt.Errorf("%s: whose server it is cannot be found out: %w: %w", conn.RemoteAddr(), err, ErrUntrusted)
+		return fmt.Errorf("%s: cannot tell which user runs the server: %w: %w", conn.RemoteAddr(), err, ErrUntrusted)
 	}
 	for _, uid := range owners {
 		if !slices.Contains(trusted, uid) {
@@ -83,7 +81,7 @@ func (d *Dialer) check(ctx context.Context, conn net.Conn, trusted []int) error 
 	return nil
 }
 
-// overflowUser stands for every user that has no number in this process's user namespace.
+// overflowUser is the kernel's uid for every user outside this process's user namespace.
 const overflowUser = 65534
 
 func trustedUsers(names []string) []int {
@@ -98,7 +96,7 @@ func trustedUsers(names []string) []int {
 	return slices.DeleteFunc(trusted, func(uid int) bool { return uid == overflowUser })
 }
 
-// onlyLoopback looks at an address once its name is resolved.
+// onlyLoopback is a net.Dialer.Control: it sees the address after the name is resolved.
 func onlyLoopback(_, address string, _ syscall.RawConn) error {
 	if at, err := netip.ParseAddrPort(address); err != nil || !at.Addr().Unmap().IsLoopback() {
 		return fmt.Errorf("%s is not a loopback address: %w", address, ErrUntrusted)

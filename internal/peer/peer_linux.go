@@ -20,8 +20,8 @@ import (
 	"certctl-agent/internal/hostfile"
 )
 
-// owners are the users at the other end of conn: the one who listens at a unix socket, or those who
-// accepted a TCP connection. There is one, unless someone is playing tricks.
+// owners returns the users at the other end of conn: the listener of a unix socket, or whoever
+// accepted a TCP connection. There is only one, unless a hostile user binds the same address.
 func owners(ctx context.Context, conn net.Conn) ([]int, error) {
 	switch c := conn.(type) {
 	case *net.UnixConn:
@@ -32,7 +32,7 @@ func owners(ctx context.Context, conn net.Conn) ([]int, error) {
 	return nil, errors.ErrUnsupported
 }
 
-// listener is the user who called listen(2), see SO_PEERCRED in unix(7).
+// listener returns the user who called listen(2); see SO_PEERCRED in unix(7).
 func listener(conn *net.UnixConn) ([]int, error) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
@@ -49,9 +49,9 @@ func listener(conn *net.UnixConn) ([]int, error) {
 	return []int{int(cred.Uid)}, nil
 }
 
-// accepters finds the server's end of conn, and waits until it is accepted:
-// before that, kernels show it as root's. It must be a socket of this network
-// namespace; what a packet filter sends elsewhere has no end here.
+// accepters finds the server's end of conn and waits until it is accepted: before that, kernels
+// report root as its owner. The end must be a socket of this network namespace, so a connection
+// that a packet filter redirects elsewhere fails.
 func accepters(ctx context.Context, conn *net.TCPConn) ([]int, error) {
 	client, server := addrPort(conn.LocalAddr()), addrPort(conn.RemoteAddr())
 	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
@@ -65,7 +65,7 @@ func accepters(ctx context.Context, conn *net.TCPConn) ([]int, error) {
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():
-			return nil, fmt.Errorf("no program of this host has accepted the connection: %w", context.Cause(ctx))
+			return nil, fmt.Errorf("no program on this host has accepted the connection: %w", context.Cause(ctx))
 		}
 	}
 }
@@ -75,10 +75,9 @@ func addrPort(address net.Addr) netip.AddrPort {
 	return netip.AddrPortFrom(at.Addr().Unmap(), at.Port())
 }
 
-// lookUp finds the users of the established sockets from local to remote in
-// the kernel's tables, and whether one of them still waits to be accepted
-// (https://docs.kernel.org/networking/proc_net_tcp.html). An IPv4 connection
-// to a server that listens at [::] is in the table of IPv6.
+// lookUp returns the users of the established sockets from local to remote, and whether one of the
+// sockets still waits to be accepted (https://docs.kernel.org/networking/proc_net_tcp.html). An
+// IPv4 connection to a server that listens at [::] is in the IPv6 table.
 func lookUp(local, remote netip.AddrPort) (uids []int, waiting bool, err error) {
 	mapped := func(at netip.AddrPort) []byte { all := at.Addr().As16(); return all[:] }
 	row := tableRow(mapped(local), local.Port(), mapped(remote), remote.Port())
@@ -94,13 +93,13 @@ func lookUp(local, remote netip.AddrPort) (uids []int, waiting bool, err error) 
 	return append(uids, more...), waiting || wait, err
 }
 
-// tableRow is what a table has between the number of a row and its figures.
+// tableRow returns the part of a row that identifies an established socket.
 func tableRow(local []byte, localPort uint16, remote []byte, remotePort uint16) string {
 	const established = 1
 	return fmt.Sprintf(" %s:%04X %s:%04X %02X ", hexWords(local), localPort, hexWords(remote), remotePort, established)
 }
 
-// hexWords prints an address the way of the tables: as words of the machine.
+// hexWords formats an address as the kernel does: in 32-bit words of native byte order.
 func hexWords(address []byte) string {
 	var text strings.Builder
 	for word := range slices.Chunk(address, 4) {
@@ -121,11 +120,11 @@ func scan(table, row string) (uids []int, waiting bool, err error) {
 			// tx_queue:rx_queue tr:tm->when retrnsmt uid timeout inode ...
 			fields := strings.Fields(figures)
 			if len(fields) < 6 {
-				return nil, false, fmt.Errorf("%s holds a row of an unknown form", table)
+				return nil, false, fmt.Errorf("%s has a row in an unknown format", table)
 			}
 			uid, err := strconv.ParseUint(fields[3], 10, 32)
 			if err != nil {
-				return nil, false, fmt.Errorf("%s holds a user that is not a number", table)
+				return nil, false, fmt.Errorf("%s has a row whose uid is not a number", table)
 			}
 			uids = append(uids, int(uid))
 			waiting = waiting || fields[5] == "0" // no inode
@@ -139,8 +138,8 @@ func scan(table, row string) (uids []int, waiting bool, err error) {
 	}
 }
 
-// checkPath refuses a socket that is reached through anything that belongs to
-// a user who is not trusted, or that everybody may replace.
+// checkPath refuses a socket if an untrusted user could replace it, or a directory or symlink on
+// the way to it.
 func checkPath(path string, trusted []int) error {
 	real, err := hostfile.Follow(path, func(at string, info fs.FileInfo) error {
 		if uid, _ := hostfile.Owner(info); !slices.Contains(trusted, uid) {

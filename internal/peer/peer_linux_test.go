@@ -17,10 +17,10 @@ import (
 	"time"
 )
 
-// stranger is the number of no user that is trusted.
+// stranger is the uid of an untrusted user.
 const stranger = 4201
 
-// as runs f in a thread of its own whose effective user is uid.
+// as runs f in a separate thread with the effective uid.
 func as(t *testing.T, uid int, f func()) {
 	done := make(chan struct{})
 	go func() {
@@ -36,7 +36,7 @@ func as(t *testing.T, uid int, f func()) {
 	<-done
 }
 
-// canBe skips a test that needs to be another user.
+// canBe skips a test that cannot become another user.
 func canBe(t *testing.T, uid int) {
 	t.Helper()
 	if uid != os.Geteuid() && os.Geteuid() != 0 {
@@ -44,7 +44,7 @@ func canBe(t *testing.T, uid int) {
 	}
 }
 
-// server listens as one user and accepts as that user.
+// server listens and accepts as one user.
 type server struct {
 	net.Listener
 	got chan int // bytes received over each connection
@@ -102,7 +102,7 @@ func send(t *testing.T, d *Dialer, network, address string) error {
 func (s *server) want(t *testing.T, err error, trusted bool) {
 	t.Helper()
 	if trusted != (err == nil) || err != nil && !errors.Is(err, ErrUntrusted) {
-		t.Errorf("got %v, want it trusted: %v", err, trusted)
+		t.Errorf("got %v, want trusted: %v", err, trusted)
 	}
 	want := 0
 	if trusted {
@@ -118,7 +118,7 @@ func (s *server) want(t *testing.T, err error, trusted bool) {
 	}
 }
 
-// daemon is a user that every Linux has.
+// daemon is a user that every Linux system has.
 func daemon(t *testing.T) int {
 	t.Helper()
 	u, err := user.Lookup("daemon")
@@ -139,7 +139,7 @@ func TestTCP(t *testing.T) {
 		{"127.0.0.1:0", "LocalHost."},
 		{"127.0.0.1:0", "::ffff:127.0.0.1"},
 		{"0.0.0.0:0", "127.0.0.1"},
-		{"[::]:0", "127.0.0.1"}, // the kernel has it in the table of IPv6
+		{"[::]:0", "127.0.0.1"}, // in the kernel's IPv6 table
 		{"[::]:0", "::1"},
 		{"[::1]:0", "::1"},
 		{"127.9.8.7:0", "127.9.8.7"},
@@ -168,9 +168,8 @@ func TestTCP(t *testing.T) {
 	}
 }
 
-// TestAccepter: what counts is who has the connection. A listener may have been
-// handed on, and a connection that nobody has accepted is shown as root's by
-// some kernels.
+// TestAccepter: the user who accepted the connection counts. A listener may have been passed on to
+// another process, and some kernels report root for a connection that nobody has accepted.
 func TestAccepter(t *testing.T) {
 	t.Run("a stranger accepts at root's listener", func(t *testing.T) {
 		canBe(t, stranger)
@@ -185,7 +184,7 @@ func TestAccepter(t *testing.T) {
 		select {
 		case err := <-sent:
 			t.Errorf("it did not wait: %v", err)
-		case <-time.After(200 * time.Millisecond): // long enough for a mistake to show
+		case <-time.After(200 * time.Millisecond): // long enough for a bug to show
 		}
 		s.serve(t, os.Geteuid())
 		s.want(t, <-sent, true)
@@ -199,7 +198,7 @@ func TestAccepter(t *testing.T) {
 			conn.Close()
 		}
 		if !errors.Is(err, ErrUntrusted) || !strings.Contains(err.Error(), "accepted") {
-			t.Errorf("got %v, want that nobody accepted it", err)
+			t.Errorf("got %v, want an error that nobody accepted it", err)
 		}
 	})
 }
@@ -216,7 +215,7 @@ func TestLocalhost(t *testing.T) {
 	}
 	select {
 	case <-theirs.got:
-		t.Error("the stranger was connected to")
+		t.Error("connected to the stranger's server")
 	default:
 	}
 	theirs.want(t, send(t, new(Dialer), "tcp", net.JoinHostPort("::1", port)), false)
@@ -231,7 +230,7 @@ func TestOnlyLoopback(t *testing.T) {
 			t.Errorf("%s: got %v, want allowed: %v", address, err, allowed)
 		}
 	}
-	// Linux takes 0.0.0.0 for itself, but it is not for a name to say so.
+	// Linux connects 0.0.0.0 to this host, but it is not a loopback address.
 	if err := send(t, new(Dialer), "tcp", "192.0.2.1:9"); !errors.Is(err, ErrUntrusted) {
 		t.Errorf("got %v, want a refusal", err)
 	}
@@ -287,8 +286,7 @@ func allow(t *testing.T, dir string) {
 	}
 }
 
-// TestUnixListener: a socket file of root's says nothing about who listens at
-// it.
+// TestUnixListener: that root owns a socket file does not show who listens there.
 func TestUnixListener(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "s")
@@ -367,8 +365,7 @@ func TestCheckPath(t *testing.T) {
 	}
 }
 
-// TestTableRow holds the form of the kernel's table against an example of its
-// documentation.
+// TestTableRow checks the format against an example from the kernel's documentation.
 func TestTableRow(t *testing.T) {
 	if hexWords([]byte{1, 0, 0, 0}) != "00000001" {
 		t.Skip("the example is of a little-endian machine")

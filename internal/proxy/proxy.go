@@ -1,7 +1,6 @@
-// Package proxy decides which proxy a request goes through. It follows the
-// rules of net/http.ProxyFromEnvironment for HTTPS_PROXY and NO_PROXY, on
-// values that may come from a configuration file: net/http knows the process
-// environment only.
+// Package proxy decides which proxy a request goes through. It follows the rules of
+// net/http.ProxyFromEnvironment for HTTPS_PROXY and NO_PROXY, but takes their values from the
+// caller, since they may come from a configuration file.
 package proxy
 
 import (
@@ -16,24 +15,23 @@ import (
 	"unicode"
 )
 
-// Rules choose a proxy. The zero value means none.
+// Rules choose a proxy. The zero value chooses none.
 type Rules struct {
 	proxy      *url.URL
 	everything bool // NO_PROXY holds "*"
 	exceptions []exception
 }
 
-// exception is one entry of NO_PROXY: a network, or else a host with all the
-// hosts below it.
+// exception is one entry of NO_PROXY: either a network, or a host and its subdomains.
 type exception struct {
 	network netip.Prefix
 	host    string // lower case, without a leading dot; "" for a network
-	below   bool   // only the hosts below host: the entry has a leading dot
+	below   bool   // only the subdomains of host: the entry has a leading dot
 	port    string // "" means any
 }
 
-// Parse takes the values of HTTPS_PROXY and NO_PROXY; either may be empty. The
-// error does not quote the proxy's URL, which may hold a password.
+// Parse parses the values of HTTPS_PROXY and NO_PROXY; either may be empty. The error does not
+// quote the proxy's URL, which may contain a password.
 func Parse(httpsProxy, noProxy string) (*Rules, error) {
 	r := &Rules{}
 	if httpsProxy != "" {
@@ -43,7 +41,7 @@ func Parse(httpsProxy, noProxy string) (*Rules, error) {
 		}
 		r.proxy = proxy
 	}
-	// Blanks separate, too, as for curl: no entry holds one.
+	// White space separates too, as in curl: no entry contains any.
 	for entry := range strings.FieldsFuncSeq(strings.ToLower(noProxy), isSeparator) {
 		if entry == "*" {
 			r.everything = true
@@ -63,25 +61,25 @@ func parseURL(value string) (*url.URL, error) {
 	}
 	u, err := url.Parse(value)
 	if err != nil || u.Hostname() == "" {
-		return nil, errors.New("is no URL of a proxy, such as http://proxy.example:3128")
+		return nil, errors.New("is not the URL of a proxy: expected one such as http://proxy.example:3128")
 	}
-	schemes := []string{"http", "https", "socks5", "socks5h"} // those that net/http can speak to a proxy
+	schemes := []string{"http", "https", "socks5", "socks5h"} // all that net/http supports
 	if !slices.Contains(schemes, u.Scheme) {
-		return nil, fmt.Errorf("has scheme %q: a proxy's is one of %s", u.Scheme, strings.Join(schemes, ", "))
+		return nil, fmt.Errorf("has scheme %q: expected one of %s", u.Scheme, strings.Join(schemes, ", "))
 	}
-	// Most likely the rest of a password: everything before would be shown, as
-	// the host, and looked up.
+	// Most likely the rest of a password. What comes before it would pass for the host: it would be
+	// shown, and looked up in DNS.
 	if u.Path != "" && u.Path != "/" || strings.ContainsAny(value, "?#") {
-		return nil, errors.New("has a path, a query or a fragment, and a proxy has none: a / ? or # in a user name or password is written %2F %3F %23")
+		return nil, errors.New("has a path, a query or a fragment, which a proxy cannot have: write / ? # in a user name or password as %2F %3F %23")
 	}
 	if n, err := strconv.Atoi(u.Port()); u.Port() != "" && (err != nil || n < 1 || n > 65535) {
-		return nil, errors.New("has a port that is out of range: from 1 to 65535")
+		return nil, errors.New("has a port out of range: expected 1 to 65535")
 	}
 	return u, nil
 }
 
-// Redacted is a proxy's URL without what may be a secret: a password, or a user
-// name that stands alone, which is how tokens are given.
+// Redacted returns a proxy's URL without secrets: without a password, and without a user name that
+// comes alone, since that is often a token.
 func Redacted(u *url.URL) string {
 	if _, ok := u.User.Password(); u.User != nil && !ok {
 		shown := *u
@@ -105,7 +103,7 @@ func parseException(entry string) exception {
 	return exception{host: name, below: below, port: port}
 }
 
-// splitPort splits "host:port"; an IPv6 address without brackets is a host.
+// splitPort splits "host:port". An IPv6 address without brackets is a host without a port.
 func splitPort(entry string) (host, port string) {
 	if inside, ok := strings.CutPrefix(entry, "["); ok {
 		host, rest, _ := strings.Cut(inside, "]")
@@ -117,11 +115,11 @@ func splitPort(entry string) (host, port string) {
 	return entry, ""
 }
 
-// URL returns the proxy, or nil; for display use Redacted.
+// URL returns the proxy, or nil if there is none. To display it, use Redacted.
 func (r *Rules) URL() *url.URL { return r.proxy }
 
-// For returns the proxy for an https URL, or nil for a direct connection.
-// Loopback is never proxied.
+// For returns the proxy for an https URL, or nil for a direct connection. Loopback addresses are
+// never proxied.
 func (r *Rules) For(u *url.URL) *url.URL {
 	if r.proxy == nil || r.everything {
 		return nil

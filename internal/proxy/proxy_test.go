@@ -14,7 +14,7 @@ import (
 
 const through = "http://proxy.example:3128"
 
-// hosts are asked for under every NO_PROXY below.
+// hosts are looked up under every NO_PROXY below.
 var hosts = []string{
 	"example.org", "www.example.org", "a.www.example.org", "badexample.org", "EXAMPLE.org", "example.org:8443", "www.example.org:8443",
 	"10.1.2.3", "10.1.2.3:8443", "192.0.2.1", "[2001:db8::1]", "[2001:db8::1]:8443", "[2001:db9::1]",
@@ -27,8 +27,8 @@ var noProxies = []string{
 	"[2001:db8::1]:8443", "2001:db8::/32", " example.org , host ,,", "org", "ample.org", "x,*", "10.1.2", "10.1.2.3/99",
 }
 
-// TestLikeNetHTTP compares with what the standard library makes of the same
-// values. It reads the environment once in a process, so each value has one.
+// TestLikeNetHTTP compares the rules with the standard library's. The latter reads the environment
+// once per process, so each value has its own process.
 func TestLikeNetHTTP(t *testing.T) {
 	if noProxy, child := os.LookupEnv("TEST_NO_PROXY"); child {
 		os.Setenv("HTTPS_PROXY", through)
@@ -119,8 +119,7 @@ func TestRedacted(t *testing.T) {
 	}
 }
 
-// TestBlanksInNoProxy: curl takes them for separators, net/http for a part of
-// a name that nothing has.
+// TestBlanksInNoProxy: curl takes white space for separators, net/http for part of a name.
 func TestBlanksInNoProxy(t *testing.T) {
 	rules, err := proxy.Parse(through, "a.example b.example,\t10.0.0.0/8\n .c.example")
 	if err != nil {
@@ -160,7 +159,7 @@ func FuzzParse(f *testing.F) {
 			return
 		}
 		if got := rules.For(&url.URL{Scheme: "https", Host: host}); got != nil && got != rules.URL() {
-			t.Errorf("proxy %v is not the one of %q", got, httpsProxy)
+			t.Errorf("proxy %v, want that of %q", got, httpsProxy)
 		}
 	})
 }

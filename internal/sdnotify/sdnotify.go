@@ -1,5 +1,5 @@
-// Package sdnotify tells systemd how the agent is: the protocol of
-// sd_notify(3), for units of Type=notify.
+// Package sdnotify reports the agent's state to systemd by the protocol of sd_notify(3), for units
+// of Type=notify.
 package sdnotify
 
 import (
@@ -11,20 +11,20 @@ import (
 )
 
 const (
-	// sendTimeout bounds a notice: the select loop sends some, and a service
-	// manager that does not read must not hold it up.
+	// sendTimeout bounds a send: the select loop sends, and a service manager that does not read
+	// must not block it.
 	sendTimeout = 200 * time.Millisecond
 
-	// maxWatchdog is a limit that means none, well within a time.Duration.
+	// maxWatchdog is the longest limit that counts as one. It fits in a time.Duration.
 	maxWatchdog = 365 * 24 * time.Hour
 )
 
-// Notifier sends notices. One that cannot be sent is dropped, since the service
-// manager is the one who acts on its absence. A nil Notifier sends none.
+// Notifier sends notifications. It drops those that it cannot send: the service manager acts when
+// they are missing. A nil Notifier sends nothing.
 type Notifier struct{ socket string }
 
-// New returns a Notifier for the socket that NOTIFY_SOCKET names: a path, or
-// with a leading @ an abstract name. It is nil where there is none.
+// New returns a Notifier for the socket that NOTIFY_SOCKET names: a path, or an abstract name with
+// a leading @. It returns nil if socket is empty.
 func New(socket string) *Notifier {
 	if socket == "" {
 		return nil
@@ -44,11 +44,10 @@ func (n *Notifier) Stopping() { n.send("STOPPING=1") }
 // Watchdog says that the agent is alive.
 func (n *Notifier) Watchdog() { n.send("WATCHDOG=1") }
 
-// Status sets the line that systemctl status shows. It reports whether it could
-// be sent: unlike the others, which are repeated or acted on when they are
-// missing, a line that is lost stays wrong.
+// Status sets the line that systemctl status shows. It reports whether the line was sent, so that
+// the caller can repeat a lost one: nothing else would correct it.
 func (n *Notifier) Status(text string) bool {
-	// A line break would begin another assignment.
+	// A line break would start another assignment.
 	return n.send("STATUS=" + strings.Join(strings.FieldsFunc(text, isLineBreak), " "))
 }
 
@@ -58,7 +57,7 @@ func (n *Notifier) send(state string) bool {
 	if n == nil {
 		return true
 	}
-	// Package net takes a leading @ for the abstract namespace itself.
+	// Package net translates a leading @ to the abstract namespace.
 	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: n.socket, Net: "unixgram"})
 	if err != nil {
 		return false
@@ -71,10 +70,9 @@ func (n *Notifier) send(state string) bool {
 	return err == nil
 }
 
-// WatchdogInterval is how often to call Watchdog: half of the limit that the
-// service manager sets, as sd_watchdog_enabled(3) recommends. Usec and pid are
-// the values of WATCHDOG_USEC and WATCHDOG_PID. 0: no watchdog, or one that
-// waits for another process.
+// WatchdogInterval returns how often to call Watchdog: half of the service manager's limit, as
+// sd_watchdog_enabled(3) recommends. Usec and pid are the values of WATCHDOG_USEC and WATCHDOG_PID.
+// It returns 0 if there is no watchdog, or it watches another process.
 func WatchdogInterval(usec, pid string) time.Duration {
 	if pid != "" && pid != strconv.Itoa(os.Getpid()) {
 		return 0

@@ -62,14 +62,14 @@ func TestWithoutServiceManager(t *testing.T) {
 	for _, socket := range []string{"", filepath.Join(t.TempDir(), "gone"), "vsock:2:1"} {
 		n := sdnotify.New(socket) // each call returns, and that is all
 		n.Ready()
-		if sent := n.Status("x"); sent != (socket == "") { // nobody to tell is nobody to tell again
+		if sent := n.Status("x"); sent != (socket == "") { // without a service manager nothing needs repeating
 			t.Errorf("%q: Status reports %v", socket, sent)
 		}
 		n.Watchdog()
 	}
 }
 
-// TestManagerDoesNotRead: a full socket holds nobody up for long.
+// TestManagerDoesNotRead: a full socket does not block the caller for long.
 func TestManagerDoesNotRead(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "s")
 	listen(t, socket)
@@ -85,7 +85,7 @@ func TestManagerDoesNotRead(t *testing.T) {
 		}
 		return
 	}
-	t.Error("a line that the queue had no room for counts as sent")
+	t.Error("Status reports a line as sent although the queue was full")
 }
 
 func TestWatchdogInterval(t *testing.T) {
