@@ -1,6 +1,5 @@
-// Package command runs the commands that operators configure, such as nginx -t,
-// without a shell and within bounds: of time, of output, and of what the child
-// is given.
+// Package command runs the commands that operators configure, such as nginx -t: without a shell,
+// with a deadline, limited output and a fixed environment.
 package command
 
 import (
@@ -21,41 +20,39 @@ import (
 )
 
 const (
-	// defaultTimeout is the deadline of a command that has none configured.
+	// defaultTimeout is the deadline of a command without a configured one.
 	defaultTimeout = 60 * time.Second
 
 	// maxLine is the longest command line, in bytes.
 	maxLine = 1024
 
-	// metacharacters mean something to a shell. There is none here, but the
-	// author of the command expected one.
+	// metacharacters have a meaning in a shell, which the author of such a command expects.
 	metacharacters = ";|&$(){}<>\\\"'`\r\n\x00"
 
-	// maxOutput bounds what is kept of the output for errors, in bytes.
+	// maxOutput is how much output an error quotes, in bytes.
 	maxOutput = 8 << 10
 
-	// maxAnswer bounds the standard output of Query: nginx -T prints the whole
-	// configuration, which on hosts with thousands of sites is a few MiB.
+	// maxAnswer bounds the standard output of Query, in bytes: nginx -T prints the whole
+	// configuration, a few MiB for thousands of sites.
 	maxAnswer = 16 << 20
 
-	// drainDelay is how long output is still read after the child has ended. A
-	// reload may leave a daemon behind that never closes it.
+	// drainDelay is how long output is still read after the child has exited. A reload may start a
+	// daemon that keeps it open.
 	drainDelay = time.Second
 
-	// searchPath is the PATH of commands, and where a plain name is looked for:
-	// the agent's own PATH may have been anybody's.
+	// searchPath is the PATH of commands, and where plain names are looked up. The agent's own PATH
+	// is not used: an operator's shell may have set it.
 	searchPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 )
 
-// Split splits a command line into words at white space. There is no quoting:
-// a line that is empty, longer than 1,024 bytes, or has a character that means
-// something to a shell is refused.
+// Split splits a command line into words at white space. There is no quoting: it refuses lines that
+// are empty, longer than 1,024 bytes or contain shell metacharacters.
 func Split(line string) ([]string, error) {
 	if len(line) > maxLine {
 		return nil, fmt.Errorf("the command has %d bytes, more than %d", len(line), maxLine)
 	}
 	if i := strings.IndexAny(line, metacharacters); i >= 0 {
-		return nil, fmt.Errorf("the command has the character %q, which is refused: it runs without a shell, so put pipes, quotes and variables into a script", line[i])
+		return nil, fmt.Errorf("the command contains %q, which is not allowed: commands run without a shell, so put pipes, quotes and variables into a script", line[i])
 	}
 	words := strings.Fields(line)
 	if len(words) == 0 {
@@ -64,30 +61,27 @@ func Split(line string) ([]string, error) {
 	return words, nil
 }
 
-// Run runs a command to its end and returns what it printed, both streams
-// together, in at most 8 KiB on one printable line, without what looks like key
-// material. The error of one that cannot be started, exits with another status than 0, is ended by a signal, or
-// is not done when timeout has passed (or ctx ends) names the program and
-// includes that output. In the last case the command has been killed, together
-// with what it started, except for what has left its process group.
+// Run runs a command and returns its output: both streams together, at most 8 KiB, on one printable
+// line and without anything that looks like key material. It fails if the command cannot be
+// started, exits with a non-zero status, is ended by a signal, or is still running when the timeout
+// has passed or ctx ends. The error names the program and includes the output. On a timeout Run
+// kills the command and its whole process group.
 //
 // A timeout of 0 means defaultTimeout.
 func Run(ctx context.Context, argv []string, timeout time.Duration) (string, error) {
 	return RunIn(ctx, "/", argv, timeout)
 }
 
-// RunIn is Run for a command that finds its files in a directory.
+// RunIn is like Run, in the working directory dir.
 func RunIn(ctx context.Context, dir string, argv []string, timeout time.Duration) (string, error) {
 	var output clipped
 	err := run(ctx, dir, argv, timeout, &output, &output)
 	return output.String(), explain(argv, err, &output)
 }
 
-// Query is Run for a command that answers on standard output: that alone is
-// returned, as it is, and more than 16 MiB of it are an error. Standard error
-// is part of the error only. The answer is for parsing; nothing of it may go
-// into an error but the names that it was asked for. Env goes on top of the
-// environment.
+// Query is like Run, but returns only the standard output, unchanged, and fails if that is more
+// than 16 MiB. The output may contain secrets: callers parse it and put nothing into errors but the
+// names they asked for. Env is added to the environment.
 func Query(ctx context.Context, argv []string, timeout time.Duration, env ...string) ([]byte, error) {
 	var answer limited
 	var diagnostics clipped
@@ -120,8 +114,8 @@ func run(ctx context.Context, dir string, argv []string, timeout time.Duration, 
 	cmd.Env = append(Environment(), env...)
 	cmd.Stdout, cmd.Stderr = stdout, stderr // and no Stdin: /dev/null
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	// The negative number is the group, which has the child's number. SIGKILL at
-	// once: the deadline was the time to end in.
+	// The negative number means the child's process group. SIGKILL at once: the timeout was the
+	// grace period.
 	cmd.Cancel = func() error {
 		err := syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
 		if errors.Is(err, syscall.ESRCH) {
@@ -134,7 +128,7 @@ func run(ctx context.Context, dir string, argv []string, timeout time.Duration, 
 	err = cmd.Run()
 	switch {
 	case err == nil, errors.Is(err, exec.ErrWaitDelay):
-		return nil // the latter: successful, but what it left behind keeps the output open
+		return nil // ErrWaitDelay: it succeeded, but a process that it started keeps the output open
 	case ctx.Err() == nil:
 		return err
 	case cmd.Process == nil:
@@ -143,13 +137,13 @@ func run(ctx context.Context, dir string, argv []string, timeout time.Duration, 
 	return fmt.Errorf("killed: %w", context.Cause(ctx))
 }
 
-// Environment is all that a command finds in its environment.
+// Environment returns the whole environment of a command.
 func Environment() []string {
 	return []string{"PATH=" + searchPath, "LANG=C", "HOME=" + home()}
 }
 
-// Find returns the path of the program that Run would run under this name: an
-// absolute path, or a plain name that is looked for in the system's directories.
+// Find returns the path of the program that Run would run for name: an absolute path, or a plain
+// name that is looked up in searchPath.
 func Find(name string) (string, error) {
 	switch {
 	case name == "":
@@ -171,8 +165,8 @@ func Find(name string) (string, error) {
 	return "", fmt.Errorf("not found in %s: install it, or give its absolute path", searchPath)
 }
 
-// home is the home directory of the agent's user by the user database, since
-// the environment may be another user's.
+// home returns the home directory of the agent's user. It asks the user database, since HOME may be
+// another user's.
 func home() string {
 	if u, err := user.LookupId(strconv.Itoa(os.Geteuid())); err == nil && filepath.IsAbs(u.HomeDir) {
 		return u.HomeDir
@@ -180,7 +174,7 @@ func home() string {
 	return "/"
 }
 
-// explain adds to an error which program it was and what it said.
+// explain adds the program and its output to an error.
 func explain(argv []string, err error, output *clipped) error {
 	if err == nil {
 		return nil
@@ -192,8 +186,8 @@ func explain(argv []string, err error, output *clipped) error {
 	return err
 }
 
-// program is what messages call the command: words after the first may be
-// anything.
+// program returns the name of the command for messages. The arguments are left out: they may be
+// secret.
 func program(argv []string) string {
 	if len(argv) == 0 {
 		return "command"
@@ -201,8 +195,8 @@ func program(argv []string) string {
 	return printable.Line(argv[0], 200)
 }
 
-// clipped keeps the beginning and the end of what is written, since either may
-// say what went wrong.
+// clipped keeps the beginning and the end of the output, since either may say why the command
+// failed.
 type clipped struct {
 	head, tail []byte
 	cut        bool
@@ -224,7 +218,7 @@ func (c *clipped) Write(data []byte) (int, error) {
 	return len(data), nil
 }
 
-// String is at most maxOutput bytes on one line, without key material.
+// String returns the output on one line of at most maxOutput bytes, without key material.
 func (c *clipped) String() string {
 	if !c.cut {
 		return printable.Line(redact(string(c.head)+string(c.tail), true, true), maxOutput)
@@ -232,8 +226,7 @@ func (c *clipped) String() string {
 	return printable.Line(redact(string(c.head), true, false)+cutMark+redact(string(c.tail), false, true), maxOutput)
 }
 
-// limited keeps maxAnswer bytes and discards what follows, so that the writer
-// is not held up.
+// limited keeps maxAnswer bytes and discards the rest, so that the command does not block.
 type limited struct {
 	data []byte
 	over bool

@@ -74,7 +74,7 @@ func FuzzSplit(f *testing.F) {
 	})
 }
 
-// sh makes the argv of a script; words come as $1, $2, and so on.
+// sh returns the argv of a shell script with the arguments words.
 func sh(script string, words ...string) []string {
 	return append([]string{"/bin/sh", "-c", script, "sh"}, words...)
 }
@@ -122,13 +122,13 @@ func TestRun(t *testing.T) {
 }
 
 func TestFind(t *testing.T) {
-	t.Setenv("PATH", "") // is not looked at
+	t.Setenv("PATH", "") // must not matter
 	path, err := command.Find("sh")
 	if err != nil || !filepath.IsAbs(path) {
 		t.Errorf("Find(sh) = %q, %v, want an absolute path", path, err)
 	}
 	if again, err := command.Find(path); err != nil || again != path {
-		t.Errorf("Find(%s) = %q, %v, want it as it is", path, again, err)
+		t.Errorf("Find(%s) = %q, %v, want it unchanged", path, again, err)
 	}
 	for _, name := range []string{"", "no-such-program", "bin/sh", "/no/such/program", "/etc"} {
 		if path, err := command.Find(name); err == nil {
@@ -137,8 +137,7 @@ func TestFind(t *testing.T) {
 	}
 }
 
-// TestEnvironment: a command sees nothing of the agent's environment, where
-// its API key may be.
+// TestEnvironment: a command does not see the agent's environment, which may contain its API key.
 func TestEnvironment(t *testing.T) {
 	t.Setenv("CERTCTL_API_KEY", "hunter2")
 	t.Setenv("PATH", t.TempDir())
@@ -158,13 +157,12 @@ func TestEnvironment(t *testing.T) {
 	}
 	for _, bad := range []string{"somebody", os.Getenv("PATH")} {
 		if bytes.Contains(output, []byte(bad)) {
-			t.Errorf("the environment holds the agent's %q:\n%s", bad, output)
+			t.Errorf("the environment contains the agent's %q:\n%s", bad, output)
 		}
 	}
 }
 
-// waitGone waits until the process whose number is in the file has ended; one
-// that its parent has not collected has ended too.
+// waitGone waits until the process whose pid is in the file has ended, or is a zombie.
 func waitGone(t *testing.T, pidFile string) {
 	t.Helper()
 	data, err := os.ReadFile(pidFile)
@@ -199,8 +197,7 @@ func TestDeadline(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			pidFile := filepath.Join(t.TempDir(), "pid")
-			// The deadline is to come after the script has begun, which on a busy
-			// machine takes longer.
+			// The timeout must be long enough for the script to start on a busy machine.
 			var output string
 			var err error
 			for timeout := 200 * time.Millisecond; output == "" && timeout < time.Minute; timeout *= 4 {
@@ -210,7 +207,7 @@ func TestDeadline(t *testing.T) {
 					t.Errorf("error = %v, want the deadline", err)
 				}
 				if took := time.Since(began) - timeout; took > 30*time.Second {
-					t.Errorf("took %v more than it had", took)
+					t.Errorf("took %v longer than the timeout", took)
 				}
 			}
 			if !strings.HasPrefix(output, "started") || err != nil && !strings.Contains(err.Error(), "started") {
@@ -252,15 +249,15 @@ func TestCancel(t *testing.T) {
 	began := filepath.Join(t.TempDir(), "began")
 	_, err := command.Run(ctx, []string{"touch", began}, 0)
 	if !errors.Is(err, cause) || !strings.Contains(err.Error(), "not started") {
-		t.Errorf("error = %v, want that it was not started and why", err)
+		t.Errorf("error = %v, want \"not started\" and the cause", err)
 	}
 	if _, err := os.Stat(began); err == nil {
-		t.Error("the command ran under a context that had ended")
+		t.Error("the command ran although its context had ended")
 	}
 }
 
-// TestDaemonLeftBehind: a successful reload may start a daemon that keeps the
-// output open; that is neither a failure nor a reason to wait or to kill it.
+// TestDaemonLeftBehind: a successful reload may start a daemon that keeps the output open. Run must
+// not fail, wait for the daemon or kill it.
 func TestDaemonLeftBehind(t *testing.T) {
 	needs.Need(t, "setsid")
 	for _, test := range []struct{ name, script string }{
@@ -293,8 +290,7 @@ func TestDaemonLeftBehind(t *testing.T) {
 	}
 }
 
-// TestDetachedAfterFailure: one that left the group cannot be killed, and must
-// not hold the agent up.
+// TestDetachedAfterFailure: a process that left the group is not killed, and must not block Run.
 func TestDetachedAfterFailure(t *testing.T) {
 	needs.Need(t, "setsid")
 	pidFile := filepath.Join(t.TempDir(), "pid")
@@ -313,12 +309,11 @@ func TestDetachedAfterFailure(t *testing.T) {
 	}
 }
 
-// TestLongOutput: the beginning and the end are kept, the command is not held
-// up by what is not.
+// TestLongOutput: the beginning and the end are kept, and the rest does not block the command.
 func TestLongOutput(t *testing.T) {
 	output, err := command.Run(t.Context(), sh(`echo first; head -c 5000000 /dev/zero | tr '\0' x; echo; echo last; exit 1`), 30*time.Second)
 	if err == nil {
-		t.Fatal("exit status 1 is no error")
+		t.Fatal("exit status 1 is not an error")
 	}
 	if len(output) > 8<<10 || len(output) < 8000 {
 		t.Errorf("%d bytes of output were kept, want nearly 8192", len(output))

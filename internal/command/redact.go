@@ -8,28 +8,27 @@ import (
 	"certctl-agent/internal/lazyregexp"
 )
 
-// redaction replaces a part of a command's output that must not reach a log.
+// redaction replaces key material in a command's output.
 const redaction = "[redacted]"
 
 const (
-	// minRun is the length from which a run of base64 or hex counts as key
-	// material: 32 hex digits are 16 bytes, the shortest key in use.
+	// minRun is the shortest run of base64 or hex that counts as key material: 32 hex digits are 16
+	// bytes, the shortest key in use.
 	minRun = 32
 
-	// minMixed is how many pairs of neighbours must be such as words and paths
-	// hardly have (see mixed), and one in mixedShare. In base64 of random bytes
-	// three in ten are.
+	// minMixed and mixedShare: base64 is told from words and paths by its mixed pairs of characters
+	// (see mixed). It has at least minMixed of them, and one in mixedShare. In base64 of random
+	// bytes, three pairs in ten are mixed.
 	minMixed   = 5
 	mixedShare = 10
 
-	// minDump is how many numbers in a row make a line of a dump, such as
-	// hexdump, od and openssl print. A MAC address has six.
+	// minDump is how many numbers in a row make a line a dump, as hexdump, od and openssl print
+	// them. A MAC address has six.
 	minDump = 8
 )
 
 var (
-	// The label is not looked at: of what a command prints in armour, no error
-	// needs to show anything.
+	// Any label counts: no error needs to show a PEM block.
 	pemBegin = lazyregexp.New(`-----BEGIN [^-\r\n]{1,80}-----`)
 	pemEnd   = lazyregexp.New(`-----END [^-\r\n]{1,80}-----`)
 
@@ -40,20 +39,18 @@ var (
 	dumpWord   = lazyregexp.New(`^(?:[0-9A-Fa-f]{2,11}|[!-~]|\\[^ ])$`)
 )
 
-// Redact takes what looks like key material out of a text that goes into an
-// error, as Run does with the output of a command.
+// Redact replaces what looks like key material in a text that goes into an error, as Run does.
 func Redact(text string) string { return redact(text, true, true) }
 
-// redact takes key material out of the output of a command: it goes into
-// errors, which the control plane sees, and a command of the control plane's
-// choice may print any file. What looks like it is left out as well: a
-// certificate, a fingerprint.
+// redact replaces key material in the output of a command. The output goes into errors, which the
+// control plane sees, and a command that the control plane chose may print any file. Certificates
+// and fingerprints look like key material and are replaced too.
 //
-// It knows armour, base64 and dumps in bytes. It is not a wall: a control
-// plane that may run any command has other ways, which CERTCTL_ALLOWED_COMMANDS closes.
+// It recognises PEM, base64 and hex dumps. It is not a security boundary: a control plane that may
+// run any command can send secrets in other ways, which CERTCTL_ALLOWED_COMMANDS prevents.
 //
-// The text is a part of the output. begins and ends tell whether it has the
-// output's own beginning and end, or was cut there.
+// The text is a part of the output. begins and ends say whether it includes the output's beginning
+// and end, or was cut there.
 func redact(text string, begins, ends bool) string {
 	if !begins {
 		text = strings.TrimPrefix(text, cutShort(text[:len(text)-len(strings.TrimLeftFunc(text, isEncoded))]))
@@ -68,8 +65,8 @@ func isEncoded(r rune) bool {
 	return 'a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || strings.ContainsRune("+/=_-", r)
 }
 
-// cutShort returns a run at the cut of an output if it is too short to be
-// judged: it may be the end of a long one.
+// cutShort returns a run of base64 at a cut if it is too short to judge: it may be the end of a
+// long one.
 func cutShort(run string) string {
 	if len(run) < 2*minRun {
 		return run
@@ -77,8 +74,8 @@ func cutShort(run string) string {
 	return ""
 }
 
-// redactArmour takes out PEM. A block without its beginning is left out from
-// the beginning of the text, one without its end to the end of the text.
+// redactArmour replaces PEM blocks. If the BEGIN line of a block is missing, it replaces everything
+// from the beginning of the text; if the END line is missing, everything to its end.
 func redactArmour(text string) string {
 	var out strings.Builder
 	for {
@@ -103,8 +100,8 @@ func redactArmour(text string) string {
 	}
 }
 
-// redactLines takes out what only shows over a line, or over several: dumps,
-// and base64 that is wrapped into short lines.
+// redactLines replaces key material that takes whole lines: dumps, and base64 wrapped into short
+// lines.
 func redactLines(text string, begins bool) string {
 	lines := strings.Split(text, "\n")
 	if !begins && len(lines) > 1 && isDump(lines[1]) {
@@ -129,12 +126,12 @@ func redactLines(text string, begins bool) string {
 	return strings.Join(lines, "\n")
 }
 
-// wrapped returns how many lines from each one on are one encoded text. It looks
-// once at each: of the lines behind one, all that counts has been added up.
+// wrapped returns, for each line, how many lines from there on are one encoded text. It goes
+// backward, so that it looks at each line once.
 func wrapped(lines []string) []int {
 	wraps := make([]int, len(lines))
-	n, length, pairs := 0, 0, 0 // pairs is of neighbours in one line
-	singles, hex := true, true  // every line is one character, as grep -o prints them; or hex
+	n, length, pairs := 0, 0, 0 // mixed pairs, within lines
+	singles, hex := true, true  // every line is a single character, as from grep -o; is hex
 	for i, line := range slices.Backward(lines) {
 		line = strings.TrimSpace(line)
 		if !encoded().MatchString(line) {
@@ -153,8 +150,8 @@ func wrapped(lines []string) []int {
 	return wraps
 }
 
-// dumped returns how many lines from here on are a dump. The last one of a dump
-// may be too short to be known, and counts too.
+// dumped returns how many lines are a dump. It includes the line after them, since the last line of
+// a dump may be too short to recognise.
 func dumped(lines []string) int {
 	for n, line := range lines {
 		if !isDump(line) {
@@ -164,7 +161,7 @@ func dumped(lines []string) int {
 	return len(lines)
 }
 
-// isDump reports whether a line shows bytes one by one, in whatever base.
+// isDump reports whether a line shows single bytes, in any base.
 func isDump(line string) bool {
 	if colonHex().MatchString(line) {
 		return true
@@ -182,7 +179,7 @@ func isDump(line string) bool {
 	return whole && row >= minDump/2
 }
 
-// redactRuns takes out long words of base64 or hex. Paths are long words too.
+// redactRuns replaces long words of base64 or hex, but not paths.
 func redactRuns(text string) string {
 	text = encodedRun().ReplaceAllStringFunc(text, func(run string) string {
 		if isMixed(mixed(run), len(run)) {
@@ -195,8 +192,8 @@ func redactRuns(text string) string {
 
 func isMixed(pairs, of int) bool { return pairs >= minMixed && pairs*mixedShare >= of }
 
-// mixed counts pairs of neighbours of which one is an upper-case letter and the
-// other a digit, or a lower-case letter before it.
+// mixed counts the pairs of adjacent characters that words and paths hardly have: an upper-case
+// letter and a digit, or an upper-case letter after a lower-case one.
 func mixed(run string) (pairs int) {
 	for i := 1; i < len(run); i++ {
 		a, b := rune(run[i-1]), rune(run[i])

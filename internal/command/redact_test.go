@@ -20,10 +20,10 @@ import (
 	"time"
 )
 
-// testKeys are keys in the forms that fleets have.
+// testKeys are keys of the types that servers use.
 func testKeys(t *testing.T) map[string]string {
 	t.Helper()
-	cryptotest.SetGlobalRandom(t, 42) // what is found is a matter of likelihood
+	cryptotest.SetGlobalRandom(t, 42) // detection depends on the random bytes
 	ec, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	must(t, err)
 	sec1, err := x509.MarshalECPrivateKey(ec)
@@ -51,8 +51,8 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// leaks returns a part of the key that is in text, in base64 or hex, "" for
-// none. Blanks in text do not hide anything.
+// leaks returns a part of the key that text contains in base64 or hex, or "". It ignores white
+// space in text.
 func leaks(key, text string) string {
 	const shown = 12 // characters
 	squeeze := strings.NewReplacer(" ", "", "\n", "", "\t", "", ":", "", "|", "").Replace
@@ -68,8 +68,7 @@ func leaks(key, text string) string {
 	return ""
 }
 
-// TestRunShowsNoKey has commands print a key in many ways, each of them one
-// command without a shell.
+// TestRunShowsNoKey: commands print a key in many ways, without a shell.
 func TestRunShowsNoKey(t *testing.T) {
 	for kind, key := range testKeys(t) {
 		path := filepath.Join(t.TempDir(), "key.pem")
@@ -84,7 +83,7 @@ func TestRunShowsNoKey(t *testing.T) {
 		} {
 			words := append(strings.Fields(line), path)
 			if _, err := exec.LookPath(words[0]); err != nil || kind == "rsa" && words[0] != "cat" {
-				continue // an RSA key has nothing that the others have not, but its length
+				continue // an RSA key differs from the others only in length
 			}
 			// The last word makes most of them fail, so that the error has it too.
 			argv := append(words, "/nonexistent/file")
@@ -93,7 +92,7 @@ func TestRunShowsNoKey(t *testing.T) {
 				t.Errorf("%s, %s: shows %q:\n%s\n%v", kind, argv, part, output, err)
 			}
 		}
-		// Where the bound of the output cuts it, at every place.
+		// The output may be cut at any place in the key.
 		for at := half - len(key) - 40; at < half+40; at += 7 {
 			var output clipped
 			output.Write([]byte(strings.Repeat("x ", at/2) + key + strings.Repeat(" y", maxOutput)))
@@ -116,7 +115,7 @@ func TestRunShowsNoKey(t *testing.T) {
 	}
 }
 
-// TestRedactKeeps: what operators need to read stays.
+// TestRedactKeeps: text that operators need is not redacted.
 func TestRedactKeeps(t *testing.T) {
 	for _, text := range []string{
 		"",
@@ -139,8 +138,8 @@ func TestRedactKeeps(t *testing.T) {
 	}
 }
 
-// TestRedactManyLines: what a hostile server says costs no more than its length. Looking
-// from each line to the end of the text would take hours here.
+// TestRedactManyLines: the cost of a hostile server's output is linear. Looking from each line to
+// the end of the text would take hours here.
 func TestRedactManyLines(t *testing.T) {
 	text := strings.Repeat("no\n", 300_000)
 	if got := redact(text, true, true); got != text {
@@ -165,7 +164,7 @@ func TestRedactArmour(t *testing.T) {
 	}
 }
 
-// FuzzRedact: nothing around a key makes it visible.
+// FuzzRedact: no text around a key makes it visible.
 func FuzzRedact(f *testing.F) {
 	f.Add("a -----BEGIN X-----\n", "-----END X----- b")
 	f.Add("-----END X-----", "-----BEGIN X-----")

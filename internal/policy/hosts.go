@@ -11,17 +11,16 @@ import (
 	"certctl-agent/internal/printable"
 )
 
-// HostRule is one entry of the list of hosts: names or addresses, on one port
-// or on any.
+// HostRule is one entry of CERTCTL_ALLOWED_HOSTS: names or addresses, on one port or on any.
 type HostRule struct {
-	name   string // in lower case; "*.example.org" stands for what is below; "": by address
+	name   string // lower case; "*.example.org" means its subdomains; "": by address
 	prefix netip.Prefix
 	port   uint16 // 0: any
 }
 
-// ParseHostRule reads an entry: a host name, "*.example.org" for the names below
-// one, an address or a CIDR block, each with ":port" if wanted. Before a port, an
-// address with colons of its own stands in brackets ("[2001:db8::/32]:22").
+// ParseHostRule parses an entry: a host name, "*.example.org" for its subdomains, an address or a
+// CIDR block, optionally followed by ":port". IPv6 needs brackets before a port:
+// "[2001:db8::/32]:22".
 func ParseHostRule(entry string) (HostRule, error) {
 	host, port, err := cutPort(entry)
 	if err != nil {
@@ -30,7 +29,7 @@ func ParseHostRule(entry string) (HostRule, error) {
 	rule := HostRule{port: port}
 	if addr, err := netip.ParseAddr(host); err == nil {
 		if addr.Zone() != "" {
-			return HostRule{}, fmt.Errorf("%s: an address here has no zone", printable.Quote(entry))
+			return HostRule{}, fmt.Errorf("%s: an address with a zone is not supported", printable.Quote(entry))
 		}
 		rule.prefix = netip.PrefixFrom(addr.Unmap(), addr.Unmap().BitLen())
 		return rule, nil
@@ -38,7 +37,7 @@ func ParseHostRule(entry string) (HostRule, error) {
 	if strings.Contains(host, "/") {
 		prefix, err := netip.ParsePrefix(host)
 		if err != nil || prefix.Masked() != prefix || prefix.Addr().Is4In6() {
-			return HostRule{}, fmt.Errorf("%s is not a block of addresses such as 10.0.0.0/8", printable.Quote(entry))
+			return HostRule{}, fmt.Errorf("%s is not a CIDR block such as 10.0.0.0/8", printable.Quote(entry))
 		}
 		rule.prefix = prefix
 		return rule, nil
@@ -50,7 +49,7 @@ func ParseHostRule(entry string) (HostRule, error) {
 	return rule, nil
 }
 
-// cutPort cuts a port off, and brackets; 0 stands for none.
+// cutPort splits an entry into the host, without brackets, and the port, or 0.
 func cutPort(entry string) (host string, port uint16, err error) {
 	host = entry
 	number, hasPort := "", false
@@ -58,7 +57,7 @@ func cutPort(entry string) (host string, port uint16, err error) {
 		var after string
 		host, after, _ = strings.Cut(inside, "]")
 		if number, hasPort = strings.CutPrefix(after, ":"); !hasPort && after != "" {
-			return "", 0, fmt.Errorf("%s: after the bracket comes a colon and the port", printable.Quote(entry))
+			return "", 0, fmt.Errorf("%s: expected a colon and the port after the bracket", printable.Quote(entry))
 		}
 	} else if strings.Count(entry, ":") == 1 {
 		host, number, hasPort = strings.Cut(entry, ":")
@@ -68,16 +67,16 @@ func cutPort(entry string) (host string, port uint16, err error) {
 	}
 	n, err := strconv.ParseUint(number, 10, 16)
 	if err != nil || n == 0 {
-		return "", 0, fmt.Errorf("%s: the port is a number from 1 to 65535", printable.Quote(entry))
+		return "", 0, fmt.Errorf("%s: expected a port from 1 to 65535", printable.Quote(entry))
 	}
 	return host, uint16(n), nil
 }
 
-// canonical is the form in which names are compared (RFC 4343); the final dot
-// of an absolute one does not count.
+// canonical returns the form in which names are compared: in lower case (RFC 4343), without the
+// final dot of an absolute name.
 func canonical(name string) string { return strings.ToLower(strings.TrimSuffix(name, ".")) }
 
-// isHostName accepts what RFC 1123 does, and underscores, which exist.
+// isHostName accepts names by RFC 1123, and underscores, which are in use.
 func isHostName(name string) bool {
 	for label := range strings.SplitSeq(name, ".") {
 		odd := strings.ContainsFunc(label, func(r rune) bool {
@@ -92,7 +91,7 @@ func isHostName(name string) bool {
 
 func (r HostRule) onPort(port uint16) bool { return r.port == 0 || r.port == port }
 
-// named reports whether the rule is for a host of this name.
+// named reports whether the rule allows a host by this name.
 func (r HostRule) named(host string) bool {
 	if below, isWildcard := strings.CutPrefix(r.name, "*"); isWildcard {
 		return strings.HasSuffix(host, below) && len(host) > len(below)
@@ -100,9 +99,9 @@ func (r HostRule) named(host string) bool {
 	return r.name != "" && r.name == host
 }
 
-// CheckHost reports whether a private key may be sent to host, a name or an
-// address, before the name is looked up. A name that is not on the list passes
-// if there are blocks of addresses for its port: CheckAddress decides then.
+// CheckHost checks whether a private key may be sent to host, a name or an address, before the name
+// is looked up. If any CIDR block is allowed on this port, it accepts every name, and CheckAddress
+// decides.
 func (p *Policy) CheckHost(host string, port uint16) error {
 	if addr, err := netip.ParseAddr(host); err == nil {
 		return p.CheckAddress(host, netip.AddrPortFrom(addr, port))
@@ -121,14 +120,13 @@ func (p *Policy) CheckHost(host string, port uint16) error {
 	return nil
 }
 
-// CheckRelayed is CheckHost for a host that a proxy connects to. CheckAddress is
-// not asked of what that looks up, so a name needs a rule of its own; and its
-// loopback is another host's.
+// CheckRelayed is like CheckHost, for a host that a proxy connects to. The proxy looks the name up,
+// so there is no address to check: the name needs its own rule. A loopback address is the proxy's.
 func (p *Policy) CheckRelayed(host string, port uint16) error {
 	if err := p.CheckHost(host, port); err != nil || p.Hosts == nil {
 		return err
 	}
-	addr, _ := netip.ParseAddr(host) // of a name the zero one, which no block contains
+	addr, _ := netip.ParseAddr(host) // the zero Addr if host is a name: no block contains it
 	addr, name := addr.Unmap().WithZone(""), canonical(host)
 	allows := func(r HostRule) bool { return r.onPort(port) && (r.prefix.Contains(addr) || r.named(name)) }
 	if !slices.ContainsFunc(p.Hosts, allows) {
@@ -137,32 +135,31 @@ func (p *Policy) CheckRelayed(host string, port uint16) error {
 	return nil
 }
 
-// isLoopbackName: no DNS server is asked for these (RFC 6761, section 6.3).
+// isLoopbackName reports whether name means this host without DNS (RFC 6761, section 6.3).
 func isLoopbackName(name string) bool {
 	return name == "localhost" || strings.HasSuffix(name, ".localhost")
 }
 
-// CheckAddress reports whether a private key may be sent to the address at,
-// which host was resolved to. Loopback is this host and always allowed. Unspecified
-// and multicast addresses never are: they belong to no host.
+// CheckAddress checks whether a private key may be sent to the address at, to which host resolved.
+// Loopback is this host and always allowed. Unspecified and multicast addresses are never allowed,
+// since they are not one host's.
 func (p *Policy) CheckAddress(host string, at netip.AddrPort) error {
 	addr, name := at.Addr().Unmap(), canonical(host)
 	switch _, err := netip.ParseAddr(host); {
 	case addr.IsLoopback():
 		return nil
 	case addr.IsUnspecified(), addr.IsMulticast():
-		return fmt.Errorf("%s is the address of no host", addr)
+		return fmt.Errorf("%s is not the address of a host", addr)
 	case p.Hosts == nil:
 		return nil
 	case err != nil && isLoopbackName(name):
-		return fmt.Errorf("%s is %s here, which is not this host", name, addr)
+		return fmt.Errorf("%s resolves to %s, which is not this host", name, addr)
 	}
 	allows := func(r HostRule) bool {
 		if r.prefix.IsValid() {
 			return r.onPort(at.Port()) && r.prefix.Contains(addr.WithZone(""))
 		}
-		// Whoever answers for the name in DNS chooses the address, and cloud
-		// metadata services have link-local ones.
+		// DNS chooses the address, and cloud metadata services have link-local ones.
 		return r.onPort(at.Port()) && r.named(name) && !addr.IsLinkLocalUnicast()
 	}
 	if slices.ContainsFunc(p.Hosts, allows) {
@@ -175,8 +172,7 @@ func (p *Policy) CheckAddress(host string, at netip.AddrPort) error {
 	return refused(what)
 }
 
-// ErrHost is the answer of CheckHost and CheckAddress for a host that is not in
-// the list.
+// ErrHost means that a host is not allowed by CERTCTL_ALLOWED_HOSTS.
 var ErrHost = errors.New("is not among the hosts that CERTCTL_ALLOWED_HOSTS allows")
 
 func refused(what string) error { return fmt.Errorf("%s %w", what, ErrHost) }

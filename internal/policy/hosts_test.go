@@ -27,16 +27,16 @@ func TestParseHostRule(t *testing.T) {
 		"web 1":             "is not a host name",
 		"bücher.example":    "is not a host name",
 		"-o.example.org":    "is not a host name",
-		"web1:0":            "the port is a number",
-		"web1:ssh":          "the port is a number",
-		"web1:65536":        "the port is a number",
+		"web1:0":            "expected a port",
+		"web1:ssh":          "expected a port",
+		"web1:65536":        "expected a port",
 		"[::1]22":           "after the bracket",
-		"10.0.0.1/8":        "is not a block of addresses",
-		"10.0.0.0/33":       "is not a block of addresses",
-		"::ffff:10.0.0.0/8": "is not a block of addresses",
-		"fe80::1%eth0":      "has no zone",
-		"https://web1":      "the port is a number",
-		"a/b":               "is not a block of addresses",
+		"10.0.0.1/8":        "is not a CIDR block",
+		"10.0.0.0/33":       "is not a CIDR block",
+		"::ffff:10.0.0.0/8": "is not a CIDR block",
+		"fe80::1%eth0":      "an address with a zone",
+		"https://web1":      "expected a port",
+		"a/b":               "is not a CIDR block",
 	} {
 		if rule, err := ParseHostRule(entry); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: got %+v, %v, want an error with %q", entry, rule, err, want)
@@ -44,8 +44,7 @@ func TestParseHostRule(t *testing.T) {
 	}
 }
 
-// TestHosts asks as a connection does: for the host, and if that may be, for the
-// address that is found for it.
+// TestHosts checks the host and then its address, as a connection does.
 func TestHosts(t *testing.T) {
 	list := []string{"web1.example.org:22", "Bigip.Example.ORG.", "*.k8s.example.org:6443", "10.1.0.0/16", "192.0.2.7:443", "[2001:db8::/32]:22", "2001:db8:1::5", "169.254.9.9"}
 	tests := []struct {
@@ -55,7 +54,7 @@ func TestHosts(t *testing.T) {
 	}{
 		{"web1.example.org", "203.0.113.1:22", list, ""},
 		{"WEB1.example.org.", "203.0.113.1:22", list, ""},
-		{"web1.example.org", "203.0.113.1:2222", list, "address"}, // a block of addresses might have let it in
+		{"web1.example.org", "203.0.113.1:2222", list, "address"}, // a CIDR block might have allowed it
 		{"web1.example.org", "203.0.113.1:2222", []string{"web1.example.org:22"}, "host"},
 		{"xweb1.example.org", "203.0.113.1:22", []string{"web1.example.org"}, "host"},
 		{"bigip.example.org", "203.0.113.1:8443", list, ""},
@@ -74,7 +73,7 @@ func TestHosts(t *testing.T) {
 		{"2001:db8::1", "[2001:db8::1]:23", list, "host"},
 		{"2001:db8:1::5", "[2001:db8:1::5]:23", list, ""},
 
-		// A name that somebody else answers for.
+		// A name in someone else's DNS zone.
 		{"bigip.example.org", "169.254.169.254:80", list, "address"},
 		{"bigip.example.org", "169.254.9.9:80", list, ""},
 		{"bigip.example.org", "[fe80::1%eth0]:80", list, "address"},
@@ -82,7 +81,7 @@ func TestHosts(t *testing.T) {
 		{"bigip.example.org", "224.0.0.1:80", list, "address"},
 		{"localhost", "203.0.113.1:22", list, "address"},
 
-		// This host, whatever the list.
+		// This host is always allowed.
 		{"localhost", "127.0.0.1:22", []string{}, ""},
 		{"127.9.9.9", "127.9.9.9:22", []string{}, ""},
 		{"::1", "[::1]:22", []string{}, ""},
@@ -91,7 +90,7 @@ func TestHosts(t *testing.T) {
 		{"web1.example.org", "203.0.113.1:22", []string{}, "host"},
 		{"0.0.0.0", "0.0.0.0:22", []string{}, "host"},
 
-		// Without a list anything that is a host.
+		// Without a list, any host.
 		{"web1.example.org", "203.0.113.1:22", nil, ""},
 		{"203.0.113.1", "203.0.113.1:22", nil, ""},
 		{"0x7f.1", "127.0.0.1:22", nil, ""},

@@ -1,5 +1,5 @@
-// Package policy is what this host lets its control plane do: which files may be
-// written, which commands may run, and where private keys may be sent.
+// Package policy limits what the control plane can do on this host: which files it may write, which
+// commands it may run, and where it may send private keys.
 package policy
 
 import (
@@ -16,37 +16,35 @@ import (
 	"certctl-agent/internal/printable"
 )
 
-// Policy is what the control plane may make this host write and run. It comes
-// from the agent's own configuration, never from the control plane.
+// Policy comes from the agent's own configuration, never from the control plane.
 type Policy struct {
-	// Paths are the directories below which files may be written
-	// (CERTCTL_ALLOWED_PATHS). Nil: anywhere but where a file would give the
-	// host away.
+	// Paths are the directories below which files may be written (CERTCTL_ALLOWED_PATHS). Nil:
+	// everywhere, except where a file would give control of the host (see fatalPaths).
 	Paths []string
 
-	// Commands are the command lines that may run, word by word
-	// (CERTCTL_ALLOWED_COMMANDS); a last word "*" stands for any further
-	// words. Nil: any command that command.Split accepts.
+	// Commands are the command lines that may run, split into words (CERTCTL_ALLOWED_COMMANDS). A
+	// last word "*" allows any further words. Nil: any command that command.Split accepts.
 	Commands [][]string
 
-	// Hosts are where private keys may be sent (CERTCTL_ALLOWED_HOSTS), beside
-	// this host itself. Nil: anywhere.
+	// Hosts are where private keys may be sent (CERTCTL_ALLOWED_HOSTS), besides this host. Nil:
+	// anywhere.
 	Hosts []HostRule
 
-	// Protected are the agent's own configuration, state and key directories
-	// and files. Nothing may be written there, whatever Paths says.
+	// Protected are the agent's own files and directories: configuration, state and keys. Nothing
+	// may be written there, whatever Paths says.
 	Protected []string
 }
 
+// Command is a command that may run.
 type Command struct {
 	Argv    []string
 	Timeout time.Duration
 
-	// Env is NAME=value, on top of what commands are given anyway. It may hold a
-	// secret, and no record of a deployment has it.
+	// Env is added to the environment, as NAME=value. It may contain a secret and is not recorded.
 	Env []string `json:"-"`
 }
 
+// Command parses a command line and checks whether it may run.
 func (p *Policy) Command(line string, timeout time.Duration) (Command, error) {
 	argv, err := command.Split(line)
 	if err != nil {
@@ -68,41 +66,38 @@ func matches(allowed, argv []string) bool {
 // CheckPath is Look.CheckPath for a single path.
 func (p *Policy) CheckPath(path string) error { return p.Look().CheckPath(path) }
 
-// Look returns a Look at the files of this host as they are from now on.
+// Look returns a Look for the destinations of one deployment.
 func (p *Policy) Look() *Look { return &Look{policy: p, seen: make(map[string]place)} }
 
-// Look checks several paths, and looks only once at each file that nobody may
-// write: there are some hundreds. It is for the destinations of one deployment and
-// not to be kept, since what it remembers goes out of date. Within a deployment that
-// does no harm: only root or the agent's user can make, move or mount these files,
-// and they own the host without that. It remembers nothing of the path that is
-// checked, which others may be able to change.
+// Look checks several paths, and looks at each of the some hundred forbidden paths only once. It
+// must not outlive a deployment, since what it remembers becomes outdated. Within a deployment that
+// is safe: only root or the agent's user can create, move or mount these paths, and both control
+// the host anyway. It remembers nothing about the checked paths, which other users may change.
 type Look struct {
 	policy *Policy
-	seen   map[string]place // by name, as it is on a list, and of each directory above
+	seen   map[string]place // forbidden paths and the directories above them, by name
 }
 
 // place is where a path leads.
 type place struct {
 	real string      // without symlinks, as far as it exists
-	info fs.FileInfo // nil: there is nothing, or it cannot be looked at
+	info fs.FileInfo // nil: it does not exist, or cannot be read
 }
 
-// CheckPath reports whether a file may be written at path, which must be
-// absolute, clean and free of symlinks: the caller resolves them, since only
-// it knows the directory that it will write to.
+// CheckPath checks whether a file may be written at path, which must be absolute, clean and free of
+// symlinks. The caller resolves them, since only it knows the directory that it will write to.
 func (l *Look) CheckPath(path string) error {
 	if !filepath.IsAbs(path) || filepath.Clean(path) != path || strings.ContainsFunc(path, printable.IsControl) {
-		return fmt.Errorf("%s is no absolute path in its shortest form", printable.Quote(path))
+		return fmt.Errorf("%s is not an absolute path in its shortest form", printable.Quote(path))
 	}
 	p := l.policy
 	above := ancestors(path)
 	if own := l.firstHolding(p.Protected, path, above); own != "" {
-		return fmt.Errorf("%s is in %s, which is the agent's own: nothing is installed there", path, own)
+		return fmt.Errorf("%s is in %s, which belongs to the agent: nothing is installed there", path, own)
 	}
 	if p.Paths == nil {
 		if why := l.fatal(path, above); why != "" {
-			return fmt.Errorf("%s is refused because it is in, or is, %s: to allow it all the same, name its directory in CERTCTL_ALLOWED_PATHS", path, why)
+			return fmt.Errorf("%s is refused because it is in, or is, %s: to allow it anyway, add its directory to CERTCTL_ALLOWED_PATHS", path, why)
 		}
 		return nil
 	}
@@ -114,19 +109,19 @@ func (l *Look) CheckPath(path string) error {
 	return fmt.Errorf("%s is in none of the directories that CERTCTL_ALLOWED_PATHS allows (%s)", path, strings.Join(p.Paths, ", "))
 }
 
-// fatalPaths are files and directories with which a writer owns the host, or
-// breaks it. The list cannot be complete, and need not be: files that are there
-// are replaced only where they hold certificates or keys. It is for new ones,
-// and for the host's own trust in others.
+// fatalPaths returns the files and directories that give a writer control of the host, or let it
+// break the host. The list cannot be complete, and need not be: existing files are replaced only if
+// they hold certificates or keys. The list protects against new files, and protects the host's
+// trust store.
 func fatalPaths() []string {
 	return []string{
 		// the agent, the kernel, and root
 		"/etc/certctl", "/proc", "/sys", "/dev", "/boot", "/efi", "/root", "/var/root",
-		// programs and libraries; of /usr, Fatal knows more
+		// programs and libraries; for /usr see Fatal
 		"/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/usr/local/bin", "/usr/local/sbin", "/usr/local/lib", "/usr/local/lib32",
 		"/usr/local/lib64", "/usr/local/libexec", "/usr/local/games", "/opt/homebrew/bin", "/opt/homebrew/sbin", "/opt/homebrew/lib",
 		"/etc/ld.so.preload", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/ld.so.cache", "/etc/ld.so.nohwcap", "/etc/alternatives",
-		// what is started, and when
+		// services and scheduled jobs
 		"/etc/systemd", "/usr/local/lib/systemd", "/run/systemd", "/var/lib/systemd", "/etc/init", "/etc/init.d", "/etc/rc.d", "/etc/rc.local",
 		"/etc/rc.conf", "/etc/rc0.d", "/etc/rc1.d", "/etc/rc2.d", "/etc/rc3.d", "/etc/rc4.d", "/etc/rc5.d", "/etc/rc6.d", "/etc/rcS.d", "/etc/inittab",
 		"/etc/conf.d", "/etc/default", "/etc/sysconfig", "/etc/local.d", "/etc/runit", "/etc/sv", "/etc/s6", "/etc/inetd.conf", "/etc/xinetd.d",
@@ -144,7 +139,7 @@ func fatalPaths() []string {
 		"/etc/NetworkManager/NetworkManager.conf", "/etc/networkd-dispatcher", "/etc/netplan", "/etc/dhcp", "/etc/dhcpcd.conf", "/etc/ppp", "/etc/acpi",
 		"/etc/hosts", "/etc/hosts.allow", "/etc/hosts.deny", "/etc/hosts.equiv", "/etc/resolv.conf", "/etc/cni", "/etc/cloud", "/var/lib/cloud",
 		"/etc/libvirt/hooks", "/etc/docker/daemon.json", "/etc/containers/systemd", "/etc/containers/policy.json",
-		// who may do what
+		// users and permissions
 		"/etc/sudoers", "/etc/sudoers.d", "/etc/sudo.conf", "/var/lib/sudo", "/var/db/sudo", "/etc/doas.conf", "/etc/doas.d", "/etc/polkit-1",
 		"/run/polkit-1", "/var/lib/polkit-1", "/etc/dbus-1", "/run/dbus", "/etc/pam.d", "/etc/pam.conf", "/etc/security", "/etc/selinux",
 		"/etc/apparmor.d", "/etc/audit", "/etc/ssh", "/var/empty", "/etc/nologin", "/run/nologin", "/etc/securetty", "/etc/login.defs", "/etc/login.access",
@@ -159,7 +154,7 @@ func fatalPaths() []string {
 		"/etc/apt", "/var/lib/apt", "/var/cache/apt", "/etc/dpkg", "/var/lib/dpkg", "/etc/yum", "/etc/yum.conf", "/etc/yum.repos.d", "/etc/dnf",
 		"/etc/rpm", "/var/lib/rpm", "/etc/zypp", "/etc/pacman.conf", "/etc/pacman.d", "/var/lib/pacman", "/etc/apk", "/var/cache/apk", "/etc/pki/rpm-gpg",
 		"/etc/snap", "/var/lib/snapd",
-		// whom the host trusts
+		// the host's trust store
 		"/etc/ca-certificates", "/etc/ca-certificates.conf", "/var/lib/ca-certificates", "/usr/local/share/ca-certificates",
 		"/etc/ssl/cert.pem", "/etc/ssl/ca-bundle.pem", "/etc/ssl/certs/ca-certificates.crt", "/etc/ssl/certs/ca-bundle.crt", "/etc/ssl/certs/ca-bundle.trust.crt",
 		"/etc/ssl/certs/java", "/etc/ssl/openssl.cnf", "/etc/pki/ca-trust", "/etc/pki/trust", "/etc/pki/java", "/etc/pki/nssdb", "/etc/pki/tls/cert.pem",
@@ -168,14 +163,14 @@ func fatalPaths() []string {
 	}
 }
 
-// trustDirs are where OpenSSL looks for the certificates that it trusts, under
-// names that isHashName knows. Under other names servers have theirs there.
+// trustDirs returns the directories where OpenSSL looks for trusted certificates, by hash name (see
+// isHashName). Servers keep their own certificates there, under other names.
 func trustDirs() []string {
 	return []string{"/etc/ssl/certs", "/etc/pki/tls/certs", "/usr/local/etc/ssl/certs"}
 }
 
-// isHashName reports whether openssl rehash makes such names: 8 hexadecimal
-// digits, a dot, and a number, after an r for a revocation list.
+// isHashName reports whether a name is like those of openssl rehash: 8 hexadecimal digits, a dot,
+// an r if it is a revocation list, and a number.
 func isHashName(name string) bool {
 	hash, number, ok := strings.Cut(name, ".")
 	number = strings.TrimPrefix(number, "r")
@@ -183,8 +178,8 @@ func isHashName(name string) bool {
 		number != "" && strings.Trim(number, "0123456789") == ""
 }
 
-// fatalNames are the same as fatalPaths, wherever they are: what is read from a
-// home directory by a shell, by sshd, or by whatever else runs commands.
+// fatalNames returns names that are as dangerous as fatalPaths in any directory: files that a
+// shell, sshd or another program that runs commands reads from a home directory.
 func fatalNames() []string {
 	return []string{
 		".ssh", "authorized_keys", "authorized_keys2", ".profile", ".bashrc", ".bashrc.d", ".bash_profile", ".bash_login", ".bash_logout", ".bash_aliases",
@@ -196,20 +191,20 @@ func fatalNames() []string {
 	}
 }
 
-// Fatal says where path, on another host, is, or what it is, that with a file
-// there a writer owns that host or breaks it; "" if it is no such place.
+// Fatal returns the dangerous place that path, on another host, is or is in, or "" if it is
+// harmless.
 func Fatal(path string) string { return new(Policy).Look().fatal(path, nil) }
 
-// fatal says why path is on the lists above, or "".
+// fatal returns the entry of the lists above that path matches, or "".
 func (l *Look) fatal(path string, above []fs.FileInfo) string {
-	// Case is ignored since file systems exist that ignore it.
+	// Some file systems ignore case.
 	lower := strings.ToLower(filepath.ToSlash(path))
 	for _, name := range fatalNames() {
 		if strings.Contains(lower+"/", "/"+strings.ToLower(name)+"/") {
 			return name
 		}
 	}
-	// All of it belongs to the distribution but for one directory.
+	// All of /usr belongs to the distribution, except /usr/local.
 	if below("/usr", lower) && !below("/usr/local", lower) {
 		return "/usr"
 	}
@@ -233,10 +228,9 @@ func ancestors(path string) (found []fs.FileInfo) {
 	}
 }
 
-// firstHolding is the first of dirs that path, with the given ancestors, is in,
-// or is. It errs on the side of finding one: names are compared without case, and
-// what is there also by identity, which sees through bind mounts and through file
-// systems that take several spellings for one name.
+// firstHolding returns the first of dirs that path is or is in, or "". Above are path's ancestors.
+// When in doubt it finds a match: it compares names without case, and existing files also by
+// identity, which detects bind mounts and file systems with several spellings of a name.
 func (l *Look) firstHolding(dirs []string, path string, above []fs.FileInfo) string {
 	lower := strings.ToLower(path)
 	for _, dir := range dirs {
@@ -251,8 +245,7 @@ func (l *Look) firstHolding(dirs []string, path string, above []fs.FileInfo) str
 	return ""
 }
 
-// at finds out where a clean path leads, from the directory above it on, which
-// most of a list have in common.
+// at returns where a clean path leads. It starts from the parent directory, which many paths share.
 func (l *Look) at(path string) place {
 	found, ok := l.seen[path]
 	if ok {
@@ -270,7 +263,7 @@ func (l *Look) at(path string) place {
 	return found
 }
 
-// look is at for a path whose directory has no symlinks.
+// look is like at, for a path whose directory has no symlinks.
 func look(path string) place {
 	info, err := os.Lstat(path)
 	if err != nil {

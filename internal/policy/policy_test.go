@@ -43,7 +43,7 @@ func TestCommandAllowList(t *testing.T) {
 		}
 	}
 	if _, err := (&Policy{}).Command("nginx; reboot", 0); err == nil {
-		t.Error("a shell's semicolon: got no error")
+		t.Error("a semicolon: got no error")
 	}
 }
 
@@ -63,13 +63,13 @@ func TestAllowedPaths(t *testing.T) {
 	}{
 		{base + "/real/tls/cert.pem", ""},
 		{base + "/later/not/there/yet", ""},
-		{base + "/link/tls/cert.pem", "CERTCTL_ALLOWED_PATHS"}, // not resolved, so not what the caller writes to
+		{base + "/link/tls/cert.pem", "CERTCTL_ALLOWED_PATHS"}, // symlinks not resolved
 		{base + "/realm/cert.pem", "CERTCTL_ALLOWED_PATHS"},
 		{base + "/real", ""},
 		{"/etc/passwd", "CERTCTL_ALLOWED_PATHS"},
-		{base + "/real/keys/x.key", "the agent's own"},
-		{base + "/real/KEYS/x.key", "the agent's own"},
-		{base + "/real/agent.env", "the agent's own"},
+		{base + "/real/keys/x.key", "belongs to the agent"},
+		{base + "/real/KEYS/x.key", "belongs to the agent"},
+		{base + "/real/agent.env", "belongs to the agent"},
 		{base + "/real/../x", "shortest form"},
 		{"real/tls", "shortest form"},
 		{base + "/real//tls", "shortest form"},
@@ -86,12 +86,11 @@ func TestAllowedPaths(t *testing.T) {
 		t.Error("an empty list allows a path")
 	}
 	if err := (&Policy{Paths: []string{"/"}}).CheckPath("/srv/x"); err != nil {
-		t.Errorf("everything is allowed, and yet: %v", err)
+		t.Errorf("everything is allowed, but got %v", err)
 	}
 }
 
-// An allowed directory that its owner turns into a link to another one allows
-// nothing there.
+// If the owner of an allowed directory replaces it by a symlink, nothing is allowed behind that.
 func TestAllowedPathsThroughForeignLink(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can make another user's link")
@@ -118,7 +117,7 @@ func TestAllowedPathsThroughForeignLink(t *testing.T) {
 	must(t, os.Lchown(filepath.Join(home, "tls"), 0, -1))
 	must(t, os.Chmod(home, 0o777))
 	if err := p.CheckPath(filepath.Join(etc, "x")); err == nil {
-		t.Error("a link in everybody's directory: got no error")
+		t.Error("a link in a world-writable directory: got no error")
 	}
 }
 
@@ -149,12 +148,12 @@ func TestFatalPaths(t *testing.T) {
 		}
 	}
 	if err := (&Policy{Paths: []string{"/etc"}}).CheckPath("/etc/certctl/tls/cert.pem"); err != nil {
-		t.Errorf("the host's owner has said so, and yet: %v", err)
+		t.Errorf("allowed by the host's owner, but got %v", err)
 	}
 }
 
-// What is protected is found behind links, whether it is there yet or not, and
-// under names that no link leads to.
+// Protected paths are found behind symlinks, whether they exist yet or not, and under other names
+// such as hard links.
 func TestProtectedElsewhere(t *testing.T) {
 	base, err := filepath.EvalSymlinks(t.TempDir())
 	must(t, err)
@@ -191,8 +190,7 @@ func TestProtectedElsewhere(t *testing.T) {
 	}
 }
 
-// A Look keeps what it saw of the lists, and nothing of the path that it is
-// asked for.
+// A Look remembers the forbidden paths, but nothing about the checked path.
 func TestLook(t *testing.T) {
 	base, err := filepath.EvalSymlinks(t.TempDir())
 	must(t, err)
@@ -204,15 +202,15 @@ func TestLook(t *testing.T) {
 	must(t, look.CheckPath(join("cert.pem")))
 	must(t, os.Link(join("keys/own"), join("cert.pem")))
 	if look.CheckPath(join("cert.pem")) == nil {
-		t.Error("a destination that has become a protected file is accepted")
+		t.Error("a destination was accepted after it became a protected file")
 	}
 	must(t, os.Mkdir(join("elsewhere"), 0o755))
 	must(t, os.Symlink("elsewhere", join("later")))
 	if err := look.CheckPath(join("elsewhere/x")); err != nil {
-		t.Errorf("what is protected was looked at again: %v", err)
+		t.Errorf("a protected path was looked at again: %v", err)
 	}
 	if p.CheckPath(join("elsewhere/x")) == nil {
-		t.Error("a protected path that appeared is not seen by the next Look")
+		t.Error("the next Look does not see a new protected path")
 	}
 }
 

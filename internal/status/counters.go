@@ -8,13 +8,13 @@ import (
 	"certctl-agent/internal/printable"
 )
 
-// Counters only ever grow while the agent runs. The zero value is ready to
-// count; one goroutine counts, and hands out clones.
+// Counters count events since the agent started. The zero value is ready to use. Counters are not
+// safe for concurrent use: their owner passes on clones.
 type Counters struct {
-	// Failures by activity and kind. An answer of 429 is none.
+	// Failures by activity and kind, without 429s.
 	Failures map[string]map[string]uint64 `json:"failures,omitempty"`
 
-	// RateLimited counts the answers of 429, by activity.
+	// RateLimited counts 429s by activity.
 	RateLimited map[string]uint64 `json:"rate_limited,omitempty"`
 
 	// CSRs by result.
@@ -42,12 +42,11 @@ type Bucket struct {
 	Count uint64  `json:"count"`
 }
 
-// bounds reach from a file copied to the default command timeout, several times
-// over.
+// bounds range from the time to copy a file to several times the default command timeout.
 var bounds = [...]float64{0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300}
 
-// Target types come from the control plane: beyond maxTypes they are counted
-// together, and none is longer than maxType.
+// Target types come from the control plane. Beyond maxTypes they are counted together, and longer
+// ones than maxType are cut.
 const (
 	maxTypes  = 64
 	maxType   = 64
@@ -55,7 +54,7 @@ const (
 	noType    = "none" // a deployment that installs nothing
 )
 
-// rateLimited is the kind of an answer that asks to come later (api.Kind).
+// rateLimited is api.Kind of a 429.
 const rateLimited = "rate_limited"
 
 func (c *Counters) Failure(activity, kind string) {
@@ -74,7 +73,7 @@ func (c *Counters) Failure(activity, kind string) {
 func (c *Counters) CSR(result string) { count(&c.CSRs, result) }
 
 func (c *Counters) Job(targetType, outcome string, took time.Duration) {
-	// Printable here already: two that print alike would be one metric twice.
+	// Made printable here, so that two types that print alike are one metric.
 	if targetType = printable.Line(targetType, maxType); targetType == "" {
 		targetType = noType
 	}
@@ -105,7 +104,7 @@ func (h *Histogram) add(seconds float64) {
 	}
 }
 
-// Clone returns a copy that does not change when c counts on.
+// Clone returns a deep copy.
 func (c *Counters) Clone() Counters {
 	clone := Counters{
 		RateLimited: maps.Clone(c.RateLimited),

@@ -33,8 +33,8 @@ func WriteMetrics(w io.Writer, s Snapshot) error {
 	return err
 }
 
-// WriteMetricsFile replaces a file for node_exporter's textfile collector. The
-// temporary beside it has a name that the collector does not read.
+// WriteMetricsFile replaces a file for node_exporter's textfile collector. The collector does not
+// read the temporary file beside it, because of its name.
 func WriteMetricsFile(path string, s Snapshot) error {
 	var text bytes.Buffer
 	if err := WriteMetrics(&text, s); err != nil {
@@ -70,7 +70,7 @@ func (m *metrics) activities(s Snapshot) {
 			m.sample(metric, value(s.Activities[name]), "activity", name)
 		}
 	}
-	each("last_attempt_timestamp_seconds", "When an activity was last begun, as Unix time; 0 if never.",
+	each("last_attempt_timestamp_seconds", "When an activity last started, as Unix time; 0 if never.",
 		func(a Activity) float64 { return unix(a.LastAttempt) })
 	each("last_success_timestamp_seconds", "When an activity last succeeded, as Unix time; 0 if never.",
 		func(a Activity) float64 { return unix(a.LastSuccess) })
@@ -81,12 +81,12 @@ func (m *metrics) activities(s Snapshot) {
 	for _, activity := range slices.Sorted(maps.Keys(s.Counters.Failures)) {
 		m.counts("failures_total", s.Counters.Failures[activity], "activity", activity, "kind")
 	}
-	m.family("rate_limited_total", "counter", "Answers of 429, by activity.")
+	m.family("rate_limited_total", "counter", "Answers with status 429, by activity.")
 	m.counts("rate_limited_total", s.Counters.RateLimited, "activity")
 }
 
 func (m *metrics) jobs(s Snapshot) {
-	m.family("jobs", "gauge", "Deployments in hand, by state; undelivered ones are done, but not reported.")
+	m.family("jobs", "gauge", "Deployments by state; undelivered ones are done, but not reported yet.")
 	m.sample("jobs", float64(s.Jobs.Running), "state", "running")
 	m.sample("jobs", float64(s.Jobs.Waiting), "state", "waiting")
 	m.sample("jobs", float64(s.Jobs.Undelivered), "state", "undelivered")
@@ -141,29 +141,28 @@ func (m *metrics) scan(s Scan) {
 // prefix is before every name.
 const prefix = "certctl_agent_"
 
-// maxLabel is longer than any identifier or name of a host.
+// maxLabel is longer than any identifier or host name, in bytes.
 const maxLabel = 256
 
-// family begins a metric. Every sample of it must follow before the next one
-// begins.
+// family starts a metric. All its samples must follow before the next metric.
 func (m *metrics) family(name, kind, help string) {
 	fmt.Fprintf(m, "# HELP %s%s %s\n# TYPE %s%s %s\n", prefix, name, help, prefix, name, kind)
 }
 
-// gauge writes a family of one sample.
+// gauge writes a metric with one sample.
 func (m *metrics) gauge(name, help string, value float64) {
 	m.family(name, "gauge", help)
 	m.sample(name, value)
 }
 
-// counts writes samples that differ in their last label, whose name labels end with.
+// counts writes samples that differ in their last label. Labels ends with the name of that label.
 func (m *metrics) counts(name string, counts map[string]uint64, labels ...string) {
 	for _, value := range slices.Sorted(maps.Keys(counts)) {
 		m.sample(name, float64(counts[value]), append(labels, value)...)
 	}
 }
 
-// sample writes one value; labels are names and values in turn.
+// sample writes one value. Labels are alternately names and values.
 func (m *metrics) sample(name string, value float64, labels ...string) {
 	var pairs []string
 	for pair := range slices.Chunk(labels, 2) {
@@ -175,15 +174,15 @@ func (m *metrics) sample(name string, value float64, labels ...string) {
 	m.WriteString(prefix + name + " " + number(value) + "\n")
 }
 
-// escape makes a label value of a string that may come from anywhere: one bad
-// byte would have the whole text refused, and people read it on terminals.
+// escape makes a label value of an untrusted string: a single bad byte would make Prometheus refuse
+// the whole text, and people read it on terminals.
 func escape(value string) string {
 	return strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(printable.Line(value, maxLabel))
 }
 
 func number(v float64) string { return strconv.FormatFloat(v, 'f', -1, 64) }
 
-// unix is a time in seconds, to the millisecond; 0 for none.
+// unix returns a Unix time in seconds, with milliseconds, or 0 for the zero time.
 func unix(t time.Time) float64 {
 	if t.IsZero() {
 		return 0

@@ -33,7 +33,7 @@ func TestWriteMetrics(t *testing.T) {
 	}
 	golden(t, "busy.prom", strings.ReplaceAll(text, runtime.Version(), "GO"))
 	if err := checkExposition(metricsOf(t, Snapshot{})); err != nil {
-		t.Errorf("an agent that has just started: %v", err)
+		t.Errorf("right after the start: %v", err)
 	}
 }
 
@@ -43,8 +43,7 @@ var (
 	edgeLabel  = regexp.MustCompile(`,?le="([^"]+)"`)
 )
 
-// checkExposition parses Prometheus' text format 0.0.4, and holds the metrics
-// to the conventions for names.
+// checkExposition parses Prometheus' text format 0.0.4 and checks the naming conventions.
 func checkExposition(text string) error {
 	if !utf8.ValidString(text) || !strings.HasSuffix(text, "\n") {
 		return errors.New("not UTF-8, or the last line has no end")
@@ -127,13 +126,13 @@ func TestWriteMetricsFile(t *testing.T) {
 	}
 	data, err := os.ReadFile(path)
 	if err != nil || string(data) != metricsOf(t, busy()) {
-		t.Errorf("the file holds %q, %v", data, err)
+		t.Errorf("the file contains %q, %v", data, err)
 	}
 	if info, err := os.Stat(path); err != nil || info.Mode() != 0o644 {
-		t.Errorf("mode %v, %v, want 0644: node_exporter is another user", info.Mode(), err)
+		t.Errorf("mode %v, %v, want 0644: node_exporter runs as another user", info.Mode(), err)
 	}
 	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 {
-		t.Errorf("directory holds %v, %v, want the file alone", entries, err)
+		t.Errorf("directory holds %v, %v, want only the file", entries, err)
 	}
 	if err := WriteMetricsFile(filepath.Join(dir, "none", "x.prom"), busy()); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("without the directory: %v", err)

@@ -14,14 +14,15 @@ import (
 )
 
 const (
-	// maxShown keeps the text short; JSON has all certificates.
+	// maxShown is how many certificates are shown; JSON has them all.
 	maxShown = 25
 
-	// maxField bounds what a string from outside takes of a line.
+	// maxField and maxError bound untrusted strings, in bytes.
 	maxField = 60
 	maxError = 200
 )
 
+// Render writes a snapshot as text for people.
 func Render(w io.Writer, s Snapshot) error {
 	var text strings.Builder
 	fmt.Fprintf(&text, "certctl-agent %s, up %s\n", s.Version, span(s.Taken.Sub(s.Started)))
@@ -57,7 +58,7 @@ func renderActivities(w io.Writer, s Snapshot) {
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	defer table.Flush()
 	fmt.Fprintln(table, "ACTIVITY\tLAST SUCCESS\tNEXT\tFAILURES\tOUTCOME")
-	// The loop's own in the order of a start, then others.
+	// The loop's own in the order in which they start, then the others.
 	names := []string{Heartbeat, Poll, Discovery, Delivery}
 	for _, name := range slices.Sorted(maps.Keys(s.Activities)) {
 		if !slices.Contains(names, name) {
@@ -86,7 +87,7 @@ func renderActivities(w io.Writer, s Snapshot) {
 	}
 }
 
-// renderCertificates shows those that expire first.
+// renderCertificates shows the certificates that expire first.
 func renderCertificates(w io.Writer, s Snapshot) {
 	certificates := slices.SortedFunc(slices.Values(s.Certificates), func(a, b Certificate) int {
 		return cmp.Or(a.NotAfter.Compare(b.NotAfter), cmp.Compare(a.TargetID, b.TargetID))
@@ -107,7 +108,7 @@ func renderCertificates(w io.Writer, s Snapshot) {
 	}
 }
 
-// field is a string from outside in a cell.
+// field makes an untrusted string safe for a cell.
 func field(s string) string {
 	if s = printable.Line(s, maxField); s == "" {
 		return "-"
@@ -126,7 +127,7 @@ func took(seconds float64) string {
 	return time.Duration(seconds * float64(time.Second)).Round(time.Millisecond).String()
 }
 
-// span is a duration to its two largest units.
+// span formats a duration in its two largest units.
 func span(d time.Duration) string {
 	const day = 24 * time.Hour
 	switch d = d.Round(time.Second); {

@@ -20,20 +20,20 @@ import (
 const SocketName = "agent.sock"
 
 const (
-	// askTimeout is how long the loop has for an answer. It never blocks: one
-	// that needs seconds is stuck, or the host is out of processor time.
+	// askTimeout is how long the loop may take to answer. The loop never blocks: if it needs
+	// seconds, it is stuck or the host is overloaded.
 	askTimeout = 5 * time.Second
 
-	// getTimeout leaves the daemon time to say that its loop is stuck.
+	// getTimeout leaves the daemon time to answer that its loop is stuck.
 	getTimeout = askTimeout + 3*time.Second
 
-	// ioTimeout is for requests and answers on the local socket.
+	// ioTimeout bounds reads and writes on the local socket.
 	ioTimeout = 5 * time.Second
 
 	maxRequest = 8 << 10
-	maxAnswer  = 16 << 20 // some thousand certificates are 2 MiB
+	maxAnswer  = 16 << 20 // a few thousand certificates take 2 MiB
 
-	// maxPath is the longest name of a socket on macOS; Linux allows 107.
+	// maxPath is the longest path of a socket on macOS, in bytes; Linux allows 107.
 	maxPath = 103
 )
 
@@ -41,12 +41,11 @@ var (
 	// errNotRunning means that no daemon listens in the state directory.
 	errNotRunning = errors.New("no agent is running")
 
-	// errStuck means that there is a daemon whose loop does not answer.
+	// errStuck means that the daemon runs but its loop does not answer.
 	errStuck = errors.New("the agent's loop is stuck")
 )
 
-// Source asks the loop for a snapshot. It returns an error when ctx ends before
-// the loop has answered.
+// Source asks the loop for a snapshot. It fails if ctx ends first.
 type Source func(ctx context.Context) (Snapshot, error)
 
 // Server answers on the socket: GET /status with the snapshot as JSON, GET
@@ -57,12 +56,11 @@ type Server struct {
 	path     string
 	http     http.Server
 	log      *slog.Logger
-	stop     context.CancelFunc // ends what requests wait for
+	stop     context.CancelFunc // ends waiting requests
 }
 
-// Listen makes the socket in a state directory, 0600 from the moment that it
-// exists. It replaces the socket of a process that is gone; with one that lives
-// it fails.
+// Listen creates the socket in a state directory, with mode 0600 from the start. It replaces the
+// socket of a process that has ended, and fails if another agent is running.
 func Listen(dir string, source Source, log *slog.Logger) (*Server, error) {
 	path := filepath.Join(dir, SocketName)
 	listener, err := bind(dir)
@@ -84,14 +82,15 @@ func Listen(dir string, source Source, log *slog.Logger) (*Server, error) {
 	return s, nil
 }
 
+// Serve answers requests until Close.
 func (s *Server) Serve() {
 	if err := s.http.Serve(s.listener); !errors.Is(err, http.ErrServerClosed) {
-		s.log.Warn("the status socket does not answer any more", "error", err)
+		s.log.Warn("the status socket has failed: certctl-agent status does not work until the agent restarts", "error", err)
 	}
 }
 
-// Close stops answering and removes the socket. The loop may have ended, so
-// requests that wait for it are told so.
+// Close stops the server and removes the socket. Requests that wait for the loop fail, since it may
+// have ended.
 func (s *Server) Close() {
 	s.stop()
 	ctx, cancel := context.WithTimeout(context.Background(), ioTimeout)
@@ -102,8 +101,8 @@ func (s *Server) Close() {
 	os.Remove(s.path)
 }
 
-// bind makes the socket in a directory that is closed to others, since it gets
-// a mode from the umask, and moves it to its place when it has its own mode.
+// bind creates the socket in a directory that other users cannot enter, because the umask sets its
+// first mode. It changes the mode and then moves the socket to its place.
 func bind(dir string) (*net.UnixListener, error) {
 	switch conn, err := dial(context.Background(), dir); {
 	case err == nil:
@@ -184,8 +183,8 @@ func (s *Server) answer(contentType string, write func(io.Writer, Snapshot) erro
 	}
 }
 
-// Get asks the daemon of a state directory. The error says whether there is none
-// or its loop does not answer.
+// Get asks the daemon of a state directory for a snapshot. The error says whether no daemon runs or
+// its loop does not answer.
 func Get(ctx context.Context, dir string) (Snapshot, error) {
 	ctx, cancel := context.WithTimeout(ctx, getTimeout)
 	defer cancel()
@@ -193,7 +192,7 @@ func Get(ctx context.Context, dir string) (Snapshot, error) {
 		DisableKeepAlives: true,
 		DialContext:       func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx, dir) },
 	}
-	// The host's name is of no meaning on a socket.
+	// The host name has no meaning on a unix socket.
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agent/status", nil)
 	if err != nil {
 		return Snapshot{}, err

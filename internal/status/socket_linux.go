@@ -6,9 +6,8 @@ import (
 	"path/filepath"
 )
 
-// address names the socket in dir to the kernel. A path that is too long for
-// the name of a socket is taken through a handle of the directory, which must
-// stay open until release.
+// address returns the socket's address in dir. If the path is too long for the kernel, the address
+// goes through an open handle of the directory, which release closes.
 func address(dir string) (name string, release func(), err error) {
 	if path := filepath.Join(dir, SocketName); len(path) <= maxPath {
 		return path, func() {}, nil

@@ -38,8 +38,7 @@ func serve(t *testing.T, dir string, source Source) *Server {
 	return s
 }
 
-// shortDir is a temporary directory whose name leaves room for a socket's on
-// every system.
+// shortDir returns a temporary directory whose path is short enough for a socket.
 func shortDir(t *testing.T) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("/tmp", "s")
@@ -52,7 +51,7 @@ func shortDir(t *testing.T) string {
 
 func TestGet(t *testing.T) {
 	dir := shortDir(t)
-	old := syscall.Umask(0) // the worst for the socket's mode
+	old := syscall.Umask(0) // the worst case for the socket's mode
 	s := serve(t, dir, fixed(busy()))
 	syscall.Umask(old)
 	got, err := Get(t.Context(), dir)
@@ -69,7 +68,7 @@ func TestGet(t *testing.T) {
 		t.Errorf("socket %v, %v, want mode 0600", info.Mode(), err)
 	}
 	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 {
-		t.Errorf("directory holds %v, %v, want the socket alone", entries, err)
+		t.Errorf("directory holds %v, %v, want only the socket", entries, err)
 	}
 	s.Close()
 	if _, err := os.Lstat(filepath.Join(dir, SocketName)); !errors.Is(err, fs.ErrNotExist) {
@@ -107,7 +106,7 @@ func TestSecondDaemon(t *testing.T) {
 	dir := shortDir(t)
 	serve(t, dir, fixed(busy()))
 	if _, err := Listen(dir, fixed(Snapshot{}), slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "another agent is running") {
-		t.Errorf("second daemon: %v, want that another agent is running", err)
+		t.Errorf("second daemon: %v, want \"another agent is running\"", err)
 	}
 	if got, err := Get(t.Context(), dir); err != nil || got.Version != busy().Version {
 		t.Errorf("the first one answers %v, %v", got, err)
@@ -140,7 +139,7 @@ func TestSocketOfTheDead(t *testing.T) {
 	}
 }
 
-// ask has one request answered without a socket.
+// ask sends a request to the handler, without a socket.
 func ask(t *testing.T, source Source, method, path string) (status int, contentType, body string) {
 	t.Helper()
 	s := &Server{source: source, log: slog.New(slog.DiscardHandler)}
@@ -149,8 +148,7 @@ func ask(t *testing.T, source Source, method, path string) (status int, contentT
 	return w.Code, w.Header().Get("Content-Type"), w.Body.String()
 }
 
-// TestStuckLoop: what the loop does not answer is said in time, and is no
-// success.
+// TestStuckLoop: if the loop does not answer, requests fail in time.
 func TestStuckLoop(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		stuck := func(ctx context.Context) (Snapshot, error) {
@@ -174,7 +172,7 @@ func TestGetFromStuckDaemon(t *testing.T) {
 		t.Errorf("loop without an answer: %v, want errStuck", err)
 	}
 
-	// A process that is stopped accepts, and says nothing at all.
+	// The kernel accepts connections for a stopped process, which never answers.
 	silent := shortDir(t)
 	l, err := net.Listen("unix", filepath.Join(silent, SocketName))
 	if err != nil {
@@ -209,7 +207,7 @@ func TestPaths(t *testing.T) {
 	}
 }
 
-// TestCloseWhileTheLoopIsGone: nobody waits for an answer that does not come.
+// TestCloseWhileTheLoopIsGone: Close does not wait for answers of the loop.
 func TestCloseWhileTheLoopIsGone(t *testing.T) {
 	dir, asked := shortDir(t), make(chan bool)
 	s := serve(t, dir, func(ctx context.Context) (Snapshot, error) {

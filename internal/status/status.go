@@ -1,6 +1,5 @@
-// Package status tells what a running agent does: a snapshot of its loop,
-// served over a unix socket and as metrics, and what the probes of a service
-// manager make of it.
+// Package status reports the state of a running agent: snapshots of its loop, served over a unix
+// socket and as metrics, and its readiness.
 package status
 
 import (
@@ -10,8 +9,8 @@ import (
 	"certctl-agent/internal/api"
 )
 
-// Snapshot is the state of the agent at one moment, as its loop sees it. Times
-// are zero for what has not happened. It holds no secret.
+// Snapshot is the state of the agent at one moment, as its loop sees it. Times of events that have
+// not happened are zero. It contains no secrets.
 type Snapshot struct {
 	Version string    `json:"version"`
 	Commit  string    `json:"commit,omitempty"`
@@ -25,7 +24,7 @@ type Snapshot struct {
 
 	Jobs Jobs `json:"jobs"`
 
-	// Certificates are what was installed here, one for each target.
+	// Certificates are the installed certificates, one per target.
 	Certificates []Certificate `json:"certificates"`
 
 	LastScan Scan     `json:"last_scan,omitzero"`
@@ -35,7 +34,7 @@ type Snapshot struct {
 	// host's.
 	ClockSkewSeconds float64 `json:"clock_skew_seconds"`
 
-	// Warnings are sentences for the operator that hold now.
+	// Warnings are current warnings for the operator, in sentences.
 	Warnings []string `json:"warnings,omitempty"`
 }
 
@@ -58,15 +57,15 @@ type Activity struct {
 	IntervalSeconds float64   `json:"interval_seconds,omitempty"` // as configured
 }
 
-// Jobs counts what the agent has in hand.
+// Jobs counts the agent's unfinished jobs.
 type Jobs struct {
 	Running     int `json:"running"`     // deployments under way
-	Waiting     int `json:"waiting"`     // deployments claimed, not begun
+	Waiting     int `json:"waiting"`     // deployments claimed, not started
 	CSRs        int `json:"csrs"`        // certificate requests under way
 	Undelivered int `json:"undelivered"` // jobs whose outcome the control plane does not know yet
 }
 
-// Certificate is what the last successful deployment left on a target.
+// Certificate is what the last successful deployment installed on a target.
 type Certificate struct {
 	TargetID      api.ID    `json:"target_id"`
 	TargetType    string    `json:"target_type"`
@@ -77,19 +76,19 @@ type Certificate struct {
 	DeployedAt    time.Time `json:"deployed_at"`
 }
 
-// Scan is the last search for certificates on this host's disks.
+// Scan is the last discovery scan of this host's disks.
 type Scan struct {
 	Ended           time.Time `json:"ended"`
 	DurationSeconds float64   `json:"duration_seconds"`
 	Files           int       `json:"files"`
 	Certificates    int       `json:"certificates"` // found; the same one at two paths counts twice
 	Reported        int       `json:"reported"`     // of these, accepted by the control plane
-	Refused         int       `json:"refused"`      // of these, refused for good
+	Refused         int       `json:"refused"`      // of these, refused permanently
 	Errors          int       `json:"errors"`       // files that could not be read or parsed
 	Error           string    `json:"error,omitempty"`
 }
 
-// contact is when the control plane last accepted a heartbeat or a poll.
+// contact returns when the control plane last accepted a heartbeat or a poll.
 func (s Snapshot) contact() time.Time {
 	contact := s.Activities[Heartbeat].LastSuccess
 	if poll := s.Activities[Poll].LastSuccess; poll.After(contact) {
@@ -101,9 +100,9 @@ func (s Snapshot) contact() time.Time {
 // missedIntervals is how many heartbeats may fail before an agent is not ready.
 const missedIntervals = 5
 
-// Ready judges for a readiness probe: nil, or the reason why it is not.
-// For a liveness probe it is enough that Get has got an answer: an outage of
-// the control plane must not restart a fleet.
+// Ready decides a readiness probe: it returns nil, or the reason why the agent is not ready. A
+// liveness probe only needs an answer from Get: an outage of the control plane must not restart the
+// fleet.
 func Ready(s Snapshot) error {
 	contact, beat := s.contact(), s.Activities[Heartbeat]
 	since := "since the start"

@@ -25,13 +25,13 @@ func golden(t *testing.T, name, got string) {
 		t.Fatal(err)
 	}
 	if got != string(want) {
-		t.Errorf("%s differs (go test -update writes it anew); got:\n%s", path, got)
+		t.Errorf("%s differs (go test -update rewrites it); got:\n%s", path, got)
 	}
 }
 
 var now = time.Date(2031, 5, 6, 12, 0, 0, 0, time.UTC)
 
-// busy is an agent with something of everything.
+// busy is the snapshot of an agent with some of everything.
 func busy() Snapshot {
 	var c Counters
 	c.Failure(Heartbeat, "network")

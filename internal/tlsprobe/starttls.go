@@ -13,19 +13,19 @@ import (
 )
 
 const (
-	// maxReplyLine is the longest line a server may send before TLS, in bytes. RFC 5321, section
-	// 4.5.3.1.5, allows 512; an IMAP greeting lists capabilities and may be longer.
+	// maxReplyLine is the longest line that a server may send before TLS, in bytes. RFC 5321,
+	// section 4.5.3.1.5, allows 512; an IMAP greeting lists capabilities and may be longer.
 	maxReplyLine = 4096
 
-	// maxReplyLines bounds the lines of one reply. EHLO is answered with one for
-	// each extension, a few dozen at most.
+	// maxReplyLines bounds the lines of one reply. The reply to EHLO has one for each extension, a
+	// few dozen at most.
 	maxReplyLines = 100
 
-	// imapTag is what our one IMAP command is answered under.
+	// imapTag is the tag of the only IMAP command.
 	imapTag = "a1"
 )
 
-// startTLS brings the server to where it expects a TLS ClientHello.
+// startTLS makes the server expect a TLS ClientHello.
 func startTLS(conn net.Conn, protocol string) error {
 	d := &dialogue{conn: conn, in: bufio.NewReaderSize(conn, maxReplyLine)}
 	var err error
@@ -44,16 +44,15 @@ func startTLS(conn net.Conn, protocol string) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", protocol, err)
 	}
-	// What was sent in clear must not be taken for a part of the TLS session
-	// (RFC 3207, section 6, and the STARTTLS injections of 2011 and 2021). A
-	// server sends nothing here: it waits for the ClientHello.
+	// Plaintext must not become part of the TLS session (RFC 3207, section 6, and the STARTTLS
+	// injections of 2011 and 2021). A correct server waits for the ClientHello here.
 	if d.in.Buffered() > 0 {
-		return fmt.Errorf("%s: the server sent more in clear after it agreed to TLS", protocol)
+		return fmt.Errorf("%s: the server sent more plaintext after it agreed to TLS", protocol)
 	}
 	return nil
 }
 
-// dialogue is the part of a session before TLS.
+// dialogue is the plaintext part of a session.
 type dialogue struct {
 	conn net.Conn
 	in   *bufio.Reader
@@ -64,7 +63,7 @@ func (d *dialogue) send(line string) error {
 	return err
 }
 
-// line reads a line and returns it without its end.
+// line reads a line and returns it without the line break.
 func (d *dialogue) line() (string, error) {
 	line, err := d.in.ReadSlice('\n')
 	if errors.Is(err, bufio.ErrBufferFull) {
@@ -85,14 +84,14 @@ func (d *dialogue) expect(to string, words ...string) error {
 	return err
 }
 
-// refusal is an answer other than the one that goes on.
+// refusal returns the error for an unexpected answer.
 func refusal(to, answer string) error {
 	return fmt.Errorf("the server answered %s with: %s", to, printable.Line(answer, 200))
 }
 
 var errTooManyLines = fmt.Errorf("the server sent more than %d lines", maxReplyLines)
 
-// smtp is RFC 3207.
+// smtp starts TLS by RFC 3207.
 func (d *dialogue) smtp() error {
 	if _, err := d.smtpReply("the connection", "220"); err != nil {
 		return err
@@ -136,8 +135,8 @@ func (d *dialogue) smtpReply(to, code string) ([]string, error) {
 	return nil, errTooManyLines
 }
 
-// addressLiteral names this host in EHLO. It may have no name of its own, and
-// servers refuse names that do not resolve (RFC 5321, section 4.1.4).
+// addressLiteral names this host in EHLO. Servers refuse host names that do not resolve (RFC 5321,
+// section 4.1.4).
 func addressLiteral(local net.Addr) string {
 	address, err := netip.ParseAddrPort(local.String())
 	if err != nil {
@@ -150,9 +149,9 @@ func addressLiteral(local net.Addr) string {
 	return "[" + ip.String() + "]"
 }
 
-// imap is RFC 9051, section 6.2.1.
+// imap starts TLS by RFC 9051, section 6.2.1.
 func (d *dialogue) imap() error {
-	// Not BYE, and not PREAUTH, after which TLS is out of reach.
+	// Not BYE, and not PREAUTH, after which STARTTLS is not allowed.
 	if err := d.expect("the connection", "*", "OK"); err != nil {
 		return err
 	}
@@ -174,7 +173,7 @@ func (d *dialogue) imap() error {
 	return errTooManyLines
 }
 
-// pop3 is RFC 2595, section 4.
+// pop3 starts TLS by RFC 2595, section 4.
 func (d *dialogue) pop3() error {
 	if err := d.expect("the connection", "+OK"); err != nil {
 		return err

@@ -18,8 +18,8 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-// A script is what a server says: its greeting, then one answer for each line
-// that it is sent. After the last answer it speaks TLS.
+// A script is what a server sends: its greeting, then one answer for each line that it receives.
+// After the last answer it starts TLS.
 type script []string
 
 // play runs one session and returns the lines that the client sent.
@@ -101,9 +101,9 @@ func TestStartTLS(t *testing.T) {
 		{"pop3, greeting refused", POP3, script{"-ERR no\r\n"}, nil, "-ERR no"},
 		{"pop3, STLS refused", POP3, script{"+OK\r\n", "-ERR unknown\r\n"}, nil, "answered STLS with: -ERR unknown"},
 
-		{"smtp, injection", SMTP, script{"220 mx\r\n", "250 STARTTLS\r\n", "220 go\r\n250 injected\r\n"}, nil, "in clear after it agreed to TLS"},
-		{"imap, injection", IMAP, script{"* OK\r\n", "a1 OK\r\n* 1 EXISTS\r\n"}, nil, "in clear after it agreed to TLS"},
-		{"pop3, injection", POP3, script{"+OK\r\n", "+OK\r\n+"}, nil, "in clear after it agreed to TLS"},
+		{"smtp, injection", SMTP, script{"220 mx\r\n", "250 STARTTLS\r\n", "220 go\r\n250 injected\r\n"}, nil, "plaintext after it agreed to TLS"},
+		{"imap, injection", IMAP, script{"* OK\r\n", "a1 OK\r\n* 1 EXISTS\r\n"}, nil, "plaintext after it agreed to TLS"},
+		{"pop3, injection", POP3, script{"+OK\r\n", "+OK\r\n+"}, nil, "plaintext after it agreed to TLS"},
 
 		{"smtp, endless banner", SMTP, script{strings.Repeat("220-hello\r\n", 1000)}, nil, "more than 100 lines"},
 		{"imap, endless answer", IMAP, script{"* OK\r\n", strings.Repeat("* NO\r\n", 1000)}, nil, "more than 100 lines"},
@@ -132,7 +132,7 @@ func TestStartTLS(t *testing.T) {
 	}
 }
 
-// TestSlowServer: bytes that keep coming do not prolong the deadline.
+// TestSlowServer: a trickle of bytes does not extend the deadline.
 func TestSlowServer(t *testing.T) {
 	client, server := net.Pipe()
 	defer client.Close()
@@ -177,7 +177,7 @@ type namedAddr string
 func (namedAddr) Network() string  { return "tcp" }
 func (a namedAddr) String() string { return string(a) }
 
-// replay is a connection whose server says data whatever it is sent.
+// replay is a connection whose server sends data whatever it receives.
 type replay struct {
 	net.Conn
 	data io.Reader
@@ -201,7 +201,7 @@ func FuzzStartTLS(f *testing.F) {
 		if !commands.Match(conn.sent.Bytes()) {
 			t.Errorf("sent %q", conn.sent.Bytes())
 		}
-		// Where all of data fits into the buffer at once, none may be left over.
+		// If all data fits into the buffer, none may be left over.
 		if err == nil && protocol != "" && len(data) < maxReplyLine && data[len(data)-1] != '\n' {
 			t.Errorf("%q counts as agreement", data)
 		}

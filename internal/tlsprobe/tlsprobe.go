@@ -1,8 +1,8 @@
-// Package tlsprobe finds out which certificate an endpoint serves, after STARTTLS too.
+// Package tlsprobe finds out which certificate an endpoint serves, also after STARTTLS.
 //
-// It verifies no chain, since the certificate may be of a private CA that this host does not trust.
-// It compares nothing either: callers compare the fingerprint with the one they expect, and must
-// rely on a result for nothing else.
+// It does not verify the chain, since a private CA that this host does not trust may have issued
+// the certificate. Callers compare the fingerprint with the one they expect, and must not use a
+// result for anything else.
 package tlsprobe
 
 import (
@@ -25,29 +25,27 @@ import (
 // defaultTimeout bounds a probe whose context has no deadline.
 const defaultTimeout = 10 * time.Second
 
-// Endpoint is where to look.
+// Endpoint is a TLS server to probe.
 type Endpoint struct {
 	Address    string // host:port
 	ServerName string // sent as SNI, unless it is an IP address (RFC 6066, section 3); "": none
 	StartTLS   string // SMTP, IMAP or POP3; "": TLS from the first byte
 
-	// KeyType is the one of the certificate that is looked for. A server that
-	// has certificates of several types answers with one of them, and is asked
-	// for that of KeyType when it was another. Zero: any.
+	// KeyType is the key type of the expected certificate. A server with several certificates may
+	// answer with another one first, and is then asked for one of KeyType. Zero: any.
 	KeyType x509.PublicKeyAlgorithm
 
-	ProxyProtocol bool // the listener expects a header of the PROXY protocol first
+	ProxyProtocol bool // the listener expects a PROXY protocol header first
 }
 
-// Protocols that begin in clear and are turned to TLS on request.
+// Protocols that start in plaintext and switch to TLS on request.
 const (
 	SMTP = "smtp"
 	IMAP = "imap"
 	POP3 = "pop3"
 )
 
-// Result is what an endpoint serves. The server has proved that it holds the
-// private key of the leaf.
+// Result is what an endpoint serves. The server has proved that it has the leaf's private key.
 type Result struct {
 	Fingerprint string              // of the leaf: SHA-256 of the DER, lower-case hex
 	State       tls.ConnectionState // the first peer certificate is the leaf
@@ -57,8 +55,8 @@ func (r Result) keyType() x509.PublicKeyAlgorithm {
 	return r.State.PeerCertificates[0].PublicKeyAlgorithm
 }
 
-// GuessStartTLS is the protocol that is usual on a port, such as SMTP on 587,
-// and "" for ports that speak TLS from the first byte.
+// GuessStartTLS returns the usual protocol of a port, such as SMTP for 587. It returns "" for ports
+// that use TLS from the first byte.
 func GuessStartTLS(port string) string {
 	switch port {
 	case "25", "587":
@@ -71,7 +69,7 @@ func GuessStartTLS(port string) string {
 	return ""
 }
 
-// Probe connects to an endpoint and returns what it serves. All of it ends with ctx.
+// Probe connects to an endpoint and returns what it serves.
 func Probe(ctx context.Context, endpoint Endpoint) (Result, error) {
 	if _, ok := ctx.Deadline(); !ok {
 		var cancel context.CancelFunc
@@ -83,15 +81,15 @@ func Probe(ctx context.Context, endpoint Endpoint) (Result, error) {
 	case err == nil:
 		return result, nil
 	case context.Cause(ctx) == context.DeadlineExceeded:
-		err = fmt.Errorf("not done in time: %w", err) // which step it was
+		err = fmt.Errorf("not done in time: %w", err) // err names the step
 	case ctx.Err() != nil:
 		err = context.Cause(ctx)
 	}
 	return Result{}, fmt.Errorf("probe %s: %w", endpoint.Address, err)
 }
 
-// probe asks as browsers do. A server that refuses that is offered all that crypto/tls has, and one
-// that answers with a key of another type is asked as by a client that knows no other than KeyType.
+// probe first connects as browsers do. If the server refuses that, probe offers every cipher suite
+// of crypto/tls. If the server answers with another key type, probe offers only suites for KeyType.
 func probe(ctx context.Context, endpoint Endpoint) (Result, error) {
 	result, err := connect(ctx, endpoint, nil, 0)
 	if _, refused := errors.AsType[*refusedError](err); refused {
@@ -109,7 +107,7 @@ func probe(ctx context.Context, endpoint Endpoint) (Result, error) {
 	default:
 		return result, nil
 	}
-	// The suites of TLS 1.3 say nothing of the key.
+	// TLS 1.3 suites do not determine the key type.
 	other, err := connect(ctx, endpoint, offered, tls.VersionTLS12)
 	if err == nil && other.keyType() == endpoint.KeyType {
 		return other, nil
@@ -117,8 +115,8 @@ func probe(ctx context.Context, endpoint Endpoint) (Result, error) {
 	return result, nil
 }
 
-// suites are those whose names begin with one of prefixes, broken ones too:
-// nothing is sent that they would have to protect.
+// suites returns the cipher suites whose names begin with one of prefixes. It includes broken ones,
+// since a probe sends nothing secret.
 func suites(prefixes ...string) []uint16 {
 	var ids []uint16
 	for _, suite := range append(tls.CipherSuites(), tls.InsecureCipherSuites()...) {
@@ -129,21 +127,20 @@ func suites(prefixes ...string) []uint16 {
 	return ids
 }
 
-// proxyHeader is version 2 of the PROXY protocol's word for a connection that a
-// proxy makes for itself, such as a health check: LOCAL, and no addresses
-// (https://www.haproxy.org/download/2.9/doc/proxy-protocol.txt, section 2.2).
+// proxyHeader is a PROXY protocol version 2 header with the command LOCAL and no addresses, as
+// proxies send it for health checks (https://www.haproxy.org/download/2.9/doc/proxy-protocol.txt,
+// section 2.2).
 const proxyHeader = "\r\n\r\n\x00\r\nQUIT\n\x20\x00\x00\x00"
 
-// connect does one handshake. Nil offers the suites that crypto/tls does by
-// itself, version 0 its newest.
+// connect does one handshake. If offered is nil it offers the default suites of crypto/tls. Version
+// is the highest TLS version; 0 means the newest.
 func connect(ctx context.Context, endpoint Endpoint, offered []uint16, version uint16) (Result, error) {
 	conn, err := new(net.Dialer).DialContext(ctx, "tcp", endpoint.Address)
 	if err != nil {
 		return Result{}, err
 	}
 	defer conn.Close()
-	// The end of ctx is the one deadline of every read and write: a time in the
-	// past ends those under way.
+	// ctx bounds every read and write: a deadline in the past ends those under way.
 	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 
@@ -168,11 +165,11 @@ func handshake(ctx context.Context, conn net.Conn, serverName string, offered []
 		serverName = ""
 	}
 	var served tls.ConnectionState
-	asked := false // for our certificate
+	asked := false // the server asked for a client certificate
 	client := tls.Client(conn, &tls.Config{
 		ServerName:         strings.TrimSuffix(serverName, "."),
 		InsecureSkipVerify: true, // see the package comment
-		// Whatever old appliances speak: nothing is sent over this connection.
+		// For old appliances; a probe sends nothing secret.
 		MinVersion:   tls.VersionTLS10,
 		MaxVersion:   version,
 		CipherSuites: offered,
@@ -186,10 +183,9 @@ func handshake(ctx context.Context, conn net.Conn, serverName string, offered []
 		},
 	})
 	err := client.HandshakeContext(ctx)
-	// A server that insists on a client's certificate ends a handshake below TLS
-	// 1.3 for want of one. By then crypto/tls has checked the server's signature,
-	// so that what is served is known all the same. A key exchange by RSA has no
-	// signature: only the end of the handshake proves the key.
+	// Below TLS 1.3, a server that requires a client certificate ends the handshake without one. By
+	// then crypto/tls has checked the server's signature, so the result is still valid. An RSA key
+	// exchange has no signature: only a complete handshake proves that the server has the key.
 	switch alert := isAlert(err); {
 	case err == nil:
 		served = client.ConnectionState()
@@ -200,7 +196,7 @@ func handshake(ctx context.Context, conn net.Conn, serverName string, offered []
 		return Result{}, fmt.Errorf("TLS handshake: %w", err)
 	}
 	if len(served.PeerCertificates) == 0 {
-		return Result{}, errors.New("TLS handshake: the server has sent no certificate")
+		return Result{}, errors.New("TLS handshake: the server sent no certificate")
 	}
 	return Result{pemutil.Fingerprint(served.PeerCertificates[0]), served}, nil
 }

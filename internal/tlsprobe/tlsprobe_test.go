@@ -133,8 +133,7 @@ func TestServerName(t *testing.T) {
 	}
 }
 
-// TestMismatchedPair: a server that does not hold the key of its certificate
-// has not shown that it serves it.
+// TestMismatchedPair: a server without the key of its certificate fails the probe.
 func TestMismatchedPair(t *testing.T) {
 	ca := testca.Must(t)
 	pair := issue(t, ca, testca.Template{}).TLS()
@@ -173,7 +172,7 @@ func TestNoAnswer(t *testing.T) {
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
-			// On a busy machine an answer takes longer than silence is waited for.
+			// On a busy machine an answer may take longer than the timeout for silence.
 			ctx, cancel := context.WithTimeout(t.Context(), map[bool]time.Duration{true: 300 * time.Millisecond, false: time.Minute}[test.want == "not done in time"])
 			defer cancel()
 			_, err := tlsprobe.Probe(ctx, test.endpoint)
@@ -213,7 +212,7 @@ func TestCancel(t *testing.T) {
 	}
 }
 
-// keys makes a pair of each type, and a certificate for each.
+// keys issues a certificate for a key of each type.
 func keys(t *testing.T) (ecdsaPair, rsaPair, ed25519Pair *testca.Issued) {
 	t.Helper()
 	ca := testca.Must(t)
@@ -234,7 +233,7 @@ func TestKeyType(t *testing.T) {
 	tests := []struct {
 		name    string
 		has     []*testca.Issued // the first is the server's choice
-		version uint16           // the newest that it speaks; 0: TLS 1.3
+		version uint16           // the newest that it supports; 0: TLS 1.3
 		oldest  uint16
 		want    x509.PublicKeyAlgorithm
 		got     *testca.Issued
@@ -267,7 +266,7 @@ func TestKeyType(t *testing.T) {
 	}
 }
 
-// TestOldSuites: what only old appliances speak.
+// TestOldSuites: cipher suites that only old appliances use.
 func TestOldSuites(t *testing.T) {
 	_, issued, _ := keys(t)
 	_, other, _ := keys(t)
