@@ -187,7 +187,7 @@ func TestStopDuringDeployment(t *testing.T) {
 		// kept it.
 		agent = h.start()
 		h.waitDeployment(certificate, 2, api.StatusCompleted)
-		agent.waitLog("job taken up again")
+		agent.waitLog("unfinished job resumed")
 		agent.stop()
 		if got := h.pair(certificate); got != h.latest(certificate) {
 			t.Errorf("%s is deployed, want the latest version", got)

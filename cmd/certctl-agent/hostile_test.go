@@ -53,7 +53,7 @@ func TestHostileIDs(t *testing.T) {
 		if job, _ := h.plane.Job(name); len(job.History) != 2 { // made, handed out
 			t.Errorf("the job %q was answered: %+v", name, job.History)
 		}
-		if agent.logged(`"ERROR"`, "its id is not one", strings.Trim(strconv.QuoteToASCII(name), `"`)) == "" && !strings.ContainsAny(name, "\x00\n\\é") {
+		if agent.logged(`"ERROR"`, "its id is invalid", strings.Trim(strconv.QuoteToASCII(name), `"`)) == "" && !strings.ContainsAny(name, "\x00\n\\é") {
 			t.Errorf("no line about the job %.20q", name)
 		}
 	}
@@ -87,7 +87,7 @@ func TestHugeAnswers(t *testing.T) {
 	agent.waitLog(`"WARN"`, "try failed", "heartbeat", "larger than allowed")
 	agent.waitLog(`"WARN"`, "try failed", "poll", "larger than allowed")
 	agent.waitLog(`"WARN"`, "CSR not accepted yet", "larger than allowed")
-	agent.waitLog(`"WARN"`, "deployment not begun: it is tried again", "larger than allowed")
+	agent.waitLog(`"WARN"`, "deployment not started: it will be retried", "larger than allowed")
 	h.waitDeployment(certificate, 1, api.StatusCompleted)
 	agent.stop()
 }
@@ -126,19 +126,19 @@ func TestGateway(t *testing.T) {
 			agent := h.start()
 			agent.waitLog("try failed", "poll")
 			agent.waitLog("CSR not accepted yet")
-			agent.waitLog("deployment not begun: it is tried again")
+			agent.waitLog("deployment not started: it will be retried")
 			h.waitHeld("reload")
 			fault.Call, fault.Times = devplane.CallStatus, 2
 			h.plane.Inject(fault)
 			release()
-			agent.waitLog("a report was not delivered: it is kept and tried again")
+			agent.waitLog("a report was not delivered: it is kept and will be retried")
 			job := h.waitDeployment(certificate, 1, api.StatusCompleted)
 			for _, event := range job.History {
 				if event.Status == api.StatusFailed {
 					t.Errorf("the job was reported Failed: %q", event.Error)
 				}
 			}
-			if line := agent.logged("a report is given up"); line != "" {
+			if line := agent.logged("gave up on a report"); line != "" {
 				t.Error(line)
 			}
 			agent.stop()
@@ -212,7 +212,7 @@ func TestManyJobs(t *testing.T) {
 		}, []string{`"ERROR"`, "job refused", "job-1", "the limit is 262144"}},
 		{"one with a name of megabytes", 1, func(int) string {
 			return `{"id":"` + strings.Repeat("x", 4<<20) + `"}`
-		}, []string{`"ERROR"`, "its id is not one", "xxx"}},
+		}, []string{`"ERROR"`, "its id is invalid", "xxx"}},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {

@@ -199,7 +199,7 @@ func TestDelayedRenewal(t *testing.T) {
 	h.plane.Inject(devplane.Fault{Call: devplane.CallCSR, Drop: true, Times: 1})
 	agent := h.start()
 	id := h.plane.StartRenewal(certificate)
-	agent.waitLog(`"WARN"`, "CSR not accepted yet: it is tried again", id, "503")
+	agent.waitLog(`"WARN"`, "CSR not accepted yet: it will be retried", id, "503")
 	if job, _ := h.plane.Job(id); job.Status == api.StatusFailed {
 		t.Error("a temporary failure was reported")
 	}

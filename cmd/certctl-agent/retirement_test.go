@@ -169,7 +169,7 @@ func TestGoneOnAReport(t *testing.T) {
 		agent := h.start()
 		h.waitDeployment(certificate, 1, api.StatusCompleted)
 		h.wait("the heartbeats that ask", func() bool { return h.plane.Count(devplane.CallHeartbeat) == 3 })
-		agent.waitLog("a report was not delivered: it is kept and tried again", "410")
+		agent.waitLog("a report was not delivered: it is kept and will be retried", "410")
 		agent.stop()
 		if got := h.ran("reload"); got != 1 {
 			t.Errorf("%d reloads, want 1", got)

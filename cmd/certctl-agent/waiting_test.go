@@ -49,7 +49,7 @@ func TestRecoveredLater(t *testing.T) {
 	agent := h.start()
 	agent.waitLog("ready")
 	agent.waitLog("could not be undone", fmt.Sprintf("process %d", os.Getpid()))
-	agent.waitLog("deployment not begun", "interrupted")
+	agent.waitLog("deployment not started", "interrupted")
 	if got := h.plane.Deployments(certificate); got[len(got)-1].Status == api.StatusFailed {
 		t.Errorf("the job has failed for good: %s", got[len(got)-1].Error)
 	}

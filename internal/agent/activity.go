@@ -9,24 +9,23 @@ import (
 	"certctl-agent/internal/status"
 )
 
-// activity is something done again and again: heartbeat, poll, discovery. It
-// is never started twice at once.
+// activity is a periodic task: heartbeat, poll, scan or repair. It never runs twice at once.
 type activity struct {
 	name  string
 	pacer *pace.Pacer
 	timer *time.Timer
 
-	// work does it once, in a goroutine of its own. The loop calls done, unless
-	// that is nil, before it counts the outcome.
+	// work runs the task once, in its own goroutine. The loop calls done, unless it is nil, before
+	// it records the outcome.
 	work func() (done func(), err error)
 
 	off       bool                 // not configured: it never starts
-	untilDone bool                 // it ends with its first success, until it is needed again
-	first     func() time.Duration // delay of the first start, where that is spread
-	next      *activity            // to be started after the first try of this one; nil: none
+	untilDone bool                 // after a success it stops until it is needed again
+	first     func() time.Duration // delay of the first start, with StartupJitter
+	next      *activity            // starts after the first try of this one; may be nil
 
-	again bool // asked for while it ran
-	soon  bool // asked for soon while it ran
+	again bool // requested while it ran
+	soon  bool // requested soon, while it ran
 	stats status.Activity
 }
 
@@ -38,21 +37,21 @@ func (a *Agent) newActivity(name string, interval time.Duration, newPacer func(t
 	return act
 }
 
-// stoppedTimer returns a timer whose channel never fires until it is reset, so
-// that a select can name it before its time.
+// stoppedTimer returns a timer that fires only after a reset, so that a select can wait for it
+// before it is needed.
 func stoppedTimer() *time.Timer {
 	t := time.NewTimer(time.Hour)
 	t.Stop()
 	return t
 }
 
-// after sets the next start.
+// after schedules the next start.
 func (act *activity) after(d time.Duration) {
 	act.timer.Reset(d)
 	act.stats.NextDue = time.Now().Add(d)
 }
 
-// begin starts an activity, or has it start again at once if it is running.
+// begin starts an activity. If it is running, it starts again when it ends.
 func (a *Agent) begin(act *activity) {
 	if act.stats.Running {
 		act.again = true
@@ -75,7 +74,7 @@ func (a *Agent) begin(act *activity) {
 	}, func(err error) { a.ended(act, err) })
 }
 
-// ended takes the outcome of an activity and sets its next start.
+// ended records the outcome of an activity and schedules its next start.
 func (a *Agent) ended(act *activity, err error) {
 	act.stats.Running = false
 	now := time.Now()
@@ -88,8 +87,7 @@ func (a *Agent) ended(act *activity, err error) {
 	if err == nil {
 		act.stats.LastSuccess = now
 		act.stats.LastError, act.stats.LastErrorKind = "", ""
-		// The rhythm is from start to start, however long it took. What took
-		// longer than its interval misses a turn.
+		// Intervals are from start to start, unless a run takes longer than its interval.
 		if rest := wait - now.Sub(act.stats.LastAttempt); rest > 0 {
 			wait = rest
 		}
@@ -115,7 +113,7 @@ func (a *Agent) ended(act *activity, err error) {
 		act.next = nil
 		a.startFirst(next)
 	}
-	a.tellServiceManager()
+	a.notifyStatus()
 	if act.again {
 		act.again = false
 		a.begin(act)
@@ -124,7 +122,7 @@ func (a *Agent) ended(act *activity, err error) {
 
 func (a *Agent) logFailure(act *activity, err error, wait time.Duration) {
 	if a.stopping || errors.Is(err, api.ErrRetired) {
-		return // the verdict has a line of its own
+		return // Observe has logged the retirement
 	}
 	level := a.log.Warn
 	if api.RateLimited(err) {
@@ -133,7 +131,7 @@ func (a *Agent) logFailure(act *activity, err error, wait time.Duration) {
 	level("try failed", "activity", act.name, "error", err, "in_a_row", act.pacer.Failures(), "next_try_in", wait.Round(time.Millisecond).String())
 }
 
-// startFirst sets the first start of an activity, unless it was asked for before.
+// startFirst schedules the first start of an activity, unless it has started already.
 func (a *Agent) startFirst(act *activity) {
 	if act.off || !act.stats.LastAttempt.IsZero() {
 		return
@@ -145,7 +143,7 @@ func (a *Agent) startFirst(act *activity) {
 	act.after(delay)
 }
 
-// heartbeat is the work of one heartbeat.
+// heartbeat sends one heartbeat.
 func (a *Agent) heartbeat() (done func(), err error) {
 	err = a.opts.Plane.Heartbeat(a.calls, a.opts.Describe(a.calls))
 	a.inContact.Store(err == nil)
@@ -156,11 +154,11 @@ func (a *Agent) heartbeat() (done func(), err error) {
 	}, err
 }
 
-// maxFruitless keeps followUp in the range of a duration.
+// maxFruitless keeps the delay of followUp within the range of a time.Duration.
 const maxFruitless = 20
 
-// claim is the work of one poll: what it brings is on disk before the loop
-// hears of it, since the control plane hands out a deployment only once.
+// claim polls once. It records the jobs on disk before it passes them to the loop, since the
+// control plane hands out a deployment only once.
 func (a *Agent) claim() (done func(), err error) {
 	begun := time.Now()
 	work, err := a.opts.Plane.Work(a.claims)
@@ -171,8 +169,8 @@ func (a *Agent) claim() (done func(), err error) {
 	return func() { a.take(claimed, begun) }, nil
 }
 
-// pollSoon has the next poll come soon: the last one has made work for it. One
-// that failed has set the time of the next.
+// pollSoon moves the next poll forward, because there may be new work. After a failed poll it
+// changes nothing.
 func (a *Agent) pollSoon() {
 	if a.poll.stats.Running {
 		a.poll.soon = true
@@ -186,11 +184,10 @@ func (a *Agent) pollSoon() {
 	}
 }
 
-// followUp is the delay of a poll that follows work: about a second, in which a
-// control plane makes deployments, and twice as long after each poll that
-// brought none, or asked for the next CSR of a certificate that was just renewed.
-// So one that accepts CSRs and goes on asking for them is polled as often as any
-// other in the end.
+// followUp returns the delay of a poll that follows work: about a second, which a control plane
+// needs to create deployments. It doubles after each poll that returned none, or that asked for
+// another CSR of a certificate just renewed. So a control plane that endlessly asks for CSRs is
+// eventually polled at the normal interval.
 func (a *Agent) followUp() time.Duration {
 	wait := time.Second << min(max(a.fruitless-1, 0), maxFruitless)
 	if wait >= a.opts.PollInterval {
@@ -199,10 +196,10 @@ func (a *Agent) followUp() time.Duration {
 	return wait/2 + time.Duration(a.opts.Rand(int64(wait/2)+1))
 }
 
-// survey is the work of one scan.
-func (a *Agent) survey() (done func(), err error) {
+// scanOnce runs one discovery scan.
+func (a *Agent) scanOnce() (done func(), err error) {
 	begun := time.Now()
-	stats, err := a.opts.Surveyor.Run(a.calls)
+	stats, err := a.opts.Scanner.Run(a.calls)
 	return func() {
 		a.lastScan = scanStatus(stats, err)
 		if err == nil {
@@ -212,33 +209,33 @@ func (a *Agent) survey() (done func(), err error) {
 	}, err
 }
 
-// repairLater schedules a repair after a deployment that failed or could not
-// begin: a rollback may be incomplete, or a server may not have reloaded.
+// repairLater schedules a repair after a deployment that failed or could not start: a rollback may
+// be incomplete, or a server may not have reloaded.
 func (a *Agent) repairLater() {
 	switch {
 	case a.repair.off || a.stopping:
 	case a.repair.stats.Running:
 		a.repair.again = true
-	case a.repair.stats.NextDue.After(time.Now()): // no later than that
+	case a.repair.stats.NextDue.After(time.Now()): // already scheduled
 	default:
 		a.repair.after(a.repair.pacer.Interval())
 	}
 }
 
-// repairOnce retries the rest of recoveries and rollbacks.
+// repairOnce retries unfinished recoveries and rollbacks.
 func (a *Agent) repairOnce() (done func(), err error) {
 	return nil, a.opts.Repair(a.calls, a.work)
 }
 
-// resume resumes, with the first poll, the jobs and reports that an earlier run
-// of the agent did not finish.
+// resume resumes the unfinished jobs and reports of an earlier run of the agent. The first poll
+// triggers it.
 func (a *Agent) resume() {
 	if a.resumed {
 		return
 	}
 	a.resumed = true
 	for _, job := range a.jobs.unfinished {
-		a.log.Info("job taken up again", "job", job.ID, "certificate", job.CertificateID, "target", job.TargetID)
+		a.log.Info("unfinished job resumed", "job", job.ID, "certificate", job.CertificateID, "target", job.TargetID)
 		a.jobs.add(job, true)
 	}
 	a.jobs.unfinished = nil

@@ -1,12 +1,11 @@
-// Package agent is the select loop of the daemon. It decides when: it owns the
-// timers, the retirement channel, the job slots and every goroutine. What is
-// done, and how, is decided by the packages it is handed.
+// Package agent is the select loop of the daemon. It decides when things happen: it owns the
+// timers, the retirement channel, the job slots and every goroutine. The interfaces in Options do
+// the work.
 //
-// All state of the loop belongs to the goroutine of Run. Whatever takes time
-// runs in a goroutine of its own and comes back as an event, a function that
-// the loop calls; so there are no locks here, and a deployment that hangs, a
-// control plane that is gone or a scan that takes an hour cannot delay a
-// heartbeat.
+// The goroutine of Run owns all state of the loop. Everything that takes time runs in another
+// goroutine, which sends its result to the loop as an event: a function that the loop calls. So the
+// loop needs no locks, and neither a hanging deployment, an unreachable control plane nor a long
+// scan can delay a heartbeat.
 package agent
 
 import (
@@ -29,9 +28,8 @@ import (
 	"certctl-agent/internal/status"
 )
 
-// Plane is the control plane as the loop uses it. Package api says what its
-// errors mean. The client also reports every call, the loop's own and those of
-// others, to Agent.Observe.
+// Plane is the control plane as the loop uses it. Package api defines the meaning of its errors.
+// The client also reports every call, also those of other packages, to Agent.Observe.
 type Plane interface {
 	Heartbeat(ctx context.Context, h api.Heartbeat) error
 	Work(ctx context.Context) (api.Work, error)
@@ -39,22 +37,21 @@ type Plane interface {
 	ReportVerification(ctx context.Context, job api.ID, v api.Verification) error
 }
 
-// Enroller takes one job from key to accepted CSR. Calls ends when the agent
-// stops, work with the shutdown grace. An error that is an enroll.RefusedError
-// is final; any other leaves the job as it is.
+// Enroller makes a key for one job and gets its CSR accepted. Calls ends when the agent stops, work
+// with the shutdown grace. An enroll.RefusedError is final; after any other error the job can be
+// retried.
 type Enroller interface {
 	Enroll(calls, work context.Context, job api.Job) error
 }
 
-// Deployer carries out one Deployment job. Calls ends when the agent stops, work
-// with the shutdown grace. An error is temporary: nothing was touched, and the
-// job is tried again.
+// Deployer carries out one Deployment job. Calls ends when the agent stops, work with the shutdown
+// grace. An error is temporary: nothing has changed, and the job is retried.
 type Deployer interface {
 	Deploy(calls, work context.Context, job api.Job, turn deploy.Turn) (deploy.Outcome, error)
 }
 
-// Surveyor scans the disks once and reports what it found.
-type Surveyor interface {
+// Scanner scans the disks once and reports the certificates that it found.
+type Scanner interface {
 	Run(ctx context.Context) (discovery.Stats, error)
 }
 
@@ -72,77 +69,73 @@ type Ledger interface {
 	Drop(d ledger.Delivery, reason string) error
 }
 
-// Budget is what the control plane grants; see package budget.
+// Budget limits the rate of calls; see package budget.
 type Budget interface {
 	Throttled() bool
 	Stop()
 }
 
-// Notifier tells the service manager.
+// Notifier notifies the service manager; see package sdnotify.
 type Notifier interface {
 	Status(text string) (sent bool)
 	Watchdog()
 }
 
-// Options is what the loop needs.
+// Options configure the loop. All fields are required unless noted.
 type Options struct {
 	AgentID   string
 	Plane     Plane
 	Enroller  Enroller
 	Deployer  Deployer
-	Surveyor  Surveyor // nil: discovery is off
+	Scanner   Scanner // nil: discovery is off
 	Ledger    Ledger
 	Budget    Budget
 	Installed *installed.List // across restarts
 	Notify    Notifier
 	Log       *slog.Logger
 
-	// Describe says what the next heartbeat reports. It may look up names.
+	// Describe returns the next heartbeat. It may use the network.
 	Describe func(ctx context.Context) api.Heartbeat
 
-	// Repair does what interrupted transactions still need: it undoes or
-	// finishes them, and reloads, so that the server uses the old files again.
-	// It is called at the start and after a deployment that failed, until it
-	// succeeds. Calls ends when the agent stops and bounds waiting, work ends
-	// with the shutdown grace. Nil: there is nothing to repair.
+	// Repair undoes or finishes interrupted transactions and reloads their servers. The loop calls
+	// it at the start and after a failed deployment, until it succeeds. Calls ends when the agent
+	// stops and bounds waiting; work ends with the shutdown grace. May be nil.
 	Repair func(calls, work context.Context) error
 
 	HeartbeatInterval time.Duration // 60 s by default
 	PollInterval      time.Duration // 30 s
 	DiscoveryInterval time.Duration // 6 h
 	StartupJitter     bool          // delay the first heartbeat, poll and scan
-	MaxDeploys        int           // deployments at once, at least 1
-	ShutdownGrace     time.Duration // for running transactions, then they are rolled back
+	MaxDeploys        int           // parallel deployments, at least 1
+	ShutdownGrace     time.Duration // for running transactions; then they are rolled back
 	WatchdogInterval  time.Duration // 0: no watchdog
 	Rand              pace.Rand
 
-	// Base is what the snapshot says that the loop does not know: version,
-	// server, configuration warnings.
+	// Base has the fields of the snapshot that the loop does not know: version, server,
+	// configuration warnings.
 	Base status.Snapshot
 }
 
 const (
-	// finalDelivery bounds the last try to deliver reports when the agent
-	// stops. What is not delivered is kept.
+	// finalDelivery bounds the last try to deliver reports when the agent stops. Undelivered
+	// reports are kept.
 	finalDelivery = 5 * time.Second
 
-	// maxSkew is how far this host's clock may be from the control plane's
-	// before certificates are judged wrongly.
+	// maxSkew is the clock difference to the control plane beyond which the agent warns.
 	maxSkew = 5 * time.Minute
 )
 
-// errStopping is the cause with which work is cancelled at the end of the
-// shutdown grace.
+// errStopping is the cause of the cancellation of work at the end of the shutdown grace.
 var errStopping = errors.New("the agent is stopping")
 
-// Agent is the loop. Make one with New, run it once.
+// Agent is the loop. Create it with New and run it once.
 type Agent struct {
 	opts Options
 	log  *slog.Logger
 
 	events  chan func()   // to the loop, from its goroutines
-	beatNow chan struct{} // "send a heartbeat at once", from any goroutine
-	scanNow chan struct{} // "scan now", from outside
+	beatNow chan struct{} // requests a heartbeat, from any goroutine
+	scanNow chan struct{} // requests a scan, from any goroutine
 
 	retireOnce sync.Once
 	retired    context.Context // ends when the control plane retires this agent
@@ -152,32 +145,32 @@ type Agent struct {
 	inContact  atomic.Bool // the last heartbeat was accepted
 
 	limitedMu sync.Mutex
-	limited   map[string]uint64 // answers of 429, by activity; guarded by limitedMu
+	limited   map[string]uint64 // 429s by activity; guarded by limitedMu
 
-	// What follows belongs to the goroutine of Run.
+	// The goroutine of Run owns the fields below.
 
-	started   time.Time
-	goroutine sync.WaitGroup
-	stopping  bool
+	started    time.Time
+	goroutines sync.WaitGroup
+	stopping   bool
 
 	calls      context.Context // ends when the agent stops: heartbeats, scans, deliveries
 	stopCalls  context.CancelFunc
 	work       context.Context // ends with the shutdown grace: transactions
 	stopWork   context.CancelCauseFunc
-	claims     context.Context // as work, but ends at once when retired: polls and CSRs
+	claims     context.Context // like work, but ends at once if retired: polls and CSRs
 	stopClaims context.CancelFunc
 
 	beat, poll, scan, repair *activity
 	activities               []*activity // all of them
 	resumed                  bool        // unfinished jobs have been resumed
-	fruitless                int         // polls in a row that followUp counts
+	fruitless                int         // polls in a row that were of no use; see followUp
 
 	jobs       jobTable
 	csrs       csrTable
 	delivery   deliveryTable
 	counters   status.Counters
 	lastScan   status.Scan
-	lastStatus string // that the service manager has
+	lastStatus string // last sent to the service manager
 }
 
 // New returns an agent that has not started.
@@ -193,14 +186,14 @@ func New(opts Options) *Agent {
 	a.retired, a.retire = context.WithCancel(context.Background())
 	a.beat = a.newActivity(status.Heartbeat, opts.HeartbeatInterval, pace.New, a.heartbeat)
 	a.poll = a.newActivity(status.Poll, opts.PollInterval, pace.NewYielding, a.claim)
-	a.scan = a.newActivity(status.Discovery, opts.DiscoveryInterval, pace.NewYielding, a.survey)
+	a.scan = a.newActivity(status.Discovery, opts.DiscoveryInterval, pace.NewYielding, a.scanOnce)
 	a.repair = a.newActivity("repair", opts.PollInterval, pace.NewYielding, a.repairOnce)
-	a.scan.off, a.repair.off = opts.Surveyor == nil, opts.Repair == nil
+	a.scan.off, a.repair.off = opts.Scanner == nil, opts.Repair == nil
 	a.repair.untilDone = true
 
-	// No poll before a heartbeat has been tried, so that a retired agent learns
-	// it before it claims work; no scan before the first poll. A scan's own
-	// interval is too long to spread the first one over.
+	// The first poll follows the first heartbeat, so that a retired agent learns of it before it
+	// claims work; the first scan follows the first poll. Its delay is that of a poll, since its
+	// own interval is hours.
 	a.beat.next, a.poll.next = a.poll, a.scan
 	a.scan.first = a.poll.pacer.First
 	a.jobs = newJobTable(opts.MaxDeploys)
@@ -209,12 +202,11 @@ func New(opts Options) *Agent {
 	return a
 }
 
-// Rescan asks for a scan now. It never blocks.
+// Rescan requests a scan now. It never blocks.
 func (a *Agent) Rescan() { wake(a.scanNow) }
 
-// Observe records what a call showed of the control plane: its clock, a 429 and,
-// if it answered 410, that this agent may be retired. Any goroutine may call it. It
-// never blocks.
+// Observe records what a call revealed about the control plane: its clock, a 429, and a 410, which
+// may mean that this agent is retired. Any goroutine may call it. It never blocks.
 func (a *Agent) Observe(o api.Observation) {
 	if !o.Date.IsZero() {
 		a.observeClock(o.Date.Sub(o.Received).Round(time.Second))
@@ -227,7 +219,7 @@ func (a *Agent) Observe(o api.Observation) {
 	case errors.Is(o.Err, api.ErrRetired):
 		a.retireOnce.Do(func() {
 			status, _ := errors.AsType[*api.StatusError](o.Err)
-			a.log.Error("the control plane has retired this agent: it stops for good",
+			a.log.Error("the control plane has retired this agent: it shuts down",
 				"call", o.Call, "status", status.Status, "body", status.Body, "agent_id", a.opts.AgentID)
 			a.retire()
 		})
@@ -236,7 +228,7 @@ func (a *Agent) Observe(o api.Observation) {
 	}
 }
 
-// activityOf is the activity that a call belongs to, for metrics.
+// activityOf returns the activity that a call belongs to, for metrics.
 func activityOf(call string) string {
 	switch call {
 	case "poll":
@@ -260,9 +252,8 @@ func (a *Agent) observeClock(skew time.Duration) {
 	})
 }
 
-// Run runs the agent until ctx ends or the control plane retires it. It
-// returns nil in the first case and api.ErrRetired in the second, when every
-// goroutine that it started has ended.
+// Run runs the agent until ctx ends or the control plane retires it. It returns nil in the first
+// case and api.ErrRetired in the second. By then all goroutines that it started have ended.
 func (a *Agent) Run(ctx context.Context) error {
 	a.started = time.Now()
 	a.calls, a.stopCalls = context.WithCancel(ctx)
@@ -273,11 +264,11 @@ func (a *Agent) Run(ctx context.Context) error {
 	defer a.stopClaims()
 	a.jobs.unfinished = a.opts.Ledger.Unfinished()
 	for _, d := range a.opts.Ledger.Undelivered() {
-		a.noteReports(d.Job)
+		a.scheduleReports(d.Job)
 	}
 
 	watchdog := time.Tick(a.opts.WatchdogInterval) // nil if that is 0
-	a.tellServiceManager()
+	a.notifyStatus()
 	a.startFirst(a.beat)
 	a.begin(a.repair)
 
@@ -313,8 +304,8 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 }
 
-// stop ends the agent: nothing new is started, calls are cut, transactions get
-// the grace and are rolled back after it.
+// stop ends the agent. It starts nothing new, cancels calls, and rolls back transactions that still
+// run after the grace.
 func (a *Agent) stop(watchdog <-chan time.Time, cause error) error {
 	a.stopping = true
 	a.stopCalls()
@@ -330,7 +321,7 @@ func (a *Agent) stop(watchdog <-chan time.Time, cause error) error {
 
 	done := make(chan struct{})
 	go func() {
-		a.goroutine.Wait()
+		a.goroutines.Wait()
 		close(done)
 	}()
 	grace := time.After(a.opts.ShutdownGrace)
@@ -353,12 +344,10 @@ func (a *Agent) stop(watchdog <-chan time.Time, cause error) error {
 	}
 }
 
-// spawn runs work in a goroutine. The function that it returns is called by
-// the loop; when work panics, failed is called instead, with the panic as an
-// error. Everything the agent does runs through here, so one panic costs one
-// job or one try, never the agent.
+// spawn runs work in a goroutine. The loop then calls the function that work returned, or failed if
+// work panicked. All work runs through spawn, so a panic costs one job or one try, never the agent.
 func (a *Agent) spawn(work func() (event func()), failed func(error)) {
-	a.goroutine.Go(func() {
+	a.goroutines.Go(func() {
 		var event func()
 		err := a.contain(func() { event = work() })
 		if err != nil {
@@ -380,10 +369,9 @@ func (a *Agent) contain(work func()) (err error) {
 	return nil
 }
 
-// lost reports whether a refusal that may be a gateway's has to be believed: it
-// has lasted, and heartbeats are accepted. Some gateways answer 404 to all calls
-// for as long as what is behind them is down.
-func (a *Agent) lost(p *pace.Patience, err error) bool {
+// exhausted reports whether to give up after a refusal that may be a gateway's: it has lasted, and
+// heartbeats are accepted. Some gateways answer 404 to all calls while the control plane is down.
+func (a *Agent) exhausted(p *pace.Patience, err error) bool {
 	return p.Exhausted(err) && a.inContact.Load()
 }
 

@@ -54,7 +54,7 @@ type world struct {
 	turn      func(ctx context.Context, job api.Job, turn deploy.Turn) (deploy.Outcome, error) // instead of deploy
 	report    func(job string, s api.JobStatus) error
 	verify    func(job string, v api.Verification) error
-	survey    func(ctx context.Context) (discovery.Stats, error)
+	scan      func(ctx context.Context) (discovery.Stats, error)
 }
 
 // call is one thing the agent did.
@@ -273,14 +273,14 @@ func (d deployer) Deploy(calls, work context.Context, job api.Job, turn deploy.T
 	return outcome, d.w.answer("certificate", err)
 }
 
-type surveyor struct{ w *world }
+type scanner struct{ w *world }
 
-func (s surveyor) Run(ctx context.Context) (discovery.Stats, error) {
+func (s scanner) Run(ctx context.Context) (discovery.Stats, error) {
 	s.w.note(time.Now(), "scan", "")
-	if s.w.survey == nil {
+	if s.w.scan == nil {
 		return discovery.Stats{}, nil
 	}
-	stats, err := s.w.survey(ctx)
+	stats, err := s.w.scan(ctx)
 	return stats, s.w.answer("discovery report", err)
 }
 
@@ -413,15 +413,15 @@ func TestHeartbeatsKeepTheirRhythm(t *testing.T) {
 			w.enroll = func(ctx context.Context, _ api.Job) error { return forever(ctx) }
 		}},
 		{"a scan that takes an hour", func(w *world) {
-			w.options.Surveyor = surveyor{w}
-			w.survey = func(ctx context.Context) (discovery.Stats, error) { return discovery.Stats{}, forever(ctx) }
+			w.options.Scanner = scanner{w}
+			w.scan = func(ctx context.Context) (discovery.Stats, error) { return discovery.Stats{}, forever(ctx) }
 		}},
 		{"reports that nobody takes", func(w *world) {
 			w.work = once(1, deployment("j1", "t1"))
 			w.report = func(string, api.JobStatus) error { return errTest }
 		}},
 		{"panics everywhere", func(w *world) {
-			w.options.Surveyor = surveyor{w}
+			w.options.Scanner = scanner{w}
 			w.work = func(ctx context.Context, n int) (api.Work, error) {
 				if n%2 == 0 {
 					panic("poll")
@@ -430,7 +430,7 @@ func TestHeartbeatsKeepTheirRhythm(t *testing.T) {
 			}
 			w.enroll = func(context.Context, api.Job) error { panic("enroll") }
 			w.deploy = func(_, _ context.Context, _ api.Job) (deploy.Outcome, error) { panic("deploy") }
-			w.survey = func(context.Context) (discovery.Stats, error) { panic("survey") }
+			w.scan = func(context.Context) (discovery.Stats, error) { panic("scan") }
 		}},
 	}
 	for _, test := range tests {
@@ -479,7 +479,7 @@ func TestOrderOfTheStart(t *testing.T) {
 		t.Run(fmt.Sprintf("jitter %v", jitter), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t)
-				w.options.Surveyor = surveyor{w}
+				w.options.Scanner = scanner{w}
 				w.options.StartupJitter = jitter
 				w.options.Rand = pace.Global
 				// Heartbeats fail: trying one is enough for the first poll.
@@ -620,7 +620,7 @@ func TestRetirement(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t)
-				w.options.Surveyor = nil
+				w.options.Scanner = nil
 				test.setUp(w)
 				w.start()
 				begun := time.Now()
@@ -720,7 +720,7 @@ func TestWorkThatComesAfterRetirementIsNotTouched(t *testing.T) {
 func TestRescanAndRefusedJobs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
-		w.options.Surveyor = surveyor{w}
+		w.options.Scanner = scanner{w}
 		w.work = func(_ context.Context, n int) (api.Work, error) {
 			if n != 1 {
 				return api.Work{}, nil
@@ -760,7 +760,7 @@ func TestRescanAndRefusedJobs(t *testing.T) {
 		if got := w.ledger.Unfinished(); len(got) != 0 {
 			t.Errorf("claimed: %v", got)
 		}
-		for _, part := range []string{"its id is not one", "could not be decoded", "more jobs than any host has targets"} {
+		for _, part := range []string{"its id is invalid", "could not be decoded", "more jobs than any host has targets"} {
 			if !strings.Contains(w.log.String(), part) {
 				t.Errorf("the log does not say %q", part)
 			}

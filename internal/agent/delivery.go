@@ -13,27 +13,26 @@ import (
 )
 
 const (
-	// reportTTL is how long a report is worth delivering.
+	// reportTTL is how long the agent tries to deliver a report.
 	reportTTL = 7 * 24 * time.Hour
 
-	// maxSending bounds the reports under way at once. An answer from afar takes
-	// a tenth of a second, and a thousand renewals end within seconds.
+	// maxSending bounds the reports under way at once. A distant control plane takes 0.1 s to
+	// answer, and a thousand renewals may end within seconds.
 	maxSending = 4
 
-	// repeatAfter is how long after a verdict it is repeated, where that is
-	// needed: longer than a kernel retransmits what a closed connection has
-	// left (Linux: under two minutes), and than gateways queue a request.
+	// repeatAfter is how long after a final status it is repeated (see reports): longer than a
+	// kernel retransmits data of a closed connection (Linux: under two minutes), and than gateways
+	// queue a request.
 	repeatAfter = 5 * time.Minute
 )
 
-// deliveryTable paces the reports that the control plane has not taken yet.
-// Each job has a back-off of its own, so that one whose reports are refused
-// (an unknown job id is answered 500) does not hold up the others.
+// deliveryTable schedules the undelivered reports. Each job has its own back-off, so that a job
+// whose reports are refused (an unknown job id is answered 500) does not block the others.
 //
-// There may be thousands of them, so an event costs a look at its own job only.
+// There may be thousands of jobs, so an event looks only at its own.
 type deliveryTable struct {
 	jobs  map[api.ID]*pacedDelivery
-	queue dueQueue[*pacedDelivery] // of jobs, without those of the running round
+	queue dueQueue[*pacedDelivery] // without the jobs of the running round
 	timer *time.Timer
 	stats status.Activity
 }
@@ -43,9 +42,9 @@ type pacedDelivery struct {
 	queued bool // it is in the queue
 	job    api.ID
 	pacer  *pace.Pacer
-	repeat bool // the report that is due is a repetition
+	repeat bool // the next report is a repetition
 
-	// patience is with the first report; a running round owns it.
+	// patience is that of the job's first report; a running round owns it.
 	patience *pace.Patience
 }
 
@@ -65,8 +64,8 @@ func newDeliveryTable() deliveryTable {
 	return deliveryTable{jobs: make(map[api.ID]*pacedDelivery), timer: stoppedTimer()}
 }
 
-// noteReports takes note of what there is to report on a job.
-func (a *Agent) noteReports(job api.ID) {
+// scheduleReports schedules the undelivered reports of a job.
+func (a *Agent) scheduleReports(job api.ID) {
 	undelivered := a.opts.Ledger.UndeliveredOf(job)
 	if len(undelivered) == 0 {
 		a.delivery.remove(job)
@@ -89,7 +88,7 @@ func (a *Agent) noteReports(job api.ID) {
 	p.repeat = repeat
 }
 
-// enqueue has the reports on a job wait until they are due.
+// enqueue schedules the reports of a job for due.
 func (t *deliveryTable) enqueue(p *pacedDelivery, due time.Time) {
 	if p.queued {
 		t.queue.remove(p)
@@ -98,7 +97,7 @@ func (t *deliveryTable) enqueue(p *pacedDelivery, due time.Time) {
 	t.queue.add(p)
 }
 
-// remove forgets a job on which there is nothing to report any more.
+// remove removes a job that has no more reports.
 func (t *deliveryTable) remove(job api.ID) {
 	if p := t.jobs[job]; p != nil && p.queued {
 		t.queue.remove(p)
@@ -106,11 +105,11 @@ func (t *deliveryTable) remove(job api.ID) {
 	delete(t.jobs, job)
 }
 
-// deliver sends the reports that are due, in one goroutine. Changed are the jobs
-// on which there may be something new to report.
+// deliver sends the reports that are due, in another goroutine. Changed are the jobs that may have
+// new reports.
 func (a *Agent) deliver(changed ...api.ID) {
 	for _, job := range changed {
-		a.noteReports(job)
+		a.scheduleReports(job)
 	}
 	if a.stopping || !a.resumed || a.delivery.stats.Running {
 		return
@@ -134,7 +133,7 @@ func (a *Agent) deliver(changed ...api.ID) {
 	})
 }
 
-// dueReports lists the reports that are due, the oldest first.
+// dueReports takes the reports that are due from the queue, the oldest first.
 func (a *Agent) dueReports(now time.Time) []report {
 	var due []report
 	for _, p := range a.delivery.queue.take(now) {
@@ -149,10 +148,9 @@ func (a *Agent) dueReports(now time.Time) []report {
 	return due
 }
 
-// send tries each report once, those of several jobs at a time. Within a job it
-// keeps the order: what follows a report that did not arrive is not tried. When
-// the network is gone or the control plane is overloaded, the rest shares that
-// outcome untried; so the first is sent alone.
+// send tries each report once, several jobs in parallel. It keeps the order within a job: after a
+// report that failed it does not try the job's next ones. If the network is down or the control
+// plane is overloaded, the remaining reports fail untried; so the first is sent alone.
 func (a *Agent) send(ctx context.Context, due []report) []delivered {
 	var jobs []api.ID // in order
 	reports := make(map[api.ID][]report)
@@ -165,26 +163,26 @@ func (a *Agent) send(ctx context.Context, due []report) []delivered {
 	var round deliveryRound
 	round.send(ctx, a, reports[jobs[0]])
 	var senders sync.WaitGroup
-	places := make(chan struct{}, maxSending)
+	slots := make(chan struct{}, maxSending)
 	for _, job := range jobs[1:] {
-		places <- struct{}{}
+		slots <- struct{}{}
 		senders.Go(func() {
 			round.send(ctx, a, reports[job])
-			<-places
+			<-slots
 		})
 	}
 	senders.Wait()
 	return round.results
 }
 
-// deliveryRound is what came of a round so far.
+// deliveryRound collects the outcomes of a round.
 type deliveryRound struct {
-	mu      sync.Mutex // guards what follows
+	mu      sync.Mutex // guards the fields below
 	results []delivered
 	down    error // the outcome of all further reports
 }
 
-// send tries the reports on one job.
+// send tries the reports of one job.
 func (d *deliveryRound) send(ctx context.Context, a *Agent, reports []report) {
 	for _, r := range reports {
 		d.mu.Lock()
@@ -208,8 +206,7 @@ func (d *deliveryRound) send(ctx context.Context, a *Agent, reports []report) {
 	}
 }
 
-// sendOne delivers one report and takes it off the ledger. The error is
-// temporary.
+// sendOne delivers one report and removes it from the ledger. Its error is temporary.
 func (a *Agent) sendOne(ctx context.Context, r report) error {
 	if time.Since(r.Recorded) > reportTTL {
 		return a.giveUp(r, "a week has passed")
@@ -220,14 +217,14 @@ func (a *Agent) sendOne(ctx context.Context, r report) error {
 	} else {
 		err = a.opts.Plane.ReportStatus(ctx, r.Job, *r.Report.Status)
 	}
-	lost := a.lost(r.patience, err)
+	exhausted := a.exhausted(r.patience, err)
 	switch {
 	case err == nil:
 		if err := a.opts.Ledger.Delivered(r.Delivery); err != nil {
 			a.log.Error("a delivered report could not be removed from the ledger: after a restart it is sent again", "job", r.Job, "error", err)
 		}
 		return nil
-	case lost:
+	case exhausted:
 		return a.giveUp(r, "it is still refused after several tries: "+err.Error())
 	case api.Temporary(err):
 		return err
@@ -235,17 +232,17 @@ func (a *Agent) sendOne(ctx context.Context, r report) error {
 	return a.giveUp(r, err.Error())
 }
 
-// giveUp gives a report up. What follows it has patience of its own.
+// giveUp drops a report. The job's next report starts with new patience.
 func (a *Agent) giveUp(r report, reason string) error {
 	*r.patience = pace.Patience{}
-	a.log.Error("a report is given up", "job", r.Job, "reason", reason)
+	a.log.Error("gave up on a report", "job", r.Job, "reason", reason)
 	if err := a.opts.Ledger.Drop(r.Delivery, reason); err != nil {
 		a.log.Error("a report could not be removed from the ledger", "job", r.Job, "error", err)
 	}
 	return nil
 }
 
-// sent takes the outcome of one round.
+// sent records the outcomes of a round.
 func (a *Agent) sent(results []delivered) {
 	a.delivery.stats.Running = false
 	now := time.Now()
@@ -253,7 +250,7 @@ func (a *Agent) sent(results []delivered) {
 	jobs := make([]api.ID, 0, len(results))
 	for _, r := range results {
 		jobs = append(jobs, r.job)
-		a.delivery.note(now, r.err)
+		a.delivery.record(now, r.err)
 		p := a.delivery.jobs[r.job]
 		if r.err == nil || p == nil {
 			continue
@@ -262,14 +259,14 @@ func (a *Agent) sent(results []delivered) {
 		a.delivery.enqueue(p, now.Add(wait))
 		a.counters.Failure(status.Delivery, api.Kind(r.err))
 		if !a.stopping {
-			a.log.Warn("a report was not delivered: it is kept and tried again", "job", r.job, "error", r.err, "next_try_in", wait.Round(time.Millisecond).String())
+			a.log.Warn("a report was not delivered: it is kept and will be retried", "job", r.job, "error", r.err, "next_try_in", wait.Round(time.Millisecond).String())
 		}
 	}
 	a.deliver(jobs...)
 }
 
-// note keeps the outcome of one try for the snapshot.
-func (t *deliveryTable) note(now time.Time, err error) {
+// record records the outcome of one try for the snapshot.
+func (t *deliveryTable) record(now time.Time, err error) {
 	if err == nil {
 		t.stats.LastSuccess, t.stats.LastError, t.stats.LastErrorKind, t.stats.Failures = now, "", "", 0
 		return
@@ -288,7 +285,7 @@ func (a *Agent) setDeliveryTimer(now time.Time) {
 	a.delivery.timer.Reset(max(a.delivery.stats.NextDue.Sub(now), 0))
 }
 
-// deliverLast tries once more to deliver what is left when the agent stops.
+// deliverLast tries once more to deliver the remaining reports when the agent stops.
 func (a *Agent) deliverLast() {
 	var due []report
 	for _, d := range a.opts.Ledger.Undelivered() {

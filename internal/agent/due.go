@@ -6,26 +6,27 @@ import (
 	"time"
 )
 
-// timed is part of what a dueQueue holds.
+// timed is embedded in the elements of a dueQueue.
 type timed struct{ due time.Time }
 
 func (t *timed) when() time.Time { return t.due }
 
-// dueQueue is sorted, the first due first. What is in it keeps its time.
+// dueQueue is sorted by time, the earliest first. An element's time must not change while it is in
+// the queue.
 type dueQueue[T interface {
 	comparable
 	when() time.Time
 }] []T
 
-// add adds x behind those that are due by then.
+// add adds x, behind elements with the same time.
 func (q *dueQueue[T]) add(x T) { *q = slices.Insert(*q, q.due(x.when()), x) }
 
-// due counts those that are due.
+// due returns how many elements are due.
 func (q *dueQueue[T]) due(now time.Time) int {
 	return sort.Search(len(*q), func(i int) bool { return (*q)[i].when().After(now) })
 }
 
-// take removes those that are due, and returns them.
+// take removes and returns the elements that are due.
 func (q *dueQueue[T]) take(now time.Time) []T {
 	n := q.due(now)
 	taken := slices.Clone((*q)[:n])

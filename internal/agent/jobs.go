@@ -14,40 +14,38 @@ import (
 	"certctl-agent/internal/transaction"
 )
 
-// jobTable is what the loop has in hand of deployments: those that wait or run.
+// jobTable holds the deployments that wait or run.
 //
-// There may be thousands of them, so an event looks at none that needs what another
-// has.
+// There may be thousands of them, so an event does not look at jobs that wait for another one.
 type jobTable struct {
-	slots      chan struct{} // one element for each deployment that runs and waits for no other
-	unfinished []api.Job
-	waiting    int           // jobs that have not begun
-	running    int           // jobs that have
-	yielding   int           // what those hold that gave their slot away, in bytes
-	ready      []*waitingJob // they have what they need but for a slot
+	slots      chan struct{} // one element for each running deployment that does not yield
+	unfinished []api.Job     // of an earlier run of the agent, not resumed yet
+	waiting    int           // jobs that have not started
+	running    int           // jobs that have started
+	yielding   int           // size of the jobs that gave up their slot to wait, in bytes
+	ready      []*waitingJob // only need a slot
 	lines      lines
-	later      dueQueue[*waitingJob] // jobs that could not begin
-	timer      *time.Timer           // the earliest of those, or due
-	due        time.Time             // none begins before: the control plane has asked for that
+	later      dueQueue[*waitingJob] // jobs whose last try could not start
+	timer      *time.Timer           // fires at the earliest of later, or at due
+	due        time.Time             // no job starts before; set from a Retry-After
 }
 
-// waitingJob is a deployment that has not begun: no slot, its target or its
-// certificate busy, or a try could not begin.
+// waitingJob is a deployment that has not started: there is no slot, its target or certificate is
+// busy, or its last try could not start.
 type waitingJob struct {
 	timed
 	job   api.Job
 	since time.Time // when it was claimed or resumed
 
-	// runningUnanswered: an earlier try reported, or may have, that the job
-	// runs, and got no answer.
+	// runningUnanswered: an earlier try may have reported the status Running, but got no answer.
 	runningUnanswered bool
 
-	// place is what another deployment has had for long when this one was last
-	// tried. One of those that need it tries again; the others wait for that.
+	// place is the place (see transaction.BusyError) that was busy when this job was last tried. Of
+	// the jobs that need it only one tries again; the others wait for that job.
 	place string
 
 	pacer    *pace.Pacer
-	patience pace.Patience // with its fetch; a running deployment owns it
+	patience pace.Patience // for fetching the certificate; a running deployment owns it
 }
 
 func newJobTable(slots int) jobTable {
@@ -63,7 +61,7 @@ func (t *jobTable) add(job api.Job, runningUnanswered bool) {
 	t.enter(&waitingJob{job: job, since: time.Now(), runningUnanswered: runningUnanswered})
 }
 
-// needs lists what a job has from when it is ready, or runs, until it ends.
+// needs lists what a job holds from when it is ready until it ends.
 func (w *waitingJob) needs() []need {
 	all := []need{{"job", string(w.job.ID)}, w.certificate()}
 	if w.job.TargetID != "" {
@@ -75,23 +73,23 @@ func (w *waitingJob) needs() []need {
 	return all
 }
 
-// certificate is a running job's alone until it is shared.
+// certificate is held by one job until that job shares it.
 func (w *waitingJob) certificate() need { return need{"certificate", string(w.job.CertificateID)} }
 
-// enter has a job wait for its turn, behind those that need the same.
+// enter makes a job ready, or lets it wait behind the jobs that hold what it needs.
 func (t *jobTable) enter(w *waitingJob) {
 	if t.lines.take(w) {
 		t.ready = append(t.ready, w)
 	}
 }
 
-// release takes from a job what it has of needs.
+// release takes needs away from a job.
 func (t *jobTable) release(w *waitingJob, needs ...need) {
 	t.ready = append(t.ready, t.lines.release(w, needs...)...)
 }
 
-// end takes from a job what it has: all but the place that keeps others waiting
-// still, so that it is the one of them that tries again.
+// end takes everything away from a job, except a place that is still busy: this job tries again for
+// all jobs that need it.
 func (t *jobTable) end(w *waitingJob, err error) {
 	had := w.needs()
 	w.place = ""
@@ -101,26 +99,25 @@ func (t *jobTable) end(w *waitingJob, err error) {
 	t.release(w, slices.DeleteFunc(had, func(n need) bool { return n == need{"place", w.place} })...)
 }
 
-// claimed is what a poll brought, recorded.
+// claimed is the recorded answer to a poll.
 type claimed struct {
 	csrs        []api.Job
 	deployments []api.Job
-	refused     []api.ID        // job ids; each has a report now
-	more        bool            // there were more jobs than one poll can bring
-	again       map[api.ID]bool // deployments of which an earlier claim has something to report
+	refused     []api.ID        // jobs that now have a report
+	more        bool            // the control plane had more jobs than MaxJobs
+	again       map[api.ID]bool // deployments that still have reports of an earlier claim
 }
 
-// maxYielding bounds what deployments hold that have given their slot away to
-// wait for a directory, in bytes: while it is more, none begins. A place that
-// stays taken holds them up for as long as transaction lets them wait for it.
+// maxYielding bounds the total size of deployments that gave up their slot to wait for a directory,
+// in bytes. While it is exceeded, no deployment starts.
 const maxYielding = 5 << 20
 
-// maxNameless bounds the lines that one poll's jobs without a usable id have in
-// the log: a control plane that is broken sends them with every poll.
+// maxNameless bounds the log lines for jobs without a valid id, per poll: a broken control plane
+// sends them with every poll.
 const maxNameless = 20
 
-// record writes the jobs of a poll to disk. It runs in the poll's goroutine: the
-// loop does not wait for a disk.
+// record writes the jobs of a poll to disk. It runs in the poll's goroutine, so that the loop does
+// not wait for the disk.
 func (a *Agent) record(work api.Work) claimed {
 	var c claimed
 	var deployments []api.Job
@@ -135,9 +132,9 @@ func (a *Agent) record(work api.Work) claimed {
 		}
 	}
 	if c.more = work.Excess > 0; c.more {
-		a.log.Error("a poll brought more jobs than any host has targets: the rest was left out", "limit", api.MaxJobs, "left_out", work.Excess)
+		a.log.Error("a poll returned more jobs than any host has targets: the rest was ignored", "limit", api.MaxJobs, "left_out", work.Excess)
 	}
-	nameless := 0 // jobs that cannot even be reported
+	nameless := 0 // jobs that cannot be reported
 	for _, m := range work.Malformed {
 		if m.ID != "" {
 			a.refuse(m.ID, m.Err.Error())
@@ -145,11 +142,11 @@ func (a *Agent) record(work api.Work) claimed {
 			continue
 		}
 		if nameless++; nameless <= maxNameless {
-			a.log.Error("job ignored: its id is not one", "job", m.Name, "type", m.Type, "error", m.Err)
+			a.log.Error("job ignored: its id is invalid", "job", m.Name, "type", m.Type, "error", m.Err)
 		}
 	}
 	if nameless > maxNameless {
-		a.log.Error("more jobs were ignored: their ids are none", "jobs", nameless-maxNameless)
+		a.log.Error("more jobs were ignored: their ids are invalid", "jobs", nameless-maxNameless)
 	}
 	c.again = make(map[api.ID]bool)
 	for _, job := range deployments {
@@ -157,14 +154,14 @@ func (a *Agent) record(work api.Work) claimed {
 	}
 	accepted, refused := a.opts.Ledger.Claim(deployments, time.Now())
 	for _, r := range refused {
-		a.refuse(r.Job.ID, "the job could not be recorded on the agent's disk, so it was not begun: "+r.Err.Error())
+		a.refuse(r.Job.ID, "the job could not be recorded on the agent's disk, so it was not started: "+r.Err.Error())
 		c.refused = append(c.refused, r.Job.ID)
 	}
 	c.deployments = accepted
 	return c
 }
 
-// refuse reports a job Failed that was never begun.
+// refuse reports a job as Failed before it has started.
 func (a *Agent) refuse(job api.ID, reason string) {
 	a.log.Error("job refused", "job", job, "reason", reason)
 	if err := a.opts.Ledger.Report(job, api.JobStatus{Status: api.StatusFailed, Error: reason}); err != nil {
@@ -172,7 +169,7 @@ func (a *Agent) refuse(job api.ID, reason string) {
 	}
 }
 
-// take starts the jobs of a poll that began at the given time.
+// take starts the jobs of a poll that started at begun.
 func (a *Agent) take(c claimed, begun time.Time) {
 	if !c.more && (len(c.deployments) > 0 || len(c.csrs) == 0) && !a.csrs.endless(c.csrs, begun) {
 		a.fruitless = 0
@@ -186,7 +183,7 @@ func (a *Agent) take(c claimed, begun time.Time) {
 	for _, job := range c.deployments {
 		a.log.Info("deployment claimed", "job", job.ID, "certificate", job.CertificateID, "target", job.TargetID, "target_type", job.TargetType)
 		a.jobs.add(job, c.again[job.ID])
-		a.noteReports(job.ID) // those of an earlier claim are superseded
+		a.scheduleReports(job.ID) // this claim has replaced the reports of an earlier one
 	}
 	a.startJobs()
 	a.deliver(c.refused...)
@@ -206,14 +203,14 @@ func (a *Agent) startJobs() {
 		select {
 		case t.slots <- struct{}{}:
 		default:
-			return // the one that becomes free starts them
+			return // the next job that releases a slot calls startJobs
 		}
 		w := t.ready[0]
 		t.ready[0] = nil
 		t.ready = t.ready[1:]
 		had := w.needs()
 		if newer, ok := a.opts.Ledger.Job(w.job.ID); ok {
-			w.job = newer // handed out again while it waited
+			w.job = newer // claimed again while it waited
 		}
 		if !slices.Equal(had, w.needs()) {
 			<-t.slots
@@ -227,14 +224,14 @@ func (a *Agent) startJobs() {
 	}
 	switch {
 	case len(t.ready) > 0 && t.due.After(now):
-		t.timer.Reset(t.due.Sub(now)) // the others have to wait for that, too
+		t.timer.Reset(t.due.Sub(now)) // the later ones must wait for that too
 	case len(t.later) > 0:
 		t.timer.Reset(t.later[0].due.Sub(now))
 	}
 }
 
-// turn is a slot and a certificate that a running job holds. It belongs to the
-// job's goroutine, and when that has ended to the loop.
+// turn is the slot and the certificate of a running job. The job's goroutine owns it, and after its
+// end the loop.
 type turn struct {
 	*Agent
 	w      *waitingJob
@@ -242,7 +239,7 @@ type turn struct {
 	shared bool
 }
 
-// share lets other jobs of the certificate begin.
+// share lets other jobs of the certificate start.
 func (t *turn) share() {
 	if t.shared {
 		return
@@ -254,12 +251,12 @@ func (t *turn) share() {
 	}
 }
 
-// yield gives the slot away while the job waits for another. It is had again
-// before the loop can give it to a job that has not begun.
+// yield gives up the slot while the job waits for another one. It gets a slot back before jobs that
+// have not started.
 func (t *turn) yield(size int, wait func(context.Context) error) error {
-	t.leave()
-	t.events <- func() { t.holding(size) }
-	defer func() { t.events <- func() { t.holding(-size) } }()
+	t.releaseSlot()
+	t.events <- func() { t.addYielding(size) }
+	defer func() { t.events <- func() { t.addYielding(-size) } }()
 	if err := wait(t.calls); err != nil {
 		return err
 	}
@@ -272,19 +269,19 @@ func (t *turn) yield(size int, wait func(context.Context) error) error {
 	}
 }
 
-func (t *turn) holding(more int) {
-	t.jobs.yielding += more
+func (t *turn) addYielding(size int) {
+	t.jobs.yielding += size
 	t.startJobs()
 }
 
-func (t *turn) leave() {
+func (t *turn) releaseSlot() {
 	if t.slot {
 		t.slot = false
 		<-t.jobs.slots
 	}
 }
 
-// startDeployment starts a job that has a slot and what it needs.
+// startDeployment starts a job that has a slot and everything it needs.
 func (a *Agent) startDeployment(w *waitingJob) {
 	t := &turn{Agent: a, w: w, slot: true}
 	a.spawn(func() func() {
@@ -299,7 +296,7 @@ func (a *Agent) startDeployment(w *waitingJob) {
 func (a *Agent) deploy(t *turn, since time.Time, runningUnanswered bool, patience *pace.Patience) (deploy.Outcome, error) {
 	job := t.w.job
 	if err := a.opts.Ledger.Start(job.ID); err != nil {
-		a.log.Warn("the ledger could not note that a job has begun", "job", job.ID, "error", err)
+		a.log.Warn("the ledger could not record that a job has started", "job", job.ID, "error", err)
 	}
 	var outcome deploy.Outcome
 	var err error
@@ -310,17 +307,17 @@ func (a *Agent) deploy(t *turn, since time.Time, runningUnanswered bool, patienc
 		outcome, err = deploy.Outcome{Status: api.StatusFailed, Error: panicked.Error(), Broken: true}, nil
 	}
 	if err != nil && context.Cause(a.calls) == nil && time.Since(since) > reportTTL {
-		outcome.Status, outcome.Error, err = api.StatusFailed, "given up after a week: "+err.Error(), nil
+		outcome.Status, outcome.Error, err = api.StatusFailed, "gave up after a week: "+err.Error(), nil
 	}
-	if a.lost(patience, err) {
-		outcome.Status, outcome.Error, err = api.StatusFailed, "given up after several tries: "+err.Error(), nil
+	if a.exhausted(patience, err) {
+		outcome.Status, outcome.Error, err = api.StatusFailed, "gave up after several tries: "+err.Error(), nil
 	}
 	if err != nil {
 		return outcome, err
 	}
 	if outcome.Status == api.StatusFailed && !outcome.Broken && context.Cause(a.work) != nil {
-		// Rolled back because the agent stops: not the job's failure. It is
-		// resumed by the next start.
+		// Rolled back because the agent stops, which is not a failure of the job. The next start
+		// resumes it.
 		return outcome, errStopping
 	}
 	if err := a.opts.Ledger.Finish(job.ID, reports(outcome, runningUnanswered)); err != nil {
@@ -334,19 +331,18 @@ func (a *Agent) deploy(t *turn, since time.Time, runningUnanswered bool, patienc
 	return outcome, nil
 }
 
-// reports lists the reports on an outcome, in order. A
-// "Running" that is still on its way would undo the verdict when it arrives, so
-// after one that was not answered the verdict is said twice.
+// reports lists the reports of an outcome, in order. If a Running was not answered, it may still
+// arrive and overwrite the final status, so the final status is sent again later.
 func reports(o deploy.Outcome, runningUnanswered bool) []ledger.Report {
 	var all []ledger.Report
 	if o.Verification != nil {
 		all = append(all, ledger.Report{Verification: o.Verification})
 	}
-	verdict := ledger.Report{Status: &api.JobStatus{Status: o.Status, Error: o.Error}}
-	all = append(all, verdict)
+	final := ledger.Report{Status: &api.JobStatus{Status: o.Status, Error: o.Error}}
+	all = append(all, final)
 	if runningUnanswered || o.RunningUnanswered {
-		verdict.Repeat = true
-		all = append(all, verdict)
+		final.Repeat = true
+		all = append(all, final)
 	}
 	return all
 }
@@ -363,11 +359,11 @@ func entryOf(job api.Job, o deploy.Outcome) installed.Entry {
 	}
 }
 
-// deployed takes the end of a deployment: its outcome, or err when it did not
-// begin and has to be tried again.
+// deployed records the end of a deployment: its outcome, or err if it did not start and must be
+// retried.
 func (a *Agent) deployed(w *waitingJob, t *turn, o deploy.Outcome, err error) {
 	job := w.job
-	t.leave()
+	t.releaseSlot()
 	a.jobs.running--
 	a.jobs.end(w, err)
 	switch {
@@ -383,10 +379,10 @@ func (a *Agent) deployed(w *waitingJob, t *turn, o deploy.Outcome, err error) {
 		wait := w.pacer.Next(pace.After(err))
 		w.due = time.Now().Add(wait)
 		if api.RateLimited(err) && api.RetryAfter(err) > 0 && w.due.After(a.jobs.due) {
-			a.jobs.due = w.due // a fetch is what each begins with
+			a.jobs.due = w.due // every deployment starts with a fetch
 		}
 		a.jobs.later.add(w)
-		a.log.Warn("deployment not begun: it is tried again", "job", job.ID, "target", job.TargetID, "error", err, "next_try_in", wait.Round(time.Millisecond).String())
+		a.log.Warn("deployment not started: it will be retried", "job", job.ID, "target", job.TargetID, "error", err, "next_try_in", wait.Round(time.Millisecond).String())
 	case o.Status == api.StatusCompleted:
 		a.counters.Job(job.TargetType, o.Status, o.Duration)
 		a.log.Info("deployment completed", "job", job.ID, "certificate", job.CertificateID, "target", job.TargetID,

@@ -1,22 +1,22 @@
 package agent
 
-// lines is who has what only one job at a time may have, and who waits for it. A
-// job takes all that it needs at once. While another has some of that, it stands in
-// line for the first such thing and takes nothing. So an event looks at the heads of
-// a few lines, however many jobs wait.
+// lines are the queues for resources that only one job at a time may hold. A job takes everything
+// that it needs at once. If other jobs hold some of it, the job takes nothing and queues for the
+// first missing resource. So an event looks only at the heads of a few queues, however many jobs
+// wait.
 type lines map[need]*line
 
-// need is something that one job at a time has.
+// need is a resource that only one job at a time may hold.
 type need struct {
 	kind, id string
 }
 
 type line struct {
-	by   *waitingJob
-	jobs []*waitingJob // that wait, the first come first
+	by   *waitingJob   // holds the resource
+	jobs []*waitingJob // wait for it, first come, first served
 }
 
-// take gives a job what it needs and does not have yet, or puts it in line.
+// take gives a job everything it needs, or queues it and returns false.
 func (l lines) take(w *waitingJob) (ok bool) {
 	needs := w.needs()
 	for _, n := range needs {
@@ -33,9 +33,8 @@ func (l lines) take(w *waitingJob) (ok bool) {
 	return true
 }
 
-// release takes from a job what it has of needs, and returns the jobs that have what
-// they need now. The first in line that needs something else, too, waits for that
-// from now on, and lets the next go first.
+// release takes needs away from a job and returns the jobs that are ready now. If the first job in
+// a queue still lacks another resource, it moves to that queue, and the next one is tried.
 func (l lines) release(w *waitingJob, needs ...need) (ready []*waitingJob) {
 	for _, n := range needs {
 		if l[n] == nil || l[n].by != w {

@@ -10,7 +10,7 @@ import (
 	"certctl-agent/internal/status"
 )
 
-// Snapshot asks the loop how it is. An answer proves that the loop turns.
+// Snapshot asks the loop for its state. An answer proves that the loop is running.
 func (a *Agent) Snapshot(ctx context.Context) (status.Snapshot, error) {
 	reply := make(chan status.Snapshot, 1)
 	select {
@@ -41,19 +41,19 @@ func (a *Agent) snapshot() status.Snapshot {
 	s.Jobs = status.Jobs{
 		Running:     a.jobs.running,
 		Waiting:     a.jobs.waiting + len(a.jobs.unfinished),
-		CSRs:        len(a.csrs.inHand),
+		CSRs:        len(a.csrs.pending),
 		Undelivered: len(a.delivery.jobs),
 	}
 	s.LastScan = a.lastScan
 	s.Counters = a.counters.Clone()
 	a.limitedMu.Lock()
-	s.Counters.RateLimited = maps.Clone(a.limited) // the client sends again after most of them
+	s.Counters.RateLimited = maps.Clone(a.limited)
 	a.limitedMu.Unlock()
 	s.ClockSkewSeconds = time.Duration(a.skewNanos.Load()).Seconds()
 	return s
 }
 
-// scanStatus is what the snapshot keeps of a scan.
+// scanStatus converts the outcome of a scan for the snapshot.
 func scanStatus(s discovery.Stats, err error) status.Scan {
 	last := status.Scan{
 		Ended:           time.Now(),
@@ -70,9 +70,8 @@ func scanStatus(s discovery.Stats, err error) status.Scan {
 	return last
 }
 
-// tellServiceManager updates the line that the service manager shows, when it
-// has changed or the one before was lost.
-func (a *Agent) tellServiceManager() {
+// notifyStatus updates the line that the service manager shows, if it has changed or was not sent.
+func (a *Agent) notifyStatus() {
 	var line string
 	switch n := a.beat.pacer.Failures(); {
 	case n > 0:

@@ -1,6 +1,5 @@
-// Package api holds what the agent and its control plane say to each other:
-// the JSON bodies, the paths, and what each refusal means. It has no network
-// code; internal/controlplane speaks it and internal/testing/devplane answers it.
+// Package api defines the control plane's API: paths, JSON bodies and the meaning of errors. It has
+// no network code: internal/controlplane is the client, internal/testing/devplane the test server.
 package api
 
 import (
@@ -13,7 +12,7 @@ import (
 	"strings"
 )
 
-// Job types and statuses the agent acts on. Others exist and are ignored.
+// Job types and statuses that the agent acts on. It ignores all others.
 const (
 	TypeIssuance   = "Issuance"
 	TypeRenewal    = "Renewal"
@@ -25,41 +24,40 @@ const (
 	StatusFailed      = "Failed"
 )
 
-// Paths of the control plane. Every identifier is escaped as one path segment.
+// Paths of the control plane. Identifiers in paths are escaped.
 const (
 	HealthPath   = "/health"
 	RegisterPath = "/api/v1/agents"
 )
 
-// HeartbeatPath is where an agent says that it is alive.
+// HeartbeatPath returns the path for heartbeats.
 func HeartbeatPath(agent string) string { return agentPath(agent) + "/heartbeat" }
 
-// WorkPath is where an agent claims work.
+// WorkPath returns the path for polls.
 func WorkPath(agent string) string { return agentPath(agent) + "/work" }
 
-// CSRPath is where an agent submits certificate signing requests.
+// CSRPath returns the path for certificate signing requests.
 func CSRPath(agent string) string { return agentPath(agent) + "/csr" }
 
-// DiscoveriesPath is where an agent reports certificates found on disk.
+// DiscoveriesPath returns the path for discovery reports.
 func DiscoveriesPath(agent string) string { return agentPath(agent) + "/discoveries" }
 
-// CertificatePath is the latest version of a certificate.
+// CertificatePath returns the path of the latest version of a certificate.
 func CertificatePath(agent, certificate string) string {
 	return agentPath(agent) + "/certificates/" + url.PathEscape(certificate)
 }
 
-// JobStatusPath takes a job's progress.
+// JobStatusPath returns the path for status reports of a job.
 func JobStatusPath(agent, job string) string {
 	return agentPath(agent) + "/jobs/" + url.PathEscape(job) + "/status"
 }
 
-// VerifyPath takes the outcome of a live check. It is not below the agent.
+// VerifyPath returns the path for verifications. It is not below the agent's path.
 func VerifyPath(job string) string { return "/api/v1/jobs/" + url.PathEscape(job) + "/verify" }
 
 func agentPath(agent string) string { return "/api/v1/agents/" + url.PathEscape(agent) }
 
-// Heartbeat says that the agent is alive, and on what. OS and Architecture are
-// Go's GOOS and GOARCH.
+// Heartbeat is the body of a heartbeat. OS and Architecture are Go's GOOS and GOARCH.
 type Heartbeat struct {
 	Version      string `json:"version"`
 	Hostname     string `json:"hostname"`
@@ -68,58 +66,53 @@ type Heartbeat struct {
 	IPAddress    string `json:"ip_address"`
 }
 
-// Work is the answer to a poll. A nil Jobs means the same as an empty one.
+// Work is the answer to a poll.
 type Work struct {
 	Jobs  []Job `json:"jobs"`
 	Count int   `json:"count"`
 
-	// Malformed are the jobs that cannot be carried out as they came. Each was
-	// claimed all the same, so it is kept apart and does not take the others with
-	// it.
+	// Malformed are the jobs that the agent must refuse. They are claimed too, so they do not make
+	// the whole answer invalid.
 	Malformed []MalformedJob `json:"-"`
 
-	// Excess is how many jobs were left out because the answer held more than
-	// MaxJobs.
+	// Excess is how many jobs beyond MaxJobs were ignored.
 	Excess int `json:"-"`
 }
 
-// MaxJobs is how many jobs of one poll are looked at. No host has as many
-// targets; a control plane that sends more is broken or hostile, and must not
-// fill this host's memory.
+// MaxJobs bounds the jobs of one poll. No host has so many targets: a control plane that sends more
+// is broken or hostile and must not fill this host's memory.
 const MaxJobs = 10_000
 
-// Bounds of a job, in bytes unless said otherwise. What is kept of a job is
-// kept until it ends, so a job over one of them is refused.
+// Bounds of a job, in bytes unless noted. The agent keeps a job in memory until it ends, so it
+// refuses larger ones.
 const (
-	// maxJob is for the whole job as it came: it bounds what decoding it takes.
+	// maxJob bounds a job's JSON, and so the memory that decoding takes.
 	maxJob = 256 << 10
 
-	// maxNames is how many names a certificate can have. Public CAs stop at 100.
+	// maxNames is how many names a certificate may have. Public CAs allow 100.
 	maxNames = 1000
 
-	// maxNameBytes is for a job's names together.
+	// maxNameBytes bounds all names of a job together.
 	maxNameBytes = 64 << 10
 
-	// maxTargetConfig holds what an operator writes in a form field, with some
-	// certificates pasted into it.
+	// maxTargetConfig allows for some certificates pasted into the configuration.
 	maxTargetConfig = 64 << 10
 
-	// maxField is for each other field.
+	// maxField bounds each other field.
 	maxField = 1 << 10
 )
 
-// MalformedJob is a job whose fields have other types than they should, are too
-// large, or are ids that are not valid.
+// MalformedJob is a job with a field that is too large or has the wrong type, or with an invalid
+// id.
 type MalformedJob struct {
-	ID   ID     // "": the job has none that is valid, so nothing can be reported
-	Name string // its id as it came, for the log
+	ID   ID     // "": invalid, so nothing can be reported
+	Name string // the id as received, for the log
 	Type string
-	Err  error // says for the control plane, too, why the job is refused
+	Err  error // why the job is refused; also reported to the control plane
 }
 
-// UnmarshalJSON decodes job by job: the control plane counts every job of the
-// answer as handed out, so one that is damaged must not cost the others. Nor
-// does a count of another type, which nothing depends on.
+// UnmarshalJSON decodes each job separately: all jobs of the answer are claimed, so a malformed one
+// must not affect the others. It ignores a Count of the wrong type.
 func (w *Work) UnmarshalJSON(data []byte) error {
 	var raw struct {
 		Jobs  jobList         `json:"jobs"`
@@ -130,15 +123,14 @@ func (w *Work) UnmarshalJSON(data []byte) error {
 	}
 	// An error with status 200 must not pass for "no work".
 	if !raw.Jobs.there && raw.Count == nil {
-		return errors.New("it holds neither jobs nor their count")
+		return errors.New("it has neither jobs nor their count")
 	}
 	*w = raw.Jobs.work
-	_ = json.Unmarshal(raw.Count, &w.Count) // 0 where it is no number
+	_ = json.Unmarshal(raw.Count, &w.Count) // 0 if it is not a number
 	return nil
 }
 
-// jobList is decoded where it stands in the answer, which may be large: a copy
-// of it would be, too.
+// jobList decodes the jobs in place, without a copy of the list, which may be large.
 type jobList struct {
 	work  Work // without its count
 	there bool
@@ -154,7 +146,7 @@ func (l *jobList) UnmarshalJSON(data []byte) error {
 		return errors.New("jobs is not a list")
 	}
 	w := &l.work
-	var one json.RawMessage // its memory serves again
+	var one json.RawMessage // reused
 	for list.More() {
 		if err := list.Decode(&one); err != nil {
 			return err
@@ -173,7 +165,7 @@ func (l *jobList) UnmarshalJSON(data []byte) error {
 	return nil
 }
 
-// Job is a piece of work as the control plane hands it out.
+// Job is a job from the control plane.
 type Job struct {
 	ID            ID              `json:"id"`
 	Type          string          `json:"type"`
@@ -186,8 +178,8 @@ type Job struct {
 	TargetConfig  json.RawMessage `json:"target_config,omitempty"`
 }
 
-// UnmarshalJSON decodes what the agent needs of a job, which has every id that
-// it needs.
+// UnmarshalJSON decodes the fields that the agent needs. It fails if a required id is missing or
+// invalid.
 func (j *Job) UnmarshalJSON(data []byte) (err error) {
 	var raw rawJob
 	if err = json.Unmarshal(data, &raw); err == nil {
@@ -196,8 +188,8 @@ func (j *Job) UnmarshalJSON(data []byte) (err error) {
 	return err
 }
 
-// rawJob is a job with its ids as they came: one that is not valid must not
-// keep the others, nor the job's type, from being decoded.
+// rawJob is a job whose ids are not checked yet: an invalid id must not prevent the other fields
+// from being decoded.
 type rawJob struct {
 	jobFields
 	ID            string `json:"id"`
@@ -207,14 +199,13 @@ type rawJob struct {
 
 type jobFields Job
 
-// decodeJob decodes one job and checks its ids and bounds. Its id, its name,
-// which is the id as it came, and its type are there beside an error too, where
-// they can be told.
+// decodeJob decodes one job and checks its ids and bounds. The name is the id as received. The
+// job's id, name and type are set even on an error, if they are known.
 func decodeJob(data []byte) (job Job, name string, err error) {
 	var raw rawJob
 	if len(data) > maxJob {
 		var named struct{ ID, Type string }
-		_ = json.Unmarshal(data, &named) // goes on past a field of the wrong type
+		_ = json.Unmarshal(data, &named) // continues after a field of the wrong type
 		raw.ID, raw.Type = named.ID, named.Type
 		err = fmt.Errorf("it has %d bytes; the limit is %d", len(data), maxJob)
 	} else if err = json.Unmarshal(data, &raw); err == nil {
@@ -227,8 +218,7 @@ func decodeJob(data []byte) (job Job, name string, err error) {
 	return job, raw.ID, invalid
 }
 
-// parse makes types of the ids. One that is not valid, or missing, is an error
-// only where the agent needs it.
+// parse parses the ids. A missing or invalid id is an error only if the agent needs it.
 func (r rawJob) parse() (Job, error) {
 	job := Job(r.jobFields).needed()
 	var invalid, certificate, target error
@@ -274,27 +264,27 @@ func (r rawJob) checkBounds() error {
 	return nil
 }
 
-// needed is the job without what nothing is done with: a deployment's names are
-// in its certificate, and a CSR is for no target.
+// needed removes the fields that the agent does not need: a deployment's names are in its
+// certificate, and a CSR has no target.
 func (j Job) needed() Job {
 	if j.AwaitsCSR() {
-		j.TargetConfig, j.SANs = nil, slices.Clone(j.SANs) // decoding leaves room for as many again
+		j.TargetConfig, j.SANs = nil, slices.Clone(j.SANs) // frees unused capacity
 	} else {
 		j.CommonName, j.SANs = "", nil
 	}
 	return j
 }
 
-// clip bounds a field of a job that is refused.
+// clip bounds a field of a malformed job.
 func clip(field string) string {
 	return strings.Clone(field[:min(len(field), maxField)])
 }
 
-// AwaitsCSR reports whether the agent has to make a key and submit a CSR.
+// AwaitsCSR reports whether the agent must make a key and submit a CSR.
 func (j Job) AwaitsCSR() bool { return j.Status == StatusAwaitingCSR }
 
-// IsDeployment reports whether the agent has to install a certificate. A job
-// that awaits a CSR is none, whatever its type.
+// IsDeployment reports whether the agent must install a certificate. A job that awaits a CSR is not
+// a deployment, whatever its type.
 func (j Job) IsDeployment() bool { return !j.AwaitsCSR() && j.Type == TypeDeployment }
 
 // CSR asks for a certificate.
@@ -303,21 +293,20 @@ type CSR struct {
 	CertificateID string `json:"certificate_id"`
 }
 
-// Certificate is the latest version of a certificate: the leaf, then its
-// chain, concatenated PEM. It never holds a private key.
+// Certificate is the latest version of a certificate: leaf and chain as concatenated PEM. It never
+// contains a private key.
 type Certificate struct {
 	PEM string `json:"certificate_pem"`
 }
 
-// JobStatus reports a job's progress. Error is absent unless Status is Failed.
+// JobStatus reports a job's progress. Error is empty unless Status is Failed.
 type JobStatus struct {
 	Status string `json:"status"`
 	Error  string `json:"error,omitempty"`
 }
 
-// Verification reports what a live endpoint serves. The control plane refuses
-// it with 400 when the target or a fingerprint is empty; a non-empty Error
-// marks the verification failed.
+// Verification reports which certificate an endpoint serves. The control plane answers 400 if the
+// target or a fingerprint is empty. A non-empty Error means that the verification failed.
 type Verification struct {
 	TargetID            ID     `json:"target_id"`
 	ExpectedFingerprint string `json:"expected_fingerprint"`
@@ -326,11 +315,11 @@ type Verification struct {
 	Error               string `json:"error"`
 }
 
-// Unreachable stands for the fingerprint of an endpoint that did not answer.
+// Unreachable is the ActualFingerprint of an endpoint that did not answer.
 const Unreachable = "unreachable"
 
-// DiscoveryReport lists certificates found on this host. Certificates is never
-// nil: one field of a wrong type, null included, has the whole report refused.
+// DiscoveryReport lists certificates found on this host. Certificates must not be nil: the control
+// plane refuses a report with a null, as with any field of the wrong type.
 type DiscoveryReport struct {
 	AgentID        string                  `json:"agent_id"`
 	Directories    []string                `json:"directories"`
@@ -363,7 +352,7 @@ type Registration struct {
 	Hostname string `json:"hostname"`
 }
 
-// Agent is what registration answers; ID is the agent id.
+// Agent is the answer to a registration.
 type Agent struct {
 	ID   string `json:"id"`
 	Name string `json:"name,omitempty"`

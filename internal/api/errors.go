@@ -9,41 +9,38 @@ import (
 )
 
 var (
-	// ErrRetired is a 410 on a heartbeat or a poll: this agent's record is
-	// retired for good.
+	// ErrRetired is a 410 on a heartbeat or a poll: this agent is permanently retired.
 	ErrRetired = errors.New("the control plane has retired this agent")
 
-	// ErrGone is a 410 on any other call. One misrouted path must not end a
-	// fleet, so the agent asks by a heartbeat, whose answer decides.
+	// ErrGone is a 410 on any other call. A misrouted path must not end a fleet, so the agent sends
+	// a heartbeat, whose answer decides.
 	ErrGone = errors.New("the control plane answered 410 Gone")
 
-	// ErrRedirected is a 3xx: a redirect would carry the API key elsewhere and
-	// is never followed.
+	// ErrRedirected is a 3xx. Redirects are not followed, since they could send the API key to
+	// another server.
 	ErrRedirected = errors.New("the control plane answered with a redirect, which is never followed")
 
 	// ErrTooLarge is an answer longer than the call allows.
 	ErrTooLarge = errors.New("the answer is larger than allowed")
 
-	// ErrUnreadable is a success whose body is not what the call answers.
+	// ErrUnreadable is a success whose body is not the expected one.
 	ErrUnreadable = errors.New("the answer cannot be read")
 
-	// ErrNoTurn means that the control plane takes fewer requests than there
-	// are to send, and that this one has waited for too long.
+	// ErrNoTurn means that the request waited too long for its turn (see package budget).
 	ErrNoTurn = errors.New("its turn did not come: the control plane takes fewer requests than this agent has to send")
 
-	// ErrBadID is an identifier that cannot be a path segment: the request was
-	// not sent.
-	ErrBadID = errors.New("the identifier cannot stand in a path")
+	// ErrBadID is an identifier that cannot be a path segment. The request was not sent.
+	ErrBadID = errors.New("the identifier cannot be part of a path")
 )
 
-// StatusError is an answer other than the one that means success.
+// StatusError is an answer that is not a success.
 type StatusError struct {
-	Call       string        // what was asked, such as "heartbeat"
+	Call       string        // name of the call, such as "heartbeat"
 	Status     int           // HTTP status code
 	Body       string        // at most 1 KiB of the answer, printable
-	RetryAfter time.Duration // 0 where the answer had none; at most 15 minutes
-	Final      bool          // a 410 to this call is final: heartbeat and poll
-	Own        bool          // the control plane itself says so; see Refusal
+	RetryAfter time.Duration // 0 if the answer had none; at most 15 minutes
+	Final      bool          // a 410 to this call means retired: heartbeat and poll
+	Own        bool          // comes from the control plane itself; see Refusal.Own
 }
 
 // Refusal is the body of the control plane's errors.
@@ -53,10 +50,9 @@ type Refusal struct {
 	RequestID string `json:"request_id"`
 }
 
-// Own reports whether the control plane itself has said this, and not a proxy
-// or a gateway before it. The latter answer 404 or 405 while what is behind
-// them restarts, some of them in JSON with a message and a request id; few of
-// them look into a request and blame it in JSON.
+// Own reports whether the answer comes from the control plane itself, and not from a proxy or
+// gateway in front of it. Those answer 404 or 405 while the control plane restarts, some of them
+// with a message and a request id in JSON. Few of them inspect a request and blame it in JSON.
 func (r Refusal) Own(status int) bool {
 	switch status {
 	case http.StatusBadRequest, http.StatusConflict, http.StatusRequestEntityTooLarge, http.StatusUnprocessableEntity:
@@ -65,7 +61,7 @@ func (r Refusal) Own(status int) bool {
 	return r.Error != "" && r.RequestID != ""
 }
 
-// Error says in plain words what the operator should look at.
+// Error includes what the operator should check.
 func (e *StatusError) Error() string {
 	text := fmt.Sprintf("%s: the control plane answered %d", e.Call, e.Status)
 	if name := http.StatusText(e.Status); name != "" {
@@ -89,8 +85,8 @@ func (e *StatusError) Error() string {
 	return text
 }
 
-// Is translates a 410 and a redirect; it is the one place where the verdict of
-// the control plane on this agent is decided.
+// Is matches ErrRetired, ErrGone and ErrRedirected. Nothing else decides whether this agent is
+// retired.
 func (e *StatusError) Is(target error) bool {
 	switch target {
 	case ErrRetired:
@@ -103,8 +99,8 @@ func (e *StatusError) Is(target error) bool {
 	return false
 }
 
-// blames reports whether an answer blames the request itself, rather than the
-// moment, the key or the agent's record, which a person can put right meanwhile.
+// blames reports whether an answer blames the request itself, and not the moment, the API key or
+// the agent's record, which an operator can fix.
 func (e *StatusError) blames() bool {
 	switch e.Status {
 	case http.StatusUnauthorized, http.StatusForbidden, http.StatusRequestTimeout, http.StatusGone,
@@ -116,11 +112,9 @@ func (e *StatusError) blames() bool {
 	return e.Status >= 400 && e.Status < 500
 }
 
-// Temporary reports whether the same request may succeed later. Only the
-// control plane itself can say that it will not. Anything that is not an answer
-// (no route, time-out, TLS) may pass, and so may a success that cannot be read,
-// which a gateway's page is. A cancelled request was not refused either. An
-// identifier that cannot be sent stays so.
+// Temporary reports whether the same request may succeed later. Only the control plane itself can
+// refuse a request permanently. Network and TLS errors, cancellations and unreadable answers are
+// temporary; ErrBadID is not.
 func Temporary(err error) bool {
 	if status, ok := errors.AsType[*StatusError](err); ok {
 		return !status.blames() || !status.Own
@@ -128,8 +122,8 @@ func Temporary(err error) bool {
 	return err != nil && !errors.Is(err, ErrBadID)
 }
 
-// Doubtful reports whether a temporary failure has to be believed when it
-// lasts: a refusal that may be a gateway's, or an answer that is too large.
+// Doubtful reports whether a temporary failure may be permanent, so that the caller should give up
+// if it lasts: a refusal that may be a gateway's, or an answer that is too large.
 func Doubtful(err error) bool {
 	if status, ok := errors.AsType[*StatusError](err); ok {
 		return status.blames() && !status.Own
@@ -137,22 +131,21 @@ func Doubtful(err error) bool {
 	return errors.Is(err, ErrTooLarge)
 }
 
-// Denied reports whether the control plane refused who is asking rather than
-// what was asked.
+// Denied reports whether the control plane rejected the agent or its API key, not the request.
 func Denied(err error) bool {
 	status, ok := errors.AsType[*StatusError](err)
 	return ok && (status.Status == http.StatusUnauthorized || status.Status == http.StatusForbidden ||
 		status.Status == http.StatusNotFound && status.Final)
 }
 
-// RateLimited reports whether the control plane asked to come back later. On a
-// large fleet that is an ordinary event, not a failure.
+// RateLimited reports whether the control plane asked to retry later. In a large fleet that is
+// normal and not a failure.
 func RateLimited(err error) bool {
 	status, ok := errors.AsType[*StatusError](err)
 	return ok && status.Status == http.StatusTooManyRequests || errors.Is(err, ErrNoTurn)
 }
 
-// RetryAfter is the floor that the control plane set for the next try, or 0.
+// RetryAfter returns the minimum wait that the control plane asked for, or 0.
 func RetryAfter(err error) time.Duration {
 	if status, ok := errors.AsType[*StatusError](err); ok {
 		return status.RetryAfter
@@ -160,7 +153,7 @@ func RetryAfter(err error) time.Duration {
 	return 0
 }
 
-// Kind names the class of a failure in one word, for metrics and logs.
+// Kind returns the kind of a failure in one word, for metrics and logs.
 func Kind(err error) string {
 	status, ok := errors.AsType[*StatusError](err)
 	switch {

@@ -5,10 +5,9 @@ import (
 	"strings"
 )
 
-// ID names a job, a certificate or a target. It can name a file and a path
-// segment without surprises: 1 to 128 of A-Z a-z 0-9 . _ - and neither "." nor
-// "..". The control plane accepts any string, "../../evil" included, so an ID
-// is made only by ParseID and by decoding. "" is no id.
+// ID is the id of a job, a certificate or a target. It is safe as a file name and a path segment: 1
+// to 128 of A-Z a-z 0-9 . _ - and neither "." nor "..". The control plane accepts any string,
+// "../../evil" included, so create an ID only with ParseID or by decoding. "" means no id.
 type ID string
 
 const (
@@ -16,7 +15,7 @@ const (
 	maxID      = 128
 )
 
-// ParseID makes an ID of a string from outside.
+// ParseID parses an untrusted string.
 func ParseID(s string) (ID, error) {
 	if s == "" || len(s) > maxID || s == "." || s == ".." || strings.Trim(s, idAlphabet) != "" {
 		return "", fmt.Errorf("id %.200q is not valid: expected 1 to 128 of A-Z a-z 0-9 . _ -", s)
@@ -24,8 +23,7 @@ func ParseID(s string) (ID, error) {
 	return ID(s), nil
 }
 
-// UnmarshalText decodes an ID. Whether there has to be one depends on what it
-// belongs to, so "" is none.
+// UnmarshalText decodes an ID. It accepts "": the caller knows whether an id is required.
 func (id *ID) UnmarshalText(text []byte) (err error) {
 	if *id = ""; len(text) > 0 {
 		*id, err = ParseID(string(text))

@@ -2,10 +2,10 @@ package api
 
 import "time"
 
-// Observation is what one call showed of the control plane.
+// Observation is what one call revealed about the control plane.
 type Observation struct {
 	Call     string    // as in StatusError
-	Date     time.Time // the control plane's clock; zero if there was no answer, or no Date in it
-	Received time.Time // this host's clock when the answer began; zero if there was none
+	Date     time.Time // the answer's Date header; zero if there was none
+	Received time.Time // when the answer began, by this host's clock; zero if there was none
 	Err      error     // how the call ended
 }

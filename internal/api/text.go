@@ -6,14 +6,14 @@ import (
 	"unicode/utf8"
 )
 
-// Text makes s safe for the control plane, which drops an entry with a NUL in
-// a name and stores nothing but UTF-8.
+// Text makes s safe for the control plane, which stores only UTF-8 and drops entries that contain a
+// NUL.
 func Text(s string) string {
 	return strings.ReplaceAll(strings.ToValidUTF8(s, "\uFFFD"), "\x00", "\uFFFD")
 }
 
-// TextOfPath is path as text that every control plane stores: bytes that are not
-// UTF-8 are written \xNN, so that two such names stay two.
+// TextOfPath returns path as UTF-8. It writes invalid bytes as \xNN, so that different paths stay
+// different.
 func TextOfPath(path string) string {
 	if utf8.ValidString(path) {
 		return path

@@ -1,5 +1,4 @@
-// Package app builds the agent out of its parts. The daemon runs what it
-// builds, and so do the tests in virtual time.
+// Package app wires the agent together, for the daemon and for tests in virtual time.
 package app
 
 import (
@@ -36,27 +35,28 @@ import (
 	"certctl-agent/internal/transaction"
 )
 
+// Options configure an App.
 type Options struct {
 	Config    *config.Config
 	Log       *slog.Logger
 	Notify    agent.Notifier
 	MachineID string        // identifies this host; see statedir.Open
-	Watchdog  time.Duration // between two signs of life to Notify; 0: none
+	Watchdog  time.Duration // interval of Notify.Watchdog; 0: none
 
 	Seams
 }
 
-// Seams are where a test takes the place of the world. Nil means the world.
+// Seams are functions that tests replace. Nil means the real one.
 type Seams struct {
 	Dial  func(ctx context.Context, network, address string) (net.Conn, error) // to the control plane
-	Plane func(Plane) Plane                                                    // sees every call of an agent at work
+	Plane func(Plane) Plane                                                    // wraps the client
 	Run   func(ctx context.Context, c policy.Command) error
 	Query func(ctx context.Context, c policy.Command) (stdout []byte, err error)
 	Probe func(ctx context.Context, e tlsprobe.Endpoint) (tlsprobe.Result, error)
 	Rand  pace.Rand
 }
 
-// Plane is the control plane as an agent at work uses it.
+// Plane is the control plane as the running agent uses it.
 type Plane interface {
 	agent.Plane
 	enroll.Plane
@@ -64,28 +64,29 @@ type Plane interface {
 	discovery.Plane
 }
 
+// App is an agent with everything that it needs.
 type App struct {
 	Agent     *agent.Agent
 	Keys      *keystore.Store
 	Ledger    *ledger.Ledger
-	Recovered transaction.Recovery // of transactions of an earlier run, by Open
+	Recovered transaction.Recovery // what Open did about transactions of an earlier run
 
 	opts      Options
 	state     *statedir.Dir
-	abandoned []string // warnings about state that an earlier agent id left
+	abandoned []string // warnings about the state of an earlier agent id
 	installed *installed.List
 	policy    *policy.Policy
 	engine    *transaction.Engine
-	key       atomic.Pointer[func() secret.String] // where the client gets the API key; Reload replaces it
+	key       atomic.Pointer[func() secret.String] // returns the API key; Reload replaces it
 	budget    *budget.Budget                       // of the client
 	client    *controlplane.Client
-	plane     Plane // client, perhaps behind a seam
+	plane     Plane // the client, perhaps wrapped by a test
 
 	closers []func() error
 }
 
-// Open opens everything on disk, rolls back or finishes what a crash left half
-// done, and builds the agent. It sends nothing.
+// Open opens the files on disk, rolls back or finishes interrupted transactions, and builds the
+// agent. It sends nothing.
 func Open(ctx context.Context, opts Options) (*App, error) {
 	a := &App{opts: opts.withDefaults(), policy: newPolicy(opts.Config)}
 	if err := a.open(ctx); err != nil {
@@ -120,7 +121,7 @@ func query(ctx context.Context, c policy.Command) ([]byte, error) {
 }
 
 func (a *App) open(ctx context.Context) error {
-	// The key directory first: the state directory is made in it.
+	// The key directory first: the state directory is inside it.
 	if err := a.openKeys(); err != nil {
 		return err
 	}
@@ -134,8 +135,7 @@ func (a *App) open(ctx context.Context) error {
 	return a.build()
 }
 
-// openKeys opens the key directory and locks it, which removes what a crash left
-// there.
+// openKeys opens and locks the key directory, which removes leftovers of a crash.
 func (a *App) openKeys() (err error) {
 	cfg := a.opts.Config
 	a.Keys, err = keystore.Open(keystore.Owner{Agent: cfg.AgentID, StateDir: cfg.StateDir}, cfg.KeyDir, a.opts.Log)
@@ -166,13 +166,12 @@ func (a *App) openState() (err error) {
 	}
 	a.onClose(a.Ledger.Close)
 	if a.installed, err = installed.Open(a.state.Root); err != nil {
-		log.Error("the list of served certificates starts anew", "error", err)
+		log.Error("the list of served certificates is empty now", "error", err)
 	}
 	return nil
 }
 
-// openTransactions rolls back or finishes the transactions that an earlier run
-// left half done.
+// openTransactions rolls back or finishes the interrupted transactions of an earlier run.
 func (a *App) openTransactions(ctx context.Context) (err error) {
 	a.engine, err = transaction.Open(transaction.Options{
 		State:     a.state.Root,
@@ -192,13 +191,13 @@ func (a *App) openTransactions(ctx context.Context) (err error) {
 	return nil
 }
 
-// connect makes the client. The agent observes every call.
+// connect creates the client. The agent observes every call.
 func (a *App) connect() {
 	cfg := a.opts.Config
 	a.key.Store(new(cfg.KeyFunc(a.opts.Log)))
 	opts := clientOptions(cfg)
 	opts.Key = func() secret.String { return (*a.key.Load())() }
-	opts.Observe = func(seen api.Observation) { a.Agent.Observe(seen) } // made before anything is sent
+	opts.Observe = func(seen api.Observation) { a.Agent.Observe(seen) } // build sets Agent before the first call
 	opts.Dial = a.opts.Dial
 	a.budget = budget.New(a.opts.Rand)
 	opts.Budget = a.budget
@@ -208,7 +207,7 @@ func (a *App) connect() {
 }
 
 func (a *App) build() error {
-	surveyor, err := a.surveyor()
+	scanner, err := a.scanner()
 	if err != nil {
 		return err
 	}
@@ -240,7 +239,7 @@ func (a *App) build() error {
 				AcceptNewHostKeys: cfg.SSHAcceptNewHostKeys,
 			},
 		}),
-		Surveyor:          surveyor,
+		Scanner:           scanner,
 		Ledger:            a.Ledger,
 		Installed:         a.installed,
 		Notify:            a.opts.Notify,
@@ -267,8 +266,8 @@ func (a *App) build() error {
 	return nil
 }
 
-// surveyor returns nil if discovery is off.
-func (a *App) surveyor() (agent.Surveyor, error) {
+// scanner returns nil if discovery is off.
+func (a *App) scanner() (agent.Scanner, error) {
 	cfg := a.opts.Config
 	if len(cfg.DiscoveryDirs) == 0 {
 		return nil, nil
@@ -292,7 +291,7 @@ func (a *App) surveyor() (agent.Surveyor, error) {
 	}), nil
 }
 
-const clonedWarning = "this state was written on another machine: if this one is a copy of it, both now act as the same agent; register this host under an id of its own, or remove the file \"machine\" in the state directory if the host was only moved"
+const clonedWarning = "this state was written on another machine: if this host is a copy of it, both now act as the same agent: register this host under its own id; if the host was only moved, remove the file \"machine\" in the state directory"
 
 func (a *App) standingWarnings() []string {
 	warnings := slices.Concat(a.opts.Config.Warnings, a.abandoned)
@@ -304,14 +303,13 @@ func (a *App) standingWarnings() []string {
 
 func (a *App) describe(ctx context.Context) api.Heartbeat {
 	if a.state.Cloned {
-		a.opts.Log.Warn("heartbeat of an agent whose state was written on another machine", "agent_id", a.opts.Config.AgentID)
+		a.opts.Log.Warn("sending a heartbeat although the state was written on another machine", "agent_id", a.opts.Config.AgentID)
 	}
 	return NewHeartbeat(ctx, a.client)
 }
 
-// Reload takes the API key and the CA bundle from a configuration that was read
-// again, and starts a scan. The other settings cannot change under a running
-// agent.
+// Reload takes the API key and the CA bundle from a new configuration and starts a scan. The other
+// settings need a restart.
 func (a *App) Reload(fresh *config.Config) {
 	a.key.Store(new(fresh.KeyFunc(a.opts.Log)))
 	a.client.Reload(fresh.Roots)
@@ -320,7 +318,7 @@ func (a *App) Reload(fresh *config.Config) {
 
 func (a *App) onClose(f func() error) { a.closers = append(a.closers, f) }
 
-// Close releases what Open opened, the last first. The agent must have ended.
+// Close closes everything that Open opened, in reverse order. The agent must have ended.
 func (a *App) Close() error {
 	var errs []error
 	for _, f := range slices.Backward(a.closers) {

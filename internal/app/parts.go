@@ -20,9 +20,9 @@ import (
 	"certctl-agent/internal/transaction"
 )
 
-// The parts that commands use without an agent.
+// This file has the parts that commands use without an agent.
 
-// NewClient is the connection of a command to the control plane.
+// NewClient returns a client of the control plane for a command.
 func NewClient(cfg *config.Config) *controlplane.Client { return controlplane.New(clientOptions(cfg)) }
 
 func clientOptions(cfg *config.Config) controlplane.Options {
@@ -37,8 +37,8 @@ func clientOptions(cfg *config.Config) controlplane.Options {
 	}
 }
 
-// NewHeartbeat says what this process is and runs on. A host that does not know
-// its name reports none.
+// NewHeartbeat returns a heartbeat for this process and host. Its host name is empty if the host
+// does not know it.
 func NewHeartbeat(ctx context.Context, client *controlplane.Client) api.Heartbeat {
 	hostname, _ := os.Hostname()
 	return api.Heartbeat{
@@ -50,7 +50,7 @@ func NewHeartbeat(ctx context.Context, client *controlplane.Client) api.Heartbea
 	}
 }
 
-// ScanOptions are those of a scan of the configured directories.
+// ScanOptions returns the options for a scan of the configured directories.
 func ScanOptions(cfg *config.Config) discovery.Options {
 	return discovery.Options{
 		Dirs:      cfg.DiscoveryDirs,
@@ -60,12 +60,12 @@ func ScanOptions(cfg *config.Config) discovery.Options {
 	}
 }
 
-// Overlays are this host's own words on its targets.
+// Overlays returns where this host keeps its overlays of target configurations.
 func Overlays(cfg *config.Config) targetconf.Overlays {
 	return targetconf.Overlays{Dir: cfg.TargetsDir, Required: cfg.TargetsDirNamed}
 }
 
-// newPolicy is what the control plane may make this host write and run.
+// newPolicy returns the policy of the configuration.
 func newPolicy(cfg *config.Config) *policy.Policy {
 	protected := []string{cfg.KeyDir, cfg.StateDir, cfg.TargetsDir}
 	for _, path := range []string{cfg.File, cfg.APIKeyFile, cfg.CABundle} {
@@ -79,9 +79,9 @@ func newPolicy(cfg *config.Config) *policy.Policy {
 // maxAbandoned bounds the ids in one warning, in bytes.
 const maxAbandoned = 1 << 10
 
-// AbandonedWarnings tell of deployments that were interrupted under another
-// agent id or control plane. They are not undone here: such a record does not
-// say which host it is of, and a key directory can come with a disk.
+// AbandonedWarnings returns warnings about deployments that were interrupted under another agent id
+// or control plane. The agent does not undo them: their record does not name the host, and a key
+// directory may come from a copied disk.
 func AbandonedWarnings(cfg *config.Config) []string {
 	var warnings []string
 	for _, dir := range statedir.Abandoned(cfg.InstanceStateDir()) {
@@ -91,7 +91,7 @@ func AbandonedWarnings(cfg *config.Config) []string {
 		}
 		list := printable.Line(strings.Join(ids, ", "), maxAbandoned)
 		warnings = append(warnings, fmt.Sprintf("deployments were interrupted under another agent id or server, and their files may not match (targets %s): "+
-			"start the agent once with the earlier -agent-id and -server, which undoes them, or check these files and remove %s", list, dir))
+			"start the agent once with the earlier -agent-id and -server to undo them, or check the files and remove %s", list, dir))
 	}
 	return warnings
 }

@@ -31,35 +31,32 @@ import (
 	"certctl-agent/internal/transaction"
 )
 
-// Target is what a Preview is of.
+// Target is the target of a preview.
 type Target struct {
 	Type   string
 	ID     api.ID
-	Config json.RawMessage // as a job has it
+	Config json.RawMessage // as in a job
 
-	// Cert is the certificate with its chain, as PEM. Empty: one that is made
-	// for the purpose stands in.
+	// Cert is the certificate with its chain, as PEM. If it is empty, a placeholder is used.
 	Cert []byte
 
-	// CertificateID says whose keys in the key directory are the certificate's.
-	// "": nobody's, and none is looked for.
+	// CertificateID selects the keys in the key directory. If it is empty, no key is looked up.
 	CertificateID api.ID
 }
 
-// Preview is what a deployment would do on this host, and why it would be
-// refused, if it would.
+// Preview is what a deployment would do on this host, or why it would be refused.
 type Preview struct {
 	Target   api.ID               `json:"target"`
 	Type     string               `json:"type"`
-	UID      int                  `json:"uid"` // of the user whose rights the files were looked at with
+	UID      int                  `json:"uid"` // of the user who read the files
 	Settings []targetconf.Setting `json:"settings"`
-	Unknown  []string             `json:"unknown_keys"` // which are ignored, as are their values
+	Unknown  []string             `json:"unknown_keys"` // ignored
 	Commands []PreviewCommand     `json:"commands"`
 
 	transaction.Preview
 
-	// Verified is where the certificate must be served before the deployment
-	// counts, Reported where the control plane is told that it is. "": nowhere.
+	// Verified is the endpoint that must serve the certificate for the deployment to succeed.
+	// Reported is the endpoint whose certificate is reported to the control plane. "": none.
 	Verified string `json:"verified_at"`
 	Reported string `json:"reported_of"`
 
@@ -74,9 +71,9 @@ type PreviewCommand struct {
 	Problem string `json:"problem,omitempty"`
 }
 
-// NewPreview looks at what a deployment to target would do. It asks servers for
-// their configuration, as a deployment does, and changes nothing. The error says
-// that there is nothing to look at.
+// NewPreview finds out what a deployment to target would do. It asks servers for their
+// configuration, as a deployment does, and changes nothing. It fails if the type is unknown; other
+// errors are part of the preview.
 func NewPreview(ctx context.Context, cfg *config.Config, target Target) (*Preview, error) {
 	typ, err := connector.Find(all.Types(), target.Type)
 	if err != nil {
@@ -93,13 +90,13 @@ func NewPreview(ctx context.Context, cfg *config.Config, target Target) (*Previe
 		look.all(ctx, typ, merged, err == nil)
 	}
 	if target.CertificateID == "" && slices.ContainsFunc(p.Problems, func(problem string) bool { return strings.Contains(problem, cfg.KeyDir) }) {
-		p.Warnings = append(p.Warnings, "a problem is about the key directory, where a server may read its key if it is the certificate's own: say which certificate it is")
+		p.Warnings = append(p.Warnings, "a problem concerns the key directory, where a server may read only the key of its own certificate: say which certificate it is")
 	}
 	p.Refused = len(p.Problems) > 0
 	return p, nil
 }
 
-// looker makes a Preview.
+// looker builds a Preview.
 type looker struct {
 	*Preview
 	cfg    *config.Config
@@ -107,7 +104,7 @@ type looker struct {
 	rules  *policy.Policy
 }
 
-// problem adds what is wrong, each thing once.
+// problem adds an error, or each of several, unless it is already listed.
 func (l *looker) problem(err error) {
 	problems := targetconf.Problems{err}
 	if several, ok := err.(targetconf.Problems); ok {
@@ -120,43 +117,41 @@ func (l *looker) problem(err error) {
 	}
 }
 
-// all looks at everything that can be looked at, so that whoever reads it need
-// not mend one problem to learn of the next. Sound says that the part of the
-// configuration that all types share is.
-func (l *looker) all(ctx context.Context, typ connector.Type, merged *targetconf.Config, sound bool) {
+// all checks as much as possible, so that the preview shows all problems at once. Valid says
+// whether the settings that all types share are valid.
+func (l *looker) all(ctx context.Context, typ connector.Type, merged *targetconf.Config, valid bool) {
 	m, err := l.material(merged.Common.DropRoot)
 	l.problem(err)
 	made, err := typ.New(merged, connector.Host{
-		// A command that may not run is no reason not to look at the files.
+		// Without Commands, so that a forbidden command does not keep the files from being checked.
 		Policy: &policy.Policy{Paths: l.rules.Paths, Hosts: l.rules.Hosts, Protected: l.rules.Protected},
 		Log:    slog.New(slog.DiscardHandler),
 		Getenv: l.cfg.Getenv,
 		Proxy:  l.cfg.Proxy.For,
 		Query: func(ctx context.Context, c policy.Command) ([]byte, error) {
 			if slices.ContainsFunc(l.Commands, func(c PreviewCommand) bool { return !c.Allowed }) {
-				return nil, errors.New("it was not asked, since a command of the target may not run")
+				return nil, errors.New("not asked, because a command of the target is not allowed")
 			}
 			return query(ctx, c)
 		},
-		StateDir: l.cfg.InstanceStateDir(), // read; what is new is not accepted
+		StateDir: l.cfg.InstanceStateDir(), // for reading; new host keys are not accepted
 	})
 	l.problem(err)
 	if made != nil {
 		defer connector.Close(made, slog.New(slog.DiscardHandler))
 	}
-	l.commands(merged) // New has decoded them
-	if err == nil && sound && m != nil {
+	l.commands(merged) // after New, which decodes them
+	if err == nil && valid && m != nil {
 		l.problem(l.plan(ctx, made, m, &merged.Common))
 	}
 	l.Settings, l.Unknown = merged.Settings(), append(l.Unknown, merged.Unknown()...)
-	// What somebody chose before what nobody did.
+	// Defaults last.
 	slices.SortStableFunc(l.Settings, func(a, b targetconf.Setting) int {
-		return cmp.Compare(chosen(a), chosen(b))
+		return cmp.Compare(rank(a), rank(b))
 	})
 }
 
-// chosen is 0 for what somebody chose, and 1 for a default.
-func chosen(s targetconf.Setting) int {
+func rank(s targetconf.Setting) int {
 	if s.Source == "default" {
 		return 1
 	}
@@ -190,7 +185,7 @@ func addressOf(e *tlsprobe.Endpoint) string {
 	return e.Address
 }
 
-// commands says of each command line whether it may run.
+// commands lists the configured command lines and whether they may run.
 func (l *looker) commands(merged *targetconf.Config) {
 	for _, setting := range merged.Settings() {
 		var line string
@@ -206,9 +201,8 @@ func (l *looker) commands(merged *targetconf.Config) {
 	}
 }
 
-// material is what the deployment would install. Where the certificate is not
-// one of this host's keys, a new key stands in: which one it is does not matter
-// here, but that there is one.
+// material returns what the deployment would install. If this host does not have the certificate's
+// key, it uses a new one: a preview only needs some key.
 func (l *looker) material(dropRoot bool) (*connector.Material, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -222,7 +216,7 @@ func (l *looker) material(dropRoot bool) (*connector.Material, error) {
 		m.KeyPath = keystore.CurrentPath(l.cfg.KeyDir, m.CertificateID)
 	}
 	if len(l.target.Cert) == 0 {
-		m.Leaf, err = standIn(key)
+		m.Leaf, err = placeholder(key)
 		return m, err
 	}
 	certs, err := pemutil.ParseCertificates(l.target.Cert)
@@ -239,8 +233,7 @@ func (l *looker) material(dropRoot bool) (*connector.Material, error) {
 	return m, targetconf.Join(err, l.findKey(m))
 }
 
-// findKey takes the key of the certificate from the key directory, and reports
-// whether it is there.
+// findKey takes the certificate's key from the key directory. It fails if the key is not there.
 func (l *looker) findKey(m *connector.Material) error {
 	if m.CertificateID == "" {
 		return nil
@@ -257,13 +250,13 @@ func (l *looker) findKey(m *connector.Material) error {
 	return err
 }
 
-// standIn is a certificate that nobody would accept, and that no type refuses for
-// what it lacks. The name is of RFC 6761, section 6.4.
-func standIn(key *ecdsa.PrivateKey) (*x509.Certificate, error) {
+// placeholder returns a certificate that no client accepts, but that no target type refuses either.
+// Its name is under .invalid (RFC 6761, section 6.4).
+func placeholder(key *ecdsa.PrivateKey) (*x509.Certificate, error) {
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(1),
-		Subject:      pkix.Name{CommonName: "a certificate that stands in for the one to come"},
-		DNSNames:     []string{"stand-in.invalid"},
+		Subject:      pkix.Name{CommonName: "placeholder for the future certificate"},
+		DNSNames:     []string{"placeholder.invalid"},
 		NotBefore:    time.Now(),
 		NotAfter:     time.Now().Add(time.Hour),
 	}

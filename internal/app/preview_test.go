@@ -7,13 +7,13 @@ import (
 	"testing"
 )
 
-// The certificate that stands in for one has what any type may ask of it.
+// The placeholder has everything that a target type may require.
 func TestStandIn(t *testing.T) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
-	leaf, err := standIn(key)
+	leaf, err := placeholder(key)
 	if err != nil {
 		t.Fatal(err)
 	}

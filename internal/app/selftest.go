@@ -11,7 +11,7 @@ import (
 	"certctl-agent/internal/targetconf"
 )
 
-// SelfTest is what there is on a Windows host that deployments need.
+// SelfTest lists what deployments need on a Windows host, and whether it is there.
 type SelfTest []windows.Finding
 
 // Complete reports whether nothing is missing.
@@ -24,8 +24,8 @@ func (t SelfTest) Complete() bool {
 	return true
 }
 
-// NewSelfTest logs on to the Windows host called name with the settings of a
-// target, which may have no type, and changes nothing there.
+// NewSelfTest logs on to the Windows host name with the settings of a target and checks what
+// deployments need. It changes nothing there. The target's type may be empty.
 func NewSelfTest(ctx context.Context, cfg *config.Config, target Target, name string) (SelfTest, error) {
 	typ, err := connector.Find(windows.Types(), cmp.Or(target.Type, windows.Types()[0].Name))
 	if err != nil {

@@ -8,19 +8,18 @@ import (
 	"certctl-agent/internal/status"
 )
 
-// metricsInterval is how old the metrics file may be: node_exporter is usually
-// scraped twice a minute.
+// metricsInterval is how often the metrics file is written: node_exporter is usually scraped twice
+// a minute.
 const metricsInterval = 15 * time.Second
 
-// Serve runs the agent, with the status socket, the metrics file and other beside
-// it. It calls ready when the socket is there. What it returns is what the agent's
-// Run returns.
+// Serve runs the agent together with the status socket, the metrics file and other. It calls ready
+// when the socket exists. It returns the result of agent.Run.
 func (a *App) Serve(ctx context.Context, ready func(), other func(running context.Context)) error {
 	server, err := status.Listen(a.state.Path, a.Agent.Snapshot, a.opts.Log)
 	if err != nil {
 		return err
 	}
-	// What runs beside the loop ends after it, not with ctx.
+	// The other goroutines end after the loop, not with ctx.
 	running, end := context.WithCancel(context.WithoutCancel(ctx))
 	var beside sync.WaitGroup
 	defer beside.Wait()
@@ -35,7 +34,7 @@ func (a *App) Serve(ctx context.Context, ready func(), other func(running contex
 	return a.Agent.Run(ctx)
 }
 
-// writeMetrics keeps the file for node_exporter's textfile collector.
+// writeMetrics keeps the metrics file up to date.
 func (a *App) writeMetrics(running context.Context) {
 	file := a.opts.Config.MetricsFile
 	tick := time.Tick(metricsInterval)

@@ -21,12 +21,11 @@ import (
 	"certctl-agent/internal/secret"
 )
 
-// maxRetryAfter caps what an answer can ask for: a wrong header must not
-// silence an agent for a day.
+// maxRetryAfter bounds Retry-After: a wrong header must not silence an agent for a day.
 const maxRetryAfter = 15 * time.Minute
 
-// decode reads a success into answer. A proxy's page with status 200 is not a
-// success: it would swallow reports.
+// decode reads a success into answer. It rejects a proxy's web page with status 200, since a report
+// that got one is lost.
 func decode(resp *http.Response, call call, answer any) error {
 	if kind, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type")); kind == "text/html" {
 		return fmt.Errorf("%w: it is a web page: check the server URL", api.ErrUnreadable)
@@ -48,7 +47,7 @@ func decode(resp *http.Response, call call, answer any) error {
 	return nil
 }
 
-// coding is the content coding of a body, "" where it can be read as it is.
+// coding returns the content coding of a body, or "" if there is none.
 func coding(resp *http.Response) string {
 	codings := strings.Join(resp.Header.Values("Content-Encoding"), ", ")
 	if strings.EqualFold(codings, "identity") {
@@ -57,14 +56,14 @@ func coding(resp *http.Response) string {
 	return codings
 }
 
-// incomplete is the error for a success without what its call answers.
+// incomplete is the error for a success without a required field.
 func incomplete(call, field string) error {
-	return fmt.Errorf("%s: %w: it holds no %s: check that the server URL is that of the control plane", call, api.ErrUnreadable, field)
+	return fmt.Errorf("%s: %w: it has no %s: check that the server URL is that of the control plane", call, api.ErrUnreadable, field)
 }
 
 // refusal is the error for an answer that is not a success.
 func refusal(call call, resp *http.Response, key secret.String, now time.Time) error {
-	// A read error leaves what came before it, which is all that is known.
+	// After a read error, use what came before it.
 	body, _ := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
 	fields := fields(body)
 	text := message(fields, body)
@@ -84,10 +83,10 @@ func refusal(call call, resp *http.Response, key secret.String, now time.Time) e
 	}
 }
 
-// fields are those of an error body; none where it is not a JSON object.
+// fields decodes an error body. It returns no fields if the body is not a JSON object.
 func fields(body []byte) api.Refusal {
 	var fields api.Refusal
-	// Fields of other types are left out, the rest is decoded all the same.
+	// Unmarshal skips fields of the wrong type and decodes the rest.
 	if err := json.Unmarshal(body, &fields); err != nil {
 		if _, wrongType := errors.AsType[*json.UnmarshalTypeError](err); !wrongType {
 			return api.Refusal{}
@@ -96,8 +95,8 @@ func fields(body []byte) api.Refusal {
 	return fields
 }
 
-// message is what an error body says: the message or error field with the
-// request id, by which the server's own log is searched, or the text as it is.
+// message returns the message or error field with the request id, which helps to search the
+// server's log. If there is neither field, it returns the whole body.
 func message(fields api.Refusal, body []byte) string {
 	text := cmp.Or(fields.Message, fields.Error)
 	if text == "" {
@@ -109,7 +108,7 @@ func message(fields api.Refusal, body []byte) string {
 	return text
 }
 
-// location is where a redirect points, without the parts that may be secret.
+// location returns where a redirect points, without the parts that may be secret.
 func location(resp *http.Response) string {
 	u, err := url.Parse(resp.Header.Get("Location"))
 	if err != nil || u.Path == "" && u.Host == "" {
@@ -119,14 +118,13 @@ func location(resp *http.Response) string {
 	return "it points to " + u.String()
 }
 
-// retryAfter parses RFC 9110, section 10.2.3: seconds or a date. What is
-// neither, or in the past, counts as absent. A date is taken relative to now,
-// the server's own clock where it told it.
+// retryAfter parses RFC 9110, section 10.2.3: seconds or a date. It returns 0 if the value is
+// invalid or in the past. A date is relative to now, which is the server's clock if known.
 func retryAfter(value string, now time.Time) time.Duration {
 	value = strings.TrimSpace(value)
 	var wait time.Duration
 	if seconds, err := strconv.ParseUint(value, 10, 64); err == nil || errors.Is(err, strconv.ErrRange) {
-		// Capped before it is multiplied, which could overflow.
+		// Limited before the multiplication, which could overflow.
 		wait = time.Duration(min(seconds, uint64(maxRetryAfter/time.Second))) * time.Second
 	} else if date, err := http.ParseTime(value); err == nil {
 		wait = date.Sub(now)
@@ -146,7 +144,7 @@ func (c *Client) failure(ctx context.Context, call call, key secret.String, err 
 	return &callError{text: clip(text, key), err: err}
 }
 
-// advice says what to look at when the connection could not be secured.
+// advice returns what to check after a TLS failure, or "".
 func advice(err error) string {
 	if _, ok := errors.AsType[x509.HostnameError](err); ok {
 		return "the certificate is for another host: check CERTCTL_SERVER_URL (-server)"
@@ -164,8 +162,8 @@ func advice(err error) string {
 	return ""
 }
 
-// clip makes what may come from elsewhere fit for a log. An answer may quote
-// the request, key included.
+// clip makes untrusted text fit for a log. It removes the API key, since an answer may quote the
+// request.
 func clip(text string, key secret.String) string {
 	if !key.IsZero() {
 		text = strings.ReplaceAll(text, key.Reveal(), key.String())
@@ -173,7 +171,7 @@ func clip(text string, key secret.String) string {
 	return printable.Line(text, maxErrorText)
 }
 
-// callError is a failure whose text is safe and whose cause can be asked for.
+// callError is a failure with a safe text that wraps its cause.
 type callError struct {
 	text string
 	err  error
@@ -182,5 +180,5 @@ type callError struct {
 func (e *callError) Error() string { return e.text }
 func (e *callError) Unwrap() error { return e.err }
 
-// errTimeout is context.DeadlineExceeded with the time that was not enough.
+// errTimeout is context.DeadlineExceeded with a better text.
 var errTimeout error = &callError{fmt.Sprintf("no answer within %v", timeout), context.DeadlineExceeded}

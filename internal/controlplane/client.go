@@ -1,6 +1,5 @@
-// Package controlplane speaks to the control plane: HTTPS with TLS 1.3, one
-// method for each call of its API. What an answer means is internal/api's to
-// say; when to try again is the caller's, except after a 429.
+// Package controlplane is the client of the control plane: HTTPS with TLS 1.3, one method per call.
+// Package api defines what answers mean. Callers decide when to retry, except after a 429.
 package controlplane
 
 import (
@@ -22,68 +21,64 @@ import (
 	"certctl-agent/internal/secret"
 )
 
-// timeout bounds one request from dialling to the last byte of the answer.
-// Signing a CSR is the slowest call, and takes seconds.
+// timeout bounds one request, from dialling to the last byte of the answer. The slowest call is
+// signing a CSR, which takes seconds.
 const timeout = 30 * time.Second
 
-// maxWait bounds how long a call waits for its turn. An agent of a large fleet
-// that renews everything at once has two turns a minute, for some ten calls at
-// a time.
+// maxWait bounds how long a call waits for its turn. If a large fleet renews everything at once, an
+// agent has two turns a minute for about ten calls.
 const maxWait = 10 * time.Minute
 
-// longest is the Retry-After up to which calls wait here, to be sent or to be sent
-// again. Their callers have better things to do with what they hold than to wait
-// for longer.
-const longest = time.Minute
+// longestRetryAfter is the longest Retry-After that calls wait for. After a longer one they fail,
+// so that their callers release what they hold.
+const longestRetryAfter = time.Minute
 
 // Bounds of an answer. Longer ones are api.ErrTooLarge.
 const (
-	// maxWork holds api.MaxJobs jobs of the usual size.
+	// maxWork allows for api.MaxJobs jobs of the usual size.
 	maxWork = 8 << 20
-	// maxCertificate holds a chain of some hundred certificates.
+	// maxCertificate allows for a chain of some hundred certificates.
 	maxCertificate = 1 << 20
-	// maxAnswer is for the calls whose answer is a word or two, and for errors.
+	// maxAnswer is for short answers and errors.
 	maxAnswer = 64 << 10
-	// maxErrorText is how much of an answer gets into an error.
+	// maxErrorText is how much of an answer an error quotes.
 	maxErrorText = 1 << 10
-	// maxID is how long an identifier in a path may be. Servers refuse paths
-	// and HTTP/2 header lists of some KiB without an answer that says why.
+	// maxID is the longest identifier in a path. Servers reject longer paths and HTTP/2 headers
+	// without saying why.
 	maxID = 1 << 10
 )
 
-// Options say where the control plane is and who asks.
+// Options configure a Client.
 type Options struct {
-	Server  *url.URL // the base; a path prefix is kept; the scheme is https
-	AgentID string   // names this agent in the paths; Register needs none
+	Server  *url.URL // an https URL, which may have a path prefix
+	AgentID string   // for the paths; Register needs none
 
-	// Key is asked for the API key before every request, so that a key file can
-	// change under a running agent. Registration takes the bootstrap token in its
-	// place.
+	// Key returns the API key. It is called before every request, so that the key file can change
+	// while the agent runs. For Register it returns the bootstrap token.
 	Key func() secret.String
 
-	Roots              *x509.CertPool // of the control plane and an HTTPS proxy; nil means the system's
+	Roots              *x509.CertPool // for the control plane and an HTTPS proxy; nil: the system's
 	InsecureSkipVerify bool           // accepts any certificate
 	Proxy              func(server *url.URL) *url.URL
 	UserAgent          string
 
-	// Budget, when set, gives calls their turns: those of an agent at work wait
-	// in place of being refused, and are sent again after a 429.
+	// Budget limits the rate of calls. With it, calls wait for their turn and are sent again after
+	// a 429. May be nil.
 	Budget *budget.Budget
 
-	// Observe, when set, records the outcome of each request before the caller
-	// gets it, so that no caller has to pass on a 410. It must not block.
+	// Observe records the outcome of each request, before the caller gets it. So callers need not
+	// handle a 410. It must not block. May be nil.
 	Observe func(api.Observation)
 
-	// Dial makes connections; nil means the network. Tests give an in-memory
-	// one. The network is "tcp", or "udp" for LocalAddr.
+	// Dial makes connections. Nil means a net.Dialer; tests use in-memory connections. The network
+	// is "tcp", or "udp" for LocalAddr.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
-// Client is an agent's connection to its control plane. Its methods may be
-// used at the same time.
+// Client is a client of the control plane. It is safe for concurrent use.
 //
-// Their errors are api.StatusError for an answer that is no success, else wrap
-// what the network said. They hold no request body, no header and no key.
+// Its errors are api.StatusError if the answer is not a success; otherwise they wrap the network's
+// error. They contain no request body, no headers and no key.
 type Client struct {
 	opts      Options
 	base      string // the server URL without trailing slash
@@ -91,7 +86,7 @@ type Client struct {
 	transport atomic.Pointer[http.Transport]
 }
 
-// New returns a client; it does not connect.
+// New returns a client. It does not connect yet.
 func New(opts Options) *Client {
 	if opts.Dial == nil {
 		opts.Dial = (&net.Dialer{Timeout: dialTimeout}).DialContext
@@ -105,26 +100,24 @@ func New(opts Options) *Client {
 	return c
 }
 
-// Reload replaces the trusted roots for requests that begin from here on; those
-// under way end as they began.
+// Reload replaces the trusted roots for new requests.
 func (c *Client) Reload(roots *x509.CertPool) {
 	if !roots.Equal(c.transport.Load().TLSClientConfig.RootCAs) {
 		c.transport.Swap(c.newTransport(roots)).CloseIdleConnections()
 	}
 }
 
-// Close closes connections that are not in use. The client can still be used,
-// and would connect again.
+// Close closes idle connections. Later calls connect again.
 func (c *Client) Close() { c.transport.Load().CloseIdleConnections() }
 
-// Heartbeat says that the agent is alive. Its 410 is api.ErrRetired.
+// Heartbeat sends a heartbeat. A 410 is api.ErrRetired.
 func (c *Client) Heartbeat(ctx context.Context, beat api.Heartbeat) error {
 	return c.acknowledged(ctx, call{name: "heartbeat", method: http.MethodPost, path: api.HeartbeatPath(c.opts.AgentID),
 		ids: []string{c.opts.AgentID}, body: beat, final: true, once: true})
 }
 
-// Work polls. Deployment jobs in the answer are claimed by it and do not come
-// again. Its 410 is api.ErrRetired.
+// Work polls. It claims the deployment jobs in the answer, which no later poll returns. A 410 is
+// api.ErrRetired.
 func (c *Client) Work(ctx context.Context) (api.Work, error) {
 	var work api.Work
 	err := c.do(ctx, call{name: "poll", class: budget.Poll, method: http.MethodGet, path: api.WorkPath(c.opts.AgentID),
@@ -132,14 +125,14 @@ func (c *Client) Work(ctx context.Context) (api.Work, error) {
 	return work, err
 }
 
-// SubmitCSR has a CSR signed for a certificate. A nil error means that the
-// certificate has a new version.
+// SubmitCSR submits a CSR for a certificate. A nil error means that the certificate has a new
+// version.
 func (c *Client) SubmitCSR(ctx context.Context, certID api.ID, csrPEM []byte) error {
 	return c.acknowledged(ctx, call{name: "CSR", class: budget.CSR, method: http.MethodPost, path: api.CSRPath(c.opts.AgentID),
 		ids: []string{c.opts.AgentID}, body: api.CSR{PEM: string(csrPEM), CertificateID: string(certID)}})
 }
 
-// Certificate fetches the latest version of a certificate: leaf and chain, PEM.
+// Certificate fetches the latest version of a certificate: leaf and chain, as PEM.
 func (c *Client) Certificate(ctx context.Context, certID api.ID) ([]byte, error) {
 	var answer api.Certificate
 	err := c.do(ctx, call{name: "certificate", class: budget.Certificate, method: http.MethodGet, path: api.CertificatePath(c.opts.AgentID, string(certID)),
@@ -150,9 +143,8 @@ func (c *Client) Certificate(ctx context.Context, certID api.ID) ([]byte, error)
 	return []byte(answer.PEM), err
 }
 
-// ReportStatus reports a job's progress. That it runs is left out while the
-// budget is tight: the control plane has set that itself when it handed the job
-// out.
+// ReportStatus reports a job's progress. It skips the status Running while calls are throttled: the
+// control plane set that status itself when the job was claimed.
 func (c *Client) ReportStatus(ctx context.Context, jobID api.ID, status api.JobStatus) error {
 	running := status.Status == api.StatusRunning
 	if running && c.opts.Budget != nil && c.opts.Budget.Throttled() {
@@ -162,7 +154,7 @@ func (c *Client) ReportStatus(ctx context.Context, jobID api.ID, status api.JobS
 		ids: []string{c.opts.AgentID, string(jobID)}, body: status})
 }
 
-// ReportVerification reports what a live endpoint serves.
+// ReportVerification reports which certificate an endpoint serves.
 func (c *Client) ReportVerification(ctx context.Context, jobID api.ID, verification api.Verification) error {
 	var answer struct {
 		Verified *bool `json:"verified"`
@@ -177,7 +169,7 @@ func (c *Client) ReportVerification(ctx context.Context, jobID api.ID, verificat
 
 // ReportDiscovery reports certificates found on this host.
 func (c *Client) ReportDiscovery(ctx context.Context, report api.DiscoveryReport) error {
-	// The summary's fields are only for people: any will do, but an error.
+	// The summary is for people: any object without an error is a success.
 	var answer map[string]json.RawMessage
 	err := c.do(ctx, call{name: "discovery report", class: budget.Discovery, method: http.MethodPost, path: api.DiscoveriesPath(c.opts.AgentID),
 		ids: []string{c.opts.AgentID}, body: report}, &answer)
@@ -187,8 +179,8 @@ func (c *Client) ReportDiscovery(ctx context.Context, report api.DiscoveryReport
 	return err
 }
 
-// acknowledged sends a request whose success is an object with a status. Which
-// word that is, a newer control plane may decide.
+// acknowledged sends a request whose success is an object with a status. It accepts any status,
+// since newer control planes may use another one.
 func (c *Client) acknowledged(ctx context.Context, call call) error {
 	var answer struct {
 		Status string `json:"status"`
@@ -200,8 +192,7 @@ func (c *Client) acknowledged(ctx context.Context, call call) error {
 	return err
 }
 
-// Register makes a new agent record and returns it; the key is the bootstrap
-// token here.
+// Register creates an agent record and returns it. The client's key must be the bootstrap token.
 func (c *Client) Register(ctx context.Context, registration api.Registration) (api.Agent, error) {
 	var agent api.Agent
 	err := c.do(ctx, call{name: "registration", method: http.MethodPost, path: api.RegisterPath, body: registration}, &agent)
@@ -218,14 +209,14 @@ type call struct {
 	once   bool // not sent again after a 429
 	method string
 	path   string
-	ids    []string // what path was made from
+	ids    []string // the identifiers in path
 	body   any      // nil: none
-	limit  int64    // of the answer; 0 means maxAnswer
-	final  bool     // a 410 is final
+	limit  int64    // of the answer, in bytes; 0 means maxAnswer
+	final  bool     // a 410 means that the agent is retired
 }
 
-// do sends a request when its turn has come, again after a 429, and decodes a
-// success into answer.
+// do waits for the call's turn, sends the request, again after a 429, and decodes a success into
+// answer.
 func (c *Client) do(ctx context.Context, call call, answer any) error {
 	if c.opts.Budget == nil {
 		return c.try(ctx, call, answer)
@@ -246,8 +237,8 @@ func (c *Client) do(ctx context.Context, call call, answer any) error {
 			return err
 		}
 		again := c.opts.Budget.Limited(turn, api.RetryAfter(err)) && !call.once
-		if api.RetryAfter(err) > longest {
-			c.opts.Budget.Refuse(longest, err)
+		if api.RetryAfter(err) > longestRetryAfter {
+			c.opts.Budget.Refuse(longestRetryAfter, err)
 			again = false
 		}
 		if !again {
@@ -274,8 +265,8 @@ func (c *Client) send(ctx context.Context, call call, answer any, seen *api.Obse
 	if err != nil {
 		return fmt.Errorf("%s: %w", call.name, err)
 	}
-	// RoundTrip in place of an http.Client: it follows no redirect, keeps no
-	// cookie, and its errors quote no URL.
+	// RoundTrip instead of an http.Client: it does not follow redirects or keep cookies, and its
+	// errors do not quote the URL.
 	resp, err := c.transport.Load().RoundTrip(req)
 	if err != nil {
 		return c.failure(ctx, call, key, err)
@@ -297,7 +288,7 @@ func (c *Client) send(ctx context.Context, call call, answer any, seen *api.Obse
 
 func (c *Client) request(ctx context.Context, call call, key secret.String) (*http.Request, error) {
 	for _, id := range call.ids {
-		// A server cleans "." and ".." out of a path, and an empty segment too.
+		// Servers remove ".", ".." and empty segments from a path.
 		if id == "" || id == "." || id == ".." || len(id) > maxID {
 			return nil, fmt.Errorf("%w: %.64q", api.ErrBadID, id)
 		}
@@ -309,10 +300,10 @@ func (c *Client) request(ctx context.Context, call call, key secret.String) (*ht
 			return nil, errors.New("encode the request") // the cause may quote it
 		}
 	}
-	// Parsed from its escaped form, so that an escaped slash stays one.
+	// Parsed from its escaped form, so that an escaped slash stays escaped.
 	req, err := http.NewRequestWithContext(ctx, call.method, c.base+call.path, bytes.NewReader(body))
 	if err != nil {
-		return nil, errors.New("the server URL is no URL")
+		return nil, errors.New("the server URL is invalid")
 	}
 	if !key.IsZero() {
 		req.Header.Set("Authorization", "Bearer "+key.Reveal())

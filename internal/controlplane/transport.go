@@ -16,26 +16,24 @@ import (
 )
 
 const (
-	// dialTimeout and handshakeTimeout leave time for a second try within one
-	// request: a name may have several addresses.
+	// dialTimeout and handshakeTimeout leave time for a second address within one request.
 	dialTimeout      = 10 * time.Second
 	handshakeTimeout = 10 * time.Second
 
-	// pingAfter is how long an HTTP/2 connection may be silent before it is
-	// asked whether it lives, and pingTimeout how long it has to answer:
-	// together less than a request's timeout, so that a dead connection costs
-	// one request at most.
+	// pingAfter is how long an HTTP/2 connection may be silent before the client sends a ping, and
+	// pingTimeout how long the server may take to answer. Together they are less than a request's
+	// timeout, so that a dead connection costs at most one request.
 	pingAfter   = 15 * time.Second
 	pingTimeout = 10 * time.Second
 
-	// idleTimeout is longer than the usual pauses between two calls, so that
-	// the connection outlives them, and ends those that Reload left behind.
+	// idleTimeout is longer than the usual pause between two calls, so that the connection stays
+	// open. It also closes the old connections after a Reload.
 	idleTimeout = 5 * time.Minute
 
-	// maxHeader bounds an answer's header; real ones are under 1 KiB.
+	// maxHeader bounds the header of an answer, in bytes; real ones are under 1 KiB.
 	maxHeader = 64 << 10
 
-	// localAddrTimeout bounds the look-up of the server's name.
+	// localAddrTimeout bounds the DNS lookup of the server's name.
 	localAddrTimeout = 5 * time.Second
 )
 
@@ -62,13 +60,13 @@ func (c *Client) newTransport(roots *x509.CertPool) *http.Transport {
 		IdleConnTimeout:        idleTimeout,
 		MaxResponseHeaderBytes: maxHeader,
 		OnProxyConnectResponse: proxyAnswer,
-		// The bounds of an answer are bounds of what it unpacks to.
+		// So that the limits hold for the uncompressed answer.
 		DisableCompression: true,
 	}
 }
 
-// dialTLS dials the control plane or an HTTPS proxy. The transport would offer
-// HTTP/2 to a proxy as well, and then send it a CONNECT of HTTP/1.1.
+// dialTLS dials the control plane or an HTTPS proxy. The transport itself would also offer HTTP/2
+// to the proxy, and then send an HTTP/1.1 CONNECT.
 func (c *Client) dialTLS(config *tls.Config) func(ctx context.Context, network, address string) (net.Conn, error) {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
 		host, _, err := net.SplitHostPort(address)
@@ -95,8 +93,8 @@ func (c *Client) dialTLS(config *tls.Config) func(ctx context.Context, network, 
 	}
 }
 
-// proxyAnswer says who refused to connect. Without it the error is the bare
-// text of the proxy's status line.
+// proxyAnswer names the proxy if it refused to connect. Without it the error is only the text of
+// the status line.
 func proxyAnswer(_ context.Context, proxy *url.URL, _ *http.Request, resp *http.Response) error {
 	if resp.StatusCode == http.StatusOK {
 		return nil
@@ -104,9 +102,8 @@ func proxyAnswer(_ context.Context, proxy *url.URL, _ *http.Request, resp *http.
 	return fmt.Errorf("the proxy %s answered %s", proxy.Host, printable.Line(resp.Status, 100))
 }
 
-// LocalAddr returns the local IP address of the route to the control plane, or
-// to the proxy before it, and "" where there is none. A connected UDP socket
-// knows it; nothing is sent.
+// LocalAddr returns the local IP address of the route to the control plane, or to its proxy. It
+// returns "" if there is no route. It asks a connected UDP socket and sends nothing.
 func (c *Client) LocalAddr(ctx context.Context) string {
 	address := c.address
 	if proxy := c.opts.Proxy(c.opts.Server); proxy != nil {
@@ -126,7 +123,7 @@ func (c *Client) LocalAddr(ctx context.Context) string {
 	return local.Addr().Unmap().WithZone("").String()
 }
 
-// hostPort is where to connect for a URL.
+// hostPort returns the address to connect to for a URL.
 func hostPort(u *url.URL) string {
 	standard := map[string]string{"http": "80", "socks5": "1080", "socks5h": "1080"}
 	return net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), standard[u.Scheme], "443"))
