@@ -1,6 +1,5 @@
-// Package config makes one Config out of flags, environment and configuration
-// file. It is the only place that knows the names of variables, and it checks
-// everything before the first packet is sent.
+// Package config builds a Config from flags, environment and configuration file. Only this package
+// knows the names of variables. It checks everything before the agent sends anything.
 package config
 
 import (
@@ -25,100 +24,95 @@ import (
 	"certctl-agent/internal/trustedfile"
 )
 
-// defaultFile is the configuration file where none is named.
+// defaultFile is the configuration file if none is named.
 const defaultFile = "/etc/certctl/agent.env"
 
 // defaultBackupRetention is how many sets of replaced files a target keeps.
 const defaultBackupRetention = 3
 
-// Config is everything that an operator can choose; the table of settings says
-// more. It does not change: Reload makes another one. It can be printed; secrets
-// in it redact themselves. Every path is absolute.
+// Config has all settings; the table in settings.go describes them. It is immutable: Reload returns
+// a new one. It is safe to print, since its secrets redact themselves. All paths are absolute.
 type Config struct {
-	// Server is the control plane's base URL: https, a host in lower case, no
-	// trailing slash, the default port left out.
+	// Server is the control plane's base URL: https, a lower-case host, no trailing slash, no
+	// default port.
 	Server *url.URL
 
-	// APIKey is the key as it was when the configuration was loaded. The daemon
-	// asks KeyFunc instead, which notices a changed key file.
+	// APIKey is the key at the time of loading. The daemon uses KeyFunc instead, which notices when
+	// the key file changes.
 	APIKey     secret.String
-	APIKeyFile string // where the key comes from, or "" where it was given directly
+	APIKeyFile string // "" if the key was given directly
 
-	Name    string // for people; sent at registration only
-	AgentID string // names this agent in every path of the API
+	Name    string // for people; only sent at registration
+	AgentID string
 
 	KeyDir string
 
-	// StateDir holds what must outlive a restart. One process at a time uses
-	// it. What belongs to an agent id and a server is in InstanceStateDir.
+	// StateDir holds state that must survive a restart. Only one process may use it at a time. The
+	// state of one agent id and server is in InstanceStateDir.
 	StateDir string
 
-	CABundle           string         // the file that Roots come from, or ""
-	Roots              *x509.CertPool // verify the control plane's certificate; nil means the system's
+	CABundle           string         // the file of Roots, or ""
+	Roots              *x509.CertPool // for the control plane's certificate; nil means the system's
 	InsecureSkipVerify bool
 
-	// Proxy chooses the proxy for requests to the control plane, from
-	// HTTPS_PROXY and NO_PROXY of the environment or the configuration file.
+	// Proxy chooses the proxy for requests to the control plane, from HTTPS_PROXY and NO_PROXY in
+	// the environment or the configuration file.
 	Proxy *proxy.Rules
 
-	DiscoveryDirs      []string // none means that discovery is off
-	DiscoveryExclude   []string // patterns of paths
-	DiscoveryMaxRate   int      // files in a second; 0 means no limit
+	DiscoveryDirs      []string // empty means that discovery is off
+	DiscoveryExclude   []string // path patterns
+	DiscoveryMaxRate   int      // files a second; 0 means no limit
 	DiscoveryPasswords []secret.String
 
-	// The control plane takes an agent for dead after five minutes without a
-	// heartbeat.
+	// The control plane considers an agent dead after five minutes without a heartbeat.
 	HeartbeatInterval time.Duration
 	PollInterval      time.Duration
 	DiscoveryInterval time.Duration
-	StartupJitter     bool // delays the first of each
+	StartupJitter     bool // delay the first heartbeat, poll and scan
 
-	MaxDeploys    int           // at once; at least 1
+	MaxDeploys    int           // parallel deployments; at least 1
 	ShutdownGrace time.Duration // for running deployments when the agent stops
 	KeyAlgorithm  string        // such as "ecdsa-p256"
 
-	// TargetsDir holds the overlays. It need not exist unless it was named.
+	// TargetsDir holds the overlays. It need not exist unless the operator named it.
 	TargetsDir      string
 	TargetsDirNamed bool
 
-	// AllowedPaths are the directories below which deployments may write; nil
-	// means anywhere that is not protected.
+	// AllowedPaths are the directories below which deployments may write; nil means anywhere that
+	// is not protected.
 	AllowedPaths []string
 
-	// AllowedCommands are the command lines that deployments may run, each
-	// split into words; a last word "*" stands for any further words. Nil
-	// means any.
+	// AllowedCommands are the command lines that deployments may run, each split into words; a last
+	// word "*" allows any further words. Nil means any.
 	AllowedCommands [][]string
 
-	// AllowedHosts are where deployments may send private keys, beside this
-	// host. Nil means anywhere; empty, nowhere.
+	// AllowedHosts are the other hosts to which deployments may send private keys. Nil means any;
+	// empty, none.
 	AllowedHosts []policy.HostRule
 
-	BackupRetention  int // sets of replaced files for a target; -1 means none after a success. Never 0
+	BackupRetention  int // backup sets per target; -1 means none after a success. Never 0
 	VerifyDeployment bool
 
-	// SSHAcceptNewHostKeys says that a server whose host key is not known is
-	// believed. The key is remembered.
+	// SSHAcceptNewHostKeys accepts and remembers unknown host keys of servers.
 	SSHAcceptNewHostKeys bool
 	MetricsFile          string // "" for none
 
 	LogLevel  slog.Level
 	LogFormat string // "json" or "text"
 
-	File string   // the configuration file that was read, or "" for none
-	Args []string // what follows the flags, for commands that take arguments
+	File string   // the configuration file that was read, or ""
+	Args []string // the arguments after the flags, for commands that take some
 
-	// Warnings are what an operator should know about the configuration, one
-	// sentence each, to be logged at start and after each reload.
+	// Warnings about the configuration, in sentences, to be logged at start and after each reload.
 	Warnings []string
 
 	values []Value
-	getenv func(string) string // nil: nobody loaded it
+	getenv func(string) string // nil if Load did not create this Config
 	again  func() (*Config, error)
 }
 
-// Getenv reads the environment of the process, for what is said there by others
-// than the operator: Kubernetes tells a pod where its API server is.
+// Getenv reads the environment of the process, for variables that are not settings: Kubernetes
+// tells a pod where its API server is.
 func (c *Config) Getenv(name string) string {
 	if c.getenv == nil {
 		return ""
@@ -128,49 +122,43 @@ func (c *Config) Getenv(name string) string {
 
 // Options adapt Load to a command. The zero value is the daemon's.
 type Options struct {
-	// Flags adds flags that are the command's own. One that has the name of a
-	// setting's takes its place.
+	// Flags adds the command's own flags. They replace settings' flags of the same name.
 	Flags func(*flag.FlagSet)
 
-	// Args lets arguments follow the flags.
+	// Args allows arguments after the flags.
 	Args bool
 
-	// Ignore reports, by the flag's name, whether a problem with a setting
-	// does not matter to the command: one that needs the state directory only
-	// must run without an API key.
+	// Ignore reports whether the command ignores problems with a setting, by the flag's name. A
+	// command that only needs the state directory must run without an API key.
 	Ignore func(setting string) bool
 
-	// DefaultFile is read if it exists and no other file is named; "" means the
-	// host's own, /etc/certctl/agent.env.
+	// DefaultFile is read if it exists and no other file is named. "" means /etc/certctl/agent.env.
 	DefaultFile string
 }
 
-// UsageError is a command line that cannot be understood, in contrast to
-// values that cannot be used: exit code 2.
+// UsageError means that the command line is wrong, not a value in it: exit code 2.
 type UsageError struct{ reason string }
 
-// NewUsageError returns one, for what a command finds wrong with its own flags
-// and arguments.
+// NewUsageError returns a UsageError, for commands that check their own flags and arguments.
 func NewUsageError(format string, args ...any) error {
 	return &UsageError{fmt.Sprintf(format, args...)}
 }
 
 func (e *UsageError) Error() string { return e.reason }
 
-// Problems are all that is wrong with a configuration, one error each.
+// Problems are all problems with a configuration.
 type Problems []error
 
-// Error is one line for each problem.
+// Error returns one line per problem.
 func (p Problems) Error() string { return errors.Join(p...).Error() }
 
 func (p Problems) Unwrap() []error { return p }
 
-// Load reads the configuration: a flag beats the environment beats the
-// configuration file beats the default, and an empty variable counts as unset.
+// Load reads the configuration. Flags take precedence over the environment, the configuration file
+// and the defaults, in this order. An empty variable counts as unset.
 //
-// The error is flag.ErrHelp when help is asked for (see Usage), a *UsageError,
-// or Problems. With Problems comes what could be read, for showing it to the
-// operator and for nothing else.
+// The error is flag.ErrHelp if the flags ask for help (see Usage), a *UsageError, or Problems. With
+// Problems, Load also returns the settings that it could read, to show them to the operator.
 func Load(args []string, getenv func(string) string, options Options) (*Config, error) {
 	config := &Config{getenv: getenv}
 	l := loader{
@@ -204,9 +192,8 @@ func Load(args []string, getenv func(string) string, options Options) (*Config, 
 	return config, nil
 }
 
-// Reload loads the configuration anew from the same flags and environment:
-// configuration file, API key file and CA bundle are read again. On an error
-// the old one stays in use.
+// Reload loads the configuration again from the same flags and environment. It reads the
+// configuration file, API key file and CA bundle again.
 func (c *Config) Reload() (*Config, error) {
 	fresh, err := c.again()
 	if err != nil {
@@ -215,19 +202,18 @@ func (c *Config) Reload() (*Config, error) {
 	return fresh, nil
 }
 
-// InstanceStateDir is the part of the state directory that belongs to this
-// agent id and this server: work claimed from one control plane is nothing
-// that another one knows.
+// InstanceStateDir returns the part of the state directory for this agent id and server: another
+// control plane does not know the jobs of this one.
 func (c *Config) InstanceStateDir() string {
 	sum := sha256.Sum256(fmt.Appendf(nil, "%s\x00%v", c.AgentID, c.Server))
 	return filepath.Join(c.StateDir, fmt.Sprintf("%x", sum[:8]))
 }
 
-// newFlagSet returns flags that keep their values as they are in set, so that
-// problems of all settings are reported at once, wherever they come from.
+// newFlagSet returns flags that store their values in set without parsing them, so that the
+// problems of all sources are reported together.
 func newFlagSet(settings []setting, set map[string]string, options Options) *flag.FlagSet {
 	flags := flag.NewFlagSet("", flag.ContinueOnError)
-	flags.SetOutput(io.Discard) // errors are the caller's to print
+	flags.SetOutput(io.Discard) // the caller prints errors
 	if options.Flags != nil {
 		options.Flags(flags)
 	}
@@ -245,7 +231,7 @@ func newFlagSet(settings []setting, set map[string]string, options Options) *fla
 	return flags
 }
 
-// source says where a value comes from, the strongest first.
+// source says where a value comes from. Lower ones take precedence.
 type source int
 
 const (
@@ -260,7 +246,7 @@ type loader struct {
 	settings []setting // of config
 	getenv   func(string) string
 	ignore   func(string) bool
-	set      map[string]string // by flag, on the command line
+	set      map[string]string // values on the command line, by flag
 	file     *envFile
 	sources  map[string]source // by flag
 	problems Problems
@@ -281,14 +267,14 @@ func (l *loader) lookup(flag, variable, fallback string) (string, source) {
 	return fallback, fromDefault
 }
 
-// environment looks a variable up. No value begins and ends with a quote, but
-// Docker keeps the quotes of an env file.
+// environment looks a variable up. It removes quotes around the value, since Docker keeps those of
+// an env file, and no valid value has them.
 func (l *loader) environment(variable string) string {
 	value := strings.TrimSpace(l.getenv(variable))
 	if len(value) < 2 || value[0] != '"' && value[0] != '\'' || value[len(value)-1] != value[0] {
 		return value
 	}
-	warning := variable + " is in quotes in the environment, which are taken off: Docker keeps those of an env file; write the value without"
+	warning := variable + " has quotes around its value in the environment, which were removed: Docker keeps the quotes of an env file, so write the value without"
 	if !slices.Contains(l.config.Warnings, warning) {
 		l.config.warn(warning)
 	}
@@ -309,7 +295,7 @@ func (l *loader) problem(s setting, err error) {
 	}
 }
 
-// explain puts a setting's names before what is wrong with it.
+// explain adds the setting's names and source to an error.
 func (l *loader) explain(s setting, err error) error {
 	from, known := l.sources[s.flag]
 	switch {
@@ -321,8 +307,7 @@ func (l *loader) explain(s setting, err error) error {
 	return fmt.Errorf("-%s (%s): %w", s.flag, s.variable, err)
 }
 
-// readFile reads the configuration file: the one that is named, which must be
-// there, or else the default one.
+// readFile reads the named configuration file, which must exist, or the default one.
 func (l *loader) readFile(fallback string) {
 	s := l.setting("config")
 	path, from := l.lookup(s.flag, s.variable, fallback)
@@ -341,8 +326,8 @@ func (l *loader) readFile(fallback string) {
 	case from == fromDefault && errors.Is(err, fs.ErrNotExist):
 		return
 	case from == fromDefault && errors.Is(err, fs.ErrPermission):
-		// A service manager may have read it on the agent's behalf.
-		l.config.warn(fmt.Sprintf("%s may not be read by this user: only flags and environment count", path))
+		// A service manager may have read it into the environment.
+		l.config.warn(fmt.Sprintf("%s is not readable for this user: only flags and environment are used", path))
 		return
 	default:
 		l.problem(s, err)
@@ -360,8 +345,7 @@ func (l *loader) readFile(fallback string) {
 	l.warnUnknown()
 }
 
-// warnUnknown names the keys of the file that mean nothing to the agent: most
-// are slips of the pen.
+// warnUnknown warns about keys of the file that the agent does not know: most are typing errors.
 func (l *loader) warnUnknown() {
 	known := slices.Clone(proxyVariables)
 	for _, s := range l.settings[1:] {
@@ -374,11 +358,11 @@ func (l *loader) warnUnknown() {
 		}
 	}
 	if len(unknown) > 0 {
-		l.config.warn(fmt.Sprintf("%s sets what the agent does not know: %s", l.config.File, strings.Join(unknown, ", ")))
+		l.config.warn(fmt.Sprintf("%s has unknown keys: %s", l.config.File, strings.Join(unknown, ", ")))
 	}
 }
 
-// apply finds, parses and records the value of one setting.
+// apply looks up, parses and records the value of one setting.
 func (l *loader) apply(s setting) {
 	value, from := l.lookup(s.flag, s.variable, s.value)
 	l.sources[s.flag] = from
@@ -391,7 +375,7 @@ func (l *loader) apply(s setting) {
 		}
 		if err != nil {
 			l.problem(s, err)
-			hidden = hidden || s.flag == "server" // there may be a password in it
+			hidden = hidden || s.flag == "server" // it may contain a password
 		}
 	}
 	if s.flag == "config" {
@@ -403,11 +387,11 @@ func (l *loader) apply(s setting) {
 	l.config.values = append(l.config.values, Value{Flag: s.flag, Variable: s.variable, Text: value, Origin: l.describe(from)})
 }
 
-// proxyVariables are those that curl and most other programs honour too.
+// proxyVariables are the variables that curl and most other programs use too.
 var proxyVariables = []string{"HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy"}
 
-// lookupProxy finds the value of a variable that is spelled in two ways and
-// has no flag. Within one source the first spelling counts.
+// lookupProxy looks up a variable that has two spellings and no flag. Within one source the first
+// spelling wins.
 func (l *loader) lookupProxy(upper, lower string) Value {
 	text, from := l.lookup("", upper, "")
 	name := upper
@@ -417,7 +401,7 @@ func (l *loader) lookupProxy(upper, lower string) Value {
 	return Value{Variable: name, Text: text, Origin: l.describe(from)}
 }
 
-// finish checks what depends on more than one setting.
+// finish checks everything that depends on several settings.
 func (l *loader) finish() {
 	c := l.config
 	l.finishKey()
@@ -432,29 +416,29 @@ func (l *loader) finish() {
 	c.TargetsDirNamed = l.sources["targets-dir"] != fromDefault
 	l.finishProxy()
 	if c.InsecureSkipVerify {
-		c.warn("insecure-skip-verify is on: the control plane's certificate is not checked, and whoever is in between gets the API key")
+		c.warn("insecure-skip-verify is on: the control plane's certificate is not checked, so a man in the middle gets the API key")
 	}
 	if c.AllowedPaths == nil {
-		c.warn("CERTCTL_ALLOWED_PATHS is not set: whoever holds the control plane can write nearly any file of this host")
+		c.warn("CERTCTL_ALLOWED_PATHS is not set: an attacker who controls the control plane can write almost any file on this host")
 	}
 	if c.AllowedCommands == nil {
-		c.warn("CERTCTL_ALLOWED_COMMANDS is not set: whoever holds the control plane can run any program on this host")
+		c.warn("CERTCTL_ALLOWED_COMMANDS is not set: an attacker who controls the control plane can run any program on this host")
 	}
 	if c.AllowedHosts == nil {
-		c.warn("CERTCTL_ALLOWED_HOSTS is not set: whoever holds the control plane can have private keys of this host sent to any other")
+		c.warn("CERTCTL_ALLOWED_HOSTS is not set: an attacker who controls the control plane can have this host's private keys sent to any host")
 	}
 	if c.MetricsFile != "" && filepath.Ext(c.MetricsFile) != ".prom" {
 		c.warn("CERTCTL_METRICS_FILE does not end in .prom: node_exporter's textfile collector reads no other files")
 	}
-	// Well before the five minutes after which the control plane takes an
-	// agent for dead and hands its deployments out again.
+	// After five minutes without a heartbeat the control plane considers an agent dead and hands
+	// its deployments out again.
 	if c.HeartbeatInterval > 4*time.Minute {
-		c.warn("CERTCTL_HEARTBEAT_INTERVAL is too long: the control plane takes an agent for dead after five minutes")
+		c.warn("CERTCTL_HEARTBEAT_INTERVAL is too long: the control plane considers an agent dead after five minutes without a heartbeat")
 	}
 }
 
-// finishKey decides where the API key comes from. Between a key and a key file
-// the stronger source counts, and in the same source the file.
+// finishKey decides where the API key comes from. Of a key and a key file, the one from the source
+// with precedence wins; in the same source, the file.
 func (l *loader) finishKey() {
 	c := l.config
 	if l.sources["api-key"] == fromFlag && !c.APIKey.IsZero() {
@@ -463,9 +447,9 @@ func (l *loader) finishKey() {
 	if c.APIKeyFile != "" && !c.APIKey.IsZero() {
 		if l.sources["api-key"] < l.sources["api-key-file"] {
 			c.APIKeyFile = ""
-			c.warn("CERTCTL_API_KEY_FILE is not used: the API key itself comes from a stronger source")
+			c.warn("CERTCTL_API_KEY_FILE is not used: the API key comes from a source that takes precedence")
 		} else if l.sources["api-key"] == l.sources["api-key-file"] {
-			c.warn("CERTCTL_API_KEY is not used: CERTCTL_API_KEY_FILE is set beside it")
+			c.warn("CERTCTL_API_KEY is not used: CERTCTL_API_KEY_FILE is set too")
 		}
 	}
 	if c.APIKeyFile != "" {
@@ -478,7 +462,7 @@ func (l *loader) finishKey() {
 		return
 	}
 	if c.APIKey.IsZero() {
-		l.problem(l.setting("api-key"), errors.New("is required: set it, or CERTCTL_API_KEY_FILE to a file that holds it"))
+		l.problem(l.setting("api-key"), errors.New("is required: set it, or set CERTCTL_API_KEY_FILE to a file that contains it"))
 	}
 }
 

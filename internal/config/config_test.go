@@ -24,7 +24,7 @@ type environment map[string]string
 
 func (e environment) get(name string) string { return e[name] }
 
-// required is an environment with what has no default.
+// required is an environment with the required variables.
 func required() environment {
 	return environment{"CERTCTL_API_KEY": "k3y", "CERTCTL_AGENT_ID": "agent-1"}
 }
@@ -37,7 +37,7 @@ func with(pairs ...string) environment {
 	return e
 }
 
-// load loads without the configuration file of the machine that tests run on.
+// load loads a configuration without this machine's configuration file.
 func load(t *testing.T, e environment, args ...string) (*Config, error) {
 	t.Helper()
 	return Load(args, e.get, Options{DefaultFile: filepath.Join(t.TempDir(), "none.env")})
@@ -52,13 +52,13 @@ func mustLoad(t *testing.T, e environment, args ...string) *Config {
 	return c
 }
 
-// origin says where the value of a setting comes from.
+// origin returns where the value of a setting comes from.
 func origin(c *Config, flag string) string {
 	i := slices.IndexFunc(c.Values(), func(v Value) bool { return v.Flag == flag })
 	return c.Values()[i].Origin
 }
 
-// write makes a file that is trusted.
+// write creates a trusted file.
 func write(t *testing.T, name, content string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), name)
@@ -101,7 +101,7 @@ func TestDefaults(t *testing.T) {
 			t.Errorf("%s = %v, want %v", test.name, test.got, test.want)
 		}
 	}
-	// The three allow-lists, and nothing else.
+	// Only the three allow-lists.
 	if len(c.Warnings) != 3 || !strings.Contains(c.Warnings[0], "CERTCTL_ALLOWED_PATHS") || !strings.Contains(c.Warnings[1], "CERTCTL_ALLOWED_COMMANDS") ||
 		!strings.Contains(c.Warnings[2], "CERTCTL_ALLOWED_HOSTS") {
 		t.Errorf("warnings %q, want those about the three allow-lists", c.Warnings)
@@ -210,7 +210,7 @@ func TestPrecedence(t *testing.T) {
 	if want := "flag environment " + file + " default environment"; got != want {
 		t.Errorf("origins %s, want %s", got, want)
 	}
-	// An empty flag is a choice.
+	// An empty flag overrides the environment.
 	if c := mustLoad(t, with("CERTCTL_DISCOVERY_DIRS", "/a"), "-discovery-dirs="); c.DiscoveryDirs != nil {
 		t.Errorf("discovery directories %q beside an empty flag", c.DiscoveryDirs)
 	}
@@ -227,7 +227,7 @@ func TestAllProblemsAtOnce(t *testing.T) {
 	}, "-max-deploys", "0")
 	problems, ok := errors.AsType[Problems](err)
 	if !ok {
-		t.Fatalf("error %v is no Problems", err)
+		t.Fatalf("error %v is not Problems", err)
 	}
 	want := []string{
 		"-server (CERTCTL_SERVER_URL, from environment): is plain http://, and the control plane is HTTPS-only: write https://; see docs/upgrade-to-tls.md",
@@ -235,7 +235,7 @@ func TestAllProblemsAtOnce(t *testing.T) {
 		`-heartbeat-interval (CERTCTL_HEARTBEAT_INTERVAL, from environment): "60" has no unit: write 60s`,
 		`-startup-jitter (CERTCTL_STARTUP_JITTER, from environment): "maybe" is neither true nor false`,
 		"-max-deploys (CERTCTL_MAX_DEPLOYS, from flag): 0 is out of range",
-		`-allowed-paths (CERTCTL_ALLOWED_PATHS, from environment): "etc/nginx" is no absolute path`,
+		`-allowed-paths (CERTCTL_ALLOWED_PATHS, from environment): "etc/nginx" is not an absolute path`,
 		"-api-key (CERTCTL_API_KEY): is required",
 		"-agent-id (CERTCTL_AGENT_ID): is required: register an agent first, with certctl-agent register or POST /api/v1/agents",
 		`HTTPS_PROXY: has scheme "gopher"`,
@@ -259,22 +259,22 @@ func TestBadValues(t *testing.T) {
 		{"server", "", "is empty"},
 		{"server", "cp.example.org:8443", "has no scheme"},
 		{"server", "localhost:8443", "has no scheme"},
-		{"server", "://x", "is no URL"},
+		{"server", "://x", "is not a valid URL"},
 		{"server", "ftp://cp.example.org", `has scheme "ftp"`},
 		{"server", "HTTP://cp.example.org", "HTTPS-only"},
-		{"server", "https://", "names no host"},
-		{"server", "https://:8443", "names no host"},
+		{"server", "https://", "has no host"},
+		{"server", "https://:8443", "has no host"},
 		{"server", "https://cp:99999", "has port 99999"},
-		{"server", "https://user:hunter2@cp", "holds credentials"},
+		{"server", "https://user:hunter2@cp", "contains credentials"},
 		{"server", "hunter2@cp", "has no scheme"},
-		{"server", "https://cp/?a=b", "holds a query"},
-		{"server", "https://cp/?", "holds a query"},
-		{"server", "https://cp/#a", "holds a fragment"},
-		{"server", "https://cp/#", "holds a fragment"},
-		{"server", "https://user:hunter2%@cp", "is no URL"},
-		{"server", "https://cp:hunter2", "is no URL"},
-		{"server", "https://c p/", "is no URL"},
-		{"api-key", "hunter2\n hunter2", "holds a blank"},
+		{"server", "https://cp/?a=b", "contains a query"},
+		{"server", "https://cp/?", "contains a query"},
+		{"server", "https://cp/#a", "contains a fragment"},
+		{"server", "https://cp/#", "contains a fragment"},
+		{"server", "https://user:hunter2%@cp", "is not a valid URL"},
+		{"server", "https://cp:hunter2", "is not a valid URL"},
+		{"server", "https://c p/", "is not a valid URL"},
+		{"api-key", "hunter2\n hunter2", "white space"},
 		{"api-key-file", "/does/not/exist", "no such file"},
 		{"api-key-file", empty, "is empty"},
 		{"api-key-file", filepath.Dir(empty), "is not a regular file"},
@@ -291,29 +291,29 @@ func TestBadValues(t *testing.T) {
 		{"discovery-passwords-file", "~/passwords", "only a shell expands"},
 		{"discovery-dirs", "/etc,~/tls", "only a shell expands"},
 		{"metrics-file", "~/m.prom", "only a shell expands"},
-		{"ca-bundle", empty, "holds no PEM certificate"},
-		{"discovery-interval", "soon", "is no duration"},
-		{"discovery-exclude", "[", "is no pattern"},
+		{"ca-bundle", empty, "contains no PEM certificate"},
+		{"discovery-interval", "soon", "is not a duration"},
+		{"discovery-exclude", "[", "is not a valid pattern"},
 		{"discovery-max-rate", "-1", "out of range"},
-		{"discovery-max-rate", "1.5", "is no whole number"},
+		{"discovery-max-rate", "1.5", "is not a whole number"},
 		{"discovery-passwords-file", "/does/not/exist", "no such file"},
 		{"heartbeat-interval", "99ms", "out of range: from 100ms to 24h0m0s"},
-		{"poll-interval", "", "is no duration"},
+		{"poll-interval", "", "is not a duration"},
 		{"poll-interval", "0", "out of range"},
 		{"poll-interval", "-5s", "out of range"},
 		{"verify-deployment", "2", "neither true nor false"},
 		{"verify-deployment", "", "neither true nor false"},
 		{"shutdown-grace", "2h", "out of range"},
-		{"key-algorithm", "rsa-1024", "is none of ecdsa-p256, "},
+		{"key-algorithm", "rsa-1024", "is not one of ecdsa-p256, "},
 		{"allowed-paths", ",", "names no directory"},
 		{"allowed-commands", ";", "names no command"},
 		{"allowed-commands", "*", "names no program"},
-		{"allowed-commands", "nginx -t && nginx -s reload", `character '&'`},
+		{"allowed-commands", "nginx -t && nginx -s reload", `contains '&'`},
 		{"allowed-hosts", ",", "names no host: unset it to allow any, or write none"},
-		{"allowed-hosts", "web1, none", "none stands alone"},
-		{"allowed-hosts", "https://web1", "the port is a number"},
+		{"allowed-hosts", "web1, none", "none must be the only entry"},
+		{"allowed-hosts", "https://web1", "expected a port from"},
 		{"deploy-backup-retention", "-2", "out of range"},
-		{"log-format", "xml", "is none of json, text"},
+		{"log-format", "xml", "is not one of json, text"},
 	} {
 		c, err := load(t, required(), "-"+test.flag+"="+test.value)
 		if shown := fmt.Sprint(c.Values()); strings.Contains(shown, "hunter2") {
@@ -329,7 +329,7 @@ func TestBadValues(t *testing.T) {
 	}
 }
 
-// TestQuotesOfDocker: an env file that systemd would read as it was meant.
+// TestQuotesOfDocker: Docker keeps the quotes of an env file, which systemd removes.
 func TestQuotesOfDocker(t *testing.T) {
 	c := mustLoad(t, environment{"CERTCTL_SERVER_URL": `"https://cp.example.org"`, "CERTCTL_AGENT_ID": "'agent-1'", "CERTCTL_API_KEY": `"k3y"`,
 		"CERTCTL_AGENT_NAME": `a "b"`, "CERTCTL_LOG_FORMAT": `""`, "NO_PROXY": `"a.example b.example"`, "HTTPS_PROXY": `"proxy:3128"`})
@@ -339,8 +339,8 @@ func TestQuotesOfDocker(t *testing.T) {
 	}
 	warnings := strings.Join(c.Warnings, "\n")
 	for _, name := range []string{"CERTCTL_SERVER_URL", "CERTCTL_AGENT_ID", "CERTCTL_API_KEY", "CERTCTL_LOG_FORMAT", "NO_PROXY", "HTTPS_PROXY"} {
-		if strings.Count(warnings, name+" is in quotes in the environment") != 1 {
-			t.Errorf("not one warning about the quotes of %s:\n%s", name, warnings)
+		if strings.Count(warnings, name+" has quotes around its value in the environment") != 1 {
+			t.Errorf("want one warning about the quotes of %s:\n%s", name, warnings)
 		}
 	}
 	if strings.Contains(warnings, "k3y") || strings.Contains(warnings, "CERTCTL_AGENT_NAME") {
@@ -373,7 +373,7 @@ func TestLegacyValuesAreForgiven(t *testing.T) {
 	}
 	warnings := strings.Join(c.Warnings, "\n")
 	for _, want := range []string{
-		`-log-level (CERTCTL_LOG_LEVEL, from environment): "verbose" is none of debug, info, warn, error: the default, info, is used`,
+		`-log-level (CERTCTL_LOG_LEVEL, from environment): "verbose" is not one of debug, info, warn, error: the default, info, is used`,
 		`-insecure-skip-verify (CERTCTL_SERVER_TLS_INSECURE_SKIP_VERIFY, from environment): "maybe" is neither true nor false: the default, false, is used`,
 	} {
 		if !strings.Contains(warnings, want) {
@@ -400,7 +400,7 @@ func TestWarnings(t *testing.T) {
 		{"key beside a key file", with("CERTCTL_API_KEY_FILE", write(t, "key", "x")), nil, "CERTCTL_API_KEY is not used"},
 		{"key stronger than a key file", with("CERTCTL_API_KEY_FILE", write(t, "key", "x")), []string{"-api-key", "y"}, "CERTCTL_API_KEY_FILE is not used"},
 		{"unknown keys", with("CERTCTL_CONFIG", write(t, "e", "CERTCTL_SERVER=x\nTZ=UTC\nHTTPS_PROXY=p\nTZ=x\n")), nil,
-			"sets what the agent does not know: CERTCTL_SERVER, TZ"},
+			"has unknown keys: CERTCTL_SERVER, TZ"},
 	} {
 		c, err := load(t, test.e, test.args...)
 		if err != nil {
@@ -435,7 +435,7 @@ func TestUsageErrors(t *testing.T) {
 	for _, args := range [][]string{{"-no-such-flag"}, {"-server"}, {"run"}, {"-insecure-skip-verify", "true"}} {
 		_, err := load(t, required(), args...)
 		if _, ok := errors.AsType[*UsageError](err); !ok {
-			t.Errorf("%q: error %v is no UsageError", args, err)
+			t.Errorf("%q: error %v is not a UsageError", args, err)
 		}
 	}
 	for _, args := range [][]string{{"-h"}, {"--help"}} {
@@ -510,8 +510,8 @@ func TestConfigFile(t *testing.T) {
 	}
 }
 
-// TestUnreadableDefaultFile: systemd may have read the file for an agent that
-// may not. One that was named is an error.
+// TestUnreadableDefaultFile: if the agent must not read the default file, systemd may have read it
+// into the environment. An unreadable named file is an error.
 func TestUnreadableDefaultFile(t *testing.T) {
 	if os.Geteuid() == 0 {
 		t.Skip("root may read everything")
@@ -521,7 +521,7 @@ func TestUnreadableDefaultFile(t *testing.T) {
 		t.Fatal(err)
 	}
 	c, err := Load(nil, required().get, Options{DefaultFile: path})
-	if err != nil || !strings.Contains(strings.Join(c.Warnings, "\n"), "may not be read by this user") {
+	if err != nil || !strings.Contains(strings.Join(c.Warnings, "\n"), "is not readable for this user") {
 		t.Errorf("default file: %v, warnings %q", err, c.Warnings)
 	}
 	if _, err := Load(nil, with("CERTCTL_CONFIG", path).get, Options{}); !errors.Is(err, fs.ErrPermission) {
@@ -621,6 +621,6 @@ func TestSecretsAreNeverPrinted(t *testing.T) {
 		t.Errorf("a secret was printed:\n%s", out.String())
 	}
 	if got := strings.Count(out.String(), "[redacted]"); got < 10 {
-		t.Errorf("placeholder appears %d times, want at least 10: the test prints nothing", got)
+		t.Errorf("placeholder appears %d times, want at least 10", got)
 	}
 }

@@ -12,9 +12,9 @@ import (
 	"certctl-agent/internal/trustedfile"
 )
 
-// SetInFile sets one key of an environment file and leaves everything else as
-// it is: other keys, comments, order, line ends, mode and owner. The file is
-// replaced as a whole or not at all. One that does not exist is made, 0600.
+// SetInFile sets one key of an environment file and keeps everything else: other keys, comments,
+// order, line breaks, mode and owner. It replaces the file atomically. If the file does not exist,
+// it creates one with mode 0600.
 func SetInFile(path, key, value string) error {
 	if err := setInFile(path, key, value); err != nil {
 		return fmt.Errorf("set %s in %s: %w", key, path, err)
@@ -24,7 +24,7 @@ func SetInFile(path, key, value string) error {
 
 func setInFile(path, key, value string) error {
 	if resolved, err := filepath.EvalSymlinks(path); err == nil {
-		path = resolved // a link stays one: what it names is replaced
+		path = resolved // keep a symlink and replace its target
 	}
 	data, info, _, err := trustedfile.Read(path, maxEnvFile)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -37,11 +37,11 @@ func setInFile(path, key, value string) error {
 	return replace(path, edited, info)
 }
 
-// setKey returns an environment file with one key set. The last assignment of
-// that key is the one that counts and the one that is replaced.
+// setKey returns the environment file with one key set. It replaces the last assignment of the key,
+// which is the effective one.
 func setKey(data []byte, key, value string) ([]byte, error) {
 	if !validKey(key) {
-		return nil, fmt.Errorf("%q is no name of a variable", key)
+		return nil, fmt.Errorf("%q is not a valid variable name", key)
 	}
 	before, err := parseEnvFile(data)
 	if err != nil {
@@ -69,8 +69,8 @@ func setKey(data []byte, key, value string) ([]byte, error) {
 	}
 	text += key + "=" + quoted + lineEnd + string(data[end:])
 
-	// A file that ends in a backslash, or the like, would join lines: read the
-	// result as the next start will.
+	// A backslash at the end of the file, for example, would join lines: check by reading the
+	// result.
 	after, err := parseEnvFile([]byte(text))
 	if err != nil {
 		return nil, err
@@ -86,11 +86,11 @@ func setKey(data []byte, key, value string) ([]byte, error) {
 	return []byte(text), nil
 }
 
-// quote writes a value so that systemd reads it back, and where it can so that
-// Docker, which knows no quotes, does too.
+// quote quotes a value for systemd. It leaves out the quotes if possible, since Docker does not
+// support them.
 func quote(value string) (string, error) {
 	if strings.ContainsFunc(value, unprintable) {
-		return "", errors.New("the value holds a line end or another control character")
+		return "", errors.New("the value contains a line break or another control character")
 	}
 	if value == strings.Trim(value, " ") && !strings.ContainsAny(value, "'\"\\`$") {
 		return value, nil
@@ -99,7 +99,7 @@ func quote(value string) (string, error) {
 	return `"` + escaped + `"`, nil
 }
 
-// replace puts data in place of a file; info is nil where there was none.
+// replace replaces a file. Info is nil if there was none.
 func replace(path string, data []byte, info fs.FileInfo) error {
 	dir, err := os.OpenRoot(filepath.Dir(path))
 	if err != nil {

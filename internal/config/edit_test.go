@@ -36,7 +36,7 @@ func TestSetKey(t *testing.T) {
 
 func TestSetKeyRefuses(t *testing.T) {
 	for _, test := range []struct{ name, before, key, value, want string }{
-		{"a bad name", "", "A B", "x", "is no name"},
+		{"a bad name", "", "A B", "x", "is not a valid variable name"},
 		{"a line end in the value", "", "A", "x\ny", "control character"},
 		{"a file that cannot be read", "B=\"x\n", "A", "y", "never closed"},
 		{"a file that would swallow it", "B=x\\", "A", "y", "edit the file by hand"},
@@ -57,7 +57,7 @@ func TestSetInFile(t *testing.T) {
 		t.Fatalf("new file: %v, %v, want mode 0600", info, err)
 	}
 
-	// An existing file keeps mode and owner, and a link stays a link.
+	// An existing file keeps its mode and owner, and a symlink stays one.
 	if err := os.Chmod(path, 0o640); err != nil {
 		t.Fatal(err)
 	}
@@ -92,7 +92,7 @@ func TestSetInFile(t *testing.T) {
 		t.Errorf("content %q, %v", data, err)
 	}
 	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 {
-		t.Errorf("directory holds %v, %v, want the file alone", entries, err)
+		t.Errorf("directory contains %v, %v, want only the file", entries, err)
 	}
 
 	if err := SetInFile(filepath.Join(dir, "none", "agent.env"), "A", "1"); !errors.Is(err, fs.ErrNotExist) {

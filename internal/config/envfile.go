@@ -13,14 +13,14 @@ import (
 // assignment is one KEY=VALUE of an environment file.
 type assignment struct {
 	key, value string
-	start, end int // its bytes, with the line end that closes it
+	start, end int // its bytes, including the line break
 }
 
 // envFile is a file in the syntax of systemd's EnvironmentFile=,
 // systemd.exec(5).
 type envFile struct {
 	assignments []assignment
-	warnings    []string // what systemd ignores without a word, or reads differently by version
+	warnings    []string // about lines that systemd silently ignores, or whose meaning depends on its version
 }
 
 // get returns the value of key: the last assignment counts.
@@ -41,29 +41,28 @@ func validKey(key string) bool {
 
 // parseEnvFile reads an environment file as systemd does:
 //
-//   - Empty lines, and lines that begin with # or ;, are skipped.
-//   - A value may consist of several parts in quotes, which are joined, and
-//     then one without quotes, which goes to the end of the line.
-//   - In single quotes every character stands for itself, a line end too.
-//   - In double quotes a backslash escapes " \ ` and $, and hides a line end;
-//     before any other character it stands for itself.
-//   - Without quotes a backslash makes the next character literal, and hides a
-//     line end; blanks at both ends go. A quote within is an ordinary
-//     character.
-//   - Nothing is expanded.
+//   - It skips empty lines and lines that begin with # or ;.
+//   - A value consists of any number of quoted parts, followed by an unquoted part up to the end of
+//     the line. They are joined.
+//   - In single quotes every character is literal, even a line break.
+//   - In double quotes a backslash escapes " \ ` and $, and removes a line break; before any other
+//     character it is literal.
+//   - Without quotes a backslash makes the next character literal, and removes a line break. White
+//     space at both ends is removed. A quote inside is literal.
+//   - There is no expansion.
 //
-// A byte order mark before the first line is passed over.
+// It skips a byte order mark.
 //
-// Three things that systemd lets pass are errors here, since no operator means
-// them: a quote that is never closed (it swallows the rest of the file), a NUL,
-// and a line that begins with export (systemd ignores it).
+// Three things that systemd accepts are errors here, since no operator wants them: an unclosed
+// quote (it swallows the rest of the file), a NUL, and a line that begins with export (systemd
+// ignores it).
 func parseEnvFile(data []byte) (*envFile, error) {
 	number := 0
 	for line := range bytes.Lines(data) {
 		number++
 		switch {
 		case bytes.IndexByte(line, 0) >= 0:
-			return nil, fmt.Errorf("line %d holds a NUL", number)
+			return nil, fmt.Errorf("line %d contains a NUL", number)
 		case !utf8.Valid(line):
 			return nil, fmt.Errorf("line %d is not UTF-8", number)
 		}
@@ -78,11 +77,11 @@ func parseEnvFile(data []byte) (*envFile, error) {
 		if s.text[s.pos] == '#' || s.text[s.pos] == ';' {
 			if comment := s.untilLineEnd(""); strings.HasSuffix(comment, `\`) {
 				f.warnings = append(f.warnings, fmt.Sprintf(
-					"line %d is a comment that ends in a backslash: systemd before version 254 takes the next line for a part of it", line))
+					"line %d is a comment that ends in a backslash: systemd before version 254 treats the next line as part of it", line))
 			}
 			continue
 		}
-		s.pos++ // an equals sign that comes first is a part of the name
+		s.pos++ // a leading equals sign is part of the name
 		s.untilLineEnd("=")
 		key := s.text[start:s.pos]
 		if s.pos == len(s.text) || s.text[s.pos] != '=' {
@@ -96,10 +95,10 @@ func parseEnvFile(data []byte) (*envFile, error) {
 			return nil, err
 		}
 		if rest, ok := strings.CutPrefix(key, "export"); ok && strings.TrimLeft(rest, " \t") != rest {
-			return nil, fmt.Errorf("line %d begins with export, which is for shells and which systemd does not know: remove that word", line)
+			return nil, fmt.Errorf("line %d begins with export, which only shells understand: remove that word", line)
 		}
 		if !validKey(key) {
-			f.warnings = append(f.warnings, fmt.Sprintf("line %d is ignored: %.64q is no name of a variable", line, key))
+			f.warnings = append(f.warnings, fmt.Sprintf("line %d is ignored: %.64q is not a valid variable name", line, key))
 			continue
 		}
 		f.assignments = append(f.assignments, assignment{key: key, value: value, start: start, end: s.pos})
@@ -111,8 +110,8 @@ func parseEnvFile(data []byte) (*envFile, error) {
 type envScanner struct {
 	text    string
 	pos     int
-	counted int // line ends were counted up to here
-	lines   int // and there are so many
+	counted int // position up to which line breaks are counted
+	lines   int // line breaks before counted
 }
 
 func isLineEnd(c byte) bool { return c == '\n' || c == '\r' }
@@ -128,7 +127,7 @@ func (s *envScanner) skipBlank() {
 	s.pos = len(s.text) - len(strings.TrimLeft(s.text[s.pos:], " \t\r\n"))
 }
 
-// untilLineEnd returns what comes before the line end, or before any of stop.
+// untilLineEnd reads up to the line break, or any character of stop.
 func (s *envScanner) untilLineEnd(stop string) string {
 	start := s.pos
 	if i := strings.IndexAny(s.text[s.pos:], "\r\n"+stop); i >= 0 {
@@ -186,10 +185,10 @@ func (s *envScanner) quoted(value *strings.Builder, quote byte) error {
 	return fmt.Errorf("line %d opens a quote that is never closed", line)
 }
 
-// unquoted reads to the line end, which it leaves.
+// unquoted reads up to the line break.
 func (s *envScanner) unquoted(value *strings.Builder) {
 	var part strings.Builder
-	keep := 0 // what comes after is blanks, which go if nothing follows
+	keep := 0 // the part after keep is white space, removed if it is the end
 	for s.pos < len(s.text) && !isLineEnd(s.text[s.pos]) {
 		c := s.text[s.pos]
 		s.pos++

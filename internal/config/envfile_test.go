@@ -16,9 +16,8 @@ import (
 	"certctl-agent/internal/testing/needs"
 )
 
-// envFileTests are readings of environment files. Those with a $ are taken
-// from systemd.exec(5); the others are put before systemd's own parser too,
-// where it is installed.
+// envFileTests are environment files with their values. Those with a $ come from systemd.exec(5);
+// the others are also compared with systemd's own parser, if it is installed.
 var envFileTests = []struct {
 	name, file string
 	want       map[string]string
@@ -75,9 +74,9 @@ func TestParseEnvFile(t *testing.T) {
 	}
 }
 
-// TestParseEnvFileLikeSystemd puts the same files before the one program of
-// systemd that parses them without a running manager. It expands dollars,
-// which EnvironmentFile= does not: those files are left out.
+// TestParseEnvFileLikeSystemd compares with the only program of systemd that parses such files
+// without a running manager. It expands dollars, which EnvironmentFile= does not, so files with
+// dollars are skipped.
 func TestParseEnvFileLikeSystemd(t *testing.T) {
 	for _, test := range envFileTests {
 		if strings.ContainsRune(test.file, '$') {
@@ -85,7 +84,7 @@ func TestParseEnvFileLikeSystemd(t *testing.T) {
 		}
 		t.Run(test.name, func(t *testing.T) {
 			want := maps.Clone(test.want)
-			maps.DeleteFunc(want, func(_, value string) bool { return value == "" }) // the program prints none
+			maps.DeleteFunc(want, func(_, value string) bool { return value == "" }) // the program does not print those
 			if got := systemdReads(t, test.file); !maps.Equal(got, want) {
 				t.Errorf("systemd reads %q as %q, want %q", test.file, got, want)
 			}
@@ -93,8 +92,7 @@ func TestParseEnvFileLikeSystemd(t *testing.T) {
 	}
 }
 
-// TestParseEnvFileLikeSystemdAtRandom does the same with files made of the
-// characters that matter.
+// TestParseEnvFileLikeSystemdAtRandom does the same with random files of special characters.
 func TestParseEnvFileLikeSystemdAtRandom(t *testing.T) {
 	pieces := []string{"A", "B", "C=", "D=\"", "=", "\"", "'", "\\", "\\\n", "\n", "\n", "\r", " ", "\t", "x", "y z", "#", ";"}
 	rnd := rand.New(rand.NewPCG(1, 1))
@@ -107,7 +105,7 @@ func TestParseEnvFileLikeSystemdAtRandom(t *testing.T) {
 		f, err := parseEnvFile([]byte(file.String()))
 		if err != nil || len(f.assignments) == 0 || slices.ContainsFunc(f.assignments, func(a assignment) bool { return a.value == "" }) ||
 			strings.Contains(strings.Join(f.warnings, ""), "backslash") {
-			continue // where we differ on purpose, or the program does from EnvironmentFile=
+			continue // intended differences from systemd, or of the program from EnvironmentFile=
 		}
 		compared++
 		if got, want := systemdReads(t, file.String()), values(f); !maps.Equal(got, want) {
@@ -138,7 +136,7 @@ func systemdReads(t testing.TB, file string) map[string]string {
 		}
 		return strings.Split(strings.TrimSuffix(string(out), "\n"), "\n")
 	}
-	others := read("") // what the machine itself has in environment.d
+	others := read("") // from this machine's environment.d
 	got := make(map[string]string)
 	for _, line := range read(file) {
 		key, value, _ := strings.Cut(line, "=")
@@ -150,7 +148,7 @@ func systemdReads(t testing.TB, file string) map[string]string {
 			continue
 		}
 		if strings.HasPrefix(value, `"`) {
-			// The program escapes as C does, and dollars and backquotes too.
+			// The program escapes as in C, and also dollars and backquotes.
 			unquoted, err := strconv.Unquote(strings.NewReplacer("\\`", "`", `\$`, `$`).Replace(value))
 			if err != nil {
 				t.Fatalf("%s: %v", value, err)
@@ -167,7 +165,7 @@ func TestParseEnvFileErrors(t *testing.T) {
 		{"A=b\nC=\"d\nE=f\n", "line 2 opens a quote that is never closed"},
 		{"A='b", "line 1 opens a quote"},
 		{"A=b\nexport C=d\n", "line 2 begins with export"},
-		{"A=b\nC=\x00\n", "line 2 holds a NUL"},
+		{"A=b\nC=\x00\n", "line 2 contains a NUL"},
 		{"A=b\n\nC=\xff\n", "line 3 is not UTF-8"},
 	} {
 		if _, err := parseEnvFile([]byte(test.file)); err == nil || !strings.Contains(err.Error(), test.want) {
@@ -179,7 +177,7 @@ func TestParseEnvFileErrors(t *testing.T) {
 func TestParseEnvFileWarnings(t *testing.T) {
 	for _, test := range []struct{ file, want string }{
 		{"A=b\nC\n", "line 2 is ignored: it has no equals sign"},
-		{"A-B=c\n", `line 1 is ignored: "A-B" is no name`},
+		{"A-B=c\n", `line 1 is ignored: "A-B" is not a valid variable name`},
 		{"# a \\\nA=b\n", "line 1 is a comment that ends in a backslash"},
 	} {
 		f, err := parseEnvFile([]byte(test.file))
@@ -207,7 +205,7 @@ func FuzzParseEnvFile(f *testing.F) {
 				t.Fatalf("assignment %+v after %d of %d bytes", a, end, len(data))
 			}
 			end = a.end
-			// The span of an assignment is all that it needs.
+			// An assignment alone parses to the same value.
 			alone, err := parseEnvFile(data[a.start:a.end])
 			if err != nil || len(alone.assignments) != 1 || alone.assignments[0].value != a.value {
 				t.Fatalf("%q alone is read as %+v, %v", data[a.start:a.end], alone, err)
@@ -216,8 +214,8 @@ func FuzzParseEnvFile(f *testing.F) {
 	})
 }
 
-// FuzzSetKey: whatever is set is read back, and nothing else changes. setKey
-// checks that itself; here its result is compared with the file before.
+// FuzzSetKey: the new value is read back, and nothing else changes. setKey checks that itself; this
+// test compares its result with the old file.
 func FuzzSetKey(f *testing.F) {
 	for _, test := range envFileTests {
 		f.Add([]byte(test.file), "value of `all` \"$kinds\" \\")

@@ -16,15 +16,14 @@ import (
 	"certctl-agent/internal/trustedfile"
 )
 
-// field is one field of a Config, and the form that its value has in flags,
-// variables and files. set is called with the default too, unless that is
-// empty; an empty value reaches it only from a flag. After an error the field
-// may be set all the same.
+// field parses the text of a setting and stores it in a Config. The default is set in the same way,
+// unless it is empty. An empty value only comes from a flag. set may change the Config even if it
+// fails.
 type field interface {
 	set(value string) error
 }
 
-// boolean is a field whose flag may stand without a value.
+// boolean is a field whose flag needs no value.
 type boolean struct{ to *bool }
 
 func (f boolean) set(value string) error {
@@ -47,7 +46,7 @@ type integer struct {
 func (f integer) set(value string) error {
 	n, err := strconv.Atoi(value)
 	if err != nil {
-		return fmt.Errorf("%q is no whole number", value)
+		return fmt.Errorf("%q is not a whole number", value)
 	}
 	if n < f.lowest || n > f.highest {
 		return fmt.Errorf("%d is out of range: from %d to %d", n, f.lowest, f.highest)
@@ -67,7 +66,7 @@ func (f duration) set(value string) error {
 		return fmt.Errorf("%q has no unit: write %ss for seconds", value, value)
 	}
 	if err != nil {
-		return fmt.Errorf("%q is no duration such as 90s, 5m or 6h", value)
+		return fmt.Errorf("%q is not a duration such as 90s, 5m or 6h", value)
 	}
 	if d < f.lowest || d > f.highest {
 		return fmt.Errorf("%q is out of range: from %v to %v", value, f.lowest, f.highest)
@@ -85,13 +84,13 @@ type word struct {
 func (f word) set(value string) error {
 	word := strings.ToLower(value)
 	if !slices.Contains(f.words, word) {
-		return fmt.Errorf("%q is none of %s", value, strings.Join(f.words, ", "))
+		return fmt.Errorf("%q is not one of %s", value, strings.Join(f.words, ", "))
 	}
 	*f.to = word
 	return nil
 }
 
-// parsed is a field with a grammar of its own.
+// parsed returns a field that is parsed by a function.
 func parsed[T any](to *T, parse func(string) (T, error)) field { return parsedField[T]{to, parse} }
 
 type parsedField[T any] struct {
@@ -104,10 +103,9 @@ func (f parsedField[T]) set(value string) (err error) {
 	return err
 }
 
-// bundle is the file of the certificates that the control plane's must chain to.
-// A warning is about those that it holds and that cannot be used: bundles of
-// whole systems have a few that Go refuses, but in one of two that is the one
-// that matters. Anybody may read the file.
+// bundle is the file with the trusted roots of the control plane. It warns about unusable
+// certificates: a system's bundle has a few that Go rejects, but in a small bundle it may be the
+// one that matters. The file may be readable by everyone.
 type bundle struct{ c *Config }
 
 func (f bundle) set(value string) error {
@@ -120,7 +118,7 @@ func (f bundle) set(value string) error {
 	if err != nil {
 		return err
 	}
-	data = bytes.ReplaceAll(data, []byte(hostfile.ByteOrderMark), nil) // within, too: bundles are joined from files
+	data = bytes.ReplaceAll(data, []byte(hostfile.ByteOrderMark), nil) // anywhere: bundles are concatenated files
 	begun, used := bytes.Count(data, []byte("-----BEGIN ")), 0
 	reason := errors.New("it is not valid PEM")
 	pool := x509.NewCertPool()
@@ -137,17 +135,16 @@ func (f bundle) set(value string) error {
 		}
 	}
 	if used == 0 {
-		return fmt.Errorf("%s holds no PEM certificate that can be parsed", path)
+		return fmt.Errorf("%s contains no PEM certificate that can be parsed", path)
 	}
 	if used < begun {
-		f.c.warn(fmt.Sprintf("%s (CERTCTL_SERVER_CA_BUNDLE_PATH): %d of its %d PEM blocks are not used; of the last of them: %v", path, begun-used, begun, reason))
+		f.c.warn(fmt.Sprintf("%s (CERTCTL_SERVER_CA_BUNDLE_PATH): %d of its %d PEM blocks cannot be used; the last one: %v", path, begun-used, begun, reason))
 	}
 	f.c.Roots = pool
 	return nil
 }
 
-// passwords is a file with one password per line; what is on a line is the
-// password, blanks included.
+// passwords is a file with one password per line, including any white space.
 type passwords struct{ c *Config }
 
 func (f passwords) set(value string) error {

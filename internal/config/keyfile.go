@@ -15,7 +15,7 @@ import (
 	"certctl-agent/internal/trustedfile"
 )
 
-// readKey reads an API key file by trustedfile.Read or trustedfile.ReadWithoutTimeout.
+// readKey reads an API key file. Read is trustedfile.Read or trustedfile.ReadWithoutTimeout.
 func readKey(read func(string, int64) ([]byte, fs.FileInfo, string, error), path string) (key secret.String, info fs.FileInfo, warning string, err error) {
 	data, info, warning, err := read(path, maxSecretFile)
 	if err != nil {
@@ -31,24 +31,21 @@ func readKey(read func(string, int64) ([]byte, fs.FileInfo, string, error), path
 	return secret.New(text), info, warning, nil
 }
 
-// ReadKeyFile reads a secret that is sent as API keys are, from a file that is
-// held to the same rules: the bootstrap token of a registration.
+// ReadKeyFile reads the bootstrap token of a registration, by the same rules as an API key file.
 func ReadKeyFile(path string) (secret.String, error) {
 	key, _, _, err := readKey(trustedfile.Read, path)
 	return key, err
 }
 
-// keyTimeout is how long a call waits for a look at the key file. A local file
-// takes microseconds.
+// keyTimeout is how long a call waits for the key file. A local file takes microseconds.
 const keyTimeout = time.Second
 
-const errLate = "it does not answer: look at the file system that it is on"
+const errLate = "it does not answer: check its file system"
 
-// KeyFunc returns a function that returns the API key, for any number of
-// goroutines. Where the key comes from a file, each call looks whether that
-// has changed, which costs one stat. While the file cannot be read, or cannot
-// be trusted, or does not answer within a second, the last good key stays in
-// use, and the log says so once.
+// KeyFunc returns a function that returns the API key. The function is safe for concurrent use. If
+// the key comes from a file, each call checks with one stat whether the file has changed. While the
+// file cannot be read or trusted, or does not answer within a second, the function returns the last
+// good key and logs that once.
 func (c *Config) KeyFunc(log *slog.Logger) func() secret.String {
 	if c.APIKeyFile == "" {
 		return func() secret.String { return c.APIKey }
@@ -57,24 +54,23 @@ func (c *Config) KeyFunc(log *slog.Logger) func() secret.String {
 	return f.get
 }
 
-// keyFile is an API key that follows its file.
+// keyFile is an API key that is read again when its file changes.
 type keyFile struct {
 	path string
 	log  *slog.Logger
 	stat func(string) (fs.FileInfo, error)
 
-	mu      sync.Mutex // guards the rest; never held while the file is looked at
-	look    *look      // under way; nil for none
+	mu      sync.Mutex // guards the fields below, except seen; not held while the file is read
+	check   *check     // under way, or nil
 	key     secret.String
-	failure string // the text that was logged last, "" when all is well
+	failure string // last logged; "" if the key is up to date
 
-	seen fs.FileInfo // of the file that the key is from; nil: to be read again. Belongs to the look
+	seen fs.FileInfo // of the file when key was read; nil: read again. The running check owns it
 }
 
-// look is one look at the file, for all calls that come while it lasts. The
-// file may be on a network file system whose server does not answer: then it
-// lasts until that does, and no second one is begun.
-type look struct {
+// check is one check of the file, for all calls that come meanwhile. On a network file system whose
+// server does not answer, it lasts until the server answers, and no second one starts.
+type check struct {
 	done     chan struct{}
 	deadline time.Time
 }
@@ -82,11 +78,11 @@ type look struct {
 func (f *keyFile) get() secret.String {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.look == nil {
-		f.look = &look{done: make(chan struct{}), deadline: time.Now().Add(keyTimeout)}
-		go f.refresh(f.look)
+	if f.check == nil {
+		f.check = &check{done: make(chan struct{}), deadline: time.Now().Add(keyTimeout)}
+		go f.refresh(f.check)
 	}
-	current := f.look
+	current := f.check
 	f.mu.Unlock()
 	late := false
 	select {
@@ -95,14 +91,14 @@ func (f *keyFile) get() secret.String {
 		late = true
 	}
 	f.mu.Lock()
-	if late && f.look == current {
+	if late && f.check == current {
 		f.failed(errors.New(errLate))
 	}
 	return f.key
 }
 
-// refresh looks at the file and ends the look.
-func (f *keyFile) refresh(current *look) {
+// refresh reads the file if it has changed, and ends the check.
+func (f *keyFile) refresh(current *check) {
 	key, changed, err := f.latest()
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -117,7 +113,7 @@ func (f *keyFile) refresh(current *look) {
 	case f.failure == errLate:
 		f.failure = ""
 	}
-	f.look = nil
+	f.check = nil
 	close(current.done)
 }
 
@@ -131,11 +127,11 @@ func (f *keyFile) latest() (key secret.String, changed bool, err error) {
 	if f.seen != nil && unchanged(info, f.seen) {
 		return secret.String{}, false, nil
 	}
-	// Without a timeout of its own, which would leave one more read behind in the
-	// kernel each time. Callers do not wait for it.
+	// Without a timeout: each one would leave another read stuck in the kernel. Callers do not wait
+	// for this read.
 	key, read, _, err := readKey(trustedfile.ReadWithoutTimeout, f.path)
 	f.seen = nil
-	if err == nil && unchanged(info, read) { // else it is read again next time
+	if err == nil && unchanged(info, read) { // otherwise it is read again next time
 		f.seen = info
 	}
 	return key, err == nil, err
@@ -152,8 +148,8 @@ func (f *keyFile) failed(err error) {
 	f.failure = text
 }
 
-// unchanged reports whether two looks saw the same contents. A mode that
-// changed matters too: it may be why the file was refused.
+// unchanged reports whether a file is the same. The mode counts too: it may be why the file was
+// refused.
 func unchanged(a, b fs.FileInfo) bool {
 	return os.SameFile(a, b) && a.Size() == b.Size() && a.ModTime().Equal(b.ModTime()) && a.Mode() == b.Mode()
 }

@@ -19,8 +19,8 @@ func TestKeyFunc(t *testing.T) {
 	var log bytes.Buffer
 	key := c.KeyFunc(slog.New(slog.NewTextHandler(&log, nil)))
 
-	// modified gives each version of the file a time of its own: a clock tick
-	// is longer than a step of this test.
+	// modified gives each version of the file a different time, since the steps of this test are
+	// shorter than a clock tick.
 	when := time.Now()
 	modified := func() {
 		when = when.Add(time.Second)
@@ -40,7 +40,7 @@ func TestKeyFunc(t *testing.T) {
 		{"emptied", func() error { return os.WriteFile(path, nil, 0o600) }, "two", "is empty"},
 		{"still empty", func() error { return nil }, "two", ""},
 		{"open to others", func() error { return os.Chmod(path, 0o622) }, "two", "can be written by others"},
-		{"two lines", func() error { os.Chmod(path, 0o600); return os.WriteFile(path, []byte("a\nb\n"), 0o600) }, "two", "holds a blank, a line end"},
+		{"two lines", func() error { os.Chmod(path, 0o600); return os.WriteFile(path, []byte("a\nb\n"), 0o600) }, "two", "contains white space"},
 		{"replaced", func() error { os.Remove(path); return os.WriteFile(path, []byte("three"), 0o600) }, "three", "API key read from its file again"},
 		{"gone", func() error { return os.Remove(path) }, "three", "no such file"},
 		{"still gone", func() error { return nil }, "three", ""},
@@ -77,8 +77,7 @@ func TestReadKeyFile(t *testing.T) {
 	}
 }
 
-// TestKeyFileHangs: calls go on with the key that they had while the file
-// system of the key file does not answer.
+// TestKeyFileHangs: calls return the last good key while the file system of the key file hangs.
 func TestKeyFileHangs(t *testing.T) {
 	path := write(t, "key", "two")
 	synctest.Test(t, func(t *testing.T) {
@@ -101,7 +100,7 @@ func TestKeyFileHangs(t *testing.T) {
 		}
 		synctest.Wait()
 		if looks != 1 || strings.Count(log.String(), "does not answer") != 1 {
-			t.Errorf("%d looks, log %q; want one of each", looks, log.String())
+			t.Errorf("%d checks, log %q; want one of each", looks, log.String())
 		}
 		close(answer)
 		synctest.Wait()

@@ -19,7 +19,7 @@ import (
 )
 
 const (
-	// maxEnvFile and maxSecretFile are far above what such files hold.
+	// maxEnvFile and maxSecretFile are far more than such files need.
 	maxEnvFile    = 1 << 20
 	maxSecretFile = 64 << 10
 
@@ -27,8 +27,8 @@ const (
 	maxBundle = 8 << 20
 )
 
-// parseServer checks the control plane's address. Its errors never quote a
-// value that may hold a password.
+// parseServer parses the control plane's URL. Its errors do not quote parts that may contain a
+// password.
 func parseServer(value string) (*url.URL, error) {
 	if value == "" {
 		return nil, errors.New("is empty: give the control plane's address, such as https://certctl.example.com:8443")
@@ -39,7 +39,7 @@ func parseServer(value string) (*url.URL, error) {
 	}
 	u, err := url.Parse(value)
 	if err != nil {
-		return nil, fmt.Errorf("is no URL: %w", withoutURL(err))
+		return nil, fmt.Errorf("is not a valid URL: %w", withoutURL(err))
 	}
 	switch scheme = strings.ToLower(scheme); scheme {
 	case "https":
@@ -50,17 +50,17 @@ func parseServer(value string) (*url.URL, error) {
 	}
 	switch {
 	case u.User != nil:
-		return nil, errors.New("holds credentials: remove what is before the @; the API key is a setting of its own")
+		return nil, errors.New("contains credentials: remove the part before the @; the API key is a separate setting")
 	case u.RawQuery != "" || u.ForceQuery:
-		return nil, errors.New("holds a query: remove the ? and what follows it")
+		return nil, errors.New("contains a query: remove the ? and everything after it")
 	case strings.Contains(value, "#"):
-		return nil, errors.New("holds a fragment: remove the # and what follows it")
+		return nil, errors.New("contains a fragment: remove the # and everything after it")
 	case u.Hostname() == "":
-		return nil, errors.New("names no host")
+		return nil, errors.New("has no host")
 	}
 	port := u.Port()
 	if n, err := strconv.Atoi(port); port != "" && (err != nil || n < 1 || n > 65535) {
-		return nil, fmt.Errorf("has port %s: ports are 1 to 65535", port)
+		return nil, fmt.Errorf("has port %s: expected 1 to 65535", port)
 	}
 	// One spelling for each address: the state directory depends on it.
 	host := strings.ToLower(u.Hostname())
@@ -77,15 +77,15 @@ func parseServer(value string) (*url.URL, error) {
 	return u, nil
 }
 
-// withoutURL takes the URL out of an error of package url, which quotes it.
+// withoutURL replaces an error of package url, which quotes the URL.
 func withoutURL(err error) error {
 	if e, ok := errors.AsType[*url.Error](err); ok {
-		// The cause may quote a part of it too, such as an escape or a port.
+		// The cause may quote a part too, such as an escape or a port.
 		if _, ok := errors.AsType[url.EscapeError](e.Err); ok {
-			return errors.New("it holds a bad % escape")
+			return errors.New("it contains a bad % escape")
 		}
 		if _, ok := errors.AsType[url.InvalidHostError](e.Err); ok {
-			return errors.New("its host holds a character that none may hold")
+			return errors.New("its host contains an invalid character")
 		}
 	}
 	return errors.New("it cannot be parsed")
@@ -93,58 +93,56 @@ func withoutURL(err error) error {
 
 func parseText(value string) (string, error) { return value, nil }
 
-// parseKey keeps a bad key too, so that it is not also said to be missing.
+// parseKey returns an invalid key too, so that it is not also reported as missing.
 func parseKey(value string) (secret.String, error) { return secret.New(value), checkKey(value) }
 
-// checkKey refuses an API key that cannot stand in a header (RFC 6750, 2.1,
-// allows even less). It does not quote it.
+// checkKey checks that an API key can be sent in a header. (RFC 6750, section 2.1, allows even
+// fewer characters.) The error does not quote the key.
 func checkKey(key string) error {
 	if strings.ContainsFunc(key, func(c rune) bool { return c <= ' ' || c > '~' }) {
-		return errors.New("holds a blank, a line end or another character that no API key holds")
+		return errors.New("contains white space or another character that is not allowed in an API key")
 	}
 	return nil
 }
 
-// unprintable reports whether r is a control character, or stands for a byte that
-// is not UTF-8.
+// unprintable reports whether r is a control character or invalid UTF-8.
 func unprintable(r rune) bool { return printable.IsControl(r) || r == utf8.RuneError }
 
-// parseAgentID keeps a bad id too, as parseKey does.
+// parseAgentID returns an invalid id too, as parseKey does.
 func parseAgentID(id string) (string, error) {
 	const longest = 1024
 	if id == "." || id == ".." || len(id) > longest {
 		return id, fmt.Errorf("%.64q cannot be an agent id", id)
 	}
 	if strings.Contains(id, " ") || strings.ContainsFunc(id, unprintable) {
-		return id, fmt.Errorf("%.64q cannot be an agent id: it holds a blank or a control character", id)
+		return id, fmt.Errorf("%.64q cannot be an agent id: it contains a space or a control character", id)
 	}
 	return id, nil
 }
 
 func parseLevel(value string) (slog.Level, error) {
 	if !slices.Contains([]string{"debug", "info", "warn", "error"}, strings.ToLower(value)) {
-		return 0, fmt.Errorf("%q is none of debug, info, warn, error", value) // UnmarshalText takes info+2, too
+		return 0, fmt.Errorf("%q is not one of debug, info, warn, error", value) // UnmarshalText also accepts info+2
 	}
 	var level slog.Level
 	err := level.UnmarshalText([]byte(value))
 	return level, err
 }
 
-// parsePath makes a path absolute, so that it means the same wherever it is
-// used; "" stays.
+// parsePath makes a path absolute. It keeps "".
 func parsePath(value string) (string, error) {
 	switch {
 	case value == "":
 		return "", nil
 	case strings.ContainsRune(value, 0):
-		return "", errors.New("holds a NUL")
+		return "", errors.New("contains a NUL")
 	case value[0] == '~' || value[0] == '$':
-		return "", fmt.Errorf("%q begins with %q, which only a shell expands: write the path out (or ./%[1]s, if that is its name)", value, value[0])
+		return "", fmt.Errorf("%q begins with %q, which only a shell expands: write the whole path (or ./%[1]s, if that is its name)", value, value[0])
 	}
 	return filepath.Abs(value)
 }
 
-// parseList splits at commas, trims blanks and drops what is empty.
+// parseList splits a list, trims white space and drops empty entries.
 func parseList(value, separator string) []string {
 	var list []string
 	for entry := range strings.SplitSeq(value, separator) {
@@ -169,12 +167,12 @@ func parseDirs(value string) ([]string, error) {
 	return dirs, nil
 }
 
-// parseAllowedPaths is parseDirs for a list where a slip must not widen what
-// is allowed: a relative path is an error, and a list without any entry too.
+// parseAllowedPaths is like parseDirs, but a mistake must not allow more: a relative path is an
+// error, and so is a list without entries.
 func parseAllowedPaths(value string) ([]string, error) {
 	for _, entry := range parseList(value, ",") {
 		if !filepath.IsAbs(entry) {
-			return nil, fmt.Errorf("%q is no absolute path", entry)
+			return nil, fmt.Errorf("%q is not an absolute path", entry)
 		}
 	}
 	dirs, err := parseDirs(value)
@@ -184,8 +182,7 @@ func parseAllowedPaths(value string) ([]string, error) {
 	return dirs, err
 }
 
-// parseAllowedCommands splits command lines into words. One that could never
-// run, since it breaks the rules for commands, is an error.
+// parseAllowedCommands splits command lines into words. A command that could never run is an error.
 func parseAllowedCommands(value string) ([][]string, error) {
 	var commands [][]string
 	for _, line := range parseList(value, ";") {
@@ -204,7 +201,7 @@ func parseAllowedCommands(value string) ([][]string, error) {
 	return commands, nil
 }
 
-// noHosts is the list of hosts that has none.
+// noHosts is the value for an empty list of hosts.
 const noHosts = "none"
 
 func parseAllowedHosts(value string) ([]policy.HostRule, error) {
@@ -220,7 +217,7 @@ func parseAllowedHosts(value string) ([]policy.HostRule, error) {
 	var rules []policy.HostRule
 	for _, entry := range entries {
 		if strings.EqualFold(entry, noHosts) {
-			return nil, fmt.Errorf("%q: %s stands alone", value, noHosts)
+			return nil, fmt.Errorf("%q: %s must be the only entry", value, noHosts)
 		}
 		rule, err := policy.ParseHostRule(entry)
 		if err != nil {
@@ -235,13 +232,13 @@ func parseGlobs(value string) ([]string, error) {
 	globs := parseList(value, ",")
 	for _, glob := range globs {
 		if _, err := filepath.Match(glob, ""); err != nil {
-			return nil, fmt.Errorf("%q is no pattern: %w", glob, err)
+			return nil, fmt.Errorf("%q is not a valid pattern: %w", glob, err)
 		}
 	}
 	return globs, nil
 }
 
-// parseRequiredPath is parsePath for what cannot be left out.
+// parseRequiredPath is like parsePath, but refuses "".
 func parseRequiredPath(value string) (string, error) {
 	if value == "" {
 		return "", errors.New("is empty")

@@ -14,7 +14,7 @@ import (
 	"testing"
 )
 
-// writeBundle makes a CA bundle of one certificate, with text around it.
+// writeBundle writes a CA bundle with one certificate and text around it.
 func writeBundle(t *testing.T) string {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -43,7 +43,7 @@ func TestBundleWithoutUsableCertificate(t *testing.T) {
 	}
 }
 
-// TestBundleIsReadWhole: of two certificates none is lost without a word.
+// TestBundleIsReadWhole: no certificate of a bundle is silently ignored.
 func TestBundleIsReadWhole(t *testing.T) {
 	first, err := os.ReadFile(writeBundle(t))
 	must(t, err)
@@ -59,8 +59,8 @@ func TestBundleIsReadWhole(t *testing.T) {
 		{"two", string(first) + string(second), 2, ""},
 		{"a mark before the first", "\ufeff" + strings.TrimPrefix(string(first), "# our CA\n") + string(second), 2, ""},
 		{"a mark before each", "\ufeff" + strings.TrimPrefix(string(first), "# our CA\n") + "\ufeff" + strings.TrimPrefix(string(second), "# our CA\n"), 2, ""},
-		{"the second is cut", string(first) + string(second[:len(second)/2]), 1, "1 of its 2 PEM blocks are not used; of the last of them: it is not valid PEM"},
-		{"the second is damaged", string(first) + "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", 1, "1 of its 2 PEM blocks are not used; of the last of them: x509: malformed certificate"},
+		{"the second is cut", string(first) + string(second[:len(second)/2]), 1, "1 of its 2 PEM blocks cannot be used; the last one: it is not valid PEM"},
+		{"the second is damaged", string(first) + "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", 1, "1 of its 2 PEM blocks cannot be used; the last one: x509: malformed certificate"},
 		{"the second has another label", string(first) + trusted, 1, `"TRUSTED CERTIFICATE" is not CERTIFICATE`},
 		{"indented", string(first) + " " + strings.TrimPrefix(string(second), "# our CA\n"), 1, "it is not valid PEM"},
 	} {
@@ -77,12 +77,12 @@ func TestBundleIsReadWhole(t *testing.T) {
 			want.AppendCertsFromPEM(certificate)
 		}
 		if !c.Roots.Equal(want) {
-			t.Errorf("%s: the pool does not hold the first %d certificates and no others", test.name, test.want)
+			t.Errorf("%s: the pool does not contain the first %d certificates and no others", test.name, test.want)
 		}
 	}
 }
 
-// TestBundleMayBeRead: a bundle is public, so that mode draws no warning.
+// TestBundleMayBeRead: a world-readable bundle causes no warning.
 func TestBundleMayBeRead(t *testing.T) {
 	path := writeBundle(t)
 	must(t, os.Chmod(path, 0o644))
@@ -114,7 +114,7 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// TestEverySettingReadsTrusted: no setting reads a file in another way.
+// TestEverySettingReadsTrusted: every setting reads its file with package trustedfile.
 func TestEverySettingReadsTrusted(t *testing.T) {
 	for _, flag := range []string{"config", "api-key-file", "ca-bundle", "discovery-passwords-file"} {
 		open := write(t, flag, "x")

@@ -10,18 +10,17 @@ import (
 
 // Value is one setting as it was resolved.
 type Value struct {
-	Flag     string `json:"-"` // without the dash; "" where there is none
+	Flag     string `json:"-"` // without the dash; "" if it has none
 	Variable string `json:"variable"`
-	Text     string `json:"value"`  // a secret is redacted; "" where nothing is set
+	Text     string `json:"value"`  // secrets are redacted; "" if unset
 	Origin   string `json:"origin"` // "flag", "environment", "default", or the file's path
 }
 
-// Values are all settings, in the order of the reference.
+// Values returns all settings, in the order of the reference.
 func (c *Config) Values() []Value { return c.values }
 
-// Changed names, by their variables, the settings that differ from those of
-// another Config. A changed content of a file that a setting names does not
-// count.
+// Changed returns the variables of the settings that differ from those of another Config. It
+// ignores changes inside files that settings name.
 func (c *Config) Changed(other *Config) []string {
 	var names []string
 	for i, v := range c.values {
@@ -32,7 +31,7 @@ func (c *Config) Changed(other *Config) []string {
 	return names
 }
 
-// String is the settings that are not at their defaults.
+// String returns the settings that are not defaults.
 func (c Config) String() string {
 	var words []string
 	for _, v := range c.values {
@@ -43,9 +42,10 @@ func (c Config) String() string {
 	return strings.Join(words, " ")
 }
 
+// GoString keeps %#v from printing secrets.
 func (c Config) GoString() string { return "config.Config{" + c.String() + "}" }
 
-// LogValue is String as attributes, for log/slog.
+// LogValue returns the settings that are not defaults, for log/slog.
 func (c Config) LogValue() slog.Value {
 	var attributes []slog.Attr
 	for _, v := range c.values {
@@ -56,8 +56,7 @@ func (c Config) LogValue() slog.Value {
 	return slog.GroupValue(attributes...)
 }
 
-// Usage writes what the flags are. It shows the defaults, never a value that
-// is set.
+// Usage writes the help for all flags with their defaults.
 func Usage(w io.Writer) {
 	var text strings.Builder
 	for _, s := range settings(new(Config)) {
@@ -65,6 +64,6 @@ func Usage(w io.Writer) {
 		fmt.Fprintf(&text, "        %s.\n", strings.ReplaceAll(s.doc, "`", ""))
 		fmt.Fprintf(&text, "        Default: %s.\n", strings.ReplaceAll(cmp.Or(s.defaults, s.value), "`", ""))
 	}
-	text.WriteString("HTTPS_PROXY and NO_PROXY count too, from the environment or the configuration file.\n")
+	text.WriteString("HTTPS_PROXY and NO_PROXY are used too, from the environment or the configuration file.\n")
 	io.WriteString(w, text.String())
 }

@@ -49,13 +49,13 @@ func TestReferenceIsUpToDate(t *testing.T) {
 	}
 	for name := range strings.FieldsSeq(strings.NewReplacer("`", " ", "|", " ", ",", " ", ".", " ", "(", " ", ")", " ", "=", " ", ";", " ", ":", " ").Replace(before + after)) {
 		if strings.HasPrefix(name, "CERTCTL_") && !strings.Contains(reference(), "`"+name+"`") && name != "CERTCTL_" {
-			t.Errorf("%s names %s, which is no setting", path, name)
+			t.Errorf("%s names %s, which is not a setting", path, name)
 		}
 	}
 }
 
-// TestNamesFollowTheRule: a flag is its variable without the prefix, but for
-// the names that fleets already use.
+// TestNamesFollowTheRule: a flag has the name of its variable without the prefix, except for names
+// that existing fleets use.
 func TestNamesFollowTheRule(t *testing.T) {
 	old := map[string]string{"server": "CERTCTL_SERVER_URL", "name": "CERTCTL_AGENT_NAME",
 		"ca-bundle": "CERTCTL_SERVER_CA_BUNDLE_PATH", "insecure-skip-verify": "CERTCTL_SERVER_TLS_INSECURE_SKIP_VERIFY"}
