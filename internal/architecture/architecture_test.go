@@ -1,5 +1,5 @@
-// Package architecture_test holds the structure of the project to
-// docs/architecture.md: who may import whom, and who may touch the process.
+// Package architecture_test checks the code against docs/architecture.md: which packages may import
+// which, and which may use the process's environment.
 package architecture_test
 
 import (
@@ -20,9 +20,8 @@ import (
 
 const module = "certctl-agent"
 
-// layers lists the packages from the top down. Imports point down; packages of
-// one layer do not know each other. A pattern with a star stands for one
-// element of a path.
+// layers lists the packages from the top down. Packages import only from lower layers. A star
+// matches one element of a path.
 var layers = [][]string{
 	{"cmd/*"},
 	{"internal/app"},
@@ -40,20 +39,19 @@ var layers = [][]string{
 		"internal/sdnotify", "internal/secret", "internal/sftp", "internal/sigv4", "internal/trustedfile"},
 }
 
-// leaves may import one another where one clearly serves the other.
+// leafLayer is the only layer whose packages may import each other.
 const leafLayer = 10
 
-// testOnly reports whether a package serves tests and the demo, never the agent.
+// testOnly reports whether a package is only for tests and the demo.
 func testOnly(pkg string) bool {
 	return strings.HasPrefix(pkg, "internal/testing/") || pkg == "internal/connector/conformance"
 }
 
-// mayTouchProcess are the packages that may read the environment or end the
-// process.
+// mayTouchProcess are the packages that may read the environment or exit the process.
 var mayTouchProcess = []string{"cmd/certctl-agent", "cmd/certctl-demo", "internal/testing/needs"}
 
 type source struct {
-	dir     string // of the package, below the module
+	dir     string // of the package, relative to the module
 	name    string
 	test    bool
 	file    *ast.File
@@ -68,7 +66,7 @@ func sources(t *testing.T) []source {
 	err := filepath.WalkDir(root, func(name string, entry fs.DirEntry, err error) error {
 		if err == nil && entry.IsDir() && name != root {
 			if _, err := os.Stat(filepath.Join(name, "go.mod")); err == nil {
-				return filepath.SkipDir // a module of its own, which only CI builds
+				return filepath.SkipDir // another module, which only CI builds
 			}
 		}
 		if err != nil || entry.IsDir() || !strings.HasSuffix(name, ".go") {
@@ -97,13 +95,12 @@ func sources(t *testing.T) []source {
 		t.Fatal(err)
 	}
 	if len(all) < 20 {
-		t.Fatalf("found %d Go files: the test looks at the wrong tree", len(all))
+		t.Fatalf("found only %d Go files", len(all))
 	}
 	return all
 }
 
-// layerOf is the index of a package's layer, or -1. A package that is named
-// belongs where it is named, whatever pattern it matches besides.
+// layerOf returns the index of a package's layer, or -1. Names take precedence over patterns.
 func layerOf(pkg string) int {
 	byPattern := -1
 	for i, layer := range layers {
@@ -142,15 +139,14 @@ func TestImportsPointDown(t *testing.T) {
 			}
 			to := layerOf(pkg)
 			if to < from || to == from && from != leafLayer {
-				t.Errorf("%s (layer of %s) imports %s, which is not below it", s.name, layers[from][0], pkg)
+				t.Errorf("%s (layer of %s) imports %s, which is not in a lower layer", s.name, layers[from][0], pkg)
 			}
 		}
 	}
 }
 
-// TestTableOfLayers: docs/architecture.md has each package in its layer, and no
-// other. Layers are numbered from the leaves, which are 0; what serves tests has
-// none.
+// TestTableOfLayers: docs/architecture.md lists exactly the packages that exist, in their layers.
+// Layers are numbered from the leaves, which are 0; packages for tests have none.
 func TestTableOfLayers(t *testing.T) {
 	text, err := os.ReadFile(filepath.Join("..", "..", "docs", "architecture.md"))
 	if err != nil {
@@ -158,7 +154,7 @@ func TestTableOfLayers(t *testing.T) {
 	}
 	_, table, _ := strings.Cut(string(text), "| layer | package |")
 	table, _, _ = strings.Cut(table, "\n\n")
-	rows := make(map[string]string) // from package or pattern to layer
+	rows := make(map[string]string) // layer by package or pattern
 	for line := range strings.Lines(table) {
 		cells := strings.Split(line, "|")
 		if len(cells) < 4 || !strings.Contains(cells[2], "`") {
@@ -193,7 +189,7 @@ func TestTableOfLayers(t *testing.T) {
 	for _, layer := range layers {
 		for _, pkg := range layer {
 			if rows[pkg] == "" && pkg != "cmd/*" {
-				t.Errorf("the layers of this test have %s, the table does not", pkg)
+				t.Errorf("the layers of this test have %s, but the table does not", pkg)
 			}
 		}
 	}
@@ -233,8 +229,7 @@ func TestProcessIsTouchedInOnePlace(t *testing.T) {
 	}
 }
 
-// TestIDsAreParsed: a conversion would let a string pass for an id that nobody
-// has checked.
+// TestIDsAreParsed: no code converts an unchecked string to an api.ID.
 func TestIDsAreParsed(t *testing.T) {
 	for _, s := range sources(t) {
 		if s.test || testOnly(s.dir) || s.dir == "internal/api" {
@@ -247,7 +242,7 @@ func TestIDsAreParsed(t *testing.T) {
 			}
 			if f, ok := call.Fun.(*ast.SelectorExpr); ok && f.Sel.Name == "ID" {
 				if pkg, ok := f.X.(*ast.Ident); ok && pkg.Name == "api" {
-					t.Errorf("%s converts to api.ID: only api.ParseID and decoding make one", s.name)
+					t.Errorf("%s converts to api.ID: use api.ParseID or decode it", s.name)
 				}
 			}
 			return true
@@ -275,8 +270,8 @@ func TestOnePackageComment(t *testing.T) {
 	}
 }
 
-// TestNoInit: a package that does something by being imported cannot be read
-// alone. Regular expressions are compiled when they are used.
+// TestNoInit: importing a package has no effects. Regular expressions are compiled when they are
+// used.
 func TestNoInit(t *testing.T) {
 	for _, s := range sources(t) {
 		for _, declaration := range s.file.Decls {
@@ -284,7 +279,7 @@ func TestNoInit(t *testing.T) {
 			if ok && !s.test && !testOnly(s.dir) {
 				ast.Inspect(variables, func(n ast.Node) bool {
 					if selector, ok := n.(*ast.SelectorExpr); ok && selector.Sel.Name == "MustCompile" {
-						t.Errorf("%s compiles a regular expression at each start: lazyregexp.New", s.name)
+						t.Errorf("%s compiles a regular expression at each start: use lazyregexp.New", s.name)
 					}
 					return true
 				})
@@ -296,20 +291,19 @@ func TestNoInit(t *testing.T) {
 	}
 }
 
-// TestModuleRequiresNothing: tools are run at a pinned version, not required.
+// TestModuleRequiresNothing: the module has no dependencies, not even tools.
 func TestModuleRequiresNothing(t *testing.T) {
 	data, err := os.ReadFile(filepath.Join("..", "..", "go.mod"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	if strings.Contains(string(data), "require") {
-		t.Errorf("go.mod requires something:\n%s", data)
+		t.Errorf("go.mod has requirements:\n%s", data)
 	}
 }
 
-// TestDocsNameTests: a promise in the docs whose test is gone is a promise that
-// nobody keeps. `package.TestName` names the last element of a package's path;
-// a name without a package may be in any.
+// TestDocsNameTests: every test that the docs name exists. In `package.TestName`, package is the
+// last element of its path; a name without a package may be in any.
 func TestDocsNameTests(t *testing.T) {
 	exists := make(map[string]bool)
 	for _, s := range sources(t) {
@@ -339,11 +333,11 @@ func TestDocsNameTests(t *testing.T) {
 		}
 	}
 	if found < 50 {
-		t.Errorf("the docs name %d tests: the pattern does not find them any more", found)
+		t.Errorf("found only %d names of tests in the docs", found)
 	}
 }
 
-// othersWords are texts of the runbook's tables that the program passes on.
+// othersWords are texts of the runbook's tables that come from other programs.
 var othersWords = map[string]string{
 	"no space left on device":                       "the kernel's",
 	"connection refused":                            "the kernel's",
@@ -361,10 +355,8 @@ var othersWords = map[string]string{
 	"x509: certificate signed by unknown authority": "crypto/x509's",
 }
 
-// TestRunbookQuotesMessages: each text that the tables of docs/operations.md and
-// of the targets' pages say to look for is one that the program can say. Where the
-// page has an ellipsis, the message has what varies. A key of the configuration
-// that leads a text varies too.
+// TestRunbookQuotesMessages: the program has every message that the tables of docs/operations.md
+// and of the targets' pages quote. An ellipsis and a leading configuration key match any text.
 func TestRunbookQuotesMessages(t *testing.T) {
 	var messages []string
 	for _, s := range sources(t) {
@@ -390,21 +382,21 @@ func TestRunbookQuotesMessages(t *testing.T) {
 			case othersWords[quoted] != "":
 				passedOn[quoted] = true
 			case !slices.ContainsFunc(messages, pattern.MatchString):
-				t.Errorf("%s: the program never says %q", filepath.Base(page), quoted)
+				t.Errorf("%s: the program has no message %q", filepath.Base(page), quoted)
 			}
 		}
 	}
 	if found < 80 {
-		t.Errorf("the tables have %d texts: the test does not find them any more", found)
+		t.Errorf("found only %d texts in the tables", found)
 	}
 	for text := range othersWords {
 		if !passedOn[text] {
-			t.Errorf("no table has %q any more", text)
+			t.Errorf("no table quotes %q", text)
 		}
 	}
 }
 
-// quotedMessages are the texts in the first column of a page's tables of messages.
+// quotedMessages returns the texts in the first column of a page's tables of messages.
 func quotedMessages(page string) (texts []string) {
 	for _, heading := range []string{"| message |", "| error contains |", "| the error says |", "| error | what to do |"} {
 		_, table, _ := strings.Cut(page, heading)
@@ -419,7 +411,7 @@ func quotedMessages(page string) (texts []string) {
 	return texts
 }
 
-// literals are the strings of a file, those that are added up as one.
+// literals returns the string literals of a file. It joins concatenated ones.
 func literals(file *ast.File) []string {
 	var all []string
 	ast.Inspect(file, func(n ast.Node) bool {
@@ -437,7 +429,7 @@ func literals(file *ast.File) []string {
 	return all
 }
 
-// sum is what an expression of strings is, as far as they are written out.
+// sum returns the concatenation of the string literals in an expression.
 func sum(e ast.Expr) string {
 	switch e := e.(type) {
 	case *ast.BinaryExpr:
