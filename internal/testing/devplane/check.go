@@ -15,13 +15,13 @@ import (
 	"certctl-agent/internal/api"
 )
 
-// maxReport is the size below which an agent keeps its discovery reports.
+// maxReport bounds the size of discovery reports, in bytes.
 const maxReport = 512 << 10
 
 var userAgent = regexp.MustCompile(`^certctl-agent/\S+ \([a-z0-9]+/[a-z0-9]+\)$`)
 
-// check notes what a request does against the protocol, whether or not it is
-// accepted. It runs under Plane.mu.
+// check records how a request violates the protocol, even if the request is accepted. Plane.mu must
+// be held.
 func (p *Plane) check(call *request) {
 	for _, err := range p.violations(call) {
 		p.state.problems = append(p.state.problems, fmt.Sprintf("%s %s %s: %v", call.logID, call.http.Method,
@@ -38,10 +38,10 @@ func (p *Plane) violations(call *request) (problems []error) {
 		problem("Content-Type is %q", got)
 	}
 	if call.call == CallHealth && call.http.Header.Get("Authorization") != "" {
-		problem("the key was sent where none is needed")
+		problem("the key was sent although it is not needed")
 	}
 	if bytes.Contains(call.body, []byte("PRIVATE KEY")) {
-		problem("the body holds a private key")
+		problem("the body contains a private key")
 	}
 	if call.http.Method == http.MethodGet && len(call.body) > 0 {
 		problem("a GET has a body")
@@ -71,7 +71,7 @@ func (p *Plane) violations(call *request) (problems []error) {
 
 type problemFunc func(format string, args ...any)
 
-// strict decodes a body that must hold the fields of v and no others.
+// strict decodes a body, which must not have fields unknown to v.
 func strict(body []byte, v any, problem problemFunc) {
 	decoder := json.NewDecoder(bytes.NewReader(body))
 	decoder.DisallowUnknownFields()
@@ -80,9 +80,8 @@ func strict(body []byte, v any, problem problemFunc) {
 	}
 }
 
-// checkStatus holds an agent to Running, then one verdict, for each time that
-// a job is handed out. The same verdict may come again: its answer may have
-// been lost.
+// checkStatus checks that an agent reports Running and then one final status, each time that it
+// gets a job. It may repeat the final status, since the answer may have been lost.
 func (p *Plane) checkStatus(call *request, status api.JobStatus, problem problemFunc) {
 	switch status.Status {
 	case api.StatusRunning, api.StatusCompleted:

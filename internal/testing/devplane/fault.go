@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// Calls, as they are named in Fault and Request.
+// Names of calls in Fault and Request.
 const (
 	CallHeartbeat   = "heartbeat"
 	CallWork        = "work"
@@ -19,34 +19,33 @@ const (
 	CallDiscoveries = "discoveries"
 	CallRegister    = "register"
 	CallHealth      = "health"
-	CallUnknown     = "unknown" // a path that the API does not have
+	CallUnknown     = "unknown" // not a path of the API
 )
 
-// Fault is trouble to order. The first fault that matches a request happens to
-// it, before the key is looked at.
+// Fault is a fault to inject. The first fault that matches a request is applied, before the API key
+// is checked.
 type Fault struct {
-	// What it happens to. Empty fields match everything.
+	// The requests that it matches. Empty fields match everything.
 	Call  string
 	Agent string
 	Path  string                                  // pattern of path.Match for the escaped path
 	Match func(r *http.Request, body []byte) bool // must not call the Plane
 
-	Skip  int // matching requests that go through first
-	Times int // requests it happens to; 0 means until it is removed
+	Skip  int // number of matching requests to leave alone first
+	Times int // number of requests to apply it to; 0 means until it is removed
 
-	// What happens, in this order. With Delay alone the request is then
-	// answered as usual.
+	// What happens, in this order. After a Delay alone the request is answered normally.
 	Delay      time.Duration
-	Handler    http.Handler // answers; the request's body can be read
-	Drop       bool         // the connection is cut before anything is done
-	LoseAnswer bool         // the request is carried out, and the connection cut
-	Status     int          // the answer, with the fields below
-	Body       string       // empty: what a control plane says
+	Handler    http.Handler // answers; it can read the request's body
+	Drop       bool         // cut the connection without handling the request
+	LoseAnswer bool         // handle the request, then cut the connection
+	Status     int          // answer with this status and the fields below
+	Body       string       // empty: as a control plane answers
 	RetryAfter string       // header
 	Header     http.Header
 }
 
-// Inject orders a fault, and returns what takes it back.
+// Inject adds a fault and returns a function that removes it.
 func (p *Plane) Inject(fault Fault) (remove func()) {
 	if _, err := path.Match(fault.Path, ""); err != nil {
 		panic("devplane: fault path: " + err.Error())
@@ -59,7 +58,7 @@ func (p *Plane) Inject(fault Fault) (remove func()) {
 	}
 }
 
-// fault takes the fault that a request has coming, or nil.
+// fault returns the fault to apply to a request, or nil.
 func (p *Plane) fault(call *request) *Fault {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -94,7 +93,7 @@ func (f *Fault) matches(call *request) bool {
 	return f.Match == nil || f.Match(call.http, call.body)
 }
 
-// pause reports whether the client still waits afterwards.
+// pause waits for d. It reports whether the client still waits for an answer.
 func (p *Plane) pause(r *http.Request, d time.Duration) bool {
 	if d <= 0 {
 		return true
@@ -110,10 +109,10 @@ func (p *Plane) pause(r *http.Request, d time.Duration) bool {
 	return false
 }
 
-// cut ends the connection without an answer. It does not return.
+// cut closes the connection without an answer. It does not return.
 func cut(r *http.Request) {
 	if conn, ok := r.Context().Value(connKey{}).(net.Conn); ok {
-		// Below TLS: an end without its close_notify, as a crash leaves it.
+		// Below TLS: without close_notify, as after a crash.
 		if secured, ok := conn.(interface{ NetConn() net.Conn }); ok {
 			conn = secured.NetConn()
 		}

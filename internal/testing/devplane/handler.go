@@ -20,8 +20,8 @@ import (
 )
 
 const (
-	// maxDrain is how much of a body over the limit is read, so that a client
-	// that sends before it listens gets the answer.
+	// maxDrain is how much of a body is read, even beyond the limit, so that a client that sends
+	// everything before it reads gets the answer.
 	maxDrain = 32 << 20
 	// maxLoggedBody bounds a body in the log of requests.
 	maxLoggedBody = 64 << 10
@@ -29,25 +29,25 @@ const (
 	maxStatus = 50
 	// maxName is the length of an agent's name, in characters.
 	maxName = 128
-	// maskedValue stands for a value that may be secret.
+	// maskedValue replaces values that may be secret.
 	maskedValue = "********"
 )
 
-// Request is one request as it was logged.
+// Request is a logged request.
 type Request struct {
 	Time   time.Time
 	Call   string
-	Agent  string // in the path; may be empty
+	Agent  string // from the path; may be empty
 	Method string
 	Path   string // escaped
 	Proto  string
 	Header http.Header // without the key
 	Size   int         // of the body
 	Body   []byte      // its first 64 KiB
-	Status int         // 0 while under way and when the connection was cut
+	Status int         // 0 while under way, and if the connection was cut
 }
 
-// request is one request under way.
+// request is a request under way.
 type request struct {
 	call  string
 	agent string
@@ -56,7 +56,6 @@ type request struct {
 	logID string
 }
 
-// answer is what a call answers.
 type answer struct {
 	status int
 	body   any // JSON
@@ -69,8 +68,8 @@ func refuse(status int, format string, args ...any) answer {
 func (p *Plane) routes() http.Handler {
 	mux := http.NewServeMux()
 	for pattern, route := range map[string]struct {
-		call  string
-		carry func(*request) answer
+		call   string
+		handle func(*request) answer
 	}{
 		"POST /api/v1/agents/{agent}/heartbeat":          {CallHeartbeat, p.heartbeat},
 		"GET /api/v1/agents/{agent}/work":                {CallWork, p.work},
@@ -84,7 +83,7 @@ func (p *Plane) routes() http.Handler {
 		"/":                                              {CallUnknown, p.unknown},
 	} {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
-			p.answer(w, &request{call: route.call, agent: r.PathValue("agent"), http: r}, route.carry)
+			p.answer(w, &request{call: route.call, agent: r.PathValue("agent"), http: r}, route.handle)
 		})
 	}
 	return mux
@@ -96,11 +95,11 @@ func (p *Plane) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	p.handler.ServeHTTP(w, r)
 }
 
-// answer carries out a request, with the trouble that was ordered for it.
-func (p *Plane) answer(w http.ResponseWriter, call *request, carry func(*request) answer) {
+// answer handles a request and applies injected faults.
+func (p *Plane) answer(w http.ResponseWriter, call *request, handle func(*request) answer) {
 	var err error
 	if call.body, err = io.ReadAll(io.LimitReader(call.http.Body, maxDrain)); err != nil {
-		panic(http.ErrAbortHandler) // the request never arrived as a whole
+		panic(http.ErrAbortHandler) // the request is incomplete
 	}
 	call.http.Body = io.NopCloser(bytes.NewReader(call.body))
 	recorder := &statusRecorder{ResponseWriter: w}
@@ -109,7 +108,7 @@ func (p *Plane) answer(w http.ResponseWriter, call *request, carry func(*request
 
 	fault := cmp.Or(p.fault(call), &Fault{})
 	if !fault.LoseAnswer && !p.pause(call.http, fault.Delay) {
-		panic(http.ErrAbortHandler) // nobody waits for an answer
+		panic(http.ErrAbortHandler) // the client is gone
 	}
 	switch {
 	case fault.Handler != nil:
@@ -117,7 +116,7 @@ func (p *Plane) answer(w http.ResponseWriter, call *request, carry func(*request
 	case fault.Drop:
 		cut(call.http)
 	case fault.LoseAnswer:
-		p.carryOut(lostAnswer{}, call, carry)
+		p.carryOut(lostAnswer{}, call, handle)
 		p.pause(call.http, fault.Delay)
 		cut(call.http)
 	case fault.Status != 0:
@@ -126,18 +125,18 @@ func (p *Plane) answer(w http.ResponseWriter, call *request, carry func(*request
 			recorder.Header().Set("Retry-After", fault.RetryAfter)
 		}
 		if fault.Body == "" {
-			p.write(recorder, call, refuse(fault.Status, "ordered by the test"))
+			p.write(recorder, call, refuse(fault.Status, "injected by the test"))
 			return
 		}
 		recorder.WriteHeader(fault.Status)
 		_, _ = io.WriteString(recorder, fault.Body)
 	default:
-		p.carryOut(recorder, call, carry)
+		p.carryOut(recorder, call, handle)
 	}
 }
 
-// carryOut checks who asks, then does what is asked.
-func (p *Plane) carryOut(w http.ResponseWriter, call *request, carry func(*request) answer) {
+// carryOut checks the API key and the limits, then handles the request.
+func (p *Plane) carryOut(w http.ResponseWriter, call *request, handle func(*request) answer) {
 	if call.call != CallHealth {
 		if !p.authorized(call.http) {
 			p.write(w, call, refuse(http.StatusUnauthorized, "Invalid or missing API key"))
@@ -156,7 +155,7 @@ func (p *Plane) carryOut(w http.ResponseWriter, call *request, carry func(*reque
 		return
 	}
 	var result answer
-	p.update(func() { result = carry(call) })
+	p.update(func() { result = handle(call) })
 	p.write(w, call, result)
 }
 
@@ -192,7 +191,7 @@ func (p *Plane) takeToken() bool {
 	return true
 }
 
-// log enters a request and returns its number.
+// log logs a request and returns its number.
 func (p *Plane) log(call *request) int {
 	header := call.http.Header.Clone()
 	header.Del("Authorization")
@@ -214,7 +213,7 @@ func (p *Plane) log(call *request) int {
 	return number
 }
 
-// logStatus completes an entry and counts it.
+// logStatus sets the status of a logged request and counts it.
 func (p *Plane) logStatus(number int, call *request, status int) {
 	p.update(func() {
 		p.state.counts[call.call]++
@@ -224,13 +223,13 @@ func (p *Plane) logStatus(number int, call *request, status int) {
 	})
 }
 
-// statusRecorder keeps the status that was answered.
+// statusRecorder records the status of the answer.
 type statusRecorder struct {
 	http.ResponseWriter
 	status int
 }
 
-// WriteHeader keeps the first final status.
+// WriteHeader records the first final status.
 func (r *statusRecorder) WriteHeader(status int) {
 	if r.status == 0 && status >= 200 {
 		r.status = status
@@ -246,17 +245,17 @@ func (r *statusRecorder) Write(b []byte) (int, error) {
 	return r.ResponseWriter.Write(b)
 }
 
-// Unwrap lets a Fault's handler flush and hijack by http.ResponseController.
+// Unwrap lets a Fault's handler use http.ResponseController.
 func (r *statusRecorder) Unwrap() http.ResponseWriter { return r.ResponseWriter }
 
-// lostAnswer is an answer that goes nowhere.
+// lostAnswer discards the answer.
 type lostAnswer struct{}
 
 func (lostAnswer) Header() http.Header         { return http.Header{} }
 func (lostAnswer) Write(b []byte) (int, error) { return len(b), nil }
 func (lostAnswer) WriteHeader(int)             {}
 
-// The calls follow. Each runs under Plane.mu.
+// The handlers of the calls. Plane.mu must be held.
 
 func (p *Plane) heartbeat(call *request) answer {
 	agent := p.state.agents[call.agent]
@@ -275,11 +274,11 @@ func (p *Plane) heartbeat(call *request) answer {
 	return answer{http.StatusOK, map[string]string{"status": "heartbeat_recorded"}}
 }
 
-// unknownAgent is what today's control planes answer, in place of 404.
+// unknownAgent answers as real control planes do, which do not send a 404.
 func unknownAgent() answer { return refuse(http.StatusInternalServerError, "Internal server error") }
 
-// work hands out jobs: those that await a CSR unchanged and every time,
-// deployments once, set to Running. A retired agent gets them too.
+// work hands out jobs: jobs that await a CSR with every poll, deployments once, with the status set
+// to Running. A retired agent gets jobs too.
 func (p *Plane) work(call *request) answer {
 	agent := p.state.agents[call.agent]
 	if agent == nil {
@@ -313,9 +312,8 @@ func (p *Plane) work(call *request) answer {
 	return answer{http.StatusOK, map[string]any{"jobs": jobs, "count": len(jobs)}}
 }
 
-// csr signs a CSR, whoever sends it and whatever names are in it. The first
-// one for a certificate that awaits it makes the deployment jobs; a later one
-// makes another version and no job.
+// csr signs any CSR, from any agent and with any names. The first one for a certificate that awaits
+// a CSR also creates the deployment jobs; a later one only creates another version.
 func (p *Plane) csr(call *request) answer {
 	if p.state.agents[call.agent] == nil {
 		return unknownAgent()
@@ -374,7 +372,7 @@ func (p *Plane) certificate(call *request) answer {
 	return answer{http.StatusOK, api.Certificate{PEM: certificate.versions[len(certificate.versions)-1].PEM}}
 }
 
-// status takes any status from any agent, in any order.
+// status accepts any status from any agent, in any order.
 func (p *Plane) status(call *request) answer {
 	var body api.JobStatus
 	if err := json.Unmarshal(call.body, &body); err != nil || body.Status == "" || len(body.Status) > maxStatus {
@@ -462,8 +460,8 @@ func (p *Plane) health(*request) answer {
 
 func (p *Plane) unknown(*request) answer { return refuse(http.StatusNotFound, "Not found") }
 
-// masked replaces what may be secret in a target's configuration: every
-// top-level string whose key sounds so, harmless ones such as key_path too.
+// masked replaces values that may be secret in a target's configuration: every top-level string
+// whose key contains certain words, including harmless ones such as key_path.
 func masked(config json.RawMessage) json.RawMessage {
 	var fields map[string]json.RawMessage
 	if json.Unmarshal(config, &fields) != nil {
@@ -487,7 +485,7 @@ func masked(config json.RawMessage) json.RawMessage {
 	return data
 }
 
-// chainPEM is the layout of certificate_pem: the leaf, a blank line, the rest.
+// chainPEM formats certificate_pem: the leaf, a blank line, the rest.
 func chainPEM(chain []*x509.Certificate) string {
 	var out strings.Builder
 	for i, certificate := range chain {
@@ -519,8 +517,8 @@ func parseCSR(data []byte) (*x509.CertificateRequest, error) {
 	return request, request.CheckSignature()
 }
 
-// hasNUL reports whether an entry holds a character that the store of a
-// control plane cannot keep.
+// hasNUL reports whether an entry contains a NUL, which the database of a control plane cannot
+// store.
 func hasNUL(certificate api.DiscoveredCertificate) bool {
 	texts := append([]string{certificate.CommonName, certificate.SubjectDN, certificate.IssuerDN, certificate.SourcePath},
 		certificate.SANs...)

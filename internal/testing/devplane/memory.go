@@ -9,10 +9,10 @@ import (
 	"time"
 )
 
-// memoryHost is in the URL of a control plane without a socket.
+// memoryHost is the host in the URL of a control plane without a socket.
 const memoryHost = "plane.test"
 
-// memoryAddr is an address of that network.
+// memoryAddr is an address of the in-memory network.
 type memoryAddr string
 
 const (
@@ -20,20 +20,20 @@ const (
 	memoryClient memoryAddr = "192.0.2.2:50000"
 )
 
-// Network is "tcp", as what is copied.
+// Network returns "tcp", which the in-memory network imitates.
 func (memoryAddr) Network() string  { return "tcp" }
 func (a memoryAddr) String() string { return string(a) }
 
-// memoryListener is a network of one server. Unlike net.Pipe its connections
-// buffer: the peers may write to each other at once, and, since nothing blocks
-// while it holds a mutex, virtual time goes on in a testing/synctest bubble.
+// memoryListener is an in-memory network with one server. Unlike net.Pipe, its connections buffer,
+// so that both peers can write at the same time. Nothing blocks while holding a mutex, so that
+// virtual time advances in a testing/synctest bubble.
 type memoryListener struct {
 	accepting chan net.Conn
 	done      chan struct{}
 	closeOnce sync.Once
 
 	mu    sync.Mutex
-	halfs []*half // of every connection made
+	halfs []*half // of all connections
 }
 
 func newMemoryListener() *memoryListener {
@@ -120,12 +120,12 @@ func (c *memoryConn) Close() error {
 
 // half is one direction of a connection.
 type half struct {
-	mu         sync.Mutex // guards what follows
+	mu         sync.Mutex // guards the fields below
 	wake       *sync.Cond
 	data       []byte
-	writerGone bool // the rest of data can be read
+	writerGone bool // the rest of data can still be read
 	readerGone bool
-	stalled    bool // nothing arrives any more, not even an end
+	stalled    bool // nothing arrives any more, not even EOF
 	deadline   time.Time
 	timer      *time.Timer // wakes the reader at the deadline
 }

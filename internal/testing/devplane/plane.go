@@ -1,6 +1,5 @@
-// Package devplane is the control plane of docs/protocol.md in memory, with a
-// CA of its own and faults to order. Tests and the demo stand on it; the agent
-// never imports it.
+// Package devplane implements the control plane of docs/protocol.md in memory, with its own CA and
+// injectable faults. It is for tests and the demo; the agent never imports it.
 package devplane
 
 import (
@@ -30,45 +29,44 @@ const (
 	DefaultBurst     = 100
 )
 
-// Options make a Plane behave as one control plane or another.
+// Options select the behaviour of a Plane.
 type Options struct {
-	// Listen is a TCP address such as "127.0.0.1:0". Empty means no socket:
-	// clients connect by Dial, which works in a testing/synctest bubble.
+	// Listen is a TCP address such as "127.0.0.1:0". Empty means no socket: clients connect with
+	// Plane.Dial, which works in a testing/synctest bubble.
 	Listen string
 
-	// Dir is where ca.pem is written for CAFile; empty means nowhere.
+	// Dir is the directory for ca.pem (see CAFile); empty means that it is not written.
 	Dir string
 
-	// APIKey is what every call but /health must carry; empty means a fixed
-	// one. It is the bootstrap token too, since both travel in one header.
+	// APIKey is required for every call but /health; empty means a fixed key. It is also the
+	// bootstrap token.
 	APIKey string
 
 	// BodyLimit bounds a request body, in bytes; 0 means DefaultBodyLimit.
 	BodyLimit int
 
-	// RateLimit switches on the limit that all agents with one key share: Rate
-	// requests a second and Burst at once, 0 meaning the defaults.
+	// RateLimit enables a limit that all agents share: Rate requests a second and Burst at once; 0
+	// means the defaults.
 	RateLimit bool
 	Rate      float64
 	Burst     int
 
-	// Mask hides the values of target_config whose keys sound secret.
+	// Mask masks values of target_config that may be secret.
 	Mask bool
 
-	// GonePolls has polls of a retired agent answered 410 too, and not only
-	// its heartbeats.
+	// GonePolls answers 410 also to polls of a retired agent, not only to its heartbeats.
 	GonePolls bool
 
-	// HTTP1 switches HTTP/2 off.
+	// HTTP1 disables HTTP/2.
 	HTTP1 bool
 
 	// Skew is added to the Date of every answer.
 	Skew time.Duration
 }
 
-// A Plane is a control plane. Its methods may be used at the same time.
+// A Plane is a control plane. It is safe for concurrent use.
 type Plane struct {
-	// URL is the base URL, and APIKey the key of the beginning.
+	// URL is the base URL, APIKey the initial API key.
 	URL    string
 	APIKey string
 
@@ -82,16 +80,16 @@ type Plane struct {
 	done      chan struct{} // closed by Close
 	closeOnce sync.Once
 
-	mu       sync.Mutex // guards what follows
+	mu       sync.Mutex // guards the fields below
 	state    state
 	key      string
 	tokens   float64   // of the rate limit
 	refilled time.Time // when tokens was computed
-	accepted int       // connections
+	accepted int       // number of connections
 	changed  chan struct{}
 }
 
-// New starts a control plane. Close stops it.
+// New starts a control plane. The caller must Close it.
 func New(opts Options) (*Plane, error) {
 	if opts.APIKey == "" {
 		opts.APIKey = "devplane-api-key-0123456789abcdef"
@@ -143,8 +141,8 @@ type TB interface {
 	TempDir() string
 }
 
-// Start is New for a test: on a loopback port unless opts says otherwise, with
-// a CA file, stopped at the test's end.
+// Start starts a control plane for a test, by default on a loopback port and with a CA file. It
+// stops at the end of the test.
 func Start(t TB, opts Options) *Plane {
 	t.Helper()
 	if opts.Listen == "" {
@@ -164,7 +162,7 @@ func Start(t TB, opts Options) *Plane {
 type connKey struct{}
 
 func (p *Plane) serve() error {
-	// As long as the CA, so that months can pass in virtual time.
+	// Valid as long as the CA, so that months can pass in virtual time.
 	certificate, err := p.ca.Issue(testca.Template{Names: []string{memoryHost, "localhost", "127.0.0.1", "::1"},
 		NotAfter: p.ca.Root.NotAfter})
 	if err != nil {
@@ -216,7 +214,7 @@ func (p *Plane) Close() {
 // Handler answers requests without a socket.
 func (p *Plane) Handler() http.Handler { return p }
 
-// ServerURL is URL, parsed.
+// ServerURL returns URL, parsed.
 func (p *Plane) ServerURL() *url.URL {
 	u, err := url.Parse(p.URL)
 	if err != nil {
@@ -225,39 +223,38 @@ func (p *Plane) ServerURL() *url.URL {
 	return u
 }
 
-// Dial connects in memory, whatever the address. A connection of the network
-// "udp" goes nowhere and has a local address.
+// Dial connects in memory and ignores the address. A "udp" connection only has a local address.
 func (p *Plane) Dial(ctx context.Context, network, _ string) (net.Conn, error) {
 	return p.memory.dial(ctx, network)
 }
 
-// Stall makes every connection that Dial has made go silent for good, as when
-// the peer lost its power: what is written to them vanishes.
+// Stall makes all connections of Dial permanently silent, as if the peer lost power: written data
+// vanishes.
 func (p *Plane) Stall() { p.memory.stall() }
 
-// CA is the authority that signs certificates, the control plane's own too.
+// CA returns the CA that signs certificates, also the control plane's own.
 func (p *Plane) CA() *testca.CA { return p.ca }
 
-// CAPEM is the CA's certificate.
+// CAPEM returns the CA's certificate.
 func (p *Plane) CAPEM() []byte { return p.ca.PEM() }
 
-// CAFile is the path of CAPEM in a file, "" without Options.Dir.
+// CAFile returns the path of a file with CAPEM, or "" without Options.Dir.
 func (p *Plane) CAFile() string { return p.caFile }
 
-// Roots is a pool of the CA.
+// Roots returns a pool with the CA's certificate.
 func (p *Plane) Roots() *x509.CertPool { return p.ca.Pool() }
 
-// SetAPIKey replaces the key that calls must carry.
+// SetAPIKey replaces the API key.
 func (p *Plane) SetAPIKey(key string) { p.update(func() { p.key = key }) }
 
-// Connections is how many connections were accepted.
+// Connections returns how many connections were accepted.
 func (p *Plane) Connections() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.accepted
 }
 
-// update runs change under the lock and wakes who waits.
+// update runs change with mu held and wakes Wait.
 func (p *Plane) update(change func()) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -266,8 +263,8 @@ func (p *Plane) update(change func()) {
 	p.changed = make(chan struct{})
 }
 
-// Wait returns when done reports true. It is asked again after every change,
-// and may call any method of the Plane.
+// Wait waits until done returns true. It calls done again after every change; done may call any
+// method of the Plane.
 func (p *Plane) Wait(ctx context.Context, done func() bool) error {
 	for {
 		p.mu.Lock()
@@ -299,7 +296,7 @@ func (p *Plane) WaitJob(ctx context.Context, id string, statuses ...string) (Job
 	return job, nil
 }
 
-// WaitRequests waits until a call was answered or dropped at least n times.
+// WaitRequests waits until at least n requests of a call were answered or cut.
 func (p *Plane) WaitRequests(ctx context.Context, call string, n int) error {
 	if err := p.Wait(ctx, func() bool { return p.Count(call) >= n }); err != nil {
 		return fmt.Errorf("%d of %d %s requests: %w", p.Count(call), n, call, err)

@@ -13,13 +13,13 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-// StatusPending is a job that nobody was handed.
+// StatusPending is the status of a deployment that no agent has claimed.
 const StatusPending = "Pending"
 
-// maxRequests bounds the log of requests; the oldest go first.
+// maxRequests bounds the log of requests. The oldest ones are dropped.
 const maxRequests = 10_000
 
-// state is what a control plane knows. Plane.mu guards it.
+// state is the data of a control plane. Plane.mu guards it.
 type state struct {
 	serial        int
 	agents        map[string]*Agent
@@ -31,8 +31,8 @@ type state struct {
 	reports       []api.DiscoveryReport
 	discoveries   map[discoveryKey]Discovery
 	requests      []Request
-	logged        int            // requests, those that left the log included
-	counts        map[string]int // answered or cut, by call
+	logged        int            // number of requests, including dropped ones
+	counts        map[string]int // answered or cut requests, by call
 	faults        []*Fault
 	problems      []string
 }
@@ -60,49 +60,48 @@ type Agent struct {
 	Name     string
 	Hostname string
 	Retired  bool
-	LastSeen time.Time // of the last heartbeat that was accepted
+	LastSeen time.Time // last accepted heartbeat
 }
 
-// Target is where certificates are installed. Config is a JSON object or what
-// marshals to one.
+// Target is a place for certificates. Config marshals to a JSON object.
 type Target struct {
-	ID     string // empty: made up
+	ID     string // empty: generated
 	Agent  string
 	Type   string
 	Config any
 }
 
-// Certificate is what is kept valid.
+// Certificate is a managed certificate.
 type Certificate struct {
-	ID         string // empty: made up
+	ID         string // empty: generated
 	CommonName string
 	SANs       []string
-	Targets    []string // ids; their agents are asked for the CSR
-	Agents     []string // asked for the CSR without having a target
+	Targets    []string // ids; their agents get the CSR job
+	Agents     []string // get the CSR job without having a target
 
-	// Profile, when set, can refuse a CSR: 500, with the job already failed.
-	// Like Sign, it must not call a method of the Plane that locks.
+	// Profile may refuse a CSR: with a 500, after the job has failed. Like Sign, it must not call
+	// methods of the Plane. May be nil.
 	Profile func(*x509.CertificateRequest) error
 
-	// Signing says how the CA signs: validity and length of the chain.
+	// Signing sets validity and length of the chain.
 	Signing testca.CSROptions
 
-	// Sign, when set, makes the chain in place of the CA, leaf first.
+	// Sign replaces the CA. It returns the chain, leaf first. May be nil.
 	Sign func(csrPEM []byte) ([]*x509.Certificate, error)
 
 	versions []Version
 }
 
-// Version is a certificate as it was signed once.
+// Version is one version of a certificate.
 type Version struct {
 	PEM     string
-	Leaf    *x509.Certificate        // nil where PEM is no certificate
-	Request *x509.CertificateRequest // nil unless made from a CSR
-	Agent   string                   // who sent it
+	Leaf    *x509.Certificate        // nil if PEM is not a certificate
+	Request *x509.CertificateRequest // nil unless created from a CSR
+	Agent   string                   // sender of the CSR
 	Time    time.Time
 }
 
-// PublicKey is the version's key; nil where PEM is no certificate.
+// PublicKey returns the version's key, or nil if PEM is not a certificate.
 func (v Version) PublicKey() crypto.PublicKey {
 	if v.Leaf == nil {
 		return nil
@@ -110,8 +109,8 @@ func (v Version) PublicKey() crypto.PublicKey {
 	return v.Leaf.PublicKey
 }
 
-// WireJob is a job as it is handed out. Unlike those of api.Job, its ids are any
-// strings: control planes accept them.
+// WireJob is a job as an agent gets it. Unlike in api.Job, ids are arbitrary strings, since control
+// planes accept those.
 type WireJob struct {
 	ID            string          `json:"id"`
 	Type          string          `json:"type"`
@@ -124,11 +123,11 @@ type WireJob struct {
 	TargetConfig  json.RawMessage `json:"target_config,omitempty"`
 }
 
-// Job is a job with what became of it.
+// Job is a job with its history.
 type Job struct {
 	WireJob
 	Error   string
-	Handed  int // times it was in a poll's answer
+	Handed  int // how many polls returned it
 	History []Event
 }
 
@@ -137,17 +136,17 @@ type Event struct {
 	Time   time.Time
 	Status string
 	Error  string
-	Agent  string // who reported it; empty: the control plane itself
+	Agent  string // reported it; empty: the control plane itself
 }
 
-// Heartbeat is a heartbeat that was accepted.
+// Heartbeat is an accepted heartbeat.
 type Heartbeat struct {
 	Agent string
 	Time  time.Time
 	api.Heartbeat
 }
 
-// Verification is a report on what a live endpoint serves.
+// Verification is an accepted verification.
 type Verification struct {
 	Job  string
 	Time time.Time
@@ -160,10 +159,10 @@ type Discovery struct {
 	api.DiscoveredCertificate
 }
 
-// RegisterAgent makes an agent record and returns its id.
+// RegisterAgent creates an agent record and returns its id.
 func (p *Plane) RegisterAgent(name string) string { return p.AddAgent("", name) }
 
-// AddAgent makes an agent record with a given id; empty means made up.
+// AddAgent creates an agent record with the given id; if that is empty, with a generated one.
 func (p *Plane) AddAgent(id, name string) string {
 	p.update(func() {
 		if id == "" {
@@ -174,7 +173,7 @@ func (p *Plane) AddAgent(id, name string) string {
 	return id
 }
 
-// AddTarget adds a target and returns its id. One of the same id is replaced.
+// AddTarget adds or replaces a target and returns its id.
 func (p *Plane) AddTarget(target Target) string {
 	p.update(func() {
 		if target.ID == "" {
@@ -185,8 +184,8 @@ func (p *Plane) AddTarget(target Target) string {
 	return target.ID
 }
 
-// AddCertificate adds a certificate and returns its id. One of the same id is
-// replaced but keeps its versions.
+// AddCertificate adds a certificate and returns its id. It replaces a certificate with the same id
+// but keeps its versions.
 func (p *Plane) AddCertificate(certificate Certificate) string {
 	p.update(func() {
 		if certificate.ID == "" {
@@ -200,7 +199,7 @@ func (p *Plane) AddCertificate(certificate Certificate) string {
 	return certificate.ID
 }
 
-// AddVersion makes pem the latest version of a certificate, whatever it is.
+// AddVersion makes pem the latest version of a certificate. It need not be valid.
 func (p *Plane) AddVersion(certificateID, pem string) {
 	version := Version{PEM: pem, Time: time.Now()}
 	version.Leaf, _ = parseLeaf([]byte(pem))
@@ -210,12 +209,12 @@ func (p *Plane) AddVersion(certificateID, pem string) {
 	})
 }
 
-// StartIssuance makes a job that awaits a CSR, and returns its id.
+// StartIssuance creates an Issuance job that awaits a CSR, and returns its id.
 func (p *Plane) StartIssuance(certificateID string) string {
 	return p.startCSR(api.TypeIssuance, certificateID)
 }
 
-// StartRenewal is StartIssuance with a job of the other type.
+// StartRenewal creates a Renewal job that awaits a CSR, and returns its id.
 func (p *Plane) StartRenewal(certificateID string) string {
 	return p.startCSR(api.TypeRenewal, certificateID)
 }
@@ -230,8 +229,8 @@ func (p *Plane) startCSR(kind, certificateID string) string {
 	return id
 }
 
-// Redeploy makes a Deployment job of the latest version for each target of a
-// certificate, or for the given ones, and returns their ids.
+// Redeploy creates Deployment jobs for all targets of a certificate, or for the given ones, and
+// returns their ids.
 func (p *Plane) Redeploy(certificateID string, targets ...string) []string {
 	var ids []string
 	p.update(func() {
@@ -243,9 +242,8 @@ func (p *Plane) Redeploy(certificateID string, targets ...string) []string {
 	return ids
 }
 
-// AddJob adds a job as it is, for jobs that no control plane should hand out:
-// it goes to the agent of its target, or to those of its certificate. An empty
-// id is made up.
+// AddJob adds any job, even one that no real control plane would create, and returns its id. The
+// job goes to the agent of its target, or to those of its certificate. An empty id is generated.
 func (p *Plane) AddJob(job WireJob) string {
 	p.update(func() { job.ID = p.addJob(job) })
 	return job.ID
@@ -275,7 +273,7 @@ func (j *Job) record(status, failure, agent string) {
 	j.History = append(j.History, Event{Time: time.Now(), Status: status, Error: failure, Agent: agent})
 }
 
-// Requeue has a job, finished or not, handed out again under the same id.
+// Requeue makes a job pending again, finished or not, under the same id.
 func (p *Plane) Requeue(jobID string) {
 	p.update(func() {
 		job := p.job(jobID)
@@ -286,9 +284,8 @@ func (p *Plane) Requeue(jobID string) {
 	})
 }
 
-// Forget drops what is kept only for tests to look at: requests, heartbeats,
-// verifications, reports, jobs that have ended, all versions but the latest.
-// For tests that watch memory for long.
+// Forget drops what is only kept for tests to inspect: requests, heartbeats, verifications,
+// reports, finished jobs, and old versions. It is for long tests that measure memory.
 func (p *Plane) Forget() {
 	p.update(func() {
 		s := &p.state
@@ -305,10 +302,10 @@ func (p *Plane) Forget() {
 	})
 }
 
-// Retire marks an agent retired.
+// Retire retires an agent.
 func (p *Plane) Retire(agent string) { p.setRetired(agent, true) }
 
-// Unretire takes Retire back.
+// Unretire undoes Retire.
 func (p *Plane) Unretire(agent string) { p.setRetired(agent, false) }
 
 func (p *Plane) setRetired(agent string, retired bool) {
@@ -321,7 +318,7 @@ func (p *Plane) setRetired(agent string, retired bool) {
 	})
 }
 
-// mustCertificate is for methods whose caller has made the certificate.
+// mustCertificate panics if the certificate does not exist.
 func (p *Plane) mustCertificate(id string) *Certificate {
 	certificate := p.state.certificates[id]
 	if certificate == nil {
@@ -330,7 +327,7 @@ func (p *Plane) mustCertificate(id string) *Certificate {
 	return certificate
 }
 
-// job returns the latest job of an id.
+// job returns the latest job with the id, or nil.
 func (p *Plane) job(id string) *Job {
 	for _, job := range slices.Backward(p.state.jobs) {
 		if job.ID == id {
@@ -340,7 +337,7 @@ func (p *Plane) job(id string) *Job {
 	return nil
 }
 
-// isFor reports whether an agent is handed a job.
+// isFor reports whether an agent gets a job.
 func (p *Plane) isFor(job *Job, agent string) bool {
 	if target := p.state.targets[job.TargetID]; target != nil {
 		return target.Agent == agent
@@ -356,14 +353,14 @@ func (p *Plane) isFor(job *Job, agent string) bool {
 		})
 }
 
-// snapshot is a copy that the caller may keep.
+// snapshot returns a copy that the caller may keep.
 func (j *Job) snapshot() Job {
 	c := *j
 	c.History = slices.Clone(j.History)
 	return c
 }
 
-// Agents lists the agent records, in order of their ids.
+// Agents returns the agent records, ordered by id.
 func (p *Plane) Agents() []Agent {
 	return locked(p, func() []Agent {
 		var agents []Agent
@@ -374,7 +371,7 @@ func (p *Plane) Agents() []Agent {
 	})
 }
 
-// Jobs lists the jobs in order of their creation.
+// Jobs returns the jobs in the order of creation.
 func (p *Plane) Jobs() []Job {
 	return locked(p, func() []Job {
 		jobs := make([]Job, len(p.state.jobs))
@@ -385,7 +382,7 @@ func (p *Plane) Jobs() []Job {
 	})
 }
 
-// Deployments lists the Deployment jobs of a certificate.
+// Deployments returns the Deployment jobs of a certificate.
 func (p *Plane) Deployments(certificateID string) []Job {
 	return slices.DeleteFunc(p.Jobs(), func(job Job) bool {
 		return job.Type != api.TypeDeployment || job.CertificateID != certificateID
@@ -403,28 +400,28 @@ func (p *Plane) Job(id string) (Job, bool) {
 	return job.snapshot(), true
 }
 
-// Versions lists the versions of a certificate, the latest last.
+// Versions returns the versions of a certificate, the latest last.
 func (p *Plane) Versions(certificateID string) []Version {
 	return locked(p, func() []Version { return slices.Clone(p.mustCertificate(certificateID).versions) })
 }
 
-// Heartbeats lists the heartbeats that were accepted.
+// Heartbeats returns the accepted heartbeats.
 func (p *Plane) Heartbeats() []Heartbeat {
 	return locked(p, func() []Heartbeat { return slices.Clone(p.state.heartbeats) })
 }
 
-// Verifications lists the verifications that were accepted.
+// Verifications returns the accepted verifications.
 func (p *Plane) Verifications() []Verification {
 	return locked(p, func() []Verification { return slices.Clone(p.state.verifications) })
 }
 
-// Reports lists the discovery reports that were accepted.
+// Reports returns the accepted discovery reports.
 func (p *Plane) Reports() []api.DiscoveryReport {
 	return locked(p, func() []api.DiscoveryReport { return slices.Clone(p.state.reports) })
 }
 
-// Discoveries lists the certificates of all reports, each (fingerprint, agent,
-// path) once, in order of the path.
+// Discoveries returns the certificates of all reports, each combination of fingerprint, agent and
+// path once, ordered by path.
 func (p *Plane) Discoveries() []Discovery {
 	return locked(p, func() []Discovery {
 		return slices.SortedFunc(maps.Values(p.state.discoveries), func(a, b Discovery) int {
@@ -434,12 +431,12 @@ func (p *Plane) Discoveries() []Discovery {
 	})
 }
 
-// Requests lists the latest requests.
+// Requests returns the latest requests.
 func (p *Plane) Requests() []Request {
 	return locked(p, func() []Request { return slices.Clone(p.state.requests) })
 }
 
-// Count is how many requests a call has had; "" means all calls.
+// Count returns the number of requests of a call, or of all calls for "".
 func (p *Plane) Count(call string) int {
 	return locked(p, func() int {
 		if call != "" {
@@ -453,8 +450,7 @@ func (p *Plane) Count(call string) int {
 	})
 }
 
-// Problems lists what requests have done against docs/protocol.md, though a
-// control plane may have accepted it.
+// Problems returns the violations of docs/protocol.md, even those that a control plane accepts.
 func (p *Plane) Problems() []string {
 	return locked(p, func() []string { return slices.Clone(p.state.problems) })
 }
@@ -465,14 +461,14 @@ func locked[T any](p *Plane, read func() T) T {
 	return read()
 }
 
-// targetConfig is the configuration as it is handed out.
+// targetConfig returns the configuration as agents get it.
 func targetConfig(config any, mask bool) json.RawMessage {
 	if config == nil {
 		return nil
 	}
 	data, err := json.Marshal(config)
 	if err != nil {
-		panic("devplane: target config: " + err.Error()) // made by the test
+		panic("devplane: target config: " + err.Error()) // a bug of the test
 	}
 	if mask {
 		return masked(data)

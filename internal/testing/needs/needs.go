@@ -1,5 +1,5 @@
-// Package needs serves tests that need a real program, such as nginx: they skip
-// where it is missing, except where CERTCTL_E2E=1 says that all must be there.
+// Package needs is for tests that need a real program, such as nginx. They skip if it is missing,
+// or fail with CERTCTL_E2E=1.
 package needs
 
 import (
@@ -9,9 +9,8 @@ import (
 	"testing"
 )
 
-// Need returns the path of program, or skips the test (Missing) where it is not
-// installed. Beside PATH the directories of daemons are looked at, which are
-// not on an ordinary user's.
+// Need returns the path of program, or calls Missing if it is not installed. Besides PATH it
+// searches the directories for daemons.
 func Need(t testing.TB, program string) string {
 	t.Helper()
 	for _, candidate := range []string{program, "/usr/sbin/" + program, "/usr/local/sbin/" + program, "/sbin/" + program} {
@@ -23,8 +22,7 @@ func Need(t testing.TB, program string) string {
 	return ""
 }
 
-// Missing skips the test for want of something that this machine could have,
-// and fails it under CERTCTL_E2E=1: there nothing is passed over in silence.
+// Missing skips the test because the machine lacks something. With CERTCTL_E2E=1 it fails the test.
 func Missing(t testing.TB, reason string) {
 	t.Helper()
 	if os.Getenv("CERTCTL_E2E") == "1" {
@@ -34,9 +32,8 @@ func Missing(t testing.TB, reason string) {
 	}
 }
 
-// MemoryDir is a temporary directory, in memory where there is one: for tests of
-// what is on a disk, or in which order, and not of how long that takes. It is
-// below /dev, where the policy allows files only if it is told so.
+// MemoryDir returns a temporary directory, in memory if possible, for tests that need no real disk.
+// It is below /dev, where the policy allows files only if Policy.Paths includes it.
 func MemoryDir(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("/dev/shm", "certctl-test")
@@ -47,8 +44,8 @@ func MemoryDir(t testing.TB) string {
 	return dir
 }
 
-// FreePort returns a TCP port of 127.0.0.1 on which nothing listened a moment
-// ago. Nothing reserves it: the server under test should bind it soon.
+// FreePort returns an unused TCP port of 127.0.0.1. It is not reserved, so the server under test
+// should bind it soon.
 func FreePort(t testing.TB) int {
 	t.Helper()
 	listener, err := net.Listen("tcp4", "127.0.0.1:0")

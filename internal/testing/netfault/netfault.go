@@ -1,5 +1,5 @@
-// Package netfault is a TCP proxy on loopback that does to connections what bad
-// networks do, for tests that let real programs talk through it.
+// Package netfault provides a TCP proxy on loopback that breaks connections as bad networks do, for
+// tests with real programs.
 package netfault
 
 import (
@@ -10,55 +10,52 @@ import (
 	"time"
 )
 
-// Action is what happens to a connection, once.
+// Action is something that happens to a connection once.
 type Action int
 
 const (
 	// Nothing happens.
 	Nothing Action = iota
 
-	// Close ends the connection in good order, on both sides.
+	// Close closes the connection normally, on both sides.
 	Close
 
-	// Reset ends it with a TCP reset on both sides.
+	// Reset sends a TCP reset to both sides.
 	Reset
 
-	// Silence lets everything vanish, in both directions, until Fault.For has
-	// passed or Heal is called. Then the connection is reset: a router dropped
-	// packets, and has forgotten it.
+	// Silence drops all data, in both directions, until Fault.For has passed or Heal is called.
+	// Then it resets the connection, like a router that has forgotten it.
 	Silence
 
-	// HalfOpen resets the server's side, and the client never learns: its
-	// connection is silent for as long as it keeps it.
+	// HalfOpen resets the server's side without telling the client, whose side stays silent.
 	HalfOpen
 
-	// Hold keeps back what the client sends. It arrives with Heal, even if the
-	// client has given up and gone meanwhile: its kernel retransmits what was
-	// sent before an end.
+	// Hold delays data from the client until Heal. The data arrives even if the client has closed
+	// the connection meanwhile, as when a kernel retransmits.
 	Hold
 
-	// Garbage sends the client bytes that are no TLS, and ends the connection.
+	// Garbage sends bytes that are not TLS to the client and closes the connection.
 	Garbage
 )
 
-// Fault is what is wrong with a connection. The zero value is nothing.
+// Fault describes how a connection fails. The zero value is a good connection.
 type Fault struct {
 	Latency time.Duration // before each piece of data, in both directions
-	Up      int           // bytes per second to the server; 0: no bound
-	Down    int           // bytes per second to the client; 0: no bound
+	Up      int           // bytes per second to the server; 0: no limit
+	Down    int           // bytes per second to the client; 0: no limit
 
-	// Then happens when After bytes have passed to the client, or with
-	// CountUp to the server. With After 0 it happens at once.
+	// Then happens after After bytes to the client, or to the server if CountUp is set. With After
+	// 0 it happens at once.
 	Then    Action
 	After   int
 	CountUp bool
 	For     time.Duration // of Silence; 0: until Heal
 }
 
-// piece is how much is passed on at a time, unless a rate asks for less.
+// piece is how much is forwarded at a time, in bytes, unless a rate requires less.
 const piece = 16 << 10
 
-// Proxy passes connections on to one server.
+// Proxy forwards connections to one server.
 type Proxy struct {
 	backend  string
 	choose   func(n int) Fault
@@ -66,15 +63,15 @@ type Proxy struct {
 	work     sync.WaitGroup
 	closed   chan struct{}
 
-	mu     sync.Mutex // guards what follows
+	mu     sync.Mutex // guards the fields below
 	healed chan struct{}
 	well   bool
 	conns  map[*conn]bool
 	count  int
 }
 
-// New starts a proxy in front of backend. Choose says what is wrong with the
-// nth connection, from 0; it is not asked after Heal.
+// New starts a proxy in front of backend. Choose returns the fault of the nth connection, counted
+// from 0. It is not called after Heal.
 func New(backend string, choose func(n int) Fault) (*Proxy, error) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -86,18 +83,18 @@ func New(backend string, choose func(n int) Fault) (*Proxy, error) {
 	return p, nil
 }
 
-// Addr is where clients connect.
+// Addr returns the address for clients.
 func (p *Proxy) Addr() string { return p.listener.Addr().String() }
 
-// Connections is how many connections there have been.
+// Connections returns the number of connections so far.
 func (p *Proxy) Connections() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.count
 }
 
-// Heal makes the network good: for new connections at once, for old ones
-// according to their Action. Latency and rates end.
+// Heal repairs the network: for new connections completely, for old ones as their Action says. It
+// ends latency and rate limits.
 func (p *Proxy) Heal() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -107,7 +104,7 @@ func (p *Proxy) Heal() {
 	}
 }
 
-// Close ends everything, and waits for it.
+// Close closes all connections and waits for the proxy's goroutines.
 func (p *Proxy) Close() {
 	close(p.closed)
 	p.listener.Close()
@@ -129,7 +126,7 @@ func (p *Proxy) serve() {
 	}
 }
 
-// next is the fault of a new connection.
+// next returns the fault of a new connection.
 func (p *Proxy) next() Fault {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -145,7 +142,7 @@ func (p *Proxy) handle(client *net.TCPConn) {
 	c := &conn{proxy: p, fault: p.next(), client: client}
 	defer c.end(false)
 	if c.fault.After == 0 && (c.fault.Then == Reset || c.fault.Then == Close || c.fault.Then == Garbage) {
-		c.act() // before the server hears of it
+		c.act() // before connecting to the server
 		return
 	}
 	server, err := net.Dial("tcp", p.backend)
@@ -159,7 +156,7 @@ func (p *Proxy) handle(client *net.TCPConn) {
 	}
 	defer p.remove(c)
 	if c.fault.After == 0 {
-		c.done = c.fault.Then // before anything else uses the connection
+		c.done = c.fault.Then // no lock needed yet
 		c.act()
 	}
 	var both sync.WaitGroup
@@ -168,7 +165,7 @@ func (p *Proxy) handle(client *net.TCPConn) {
 	both.Wait()
 }
 
-// add reports whether the proxy is still open.
+// add adds a connection. It returns false if the proxy is closed.
 func (p *Proxy) add(c *conn) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -203,23 +200,23 @@ type conn struct {
 	fault          Fault
 	client, server *net.TCPConn
 
-	mu   sync.Mutex // guards what follows
-	done Action     // what has happened
-	held []byte     // what Hold keeps back
+	mu   sync.Mutex // guards the fields below
+	done Action     // has happened
+	held []byte     // delayed by Hold
 }
 
-// state is what has happened to the connection.
+// state returns the action that has happened to the connection.
 func (c *conn) state() Action {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.done
 }
 
-// act makes the ordered thing happen.
+// act carries out the action.
 func (c *conn) act() {
 	switch c.fault.Then {
 	case Close:
-		_ = c.client.CloseWrite() // closed with data unread, it would be reset
+		_ = c.client.CloseWrite() // Close would send a reset if there is unread data
 		if c.server != nil {
 			c.server.Close()
 		}
@@ -228,7 +225,7 @@ func (c *conn) act() {
 	case HalfOpen:
 		reset(c.server)
 	case Garbage:
-		_, _ = c.client.Write([]byte("HTTP/1.1 200 OK\r\n\r\n<html>this is no TLS</html>\r\n"))
+		_, _ = c.client.Write([]byte("HTTP/1.1 200 OK\r\n\r\n<html>this is not TLS</html>\r\n"))
 		c.end(false)
 	case Silence:
 		c.proxy.work.Go(func() {
@@ -244,8 +241,8 @@ func (c *conn) act() {
 	}
 }
 
-// wait returns when the network is good or limit, if it is not 0, has passed;
-// false when the proxy ends.
+// wait waits until Heal is called, or until limit has passed if it is not 0. It returns false if
+// the proxy is closed.
 func (p *Proxy) wait(limit time.Duration) bool {
 	var over <-chan time.Time
 	if limit > 0 {
@@ -263,7 +260,7 @@ func (p *Proxy) wait(limit time.Duration) bool {
 	}
 }
 
-// release sends on what was held back, and holds nothing back any more.
+// release forwards the delayed data and stops delaying.
 func (c *conn) release() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -290,7 +287,7 @@ func reset(side *net.TCPConn) {
 	side.Close()
 }
 
-// pump passes data on in one direction until its end.
+// pump forwards data in one direction until its end.
 func (c *conn) pump(to, from *net.TCPConn, rate int, up bool) {
 	counted := c.fault.Then != Nothing && c.fault.After > 0 && c.fault.CountUp == up
 	passed := 0
@@ -322,7 +319,7 @@ func (c *conn) pump(to, from *net.TCPConn, rate int, up bool) {
 	}
 }
 
-// slowDown is latency and rate.
+// slowDown applies latency and rate.
 func (c *conn) slowDown(n, rate int) {
 	wait := c.fault.Latency
 	if rate > 0 {
@@ -333,15 +330,14 @@ func (c *conn) slowDown(n, rate int) {
 	}
 }
 
-// pass sends data on, unless it vanishes or is held back.
+// pass forwards data, unless it is dropped or delayed.
 func (c *conn) pass(to *net.TCPConn, data []byte, up bool) {
 	if !c.keeps(data, up) {
-		_, _ = to.Write(data) // the other pump sees what is wrong
+		_, _ = to.Write(data) // the other pump notices errors
 	}
 }
 
-// passLast passes on the last data before the fault. What the other side sends
-// in answer is late already.
+// passLast forwards the last data before the action. The action already applies to the answer.
 func (c *conn) passLast(to *net.TCPConn, data []byte, up bool) {
 	kept := c.keeps(data, up)
 	c.mu.Lock()
@@ -353,6 +349,7 @@ func (c *conn) passLast(to *net.TCPConn, data []byte, up bool) {
 	c.act()
 }
 
+// keeps reports whether data is dropped or delayed.
 func (c *conn) keeps(data []byte, up bool) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -366,11 +363,11 @@ func (c *conn) keeps(data []byte, up bool) bool {
 	return false
 }
 
-// finish passes an end on.
+// finish forwards the end of one direction.
 func (c *conn) finish(to *net.TCPConn, err error, up bool) {
 	switch state := c.state(); {
 	case state == Silence || state == HalfOpen || state == Close:
-		return // nobody hears of it
+		return // not forwarded
 	case state == Hold && up:
 		if c.proxy.wait(0) {
 			c.release()

@@ -145,7 +145,7 @@ func TestGarbageAndRefusal(t *testing.T) {
 	server := newEcho(t)
 	_, conn := start(t, server, netfault.Fault{Then: netfault.Garbage})
 	got, _ := io.ReadAll(conn)
-	if !strings.Contains(string(got), "no TLS") {
+	if !strings.Contains(string(got), "not TLS") {
 		t.Errorf("got %q", got)
 	}
 	p, err := netfault.New(server.Addr().String(), func(int) netfault.Fault { return netfault.Fault{Then: netfault.Reset} })

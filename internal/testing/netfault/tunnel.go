@@ -7,8 +7,8 @@ import (
 	"sync"
 )
 
-// Tunnel is an HTTP proxy for TLS (RFC 9110, section 9.3.6). It connects a client
-// to the address that route returns for the host and port that the client asks for.
+// Tunnel returns an HTTP proxy that only supports CONNECT (RFC 9110, section 9.3.6). It connects a
+// client to the address that route returns for the requested one.
 func Tunnel(route func(address string) string) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method != http.MethodConnect {

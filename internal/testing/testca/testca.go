@@ -1,6 +1,5 @@
-// Package testca issues throw-away certificates to tests and to the demo.
-// Validity counts from time.Now, so that a CA made inside a synctest bubble
-// issues what is valid there.
+// Package testca issues throw-away certificates for tests and the demo. They are valid from about
+// time.Now, also inside a synctest bubble.
 package testca
 
 import (
@@ -23,13 +22,13 @@ import (
 	"certctl-agent/internal/pemutil"
 )
 
-// CA is a certificate authority with an ECDSA key. It may be used concurrently.
+// CA is a certificate authority with an ECDSA key. It is safe for concurrent use.
 type CA struct {
 	Root *x509.Certificate
 	key  crypto.Signer
 }
 
-// New makes a CA that is valid for ten years.
+// New creates a CA that is valid for ten years.
 func New() (*CA, error) {
 	now := time.Now()
 	root, key, err := sign(&x509.Certificate{
@@ -46,13 +45,13 @@ func New() (*CA, error) {
 	return &CA{Root: root, key: key}, nil
 }
 
-// TB is the part of testing.TB that Must uses.
+// TB is the part of testing.TB that Must needs.
 type TB interface {
 	Helper()
 	Fatal(...any)
 }
 
-// Must is New for a test, which it ends on an error.
+// Must is like New, but ends the test on an error.
 func Must(t TB) *CA {
 	t.Helper()
 	ca, err := New()
@@ -62,10 +61,10 @@ func Must(t TB) *CA {
 	return ca
 }
 
-// PEM is the root certificate.
+// PEM returns the root certificate.
 func (ca *CA) PEM() []byte { return pemutil.EncodeCertificates(ca.Root) }
 
-// Pool holds the root certificate.
+// Pool returns a pool with the root certificate.
 func (ca *CA) Pool() *x509.CertPool {
 	pool := x509.NewCertPool()
 	pool.AddCert(ca.Root)
@@ -79,46 +78,46 @@ type Template struct {
 	Names      []string // subject alternative names of any kind; nil: localhost
 
 	Key       crypto.Signer    // nil: a new one
-	PublicKey crypto.PublicKey // instead of Key, for a key that is elsewhere
+	PublicKey crypto.PublicKey // instead of Key, if only the public key is known
 
 	KeyUsage    x509.KeyUsage      // 0: signatures
 	ExtKeyUsage []x509.ExtKeyUsage // nil: servers and clients
 
 	NotBefore, NotAfter time.Time // zero: an hour ago, 90 days ahead
-	Intermediates       int       // how many there are between root and leaf
+	Intermediates       int       // number of CAs between root and leaf
 	OmitRoot            bool      // leave the root out of the chain
 }
 
-// CSROptions is what a CSR leaves open; the fields are those of Template.
+// CSROptions sets what a CSR does not. For the fields see Template.
 type CSROptions struct {
 	NotBefore, NotAfter time.Time
 	Intermediates       int
 	OmitRoot            bool
 }
 
-// Issued is a certificate with its chain and, where it was made here, its key.
+// Issued is a certificate with its chain and, if known, its key.
 type Issued struct {
 	Leaf  *x509.Certificate
 	Chain []*x509.Certificate // leaf, intermediates, root
 	Key   crypto.Signer       // nil for a Template with a PublicKey
 }
 
-// PEM is the whole chain, the leaf first.
+// PEM returns the whole chain, leaf first.
 func (i *Issued) PEM() []byte { return pemutil.EncodeCertificates(i.Chain...) }
 
-// LeafPEM is the leaf alone.
+// LeafPEM returns only the leaf.
 func (i *Issued) LeafPEM() []byte { return pemutil.EncodeCertificates(i.Leaf) }
 
-// KeyPEM is the private key.
+// KeyPEM returns the private key.
 func (i *Issued) KeyPEM() []byte {
 	data, err := pemutil.EncodeKey(i.Key)
 	if err != nil {
-		panic(err) // only keys that encode are made here
+		panic(err) // cannot happen with the supported key types
 	}
 	return data
 }
 
-// TLS is the certificate as a server uses it.
+// TLS returns the certificate for use in a server.
 func (i *Issued) TLS() tls.Certificate {
 	certificate := tls.Certificate{PrivateKey: i.Key, Leaf: i.Leaf}
 	for _, c := range i.Chain {
@@ -159,8 +158,7 @@ func (ca *CA) Issue(t Template) (*Issued, error) {
 	return &Issued{Leaf: chain[0], Chain: chain, Key: t.Key}, nil
 }
 
-// SignCSR issues a certificate with the names and the key of a PEM PKCS#10
-// request, and returns it with its chain, leaf first.
+// SignCSR issues a certificate for a PEM PKCS#10 request and returns it with its chain, leaf first.
 func (ca *CA) SignCSR(csrPEM []byte, options CSROptions) ([]*x509.Certificate, error) {
 	block, _ := pem.Decode(csrPEM)
 	if block == nil || block.Type != "CERTIFICATE REQUEST" {
@@ -182,7 +180,7 @@ func (ca *CA) SignCSR(csrPEM []byte, options CSROptions) ([]*x509.Certificate, e
 	}, request.PublicKey, options)
 }
 
-// TLSCertificate issues a certificate for hosts as a server uses it.
+// TLSCertificate issues a certificate for use in a server of hosts.
 func (ca *CA) TLSCertificate(hosts ...string) (tls.Certificate, error) {
 	issued, err := ca.Issue(Template{Names: hosts})
 	if err != nil {
@@ -240,7 +238,7 @@ func (ca *CA) issue(leaf *x509.Certificate, public crypto.PublicKey, o CSROption
 	return chain, nil
 }
 
-// sign makes a key and a certificate for it, self-signed without a parent.
+// sign creates a key and a certificate for it. Without a parent the certificate is self-signed.
 func sign(template, parent *x509.Certificate, parentKey crypto.Signer) (*x509.Certificate, crypto.Signer, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
