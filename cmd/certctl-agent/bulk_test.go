@@ -13,9 +13,9 @@ import (
 	"certctl-agent/internal/testing/devplane"
 )
 
-// BenchmarkRenewals is one agent, run as a whole process, whose certificates are
-// all renewed at once. Each has a target of its own. The control plane runs in
-// this process, on the same processors.
+// BenchmarkRenewals renews all certificates of one agent at once. The agent is a separate process,
+// and each certificate has its own target. The control plane runs in this process, on the same
+// processors.
 func BenchmarkRenewals(b *testing.B) {
 	limit := devplane.Options{RateLimit: true}
 	for _, test := range []struct {

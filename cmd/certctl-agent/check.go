@@ -16,10 +16,10 @@ import (
 
 const checkHelp = `Usage: certctl-agent check [-json] [flags of the daemon]
 
-Looks at what the daemon would start with: configuration, directories, control
-plane, API key and agent id, overlays, the programs that reload commands need.
-It writes nothing on this host and claims no work. To learn whether the agent id
-is known it sends one heartbeat, as the daemon would.
+Checks everything that the daemon needs: configuration, directories, control
+plane, API key and agent id, overlays, and the programs of reload commands.
+It writes nothing on this host and claims no work. To find out whether the control
+plane knows the agent id, it sends one heartbeat, as the daemon would.
 
 Examples:
   certctl-agent check
@@ -52,7 +52,7 @@ type checker struct {
 	results []result
 }
 
-// add keeps a result on one line: a part of it is what others say.
+// add makes a result printable, since it may quote untrusted text.
 func (c *checker) add(r result) {
 	r.Detail = printable.Line(r.Detail, maxShown)
 	c.results = append(c.results, r)

@@ -18,7 +18,7 @@ import (
 	"certctl-agent/internal/targetconf"
 )
 
-// minSpace is what backups, ledger and a scan's index want at the least.
+// minSpace is the minimum free space for backups, the ledger and the scan index, in bytes.
 const minSpace = 64 << 20
 
 func (c *checker) disk() {
@@ -39,10 +39,10 @@ func (c *checker) directory(check, path string) {
 	if errors.Is(err, fs.ErrNotExist) {
 		parent := nearest(path)
 		if hostfile.MayWriteIn(parent) != nil {
-			c.fail(check, "make it and give it to the agent's user", "%s does not exist, and %s cannot be written by this user", path, parent)
+			c.fail(check, "create it and make the agent's user its owner", "%s does not exist, and this user cannot write in %s", path, parent)
 			return
 		}
-		c.ok(check, "%s does not exist: the agent makes it", path)
+		c.ok(check, "%s does not exist: the agent will create it", path)
 		return
 	}
 	switch {
@@ -50,10 +50,10 @@ func (c *checker) directory(check, path string) {
 		c.fail(check, "", "%v", err)
 		return
 	case !info.IsDir():
-		c.fail(check, "name a directory", "%s is no directory", path)
+		c.fail(check, "name a directory", "%s is not a directory", path)
 		return
 	case hostfile.MayWriteIn(path) != nil:
-		c.fail(check, "run check as the agent's user, or give it the directory", "%s cannot be written by this user", path)
+		c.fail(check, "run check as the agent's user, or make that user the owner", "this user cannot write in %s", path)
 		return
 	}
 	var stat syscall.Statfs_t
@@ -71,13 +71,13 @@ func (c *checker) directory(check, path string) {
 		}
 	}
 	if mode := info.Mode().Perm(); mode&0o077 != 0 {
-		c.warn(check, "the agent sets it to 0700 at its start", "%s has mode %#o: others can see into it", path, mode)
+		c.warn(check, "the agent sets it to 0700 when it starts", "%s has mode %#o: other users can read it", path, mode)
 		return
 	}
 	c.ok(check, "%s, mode %#o, writable", path, info.Mode().Perm())
 }
 
-// nearest is the closest ancestor that exists.
+// nearest returns the closest ancestor that exists.
 func nearest(path string) string {
 	for {
 		if _, err := os.Stat(path); err == nil || path == filepath.Dir(path) {
@@ -128,11 +128,11 @@ func (c *checker) overlays() {
 	}
 }
 
-// programs looks for what the allowed commands start.
+// programs checks that the programs of the allowed commands exist.
 func (c *checker) programs() {
 	allowed := c.config.AllowedCommands
 	if allowed == nil {
-		return // a warning of the configuration says what that means
+		return // the configuration has a warning about that
 	}
 	var programs, missing []string
 	for _, argv := range allowed {
@@ -146,7 +146,7 @@ func (c *checker) programs() {
 		}
 	}
 	if len(missing) > 0 {
-		c.warn("programs", "install them, or take them out of CERTCTL_ALLOWED_COMMANDS", "not found: %s", strings.Join(missing, ", "))
+		c.warn("programs", "install them, or remove them from CERTCTL_ALLOWED_COMMANDS", "not found: %s", strings.Join(missing, ", "))
 		return
 	}
 	c.ok("programs", "%d in CERTCTL_ALLOWED_COMMANDS, all found", len(programs))
@@ -159,9 +159,9 @@ func (c *checker) discovery() {
 	}
 	for _, dir := range c.config.DiscoveryDirs {
 		if _, err := os.ReadDir(dir); err != nil {
-			c.warn("discovery", "a scan reports it as an error and goes on", "%v", err)
+			c.warn("discovery", "a scan reports it as an error and continues", "%v", err)
 			continue
 		}
-		c.ok("discovery", "%s can be read", dir)
+		c.ok("discovery", "%s is readable", dir)
 	}
 }

@@ -19,8 +19,8 @@ import (
 	"certctl-agent/internal/proxy"
 )
 
-// controlPlane looks at the way to the control plane, step by step, so that
-// the first thing that is wrong is the one that is named.
+// controlPlane checks the connection to the control plane step by step, so that it reports the
+// first problem.
 func (c *checker) controlPlane(ctx context.Context) {
 	through := c.config.Proxy.For(c.config.Server)
 	if through != nil {
@@ -43,16 +43,16 @@ func (c *checker) reach(ctx context.Context) bool {
 	defer cancel()
 	addresses, err := net.DefaultResolver.LookupHost(ctx, host)
 	if err != nil {
-		c.fail("name", "look at DNS, /etc/hosts and the server's URL", "%v", err)
+		c.fail("name", "check DNS, /etc/hosts and the server's URL", "%v", err)
 		return false
 	}
 	if len(addresses) != 1 || addresses[0] != host {
-		c.ok("name", "%s is %s", host, strings.Join(addresses, ", "))
+		c.ok("name", "%s resolves to %s", host, strings.Join(addresses, ", "))
 	}
 	begun := time.Now()
 	conn, err := new(net.Dialer).DialContext(ctx, "tcp", net.JoinHostPort(host, port))
 	if err != nil {
-		c.fail("tcp", "look at firewalls, the port, and whether the control plane runs", "%v", err)
+		c.fail("tcp", "check firewalls, the port, and whether the control plane runs", "%v", err)
 		return false
 	}
 	defer conn.Close()
@@ -60,8 +60,8 @@ func (c *checker) reach(ctx context.Context) bool {
 	return true
 }
 
-// handshake asks /health with the daemon's TLS settings and looks at what the
-// server showed.
+// handshake requests /health with the daemon's TLS settings and checks the server's certificate and
+// clock.
 func (c *checker) handshake(ctx context.Context, proxy *url.URL) bool {
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
@@ -106,7 +106,7 @@ func tlsRemedy(err error) string {
 		return "put the CA that signed the control plane's certificate into CERTCTL_SERVER_CA_BUNDLE_PATH"
 	}
 	if _, name := errors.AsType[x509.HostnameError](err); name {
-		return "use a name in CERTCTL_SERVER_URL that the certificate has"
+		return "use a name from the certificate in CERTCTL_SERVER_URL"
 	}
 	if strings.Contains(err.Error(), "protocol version") {
 		return "TLS 1.3 is the minimum; see docs/upgrade-to-tls.md"
@@ -127,7 +127,7 @@ func (c *checker) certificate(state *tls.ConnectionState) {
 	case c.config.InsecureSkipVerify:
 		c.warn("tls", "set CERTCTL_SERVER_CA_BUNDLE_PATH instead", "%s; not verified", detail)
 	case left < 14*24*time.Hour:
-		c.warn("tls", "the control plane's certificate must be renewed soon, or no agent reaches it", "%s", detail)
+		c.warn("tls", "renew the control plane's certificate soon, or no agent can reach it", "%s", detail)
 	default:
 		c.ok("tls", "%s", detail)
 	}
@@ -140,13 +140,13 @@ func (c *checker) clock(date string) {
 	}
 	skew := time.Until(server).Round(time.Second)
 	if skew.Abs() > 5*time.Minute {
-		c.warn("clock", "look at time synchronisation: certificates are judged by this clock", "the control plane is %v ahead of this host", skew)
+		c.warn("clock", "check time synchronisation: this clock decides whether certificates are valid", "the control plane is %v ahead of this host", skew)
 		return
 	}
-	c.ok("clock", "%v from the control plane's", skew.Abs())
+	c.ok("clock", "%v off the control plane's", skew.Abs())
 }
 
-// identity asks by a heartbeat whether key and agent id are good.
+// identity checks the API key and the agent id with a heartbeat.
 func (c *checker) identity(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
@@ -155,15 +155,15 @@ func (c *checker) identity(ctx context.Context) {
 	err := client.Heartbeat(ctx, app.NewHeartbeat(ctx, client))
 	switch {
 	case err == nil:
-		c.ok("agent", "the control plane knows %s and takes its key", c.config.AgentID)
+		c.ok("agent", "the control plane knows %s and accepts its key", c.config.AgentID)
 	case errors.Is(err, api.ErrRetired):
-		c.fail("agent", "register this host anew: certctl-agent register", "%s has been retired", c.config.AgentID)
+		c.fail("agent", "register this host again: certctl-agent register", "%s has been retired", c.config.AgentID)
 	case api.RateLimited(err):
 		c.warn("agent", "try again in a minute", "%v", err)
 	case api.Denied(err):
-		c.fail("agent", "look at the API key and the agent id", "%v", err)
+		c.fail("agent", "check the API key and the agent id", "%v", err)
 	case api.Temporary(err):
-		c.fail("agent", "an agent id that the control plane does not know is answered like this too", "%v", err)
+		c.fail("agent", "the control plane may also answer like this if it does not know the agent id", "%v", err)
 	default:
 		c.fail("agent", "", "%v", err)
 	}

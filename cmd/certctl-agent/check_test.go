@@ -15,14 +15,14 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-// checked is the document of check -json.
+// checked is the output of check -json.
 type checked struct {
 	Settings []struct{ Variable, Value, Origin string }
 	Checks   []result
 	Failed   bool
 }
 
-// check runs check -json, and returns what it says of one check, as "level: detail".
+// check runs check -json and returns the result of one check, as "level: detail".
 func (h *host) check(changes map[string]string, check string) (code int, found string) {
 	h.t.Helper()
 	code, output := h.runWith(changes, "check", "-json")
@@ -71,13 +71,13 @@ func TestCheck(t *testing.T) {
 		{"health", nil, exitOK, "health", []string{"ok: HTTP/2.0"}},
 		{"clock", nil, exitOK, "clock", []string{"ok: "}},
 		{"key directory to be made", nil, exitOK, "key directory", []string{"ok: ", "does not exist"}},
-		{"wrong key", map[string]string{"CERTCTL_API_KEY": "wrong-key-0123"}, exitFailure, "agent", []string{"failure: ", "401", "the API key is wrong or expired", "look at the API key"}},
-		{"unknown id", map[string]string{"CERTCTL_AGENT_ID": "agent-404"}, exitFailure, "agent", []string{"failure: ", "an agent id that the control plane does not know is answered like this too"}},
+		{"wrong key", map[string]string{"CERTCTL_API_KEY": "wrong-key-0123"}, exitFailure, "agent", []string{"failure: ", "401", "the API key is wrong or expired", "check the API key"}},
+		{"unknown id", map[string]string{"CERTCTL_AGENT_ID": "agent-404"}, exitFailure, "agent", []string{"failure: ", "the control plane may also answer like this if it does not know the agent id"}},
 		{"retired", map[string]string{"CERTCTL_AGENT_ID": retired}, exitFailure, "agent", []string{"failure: ", retired + " has been retired", "certctl-agent register"}},
 		{"bad CA", map[string]string{"CERTCTL_SERVER_CA_BUNDLE_PATH": foreign}, exitFailure, "tls", []string{"failure: ", "CERTCTL_SERVER_CA_BUNDLE_PATH"}},
-		{"nobody there", map[string]string{"CERTCTL_SERVER_URL": "https://127.0.0.1:1"}, exitFailure, "tcp", []string{"failure: ", "connection refused", "look at firewalls"}},
+		{"nobody there", map[string]string{"CERTCTL_SERVER_URL": "https://127.0.0.1:1"}, exitFailure, "tcp", []string{"failure: ", "connection refused", "check firewalls"}},
 		{"TLS 1.2", map[string]string{"CERTCTL_SERVER_URL": old.URL}, exitFailure, "tls", []string{"failure: ", "TLS 1.3 is the minimum; see docs/upgrade-to-tls.md"}},
-		{"no such name", map[string]string{"CERTCTL_SERVER_URL": "https://no-such-host.invalid"}, exitFailure, "name", []string{"failure: ", "no-such-host.invalid", "look at DNS"}},
+		{"no such name", map[string]string{"CERTCTL_SERVER_URL": "https://no-such-host.invalid"}, exitFailure, "name", []string{"failure: ", "no-such-host.invalid", "check DNS"}},
 		{"not verified", map[string]string{"CERTCTL_SERVER_TLS_INSECURE_SKIP_VERIFY": "true", "CERTCTL_SERVER_CA_BUNDLE_PATH": foreign}, exitOK, "tls", []string{"warning: ", "not verified"}},
 		{"discovery directory", map[string]string{"CERTCTL_DISCOVERY_DIRS": h.path("missing")}, exitOK, "discovery", []string{"warning: ", h.path("missing")}},
 		{"program", map[string]string{"CERTCTL_ALLOWED_COMMANDS": "/no/such/program -s reload"}, exitOK, "programs", []string{"warning: ", "/no/such/program"}},
@@ -104,11 +104,11 @@ func TestCheck(t *testing.T) {
 		t.Error("check claimed a job")
 	}
 	if _, err := os.Stat(h.path("keys")); err == nil {
-		t.Error("check made the key directory")
+		t.Error("check created the key directory")
 	}
 }
 
-// TestCheckMissingOverlays: a directory that was named is not merely absent.
+// TestCheckMissingOverlays: a missing directory is a failure if it was named.
 func TestCheckMissingOverlays(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})
@@ -125,7 +125,7 @@ func TestCheckMissingOverlays(t *testing.T) {
 	}
 }
 
-// TestCheckText looks at what a person sees, beside a running daemon.
+// TestCheckText runs check as a person does, beside a running daemon.
 func TestCheckText(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})

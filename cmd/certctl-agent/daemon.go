@@ -47,20 +47,18 @@ func runDaemon(ctx context.Context, p process) error {
 	defer cancel(nil)
 	signalled, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
-	// After the first signal the second one has its default effect: the
-	// process ends at once, and the journal has what the next start needs. What
-	// runs learns of the first only when that is so.
+	// A second signal ends the process at once: the next start recovers from the journal. So stop
+	// first restores the default action, and then the context is cancelled.
 	context.AfterFunc(signalled, func() {
 		stop()
 		cancel(context.Cause(signalled))
 	})
-	// From here on a SIGHUP waits until it can be served, and does not end the
-	// process.
+	// From here on a SIGHUP does not end the process; it waits until serveHangups runs.
 	d.hangups = make(chan os.Signal, 1)
 	signal.Notify(d.hangups, syscall.SIGHUP)
 	defer signal.Stop(d.hangups)
 
-	d.log.Info("certctl-agent starts", "version", buildinfo.Version(), "commit", buildinfo.Commit(), "go", runtime.Version(),
+	d.log.Info("certctl-agent starting", "version", buildinfo.Version(), "commit", buildinfo.Commit(), "go", runtime.Version(),
 		"pid", os.Getpid(), "agent_id", cfg.AgentID, "server", cfg.Server.String(), "config", cfg)
 	for _, warning := range cfg.Warnings {
 		d.log.Warn("configuration", "warning", warning)
@@ -110,8 +108,8 @@ func (d *daemon) serveHangups(running context.Context) {
 	}
 }
 
-// reload reads API key, CA bundle and configuration file again, and scans now.
-// What cannot change under a running agent is said.
+// reload reads the API key, CA bundle and configuration file again and starts a scan. It logs which
+// settings changed, also those that need a restart.
 func (d *daemon) reload() {
 	d.notify.Reloading()
 	defer d.notify.Ready()
@@ -128,15 +126,14 @@ func (d *daemon) reload() {
 	d.log.Info("reloaded: API key, CA bundle, overlays and log level; other settings need a restart", "changed", d.config.Changed(fresh))
 }
 
-// maxLogValue bounds one value of a log line. Ids and names of jobs come from
-// the control plane, and may be megabytes.
+// maxLogValue bounds a value in a log line, in bytes: a hostile control plane may send megabytes.
 const maxLogValue = 4 << 10
 
 // newLogger logs JSON lines, or text for people.
 func newLogger(w io.Writer, format string, level slog.Leveler) *slog.Logger {
 	options := &slog.HandlerOptions{Level: level, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
 		switch text := a.Value; {
-		case a.Key == "stack": // of our own code, on lines
+		case a.Key == "stack": // trusted, and has several lines
 		case text.Kind() == slog.KindString:
 			a.Value = slog.StringValue(printable.Line(text.String(), maxLogValue))
 		case text.Kind() == slog.KindAny:
@@ -166,7 +163,8 @@ Commands:
 		fmt.Fprintf(w, "  %-10s %s\n", c.name, c.summary)
 	}
 	fmt.Fprint(w, `
-A flag beats its environment variable beats the configuration file beats the default.
+Flags take precedence over environment variables, these over the configuration file,
+and that over the defaults.
 Exit status: 0 stopped or retired, 1 configuration or runtime failure, 2 usage.
 
 Flags:

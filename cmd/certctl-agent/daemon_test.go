@@ -15,13 +15,13 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-// TestConfigurationProblems has the daemon refuse to start, with every problem
-// named by flag and variable, before anything is sent.
+// TestConfigurationProblems: the daemon refuses to start before it sends anything, and names the
+// flag and variable of every problem.
 func TestConfigurationProblems(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})
 	noCertificate := h.write("empty.pem", "nothing here\n", 0o644)
-	// A server to which plain http would be sent.
+	// A server that would receive plain http.
 	plain, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -31,7 +31,7 @@ func TestConfigurationProblems(t *testing.T) {
 		name string
 		env  map[string]string
 		args []string
-		want []string // each on a line of its own
+		want []string // one line each
 	}{
 		{"plain http", map[string]string{"CERTCTL_SERVER_URL": "http://" + plain.Addr().String()}, nil,
 			[]string{"-server (CERTCTL_SERVER_URL, from environment): is plain http://, and the control plane is HTTPS-only: write https://; see docs/upgrade-to-tls.md"}},
@@ -85,12 +85,11 @@ func TestConfigurationProblems(t *testing.T) {
 		t.Error("the agent connected by plain http")
 	}
 	if _, err := os.Stat(h.path("keys")); err == nil {
-		t.Error("a start that was refused made the key directory")
+		t.Error("a refused start created the key directory")
 	}
 }
 
-// TestLegacyValues are those with which fleets run, and which the agent must
-// not refuse.
+// TestLegacyValues: the agent accepts values that existing fleets use.
 func TestLegacyValues(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})
@@ -125,7 +124,7 @@ func TestLog(t *testing.T) {
 	for line := range strings.Lines(agent.output.String()) {
 		var record struct{ Time, Level, Msg string }
 		if err := json.Unmarshal([]byte(line), &record); err != nil || record.Time == "" || record.Level == "" || record.Msg == "" {
-			t.Errorf("%q is no log line: %v", line, err)
+			t.Errorf("%q is not a log line: %v", line, err)
 		}
 	}
 	agent = h.startWith(map[string]string{"CERTCTL_LOG_FORMAT": "text"})
@@ -146,8 +145,8 @@ func TestSignals(t *testing.T) {
 	}
 }
 
-// TestStopDuringDeployment stops an agent whose deployment is under way: it
-// ends within the grace, or is rolled back, and its outcome is not lost.
+// TestStopDuringDeployment stops an agent during a deployment: the deployment ends within the grace
+// or is rolled back, and its outcome is not lost.
 func TestStopDuringDeployment(t *testing.T) {
 	t.Parallel()
 	t.Run("within the grace", func(t *testing.T) {
@@ -183,8 +182,7 @@ func TestStopDuringDeployment(t *testing.T) {
 			t.Errorf("%s is deployed, want the old certificate", got)
 		}
 		release()
-		// The control plane does not hand the job out again: the agent has
-		// kept it.
+		// No poll returns the job again: the agent has kept it.
 		agent = h.start()
 		h.waitDeployment(certificate, 2, api.StatusCompleted)
 		agent.waitLog("unfinished job resumed")
@@ -225,8 +223,8 @@ func TestStopDuringDeployment(t *testing.T) {
 	})
 }
 
-// TestReload changes what SIGHUP reads again: API key, CA bundle, overlays, and
-// what there is to scan.
+// TestReload changes everything that SIGHUP reads again: API key, CA bundle, overlays, and the
+// files to scan.
 func TestReload(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})
@@ -250,14 +248,14 @@ func TestReload(t *testing.T) {
 	agent.signal(syscall.SIGHUP)
 	agent.waitLog("first heartbeat accepted")
 
-	// A configuration that cannot be used does not replace one that can.
+	// An invalid configuration does not replace a valid one.
 	h.write("agent.env", "CERTCTL_API_KEY="+h.plane.APIKey+"\nCERTCTL_MAX_DEPLOYS=many\n", 0o600)
 	agent.signal(syscall.SIGHUP)
 	agent.waitLog("reload failed: the old configuration stays in use", "CERTCTL_MAX_DEPLOYS")
 	h.write("agent.env", "CERTCTL_API_KEY="+h.plane.APIKey+"\n", 0o600)
 	h.waitMore(devplane.CallHeartbeat, 2)
 
-	// The scan is due in hours.
+	// The next scan is hours away.
 	issued, err := other.Issue(testca.Template{CommonName: "found.example.org"})
 	if err != nil {
 		t.Fatal(err)
@@ -269,7 +267,7 @@ func TestReload(t *testing.T) {
 		t.Errorf("discovered %s", got)
 	}
 
-	// An overlay counts at its next use.
+	// A changed overlay applies to the next deployment.
 	h.write("targets.d/default.json", `{"cert_path": "`+h.path("tls", "by-overlay.pem")+`"}`, 0o600)
 	h.plane.StartIssuance(certificate)
 	h.waitDeployment(certificate, 1, api.StatusCompleted)
@@ -279,7 +277,7 @@ func TestReload(t *testing.T) {
 	agent.stop()
 }
 
-// TestKeyFileRotation: a key file counts without any signal.
+// TestKeyFileRotation: a new API key needs no signal.
 func TestKeyFileRotation(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})
@@ -331,15 +329,15 @@ func TestSecondAgent(t *testing.T) {
 			t.Errorf("%s beside the first agent: exit code %d\n%s", command, code, output)
 		}
 	}
-	// With keys of its own another agent id is another state.
+	// Another agent id with its own key directory has its own state.
 	other := h.startWith(map[string]string{"CERTCTL_AGENT_ID": id, "CERTCTL_KEY_DIR": h.path("other-keys")})
 	other.waitLog("first heartbeat accepted")
 	other.stop()
 	agent.stop()
 }
 
-// TestKeyDirOfOthers: a directory that others use is neither closed to them nor
-// written to, and check says so.
+// TestKeyDirOfOthers: the agent neither writes to a directory that others use nor changes its mode,
+// and check reports that.
 func TestKeyDirOfOthers(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})

@@ -15,8 +15,8 @@ import (
 	"certctl-agent/internal/testing/devplane"
 )
 
-// figureAgent is the stripped binary, run as the daemon for a control plane in
-// memory. Benchmarks measure it as a whole process.
+// figureAgent is the stripped binary, run as the daemon with an in-memory control plane. Benchmarks
+// measure the process.
 type figureAgent struct {
 	id   string
 	path string
@@ -60,7 +60,7 @@ func (f figureAgent) start(b *testing.B) (agent *exec.Cmd, lines *bufio.Scanner)
 	return agent, bufio.NewScanner(output)
 }
 
-// BenchmarkFirstLogLine is the time from exec to the first line of the log.
+// BenchmarkFirstLogLine measures the time from exec to the first log line.
 func BenchmarkFirstLogLine(b *testing.B) {
 	f := newFigureAgent(b, devplane.Start(b, devplane.Options{}))
 	var took []time.Duration
@@ -78,8 +78,7 @@ func BenchmarkFirstLogLine(b *testing.B) {
 	b.ReportMetric(float64(took[len(took)/2].Microseconds())/1000, "ms/median")
 }
 
-// BenchmarkIdleMemory is the resident memory of an agent that is connected and
-// has nothing to do.
+// BenchmarkIdleMemory measures the resident memory of a connected, idle agent.
 func BenchmarkIdleMemory(b *testing.B) {
 	if _, err := os.Stat("/proc/self/status"); err != nil {
 		b.Skip("resident memory is read from /proc")
@@ -96,7 +95,7 @@ func BenchmarkIdleMemory(b *testing.B) {
 	}
 }
 
-// residentKiB is the resident memory of a process: VmRSS: now, VmHWM: its peak.
+// residentKiB returns the resident memory of a process: VmRSS is the current value, VmHWM the peak.
 func residentKiB(b *testing.B, pid int, field string) int {
 	b.Helper()
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))

@@ -24,8 +24,7 @@ import (
 	"certctl-agent/internal/testing/devplane"
 )
 
-// patience is how long anything may take that takes milliseconds: the machine
-// may be busy.
+// patience is how long a wait may take on a busy machine; normally it takes milliseconds.
 const patience = 40 * time.Second
 
 // build compiles the agent into a directory.
@@ -38,9 +37,8 @@ func build(dir string, race bool) (string, error) {
 	return path, nil
 }
 
-// host is a machine with an agent and its control plane. At the end of the test
-// it makes sure that no secret has left it, and that the agent has kept to the
-// protocol.
+// host is a machine with an agent and its control plane. At the end of the test it checks that no
+// secret has left it and that the agent has followed the protocol.
 type host struct {
 	t       *testing.T
 	dir     string
@@ -50,16 +48,15 @@ type host struct {
 	env     map[string]string
 	pause   string // of the agent's commands; see holdCommand
 
-	// excused reports whether a problem that the control plane noted is meant
-	// to happen.
+	// excused reports whether the test expects a protocol violation.
 	excused func(problem string) bool
 
 	mu      sync.Mutex // guards outputs
 	outputs []*output
 }
 
-// newHost makes a host whose agent is configured for a new control plane by its
-// environment, and for one NGINX target by allow-lists.
+// newHost creates a host and a control plane. Environment variables configure the agent, with
+// allow-lists for one NGINX target.
 func newHost(t *testing.T, options devplane.Options) *host {
 	t.Helper()
 	h := &host{t: t, dir: t.TempDir(), binary: agentBinary}
@@ -123,14 +120,13 @@ func (h *host) read(elements ...string) string {
 // command is the command line of a script.
 func (h *host) command(name string) string { return "/bin/sh " + h.path(name+".sh") }
 
-// script is a command of the target that tells that it was run, and does not
-// end while it is held.
+// script is a command of the target. It records that it ran, and does not end while it is held.
 func (h *host) script(name string) string {
 	return fmt.Sprintf("echo %[1]s >>%[2]s/ran\nwhile [ -e %[3]s-%[1]s ]; do : >%[3]s-%[1]s/reached; sleep 0.02; done 2>/dev/null\nexit 0\n",
 		name, h.dir, h.pause)
 }
 
-// hold makes a script not end until release is called.
+// hold keeps a script from ending until release is called.
 func (h *host) hold(name string) (release func()) {
 	h.t.Helper()
 	if err := os.Mkdir(h.pause+"-"+name, 0o755); err != nil {
@@ -154,28 +150,27 @@ func (h *host) ran(name string) int {
 	return strings.Count(string(data), name+"\n")
 }
 
-// waitFor waits for something on disk.
+// waitFor waits for a condition on disk.
 func (h *host) waitFor(what string, done func() bool) {
 	h.t.Helper()
 	for deadline := time.Now().Add(patience); !done(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			h.t.Fatalf("waited in vain for %s\n%s", what, h.allOutput())
+			h.t.Fatalf("timed out waiting for %s\n%s", what, h.allOutput())
 		}
 	}
 }
 
-// wait waits for something at the control plane.
+// wait waits for a condition at the control plane.
 func (h *host) wait(what string, done func() bool) {
 	h.t.Helper()
 	ctx, cancel := context.WithTimeout(h.t.Context(), patience)
 	defer cancel()
 	if err := h.plane.Wait(ctx, done); err != nil {
-		h.t.Fatalf("waited in vain for %s: %v\n%s", what, err, h.allOutput())
+		h.t.Fatalf("timed out waiting for %s: %v\n%s", what, err, h.allOutput())
 	}
 }
 
-// waitJob waits for the end of a job and fails the test at any other than the
-// one wanted.
+// waitJob waits for the end of a job and fails the test if its status is not want.
 func (h *host) waitJob(id, want string) devplane.Job {
 	h.t.Helper()
 	var job devplane.Job
@@ -196,8 +191,7 @@ func (h *host) waitMore(call string, n int) {
 	h.wait(fmt.Sprintf("%d more %s calls", n, call), func() bool { return h.plane.Count(call) >= begun+n })
 }
 
-// target adds a target whose files are in the directory tls, each name with a
-// prefix, and returns its id.
+// target adds a target and returns its id. Its files are in the directory tls, with a prefix.
 func (h *host) target(prefix string) string {
 	return h.plane.AddTarget(devplane.Target{Agent: h.agentID, Type: "NGINX", Config: h.nginx(prefix)})
 }
@@ -211,8 +205,7 @@ func (h *host) nginx(prefix string) map[string]any {
 	}
 }
 
-// deployed has a certificate issued and deployed by an agent that is stopped
-// afterwards, and returns its id.
+// deployed runs an agent until a certificate is issued and deployed, and returns its id.
 func (h *host) deployed() (certificate string) {
 	h.t.Helper()
 	certificate = h.certificate()
@@ -236,8 +229,8 @@ func (h *host) waitDeployment(certificate string, n int, want string) devplane.J
 	return h.waitJob(h.plane.Deployments(certificate)[n-1].ID, want)
 }
 
-// pair checks that the files of the target belong together and that the key
-// directory has their key too, and returns the fingerprint.
+// pair checks that the target's certificate and key match and that the key directory has the key
+// too. It returns the fingerprint.
 func (h *host) pair(certificate string) string {
 	h.t.Helper()
 	chain, err := pemutil.ParseCertificates([]byte(h.read("tls", "cert.pem")))
@@ -249,19 +242,19 @@ func (h *host) pair(certificate string) string {
 		h.t.Fatal(err)
 	}
 	if !pemutil.SamePublicKey(chain[0].PublicKey, key.Public()) {
-		h.t.Errorf("a certificate beside another certificate's key")
+		h.t.Errorf("certificate and key do not match")
 	}
 	held := slices.ContainsFunc(h.keyFiles(certificate), func(name string) bool {
 		key, err := pemutil.ParseKey([]byte(h.read("keys", name)))
 		return err == nil && pemutil.SamePublicKey(chain[0].PublicKey, key.Public())
 	})
 	if !held {
-		h.t.Errorf("the key of the deployed certificate is none of %v", h.keyFiles(certificate))
+		h.t.Errorf("the key of the deployed certificate is not among %v", h.keyFiles(certificate))
 	}
 	return pemutil.Fingerprint(chain[0])
 }
 
-// keyFiles are the files of one certificate in the key directory.
+// keyFiles returns the files of one certificate in the key directory.
 func (h *host) keyFiles(certificate string) []string {
 	h.t.Helper()
 	found, err := filepath.Glob(h.path("keys", certificate+".*"))
@@ -274,13 +267,13 @@ func (h *host) keyFiles(certificate string) []string {
 	return found
 }
 
-// latest is the fingerprint of the latest version of a certificate.
+// latest returns the fingerprint of the latest version of a certificate.
 func (h *host) latest(certificate string) string {
 	versions := h.plane.Versions(certificate)
 	return pemutil.Fingerprint(versions[len(versions)-1].Leaf)
 }
 
-// environment is h.env with changes; an empty value takes a variable out.
+// environment returns h.env with changes; an empty value removes a variable.
 func (h *host) environment(changes map[string]string) []string {
 	all := maps.Clone(h.env)
 	maps.Copy(all, changes)
@@ -293,9 +286,9 @@ func (h *host) environment(changes map[string]string) []string {
 	return list
 }
 
-// output is what a process printed, on both streams.
+// output is the combined output of a process.
 type output struct {
-	mu      sync.Mutex // guards what follows
+	mu      sync.Mutex // guards the fields below
 	data    bytes.Buffer
 	changed chan struct{}
 }
@@ -343,7 +336,7 @@ type child struct {
 // start starts the daemon.
 func (h *host) start(args ...string) *child { h.t.Helper(); return h.startWith(nil, args...) }
 
-// startWith is start with changes to the environment.
+// startWith is like start, with changes to the environment.
 func (h *host) startWith(changes map[string]string, args ...string) *child {
 	h.t.Helper()
 	c := &child{h: h, cmd: exec.Command(h.binary, args...), output: h.newOutput(), exited: make(chan struct{})}
@@ -364,7 +357,7 @@ func (h *host) startWith(changes map[string]string, args ...string) *child {
 	return c
 }
 
-// run runs a command to its end and returns its exit code and output.
+// run runs a command and returns its exit code and output.
 func (h *host) run(args ...string) (code int, output string) {
 	h.t.Helper()
 	return h.runWith(nil, args...)
@@ -417,7 +410,7 @@ func (c *child) wantExit(want int) {
 	}
 }
 
-// waitLog waits for a line that holds all of the given texts, and returns it.
+// waitLog waits for a line that contains all texts, and returns it.
 func (c *child) waitLog(texts ...string) string {
 	c.h.t.Helper()
 	deadline := time.After(patience)
@@ -441,7 +434,7 @@ func (c *child) waitLog(texts ...string) string {
 	}
 }
 
-// logged returns the first line that holds all of the given texts, or "".
+// logged returns the first line that contains all texts, or "".
 func (c *child) logged(texts ...string) string {
 	for line := range strings.Lines(c.output.String()) {
 		missing := slices.ContainsFunc(texts, func(text string) bool { return !strings.Contains(line, text) })
@@ -452,8 +445,7 @@ func (c *child) logged(texts ...string) string {
 	return ""
 }
 
-// audit looks at everything that has left the agents of this host: output,
-// requests, what was reported.
+// audit checks the output, requests and reports of this host's agents.
 func (h *host) audit() {
 	places := map[string]string{"output": h.allOutput()}
 	for i, request := range h.plane.Requests() {
@@ -467,7 +459,7 @@ func (h *host) audit() {
 	for place, text := range places {
 		for _, secret := range secrets {
 			if strings.Contains(text, secret) {
-				h.t.Errorf("%s holds a secret (%.12s…)", place, secret)
+				h.t.Errorf("%s contains a secret (%.12s…)", place, secret)
 			}
 		}
 	}
@@ -476,7 +468,7 @@ func (h *host) audit() {
 	}
 	for _, problem := range h.plane.Problems() {
 		if h.excused == nil || !h.excused(problem) {
-			h.t.Errorf("against the protocol: %s", problem)
+			h.t.Errorf("protocol violation: %s", problem)
 		}
 	}
 	if h.t.Failed() {
@@ -484,7 +476,7 @@ func (h *host) audit() {
 	}
 }
 
-// keyMaterial are lines of base64 of every key on this host.
+// keyMaterial returns lines of base64 of every key on this host.
 func (h *host) keyMaterial() (lines []string) {
 	err := filepath.WalkDir(h.dir, func(path string, entry fs.DirEntry, err error) error {
 		if errors.Is(err, fs.ErrNotExist) || err == nil && !entry.Type().IsRegular() {
@@ -507,7 +499,7 @@ func (h *host) keyMaterial() (lines []string) {
 	if err != nil {
 		h.t.Error(err)
 	}
-	// The last line of a block may be a few characters that occur anywhere,
-	// and the first of a kind of key is the same for all: the curve's name.
+	// The last line of a block may be too short, and the first line is the same for all keys of a
+	// type: it has the curve's name.
 	return slices.DeleteFunc(lines, func(line string) bool { return len(line) < 40 })
 }

@@ -18,8 +18,8 @@ import (
 	"certctl-agent/internal/testing/devplane"
 )
 
-// TestHostileIDs: identifiers that would lead out of a directory or a path name
-// nothing on this host, and do not keep good jobs from being done.
+// TestHostileIDs: ids that would lead out of a directory or a path have no effect on this host, and
+// do not block valid jobs.
 func TestHostileIDs(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})
@@ -50,11 +50,11 @@ func TestHostileIDs(t *testing.T) {
 	})
 	agent.stop()
 	for _, name := range names {
-		if job, _ := h.plane.Job(name); len(job.History) != 2 { // made, handed out
+		if job, _ := h.plane.Job(name); len(job.History) != 2 { // created, claimed
 			t.Errorf("the job %q was answered: %+v", name, job.History)
 		}
 		if agent.logged(`"ERROR"`, "its id is invalid", strings.Trim(strconv.QuoteToASCII(name), `"`)) == "" && !strings.ContainsAny(name, "\x00\n\\é") {
-			t.Errorf("no line about the job %.20q", name)
+			t.Errorf("no log line about the job %.20q", name)
 		}
 	}
 	after := h.tree("tls", "targets.d")
@@ -71,7 +71,7 @@ func TestHostileIDs(t *testing.T) {
 	}
 }
 
-// TestHugeAnswers: every call is answered with ten megabytes once.
+// TestHugeAnswers: every call gets an answer of ten megabytes once.
 func TestHugeAnswers(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})
@@ -92,8 +92,8 @@ func TestHugeAnswers(t *testing.T) {
 	agent.stop()
 }
 
-// TestGateway: while a gateway or a proxy has nowhere to send a request to, it
-// answers by itself, in many ways. Nothing is lost by that.
+// TestGateway: gateways and proxies answer in many ways while the control plane is down. Nothing is
+// lost.
 func TestGateway(t *testing.T) {
 	t.Parallel()
 	tests := map[string]devplane.Fault{
@@ -116,7 +116,7 @@ func TestGateway(t *testing.T) {
 			fault.Body = cmp.Or(fault.Body, " ")
 			certificate := h.certificate()
 			h.plane.StartIssuance(certificate)
-			// Each call of the renewal once on its way there.
+			// Each call of the renewal fails once.
 			fault.Times = 1
 			for _, call := range []string{devplane.CallHeartbeat, devplane.CallWork, devplane.CallCSR, devplane.CallCertificate} {
 				fault.Call = call
@@ -146,7 +146,7 @@ func TestGateway(t *testing.T) {
 	}
 }
 
-// TestRedirects: none is followed, since it would carry the API key elsewhere.
+// TestRedirects: the agent follows none, since it would send the API key elsewhere.
 func TestRedirects(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})
@@ -172,8 +172,7 @@ func TestRedirects(t *testing.T) {
 	}
 }
 
-// TestManyJobs: as many jobs as an answer can hold. Memory, and the log, stay
-// bounded.
+// TestManyJobs: memory and log stay bounded for as many jobs as an answer can contain.
 func TestManyJobs(t *testing.T) {
 	t.Parallel()
 	binary, err := plainBinary()
@@ -183,7 +182,7 @@ func TestManyJobs(t *testing.T) {
 	const (
 		maxMemory = 150 << 20
 		maxLog    = 4 << 20   // some hundred bytes for each of 10,000 jobs that can be reported
-		maxBlind  = 256 << 10 // for jobs without an id, which come again with every poll
+		maxBlind  = 256 << 10 // for jobs without a valid id, which return with every poll
 	)
 	tests := []struct {
 		name string
@@ -257,7 +256,7 @@ func TestManyJobs(t *testing.T) {
 	}
 }
 
-// peakMemory is the most that a process has had in memory, in bytes.
+// peakMemory returns the peak memory of a process, in bytes.
 func peakMemory(t *testing.T, pid int) int {
 	t.Helper()
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
@@ -272,7 +271,7 @@ func peakMemory(t *testing.T, pid int) int {
 	return kib << 10
 }
 
-// TestHostileConfig: what a target's configuration may not make this host do.
+// TestHostileConfig: the policy holds against hostile target configurations.
 func TestHostileConfig(t *testing.T) {
 	t.Parallel()
 	tests := []struct {
@@ -305,13 +304,13 @@ func TestHostileConfig(t *testing.T) {
 		{"link to the overlays", "CERTCTL_ALLOWED_PATHS", func(h *host, c map[string]any) {
 			os.Symlink(h.path("targets.d"), h.path("tls", "link"))
 			c["cert_path"] = h.path("tls", "link", "evil.json")
-		}, []string{"targets.d/evil.json", "the agent's own"}},
+		}, []string{"targets.d/evil.json", "belongs to the agent"}},
 		{"linked file", "CERTCTL_ALLOWED_PATHS", func(h *host, c map[string]any) {
 			os.Symlink(h.path("agent.env"), h.path("tls", "evil.pem"))
 			c["cert_path"] = h.path("tls", "evil.pem")
-		}, []string{"agent.env", "the agent's own"}},
+		}, []string{"agent.env", "belongs to the agent"}},
 		{"key directory", "CERTCTL_ALLOWED_PATHS", func(h *host, c map[string]any) { c["cert_path"] = h.path("keys", "evil.key") },
-			[]string{"keys/evil.key", "the agent's own"}},
+			[]string{"keys/evil.key", "belongs to the agent"}},
 		// Refused by the policy where the directory exists, else for that.
 		{"etc certctl", "CERTCTL_ALLOWED_PATHS", func(_ *host, c map[string]any) { c["cert_path"] = "/etc/certctl/evil.env" },
 			[]string{"/etc/certctl"}},
@@ -358,8 +357,7 @@ func TestHostileConfig(t *testing.T) {
 	}
 }
 
-// TestTerminalEscapes: what others say cannot move the cursor of whoever reads
-// it, nor forge a line.
+// TestTerminalEscapes: untrusted text can neither move the cursor of a terminal nor forge a line.
 func TestTerminalEscapes(t *testing.T) {
 	t.Parallel()
 	const evil = "\x1b[2J\x1b]0;owned\x07\u202egnp.\r\n{\"level\":\"INFO\",\"msg\":\"forged\"}\xff\x00"
@@ -390,7 +388,7 @@ func TestTerminalEscapes(t *testing.T) {
 			}
 			for place, text := range map[string]string{"log": agent.output.String(), "report": job.Error, "status": shown} {
 				if strings.ContainsAny(text, "\x1b\x07\r\x00\u202e") || strings.Contains(text, `\u001b`) || strings.Contains(text, `\x1b`) || strings.Contains(text, `\u202e`) {
-					t.Errorf("the %s holds control characters: %q", place, text)
+					t.Errorf("the %s contains control characters: %q", place, text)
 				}
 			}
 			for line := range strings.Lines(agent.output.String()) {
@@ -402,8 +400,8 @@ func TestTerminalEscapes(t *testing.T) {
 	}
 }
 
-// TestCommandsShowNoKeys: where any command is allowed, its output goes into
-// the job's error and the log without what is in a key file.
+// TestCommandsShowNoKeys: if any command is allowed, its output is in the job's error and in the
+// log, but without key material.
 func TestCommandsShowNoKeys(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})

@@ -8,20 +8,19 @@ import (
 	"syscall"
 )
 
-// exitStatus is how the daemon that runAsInit started has ended. It has said
-// why itself.
+// exitStatus is the exit status of the daemon that runAsInit started. The daemon has printed its
+// error itself.
 type exitStatus int
 
 func (exitStatus) Error() string { return "" }
 
-// runAsInit runs the daemon as a child. The first process of a container is the
-// parent of everything that its parent leaves behind, such as what a reload
-// command starts, and has to wait for it, or it stays as a zombie until no
-// process can be started any more. The daemon itself cannot: it would take the
-// exit status of its own commands from os/exec.
+// runAsInit runs the daemon as a child and reaps zombies. The first process of a container becomes
+// the parent of orphans, such as processes that a reload command started. Without a wait they stay
+// zombies until no process can start any more. The daemon itself must not wait for them: it would
+// take the exit status of its commands away from os/exec.
 func runAsInit(ctx context.Context, p process) error {
-	// Before there is a child, so that no signal is missed. A SIGCHLD that
-	// finds the channel full is not lost: the one in it is yet to be served.
+	// Before the child starts, so that no signal is missed. A SIGCHLD that finds the channel full
+	// is not needed: reap has yet to run for the one in it.
 	children, signals := make(chan os.Signal, 1), make(chan os.Signal, 16)
 	signal.Notify(children, syscall.SIGCHLD)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2)
@@ -33,13 +32,13 @@ func runAsInit(ctx context.Context, p process) error {
 	if err != nil {
 		signal.Stop(children)
 		signal.Stop(signals)
-		fmt.Fprintf(p.stderr, "certctl-agent: runs as the first process of its container, and nobody waits for what commands leave behind: %v\n", err)
+		fmt.Fprintf(p.stderr, "certctl-agent: runs as the first process of its container without reaping zombies: %v\n", err)
 		return runDaemon(ctx, p)
 	}
 	for {
 		select {
 		case received := <-signals:
-			// The child is there: nobody but this loop waits for it.
+			// The pid is valid: only this loop waits for the child.
 			_ = syscall.Kill(pid, received.(syscall.Signal))
 		case <-children:
 			if status, ended := reap(pid); ended {
@@ -49,8 +48,8 @@ func runAsInit(ctx context.Context, p process) error {
 	}
 }
 
-// reap waits for every process that has ended. It reports whether pid was among
-// them, and how that ended: as shells have it, 128 and its number for a signal.
+// reap waits for all processes that have ended. It reports whether pid was among them, and its exit
+// status: 128 plus the signal's number if a signal ended it, as in shells.
 func reap(pid int) (status exitStatus, ended bool) {
 	for {
 		var how syscall.WaitStatus

@@ -15,8 +15,7 @@ import (
 	"certctl-agent/internal/testing/devplane"
 )
 
-// startAsInit starts the daemon as the first process of its own namespace, as
-// container engines do.
+// startAsInit starts the daemon as the first process of a PID namespace, as container engines do.
 func (h *host) startAsInit() *child {
 	h.t.Helper()
 	c := &child{h: h, cmd: exec.Command(h.binary), output: h.newOutput(), exited: make(chan struct{})}
@@ -38,7 +37,7 @@ func (h *host) startAsInit() *child {
 	return c
 }
 
-// processOf finds a process by a word of its command line; 0: there is none.
+// processOf finds a process by a word of its command line. It returns 0 if there is none.
 func processOf(word string) (pid int) {
 	found, _ := filepath.Glob("/proc/[0-9]*/cmdline")
 	for _, path := range found {
@@ -64,8 +63,8 @@ func parentOf(pid int) (parent int, state string) {
 	return parent, fields[0]
 }
 
-// TestFirstProcess: what a command leaves behind in a container does not stay
-// as a zombie, the exit status of commands is theirs, and signals arrive.
+// TestFirstProcess: in a container, orphans of commands do not stay zombies, commands keep their
+// exit status, and signals reach the daemon.
 func TestFirstProcess(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})

@@ -2,8 +2,8 @@ package main
 
 import "syscall"
 
-// machineID identifies this machine: the UUID of its hardware.
+// machineID returns the UUID of this machine's hardware.
 func machineID() string {
-	id, _ := syscall.Sysctl("kern.uuid") // "" with an error
+	id, _ := syscall.Sysctl("kern.uuid") // "" after an error
 	return id
 }

@@ -1,8 +1,8 @@
-// Command certctl-agent runs on a server, keeps its private keys, and installs
-// the certificates that its certctl control plane issues for them.
+// Command certctl-agent runs on a server, creates its private keys, and installs the certificates
+// that its certctl control plane issues for them.
 //
-// Without a subcommand it is the daemon. The subcommands look at it, prepare
-// it, or do one of its parts by hand; see `certctl-agent -h`.
+// Without a subcommand it is the daemon. Subcommands query the daemon, prepare it, or do one of its
+// tasks by hand; see `certctl-agent -h`.
 package main
 
 import (
@@ -20,12 +20,12 @@ import (
 
 // Exit codes.
 const (
-	exitOK      = 0 // stopped, retired, or nothing wrong
-	exitFailure = 1 // configuration or runtime failure, or check found one
+	exitOK      = 0 // stopped, retired, or no problem found
+	exitFailure = 1 // configuration or runtime failure, or a check failed
 	exitUsage   = 2 // the command line is wrong
 )
 
-// process is what a command may touch of the process that it runs in.
+// process is the part of the process that commands use, so that tests can replace it.
 type process struct {
 	args   []string
 	getenv func(string) string
@@ -34,23 +34,22 @@ type process struct {
 	stderr io.Writer
 }
 
-// subcommand is what the first argument can name.
 type subcommand struct {
 	name    string
 	summary string
 	help    string
-	flags   bool // the help goes on with the daemon's flags
+	flags   bool // the help also lists the daemon's flags
 	run     func(ctx context.Context, p process) error
 }
 
 func subcommands() []subcommand {
 	return []subcommand{
-		{"check", "look at the configuration, the disk and the control plane, changing nothing", checkHelp, true, runCheck},
-		{"plan", "show what a deployment would do, doing nothing", planHelp, false, runPlan},
+		{"check", "check the configuration, the disk and the control plane without changes", checkHelp, true, runCheck},
+		{"plan", "show what a deployment would do, without doing it", planHelp, false, runPlan},
 		{"register", "register this host with the control plane and print its agent id", registerHelp, true, runRegister},
 		{"scan", "list the certificates on this host's disks", scanHelp, false, runScan},
-		{"status", "ask the running daemon how it is", statusHelp, false, runStatus},
-		{"winrm-selftest", "look at what deployments need on a Windows host, changing nothing", winrmHelp, false, runWinRM},
+		{"status", "show the state of the running daemon", statusHelp, false, runStatus},
+		{"winrm-selftest", "check what deployments need on a Windows host, without changes", winrmHelp, false, runWinRM},
 		{"version", "print version, commit, Go and platform", versionHelp, false, runVersion},
 	}
 }
@@ -69,8 +68,7 @@ func main() {
 
 // run runs the daemon or a subcommand and returns the exit code.
 func run(ctx context.Context, p process) int {
-	// A part of all that is printed comes from elsewhere, and root may read it on
-	// a terminal.
+	// The output may quote untrusted text, and root may read it on a terminal.
 	p.stdout, p.stderr = printable.Writer{Out: p.stdout}, printable.Writer{Out: p.stderr}
 	err := dispatch(ctx, p)
 	if err == nil || errors.Is(err, flag.ErrHelp) {
@@ -111,8 +109,8 @@ func dispatch(ctx context.Context, p process) error {
 		}
 		return err
 	}
-	return config.NewUsageError("there is no command %q; see certctl-agent -h", name)
+	return config.NewUsageError("unknown command %q: see certctl-agent -h", name)
 }
 
-// errPrinted is a failure that its command has shown already.
+// errPrinted is a failure that the command has printed already.
 var errPrinted = errors.New("printed already")

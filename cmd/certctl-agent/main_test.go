@@ -15,11 +15,10 @@ import (
 	"certctl-agent/internal/buildinfo"
 )
 
-// agentBinary is the agent that these tests start, made once by TestMain.
+// agentBinary is the agent that these tests start. TestMain builds it.
 var agentBinary string
 
-// plainBinary is the agent without the race detector, for what that would
-// change: memory.
+// plainBinary is the agent without the race detector, for measuring memory.
 var plainBinary = sync.OnceValues(func() (string, error) {
 	if !raceEnabled {
 		return agentBinary, nil
@@ -85,8 +84,7 @@ func TestUsageErrors(t *testing.T) {
 	}
 }
 
-// TestHelp asks for help where the configuration holds secrets: help shows what
-// can be set, not what is.
+// TestHelp: help does not show the current settings, which contain secrets here.
 func TestHelp(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -13,10 +13,10 @@ import (
 	"certctl-agent/internal/printable"
 )
 
-// maxShown bounds what others say in one line: a proxy, a server, a file.
+// maxShown bounds untrusted text in one line, in bytes.
 const maxShown = 4 << 10
 
-// printError tells why a command failed, each problem on one line.
+// printError prints why a command failed, one line per problem.
 func printError(w io.Writer, err error) {
 	lines := []error{err}
 	if problems, ok := err.(config.Problems); ok {
@@ -29,7 +29,7 @@ func printError(w io.Writer, err error) {
 	fmt.Fprintln(w, "certctl-agent: "+strings.Join(text, "\n"))
 }
 
-// unwrapped is the writer behind one that lets only print what prints.
+// unwrapped returns the writer inside a printable.Writer.
 func unwrapped(w io.Writer) io.Writer {
 	if w, ok := w.(printable.Writer); ok {
 		return w.Out
@@ -37,8 +37,8 @@ func unwrapped(w io.Writer) io.Writer {
 	return w
 }
 
-// printJSON writes a document for programs. Its strings stay what they are, so
-// what does not print is escaped: it must do nothing to a terminal.
+// printJSON writes a document for programs. It escapes characters that are not printable, so that
+// strings are unchanged for programs and harmless on a terminal.
 func printJSON(w io.Writer, document any) error {
 	var plain bytes.Buffer
 	encoder := json.NewEncoder(&plain)

@@ -14,8 +14,7 @@ import (
 	"certctl-agent/internal/testing/devplane"
 )
 
-// hostileProxy answers every request with a status line that a terminal would
-// act on.
+// hostileProxy answers every request with a status line that contains terminal escapes.
 func hostileProxy(t *testing.T) string {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -40,8 +39,8 @@ func hostileProxy(t *testing.T) string {
 	return "http://" + listener.Addr().String()
 }
 
-// TestCommandsPrintWhatPrints: nothing that a proxy, a file name or the
-// environment says acts on the terminal of root.
+// TestCommandsPrintWhatPrints: terminal escapes from a proxy, a file name or the environment do not
+// reach the terminal.
 func TestCommandsPrintWhatPrints(t *testing.T) {
 	t.Parallel()
 	const evil = "\x1b[31mevil\x07\u202e"
@@ -57,7 +56,7 @@ func TestCommandsPrintWhatPrints(t *testing.T) {
 	for _, test := range []struct {
 		args []string
 		env  map[string]string
-		want string // of the foreign text, as it may be shown
+		want string // the untrusted text as it may be shown
 	}{
 		{[]string{"check"}, nil, "\ufffd[31mno\ufffd]0;owned"},
 		{[]string{"check"}, map[string]string{"CERTCTL_DISCOVERY_DIRS": h.path("missing" + evil)}, "\ufffd[31mevil"},
@@ -85,7 +84,7 @@ func TestCommandsPrintWhatPrints(t *testing.T) {
 	}
 }
 
-// TestPrintJSON: for programs the strings stay what they are.
+// TestPrintJSON: for programs the strings are unchanged.
 func TestPrintJSON(t *testing.T) {
 	want := []string{"a\x1b\u202e\u200d\u009b", "\U000e0001", "證書", "\\u001b", "a\nb\"<&>"}
 	var out strings.Builder

@@ -21,40 +21,38 @@ import (
 const planHelp = `Usage: certctl-agent plan -type TYPE [-config FILE] [-target ID] [-cert FILE]
          [-certificate ID] [-json] [flags of the daemon]
 
-Shows what a deployment to a target would do on this host, and does nothing: the
+Shows what a deployment to a target would do on this host, without doing it: the
 configuration and where each value comes from, each file, each command and whether
-it may run, what would change elsewhere, and every problem. It is the way to write
-an overlay (CERTCTL_TARGETS_DIR): change it, and look again.
+it may run, changes elsewhere, and all problems. Use it to write an overlay
+(CERTCTL_TARGETS_DIR): change it, and run plan again.
 
   -type TYPE       the target's type, as the control plane spells it (NGINX, …)
   -config FILE     the target's configuration, a JSON object; - is standard input;
-                   without it, only the overlays count. (The agent's own configuration
-                   file is that of CERTCTL_CONFIG.)
+                   without it, only the overlays are used. (CERTCTL_CONFIG names the
+                   agent's own configuration file.)
   -target ID       the target's id, for its overlay ID.json (` + unnamedTarget + `)
   -cert FILE       the certificate with its chain, as PEM; - is standard input;
-                   without it, one made for the purpose stands in
+                   without it, plan uses a placeholder
   -certificate ID  the certificate's id: a server may read its key in the key
-                   directory, and one of the keys there must be the one of -cert
-  -json            print one document
+                   directory, and one of the keys there must belong to -cert
+  -json            print one JSON document
 
-Of the daemon's settings, CERTCTL_ALLOWED_PATHS, CERTCTL_ALLOWED_COMMANDS,
-CERTCTL_ALLOWED_HOSTS, CERTCTL_KEY_DIR, CERTCTL_TARGETS_DIR and their flags count.
-Run it as the user of the daemon: files are looked at with the rights of whoever runs
-it.
+Of the daemon's settings, plan uses CERTCTL_ALLOWED_PATHS, CERTCTL_ALLOWED_COMMANDS,
+CERTCTL_ALLOWED_HOSTS, CERTCTL_KEY_DIR, CERTCTL_TARGETS_DIR and their flags.
+Run it as the user of the daemon, since it reads files with the rights of its user.
 
 Examples:
   certctl-agent plan -type NGINX -target t-web1 -config target.json
   echo '{"pem_path": "/etc/haproxy/site.pem"}' | certctl-agent plan -type HAProxy -config -
 
-Exit status: 0 the deployment could begin, 1 it would be refused, 2 usage.
+Exit status: 0 the deployment could start, 1 it would be refused, 2 usage.
 
 `
 
-// unnamedTarget stands for a target's id that was not given.
+// unnamedTarget is the target's id if none is given.
 const unnamedTarget = "TARGET-ID"
 
-// maxTargetConfig bounds what is read of a target's configuration and of a
-// certificate, in bytes; it is what a job may bring.
+// maxTargetConfig bounds the target's configuration and the certificate, in bytes.
 const maxTargetConfig = 1 << 20
 
 func runPlan(ctx context.Context, p process) error {
@@ -107,8 +105,8 @@ func runPlan(ctx context.Context, p process) error {
 	return err
 }
 
-// readInput reads a file that the caller named, "-" for standard input, and
-// nothing for "".
+// readInput reads the named file, or standard input if the name is "-". It returns nil if the name
+// is "".
 func readInput(stdin io.Reader, name string) ([]byte, error) {
 	switch name {
 	case "":
@@ -132,7 +130,7 @@ func printPreview(w io.Writer, p *app.Preview) error {
 			line("%s", name)
 		}
 	}
-	line("target %s, type %s, seen as user %s", p.Target, p.Type, accountName(strconv.Itoa(p.UID), userName))
+	line("target %s, type %s, as user %s", p.Target, p.Type, accountName(strconv.Itoa(p.UID), userName))
 	section("settings", len(p.Settings)+len(p.Unknown))
 	for _, s := range p.Settings {
 		line("  %s\t%s\t%s", s.Key, shown(s.Value), shown(s.Source))
@@ -154,7 +152,7 @@ func printPreview(w io.Writer, p *app.Preview) error {
 			line("  %s\tREFUSED", shown(path))
 			continue
 		case !f.Changes:
-			does = "content is the same"
+			does = "content unchanged"
 		case f.Secret:
 			does = "the new key"
 		}
@@ -175,13 +173,13 @@ func printPreview(w io.Writer, p *app.Preview) error {
 		case c.Problem != "":
 			does = "REFUSED"
 		case !c.Changes:
-			does = "is the same"
+			does = "unchanged"
 		}
 		line("  %s\t%s", shown(c.Name), does)
 	}
 	section("verification", len(p.Verified)+len(p.Reported))
 	if p.Verified != "" {
-		line("  before the deployment counts\t%s", shown(p.Verified))
+		line("  must serve the certificate\t%s", shown(p.Verified))
 	}
 	if p.Reported != "" {
 		line("  reported to the control plane\t%s", shown(p.Reported))
@@ -197,16 +195,16 @@ func printPreview(w io.Writer, p *app.Preview) error {
 	return table.Flush()
 }
 
-// shown keeps what others say on one line, in one column.
+// shown keeps untrusted text on one line, in one column.
 func shown(text string) string { return printable.Line(text, maxShown) }
 
-// ownerOf puts names to the numbers of a user and a group.
+// ownerOf returns the names for "uid:gid".
 func ownerOf(numbers string) string {
 	uid, gid, _ := strings.Cut(numbers, ":")
 	return accountName(uid, userName) + ":" + accountName(gid, groupName)
 }
 
-// accountName is a name, or the number of one who has none.
+// accountName returns the name for a uid or gid, or the number if there is no name.
 func accountName(number string, name func(string) (string, error)) string {
 	if found, err := name(number); err == nil {
 		return shown(found)

@@ -18,8 +18,7 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-// planned runs the command with a target's configuration and returns its exit
-// code and what it printed.
+// planned runs the command with a target's configuration and returns its exit code and output.
 func planned(t *testing.T, settings map[string]string, config string, args ...string) (int, string) {
 	t.Helper()
 	var out strings.Builder
@@ -33,8 +32,7 @@ func planned(t *testing.T, settings map[string]string, config string, args ...st
 	return code, out.String()
 }
 
-// planHost is a host with an old certificate in place, and settings of the agent
-// on it. Nothing of the agent's own exists.
+// planHost creates a host with an old certificate and settings for the agent, which has never run.
 func planHost(t *testing.T) (dir string, settings map[string]string) {
 	t.Helper()
 	dir, err := filepath.EvalSymlinks(t.TempDir())
@@ -83,7 +81,7 @@ func TestPlan(t *testing.T) {
 		"was 0640", "content changes", "the new key", "true -t", "allowed", "web.example:443", "nobody has compared key_path",
 	} {
 		if !strings.Contains(out, says) {
-			t.Errorf("it lacks %q", says)
+			t.Errorf("%q is missing", says)
 		}
 	}
 	if strings.Contains(out, "problems") {
@@ -103,7 +101,7 @@ func TestPlan(t *testing.T) {
 	}
 }
 
-// Everything that is wrong is said at once, and a deployment would be refused.
+// TestPlanRefused: plan shows all problems at once, and a deployment would be refused.
 func TestPlanRefused(t *testing.T) {
 	dir, settings := planHost(t)
 	settings["CERTCTL_ALLOWED_COMMANDS"] = "nginx -t"
@@ -139,8 +137,8 @@ func TestPlanRefused(t *testing.T) {
 	}
 }
 
-// TestPlanOfCertificate: a certificate that would be refused is, with a key that
-// this host has and without.
+// TestPlanOfCertificate: plan refuses a certificate that a deployment would refuse, with and
+// without a key on this host.
 func TestPlanOfCertificate(t *testing.T) {
 	dir, settings := planHost(t)
 	config := `{"pem_path": "` + dir + `/tls/site.pem", "reload_command": "true"}`
@@ -177,16 +175,15 @@ func TestPlanOfCertificate(t *testing.T) {
 			t.Errorf("%s: it wrote: %s, then %s", name, before, after)
 		}
 	}
-	// A server may read its key in the key directory: which certificate's it is
-	// has to be said.
+	// A server may read its key in the key directory, but plan must know the certificate.
 	config = `{"cert_dir": "` + filepath.Dir(key) + `", "key_file": "c-1.key"}`
 	if code, out := planned(t, settings, config, "-type", "Traefik"); code != exitFailure || !strings.Contains(out, "say which certificate it is") {
 		t.Errorf("exit code %d:\n%s", code, out)
 	}
 }
 
-// TestPlanOfHostileValues: they stay in their place on a terminal, nothing is a
-// command that may not run, and no value of a key that nobody knows is shown.
+// TestPlanOfHostileValues: hostile values cannot forge lines, forbidden commands do not run, and
+// the values of unknown keys are not shown.
 func TestPlanOfHostileValues(t *testing.T) {
 	dir, settings := planHost(t)
 	script := filepath.Join(dir, "nginx")
@@ -204,7 +201,7 @@ func TestPlanOfHostileValues(t *testing.T) {
 		if format != "-json" {
 			for line := range strings.Lines(out) {
 				if strings.HasPrefix(line, "\ufffd") || strings.HasPrefix(line, "x") {
-					t.Errorf("a line of the configuration's own: %q", line)
+					t.Errorf("a forged line: %q", line)
 				}
 			}
 			continue
@@ -221,13 +218,13 @@ func TestPlanOfHostileValues(t *testing.T) {
 	}
 	config = `{"cert_path": "` + dir + `/tls/cert.pem", "key_path": "********", "validate_command": "` + script + ` -t", "reload_command": "true"}`
 	code, out := planned(t, settings, config, "-type", "NGINX")
-	if _, err := os.Stat(filepath.Join(dir, "ran")); err == nil || code != exitFailure || !strings.Contains(out, "it was not asked, since a command") {
-		t.Errorf("it ran a command that may not run: %v; exit code %d: %s", err == nil, code, out)
+	if _, err := os.Stat(filepath.Join(dir, "ran")); err == nil || code != exitFailure || !strings.Contains(out, "not asked, because a command") {
+		t.Errorf("a forbidden command ran: %v; exit code %d: %s", err == nil, code, out)
 	}
 }
 
-// TestPlanOfUnreadableSettings: what the daemon may write and run is not known
-// without its configuration file, and a guess would be worse than nothing.
+// TestPlanOfUnreadableSettings: without the configuration file plan does not know what the daemon
+// may write and run, so it fails.
 func TestPlanOfUnreadableSettings(t *testing.T) {
 	dir, settings := planHost(t)
 	settings["CERTCTL_CONFIG"] = filepath.Join(dir, "agent.env")
@@ -237,7 +234,7 @@ func TestPlanOfUnreadableSettings(t *testing.T) {
 	}
 }
 
-// TestPlanOrder: what somebody chose comes first, whatever it is called.
+// TestPlanOrder: settings that somebody chose come before defaults.
 func TestPlanOrder(t *testing.T) {
 	_, settings := planHost(t)
 	_, out := planned(t, settings, `{"cert_dir": "/srv/tls"}`, "-type", "Envoy", "-json")
@@ -254,7 +251,7 @@ func TestPlanOrder(t *testing.T) {
 	}
 }
 
-// treeOf is every name below dir with its time.
+// treeOf returns all names below dir with their times.
 func treeOf(t *testing.T, dir string) string {
 	t.Helper()
 	var all strings.Builder
@@ -272,8 +269,7 @@ func treeOf(t *testing.T, dir string) string {
 	return all.String()
 }
 
-// TestPlanShowsDefaults: what the pages of the targets call a default is shown as
-// one, with the same value.
+// TestPlanShowsDefaults: plan shows the defaults that the pages of the targets document.
 func TestPlanShowsDefaults(t *testing.T) {
 	dir, settings := planHost(t)
 	code := regexp.MustCompile("`([^`]+)`")
@@ -281,7 +277,7 @@ func TestPlanShowsDefaults(t *testing.T) {
 	for _, typ := range all.Types() {
 		shown := make(map[string]string)
 		for _, mode := range []string{"", `, "mode": "file"`} { // Caddy's second one
-			// A bad port ends it before anything is asked.
+			// With a bad port plan fails before it asks a server.
 			_, out := planned(t, settings, `{"cert_dir": "`+dir+`", "port": "x"`+mode+`}`, "-type", typ.Name, "-json")
 			var document app.Preview
 			if err := json.Unmarshal([]byte(out), &document); err != nil {
@@ -311,6 +307,6 @@ func TestPlanShowsDefaults(t *testing.T) {
 		}
 	}
 	if found < 15 {
-		t.Errorf("the pages have %d defaults: the test does not find them any more", found)
+		t.Errorf("found only %d defaults in the pages", found)
 	}
 }

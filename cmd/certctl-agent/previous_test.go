@@ -17,16 +17,16 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-// TestPreviousRelease starts the agent on a host whose agent of the version before
-// was killed: see testdata/previous.md.
+// TestPreviousRelease starts the agent on a host where the agent of the previous release was
+// killed: see testdata/previous.md.
 func TestPreviousRelease(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})
-	// Another control plane handed these jobs out.
+	// The jobs came from another control plane.
 	h.excused = func(problem string) bool { return strings.Contains(problem, "a job that the agent was not handed") }
 	h.env["CERTCTL_DISCOVERY_DIRS"] = h.path("tls")
 
-	// A state directory has its name from the agent's id and its control plane.
+	// The name of a state directory depends on the agent's id and control plane.
 	sum := sha256.Sum256([]byte(h.agentID + "\x00" + h.plane.URL))
 	state := "keys/.state/" + hex.EncodeToString(sum[:8]) + "/"
 	before := make(previous.Files)
@@ -35,8 +35,8 @@ func TestPreviousRelease(t *testing.T) {
 	}
 	before.Write(t, h.dir)
 
-	// What the control plane knows: the renewal of a is deployed, b was deployed
-	// again and nobody has said so, and c is handed out.
+	// What the control plane knows: the renewal of a is deployed, b was deployed again without a
+	// report, and c is claimed.
 	jobs := map[string]string{"a": "job-12", "b": "job-9", "c": "job-13"}
 	keys := map[string]string{"a": "keys/mc-a.4f026f1566a827d5.pending", "b": "keys/mc-b.key", "c": "keys/mc-c.key"}
 	for name, job := range jobs {
@@ -62,7 +62,7 @@ func TestPreviousRelease(t *testing.T) {
 		}
 	}
 	if _, err := os.Stat(h.path("keys/mc-a.previous")); err == nil {
-		t.Error("the key store has a previous key that never was in use")
+		t.Error("the key store has a previous key that was never in use")
 	}
 	h.waitFor("the reload for the old files", func() bool { return h.ran("reload") > 0 })
 
@@ -83,7 +83,7 @@ func TestPreviousRelease(t *testing.T) {
 	agent.stop()
 	now := previous.In(t, h.dir)
 	for name, file := range now {
-		// A verdict that is said once more, later, is kept until then.
+		// A final status that will be repeated is kept until then.
 		unfinished := strings.HasPrefix(name, state+"jobs/") && !strings.Contains(file.Data, `"state":"finished"`)
 		if unfinished || strings.HasPrefix(name, state+"journal/") {
 			t.Errorf("%s is still there: %s", name, file.Data)
@@ -92,7 +92,7 @@ func TestPreviousRelease(t *testing.T) {
 	if left := now.Temporaries(); len(left) > 0 {
 		t.Errorf("left behind: %q", left)
 	}
-	// Nothing was deployed to b, so only the version before can have told.
+	// Nothing was deployed to b, so this must come from the previous version.
 	if was, is := entries(t, before[state+"served.json"].Data), entries(t, now[state+"served.json"].Data); is["t-b"] != was["t-b"] || len(is) != 3 {
 		t.Errorf("served: %+v, before it %+v", is, was)
 	}
@@ -107,7 +107,7 @@ func previousKey(t *testing.T, text string) crypto.Signer {
 	return key
 }
 
-// entries are those of served.json, by target.
+// entries returns the entries of served.json, by target.
 func entries(t *testing.T, text string) map[string]installed.Entry {
 	t.Helper()
 	var list struct{ Served []installed.Entry }

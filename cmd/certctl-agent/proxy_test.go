@@ -13,8 +13,7 @@ import (
 	"certctl-agent/internal/testing/devplane"
 )
 
-// connectProxy is a proxy that takes CONNECT for one host, which only it can
-// reach.
+// connectProxy is a proxy that accepts CONNECT for one host, which only it can reach.
 type connectProxy struct {
 	*httptest.Server
 	tunnels atomic.Int32

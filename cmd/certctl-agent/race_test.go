@@ -2,6 +2,5 @@
 
 package main
 
-// raceEnabled tells that these tests run with the race detector, and so the
-// agent that they start.
+// raceEnabled reports whether these tests, and the agent that they start, use the race detector.
 const raceEnabled = true

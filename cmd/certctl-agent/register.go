@@ -16,11 +16,11 @@ import (
 
 const registerHelp = `Usage: certctl-agent register -name NAME [-bootstrap-token-file FILE] [-write FILE] [flags of the daemon]
 
-Registers this host with the control plane and prints the agent id. With -write
-the id is also set in a configuration file, whose other lines stay as they are.
+Registers this host with the control plane and prints the agent id. -write also
+sets the id in a configuration file and keeps its other lines.
 
-The bootstrap token is read from the file; without one the API key is sent, which
-is the same value on control planes that have no token of their own.
+The file of -bootstrap-token-file contains the bootstrap token. Without it, register
+sends the API key, which control planes without a bootstrap token accept.
 
 Examples:
   certctl-agent register -server https://certctl.example.org:8443 -name web1 -bootstrap-token-file token
@@ -40,14 +40,14 @@ func runRegister(ctx context.Context, p process) error {
 			f.StringVar(&tokenFile, "bootstrap-token-file", "", "file with the bootstrap token")
 			f.StringVar(&write, "write", "", "configuration file to set CERTCTL_AGENT_ID in")
 		},
-		// What registration is there to provide need not be there yet.
+		// Registration provides these.
 		Ignore: func(setting string) bool { return setting == "api-key" || setting == "agent-id" },
 	})
 	if err != nil {
 		return err
 	}
 	if n := utf8.RuneCountInString(cfg.Name); n > maxName {
-		return config.NewUsageError("-name has %d characters, %d are allowed", n, maxName)
+		return config.NewUsageError("-name has %d characters: the maximum is %d", n, maxName)
 	}
 	if tokenFile != "" {
 		if cfg.APIKey, err = config.ReadKeyFile(tokenFile); err != nil {
@@ -56,7 +56,7 @@ func runRegister(ctx context.Context, p process) error {
 	}
 	hostname, err := os.Hostname()
 	if err != nil {
-		return fmt.Errorf("find out this host's name: %w", err)
+		return fmt.Errorf("look up this host's name: %w", err)
 	}
 	client := app.NewClient(cfg)
 	defer client.Close()
@@ -65,9 +65,9 @@ func runRegister(ctx context.Context, p process) error {
 		return explainRegistration(err, cfg.Name)
 	}
 	if _, err := api.ParseID(agent.ID); err != nil {
-		return fmt.Errorf("the control plane registered this host under an id that cannot be used: %q", agent.ID)
+		return fmt.Errorf("the control plane registered this host under an unusable id: %q", agent.ID)
 	}
-	// The id first: should the file not be writable, it is not lost.
+	// Before the file: if that cannot be written, the id is not lost.
 	if _, err := fmt.Fprintln(p.stdout, agent.ID); err != nil {
 		return err
 	}
@@ -81,7 +81,7 @@ func runRegister(ctx context.Context, p process) error {
 	return nil
 }
 
-// explainRegistration says what an answer means to this call alone.
+// explainRegistration explains answers that have a special meaning for a registration.
 func explainRegistration(err error, name string) error {
 	status, ok := errors.AsType[*api.StatusError](err)
 	if !ok {

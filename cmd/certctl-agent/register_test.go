@@ -85,14 +85,14 @@ func TestRegister(t *testing.T) {
 		t.Error("another file was changed")
 	}
 
-	// Where the file cannot be written, the id is not lost.
+	// If the file cannot be written, the id is not lost.
 	code, output = h.run("register", "-name", "web10", "-write", h.path("missing", "agent.env"))
 	if code != exitFailure || !strings.HasPrefix(output, "agent-") || !strings.Contains(output, "by hand") {
 		t.Errorf("exit code %d\n%s", code, output)
 	}
 }
 
-// TestRegisteredUnderBadID: an id that names no file is not written anywhere.
+// TestRegisteredUnderBadID: an invalid id is not written anywhere.
 func TestRegisteredUnderBadID(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})
@@ -102,7 +102,7 @@ func TestRegisteredUnderBadID(t *testing.T) {
 	})})
 	file := h.write("etc.env", "", 0o600)
 	code, output := h.run("register", "-name", "web", "-write", file)
-	if code != exitFailure || h.read("etc.env") != "" || !strings.Contains(output, "cannot be used") {
+	if code != exitFailure || h.read("etc.env") != "" || !strings.Contains(output, "unusable id") {
 		t.Errorf("exit code %d, file %q\n%s", code, h.read("etc.env"), output)
 	}
 }

@@ -24,8 +24,7 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-// csrKeys are the public keys of the CSRs that were sent for a certificate, in
-// order, as DER.
+// csrKeys returns the public keys of the CSRs for a certificate, in order, as DER.
 func (h *host) csrKeys(certificate string) (keys []string) {
 	h.t.Helper()
 	for _, request := range h.plane.Requests() {
@@ -43,8 +42,8 @@ func (h *host) csrKeys(certificate string) (keys []string) {
 	return keys
 }
 
-// TestDropIn starts the agent on a key directory that another agent has
-// written: keys in all three forms are used as they are.
+// TestDropIn starts the agent on a key directory that another agent has written: it uses keys in
+// all three formats.
 func TestDropIn(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})
@@ -100,7 +99,7 @@ func TestDropIn(t *testing.T) {
 			t.Errorf("%s: another key was deployed (%v)", test.id, err)
 		}
 	}
-	// The directory was open to others, as the agent before this one left it.
+	// The other agent had left the directory readable for everyone.
 	agent.waitLog("the key directory was open to others and has been closed")
 	agent.stop()
 	if info, err := os.Stat(h.path("keys")); err != nil || info.Mode().Perm() != 0o700 {
@@ -108,8 +107,7 @@ func TestDropIn(t *testing.T) {
 	}
 }
 
-// TestAnotherAgentsCertificate: nothing is touched for a certificate whose key
-// is elsewhere.
+// TestAnotherAgentsCertificate: a certificate whose key is not on this host changes nothing.
 func TestAnotherAgentsCertificate(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})
@@ -136,7 +134,7 @@ func TestAnotherAgentsCertificate(t *testing.T) {
 	}
 }
 
-// tree is the content of files and of everything below directories, by path.
+// tree returns the content of all files in and below paths, by path.
 func (h *host) tree(names ...string) map[string]string {
 	h.t.Helper()
 	files := make(map[string]string)
@@ -161,8 +159,8 @@ func (h *host) tree(names ...string) map[string]string {
 	return files
 }
 
-// TestRefusedRenewal: a refusal for good is reported in the server's words, and
-// the key in use is not affected.
+// TestRefusedRenewal: a permanent refusal is reported with the server's text, and the key in use
+// stays.
 func TestRefusedRenewal(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})
@@ -178,7 +176,7 @@ func TestRefusedRenewal(t *testing.T) {
 	if !maps.Equal(h.tree("tls", "keys/"+certificate+".key"), before) {
 		t.Error("a refused renewal touched the target or its key")
 	}
-	// The next attempt has a key of its own.
+	// The next attempt uses a new key.
 	h.plane.StartRenewal(certificate)
 	h.waitDeployment(certificate, 2, api.StatusCompleted)
 	agent.stop()
@@ -188,8 +186,8 @@ func TestRefusedRenewal(t *testing.T) {
 	}
 }
 
-// TestDelayedRenewal: while the control plane does not sign, the same CSR key
-// is offered again and again, and the key in use stays.
+// TestDelayedRenewal: while the control plane does not sign, the agent retries with the same CSR
+// key, and the key in use stays.
 func TestDelayedRenewal(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})
@@ -215,7 +213,7 @@ func TestDelayedRenewal(t *testing.T) {
 	}
 }
 
-// TestLostAnswer: the control plane has signed, and the agent does not know.
+// TestLostAnswer: the control plane has signed, but the agent did not get the answer.
 func TestLostAnswer(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})
@@ -231,25 +229,24 @@ func TestLostAnswer(t *testing.T) {
 	}
 }
 
-// TestKilled kills the agent at every step of a renewal. Before the next start
-// and after it the deployed certificate has its key, and the next start brings
-// the renewal to its end with the key that was made first.
+// TestKilled kills the agent at every step of a renewal. The deployed certificate and key match
+// before and after the next start, which finishes the renewal with the same key.
 func TestKilled(t *testing.T) {
 	t.Parallel()
 	completed := func(_ *http.Request, body []byte) bool { return bytes.Contains(body, []byte(api.StatusCompleted)) }
 	tests := []struct {
 		name  string
-		fault devplane.Fault // holds up a request
-		hold  string         // or a command
-		poll  string         // interval; "": the usual one
+		fault devplane.Fault // delays a request
+		hold  string         // or delays a command
+		poll  string         // interval; "": the default
 		until func(h *host, certificate string) bool
 		torn  bool // the files may be the new ones, not yet kept
 	}{
 		{name: "CSR on its way", fault: devplane.Fault{Call: devplane.CallCSR, Delay: time.Hour},
 			until: func(h *host, id string) bool { return len(h.csrKeys(id)) == 2 }},
 		{name: "CSR signed", fault: devplane.Fault{Call: devplane.CallCSR, Delay: time.Hour, LoseAnswer: true},
-			// A deployment that is handed out to an agent that is killed at that
-			// moment is lost, and no agent can change that.
+			// If the agent is killed at the moment when it claims a deployment, that is lost. No
+			// agent can prevent that.
 			poll:  "1h",
 			until: func(h *host, id string) bool { return len(h.plane.Versions(id)) == 2 }},
 		{name: "certificate fetched", fault: devplane.Fault{Call: devplane.CallCertificate, Delay: time.Hour},
@@ -280,7 +277,7 @@ func TestKilled(t *testing.T) {
 			}
 			agent.kill()
 			if got := h.pair(certificate); got != before && !test.torn {
-				t.Errorf("%s is deployed before the renewal came so far", got)
+				t.Errorf("%s is deployed too early", got)
 			}
 			again()
 
@@ -299,7 +296,7 @@ func TestKilled(t *testing.T) {
 				t.Errorf("the current key is not that of the latest version (%v)", err)
 			}
 			if test.name == "reporting" && h.ran("reload") != 2 {
-				t.Errorf("%d reloads: a deployment that was finished ran again", h.ran("reload"))
+				t.Errorf("%d reloads: a finished deployment ran again", h.ran("reload"))
 			}
 		})
 	}

@@ -10,8 +10,8 @@ import (
 	"certctl-agent/internal/testing/devplane"
 )
 
-// stayDown checks that an agent that was retired ends at each later start
-// after exactly one heartbeat, and touches nothing.
+// stayDown checks that a retired agent ends at each later start after exactly one heartbeat and
+// changes nothing.
 func (h *host) stayDown() {
 	h.t.Helper()
 	ran := h.read("ran")
@@ -58,7 +58,7 @@ func TestRetiredBeforeTheStart(t *testing.T) {
 	}
 	h.stayDown()
 
-	// A record that was put right is served again.
+	// An agent works again after its record was corrected.
 	h.plane.Unretire(h.agentID)
 	agent = h.start()
 	h.waitJob(enrolment, api.StatusCompleted)
@@ -80,8 +80,8 @@ func TestRetiredAtTheFirstPoll(t *testing.T) {
 	h.stayDown()
 }
 
-// TestRetiredDuringDeployment: the transaction ends within the grace, or is
-// rolled back; in both cases certificate and key belong together.
+// TestRetiredDuringDeployment: the transaction ends within the grace or is rolled back. In both
+// cases certificate and key match.
 func TestRetiredDuringDeployment(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
@@ -110,7 +110,7 @@ func TestRetiredDuringDeployment(t *testing.T) {
 			if !test.rolledBack {
 				release()
 			} else if test.command == "reload" {
-				// The reload of the old files must end, or it is cut too.
+				// The reload of the old files must end, or it is killed too.
 				agent.waitLog("the shutdown grace is over")
 				release()
 			}
@@ -135,8 +135,7 @@ func TestRetiredDuringDeployment(t *testing.T) {
 	}
 }
 
-// TestGoneOnAReport: a 410 there makes the agent ask by a heartbeat, whose
-// answer decides.
+// TestGoneOnAReport: after a 410 on a report the agent sends a heartbeat, whose answer decides.
 func TestGoneOnAReport(t *testing.T) {
 	t.Parallel()
 	verdict := func(_ *http.Request, body []byte) bool { return bytes.Contains(body, []byte(api.StatusCompleted)) }
@@ -177,8 +176,8 @@ func TestGoneOnAReport(t *testing.T) {
 	})
 }
 
-// TestRetiredWithUnfinishedWork: what an earlier run left on disk is not taken
-// up by an agent that learns of its retirement first.
+// TestRetiredWithUnfinishedWork: a retired agent does not resume the unfinished work of an earlier
+// run.
 func TestRetiredWithUnfinishedWork(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})
@@ -194,7 +193,7 @@ func TestRetiredWithUnfinishedWork(t *testing.T) {
 	h.stayDown()
 }
 
-// requested counts the requests of a call that have come, answered or not.
+// requested counts the requests of a call, answered or not.
 func (h *host) requested(call string) int {
 	n := 0
 	for _, request := range h.plane.Requests() {

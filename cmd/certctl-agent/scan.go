@@ -26,23 +26,23 @@ import (
 const scanHelp = `Usage: certctl-agent scan [-json] [-soon DAYS] [flags of the daemon] [DIR|FILE…]
 
 Lists the certificates that discovery would report, by expiry. It needs no server
-and no configuration, writes nothing, and leaves the daemon's state alone. Without
-an argument it scans the directories that the daemon is configured to scan.
+and no configuration, writes nothing, and does not use the daemon's state. Without
+an argument it scans the directories of CERTCTL_DISCOVERY_DIRS.
 
-  -json       print one document: {"certificates": […], "errors": […]}
-  -soon DAYS  mark certificates that expire within so many days (30)
+  -json       print one JSON document: {"certificates": […], "errors": […]}
+  -soon DAYS  mark certificates that expire within DAYS days (30)
 
 Examples:
   certctl-agent scan /etc/ssl /etc/letsencrypt
   certctl-agent scan /etc/nginx/site.p12
   certctl-agent scan -json /srv | jq -r '.certificates[].common_name'
 
-Exit status: 0 scanned (errors of single files are listed), 1 failed or an argument
-cannot be scanned, 2 usage.
+Exit status: 0 scanned (errors of single files are listed), 1 the scan failed or an
+argument cannot be scanned, 2 usage.
 
 `
 
-// progressAfter is when a scan counts as long, and says how far it is.
+// progressAfter is when a scan starts to show its progress.
 const progressAfter = 2 * time.Second
 
 func runScan(ctx context.Context, p process) error {
@@ -64,7 +64,7 @@ func runScan(ctx context.Context, p process) error {
 		return err
 	}
 	options := app.ScanOptions(cfg)
-	options.Dirs, options.Log = dirs, slog.New(slog.DiscardHandler) // the summary says it
+	options.Dirs, options.Log = dirs, slog.New(slog.DiscardHandler) // the summary has the same
 	scanner, err := discovery.New(options)
 	if err != nil {
 		return err
@@ -74,7 +74,7 @@ func runScan(ctx context.Context, p process) error {
 	summary, err := scanner.Scan(ctx, func(batch []api.DiscoveredCertificate) error {
 		for _, cert := range batch {
 			if !asJSON {
-				cert.PEMData = "" // most of its memory, and not in the table
+				cert.PEMData = "" // saves memory: not in the table
 			}
 			found = append(found, cert)
 		}
@@ -91,13 +91,13 @@ func runScan(ctx context.Context, p process) error {
 		return printJSON(p.stdout, struct {
 			Certificates []api.DiscoveredCertificate `json:"certificates"`
 			Errors       []string                    `json:"errors"`
-		}{found, append([]string{}, summary.Errors...)}) // a list in JSON, even if it is empty
+		}{found, append([]string{}, summary.Errors...)}) // not null if empty
 	}
 	table := scanTable{out: p.stdout, now: time.Now(), soon: time.Duration(soon) * 24 * time.Hour, colour: isTerminal(p.stdout)}
 	return table.print(found, summary)
 }
 
-// scanDirs are the directories and files to scan, absolute.
+// scanDirs returns the absolute paths of the directories and files to scan.
 func scanDirs(cfg *config.Config) ([]string, error) {
 	if len(cfg.Args) == 0 {
 		if len(cfg.DiscoveryDirs) == 0 {
@@ -119,19 +119,19 @@ func scanDirs(cfg *config.Config) ([]string, error) {
 	return dirs, nil
 }
 
-// canScan refuses an argument of which the scan could only say that there is
-// nothing in it. Of what it finds below a directory, it says so itself.
+// canScan refuses files in which a scan finds nothing because it does not read them. For files
+// below a directory, the scan reports that itself.
 func canScan(path string) error {
 	info, err := os.Stat(path)
 	switch {
 	case err != nil:
 		return err
 	case info.Mode().IsRegular() && info.Size() > discovery.MaxFileSize:
-		return fmt.Errorf("%s has %d bytes: files over %d are not read", path, info.Size(), discovery.MaxFileSize)
+		return fmt.Errorf("%s has %d bytes: scan does not read files larger than %d", path, info.Size(), discovery.MaxFileSize)
 	case !info.Mode().IsRegular() && !info.IsDir():
 		return fmt.Errorf("%s is neither a directory nor a regular file", path)
 	case !info.IsDir() && certfile.IsKey(path):
-		return fmt.Errorf("%s is called like a private key: those files (.key) are not read", path)
+		return fmt.Errorf("%s has the name of a private key: scan does not read .key files", path)
 	}
 	file, err := os.Open(path)
 	if err != nil {
@@ -140,8 +140,7 @@ func canScan(path string) error {
 	return file.Close()
 }
 
-// showProgress tells on a terminal how far a long scan is. The function that it
-// returns ends that.
+// showProgress shows the progress of a long scan on a terminal, until stop is called.
 func showProgress(w io.Writer, scanner *discovery.Scanner) (stop func()) {
 	if !isTerminal(w) {
 		return func() {}
@@ -174,7 +173,7 @@ func showProgress(w io.Writer, scanner *discovery.Scanner) (stop func()) {
 	}
 }
 
-// isTerminal reports whether a person reads w.
+// isTerminal reports whether w is a terminal.
 func isTerminal(w io.Writer) bool {
 	file, ok := unwrapped(w).(*os.File)
 	if !ok {
@@ -191,7 +190,7 @@ type scanTable struct {
 	colour bool
 }
 
-// maxColumn keeps a name of a thousand characters from widening the table.
+// maxColumn bounds the width of a column, in bytes.
 const maxColumn = 40
 
 func (t scanTable) print(found []api.DiscoveredCertificate, summary discovery.Summary) error {
@@ -216,7 +215,7 @@ func (t scanTable) print(found []api.DiscoveredCertificate, summary discovery.Su
 		summary.Duration.Round(time.Millisecond), counts[stateExpired], counts[stateSoon])
 	fmt.Fprintf(&end, "formats: %s\n", tally(summary.Formats))
 	if len(summary.Skipped) > 0 {
-		fmt.Fprintf(&end, "passed over: %s\n", tally(summary.Skipped))
+		fmt.Fprintf(&end, "skipped: %s\n", tally(summary.Skipped))
 	}
 	for _, failure := range summary.Errors {
 		fmt.Fprintf(&end, "error: %s\n", printable.Line(failure, 4096))
@@ -262,7 +261,7 @@ func keyOf(c api.DiscoveredCertificate) string {
 
 func column(text string) string { return printable.Line(text, maxColumn) }
 
-// colourise marks whole lines, so that the columns stay where they are.
+// colourise colours whole lines, so that the columns stay aligned.
 func colourise(lines string) string {
 	const red, yellow, reset = "\x1b[31m", "\x1b[33m", "\x1b[0m"
 	colours := map[string]string{stateExpired: red, stateSoon: yellow}

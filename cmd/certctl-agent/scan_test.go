@@ -17,8 +17,7 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-// planted is a directory with three certificates, a key and a file that does
-// not parse.
+// planted returns a directory with three certificates, a key and a file that does not parse.
 func planted(t *testing.T) (dir string, key []byte) {
 	t.Helper()
 	ca := testca.Must(t)
@@ -67,11 +66,11 @@ func TestScanTable(t *testing.T) {
 		}
 	}
 	if strings.Contains(stdout, "\x1b") {
-		t.Error("colours on what is no terminal")
+		t.Error("colours although the output is not a terminal")
 	}
 }
 
-// TestScanJSON holds the document to its exact shape.
+// TestScanJSON checks the exact fields of the document.
 func TestScanJSON(t *testing.T) {
 	t.Parallel()
 	dir, key := planted(t)
@@ -97,7 +96,7 @@ func TestScanJSON(t *testing.T) {
 		}
 	}
 	if bytes.Contains([]byte(stdout), bytes.Split(key, []byte("\n"))[1]) {
-		t.Error("the document holds a key")
+		t.Error("the document contains a key")
 	}
 
 	code, stdout, _ = inProcess(t, nil, "scan", "-json", t.TempDir())
@@ -106,7 +105,7 @@ func TestScanJSON(t *testing.T) {
 	}
 }
 
-// TestScanArguments: a file is scanned, and what cannot be is no success.
+// TestScanArguments: a file is scanned, and an argument that cannot be scanned is a failure.
 func TestScanArguments(t *testing.T) {
 	t.Parallel()
 	dir, key := planted(t)
@@ -136,8 +135,8 @@ func TestScanArguments(t *testing.T) {
 	}
 }
 
-// TestScanBesideDaemon scans with the daemon's configuration: its state stays
-// as it is, and nothing is sent.
+// TestScanBesideDaemon scans with the daemon's configuration: it does not change the daemon's state
+// and sends nothing.
 func TestScanBesideDaemon(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})

@@ -18,20 +18,20 @@ import (
 
 const statusHelp = `Usage: certctl-agent status [-json | -metrics | -check | -ready] [-state-dir DIR]
 
-Asks the running daemon over its socket in the state directory. It needs nothing
-else: no API key, no agent id, no network.
+Shows the state of the running daemon. It asks the daemon over the socket in the state
+directory and needs no API key, no agent id and no network.
 
   -json     print the whole answer as JSON
   -metrics  print it in Prometheus' text format
-  -check    liveness probe: exit 1 only when there is no daemon or its loop is
-            stuck; an outage of the control plane is no reason to restart
-  -ready    readiness probe: exit 1 also without contact for five intervals
+  -check    liveness probe: exit 1 only if no daemon runs or its loop is stuck, not
+            in an outage of the control plane
+  -ready    readiness probe: exit 1 also after five intervals without contact
 
 Examples:
   certctl-agent status
   certctl-agent status -check -state-dir /var/lib/certctl/keys/.state
 
-Exit status: 0 running (and, for the probes, well), 1 not, 2 usage.
+Exit status: 0 the daemon runs (and the probe succeeded), 1 otherwise, 2 usage.
 
 `
 
@@ -50,7 +50,7 @@ func runStatus(ctx context.Context, p process) error {
 		return err
 	}
 	if chosen := setFlags(map[string]bool{"-json": asJSON, "-metrics": asMetrics, "-check": check, "-ready": ready}); len(chosen) > 1 {
-		return config.NewUsageError("%s exclude one another", strings.Join(chosen, " and "))
+		return config.NewUsageError("%s exclude each other", strings.Join(chosen, " and "))
 	}
 	snapshot, err := ask(ctx, cfg.StateDir)
 	if err != nil {
@@ -58,7 +58,7 @@ func runStatus(ctx context.Context, p process) error {
 	}
 	switch {
 	case check:
-		return nil // it has answered, so its loop turns
+		return nil // the daemon has answered, so its loop runs
 	case ready:
 		return status.Ready(snapshot)
 	case asJSON:
@@ -74,8 +74,8 @@ func setFlags(flags map[string]bool) []string {
 	return slices.Sorted(maps.Keys(flags))
 }
 
-// ask finds the daemon of a state directory. Which agent id and server it runs
-// for is not known here, so each instance's socket is tried.
+// ask asks the daemon of a state directory. It tries the socket of each instance, since it does not
+// know the daemon's agent id and server.
 func ask(ctx context.Context, stateDir string) (status.Snapshot, error) {
 	instances, err := os.ReadDir(stateDir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {

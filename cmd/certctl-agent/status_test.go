@@ -14,7 +14,7 @@ import (
 	"certctl-agent/internal/testing/devplane"
 )
 
-// state are arguments that name the state directory and nothing else.
+// state returns arguments that only name the state directory.
 func (h *host) state() []string { return []string{"-state-dir", h.path("keys", ".state")} }
 
 // ask runs status without any configuration.
@@ -90,8 +90,7 @@ func TestStatus(t *testing.T) {
 	}
 }
 
-// TestProbesInAnOutage: an outage of the control plane must not have a fleet
-// restarted, but takes agents out of service.
+// TestProbesInAnOutage: in an outage of the control plane agents are alive but not ready.
 func TestProbesInAnOutage(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})
@@ -118,7 +117,7 @@ func TestProbesInAnOutage(t *testing.T) {
 	agent.stop()
 }
 
-// TestStuckDaemon stops the whole process, which is as stuck as a loop can be.
+// TestStuckDaemon stops the whole process, and so its loop.
 func TestStuckDaemon(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})
@@ -136,8 +135,8 @@ func TestStuckDaemon(t *testing.T) {
 	agent.stop()
 }
 
-// TestCrashedDaemon: the socket of a process that is gone is no sign of life,
-// and does not keep the next one from starting.
+// TestCrashedDaemon: the socket of a crashed daemon does not count as running, and does not keep
+// the next one from starting.
 func TestCrashedDaemon(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})
@@ -160,7 +159,7 @@ func TestCrashedDaemon(t *testing.T) {
 	agent.stop()
 }
 
-// TestUndelivered: what the control plane does not know yet shows.
+// TestUndelivered: status shows undelivered reports.
 func TestUndelivered(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})

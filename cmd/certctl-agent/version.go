@@ -29,7 +29,7 @@ Exit status: 0 printed, 2 usage.
 
 func runVersion(_ context.Context, p process) error {
 	flags := flag.NewFlagSet("", flag.ContinueOnError)
-	flags.SetOutput(io.Discard) // errors are the caller's to print
+	flags.SetOutput(io.Discard) // the caller prints errors
 	asJSON := flags.Bool("json", false, "print one JSON document")
 	switch err := flags.Parse(p.args); {
 	case errors.Is(err, flag.ErrHelp):

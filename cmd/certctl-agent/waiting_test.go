@@ -11,7 +11,7 @@ import (
 	"certctl-agent/internal/testing/devplane"
 )
 
-// lock holds the lock of a directory, as another program of the agent's user.
+// lock locks a directory, like another program of the agent's user.
 func (h *host) lock(path string) (unlock func()) {
 	h.t.Helper()
 	dir, err := os.Open(path)
@@ -24,8 +24,8 @@ func (h *host) lock(path string) (unlock func()) {
 	return func() { dir.Close() }
 }
 
-// interrupted deploys a certificate, and kills the agent in the middle of its
-// renewal: its files are new, and nothing is proven.
+// interrupted deploys a certificate and kills the agent during its renewal: the new files are in
+// place, but the reload has not ended.
 func (h *host) interrupted() (certificate, old string) {
 	h.t.Helper()
 	certificate = h.deployed()
@@ -39,8 +39,8 @@ func (h *host) interrupted() (certificate, old string) {
 	return certificate, old
 }
 
-// TestRecoveredLater: what could not be undone at the start is undone when it
-// can be, and the job that waited for that is carried out.
+// TestRecoveredLater: a transaction that could not be rolled back at the start is rolled back
+// later, and then the waiting job runs.
 func TestRecoveredLater(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})
@@ -51,7 +51,7 @@ func TestRecoveredLater(t *testing.T) {
 	agent.waitLog("could not be undone", fmt.Sprintf("process %d", os.Getpid()))
 	agent.waitLog("deployment not started", "interrupted")
 	if got := h.plane.Deployments(certificate); got[len(got)-1].Status == api.StatusFailed {
-		t.Errorf("the job has failed for good: %s", got[len(got)-1].Error)
+		t.Errorf("the job has failed permanently: %s", got[len(got)-1].Error)
 	}
 	reloads := h.ran("reload")
 	unlock()
@@ -66,8 +66,8 @@ func TestRecoveredLater(t *testing.T) {
 	agent.stop()
 }
 
-// TestHeadOfLine: one reload hangs, and its certificate has as many targets as
-// there are slots. Another certificate is deployed meanwhile.
+// TestHeadOfLine: a reload hangs, and its certificate has as many targets as there are slots.
+// Another certificate is deployed meanwhile.
 func TestHeadOfLine(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})
@@ -109,8 +109,7 @@ func TestHeadOfLine(t *testing.T) {
 	agent.stop()
 }
 
-// TestEarlierState: a deployment that was interrupted under another agent id is
-// not passed over in silence.
+// TestEarlierState: the agent warns about a deployment interrupted under another agent id.
 func TestEarlierState(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})

@@ -16,25 +16,25 @@ import (
 const winrmHelp = `Usage: certctl-agent winrm-selftest [-config FILE] [-target ID] [-type TYPE] [-json]
          [flags of the daemon] HOST
 
-Logs on to the Windows host HOST as a deployment would, looks at what deployments
-need there, and changes nothing: PowerShell, .NET, the account's rights, the
-certificate store, IIS. It says of each what is missing.
+Logs on to the Windows host HOST as a deployment would and checks what deployments need
+there: PowerShell, .NET, the account's rights, the certificate store, IIS. It lists what
+is missing and changes nothing.
 
   -config FILE     the target's configuration, a JSON object; - is standard input;
-                   without it, only the overlays count: default.json, or that of -target
+                   without it, only the overlays are used: default.json, or that of
+                   -target
   -target ID       the target's id, for its overlay ID.json
   -type TYPE       the target's type, if its overlay pins one
-  -json            print one document
+  -json            print one JSON document
 
-The password comes from the overlay, as for a deployment. One that is refused is
-tried once: the next try could lock the account.
+The password comes from the overlay, as for a deployment. It is not retried after a
+refusal, which could lock the account.
 
 Examples:
   certctl-agent winrm-selftest win1.example.org
   certctl-agent winrm-selftest -target t-iis1 -config target.json win1.example.org
 
-Exit status: 0 nothing is missing, 1 something is, or nothing could be looked at,
-2 usage.
+Exit status: 0 nothing is missing, 1 something is missing or the check failed, 2 usage.
 
 `
 

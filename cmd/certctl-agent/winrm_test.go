@@ -13,8 +13,8 @@ import (
 	"certctl-agent/internal/testing/winrmhost"
 )
 
-// TestWinRMSelfTest: the command logs on with the overlay's settings, says what is
-// missing, and shows no password.
+// TestWinRMSelfTest: the command logs on with the overlay's settings, lists what is missing, and
+// shows no password.
 func TestWinRMSelfTest(t *testing.T) {
 	const password = "geheim-1234"
 	windows := windowshost.New()

@@ -26,7 +26,7 @@ const (
 	commonName    = "demo.example.org"
 )
 
-// demo is one showing.
+// demo is one run of the demonstration.
 type demo struct {
 	out       io.Writer
 	agentLog  io.Writer // nil: not shown
@@ -40,8 +40,8 @@ type demo struct {
 	server  *liveserver.Server
 	agent   *exec.Cmd
 	exited  chan error
-	log     bytes.Buffer // the agent's, read only after it has exited
-	served  string       // fingerprint
+	log     bytes.Buffer // the agent's; read it only after the agent has exited
+	served  string       // fingerprint of the served certificate
 }
 
 // say prints one line of the timeline.
@@ -53,7 +53,7 @@ func (d *demo) run(ctx context.Context) (err error) {
 	if d.dir, err = os.MkdirTemp("", "certctl-demo-"); err != nil {
 		return err
 	}
-	// A server's unprivileged workers must reach their files.
+	// The server's unprivileged workers must be able to read their files.
 	if err := os.Chmod(d.dir, 0o755); err != nil {
 		return err
 	}
@@ -81,7 +81,7 @@ func (d *demo) run(ctx context.Context) (err error) {
 	return nil
 }
 
-// start brings up everything but the agent.
+// start starts everything except the agent.
 func (d *demo) start(ctx context.Context) error {
 	var err error
 	if d.plane, err = devplane.New(devplane.Options{Listen: "127.0.0.1:0", Dir: d.dir}); err != nil {
@@ -91,7 +91,7 @@ func (d *demo) start(ctx context.Context) error {
 	if err := d.startServer(ctx); err != nil {
 		return err
 	}
-	d.say("live server", "%s on %s serves a self-made certificate:", d.server.Name, d.server.Endpoint.Address)
+	d.say("live server", "%s on %s serves a self-signed test certificate:", d.server.Name, d.server.Endpoint.Address)
 	if d.served, err = d.fingerprint(ctx); err != nil {
 		return err
 	}
@@ -104,8 +104,8 @@ func (d *demo) start(ctx context.Context) error {
 	return d.plantCertificates()
 }
 
-// startServer starts the product asked for; without one nginx, or the built-in
-// server where nginx is not installed.
+// startServer starts the requested product. The default is nginx, or the built-in server if nginx
+// is not installed.
 func (d *demo) startServer(ctx context.Context) error {
 	ca, err := testca.New()
 	if err != nil {
@@ -130,7 +130,7 @@ func (d *demo) startServer(ctx context.Context) error {
 	}
 	d.server, err = starter(ctx, dir, pair)
 	if d.target == "" && errors.Is(err, liveserver.ErrMissing) {
-		d.say("live server", "nginx is not installed: the demo's own TLS server stands in")
+		d.say("live server", "nginx is not installed: using the built-in TLS server")
 		self, err := os.Executable()
 		if err != nil {
 			return err
@@ -141,7 +141,7 @@ func (d *demo) startServer(ctx context.Context) error {
 	return err
 }
 
-// plantCertificates puts certificates on disk that nobody manages.
+// plantCertificates writes unmanaged certificates to disk, for discovery.
 func (d *demo) plantCertificates() error {
 	ca, err := testca.New()
 	if err != nil {
@@ -207,7 +207,7 @@ func (d *demo) startAgent() error {
 	}
 	d.agent.Stdout, d.agent.Stderr = output, output
 	if err := d.agent.Start(); err != nil {
-		return fmt.Errorf("start the agent: %w; `make build` makes it", err)
+		return fmt.Errorf("start the agent: %w; run `make build` first", err)
 	}
 	d.exited = make(chan error, 1)
 	go func() { d.exited <- d.agent.Wait() }()
@@ -216,10 +216,9 @@ func (d *demo) startAgent() error {
 
 func (d *demo) keyDir() string { return filepath.Join(d.dir, "keys") }
 
-// wait waits for something to come true at the control plane, or for the agent
-// to die.
+// wait waits until done returns true for the control plane. It fails if the agent exits.
 func (d *demo) wait(ctx context.Context, what string, done func() bool) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, 30*time.Second, errors.New("nothing came for 30 s"))
+	ctx, cancel := context.WithTimeoutCause(ctx, 30*time.Second, errors.New("nothing happened for 30 s"))
 	defer cancel()
 	waited := make(chan error, 1)
 	go func() { waited <- d.plane.Wait(ctx, done) }()
@@ -231,7 +230,7 @@ func (d *demo) wait(ctx context.Context, what string, done func() bool) error {
 		return nil
 	case err := <-d.exited:
 		d.exited <- err
-		return fmt.Errorf("waiting for %s: the agent has ended: %v", what, err)
+		return fmt.Errorf("waiting for %s: the agent has exited: %v", what, err)
 	}
 }
 
@@ -257,7 +256,7 @@ func (d *demo) fingerprint(ctx context.Context) (string, error) {
 	return probe.Fingerprint, nil
 }
 
-// tail is the end of the agent's log, for a failure.
+// tail stops the agent and returns the end of its log, for an error.
 func (d *demo) tail() string {
 	if d.agent == nil {
 		return ""
@@ -284,7 +283,7 @@ func (d *demo) stopAgent() {
 	}
 }
 
-// cleanUp ends what the demo started and removes what it wrote.
+// cleanUp stops everything and removes all files.
 func (d *demo) cleanUp() error {
 	if d.agent != nil && d.agent.Process != nil {
 		d.stopAgent()

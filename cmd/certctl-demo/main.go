@@ -1,7 +1,6 @@
-// Command certctl-demo shows the agent's main job end to end on one machine:
-// an embedded control plane, the real agent binary as a child process, and a
-// live TLS server. Every step is checked, not only printed. It listens on
-// loopback only, needs nothing but Go, and leaves nothing behind.
+// Command certctl-demo demonstrates the agent end to end on one machine, with an embedded control
+// plane, the real agent binary as a child process, and a live TLS server. It checks every step, not
+// only prints it. It listens only on loopback, needs only Go, and removes all its files.
 package main
 
 import (
@@ -18,7 +17,7 @@ import (
 	"certctl-agent/internal/testing/liveserver"
 )
 
-// limit bounds the whole demo, so that it ends by itself whatever happens.
+// limit bounds the whole demo.
 const limit = 2 * time.Minute
 
 func main() {
@@ -40,7 +39,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	flags := flag.NewFlagSet("certctl-demo", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	agent := flags.String("agent", "bin/certctl-agent", "the agent `binary` to show")
-	target := flags.String("target", "", "live server: nginx, apache, haproxy, caddy, postfix, dovecot, javakeystore or kubernetes (default: nginx when installed, else a built-in one)")
+	target := flags.String("target", "", "live server: nginx, apache, haproxy, caddy, postfix, dovecot, javakeystore or kubernetes (default: nginx if installed, else a built-in one)")
 	verbose := flags.Bool("v", false, "show the agent's log")
 	if err := flags.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {

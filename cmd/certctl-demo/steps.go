@@ -19,7 +19,7 @@ import (
 	"certctl-agent/internal/tlsprobe"
 )
 
-// brokenReload stands for a reload that fails.
+// brokenReload is a reload command that fails.
 const brokenReload = "/bin/false"
 
 func (d *demo) firstHeartbeat(ctx context.Context) error {
@@ -61,8 +61,7 @@ func (d *demo) enrol(ctx context.Context) error {
 	return nil
 }
 
-// newestKey is the pending key, or the current one when the deployment was
-// quicker than this program.
+// newestKey returns the pending key, or the current one if the deployment is done already.
 func (d *demo) newestKey() (string, error) {
 	for _, pattern := range []string{certificateID + ".*.pending", certificateID + ".key"} {
 		if found, _ := filepath.Glob(filepath.Join(d.keyDir(), pattern)); len(found) > 0 {
@@ -92,11 +91,11 @@ func (d *demo) deployment(ctx context.Context) error {
 	if !v.Verified || v.ActualFingerprint != d.served {
 		return fmt.Errorf("verification reported: %+v", v.Verification)
 	}
-	d.say("verification", "reported: the live endpoint serves it")
+	d.say("verification", "reported: the endpoint serves the new certificate")
 	return nil
 }
 
-// servesLatest checks that the server serves the latest version, and notes it.
+// servesLatest waits until the server serves the latest version, and records it.
 func (d *demo) servesLatest(ctx context.Context) error {
 	versions := d.plane.Versions(certificateID)
 	d.served = pemutil.Fingerprint(versions[len(versions)-1].Leaf)
@@ -132,7 +131,7 @@ func (d *demo) renewal(ctx context.Context) error {
 	before := d.served
 	load := startLoad(append(d.server.Others, d.server.Endpoint), d.server.Resets)
 	d.plane.StartRenewal(certificateID)
-	d.say("renewal", "a new key, a new certificate, while clients keep connecting")
+	d.say("renewal", "new key and new certificate, while clients keep connecting")
 	job, err := d.waitDeployment(ctx, 2)
 	if err == nil && job.Status != api.StatusCompleted {
 		err = fmt.Errorf("job %s ended %s: %s", job.ID, job.Status, job.Error)
@@ -150,27 +149,27 @@ func (d *demo) renewal(ctx context.Context) error {
 	d.say("", "now     sha256 %s", d.served)
 	d.say("", "%d handshakes meanwhile, %d failed", load.count, load.failed)
 	if load.reset > 0 {
-		d.say("", "%d connections reset before the handshake: at a reload %s closes the listener that they waited at", load.reset, d.server.Name)
+		d.say("", "%d connections reset before the handshake: at a reload %s closes the listener where they waited", load.reset, d.server.Name)
 	}
 	if load.failed > 0 {
 		return fmt.Errorf("%d of %d handshakes failed, the first one: %w", load.failed, load.count, load.first)
 	}
 	if load.count == 0 {
-		return errors.New("no handshake was made: the load tested nothing")
+		return errors.New("there were no handshakes during the renewal")
 	}
 	return nil
 }
 
-// load is clients that complete handshakes as fast as they can.
+// load is a set of clients that do handshakes as fast as they can.
 type load struct {
 	done    chan struct{}
 	clients sync.WaitGroup
 
-	mu     sync.Mutex // guards what follows
+	mu     sync.Mutex // guards the fields below
 	count  int
 	failed int
-	first  error // of those that failed
-	reset  int   // by a server that is known to; not among those that failed
+	first  error // of the failed ones
+	reset  int   // by a server that is known to do that; not counted as failed
 }
 
 func startLoad(endpoints []tlsprobe.Endpoint, resets bool) *load {
@@ -226,7 +225,7 @@ func (d *demo) rollback(ctx context.Context) error {
 		return err
 	}
 	if job.Status != api.StatusFailed {
-		return fmt.Errorf("job %s, which has to fail, ended %s", job.ID, job.Status)
+		return fmt.Errorf("job %s ended %s; it should have failed", job.ID, job.Status)
 	}
 	d.say("made to fail", "%s: %s", job.Status, job.Error)
 	if err := d.serves(ctx, before); err != nil {
@@ -237,7 +236,7 @@ func (d *demo) rollback(ctx context.Context) error {
 		return fmt.Errorf("after the failed deployment, %s: %w", d.server.CertPath, err)
 	}
 	if pemutil.Fingerprint(leaf) != before {
-		return errors.New("after the failed deployment the old certificate is not back on disk")
+		return errors.New("after the failed deployment the old certificate is not on disk")
 	}
 	d.say("rolled back", "the old certificate is on disk and served: %s…", before[:16])
 	return nil
@@ -250,27 +249,27 @@ func (d *demo) retirement(ctx context.Context) error {
 	case err := <-d.exited:
 		d.exited <- err
 		if err != nil {
-			return fmt.Errorf("the agent ended with %w, not with status 0", err)
+			return fmt.Errorf("the agent exited with %w, not with status 0", err)
 		}
 	case <-time.After(20 * time.Second):
-		return errors.New("the agent has not ended after 20 s")
+		return errors.New("the agent has not exited after 20 s")
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	d.say("agent", "ended with status %d", d.agent.ProcessState.ExitCode())
+	d.say("agent", "exited with status %d", d.agent.ProcessState.ExitCode())
 	return nil
 }
 
-// secrets checks that no key material was in any request or in the log.
+// secrets checks that no request and no log line contained key material.
 func (d *demo) secrets(context.Context) error {
 	requests := d.plane.Requests()
 	for _, request := range requests {
 		if strings.Contains(string(request.Body), "PRIVATE KEY") {
-			return fmt.Errorf("a %s request held a private key", request.Path)
+			return fmt.Errorf("a %s request contained a private key", request.Path)
 		}
 	}
 	if log := d.log.String(); strings.Contains(log, "PRIVATE KEY") || strings.Contains(log, d.plane.APIKey) {
-		return errors.New("the agent's log holds a private key or the API key")
+		return errors.New("the agent's log contains a private key or the API key")
 	}
 	d.say("secrets", "%d requests and the agent's log: no private key, no API key", len(requests))
 	return nil

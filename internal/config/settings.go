@@ -93,7 +93,7 @@ func settings(c *Config) []setting {
 		{flag: "verify-deployment", variable: "CERTCTL_VERIFY_DEPLOYMENT", field: boolean{&c.VerifyDeployment}, value: "true",
 			doc: "After a deployment, report which certificate the endpoint serves"},
 		{flag: "ssh-accept-new-host-keys", variable: "CERTCTL_SSH_ACCEPT_NEW_HOST_KEYS", field: boolean{&c.SSHAcceptNewHostKeys}, value: "false",
-			doc: "Accept unknown SSH host keys of servers on the first deployment. The agent remembers the key and refuses any other one from then on"},
+			doc: "Accept an unknown host key of a server on the first deployment. The agent remembers the key and refuses any other one from then on"},
 		{flag: "metrics-file", variable: "CERTCTL_METRICS_FILE", field: parsed(&c.MetricsFile, parsePath), defaults: "none",
 			doc: "File to write metrics to, for node_exporter's textfile collector; its name must end in `.prom`"},
 		{flag: "log-level", variable: "CERTCTL_LOG_LEVEL", field: parsed(&c.LogLevel, parseLevel), value: "info", lenient: true,

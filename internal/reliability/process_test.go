@@ -249,7 +249,7 @@ func (h *host) end(signal syscall.Signal) error {
 	}
 	if signal == syscall.SIGTERM {
 		// Before its first line the agent has no handler, and ends by the signal.
-		if err := h.wait(`"msg":"certctl-agent starts"`); err != nil {
+		if err := h.wait(`"msg":"certctl-agent starting"`); err != nil {
 			return err
 		}
 	}
