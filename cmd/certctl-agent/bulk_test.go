@@ -51,7 +51,7 @@ func benchmarkRenewals(b *testing.B, options devplane.Options, certificates int)
 		certificate := plane.AddCertificate(devplane.Certificate{CommonName: name + ".test", Targets: []string{target}})
 		plane.StartRenewal(certificate)
 	}
-	begun := time.Now()
+	started := time.Now()
 	agent, lines := f.start(b)
 	go func() {
 		for lines.Scan() {
@@ -72,7 +72,7 @@ func benchmarkRenewals(b *testing.B, options devplane.Options, certificates int)
 			}
 		}
 	}
-	took := time.Since(begun)
+	took := time.Since(started)
 	if completed != certificates {
 		b.Errorf("%d of %d certificates were deployed", completed, certificates)
 	}

@@ -49,14 +49,14 @@ func (c *checker) reach(ctx context.Context) bool {
 	if len(addresses) != 1 || addresses[0] != host {
 		c.ok("name", "%s resolves to %s", host, strings.Join(addresses, ", "))
 	}
-	begun := time.Now()
+	started := time.Now()
 	conn, err := new(net.Dialer).DialContext(ctx, "tcp", net.JoinHostPort(host, port))
 	if err != nil {
 		c.fail("tcp", "check firewalls, the port, and whether the control plane runs", "%v", err)
 		return false
 	}
 	defer conn.Close()
-	c.ok("tcp", "connected to %s in %v", conn.RemoteAddr(), time.Since(begun).Round(time.Millisecond))
+	c.ok("tcp", "connected to %s in %v", conn.RemoteAddr(), time.Since(started).Round(time.Millisecond))
 	return true
 }
 

@@ -306,7 +306,7 @@ func TestSecondAgent(t *testing.T) {
 	h := newHost(t, devplane.Options{})
 	agent := h.start()
 	agent.waitLog("first heartbeat accepted")
-	begun := h.plane.Connections()
+	before := h.plane.Connections()
 	id := h.plane.RegisterAgent("other")
 	for name, second := range map[string]struct {
 		env  map[string]string
@@ -321,7 +321,7 @@ func TestSecondAgent(t *testing.T) {
 			t.Errorf("%s: exit code %d\n%s", name, code, output)
 		}
 	}
-	if n := h.plane.Connections() - begun; n != 0 {
+	if n := h.plane.Connections() - before; n != 0 {
 		t.Errorf("the second agents made %d connections", n)
 	}
 	for _, command := range []string{"status", "check"} {

@@ -65,12 +65,12 @@ func BenchmarkFirstLogLine(b *testing.B) {
 	f := newFigureAgent(b, devplane.Start(b, devplane.Options{}))
 	var took []time.Duration
 	for b.Loop() {
-		begun := time.Now()
+		started := time.Now()
 		agent, lines := f.start(b)
 		if !lines.Scan() {
 			b.Fatal("the agent logged nothing")
 		}
-		took = append(took, time.Since(begun))
+		took = append(took, time.Since(started))
 		_ = agent.Process.Kill()
 		_ = agent.Wait()
 	}

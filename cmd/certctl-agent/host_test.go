@@ -187,8 +187,8 @@ func (h *host) waitJob(id, want string) devplane.Job {
 // waitMore waits until a call was answered n more times than now.
 func (h *host) waitMore(call string, n int) {
 	h.t.Helper()
-	begun := h.plane.Count(call)
-	h.wait(fmt.Sprintf("%d more %s calls", n, call), func() bool { return h.plane.Count(call) >= begun+n })
+	before := h.plane.Count(call)
+	h.wait(fmt.Sprintf("%d more %s calls", n, call), func() bool { return h.plane.Count(call) >= before+n })
 }
 
 // target adds a target and returns its id. Its files are in the directory tls, with a prefix.

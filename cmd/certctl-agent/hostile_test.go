@@ -311,7 +311,7 @@ func TestHostileConfig(t *testing.T) {
 		}, []string{"agent.env", "belongs to the agent"}},
 		{"key directory", "CERTCTL_ALLOWED_PATHS", func(h *host, c map[string]any) { c["cert_path"] = h.path("keys", "evil.key") },
 			[]string{"keys/evil.key", "belongs to the agent"}},
-		// Refused by the policy where the directory exists, else for that.
+		// Refused by the policy if the directory exists, otherwise because it does not.
 		{"etc certctl", "CERTCTL_ALLOWED_PATHS", func(_ *host, c map[string]any) { c["cert_path"] = "/etc/certctl/evil.env" },
 			[]string{"/etc/certctl"}},
 		{"cron", "CERTCTL_ALLOWED_PATHS", func(_ *host, c map[string]any) { c["cert_path"] = "/etc/cron.d/certctl-evil" },

@@ -121,7 +121,7 @@ func TestPlanRefused(t *testing.T) {
 		}
 		for _, says := range test.says {
 			if !strings.Contains(out, says) {
-				t.Errorf("%s: it lacks %q:\n%s", name, says, out)
+				t.Errorf("%s: %q is missing:\n%s", name, says, out)
 			}
 		}
 	}

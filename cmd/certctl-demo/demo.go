@@ -32,7 +32,7 @@ type demo struct {
 	agentLog  io.Writer // nil: not shown
 	agentPath string
 	target    string // product, or "" for the default
-	begun     time.Time
+	started   time.Time
 
 	dir     string
 	plane   *devplane.Plane
@@ -46,7 +46,7 @@ type demo struct {
 
 // say prints one line of the timeline.
 func (d *demo) say(what, format string, args ...any) {
-	fmt.Fprintf(d.out, "%6.2fs  %-12s %s\n", time.Since(d.begun).Seconds(), what, fmt.Sprintf(format, args...))
+	fmt.Fprintf(d.out, "%6.2fs  %-12s %s\n", time.Since(d.started).Seconds(), what, fmt.Sprintf(format, args...))
 }
 
 func (d *demo) run(ctx context.Context) (err error) {
@@ -126,7 +126,7 @@ func (d *demo) startServer(ctx context.Context) error {
 	}
 	starter := liveserver.Starters()[product]
 	if starter == nil {
-		return fmt.Errorf("there is no live server %q", product)
+		return fmt.Errorf("unknown live server %q", product)
 	}
 	d.server, err = starter(ctx, dir, pair)
 	if d.target == "" && errors.Is(err, liveserver.ErrMissing) {

@@ -50,7 +50,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("the demo took longer than %v", limit))
 	defer cancel()
-	d := &demo{out: stdout, agentPath: *agent, target: *target, begun: time.Now()}
+	d := &demo{out: stdout, agentPath: *agent, target: *target, started: time.Now()}
 	if *verbose {
 		d.agentLog = stderr
 	}

@@ -160,13 +160,13 @@ const maxFruitless = 20
 // claim polls once. It records the jobs on disk before it passes them to the loop, since the
 // control plane hands out a deployment only once.
 func (a *Agent) claim() (done func(), err error) {
-	begun := time.Now()
+	started := time.Now()
 	work, err := a.opts.Plane.Work(a.claims)
 	if err != nil || a.retired.Err() != nil {
 		return nil, err
 	}
 	claimed := a.record(work)
-	return func() { a.take(claimed, begun) }, nil
+	return func() { a.take(claimed, started) }, nil
 }
 
 // pollSoon moves the next poll forward, because there may be new work. After a failed poll it
@@ -198,13 +198,13 @@ func (a *Agent) followUp() time.Duration {
 
 // scanOnce runs one discovery scan.
 func (a *Agent) scanOnce() (done func(), err error) {
-	begun := time.Now()
+	started := time.Now()
 	stats, err := a.opts.Scanner.Run(a.calls)
 	return func() {
 		a.lastScan = scanStatus(stats, err)
 		if err == nil {
 			a.log.Info("scan reported", "files", stats.Files, "certificates", stats.Certificates,
-				"reports", stats.Reports, "errors", stats.Errors, "took", time.Since(begun).Round(time.Millisecond).String())
+				"reports", stats.Reports, "errors", stats.Errors, "took", time.Since(started).Round(time.Millisecond).String())
 		}
 	}, err
 }

@@ -31,7 +31,7 @@ const (
 	pollEvery      = 30 * time.Second
 )
 
-// world is an agent with fakes around it, in a synctest bubble.
+// world is an agent with fakes, in a synctest bubble.
 type world struct {
 	t       *testing.T
 	options agent.Options
@@ -46,7 +46,7 @@ type world struct {
 	mu    sync.Mutex // guards calls
 	calls []call
 
-	// What the fakes answer; nil means success, or no work.
+	// The behaviour of the fakes; nil means success, or no work.
 	heartbeat func(ctx context.Context, n int) error
 	work      func(ctx context.Context, n int) (api.Work, error)
 	enroll    func(ctx context.Context, job api.Job) error
@@ -57,7 +57,7 @@ type world struct {
 	scan      func(ctx context.Context) (discovery.Stats, error)
 }
 
-// call is one thing the agent did.
+// call is a call of the agent to a fake.
 type call struct {
 	at   time.Duration // since the start
 	name string
@@ -81,8 +81,8 @@ func (b *lockedBuffer) String() string {
 	return b.data.String()
 }
 
-// newWorld prepares an agent whose draws are all the middle of their range, so
-// that every interval is exactly what is configured.
+// newWorld prepares an agent whose random numbers are all in the middle of their range, so that
+// every interval is exactly the configured one.
 func newWorld(t *testing.T) *world {
 	t.Helper()
 	dir := t.TempDir()
@@ -122,30 +122,30 @@ func newWorld(t *testing.T) *world {
 	return w
 }
 
-// start runs the agent. The bubble's clock is the only one.
+// start runs the agent.
 func (w *world) start() {
 	w.t.Helper()
 	w.agent = agent.New(w.options)
 	ctx, cancel := context.WithCancel(w.t.Context())
 	w.cancel = cancel
-	begun := time.Now()
+	started := time.Now()
 	w.mu.Lock()
 	w.calls = nil
 	w.mu.Unlock()
-	w.begun(begun)
+	w.noteStart(started)
 	go func() { w.result <- w.agent.Run(ctx) }()
 }
 
-// slowEvery is the interval of a test that spans weeks: with the usual ones it
-// would spend a minute on heartbeats.
+// slowEvery is the interval for tests that span weeks: with the default they would spend a minute
+// on heartbeats.
 const slowEvery = 20 * time.Minute
 
-// slowDown makes everything happen every slowEvery.
+// slowDown sets all intervals to slowEvery.
 func (w *world) slowDown() {
 	w.options.HeartbeatInterval, w.options.PollInterval = slowEvery, slowEvery
 }
 
-// stop stops the agent as SIGTERM does, and returns what Run returned.
+// stop stops the agent as SIGTERM does, and returns the result of Run.
 func (w *world) stop() error {
 	w.cancel()
 	return <-w.result
@@ -157,7 +157,7 @@ func gone(call string, final bool) error {
 	return &api.StatusError{Call: call, Status: http.StatusGone, Body: "Agent has been retired", Final: final}
 }
 
-func (w *world) begun(at time.Time) { w.note(at, "start", "") }
+func (w *world) noteStart(at time.Time) { w.note(at, "start", "") }
 
 func (w *world) note(now time.Time, name, what string) {
 	w.mu.Lock()
@@ -173,7 +173,7 @@ func (w *world) note(now time.Time, name, what string) {
 
 func epoch(first call) time.Time { return time.Unix(0, int64(first.at)) }
 
-// times are when something was done.
+// times returns when calls of a name were made.
 func (w *world) times(name string) []time.Duration {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -186,7 +186,7 @@ func (w *world) times(name string) []time.Duration {
 	return at
 }
 
-// done lists what was done, in order, of the given names.
+// done lists the calls of the given names, in order.
 func (w *world) done(names ...string) string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -203,7 +203,7 @@ func (w *world) done(names ...string) string {
 
 func (w *world) count(name string) int { return len(w.times(name)) }
 
-// answer ends a call as the client does: the agent observes it first.
+// answer ends a call like the client: the agent observes it first.
 func (w *world) answer(call string, err error) error {
 	w.agent.Observe(api.Observation{Call: call, Err: err})
 	return err
@@ -289,7 +289,7 @@ type notifier struct{}
 func (notifier) Status(string) bool { return true }
 func (notifier) Watchdog()          {}
 
-// manager is a service manager that is too busy for every second notice.
+// manager is a service manager that loses every second notification.
 type manager struct {
 	notifier
 	asked int
@@ -305,8 +305,8 @@ func (m *manager) Status(line string) bool {
 	return true
 }
 
-// TestServiceManager: the line is there from the start, follows what happens,
-// and is sent again when it was lost.
+// TestServiceManager: the status line is set at the start, follows the state, and is sent again if
+// it was lost.
 func TestServiceManager(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w, m := newWorld(t), new(manager)
@@ -332,7 +332,7 @@ func TestServiceManager(t *testing.T) {
 			}
 		}
 		if last := m.lines[len(m.lines)-1]; !strings.HasPrefix(last, "in contact") {
-			t.Errorf("in the end it shows %q", last)
+			t.Errorf("at the end it shows %q", last)
 		}
 	})
 	synctest.Test(t, func(t *testing.T) {
@@ -350,7 +350,7 @@ func TestServiceManager(t *testing.T) {
 	})
 }
 
-// sleep is context-aware, as all I/O of the agent is.
+// sleep sleeps until ctx ends.
 func sleep(ctx context.Context, d time.Duration) error {
 	select {
 	case <-time.After(d):
@@ -360,7 +360,7 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// once hands work out with the nth poll only.
+// once returns work from the nth poll only.
 func once(n int, jobs ...api.Job) func(context.Context, int) (api.Work, error) {
 	return func(_ context.Context, poll int) (api.Work, error) {
 		if poll != n {
@@ -379,7 +379,7 @@ func csrJob(id string) api.Job {
 	return api.Job{ID: api.ID(id), Type: api.TypeRenewal, Status: api.StatusAwaitingCSR, CertificateID: "cert-1", CommonName: "www.example.org"}
 }
 
-// everyMinute checks that heartbeats kept their rhythm for a while.
+// everyMinute checks that heartbeats were regular for some minutes.
 func (w *world) everyMinute(minutes int) {
 	w.t.Helper()
 	got := w.times("heartbeat")
@@ -466,7 +466,7 @@ func TestDeadControlPlane(t *testing.T) {
 			t.Errorf("%d heartbeats tried in two hours: it gave up", len(beats))
 		}
 		if w.count("poll") == 0 {
-			t.Error("no poll was tried: the first one follows a heartbeat that was tried, not one that succeeded")
+			t.Error("no poll was tried: the first one must follow the first heartbeat even if that fails")
 		}
 		if err := w.stop(); err != nil {
 			t.Errorf("Run: %v", err)
@@ -482,7 +482,7 @@ func TestOrderOfTheStart(t *testing.T) {
 				w.options.Scanner = scanner{w}
 				w.options.StartupJitter = jitter
 				w.options.Rand = pace.Global
-				// Heartbeats fail: trying one is enough for the first poll.
+				// Heartbeats fail: the first poll must not wait for a success.
 				w.heartbeat = func(ctx context.Context, _ int) error { return errors.Join(sleep(ctx, time.Second), errTest) }
 				w.start()
 				time.Sleep(10 * time.Minute)
@@ -623,11 +623,11 @@ func TestRetirement(t *testing.T) {
 				w.options.Scanner = nil
 				test.setUp(w)
 				w.start()
-				begun := time.Now()
+				started := time.Now()
 				if err := <-w.result; !errors.Is(err, api.ErrRetired) {
 					t.Fatalf("Run: %v, want ErrRetired", err)
 				}
-				if took := time.Since(begun); took > 5*time.Minute {
+				if took := time.Since(started); took > 5*time.Minute {
 					t.Errorf("it took %v to stop", took)
 				}
 				for _, name := range test.unborn {
@@ -641,7 +641,7 @@ func TestRetirement(t *testing.T) {
 				}
 				for name, n := range test.minimum {
 					if w.count(name) < n {
-						t.Errorf("%d calls of %s, want %d: the test shows nothing", w.count(name), name, n)
+						t.Errorf("%d calls of %s, want %d", w.count(name), name, n)
 					}
 				}
 				if got := strings.Count(w.log.String(), "has retired this agent"); got != 1 {
@@ -693,7 +693,7 @@ func TestWorkThatComesAfterRetirementIsNotTouched(t *testing.T) {
 			}
 			return nil
 		}
-		// The poll ignores its context: its answer is on the wire already.
+		// The poll ignores its context, as if its answer were already on the wire.
 		w.work = func(_ context.Context, n int) (api.Work, error) {
 			if n == 2 {
 				time.Sleep(35 * time.Second)
@@ -706,10 +706,10 @@ func TestWorkThatComesAfterRetirementIsNotTouched(t *testing.T) {
 			t.Fatalf("Run: %v, want ErrRetired", err)
 		}
 		if w.count("poll") != 2 {
-			t.Fatalf("%d polls, want 2: the test shows nothing", w.count("poll"))
+			t.Fatalf("%d polls, want 2", w.count("poll"))
 		}
 		if got := w.done("deploy", "enroll", "report"); got != "" {
-			t.Errorf("work of a retired agent was begun: %s", got)
+			t.Errorf("a retired agent started work: %s", got)
 		}
 		if jobs := w.ledger.Unfinished(); len(jobs) != 0 {
 			t.Errorf("it was recorded: %v", jobs)
@@ -743,7 +743,7 @@ func TestRescanAndRefusedJobs(t *testing.T) {
 		w.start()
 		time.Sleep(time.Minute)
 		if got := w.done("deploy", "enroll"); got != "" {
-			t.Errorf("done: %q, want no job begun", got)
+			t.Errorf("done: %q, want no job started", got)
 		}
 		const expected = " is not valid: expected 1 to 128 of A-Z a-z 0-9 . _ -"
 		for job, want := range map[string]string{
@@ -783,7 +783,7 @@ func TestClockSkewIsSaidOnce(t *testing.T) {
 	observe := func(server time.Time) { a.Observe(api.Observation{Date: server, Received: time.Now()}) }
 	observe(time.Now())
 	if strings.Contains(w.log.String(), "clock") {
-		t.Error("warned about a clock that agrees")
+		t.Error("warned although the clocks agree")
 	}
 	for range 3 {
 		observe(time.Now().Add(10 * time.Minute))

@@ -73,13 +73,13 @@ func newCSRTable(pacer *pace.Pacer) csrTable {
 	}
 }
 
-// takeCSRs takes the jobs of a poll that started at begun.
-func (a *Agent) takeCSRs(jobs []api.Job, begun time.Time) {
+// takeCSRs takes the jobs of a poll that started at the given time.
+func (a *Agent) takeCSRs(jobs []api.Job, started time.Time) {
 	t := &a.csrs
 	// A poll that ran while a CSR was accepted still returns that job. Handling it again would
 	// create a second version of the certificate.
-	maps.DeleteFunc(t.accepted, func(_ api.ID, at time.Time) bool { return at.Before(begun) })
-	maps.DeleteFunc(t.renewed, func(_ api.ID, at time.Time) bool { return begun.Sub(at) > renewedFor*a.opts.PollInterval })
+	maps.DeleteFunc(t.accepted, func(_ api.ID, at time.Time) bool { return at.Before(started) })
+	maps.DeleteFunc(t.renewed, func(_ api.ID, at time.Time) bool { return started.Sub(at) > renewedFor*a.opts.PollInterval })
 	listed := make(map[api.ID]bool)
 	for _, job := range jobs {
 		listed[job.ID] = true
@@ -115,12 +115,12 @@ func (a *Agent) takeCSRs(jobs []api.Job, begun time.Time) {
 	a.startCSRs()
 }
 
-// endless reports whether a poll that started at begun asks for another CSR of a certificate just
-// renewed.
-func (t *csrTable) endless(jobs []api.Job, begun time.Time) bool {
+// endless reports whether a poll that started at the given time asks for another CSR of a
+// certificate just renewed.
+func (t *csrTable) endless(jobs []api.Job, started time.Time) bool {
 	return slices.ContainsFunc(jobs, func(job api.Job) bool {
 		at, ok := t.renewed[job.CertificateID]
-		return ok && at.Before(begun)
+		return ok && at.Before(started)
 	})
 }
 

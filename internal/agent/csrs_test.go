@@ -15,7 +15,7 @@ import (
 	"certctl-agent/internal/enroll"
 )
 
-// csrJobs are n jobs of as many certificates.
+// csrJobs returns n jobs of n different certificates.
 func csrJobs(n int) (jobs []api.Job) {
 	for i := range n {
 		job := csrJob(fmt.Sprintf("j%d", i))
@@ -25,7 +25,7 @@ func csrJobs(n int) (jobs []api.Job) {
 	return jobs
 }
 
-// TestCSRsSpareAnOverloadedPlane: each of five jobs comes with every poll.
+// TestCSRsSpareAnOverloadedPlane: every poll returns the same five jobs.
 func TestCSRsSpareAnOverloadedPlane(t *testing.T) {
 	tests := []struct {
 		name   string
@@ -71,7 +71,7 @@ func TestCSRsSpareAnOverloadedPlane(t *testing.T) {
 				if len(got) > test.most || len(got) < test.least {
 					t.Errorf("%d CSRs in an hour, want %d to %d: %v", len(got), test.least, test.most, got)
 				}
-				// Two are sent before the first is answered.
+				// Two are sent before the first answer.
 				for i := 2; i < len(got); i++ {
 					if gap := got[i] - got[i-1]; gap < test.silent {
 						t.Errorf("CSR %d came %v after the one before, want at least %v", i+1, gap, test.silent)
@@ -83,7 +83,7 @@ func TestCSRsSpareAnOverloadedPlane(t *testing.T) {
 				time.Sleep(20 * time.Minute)
 				w.mu.Lock()
 				if len(left) != 0 {
-					t.Errorf("%d jobs are left, 20 minutes after the control plane is well", len(left))
+					t.Errorf("%d jobs are left, 20 minutes after the control plane recovered", len(left))
 				}
 				w.mu.Unlock()
 				if got := w.done("report"); got != "" {
@@ -97,8 +97,7 @@ func TestCSRsSpareAnOverloadedPlane(t *testing.T) {
 	}
 }
 
-// TestOneBadCSRDoesNotHoldUpTheOthers: what is wrong with one job backs off for
-// that job alone.
+// TestOneBadCSRDoesNotHoldUpTheOthers: a failure of a single job delays only that job.
 func TestOneBadCSRDoesNotHoldUpTheOthers(t *testing.T) {
 	for name, cause := range map[string]error{
 		"profile":          &api.StatusError{Status: 500},
@@ -113,7 +112,7 @@ func TestOneBadCSRDoesNotHoldUpTheOthers(t *testing.T) {
 				bad := csrJob("bad")
 				bad.CertificateID = "cert-bad"
 				w.work = func(_ context.Context, n int) (api.Work, error) {
-					good := csrJobs(n)[n-1] // another one with every poll
+					good := csrJobs(n)[n-1] // a different one with every poll
 					return api.Work{Jobs: []api.Job{bad, good}}, nil
 				}
 				w.enroll = func(ctx context.Context, job api.Job) error {
@@ -142,9 +141,8 @@ func TestOneBadCSRDoesNotHoldUpTheOthers(t *testing.T) {
 	}
 }
 
-// TestHangingCSRDoesNotStarveOthers: the control plane shows first, with every
-// poll, jobs whose CA does not answer it. That looks like a control plane that is
-// overloaded, so the others come later, but they come.
+// TestHangingCSRDoesNotStarveOthers: every poll returns first the jobs of a CA that does not
+// answer. That looks like an overload and delays the other jobs, but they are sent eventually.
 func TestHangingCSRDoesNotStarveOthers(t *testing.T) {
 	for name, cause := range map[string]error{
 		"timeout": context.DeadlineExceeded,
@@ -160,12 +158,12 @@ func TestHangingCSRDoesNotStarveOthers(t *testing.T) {
 					slow = append(slow, job)
 				}
 				left := csrJobs(5)
-				began := time.Now()
+				started := time.Now()
 				w.work = func(context.Context, int) (api.Work, error) {
 					w.mu.Lock()
 					defer w.mu.Unlock()
 					work := api.Work{Jobs: slices.Clone(slow)}
-					if time.Since(began) > time.Hour { // the CA has hung for long
+					if time.Since(started) > time.Hour { // the CA has hung long enough
 						work.Jobs = append(work.Jobs, left...)
 					}
 					return work, nil
@@ -197,8 +195,8 @@ func TestHangingCSRDoesNotStarveOthers(t *testing.T) {
 	}
 }
 
-// TestCSRsOfOneCertificate: no two run at once, whatever comes of the first, and
-// the second does not take the other place while it waits.
+// TestCSRsOfOneCertificate: two CSRs of one certificate never run at once, and a waiting one does
+// not take up the limit.
 func TestCSRsOfOneCertificate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -209,7 +207,7 @@ func TestCSRsOfOneCertificate(t *testing.T) {
 		w.enroll = func(ctx context.Context, job api.Job) error {
 			w.mu.Lock()
 			if running[job.CertificateID] {
-				t.Errorf("%s begins while another CSR of %s is under way", job.ID, job.CertificateID)
+				t.Errorf("%s starts while another CSR of %s is under way", job.ID, job.CertificateID)
 			}
 			running[job.CertificateID] = true
 			w.mu.Unlock()
@@ -242,7 +240,7 @@ func TestCSRsOfOneCertificate(t *testing.T) {
 	})
 }
 
-// TestCSRThatAGatewayRefuses: a 404 of its own ends a job only when it lasts.
+// TestCSRThatAGatewayRefuses: a gateway's 404 ends a job only if it lasts.
 func TestCSRThatAGatewayRefuses(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)

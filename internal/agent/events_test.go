@@ -15,8 +15,8 @@ import (
 	"certctl-agent/internal/ledger"
 )
 
-// TestEventsCostTheSame: what the loop allocates and asks the ledger for, for
-// each of 50 jobs that end, does not grow with the jobs that wait.
+// TestEventsCostTheSame: the loop's allocations and ledger calls for 50 jobs that end do not grow
+// with the number of waiting jobs.
 func TestEventsCostTheSame(t *testing.T) {
 	const few = 600 // more than end in the time of the test
 	csrs := func(cert func(i int) api.ID) func(n int) []api.Job {
@@ -63,7 +63,7 @@ func TestEventsCostTheSame(t *testing.T) {
 	}
 }
 
-// costOfEvents is what 50 of the jobs cost the agent, one a second.
+// costOfEvents returns the cost of 50 jobs, one a second.
 func costOfEvents(t *testing.T, jobs []api.Job) (bytes uint64, asked int64) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -103,7 +103,7 @@ func (second) Deploy(_, ctx context.Context, job api.Job, turn deploy.Turn) (dep
 	return deploy.Outcome{Status: api.StatusCompleted}, err
 }
 
-// book is a ledger without a disk that counts what it is asked.
+// book is a ledger in memory that counts its calls.
 type book struct {
 	*ledger.Ledger
 	asked atomic.Int64

@@ -11,8 +11,8 @@ import (
 	"certctl-agent/internal/deploy"
 )
 
-// TestPollFollowsCSRs: the deployments that accepted CSRs make do not wait for
-// the next poll's usual time. However many CSRs a poll shows, all are sent.
+// TestPollFollowsCSRs: a poll soon follows accepted CSRs, to fetch their deployments. All CSRs of a
+// poll are sent, however many there are.
 func TestPollFollowsCSRs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -37,8 +37,8 @@ func TestPollFollowsCSRs(t *testing.T) {
 	})
 }
 
-// pollsAsUsual fails the test if a control plane that always has work is polled
-// more often than any other.
+// pollsAsUsual fails the test if the control plane is polled more often than at the normal
+// interval.
 func pollsAsUsual(t *testing.T, work func(ctx context.Context, n int) (api.Work, error)) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -55,16 +55,16 @@ func pollsAsUsual(t *testing.T, work func(ctx context.Context, n int) (api.Work,
 	})
 }
 
-// TestCSRsThatAreAskedForAgainDoNotSpin: a control plane that accepts CSRs, makes
-// nothing of them and asks for more is polled as often as any other.
+// TestCSRsThatAreAskedForAgainDoNotSpin: a control plane that accepts CSRs, creates no deployments
+// and asks for more CSRs is polled at the normal interval.
 func TestCSRsThatAreAskedForAgainDoNotSpin(t *testing.T) {
 	pollsAsUsual(t, func(_ context.Context, n int) (api.Work, error) {
 		return api.Work{Jobs: []api.Job{csrJob(fmt.Sprintf("j%d", n))}}, nil
 	})
 }
 
-// TestRenewalsWithoutEndDoNotSpin: a control plane that asks for the next CSR of
-// a certificate as soon as it has deployed the last is not followed for ever.
+// TestRenewalsWithoutEndDoNotSpin: a control plane that asks for another CSR of a certificate right
+// after each deployment is eventually polled at the normal interval.
 func TestRenewalsWithoutEndDoNotSpin(t *testing.T) {
 	pollsAsUsual(t, func(_ context.Context, n int) (api.Work, error) {
 		jobs := []api.Job{csrJob(fmt.Sprintf("j%d", n))}
@@ -75,8 +75,7 @@ func TestRenewalsWithoutEndDoNotSpin(t *testing.T) {
 	})
 }
 
-// TestFollowingPollKeepsRetryAfter: an accepted CSR is no reason to poll before
-// the time that the control plane has set.
+// TestFollowingPollKeepsRetryAfter: after an accepted CSR the next poll still respects Retry-After.
 func TestFollowingPollKeepsRetryAfter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -100,8 +99,7 @@ func TestFollowingPollKeepsRetryAfter(t *testing.T) {
 	})
 }
 
-// TestManyUndeliveredReports: reports that the control plane refuses for now do
-// not hold up a new one.
+// TestManyUndeliveredReports: temporarily refused reports do not delay a new one.
 func TestManyUndeliveredReports(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -139,7 +137,7 @@ func TestManyUndeliveredReports(t *testing.T) {
 	})
 }
 
-// TestLimitedCallsAreCounted: a 429 that the client has got over is counted too.
+// TestLimitedCallsAreCounted: 429s are counted even if the client's retry succeeds.
 func TestLimitedCallsAreCounted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -160,10 +158,9 @@ func TestLimitedCallsAreCounted(t *testing.T) {
 	})
 }
 
-// TestOneRenewal: from the poll that shows the job to the report that it is
-// deployed it takes what the control plane and the server take, and the moment
-// after which the next poll comes. Wherever the job meets the rhythm of polls, it
-// has waited for one interval at most before.
+// TestOneRenewal: a job waits at most one interval for a poll. From that poll to the report of the
+// deployment, a renewal takes the time of the control plane and the server plus the delay of the
+// following poll.
 func TestOneRenewal(t *testing.T) {
 	for _, after := range []time.Duration{0, time.Second, 14 * time.Second, 29 * time.Second} {
 		synctest.Test(t, func(t *testing.T) {

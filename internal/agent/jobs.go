@@ -169,14 +169,14 @@ func (a *Agent) refuse(job api.ID, reason string) {
 	}
 }
 
-// take starts the jobs of a poll that started at begun.
-func (a *Agent) take(c claimed, begun time.Time) {
-	if !c.more && (len(c.deployments) > 0 || len(c.csrs) == 0) && !a.csrs.endless(c.csrs, begun) {
+// take starts the jobs of a poll that started at the given time.
+func (a *Agent) take(c claimed, started time.Time) {
+	if !c.more && (len(c.deployments) > 0 || len(c.csrs) == 0) && !a.csrs.endless(c.csrs, started) {
 		a.fruitless = 0
 	} else {
 		a.fruitless++
 	}
-	a.takeCSRs(c.csrs, begun)
+	a.takeCSRs(c.csrs, started)
 	if c.more {
 		a.pollSoon()
 	}

@@ -32,7 +32,7 @@ func TestCSRIsNotStartedTwice(t *testing.T) {
 			return api.Work{Jobs: []api.Job{csrJob("j1")}}, nil
 		}
 		w.enroll = func(ctx context.Context, _ api.Job) error {
-			err := sleep(ctx, 100*time.Second) // three polls show the job meanwhile
+			err := sleep(ctx, 100*time.Second) // three polls return the job meanwhile
 			accepted.Store(true)
 			return err
 		}
@@ -47,8 +47,8 @@ func TestCSRIsNotStartedTwice(t *testing.T) {
 	})
 }
 
-// TestAnswerFromBeforeTheCSR: a poll that was under way while the CSR was
-// accepted still shows the job.
+// TestAnswerFromBeforeTheCSR: a poll that was under way while the CSR was accepted still returns
+// the job.
 func TestAnswerFromBeforeTheCSR(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -56,7 +56,7 @@ func TestAnswerFromBeforeTheCSR(t *testing.T) {
 			switch n {
 			case 1:
 				return api.Work{Jobs: []api.Job{csrJob("j1")}}, nil
-			case 2: // asked before the CSR is accepted, answered after
+			case 2: // started before the CSR is accepted, ends after it
 				return api.Work{Jobs: []api.Job{csrJob("j1")}}, sleep(ctx, 20*time.Second)
 			case 5: // the same id as new work
 				return api.Work{Jobs: []api.Job{csrJob("j1")}}, nil
@@ -67,11 +67,11 @@ func TestAnswerFromBeforeTheCSR(t *testing.T) {
 		w.start()
 		time.Sleep(75 * time.Second)
 		if got := w.count("enroll"); got != 1 {
-			t.Errorf("%d CSRs, want 1: a stale answer made another certificate version", got)
+			t.Errorf("%d CSRs, want 1: a stale poll created another certificate version", got)
 		}
 		time.Sleep(5 * time.Minute)
 		if got := w.count("enroll"); got != 2 {
-			t.Errorf("%d CSRs, want 2: the job that came again was ignored", got)
+			t.Errorf("%d CSRs, want 2: the new job with the same id was ignored", got)
 		}
 		if err := w.stop(); err != nil {
 			t.Errorf("Run: %v", err)
@@ -172,7 +172,7 @@ func TestDeploymentThatCannotBeginIsTriedAgain(t *testing.T) {
 	})
 }
 
-// TestDeploymentThatAGatewayRefuses: for how long a 404 is not believed.
+// TestDeploymentThatAGatewayRefuses: how long a gateway's 404 is retried.
 func TestDeploymentThatAGatewayRefuses(t *testing.T) {
 	gateway := &api.StatusError{Call: "certificate", Status: http.StatusNotFound, Body: "default backend"}
 	for name, test := range map[string]struct {
@@ -212,8 +212,8 @@ func TestDeploymentThatAGatewayRefuses(t *testing.T) {
 	}
 }
 
-// TestGatewayRefusesEverything: while the control plane is down, the gateway
-// before it has no route to it, and answers each call 404.
+// TestGatewayRefusesEverything: while the control plane is down, the gateway in front of it answers
+// every call 404.
 func TestGatewayRefusesEverything(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -226,7 +226,7 @@ func TestGatewayRefusesEverything(t *testing.T) {
 		}
 		w.heartbeat = func(context.Context, int) error { return down() }
 		w.work = func(_ context.Context, n int) (api.Work, error) {
-			if n == 1 { // the moment before
+			if n == 1 { // just before
 				return api.Work{Jobs: []api.Job{deployment("j1", "t1"), deployment("j2", "t2")}}, nil
 			}
 			return api.Work{}, down()
@@ -322,20 +322,20 @@ func TestShutdown(t *testing.T) {
 				}
 				w.start()
 				time.Sleep(time.Second)
-				begun := time.Now()
+				started := time.Now()
 				if err := w.stop(); err != nil {
 					t.Errorf("Run: %v", err)
 				}
-				if took := time.Since(begun); took > test.most {
+				if took := time.Since(started); took > test.most {
 					t.Errorf("stopping took %v, want at most %v", took, test.most)
 				}
 				if got := w.done("report"); got != test.want {
 					t.Errorf("reports: %q, want %q", got, test.want)
 				}
 				if got := w.done("deploy"); got != "deploy j1" {
-					t.Errorf("%s: nothing new is begun while stopping", got)
+					t.Errorf("%s: nothing new must start while stopping", got)
 				}
-				// j2 was never begun and waits for the next start, too.
+				// j2 never started and also waits for the next start.
 				if got := len(w.ledger.Unfinished()); got != test.unfinished+1 {
 					t.Errorf("%d unfinished jobs, want %d", got, test.unfinished+1)
 				}
@@ -344,7 +344,7 @@ func TestShutdown(t *testing.T) {
 	}
 }
 
-// TestPollUnderWayAtShutdown: its answer holds jobs that nobody else will get.
+// TestPollUnderWayAtShutdown: no other poll returns the jobs of its answer.
 func TestPollUnderWayAtShutdown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -357,7 +357,7 @@ func TestPollUnderWayAtShutdown(t *testing.T) {
 			t.Errorf("Run: %v", err)
 		}
 		if got := w.ledger.Unfinished(); len(got) != 1 || w.count("deploy") != 0 {
-			t.Errorf("recorded %v, begun %q: want the job recorded and not begun", got, w.done("deploy"))
+			t.Errorf("recorded %v, started %q: want the job recorded and not started", got, w.done("deploy"))
 		}
 	})
 }
@@ -398,8 +398,7 @@ func TestPanicIsTheJobsFailure(t *testing.T) {
 	})
 }
 
-// world with deployments that wait for another for the given time, and then
-// take a second.
+// waitFor makes deployments wait for another one for the given time and then take a second.
 func (w *world) waitFor(waits map[string]time.Duration) {
 	w.turn = func(work context.Context, job api.Job, turn deploy.Turn) (deploy.Outcome, error) {
 		turn.Share()
@@ -417,8 +416,8 @@ func (w *world) waitFor(waits map[string]time.Duration) {
 	}
 }
 
-// TestWaitingHoldsNoSlot: as many jobs as there are slots wait for a lock, and
-// another one runs. Those that go on do not exceed the slots.
+// TestWaitingHoldsNoSlot: while as many jobs as there are slots wait for a lock, another one runs.
+// After the wait they do not exceed the slots.
 func TestWaitingHoldsNoSlot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -453,8 +452,8 @@ func TestWaitingHoldsNoSlot(t *testing.T) {
 	})
 }
 
-// TestStopEndsWaiting: a job that only waits, for a lock or for a slot after
-// it, does not use up the grace.
+// TestStopEndsWaiting: a job that waits for a lock, or for a slot after that, does not use up the
+// grace.
 func TestStopEndsWaiting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -463,11 +462,11 @@ func TestStopEndsWaiting(t *testing.T) {
 		w.waitFor(map[string]time.Duration{"a": 24 * time.Hour, "b": 24 * time.Hour})
 		w.start()
 		time.Sleep(10 * time.Minute)
-		began := time.Now()
+		started := time.Now()
 		if err := w.stop(); err != nil {
 			t.Errorf("Run: %v", err)
 		}
-		if took := time.Since(began); took > 0 {
+		if took := time.Since(started); took > 0 {
 			t.Errorf("the stop took %v", took)
 		}
 		if got := len(w.ledger.Unfinished()); got != 2 || w.count("ran") > 0 {
@@ -476,8 +475,8 @@ func TestStopEndsWaiting(t *testing.T) {
 	})
 }
 
-// TestCertificateIsOneJobs: while a job may promote a key, no other job of the
-// certificate begins, those of others do, and all of it once the key is shared.
+// TestCertificateIsOneJobs: while a job may promote a key, no other job of its certificate starts,
+// but jobs of other certificates do. Once the job shares the key, all start.
 func TestCertificateIsOneJobs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -499,12 +498,12 @@ func TestCertificateIsOneJobs(t *testing.T) {
 		time.Sleep(10 * time.Minute)
 		synctest.Wait()
 		if got := w.done("deploy"); w.count("deploy") != 2 || !strings.Contains(got, "deploy a") || !strings.Contains(got, "deploy d") {
-			t.Errorf("begun: %s", got)
+			t.Errorf("started: %s", got)
 		}
 		close(promoted)
 		synctest.Wait()
 		if got := w.done("deploy"); !strings.Contains(got, "deploy b") || !strings.Contains(got, "deploy c") {
-			t.Errorf("begun when the key was promoted: %s", got)
+			t.Errorf("started when the key was promoted: %s", got)
 		}
 		time.Sleep(2 * time.Minute)
 		synctest.Wait()
@@ -517,8 +516,7 @@ func TestCertificateIsOneJobs(t *testing.T) {
 	})
 }
 
-// TestRepair: a server that could not be told of its old files is told again,
-// after a crash and after a rollback, until it takes it.
+// TestRepair: a reload that failed after a crash or a rollback is retried until it succeeds.
 func TestRepair(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -633,11 +631,11 @@ func TestReportsAreGivenUpAfterAWeek(t *testing.T) {
 		w.start()
 		time.Sleep(7*24*time.Hour - time.Minute)
 		if len(w.ledger.Undelivered()) != 1 {
-			t.Error("given up before a week has passed")
+			t.Error("the agent gave up before a week had passed")
 		}
 		time.Sleep(slowEvery + 7*time.Minute) // the next try
 		if len(w.ledger.Undelivered()) != 0 || !strings.Contains(w.log.String(), "a week has passed") {
-			t.Error("not given up after a week, or not said")
+			t.Error("the agent did not give up after a week, or did not log it")
 		}
 		if err := w.stop(); err != nil {
 			t.Errorf("Run: %v", err)
@@ -645,8 +643,8 @@ func TestReportsAreGivenUpAfterAWeek(t *testing.T) {
 	})
 }
 
-// TestVerdictAfterAnUnansweredRunning: that "Running" may arrive after the
-// verdict, and would leave the job running for ever.
+// TestVerdictAfterAnUnansweredRunning: an unanswered Running may arrive after the final status, and
+// would leave the job running forever.
 func TestVerdictAfterAnUnansweredRunning(t *testing.T) {
 	tests := []struct {
 		name  string
@@ -688,7 +686,8 @@ func TestVerdictAfterAnUnansweredRunning(t *testing.T) {
 				if got := w.done("report"); got != "report j1 Completed" {
 					t.Errorf("reports: %q, want one so far", got)
 				}
-				// Stopping does not hurry it, and a restart does not lose it.
+				// The final status is not sent early when the agent stops, and not lost by a
+				// restart.
 				if err := w.stop(); err != nil {
 					t.Errorf("Run: %v", err)
 				}
@@ -712,8 +711,7 @@ func TestVerdictAfterAnUnansweredRunning(t *testing.T) {
 	}
 }
 
-// TestOneRefusedReportDoesNotHoldUpTheOthers: an unknown job id is answered
-// 500, for ever.
+// TestOneRefusedReportDoesNotHoldUpTheOthers: an unknown job id is always answered 500.
 func TestOneRefusedReportDoesNotHoldUpTheOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -744,7 +742,7 @@ func TestOneRefusedReportDoesNotHoldUpTheOthers(t *testing.T) {
 	})
 }
 
-// walkedLedger counts the walks over all undelivered reports.
+// walkedLedger counts how often all undelivered reports are listed.
 type walkedLedger struct {
 	*ledger.Ledger
 	walks atomic.Int64
@@ -755,8 +753,8 @@ func (l *walkedLedger) Undelivered() []ledger.Delivery {
 	return l.Ledger.Undelivered()
 }
 
-// TestEventsDoNotWalkAllReports: with thousands of reports that nobody takes,
-// each event would cost the loop milliseconds.
+// TestEventsDoNotWalkAllReports: with thousands of undelivered reports, each event would cost the
+// loop milliseconds.
 func TestEventsDoNotWalkAllReports(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -772,10 +770,10 @@ func TestEventsDoNotWalkAllReports(t *testing.T) {
 		w.start()
 		time.Sleep(time.Hour)
 		if got := len(w.ledger.Undelivered()); got != 20 || w.count("report") < 100 {
-			t.Errorf("%d reports tried %d times: the test shows nothing", got, w.count("report"))
+			t.Errorf("%d reports tried %d times", got, w.count("report"))
 		}
 		if got := counted.walks.Load(); got != 1 {
-			t.Errorf("%d walks over all reports, want the one of the start", got)
+			t.Errorf("all reports were listed %d times, want once at the start", got)
 		}
 		if err := w.stop(); err != nil {
 			t.Errorf("Run: %v", err)
@@ -783,9 +781,8 @@ func TestEventsDoNotWalkAllReports(t *testing.T) {
 	})
 }
 
-// TestHungDirectoryHoldsUpWhatNeedsItOnly: hundreds of jobs need a directory that
-// another program has locked. One of them keeps trying, and when it has got it all
-// are carried out, each with one more try.
+// TestHungDirectoryHoldsUpWhatNeedsItOnly: hundreds of jobs need a directory that another program
+// has locked. One of them keeps trying. When it succeeds, the others need one more try each.
 func TestHungDirectoryHoldsUpWhatNeedsItOnly(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -797,14 +794,14 @@ func TestHungDirectoryHoldsUpWhatNeedsItOnly(t *testing.T) {
 			jobs = append(jobs, job)
 		}
 		w.work = once(1, jobs...)
-		began := time.Now()
+		started := time.Now()
 		var free atomic.Bool
 		w.turn = func(work context.Context, job api.Job, turn deploy.Turn) (deploy.Outcome, error) {
 			var n int
 			fmt.Sscanf(string(job.ID), "j%d", &n)
 			if n < hung && !free.Load() {
-				// As the engine does: nobody waits for what one has had for 15 s.
-				err := turn.Yield(64<<10, func(ctx context.Context) error { return sleep(ctx, 15*time.Second-time.Since(began)) })
+				// Like the engine: jobs do not wait for a place that was busy for 15 s.
+				err := turn.Yield(64<<10, func(ctx context.Context) error { return sleep(ctx, 15*time.Second-time.Since(started)) })
 				return deploy.Outcome{}, errors.Join(err, &transaction.BusyError{Place: "directory 1:2", Err: errTest})
 			}
 			if err := sleep(work, time.Second); err != nil {
@@ -816,7 +813,7 @@ func TestHungDirectoryHoldsUpWhatNeedsItOnly(t *testing.T) {
 		w.start()
 		time.Sleep(30 * time.Second)
 		if got := w.count("ran"); got != 10 {
-			t.Errorf("%d ran that do not need the directory, want 10", got)
+			t.Errorf("%d jobs ran that do not need the directory, want 10", got)
 		}
 		time.Sleep(time.Hour)
 		if got := w.count("deploy"); got < hung+20 || got > hung+50 {
@@ -835,8 +832,8 @@ func TestHungDirectoryHoldsUpWhatNeedsItOnly(t *testing.T) {
 	})
 }
 
-// TestLongRetryAfter: when a fetch is answered 429 with a long Retry-After, no
-// other is tried before that is over, and then all are carried out.
+// TestLongRetryAfter: after a 429 with a long Retry-After no deployment starts before that time;
+// then all run.
 func TestLongRetryAfter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -847,12 +844,12 @@ func TestLongRetryAfter(t *testing.T) {
 			jobs = append(jobs, job)
 		}
 		w.work = once(1, jobs...)
-		began := time.Now()
+		started := time.Now()
 		w.deploy = func(_, work context.Context, _ api.Job) (deploy.Outcome, error) {
 			if err := sleep(work, time.Second); err != nil {
 				return deploy.Outcome{}, err
 			}
-			if left := 15*time.Minute - time.Since(began); left > 0 {
+			if left := 15*time.Minute - time.Since(started); left > 0 {
 				return deploy.Outcome{}, &api.StatusError{Call: "certificate", Status: 429, RetryAfter: left}
 			}
 			return deploy.Outcome{Status: api.StatusCompleted}, nil
@@ -873,8 +870,8 @@ func TestLongRetryAfter(t *testing.T) {
 	})
 }
 
-// TestHandedOutAgainWithAnotherTarget: a job that waits for a slot when its new
-// form comes waits for the target of that, too.
+// TestHandedOutAgainWithAnotherTarget: a job that is claimed again with another target while it
+// waits for a slot also waits for that target.
 func TestHandedOutAgainWithAnotherTarget(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -900,7 +897,7 @@ func TestHandedOutAgainWithAnotherTarget(t *testing.T) {
 		w.turn = func(work context.Context, job api.Job, _ deploy.Turn) (deploy.Outcome, error) {
 			if job.TargetID == jobs[0].TargetID {
 				if atTarget.Add(1) > 1 {
-					t.Error("two deployments to one target at once")
+					t.Error("two deployments to the same target at once")
 				}
 				defer atTarget.Add(-1)
 			}
@@ -914,7 +911,7 @@ func TestHandedOutAgainWithAnotherTarget(t *testing.T) {
 			t.Errorf("Run: %v", err)
 		}
 		if want := []string{"short to t1", "long to t0", "moves to t0"}; !slices.Equal(order, want) {
-			t.Errorf("carried out %q, want %q", order, want)
+			t.Errorf("deployed %q, want %q", order, want)
 		}
 	})
 }

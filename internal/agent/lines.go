@@ -12,22 +12,22 @@ type need struct {
 }
 
 type line struct {
-	by   *waitingJob   // holds the resource
-	jobs []*waitingJob // wait for it, first come, first served
+	holder *waitingJob   // has the resource
+	jobs   []*waitingJob // wait for it, first come, first served
 }
 
 // take gives a job everything it needs, or queues it and returns false.
 func (l lines) take(w *waitingJob) (ok bool) {
 	needs := w.needs()
 	for _, n := range needs {
-		if at := l[n]; at != nil && at.by != w {
+		if at := l[n]; at != nil && at.holder != w {
 			at.jobs = append(at.jobs, w)
 			return false
 		}
 	}
 	for _, n := range needs {
 		if l[n] == nil {
-			l[n] = &line{by: w}
+			l[n] = &line{holder: w}
 		}
 	}
 	return true
@@ -37,7 +37,7 @@ func (l lines) take(w *waitingJob) (ok bool) {
 // a queue still lacks another resource, it moves to that queue, and the next one is tried.
 func (l lines) release(w *waitingJob, needs ...need) (ready []*waitingJob) {
 	for _, n := range needs {
-		if l[n] == nil || l[n].by != w {
+		if l[n] == nil || l[n].holder != w {
 			continue
 		}
 		jobs := l[n].jobs

@@ -7,8 +7,8 @@ import (
 	"certctl-agent/internal/api"
 )
 
-// A job takes all that it needs or nothing, and one that needs something else, too,
-// holds up nobody in the line that it leaves for that.
+// A job takes everything it needs or nothing. A job that also needs another resource moves to that
+// queue, and does not block the queue that it leaves.
 func TestLines(t *testing.T) {
 	l := make(lines)
 	job := func(id, certificate, target string) *waitingJob {
@@ -29,7 +29,7 @@ func TestLines(t *testing.T) {
 		needs []need
 		want  []*waitingJob
 	}{
-		{other, []need{first.certificate()}, nil},                 // it does not have that
+		{other, []need{first.certificate()}, nil},                 // other does not hold it
 		{first, []need{first.certificate()}, []*waitingJob{next}}, // both waits for y now
 		{other, other.needs(), nil},                               // and then for a
 		{next, next.needs(), []*waitingJob{both}},

@@ -11,8 +11,8 @@ import (
 	"certctl-agent/internal/api"
 )
 
-// TestRecordedExamples decodes what was recorded on the wire and encodes it
-// again: no field may get lost, added or renamed.
+// TestRecordedExamples decodes recorded messages and encodes them again: no field may be lost,
+// added or renamed.
 func TestRecordedExamples(t *testing.T) {
 	for name, v := range map[string]any{
 		"heartbeat.request":        new(api.Heartbeat),
@@ -37,7 +37,7 @@ func TestRecordedExamples(t *testing.T) {
 				t.Fatal(err)
 			}
 			if got, want := generic(t, encoded), generic(t, recorded); !reflect.DeepEqual(got, want) {
-				t.Errorf("encoded again:\n%s\nrecorded:\n%s", encoded, recorded)
+				t.Errorf("re-encoded:\n%s\nrecorded:\n%s", encoded, recorded)
 			}
 		})
 	}
@@ -133,8 +133,8 @@ func TestMalformedJobKeepsItsName(t *testing.T) {
 	}
 }
 
-// TestJobBounds: a job over a bound is refused with a reason, the others of the
-// answer are not, and of those that are taken only what is needed is kept.
+// TestJobBounds: a job over a limit is refused with a reason, the other jobs are not, and only the
+// needed fields are kept.
 func TestJobBounds(t *testing.T) {
 	const csr = `"id":"j","type":"Renewal","status":"AwaitingCSR","certificate_id":"c"`
 	const deployment = `"id":"j","type":"Deployment","status":"Running","certificate_id":"c"`
@@ -201,8 +201,8 @@ func TestTooManyJobs(t *testing.T) {
 	}
 }
 
-// TestJobIDs: of a job whose id is valid, another id that is not is reported;
-// one whose own id is not cannot be reported, and keeps its name for the log.
+// TestJobIDs: if the job's own id is valid, its other invalid ids can be reported. Otherwise the
+// job cannot be reported, and its name is kept for the log.
 func TestJobIDs(t *testing.T) {
 	const expected = " is not valid: expected 1 to 128 of A-Z a-z 0-9 . _ -"
 	const csr, deployment = `"type":"Renewal","status":"AwaitingCSR",`, `"type":"Deployment","status":"Running",`
@@ -271,7 +271,7 @@ func TestJobIDs(t *testing.T) {
 	}
 }
 
-// TestIDIsAString: its form on the wire and on disk is a string's.
+// TestIDIsAString: on the wire and on disk an id is a string.
 func TestIDIsAString(t *testing.T) {
 	type form struct {
 		ID   api.ID            `json:"id"`
@@ -326,8 +326,8 @@ func TestPaths(t *testing.T) {
 	}
 }
 
-// FuzzWork feeds the decoder what a hostile control plane may send: it must
-// end, within its bounds, and lose no job that encoding/json understands.
+// FuzzWork decodes what a hostile control plane may send: decoding must end, within its limits, and
+// lose no job that encoding/json understands.
 func FuzzWork(f *testing.F) {
 	for _, seed := range []string{
 		`{"jobs":[{"id":"j","type":"Deployment","status":"Running","target_config":{"a":1}}],"count":1}`,
@@ -348,7 +348,7 @@ func FuzzWork(f *testing.F) {
 			Jobs []json.RawMessage `json:"jobs"`
 		}
 		if err := json.Unmarshal(data, &plain); err != nil {
-			return // two keys of one name, of which the last counts
+			return // duplicate keys, of which the last one wins
 		}
 		if got, want := len(work.Jobs)+len(work.Malformed)+work.Excess, len(plain.Jobs); got != want {
 			t.Errorf("%d jobs of %d", got, want)

@@ -12,7 +12,7 @@ import (
 	"certctl-agent/internal/api"
 )
 
-// TestVerdicts is the table "Errors" of docs/protocol.md.
+// TestVerdicts follows the table "Errors" of docs/protocol.md.
 func TestVerdicts(t *testing.T) {
 	call := func(status int) error { return &api.StatusError{Call: "status report", Status: status, Own: true} }
 	gateway := func(status int) error { return &api.StatusError{Call: "status report", Status: status} }
@@ -131,8 +131,7 @@ func TestRetryAfter(t *testing.T) {
 	}
 }
 
-// TestOwn: what proxies and gateways say in JSON while they have nowhere to send
-// a request to is not the control plane's word on it.
+// TestOwn: JSON errors of proxies and gateways do not count as the control plane's.
 func TestOwn(t *testing.T) {
 	plane := api.Refusal{Error: "Not Found", Message: "certificate not found", RequestID: "38c8"}
 	for _, test := range []struct {

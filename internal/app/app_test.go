@@ -17,8 +17,7 @@ type silent struct{}
 func (silent) Status(string) bool { return true }
 func (silent) Watchdog()          {}
 
-// TestOpenReleases: an App that could not be built holds no lock, and neither
-// does one that was closed.
+// TestOpenReleases: an App that could not be built, or was closed, holds no lock.
 func TestOpenReleases(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.Mkdir(filepath.Join(dir, "empty"), 0o700); err != nil {
@@ -49,7 +48,7 @@ func TestOpenReleases(t *testing.T) {
 		t.Errorf("close: %v", err)
 	}
 
-	// Each part that is opened late fails once, after the others have been opened.
+	// Each of the parts that are opened late fails once, after the others have been opened.
 	for _, name := range []string{"jobs", "journal"} {
 		path := filepath.Join(cfg.InstanceStateDir(), name)
 		if err := os.RemoveAll(path); err != nil {
@@ -66,7 +65,7 @@ func TestOpenReleases(t *testing.T) {
 		}
 		a, err := open()
 		if err != nil {
-			t.Fatalf("after %s was in the way: %v", name, err)
+			t.Fatalf("after removing the file %s: %v", name, err)
 		}
 		if err := a.Close(); err != nil {
 			t.Errorf("close: %v", err)

@@ -83,11 +83,11 @@ func NewPreview(ctx context.Context, cfg *config.Config, target Target) (*Previe
 		Target: target.ID, Type: target.Type, UID: os.Geteuid(), Settings: []targetconf.Setting{}, Unknown: []string{}, Commands: []PreviewCommand{},
 		Preview: transaction.Preview{Files: []transaction.FilePreview{}, Changes: []transaction.ChangePreview{}, Warnings: []string{}, Problems: []string{}},
 	}
-	look := looker{Preview: p, cfg: cfg, target: target, rules: newPolicy(cfg)}
+	b := previewer{Preview: p, cfg: cfg, target: target, rules: newPolicy(cfg)}
 	merged, err := targetconf.Merge(target.Config, typ.Name, typ.Aliases, target.ID, Overlays(cfg))
-	look.problem(err)
+	b.problem(err)
 	if merged != nil {
-		look.all(ctx, typ, merged, err == nil)
+		b.all(ctx, typ, merged, err == nil)
 	}
 	if target.CertificateID == "" && slices.ContainsFunc(p.Problems, func(problem string) bool { return strings.Contains(problem, cfg.KeyDir) }) {
 		p.Warnings = append(p.Warnings, "a problem concerns the key directory, where a server may read only the key of its own certificate: say which certificate it is")
@@ -96,8 +96,8 @@ func NewPreview(ctx context.Context, cfg *config.Config, target Target) (*Previe
 	return p, nil
 }
 
-// looker builds a Preview.
-type looker struct {
+// previewer builds a Preview.
+type previewer struct {
 	*Preview
 	cfg    *config.Config
 	target Target
@@ -105,48 +105,48 @@ type looker struct {
 }
 
 // problem adds an error, or each of several, unless it is already listed.
-func (l *looker) problem(err error) {
+func (b *previewer) problem(err error) {
 	problems := targetconf.Problems{err}
 	if several, ok := err.(targetconf.Problems); ok {
 		problems = several
 	}
 	for _, problem := range problems {
-		if problem != nil && !slices.Contains(l.Problems, problem.Error()) {
-			l.Problems = append(l.Problems, problem.Error())
+		if problem != nil && !slices.Contains(b.Problems, problem.Error()) {
+			b.Problems = append(b.Problems, problem.Error())
 		}
 	}
 }
 
 // all checks as much as possible, so that the preview shows all problems at once. Valid says
 // whether the settings that all types share are valid.
-func (l *looker) all(ctx context.Context, typ connector.Type, merged *targetconf.Config, valid bool) {
-	m, err := l.material(merged.Common.DropRoot)
-	l.problem(err)
+func (b *previewer) all(ctx context.Context, typ connector.Type, merged *targetconf.Config, valid bool) {
+	m, err := b.material(merged.Common.DropRoot)
+	b.problem(err)
 	made, err := typ.New(merged, connector.Host{
 		// Without Commands, so that a forbidden command does not keep the files from being checked.
-		Policy: &policy.Policy{Paths: l.rules.Paths, Hosts: l.rules.Hosts, Protected: l.rules.Protected},
+		Policy: &policy.Policy{Paths: b.rules.Paths, Hosts: b.rules.Hosts, Protected: b.rules.Protected},
 		Log:    slog.New(slog.DiscardHandler),
-		Getenv: l.cfg.Getenv,
-		Proxy:  l.cfg.Proxy.For,
+		Getenv: b.cfg.Getenv,
+		Proxy:  b.cfg.Proxy.For,
 		Query: func(ctx context.Context, c policy.Command) ([]byte, error) {
-			if slices.ContainsFunc(l.Commands, func(c PreviewCommand) bool { return !c.Allowed }) {
+			if slices.ContainsFunc(b.Commands, func(c PreviewCommand) bool { return !c.Allowed }) {
 				return nil, errors.New("not asked, because a command of the target is not allowed")
 			}
 			return query(ctx, c)
 		},
-		StateDir: l.cfg.InstanceStateDir(), // for reading; new host keys are not accepted
+		StateDir: b.cfg.InstanceStateDir(), // for reading; new host keys are not accepted
 	})
-	l.problem(err)
+	b.problem(err)
 	if made != nil {
 		defer connector.Close(made, slog.New(slog.DiscardHandler))
 	}
-	l.commands(merged) // after New, which decodes them
+	b.commands(merged) // after New, which decodes them
 	if err == nil && valid && m != nil {
-		l.problem(l.plan(ctx, made, m, &merged.Common))
+		b.problem(b.plan(ctx, made, m, &merged.Common))
 	}
-	l.Settings, l.Unknown = merged.Settings(), append(l.Unknown, merged.Unknown()...)
+	b.Settings, b.Unknown = merged.Settings(), append(b.Unknown, merged.Unknown()...)
 	// Defaults last.
-	slices.SortStableFunc(l.Settings, func(a, b targetconf.Setting) int {
+	slices.SortStableFunc(b.Settings, func(a, b targetconf.Setting) int {
 		return cmp.Compare(rank(a), rank(b))
 	})
 }
@@ -158,22 +158,22 @@ func rank(s targetconf.Setting) int {
 	return 0
 }
 
-func (l *looker) plan(ctx context.Context, made connector.Connector, m *connector.Material, common *targetconf.Common) error {
+func (b *previewer) plan(ctx context.Context, made connector.Connector, m *connector.Material, common *targetconf.Common) error {
 	plan, err := made.Plan(ctx, m)
 	if err != nil {
 		return err
 	}
 	look := transaction.NewPreview(ctx, transaction.Deployment{
-		Target: l.target.ID, Material: m, ReplaceAny: common.ReplaceAny,
-	}, plan, l.rules)
-	l.Files, l.Changes = look.Files, look.Changes
-	l.Warnings, l.Problems = append(l.Warnings, look.Warnings...), append(l.Problems, look.Problems...)
+		Target: b.target.ID, Material: m, ReplaceAny: common.ReplaceAny,
+	}, plan, b.rules)
+	b.Files, b.Changes = look.Files, look.Changes
+	b.Warnings, b.Problems = append(b.Warnings, look.Warnings...), append(b.Problems, look.Problems...)
 	if does := plan.Reload.Does; does != "" {
-		l.Changes = append(l.Changes, transaction.ChangePreview{Name: does, Changes: true})
+		b.Changes = append(b.Changes, transaction.ChangePreview{Name: does, Changes: true})
 	}
-	l.Verified = addressOf(common.VerifiedAt())
-	if l.cfg.VerifyDeployment {
-		l.Reported = addressOf(plan.Serves)
+	b.Verified = addressOf(common.VerifiedAt())
+	if b.cfg.VerifyDeployment {
+		b.Reported = addressOf(plan.Serves)
 	}
 	return nil
 }
@@ -186,40 +186,40 @@ func addressOf(e *tlsprobe.Endpoint) string {
 }
 
 // commands lists the configured command lines and whether they may run.
-func (l *looker) commands(merged *targetconf.Config) {
+func (b *previewer) commands(merged *targetconf.Config) {
 	for _, setting := range merged.Settings() {
 		var line string
 		if !strings.HasSuffix(setting.Key, "_command") || json.Unmarshal([]byte(setting.Value), &line) != nil {
 			continue
 		}
 		c := PreviewCommand{Key: setting.Key, Line: line, Allowed: true}
-		if _, err := l.rules.Command(line, 0); err != nil {
+		if _, err := b.rules.Command(line, 0); err != nil {
 			c.Allowed, c.Problem = false, err.Error()
-			l.problem(targetconf.Invalid(setting.Key, "%v", err))
+			b.problem(targetconf.Invalid(setting.Key, "%v", err))
 		}
-		l.Commands = append(l.Commands, c)
+		b.Commands = append(b.Commands, c)
 	}
 }
 
 // material returns what the deployment would install. If this host does not have the certificate's
 // key, it uses a new one: a preview only needs some key.
-func (l *looker) material(dropRoot bool) (*connector.Material, error) {
+func (b *previewer) material(dropRoot bool) (*connector.Material, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, err
 	}
-	m := &connector.Material{CertificateID: l.target.CertificateID}
+	m := &connector.Material{CertificateID: b.target.CertificateID}
 	if m.KeyPEM, err = pemutil.EncodeKey(key); err != nil {
 		return nil, err
 	}
 	if m.CertificateID != "" {
-		m.KeyPath = keystore.CurrentPath(l.cfg.KeyDir, m.CertificateID)
+		m.KeyPath = keystore.CurrentPath(b.cfg.KeyDir, m.CertificateID)
 	}
-	if len(l.target.Cert) == 0 {
+	if len(b.target.Cert) == 0 {
 		m.Leaf, err = placeholder(key)
 		return m, err
 	}
-	certs, err := pemutil.ParseCertificates(l.target.Cert)
+	certs, err := pemutil.ParseCertificates(b.target.Cert)
 	if err != nil {
 		return nil, fmt.Errorf("the certificate: %w", err)
 	}
@@ -228,17 +228,17 @@ func (l *looker) material(dropRoot bool) (*connector.Material, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the chain of the certificate: %w", err)
 	}
-	m.Chain, l.Warnings = chain, append(l.Warnings, warnings...)
+	m.Chain, b.Warnings = chain, append(b.Warnings, warnings...)
 	_, err = deploy.Wait(m.Leaf)
-	return m, targetconf.Join(err, l.findKey(m))
+	return m, targetconf.Join(err, b.findKey(m))
 }
 
 // findKey takes the certificate's key from the key directory. It fails if the key is not there.
-func (l *looker) findKey(m *connector.Material) error {
+func (b *previewer) findKey(m *connector.Material) error {
 	if m.CertificateID == "" {
 		return nil
 	}
-	keys, err := keystore.Look(l.cfg.KeyDir)
+	keys, err := keystore.Look(b.cfg.KeyDir)
 	if err != nil {
 		return err
 	}

@@ -57,9 +57,8 @@ func variableSpecs(file *ast.File) (specs []*ast.ValueSpec) {
 	return specs
 }
 
-// stateful returns the type or the constructor in a declaration that makes a variable change without
-// an assignment, such as sync.Mutex or new. It returns "" if there is none. Function literals are
-// left out: their variables are their own.
+// stateful returns the type or constructor in a declaration that lets a variable change without an
+// assignment, such as sync.Mutex or new, or "" if there is none. It skips function literals.
 func stateful(spec *ast.ValueSpec) (state string) {
 	harmless := []string{"OnceFunc", "OnceValue", "OnceValues"} // results that do not change
 	ast.Inspect(spec, func(n ast.Node) bool {

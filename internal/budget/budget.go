@@ -20,7 +20,7 @@ type Class int
 const (
 	Heartbeat   Class = iota // never waits
 	Report                   // how a job ended
-	Certificate              // for a deployment that has begun
+	Certificate              // for a deployment that has started
 	CSR
 	Poll
 	Discovery

@@ -129,7 +129,7 @@ func (h *host) polls(ctx context.Context) {
 	}
 }
 
-// take takes what a poll brought.
+// take takes the answer of a poll.
 func (h *host) take(ctx context.Context) {
 	for range h.csrs {
 		h.inHand++

@@ -96,7 +96,7 @@ func Query(ctx context.Context, argv []string, timeout time.Duration, env ...str
 
 func run(ctx context.Context, dir string, argv []string, timeout time.Duration, stdout, stderr io.Writer, env ...string) error {
 	if len(argv) == 0 {
-		return errors.New("there is no command")
+		return errors.New("no command given")
 	}
 	path, err := Find(argv[0])
 	if err != nil {
@@ -147,7 +147,7 @@ func Environment() []string {
 func Find(name string) (string, error) {
 	switch {
 	case name == "":
-		return "", errors.New("there is no command")
+		return "", errors.New("no command given")
 	case filepath.IsAbs(name):
 		path, err := exec.LookPath(name)
 		if wrapped, ok := errors.AsType[*exec.Error](err); ok {

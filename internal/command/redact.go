@@ -16,7 +16,7 @@ const (
 	// bytes, the shortest key in use.
 	minRun = 32
 
-	// minMixed and mixedShare: base64 is told from words and paths by its mixed pairs of characters
+	// minMixed and mixedShare: base64 differs from words and paths in its mixed pairs of characters
 	// (see mixed). It has at least minMixed of them, and one in mixedShare. In base64 of random
 	// bytes, three pairs in ten are mixed.
 	minMixed   = 5

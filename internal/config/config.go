@@ -108,7 +108,7 @@ type Config struct {
 
 	values []Value
 	getenv func(string) string // nil if Load did not create this Config
-	again  func() (*Config, error)
+	reload func() (*Config, error)
 }
 
 // Getenv reads the environment of the process, for variables that are not settings: Kubernetes
@@ -185,7 +185,7 @@ func Load(args []string, getenv func(string) string, options Options) (*Config, 
 		l.apply(s)
 	}
 	l.finish()
-	config.again = func() (*Config, error) { return Load(args, getenv, options) }
+	config.reload = func() (*Config, error) { return Load(args, getenv, options) }
 	if len(l.problems) > 0 {
 		return config, l.problems
 	}
@@ -195,7 +195,7 @@ func Load(args []string, getenv func(string) string, options Options) (*Config, 
 // Reload loads the configuration again from the same flags and environment. It reads the
 // configuration file, API key file and CA bundle again.
 func (c *Config) Reload() (*Config, error) {
-	fresh, err := c.again()
+	fresh, err := c.reload()
 	if err != nil {
 		return nil, err
 	}

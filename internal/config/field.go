@@ -119,7 +119,7 @@ func (f bundle) set(value string) error {
 		return err
 	}
 	data = bytes.ReplaceAll(data, []byte(hostfile.ByteOrderMark), nil) // anywhere: bundles are concatenated files
-	begun, used := bytes.Count(data, []byte("-----BEGIN ")), 0
+	blocks, used := bytes.Count(data, []byte("-----BEGIN ")), 0
 	reason := errors.New("it is not valid PEM")
 	pool := x509.NewCertPool()
 	for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) {
@@ -137,8 +137,8 @@ func (f bundle) set(value string) error {
 	if used == 0 {
 		return fmt.Errorf("%s contains no PEM certificate that can be parsed", path)
 	}
-	if used < begun {
-		f.c.warn(fmt.Sprintf("%s (CERTCTL_SERVER_CA_BUNDLE_PATH): %d of its %d PEM blocks cannot be used; the last one: %v", path, begun-used, begun, reason))
+	if used < blocks {
+		f.c.warn(fmt.Sprintf("%s (CERTCTL_SERVER_CA_BUNDLE_PATH): %d of its %d PEM blocks cannot be used; the last one: %v", path, blocks-used, blocks, reason))
 	}
 	f.c.Roots = pool
 	return nil

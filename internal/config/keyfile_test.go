@@ -89,13 +89,13 @@ func TestKeyFileHangs(t *testing.T) {
 			<-answer
 			return os.Stat(path)
 		}}
-		begun := time.Now()
+		started := time.Now()
 		for range 5 {
 			if got := f.get().Reveal(); got != "one" {
 				t.Errorf("key %q, want the last good one", got)
 			}
 		}
-		if waited := time.Since(begun); waited != keyTimeout {
+		if waited := time.Since(started); waited != keyTimeout {
 			t.Errorf("five calls waited %v in all, want %v", waited, keyTimeout)
 		}
 		synctest.Wait()

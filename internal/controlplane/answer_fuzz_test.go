@@ -9,8 +9,8 @@ import (
 	"certctl-agent/internal/secret"
 )
 
-// FuzzRefusal feeds what is parsed of an error answer: whatever a server
-// sends, the text fits a log line and the wait its bounds.
+// FuzzRefusal parses arbitrary error answers: the text must fit in a log line, and the wait within
+// its limits.
 func FuzzRefusal(f *testing.F) {
 	f.Add([]byte(`{"error":"Gone","message":"Agent has been retired","request_id":"38c8"}`), "120")
 	f.Add([]byte("rate limit exceeded\n"), "Fri, 31 Dec 1999 23:59:59 GMT")

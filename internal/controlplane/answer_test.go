@@ -21,7 +21,7 @@ import (
 	"certctl-agent/internal/testing/devplane"
 )
 
-// hostile is a client of a server that answers everything by handler.
+// hostile returns a client of a server that uses handler for every request.
 func hostile(t *testing.T, handler http.HandlerFunc) *controlplane.Client {
 	t.Helper()
 	server := httptest.NewUnstartedServer(handler)
@@ -72,8 +72,8 @@ func TestBounds(t *testing.T) {
 	}
 }
 
-// TestSuccess: a page of a proxy, or a body that somebody changed on its way, is
-// not a success, whatever its status says.
+// TestSuccess: a proxy's page, or a body that was changed on the way, is not a success, whatever
+// its status.
 func TestSuccess(t *testing.T) {
 	var status int
 	var body string
@@ -119,7 +119,7 @@ func TestSuccess(t *testing.T) {
 		name   string
 		status int
 		header http.Header
-		body   string // "": a good one
+		body   string // "": a valid one
 		want   string // in the error
 	}{
 		{"no content", 204, nil, "", "cannot be read"},
@@ -159,7 +159,7 @@ func TestSuccess(t *testing.T) {
 	}
 }
 
-// TestOwnWords: only in its own form does the control plane refuse for good.
+// TestOwnWords: only a refusal in the control plane's own format is permanent.
 func TestOwnWords(t *testing.T) {
 	var status int
 	var body string
@@ -259,7 +259,7 @@ func TestRedirectIsRefused(t *testing.T) {
 		_, workErr := c.Work(t.Context())
 		for _, err := range []error{workErr, c.Heartbeat(t.Context(), api.Heartbeat{})} {
 			if !errors.Is(err, api.ErrRedirected) || !strings.HasSuffix(err.Error(), "it points to "+elsewhere.URL+"/there") {
-				t.Errorf("%d: %v, want api.ErrRedirected and where to", status, err)
+				t.Errorf("%d: %v, want api.ErrRedirected and the location", status, err)
 			}
 		}
 	}

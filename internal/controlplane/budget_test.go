@@ -30,7 +30,7 @@ func budgeted(t *testing.T, test func(t *testing.T, p *devplane.Plane, c *contro
 	})
 }
 
-// limited has calls answered 429 with Retry-After: 5.
+// limited makes calls fail with 429 and Retry-After: 5.
 func limited(p *devplane.Plane, call string, times int) {
 	p.Inject(devplane.Fault{Call: call, Times: times, Status: http.StatusTooManyRequests, RetryAfter: "5"})
 }
@@ -38,11 +38,11 @@ func limited(p *devplane.Plane, call string, times int) {
 func TestLimitedCallsWait(t *testing.T) {
 	budgeted(t, func(t *testing.T, p *devplane.Plane, c *controlplane.Client, b *budget.Budget) {
 		limited(p, devplane.CallWork, 1)
-		begun := time.Now()
+		started := time.Now()
 		if _, err := c.Work(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		if took := time.Since(begun); took < 5*time.Second || took > 6*time.Second {
+		if took := time.Since(started); took < 5*time.Second || took > 6*time.Second {
 			t.Errorf("a poll was answered after %v, want Retry-After", took)
 		}
 		if got := p.Count(devplane.CallWork); got != 2 {
@@ -54,14 +54,14 @@ func TestLimitedCallsWait(t *testing.T) {
 func TestHeartbeatsDoNotWait(t *testing.T) {
 	budgeted(t, func(t *testing.T, p *devplane.Plane, c *controlplane.Client, b *budget.Budget) {
 		limited(p, devplane.CallHeartbeat, 1)
-		begun := time.Now()
+		started := time.Now()
 		if err := c.Heartbeat(t.Context(), api.Heartbeat{}); !api.RateLimited(err) {
 			t.Errorf("got %v, want the 429", err)
 		}
 		if err := c.Heartbeat(t.Context(), api.Heartbeat{}); err != nil {
 			t.Error(err)
 		}
-		if took := time.Since(begun); took != 0 {
+		if took := time.Since(started); took != 0 {
 			t.Errorf("two heartbeats took %v", took)
 		}
 	})
@@ -90,13 +90,13 @@ func TestRunningIsLeftOutWhileThrottled(t *testing.T) {
 func TestTurnsThatDoNotCome(t *testing.T) {
 	budgeted(t, func(t *testing.T, p *devplane.Plane, c *controlplane.Client, b *budget.Budget) {
 		limited(p, devplane.CallWork, 1000)
-		begun := time.Now()
+		started := time.Now()
 		_, err := c.Work(t.Context())
 		if !errors.Is(err, api.ErrNoTurn) || !api.RateLimited(err) || !api.Temporary(err) {
 			t.Errorf("got %v, want api.ErrNoTurn, which counts as a 429", err)
 		}
-		if took := time.Since(begun); took != 10*time.Minute {
-			t.Errorf("given up after %v, want 10 minutes", took)
+		if took := time.Since(started); took != 10*time.Minute {
+			t.Errorf("gave up after %v, want 10 minutes", took)
 		}
 		b.Stop()
 		sent := p.Count(devplane.CallWork)
@@ -106,56 +106,56 @@ func TestTurnsThatDoNotCome(t *testing.T) {
 	})
 }
 
-// TestLongRetryAfterIsTheCallers: a call does not keep what its caller holds for
-// a quarter of an hour.
+// TestLongRetryAfterIsTheCallers: a call does not wait for a Retry-After of 15 minutes while its
+// caller holds resources.
 func TestLongRetryAfterIsTheCallers(t *testing.T) {
 	budgeted(t, func(t *testing.T, p *devplane.Plane, c *controlplane.Client, b *budget.Budget) {
 		p.Inject(devplane.Fault{Call: devplane.CallWork, Times: 1, Status: http.StatusTooManyRequests, RetryAfter: "900"})
-		begun := time.Now()
+		started := time.Now()
 		_, err := c.Work(t.Context())
-		if !api.RateLimited(err) || api.RetryAfter(err) != 15*time.Minute || time.Since(begun) > time.Second {
-			t.Errorf("got %v after %v, want the 429 at once", err, time.Since(begun))
+		if !api.RateLimited(err) || api.RetryAfter(err) != 15*time.Minute || time.Since(started) > time.Second {
+			t.Errorf("got %v after %v, want the 429 at once", err, time.Since(started))
 		}
 	})
 }
 
-// TestLongRetryAfterIsForThoseThatWait: nor does one that has no turn yet.
+// TestLongRetryAfterIsForThoseThatWait: calls that wait for their turn fail too.
 func TestLongRetryAfterIsForThoseThatWait(t *testing.T) {
 	budgeted(t, func(t *testing.T, p *devplane.Plane, c *controlplane.Client, b *budget.Budget) {
 		limited(p, devplane.CallWork, 1)
 		p.Inject(devplane.Fault{Call: devplane.CallCertificate, Times: 1, Status: http.StatusTooManyRequests, RetryAfter: "900"})
 		var waiting sync.WaitGroup
 		for _, call := range []func() error{
-			func() error { _, err := c.Work(t.Context()); return err }, // closes the budget, and waits
+			func() error { _, err := c.Work(t.Context()); return err }, // stops the budget until Retry-After, and waits
 			func() error { _, err := c.Certificate(t.Context(), "mc-1"); return err },
 			func() error { _, err := c.Certificate(t.Context(), "mc-2"); return err },
 		} {
-			begun := time.Now()
+			started := time.Now()
 			waiting.Go(func() {
-				if err := call(); !api.RateLimited(err) || api.RetryAfter(err) != 15*time.Minute || time.Since(begun) > 10*time.Second {
-					t.Errorf("got %v after %v, want the long Retry-After of the first certificate", err, time.Since(begun))
+				if err := call(); !api.RateLimited(err) || api.RetryAfter(err) != 15*time.Minute || time.Since(started) > 10*time.Second {
+					t.Errorf("got %v after %v, want the long Retry-After of the first certificate", err, time.Since(started))
 				}
 			})
 			synctest.Wait()
 		}
 		waiting.Wait()
 		if got := p.Count(devplane.CallCertificate); got != 1 {
-			t.Errorf("%d certificates were asked for, want 1", got)
+			t.Errorf("%d certificate requests, want 1", got)
 		}
 	})
 }
 
-// TestLongRetryAfterOfAHeartbeat: those that wait have not asked yet. They have
-// their turn where it comes soon.
+// TestLongRetryAfterOfAHeartbeat: calls that have not been refused themselves still get their turn
+// if it comes soon.
 func TestLongRetryAfterOfAHeartbeat(t *testing.T) {
 	budgeted(t, func(t *testing.T, p *devplane.Plane, c *controlplane.Client, b *budget.Budget) {
 		limited(p, devplane.CallWork, 1)
 		p.Inject(devplane.Fault{Call: devplane.CallHeartbeat, Times: 1, Status: http.StatusTooManyRequests, RetryAfter: "900"})
-		begun := time.Now()
+		started := time.Now()
 		var waiting sync.WaitGroup
 		waiting.Go(func() {
-			if _, err := c.Work(t.Context()); err != nil || time.Since(begun) > 10*time.Second {
-				t.Errorf("got %v after %v, want the answer to a second poll", err, time.Since(begun))
+			if _, err := c.Work(t.Context()); err != nil || time.Since(started) > 10*time.Second {
+				t.Errorf("got %v after %v, want the answer to a second poll", err, time.Since(started))
 			}
 		})
 		time.Sleep(time.Second)

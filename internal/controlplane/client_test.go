@@ -27,16 +27,15 @@ import (
 	"certctl-agent/internal/testing/devplane"
 )
 
-// discardLog is for servers whose clients misbehave on purpose.
+// discardLog is for servers whose clients intentionally misbehave.
 var discardLog = log.New(io.Discard, "", 0)
 
-// timeout is that of one request.
+// timeout is the timeout of one request.
 const timeout = 30 * time.Second
 
 const testAgent = "certctl-agent/1.0.0 (linux/amd64)"
 
-// options are those of a client for p that goes through memory where p has no
-// socket.
+// options returns the options of a client for p. The client connects in memory if p has no socket.
 func options(p *devplane.Plane, agent string) controlplane.Options {
 	opts := controlplane.Options{Server: p.ServerURL(), AgentID: agent, Key: fixed(p.APIKey),
 		Roots: p.Roots(), UserAgent: testAgent}
@@ -46,7 +45,7 @@ func options(p *devplane.Plane, agent string) controlplane.Options {
 	return opts
 }
 
-// fixed is a key that does not change.
+// fixed returns a constant key.
 func fixed(key string) func() secret.String {
 	return func() secret.String { return secret.New(key) }
 }
@@ -72,8 +71,8 @@ func newCSR(t *testing.T, commonName string, sans ...string) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der})
 }
 
-// TestEveryCall goes once through the life of a certificate, and finds nothing
-// in the requests that the protocol does not have.
+// TestEveryCall goes through the life of a certificate and checks that the requests follow the
+// protocol.
 func TestEveryCall(t *testing.T) {
 	for _, http1 := range []bool{false, true} {
 		t.Run(map[bool]string{false: "HTTP2", true: "HTTP1"}[http1], func(t *testing.T) {
@@ -162,7 +161,7 @@ func TestEveryCall(t *testing.T) {
 	}
 }
 
-// TestOneConnection has all calls at once share a connection of HTTP/2.
+// TestOneConnection: parallel calls share one HTTP/2 connection.
 func TestOneConnection(t *testing.T) {
 	p := devplane.Start(t, devplane.Options{})
 	c := newClient(t, options(p, p.RegisterAgent("web1")))
@@ -208,7 +207,7 @@ func TestIdentifiersStayOneSegment(t *testing.T) {
 		}
 	}
 	if got := p.Count(""); got != before {
-		t.Errorf("%d requests were sent for identifiers that no path can hold", got-before)
+		t.Errorf("%d requests were sent for ids that cannot be in a path", got-before)
 	}
 }
 
@@ -240,7 +239,7 @@ func TestRetirement(t *testing.T) {
 			t.Errorf("%v, want api.ErrGone", err)
 		}
 	}
-	// Whoever made a call, its 410 is observed.
+	// The 410 of every call is observed.
 	want := []string{"heartbeat", "poll", "certificate", "status report", "CSR", "verification", "discovery report"}
 	var calls []string
 	for i, o := range observed {
@@ -277,7 +276,7 @@ func TestReload(t *testing.T) {
 	c.Reload(opts.Roots)
 	check("reloaded", false)
 	if got := p.Connections(); got != 1 {
-		t.Errorf("%d connections, want that a new key keeps the old one", got)
+		t.Errorf("%d connections, want 1 even with a new key", got)
 	}
 
 	c.Reload(x509.NewCertPool())
@@ -308,8 +307,8 @@ func TestKeyChanges(t *testing.T) {
 	}
 }
 
-// TestDeadConnection loses the peer without a word. Pings find out, and the
-// next call connects anew.
+// TestDeadConnection: the peer silently disappears. Pings detect that, and the next call connects
+// again.
 func TestDeadConnection(t *testing.T) {
 	for _, http1 := range []bool{false, true} {
 		t.Run(map[bool]string{false: "HTTP2", true: "HTTP1"}[http1], func(t *testing.T) {
@@ -326,7 +325,7 @@ func TestDeadConnection(t *testing.T) {
 				}
 				p.Stall()
 				if !http1 {
-					time.Sleep(26 * time.Second) // a ping and its time-out
+					time.Sleep(26 * time.Second) // a ping and its timeout
 				} else if _, err := c.Work(t.Context()); api.Kind(err) != "timeout" {
 					t.Errorf("poll on the dead connection: %v, want a time-out", err)
 				}
@@ -363,13 +362,13 @@ func TestTimeout(t *testing.T) {
 			t.Errorf("next poll: %v", err)
 		}
 		if got := p.Connections(); got != 1 {
-			t.Errorf("%d connections, want that a time-out keeps the connection of HTTP/2", got)
+			t.Errorf("%d connections, want the HTTP/2 connection to survive a timeout", got)
 		}
 	})
 }
 
-// TestSecretsStayOut makes every kind of failure and looks for the key and the
-// body in its text.
+// TestSecretsStayOut checks that the texts of all kinds of failures contain neither the key nor the
+// body.
 func TestSecretsStayOut(t *testing.T) {
 	const key, body = "hunter2-hunter2", "classified-body"
 	p := devplane.Start(t, devplane.Options{APIKey: key})
@@ -398,6 +397,6 @@ func TestSecretsStayOut(t *testing.T) {
 	opts := options(p, agent)
 	opts.Key = fixed("hunter2\nsecond line")
 	if _, err := newClient(t, opts).Work(t.Context()); err == nil || strings.Contains(err.Error(), "hunter2") {
-		t.Errorf("a key that is no header value: %v", err)
+		t.Errorf("a key that is not a valid header value: %v", err)
 	}
 }

@@ -103,7 +103,7 @@ func TestPlainHTTPServer(t *testing.T) {
 	}
 }
 
-// TestSilentServer connects to something that never says a word.
+// TestSilentServer connects to a server that never sends anything.
 func TestSilentServer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p, err := devplane.New(devplane.Options{})
@@ -121,7 +121,7 @@ func TestSilentServer(t *testing.T) {
 	})
 }
 
-// TestPathPrefix puts the control plane below a path.
+// TestPathPrefix uses a control plane below a path prefix.
 func TestPathPrefix(t *testing.T) {
 	p := devplane.Start(t, devplane.Options{})
 	agent := p.AddAgent("a/b", "web1")
@@ -140,10 +140,10 @@ func TestPathPrefix(t *testing.T) {
 	}
 }
 
-// proxy is an HTTP proxy that wants credentials and remembers what it saw.
+// proxy is an HTTP proxy that requires credentials and records its requests.
 type proxy struct {
 	mu       sync.Mutex
-	connects []string // host:port, by requests that were let through
+	connects []string // host:port of accepted requests
 	refused  int
 }
 
@@ -175,7 +175,7 @@ func TestProxy(t *testing.T) {
 			if scheme == "http" {
 				server.Start()
 			} else {
-				// It offers HTTP/2, in which it could not be asked to connect.
+				// The proxy offers HTTP/2, over which it does not support CONNECT.
 				certificate, err := p.CA().TLSCertificate("127.0.0.1")
 				if err != nil {
 					t.Fatal(err)
@@ -209,7 +209,7 @@ func TestProxy(t *testing.T) {
 			if got := c.LocalAddr(t.Context()); got != "127.0.0.1" {
 				t.Errorf("LocalAddr = %q", got)
 			}
-			c.Close() // or the tunnel would keep the proxy
+			c.Close() // or the tunnel would keep the proxy open
 
 			wrong := *proxyURL
 			wrong.User = url.UserPassword("agent", "wr0ng-secret")

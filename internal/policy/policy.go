@@ -92,7 +92,7 @@ func (l *Look) CheckPath(path string) error {
 	}
 	p := l.policy
 	above := ancestors(path)
-	if own := l.firstHolding(p.Protected, path, above); own != "" {
+	if own := l.firstContaining(p.Protected, path, above); own != "" {
 		return fmt.Errorf("%s is in %s, which belongs to the agent: nothing is installed there", path, own)
 	}
 	if p.Paths == nil {
@@ -209,11 +209,11 @@ func (l *Look) fatal(path string, above []fs.FileInfo) string {
 		return "/usr"
 	}
 	if isHashName(filepath.Base(path)) {
-		if dir := l.firstHolding(trustDirs(), path, above); dir != "" {
+		if dir := l.firstContaining(trustDirs(), path, above); dir != "" {
 			return "what OpenSSL trusts in " + dir
 		}
 	}
-	return l.firstHolding(fatalPaths(), path, above)
+	return l.firstContaining(fatalPaths(), path, above)
 }
 
 // ancestors returns path and the directories above it, as far as they exist.
@@ -228,10 +228,10 @@ func ancestors(path string) (found []fs.FileInfo) {
 	}
 }
 
-// firstHolding returns the first of dirs that path is or is in, or "". Above are path's ancestors.
-// When in doubt it finds a match: it compares names without case, and existing files also by
-// identity, which detects bind mounts and file systems with several spellings of a name.
-func (l *Look) firstHolding(dirs []string, path string, above []fs.FileInfo) string {
+// firstContaining returns the first of dirs that path is or is in, or "". Above are path's
+// ancestors. When in doubt it finds a match: it compares names without case, and existing files
+// also by identity, which detects bind mounts and file systems with several spellings of a name.
+func (l *Look) firstContaining(dirs []string, path string, above []fs.FileInfo) string {
 	lower := strings.ToLower(path)
 	for _, dir := range dirs {
 		at := l.at(filepath.Clean(dir))

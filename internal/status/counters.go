@@ -45,8 +45,8 @@ type Bucket struct {
 // bounds range from the time to copy a file to several times the default command timeout.
 var bounds = [...]float64{0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300}
 
-// Target types come from the control plane. Beyond maxTypes they are counted together, and longer
-// ones than maxType are cut.
+// Target types come from the control plane. Beyond maxTypes they are counted together. A type is cut
+// to maxType bytes.
 const (
 	maxTypes  = 64
 	maxType   = 64

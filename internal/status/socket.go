@@ -199,12 +199,12 @@ func Get(ctx context.Context, dir string) (Snapshot, error) {
 	}
 	resp, err := transport.RoundTrip(req)
 	if err != nil {
-		return Snapshot{}, asked(dir, err)
+		return Snapshot{}, explain(dir, err)
 	}
 	defer resp.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
 	if err != nil {
-		return Snapshot{}, asked(dir, err)
+		return Snapshot{}, explain(dir, err)
 	}
 	if resp.StatusCode != http.StatusOK {
 		return Snapshot{}, fmt.Errorf("%w: it answers %s", errStuck, resp.Status)
@@ -216,7 +216,7 @@ func Get(ctx context.Context, dir string) (Snapshot, error) {
 	return s, nil
 }
 
-func asked(dir string, err error) error {
+func explain(dir string, err error) error {
 	switch {
 	case errors.Is(err, errNotRunning):
 		return err

@@ -156,10 +156,10 @@ func TestStuckLoop(t *testing.T) {
 			return Snapshot{}, ctx.Err()
 		}
 		for _, path := range []string{"/status", "/metrics"} {
-			begun := time.Now()
+			started := time.Now()
 			got, _, _ := ask(t, stuck, http.MethodGet, path)
-			if got != http.StatusServiceUnavailable || time.Since(begun) != askTimeout {
-				t.Errorf("%s: %d after %v, want 503 after %v", path, got, time.Since(begun), askTimeout)
+			if got != http.StatusServiceUnavailable || time.Since(started) != askTimeout {
+				t.Errorf("%s: %d after %v, want 503 after %v", path, got, time.Since(started), askTimeout)
 			}
 		}
 	})
@@ -221,9 +221,9 @@ func TestCloseWhileTheLoopIsGone(t *testing.T) {
 		answered <- err
 	}()
 	<-asked
-	begun := time.Now()
+	started := time.Now()
 	s.Close()
-	if took := time.Since(begun); took >= askTimeout {
+	if took := time.Since(started); took >= askTimeout {
 		t.Errorf("Close took %v", took)
 	}
 	if err := <-answered; err == nil {

@@ -146,12 +146,12 @@ func TestSlowServer(t *testing.T) {
 			time.Sleep(time.Millisecond)
 		}
 	})
-	began := time.Now()
-	client.SetDeadline(began.Add(50 * time.Millisecond))
+	started := time.Now()
+	client.SetDeadline(started.Add(50 * time.Millisecond))
 	if err := startTLS(client, SMTP); err == nil {
 		t.Error("STARTTLS succeeded")
 	}
-	if took := time.Since(began); took > 30*time.Second {
+	if took := time.Since(started); took > 30*time.Second {
 		t.Errorf("took %v", took)
 	}
 	client.Close()

@@ -9,7 +9,7 @@ import (
 	"certctl-agent/internal/testing/devplane"
 )
 
-// TestProblems breaks the protocol in ways that a control plane accepts.
+// TestProblems violates the protocol in ways that a control plane accepts.
 func TestProblems(t *testing.T) {
 	p := newPlane(t, devplane.Options{})
 	agent := p.RegisterAgent("web1")

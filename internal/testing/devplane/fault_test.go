@@ -15,7 +15,7 @@ import (
 	"certctl-agent/internal/testing/devplane"
 )
 
-// newHTTP is a client that goes through memory.
+// newHTTP returns an in-memory client.
 func newHTTP(t *testing.T, p *devplane.Plane, http1 bool) *http.Client {
 	t.Helper()
 	protocols := new(http.Protocols)
@@ -43,7 +43,7 @@ func send(t *testing.T, client *http.Client, p *devplane.Plane, method, path, bo
 	return resp, string(data), err
 }
 
-// TestFaults runs in a bubble, over TLS, in both versions of HTTP.
+// TestFaults uses TLS and both versions of HTTP, in a bubble.
 func TestFaults(t *testing.T) {
 	for name, http1 := range map[string]bool{"HTTP1": true, "HTTP2": false} {
 		t.Run(name, func(t *testing.T) {
@@ -81,7 +81,7 @@ func testFaults(t *testing.T, http1 bool) {
 	}
 	works("used up")
 
-	// A delay, short and longer than the client waits.
+	// A short delay, and one longer than the client's timeout.
 	p.Inject(devplane.Fault{Delay: 3 * time.Second, Times: 1})
 	start := time.Now()
 	works("delayed")
@@ -90,11 +90,11 @@ func testFaults(t *testing.T, http1 bool) {
 	}
 	p.Inject(devplane.Fault{Delay: time.Hour, Times: 1})
 	if _, _, err := work(); !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("got %v, want the client's time-out", err)
+		t.Errorf("got %v, want the client's timeout", err)
 	}
 
-	// A cut connection, before and after the request was carried out: the
-	// second time the deployments are claimed, and nobody knows of them.
+	// A cut connection, before and after the request was handled. The second time the deployments
+	// are claimed, but the agent does not know them.
 	jobs := p.Redeploy(cert)
 	remove := p.Inject(devplane.Fault{Drop: true})
 	if resp, _, err := work(); err == nil {
@@ -116,7 +116,7 @@ func testFaults(t *testing.T, http1 bool) {
 		t.Errorf("poll after a lost one: %v, %s, want no jobs", err, body)
 	}
 
-	// An answer of the test's own.
+	// A custom answer.
 	p.Inject(devplane.Fault{Call: devplane.CallHealth, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
 		_, _ = io.WriteString(w, "you said "+string(body))
@@ -126,7 +126,7 @@ func testFaults(t *testing.T, http1 bool) {
 	}
 }
 
-// TestStall loses the peer: requests time out, and a new connection works.
+// TestStall: requests on a stalled connection time out, and a new connection works.
 func TestStall(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPlane(t, devplane.Options{HTTP1: true})
@@ -142,7 +142,7 @@ func TestStall(t *testing.T) {
 		p.Stall()
 		start := time.Now()
 		if _, _, err := send(t, client, p, "GET", api.HealthPath, ""); !errors.Is(err, context.DeadlineExceeded) || time.Since(start) != 10*time.Second {
-			t.Errorf("stalled: %v after %v, want the client's time-out", err, time.Since(start))
+			t.Errorf("stalled: %v after %v, want the client's timeout", err, time.Since(start))
 		}
 		if _, _, err := send(t, client, p, "GET", api.HealthPath, ""); err != nil {
 			t.Errorf("on a new connection: %v", err)

@@ -31,7 +31,7 @@ import (
 
 const testAgent = "certctl-agent/1.0.0 (linux/amd64)"
 
-// newPlane is a control plane without a socket.
+// newPlane returns a control plane without a socket.
 func newPlane(t *testing.T, opts devplane.Options) *devplane.Plane {
 	t.Helper()
 	p, err := devplane.New(opts)
@@ -108,8 +108,8 @@ func newKey(t *testing.T) *ecdsa.PrivateKey {
 	return key
 }
 
-// TestClaims follows a certificate with targets on two agents through all that
-// the protocol says about claiming.
+// TestClaims checks all rules of the protocol about claiming, with a certificate that has targets
+// on two agents.
 func TestClaims(t *testing.T) {
 	p := newPlane(t, devplane.Options{})
 	one, two, three := p.RegisterAgent("one"), p.RegisterAgent("two"), p.RegisterAgent("three")
@@ -190,7 +190,7 @@ func TestClaims(t *testing.T) {
 	}
 }
 
-// TestTodaysControlPlanes is the list of that name in docs/protocol.md.
+// TestTodaysControlPlanes follows the list of that name in docs/protocol.md.
 func TestTodaysControlPlanes(t *testing.T) {
 	beat := api.Heartbeat{Version: "1", Hostname: "h", OS: "linux", Architecture: "amd64", IPAddress: "192.0.2.2"}
 
@@ -351,7 +351,7 @@ func TestBodyLimit(t *testing.T) {
 	}
 }
 
-// TestRateLimit takes the bucket that all agents of a key share to its end.
+// TestRateLimit uses up the bucket that all agents share.
 func TestRateLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPlane(t, devplane.Options{RateLimit: true})
@@ -413,8 +413,8 @@ func TestMasking(t *testing.T) {
 	}
 }
 
-// TestRecordedAnswers compares the fields of answers with what was recorded
-// from a running control plane.
+// TestRecordedAnswers compares the fields of answers with those recorded from a running control
+// plane.
 func TestRecordedAnswers(t *testing.T) {
 	p := newPlane(t, devplane.Options{})
 	agent := p.RegisterAgent("web1")
@@ -464,8 +464,8 @@ func TestRecordedAnswers(t *testing.T) {
 	check("heartbeat-gone", ask(t, p, "POST", api.HeartbeatPath(agent), recorded("heartbeat.request")))
 }
 
-// shape is the fields of an answer with their types; for a list, those of its
-// entries. A target's configuration is the operator's.
+// shape returns the fields of an answer, or of a list's entries, with their types. It ignores the
+// fields of a target's configuration, which are the operator's.
 func shape(v any) any {
 	switch v := v.(type) {
 	case map[string]any:

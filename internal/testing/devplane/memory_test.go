@@ -41,7 +41,7 @@ func TestMemoryConn(t *testing.T) {
 		}
 		client.Close()
 		if got, err := io.ReadAll(server); err != nil || string(got) != string(sent) {
-			t.Errorf("read %d bytes, %v, want what was sent and its end", len(got), err)
+			t.Errorf("read %d bytes, %v, want all data and EOF", len(got), err)
 		}
 		if _, err := server.Write(sent); !errors.Is(err, io.ErrClosedPipe) {
 			t.Errorf("write to a closed peer: %v", err)
@@ -79,12 +79,12 @@ func TestMemoryStall(t *testing.T) {
 		client, server := connect(t, l)
 		l.stall()
 		if _, err := client.Write([]byte("lost")); err != nil {
-			t.Errorf("write: %v, want that it vanishes", err)
+			t.Errorf("write: %v, want it to vanish", err)
 		}
 		client.Close()
 		_ = server.SetReadDeadline(time.Now().Add(time.Minute))
 		if _, err := server.Read(make([]byte, 4)); !errors.Is(err, os.ErrDeadlineExceeded) {
-			t.Errorf("read: %v, want neither the data nor the end", err)
+			t.Errorf("read: %v, want neither data nor EOF", err)
 		}
 	})
 }

@@ -64,7 +64,7 @@ type Options struct {
 	Skew time.Duration
 }
 
-// A Plane is a control plane. It is safe for concurrent use.
+// Plane is a control plane. It is safe for concurrent use.
 type Plane struct {
 	// URL is the base URL, APIKey the initial API key.
 	URL    string

@@ -37,7 +37,7 @@ func TestSocket(t *testing.T) {
 		t.Errorf("TLS 1.2: %v, want a refusal", err)
 	}
 	p.Close()
-	p.Close() // does nothing
+	p.Close() // has no effect
 	if _, err := client.Get(p.URL + api.HealthPath); err == nil {
 		t.Error("answers after Close")
 	}
@@ -68,7 +68,7 @@ func TestWait(t *testing.T) {
 		defer cancel()
 		_, err = p.WaitJob(ctx, job, api.StatusFailed)
 		if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), `has status "Completed"`) {
-			t.Errorf("WaitJob for what does not happen: %v", err)
+			t.Errorf("WaitJob for a status that does not come: %v", err)
 		}
 		p.Close()
 		if err := p.WaitRequests(t.Context(), devplane.CallHeartbeat, 9); err == nil {

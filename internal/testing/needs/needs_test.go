@@ -22,7 +22,7 @@ func TestNeedFindsAProgram(t *testing.T) {
 	}
 }
 
-// verdict records how a helper ended a test instead of ending this one.
+// verdict is a testing.TB that records how a helper would end the test.
 type verdict struct {
 	testing.TB
 	word string
@@ -39,7 +39,7 @@ func TestNeedWithoutTheProgram(t *testing.T) {
 			var v verdict
 			needs.Need(&v, "no-such-program-anywhere")
 			if v.word != test.want {
-				t.Errorf("the test would %q, want %q", v.word, test.want)
+				t.Errorf("the helper would %q the test, want %q", v.word, test.want)
 			}
 		})
 	}

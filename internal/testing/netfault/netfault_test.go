@@ -14,7 +14,7 @@ import (
 	"certctl-agent/internal/testing/netfault"
 )
 
-// echo answers each line with itself, and remembers what it was sent.
+// echo is a server that echoes each line and records it.
 type echo struct {
 	net.Listener
 	mu    sync.Mutex
@@ -72,13 +72,13 @@ func start(t *testing.T, e *echo, fault netfault.Fault) (*netfault.Proxy, net.Co
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The connection first: the proxy waits for both of its ends.
+	// Close the connection first: the proxy waits for both of its ends.
 	t.Cleanup(func() { conn.Close(); p.Close() })
 	return p, conn
 }
 
-// say sends a line and returns the answer, "silence" for none: within a moment if
-// that is wanted, else within what a busy machine may take.
+// say sends a line and returns the answer, or "silence" if there is none. It waits only briefly if
+// the test wants silence.
 func say(t *testing.T, conn net.Conn, line, want string) string {
 	t.Helper()
 	wait := time.Minute
@@ -109,8 +109,8 @@ func TestFaults(t *testing.T) {
 		name  string
 		fault netfault.Fault
 		first string // answer to "one\n"
-		then  string // answer to "two\n", where the first was one
-		heard string // by the server
+		then  string // answer to "two\n", if the first one was "one\n"
+		heard string // received by the server
 	}{
 		{"none", netfault.Fault{}, "one\n", "two\n", "one\ntwo\n"},
 		{"close after the first answer", netfault.Fault{Then: netfault.Close, After: 4}, "one\n", "end", "one\n"},
@@ -166,8 +166,7 @@ func TestGarbageAndRefusal(t *testing.T) {
 	}
 }
 
-// TestHeldBackArrives: what was sent before an end is retransmitted, whether or
-// not the sender still lives.
+// TestHeldBackArrives: delayed data arrives whether or not the sender is still connected.
 func TestHeldBackArrives(t *testing.T) {
 	for _, gone := range []bool{false, true} {
 		server := newEcho(t)

@@ -21,7 +21,7 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-// verify checks that chain leads from its first certificate to the CA.
+// verify verifies the first certificate of chain.
 func verify(t *testing.T, ca *testca.CA, chain []*x509.Certificate, name string) {
 	t.Helper()
 	intermediates := x509.NewCertPool()
@@ -73,7 +73,7 @@ func TestIssue(t *testing.T) {
 				t.Errorf("common name = %q, want %q", got, test.wantCN)
 			}
 			if _, err := tls.X509KeyPair(issued.PEM(), issued.KeyPEM()); err != nil {
-				t.Errorf("chain and key do not make a pair: %v", err)
+				t.Errorf("chain and key do not match: %v", err)
 			}
 			if !bytes.HasPrefix(issued.PEM(), issued.LeafPEM()) {
 				t.Error("the chain does not begin with the leaf")
@@ -93,7 +93,7 @@ func TestIssueForAPublicKey(t *testing.T) {
 		t.Fatal(err)
 	}
 	if !pemutil.SamePublicKey(issued.Leaf.PublicKey, public) || issued.Key != nil {
-		t.Error("the certificate is not for the key that was given")
+		t.Error("the certificate is not for the given key")
 	}
 	if !issued.Leaf.NotBefore.Equal(before) || !issued.Leaf.NotAfter.Equal(after) {
 		t.Errorf("validity = %v to %v, want %v to %v", issued.Leaf.NotBefore, issued.Leaf.NotAfter, before, after)
