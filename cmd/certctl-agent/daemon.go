@@ -160,7 +160,7 @@ Usage:
 Commands:
 `)
 	for _, c := range subcommands() {
-		fmt.Fprintf(w, "  %-10s %s\n", c.name, c.summary)
+		fmt.Fprintf(w, "  %-15s %s\n", c.name, c.summary)
 	}
 	fmt.Fprint(w, `
 Flags take precedence over environment variables, these over the configuration file,

@@ -56,7 +56,7 @@ func (d *demo) enrol(ctx context.Context) error {
 	if got := info.Mode().Perm(); got != 0o600 {
 		return fmt.Errorf("the key %s has mode %v, not 0600", key, got)
 	}
-	d.say("key", "made here: %s, mode %v", key, info.Mode().Perm())
+	d.say("key", "created here: %s, mode %v", key, info.Mode().Perm())
 	d.say("CSR", "accepted; the key never left this host")
 	return nil
 }

@@ -24,7 +24,7 @@ type jobTable struct {
 	running    int           // jobs that have started
 	yielding   int           // size of the jobs that gave up their slot to wait, in bytes
 	ready      []*waitingJob // only need a slot
-	lines      lines
+	resources  resources
 	later      dueQueue[*waitingJob] // jobs whose last try could not start
 	timer      *time.Timer           // fires at the earliest of later, or at due
 	due        time.Time             // no job starts before; set from a Retry-After
@@ -50,9 +50,9 @@ type waitingJob struct {
 
 func newJobTable(slots int) jobTable {
 	return jobTable{
-		slots: make(chan struct{}, slots),
-		lines: make(lines),
-		timer: stoppedTimer(),
+		slots:     make(chan struct{}, slots),
+		resources: make(resources),
+		timer:     stoppedTimer(),
 	}
 }
 
@@ -78,14 +78,14 @@ func (w *waitingJob) certificate() need { return need{"certificate", string(w.jo
 
 // enter makes a job ready, or lets it wait behind the jobs that hold what it needs.
 func (t *jobTable) enter(w *waitingJob) {
-	if t.lines.take(w) {
+	if t.resources.take(w) {
 		t.ready = append(t.ready, w)
 	}
 }
 
 // release takes needs away from a job.
 func (t *jobTable) release(w *waitingJob, needs ...need) {
-	t.ready = append(t.ready, t.lines.release(w, needs...)...)
+	t.ready = append(t.ready, t.resources.release(w, needs...)...)
 }
 
 // end takes everything away from a job, except a place that is still busy: this job tries again for

@@ -77,7 +77,7 @@ func (e *StatusError) Error() string {
 	case e.Is(ErrRedirected):
 		text += ": a redirect is never followed: check the server URL"
 	case e.blames() && !e.Own:
-		text += " (not in the control plane's own form: a proxy or gateway may have answered)"
+		text += " (not in the control plane's own format: a proxy or gateway may have answered)"
 	}
 	if e.Body != "" {
 		text += ": " + e.Body

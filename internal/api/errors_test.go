@@ -112,7 +112,7 @@ func TestStatusErrorText(t *testing.T) {
 		{api.StatusError{Call: "poll", Status: 403}, "lacks the permission"},
 		{api.StatusError{Call: "poll", Status: 404, Final: true}, "does not know this agent id"},
 		{api.StatusError{Call: "poll", Status: 302}, "never followed"},
-		{api.StatusError{Call: "CSR", Status: 404, Body: "default backend"}, "(not in the control plane's own form: a proxy or gateway may have answered): default backend"},
+		{api.StatusError{Call: "CSR", Status: 404, Body: "default backend"}, "(not in the control plane's own format: a proxy or gateway may have answered): default backend"},
 		{api.StatusError{Call: "CSR", Status: 404, Body: "no agent", Own: true}, "404 Not Found: no agent"},
 	} {
 		if got := test.err.Error(); !strings.Contains(got, test.want) || strings.HasSuffix(got, " ") {

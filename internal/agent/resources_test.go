@@ -9,8 +9,8 @@ import (
 
 // A job takes everything it needs or nothing. A job that also needs another resource moves to that
 // queue, and does not block the queue that it leaves.
-func TestLines(t *testing.T) {
-	l := make(lines)
+func TestResources(t *testing.T) {
+	r := make(resources)
 	job := func(id, certificate, target string) *waitingJob {
 		return &waitingJob{job: api.Job{ID: api.ID(id), CertificateID: api.ID(certificate), TargetID: api.ID(target)}}
 	}
@@ -20,7 +20,7 @@ func TestLines(t *testing.T) {
 		w    *waitingJob
 		want bool
 	}{{first, true}, {other, true}, {both, false}, {next, false}} {
-		if got := l.take(test.w); got != test.want {
+		if got := r.take(test.w); got != test.want {
 			t.Errorf("take(%s) = %v, want %v", test.w.job.ID, got, test.want)
 		}
 	}
@@ -36,11 +36,11 @@ func TestLines(t *testing.T) {
 		{first, first.needs(), nil},
 		{both, both.needs(), nil},
 	} {
-		if got := l.release(test.w, test.needs...); !slices.Equal(got, test.want) {
+		if got := r.release(test.w, test.needs...); !slices.Equal(got, test.want) {
 			t.Errorf("release(%s, %v) made %d jobs ready, want %d", test.w.job.ID, test.needs, len(got), len(test.want))
 		}
 	}
-	if len(l) > 0 {
-		t.Errorf("left over: %v", l)
+	if len(r) > 0 {
+		t.Errorf("left over: %v", r)
 	}
 }
