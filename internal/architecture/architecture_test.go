@@ -4,6 +4,7 @@ package architecture_test
 
 import (
 	"go/ast"
+	"go/build"
 	"go/parser"
 	"go/token"
 	"io/fs"
@@ -355,34 +356,44 @@ var othersWords = map[string]string{
 	"x509: certificate signed by unknown authority": "crypto/x509's",
 }
 
-// TestRunbookQuotesMessages: the program has every message that the tables of docs/operations.md
-// and of the targets' pages quote. An ellipsis and a leading configuration key match any text.
+// TestRunbookQuotesMessages checks that the program can say each text that the tables of
+// docs/operations.md, docs/upgrade-to-tls.md and the targets' pages say to look for: in an error,
+// or, for the table of log messages, in either. An ellipsis in the docs stands for a value that the
+// message contains. A configuration key that leads a text varies too.
 func TestRunbookQuotesMessages(t *testing.T) {
-	var messages []string
+	var logged, errors []string
 	for _, s := range sources(t) {
-		if !s.test && !testOnly(s.dir) && s.dir != "cmd/certctl-demo" {
-			messages = append(messages, literals(s.file)...)
+		if s.test || testOnly(s.dir) || s.dir == "cmd/certctl-demo" {
+			continue
+		}
+		all := literals(s.file, nil)
+		logged = append(logged, all...)
+		if !strings.HasPrefix(s.dir, "cmd/") {
+			errors = append(errors, literals(s.file, notAnError)...)
 		}
 	}
-	pages, err := filepath.Glob(filepath.Join("..", "..", "docs", "targets", "*.md"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	standard := standardLibrary(t, "crypto/tls", "crypto/x509")
 	key := regexp.MustCompile(`^[a-z_]+: `)
 	found, passedOn := 0, make(map[string]bool)
-	for _, page := range append(pages, filepath.Join("..", "..", "docs", "operations.md")) {
-		text, err := os.ReadFile(page)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, quoted := range quotedMessages(string(text)) {
-			found++
-			pattern := regexp.MustCompile(strings.ReplaceAll(regexp.QuoteMeta(key.ReplaceAllString(quoted, "")), "…", ".*"))
-			switch {
-			case othersWords[quoted] != "":
-				passedOn[quoted] = true
-			case !slices.ContainsFunc(messages, pattern.MatchString):
-				t.Errorf("%s: the program has no message %q", filepath.Base(page), quoted)
+	for _, page := range docPages(t) {
+		for _, heading := range messageTables {
+			for _, quoted := range quotedMessages(page.text, heading) {
+				found++
+				pool := errors
+				switch heading {
+				case "| message |":
+					pool = logged
+				case "| message contains |":
+					pool = standard
+				}
+				text := regexp.QuoteMeta(key.ReplaceAllString(quoted, ""))
+				pattern := regexp.MustCompile(strings.ReplaceAll(text, "…", `.*%[-+# 0-9.]*[a-z].*`))
+				switch {
+				case othersWords[quoted] != "":
+					passedOn[quoted] = true
+				case !slices.ContainsFunc(pool, pattern.MatchString):
+					t.Errorf("%s: the program never says %q", page.name, quoted)
+				}
 			}
 		}
 	}
@@ -396,10 +407,49 @@ func TestRunbookQuotesMessages(t *testing.T) {
 	}
 }
 
-// quotedMessages returns the texts in the first column of a page's tables of messages.
-func quotedMessages(page string) (texts []string) {
-	for _, heading := range []string{"| message |", "| error contains |", "| the error says |", "| error | what to do |"} {
-		_, table, _ := strings.Cut(page, heading)
+// messageTables are the headings of the tables whose first column has texts to look for.
+var messageTables = []string{"| message |", "| message contains |", "| error contains |", "| the error says |", "| error | what to do |"}
+
+// notAnError reports whether the strings below a node are in no error: arguments of a logger and
+// of `certctl-agent check`, and the help texts of settings.
+func notAnError(n ast.Node) bool {
+	switch n := n.(type) {
+	case *ast.CallExpr:
+		method, ok := n.Fun.(*ast.SelectorExpr)
+		return ok && slices.Contains([]string{"Debug", "Info", "Warn", "Error", "warn"}, method.Sel.Name) && len(n.Args) > 0
+	case *ast.KeyValueExpr:
+		field, ok := n.Key.(*ast.Ident)
+		return ok && slices.Contains([]string{"doc", "defaults"}, field.Name)
+	}
+	return false
+}
+
+// standardLibrary returns the strings of packages whose errors the program passes on.
+func standardLibrary(t *testing.T, packages ...string) (all []string) {
+	t.Helper()
+	for _, pkg := range packages {
+		files, err := filepath.Glob(filepath.Join(build.Default.GOROOT, "src", filepath.FromSlash(pkg), "*.go"))
+		if err != nil || len(files) == 0 {
+			t.Fatalf("no sources of %s (%v)", pkg, err)
+		}
+		for _, name := range files {
+			if strings.HasSuffix(name, "_test.go") {
+				continue
+			}
+			file, err := parser.ParseFile(token.NewFileSet(), name, nil, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			all = append(all, literals(file, nil)...)
+		}
+	}
+	return all
+}
+
+// quotedMessages returns the texts in the first column of a page's tables with this heading.
+func quotedMessages(page, heading string) (texts []string) {
+	tables := strings.Split(page, "\n"+heading)
+	for _, table := range tables[1:] {
 		table, _, _ = strings.Cut(table, "\n\n")
 		for line := range strings.Lines(table) {
 			cell, _, _ := strings.Cut(strings.TrimPrefix(line, "|"), "|")
@@ -411,10 +461,14 @@ func quotedMessages(page string) (texts []string) {
 	return texts
 }
 
-// literals returns the string literals of a file. It joins concatenated ones.
-func literals(file *ast.File) []string {
+// literals returns the strings of a file, those that are added up as one, without those below a
+// node that skip reports.
+func literals(file *ast.File, skip func(ast.Node) bool) []string {
 	var all []string
 	ast.Inspect(file, func(n ast.Node) bool {
+		if skip != nil && skip(n) {
+			return false
+		}
 		switch n := n.(type) {
 		case *ast.BinaryExpr:
 			if text := sum(n); text != "" {
@@ -429,11 +483,21 @@ func literals(file *ast.File) []string {
 	return all
 }
 
-// sum returns the concatenation of the string literals in an expression.
+// sum returns what an expression of strings is, with %v for each part that is not written out. It
+// returns "" if no part is.
 func sum(e ast.Expr) string {
 	switch e := e.(type) {
 	case *ast.BinaryExpr:
-		return sum(e.X) + sum(e.Y)
+		left, right := sum(e.X), sum(e.Y)
+		switch {
+		case e.Op != token.ADD || left == "" && right == "":
+			return left + right
+		case left == "":
+			return "%v" + right
+		case right == "":
+			return left + "%v"
+		}
+		return left + right
 	case *ast.BasicLit:
 		text, _ := strconv.Unquote(e.Value)
 		return text

@@ -1,0 +1,155 @@
+package architecture_test
+
+import (
+	"os"
+	"path"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"unicode"
+)
+
+// page is one Markdown file of the documentation.
+type page struct {
+	name string // relative to the module
+	text string
+}
+
+// docPages returns README.md and everything below docs.
+func docPages(t *testing.T) []page {
+	t.Helper()
+	var pages []page
+	for _, pattern := range []string{"README.md", "docs/*.md", "docs/targets/*.md"} {
+		files, err := filepath.Glob(filepath.Join("..", "..", filepath.FromSlash(pattern)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, file := range files {
+			text, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			name, err := filepath.Rel(filepath.Join("..", ".."), file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			pages = append(pages, page{filepath.ToSlash(name), string(text)})
+		}
+	}
+	if len(pages) < 20 {
+		t.Fatalf("found %d pages: the test looks at the wrong tree", len(pages))
+	}
+	return pages
+}
+
+// prose returns the lines of a page by their number, without code blocks.
+func (p page) prose() map[int]string {
+	lines, code := make(map[int]string), false
+	for i, line := range strings.Split(p.text, "\n") {
+		switch {
+		case strings.HasPrefix(strings.TrimSpace(line), "```"):
+			code = !code
+		case !code:
+			lines[i+1] = line
+		}
+	}
+	return lines
+}
+
+// anchors returns the fragments that GitHub gives to the page's headings.
+func (p page) anchors() map[string]bool {
+	anchors := make(map[string]bool)
+	for _, line := range p.prose() {
+		heading, ok := strings.CutPrefix(strings.TrimLeft(line, "#"), " ")
+		if !ok || !strings.HasPrefix(line, "#") {
+			continue
+		}
+		anchors[strings.Map(func(r rune) rune {
+			switch {
+			case r == ' ':
+				return '-'
+			case unicode.IsLetter(r), unicode.IsDigit(r), r == '-', r == '_':
+				return unicode.ToLower(r)
+			}
+			return -1
+		}, heading)] = true
+	}
+	return anchors
+}
+
+// TestDocsLinks checks that each relative link leads to a file, and its fragment to a heading there.
+func TestDocsLinks(t *testing.T) {
+	pages := docPages(t)
+	byName := make(map[string]page)
+	for _, p := range pages {
+		byName[p.name] = p
+	}
+	link := regexp.MustCompile(`\]\(([^)\s]+)\)`)
+	found := 0
+	for _, p := range pages {
+		for number, line := range p.prose() {
+			for _, match := range link.FindAllStringSubmatch(line, -1) {
+				if strings.Contains(match[1], "://") {
+					continue
+				}
+				found++
+				file, fragment, _ := strings.Cut(match[1], "#")
+				target := p.name
+				if file != "" {
+					target = path.Join(path.Dir(p.name), file)
+				}
+				if _, err := os.Stat(filepath.Join("..", "..", filepath.FromSlash(target))); err != nil {
+					t.Errorf("%s:%d: %s: there is no %s", p.name, number, match[1], target)
+				} else if fragment != "" && !byName[target].anchors()[fragment] {
+					t.Errorf("%s:%d: %s has no heading #%s", p.name, number, target, fragment)
+				}
+			}
+		}
+	}
+	if found < 60 {
+		t.Errorf("the pages have %d relative links: the pattern does not match them any more", found)
+	}
+}
+
+// TestDocsNameFiles checks that each file of the project that docs and messages name exists.
+func TestDocsNameFiles(t *testing.T) {
+	inDocs := regexp.MustCompile("`((?:cmd|internal|deploy|docs)/[A-Za-z0-9_./-]+)`")
+	inMessages := regexp.MustCompile(`\b(docs/[a-z0-9/-]+\.md)\b`)
+	exists := func(name string) bool {
+		_, err := os.Stat(filepath.Join("..", "..", filepath.FromSlash(name)))
+		return err == nil
+	}
+	found := 0
+	for _, p := range docPages(t) {
+		for number, line := range p.prose() {
+			for _, match := range inDocs.FindAllStringSubmatch(line, -1) {
+				name := match[1]
+				// `cmd/certctl-agent.TestGateway` is a test, and docs/architecture.md adds a connector.
+				if strings.Contains(name, ".Test") || strings.Contains(name, "/stunnel") {
+					continue
+				}
+				found++
+				if !exists(name) {
+					t.Errorf("%s:%d: there is no %s", p.name, number, name)
+				}
+			}
+		}
+	}
+	for _, s := range sources(t) {
+		for _, text := range literals(s.file, nil) {
+			if s.test || strings.Contains(text, "://") {
+				continue
+			}
+			for _, name := range inMessages.FindAllString(text, -1) {
+				found++
+				if !exists(name) {
+					t.Errorf("%s: a message names %s, which does not exist", s.name, name)
+				}
+			}
+		}
+	}
+	if found < 50 {
+		t.Errorf("found %d names of files: the patterns do not match them any more", found)
+	}
+}
