@@ -4,6 +4,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"strings"
 	"testing"
@@ -86,6 +87,20 @@ func TestDebPackage(t *testing.T) {
 		if content[name] != want {
 			t.Errorf("%s is %q in the package, want %q", name, content[name], want)
 		}
+	}
+}
+
+// TestDebChangelog checks that the sections which the package's changelog points to exist.
+func TestDebChangelog(t *testing.T) {
+	runbook := readFile(t, "../docs/operations.md")
+	named := regexp.MustCompile(`See "([^"]+)" in docs/operations\.md`).FindAllStringSubmatch(readFile(t, "deb/build.sh"), -1)
+	for _, match := range named {
+		if !regexp.MustCompile(`(?m)^#+ ` + regexp.QuoteMeta(match[1]) + `$`).MatchString(runbook) {
+			t.Errorf("docs/operations.md has no section %q", match[1])
+		}
+	}
+	if len(named) == 0 {
+		t.Error("the changelog points to no section")
 	}
 }
 

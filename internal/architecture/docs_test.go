@@ -112,6 +112,36 @@ func TestDocsLinks(t *testing.T) {
 	}
 }
 
+// TestDocsTables checks that each row of a table has as many cells as its heading: a row that is
+// torn over two lines, or an unescaped |, loses text.
+func TestDocsTables(t *testing.T) {
+	rows := 0
+	for _, p := range docPages(t) {
+		lines, cells := p.prose(), 0
+		for number := 1; number <= strings.Count(p.text, "\n")+1; number++ {
+			line := strings.TrimSpace(lines[number])
+			if !strings.HasPrefix(line, "|") {
+				if cells > 0 && line != "" && !strings.HasPrefix(line, "<!--") {
+					t.Errorf("%s:%d: a table ends without an empty line", p.name, number)
+				}
+				cells = 0
+				continue
+			}
+			rows++
+			n := strings.Count(line, "|") - strings.Count(line, `\|`) - 1
+			if cells == 0 {
+				cells = n
+			}
+			if n != cells || !strings.HasSuffix(line, "|") {
+				t.Errorf("%s:%d: the row has %d cells, its table %d", p.name, number, n, cells)
+			}
+		}
+	}
+	if rows < 300 {
+		t.Errorf("the pages have %d rows of tables: the test does not find them any more", rows)
+	}
+}
+
 // TestDocsNameFiles checks that each file of the project that docs and messages name exists.
 func TestDocsNameFiles(t *testing.T) {
 	inDocs := regexp.MustCompile("`((?:cmd|internal|deploy|docs)/[A-Za-z0-9_./-]+)`")
