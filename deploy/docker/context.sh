@@ -10,8 +10,7 @@ mkdir -p "$dir/rootfs/etc/ssl/certs" "$dir/rootfs/var/lib/certctl/keys" "$dir/ro
 install -m 755 "$binary" "$dir/rootfs/certctl-agent"
 install -m 644 "$roots" "$dir/rootfs/etc/ssl/certs/ca-certificates.crt"
 
-# Only what the image adds is named: with another base its directories stay as
-# they are.
+# Names only what the image adds, so that directories of another base stay as they are.
 add() { tar -C "$dir/rootfs" --format=ustar --mtime="@${SOURCE_DATE_EPOCH:-0}" --no-recursion -rf "$dir/rootfs-$arch.tar" "$@"; }
 rm -f "$dir/rootfs-$arch.tar"
 add --owner=0:0 --group=0:0 certctl-agent etc/ssl/certs/ca-certificates.crt
