@@ -1,4 +1,4 @@
-# certctl-agent. `make help` lists the targets; CI calls the same ones.
+# certctl-agent. `make help` lists the targets; CI uses the same ones.
 
 GO       ?= go
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
@@ -6,17 +6,17 @@ COMMIT   ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null)
 PKG      := certctl-agent
 BIN      ?= bin/certctl-agent
 DIST     ?= dist
-# Of deb and docker: the platform is linux/$(ARCH).
+# For deb and docker: the platform is linux/$(ARCH).
 ARCH     ?= $(shell $(GO) env GOARCH)
 PLATFORMS ?= linux/amd64 linux/arm64 darwin/amd64 darwin/arm64
-# What packages and images hold is dated by the commit, not by the clock.
+# Files in packages and images have the commit's time, not the clock's.
 export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 LDFLAGS  := -s -w -buildid= -X $(PKG)/internal/buildinfo.version=$(VERSION) -X $(PKG)/internal/buildinfo.commit=$(COMMIT)
-# Same bytes whatever the folder: no paths, no build id, no stamp of the clone.
+# The same bytes in any folder: no paths, no build id, no VCS stamp.
 BUILD    := CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
-# The API server of Kubernetes has no package: CI builds it, once for each version.
+# Debian has no package of Kubernetes' API server: CI builds it once per version.
 KUBE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/certctl-agent/kube-apiserver-$(shell awk '$$1 == "k8s.io/kubernetes" { print $$2 }' .ci/kube-apiserver/go.mod)
 export PATH := $(PATH):$(KUBE)
 
@@ -33,14 +33,14 @@ build: ## build bin/certctl-agent: static, stripped, reproducible
 	$(BUILD) -o $(BIN) ./cmd/certctl-agent
 
 .PHONY: demo
-demo: build ## show the main job end to end (TARGET=nginx|apache|haproxy|caddy|postfix|dovecot|javakeystore|kubernetes|ssh)
+demo: build ## run the agent through its main job on this machine (TARGET=nginx|apache|haproxy|caddy|postfix|dovecot|javakeystore|kubernetes|ssh)
 	$(GO) run ./cmd/certctl-demo -agent bin/certctl-agent $(if $(TARGET),-target $(TARGET))
 
 .PHONY: kube-apiserver
-kube-apiserver: $(KUBE)/kube-apiserver ## build the API server that the tests of KubernetesSecrets need (some minutes, 1 GB of modules)
+kube-apiserver: $(KUBE)/kube-apiserver ## build the API server for the tests of KubernetesSecrets (some minutes, 1 GB of modules)
 
-# 1,800 packages, of which a test needs little speed: without inlining, without what debuggers
-# read, and with a lazy garbage collector in the compiler they take a third of the time.
+# 1,800 packages, and tests do not need a fast binary: without inlining and debug information, and
+# with a lazy garbage collector in the compiler, the build takes a third of the time.
 $(KUBE)/kube-apiserver:
 	@mkdir -p $(KUBE)
 	cd .ci/kube-apiserver && GOGC=400 CGO_ENABLED=0 $(GO) build -trimpath -gcflags=all='-l -dwarf=false' -ldflags '-s -w' -o $@.new .
@@ -53,22 +53,22 @@ test: ## run all tests, with the race detector where there is a C compiler
 	$(if $(RACE),$(GO) test ./internal/reliability -run TestVirtualNetwork,)
 	@$(MAKE) --no-print-directory fuzz
 
-# Iterations, not seconds: the same work on a slow machine.
+# Iterations, not seconds, so that a slow machine does the same work.
 FUZZ ?= 2000x
 
 .PHONY: fuzz
-fuzz: ## a short run of each fuzz target (FUZZ=30s for a longer one)
+fuzz: ## run each fuzz target briefly (FUZZ=30s for longer)
 	@grep -rHo '^func Fuzz[A-Za-z0-9]*' --include='*_test.go' internal cmd | sort | \
 	while IFS=: read -r file name; do \
 		$(GO) test -run '^$$' -fuzz "^$${name#func }$$" -fuzztime $(FUZZ) -fuzzminimizetime 100x "./$$(dirname "$$file")" </dev/null || exit 1; \
 	done
 
 .PHONY: soak
-soak: ## 24 hours of virtual time: memory, goroutines, descriptors and disk stay flat
+soak: ## run for 24 hours of virtual time: memory, goroutines, descriptors and disk must stay flat
 	$(GO) test -timeout 10m -count=1 ./internal/reliability -run TestSoak -soak -v
 
 .PHONY: lint
-lint: ## gofmt, vet, go fix, staticcheck, the architecture test
+lint: ## run gofmt, vet, go fix, staticcheck and the architecture tests
 	@out=$$(gofmt -l .); test -z "$$out" || { echo "gofmt would change: $$out"; exit 1; }
 	$(GO) vet ./...
 	GOOS=darwin $(GO) vet ./...
@@ -77,7 +77,7 @@ lint: ## gofmt, vet, go fix, staticcheck, the architecture test
 	$(GO) test ./internal/architecture
 
 .PHONY: bench
-bench: build ## measure: size, start, memory, renewals, pacing of a fleet, discovery (against rg, find; beside nginx)
+bench: build ## measure size, start, memory, renewals, fleet pacing, discovery (against rg and find; beside nginx)
 	@printf 'size of the binary: %s bytes\n' "$$(wc -c < bin/certctl-agent)"
 	$(GO) test -run '^$$' -bench 'FirstLogLine' -benchtime 50x ./cmd/certctl-agent
 	$(GO) test -run '^$$' -bench 'IdleMemory' -benchtime 1x ./cmd/certctl-agent
@@ -86,7 +86,7 @@ bench: build ## measure: size, start, memory, renewals, pacing of a fleet, disco
 	$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 60m ./internal/discovery
 
 .PHONY: cover
-cover: ## test coverage of internal/
+cover: ## measure the test coverage of internal/
 	$(GO) test -coverpkg=./internal/... -coverprofile=cover.out ./...
 	@$(GO) tool cover -func=cover.out | tail -1
 
@@ -95,19 +95,19 @@ linux:
 	GOOS=linux GOARCH=$(ARCH) $(MAKE) -s build BIN=$(DIST)/linux-$(ARCH)/certctl-agent
 
 .PHONY: deb
-deb: linux ## the Debian package in dist/ (ARCH=amd64|arm64)
+deb: linux ## build the Debian package in dist/ (ARCH=amd64|arm64)
 	deploy/deb/build.sh $(DIST)/linux-$(ARCH)/certctl-agent $(ARCH) '$(VERSION)' $(DIST)
 
 .PHONY: docker
-docker: linux ## the image certctl-agent:VERSION (BASE=image; ARCH other than the engine's needs BuildKit)
+docker: linux ## build the image certctl-agent:VERSION (BASE=image; an ARCH other than the engine's needs BuildKit)
 	deploy/docker/context.sh $(DIST)/linux-$(ARCH)/certctl-agent $(ARCH) $(DIST)/docker
 	docker build --platform linux/$(ARCH) --build-arg TARGETARCH=$(ARCH) --build-arg VERSION=$(VERSION) \
 		$(if $(BASE),--build-arg BASE=$(BASE)) -t certctl-agent:$(VERSION) $(DIST)/docker
 
 .PHONY: release
-release: ## tarballs, SBOMs and SHA256SUMS in dist/release, every binary built twice and compared
+release: ## build tarballs, SBOMs and SHA256SUMS in dist/release; builds every binary twice and compares
 	GO='$(GO)' deploy/release.sh '$(VERSION)' '$(COMMIT)' $(DIST)/release $(PLATFORMS)
 
 .PHONY: clean
-clean: ## remove what make made
+clean: ## remove everything that make built
 	rm -rf bin dist cover.out

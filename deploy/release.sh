@@ -1,8 +1,9 @@
 #!/bin/sh
 # Packs a release: release.sh VERSION COMMIT OUTDIR PLATFORM…
-# A tarball for each platform with its service files, an SBOM beside it, and
-# SHA256SUMS. Every binary is built a second time, from a copy of the sources
-# at another path and with an empty build cache, and must come out the same.
+#
+# For each platform a tarball with the service files and an SBOM, and SHA256SUMS for all. Every
+# binary is built twice, the second time from a copy of the sources at another path with an empty
+# build cache; both must be identical.
 set -eu
 version=$1 commit=$2 out=$3
 shift 3
@@ -15,11 +16,11 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$work/elsewhere" "$out"
 out=$(cd "$out" && pwd)
-# SHA256SUMS is of this release alone.
+# SHA256SUMS covers this release alone.
 rm -f "$out"/certctl-agent_* "$out/SHA256SUMS"
 (cd "$repo" && tar cf - go.mod cmd internal Makefile) | tar xf - -C "$work/elsewhere"
 
-# The recipe is the Makefile's, so that a release is what `make build` makes.
+# Uses the Makefile, so that a release is what `make build` makes.
 build() { # DIR OS ARCH FILE
 	GOOS=$2 GOARCH=$3 make -s -C "$1" build GO="$go" VERSION="$version" COMMIT="$commit" BIN="$4"
 }

@@ -1,13 +1,13 @@
 #!/bin/sh
 # Builds the Debian package: deb/build.sh BINARY ARCH VERSION OUTDIR
-# The same input gives the same bytes: SOURCE_DATE_EPOCH is the time of all in it.
+# The same input gives the same bytes: every file has the time SOURCE_DATE_EPOCH.
 set -eu
 binary=$1 arch=$2 version=$3 out=$4
 here=$(cd "$(dirname "$0")" && pwd)
 deploy=$(dirname "$here")
 export SOURCE_DATE_EPOCH="${SOURCE_DATE_EPOCH:-0}"
 
-# git describe to Debian: v1.2.3-4-gabc is newer than 1.2.3; a bare commit sorts by
+# From git describe to a Debian version: v1.2.3-4-gabc is newer than 1.2.3; a bare commit sorts by
 # its time, before any release. A hyphen would begin a Debian revision.
 case $version in
 v[0-9]*) version=${version#v} ;;
