@@ -25,7 +25,7 @@ const (
 	webCert      = "cert-web" // the certificate that the machine's nginx serves
 )
 
-// booted is a machine with the package in it, and its control plane.
+// booted is a machine with the package installed, and its control plane.
 type booted struct {
 	*machine
 	plane   *devplane.Plane
@@ -33,9 +33,8 @@ type booted struct {
 	port    int // of nginx
 }
 
-// TestBooted installs the package in a Debian that systemd has booted, and has
-// it go through the life of a service. One machine for all of it: each step
-// starts with what the one before has left.
+// TestBooted installs the package in a Debian booted by systemd and takes it through the life of a
+// service. All steps use one machine: each starts with the state that the previous one left.
 func TestBooted(t *testing.T) {
 	if testing.Short() {
 		t.Skip("boots a Debian")
@@ -97,7 +96,7 @@ func (b *booted) install(t *testing.T) {
 	if out := b.run(t, "systemd-analyze", "verify", "--man=no", unit, unprivileged); strings.Contains(out, "certctl") {
 		t.Errorf("systemd-analyze verify: %s", out)
 	}
-	// Nothing is configured: it fails, says why, and is tried again.
+	// Nothing is configured: it fails, says why, and is restarted.
 	b.try("systemctl", "start", unit)
 	if log := b.journal(t); !strings.Contains(log, "CERTCTL_API_KEY") {
 		t.Errorf("without a configuration the journal says:\n%s", log)
@@ -105,7 +104,7 @@ func (b *booted) install(t *testing.T) {
 	b.run(t, "systemctl", "stop", unit)
 }
 
-// journal is what the service has printed. journald takes that at its own pace.
+// journal returns the service's output. journald may be late.
 func (b *booted) journal(t *testing.T) string {
 	t.Helper()
 	b.run(t, "journalctl", "--sync")
@@ -145,7 +144,7 @@ func (b *booted) start(t *testing.T) {
 	if _, err := api.ParseID(b.agentID); err != nil || !strings.Contains(readFile(t, b.path(envFile)), b.agentID) {
 		t.Fatalf("register printed %q; agent.env:\n%s", b.agentID, readFile(t, b.path(envFile)))
 	}
-	// Failures are made below: the pauses between them need not be a fleet's.
+	// Steps below cause failures: shorten the pauses after them.
 	for _, name := range []string{unit, unprivileged} {
 		writeFile(t, b.path("/etc/systemd/system/"+name+".d/test.conf"), "[Service]\nWatchdogSec=5s\nRestartSec=300ms\n", 0o644)
 	}
@@ -155,7 +154,7 @@ func (b *booted) start(t *testing.T) {
 		t.Fatalf("the service is %s", state)
 	}
 	b.waitContact(t, b.agentID)
-	// The control plane has answered; agent and systemd have yet to take note.
+	// The control plane has answered; agent and systemd may not have processed that yet.
 	eventually(t, "a STATUS line that says so", func() bool {
 		return strings.HasPrefix(b.show(unit, "StatusText"), "in contact")
 	})
@@ -163,7 +162,7 @@ func (b *booted) start(t *testing.T) {
 	b.run(t, "certctl-agent", "check", "-config", envFile)
 }
 
-// waitContact waits for a heartbeat that comes from now on, and is accepted.
+// waitContact waits for the next accepted heartbeat.
 func (b *booted) waitContact(t *testing.T, agent string) {
 	t.Helper()
 	accepted := func() (n int) {
@@ -197,7 +196,7 @@ func (b *booted) setTarget(dir, validate, reload string) {
 	}})
 }
 
-// renew has the certificate issued anew and waits until nginx serves it.
+// renew renews the certificate and waits until nginx serves the new one.
 func (b *booted) renew(t *testing.T) {
 	t.Helper()
 	before := len(b.plane.Deployments(webCert))
@@ -215,7 +214,7 @@ func (b *booted) renew(t *testing.T) {
 	}
 	versions := b.plane.Versions(webCert)
 	want := pemutil.Fingerprint(versions[len(versions)-1].Leaf)
-	// nginx's old workers may accept a connection still.
+	// nginx's old workers may still accept a connection.
 	eventually(t, "nginx to serve the new certificate", func() bool { return b.served(t) == want })
 }
 
@@ -230,7 +229,7 @@ func (b *booted) served(t *testing.T) string {
 	return result.Fingerprint
 }
 
-// serveFrom has nginx serve a certificate of its own from dir.
+// serveFrom configures nginx with a self-made certificate in dir.
 func (b *booted) serveFrom(t *testing.T, dir string) {
 	t.Helper()
 	old, err := testca.Must(t).Issue(testca.Template{CommonName: "web.example.org"})
@@ -268,8 +267,8 @@ func (b *booted) deploy(t *testing.T) {
 	}
 }
 
-// commands runs what targets ask for as the unit would, with its own user,
-// capabilities, file system and system calls.
+// commands runs the commands of targets as the unit does, with the same user, capabilities, file
+// system and system calls.
 func (b *booted) commands(t *testing.T) {
 	writeFile(t, b.path("/etc/haproxy/haproxy.cfg"), fmt.Sprintf("global\n user haproxy\n group haproxy\n chroot /var/lib/haproxy\n daemon\n"+
 		"defaults\n timeout client 1s\n timeout server 1s\n timeout connect 1s\nlisten web\n bind 127.0.0.1:%d\n", needs.FreePort(t)), 0o644)
@@ -309,7 +308,7 @@ func (b *booted) commands(t *testing.T) {
 	b.run(t, "systemctl", "stop", "apache2", "haproxy", "postfix", "dovecot")
 }
 
-// sandbox looks at what a process of the service may do.
+// sandbox checks what a process of the service may do.
 func (b *booted) sandbox(t *testing.T) {
 	pid := b.show(unit, "MainPID")
 	for _, test := range []struct {
@@ -326,8 +325,8 @@ func (b *booted) sandbox(t *testing.T) {
 			t.Errorf("%s: writable is %v, want %v", test.path, got, test.writable)
 		}
 	}
-	// Files that are mounted read-only there can still be replaced by the host,
-	// and what replaced them is seen: owners of files are named in targets.
+	// The host can still replace files that are mounted read-only in the service, and the service
+	// sees the new ones: targets name owners of files.
 	b.run(t, "useradd", "new-user")
 	b.run(t, "nsenter", "--target", pid, "--mount", "getent", "passwd", "new-user")
 }
@@ -361,7 +360,7 @@ func (b *booted) credential(t *testing.T) {
 	b.run(t, "systemctl", "restart", unit)
 }
 
-// restarted waits until systemd has started the service once more.
+// restarted waits until systemd has restarted the service.
 func (b *booted) restarted(t *testing.T, signal, want string) {
 	t.Helper()
 	before := b.show(unit, "MainPID")
@@ -396,7 +395,7 @@ func (b *booted) upgrade(t *testing.T) {
 	}
 }
 
-// unprivileged does what the unit's comment tells an operator to do.
+// unprivileged follows the steps in the unit's comment.
 func (b *booted) unprivileged(t *testing.T) {
 	b.run(t, "install", "-d", "-o", "certctl-agent", "-g", "certctl-agent", "-m", "0750", "/etc/nginx/certctl")
 	b.run(t, "chgrp", "certctl-agent", envFile)
@@ -420,14 +419,14 @@ func (b *booted) unprivileged(t *testing.T) {
 			t.Errorf("%s is %s", name, got)
 		}
 	}
-	// The rule is for one verb of one unit.
+	// The polkit rule allows one verb for one unit.
 	for _, command := range [][]string{{"restart", "nginx.service"}, {"reload", "dbus.service"}} {
 		if out, err := b.try("setpriv", "--reuid=certctl-agent", "--regid=certctl-agent", "--clear-groups", "systemctl", "--no-ask-password", command[0], command[1]); err == nil {
 			t.Errorf("systemctl %s is allowed: %s", strings.Join(command, " "), out)
 		}
 	}
 
-	// And back, with all that was root's root's again.
+	// And back: root's files belong to root again.
 	b.run(t, "systemctl", "start", unit)
 	if state := b.show(unprivileged, "ActiveState"); state != "inactive" {
 		t.Errorf("beside it the unprivileged service is %s", state)
@@ -455,7 +454,7 @@ func (b *booted) retire(t *testing.T) {
 		t.Errorf("ended with %s, exit code %s", result, code)
 	}
 	calls := b.plane.Count("")
-	time.Sleep(time.Second) // three times RestartSec=: nothing tells that nothing happens
+	time.Sleep(time.Second) // three times RestartSec=; no event reports that nothing happens
 	if state, now := b.show(unit, "ActiveState"), b.show(unit, "ExecMainPID"); state != "inactive" || now != pid {
 		t.Errorf("a retired agent is %s, process %s, and was %s", state, now, pid)
 	}
@@ -477,7 +476,7 @@ func (b *booted) remove(t *testing.T) {
 			t.Errorf("removing took away: %v", err)
 		}
 	}
-	// Installed again it goes on as before.
+	// After another installation it continues as before.
 	b.run(t, "dpkg", "--install", "/root/agent.deb")
 	b.run(t, "systemctl", "start", unit)
 	b.waitContact(t, b.agentID)

@@ -15,7 +15,7 @@ import (
 	"certctl-agent/internal/testing/needs"
 )
 
-// epoch is the time of everything in the packages that tests build.
+// epoch is the time of all files in packages that tests build.
 const epoch = "1700000000"
 
 // makeDeb builds the package of a version and returns its path.
@@ -26,7 +26,7 @@ func makeDeb(t *testing.T, version string) string {
 	return onlyDeb(t, dist)
 }
 
-// packDeb packs a binary that is there.
+// packDeb packs an existing binary.
 func packDeb(t *testing.T, binary, version string) string {
 	t.Helper()
 	dist := t.TempDir()
@@ -104,12 +104,12 @@ func TestDebChangelog(t *testing.T) {
 	}
 }
 
-// The versions that git describe can say sort as they must.
+// TestDebVersions checks that Debian sorts the versions of git describe in their order.
 func TestDebVersions(t *testing.T) {
 	dpkg := needs.Need(t, "dpkg")
 	previous := ""
 	for _, version := range []string{"cf697b2-dirty", "v1.2.3-rc1", "v1.2.3", "v1.2.3-4-gcf697b2", "v1.2.4"} {
-		// A file that is no agent takes no build.
+		// Any file will do as the binary; this one needs no build.
 		name := filepath.Base(packDeb(t, "deb/copyright", version))
 		this := strings.Split(name, "_")[1]
 		if previous != "" {
@@ -132,7 +132,7 @@ func TestShippedConfiguration(t *testing.T) {
 	}
 	policy := policy.Policy{Paths: cfg.AllowedPaths, Commands: cfg.AllowedCommands, Hosts: cfg.AllowedHosts}
 	if policy.CheckHost("web1.example.org", 22) == nil || policy.CheckHost("203.0.113.1", 22) == nil || policy.CheckHost("localhost", 22) != nil {
-		t.Error("keys may leave this host, or not reach it")
+		t.Error("the shipped list of hosts allows other hosts, or refuses this one")
 	}
 	for _, path := range []string{
 		"/etc/nginx/tls/key.pem", "/etc/apache2/ssl/cert.pem", "/etc/haproxy/certs/site.pem", "/etc/traefik/certs/cert.pem",

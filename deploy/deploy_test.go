@@ -1,5 +1,5 @@
-// Package deploy_test holds what ships beside the binary to what it promises:
-// by the tools of each supervisor, and where there is one, by the supervisor.
+// Package deploy_test checks the files that ship with the binary by the tools of each service
+// manager, and by the service manager itself if it is installed.
 package deploy_test
 
 import (
@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// output runs a program and returns what it printed; a failure ends the test.
+// output runs a program and returns its output. A failure ends the test.
 func output(t *testing.T, name string, args ...string) string {
 	t.Helper()
 	out, err := tryOutput(exec.CommandContext(t.Context(), name, args...))
@@ -23,7 +23,7 @@ func output(t *testing.T, name string, args ...string) string {
 }
 
 func tryOutput(cmd *exec.Cmd) (string, error) {
-	// A grandchild that keeps the pipe must not hold the test.
+	// A grandchild that keeps the pipe open must not block the test.
 	cmd.WaitDelay = time.Second
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
@@ -31,19 +31,17 @@ func tryOutput(cmd *exec.Cmd) (string, error) {
 	return strings.TrimSpace(out.String()), err
 }
 
-// makeTarget runs make in the project with its products in a directory of the
-// test's own.
+// makeTarget runs make in the project with dist as output directory.
 func makeTarget(t *testing.T, target, dist string, variables ...string) string {
 	t.Helper()
 	return output(t, "make", append([]string{"-s", "-C", "..", target, "DIST=" + dist}, variables...)...)
 }
 
-// patience is how long a test waits for what must come. How fast it comes is not
-// tested: on a busy machine, seconds have become more than 20.
+// patience is how long a test waits for an expected event. Speed is not tested: a busy machine can
+// turn seconds into more than 20.
 const patience = 2 * time.Minute
 
-// eventually waits for something that happens outside this process, where only
-// asking again tells.
+// eventually polls until an event outside this process has happened.
 func eventually(t *testing.T, what string, done func() bool) {
 	t.Helper()
 	deadline := time.Now().Add(patience)
@@ -72,7 +70,7 @@ func writeFile(t *testing.T, path, text string, mode os.FileMode) {
 	if err := os.WriteFile(path, []byte(text), mode); err != nil {
 		t.Fatal(err)
 	}
-	// Whatever the umask, and the mode of a file that was there.
+	// Independent of the umask and of an existing file's mode.
 	if err := os.Chmod(path, mode); err != nil {
 		t.Fatal(err)
 	}

@@ -17,12 +17,11 @@ import (
 	"certctl-agent/internal/testing/devplane"
 )
 
-// maxImage is what the image may weigh, in bytes: a static linux/amd64 binary
-// (10.3 MB before F5, AWS, Azure and Windows became targets) and the roots of
-// public CAs. A package that makes the linker keep every method shows all the same.
+// maxImage is the largest size of the image, in bytes: a static linux/amd64 binary (11.3 MB) and
+// the roots of public CAs. It notices a package that makes the linker keep every method.
 const maxImage = 12_500_000
 
-// container is what docker inspect says of the agent's container.
+// container is the output of docker inspect for the agent's container.
 type container struct {
 	State struct {
 		Status   string
@@ -34,14 +33,13 @@ type container struct {
 	Config       struct{ Image string }
 }
 
-// TestDocker builds the image and runs it by the compose file that ships,
-// which an override gives the test's network and shorter pauses.
+// TestDocker builds the image and runs it with the shipped compose file. An override sets the
+// test's network and shorter pauses.
 func TestDocker(t *testing.T) {
 	if testing.Short() {
 		t.Skip("builds an image")
 	}
-	// An engine is a service of the machine, not a package that CI could install:
-	// without one this skips even there.
+	// CI cannot install an engine like a package, so the test may skip even there.
 	docker, err := exec.LookPath("docker")
 	if err != nil {
 		t.Skip("docker is not installed: the image is not tested")
@@ -68,7 +66,7 @@ func TestDocker(t *testing.T) {
 		"CERTCTL_SERVER_CA_BUNDLE_PATH=/ca.pem\nCERTCTL_STARTUP_JITTER=false\nCERTCTL_HEARTBEAT_INTERVAL=300ms\nCERTCTL_POLL_INTERVAL=200ms\n",
 		plane.URL, agentID), 0o644)
 	writeFile(t, filepath.Join(dir, "ca.pem"), string(plane.CAPEM()), 0o644)
-	// User 1000 must be able to read it, and it belongs to whoever runs the test.
+	// User 1000 must be able to read the file, which belongs to the test's user.
 	writeFile(t, filepath.Join(dir, "api-key"), plane.APIKey+"\n", 0o444)
 	writeFile(t, filepath.Join(dir, "override.yaml"), `version: "3.8"
 services:
@@ -110,7 +108,7 @@ services:
 		eventually(t, "a heartbeat", func() bool { return len(plane.Heartbeats()) > 0 })
 	}
 
-	// Writes where it may: the key volume and /certs, with a read-only root.
+	// With a read-only root it writes to the key volume and /certs.
 	plane.AddTarget(devplane.Target{ID: "target-1", Agent: agentID, Type: "Traefik", Config: map[string]any{"cert_dir": "/certs"}})
 	cert := plane.AddCertificate(devplane.Certificate{CommonName: "web.example.org", SANs: []string{"web.example.org"}, Targets: []string{"target-1"}})
 	plane.StartIssuance(cert)
@@ -130,7 +128,7 @@ services:
 		}
 	}
 
-	// A crash is restarted. docker kill would count as the operator's wish.
+	// Docker restarts a crashed container, but not after docker kill, which it takes as intended.
 	if os.Getuid() == 0 {
 		if err := syscall.Kill(look().State.Pid, syscall.SIGKILL); err != nil {
 			t.Fatal(err)

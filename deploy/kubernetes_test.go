@@ -9,8 +9,8 @@ import (
 	"testing"
 )
 
-// TestManifests checks the structure of the manifests as far as that goes
-// without a parser for YAML: indentation, and the keys that must be there.
+// TestManifests checks the manifests as far as possible without a YAML parser: indentation and
+// required keys.
 func TestManifests(t *testing.T) {
 	workload := []string{
 		"automountServiceAccountToken: false", "allowPrivilegeEscalation: false", "readOnlyRootFilesystem: true", "drop: [ALL]",
@@ -54,8 +54,8 @@ func TestManifests(t *testing.T) {
 	}
 }
 
-// kubectl is in no distribution's archive under one name, so that even CI may
-// be without it: the structure above is checked everywhere.
+// TestManifestsParse may skip even in CI, because distributions package kubectl under different
+// names.
 func TestManifestsParse(t *testing.T) {
 	kubectl, err := exec.LookPath("kubectl")
 	if err != nil {

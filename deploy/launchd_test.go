@@ -17,7 +17,7 @@ const plist = "launchd/net.certctl.agent.plist"
 func TestPlistIsValid(t *testing.T) {
 	plistutil := needs.Need(t, "plistutil")
 	binary := filepath.Join(t.TempDir(), "plist")
-	// There and back: plistutil reports what it cannot read by its output.
+	// Convert there and back: only the output shows what plistutil cannot read.
 	output(t, plistutil, "-i", plist, "-f", "bin", "-o", binary)
 	back := output(t, plistutil, "-i", binary, "-f", "xml")
 	if got, want := parsePlist(t, back), parsePlist(t, readFile(t, plist)); !reflect.DeepEqual(got, want) {

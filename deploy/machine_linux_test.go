@@ -23,20 +23,20 @@ import (
 
 const suite = "bookworm"
 
-// packages are what the machine has beside a minimal Debian.
+// packages lists what the machine has in addition to a minimal Debian.
 var packages = []string{
 	"systemd", "systemd-sysv", "libpam-systemd", "dbus", "polkitd",
 	"nginx-light", "apache2", "haproxy", "postfix", "dovecot-core",
 }
 
-// machine is a Debian of its own with systemd as process 1, in a container that
-// shares the host's network: the control plane of the test is on loopback.
+// machine is a Debian with systemd as process 1, in a container that shares the host's network: the
+// test's control plane is on loopback.
 type machine struct {
 	init int // pid of its process 1, as the host sees it
 }
 
-// debianRoot returns a directory with an installed Debian. It is made once per
-// user and list of packages, which takes a minute or two.
+// debianRoot returns a directory with an installed Debian. Making it takes a minute or two, once per
+// user and list of packages.
 func debianRoot(t *testing.T) string {
 	t.Helper()
 	debootstrap := needs.Need(t, "debootstrap")
@@ -53,7 +53,7 @@ func debianRoot(t *testing.T) string {
 	if err := os.MkdirAll(cache, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	// Made beside and renamed: what has the name is complete.
+	// Made under another name and renamed, so that a directory with this name is complete.
 	making, err := os.MkdirTemp(cache, "making-")
 	if err != nil {
 		t.Fatal(err)
@@ -72,9 +72,8 @@ func debianRoot(t *testing.T) string {
 	return root
 }
 
-// prepare keeps servers and timers of the machine from starting by themselves,
-// on ports that the host shares, and gives the servers a configuration without
-// well-known ports.
+// prepare disables servers and timers of the machine, whose ports the host shares, and configures
+// the servers without well-known ports.
 const prepare = `
 systemctl disable nginx apache2 haproxy postfix dovecot apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer
 systemctl mask getty.target systemd-logind.service
@@ -88,8 +87,8 @@ mkdir -p /etc/nginx/tls
 rm -rf /var/cache/apt/archives/*.deb /var/lib/apt/lists/*
 `
 
-// boot starts the machine; the end of the test halts it. Nothing that happens
-// in it outlasts it: it runs on an overlay.
+// boot starts the machine and halts it at the end of the test. It runs on an overlay, so nothing in
+// it persists.
 func boot(t *testing.T) *machine {
 	t.Helper()
 	if os.Getuid() != 0 {
@@ -102,8 +101,7 @@ func boot(t *testing.T) *machine {
 	args := []string{"--directory=" + root, "--volatile=overlay", "--register=no", "--console=pipe", "--machine=certctl-test-" + strconv.Itoa(os.Getpid())}
 	var cgroups []string
 	if _, err := os.Stat("/run/systemd/system"); err != nil {
-		// No service manager that would make a group for the machine: its
-		// systemd must not take the host's.
+		// No service manager makes a cgroup for the machine, and its systemd must not use the host's.
 		args = append(args, "--keep-unit")
 		cgroups = makeCgroups(t)
 	}
@@ -156,7 +154,7 @@ func boot(t *testing.T) *machine {
 		state, _ := m.try("systemctl", "is-system-running")
 		return state == "running" || state == "degraded"
 	})
-	// Should this process be killed, the machine ends all the same.
+	// The machine ends even if this process is killed.
 	m.run(t, "systemd-run", "--quiet", "--on-active=10min", "systemctl", "poweroff")
 	return m
 }
@@ -179,7 +177,7 @@ func (m *machine) run(t *testing.T, name string, args ...string) string {
 	return out
 }
 
-// path is where the host sees a file of the machine.
+// path returns the host's path of a file of the machine.
 func (m *machine) path(name string) string {
 	return filepath.Join("/proc", strconv.Itoa(m.init), "root", name)
 }
@@ -190,11 +188,11 @@ func (m *machine) show(unit, property string) string {
 	return value
 }
 
-// makeCgroups makes a group in each hierarchy that systemd uses.
+// makeCgroups makes a cgroup in each hierarchy that systemd uses.
 func makeCgroups(t *testing.T) []string {
 	t.Helper()
 	var made []string
-	// Hybrid, and v2 alone; where none of them is, nspawn makes do.
+	// Hybrid, and v2 alone. If none exists, nspawn manages without.
 	for _, hierarchy := range []string{"/sys/fs/cgroup/systemd", "/sys/fs/cgroup/unified", "/sys/fs/cgroup"} {
 		if _, err := os.Stat(filepath.Join(hierarchy, "cgroup.procs")); err != nil {
 			continue
@@ -208,7 +206,7 @@ func makeCgroups(t *testing.T) []string {
 	return made
 }
 
-// removeCgroup removes a group and those in it, which rmdir does one by one.
+// removeCgroup removes a cgroup and its children, one by one as rmdir requires.
 func removeCgroup(dir string) {
 	var groups []string
 	filepath.WalkDir(dir, func(name string, entry fs.DirEntry, err error) error {

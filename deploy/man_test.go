@@ -23,14 +23,14 @@ func TestManPageIsClean(t *testing.T) {
 
 func TestManPageHasEverySetting(t *testing.T) {
 	text := readFile(t, manPage)
-	// Load complains of what is missing, and returns the settings all the same.
+	// Load returns the settings in spite of its error about missing ones.
 	cfg, _ := config.Load(nil, func(string) string { return "" }, config.Options{DefaultFile: "none"})
 	if cfg == nil || len(cfg.Values()) == 0 {
 		t.Fatal("config.Load returned no settings")
 	}
 	for _, value := range cfg.Values() {
 		if value.Flag == "" {
-			continue // a variable of everybody's, such as HTTPS_PROXY
+			continue // a variable of all programs, such as HTTPS_PROXY
 		}
 		if entry := ".It Fl " + value.Flag + " , Ev " + value.Variable + "\n"; !strings.Contains(text, entry) {
 			t.Errorf("the man page lacks %q", entry)

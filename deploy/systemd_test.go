@@ -43,7 +43,7 @@ func TestUnitExposure(t *testing.T) {
 func TestUnitsAreValid(t *testing.T) {
 	analyze := needs.Need(t, "systemd-analyze")
 	for _, unit := range []string{"certctl-agent.service", "certctl-agent-unprivileged.service"} {
-		// The agent is not installed here; verify asks for the program.
+		// verify requires the program, and the agent is not installed here.
 		text := strings.ReplaceAll(readFile(t, filepath.Join("systemd", unit)), "/usr/bin/certctl-agent", "/bin/true")
 		file := filepath.Join(t.TempDir(), unit)
 		writeFile(t, file, text, 0o644)
@@ -53,7 +53,7 @@ func TestUnitsAreValid(t *testing.T) {
 	}
 }
 
-// What the unit keeps read-only, the agent refuses by itself.
+// TestUnitClosesWhatTheAgentRefuses checks that the agent also refuses the unit's read-only paths.
 func TestUnitClosesWhatTheAgentRefuses(t *testing.T) {
 	policy := new(policy.Policy)
 	closed := 0
@@ -74,7 +74,7 @@ func TestUnitClosesWhatTheAgentRefuses(t *testing.T) {
 	}
 }
 
-// A unit and the agent must agree on how long stopping may take.
+// TestUnitsOutlastTheGrace checks that service managers wait longer than the agent's grace.
 func TestUnitsOutlastTheGrace(t *testing.T) {
 	for _, file := range []struct{ name, want string }{
 		{"systemd/certctl-agent.service", "TimeoutStopSec=90s"},

@@ -162,6 +162,6 @@ func TestDocsNameCommands(t *testing.T) {
 		}
 	}
 	if found < 40 {
-		t.Errorf("found %d command lines: the pattern does not match them any more", found)
+		t.Errorf("found %d command lines: the pattern no longer matches them", found)
 	}
 }

@@ -1,5 +1,5 @@
-// Package architecture_test checks the code against docs/architecture.md: which packages may import
-// which, and which may use the process's environment.
+// Package architecture_test holds the code to docs/architecture.md (who may import whom, and who
+// may touch the process), and the docs to the code.
 package architecture_test
 
 import (
@@ -21,8 +21,8 @@ import (
 
 const module = "certctl-agent"
 
-// layers lists the packages from the top down. Packages import only from lower layers. A star
-// matches one element of a path.
+// layers lists the packages from the top down. Imports point down; packages of one layer do not
+// import each other. A star matches one element of a path.
 var layers = [][]string{
 	{"cmd/*"},
 	{"internal/app"},
@@ -40,10 +40,10 @@ var layers = [][]string{
 		"internal/sdnotify", "internal/secret", "internal/sftp", "internal/sigv4", "internal/trustedfile"},
 }
 
-// leafLayer is the only layer whose packages may import each other.
+// leafLayer is the index of the leaves, which may import each other.
 const leafLayer = 10
 
-// testOnly reports whether a package is only for tests and the demo.
+// testOnly reports whether a package is for tests and the demo, never for the agent.
 func testOnly(pkg string) bool {
 	return strings.HasPrefix(pkg, "internal/testing/") || pkg == "internal/connector/conformance"
 }
@@ -101,7 +101,7 @@ func sources(t *testing.T) []source {
 	return all
 }
 
-// layerOf returns the index of a package's layer, or -1. Names take precedence over patterns.
+// layerOf returns the index of a package's layer, or -1. A name wins over a pattern.
 func layerOf(pkg string) int {
 	byPattern := -1
 	for i, layer := range layers {
@@ -146,8 +146,8 @@ func TestImportsPointDown(t *testing.T) {
 	}
 }
 
-// TestTableOfLayers: docs/architecture.md lists exactly the packages that exist, in their layers.
-// Layers are numbered from the leaves, which are 0; packages for tests have none.
+// TestTableOfLayers checks that docs/architecture.md lists each package in its layer, and no other.
+// Layers are numbered from the leaves, which are 0; test packages have none.
 func TestTableOfLayers(t *testing.T) {
 	text, err := os.ReadFile(filepath.Join("..", "..", "docs", "architecture.md"))
 	if err != nil {
@@ -230,7 +230,7 @@ func TestProcessIsTouchedInOnePlace(t *testing.T) {
 	}
 }
 
-// TestIDsAreParsed: no code converts an unchecked string to an api.ID.
+// TestIDsAreParsed forbids conversions to api.ID, which would skip the checks of api.ParseID.
 func TestIDsAreParsed(t *testing.T) {
 	for _, s := range sources(t) {
 		if s.test || testOnly(s.dir) || s.dir == "internal/api" {
@@ -271,8 +271,8 @@ func TestOnePackageComment(t *testing.T) {
 	}
 }
 
-// TestNoInit: importing a package has no effects. Regular expressions are compiled when they are
-// used.
+// TestNoInit forbids init functions: a package that acts on import cannot be read alone. Regular
+// expressions are compiled on first use.
 func TestNoInit(t *testing.T) {
 	for _, s := range sources(t) {
 		for _, declaration := range s.file.Decls {
@@ -292,7 +292,7 @@ func TestNoInit(t *testing.T) {
 	}
 }
 
-// TestModuleRequiresNothing: the module has no dependencies, not even tools.
+// TestModuleRequiresNothing checks that go.mod has no requirement; tools run at a pinned version.
 func TestModuleRequiresNothing(t *testing.T) {
 	data, err := os.ReadFile(filepath.Join("..", "..", "go.mod"))
 	if err != nil {
@@ -303,8 +303,8 @@ func TestModuleRequiresNothing(t *testing.T) {
 	}
 }
 
-// TestDocsNameTests: every test that the docs name exists. In `package.TestName`, package is the
-// last element of its path; a name without a package may be in any.
+// TestDocsNameTests checks that each test that the docs name exists. `package.TestName` names the
+// last element of a package's path; a name without a package may be in any.
 func TestDocsNameTests(t *testing.T) {
 	exists := make(map[string]bool)
 	for _, s := range sources(t) {
@@ -334,11 +334,11 @@ func TestDocsNameTests(t *testing.T) {
 		}
 	}
 	if found < 50 {
-		t.Errorf("found only %d names of tests in the docs", found)
+		t.Errorf("the docs name %d tests: the pattern no longer matches them", found)
 	}
 }
 
-// othersWords are texts of the runbook's tables that come from other programs.
+// othersWords has texts of the tables that come from other programs, and from which.
 var othersWords = map[string]string{
 	"no space left on device":                       "the kernel's",
 	"connection refused":                            "the kernel's",
@@ -398,11 +398,11 @@ func TestRunbookQuotesMessages(t *testing.T) {
 		}
 	}
 	if found < 80 {
-		t.Errorf("found only %d texts in the tables", found)
+		t.Errorf("the tables have %d texts: the test no longer finds them", found)
 	}
 	for text := range othersWords {
 		if !passedOn[text] {
-			t.Errorf("no table quotes %q", text)
+			t.Errorf("no table has %q: remove it from othersWords", text)
 		}
 	}
 }

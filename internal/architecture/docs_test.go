@@ -78,7 +78,8 @@ func (p page) anchors() map[string]bool {
 	return anchors
 }
 
-// TestDocsLinks checks that each relative link leads to a file, and its fragment to a heading there.
+// TestDocsLinks checks that each relative link leads to a file, and its fragment to a heading
+// there.
 func TestDocsLinks(t *testing.T) {
 	pages := docPages(t)
 	byName := make(map[string]page)
@@ -108,7 +109,7 @@ func TestDocsLinks(t *testing.T) {
 		}
 	}
 	if found < 60 {
-		t.Errorf("the pages have %d relative links: the pattern does not match them any more", found)
+		t.Errorf("the pages have %d relative links: the pattern no longer matches them", found)
 	}
 }
 
@@ -138,7 +139,7 @@ func TestDocsTables(t *testing.T) {
 		}
 	}
 	if rows < 300 {
-		t.Errorf("the pages have %d rows of tables: the test does not find them any more", rows)
+		t.Errorf("the pages have %d rows of tables: the test no longer finds them", rows)
 	}
 }
 
@@ -180,6 +181,6 @@ func TestDocsNameFiles(t *testing.T) {
 		}
 	}
 	if found < 50 {
-		t.Errorf("found %d names of files: the patterns do not match them any more", found)
+		t.Errorf("found %d names of files: the patterns no longer match them", found)
 	}
 }

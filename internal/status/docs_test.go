@@ -80,6 +80,6 @@ func TestDocsNameMetrics(t *testing.T) {
 		}
 	}
 	if examples < 4 {
-		t.Errorf("the docs use metrics in %d places: the pattern does not match them any more", examples)
+		t.Errorf("the docs use metrics in %d places: the pattern no longer matches them", examples)
 	}
 }
