@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 	"unicode"
+	"unicode/utf8"
 )
 
 // page is one Markdown file of the documentation.
@@ -182,5 +183,25 @@ func TestDocsNameFiles(t *testing.T) {
 	}
 	if found < 50 {
 		t.Errorf("found %d names of files: the patterns no longer match them", found)
+	}
+}
+
+// TestDocsWidth checks that prose fits into 100 columns. Tables and code blocks may be wider, and so
+// may a line without a space.
+func TestDocsWidth(t *testing.T) {
+	const most = 100
+	for _, p := range docPages(t) {
+		if strings.HasPrefix(p.name, "docs/targets/") {
+			continue // not wrapped yet
+		}
+		for number, line := range p.prose() {
+			text := strings.TrimSpace(line)
+			if strings.HasPrefix(text, "|") || !strings.Contains(text, " ") {
+				continue
+			}
+			if n := utf8.RuneCountInString(line); n > most {
+				t.Errorf("%s:%d: %d columns, want at most %d", p.name, number, n, most)
+			}
+		}
 	}
 }
