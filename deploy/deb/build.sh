@@ -37,7 +37,7 @@ for example in "$deploy"/systemd/examples/*.conf; do
 done
 put 644 "$deploy/man/certctl-agent.8" /usr/share/man/man8/certctl-agent.8
 gzip -9n "$root/usr/share/man/man8/certctl-agent.8"
-printf 'certctl-agent (%s) unstable; urgency=medium\n\n  * See "Replace the agent you run now" in docs/operations.md of this version.\n\n -- certctl-agent maintainers <certctl-agent@example.org>  %s\n' \
+printf 'certctl-agent (%s) unstable; urgency=medium\n\n  * See "Replace the agent you run now" in docs/operations.md of this version.\n  * See "Changed messages" in docs/operations.md if you search its log.\n\n -- certctl-agent maintainers <certctl-agent@example.org>  %s\n' \
 	"$version" "$(LC_ALL=C date -u -R -d "@$SOURCE_DATE_EPOCH")" | gzip -9n >"$root$doc/changelog.gz"
 
 mkdir "$root/DEBIAN"

@@ -186,6 +186,34 @@ func TestDocsNameFiles(t *testing.T) {
 	}
 }
 
+// TestDocsChangedMessages checks the log messages in the section "Changed messages" of
+// docs/operations.md: the program must log one of the two texts of each change, and not both.
+func TestDocsChangedMessages(t *testing.T) {
+	logged := make(map[string]bool)
+	for _, s := range sources(t) {
+		if !s.test && !testOnly(s.dir) {
+			for _, text := range literals(s.file, nil) {
+				logged[text] = true
+			}
+		}
+	}
+	for _, p := range docPages(t) {
+		if p.name != "docs/operations.md" {
+			continue
+		}
+		_, section, _ := strings.Cut(p.text, "\n## Changed messages\n")
+		changes := regexp.MustCompile(`(?m)^(\S.*)\n  → (.*)$`).FindAllStringSubmatch(section, -1)
+		for _, change := range changes {
+			if before, now := change[1], change[2]; logged[before] == logged[now] {
+				t.Errorf("the program logs %q: %v, %q: %v; want one of them", before, logged[before], now, logged[now])
+			}
+		}
+		if len(changes) < 10 {
+			t.Errorf("the section has %d changes: the pattern no longer matches them", len(changes))
+		}
+	}
+}
+
 // TestDocsWidth checks that prose fits into 100 columns. Tables and code blocks may be wider, and so
 // may a line without a space.
 func TestDocsWidth(t *testing.T) {
