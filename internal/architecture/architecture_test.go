@@ -303,8 +303,9 @@ func TestModuleRequiresNothing(t *testing.T) {
 	}
 }
 
-// TestDocsNameTests checks that each test that the docs name exists. `package.TestName` names the
-// last element of a package's path; a name without a package may be in any.
+// TestDocsNameTests checks that each test and benchmark that the docs name exists.
+// `package.TestName` names the last element of a package's path; a name without a package may be in
+// any.
 func TestDocsNameTests(t *testing.T) {
 	exists := make(map[string]bool)
 	for _, s := range sources(t) {
@@ -319,7 +320,7 @@ func TestDocsNameTests(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	named := regexp.MustCompile("`(?:[a-z/]*/)?((?:[a-z0-9-]+\\.)?(?:Test|Fuzz)[A-Z][A-Za-z0-9]*)`")
+	named := regexp.MustCompile("`(?:[a-z/]*/)?((?:[a-z0-9-]+\\.)?(?:Test|Fuzz|Benchmark)[A-Z][A-Za-z0-9]*)`")
 	found := 0
 	for _, doc := range docs {
 		text, err := os.ReadFile(doc)
