@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 )
 
@@ -59,12 +60,23 @@ type source struct {
 	imports []string
 }
 
+// sources returns the Go files of the module.
 func sources(t *testing.T) []source {
 	t.Helper()
+	all, err := parseSources()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(all) < 20 {
+		t.Fatalf("found %d Go files: the test looks at the wrong tree", len(all))
+	}
+	return all
+}
+
+var parseSources = sync.OnceValues(func() (all []source, err error) {
 	root := filepath.Join("..", "..")
-	var all []source
 	set := token.NewFileSet()
-	err := filepath.WalkDir(root, func(name string, entry fs.DirEntry, err error) error {
+	err = filepath.WalkDir(root, func(name string, entry fs.DirEntry, err error) error {
 		if err == nil && entry.IsDir() && name != root {
 			if _, err := os.Stat(filepath.Join(name, "go.mod")); err == nil {
 				return filepath.SkipDir // another module, which only CI builds
@@ -92,14 +104,8 @@ func sources(t *testing.T) []source {
 		all = append(all, s)
 		return nil
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if len(all) < 20 {
-		t.Fatalf("found only %d Go files", len(all))
-	}
-	return all
-}
+	return all, err
+})
 
 // layerOf returns the index of a package's layer, or -1. A name wins over a pattern.
 func layerOf(pkg string) int {
