@@ -1,5 +1,5 @@
-// Package architecture_test holds the code to docs/architecture.md (who may import whom, and who
-// may touch the process), and the docs to the code.
+// Package architecture_test checks the code against docs/architecture.md: which packages may import
+// which, and which may use the process's environment.
 package architecture_test
 
 import (
@@ -22,8 +22,8 @@ import (
 
 const module = "certctl-agent"
 
-// layers lists the packages from the top down. Imports point down; packages of one layer do not
-// import each other. A star matches one element of a path.
+// layers lists the packages from the top down. Packages import only from lower layers. A star
+// matches one element of a path.
 var layers = [][]string{
 	{"cmd/*"},
 	{"internal/app"},
@@ -41,10 +41,10 @@ var layers = [][]string{
 		"internal/sdnotify", "internal/secret", "internal/sftp", "internal/sigv4", "internal/trustedfile"},
 }
 
-// leafLayer is the index of the leaves, which may import each other.
+// leafLayer is the only layer whose packages may import each other.
 const leafLayer = 10
 
-// testOnly reports whether a package is for tests and the demo, never for the agent.
+// testOnly reports whether a package is only for tests and the demo.
 func testOnly(pkg string) bool {
 	return strings.HasPrefix(pkg, "internal/testing/") || pkg == "internal/connector/conformance"
 }
@@ -107,7 +107,7 @@ var parseSources = sync.OnceValues(func() (all []source, err error) {
 	return all, err
 })
 
-// layerOf returns the index of a package's layer, or -1. A name wins over a pattern.
+// layerOf returns the index of a package's layer, or -1. Names take precedence over patterns.
 func layerOf(pkg string) int {
 	byPattern := -1
 	for i, layer := range layers {
@@ -152,8 +152,8 @@ func TestImportsPointDown(t *testing.T) {
 	}
 }
 
-// TestTableOfLayers checks that docs/architecture.md lists each package in its layer, and no other.
-// Layers are numbered from the leaves, which are 0; test packages have none.
+// TestTableOfLayers: docs/architecture.md lists exactly the packages that exist, in their layers.
+// Layers are numbered from the leaves, which are 0; packages for tests have none.
 func TestTableOfLayers(t *testing.T) {
 	text, err := os.ReadFile(filepath.Join("..", "..", "docs", "architecture.md"))
 	if err != nil {
@@ -236,7 +236,7 @@ func TestProcessIsTouchedInOnePlace(t *testing.T) {
 	}
 }
 
-// TestIDsAreParsed forbids conversions to api.ID, which would skip the checks of api.ParseID.
+// TestIDsAreParsed: no code converts an unchecked string to an api.ID.
 func TestIDsAreParsed(t *testing.T) {
 	for _, s := range sources(t) {
 		if s.test || testOnly(s.dir) || s.dir == "internal/api" {
@@ -277,8 +277,8 @@ func TestOnePackageComment(t *testing.T) {
 	}
 }
 
-// TestNoInit forbids init functions: a package that acts on import cannot be read alone. Regular
-// expressions are compiled on first use.
+// TestNoInit: importing a package has no effects. Regular expressions are compiled when they are
+// used.
 func TestNoInit(t *testing.T) {
 	for _, s := range sources(t) {
 		for _, declaration := range s.file.Decls {
@@ -298,7 +298,7 @@ func TestNoInit(t *testing.T) {
 	}
 }
 
-// TestModuleRequiresNothing checks that go.mod has no requirement; tools run at a pinned version.
+// TestModuleRequiresNothing: the module has no dependencies, not even tools.
 func TestModuleRequiresNothing(t *testing.T) {
 	data, err := os.ReadFile(filepath.Join("..", "..", "go.mod"))
 	if err != nil {
@@ -309,9 +309,8 @@ func TestModuleRequiresNothing(t *testing.T) {
 	}
 }
 
-// TestDocsNameTests checks that each test and benchmark that the docs name exists.
-// `package.TestName` names the last element of a package's path; a name without a package may be in
-// any.
+// TestDocsNameTests: every test and benchmark that the docs name exists. In `package.TestName`,
+// package is the last element of its path; a name without a package may be in any.
 func TestDocsNameTests(t *testing.T) {
 	exists := make(map[string]bool)
 	for _, s := range sources(t) {
@@ -341,11 +340,11 @@ func TestDocsNameTests(t *testing.T) {
 		}
 	}
 	if found < 50 {
-		t.Errorf("the docs name %d tests: the pattern no longer matches them", found)
+		t.Errorf("found only %d names of tests in the docs", found)
 	}
 }
 
-// othersWords has texts of the tables that come from other programs, and from which.
+// othersWords are texts of the runbook's tables that come from other programs.
 var othersWords = map[string]string{
 	"no space left on device":                       "the kernel's",
 	"connection refused":                            "the kernel's",
