@@ -5,6 +5,7 @@ import (
 	"path"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"unicode"
@@ -189,28 +190,30 @@ func TestDocsNameFiles(t *testing.T) {
 // TestDocsChangedMessages checks the log messages in the section "Changed messages" of
 // docs/operations.md: the program must log one of the two texts of each change, and not both.
 func TestDocsChangedMessages(t *testing.T) {
-	logged := make(map[string]bool)
+	var logged []string
 	for _, s := range sources(t) {
 		if !s.test && !testOnly(s.dir) {
-			for _, text := range literals(s.file, nil) {
-				logged[text] = true
-			}
+			logged = append(logged, literals(s.file, nil)...)
 		}
 	}
-	for _, p := range docPages(t) {
-		if p.name != "docs/operations.md" {
-			continue
+	logs := func(message string) bool {
+		pattern := regexp.MustCompile("^" + strings.ReplaceAll(regexp.QuoteMeta(message), "…", ".*") + "$")
+		return slices.ContainsFunc(logged, pattern.MatchString)
+	}
+	runbook, err := os.ReadFile(filepath.Join("..", "..", "docs", "operations.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(runbook), "\n## Changed messages\n")
+	changes := regexp.MustCompile(`(?m)^(\S.*)\n  → (.*)$`).FindAllStringSubmatch(section, -1)
+	for _, change := range changes {
+		before, now := logs(change[1]), logs(change[2])
+		if before == now {
+			t.Errorf("the program logs %q: %v, %q: %v; want one of them", change[1], before, change[2], now)
 		}
-		_, section, _ := strings.Cut(p.text, "\n## Changed messages\n")
-		changes := regexp.MustCompile(`(?m)^(\S.*)\n  → (.*)$`).FindAllStringSubmatch(section, -1)
-		for _, change := range changes {
-			if before, now := change[1], change[2]; logged[before] == logged[now] {
-				t.Errorf("the program logs %q: %v, %q: %v; want one of them", before, logged[before], now, logged[now])
-			}
-		}
-		if len(changes) < 10 {
-			t.Errorf("the section has %d changes: the pattern no longer matches them", len(changes))
-		}
+	}
+	if len(changes) < 10 {
+		t.Errorf("the section has %d changes: the pattern no longer matches them", len(changes))
 	}
 }
 
