@@ -52,7 +52,7 @@ func TestPreviousRelease(t *testing.T) {
 	later := h.plane.Inject(devplane.Fault{Call: devplane.CallCertificate, Status: 503})
 
 	agent := h.start()
-	agent.waitLog("undid an interrupted deployment", `"t-a"`)
+	agent.waitLog("rolled back an interrupted deployment", `"t-a"`)
 	h.waitJob(jobs["b"], api.StatusCompleted)
 	h.wait("a scan", func() bool { return len(h.plane.Reports()) > 0 })
 	backups := state + "backups/t-a/00000001-20261126T022300Z/"

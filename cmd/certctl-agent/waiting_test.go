@@ -48,14 +48,14 @@ func TestRecoveredLater(t *testing.T) {
 	unlock := h.lock(h.path("tls"))
 	agent := h.start()
 	agent.waitLog("ready")
-	agent.waitLog("could not be undone", fmt.Sprintf("process %d", os.Getpid()))
+	agent.waitLog("could not be rolled back", fmt.Sprintf("process %d", os.Getpid()))
 	agent.waitLog("deployment not started", "interrupted")
 	if got := h.plane.Deployments(certificate); got[len(got)-1].Status == api.StatusFailed {
 		t.Errorf("the job has failed permanently: %s", got[len(got)-1].Error)
 	}
 	reloads := h.ran("reload")
 	unlock()
-	agent.waitLog("undid an interrupted deployment")
+	agent.waitLog("rolled back an interrupted deployment")
 	h.waitDeployment(certificate, 2, api.StatusCompleted)
 	if h.pair(certificate) == old {
 		t.Error("the old certificate is in place")
@@ -122,7 +122,7 @@ func TestEarlierState(t *testing.T) {
 		t.Errorf("check says %q", found)
 	}
 	agent = h.start()
-	agent.waitLog("undid an interrupted deployment")
+	agent.waitLog("rolled back an interrupted deployment")
 	agent.waitLog("ready")
 	agent.stop()
 	if _, found := h.check(changes, "earlier state"); found != "" {

@@ -576,7 +576,7 @@ func TestSettledFirst(t *testing.T) {
 	w.run(job(`{}`)) // promotes the key
 	w.statuses, w.installed = nil, nil
 	var asked []string
-	unsettled := &transaction.BusyError{Err: errors.New("not undone yet")}
+	unsettled := &transaction.BusyError{Err: errors.New("not recovered yet")}
 	w.settle = func(_ context.Context, targetID, keyPath string) error {
 		if asked = append(asked, targetID+" "+filepath.Base(keyPath)); len(asked) == 1 {
 			return unsettled
@@ -604,7 +604,7 @@ func TestSettledFirst(t *testing.T) {
 func TestBusyTarget(t *testing.T) {
 	w := newWorld(t)
 	w.renew("cert-1", testca.Template{})
-	busy := &transaction.BusyError{Err: errors.New("another deployment holds it")}
+	busy := &transaction.BusyError{Err: errors.New("another deployment or another program holds it")}
 	w.deploy = func(context.Context, *connector.Material) (transaction.Result, error) {
 		return transaction.Result{}, busy
 	}

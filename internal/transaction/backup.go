@@ -13,15 +13,13 @@ import (
 	"certctl-agent/internal/api"
 )
 
-// manifest is written last and removed first: a set that has none is not
-// complete.
+// manifest is written last and removed first, so a set without one is incomplete.
 const manifest = "manifest.json"
 
-// setTime is the layout of the end of a backup set's name.
+// setTime is the layout of the time in a backup set's name.
 const setTime = "20060102T150405Z"
 
-// isSetName reports whether name is one of nextSet's. They begin with a number
-// that grows with each set of a target: the wall clock may go backwards.
+// isSetName reports whether name looks like one of nextSet's.
 func isSetName(name string) bool {
 	number, at, ok := strings.Cut(name, "-")
 	if !ok || len(number) != 8 || strings.Trim(number, "0123456789") != "" {
@@ -31,7 +29,8 @@ func isSetName(name string) bool {
 	return err == nil && len(at) == len(setTime)
 }
 
-// nextSet is the name for a new backup set of a target.
+// nextSet returns the name for a new backup set of a target. It begins with a number that grows
+// with each set, because the wall clock may go backwards.
 func (e *Engine) nextSet(id api.ID) (string, error) {
 	number := 0
 	sets, err := e.sets(id)
@@ -50,7 +49,7 @@ func (e *Engine) nextSet(id api.ID) (string, error) {
 func (e *Engine) sets(id api.ID) ([]string, error) {
 	entries, err := fs.ReadDir(e.backups.FS(), string(id))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("list the backups in %s: %w", e.backups.join(string(id)), reason(err))
+		return nil, fmt.Errorf("list the backups in %s: %w", e.backups.join(string(id)), withoutPath(err))
 	}
 	var names []string
 	for _, item := range entries {
@@ -62,21 +61,21 @@ func (e *Engine) sets(id api.ID) ([]string, error) {
 	return names, nil
 }
 
-// setPath is where a person finds a backup set.
+// setPath returns the path of a record's backup set, for messages.
 func (e *Engine) setPath(r *record) string {
 	if r.Set == "" {
-		return "(none: there was nothing)"
+		return "(none: nothing was there before)"
 	}
 	return e.backups.join(string(r.Target) + "/" + r.Set)
 }
 
-// backUp copies what was there before to the backup directory, durably.
+// backUp saves the old files and values durably.
 func (a *attempt) backUp() error {
 	if a.record.Set == "" {
 		return nil
 	}
 	if err := a.writeSet(&a.record); err != nil {
-		return fmt.Errorf("back up the old files to %s: %w", a.setPath(&a.record), reason(err))
+		return fmt.Errorf("back up the old files to %s: %w", a.setPath(&a.record), withoutPath(err))
 	}
 	return nil
 }
@@ -96,7 +95,7 @@ func (a *attempt) writeSet(r *record) error {
 		if f.Old == nil {
 			continue
 		}
-		if _, err := a.disk.put(set, f.Old.Backup, f.oldData, private()); err != nil {
+		if _, err := a.disk.create(set, f.Old.Backup, f.oldData, privateAttributes()); err != nil {
 			return err
 		}
 	}
@@ -104,7 +103,7 @@ func (a *attempt) writeSet(r *record) error {
 		if c.was == nil {
 			continue
 		}
-		if _, err := a.disk.put(set, c.Backup, c.was, private()); err != nil {
+		if _, err := a.disk.create(set, c.Backup, c.was, privateAttributes()); err != nil {
 			return err
 		}
 	}
@@ -112,20 +111,20 @@ func (a *attempt) writeSet(r *record) error {
 	if err != nil {
 		return err
 	}
-	if _, err := a.disk.put(set, manifest, list, private()); err != nil {
+	if _, err := a.disk.create(set, manifest, list, privateAttributes()); err != nil {
 		return err
 	}
 	return a.disk.syncDir(set)
 }
 
-// contents is what a backup set holds, for a person.
+// contents is the manifest of a backup set. The engine never reads it; it is for people.
 type contents struct {
 	Files   []fileRecord   `json:"files"`
 	Changes []changeRecord `json:"changes,omitempty"`
 }
 
-// backupName is the name of an old file or value in its set: for a person to recognise,
-// and unlike any other in the set.
+// backupName returns the name of an old file or value in its backup set: a person recognises it,
+// and the number makes it unique.
 func backupName(i int, name string) string {
 	return fmt.Sprintf("%d-%s", i, strings.ToValidUTF8(name[:min(len(name), 200)], ""))
 }
@@ -140,8 +139,7 @@ func (e *Engine) openSet(id api.ID, set string) (*dir, error) {
 	return enter(home, set)
 }
 
-// readBackup returns what was there before, be it a file or not; of names it in
-// errors, which may be transient.
+// readBackup returns an old file or value. of names it in errors, some of which are transient.
 func (e *Engine) readBackup(id api.ID, set, name string, want digest, of string) ([]byte, error) {
 	at, err := e.openSet(id, set)
 	if err != nil {
@@ -150,7 +148,7 @@ func (e *Engine) readBackup(id api.ID, set, name string, want digest, of string)
 	defer at.Close()
 	data, _, _, err := read(at, name)
 	if err != nil {
-		return nil, fmt.Errorf("backup of %s: %w", of, reason(err))
+		return nil, fmt.Errorf("backup of %s: %w", of, withoutPath(err))
 	}
 	if digestOf(data) != want {
 		return nil, fmt.Errorf("backup of %s is damaged", of)
@@ -158,8 +156,8 @@ func (e *Engine) readBackup(id api.ID, set, name string, want digest, of string)
 	return data, nil
 }
 
-// prune removes the oldest sets until keep are left, and those that are not
-// complete; a negative keep leaves none.
+// prune removes the incomplete backup sets of a target, and all others but the newest keep. If keep
+// is negative, it removes all.
 func (e *Engine) prune(id api.ID, keep int) error {
 	sets, err := e.sets(id)
 	if err != nil {
@@ -176,7 +174,7 @@ func (e *Engine) prune(id api.ID, keep int) error {
 	return e.dropSets(id, surplus...)
 }
 
-// dropSets removes backup sets of a target, durably. An empty name is none.
+// dropSets removes backup sets of a target durably. It ignores empty names.
 func (e *Engine) dropSets(id api.ID, sets ...string) error {
 	sets = slices.DeleteFunc(sets, func(set string) bool { return set == "" })
 	if len(sets) == 0 {
@@ -192,7 +190,7 @@ func (e *Engine) dropSets(id api.ID, sets ...string) error {
 	defer home.Close()
 	for _, set := range sets {
 		if err := e.removeSet(home, set); err != nil {
-			return fmt.Errorf("remove backup %s: %w", home.join(set), reason(err))
+			return fmt.Errorf("remove backup %s: %w", home.join(set), withoutPath(err))
 		}
 	}
 	return e.disk.syncDir(home)

@@ -12,29 +12,27 @@ import (
 	"certctl-agent/internal/connector"
 )
 
-// maxID bounds the ID of a Change, in bytes: it is in the journal, and in the
-// name of a file.
+// maxID bounds the ID of a Change, in bytes, because the ID is part of the journal record and of a
+// file's name.
 const maxID = 512
 
-// change is one Change of a deployment that is under way. The first part is
-// journalled.
+// change is one Change of a deployment in progress. Its changeRecord goes to the journal.
 type change struct {
 	changeRecord
 	connector.Change        // nil: an interrupted deployment may have made it, and it is not planned any more
 	was              []byte // what undoes it; nil: there was nothing
-	lost             error  // why it cannot be undone; nil: it can
+	noUndo           error  // why it cannot be undone; nil: it can
 	same             bool   // there is nothing to write
 	written          bool   // it may have been made, by this deployment or an interrupted one
 }
 
-// errOrphan is why nobody can undo a Change that is not planned any more. What
-// undoes it moves on from set to set, until a plan names it again or a
-// deployment succeeds.
-var errOrphan = errors.New("a deployment that was interrupted changed it, and only a deployment that would change it too can undo that")
+// errOrphan is why a Change that is no longer planned cannot be undone. Its undo data is copied
+// from backup set to backup set until a plan contains the Change again or a deployment succeeds.
+var errOrphan = errors.New("an interrupted deployment changed it, and only a deployment that changes it too can undo that")
 
-// adopt takes the changes of the plan, and those that an interrupted deployment
-// may have made: what it saved wins over what is there now.
-func (a *attempt) adopt() error {
+// collectChanges collects the changes of the plan and those that an interrupted deployment may
+// have made. The value that the interrupted deployment saved wins over the present one.
+func (a *attempt) collectChanges() error {
 	var refused error
 	for _, planned := range a.plan.Changes {
 		id := planned.ID()
@@ -53,25 +51,25 @@ func (a *attempt) adopt() error {
 	for _, r := range a.record.Owed.Changes {
 		c := a.planned(r.Name)
 		if c == nil {
-			c = &change{lost: errOrphan, same: true}
+			c = &change{noUndo: errOrphan, same: true}
 			a.changes = append(a.changes, c)
 		}
 		c.changeRecord, c.written = r, true
 		if r.Backup == "" {
-			continue // there was nothing
+			continue // it did not exist before
 		}
 		var err error
 		if c.was, err = a.readBackup(a.Target, a.record.Owed.Set, r.Backup, r.Digest, r.Name); transient(err) {
 			return unsettledError(string(a.Target), err)
 		} else if err != nil {
-			c.lost = fmt.Errorf("what would undo it cannot be read: %w", err)
+			c.noUndo = fmt.Errorf("its backup cannot be read: %w", err)
 		}
 	}
 	return refused
 }
 
-// lockChanges has deployments of several targets that replace the same thing
-// elsewhere take turns: what they write must not get mixed.
+// lockChanges locks the IDs of the changes, so that deployments of several targets that write the
+// same remote object take turns.
 func (a *attempt) lockChanges(ctx context.Context) (release func(), err error) {
 	var ids []string
 	for _, c := range a.changes {
@@ -85,7 +83,7 @@ func (a *attempt) lockChanges(ctx context.Context) (release func(), err error) {
 		}
 	}
 	for _, id := range ids {
-		unlock, err := acquire(ctx, &a.Engine.changes, id, patience(a.Yield), a.Yield)
+		unlock, err := acquire(ctx, &a.Engine.changes, id, maxHeld(a.Yield), a.Yield)
 		if err != nil {
 			return release, &BusyError{Place: "change " + id, Err: fmt.Errorf("wait for another deployment that changes %s: %w", id, err)}
 		}
@@ -94,7 +92,7 @@ func (a *attempt) lockChanges(ctx context.Context) (release func(), err error) {
 	return release, nil
 }
 
-// planned returns the change with an ID, or nil.
+// planned returns the change with the given ID, or nil.
 func (a *attempt) planned(id string) *change {
 	i := slices.IndexFunc(a.changes, func(c *change) bool { return c.Name == id })
 	if i < 0 {
@@ -103,18 +101,19 @@ func (a *attempt) planned(id string) *change {
 	return a.changes[i]
 }
 
-// look reads what is there. What an interrupted deployment saved goes before it.
-func (c *change) look(ctx context.Context) error {
+// inspect reads the present value. It does not replace the value that an interrupted deployment
+// saved.
+func (c *change) inspect(ctx context.Context) error {
 	if c.Change == nil {
 		return nil
 	}
 	var was []byte
-	err := contain(func() (err error) {
+	err := catchPanic(func() (err error) {
 		was, c.same, err = c.Read(ctx)
 		return err
 	})
 	if err == nil && len(was) > maxFile {
-		err = fmt.Errorf("what would undo a change of it is larger than %d MiB", maxFile>>20)
+		err = fmt.Errorf("its present value is larger than %d MiB, too large to back up", maxFile>>20)
 	}
 	if err == nil && !c.written {
 		c.was = was
@@ -122,10 +121,10 @@ func (c *change) look(ctx context.Context) error {
 	return err
 }
 
-// readChanges looks at what the changes are about to replace.
-func (a *attempt) readChanges(ctx context.Context) error {
+// inspectChanges reads the values that the changes are about to replace.
+func (a *attempt) inspectChanges(ctx context.Context) error {
 	for i, c := range a.changes {
-		if err := c.look(ctx); err != nil {
+		if err := c.inspect(ctx); err != nil {
 			return fmt.Errorf("look at %s: %w", c.Name, err)
 		}
 		if c.was != nil {
@@ -135,9 +134,9 @@ func (a *attempt) readChanges(ctx context.Context) error {
 	return nil
 }
 
-// writeChanges makes the changes. What undoes them is on disk. One that was
-// interrupted is made again even where Read says same: its Write may have been
-// killed in the middle, and Read may not see what was to follow.
+// writeChanges makes the changes. The old values are in the backup set already. An interrupted
+// Change is written again even if Read says same: its Write may have been killed half-way, and Read
+// may not see the missing half.
 func (a *attempt) writeChanges(ctx context.Context) error {
 	for _, c := range a.changes {
 		if c.Change == nil || c.same && !c.written {
@@ -150,15 +149,15 @@ func (a *attempt) writeChanges(ctx context.Context) error {
 			return err
 		}
 		c.written = true
-		if err := contain(func() error { return c.Write(ctx) }); err != nil {
+		if err := catchPanic(func() error { return c.Write(ctx) }); err != nil {
 			return fmt.Errorf("change %s: %w", c.Name, err)
 		}
 	}
 	return nil
 }
 
-// restoreChanges takes back, the last first, what may have been changed. It goes
-// on after an error, so that as much as possible is right.
+// restoreChanges undoes the changes that may have been made, the last one first. After an error it
+// goes on with the others, to restore as much as possible.
 func (a *attempt) restoreChanges(ctx context.Context) error {
 	var errs []error
 	for _, c := range slices.Backward(a.changes) {
@@ -167,10 +166,10 @@ func (a *attempt) restoreChanges(ctx context.Context) error {
 		}
 		err := a.disk.step(Step{Op: "restore", Path: c.Name})
 		if err == nil {
-			err = c.lost
+			err = c.noUndo
 		}
 		if err == nil {
-			err = regardless(ctx, lateWait, func(ctx context.Context) error { return c.Restore(ctx, c.was) })
+			err = detached(ctx, lateWait, func(ctx context.Context) error { return c.Restore(ctx, c.was) })
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", c.Name, err))
@@ -181,11 +180,11 @@ func (a *attempt) restoreChanges(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// finishChanges lets the changes remove what only an undo needed.
+// finishChanges lets the changes remove what was kept only for an undo.
 func (a *attempt) finishChanges(ctx context.Context) {
 	for _, c := range a.changes {
 		if c.Change == nil {
-			warning := c.Name + " stays as an interrupted deployment left it: the configuration does not name it any more"
+			warning := c.Name + " stays as an interrupted deployment left it, because it is no longer in the configuration"
 			if a.record.Keep > 0 {
 				warning += "; what was there before is in " + a.setPath(&a.record)
 			}
@@ -194,7 +193,7 @@ func (a *attempt) finishChanges(ctx context.Context) {
 		}
 		err := a.disk.step(Step{Op: "finish", Path: c.Name})
 		if err == nil {
-			err = regardless(ctx, lateWait, c.Finish)
+			err = detached(ctx, lateWait, c.Finish)
 		}
 		if err != nil {
 			a.result.Warnings = append(a.result.Warnings, fmt.Sprintf("cleaning up after the deployment, %s: %v", c.Name, err))

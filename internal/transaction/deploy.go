@@ -15,22 +15,22 @@ import (
 )
 
 const (
-	// lateWait bounds what a rollback, or a deployment behind its commit, asks of
-	// others, which no cancelled context stops: each Restore and Finish, and the
-	// reload beyond what its command may take by itself.
+	// lateWait bounds each step of a rollback, and each step after the commit, because cancelling
+	// the deployment does not stop them: Restore, Finish, and the reload on top of the timeout of
+	// its command.
 	lateWait = time.Minute
 
-	// maxPlans bounds how often a plan is made again because somebody else
-	// changed what it was made from.
+	// maxPlans bounds how many plans one deployment makes, when others keep changing the files
+	// that they are made from.
 	maxPlans = 3
 )
 
-// attempt is one deployment under way.
+// attempt is one try to carry out a deployment.
 type attempt struct {
 	*Engine
 	Deployment
-	last   bool // no plan is made after this one
-	alone  bool // it shares no reload
+	last   bool // a stale plan is final: no further attempt follows
+	alone  bool // does not share a reload
 	log    *slog.Logger
 	plan   *connector.Plan
 	result Result
@@ -38,16 +38,16 @@ type attempt struct {
 	record  record
 	files   []*dest    // in the order of record.Files
 	changes []*change  // in the order of the plan
-	hold    *hold      // the directories of the files
-	ready   *readiness // nil: it shares no reload, or not yet
-	clean   bool       // the target's last deployment ended clean
-	loaded  bool       // the server may have read the new files
+	locked  *dirLocks  // on the directories of the files
+	ready   *readiness // nil until the attempt is ready to share a reload
+	clean   bool       // the target's last deployment left nothing to do
+	loaded  bool       // the server may have loaded the new files
 }
 
-// Deploy carries out one deployment. When it fails, the target is as it was
-// before, unless the error is a BrokenError. A cancelled context rolls back.
+// Deploy carries out one deployment. If it fails, the target is as it was before, unless the error
+// is a BrokenError. Cancelling ctx before the commit rolls the deployment back.
 func (e *Engine) Deploy(ctx context.Context, d Deployment) (Result, error) {
-	release, err := acquire(ctx, &e.targets, string(d.Target), patience(d.Yield), d.Yield)
+	release, err := acquire(ctx, &e.targets, string(d.Target), maxHeld(d.Yield), d.Yield)
 	if err != nil {
 		return Result{}, &BusyError{Place: "target " + string(d.Target), Err: fmt.Errorf("wait for another deployment of target %s: %w", d.Target, err)}
 	}
@@ -55,12 +55,12 @@ func (e *Engine) Deploy(ctx context.Context, d Deployment) (Result, error) {
 	for try, alone := 1, false; ; {
 		a := &attempt{Engine: e, Deployment: d, last: try == maxPlans-1, alone: alone, log: e.opts.Log.With("target", d.Target)}
 		err := a.deploy(ctx)
-		together, failedTogether := errors.AsType[*togetherError](err)
+		together, failedTogether := errors.AsType[*sharedReloadError](err)
 		_, broken := errors.AsType[*BrokenError](err)
 		switch {
-		case errors.Is(err, errConflictEnded):
+		case errors.Is(err, errConflictOver):
 		case failedTogether && !broken && a.waitForAll(ctx, together) == nil:
-			a.log.Info("a reload for several deployments failed: trying each by itself", "error", err)
+			a.log.Info("a reload shared by several deployments failed: trying each one alone", "error", err)
 			alone = true
 		case errors.Is(err, errStale) && !a.last:
 			try++
@@ -71,7 +71,7 @@ func (e *Engine) Deploy(ctx context.Context, d Deployment) (Result, error) {
 }
 
 func (a *attempt) deploy(ctx context.Context) error {
-	if err := a.resume(ctx); err != nil {
+	if err := a.settle(ctx); err != nil {
 		return err
 	}
 	var err error
@@ -79,14 +79,14 @@ func (a *attempt) deploy(ctx context.Context) error {
 		a.plan = new(connector.Plan)
 	}
 	a.result = Result{Warnings: slices.Clone(a.plan.Warnings), Serves: a.plan.Serves}
-	if err := cmp.Or(a.adopt(), err); err != nil {
+	if err := cmp.Or(a.collectChanges(), err); err != nil {
 		return a.abandon(ctx, err)
 	}
 	defer func() { closeAll(a.files) }()
 	if err := a.resolve(); err != nil {
 		return a.abandon(ctx, err)
 	}
-	if a.hold, err = a.lock(ctx, directories(a.files), a.Yield); err != nil {
+	if a.locked, err = a.lock(ctx, directories(a.files), a.Yield); err != nil {
 		return a.abandon(ctx, err)
 	}
 	defer a.leave()
@@ -98,12 +98,12 @@ func (a *attempt) deploy(ctx context.Context) error {
 	if other := a.conflicting(); other != nil {
 		return a.waitForEnd(ctx, other)
 	}
-	if err := a.contested(); err != nil {
+	if err := a.checkUnsettled(); err != nil {
 		return err
 	}
 	err = a.inspect(ctx)
 	if errors.Is(err, errStale) && !a.last {
-		err = a.planAgain(ctx, err)
+		err = a.replan(ctx, err)
 	}
 	if err != nil {
 		return a.abandon(ctx, err)
@@ -117,17 +117,16 @@ func (a *attempt) deploy(ctx context.Context) error {
 		if err == nil || ctx.Err() != nil {
 			return err
 		}
-		// The files are right and the server does not serve them: it was never
-		// told, and telling it is what a deployment does.
-		a.log.Info("files are in place but not in use: deploying again", "error", err)
+		// The server has never loaded the files. A deployment makes it do so.
+		a.log.Info("files are up to date but not in use: deploying again", "error", err)
 	}
 	return a.run(ctx)
 }
 
-// planAgain makes the plan again under the lock of its directories, where no
-// other deployment can change what it is made from: several targets may have one
-// key store. A plan of other files is for the next attempt.
-func (a *attempt) planAgain(ctx context.Context, stale error) error {
+// replan makes the plan again while the directories are locked, so that no other deployment can
+// change the files that it depends on: several targets may share a key store. If the new plan has
+// other files or any changes, it returns stale, and the next attempt starts from the beginning.
+func (a *attempt) replan(ctx context.Context, stale error) error {
 	plan, err := a.Connector.Plan(ctx, a.Material)
 	if err != nil {
 		return err
@@ -145,11 +144,12 @@ func (a *attempt) planAgain(ctx context.Context, stale error) error {
 	return a.inspect(ctx)
 }
 
-// resume ends the target's earlier deployment, if it did not end.
-func (a *attempt) resume(ctx context.Context) error {
+// settle recovers the target's earlier deployment, if that was interrupted, and takes over the
+// work that it still owes.
+func (a *attempt) settle(ctx context.Context) error {
 	r, err := a.load(string(a.Target))
 	if r != nil && r.Phase != restored || err != nil {
-		if _, err := a.recoverLoaded(ctx, a.Target, r, err); err != nil {
+		if _, err := a.recoverRecord(ctx, a.Target, r, err); err != nil {
 			return unsettledError(string(a.Target), err)
 		}
 		if r, err = a.load(string(a.Target)); err != nil {
@@ -163,9 +163,9 @@ func (a *attempt) resume(ctx context.Context) error {
 	return nil
 }
 
-// contested refuses files that the recovery of another target has yet to put
-// back: it would find there what it does not know, or take the new ones away.
-func (a *attempt) contested() error {
+// checkUnsettled refuses files that the recovery of another target has yet to restore: that
+// recovery would remove the new files, or fail because it does not know them.
+func (a *attempt) checkUnsettled() error {
 	ids, err := a.recorded()
 	if err != nil {
 		return err
@@ -177,20 +177,20 @@ func (a *attempt) contested() error {
 		if r, err := a.load(id); err != nil || r == nil || r.Phase != swapping || !r.shares(a.files) {
 			continue
 		}
-		return unsettledError(id, errors.New("it has a file in common with this one"))
+		return unsettledError(id, errors.New("it shares a file with this deployment"))
 	}
 	return nil
 }
 
-// shares reports whether one of the files is the record's too.
+// shares reports whether the record has one of the files, too.
 func (r *record) shares(files []*dest) bool {
 	return slices.ContainsFunc(files, func(f *dest) bool {
 		return slices.ContainsFunc(r.Files, func(e fileRecord) bool { return e.Dir == f.Dir && e.Name == f.Name })
 	})
 }
 
-// unsettledError holds a deployment back until the one of target id that a
-// crash or a failure interrupted is settled.
+// unsettledError returns the error of a deployment that must wait until an interrupted deployment
+// of target id is settled.
 func unsettledError(id string, err error) error {
 	return &BusyError{Err: fmt.Errorf("an earlier deployment of target %s was interrupted and is not undone yet: %w", id, err)}
 }
@@ -214,7 +214,7 @@ func (a *attempt) resolve() error {
 	return nil
 }
 
-// inspect reads what is in place, and drafts the journal record.
+// inspect reads what is in place and fills in the journal record.
 func (a *attempt) inspect(ctx context.Context) error {
 	a.record.Target, a.record.Reload = a.Target, a.plan.Reload.Command
 	if a.record.Keep = a.Backups; a.record.Keep == 0 {
@@ -229,7 +229,7 @@ func (a *attempt) inspect(ctx context.Context) error {
 			a.result.Warnings = append(a.result.Warnings, warning)
 		}
 	}
-	if err := distinct(a.files); err != nil {
+	if err := checkDistinct(a.files); err != nil {
 		return err
 	}
 	for _, f := range a.files {
@@ -237,7 +237,7 @@ func (a *attempt) inspect(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := a.readChanges(ctx); err != nil {
+	if err := a.inspectChanges(ctx); err != nil {
 		return err
 	}
 	if !slices.ContainsFunc(a.files, func(f *dest) bool { return f.Old != nil }) &&
@@ -249,13 +249,13 @@ func (a *attempt) inspect(ctx context.Context) error {
 	return err
 }
 
-// unchanged reports whether there is nothing to do.
+// unchanged reports whether everything is up to date.
 func (a *attempt) unchanged() bool {
 	return a.clean && !slices.ContainsFunc(a.files, func(f *dest) bool { return !f.upToDate() }) &&
 		!slices.ContainsFunc(a.changes, func(c *change) bool { return !c.same })
 }
 
-// run does everything that changes something.
+// run carries out the steps that change the target.
 func (a *attempt) run(ctx context.Context) error {
 	if err := a.stage(ctx); err != nil {
 		return a.abort(ctx, err)
@@ -266,7 +266,7 @@ func (a *attempt) run(ctx context.Context) error {
 		}
 	}
 	if err := a.cleanUp(&a.record); err != nil {
-		// Whatever is left is removed by the next deployment or start.
+		// The next deployment or the next start removes the rest.
 		a.result.Warnings = append(a.result.Warnings, "cleaning up after the deployment: "+err.Error())
 	}
 	a.finishChanges(ctx)
@@ -274,22 +274,22 @@ func (a *attempt) run(ctx context.Context) error {
 	return nil
 }
 
-// commit makes the new files final. When it fails, the journal says for
-// certain that they are not.
+// commit makes the new files final. If it fails, it makes sure that the journal does not say so:
+// a rollback follows.
 func (a *attempt) commit(context.Context) error {
-	err := a.mark(committed)
-	if unsure, ok := errors.AsType[*unsureError](err); ok {
-		if again := a.mark(swapping); again != nil {
-			// A rollback under a record that may say "committed" could end
-			// in a mix. So the new files stay, which are good ones.
+	err := a.setPhase(committed)
+	if unsure, ok := errors.AsType[*unsyncedError](err); ok {
+		if again := a.setPhase(swapping); again != nil {
+			// The journal may say "committed". If a crash interrupted a rollback now, recovery
+			// would leave a mix of old and new files. So the new files stay: they work.
 			return &BrokenError{Cause: unsure, Rollback: again, Backups: a.setPath(&a.record)}
 		}
 	}
 	return err
 }
 
-// mark moves the deployment to another phase, durably.
-func (a *attempt) mark(p phase) error {
+// setPhase records durably that the deployment has entered a phase.
+func (a *attempt) setPhase(p phase) error {
 	r := a.record
 	r.Phase = p
 	r.Files, r.Changes = nil, nil
@@ -308,19 +308,19 @@ func (a *attempt) mark(p phase) error {
 	return nil
 }
 
-// cleanUp ends the journal of a committed deployment.
+// cleanUp removes what a committed deployment no longer needs: surplus backups and its record.
 func (e *Engine) cleanUp(r *record) error {
 	if err := e.prune(r.Target, r.Keep); err != nil {
 		return err
 	}
-	// A record that could not be followed is settled: every file is new.
+	// Every file is new, so an earlier record that was set aside does not matter any more.
 	if err := e.disk.remove(e.journal, asideName(r.Target)); err != nil {
 		return err
 	}
-	return e.forget(r.Target)
+	return e.removeRecord(r.Target)
 }
 
-// activate makes the server use the new files.
+// activate makes the server use the new files, and verifies that it does.
 func (a *attempt) activate(ctx context.Context) error {
 	if a.plan.Validate != nil {
 		if err := a.command(ctx, a.plan.Validate); err != nil {
@@ -334,7 +334,7 @@ func (a *attempt) activate(ctx context.Context) error {
 		}
 	}
 	if a.Verify == nil {
-		time.Sleep(a.plan.Reload.Wait) // no cancellation cuts it short: a rollback changes the files too
+		time.Sleep(a.plan.Reload.Wait) // not cancellable: a rollback, too, must not change files during a reload
 		return cancelled(ctx)
 	}
 	err := a.verify(ctx)
@@ -357,7 +357,7 @@ func (a *attempt) verify(ctx context.Context) error {
 	if err := a.call(ctx, a.Verify); err != nil {
 		return fmt.Errorf("verification failed: %w", err)
 	}
-	// The last moment at which a cancelled deployment is undone.
+	// This is the last point at which cancelling the deployment rolls it back.
 	return cancelled(ctx)
 }
 
@@ -368,7 +368,7 @@ func cancelled(ctx context.Context) error {
 	return fmt.Errorf("deployment cancelled: %w", context.Cause(ctx))
 }
 
-// command runs one command. The policy was asked when it was made.
+// command runs one command. The policy has allowed it, or there would be no policy.Command.
 func (e *Engine) command(ctx context.Context, c *policy.Command) error {
 	if err := cancelled(ctx); err != nil {
 		return err
@@ -379,7 +379,7 @@ func (e *Engine) command(ctx context.Context, c *policy.Command) error {
 	return e.opts.Run(ctx, *c)
 }
 
-// call runs a function that is not the engine's, if there is one.
+// call runs f, a function of the connector or of the caller, unless it is nil.
 func (a *attempt) call(ctx context.Context, f func(context.Context) error) error {
 	if f == nil {
 		return nil
@@ -390,19 +390,19 @@ func (a *attempt) call(ctx context.Context, f func(context.Context) error) error
 	if err := a.disk.step(Step{Op: "run", Path: "connector"}); err != nil {
 		return err
 	}
-	return contain(func() error { return f(ctx) })
+	return catchPanic(func() error { return f(ctx) })
 }
 
-// regardless calls f, which ends by wait and not by the end of ctx.
-func regardless(ctx context.Context, wait time.Duration, f func(context.Context) error) error {
+// detached calls f with a context that ends after wait, even if ctx has been cancelled.
+func detached(ctx context.Context, wait time.Duration, f func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), wait)
 	defer cancel()
-	return contain(func() error { return f(ctx) })
+	return catchPanic(func() error { return f(ctx) })
 }
 
-// contain makes an error of a panic, which must not leave anything in place
-// unproven.
-func contain(f func() error) (err error) {
+// catchPanic calls f and turns a panic into an error, so that a bug in a connector causes a
+// rollback too.
+func catchPanic(f func() error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
@@ -411,9 +411,8 @@ func contain(f func() error) (err error) {
 	return f()
 }
 
-// abandon ends a deployment that has not begun. One before it may have been
-// interrupted by a crash between its changes and their undo: they are undone
-// now, since the job is over. One that is to be tried again leaves them owed.
+// abandon ends a deployment that has not begun. If the job is over, it undoes the changes that an
+// earlier, interrupted deployment still owes. If the job will be retried, they stay owed.
 func (a *attempt) abandon(ctx context.Context, cause error) error {
 	owed := a.record.Owed
 	_, busy := errors.AsType[*BusyError](cause)
@@ -426,12 +425,12 @@ func (a *attempt) abandon(ctx context.Context, cause error) error {
 		return &BrokenError{Cause: cause, Rollback: err, Backups: a.setPath(r)}
 	}
 	if owed.Command == nil && a.plan.Reload.Call == nil {
-		return errors.Join(cause, a.forget(a.Target), a.dropSets(a.Target, r.Set))
+		return errors.Join(cause, a.removeRecord(a.Target), a.dropSets(a.Target, r.Set))
 	}
 	return errors.Join(cause, a.save(r), a.dropSets(a.Target, r.Set))
 }
 
-// abort ends a deployment that has put nothing in place.
+// abort ends a deployment whose staging failed: nothing is in place yet.
 func (a *attempt) abort(ctx context.Context, cause error) error {
 	cause = fmt.Errorf("%w; nothing was changed", cause)
 	if err := a.discard(a.files, &a.record); err != nil {
@@ -440,25 +439,26 @@ func (a *attempt) abort(ctx context.Context, cause error) error {
 	return a.abandon(ctx, cause)
 }
 
-// rollBack undoes everything after cause, unless that is beyond it.
+// rollBack undoes everything that the deployment has done. It returns cause, with the result of
+// the rollback added.
 func (a *attempt) rollBack(ctx context.Context, cause error) error {
 	if _, broken := errors.AsType[*BrokenError](cause); broken {
 		return cause
 	}
-	a.turnBack(ctx)
-	err := errors.Join(a.restoreChanges(ctx), a.putAllBack(&a.record, a.files))
+	a.retakeTurn(ctx)
+	err := errors.Join(a.restoreChanges(ctx), a.restoreFiles(&a.record, a.files))
 	if err != nil {
 		return &BrokenError{Cause: cause, Rollback: err, Backups: a.setPath(&a.record)}
 	}
 	cause = fmt.Errorf("%w; %s", cause, a.rolledBackTo())
-	// Whatever of the rest fails is done once more at the next start.
+	// The next start repeats what fails from here on.
 	if err := a.recordRestored(&a.record, nil); err != nil {
 		a.log.Warn("cleaning up after a rollback failed", "error", err)
 	}
 	if err := a.reloadOld(ctx); err != nil {
-		return fmt.Errorf("%w, but the server could not be made to load that: %w", cause, err)
+		return fmt.Errorf("%w, but the server could not be reloaded: %w", cause, err)
 	}
-	if err := a.forget(a.Target); err != nil {
+	if err := a.removeRecord(a.Target); err != nil {
 		a.log.Warn("cleaning up after a rollback failed", "error", err)
 	}
 	return cause
@@ -473,14 +473,14 @@ func (a *attempt) reloadOld(ctx context.Context) error {
 	if a.plan.Reload.Command != nil {
 		wait += a.plan.Reload.Command.Timeout
 	}
-	err := regardless(ctx, wait, a.reload)
+	err := detached(ctx, wait, a.reload)
 	if err == nil {
 		time.Sleep(a.plan.Reload.Wait)
 	}
 	return err
 }
 
-// rolledBackTo says what a rollback left, for the end of an error.
+// rolledBackTo describes the state after a rollback, for the error.
 func (a *attempt) rolledBackTo() string {
 	switch {
 	case a.record.hadAny():

@@ -115,7 +115,7 @@ func TestRollBack(t *testing.T) {
 		{"validate", func(w world, tx *Transaction) { tx.Validate = &policy.Command{Argv: []string{"fail-v"}} }, false,
 			"validate failed: exit status 1; the previous certificate is back in place", "fail-v reload"},
 		{"reload", func(w world, tx *Transaction) { tx.Reload.Command = &policy.Command{Argv: []string{"fail-r"}} }, false,
-			"reload failed: exit status 1; the previous certificate is back in place, but the server could not be made to load that: exit status 1", "validate fail-r fail-r"},
+			"reload failed: exit status 1; the previous certificate is back in place, but the server could not be reloaded: exit status 1", "validate fail-r fail-r"},
 		{"verify", func(w world, tx *Transaction) { tx.Verify = fail }, false,
 			"verification failed: is broken; the previous certificate is back in place", "validate reload connector reload"},
 		{"reload by call", func(w world, tx *Transaction) {
@@ -307,15 +307,15 @@ func TestRefusedBeforeAnythingIsTouched(t *testing.T) {
 			tx.Files[1].Path = w.path("site/link.pem")
 		}, "are the same file: give each its own"},
 		{"directory", func(t *testing.T, w world, tx *Transaction) { check(t, os.Mkdir(w.path("site/chain.pem"), 0o755)) },
-			"site/chain.pem: it is no regular file"},
+			"site/chain.pem: it is not a regular file"},
 		{"mode", func(t *testing.T, w world, tx *Transaction) { tx.Files[0].Mode = new(fs.FileMode(0o644)) },
-			"mode 0644 would let every user at a private key: at most 0770"},
-		{"set-user-id", func(t *testing.T, w world, tx *Transaction) { tx.Files[1].Mode = new(fs.ModeSetuid | 0o755) }, "is more than permissions"},
+			"mode 0644 would let every user access a private key: at most 0770 is allowed"},
+		{"set-user-id", func(t *testing.T, w world, tx *Transaction) { tx.Files[1].Mode = new(fs.ModeSetuid | 0o755) }, "has more than permission bits"},
 		{"owner", func(t *testing.T, w world, tx *Transaction) { tx.Files[0].Owner = "nobody-of-that-name" }, "owner: user: unknown user"},
 		{"group", func(t *testing.T, w world, tx *Transaction) { tx.Files[0].Group = "nobody-of-that-name" }, "group: group: unknown group"},
 		{"missing directory", func(t *testing.T, w world, tx *Transaction) { tx.Files[0] = secret(w.path("site/new/key.pem")) },
 			"site/new does not exist: create it"},
-		{"not absolute", func(t *testing.T, w world, tx *Transaction) { tx.Files[0] = secret("site/key.pem") }, "is no absolute path"},
+		{"not absolute", func(t *testing.T, w world, tx *Transaction) { tx.Files[0] = secret("site/key.pem") }, "is not an absolute path"},
 		{"huge", func(t *testing.T, w world, tx *Transaction) {
 			check(t, os.Truncate(w.path("site/cert.pem"), maxFile+1))
 		}, "larger than 4 MiB"},

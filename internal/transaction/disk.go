@@ -15,15 +15,12 @@ import (
 	"certctl-agent/internal/hostfile"
 )
 
-// privateFile is the mode of every file from its creation on, until it is
-// given another one; privateDir that of the agent's own directories.
 const (
-	privateFile = 0o600
-	privateDir  = 0o700
+	privateFile = 0o600 // mode of every new file until it gets its final one
+	privateDir  = 0o700 // mode of the agent's own directories
 )
 
-// maxFile bounds what is read from a destination: 4 MiB are some thousand
-// certificates.
+// maxFile bounds the size of a file that is read, in bytes: 4 MiB hold thousands of certificates.
 const maxFile = 4 << 20
 
 // A Step is one change to the disk, one command, or one call of a connector.
@@ -31,15 +28,15 @@ type Step struct {
 	// Op is create, write, chmod, chown, setxattr, removexattr, truncate, sync,
 	// rename, remove, mkdir, syncdir, run, change, restore or finish.
 	Op   string
-	Path string // or the name of a Change
+	Path string // or the ID of a Change
 
 	to   string     // rename: the new path
 	data []byte     // write, truncate: the bytes
 	attr attributes // chown, chmod
 }
 
-// Touches reports whether others than the agent notice the step: a file of the
-// target is replaced, a command runs, a connector is called.
+// Touches reports whether the step is visible outside the agent: it replaces a file, runs a
+// command or calls a connector.
 func (s Step) Touches() bool {
 	switch s.Op {
 	case "rename", "run", "change", "restore", "finish":
@@ -48,11 +45,10 @@ func (s Step) Touches() bool {
 	return false
 }
 
-// disk makes every change that this package makes to a disk, one step at a
-// time, so that a test can stop at, fail or record each of them. That is why
-// the journal is not written by atomicfile.
+// disk makes all of the package's changes to the disk, one step at a time, so that a test can stop
+// at, fail or record each step. The journal does not use atomicfile for the same reason.
 type disk struct {
-	before func(Step) error // called before each step; nil outside tests
+	before func(Step) error // Options.Before
 }
 
 func (d disk) step(s Step) error {
@@ -62,24 +58,24 @@ func (d disk) step(s Step) error {
 	return d.before(s)
 }
 
-// attributes are what a file has besides its bytes.
+// attributes are the metadata of a file.
 type attributes struct {
 	Mode   fs.FileMode       `json:"mode"`
-	UID    int               `json:"uid"` // -1: whoever creates the file
+	UID    int               `json:"uid"` // -1: the agent's user
 	GID    int               `json:"gid"`
 	Xattrs map[string][]byte `json:"xattrs,omitempty"`
 }
 
-// private are the attributes of the agent's own files.
-func private() attributes { return attributes{Mode: privateFile, UID: -1, GID: -1} }
+// privateAttributes returns the attributes of the agent's own files.
+func privateAttributes() attributes { return attributes{Mode: privateFile, UID: -1, GID: -1} }
 
 func (a attributes) equal(b attributes) bool {
 	return a.Mode == b.Mode && a.UID == b.UID && a.GID == b.GID && maps.EqualFunc(a.Xattrs, b.Xattrs, bytes.Equal)
 }
 
-// put creates a file that must not exist, with its final attributes, and syncs
-// it. Its name becomes durable with the next syncDir.
-func (d disk) put(at *dir, name string, data []byte, a attributes) (fs.FileInfo, error) {
+// create creates a file that must not exist, with its final attributes, and syncs it. The next
+// syncDir makes its name durable.
+func (d disk) create(at *dir, name string, data []byte, a attributes) (fs.FileInfo, error) {
 	path := at.join(name)
 	if err := d.step(Step{Op: "create", Path: path}); err != nil {
 		return nil, err
@@ -90,14 +86,14 @@ func (d disk) put(at *dir, name string, data []byte, a attributes) (fs.FileInfo,
 	}
 	info, err := d.fill(f, path, data, a)
 	if err := cmp.Or(err, f.Close()); err != nil {
-		_ = d.remove(at, name) // callers remove it once more, and report that
+		_ = d.remove(at, name) // callers try again and report the error
 		return nil, err
 	}
 	return info, nil
 }
 
-// fill gives an empty file its bytes before its attributes, since those may
-// let others read it.
+// fill writes and syncs a new file. The attributes come after the bytes, because they may let
+// others open the file.
 func (d disk) fill(f *os.File, path string, data []byte, a attributes) (fs.FileInfo, error) {
 	if err := d.step(Step{Op: "write", Path: path, data: data}); err != nil {
 		return nil, err
@@ -114,8 +110,8 @@ func (d disk) fill(f *os.File, path string, data []byte, a attributes) (fs.FileI
 	return f.Stat()
 }
 
-// overwrite replaces the bytes of an existing file, which must be the one that
-// info describes. A crash in the middle leaves a torn file.
+// overwrite replaces the bytes of an existing file, which must still be the one that info
+// describes. A crash half-way leaves a torn file.
 func (d disk) overwrite(at *dir, name string, info fs.FileInfo, data []byte, a attributes) error {
 	path := at.join(name)
 	f, err := openSame(at, name, info, os.O_WRONLY)
@@ -144,8 +140,8 @@ func (d disk) overwrite(at *dir, name string, info fs.FileInfo, data []byte, a a
 	return f.Close()
 }
 
-// setAttributes changes what is not right yet. Changing the owner may clear
-// mode bits and setting an ACL changes them, so the mode comes last.
+// setAttributes sets the attributes of f that differ from a. Changing the owner may clear mode
+// bits, and setting an ACL changes them, so the mode comes last.
 func (d disk) setAttributes(f *os.File, path string, a attributes) error {
 	info, err := f.Stat()
 	if err != nil {
@@ -164,7 +160,7 @@ func (d disk) setAttributes(f *os.File, path string, a attributes) error {
 			return err
 		}
 		if err := f.Chown(uid, gid); err != nil {
-			return fmt.Errorf("give it to user %d, group %d: %w (run the agent as root, or as that user)", a.UID, a.GID, reason(err))
+			return fmt.Errorf("change its owner to user %d, group %d: %w (run the agent as root, or as that user)", a.UID, a.GID, withoutPath(err))
 		}
 	}
 	if err := d.setXattrs(f, path, a.Xattrs); err != nil {
@@ -176,8 +172,9 @@ func (d disk) setAttributes(f *os.File, path string, a attributes) error {
 	return f.Chmod(a.Mode)
 }
 
-// setXattrs makes the attributes that are kept the same as want. A directory's
-// default ACL would otherwise decide who can read a new key.
+// setXattrs sets the preserved extended attributes of f to want. It removes an ACL that want does
+// not have: a new file inherits the default ACL of its directory, which could let others read a
+// key.
 func (d disk) setXattrs(f *os.File, path string, want map[string][]byte) error {
 	has, err := readXattrs(f)
 	if err != nil {
@@ -212,7 +209,7 @@ func (d disk) sync(f *os.File, path string) error {
 	return f.Sync()
 }
 
-// rename moves a file onto another name of its directory.
+// rename renames a file within its directory.
 func (d disk) rename(at *dir, from, to string) error {
 	if err := d.step(Step{Op: "rename", Path: at.join(from), to: at.join(to)}); err != nil {
 		return err
@@ -220,7 +217,7 @@ func (d disk) rename(at *dir, from, to string) error {
 	return at.Rename(from, to)
 }
 
-// remove removes a name; that it is not there is fine.
+// remove removes a file or an empty directory. It returns nil if there is none.
 func (d disk) remove(at *dir, name string) error {
 	if _, err := at.Lstat(name); errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -244,22 +241,21 @@ func (d disk) syncDir(at *dir) error {
 		return err
 	}
 	defer f.Close()
-	// Some network and FUSE file systems have no such call.
+	// Some network and FUSE file systems cannot sync a directory.
 	if err := f.Sync(); err != nil && !errors.Is(err, syscall.EINVAL) && !errors.Is(err, errors.ErrUnsupported) {
-		return fmt.Errorf("sync directory %s: %w", at.path, reason(err))
+		return fmt.Errorf("sync directory %s: %w", at.path, withoutPath(err))
 	}
 	return nil
 }
 
-// subdir makes a private directory in at unless it is there, durably, and
-// opens it.
+// subdir opens the private directory name in at. It creates the directory durably if it is missing.
 func (d disk) subdir(at *dir, name string) (*dir, error) {
 	if _, err := at.Lstat(name); errors.Is(err, fs.ErrNotExist) {
 		if err := d.step(Step{Op: "mkdir", Path: at.join(name)}); err != nil {
 			return nil, err
 		}
 		if err := at.Mkdir(name, privateDir); err != nil {
-			return nil, fmt.Errorf("make directory %s: %w", at.join(name), reason(err))
+			return nil, fmt.Errorf("make directory %s: %w", at.join(name), withoutPath(err))
 		}
 		if err := d.syncDir(at); err != nil {
 			return nil, err
@@ -272,14 +268,14 @@ func (d disk) subdir(at *dir, name string) (*dir, error) {
 	if sub.info.Mode().Perm()&^privateDir != 0 {
 		if err := sub.Chmod(".", privateDir); err != nil {
 			sub.Close()
-			return nil, fmt.Errorf("others have access to %s, and that cannot be changed: %w", sub.path, reason(err))
+			return nil, fmt.Errorf("other users have access to %s, and its mode cannot be changed: %w", sub.path, withoutPath(err))
 		}
 	}
 	return sub, nil
 }
 
-// openSame opens the file that info describes, and no other that took its
-// place. Without O_NONBLOCK a FIFO there would block the open.
+// openSame opens the file that info describes, and fails if another file has taken its place.
+// O_NONBLOCK keeps a FIFO from blocking the open.
 func openSame(at *dir, name string, info fs.FileInfo, flag int) (*os.File, error) {
 	f, err := at.OpenFile(name, flag|syscall.O_NONBLOCK, 0)
 	if err != nil {
@@ -297,13 +293,12 @@ func openSame(at *dir, name string, info fs.FileInfo, flag int) (*os.File, error
 }
 
 var (
-	errReplaced   = errors.New("it was replaced by someone else at the same time")
-	errNotRegular = errors.New("it is no regular file")
+	errReplaced   = errors.New("another program replaced it at the same time")
+	errNotRegular = errors.New("it is not a regular file")
 )
 
-// read returns the bytes and attributes of a regular file. The error is
-// fs.ErrNotExist when there is nothing under that name, errNotRegular when it
-// is something else.
+// read returns the bytes and attributes of a regular file. It returns fs.ErrNotExist if the name
+// does not exist, and errNotRegular if it is not a regular file.
 func read(at *dir, name string) ([]byte, fs.FileInfo, attributes, error) {
 	var a attributes
 	info, err := at.Lstat(name)
@@ -323,7 +318,7 @@ func read(at *dir, name string) ([]byte, fs.FileInfo, attributes, error) {
 		return nil, nil, a, err
 	}
 	if len(data) > maxFile {
-		return nil, nil, a, fmt.Errorf("it is larger than %d MiB, so it is no certificate or key", maxFile>>20)
+		return nil, nil, a, fmt.Errorf("it is larger than %d MiB, so it is not a certificate or a key", maxFile>>20)
 	}
 	a.Mode = info.Mode().Perm()
 	a.UID, a.GID = hostfile.Owner(info)
@@ -331,9 +326,9 @@ func read(at *dir, name string) ([]byte, fs.FileInfo, attributes, error) {
 	return data, info, a, err
 }
 
-// reason drops the operation and the path, relative to a handle, that os adds
-// to an error: the caller names the real path.
-func reason(err error) error {
+// withoutPath strips the operation and the path that package os adds to an error. That path is
+// relative to a directory handle; the caller names the full path.
+func withoutPath(err error) error {
 	switch e := err.(type) {
 	case *fs.PathError:
 		return e.Err
@@ -343,17 +338,16 @@ func reason(err error) error {
 	return err
 }
 
-// dir is a directory held by handle, so that it stays the same directory
-// whatever happens to its name.
+// dir is an open directory. The handle keeps referring to it even if its path is renamed.
 type dir struct {
 	*os.Root
-	path string      // where it was found, without symlinks
+	path string      // where it was opened, without symlinks
 	info fs.FileInfo // of the directory itself, when it was opened
 
-	// foreign is the first directory on the way, d included, that does not
-	// belong to root or the agent's user alone; "": there is none, or d was
-	// not resolved.
-	foreign string
+	// untrusted is the first directory on the path, this one included, in which users other than
+	// root and the agent's own can replace entries. It is empty if there is none, or if the
+	// directory was not opened by resolve.
+	untrusted string
 }
 
 func (d *dir) join(name string) string { return filepath.Join(d.path, name) }

@@ -79,7 +79,7 @@ func TestMountedFile(t *testing.T) {
 		tx.Files[0].Data = append(bytes.Clone(want), '\n')
 		_, err := w.deploy(t, tx)
 		_, broken := errors.AsType[*BrokenError](err)
-		if broken || !errors.Is(err, syscall.EBUSY) || !strings.Contains(err.Error(), "others can change") {
+		if broken || !errors.Is(err, syscall.EBUSY) || !strings.Contains(err.Error(), "other users can write") {
 			t.Errorf("in another user's directory: %v", err)
 		}
 		check(t, syscall.Unmount(w.path("private/key.pem"), 0))
@@ -237,11 +237,11 @@ func TestOrdinaryUser(t *testing.T) {
 		{"read-only directory", func(t *testing.T, w world) { check(t, os.Chown(w.path("site"), 0, 0)) }, "site/cert.pem: permission denied; nothing was changed"},
 		{"unreadable file", func(t *testing.T, w world) {
 			check(t, os.Chown(w.path("private/key.pem"), 0, 0))
-		}, "private/key.pem: the agent's user cannot read the file that is there"},
+		}, "private/key.pem: the agent's user cannot read the present file"},
 		{"another owner", func(t *testing.T, w world) {
 			check(t, os.Chown(w.path("site/cert.pem"), 0, 0))
 			check(t, os.Chmod(w.path("site/cert.pem"), 0o644))
-		}, "give it to user 0, group 0: operation not permitted"},
+		}, "change its owner to user 0, group 0: operation not permitted"},
 		{"hidden directory", func(t *testing.T, w world) {
 			check(t, os.Chown(w.path("site"), 0, 0))
 			check(t, os.Chmod(w.path("site"), 0o711))

@@ -12,7 +12,7 @@ import (
 	"certctl-agent/internal/pemutil"
 )
 
-// guard refuses what would destroy something else, or give a key away.
+// guard refuses to replace a file that is not the target's, and to give a key to other users.
 func (a *attempt) guard(f *dest) error {
 	if f.Old != nil {
 		if err := a.mayReplace(f); err != nil {
@@ -27,32 +27,31 @@ func (a *attempt) guard(f *dest) error {
 	return nil
 }
 
-// mayReplace refuses to destroy what is not this target's to replace. No list
-// of places is complete, so the content decides.
+// mayReplace returns an error if the old file does not look like the target's own. Its content
+// decides, because no list of protected paths is ever complete.
 func (a *attempt) mayReplace(f *dest) error {
 	was := pemutil.ContentOf(f.oldData)
 	switch {
-	case f.Private, f.kept, isEmpty(f.oldData), bytes.Equal(f.oldData, f.data):
+	case f.Private, f.keepOld, isEmpty(f.oldData), bytes.Equal(f.oldData, f.data):
 		return nil
 	case f.file.Written != nil && f.file.Written(f.oldData):
 		return nil
 	case pemutil.HoldsPrivateKey(f.oldData) && !pemutil.HoldsPrivateKey(f.data):
-		return errors.New("the file that is there holds a private key, and the new one would not, so that a server which reads its key from it could not start again: " +
-			"configure a file of its own for the certificate, or one for both as the server's page of the documentation says; if no server needs the key, remove the file")
+		return errors.New("the present file holds a private key, and the new one would not, so a server that reads its key from it could not start again: " +
+			"configure a separate file for the certificate, or one file for both as the server's page of the documentation says; if no server needs the key, remove the file")
 	case was.Keys && was.Certificates && pemutil.ContentOf(f.data) == pemutil.Content{Keys: true}:
-		return errors.New("the file that is there holds certificates beside the private key, and the new one would hold the key alone, so that a server which reads both from it could not start again: " +
-			"configure a file of its own for the key; if no server needs the certificates, remove them from the file")
-	case was == pemutil.Content{} && !a.ReplaceAny && !a.leftTorn(f):
-		return fmt.Errorf(`the file that is there holds neither a certificate nor a key, and this agent did not write it, so it is not replaced: `+
+		return errors.New("the present file holds certificates and the private key, and the new one would hold the key alone, so a server that reads both from it could not start again: " +
+			"configure a separate file for the key; if no server needs the certificates, remove them from the file")
+	case was == pemutil.Content{} && !a.ReplaceAny && !a.mayBeTorn(f):
+		return fmt.Errorf(`the present file holds neither a certificate nor a key, and this agent did not write it, so it is not replaced: `+
 			`correct the path, or remove the file, or put {"replace_any_file": true} into %s.json of CERTCTL_TARGETS_DIR`, a.Target)
 	}
 	return nil
 }
 
-// leftTorn reports whether an interrupted deployment of this target may have
-// left anything at all in f: a person was asked, and the next deployment
-// replaces it.
-func (a *attempt) leftTorn(f *dest) bool {
+// mayBeTorn reports whether an interrupted deployment of this target, whose record was set aside,
+// may have left f half-written.
+func (a *attempt) mayBeTorn(f *dest) bool {
 	if a.journal == nil {
 		return false // a preview
 	}
@@ -64,22 +63,21 @@ func (a *attempt) leftTorn(f *dest) bool {
 	return err == nil && slices.ContainsFunc(r.Files, func(e fileRecord) bool { return e.Dir == f.at.path && e.Name == f.Name })
 }
 
-// isEmpty reports whether data says nothing: a placeholder, or what a power cut
-// made of a file.
+// isEmpty reports whether data is a placeholder, or what a power cut can leave of a file: only
+// white space or zeros.
 func isEmpty(data []byte) bool { return len(bytes.Trim(data, " \t\r\n\x00")) == 0 }
 
-// guardKey refuses to give a key to those to whom the file that is there
-// belongs, where that could be anybody: users who can write a directory, or one
-// above it, can put a file of their own there just before a renewal. It is in
-// order where the configuration names them, and where that file holds a key of
-// the same certificate: then they have had it already.
+// guardKey refuses to give a new key to the owner or the group of the present file if other users
+// could have planted that file: whoever can write to its directory, or to one above it, can put a
+// file there just before a renewal. It permits users and groups that the configuration names, and
+// those of a file that already holds a key of the same certificate: they have it anyway.
 func (a *attempt) guardKey(f *dest) error {
-	by := f.at.lentBy()
+	by := f.at.exposedBy()
 	if by == "" {
 		return nil
 	}
 	if f.Private {
-		// Nobody but the agent needs to read its key store.
+		// Only the agent needs to read its key store.
 		f.want.Mode &^= 0o077
 		f.want.UID = os.Geteuid()
 		delete(f.want.Xattrs, accessACL)
@@ -87,7 +85,7 @@ func (a *attempt) guardKey(f *dest) error {
 	}
 	if f.Old == nil {
 		if f.want.Mode&0o070 != 0 && f.file.Group == "" {
-			f.want.GID = os.Getegid() // not the one that the directory hands on
+			f.want.GID = os.Getegid() // not the group of a set-group-ID directory
 		}
 		return nil
 	}
@@ -111,17 +109,17 @@ func (a *attempt) guardKey(f *dest) error {
 	if f.file.HadKey != nil {
 		held = f.file.HadKey
 	}
-	if a.holdsOwnKey(held) {
+	if a.holdsAgentKey(held) {
 		return nil
 	}
-	return fmt.Errorf("the new key is not given to %s: others can put files into %s, and this one does not hold the key that it had: "+
-		"set owner, group and mode of the file in %s.json of CERTCTL_TARGETS_DIR; or check whose the file is, and let directory %s belong to root and be writable by nobody else",
+	return fmt.Errorf("the new key is not given to %s: other users can put files into %s, and the present file does not hold the previous key of the certificate: "+
+		"set owner, group and mode of the file in %s.json of CERTCTL_TARGETS_DIR; or check whose the file is, give directory %s to root, and let nobody else write to it",
 		taken, f.at.path, a.Target, by)
 }
 
-// holdsOwnKey reports whether data holds a private key that the agent has for
-// the certificate: the one that is current, or was before, or is becoming so.
-func (a *attempt) holdsOwnKey(data []byte) bool {
+// holdsAgentKey reports whether data holds a private key that the agent has for the certificate:
+// the current, the previous or the new one.
+func (a *attempt) holdsAgentKey(data []byte) bool {
 	key, err := pemutil.ParseKey(data)
 	if err != nil {
 		return false
@@ -151,16 +149,15 @@ func (a *attempt) holdsOwnKey(data []byte) bool {
 	return false
 }
 
-// readStored reads a file of the key store, if nobody else can have put it
-// there.
+// readStored reads a file of the key store. It fails if other users could have put it there.
 func readStored(path string) ([]byte, error) {
 	at, name, err := resolve(path)
 	if err != nil {
 		return nil, err
 	}
 	defer at.Close()
-	if by := at.lentBy(); by != "" {
-		return nil, fmt.Errorf("others can put files into %s", by)
+	if by := at.exposedBy(); by != "" {
+		return nil, fmt.Errorf("other users can put files into %s", by)
 	}
 	data, _, _, err := read(at, name)
 	return data, err

@@ -19,33 +19,32 @@ import (
 	"certctl-agent/internal/policy"
 )
 
-// dest is one destination of a transaction that is under way. The first half
-// is journalled; what follows are its handle and its bytes.
+// dest is one destination of a deployment in progress. Its fileRecord goes to the journal.
 type dest struct {
 	fileRecord
 	at      *dir
-	file    connector.File // as it was proposed; nothing in recovery
+	file    connector.File // of the plan; zero during recovery
 	data    []byte         // new bytes
-	oldData []byte         // old bytes, if there are any
-	kept    bool           // the new bytes are the old ones, whatever they are
+	oldData []byte         // old bytes, if there was a file
+	keepOld bool           // the new bytes are the old ones
 	want    attributes     // of the new file
 	now     fs.FileInfo    // what is in place, as far as this deployment knows; nil: nothing
 
-	staged fs.FileInfo // the new file, once it exists
-	placed bool        // what is in place may be the new file
+	staged fs.FileInfo // the new file, once it is staged
+	placed bool        // the new file may be in place
 }
 
-// others are the mode bits that a file with a private key never has.
-const others = 0o007
+// worldBits are the mode bits that a file with a private key never has.
+const worldBits = 0o007
 
-// errStale is a plan that was made from what is no longer there.
-var errStale = errors.New("it was changed by someone else while the deployment was prepared")
+// errStale means that a file has changed since the plan was made from it.
+var errStale = errors.New("another program changed it while the deployment was being prepared")
 
-// openFile resolves a destination and asks the policy.
+// openFile resolves a destination and checks it against the policy.
 func openFile(file connector.File, rules *policy.Look) (*dest, error) {
 	at, name, err := resolve(file.Path)
 	if _, missing := errors.AsType[*missingError](err); missing {
-		// The advice to make a directory must not hide that it is of no use.
+		// Do not advise to create a directory that the policy would refuse.
 		err = cmp.Or(refusal(file.Path, rules), err)
 	}
 	if err != nil {
@@ -71,11 +70,11 @@ func openPrivate(promoted keystore.Change) (*dest, error) {
 
 func newDest(at *dir, name string, file connector.File) *dest {
 	return &dest{at: at, file: file, data: file.Data, fileRecord: fileRecord{
-		Path: file.Path, Dir: at.path, Name: name, Stage: temporary(), Restore: temporary(), New: digestOf(file.Data),
+		Path: file.Path, Dir: at.path, Name: name, Stage: temporaryName(), Restore: temporaryName(), New: digestOf(file.Data),
 	}}
 }
 
-// refusal asks the policy for a path whose directories are not all there.
+// refusal checks a path, some of whose directories are missing, against the policy.
 func refusal(path string, rules *policy.Look) error {
 	real, err := hostfile.Resolve(path)
 	if err != nil {
@@ -84,9 +83,9 @@ func refusal(path string, rules *policy.Look) error {
 	return rules.CheckPath(real)
 }
 
-// distinct refuses two destinations that are one file. Both names can differ
-// and mean the same on a file system that ignores case.
-func distinct(files []*dest) error {
+// checkDistinct returns an error if two destinations are the same file. Their names may differ on a
+// file system that ignores case.
+func checkDistinct(files []*dest) error {
 	for i, a := range files {
 		for _, b := range files[:i] {
 			if !os.SameFile(a.at.info, b.at.info) {
@@ -100,20 +99,20 @@ func distinct(files []*dest) error {
 	return nil
 }
 
-// inspect reads what is in place, and decides what the new file will look like.
-// Index is the file's number in the deployment.
+// inspect reads the present file and decides on the content and attributes of the new one. index is
+// the file's number in the deployment.
 func (f *dest) inspect(index int) (warning string, err error) {
 	data, info, has, err := read(f.at, f.Name)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 	case errors.Is(err, fs.ErrPermission):
-		return "", fmt.Errorf("%s: the agent's user cannot read the file that is there, so it could not put it back: %w", f.Path, reason(err))
+		return "", fmt.Errorf("%s: the agent's user cannot read the present file, so it could not be restored: %w", f.Path, withoutPath(err))
 	case err != nil:
-		return "", fmt.Errorf("%s: %w", f.Path, reason(err))
+		return "", fmt.Errorf("%s: %w", f.Path, withoutPath(err))
 	default:
 		f.found(data, info, has, index)
-		if f.at.anyone() && !hostfile.Ours(info) {
-			return "", fmt.Errorf("%s belongs to user %d, in a directory where every user can create files: anyone could have put it there to get at the new one", f.Path, has.UID)
+		if f.at.worldWritable() && !hostfile.Ours(info) {
+			return "", fmt.Errorf("%s belongs to user %d, in a directory where every user can create files: anyone could have put it there to get the new one", f.Path, has.UID)
 		}
 	}
 	if f.file.From != nil && !bytes.Equal(f.file.From, f.oldData) {
@@ -122,10 +121,10 @@ func (f *dest) inspect(index int) (warning string, err error) {
 	return f.decide()
 }
 
-// found takes the file that is there.
+// found records the present file, and merges the parts of it that are kept into the new one.
 func (f *dest) found(data []byte, info fs.FileInfo, has attributes, index int) {
 	f.oldData, f.now = data, info
-	if f.kept = f.file.Keep && !(f.file.Written != nil && f.file.Written(data)); f.kept {
+	if f.keepOld = f.file.Keep && !(f.file.Written != nil && f.file.Written(data)); f.keepOld {
 		f.data = data
 	}
 	if f.file.KeepOthers {
@@ -138,8 +137,8 @@ func (f *dest) found(data []byte, info fs.FileInfo, has attributes, index int) {
 // secret reports whether the file holds a private key.
 func (f *dest) secret() bool { return f.file.Kind.Secret() }
 
-// decide sets the attributes of the new file: those that are configured, else
-// those of the file that is there, else the default.
+// decide sets the attributes of the new file: the configured ones, or else those of the present
+// file, or else the default.
 func (f *dest) decide() (warning string, err error) {
 	file := f.file
 	f.want = attributes{Mode: file.DefaultMode.Perm(), UID: -1, GID: -1}
@@ -152,19 +151,19 @@ func (f *dest) decide() (warning string, err error) {
 	}
 	if file.Mode != nil {
 		f.want.Mode = *file.Mode
-		// With an ACL the group bits of the mode would be its mask, which is
-		// not what the configuration means.
+		// If the file kept its ACL, the group bits of the mode would set the ACL's mask (acl(5)),
+		// which is not what the configuration means.
 		delete(f.want.Xattrs, accessACL)
 	}
 	if f.want.Mode != f.want.Mode.Perm() {
-		return "", fmt.Errorf("%s: mode %v is more than permissions", f.Path, f.want.Mode)
+		return "", fmt.Errorf("%s: mode %v has more than permission bits", f.Path, f.want.Mode)
 	}
-	if f.secret() && f.want.Mode&others != 0 {
+	if f.secret() && f.want.Mode&worldBits != 0 {
 		if file.Mode != nil {
-			return "", fmt.Errorf("%s: mode %04o would let every user at a private key: at most 0770", f.Path, f.want.Mode)
+			return "", fmt.Errorf("%s: mode %04o would let every user access a private key: at most 0770 is allowed", f.Path, f.want.Mode)
 		}
-		warning = fmt.Sprintf("%s had mode %04o, which let every user at a private key: tightened", f.Path, f.want.Mode)
-		f.want.Mode &^= others
+		warning = fmt.Sprintf("%s had mode %04o, which let every user access a private key: tightened", f.Path, f.want.Mode)
+		f.want.Mode &^= worldBits
 	}
 	if file.Owner != "" {
 		if f.want.UID, err = lookup(file.Owner, userNumber); err != nil {
@@ -179,7 +178,8 @@ func (f *dest) decide() (warning string, err error) {
 	return warning, nil
 }
 
-// lookup takes a number as it is, and asks the system for a name.
+// lookup returns the number of a user or group, which name may already be. Otherwise it calls
+// number to look the name up.
 func lookup(name string, number func(string) (string, error)) (int, error) {
 	text := name
 	if _, err := strconv.ParseUint(name, 10, 31); err != nil {
@@ -207,15 +207,14 @@ func groupNumber(name string) (string, error) {
 	return g.Gid, nil
 }
 
-// upToDate reports whether the file is what it would be after the transaction.
+// upToDate reports whether the present file already equals the new one.
 func (f *dest) upToDate() bool {
 	return f.Old != nil && f.Old.attributes.equal(f.want) && bytes.Equal(f.oldData, f.data)
 }
 
-// directories returns the distinct directories of files that are to be locked.
-// The agent's own key directory is not: every target with a new key would wait
-// for every other, and only this agent writes there, one transaction of a
-// certificate at a time.
+// directories returns the directories of files that must be locked, each once. The agent's key
+// directory needs no lock, because only this agent writes there, and only one deployment of a
+// certificate at a time. With a lock, every target with a new key would wait for every other.
 func directories(files []*dest) []*dir {
 	var dirs []*dir
 	for _, f := range files {

@@ -16,10 +16,10 @@ func someRecord() *record {
 		Target: "t1", Phase: swapping, Set: "00000001-20260101T000000Z", Keep: 3,
 		Reload: &policy.Command{Argv: []string{"nginx", "-s", "reload"}}, Owed: &owed{},
 		Files: []fileRecord{
-			{Path: "/link/key.pem", Dir: "/etc/nginx", Name: "key.pem", Stage: temporary(), Restore: temporary(), New: digestOf([]byte("new")),
+			{Path: "/link/key.pem", Dir: "/etc/nginx", Name: "key.pem", Stage: temporaryName(), Restore: temporaryName(), New: digestOf([]byte("new")),
 				Old: &oldFile{Backup: "0-key.pem", Digest: digestOf([]byte("old")), attributes: attributes{Mode: 0o640, UID: 1, GID: 2,
 					Xattrs: map[string][]byte{"user.x": {0, 1, 0xff}}}}},
-			{Path: "/new", Dir: "/", Name: "new", Stage: temporary(), Restore: temporary(), New: digestOf(nil), InPlace: true, Private: true},
+			{Path: "/new", Dir: "/", Name: "new", Stage: temporaryName(), Restore: temporaryName(), New: digestOf(nil), InPlace: true, Private: true},
 		},
 	}
 }

@@ -17,25 +17,24 @@ import (
 )
 
 const (
-	// lockWait bounds the wait for another transaction in a directory. One can
-	// take several minutes, with two commands and a verification to wait for.
+	// lockWait bounds the wait for a lock. A deployment may hold it for minutes: two commands and
+	// a verification take that long.
 	lockWait = 10 * time.Minute
 
-	// stuckAfter is for how long one transaction may keep others waiting that
-	// have not begun and can come back: most are over within seconds.
+	// stuckAfter is how long one deployment may keep others waiting that have not begun and can be
+	// retried. Most deployments take seconds.
 	stuckAfter = 15 * time.Second
 
-	// lockPause is between the first two tries, and doubles up to
-	// maxLockPause.
+	// lockPause is the pause between the first two tries for a lock. It doubles up to maxLockPause.
 	lockPause    = 50 * time.Millisecond
 	maxLockPause = time.Second
 
-	// holderPause is between two looks at who holds a lock.
+	// holderPause is the pause between two searches for the holder of a lock.
 	holderPause = 5 * time.Second
 )
 
-// waitFor waits for other transactions: nothing of this one has begun. That its
-// place is not had again after the wait is a BusyError.
+// waitFor waits for other deployments, before this one has begun. It returns a BusyError if the
+// wait succeeds but no job slot is free afterwards.
 func waitFor(ctx context.Context, yield Yield, wait func(context.Context) error) error {
 	if yield == nil {
 		return wait(ctx)
@@ -47,34 +46,34 @@ func waitFor(ctx context.Context, yield Yield, wait func(context.Context) error)
 		return err
 	})
 	if waited && err != nil {
-		return &BusyError{Err: fmt.Errorf("wait for a place after that: %w", err)}
+		return &BusyError{Err: fmt.Errorf("wait for a free job slot after that: %w", err)}
 	}
 	return err
 }
 
-// patience is for how long one holder may keep a transaction waiting that has not
-// begun: with yield it comes back.
-func patience(yield Yield) time.Duration {
+// maxHeld returns how long one holder of a lock may keep a deployment waiting that has not begun.
+// With yield, the deployment can be retried.
+func maxHeld(yield Yield) time.Duration {
 	if yield != nil {
 		return stuckAfter
 	}
 	return lockWait
 }
 
-// acquire takes a lock of this process. Many can be in its line, so none of them
-// fails while that moves; but a dead file system can keep the first. Most is for
-// how long one holder may.
-func acquire(ctx context.Context, locks *namelock.Table, name string, most time.Duration, yield Yield) (release func(), err error) {
+// acquire takes a lock of this process. It waits for as long as the lock changes hands, because the
+// queue may be long, and gives up once one holder, perhaps on a dead file system, has had the lock
+// for limit.
+func acquire(ctx context.Context, locks *namelock.Table, name string, limit time.Duration, yield Yield) (release func(), err error) {
 	release, ok := locks.Try(name)
 	if ok {
 		return release, nil
 	}
 	err = waitFor(ctx, yield, func(ctx context.Context) (err error) {
 		for {
-			within, cancel := context.WithTimeoutCause(ctx, most-locks.Held(name), fmt.Errorf("it has had it for %s", most))
+			within, cancel := context.WithTimeoutCause(ctx, limit-locks.Held(name), fmt.Errorf("held for more than %s", limit))
 			release, err = locks.Acquire(within, name)
 			cancel()
-			if err == nil || ctx.Err() != nil || locks.Held(name) >= most {
+			if err == nil || ctx.Err() != nil || locks.Held(name) >= limit {
 				return err
 			}
 		}
@@ -85,109 +84,111 @@ func acquire(ctx context.Context, locks *namelock.Table, name string, most time.
 	return release, err
 }
 
-// hold is the directories that one transaction has locked.
-type hold struct {
+// dirLocks are the locks on the directories of one deployment. Within this process deployments
+// take turns in a directory; a flock keeps other processes out. A deployment that waits for a
+// shared reload passes its turns on, but keeps the flocks.
+type dirLocks struct {
 	*Engine
 	yield Yield
-	dirs  []*dir   // in the order in which they are locked
-	turns []func() // how to let other transactions of this process in
-	locks []func() // and those of other processes
+	dirs  []*dir   // in the order of locking
+	turns []func() // each ends the turn in one directory
+	locks []func() // each releases one flock
 }
 
-func (h *hold) release() {
-	for _, release := range slices.Backward(h.locks) {
+func (l *dirLocks) release() {
+	for _, release := range slices.Backward(l.locks) {
 		release()
 	}
-	h.locks = nil
-	h.pass()
+	l.locks = nil
+	l.passTurns()
 }
 
-// pass lets other transactions of this process into the directories.
-func (h *hold) pass() {
-	for _, release := range slices.Backward(h.turns) {
+// passTurns lets other deployments of this process into the directories.
+func (l *dirLocks) passTurns() {
+	for _, release := range slices.Backward(l.turns) {
 		release()
 	}
-	h.turns = nil
+	l.turns = nil
 }
 
-// lock takes the locks of all dirs: between the transactions of this process by
-// a table, between processes by flock, which ends with the process, however it
-// ends. The order is that of the directories' numbers, so that two transactions
-// with two directories in common cannot each hold one; and no try ever blocks,
-// since any user who can open a directory can lock it for ever.
-func (e *Engine) lock(ctx context.Context, dirs []*dir, yield Yield) (*hold, error) {
+// lock locks all dirs, against other deployments of this process by a table, and against other
+// processes by flock(2), which the kernel releases when a process ends. It locks them in the order
+// of their device and inode numbers, so that two deployments cannot deadlock. The flock never
+// blocks in the kernel, because any user who can open a directory can lock it forever.
+func (e *Engine) lock(ctx context.Context, dirs []*dir, yield Yield) (*dirLocks, error) {
 	dirs = slices.SortedFunc(slices.Values(dirs), func(a, b *dir) int {
 		x, y := statOf(a), statOf(b)
 		return cmp.Or(cmp.Compare(x.Dev, y.Dev), cmp.Compare(x.Ino, y.Ino))
 	})
-	h := &hold{Engine: e, yield: yield, dirs: dirs}
+	l := &dirLocks{Engine: e, yield: yield, dirs: dirs}
 	for _, d := range dirs {
-		if err := h.take(ctx, d); err != nil {
-			h.release()
-			return nil, fmt.Errorf("lock directory %s: %w", d.path, reason(err))
+		if err := l.lockDir(ctx, d); err != nil {
+			l.release()
+			return nil, fmt.Errorf("lock directory %s: %w", d.path, withoutPath(err))
 		}
 	}
-	return h, nil
+	return l, nil
 }
 
 func statOf(d *dir) *syscall.Stat_t { return d.info.Sys().(*syscall.Stat_t) }
 
-// nameOf names a directory in the tables of locks.
+// nameOf returns the name of a directory's lock.
 func nameOf(d *dir) string { return fmt.Sprintf("%d:%d", statOf(d).Dev, statOf(d).Ino) }
 
-func (h *hold) take(ctx context.Context, d *dir) error {
-	if err := h.turn(ctx, d, patience(h.yield), h.yield); err != nil {
+// lockDir locks one directory.
+func (l *dirLocks) lockDir(ctx context.Context, d *dir) error {
+	if err := l.takeTurn(ctx, d, maxHeld(l.yield), l.yield); err != nil {
 		return &BusyError{Place: "directory " + nameOf(d), Err: fmt.Errorf("another deployment of this agent holds it: %w", err)}
 	}
-	// Whose turn it is, is alone here; those that have passed theirs have the
-	// lock still.
-	if h.join(d) {
+	// Deployments that have passed their turn on still share the flock.
+	if l.joinFlock(d) {
 		return nil
 	}
 	f, err := d.Open(".")
 	if err != nil {
 		return err
 	}
-	locked, err := h.flock(f, d)
+	locked, err := l.tryFlock(f, d)
 	if !locked && err == nil {
-		err = waitFor(ctx, h.yield, func(ctx context.Context) error { return h.await(ctx, f, d) })
+		err = waitFor(ctx, l.yield, func(ctx context.Context) error { return l.pollFlock(ctx, f, d) })
 	}
 	if err != nil {
 		f.Close()
 		return err
 	}
-	h.keep(d, f)
+	l.keepFlock(d, f)
 	return nil
 }
 
-// turn waits until no other transaction of this process is at work in d.
-func (h *hold) turn(ctx context.Context, d *dir, most time.Duration, yield Yield) error {
-	release, err := acquire(ctx, &h.Engine.dirs, nameOf(d), most, yield)
+// takeTurn waits for the deployment's turn in d.
+func (l *dirLocks) takeTurn(ctx context.Context, d *dir, limit time.Duration, yield Yield) error {
+	release, err := acquire(ctx, &l.Engine.dirs, nameOf(d), limit, yield)
 	if err == nil {
-		h.turns = append(h.turns, release)
+		l.turns = append(l.turns, release)
 	}
 	return err
 }
 
-// again waits for the turn that was passed. What has begun cannot come back later.
-func (h *hold) again(ctx context.Context) error {
-	for _, d := range h.dirs {
-		if err := h.turn(ctx, d, lockWait, h.aside(ctx)); err != nil {
-			h.pass()
+// retakeTurns waits for the turns that were passed on. It waits for up to lockWait, because a
+// deployment that has begun cannot be retried later.
+func (l *dirLocks) retakeTurns(ctx context.Context) error {
+	for _, d := range l.dirs {
+		if err := l.takeTurn(ctx, d, lockWait, l.yieldUntil(ctx)); err != nil {
+			l.passTurns()
 			return err
 		}
 	}
 	return nil
 }
 
-// aside gives others the deployment's place while it waits, until ctx ends and not
-// with the agent: what has begun is brought to an end, with a place or without.
-func (h *hold) aside(ctx context.Context) Yield {
+// yieldUntil returns a Yield for a deployment that has begun. Its wait ends with ctx and not when
+// the agent stops, and it returns even if no job slot is free: the deployment must end either way.
+func (l *dirLocks) yieldUntil(ctx context.Context) Yield {
 	return func(wait func(context.Context) error) (err error) {
-		if h.yield == nil {
+		if l.yield == nil {
 			return wait(ctx)
 		}
-		_ = h.yield(func(context.Context) error {
+		_ = l.yield(func(context.Context) error {
 			err = wait(ctx)
 			return nil
 		})
@@ -195,9 +196,9 @@ func (h *hold) aside(ctx context.Context) Yield {
 	}
 }
 
-// await tries until it has the lock. Any user who can open the directory can
-// lock it, so the lock of a foreign user does not count.
-func (h *hold) await(ctx context.Context, f *os.File, d *dir) error {
+// pollFlock tries to lock f until it succeeds. It ignores the lock of a foreign user: any user who
+// can open the directory can lock it.
+func (l *dirLocks) pollFlock(ctx context.Context, f *os.File, d *dir) error {
 	bound := time.After(lockWait)
 	pause := lockPause
 	var looked time.Time
@@ -208,30 +209,30 @@ func (h *hold) await(ctx context.Context, f *os.File, d *dir) error {
 			looked = time.Now()
 			by = lockHolders(ctx, d)
 			if foreign(by) {
-				h.opts.Log.Warn("a user who runs no agent holds the lock of a directory: deploying there without it; find out why, or close the directory to that user",
+				l.opts.Log.Warn("a user who runs no agent holds the lock of a directory: deploying there without it; find out why, or close the directory to that user",
 					"directory", d.path, "held_by", describe(by))
 				return nil
 			}
 			if first {
-				h.opts.Log.Info("waiting for another deployment in the same directory", "directory", d.path, "held_by", describe(by))
+				l.opts.Log.Info("waiting for another deployment in the same directory", "directory", d.path, "held_by", describe(by))
 			}
 		}
 		select {
 		case <-time.After(pause):
 			pause = min(2*pause, maxLockPause)
 		case <-bound:
-			return fmt.Errorf("another deployment holds it, or another program does: %s; given up after %s", describe(by), lockWait)
+			return fmt.Errorf("another deployment or another program holds it: %s; gave up after %s", describe(by), lockWait)
 		case <-ctx.Done():
-			return &BusyError{Err: fmt.Errorf("another deployment holds it, or another program does: %s: %w", describe(by), context.Cause(ctx))}
+			return &BusyError{Err: fmt.Errorf("another deployment or another program holds it: %s: %w", describe(by), context.Cause(ctx))}
 		}
-		if locked, err := h.flock(f, d); locked || err != nil {
+		if locked, err := l.tryFlock(f, d); locked || err != nil {
 			return err
 		}
 	}
 }
 
-// flock tries once. Where the file system has no locks, that counts as one.
-func (h *hold) flock(f *os.File, d *dir) (locked bool, err error) {
+// tryFlock tries once to lock f. On a file system without locks it reports success.
+func (l *dirLocks) tryFlock(f *os.File, d *dir) (locked bool, err error) {
 	raw, err := f.SyscallConn()
 	if err != nil {
 		return false, err
@@ -244,9 +245,8 @@ func (h *hold) flock(f *os.File, d *dir) (locked bool, err error) {
 	case errors.Is(tried, syscall.EWOULDBLOCK) || errors.Is(tried, syscall.EINTR):
 		return false, nil
 	case filelock.Unsupported(tried):
-		// Network file systems: NFS wants a handle for writing, which no
-		// directory has.
-		h.opts.Log.Warn("file system has no locks: two agents that deploy here at once could get in each other's way", "directory", d.path, "error", tried)
+		// For example NFS, which needs a handle open for writing, and a directory has none.
+		l.opts.Log.Warn("file system has no locks: two agents that deploy here at the same time could interfere", "directory", d.path, "error", tried)
 		return true, nil
 	}
 	return tried == nil, tried
@@ -257,26 +257,25 @@ type holder struct {
 	pid     int
 	command string
 	uid     int  // of the user who started it
-	foreign bool // which is neither root nor the agent's own
+	foreign bool // that user is neither root nor the agent's own
 }
 
-// maxCommand bounds a command's name in messages: its process chose it.
+// maxCommand bounds the name of a process in messages, in bytes: the process chooses it.
 const maxCommand = 32
 
 func (h holder) String() string {
 	return fmt.Sprintf("process %d (%s) of user %d", h.pid, printable.Line(h.command, maxCommand), h.uid)
 }
 
-// foreign reports that the holders are known and all foreign. An agent's lock is
-// exclusive, so it has none then. Nobody found is no answer: the holder can be in
-// another container, or on another host.
+// foreign reports whether the holders are known and all foreign, so that none of them is an agent.
+// It returns false if no holder was found: that one may be in another container or on another host.
 func foreign(by []holder) bool {
 	return len(by) > 0 && !slices.ContainsFunc(by, func(h holder) bool { return !h.foreign })
 }
 
 func describe(by []holder) string {
 	if len(by) == 0 {
-		return "by whom is not known here"
+		return "its holder is not visible from here"
 	}
 	var all []string
 	for _, h := range by {

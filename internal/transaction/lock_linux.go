@@ -16,23 +16,21 @@ import (
 )
 
 const (
-	// maxProc bounds what is read of one file of /proc.
+	// maxProc bounds how much of a file in /proc is read, in bytes.
 	maxProc = 4 << 20
 
-	// searchWait bounds the search for a lock's holders: a user can have a
-	// million files open.
+	// searchWait bounds the search for a lock's holders: a user may have a million open files.
 	searchWait = 2 * time.Second
 
-	// maxHolders bounds the holders that are looked at: of a user who forks
-	// without end, the first ones decide.
+	// maxHolders bounds the number of holders, because a user may fork without end. The first
+	// ones decide.
 	maxHolders = 8
 )
 
-// lockHolders finds who holds a flock of a directory. The kernel notes only the
-// process that took it (/proc/locks, proc_locks(5)), which can have ended and
-// left it to its children; those show it beside each of their open files
-// (fdinfo), which takes root to see for all. It touches no file system but
-// /proc, and nothing there that waits for another process.
+// lockHolders finds the processes that hold a flock on a directory. /proc/locks names only the
+// process that took the lock (proc_locks(5)), and that may have exited and left it to its children.
+// /proc/PID/fdinfo shows the lock for every process that holds it, but only root can read all of
+// them. lockHolders reads nothing outside /proc, and nothing there that blocks on another process.
 func lockHolders(ctx context.Context, d *dir) []holder {
 	stat := statOf(d)
 	match := func(line []byte) (pid int, ok bool) { return flockOf(line, stat) }
@@ -63,8 +61,7 @@ func lockHolders(ctx context.Context, d *dir) []holder {
 	return search(ctx, match)
 }
 
-// search looks at the processes that can be seen, until it has found enough or
-// looked for long enough.
+// search searches all visible processes, up to maxHolders and searchWait.
 func search(ctx context.Context, match func([]byte) (int, bool)) (found []holder) {
 	ctx, cancel := context.WithTimeout(ctx, searchWait)
 	defer cancel()
@@ -72,8 +69,8 @@ func search(ctx context.Context, match func([]byte) (int, bool)) (found []holder
 	if err != nil {
 		return nil
 	}
-	for _, fileRecord := range entries {
-		pid, err := strconv.Atoi(fileRecord.Name())
+	for _, entry := range entries {
+		pid, err := strconv.Atoi(entry.Name())
 		if err != nil || !holds(ctx, pid, match) {
 			continue
 		}
@@ -87,7 +84,7 @@ func search(ctx context.Context, match func([]byte) (int, bool)) (found []holder
 	return found
 }
 
-// holds reports whether one of a process's open files has the lock.
+// holds reports whether one of the process's open files has the lock.
 func holds(ctx context.Context, pid int, match func([]byte) (int, bool)) bool {
 	dir, err := os.Open(fmt.Sprintf("/proc/%d/fdinfo", pid))
 	if err != nil {
@@ -113,12 +110,12 @@ func holds(ctx context.Context, pid int, match func([]byte) (int, bool)) bool {
 	}
 }
 
-// flockOf reads a line such as "1: FLOCK  ADVISORY  WRITE 1234 08:01:131 0 EOF".
-// The device is the file system's, which on btrfs differs from a directory's:
-// there nobody is found.
+// flockOf parses a line such as "1: FLOCK  ADVISORY  WRITE 1234 08:01:131 0 EOF", and returns the
+// process if the lock is on the given directory. The device in the line is that of the file system,
+// which differs from the directory's on btrfs: there it finds no holder.
 func flockOf(line []byte, stat *syscall.Stat_t) (pid int, ok bool) {
 	fields := strings.Fields(string(line))
-	if len(fields) < 6 || fields[1] != "FLOCK" { // "->" in its place: only waits
+	if len(fields) < 6 || fields[1] != "FLOCK" { // "->": the process only waits for the lock
 		return 0, false
 	}
 	place := strings.Split(fields[5], ":")
@@ -136,8 +133,7 @@ func flockOf(line []byte, stat *syscall.Stat_t) (pid int, ok bool) {
 	return pid, pid > 0 && inode == stat.Ino && device == uint64(stat.Dev)
 }
 
-// look says who runs a process: the user who started it, also where it is
-// setuid.
+// look returns the name of a process and the user who started it, even if it is set-user-ID.
 func look(pid int) (holder, bool) {
 	h := holder{pid: pid, uid: -1}
 	for line := range procLines(fmt.Sprintf("/proc/%d/status", pid)) {
@@ -165,7 +161,7 @@ func look(pid int) (holder, bool) {
 	return h, false
 }
 
-// procLines reads a file of /proc, as far as it can be read.
+// procLines iterates over the lines of a file in /proc, until it ends or cannot be read.
 func procLines(name string) func(yield func([]byte) bool) {
 	return func(yield func([]byte) bool) {
 		f, err := os.Open(name)

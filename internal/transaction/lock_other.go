@@ -6,5 +6,5 @@ import (
 	"context"
 )
 
-// lockHolders finds nobody: this system does not say who holds a lock.
+// lockHolders returns nil: this system does not tell who holds a lock.
 func lockHolders(context.Context, *dir) []holder { return nil }

@@ -38,7 +38,7 @@ func TestTwoProcesses(t *testing.T) {
 	s := w.mustStore(t, nil)
 	ctx, cancel := context.WithTimeout(t.Context(), time.Second) // enough to get as far as the lock
 	defer cancel()
-	if _, err := s.deploy(ctx, w.renewal()); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "another deployment holds it") {
+	if _, err := s.deploy(ctx, w.renewal()); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "another deployment or another program holds it") {
 		t.Errorf("while another process holds the lock: %v", err)
 	}
 	w.want(t, false, "old")

@@ -14,8 +14,8 @@ import (
 	"certctl-agent/internal/policy"
 )
 
-// Preview is what a deployment would do to its target. Problems are those that
-// would have it refused; each is also beside what it is of.
+// Preview is what a deployment would do to its target. Problems has all reasons why it would be
+// refused; each is also the Problem of its file or change.
 type Preview struct {
 	Files    []FilePreview   `json:"files"`
 	Changes  []ChangePreview `json:"changes"`
@@ -26,7 +26,7 @@ type Preview struct {
 // FilePreview is one file that would be put in place.
 type FilePreview struct {
 	Path     string `json:"path"`                // as configured
-	Real     string `json:"real,omitempty"`      // after links; "": not known
+	Real     string `json:"real,omitempty"`      // without symlinks; "": unknown
 	OldMode  string `json:"old_mode,omitempty"`  // octal; "": there is no file
 	NewMode  string `json:"new_mode,omitempty"`  // octal
 	OldOwner string `json:"old_owner,omitempty"` // user and group numbers
@@ -37,15 +37,15 @@ type FilePreview struct {
 	Problem  string `json:"problem,omitempty"`
 }
 
-// ChangePreview is one thing elsewhere that would be replaced.
+// ChangePreview is one Change that would be made.
 type ChangePreview struct {
 	Name    string `json:"name"`
 	Changes bool   `json:"changes"`
 	Problem string `json:"problem,omitempty"`
 }
 
-// NewPreview looks at what the plan of d would do under the given policy. It
-// changes nothing, takes no lock, and needs no state directory.
+// NewPreview finds out what the plan of d would do under the given policy. It changes nothing,
+// takes no lock, and needs no state directory.
 func NewPreview(ctx context.Context, d Deployment, plan *connector.Plan, rules *policy.Policy) *Preview {
 	a := &attempt{Engine: &Engine{opts: Options{Log: slog.New(slog.DiscardHandler)}}, Deployment: d, plan: plan}
 	defer func() { closeAll(a.files) }()
@@ -54,14 +54,14 @@ func NewPreview(ctx context.Context, d Deployment, plan *connector.Plan, rules *
 	for i, file := range plan.Files {
 		p.Files = append(p.Files, p.file(a, file, i, look))
 	}
-	if err := distinct(a.files); err != nil {
+	if err := checkDistinct(a.files); err != nil {
 		p.Problems = append(p.Problems, err.Error())
 	}
-	if err := a.adopt(); err != nil {
+	if err := a.collectChanges(); err != nil {
 		p.Problems = append(p.Problems, err.Error())
 	}
 	for _, c := range a.changes {
-		err := c.look(ctx)
+		err := c.inspect(ctx)
 		look := ChangePreview{Name: c.Name, Changes: !c.same}
 		if err != nil {
 			look.Problem = err.Error()
@@ -72,7 +72,7 @@ func NewPreview(ctx context.Context, d Deployment, plan *connector.Plan, rules *
 	return p
 }
 
-// file looks at one file.
+// file previews one file.
 func (p *Preview) file(a *attempt, file connector.File, i int, rules *policy.Look) FilePreview {
 	look := FilePreview{Path: file.Path, Size: len(file.Data), Secret: file.Kind.Secret(), Changes: true}
 	refuse := func(err error) FilePreview {
@@ -107,8 +107,8 @@ func (p *Preview) file(a *attempt, file connector.File, i int, rules *policy.Loo
 	return look
 }
 
-// mayPlace reports whether this process may put the new file into its directory
-// and give it away, which a deployment finds out by doing it.
+// mayPlace returns an error if this process may not create the new file in its directory or change
+// its owner. A deployment finds that out by trying.
 func (f *dest) mayPlace() error {
 	if err := hostfile.MayWriteIn(f.at.path); err != nil {
 		return fmt.Errorf("%s: the agent's user cannot put files into %s: %w", f.Path, f.at.path, err)
@@ -127,7 +127,7 @@ func (f *dest) mayPlace() error {
 
 func octal(mode fs.FileMode) string { return "0" + strconv.FormatUint(uint64(mode.Perm()), 8) }
 
-// ownerOf is a file's user and group, as numbers. -1 is whoever creates it.
+// ownerOf returns "UID:GID" of a file. -1 stands for the agent's own user or group.
 func ownerOf(uid, gid int) string {
 	if uid == -1 {
 		uid = os.Geteuid()

@@ -16,96 +16,94 @@ import (
 	"certctl-agent/internal/api"
 )
 
-// recoverWait bounds the wait for the directories of a target that is to be
-// recovered. Another try comes later.
+// recoverWait bounds how long the recovery of a target waits for its directories. It is retried
+// later.
 const recoverWait = 10 * time.Second
 
-// Recovery is what Recover found. Each list holds target ids.
+// Recovery is the result of Recover. Each list holds target ids.
 type Recovery struct {
-	RolledBack []string // the old files are in place again
-	Finished   []string // the new files were in place for good already
+	RolledBack []string // the old files are back in place
+	Finished   []string // committed already: the new files are in place
 	SetAside   []string // the record cannot be followed: a person should look
-	Failed     []string // to be tried again by Repair, and before a deployment
-	Reloads    int      // how many reloads Repair has to do
+	Failed     []string // retried by Repair, and before a deployment to the target
+	Reloads    int      // number of reloads that are left to Repair
 }
 
-// Recover undoes or finishes every transaction that a crash interrupted, as far
-// as that is possible within startWait. It must run before the first Deploy.
-// What it finds in a single target is logged and never an error, since it must
-// not keep the agent from serving others.
+// Recover rolls back or finishes every deployment that a crash interrupted, as far as that is
+// possible within startWait. It must run before the first Deploy. It logs the failures of single
+// targets and does not return them, because they must not keep the agent from serving the others.
 func (e *Engine) Recover(ctx context.Context) (Recovery, error) {
 	var found Recovery
 	if err := e.sweep(e.journal); err != nil {
 		return found, err
 	}
-	err := e.recoverAll(ctx, ctx, startWait, false, func(id string, f *flight, err error) {
+	err := e.recoverAll(ctx, ctx, startWait, false, func(id string, run *recoveryRun, err error) {
 		list := &found.Failed
 		switch {
 		case ctx.Err() != nil:
 			return
 		case err != nil:
-			e.opts.Log.Error("an interrupted deployment could not be undone and will be tried again: until then nothing is deployed to its target", "target", id, "error", err)
-		case f.outcome == wasSetAside:
+			e.opts.Log.Error("an interrupted deployment could not be rolled back and will be retried: until then nothing is deployed to its target", "target", id, "error", err)
+		case run.outcome == outcomeSetAside:
 			list = &found.SetAside
-		case f.outcome == wasFinished:
+		case run.outcome == outcomeFinished:
 			list = &found.Finished
 		default:
 			list = &found.RolledBack
 		}
 		*list = append(*list, id)
-		if err == nil && f.owing {
+		if err == nil && run.reloadPending {
 			found.Reloads++
 		}
 	})
 	return found, cmp.Or(context.Cause(ctx), err)
 }
 
-// Repair does what interrupted transactions still need: it undoes or finishes
-// those that could not be before, and runs the reloads that this made
-// necessary. What fails is in the error, and is tried again by the next call.
-// Calls ends when the agent stops and bounds waiting; work bounds the reloads.
+// Repair does what Recover left: it rolls back or finishes the remaining deployments, and runs the
+// reloads that the rollbacks require. It returns the failures; the next call retries them. calls
+// ends when the agent stops and bounds the waiting; work bounds the reloads.
 func (e *Engine) Repair(calls, work context.Context) error {
 	var errs []error
-	err := e.recoverAll(calls, work, repairWait, true, func(id string, _ *flight, err error) {
-		if err != nil && !errors.Is(err, errUnderWay) {
+	err := e.recoverAll(calls, work, repairWait, true, func(id string, _ *recoveryRun, err error) {
+		if err != nil && !errors.Is(err, errInProgress) {
 			errs = append(errs, fmt.Errorf("recover target %s: %w", id, err))
 		}
 	})
 	return errors.Join(append(errs, err)...)
 }
 
-// recoverAll recovers every target that has a record, all at once, and tells
-// ended of each in turn. It waits for their files no longer than wait.
-func (e *Engine) recoverAll(calls, work context.Context, wait time.Duration, reload bool, ended func(id string, f *flight, err error)) error {
+// recoverAll recovers all targets that have a record, concurrently, and calls ended for each in
+// turn. It waits for their files no longer than wait.
+func (e *Engine) recoverAll(calls, work context.Context, wait time.Duration, reload bool, ended func(id string, run *recoveryRun, err error)) error {
 	ids, err := e.recorded()
 	if err != nil {
 		return err
 	}
 	until, cancel := deadline(calls, wait)
 	defer cancel()
-	flights := make([]*flight, len(ids))
+	runs := make([]*recoveryRun, len(ids))
 	for i, id := range ids {
-		flights[i] = e.fly(calls, work, id, reload)
+		runs[i] = e.startRecovery(calls, work, id, reload)
 	}
 	for i, id := range ids {
-		f := flights[i]
-		answered := f.await(until)
-		for answered && reload && !f.reload { // it was under way already
-			f = e.fly(calls, work, id, true)
-			answered = f.await(until)
+		run := runs[i]
+		answered := run.wait(until)
+		for answered && reload && !run.reload { // it was in progress already, without a reload
+			run = e.startRecovery(calls, work, id, true)
+			answered = run.wait(until)
 		}
 		err := errNoAnswer
 		if answered {
-			err = f.err
+			err = run.err
 		}
-		ended(id, f, err)
+		ended(id, run, err)
 	}
 	return nil
 }
 
-// Settle makes sure that no interrupted transaction can undo, later, what a
-// deployment to target is about to do with the key at keyPath: those of the
-// target and those that put that key in place. An error is a BusyError.
+// Settle recovers the interrupted deployments that could later undo what a deployment to target is
+// about to do: those of the target, and those that promoted the key at keyPath. Its error is always
+// a BusyError.
 func (e *Engine) Settle(ctx context.Context, target api.ID, keyPath string) error {
 	ids, err := e.recorded()
 	if err != nil {
@@ -113,29 +111,29 @@ func (e *Engine) Settle(ctx context.Context, target api.ID, keyPath string) erro
 	}
 	until, enough := deadline(ctx, settleWait+closeWait)
 	defer enough()
-	ctx, cancel := context.WithTimeoutCause(ctx, settleWait, fmt.Errorf("given up after %s", settleWait))
+	ctx, cancel := context.WithTimeoutCause(ctx, settleWait, fmt.Errorf("gave up after %s", settleWait))
 	defer cancel()
 	for _, other := range ids {
 		if !e.concerns(other, string(target), keyPath) {
 			continue
 		}
-		f := e.fly(ctx, ctx, other, false)
+		run := e.startRecovery(ctx, ctx, other, false)
 		select {
-		case <-f.done:
+		case <-run.done:
 		case <-until:
-			return unsettledError(other, f.late())
+			return unsettledError(other, run.lateError())
 		}
-		if f.err != nil {
-			return unsettledError(other, f.err)
+		if run.err != nil {
+			return unsettledError(other, run.err)
 		}
 	}
 	return nil
 }
 
-// concerns reports whether the record of a target has to be settled before a
-// deployment to target id.
+// concerns reports whether the record of target recorded must be settled before a deployment to
+// target id with the key at keyPath.
 func (e *Engine) concerns(recorded, id, keyPath string) bool {
-	if recorded == id && e.flying(id) {
+	if recorded == id && e.recovering(id) {
 		return true
 	}
 	r, err := e.load(recorded)
@@ -146,8 +144,8 @@ func (e *Engine) concerns(recorded, id, keyPath string) bool {
 		slices.ContainsFunc(r.Files, func(e fileRecord) bool { return e.Private && e.Path == keyPath })
 }
 
-// Interrupted lists the targets whose transactions another agent, with the state
-// directory at path, did not bring to an end. It changes nothing.
+// Interrupted lists the targets with an interrupted deployment in another agent's state directory,
+// at path. It changes nothing.
 func Interrupted(path string) ([]string, error) {
 	root, err := os.OpenRoot(filepath.Join(path, "journal"))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -169,7 +167,7 @@ func Interrupted(path string) ([]string, error) {
 func (e *Engine) recorded() ([]string, error) {
 	names, err := e.journal.names()
 	if err != nil {
-		return nil, fmt.Errorf("list the journal in %s: %w", e.journal.path, reason(err))
+		return nil, fmt.Errorf("list the journal in %s: %w", e.journal.path, withoutPath(err))
 	}
 	var ids []string
 	for _, name := range names {
@@ -181,104 +179,105 @@ func (e *Engine) recorded() ([]string, error) {
 	return ids, nil
 }
 
-// recoverTarget is one flight, of the target that a record's file names.
-func (e *Engine) recoverTarget(calls, work context.Context, name string, f *flight) error {
+// recoverTarget recovers the target with the given name, for run.
+func (e *Engine) recoverTarget(calls, work context.Context, name string, run *recoveryRun) error {
 	id, err := api.ParseID(name)
 	if err != nil {
 		return fmt.Errorf("journal record is not usable: %s: target %w", e.journal.join(name+recordSuffix), err)
 	}
 	release, ok := e.targets.Try(name)
 	if !ok {
-		return errUnderWay
+		return errInProgress
 	}
 	defer release()
-	ctx, cancel := context.WithTimeoutCause(calls, recoverWait, fmt.Errorf("given up after %s", recoverWait))
+	ctx, cancel := context.WithTimeoutCause(calls, recoverWait, fmt.Errorf("gave up after %s", recoverWait))
 	defer cancel()
 	r, err := e.load(name)
 	if r == nil && err == nil {
-		return nil // settled meanwhile
+		return nil // settled in the meantime
 	}
-	known := r != nil && r.Phase == restored
-	if f.outcome, err = e.recoverLoaded(ctx, id, r, err); err != nil {
+	wasRestored := r != nil && r.Phase == restored
+	if run.outcome, err = e.recoverRecord(ctx, id, r, err); err != nil {
 		return err
 	}
 	log := e.opts.Log.With("target", id)
 	switch {
-	case known || f.outcome == wasSetAside: // which has a line of its own
-	case f.outcome == wasFinished:
+	case wasRestored || run.outcome == outcomeSetAside: // logged before
+	case run.outcome == outcomeFinished:
 		log.Info("finished an interrupted deployment: the new files are in place")
 	default:
-		log.Warn("undid an interrupted deployment: the old files are in place")
+		log.Warn("rolled back an interrupted deployment: the old files are back in place")
 	}
-	if r != nil && r.Phase == restored && len(r.Changes) > 0 && !(known && f.reload) {
+	if r != nil && r.Phase == restored && len(r.Changes) > 0 && !(wasRestored && run.reload) {
 		log.Warn("an interrupted deployment may have changed what only another deployment of the target can undo: deploy to it again",
 			"changes", names(r.Changes), "backups", e.setPath(r))
 	}
 	if r, err = e.load(name); err != nil || r == nil || r.Phase != restored || r.Reload == nil {
-		// Without a command only the next deployment can tell the server, and
-		// it will, as long as the record is there.
+		// Without a reload command only the next deployment can reload the server. The record
+		// makes it do so.
 		return err
 	}
-	if f.owing = true; !f.reload {
+	if run.reloadPending = true; !run.reload {
 		return nil
 	}
-	return e.reloadOwed(ctx, work, r, f)
+	return e.reloadOwed(ctx, work, r, run)
 }
 
-// An outcome is how recovery of one target ended.
+// An outcome is how the recovery of one target ended.
 type outcome int
 
 const (
-	wasUndone outcome = iota
-	wasFinished
-	wasSetAside
+	outcomeRolledBack outcome = iota
+	outcomeFinished
+	outcomeSetAside
 )
 
-// recoverLoaded brings one target to all-old or all-new. The error is one that
-// another try may not have.
-func (e *Engine) recoverLoaded(ctx context.Context, id api.ID, r *record, loadErr error) (outcome, error) {
+// recoverRecord makes the files of one target all old or all new, as its record says. loadErr is
+// the error of loading r. An error that it returns may be temporary: a record that can never be
+// followed is set aside.
+func (e *Engine) recoverRecord(ctx context.Context, id api.ID, r *record, loadErr error) (outcome, error) {
 	err := loadErr
 	if err == nil {
 		switch r.Phase {
 		case restored:
 			if len(r.Changes) > 0 {
-				return wasUndone, nil // the next deployment needs the set
+				return outcomeRolledBack, nil // the next deployment needs the set
 			}
-			return wasUndone, e.dropSets(id, r.Set)
+			return outcomeRolledBack, e.dropSets(id, r.Set)
 		case committed:
-			return wasFinished, e.cleanUp(r)
+			return outcomeFinished, e.cleanUp(r)
 		}
 		err = e.undo(ctx, r)
 	}
 	if _, damaged := errors.AsType[*damagedError](err); !damaged {
-		return wasUndone, err
+		return outcomeRolledBack, err
 	}
 	log := e.opts.Log.With("target", id, "error", err, "record", e.journal.join(asideName(id)), "backups", e.backups.join(string(id)))
 	if r != nil && len(r.allChanges()) > 0 {
 		log = log.With("changes", names(r.allChanges()))
 	}
 	log.Error("an interrupted deployment needs a person: its journal record was set aside, and nothing else was touched; the next deployment replaces every file")
-	return wasSetAside, e.setAside(id)
+	return outcomeSetAside, e.setAside(id)
 }
 
-// undo puts the old files of an interrupted transaction back.
+// undo rolls back the files of an interrupted deployment.
 func (e *Engine) undo(ctx context.Context, r *record) error {
 	files, moved, err := reopen(r)
 	defer closeAll(files)
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, recoverWait, fmt.Errorf("given up after %s", recoverWait))
+	ctx, cancel := context.WithTimeoutCause(ctx, recoverWait, fmt.Errorf("gave up after %s", recoverWait))
 	defer cancel()
-	h, err := e.lock(ctx, directories(files), nil)
+	locked, err := e.lock(ctx, directories(files), nil)
 	if err != nil {
 		return err
 	}
-	defer h.release()
+	defer locked.release()
 	if r.Phase == staging {
 		return e.discard(files, r)
 	}
-	// Whatever else is to be done: these hold keys.
+	// They hold keys, so they go first, whatever happens next.
 	if err := e.removeTemporaries(files); err != nil {
 		return err
 	}
@@ -288,19 +287,19 @@ func (e *Engine) undo(ctx context.Context, r *record) error {
 	if err := e.compare(r, files); err != nil {
 		return err
 	}
-	if err := e.putAllBack(r, files); err != nil {
-		return fmt.Errorf("put the old files back from %s: %w", e.setPath(r), err)
+	if err := e.restoreFiles(r, files); err != nil {
+		return fmt.Errorf("restore the old files from %s: %w", e.setPath(r), err)
 	}
 	return e.recordRestored(r, r.Changes)
 }
 
-// recordRestored records that every old file is in place, that the server has to
-// reload, and which changes are still to be undone. If the target had nothing
-// before, there is nothing to reload.
+// recordRestored records that every old file is back in place, that the server must reload, and
+// which changes must still be undone. If the target had nothing before, there is nothing to reload,
+// and without such changes the record goes.
 func (e *Engine) recordRestored(r *record, changes []changeRecord) error {
 	sets := []string{r.Set}
 	if len(changes) > 0 {
-		sets = nil // they need it
+		sets = nil // the changes need it
 	}
 	if r.Owed != nil {
 		sets = append(sets, r.Owed.Set)
@@ -309,7 +308,7 @@ func (e *Engine) recordRestored(r *record, changes []changeRecord) error {
 		if err := e.dropSets(r.Target, sets...); err != nil {
 			return err
 		}
-		return e.forget(r.Target)
+		return e.removeRecord(r.Target)
 	}
 	r.Phase, r.Owed, r.Changes = restored, nil, changes
 	if err := e.save(r); err != nil {
@@ -318,15 +317,15 @@ func (e *Engine) recordRestored(r *record, changes []changeRecord) error {
 	return e.dropSets(r.Target, sets...)
 }
 
-// hadAny reports whether there was anything of the target before.
+// hadAny reports whether the target had any file or value before.
 func (r *record) hadAny() bool {
 	return slices.ContainsFunc(r.Files, func(e fileRecord) bool { return !e.Private && e.Old != nil }) ||
 		slices.ContainsFunc(r.Changes, func(c changeRecord) bool { return c.Backup != "" })
 }
 
-// reopen opens the directories of a record. A file whose directory is gone is
-// gone too, and is left out. The first error is that directories are not where
-// they were, the second that one could not be opened.
+// reopen opens the directories of a record's files. It leaves out files whose directory is gone.
+// moved is not nil if a directory is gone or elsewhere than the record says; err, if one could not
+// be opened.
 func reopen(r *record) (files []*dest, moved, err error) {
 	for _, e := range r.Files {
 		at, err := resolveDir(e.Dir)
@@ -347,11 +346,11 @@ func reopen(r *record) (files []*dest, moved, err error) {
 	return files, moved, nil
 }
 
-// compare finds out which files have to be put back, and gets their bytes. If
-// a file is neither the old nor the new one, a person was here: what they did
-// is not undone.
+// compare finds out which files must be restored and reads their backups. If a file is neither the
+// old nor the new one, somebody has changed it since, and compare returns a damagedError: recovery
+// does not undo the work of a person.
 func (e *Engine) compare(r *record, files []*dest) error {
-	var strange []string
+	var unknown []string
 	for _, f := range files {
 		data, info, has, err := read(f.at, f.Name)
 		found := digestOf(data)
@@ -359,31 +358,31 @@ func (e *Engine) compare(r *record, files []*dest) error {
 		switch {
 		case errors.Is(err, fs.ErrNotExist) && f.Old == nil:
 		case errors.Is(err, fs.ErrNotExist) || errors.Is(err, errNotRegular):
-			strange = append(strange, f.at.join(f.Name))
+			unknown = append(unknown, f.at.join(f.Name))
 		case err != nil:
-			return fmt.Errorf("%s: %w", f.Path, reason(err))
+			return fmt.Errorf("%s: %w", f.Path, withoutPath(err))
 		case f.Old != nil && found == f.Old.Digest && has.equal(f.Old.attributes):
 		case found == f.New || f.InPlace || f.Old != nil && found == f.Old.Digest:
 			f.placed = true
 		default:
-			strange = append(strange, f.at.join(f.Name))
+			unknown = append(unknown, f.at.join(f.Name))
 		}
 	}
-	if len(strange) > 0 {
-		return &damagedError{fmt.Errorf("changed by someone else since: %s", strings.Join(strange, ", "))}
+	if len(unknown) > 0 {
+		return &damagedError{fmt.Errorf("changed by another program or a person since: %s", strings.Join(unknown, ", "))}
 	}
-	return e.fetch(r, files)
+	return e.readOldFiles(r, files)
 }
 
-// transient reports whether another try to read a backup may succeed: there was
-// an input error or were too many open files, and not no such file.
+// transient reports whether reading a backup again may succeed, as after an input error or with too
+// many open files. It returns false if there is no such file.
 func transient(err error) bool {
 	errno, ok := errors.AsType[syscall.Errno](err)
 	return ok && errno != syscall.ENOENT && errno != syscall.ENOTDIR
 }
 
-// fetch reads the old files that have to be put back from their backups.
-func (e *Engine) fetch(r *record, files []*dest) error {
+// readOldFiles reads the backups of the files that must be restored.
+func (e *Engine) readOldFiles(r *record, files []*dest) error {
 	for _, f := range files {
 		if !f.placed || f.Old == nil {
 			continue
@@ -398,28 +397,27 @@ func (e *Engine) fetch(r *record, files []*dest) error {
 	return nil
 }
 
-// reloadOwed runs the reload that a record asks for. Ctx bounds the wait for the
-// directories.
-func (e *Engine) reloadOwed(ctx, work context.Context, r *record, f *flight) error {
+// reloadOwed runs the reload that a record owes. ctx bounds the wait for the directories, work the
+// rest.
+func (e *Engine) reloadOwed(ctx, work context.Context, r *record, run *recoveryRun) error {
 	files, _, err := reopen(r)
 	defer closeAll(files)
 	if err != nil {
 		return err
 	}
-	// Another agent could be half-way through the same directories.
-	h, err := e.lock(ctx, directories(files), nil)
+	// Another agent may be half-way through a swap in the same directories.
+	locked, err := e.lock(ctx, directories(files), nil)
 	if err != nil {
 		return err
 	}
-	defer h.release()
-	f.land()
+	defer locked.release()
+	run.setFilesDone()
 	release, err := e.reloads.Acquire(work, "")
 	if err != nil {
 		return err
 	}
 	defer release()
-	// What may run could have been narrowed since, for the sake of this very
-	// command.
+	// Ask the policy again: the owner of this host may have forbidden the command since.
 	c, err := e.opts.Policy.Command(strings.Join(r.Reload.Argv, " "), r.Reload.Timeout)
 	if err != nil {
 		return err
@@ -431,5 +429,5 @@ func (e *Engine) reloadOwed(ctx, work context.Context, r *record, f *flight) err
 		r.Reload = nil
 		return e.save(r)
 	}
-	return e.forget(r.Target)
+	return e.removeRecord(r.Target)
 }

@@ -12,17 +12,15 @@ import (
 	"certctl-agent/internal/hostfile"
 )
 
-// maxLinks is where Linux gives up too.
+// maxLinks is the number of symlinks that Linux follows in one path.
 const maxLinks = 40
 
-// resolve walks to the directory in which a file really is, one element at a
-// time, and returns the directory's handle and the file's name in it. The file
-// need not exist.
+// resolve walks to the directory that really holds a file, one path element at a time, and returns
+// the open directory and the file's name in it. The file need not exist.
 //
-// The kernel follows no symlink in this: whoever owns a directory on the way
-// could point one anywhere between a check and its use. A symlink is followed
-// here, by its text, and only if nobody but root and the agent's own user can
-// have put it there.
+// The kernel never follows a symlink on this walk, because the owner of a directory on the path
+// could point one elsewhere between a check and its use. The walk reads symlinks itself, and
+// follows those that only root and the agent's own user can have created.
 func resolve(path string) (*dir, string, error) {
 	at, name, err := (&walk{}).run(path)
 	if err == nil && name == "" {
@@ -32,7 +30,7 @@ func resolve(path string) (*dir, string, error) {
 	return at, name, err
 }
 
-// resolveDir does the same for a directory.
+// resolveDir is like resolve, for the path of a directory.
 func resolveDir(path string) (*dir, error) {
 	at, _, err := (&walk{whole: true}).run(path)
 	return at, err
@@ -40,7 +38,7 @@ func resolveDir(path string) (*dir, error) {
 
 func (w *walk) run(path string) (*dir, string, error) {
 	if !filepath.IsAbs(path) || strings.ContainsRune(path, 0) {
-		return nil, "", fmt.Errorf("%q is no absolute path", path)
+		return nil, "", fmt.Errorf("%q is not an absolute path", path)
 	}
 	defer w.close()
 	if err := w.fromTop(); err != nil {
@@ -60,21 +58,21 @@ func (w *walk) run(path string) (*dir, string, error) {
 	return w.take(), "", nil
 }
 
-// walk is how far resolve has come.
+// walk is the state of resolve.
 type walk struct {
-	at    []*dir   // the handles from / to where the walk is; never empty
-	rest  []string // elements still to go
-	links int      // followed so far
+	at    []*dir   // from / to the present directory; never empty during the walk
+	rest  []string // remaining elements
+	links int      // symlinks followed
 
-	// foreign is the first directory so far in which others can replace what
-	// the path goes on with, "" for none. It stays after a link out of it.
-	foreign string
-	whole   bool // the last element is a directory to enter like the others
+	// untrusted is the first directory so far in which others can replace entries, or "". A
+	// symlink that leads out of it does not reset it.
+	untrusted string
+	whole     bool // enter the last element too, as a directory
 }
 
 func (w *walk) top() *dir { return w.at[len(w.at)-1] }
 
-// take hands the last handle to the caller.
+// take removes the last handle from the walk and returns it.
 func (w *walk) take() *dir {
 	d := w.top()
 	w.at = w.at[:len(w.at)-1]
@@ -104,15 +102,15 @@ func (w *walk) fromTop() error {
 }
 
 func (w *walk) push(d *dir) {
-	if w.foreign == "" && !d.trusted() {
-		w.foreign = d.path
+	if w.untrusted == "" && !d.trusted() {
+		w.untrusted = d.path
 	}
-	d.foreign = w.foreign
+	d.untrusted = w.untrusted
 	w.at = append(w.at, d)
 }
 
-// advance goes one element further. It reports true when name is the file that
-// the path ends in, which stays for the caller to open.
+// advance goes one element further. It returns true if name is the file at the end of the path,
+// which it does not open.
 func (w *walk) advance(name string) (found bool, err error) {
 	if name == ".." {
 		if len(w.at) > 1 {
@@ -130,7 +128,7 @@ func (w *walk) advance(name string) (found bool, err error) {
 	case errors.Is(err, fs.ErrNotExist):
 		return false, &missingError{at.join(name)}
 	case err != nil:
-		return false, fmt.Errorf("look at %s: %w", at.join(name), reason(err))
+		return false, fmt.Errorf("look at %s: %w", at.join(name), withoutPath(err))
 	}
 	sub, err := enter(at, name)
 	if err != nil {
@@ -143,14 +141,14 @@ func (w *walk) advance(name string) (found bool, err error) {
 func (w *walk) follow(name string, info fs.FileInfo) error {
 	at := w.top()
 	if !hostfile.Ours(info) || !at.trusted() {
-		return fmt.Errorf("%s is a symlink that others could change, so it is not followed: it and its directory must belong to root or to the agent's user, and be writable by nobody else; or name the file itself", at.join(name))
+		return fmt.Errorf("%s is a symlink that others could change, so it is not followed: it and its directory must belong to root or to the agent's user, and nobody else may be able to write to them; or configure the path that it points to", at.join(name))
 	}
 	if w.links++; w.links > maxLinks {
-		return errors.New("too many symlinks, perhaps in a circle")
+		return errors.New("too many symlinks, perhaps in a loop")
 	}
 	link, err := at.Readlink(name)
 	if err != nil {
-		return fmt.Errorf("read symlink %s: %w", at.join(name), reason(err))
+		return fmt.Errorf("read symlink %s: %w", at.join(name), withoutPath(err))
 	}
 	w.rest = append(elements(link), w.rest...)
 	if filepath.IsAbs(link) {
@@ -163,21 +161,20 @@ func elements(path string) []string {
 	return slices.DeleteFunc(strings.Split(path, "/"), func(e string) bool { return e == "" || e == "." })
 }
 
-// enter opens a directory that lies in at, and makes sure that it is the one
-// that was there under that name. The "/." makes the kernel insist on a
-// directory: opening a FIFO that was put in its place would block for ever.
+// enter opens the directory name in at, without following a symlink. The "/." makes the kernel
+// insist on a directory, because opening a FIFO in its place would block forever.
 func enter(at *dir, name string) (*dir, error) {
 	path := at.join(name)
 	seen, err := at.Lstat(name)
 	if err != nil {
-		return nil, fmt.Errorf("look at %s: %w", path, reason(err))
+		return nil, fmt.Errorf("look at %s: %w", path, withoutPath(err))
 	}
 	if !seen.IsDir() {
-		return nil, fmt.Errorf("%s is no directory", path)
+		return nil, fmt.Errorf("%s is not a directory", path)
 	}
 	root, err := at.OpenRoot(name + "/.")
 	if err != nil {
-		return nil, fmt.Errorf("open directory %s: %w (the agent's user must be able to list it)", path, reason(err))
+		return nil, fmt.Errorf("open directory %s: %w (the agent's user must be able to list it)", path, withoutPath(err))
 	}
 	info, err := root.Stat(".")
 	if err == nil && !os.SameFile(seen, info) {
@@ -185,40 +182,40 @@ func enter(at *dir, name string) (*dir, error) {
 	}
 	if err != nil {
 		root.Close()
-		return nil, fmt.Errorf("open directory %s: %w", path, reason(err))
+		return nil, fmt.Errorf("open directory %s: %w", path, withoutPath(err))
 	}
 	return &dir{Root: root, path: path, info: info}, nil
 }
 
-// trusted reports whether nobody but root and the agent's own user can replace
-// what these two have put in d.
+// trusted reports whether only root and the agent's own user can replace the entries of d that
+// belong to these two.
 func (d *dir) trusted() bool {
 	return hostfile.Ours(d.info) && (d.info.Mode().Perm()&0o022 == 0 || d.info.Mode()&fs.ModeSticky != 0)
 }
 
-// lentBy returns the directory that lets others than root and the agent's own
-// user put a file into d, be it by putting another directory in its place, or
-// "" if there is none. Unlike in trusted the sticky bit does not help: it keeps
-// others from taking files away, not from adding one.
-func (d *dir) lentBy() string {
-	if d.foreign == "" && d.info.Mode().Perm()&0o022 != 0 {
+// exposedBy returns the directory that lets users other than root and the agent's own create a
+// file in d, directly or by replacing a directory above it. It returns "" if there is none. The
+// sticky bit does not help here, unlike in trusted: it stops others from removing files, not from
+// adding one.
+func (d *dir) exposedBy() string {
+	if d.untrusted == "" && d.info.Mode().Perm()&0o022 != 0 {
 		return d.path
 	}
-	return d.foreign
+	return d.untrusted
 }
 
-// anyone reports whether every user can create files in d.
-func (d *dir) anyone() bool { return d.info.Mode().Perm()&0o002 != 0 }
+// worldWritable reports whether every user can create files in d.
+func (d *dir) worldWritable() bool { return d.info.Mode().Perm()&0o002 != 0 }
 
-// refuseShared refuses a directory in which every user can replace every file.
+// refuseShared returns an error if every user can replace every file in d.
 func (d *dir) refuseShared() error {
-	if d.anyone() && d.info.Mode()&fs.ModeSticky == 0 {
-		return fmt.Errorf("directory %s can be written by every user: take that away (chmod o-w)", d.path)
+	if d.worldWritable() && d.info.Mode()&fs.ModeSticky == 0 {
+		return fmt.Errorf("directory %s can be written by every user: remove that permission (chmod o-w)", d.path)
 	}
 	return nil
 }
 
-// missingError is a directory that is not there.
+// missingError means that a directory on the path does not exist.
 type missingError struct{ path string }
 
 func (e *missingError) Error() string {

@@ -57,8 +57,8 @@ func TestResolve(t *testing.T) {
 		{"a/x", "", "too many symlinks"},
 		{"open/x", "", "can be written by every user"},
 		{"group/link", "", "is a symlink that others could change"},
-		{"real/file/x", "", "real/file is no directory"},
-		{"real/fifo/x", "", "real/fifo is no directory"},
+		{"real/file/x", "", "real/file is not a directory"},
+		{"real/fifo/x", "", "real/fifo is not a directory"},
 		{"real/..", "", "is a directory, not a file"},
 	}
 	for _, test := range tests {
@@ -78,7 +78,7 @@ func TestResolve(t *testing.T) {
 		got.Close()
 	}
 	for _, path := range []string{"", "x", "./x", "/x\x00y"} {
-		if _, _, err := resolve(path); err == nil || !strings.Contains(err.Error(), "is no absolute path") {
+		if _, _, err := resolve(path); err == nil || !strings.Contains(err.Error(), "is not an absolute path") {
 			t.Errorf("%q: error %v", path, err)
 		}
 	}

@@ -11,77 +11,77 @@ import (
 	"time"
 )
 
-// maxShared is how long transactions that share may keep the lock of a directory
-// among them, before one that begins there shares with nobody: other agents wait
-// for that lock.
+// maxShared bounds how long deployments in a row may keep the flock of a directory by sharing it,
+// because other agents wait for it. After that, new deployments do not share.
 const maxShared = time.Minute
 
-// sharing lets deployments into one directory reload once for several of them, as
-// databases let transactions share the sync of their log (group commit).
+// sharing lets several deployments into one directory share a reload, as databases let transactions
+// share a sync of the log (group commit).
 //
-// One deployment at a time has the turn of a directory. It swaps its files and
-// validates them. Then it is ready: it passes its turn and queues for it again,
-// behind those that wait already, and they swap and validate meanwhile. The first
-// that has its turn back leads. It reloads, for itself and for all that are ready by
-// then and end in the same commands. They stop waiting, and each of them goes on to
-// its own verification and its own commit, or is rolled back alone.
+// Only one deployment at a time has the turn in a directory. It swaps its files and validates them.
+// Then it is ready: it passes its turn on and queues for it again, behind the deployments that are
+// waiting already, which swap and validate in the meantime. The first one to get its turn back is
+// the leader. It reloads for itself and for its followers: all that are ready by then and have the
+// same commands. They stop waiting, and each goes on to its own verification and commit, or is
+// rolled back alone.
 //
-//   - Nobody swaps without the turn, and commands run with it, so no server reads
-//     half of a pair.
-//   - A validation sees its own files on top of others that have passed theirs, so
-//     who fails is at fault. A deployment without a validation shares nothing.
-//   - A reload that fails may be anyone's fault: all for whom it was are rolled back,
-//     and then each is tried again alone.
-//   - Who has a file in common with one that is ready waits until that has ended.
+//   - Files are swapped and commands run only during a turn, so a server never reads a key without
+//     its certificate.
+//   - A validation sees the new files of this deployment on top of others that are valid. If it
+//     fails, this deployment is at fault. A deployment without a validation does not share.
+//   - If a shared reload fails, any of the deployments may be at fault. All of them are rolled back,
+//     and then each is tried alone.
+//   - A deployment that has a file in common with a ready one waits until that one has ended.
 type sharing struct {
-	mu     sync.Mutex        // guards the rest, and what deployments that are ready are told
+	mu     sync.Mutex        // guards the rest, and reloaded and err of the ready attempts
 	flocks map[string]*flock // by nameOf
-	ready  []*attempt        // until they end, in the order in which they passed their turn
+	ready  []*attempt        // until they end, in the order in which they became ready
 }
 
-// readiness is what others need to know of a deployment that is ready.
+// readiness is the state of a ready deployment that others use.
 type readiness struct {
-	commands string        // its validation and its reload: those with the same can share
+	commands string        // its validation and reload: a reload is shared only if they are equal
 	stop     func()        // ends its wait for the turn
-	reloaded bool          // another has reloaded for it
-	err      error         // the result of that
+	reloaded bool          // a leader has reloaded for it
+	err      error         // the result of that reload
 	ended    chan struct{} // closed when it is committed or rolled back
 }
 
-// reloadShared reloads for this deployment and others, or lets another do it.
+// reloadShared reloads the server for this deployment, alone or with others, or waits until another
+// deployment has done so.
 func (a *attempt) reloadShared(ctx context.Context) error {
-	if !a.mayShare() {
+	if !a.canShare() {
 		return a.reload(ctx)
 	}
 	waiting, stop := context.WithCancel(ctx)
 	defer stop()
 	a.becomeReady(stop)
-	a.hold.pass()
-	err := a.hold.again(waiting)
+	a.locked.passTurns()
+	err := a.locked.retakeTurns(waiting)
 	if reloaded, err := a.sharing.result(a); reloaded {
-		a.hold.pass() // it may have had its turn just before
+		a.locked.passTurns() // retakeTurns may have succeeded just before
 		return err
 	}
 	if ctx.Err() != nil {
 		return cancelled(ctx)
 	}
 	if err != nil {
-		return fmt.Errorf("wait for the deployments that go before: %w", err)
+		return fmt.Errorf("wait for other deployments in the directory: %w", err)
 	}
 	return a.lead(ctx)
 }
 
-// mayShare reports whether the deployment can share a reload with others.
-func (a *attempt) mayShare() bool {
+// canShare reports whether the deployment can share a reload with others.
+func (a *attempt) canShare() bool {
 	if a.alone || a.plan.Validate == nil || a.plan.Reload.Command == nil || a.plan.Reload.Call != nil || len(a.changes) > 0 {
 		return false
 	}
 	a.sharing.mu.Lock()
 	defer a.sharing.mu.Unlock()
-	return !slices.ContainsFunc(a.hold.dirs, func(d *dir) bool { return time.Since(a.sharing.flocks[nameOf(d)].since) > maxShared })
+	return !slices.ContainsFunc(a.locked.dirs, func(d *dir) bool { return time.Since(a.sharing.flocks[nameOf(d)].since) > maxShared })
 }
 
-// becomeReady lets others know the deployment.
+// becomeReady adds the deployment to those that are ready.
 func (a *attempt) becomeReady(stop func()) {
 	a.ready = &readiness{
 		commands: fmt.Sprintf("%q %q", *a.plan.Validate, *a.plan.Reload.Command),
@@ -93,22 +93,22 @@ func (a *attempt) becomeReady(stop func()) {
 	a.sharing.ready = append(a.sharing.ready, a)
 }
 
-// result is that of the reload which another has made for a, if one has.
+// result returns the result of the reload that a leader has made for a, if there was one.
 func (s *sharing) result(a *attempt) (reloaded bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return a.ready.reloaded, a.ready.err
 }
 
-// lead reloads, for the deployment and its followers.
+// lead reloads for the deployment and its followers.
 func (a *attempt) lead(ctx context.Context) error {
 	followers := a.sharing.followers(a)
 	err := a.reload(ctx)
 	if err != nil && ctx.Err() != nil {
-		return err // the leader alone was cancelled: the next of them reloads
+		return err // only the leader is cancelled: the next deployment reloads
 	}
 	if err != nil && len(followers) > 0 {
-		err = &togetherError{err, append(followers, a)}
+		err = &sharedReloadError{err, append(followers, a)}
 	}
 	a.sharing.mu.Lock()
 	defer a.sharing.mu.Unlock()
@@ -121,8 +121,8 @@ func (a *attempt) lead(ctx context.Context) error {
 	return err
 }
 
-// followers are the others whose files are in place, not for good, and that end in
-// the same commands as a. One for which a reload was already may be undoing it.
+// followers returns the other ready deployments that have the same commands as a. Some may have
+// been reloaded already, and may be rolling back.
 func (s *sharing) followers(a *attempt) []*attempt {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -131,18 +131,18 @@ func (s *sharing) followers(a *attempt) []*attempt {
 	})
 }
 
-// togetherError is a reload that failed for several deployments.
-type togetherError struct {
+// sharedReloadError is the failure of a reload that was shared.
+type sharedReloadError struct {
 	error
-	all []*attempt
+	all []*attempt // those that shared it
 }
 
-func (e *togetherError) Unwrap() error { return e.error }
+func (e *sharedReloadError) Unwrap() error { return e.error }
 
-// waitForAll waits until each deployment for which a reload failed is undone: the
-// one whose fault it was would have the others fail again.
-func (a *attempt) waitForAll(ctx context.Context, e *togetherError) error {
-	return a.hold.aside(ctx)(func(ctx context.Context) error {
+// waitForAll waits until all deployments that shared a failed reload are rolled back. Otherwise the
+// files of the one at fault would make the others fail again.
+func (a *attempt) waitForAll(ctx context.Context, e *sharedReloadError) error {
+	return a.locked.yieldUntil(ctx)(func(ctx context.Context) error {
 		for _, other := range e.all {
 			select {
 			case <-other.ready.ended:
@@ -154,20 +154,20 @@ func (a *attempt) waitForAll(ctx context.Context, e *togetherError) error {
 	})
 }
 
-// turnBack waits for the deployment's turn, to roll it back: a command of another
-// could read half of what is put back.
-func (a *attempt) turnBack(ctx context.Context) {
-	if a.ready == nil || len(a.hold.turns) > 0 {
+// retakeTurn waits for the deployment's turn before a rollback, because a command of another
+// deployment could read the files half restored.
+func (a *attempt) retakeTurn(ctx context.Context) {
+	if a.ready == nil || len(a.locked.turns) > 0 {
 		return
 	}
-	if err := regardless(ctx, lateWait, a.hold.again); err != nil {
-		a.log.Warn("undoing a deployment beside others in its directory, since they do not end", "error", err)
+	if err := detached(ctx, lateWait, a.locked.retakeTurns); err != nil {
+		a.log.Warn("rolling back while other deployments in the directory are still running", "error", err)
 	}
 }
 
-// leave ends the deployment's hold.
+// leave releases the deployment's locks and ends its readiness.
 func (a *attempt) leave() {
-	a.hold.release()
+	a.locked.release()
 	if a.ready == nil {
 		return
 	}
@@ -177,8 +177,8 @@ func (a *attempt) leave() {
 	close(a.ready.ended)
 }
 
-// conflicting returns a deployment that is ready and has a file in common with
-// this one, whatever name that has; or nil.
+// conflicting returns a ready deployment that has a file in common with this one, perhaps under
+// another name, or nil.
 func (a *attempt) conflicting() *attempt {
 	a.sharing.mu.Lock()
 	ready := slices.Clone(a.sharing.ready)
@@ -191,7 +191,7 @@ func (a *attempt) conflicting() *attempt {
 	return nil
 }
 
-// owns reports whether one of the files that a put in place is f.
+// owns reports whether f is one of the files that a has put in place.
 func (a *attempt) owns(f *dest) bool {
 	now, _ := f.at.Lstat(f.Name)
 	return slices.ContainsFunc(a.files, func(own *dest) bool {
@@ -200,69 +200,68 @@ func (a *attempt) owns(f *dest) bool {
 	})
 }
 
-// errConflictEnded is a deployment that has waited for the end of another, and is to
-// be begun anew.
-var errConflictEnded = errors.New("it had a file in common with another deployment, which has ended")
+// errConflictOver means that the deployment has waited for the end of another and must start again.
+var errConflictOver = errors.New("it had a file in common with another deployment, which has ended")
 
-// waitForEnd lets others into the directories until another deployment has ended.
+// waitForEnd releases the directories and waits until another deployment has ended.
 func (a *attempt) waitForEnd(ctx context.Context, other *attempt) error {
-	a.hold.release()
+	a.locked.release()
 	err := waitFor(ctx, a.Yield, func(ctx context.Context) error {
 		select {
 		case <-other.ready.ended:
 			return nil
 		case <-time.After(lockWait):
-			return fmt.Errorf("not ended within %s", lockWait)
+			return fmt.Errorf("it has not ended within %s", lockWait)
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
 	})
 	if err != nil {
-		return &BusyError{Err: fmt.Errorf("wait for another deployment, of target %s, with a file in common: %w", other.Target, err)}
+		return &BusyError{Err: fmt.Errorf("wait for a deployment of target %s that has a file in common: %w", other.Target, err)}
 	}
-	return errConflictEnded
+	return errConflictOver
 }
 
-// flock is the lock that keeps other agents out of a directory. Whoever has the turn
-// there and all that are ready hold it together.
+// flock is the lock that keeps other agents out of a directory. The deployment that has the turn
+// there and all ready ones hold it together.
 type flock struct {
 	file    *os.File
 	holders int
 	since   time.Time // when it was locked
 }
 
-// join shares the lock of d if this process has it.
-func (h *hold) join(d *dir) bool {
-	s := &h.sharing
+// joinFlock shares the flock of d, if this process has it, and reports whether it does.
+func (l *dirLocks) joinFlock(d *dir) bool {
+	s := &l.sharing
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	l := s.flocks[nameOf(d)]
-	if l == nil {
+	lock := s.flocks[nameOf(d)]
+	if lock == nil {
 		return false
 	}
-	l.holders++
-	h.locks = append(h.locks, func() { s.drop(nameOf(d)) })
+	lock.holders++
+	l.locks = append(l.locks, func() { s.dropFlock(nameOf(d)) })
 	return true
 }
 
-// keep makes f, which is locked, the lock of d until its last holder releases it.
-func (h *hold) keep(d *dir, f *os.File) {
-	s := &h.sharing
+// keepFlock makes f, which is locked, the flock of d until its last holder drops it.
+func (l *dirLocks) keepFlock(d *dir, f *os.File) {
+	s := &l.sharing
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.flocks == nil {
 		s.flocks = make(map[string]*flock)
 	}
 	s.flocks[nameOf(d)] = &flock{file: f, holders: 1, since: time.Now()}
-	h.locks = append(h.locks, func() { s.drop(nameOf(d)) })
+	l.locks = append(l.locks, func() { s.dropFlock(nameOf(d)) })
 }
 
-func (s *sharing) drop(name string) {
+func (s *sharing) dropFlock(name string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	l := s.flocks[name]
-	if l.holders--; l.holders == 0 {
+	lock := s.flocks[name]
+	if lock.holders--; lock.holders == 0 {
 		delete(s.flocks, name)
-		l.file.Close() // which ends the lock
+		lock.file.Close() // which ends the lock
 	}
 }

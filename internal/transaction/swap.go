@@ -10,12 +10,11 @@ import (
 	"syscall"
 )
 
-// stage writes the new files beside their destinations, and the old ones to
-// the backup directory. Nothing is in place when it returns, and the bytes
-// that are needed to go on or to go back are durable. (The names of the new
-// files become so with the renames.)
+// stage writes the new files beside their destinations, and the old ones to the backup set. When it
+// returns, nothing is in place yet, and all bytes are durable that the swap or a rollback needs.
+// The temporary names are not synced: the swap renames them, and recovery does not need them.
 func (a *attempt) stage(ctx context.Context) error {
-	if err := a.mark(staging); err != nil {
+	if err := a.setPhase(staging); err != nil {
 		return err
 	}
 	if a.isAside(a.Target) {
@@ -28,17 +27,17 @@ func (a *attempt) stage(ctx context.Context) error {
 			return err
 		}
 		var err error
-		if f.staged, err = a.disk.put(f.at, f.Stage, f.data, f.want); err != nil {
-			return fmt.Errorf("write the new %s: %w", f.Path, reason(err))
+		if f.staged, err = a.disk.create(f.at, f.Stage, f.data, f.want); err != nil {
+			return fmt.Errorf("write the new %s: %w", f.Path, withoutPath(err))
 		}
 	}
 	if err := a.backUp(); err != nil {
 		return err
 	}
-	return a.mark(swapping)
+	return a.setPhase(swapping)
 }
 
-// syncAll makes the names in all directories of files durable.
+// syncAll syncs the directories of files.
 func (e *Engine) syncAll(files []*dest) error {
 	var done []*dir
 	for _, f := range files {
@@ -53,8 +52,7 @@ func (e *Engine) syncAll(files []*dest) error {
 	return nil
 }
 
-// discard ends a transaction that has put nothing in place: no copy of a key
-// stays behind.
+// discard removes what a deployment has staged, and restores the record of the work that it owed.
 func (e *Engine) discard(files []*dest, r *record) error {
 	if err := e.removeTemporaries(files); err != nil {
 		return err
@@ -63,26 +61,25 @@ func (e *Engine) discard(files []*dest, r *record) error {
 		return err
 	}
 	if r.Owed == nil {
-		return e.forget(r.Target)
+		return e.removeRecord(r.Target)
 	}
 	return e.save(&record{Target: r.Target, Phase: restored, Reload: r.Owed.Command, Changes: r.Owed.Changes, Set: r.Owed.Set})
 }
 
-// removeTemporaries removes whatever of them is there, durably.
+// removeTemporaries removes the temporaries of files durably, if they exist.
 func (e *Engine) removeTemporaries(files []*dest) error {
 	for _, f := range files {
 		for _, name := range []string{f.Stage, f.Restore} {
 			if err := e.disk.remove(f.at, name); err != nil {
-				return fmt.Errorf("remove temporary %s, which may hold a key: %w", f.at.join(name), reason(err))
+				return fmt.Errorf("remove temporary %s, which may hold a key: %w", f.at.join(name), withoutPath(err))
 			}
 		}
 	}
 	return e.syncAll(files)
 }
 
-// sweepOrphans removes the temporaries of a transaction whose record is lost.
-// The lock on a directory says that they are in nobody's use; the key
-// directory is not locked, and left alone.
+// sweepOrphans removes the temporaries of a deployment whose record is lost. The lock on a
+// directory proves that nobody uses them. It skips the key directory, which is not locked.
 func (a *attempt) sweepOrphans() error {
 	for _, d := range directories(a.files) {
 		if err := a.sweep(d); err != nil {
@@ -92,11 +89,11 @@ func (a *attempt) sweepOrphans() error {
 	return nil
 }
 
-// sweep removes every temporary of this package from a directory.
+// sweep removes this package's temporaries from a directory.
 func (e *Engine) sweep(d *dir) error {
 	names, err := d.names()
 	if err != nil {
-		return fmt.Errorf("list %s: %w", d.path, reason(err))
+		return fmt.Errorf("list %s: %w", d.path, withoutPath(err))
 	}
 	for _, name := range names {
 		if !isTemporaryName(name) {
@@ -107,16 +104,16 @@ func (e *Engine) sweep(d *dir) error {
 			continue
 		}
 		if err != nil {
-			return fmt.Errorf("look at temporary %s, which may hold a key: %w", d.join(name), reason(err))
+			return fmt.Errorf("look at temporary %s, which may hold a key: %w", d.join(name), withoutPath(err))
 		}
 		if err := e.disk.remove(d, name); err != nil {
-			return fmt.Errorf("remove temporary %s, which may hold a key: %w", d.join(name), reason(err))
+			return fmt.Errorf("remove temporary %s, which may hold a key: %w", d.join(name), withoutPath(err))
 		}
 	}
 	return nil
 }
 
-// names lists a directory without looking at its files: there may be thousands.
+// names lists a directory without a stat of each file: there may be thousands.
 func (d *dir) names() ([]string, error) {
 	file, err := d.Open(".")
 	if err != nil {
@@ -126,28 +123,28 @@ func (d *dir) names() ([]string, error) {
 	return file.Readdirnames(-1)
 }
 
-// swap puts every new file in place, durably.
+// swap puts the new files in place durably.
 func (a *attempt) swap(ctx context.Context) error {
 	for _, f := range a.files {
 		if err := cancelled(ctx); err != nil {
 			return err
 		}
 		if err := a.place(f); err != nil {
-			return fmt.Errorf("replace %s: %w", f.Path, reason(err))
+			return fmt.Errorf("replace %s: %w", f.Path, withoutPath(err))
 		}
 	}
 	if err := a.syncAll(a.files); err != nil {
 		return err
 	}
 	for _, f := range a.files {
-		if err := f.isInPlace(); err != nil {
-			return fmt.Errorf("replace %s: %w", f.Path, reason(err))
+		if err := f.checkInPlace(); err != nil {
+			return fmt.Errorf("replace %s: %w", f.Path, withoutPath(err))
 		}
 	}
 	return nil
 }
 
-// place puts one new file in place of what was there when it was inspected.
+// place puts one new file in place, unless the old one has changed since it was inspected.
 func (a *attempt) place(f *dest) error {
 	info, err := f.at.Lstat(f.Name)
 	switch {
@@ -171,20 +168,20 @@ func (a *attempt) place(f *dest) error {
 	return nil
 }
 
-// same reports whether nobody wrote to a file between two looks.
+// same reports whether a and b are the same file, with the same size and modification time.
 func same(a, b fs.FileInfo) bool {
 	return os.SameFile(a, b) && a.Size() == b.Size() && a.ModTime().Equal(b.ModTime())
 }
 
-// overwrite replaces the bytes of a file that cannot be renamed over, such as
-// a single file mounted into a container. That it may be torn after a crash is
-// journalled first.
+// overwrite replaces the content of a file that cannot be renamed over, such as a single file
+// mounted into a container. A crash may leave it torn, so overwrite first records that in the
+// journal.
 func (a *attempt) overwrite(f *dest) error {
 	if err := f.mayOverwrite(); err != nil {
 		return err
 	}
-	a.log.Warn("file cannot be renamed over, as if it were mounted there: overwriting it in place", "file", f.at.join(f.Name))
-	if err := a.noteInPlace(&a.record, f); err != nil {
+	a.log.Warn("file cannot be replaced by a rename, perhaps because it is a mount point: overwriting it in place", "file", f.at.join(f.Name))
+	if err := a.journalInPlace(&a.record, f); err != nil {
 		return err
 	}
 	f.placed = true
@@ -194,11 +191,11 @@ func (a *attempt) overwrite(f *dest) error {
 	return a.disk.remove(f.at, f.Stage)
 }
 
-// mayOverwrite refuses to write into a file that someone else could have
-// linked there: in their directory it may be any file of the host.
+// mayOverwrite returns an error if another user could have linked the file there: it could be any
+// file of the host.
 func (f *dest) mayOverwrite() error {
-	if f.at.foreign != "" || f.at.anyone() || links(f.now) != 1 {
-		return fmt.Errorf("it cannot be replaced as a whole (%w), and is not overwritten in a directory that others can change, or with several names", syscall.EBUSY)
+	if f.at.untrusted != "" || f.at.worldWritable() || links(f.now) != 1 {
+		return fmt.Errorf("it cannot be replaced by a rename (%w), and it is not overwritten in place, because other users can write to its directory or it has several hard links", syscall.EBUSY)
 	}
 	return nil
 }
@@ -211,9 +208,9 @@ func links(info fs.FileInfo) uint64 {
 	return uint64(stat.Nlink)
 }
 
-// isInPlace reports an error when the destination is not the file that this
-// transaction put there.
-func (f *dest) isInPlace() error {
+// checkInPlace returns an error if the destination is no longer the file that this deployment put
+// there.
+func (f *dest) checkInPlace() error {
 	info, err := f.at.Lstat(f.Name)
 	if err == nil && !os.SameFile(info, f.now) {
 		err = errReplaced
@@ -221,34 +218,34 @@ func (f *dest) isInPlace() error {
 	return err
 }
 
-// putAllBack puts the old files back, durably, in the order in which the new
-// ones were put in place: the file that a server watches is the last in both
-// directions. It goes on after an error, so that as much as possible is right.
-func (e *Engine) putAllBack(r *record, files []*dest) error {
+// restoreFiles puts the old files back in place durably. The order is that of the swap, so that the
+// file that a server watches comes last again. After an error it goes on with the others, to
+// restore as much as possible.
+func (e *Engine) restoreFiles(r *record, files []*dest) error {
 	var errs []error
 	for _, f := range files {
 		if !f.placed {
 			continue
 		}
-		if err := e.putBack(r, f); err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", f.Path, reason(err)))
+		if err := e.restoreFile(r, f); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", f.Path, withoutPath(err)))
 		}
 	}
 	errs = append(errs, e.removeTemporaries(files))
 	return errors.Join(errs...)
 }
 
-// putBack puts one old file back, or removes the new one.
-func (e *Engine) putBack(r *record, f *dest) error {
+// restoreFile puts one old file back in place, or removes the new one if there was none.
+func (e *Engine) restoreFile(r *record, f *dest) error {
 	if f.Old == nil {
-		if err := f.isInPlace(); errors.Is(err, fs.ErrNotExist) {
+		if err := f.checkInPlace(); errors.Is(err, fs.ErrNotExist) {
 			return nil
 		} else if err != nil {
 			return err
 		}
 		return e.disk.remove(f.at, f.Name)
 	}
-	_, err := e.disk.put(f.at, f.Restore, f.oldData, f.Old.attributes)
+	_, err := e.disk.create(f.at, f.Restore, f.oldData, f.Old.attributes)
 	if err == nil {
 		err = e.disk.rename(f.at, f.Restore, f.Name)
 	}
@@ -256,23 +253,23 @@ func (e *Engine) putBack(r *record, f *dest) error {
 	if !full && !errors.Is(err, syscall.EBUSY) {
 		return err
 	}
-	// On a full disk the file that is there still has its blocks. If this
-	// transaction made it, writing to it harms nobody else.
+	// Even on a full disk, the present file has blocks that can be overwritten. That is safe if
+	// this deployment created the file.
 	if f.staged == nil || !os.SameFile(f.now, f.staged) {
 		if mayNot := f.mayOverwrite(); mayNot != nil {
-			return errors.Join(reason(err), mayNot)
+			return errors.Join(withoutPath(err), mayNot)
 		}
 	}
-	// With no space for the journal either, a crash in the next moment would
-	// make this file look changed by a person. Giving up would be worse.
-	if err := e.noteInPlace(r, f); err != nil && !full {
+	// If the disk is too full for the journal as well, a crash now would make the file look as if a
+	// person had changed it. Giving up would be worse.
+	if err := e.journalInPlace(r, f); err != nil && !full {
 		return err
 	}
 	return e.disk.overwrite(f.at, f.Name, f.now, f.oldData, f.Old.attributes)
 }
 
-// noteInPlace journals that one file is about to be overwritten.
-func (e *Engine) noteInPlace(r *record, f *dest) error {
+// journalInPlace records in the journal that a file is about to be overwritten in place.
+func (e *Engine) journalInPlace(r *record, f *dest) error {
 	if f.InPlace {
 		return nil
 	}

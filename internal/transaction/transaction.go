@@ -1,28 +1,57 @@
-// Package transaction is the engine that deploys. A connector proposes a plan;
-// the engine carries it out, together with the promotion of the key, so that
-// whatever happens in between the target ends up either all new or as it was.
+// Package transaction is the engine that carries out deployments. A connector proposes a plan; the
+// engine executes it, together with the promotion of the private key, as one transaction. Whatever
+// fails or crashes on the way, the target ends up either entirely new or as it was before.
 //
-//	resume    what an earlier deployment of the target left, after a crash
+// # Protocol
+//
+// The journal record of a target names the phase of its deployment. What a crash means depends on
+// that phase alone:
+//
+//	                                                        after a failure
+//	recover   settle an earlier, interrupted deployment     or a crash here
 //	plan      ask the connector
-//	resolve   walk to every destination directory by handle, trusting no link
-//	lock      flock the directories, so that two agents on a host take turns
-//	inspect   read what is there; done if nothing would change
-//	journal   "staging": the names of the temporaries about to be made
-//	stage     new files beside their destinations: mode, owner, attributes, sync
-//	back up   old files and what undoes the changes, in the state directory, sync
-//	journal   "swapping": from here on a crash is undone
-//	swap      rename everything into place, sync the directories
-//	change    what is not a file of this host
-//	command   validate, reload, verify
-//	journal   "committed": from here on a crash is finished at the next start
-//	prune     surplus backups, then the journal record
-//	finish    remove what only an undo of the changes needed
+//	resolve   walk to each destination, trusting no link
+//	lock      the directories and the changes               nothing was
+//	inspect   read what is in place; stop if up to date     touched
+//	   │
+//	   ▼ journal: staging ────────────────────────────────┐
+//	stage     write the new files beside the old ones     │ remove the
+//	back up   save the old files and values, sync         │ temporaries
+//	   │                                                  │
+//	   ▼ journal: swapping ───────────────────────────────┤
+//	swap      rename the new files into place, sync       │ roll back:
+//	change    write what is not a file of this host       │ restore changes
+//	validate  ask the server whether it accepts them      │ and files, then
+//	reload    make the server load them                   │ "restored", and
+//	verify    see that the server uses them               │ reload
+//	   │                                                  │
+//	   ▼ journal: committed ──────────────────────────────┤
+//	clean up  surplus backups, then the journal record    │ clean up again
+//	finish    let the changes remove their undo data      ┘
 //
-// A failure before "swapping" removes the temporaries. A later one takes the
-// changes back, puts the old files back, records that ("restored") and reloads
-// again. Recover does so for files from the journal alone, so every step may be
-// the last before a crash. A change takes a connector to be undone: the journal
-// keeps what that needs, and the next deployment of the target goes on from it.
+// The order follows from four rules:
+//
+//   - The record names a temporary file before the file exists, so no copy of a key is orphaned.
+//   - Everything that a rollback needs is on disk, synced, before the first rename.
+//   - A rollback is recorded ("restored") before the server reloads, because after a crash the
+//     files show that they are old again, but not whether the server has loaded them.
+//   - The record goes last, so that a crash during the cleanup repeats the cleanup.
+//
+// # Recovery
+//
+// Recover rolls files back from the journal and the backups alone: it needs neither the control
+// plane nor a connector, and each of its steps may itself be interrupted and repeated. A Change, on
+// the other hand, can be undone only with the target's configuration. The journal therefore keeps
+// it as owed work, together with its backup, until the target's next deployment.
+//
+// A record that cannot be followed, because it is damaged or because somebody has changed the
+// files since the crash, is set aside for a person. The target's next deployment then replaces
+// every file.
+//
+// # Concurrency
+//
+// Deployments to the same target, into the same directory or with the same Change take turns; see
+// Engine.lock and lockChanges. Deployments into one directory can share a reload; see sharing.
 package transaction
 
 import (
@@ -39,88 +68,84 @@ import (
 	"certctl-agent/internal/tlsprobe"
 )
 
-// DefaultRetention is how many backup sets of a target are kept.
+// DefaultRetention is the number of backup sets kept for a target.
 const DefaultRetention = 3
 
-// Options is what an Engine works with.
+// Options configures an Engine.
 type Options struct {
-	State     *os.Root // backups and journal are made below it
-	StatePath string   // of State, for messages
+	State     *os.Root // state directory; holds the backups and the journal
+	StatePath string   // path of State, for messages
 	Policy    *policy.Policy
 
-	// Run executes a command. It must return soon after ctx ends or the
-	// command's own timeout is over.
+	// Run executes a command. It must return soon after ctx ends or the command's timeout expires.
 	Run func(ctx context.Context, c policy.Command) error
 
-	Retention int // backup sets to keep; 0: DefaultRetention, -1: none after success
+	Retention int // backup sets to keep; 0: DefaultRetention, -1: none after a success
 	Log       *slog.Logger
 
-	// Before is called before each change to the disk, each command and each
-	// call of a connector; its error stands for theirs. With it a test stops or
-	// fails a deployment at any step. Nil: nothing.
+	// Before, if not nil, is called before each change to the disk, each command and each call of
+	// a connector. If it returns an error, the step is not performed and fails with that error.
+	// Tests use it to stop or fail a deployment at any step.
 	Before func(Step) error
 }
 
-// Engine carries out deployments. It is safe for concurrent use; deployments to
-// one target, into one directory, or with one Change, wait for each other. Those of one directory
-// can share a reload.
+// Engine carries out deployments. It is safe for concurrent use.
 type Engine struct {
 	opts    Options
 	disk    disk
 	journal *dir
 	backups *dir
 	targets namelock.Table // by target id
-	dirs    namelock.Table // by device and inode: what a deployment puts files into
-	changes namelock.Table // by ID
-	reloads namelock.Table // one name: the reloads after recovery take turns
-	sharing sharing        // deployments of one directory that are ready to reload
+	dirs    namelock.Table // by device and inode: directories that deployments put files into
+	changes namelock.Table // by ID of the Change
+	reloads namelock.Table // one name: the reloads after a recovery take turns
+	sharing sharing        // deployments that are ready to share a reload
 
-	mu      sync.Mutex         // guards flights
-	flights map[string]*flight // by target id: recoveries under way; see flight.go
+	mu         sync.Mutex              // guards recoveries
+	recoveries map[string]*recoveryRun // in progress, by target id
 }
 
-// Deployment is one use of a connector.
+// Deployment describes one deployment to a target.
 type Deployment struct {
 	Target    api.ID
 	Connector connector.Connector
 	Material  *connector.Material
 
-	// Promotion makes a pending key the current one. Its files are put in place
-	// before all others and are undone with them. Empty: the key is current.
+	// Promotion makes a pending key the current one. Its files are put in place before all others
+	// and rolled back with them. It is empty if the key is already current.
 	Promotion []keystore.Change
 
-	Verify  func(ctx context.Context) error // nil: none
-	Backups int                             // sets to keep; 0: the Engine's default, -1: none after success
+	Verify  func(ctx context.Context) error // nil: no verification
+	Backups int                             // sets to keep; 0: the Engine's default, -1: none after a success
 
-	// ReplaceAny lets files replace files that hold neither certificates nor
-	// keys: this host's owner has said so.
+	// ReplaceAny allows files that hold neither certificates nor keys to be replaced, because the
+	// owner of this host has said so.
 	ReplaceAny bool
 
-	// Yield is called while the deployment waits for others, before it has begun and
-	// for a shared reload. Nil: it holds nothing that they need.
+	// Yield, if not nil, is called to wait for other deployments, before this one has begun and for
+	// a shared reload. It may be nil if the caller holds no resource that they need.
 	Yield Yield
 }
 
-// A Yield calls wait, which waits for other deployments, and gives others this
-// deployment's place meanwhile. The context that wait gets ends when the agent
-// stops: a deployment that has not begun has nothing to finish. The error is
-// wait's, or says that the place could not be had again.
+// A Yield frees the caller's job slot for other jobs, calls wait, and takes a slot again. The
+// context passed to wait ends when the agent stops, because a deployment that has not begun has
+// nothing to finish. Yield returns the error of wait, or why it could not get a slot again.
 type Yield func(wait func(context.Context) error) error
 
-// Result says what a deployment did.
+// Result describes what a deployment did.
 type Result struct {
-	Unchanged bool     // everything was in place: nothing written, run or sent
+	Unchanged bool     // everything was up to date: nothing was written, run or sent
 	Warnings  []string // for the log, one line each
 
-	// Serves is the plan's: where the certificate can be seen. Nil: nowhere.
+	// Serves is the endpoint that serves the certificate, as the plan says, or nil.
 	Serves *tlsprobe.Endpoint
 }
 
-// BusyError means that a deployment did not begin because others have not
-// ended. Nothing was touched, and another try may succeed.
+// BusyError means that a deployment did not begin, because other deployments have not ended.
+// Nothing was touched, and a retry may succeed.
 type BusyError struct {
-	// Place names what one of them has had for long. Who tries again for it had
-	// better not come with all that wait for it. Empty: nothing of that kind.
+	// Place names the lock that another deployment has held for too long, if that is the reason.
+	// Jobs that wait for the same Place should be retried one at a time.
 	Place string
 	Err   error
 }
@@ -131,9 +156,9 @@ func (e *BusyError) Unwrap() error { return e.Err }
 
 // BrokenError is a failed rollback: the target needs a person.
 type BrokenError struct {
-	Cause    error  // what failed first
-	Rollback error  // what failed while undoing it
-	Backups  string // directory that holds what was there before
+	Cause    error  // why the deployment failed
+	Rollback error  // why the rollback failed
+	Backups  string // directory that holds the previous files and values
 }
 
 func (e *BrokenError) Error() string {
@@ -141,10 +166,10 @@ func (e *BrokenError) Error() string {
 		e.Rollback.Error() + "; what was there before is in " + e.Backups
 }
 
-// Unwrap gives both failures.
+// Unwrap returns both errors.
 func (e *BrokenError) Unwrap() []error { return []error{e.Cause, e.Rollback} }
 
-// Open makes an Engine, and the directories it needs.
+// Open returns an Engine and creates the directories that it needs.
 func Open(opts Options) (*Engine, error) {
 	if opts.Retention == 0 {
 		opts.Retention = DefaultRetention

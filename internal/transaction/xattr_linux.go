@@ -12,18 +12,18 @@ import (
 
 const accessACL = "system.posix_acl_access"
 
-// maxXattrs bounds what is carried over from one file, in bytes: whoever may
-// write to the file chooses them.
+// maxXattrs bounds the extended attributes that are copied from one file, in bytes, because anyone
+// who may write to the file chooses them.
 const maxXattrs = 256 << 10
 
-// kept reports whether an attribute goes with a file's place rather than with
-// its bytes. Signatures of the bytes (security.ima) and capabilities do not.
-func kept(name string) bool {
+// preserved reports whether an extended attribute is copied to the new file. Those that depend on
+// the content, such as signatures (security.ima) and capabilities, are not.
+func preserved(name string) bool {
 	return name == "security.selinux" || name == "security.SMACK64" || name == accessACL || strings.HasPrefix(name, "user.")
 }
 
-// readXattrs returns the attributes of f that are kept. A file system without
-// attributes has none.
+// readXattrs returns the extended attributes of f that are preserved. It returns nil on a file
+// system without extended attributes.
 func readXattrs(f *os.File) (map[string][]byte, error) {
 	list, err := xattrBytes(func(buf []byte) (int, error) { return xattrCall(syscall.SYS_FLISTXATTR, f, nil, buf) })
 	if errors.Is(err, errors.ErrUnsupported) {
@@ -32,11 +32,11 @@ func readXattrs(f *os.File) (map[string][]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list its extended attributes: %w", err)
 	}
-	var kepts map[string][]byte
+	var attrs map[string][]byte
 	total := 0
 	for raw := range bytes.SplitSeq(list, []byte{0}) {
 		name := string(raw)
-		if !kept(name) {
+		if !preserved(name) {
 			continue
 		}
 		value, err := xattrBytes(func(buf []byte) (int, error) { return xattrCall(syscall.SYS_FGETXATTR, f, &name, buf) })
@@ -49,12 +49,12 @@ func readXattrs(f *os.File) (map[string][]byte, error) {
 		if total += len(value); total > maxXattrs {
 			return nil, fmt.Errorf("its extended attributes hold more than %d KiB", maxXattrs>>10)
 		}
-		if kepts == nil {
-			kepts = make(map[string][]byte)
+		if attrs == nil {
+			attrs = make(map[string][]byte)
 		}
-		kepts[name] = value
+		attrs[name] = value
 	}
-	return kepts, nil
+	return attrs, nil
 }
 
 func setXattr(f *os.File, name string, value []byte) error {
@@ -67,8 +67,8 @@ func removeXattr(f *os.File, name string) error {
 	return err
 }
 
-// xattrBytes reads into a buffer that grows until the answer fits. The kernel
-// bounds a list and a value to 64 KiB.
+// xattrBytes calls call with a growing buffer until the answer fits. The kernel limits a list and a
+// value to 64 KiB (xattr(7)).
 func xattrBytes(call func([]byte) (int, error)) ([]byte, error) {
 	for size := 1 << 10; ; size *= 8 {
 		buf := make([]byte, size)
@@ -83,8 +83,8 @@ func xattrBytes(call func([]byte) (int, error)) ([]byte, error) {
 	}
 }
 
-// xattrCall makes one of the four calls on a file's handle: package syscall
-// has only those that take a path, which could lead elsewhere.
+// xattrCall makes one of the f*xattr calls. Package syscall has only those that take a path, which
+// may no longer lead to the same file.
 func xattrCall(number uintptr, f *os.File, name *string, buf []byte) (n int, err error) {
 	raw, err := f.SyscallConn()
 	if err != nil {

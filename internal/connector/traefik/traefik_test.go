@@ -181,7 +181,7 @@ func TestUnreadableDynamic(t *testing.T) {
 	if err := os.Mkdir(f.dynamic, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := f.Deploy(t.Context(), Type(), f.config, f.Material(t, f.ca)); err == nil || !strings.Contains(err.Error(), f.dynamic+": it is no regular file") {
+	if _, err := f.Deploy(t.Context(), Type(), f.config, f.Material(t, f.ca)); err == nil || !strings.Contains(err.Error(), f.dynamic+": it is not a regular file") {
 		t.Errorf("got %v, want an error that names the file", err)
 	}
 }
