@@ -1,5 +1,5 @@
-// Package atomicfile replaces files so that a reader, and a host that loses its
-// power, finds either all of the old content or all of the new.
+// Package atomicfile replaces files atomically: a reader finds either the whole old content or the
+// whole new one, even after a power cut.
 package atomicfile
 
 import (
@@ -16,11 +16,10 @@ import (
 	"certctl-agent/internal/hostfile"
 )
 
-// WriteFile replaces the file name in root, or makes it, with data and exactly
-// the given mode, whatever the umask. When it returns nil, the new content is
-// on the disk. When it returns an error, the old file is still there, unless
-// the error came from the last step: then the new file is in place but may not
-// survive a power cut. No temporary is left in either case.
+// WriteFile creates or replaces the file name in root with data and exactly the given mode,
+// regardless of the umask. If it returns nil, the new content is on disk. If it returns an error,
+// the old file is still there, except that after an error of the last sync the new file is in place
+// but may not survive a power cut. It leaves no temporary file in either case.
 func WriteFile(root *os.Root, name string, data []byte, mode fs.FileMode) error {
 	if err := Replace(root, name, data, mode); err != nil {
 		return err
@@ -28,16 +27,14 @@ func WriteFile(root *os.Root, name string, data []byte, mode fs.FileMode) error 
 	return SyncDir(root, path.Dir(name))
 }
 
-// Replace is WriteFile without its last step: until SyncDir of the directory,
-// a power cut may bring the old file back, whole. It is for many files whose
-// directory is then synced once.
+// Replace is WriteFile without the last sync: until SyncDir, a power cut may bring back the old
+// file. Use it to replace many files and sync their directory once.
 func Replace(root *os.Root, name string, data []byte, mode fs.FileMode) error {
 	return replace(root, name, data, mode, -1, -1)
 }
 
-// Rewrite is WriteFile for a file that keeps the mode and the owner it was seen
-// with. It has them before it gets its name: an agent that is not root could not
-// read it otherwise.
+// Rewrite is WriteFile for a file that keeps the mode and owner in was. The new file has them
+// before it gets its name: otherwise an agent that is not root could not read it.
 func Rewrite(root *os.Root, name string, data []byte, was fs.FileInfo) error {
 	uid, gid := hostfile.Owner(was)
 	if err := replace(root, name, data, was.Mode().Perm(), uid, gid); err != nil {
@@ -57,16 +54,16 @@ func replace(root *os.Root, name string, data []byte, mode fs.FileMode, uid, gid
 	return nil
 }
 
-// Create is WriteFile for a file that must not be there yet: of two processes
-// that make it at the same time one gets fs.ErrExist, and the other's file stays.
+// Create is WriteFile for a file that must not exist. If two processes create it at the same time,
+// one of them gets fs.ErrExist and the file of the other stays.
 func Create(root *os.Root, name string, data []byte, mode fs.FileMode) error {
 	temporary, err := writeTemporary(root, name, data, mode, -1, -1)
 	if err != nil {
 		return fmt.Errorf("write %s: %w", name, err)
 	}
-	// A rename would replace what is there, and a link does not.
+	// A rename would replace an existing file; a link fails.
 	if err = root.Link(temporary, name); err != nil && !errors.Is(err, fs.ErrExist) {
-		// Some file systems have no links. Here two processes may yet collide.
+		// Some file systems have no hard links. Two processes may still collide here.
 		if _, missing := root.Lstat(name); errors.Is(missing, fs.ErrNotExist) {
 			if err = root.Rename(temporary, name); err == nil {
 				return SyncDir(root, path.Dir(name))
@@ -80,13 +77,12 @@ func Create(root *os.Root, name string, data []byte, mode fs.FileMode) error {
 	return errors.Join(removed, SyncDir(root, path.Dir(name)))
 }
 
-// writeTemporary makes a complete, synced file beside name, since a rename is
-// atomic only within one file system. Its owner is the agent's user if uid and gid
-// are -1.
+// writeTemporary writes and syncs a temporary file in the same directory as name, because a rename
+// is atomic only within one file system. A uid or gid of -1 leaves the agent's own.
 func writeTemporary(root *os.Root, name string, data []byte, mode fs.FileMode, uid, gid int) (temporary string, err error) {
 	temporary = temporaryName(name)
-	// The content may be a key: nobody else may open the file before it has its
-	// mode, which Chmod then sets without regard to the umask.
+	// The content may be a key, so nobody else may open the file before it has its mode. Chmod sets
+	// that regardless of the umask.
 	file, err := root.OpenFile(temporary, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return "", err
@@ -116,13 +112,13 @@ func writeTemporary(root *os.Root, name string, data []byte, mode fs.FileMode, u
 	return temporary, err
 }
 
-// temporaryName is dot-first, so that a server which loads a whole directory
-// passes over it.
+// temporaryName returns a new name for a temporary file. It begins with a dot, so that a server
+// that loads a whole directory skips the file.
 func temporaryName(name string) string {
 	return path.Join(path.Dir(name), "."+path.Base(name)+"."+rand.Text()+".tmp")
 }
 
-// isTemporary reports whether temporaryName made the name.
+// isTemporary reports whether name looks like one of temporaryName's.
 func isTemporary(name string) bool {
 	const random = 26 // characters of rand.Text, in base 32
 	stem, isTemporary := strings.CutSuffix(name, ".tmp")
@@ -133,12 +129,12 @@ func isTemporary(name string) bool {
 	return stem[dot] == '.' && strings.Trim(stem[dot+1:], "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567") == ""
 }
 
-// Sweep removes the temporaries that a killed process left in root itself, not
-// in directories below it. Nothing may be writing there meanwhile.
+// Sweep removes the temporary files that a killed process left in root itself, but not in
+// directories below it. No other process may be writing there.
 func Sweep(root *os.Root) error {
 	entries, err := fs.ReadDir(root.FS(), ".")
 	if err != nil {
-		return fmt.Errorf("look for left-over temporary files: %w", err)
+		return fmt.Errorf("look for leftover temporary files: %w", err)
 	}
 	for _, entry := range entries {
 		if entry.Type().IsRegular() && isTemporary(entry.Name()) {
@@ -148,8 +144,8 @@ func Sweep(root *os.Root) error {
 	return err
 }
 
-// Remove removes a file for good: it does not come back after a power cut. A
-// file that is not there is an error (fs.ErrNotExist).
+// Remove removes a file durably: it does not come back after a power cut. It returns fs.ErrNotExist
+// if there is no such file.
 func Remove(root *os.Root, name string) error {
 	if err := root.Remove(name); err != nil {
 		return err
@@ -157,8 +153,8 @@ func Remove(root *os.Root, name string) error {
 	return SyncDir(root, path.Dir(name))
 }
 
-// MkdirAll makes a directory, 0700, and what is missing above it, durably: one
-// that a power failure takes away takes everything in it along.
+// MkdirAll creates a directory and its missing parents durably, with mode 0700. If a power cut
+// removed one of them, everything in it would be lost.
 func MkdirAll(dir string) error {
 	if _, err := os.Stat(dir); err == nil || !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -180,7 +176,7 @@ func MkdirAll(dir string) error {
 	return SyncDir(root, ".")
 }
 
-// SyncDir makes what was created, renamed or removed in a directory durable.
+// SyncDir makes the files created, renamed and removed in a directory durable.
 func SyncDir(root *os.Root, name string) error {
 	dir, err := root.Open(name)
 	if err != nil {
@@ -188,8 +184,8 @@ func SyncDir(root *os.Root, name string) error {
 	}
 	defer dir.Close()
 	err = dir.Sync()
-	// Some network and FUSE file systems cannot sync a directory (fsync(2):
-	// EINVAL). They order such changes themselves, or nobody can.
+	// Some network and FUSE file systems cannot sync a directory (fsync(2): EINVAL). There is no
+	// other way to do it.
 	if err != nil && !errors.Is(err, syscall.EINVAL) && !errors.Is(err, errors.ErrUnsupported) {
 		return fmt.Errorf("sync directory: %w", err)
 	}

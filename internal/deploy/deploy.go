@@ -1,6 +1,6 @@
-// Package deploy carries out one Deployment job, from fetch to verdict: it
-// decides in what order things happen. How a product takes its certificate is
-// its connector's business, and how keys are kept the key store's.
+// Package deploy carries out one Deployment job, from fetching the certificate to the outcome. It
+// decides the order of the steps. Connectors know how a product takes a certificate, the key store
+// knows how keys are kept, and package transaction makes the changes.
 package deploy
 
 import (
@@ -21,18 +21,17 @@ import (
 	"certctl-agent/internal/transaction"
 )
 
-// maxError bounds what the control plane is told of a failure, in bytes.
+// maxError bounds the error text that is reported to the control plane, in bytes.
 const maxError = 2 << 10
 
-// Plane is the control plane as a deployment uses it. Errors mean what package
-// api says of them.
+// Plane is the control plane as a deployment uses it. Package api defines what its errors mean.
 type Plane interface {
 	Certificate(ctx context.Context, certID api.ID) ([]byte, error)
 	ReportStatus(ctx context.Context, jobID api.ID, status api.JobStatus) error
 }
 
-// Keys is the key store as a deployment uses it. Find fails with
-// keystore.ErrNoKey where none of the keys belongs to the certificate.
+// Keys is the key store as a deployment uses it. Find returns keystore.ErrNoKey if none of the keys
+// belongs to the certificate.
 type Keys interface {
 	Path(certID api.ID) string
 	Find(certID api.ID, public crypto.PublicKey) (keystore.Key, error)
@@ -41,44 +40,42 @@ type Keys interface {
 	Prune(certID api.ID, deployed keystore.Key) error
 }
 
-// Engine carries out what connectors propose.
+// Engine carries out the plans of connectors; see transaction.Engine.
 type Engine interface {
-	// Settle makes sure that no interrupted deployment can undo, later, what one
-	// to the target does with the key. An error holds the deployment back.
+	// Settle recovers interrupted deployments that could later undo what this one does to the
+	// target or the key. If it fails, the deployment must be retried later.
 	Settle(ctx context.Context, targetID api.ID, keyPath string) error
 
-	// Deploy is that of transaction.Engine.
 	Deploy(ctx context.Context, d transaction.Deployment) (transaction.Result, error)
 }
 
-// Options is what a Deployer needs.
+// Options configures a Deployer.
 type Options struct {
 	Plane    Plane
 	Keys     Keys
 	Engine   Engine
 	Types    []connector.Type
 	Overlays targetconf.Overlays
-	Host     connector.Host // lent to connectors, but for the log, which each job has its own of
+	Host     connector.Host // for the connectors; each job gets its own Log
 	Verify   bool           // report what the live endpoint serves
 
-	// Probe asks an endpoint for its certificate. Nil: tlsprobe.Probe.
+	// Probe asks an endpoint for its certificate. The default is tlsprobe.Probe.
 	Probe func(context.Context, tlsprobe.Endpoint) (tlsprobe.Result, error)
 }
 
-// Outcome is the verdict on a job.
+// Outcome is the result of a job.
 type Outcome struct {
 	Status       string            // api.StatusCompleted or api.StatusFailed
 	Error        string            // what failed, printable and bounded
-	Broken       bool              // failed, and the target may not be as it was: it needs a person
-	Unchanged    bool              // everything was in place
+	Broken       bool              // the target may not be as it was before: it needs a person
+	Unchanged    bool              // everything was up to date
 	Verification *api.Verification // what the live endpoint serves; nil: no report
 
-	// RunningUnanswered: it was, or may have been, reported that the job runs,
-	// and no answer came, so the control plane may hear of it after the verdict.
-	// Set beside an error, too.
+	// RunningUnanswered is set if the status Running was sent, but not answered. The control plane
+	// may then process it after the final status. It is also set if Deploy returns an error.
 	RunningUnanswered bool
 
-	// Of the certificate; zero where the job ended before it was known.
+	// Of the certificate; zero if the job ended before the certificate was fetched.
 	CommonName  string
 	NotAfter    time.Time
 	Fingerprint string // lower-case hex SHA-256 of the leaf
@@ -86,21 +83,20 @@ type Outcome struct {
 	Duration time.Duration
 }
 
-// Deployer carries out Deployment jobs. It is safe for concurrent use, for jobs
-// that differ in target and certificate; see Turn.
+// Deployer carries out Deployment jobs. It is safe for concurrent use by jobs that differ in target
+// and certificate; see Turn.
 type Deployer struct{ o Options }
 
-// Turn is what the caller of Deploy holds for a job. The zero value is that of
-// a caller who runs one job at a time.
+// Turn lets a job give back early what the caller of Deploy holds for it. The zero value is for a
+// caller that runs one job at a time.
 type Turn struct {
-	// Share is called when the job's certificate is no longer the job's alone:
-	// its key is the current one. Until then no other job of the certificate
-	// may begin, since a version fetched before a newer one was promoted would
-	// take the promotion back. It may be called more than once.
+	// Share is called once the key of the job's certificate is current, perhaps more than once.
+	// Until then no other job of the certificate may begin: it could fetch an older version of the
+	// certificate and then promote its key over the newer one.
 	Share func()
 
-	// Yield is called to wait for others; see transaction.Yield. Size is what the
-	// job holds in memory meanwhile, in bytes.
+	// Yield is called to wait for other jobs; see transaction.Yield. size is the memory that the
+	// job holds during the wait, in bytes.
 	Yield func(size int, wait func(context.Context) error) error
 }
 
@@ -112,7 +108,7 @@ func New(o Options) *Deployer {
 	return &Deployer{o: o}
 }
 
-// temporaryError leaves a job as it was, to be tried again.
+// temporaryError means that nothing was touched and that the job should be retried.
 type temporaryError struct{ error }
 
 func (e temporaryError) Unwrap() error { return e.error }
@@ -122,10 +118,9 @@ type panicError struct{ value any }
 
 func (e *panicError) Error() string { return fmt.Sprintf("internal error of the agent: %v", e.value) }
 
-// Deploy carries out one job. Calls ends when the agent stops: it bounds
-// requests and waiting. Work bounds the transaction, which is rolled back when
-// it ends. An error is temporary: nothing was touched, and the job is to be
-// tried again.
+// Deploy carries out one job. calls ends when the agent stops, and bounds requests and waiting.
+// work bounds the transaction, which is rolled back when work ends. If Deploy returns an error,
+// nothing was touched and the job should be retried. Any other failure is in the Outcome.
 func (d *Deployer) Deploy(calls, work context.Context, job api.Job, turn Turn) (Outcome, error) {
 	began := time.Now()
 	if turn.Share == nil {
@@ -160,21 +155,21 @@ type attempt struct {
 	log       *slog.Logger
 	config    *targetconf.Config
 	connector connector.Connector // nil: nothing to install
-	serves    *tlsprobe.Endpoint  // where what was installed can be seen; nil: nowhere
-	size      int                 // of the certificate in memory, in bytes, roughly
+	serves    *tlsprobe.Endpoint  // where the server can be probed; nil: nowhere
+	size      int                 // of the certificate in memory, roughly, in bytes
 	outcome   Outcome
 }
 
-// ownSize is the memory that a deployment takes whatever its certificate:
-// stacks, what it knows of the server, directories that it has open.
+// ownSize estimates the memory of a deployment apart from its certificate, in bytes: stacks, the
+// server's configuration, open directories.
 const ownSize = 64 << 10
 
-// yield waits for others.
+// yield waits for other jobs.
 func (a *attempt) yield(wait func(context.Context) error) error {
 	return a.turn.Yield(ownSize+a.size, wait)
 }
 
-// run is Deploy in its order. Nothing is touched before install.
+// run carries out the steps of Deploy in their order. Nothing is touched before install.
 func (a *attempt) run(calls, work context.Context) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -218,8 +213,8 @@ func (a *attempt) run(calls, work context.Context) (err error) {
 	return nil
 }
 
-// settle ends what earlier transactions left, before the key is looked for: to
-// undo one can make another key the current one.
+// settle recovers interrupted deployments before the key is looked up, because a rollback can
+// change which key is current.
 func (a *attempt) settle(ctx context.Context) error {
 	if a.job.TargetID == "" {
 		return nil
@@ -230,20 +225,19 @@ func (a *attempt) settle(ctx context.Context) error {
 	return nil
 }
 
-// reportRunning tells the control plane, once: it has set the job to Running
-// itself, so nothing depends on it.
+// reportRunning reports the job as Running, once. Nothing depends on this report, because the
+// control plane has set that status itself.
 func (a *attempt) reportRunning(ctx context.Context) {
 	err := a.o.Plane.ReportStatus(ctx, a.job.ID, api.JobStatus{Status: api.StatusRunning})
 	if err == nil {
 		return
 	}
-	a.log.Debug("the control plane was not told that the job runs", "error", err)
+	a.log.Debug("the status Running could not be reported", "error", err)
 	status, answered := errors.AsType[*api.StatusError](err)
-	a.outcome.RunningUnanswered = !answered || status.Status >= 500 // a gateway's answer says nothing of what is behind it
+	a.outcome.RunningUnanswered = !answered || status.Status >= 500 // a gateway may answer while the request is still on its way
 }
 
-// install has the engine carry out what the connector proposes, of which the
-// promotion of the key is a part.
+// install has the engine carry out the connector's plan, together with the promotion of the key.
 func (a *attempt) install(ctx context.Context, m *connector.Material, key keystore.Key) error {
 	if a.connector == nil {
 		return a.o.Keys.Promote(a.job.CertificateID, key)

@@ -15,15 +15,15 @@ import (
 	"certctl-agent/internal/targetconf"
 )
 
-// maxSkew is how far ahead a certificate's not-before may be: a signer stamps
-// the present, and this host's clock may be late by that much.
+// maxSkew bounds how far in the future a certificate's NotBefore may be. A CA sets it to its
+// present time, and this host's clock may be slow by that much.
 const maxSkew = 5 * time.Minute
 
-// maxCommonName bounds what is remembered of a certificate's name, in bytes:
-// RFC 5280 allows 64 characters, and nobody stops a hostile signer.
+// maxCommonName bounds a certificate's name in logs and on disk, in bytes. RFC 5280, appendix A,
+// allows 64 characters, but a CA may not keep to that.
 const maxCommonName = 256
 
-// prepare checks the job and makes its connector. It touches nothing.
+// prepare checks the job and creates its connector. It touches nothing.
 func (a *attempt) prepare() error {
 	if a.job.TargetID == "" {
 		return nil
@@ -32,7 +32,7 @@ func (a *attempt) prepare() error {
 	if err != nil {
 		return err
 	}
-	// Also for an empty type: an overlay may say that it must be another.
+	// Merge even if the type is empty: an overlay may require another type.
 	a.config, err = targetconf.Merge(a.job.TargetConfig, typ.Name, typ.Aliases, a.job.TargetID, a.o.Overlays)
 	if err != nil || typ.New == nil {
 		return err
@@ -43,12 +43,12 @@ func (a *attempt) prepare() error {
 		return err
 	}
 	if unknown := a.config.Unknown(); len(unknown) > 0 {
-		a.log.Debug("keys of the target config are unknown to this type and ignored", "keys", unknown)
+		a.log.Debug("keys of the target configuration are unknown to this type and ignored", "keys", unknown)
 	}
 	return nil
 }
 
-// targetType returns the job's, or none for the empty type.
+// targetType returns the Type of the job's target, or the zero Type if the job has none.
 func (a *attempt) targetType() (connector.Type, error) {
 	if a.job.TargetType == "" {
 		return connector.Type{}, nil
@@ -56,7 +56,7 @@ func (a *attempt) targetType() (connector.Type, error) {
 	return connector.Find(a.o.Types, a.job.TargetType)
 }
 
-// fetch gets the certificate and its chain in order.
+// fetch fetches the certificate and puts its chain in order.
 func (a *attempt) fetch(ctx context.Context) (*connector.Material, error) {
 	id := a.job.CertificateID
 	data, err := a.o.Plane.Certificate(ctx, id)
@@ -67,7 +67,7 @@ func (a *attempt) fetch(ctx context.Context) (*connector.Material, error) {
 		}
 		return nil, err
 	}
-	a.size = 4 * len(data) // as text, parsed, and in the files of the plan
+	a.size = 4 * len(data) // as text, parsed, and in the plan's files
 	certs, err := pemutil.ParseCertificates(data)
 	if err != nil {
 		return nil, fmt.Errorf("certificate %s as the control plane sent it: %w", id, err)
@@ -86,12 +86,12 @@ func (a *attempt) fetch(ctx context.Context) (*connector.Material, error) {
 	return &connector.Material{CertificateID: id, Leaf: leaf, Chain: chain, KeyPath: a.o.Keys.Path(id)}, nil
 }
 
-// Chain is the chain that is installed behind leaf: rest in issuing order, with
-// its root or without.
+// Chain returns the chain to install after leaf: the certificates of rest in issuing order, with or
+// without the root.
 func Chain(leaf *x509.Certificate, rest []*x509.Certificate, dropRoot bool) (chain []*x509.Certificate, warnings []string, err error) {
 	chain, stray, err := pemutil.OrderChain(leaf, rest)
 	for _, cert := range stray {
-		warnings = append(warnings, fmt.Sprintf("the certificate %q in the chain issued neither the leaf nor another certificate of it, and is left out",
+		warnings = append(warnings, fmt.Sprintf("the certificate %q issued neither the leaf nor any other certificate of the chain, and is left out",
 			printable.Line(cert.Subject.String(), maxCommonName)))
 	}
 	if last := len(chain) - 1; dropRoot && last >= 0 && pemutil.IsSelfSigned(chain[last]) {
@@ -114,8 +114,8 @@ func (a *attempt) findKey(m *connector.Material) (keystore.Key, error) {
 	return key, nil
 }
 
-// Wait is how long it takes until a certificate is valid, 0 or less for one that
-// is. One that is not, and will not be soon, is refused.
+// Wait returns how long to wait until a certificate becomes valid: 0 or less if it is valid
+// already. It returns an error if the certificate has expired or will not be valid soon.
 func Wait(leaf *x509.Certificate) (time.Duration, error) {
 	now := time.Now()
 	if now.After(leaf.NotAfter) {
@@ -123,13 +123,13 @@ func Wait(leaf *x509.Certificate) (time.Duration, error) {
 	}
 	wait := leaf.NotBefore.Sub(now)
 	if wait > maxSkew {
-		return 0, fmt.Errorf("the certificate is not valid before %s, which is %s ahead: check this host's clock and the control plane's; nothing was touched",
+		return 0, fmt.Errorf("the certificate is not valid before %s, in %s: check this host's clock and the control plane's; nothing was touched",
 			leaf.NotBefore.UTC().Format(time.RFC3339), wait.Round(time.Second))
 	}
 	return wait, nil
 }
 
-// checkValidity waits for a certificate that is about to become valid.
+// checkValidity checks that the certificate is valid, and waits if it is about to be.
 func (a *attempt) checkValidity(leaf *x509.Certificate) error {
 	wait, err := Wait(leaf)
 	if err != nil || wait <= 0 {

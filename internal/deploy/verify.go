@@ -10,17 +10,15 @@ import (
 )
 
 const (
-	// verifyBudget is how long a server may take to serve a certificate that
-	// it was told to load.
+	// verifyBudget is how long a server may take after a reload to serve the new certificate.
 	verifyBudget = 10 * time.Second
 
-	// verifyPause is the wait between two looks: most servers are done within
-	// the first.
+	// verifyPause is the pause between two probes. Most servers are ready after one pause.
 	verifyPause = 250 * time.Millisecond
 )
 
-// verify looks at what the target serves until that is the new certificate or
-// the budget is spent. Nil where there is nothing to look at or to say.
+// verify probes the target until it serves the new certificate or the budget is spent. It returns
+// nil if there is nothing to verify, or if the agent stops first.
 func (a *attempt) verify(ctx context.Context, leaf *x509.Certificate) *api.Verification {
 	if !a.o.Verify || a.serves == nil {
 		return nil
@@ -36,9 +34,10 @@ func (a *attempt) verify(ctx context.Context, leaf *x509.Certificate) *api.Verif
 		case err == nil:
 			report.ActualFingerprint, report.Error = result.Fingerprint, ""
 		case budget.Err() == nil || report.ActualFingerprint == "":
-			// The host may be a proxy's, which sends the header itself.
+			// The endpoint may be a proxy, which sends the PROXY header to the server itself. Try
+			// the next probe without it.
 			endpoint.ProxyProtocol = a.serves.ProxyProtocol && !endpoint.ProxyProtocol
-			// The end of the budget cuts a look short; an earlier one said more.
+			// Keep the result of an earlier probe if only the end of the budget cut this one short.
 			report.ActualFingerprint, report.Error = api.Unreachable, printable.Line(err.Error(), maxError)
 		}
 		if report.ActualFingerprint == report.ExpectedFingerprint {
@@ -49,7 +48,7 @@ func (a *attempt) verify(ctx context.Context, leaf *x509.Certificate) *api.Verif
 		case <-time.After(verifyPause):
 		case <-budget.Done():
 			if ctx.Err() != nil {
-				return nil // the agent stops: that the server was slow is not known
+				return nil // the agent stops, so the server may just have needed more time
 			}
 			a.log.Warn("the live endpoint does not serve the deployed certificate",
 				"endpoint", endpoint.Address, "expected", report.ExpectedFingerprint, "actual", report.ActualFingerprint, "error", report.Error)

@@ -1,4 +1,5 @@
-// Package enroll takes one AwaitingCSR job from key to accepted CSR.
+// Package enroll carries out AwaitingCSR jobs: it makes a key for the job, or finds the one made
+// before, and submits a CSR for it until the control plane accepts or refuses the CSR.
 package enroll
 
 import (
@@ -16,29 +17,29 @@ import (
 	"certctl-agent/internal/printable"
 )
 
-// maxRSA bounds the RSA keys that are made at once: each is up to seconds of a
-// core. CSRs whose keys are there do not wait for them.
+// maxRSA bounds the number of RSA keys that are generated at the same time, because each may keep a
+// core busy for seconds. CSRs that have a key already do not wait.
 const maxRSA = 2
 
-// maxReason bounds the reason that is reported to the control plane, in bytes.
+// maxReason bounds the error text that is reported to the control plane, in bytes.
 const maxReason = 2 << 10
 
-// ErrKey means that the key store could not make or keep a key: the control
-// plane was not asked.
+// ErrKey means that the key store could not make or store a key. Nothing was sent to the control
+// plane.
 var ErrKey = errors.New("no key for the CSR")
 
-// Keys is the key store as enrolment uses it.
+// Keys is the key store as an Enroller uses it.
 type Keys interface {
 	Pending(certID, jobID api.ID, generate func() (crypto.Signer, error)) (keystore.Key, error)
 	Discard(certID, jobID api.ID) error
 }
 
-// Plane has CSRs signed. Errors mean what package api says of them.
+// Plane is the control plane as an Enroller uses it. Package api defines what its errors mean.
 type Plane interface {
 	SubmitCSR(ctx context.Context, certID api.ID, csrPEM []byte) error
 }
 
-// RefusedError is the end of a job: trying again cannot help.
+// RefusedError means that a job has failed permanently: a retry cannot help.
 type RefusedError struct {
 	Reason string // for the control plane: printable, bounded
 	Err    error
@@ -46,14 +47,14 @@ type RefusedError struct {
 
 func (e *RefusedError) Error() string { return e.Reason }
 
-// Unwrap gives the cause.
+// Unwrap returns the cause.
 func (e *RefusedError) Unwrap() error { return e.Err }
 
 func refused(err error) *RefusedError {
 	return &RefusedError{Reason: printable.Line(err.Error(), maxReason), Err: err}
 }
 
-// Options is what an Enroller needs.
+// Options configures an Enroller.
 type Options struct {
 	Keys      Keys
 	Plane     Plane
@@ -61,13 +62,13 @@ type Options struct {
 	Log       *slog.Logger
 }
 
-// Enroller handles AwaitingCSR jobs. It is safe for concurrent use, for jobs
-// that differ in certificate: the first CSR wins, so those of one certificate
-// must not race.
+// Enroller carries out AwaitingCSR jobs. It is safe for concurrent use by jobs of different
+// certificates. Jobs of the same certificate must not race, because the control plane signs the
+// first CSR that it gets.
 type Enroller struct {
 	opts Options
 	make func(algorithm string) (crypto.Signer, error)
-	rsa  chan struct{} // one element for each RSA key that is being made
+	rsa  chan struct{} // one element for each RSA key that is being generated
 }
 
 // New returns an Enroller.
@@ -75,11 +76,10 @@ func New(opts Options) *Enroller {
 	return &Enroller{opts: opts, make: csr.GenerateKey, rsa: make(chan struct{}, maxRSA)}
 }
 
-// Enroll submits the CSR of one job. Nil means that it was accepted, a
-// RefusedError that it never will be. Any other error is temporary: the job
-// stays as it is, the control plane shows it again, and the same key is used.
-// Calls ends when the agent stops: nothing new is begun then. Work bounds a
-// request that is under way.
+// Enroll submits the CSR of one job. It returns nil if the CSR was accepted, and a RefusedError if
+// it never will be. Any other error is temporary: the control plane lists the job again, and the
+// next try uses the same key. calls ends when the agent stops, and nothing new is begun then. work
+// bounds a request in progress.
 func (e *Enroller) Enroll(calls, work context.Context, job api.Job) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -87,7 +87,6 @@ func (e *Enroller) Enroll(calls, work context.Context, job api.Job) (err error) 
 			err = refused(fmt.Errorf("internal error of the agent: %v", p))
 		}
 	}()
-	// Before any key is made.
 	if err := csr.Check(job.CommonName, job.SANs); err != nil {
 		return refused(err)
 	}
@@ -95,7 +94,7 @@ func (e *Enroller) Enroll(calls, work context.Context, job api.Job) (err error) 
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrKey, err)
 	}
-	key.Clear() // the signer is all that is needed
+	key.Clear() // only the signer is needed
 	request, err := csr.New(key.Signer, job.CommonName, job.SANs)
 	if err != nil {
 		return e.refuse(job, key, err)
@@ -110,7 +109,7 @@ func (e *Enroller) Enroll(calls, work context.Context, job api.Job) (err error) 
 	return err
 }
 
-// generate makes a key.
+// generate generates a key. At most maxRSA calls generate RSA keys at the same time.
 func (e *Enroller) generate(ctx context.Context) (crypto.Signer, error) {
 	if strings.HasPrefix(e.opts.Algorithm, "rsa-") {
 		select {
@@ -123,10 +122,10 @@ func (e *Enroller) generate(ctx context.Context) (crypto.Signer, error) {
 	return e.make(e.opts.Algorithm)
 }
 
-// refuse ends a job whose CSR was not signed.
+// refuse ends a job whose CSR was not accepted, and returns a RefusedError.
 func (e *Enroller) refuse(job api.Job, key keystore.Key, cause error) error {
-	// The key of an earlier try may have been signed: its answer may have been
-	// lost. Only one that this very request was the first to use was not.
+	// A CSR for the key of an earlier try may have been signed and the answer lost. So only a key
+	// that was made for this request can be discarded.
 	if key.Fresh {
 		if err := e.opts.Keys.Discard(job.CertificateID, job.ID); err != nil {
 			e.opts.Log.Warn("the key of a refused CSR could not be removed", "job", job.ID, "certificate", job.CertificateID, "error", err)

@@ -1,5 +1,5 @@
-// Package filelock has one process at a time use a directory, by a lock on a
-// file in it.
+// Package filelock makes sure that only one process at a time uses a directory, by a lock on a file
+// in it.
 package filelock
 
 import (
@@ -14,30 +14,28 @@ import (
 )
 
 const (
-	// Free holds a lock for a moment, which must not refuse it to a process that
-	// starts.
+	// Take tries more than once, because Free in another process may hold the lock for a moment.
 	tries = 3
 	pause = 50 * time.Millisecond
 
-	// maxOwner bounds what is read of a lock's owner.
+	// maxOwner bounds the size of a lock's owner, in bytes.
 	maxOwner = 2 << 10
 )
 
-// Lock is held until it is closed or the process ends, however that ends.
+// Lock is held until it is closed or the process ends.
 type Lock struct{ file *os.File }
 
 // HeldError means that another process holds the lock.
 type HeldError struct {
-	by string // the owner that it named, on one line; "" for none
+	by string // the owner that the process named, on one line, or ""
 }
 
 func (e *HeldError) Error() string {
-	return "in use by " + cmp.Or(e.by, "a process that has not said which")
+	return "in use by " + cmp.Or(e.by, "an unknown process")
 }
 
-// Take locks a file in root, made if missing, and writes the owner into it, for
-// others that find it locked. The error is a *HeldError when another process
-// holds the lock.
+// Take locks a file in root, which it creates if it is missing, and writes owner into it, for the
+// error of other processes. It returns a *HeldError if another process holds the lock.
 func Take(root *os.Root, name, owner string) (*Lock, error) {
 	file, err := root.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
@@ -52,7 +50,7 @@ func Take(root *os.Root, name, owner string) (*Lock, error) {
 		return nil, err
 	}
 	if owner != "" {
-		// A full disk costs the name only.
+		// If the disk is full, only the owner's name is missing.
 		_ = file.Truncate(0)
 		_, _ = io.WriteString(file, owner+"\n")
 	}
@@ -70,21 +68,21 @@ func take(file *os.File) (err error) {
 	return err
 }
 
-// Close gives up the lock. There may be none.
+// Close releases the lock. l may be nil.
 func (l *Lock) Close() {
 	if l != nil {
 		l.file.Close()
 	}
 }
 
-// Unsupported reports whether Take, or flock(2), failed because the file system
-// has no locks.
+// Unsupported reports whether err, from Take or from flock(2), means that the file system has no
+// locks.
 func Unsupported(err error) bool {
-	errno, ok := err.(syscall.Errno) // that of opening the file is an *fs.PathError
+	errno, ok := err.(syscall.Errno) // not an *fs.PathError, which comes from opening the file
 	return ok && (errno.Is(errors.ErrUnsupported) || errno == syscall.ENOLCK || errno == syscall.EINVAL || errno == syscall.EBADF)
 }
 
-// Free reports whether a lock file is there and nobody holds it.
+// Free reports whether a lock file exists and nobody holds it.
 func Free(path string) bool {
 	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK|syscall.O_NOFOLLOW, 0)
 	if err != nil {

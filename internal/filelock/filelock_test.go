@@ -34,7 +34,7 @@ func TestTake(t *testing.T) {
 		t.Error("a lock that is not there is free")
 	}
 	for _, test := range []struct{ owner, by, says string }{
-		{"", "", "in use by a process that has not said which"},
+		{"", "", "in use by an unknown process"},
 		{"agent a longer name\x1b, process 1", "agent a longer name\ufffd, process 1", "in use by agent a longer name\ufffd, process 1"},
 		{"agent b", "agent b", "in use by agent b"},
 		{"", "agent b", "in use by agent b"}, // the one before it

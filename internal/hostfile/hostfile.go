@@ -1,5 +1,5 @@
-// Package hostfile reads files that other users of this host may have made, and
-// finds the way to them.
+// Package hostfile reads files that other users of this host may have created, and resolves their
+// paths.
 package hostfile
 
 import (
@@ -14,11 +14,11 @@ import (
 	"syscall"
 )
 
-// ByteOrderMark is what some editors put before UTF-8 text.
+// ByteOrderMark is what some editors write at the start of UTF-8 text.
 const ByteOrderMark = "\ufeff"
 
-// Read reads a regular file of at most limit bytes. The info is that of the
-// file that was read, whatever has taken its name meanwhile.
+// Read reads a regular file of at most limit bytes. The info describes the file that was read, even
+// if another file has taken its name in the meantime.
 func Read(path string, limit int64) ([]byte, fs.FileInfo, error) {
 	return read(path, limit,
 		func() (fs.FileInfo, error) { return os.Stat(path) },
@@ -33,11 +33,11 @@ func ReadIn(root *os.Root, name string, limit int64) ([]byte, fs.FileInfo, error
 }
 
 func read(path string, limit int64, stat func() (fs.FileInfo, error), open func(flags int) (*os.File, error)) ([]byte, fs.FileInfo, error) {
-	// Opening a device can have effects.
+	// Check before opening, because opening a device can have side effects.
 	if info, err := stat(); err == nil && !info.Mode().IsRegular() {
 		return nil, nil, fmt.Errorf("%s is not a regular file", path)
 	}
-	// Without O_NONBLOCK a pipe that has taken its place would wait for a writer.
+	// Without O_NONBLOCK, opening a FIFO that has taken its place would wait for a writer.
 	file, err := open(os.O_RDONLY | syscall.O_NONBLOCK)
 	if err != nil {
 		return nil, nil, err
@@ -60,13 +60,13 @@ func read(path string, limit int64, stat func() (fs.FileInfo, error), open func(
 	return data, info, nil
 }
 
-// maxLinks is the kernel's own limit for one path, see path_resolution(7).
+// maxLinks is the kernel's limit for one path, see path_resolution(7).
 const maxLinks = 40
 
-// Follow walks an absolute path from / on, as the kernel does, and returns it
-// without symlinks. What does not exist is kept by name: that is where a file
-// would be created. Each directory, symlink and file on the way is first shown
-// to visit, whose error ends the walk. A symlink is in the last directory shown.
+// Follow walks an absolute path from /, as the kernel does, and returns it without symlinks.
+// Elements that do not exist stay as they are: that is where a file would be created. Follow calls
+// visit for each directory, symlink and file on the path, and stops at its first error. A symlink
+// is in the directory that was visited last.
 func Follow(path string, visit func(at string, info fs.FileInfo) error) (string, error) {
 	const separator = string(filepath.Separator)
 	at, next, rest := separator, separator, strings.Split(path, separator)
@@ -99,12 +99,11 @@ func Follow(path string, visit func(at string, info fs.FileInfo) error) (string,
 		if len(rest) == 0 {
 			return at, nil
 		}
-		next, rest = filepath.Join(at, rest[0]), rest[1:] // at has no links, so .. is above it
+		next, rest = filepath.Join(at, rest[0]), rest[1:] // at has no symlinks, so Join may resolve ".."
 	}
 }
 
-// Owner returns the user and the group that a file belongs to, -1 where the
-// system has none.
+// Owner returns the user and the group of a file, or -1 if the system does not tell.
 func Owner(info fs.FileInfo) (uid, gid int) {
 	if stat, ok := info.Sys().(*syscall.Stat_t); ok {
 		return int(stat.Uid), int(stat.Gid)
@@ -112,8 +111,7 @@ func Owner(info fs.FileInfo) (uid, gid int) {
 	return -1, -1
 }
 
-// MayWriteIn asks the kernel, access(2), whether this process may put files into
-// a directory. It writes nothing.
+// MayWriteIn returns an error if this process may not create files in dir, according to access(2).
 func MayWriteIn(dir string) error {
 	const writeAndSearch = 0o3 // W_OK | X_OK
 	return syscall.Access(dir, writeAndSearch)
@@ -125,15 +123,13 @@ func Ours(info fs.FileInfo) bool {
 	return uid == 0 || uid == os.Geteuid()
 }
 
-// OwnGroup reports whether only root and the agent's own user are sure to be in
-// a group, or the agent itself is in it.
+// OwnGroup reports whether a group is root's, or one that the agent itself is in.
 func OwnGroup(gid int) bool {
 	groups, err := os.Getgroups()
 	return gid == 0 || gid == os.Getegid() || err == nil && slices.Contains(groups, gid)
 }
 
-// Real is path without symlinks, as far as it exists: the elements that do not
-// are kept as they are.
+// Real is like Resolve, but returns a path that cannot be resolved as it is.
 func Real(path string) string {
 	real, err := Resolve(path)
 	if err != nil {
@@ -142,15 +138,14 @@ func Real(path string) string {
 	return real
 }
 
-// Resolve follows the symlinks of path. What does not exist yet, at its end or
-// behind a symlink that leads nowhere, is kept by name: that is where a file
-// would be created.
+// Resolve returns path without symlinks. Elements that do not exist, at the end of the path or
+// after a dangling symlink, stay as they are: that is where a file would be created.
 func Resolve(path string) (string, error) {
 	return Follow(filepath.Clean(path), func(string, fs.FileInfo) error { return nil })
 }
 
-// TrustedLink refuses a symlink that others than root and the agent's own user
-// could have made: it would let them choose which directory is allowed.
+// TrustedLink returns an error if info is a symlink, at the path at, that users other than root and
+// the agent's own could have created. They could redirect an allowed path.
 func TrustedLink(at string, info fs.FileInfo) error {
 	if info.Mode().Type() != fs.ModeSymlink {
 		return nil

@@ -1,5 +1,5 @@
-// Package installed remembers which certificate was installed on which target,
-// so that status and metrics know every expiry date after a restart too.
+// Package installed remembers which certificate was installed on which target, so that status and
+// metrics know every expiry date after a restart, too.
 package installed
 
 import (
@@ -19,14 +19,14 @@ import (
 )
 
 const (
-	name    = "served.json" // like its field "served": hosts have such files
+	name    = "served.json" // this name and the field "served" are fixed: existing hosts have such files
 	version = 1
 
-	// maxEntries bounds the file: no host has as many targets. Beyond it the
-	// entry that was deployed the longest ago goes.
+	// maxEntries bounds the number of entries. No host has that many targets. The entry that was
+	// deployed longest ago is removed first.
 	maxEntries = 4096
 
-	// maxBytes is more than maxEntries take, and bounds what is read at start.
+	// maxBytes bounds the file that is read at start. maxEntries take less.
 	maxBytes = 8 << 20
 )
 
@@ -46,20 +46,20 @@ type file struct {
 	Served  []Entry `json:"served"`
 }
 
-// List is what is installed on this host. It is safe for concurrent use.
+// List holds the certificates installed on this host. It is safe for concurrent use.
 type List struct {
 	root *os.Root
 
 	mu      sync.Mutex // guards entries and changes
 	entries map[api.ID]Entry
-	changes uint64 // of entries, so far
+	changes uint64 // number of changes so far
 
 	file    sync.Mutex // guards the file and written
-	written uint64     // changes that the file has
+	written uint64     // number of changes that the file includes
 }
 
-// Open reads the list in root. A damaged one is no reason not to start: it is
-// set aside, and the error says so beside a usable, empty list.
+// Open reads the list in root. It sets a damaged file aside, and returns an empty, usable list
+// together with an error: the agent can start without the list.
 func Open(root *os.Root) (*List, error) {
 	l := &List{root: root, entries: make(map[api.ID]Entry)}
 	err := l.read()
@@ -67,7 +67,7 @@ func Open(root *os.Root) (*List, error) {
 		return l, nil
 	}
 	if aside := root.Rename(name, name+".damaged"); aside != nil {
-		return l, fmt.Errorf("read the list of served certificates: %w; setting it aside: %w", err, aside)
+		return l, fmt.Errorf("read the list of served certificates: %w; set it aside: %w", err, aside)
 	}
 	return l, fmt.Errorf("read the list of served certificates: %w; it was set aside as %s.damaged", err, name)
 }
@@ -78,7 +78,7 @@ func (l *List) read() error {
 		return err
 	}
 	if !info.Mode().IsRegular() || info.Size() > maxBytes {
-		return fmt.Errorf("%s is no regular file of at most %d bytes", name, maxBytes)
+		return fmt.Errorf("%s is not a regular file of at most %d bytes", name, maxBytes)
 	}
 	data, err := l.root.ReadFile(name)
 	if err != nil {
@@ -89,7 +89,7 @@ func (l *List) read() error {
 		return err
 	}
 	if f.Version != version {
-		return fmt.Errorf("format version %d is not %d", f.Version, version)
+		return fmt.Errorf("its format version is %d, not %d", f.Version, version)
 	}
 	for _, entry := range f.Served {
 		l.entries[entry.TargetID] = entry
@@ -97,8 +97,8 @@ func (l *List) read() error {
 	return nil
 }
 
-// Put records what a target serves, replacing what it served before. Entries
-// that are put while the file is written share the next write.
+// Put records the certificate of a target, in place of the one before. Entries that arrive during a
+// write of the file share the next write.
 func (l *List) Put(entry Entry) error {
 	change := l.put(entry)
 	l.file.Lock()
@@ -120,7 +120,7 @@ func (l *List) Put(entry Entry) error {
 	return nil
 }
 
-// put changes the entries and returns the number of the change.
+// put changes the entries in memory and returns the number of the change.
 func (l *List) put(entry Entry) uint64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -133,7 +133,7 @@ func (l *List) put(entry Entry) uint64 {
 	return l.changes
 }
 
-// All returns the entries, by target id.
+// All returns the entries, sorted by target id.
 func (l *List) All() []Entry {
 	l.mu.Lock()
 	defer l.mu.Unlock()

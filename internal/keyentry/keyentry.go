@@ -1,5 +1,5 @@
-// Package keyentry is what key stores hold under an alias for a server: a private key with its chain,
-// whichever the format of the store.
+// Package keyentry holds the entry that a server's key store has under an alias, whatever its
+// format: a private key with its certificate chain.
 package keyentry
 
 import (
@@ -8,21 +8,21 @@ import (
 	"time"
 )
 
-// PrivateKey is an entry that is a private key.
+// PrivateKey is a private key entry of a key store.
 type PrivateKey struct {
 	Alias   string
-	PKCS8   []byte              // PrivateKeyInfo, in clear, as crypto/x509 writes it
+	PKCS8   []byte              // PrivateKeyInfo, unencrypted, as crypto/x509 encodes it
 	Chain   []*x509.Certificate // the key's own certificate first
 	Created time.Time
 
-	Password string // of the key, in clear
+	Password string // of the key, in plain text
 }
 
-// maxPKCS8 bounds a private key that is parsed, in bytes: RSA of 16384 bits takes 9 KiB.
+// maxPKCS8 bounds the private keys that are parsed, in bytes. An RSA-16384 key takes 9 KiB.
 const maxPKCS8 = 16 << 10
 
-// SameKey reports whether was, which any program may have written, is key, which crypto/x509 wrote.
-// Both are PKCS#8.
+// SameKey reports whether two PKCS #8 keys are the same. Any program may have encoded was;
+// crypto/x509 must have encoded key.
 func SameKey(was, key []byte) bool {
 	if bytes.Equal(was, key) {
 		return true

@@ -18,8 +18,8 @@ type privateKeyInfo struct {
 	PrivateKey []byte
 }
 
-// withoutPublic is key as Java writes it: an ECPrivateKey (RFC 5915, section 3) with nothing but the
-// private number in it.
+// withoutPublic is key as Java writes it: an ECPrivateKey (RFC 5915, section 3) with nothing but
+// the private number in it.
 func withoutPublic(t *testing.T, key []byte) []byte {
 	t.Helper()
 	var info privateKeyInfo

@@ -1,18 +1,16 @@
-// Package keystore keeps the private keys of certificates on disk, each one
-// until it is certain that nothing needs it any more.
+// Package keystore stores the private keys of certificates on disk. It removes a key only when
+// nothing can need it any more.
 //
-// A certificate has one current key, which servers may read themselves; a
-// pending key for each job whose CSR may have been signed; and the previous
-// key. Files are named
+// A certificate has a current key, which servers may read directly; a pending key for each job
+// whose CSR may have been signed; and a previous key. The files are named
 //
 //	<certificate>.key                current
 //	<certificate>.<job tag>.pending  made for the CSR of one job
 //	<certificate>.previous           current until the last promotion
 //
-// An attempt to renew never touches the current key. A pending key becomes
-// current only with the certificate that was issued for it, as part of the
-// transaction that installs it. Its pending file goes when the certificates of
-// two later CSRs have been deployed.
+// Requesting a certificate never touches the current key. A pending key becomes current only
+// together with the certificate that was issued for it, as part of the transaction that installs
+// both. Its pending file is removed once the certificates of two later CSRs have been deployed.
 package keystore
 
 import (
@@ -35,25 +33,23 @@ import (
 )
 
 const (
-	// maxFile bounds what is read as a key. An RSA-16384 key takes 13 KiB.
+	// maxFile bounds the size of a key file, in bytes. An RSA-16384 key takes 13 KiB.
 	maxFile = 64 << 10
 
-	// maxPending bounds the pending keys of one certificate. A CSR that fails
-	// again and again under new job ids leaves one each time; the one that was
-	// submitted the longest ago goes.
+	// maxPending bounds the pending keys of one certificate. A CSR that keeps failing under new job
+	// ids leaves one key each time. The key whose CSR was submitted longest ago is removed first.
 	maxPending = 32
 
-	// maxPendingTotal bounds those of all certificates: certificate ids come
-	// from the control plane. At the bound a certificate gets a new one only in
-	// exchange for an older one of its own.
+	// maxPendingTotal bounds the pending keys of all certificates, because certificate ids come
+	// from the control plane. At the limit, a new pending key replaces an older one of its
+	// certificate.
 	maxPendingTotal = 32768
 
-	// FileMode is that of every file with a key, from its creation.
+	// FileMode is the mode of every key file, from its creation on.
 	FileMode fs.FileMode = 0o600
 )
 
-// ErrNoKey means that the certificate's key is none of those that this agent
-// holds for it.
+// ErrNoKey means that none of the keys that this agent holds for the certificate belongs to it.
 var ErrNoKey = errors.New("none of this agent's private keys belongs to the certificate")
 
 // Role says what a key is to its certificate.
@@ -66,38 +62,38 @@ const (
 	Previous Role = "previous"
 )
 
-// Key is a private key as the store holds it.
+// Key is a private key in the store.
 type Key struct {
 	Role   Role
-	PEM    []byte // in the form that fleets have: SEC1 for ECDSA, PKCS #8 for others
+	PEM    []byte // SEC1 for ECDSA, PKCS #8 for others, as in existing fleets
 	Signer crypto.Signer
-	Fresh  bool // made by this very call: no CSR for it has been sent
+	Fresh  bool // made by this call of Pending: no CSR for it has been sent
 }
 
-// Clear overwrites the encoded copy.
+// Clear overwrites the encoded key.
 func (k *Key) Clear() { clear(k.PEM) }
 
-// Change is a file of the store and what it is to hold.
+// Change is a file of the store and its new content.
 type Change struct {
 	Path string // absolute
 	Data []byte // the caller clears it after use
 }
 
-// Store is a key directory. It is safe for concurrent use. Names from outside
-// resolve below the directory or not at all.
+// Store is a key directory. It is safe for concurrent use. It accesses files through an os.Root, so
+// that no name leads out of the directory.
 type Store struct {
 	dir  string // absolute
 	root *os.Root
-	lock *filelock.Lock // nil where the file system has no locks
+	lock *filelock.Lock // nil if the file system has no locks
 	log  *slog.Logger
-	busy chan struct{} // of one: held while pending keys are listed and changed
+	busy chan struct{} // holds one element while pending keys are listed and changed
 
 	totalLimit int // maxPendingTotal
 }
 
-// Open opens the key directory, made if missing, locks it, and closes it to
-// others, unless it looks as if these used it (see Inspect). The error is a
-// *filelock.HeldError when another process has it open.
+// Open creates the key directory if it is missing, opens and locks it, and removes the access of
+// other users. It fails if other users seem to need their access (see Inspect), and with a
+// *filelock.HeldError if another process has the directory open.
 func Open(owner Owner, dir string, log *slog.Logger) (*Store, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
@@ -121,8 +117,8 @@ func Open(owner Owner, dir string, log *slog.Logger) (*Store, error) {
 	return s, nil
 }
 
-// Look opens the key directory as it is, for Find alone: it makes nothing,
-// changes nothing and takes no lock.
+// Look opens the key directory for Find alone: it creates nothing, changes nothing and takes no
+// lock.
 func Look(dir string) (*Store, error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
@@ -144,21 +140,21 @@ func (s *Store) begin(owner Owner) error {
 	return nil
 }
 
-// Close gives up the lock and releases the directory.
+// Close releases the lock and the directory.
 func (s *Store) Close() error {
 	s.lock.Close()
 	return s.root.Close()
 }
 
-// tighten takes access to the directory from everybody else. A volume whose
-// group is set from outside, as Kubernetes does, may refuse that.
+// tighten removes the access of other users to the directory. A volume whose group is set from
+// outside, as Kubernetes does, may refuse that.
 func (s *Store) tighten() error {
 	info, err := s.root.Stat(".")
 	if err != nil {
 		return fmt.Errorf("look at the key directory: %w", err)
 	}
-	// Mode 0700 closes it to everybody but its owner. That may be the user of
-	// the agent before this one, so it is not refused.
+	// Mode 0700 does not help against the owner. A foreign owner is no reason to fail: the agent
+	// may have run as that user before.
 	if owner, _ := hostfile.Owner(info); !hostfile.Ours(info) {
 		s.log.Warn("the key directory belongs to another user, who can read every key: chown it to the agent's user", "dir", s.dir, "owner", owner)
 	}
@@ -170,7 +166,7 @@ func (s *Store) tighten() error {
 	if info, err = s.root.Stat("."); err != nil {
 		return fmt.Errorf("look at the key directory: %w", err)
 	}
-	// Some file systems accept the change and ignore it.
+	// Some file systems accept a chmod and ignore it.
 	is := info.Mode().Perm()
 	if refusal == nil {
 		refusal = errors.New("the file system ignores it")
@@ -181,63 +177,61 @@ func (s *Store) tighten() error {
 	case is&0o007 == 0:
 		s.log.Warn("the group has access to the key directory, and that cannot be changed", "dir", s.dir, "mode", is.String(), "error", refusal)
 	default:
-		return fmt.Errorf("everybody has access to the key directory %s (%v), and that cannot be changed: %w; run chmod 0700 on it", s.dir, is, refusal)
+		return fmt.Errorf("every user has access to the key directory %s (%v), and that cannot be changed: %w; run chmod 0700 on it", s.dir, is, refusal)
 	}
 	return nil
 }
 
-// hold waits for its turn to list and change pending keys.
+// hold waits for the right to list and change pending keys.
 func (s *Store) hold() (release func()) {
 	s.busy <- struct{}{}
 	return func() { <-s.busy }
 }
 
-// Path is where the current key of a certificate is.
+// Path returns the path of a certificate's current key.
 func (s *Store) Path(certID api.ID) string { return CurrentPath(s.dir, certID) }
 
-// CurrentPath is where the current key of a certificate is in the key directory
-// at dir.
+// CurrentPath returns the path of a certificate's current key in the key directory dir.
 func CurrentPath(dir string, certID api.ID) string {
 	return filepath.Join(dir, string(certID)+currentExt)
 }
 
-// PreviousPath is where the previous key of a certificate is, given where its
-// current one is.
+// PreviousPath returns the path of a certificate's previous key, given the path of its current key.
 func PreviousPath(current string) string {
 	return strings.TrimSuffix(current, currentExt) + previousExt
 }
 
-// Pending returns the key for the CSR of one job: the one made for it before,
-// or else the one that generate makes. It is on disk, and the one of its
-// certificate that was submitted last, when Pending returns.
+// Pending returns the key for the CSR of a job: the one made for the job before, or else a new one
+// from generate. When Pending returns, the key is on disk and has the highest sequence of its
+// certificate's pending keys.
 func (s *Store) Pending(certID, jobID api.ID, generate func() (crypto.Signer, error)) (Key, error) {
 	key, err := s.reuse(certID, jobID)
 	if err == nil || !errors.Is(err, fs.ErrNotExist) {
 		return key, err
 	}
-	// Not under the lock: an RSA key can take seconds to make.
+	// Without the lock, because generating an RSA key may take seconds.
 	signer, err := generate()
 	if err != nil {
 		return Key{}, fmt.Errorf("make a private key: %w", err)
 	}
-	key, err = s.keep(certID, jobID, signer)
+	key, err = s.store(certID, jobID, signer)
 	if errors.Is(err, fs.ErrExist) {
-		// Where there are no locks, another agent may have been faster. Its CSR
-		// may have been signed, so its key is the job's.
+		// On a file system without locks, another agent may have been faster. Use its key, because
+		// its CSR may have been signed.
 		return s.reuse(certID, jobID)
 	}
 	return key, err
 }
 
-// reuse returns the key that a job has already. fs.ErrNotExist: none.
+// reuse returns the key that the job has already, or fs.ErrNotExist.
 func (s *Store) reuse(certID, jobID api.ID) (Key, error) {
 	defer s.hold()()
 	name := pendingName(certID, jobID)
 	p, err := s.readPending(name)
 	if errors.Is(err, errDamaged) {
-		// It was whole when its CSR was sent, so no crash of ours did this. The
-		// key is lost whether or not it was signed; the job is here again, so
-		// the control plane waits for a CSR, and only a new key can make one.
+		// The key was complete when its CSR was sent, so the damage is not from a crash of the
+		// agent. The key is lost, even if its CSR was signed. The control plane is waiting for a
+		// CSR, which needs a new key.
 		s.log.Error("a pending key is damaged: it is set aside and a new one is made; a certificate issued for it cannot be deployed",
 			"file", name, "error", err)
 		if err := s.root.Rename(name, name+damagedExt); err != nil {
@@ -253,24 +247,24 @@ func (s *Store) reuse(certID, jobID api.ID) (Key, error) {
 		return Key{}, err
 	}
 	if all[len(all)-1].name == name {
-		// The process that wrote it may have been killed before this step.
+		// The process that wrote the key may have been killed before this sync.
 		if err := atomicfile.SyncDir(s.root, "."); err != nil {
-			return Key{}, fmt.Errorf("keep the pending key %s: %w", name, err)
+			return Key{}, fmt.Errorf("store the pending key %s: %w", name, err)
 		}
 		return p.key()
 	}
 	if p.sequence, err = nextSequence(all); err != nil {
 		return Key{}, err
 	}
-	// It replaces the same key, so nothing is lost.
+	// The file holds the same key, so replacing it loses nothing.
 	if err := s.writePending(p, atomicfile.WriteFile); err != nil {
 		return Key{}, err
 	}
 	return p.key()
 }
 
-// keep writes a new pending key.
-func (s *Store) keep(certID, jobID api.ID, signer crypto.Signer) (Key, error) {
+// store writes a new pending key, and removes old ones beyond the limits.
+func (s *Store) store(certID, jobID api.ID, signer crypto.Signer) (Key, error) {
 	defer s.hold()()
 	others, total, err := s.pending(certID)
 	if err != nil {
@@ -291,7 +285,7 @@ func (s *Store) keep(certID, jobID api.ID, signer crypto.Signer) (Key, error) {
 		surplus = max(surplus, 1)
 	}
 	for _, old := range others[:max(surplus, 0)] {
-		s.log.Warn("there are too many pending keys: of this certificate, the one whose CSR was sent the longest ago is removed",
+		s.log.Warn("there are too many pending keys: the one of this certificate whose CSR was sent longest ago is removed",
 			"certificate", certID, "file", old.name, "limit", maxPending, "limit_in_all", s.totalLimit)
 		if err := s.remove(old.name); err != nil {
 			return Key{}, fmt.Errorf("remove a pending key: %w", err)
@@ -302,8 +296,7 @@ func (s *Store) keep(certID, jobID api.ID, signer crypto.Signer) (Key, error) {
 	return key, err
 }
 
-// Discard removes the pending key of a job. Only for a key whose CSR was
-// certainly not signed.
+// Discard removes the pending key of a job. Call it only if the CSR was certainly not signed.
 func (s *Store) Discard(certID, jobID api.ID) error {
 	defer s.hold()()
 	if err := s.remove(pendingName(certID, jobID)); err != nil {
@@ -312,11 +305,11 @@ func (s *Store) Discard(certID, jobID api.ID) error {
 	return nil
 }
 
-// Find returns the key of a certificate that has the given public key. The
-// error is ErrNoKey when every key could be read and none has.
+// Find returns the certificate's key that has the given public key. It returns ErrNoKey if it could
+// read every key and none of them does.
 func (s *Store) Find(certID api.ID, public crypto.PublicKey) (Key, error) {
 	defer s.hold()()
-	var looked []string
+	var compared []string
 	var unreadable []error
 	for _, role := range []Role{Current, Previous} {
 		key, err := s.read(certID, role)
@@ -330,7 +323,7 @@ func (s *Store) Find(certID api.ID, public crypto.PublicKey) (Key, error) {
 			return key, nil
 		}
 		key.Clear()
-		looked = append(looked, "the "+string(role)+" one")
+		compared = append(compared, "the "+string(role)+" one")
 	}
 	pending, _, err := s.pending(certID)
 	if err != nil {
@@ -344,20 +337,19 @@ func (s *Store) Find(certID api.ID, public crypto.PublicKey) (Key, error) {
 		}
 	}
 	if len(pending) > 0 {
-		looked = append(looked, fmt.Sprintf("%d pending", len(pending)))
+		compared = append(compared, fmt.Sprintf("%d pending", len(pending)))
 	}
 	if len(unreadable) > 0 {
-		return Key{}, fmt.Errorf("look for the private key of certificate %s: %w", certID, errors.Join(unreadable...))
+		return Key{}, fmt.Errorf("find the private key of certificate %s: %w", certID, errors.Join(unreadable...))
 	}
-	if len(looked) == 0 {
+	if len(compared) == 0 {
 		return Key{}, fmt.Errorf("%w: it holds none for this certificate id", ErrNoKey)
 	}
-	return Key{}, fmt.Errorf("%w: compared with %s", ErrNoKey, strings.Join(looked, ", "))
+	return Key{}, fmt.Errorf("%w: compared with %s", ErrNoKey, strings.Join(compared, ", "))
 }
 
-// Promotion lists the files that make key the current one, the old current key
-// becoming the previous one, in the order in which they are to be written.
-// Nothing for a key that is current.
+// Promotion returns the files that make key the current one and the old current key the previous
+// one, in the order in which they must be written. It returns nil if key is current already.
 func (s *Store) Promotion(certID api.ID, key Key) ([]Change, error) {
 	if key.Role == Current {
 		return nil, nil
@@ -368,7 +360,7 @@ func (s *Store) Promotion(certID api.ID, key Key) ([]Change, error) {
 	case errors.Is(err, fs.ErrNotExist):
 		return []Change{current}, nil
 	case errors.Is(err, errDamaged):
-		// It must not push out a previous key that is whole.
+		// The damaged key must not replace a good previous key.
 		s.log.Error("the current key is damaged: it is replaced and not kept as the previous one", "certificate", certID, "error", err)
 		return []Change{current}, nil
 	case err != nil:
@@ -378,12 +370,12 @@ func (s *Store) Promotion(certID api.ID, key Key) ([]Change, error) {
 	return []Change{previous, current}, nil
 }
 
-// Promote makes key the current one at once, for a certificate that this agent
-// installs nowhere. A crash at any point loses no key.
+// Promote makes key the current one at once, for a certificate without a target. A crash at any
+// point loses no key.
 func (s *Store) Promote(certID api.ID, key Key) error {
 	if key.Role == Previous {
-		// Its file is about to hold the current key. The copy counts as the
-		// oldest pending key, which the next round removes.
+		// The old current key is about to replace it in its file. So make a copy, which counts as
+		// the oldest pending key and is removed by the next Prune.
 		copied := pendingKey{name: pendingName(certID, ""), signer: key.Signer}
 		if err := s.writePending(copied, atomicfile.WriteFile); err != nil {
 			return err
@@ -403,12 +395,11 @@ func (s *Store) Promote(certID api.ID, key Key) error {
 	return nil
 }
 
-// Prune removes what a deployed certificate makes superfluous: every pending key
-// whose CSR was sent before those of the deployed and of the previous one. That
-// is one round later than its own certificate was overtaken: a CSR that was
-// sent earlier can still arrive later, and is signed then. It also leaves the
-// pending copies of these two: should an interrupted transaction of another
-// target of this certificate be undone later, that takes the old current key back.
+// Prune removes the pending keys that are obsolete once a certificate is deployed: those whose CSRs
+// were sent before the CSRs of both the deployed and the previous key. It waits for the second
+// deployment, because a CSR that was sent earlier may arrive, and be signed, later. It also keeps
+// the pending copies of the deployed and the previous key: a later recovery of another target of
+// the certificate may roll the current key back.
 func (s *Store) Prune(certID api.ID, deployed Key) error {
 	defer s.hold()()
 	pending, _, err := s.pending(certID)
@@ -417,7 +408,7 @@ func (s *Store) Prune(certID api.ID, deployed Key) error {
 	}
 	previous, err := s.read(certID, Previous)
 	if err != nil {
-		return nil // there is none yet, or none that tells how far back to keep
+		return nil // without it nobody knows how far back to keep
 	}
 	defer previous.Clear()
 	first, ok := lastSent(pending, deployed.Signer.Public())
@@ -436,7 +427,7 @@ func (s *Store) Prune(certID api.ID, deployed Key) error {
 	return nil
 }
 
-// lastSent returns the sequence of the pending key with the given public key.
+// lastSent returns the highest sequence of the pending keys with the given public key.
 func lastSent(pending []pendingKey, public crypto.PublicKey) (sequence uint64, ok bool) {
 	for _, p := range slices.Backward(pending) {
 		if p.err == nil && pemutil.SamePublicKey(p.signer.Public(), public) {
@@ -446,7 +437,7 @@ func lastSent(pending []pendingKey, public crypto.PublicKey) (sequence uint64, o
 	return 0, false
 }
 
-// remove removes a pending key and what was set aside under its name.
+// remove removes a pending key and the damaged one that was set aside under its name.
 func (s *Store) remove(name string) error {
 	for _, name := range []string{name + damagedExt, name} {
 		if err := atomicfile.Remove(s.root, name); err != nil && !errors.Is(err, fs.ErrNotExist) {

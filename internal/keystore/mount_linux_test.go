@@ -22,7 +22,7 @@ func mount(t *testing.T, dir, options string) {
 
 // TestCannotTighten opens directories whose mode cannot be changed.
 func TestCannotTighten(t *testing.T) {
-	for mode, want := range map[string]string{"0700": "", "0750": "the group has access", "0701": "everybody has access"} {
+	for mode, want := range map[string]string{"0700": "", "0750": "the group has access", "0701": "every user has access"} {
 		t.Run(mode, func(t *testing.T) {
 			dir := t.TempDir()
 			mount(t, dir, "size=64k,mode="+mode)

@@ -17,30 +17,30 @@ import (
 )
 
 const (
-	// lockFile is locked while an agent runs, and says which one that is.
+	// lockFile is locked while an agent runs, and holds a description of that agent.
 	lockFile = ".lock"
 
 	// stateName is the default name of the state directory.
 	stateName = ".state"
 )
 
-// Owner is who opens a key directory.
+// Owner identifies the agent that opens a key directory.
 type Owner struct {
-	Agent    string // its id, for another one that finds the directory locked
+	Agent    string // agent id, for the error of another agent that finds the directory locked
 	StateDir string // absolute; may be in the key directory
 }
 
-// acquire takes the lock, which ends with the process, however that ends. Two
-// agents on one directory would overwrite, promote and prune each other's keys.
+// acquire takes the lock, which the kernel releases when the process ends. Two agents in the same
+// directory would overwrite, promote and prune each other's keys.
 func (s *Store) acquire(agent string) (err error) {
 	hostname, _ := os.Hostname()
 	s.lock, err = filelock.Take(s.root, lockFile, fmt.Sprintf("agent %s, process %d on host %s", agent, os.Getpid(), hostname))
 	if held, ok := errors.AsType[*filelock.HeldError](err); ok {
-		return fmt.Errorf("another agent uses this key directory: %s is %w; stop that first, or give this one a key directory of its own (-key-dir, CERTCTL_KEY_DIR)",
+		return fmt.Errorf("another agent uses this key directory: %s is %w; stop that agent first, or give this one its own key directory (-key-dir, CERTCTL_KEY_DIR)",
 			s.dir, held)
 	}
 	switch {
-	case err == nil, errors.Is(err, syscall.EROFS): // there is nothing to protect
+	case err == nil, errors.Is(err, syscall.EROFS): // nobody can write to a read-only directory
 		return nil
 	case filelock.Unsupported(err), errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
 		s.log.Warn("the key directory cannot be locked: make sure that no second agent uses it", "dir", s.dir, "error", err)
@@ -49,21 +49,21 @@ func (s *Store) acquire(agent string) (err error) {
 	return fmt.Errorf("lock the key directory %s: %w", s.dir, err)
 }
 
-// systemDirs are shared whether or not something is in them yet.
+// systemDirs count as used by others even if they are empty.
 var systemDirs = []string{"/", "/bin", "/boot", "/dev", "/etc", "/home", "/lib", "/media", "/mnt", "/opt", "/proc", "/root", "/run", "/sbin",
 	"/srv", "/sys", "/tmp", "/usr", "/var", "/etc/certctl", "/etc/nginx", "/etc/pki", "/etc/pki/tls", "/etc/pki/tls/private", "/etc/ssl",
 	"/etc/ssl/certs", "/etc/ssl/private", "/private", "/private/etc", "/private/tmp", "/private/var", "/run/lock", "/run/secrets", "/usr/local",
 	"/usr/local/etc", "/usr/share", "/var/lib", "/var/lock", "/var/run", "/var/tmp", "/Library", "/Users", "/Volumes"}
 
-// Inspect looks whether Open would refuse a key directory, since it would close
-// to others what they use. One that is closed already, or not there, is fine.
+// Inspect returns an error if Open would refuse the key directory, because closing it would lock
+// out other users. A directory that is closed already or does not exist is fine.
 func Inspect(dir string, owner Owner) error {
 	info, err := os.Stat(dir)
 	if err != nil || info.Mode().Perm()&0o077 == 0 {
-		return nil // what else is wrong is for Open to say
+		return nil // Open reports any other problem
 	}
 	refuse := func(what string) error {
-		return fmt.Errorf("the key directory %s is open to others (mode %04o) and %s, and the agent would close it to everybody else: give it a directory of its own (-key-dir, CERTCTL_KEY_DIR), or, if nobody else uses this one, run chmod 0700 on it",
+		return fmt.Errorf("the key directory %s is open to others (mode %04o) and %s, and the agent would close it to everybody else: give the agent its own directory (-key-dir, CERTCTL_KEY_DIR), or, if nobody else uses this one, run chmod 0700 on it",
 			dir, info.Mode().Perm(), what)
 	}
 	if resolved, err := filepath.EvalSymlinks(dir); err == nil && slices.Contains(systemDirs, resolved) {
@@ -96,8 +96,7 @@ func Inspect(dir string, owner Owner) error {
 	return nil
 }
 
-// isKeyFile reports whether a name is one of this package's. Fleets have
-// <certificate>.key.
+// isKeyFile reports whether name is one of this package's file names.
 func isKeyFile(name string) bool {
 	if name == lockFile || strings.HasPrefix(name, ".") && strings.HasSuffix(name, ".tmp") {
 		return true
@@ -111,16 +110,15 @@ func isKeyFile(name string) bool {
 	return false
 }
 
-// isArtifact reports whether a file system, or what mounts it, makes files of
-// this name in a directory: ext4, Kubernetes (..data), NFS, snapshots, macOS.
+// isArtifact reports whether file systems or operating systems create files of this name by
+// themselves: ext4, Kubernetes (..data), NFS, snapshots, macOS.
 func isArtifact(name string) bool {
 	return slices.Contains([]string{"lost+found", ".snapshot", ".snapshots", ".zfs", ".DS_Store", ".fseventsd", ".Spotlight-V100", ".Trashes"}, name) ||
 		strings.HasPrefix(name, "..") || strings.HasPrefix(name, ".nfs")
 }
 
-// readByOthers reports whether the mode of a file shows that somebody else uses
-// it: no agent has made such a key. A group of the agent's own may be that of a
-// volume.
+// readByOthers reports whether the mode of a file lets other users read it. The agent creates no
+// such key. It does not count the agent's own groups, one of which may be the group of a volume.
 func readByOthers(root *os.Root, name string) bool {
 	info, err := root.Stat(name)
 	if err != nil {

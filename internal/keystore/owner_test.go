@@ -74,7 +74,7 @@ func TestWithoutLocks(t *testing.T) {
 	defer second.Close()
 	key := pending(t, first, "cert-1", "job-1")
 	// As if it had looked for the job's key before that was made.
-	if _, err := second.keep("cert-1", "job-1", key.Signer); !errors.Is(err, fs.ErrExist) {
+	if _, err := second.store("cert-1", "job-1", key.Signer); !errors.Is(err, fs.ErrExist) {
 		t.Fatalf("a pending key was replaced: %v", err)
 	}
 	if again := pending(t, second, "cert-1", "job-1"); again.Fresh || !same(key, again) {
@@ -173,7 +173,7 @@ func TestNamelessOwner(t *testing.T) {
 	first := open(t, dir)
 	do(t, os.Truncate(filepath.Join(dir, lockFile), 0))
 	var text bytes.Buffer
-	if _, err := Open(Owner{}, dir, slog.New(slog.NewTextHandler(&text, nil))); err == nil || !strings.Contains(err.Error(), "a process that has not said which") {
+	if _, err := Open(Owner{}, dir, slog.New(slog.NewTextHandler(&text, nil))); err == nil || !strings.Contains(err.Error(), "an unknown process") {
 		t.Errorf("got %v", err)
 	}
 	do(t, first.Close())

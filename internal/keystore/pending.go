@@ -24,20 +24,18 @@ const (
 	pendingExt  = ".pending"
 	damagedExt  = ".damaged"
 
-	// tagLength is that of the part of a pending key's name that stands for
-	// its job, in hexadecimal digits.
+	// tagLength is the length of the job tag in the name of a pending key, in hexadecimal digits.
 	tagLength = 16
 
-	// sequenceHeader is a PEM header of pending keys: the order in which their
-	// CSRs were last sent. Time stamps would be wrong once the clock goes back
-	// or the directory is copied.
+	// sequenceHeader is the PEM header of a pending key with the order in which CSRs were last
+	// sent. Time stamps would be wrong after the clock is set back or the directory is copied.
 	sequenceHeader = "Sequence"
 )
 
 // errDamaged means that a file exists but is not a private key.
-var errDamaged = errors.New("it is no private key")
+var errDamaged = errors.New("it is not a private key")
 
-// pendingKey is a file of a pending key.
+// pendingKey is the file of a pending key.
 type pendingKey struct {
 	name     string
 	sequence uint64
@@ -45,20 +43,20 @@ type pendingKey struct {
 	err      error // why it could not be read; then only name is set
 }
 
-// key returns the key in the form that it has once it is current.
+// key returns the key, encoded as it will be once it is current.
 func (p pendingKey) key() (Key, error) {
 	data, err := pemutil.EncodeKey(p.signer)
 	return Key{Role: Pending, PEM: data, Signer: p.signer}, err
 }
 
-// pendingName is a function of the job's id alone, so that a restarted agent
-// finds the key again.
+// pendingName returns the name of a job's pending key. It depends on the ids alone, so that a
+// restarted agent finds the key again.
 func pendingName(certID, jobID api.ID) string {
 	return string(certID) + "." + fmt.Sprintf("%x", sha256.Sum256([]byte(jobID)))[:tagLength] + pendingExt
 }
 
-// pendingOwner returns the certificate whose pending key has that name. Names
-// are read from the right: a certificate id may hold dots.
+// pendingOwner returns the certificate of a pending key, given the name of its file. It parses the
+// name from the right, because a certificate id may contain dots.
 func pendingOwner(name string) (certID string, ok bool) {
 	rest, ok := strings.CutSuffix(name, pendingExt)
 	cut := len(rest) - tagLength - 1
@@ -68,9 +66,8 @@ func pendingOwner(name string) (certID string, ok bool) {
 	return rest[:cut], true
 }
 
-// pending returns the pending keys of a certificate in the order in which their
-// CSRs were last sent, those that cannot be read first; and how many pending
-// keys there are of all certificates.
+// pending returns the pending keys of a certificate, in the order in which their CSRs were last
+// sent and with the unreadable ones first, and the number of pending keys of all certificates.
 func (s *Store) pending(certID api.ID) (keys []pendingKey, total int, err error) {
 	names, err := s.names()
 	if err != nil {
@@ -95,9 +92,8 @@ func (s *Store) pending(certID api.ID) (keys []pendingKey, total int, err error)
 	return keys, total, nil
 }
 
-// names lists the key directory. It does not look at the files, as reading
-// directory entries through an os.Root does: there may be thousands, and every
-// renewal needs the list.
+// names lists the key directory. Unlike ReadDir through an os.Root, it does not call stat for each
+// file: there may be thousands, and every renewal needs the list.
 func (s *Store) names() ([]string, error) {
 	dir, err := s.root.Open(".")
 	if err != nil {
@@ -107,8 +103,8 @@ func (s *Store) names() ([]string, error) {
 	return dir.Readdirnames(-1)
 }
 
-// nextSequence returns a number above those of all keys given. A key that the
-// disk does not give right now could have any.
+// nextSequence returns a sequence above those of all given keys. It fails if the disk cannot read
+// one of them at present, because that key could have any sequence.
 func nextSequence(all []pendingKey) (uint64, error) {
 	last := uint64(0)
 	for _, p := range all {
@@ -132,16 +128,16 @@ func (s *Store) readPending(name string) (pendingKey, error) {
 	}
 	block, _ := pem.Decode(data)
 	defer clear(block.Bytes)
-	// 0 where there is no number: older than all others.
+	// Without a valid number the key counts as older than all others.
 	sequence, _ := strconv.ParseUint(block.Headers[sequenceHeader], 10, 64)
 	return pendingKey{name: name, sequence: sequence, signer: signer}, nil
 }
 
-// writePending writes a pending key by atomicfile.Create or atomicfile.WriteFile.
+// writePending writes a pending key with write, which is atomicfile.Create or atomicfile.WriteFile.
 func (s *Store) writePending(p pendingKey, write func(*os.Root, string, []byte, fs.FileMode) error) error {
 	plain, err := pemutil.EncodeKey(p.signer)
 	if err != nil {
-		return fmt.Errorf("keep the pending key %s: %w", p.name, err)
+		return fmt.Errorf("store the pending key %s: %w", p.name, err)
 	}
 	defer clear(plain)
 	block, _ := pem.Decode(plain)
@@ -150,7 +146,7 @@ func (s *Store) writePending(p pendingKey, write func(*os.Root, string, []byte, 
 	data := pem.EncodeToMemory(block)
 	defer clear(data)
 	if err := write(s.root, p.name, data, FileMode); err != nil {
-		return fmt.Errorf("keep the pending key %s: %w", p.name, err)
+		return fmt.Errorf("store the pending key %s: %w", p.name, err)
 	}
 	return nil
 }

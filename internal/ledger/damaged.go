@@ -13,18 +13,17 @@ import (
 const (
 	damagedExt = ".damaged"
 
-	// maxDamaged bounds the damaged records that are kept for a look at them.
-	// The oldest go.
+	// maxDamaged bounds the number of damaged records that are kept for a person to look at. The
+	// oldest are removed first.
 	maxDamaged = 16
 )
 
-// setAside takes a damaged record out of the way. The name of its file is the
-// hash of the job's id, so an id that is still found in it is certain. Then the
-// job is reported Failed: how far it came is not known, and the control plane
-// would wait for it without end.
+// setAside renames a damaged record out of the way. If the job's id can be salvaged from it,
+// setAside records the job as Failed: nobody knows how far it got, and the control plane would
+// otherwise wait for it forever.
 func (l *Ledger) setAside(name string, data []byte, cause error) {
 	id := salvageID(name, data)
-	l.log.Error("a record of the ledger is damaged and set aside",
+	l.log.Error("a record of the ledger is damaged and was set aside",
 		"file", path.Join(dir, name+damagedExt), "error", cause, "job", id)
 	if err := l.root.Rename(name, name+damagedExt); err != nil {
 		l.log.Error("a damaged record could not be set aside", "file", path.Join(dir, name), "error", err)
@@ -33,13 +32,14 @@ func (l *Ledger) setAside(name string, data []byte, cause error) {
 		return
 	}
 	failed := &api.JobStatus{Status: api.StatusFailed,
-		Error: fmt.Sprintf("the agent's record of this job was damaged on its disk (%v): how far the job came is not known", cause)}
+		Error: fmt.Sprintf("the agent's record of this job was damaged on disk (%v): how far the job got is unknown", cause)}
 	if err := l.save(l.reported(id, failed)); err != nil {
-		l.log.Error("the failure of a job could not be recorded: it is reported only if it arrives before the agent ends", "job", id, "error", err)
+		l.log.Error("the failure of a job could not be recorded: it is lost unless it is delivered before the agent stops", "job", id, "error", err)
 	}
 }
 
-// salvageID returns the id of the job whose record data was, or "".
+// salvageID returns the job id in a damaged record, or "" if it is not certain. The file's name is
+// the hash of the id, which confirms a candidate.
 func salvageID(name string, data []byte) api.ID {
 	for candidate := range bytes.SplitSeq(data, []byte(`"id":"`)) {
 		text, _, _ := bytes.Cut(candidate, []byte(`"`))

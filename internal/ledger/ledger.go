@@ -1,15 +1,14 @@
-// Package ledger remembers, across crashes, which jobs this agent has claimed
-// and which of its reports the control plane has not taken yet.
+// Package ledger remembers, across crashes, which jobs this agent has claimed and which reports the
+// control plane has not accepted yet.
 //
-// The control plane hands a deployment out once. So each claimed job has a
-// record on disk before anything is done with it, and keeps one until its last
-// report has been delivered or given up:
+// The control plane hands out a deployment only once. So each claimed job has a record on disk
+// before anything else happens to it. The record stays until the job's last report has been
+// delivered or given up:
 //
-//	claimed -> running -> finished, with its reports -> delivered, and gone
+//	claimed -> running -> finished, with reports -> delivered: record removed
 //
-// After a restart a job that is not finished is carried out again, which is
-// harmless, and one that is finished is only reported. A record holds the job
-// as it came from the control plane, never what the host's overlays add to it.
+// After a restart an unfinished job is carried out again, which is harmless, and a finished job is
+// only reported. A record holds the job as the control plane sent it, without the host's overlays.
 package ledger
 
 import (
@@ -32,16 +31,15 @@ import (
 const (
 	dir = "jobs"
 
-	// maxRecords bounds the jobs that can be in hand at once. No host has as
-	// many targets. At the bound new jobs are refused, not old ones forgotten.
+	// maxRecords bounds the number of jobs in the ledger. No host has that many targets. A full
+	// ledger refuses new jobs; it does not forget old ones.
 	maxRecords = 4096
 
-	// maxRefusals is what may come on top for reports on jobs that were never
-	// begun, so that a full ledger can still say that it is full.
+	// maxRefusals is the number of additional records for reports on jobs that were never begun,
+	// so that the agent can still report that the ledger is full.
 	maxRefusals = 4096
 
-	// maxBytes bounds all records together: memory holds them too. It is 4 KiB
-	// for each of maxRecords.
+	// maxBytes bounds all records together, on disk and in memory: 4 KiB for each of maxRecords.
 	maxBytes = 16 << 20
 )
 
@@ -50,43 +48,42 @@ type Report struct {
 	Verification *api.Verification `json:"verification,omitempty"`
 	Status       *api.JobStatus    `json:"status,omitempty"`
 
-	// Repeat marks a report that says once more, some time later, what the one
-	// before it has said.
+	// Repeat marks a report that repeats the one before it, some time later.
 	Repeat bool `json:"repeat,omitempty"`
 }
 
-// Refusal is a job that could not be recorded, and so must not be begun.
+// Refusal is a job that could not be recorded and so must not be begun.
 type Refusal struct {
 	Job api.Job
 	Err error
 }
 
-// Delivery is a report that the control plane has not taken yet.
+// Delivery is a report that the control plane has not accepted yet.
 type Delivery struct {
 	Job      api.ID
 	Report   Report
 	Recorded time.Time
 
-	seq, n uint64 // which claim of the job, and which of its reports
+	seq, n uint64 // number of the job's claim, and of the report in it
 }
 
-// Ledger is safe for concurrent use. What only reads never waits for the disk.
+// Ledger is safe for concurrent use. Methods that only read never wait for the disk.
 type Ledger struct {
 	root *os.Root
 	log  *slog.Logger
 
-	// busy is held while records are changed, on disk and then in memory. It is
-	// a channel of one because disks are slow.
+	// busy holds one element while records are changed, on disk and then in memory. It is a channel
+	// and not a mutex because it is held during disk access, which may be slow.
 	busy chan struct{}
 
-	mu      sync.Mutex // guards what follows; held for memory only
+	mu      sync.Mutex // guards the fields below; never held during disk access
 	records map[api.ID]*record
 	bytes   int // of all records as they are on disk
 	lastSeq uint64
 }
 
-// Open reads the records below the state directory. One that is damaged is set
-// aside and logged; its job is reported Failed where its id can still be told.
+// Open reads the records in the state directory. It sets damaged records aside, and records their
+// jobs as Failed if it can still tell their ids.
 func Open(state *os.Root, log *slog.Logger) (*Ledger, error) {
 	root, err := openDir(state)
 	if err != nil {
@@ -113,17 +110,17 @@ func openDir(state *os.Root) (*os.Root, error) {
 
 func (l *Ledger) Close() error { return l.root.Close() }
 
-// hold waits for its turn to change records.
+// hold waits for the right to change records.
 func (l *Ledger) hold() (release func()) {
 	l.busy <- struct{}{}
 	return func() { <-l.busy }
 }
 
-// Claim records deployments. Those accepted are on disk when it returns, and
-// are to be carried out now. Left out of both lists is a job that is in hand
-// already: it is not started twice, but one that has not begun takes on its
-// new form, which Job returns. A job that is finished here and claimed again is
-// new work: what was still to be reported of it is superseded.
+// Claim records deployments. The accepted ones are on disk when it returns, and must be carried out
+// now. Claim leaves jobs that are already in the ledger and unfinished out of both lists, because
+// they must not start twice. If such a job has not begun, its new form, which Job returns, replaces
+// the old one. A finished job that is claimed again is new work: it supersedes the undelivered
+// reports.
 func (l *Ledger) Claim(jobs []api.Job, now time.Time) (accepted []api.Job, refused []Refusal) {
 	defer l.hold()()
 	var staged []*record
@@ -153,7 +150,7 @@ func (l *Ledger) Claim(jobs []api.Job, now time.Time) (accepted []api.Job, refus
 	}
 	if err := atomicfile.SyncDir(l.root, "."); err != nil {
 		for _, r := range staged {
-			_ = l.root.Remove(fileName(r.Job.ID)) // it is reported as refused
+			_ = l.root.Remove(fileName(r.Job.ID)) // best effort: it is reported as refused
 			refused = append(refused, Refusal{r.Job, err})
 		}
 		return nil, refused
@@ -164,10 +161,10 @@ func (l *Ledger) Claim(jobs []api.Job, now time.Time) (accepted []api.Job, refus
 		switch {
 		case old == nil:
 		case old.State != finished:
-			l.log.Info("a job that waits here was handed out again: its new form replaces the old one", "job", r.Job.ID)
+			l.log.Info("a waiting job was handed out again: its new form replaces the old one", "job", r.Job.ID)
 			continue
 		default:
-			l.log.Warn("a finished job was handed out again: it is carried out again, and what was not delivered of it is dropped",
+			l.log.Warn("a finished job was handed out again: it is carried out again, and its undelivered reports are dropped",
 				"job", r.Job.ID, "undelivered", len(old.Reports))
 		}
 		accepted = append(accepted, r.Job)
@@ -175,7 +172,7 @@ func (l *Ledger) Claim(jobs []api.Job, now time.Time) (accepted []api.Job, refus
 	return accepted, refused
 }
 
-// admit makes the record of a claimed job, or none when it is in hand already
+// admit returns the record for a claimed job, or nil if the ledger has the unfinished job already
 // and nothing changes.
 func (l *Ledger) admit(job api.Job, now time.Time) (*record, error) {
 	r := &record{State: claimed, Claimed: now, Job: job}
@@ -190,21 +187,21 @@ func (l *Ledger) admit(job api.Job, now time.Time) (*record, error) {
 	return r, r.encode()
 }
 
-// room reports whether the ledger can take more records and bytes.
+// room returns an error if the ledger cannot take more records of size bytes in all.
 func (l *Ledger) room(more, size int) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if len(l.records)+more > maxRecords {
-		return fmt.Errorf("the agent has %d jobs in hand, its limit", maxRecords)
+		return fmt.Errorf("the agent's ledger is full: it holds %d jobs", maxRecords)
 	}
 	if l.bytes+size > maxBytes {
-		return fmt.Errorf("the jobs that the agent has in hand take %d bytes, its limit is %d", l.bytes, maxBytes)
+		return fmt.Errorf("the agent's ledger is full: its jobs take %d of %d bytes", l.bytes, maxBytes)
 	}
 	return nil
 }
 
-// Start notes that a job has begun. A job that begins again, because its last
-// try could not, costs the disk nothing.
+// Start records that a job has begun. If a retry begins in the same process, it does not write to
+// disk.
 func (l *Ledger) Start(job api.ID) error {
 	if r := l.get(job); r != nil && r.State == running && r.begun {
 		return nil
@@ -220,9 +217,9 @@ func (l *Ledger) Job(id api.ID) (job api.Job, ok bool) {
 	return api.Job{}, false
 }
 
-// Finish records the outcome of a job: the reports to deliver, in order. When
-// it returns an error the outcome is known to this process only: the reports
-// are delivered all the same, but after a crash the job is carried out again.
+// Finish records the outcome of a job: the reports to deliver, in order. If it returns an error,
+// the outcome exists in memory only: the reports are delivered all the same, but after a crash the
+// job is carried out again.
 func (l *Ledger) Finish(job api.ID, reports []Report) error {
 	if len(reports) == 0 {
 		return fmt.Errorf("finish job %s: an outcome has at least one report", job)
@@ -230,19 +227,18 @@ func (l *Ledger) Finish(job api.ID, reports []Report) error {
 	now := time.Now()
 	return l.change("finish", job, func(r *record) {
 		r.State = finished
-		// The reports need no more of the job; a configuration may hold secrets.
+		// Keep only what the reports need, because the configuration may hold secrets.
 		r.Job = api.Job{ID: r.Job.ID, Type: r.Job.Type, CertificateID: r.Job.CertificateID, TargetID: r.Job.TargetID}
 		r.Reports = entries(reports, now)
 	})
 }
 
-// change applies one step to an unfinished job, in memory also when the disk
-// refuses it.
+// change applies a step to an unfinished job. If the disk fails, the step still holds in memory.
 func (l *Ledger) change(step string, job api.ID, apply func(*record)) error {
 	defer l.hold()()
 	old := l.get(job)
 	if old == nil || old.State == finished {
-		return fmt.Errorf("%s job %s: the ledger holds no such unfinished job", step, job)
+		return fmt.Errorf("%s job %s: the ledger has no such unfinished job", step, job)
 	}
 	r := *old
 	apply(&r)
@@ -252,20 +248,19 @@ func (l *Ledger) change(step string, job api.ID, apply func(*record)) error {
 	return nil
 }
 
-// Report records the terminal report on a job that was never begun. It
-// supersedes the undelivered reports of an earlier claim. A job that is in hand
-// is left alone: it ends with a report of its own.
+// Report records the final report on a job that was never begun. It supersedes the undelivered
+// reports of an earlier claim. It ignores an unfinished job, which will end with its own report.
 func (l *Ledger) Report(job api.ID, status api.JobStatus) error {
 	defer l.hold()()
 	switch old := l.get(job); {
 	case old == nil && l.count() >= maxRecords+maxRefusals:
-		return fmt.Errorf("record a report on job %s: the ledger holds %d records already, its limit", job, l.count())
+		return fmt.Errorf("record a report on job %s: the ledger is full: it holds %d records", job, l.count())
 	case old == nil:
 	case old.State != finished:
-		l.log.Warn("a refusal was not recorded because the job is in hand", "job", job)
+		l.log.Warn("a refusal was not recorded because the job is still unfinished", "job", job)
 		return nil
 	default:
-		l.log.Warn("a newer report on a job supersedes what was not delivered of it", "job", job, "undelivered", len(old.Reports))
+		l.log.Warn("a newer report on a job supersedes its undelivered reports", "job", job, "undelivered", len(old.Reports))
 	}
 	if err := l.save(l.reported(job, &status)); err != nil {
 		return fmt.Errorf("record a report on job %s: %w", job, err)
@@ -273,6 +268,7 @@ func (l *Ledger) Report(job api.ID, status api.JobStatus) error {
 	return nil
 }
 
+// Unfinished lists the jobs that are not finished, in the order of their claims.
 func (l *Ledger) Unfinished() []api.Job {
 	var jobs []api.Job
 	for _, r := range l.sorted() {
@@ -283,8 +279,8 @@ func (l *Ledger) Unfinished() []api.Job {
 	return jobs
 }
 
-// Undelivered lists the reports to deliver. Those of one job stand in the order
-// in which they are to arrive.
+// Undelivered lists the undelivered reports. Those of one job are in the order in which they must
+// arrive.
 func (l *Ledger) Undelivered() []Delivery {
 	var all []Delivery
 	for _, r := range l.sorted() {
@@ -293,7 +289,7 @@ func (l *Ledger) Undelivered() []Delivery {
 	return all
 }
 
-// UndeliveredOf lists the reports on one job to deliver, in order.
+// UndeliveredOf lists the undelivered reports on one job, in order.
 func (l *Ledger) UndeliveredOf(job api.ID) []Delivery {
 	if r := l.get(job); r != nil {
 		return r.deliveries()
@@ -301,17 +297,16 @@ func (l *Ledger) UndeliveredOf(job api.ID) []Delivery {
 	return nil
 }
 
-// Delivered notes that the control plane has taken a report. The last one of a
-// job removes its record. A delivery that a newer claim has superseded is none
-// of the job's any more, and changes nothing.
+// Delivered records that the control plane has accepted a report. After a job's last report it
+// removes the job's record. It does nothing if a newer claim has superseded the delivery.
 func (l *Ledger) Delivered(d Delivery) error {
 	if err := l.removeReport(d); err != nil {
-		return fmt.Errorf("note the delivery of a report on job %s: %w", d.Job, err)
+		return fmt.Errorf("record the delivery of a report on job %s: %w", d.Job, err)
 	}
 	return nil
 }
 
-// Drop gives a report up, for the reason given. Logging that is the caller's.
+// Drop gives up a report, for the given reason. The caller logs that.
 func (l *Ledger) Drop(d Delivery, reason string) error {
 	if err := l.removeReport(d); err != nil {
 		return fmt.Errorf("drop a report on job %s (%s): %w", d.Job, reason, err)
@@ -319,7 +314,7 @@ func (l *Ledger) Drop(d Delivery, reason string) error {
 	return nil
 }
 
-// removeReport removes a report, and with the last one of a job its record.
+// removeReport removes a report, and the job's record with the last one.
 func (l *Ledger) removeReport(d Delivery) error {
 	defer l.hold()()
 	old := l.get(d.Job)
@@ -335,11 +330,11 @@ func (l *Ledger) removeReport(d Delivery) error {
 	if err := atomicfile.Remove(l.root, fileName(d.Job)); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return nil // the disk was full when it was to be written
+	return nil // it may never have been written, on a full disk
 }
 
-// save makes a record durable and takes it over in memory. What the disk
-// refuses still holds there, for as long as the process lives.
+// save stores a record durably on disk, and in memory. If the disk fails, the record still holds
+// for as long as the process lives.
 func (l *Ledger) save(r *record) error {
 	err := r.encode()
 	if err == nil {
@@ -355,8 +350,8 @@ func (l *Ledger) get(id api.ID) *record {
 	return l.records[id]
 }
 
-// put takes a record over. Records are never changed in place, so a caller
-// that has an older one can go on reading it.
+// put stores a record in memory. Records are never changed in place, so callers may go on reading
+// an older one.
 func (l *Ledger) put(r *record) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -408,7 +403,7 @@ func (l *Ledger) load() error {
 		switch {
 		case path.Ext(name) == damagedExt:
 		case !isFileName(name) || !file.Type().IsRegular():
-			l.log.Warn("a file in the ledger's directory is no record of it and is left alone", "file", path.Join(dir, name))
+			l.log.Warn("a file in the ledger's directory is not a record and is ignored", "file", path.Join(dir, name))
 		default:
 			l.loadFile(name)
 		}
@@ -416,13 +411,12 @@ func (l *Ledger) load() error {
 	if err := l.pruneDamaged(); err != nil {
 		return err
 	}
-	// A process that was killed may not have come as far as this with a record
-	// that is about to be relied on.
+	// The process that wrote a record may have been killed before it synced the directory.
 	return atomicfile.SyncDir(l.root, ".")
 }
 
-// loadFile takes one record over, or sets it aside. One that the disk does not
-// give is left there: the others must not wait for it.
+// loadFile loads one record, or sets it aside if it is damaged. It skips a record that cannot be
+// read, because the other jobs must not wait for it.
 func (l *Ledger) loadFile(name string) {
 	data, err := readBounded(l.root, name)
 	if err != nil {
@@ -431,7 +425,7 @@ func (l *Ledger) loadFile(name string) {
 	}
 	r, err := decode(data)
 	if err == nil && fileName(r.Job.ID) != name {
-		err = fmt.Errorf("it is the record of another job, %s", r.Job.ID)
+		err = fmt.Errorf("it belongs to another job, %s", r.Job.ID)
 	}
 	if err != nil {
 		l.setAside(name, data, err)

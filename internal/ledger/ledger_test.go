@@ -242,7 +242,7 @@ func TestSteps(t *testing.T) {
 		"start of an unknown job": l.Start("job-9"), "start of a finished job": l.Start("job-1"),
 		"finish of an unknown job": l.Finish("job-9", outcome("")), "second finish": l.Finish("job-1", outcome("")),
 	} {
-		if err == nil || !strings.Contains(err.Error(), "holds no such unfinished job") {
+		if err == nil || !strings.Contains(err.Error(), "has no such unfinished job") {
 			t.Errorf("%s: %v, want that the ledger holds no such job", name, err)
 		}
 	}
@@ -272,8 +272,8 @@ func TestBounds(t *testing.T) {
 	}{
 		{"too large", full(0, 0), large, "the limit is 262144"},
 		{"no JSON", full(0, 0), broken, "encode"},
-		{"too many", full(maxRecords, 0), deployment("job-1"), "has 4096 jobs in hand"},
-		{"too many bytes", full(2, maxBytes/2), deployment("job-1"), "its limit is 16777216"},
+		{"too many", full(maxRecords, 0), deployment("job-1"), "it holds 4096 jobs"},
+		{"too many bytes", full(2, maxBytes/2), deployment("job-1"), "of 16777216 bytes"},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -384,7 +384,7 @@ func TestOlderRecords(t *testing.T) {
 	} {
 		all := l.UndeliveredOf(id)
 		if len(all) != 1 || all[0].Report.Status == nil || all[0].Report.Status.Status != api.StatusFailed ||
-			!strings.Contains(all[0].Report.Status.Error, "was damaged on its disk "+want) {
+			!strings.Contains(all[0].Report.Status.Error, "was damaged on disk "+want) {
 			t.Errorf("reports on %s: %+v, want Failed with %q", id, all, want)
 		}
 		if _, err := os.Stat(filepath.Join(dir, "jobs", fileName(id)+damagedExt)); err != nil {

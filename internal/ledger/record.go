@@ -17,8 +17,8 @@ import (
 const (
 	version = 1
 
-	// maxRecord bounds one record. A job is a few hundred bytes; the largest
-	// part, target_config, is written by an operator in a form field.
+	// maxRecord bounds one record, in bytes. A job has a few hundred bytes. Its largest part,
+	// target_config, is typed by an operator.
 	maxRecord = 256 << 10
 )
 
@@ -30,7 +30,7 @@ const (
 	finished state = "finished"
 )
 
-// record is what is known of one job. The tagged fields are its form on disk.
+// record is what the ledger knows of one job. The fields with tags are on disk.
 type record struct {
 	Seq     uint64    `json:"seq"` // order of claim
 	State   state     `json:"state"`
@@ -45,7 +45,7 @@ type record struct {
 
 // entry is an undelivered report.
 type entry struct {
-	N        uint64    `json:"n"` // its number among those of the job
+	N        uint64    `json:"n"` // its number among the job's reports
 	Recorded time.Time `json:"recorded"`
 	Report
 }
@@ -65,7 +65,7 @@ func entries(reports []Report, now time.Time) []entry {
 	return all
 }
 
-// reported is the record of a job of which nothing is left to do but one report.
+// reported returns the record of a finished job with a single report.
 func (l *Ledger) reported(id api.ID, status *api.JobStatus) *record {
 	now := time.Now()
 	return &record{Seq: l.nextSeq(), State: finished, Claimed: now, Job: api.Job{ID: id},
@@ -85,8 +85,8 @@ func (r *record) encode() error {
 	if err != nil {
 		return fmt.Errorf("encode the record: %w", err)
 	}
-	// Encoding the body again as a part of the envelope leaves it as it is: it
-	// is compact and escaped already.
+	// Encoding the envelope does not change the bytes of body, which is compact and escaped
+	// already.
 	r.data, err = json.Marshal(envelope{Version: version, SHA256: digest(body), Record: body})
 	if err != nil {
 		return fmt.Errorf("encode the record: %w", err)
@@ -97,7 +97,7 @@ func (r *record) encode() error {
 	return nil
 }
 
-// decode reads a record file and checks all that the rest relies on.
+// decode decodes a record file and checks everything that the rest of the package relies on.
 func decode(data []byte) (*record, error) {
 	if len(data) > maxRecord {
 		return nil, fmt.Errorf("it is larger than %d bytes", maxRecord)
@@ -107,7 +107,7 @@ func decode(data []byte) (*record, error) {
 		return nil, err
 	}
 	if e.Version != version {
-		return nil, fmt.Errorf("format version %d is not %d", e.Version, version)
+		return nil, fmt.Errorf("its format version is %d, not %d", e.Version, version)
 	}
 	if digest(e.Record) != e.SHA256 {
 		return nil, errors.New("its checksum does not match")
@@ -130,7 +130,7 @@ func (r *record) check() error {
 	}
 	for _, e := range r.Reports {
 		if (e.Status == nil) == (e.Verification == nil) {
-			return errors.New("a report is neither of a status nor of a verification")
+			return errors.New("a report does not have exactly one of status and verification")
 		}
 	}
 	return nil
@@ -138,8 +138,8 @@ func (r *record) check() error {
 
 func digest(data []byte) string { return fmt.Sprintf("%x", sha256.Sum256(data)) }
 
-// fileName is the name of a job's record. A hash, so that ids which differ only
-// in case stay apart on every file system.
+// fileName returns the name of a job's record. It is a hash, so that ids that differ only in case
+// get different files on every file system.
 func fileName(id api.ID) string { return digest([]byte(id))[:32] + ".json" }
 
 func isFileName(name string) bool {
@@ -147,7 +147,7 @@ func isFileName(name string) bool {
 	return isRecord && len(hash) == 32 && strings.Trim(hash, "0123456789abcdef") == ""
 }
 
-// sameJob reports whether two jobs are the same on disk.
+// sameJob reports whether two jobs have the same form on disk.
 func sameJob(a, b api.Job) bool {
 	first, err := json.Marshal(a)
 	second, err2 := json.Marshal(b)
@@ -160,6 +160,6 @@ func readBounded(root *os.Root, name string) ([]byte, error) {
 		return nil, err
 	}
 	defer file.Close()
-	// One byte more than allowed shows decode that it is too large.
+	// One byte above the limit lets decode see that the file is too large.
 	return io.ReadAll(io.LimitReader(file, maxRecord+1))
 }

@@ -1,6 +1,6 @@
-// Package namelock serialises work by name: one holder at a time for each. Unlike
-// a sync.Mutex, one can stop waiting for a lock, and waiting for it does not
-// stop virtual time in a testing/synctest bubble.
+// Package namelock has locks with names, each with one holder at a time. Unlike with a sync.Mutex,
+// a caller can stop waiting for a lock, and waiting does not stop virtual time in a
+// testing/synctest bubble.
 package namelock
 
 import (
@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// Table hands out the locks. The zero value is ready. It remembers only names
-// that are held or waited for.
+// Table holds the locks. The zero value is ready to use. It has entries only for names that are
+// held or waited for.
 type Table struct {
 	mu    sync.Mutex // guards locks; never held while waiting
 	locks map[string]*lock
@@ -22,8 +22,8 @@ type lock struct {
 	users int           // holders and waiters
 }
 
-// Acquire waits for the lock of name. The release that it returns may be
-// called more than once. When ctx ends first, Acquire returns its cause.
+// Acquire waits for the lock of name and returns a function that releases it, which may be called
+// more than once. If ctx ends first, Acquire returns its cause.
 func (t *Table) Acquire(ctx context.Context, name string) (release func(), err error) {
 	l := t.join(name)
 	select {
@@ -47,8 +47,8 @@ func (t *Table) Try(name string) (release func(), ok bool) {
 	}
 }
 
-// Held is for how long the present holder has had the lock of name, 0 if nobody
-// has it or waits for it.
+// Held returns how long the present holder has had the lock of name. It returns 0 if nobody holds
+// the lock or waits for it.
 func (t *Table) Held(name string) time.Duration {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -1,6 +1,5 @@
-// Package printable makes text that came from elsewhere (an error body, the
-// output of a command, a server's greeting) fit to stand in one line of a log,
-// an error or a terminal.
+// Package printable makes untrusted text, such as an error body, the output of a command or a
+// server's greeting, safe to print in a log, an error or a terminal.
 package printable
 
 import (
@@ -13,17 +12,16 @@ import (
 
 const ellipsis = "…"
 
-// Line returns text on one line, in at most limit bytes of UTF-8. Every run
-// of white space, line breaks too, becomes one space, and whatever else does not
-// print becomes U+FFFD: control characters (so that no terminal escape acts),
-// invalid UTF-8, and format characters (so that a bidirectional override cannot
-// make a line read as another). What does not fit is cut, and an ellipsis says
-// so.
+// Line returns text on one line, in at most limit bytes of UTF-8. It turns each run of white space,
+// including line breaks, into one space. It replaces all other unprintable characters by U+FFFD:
+// control characters, because terminals act on escape sequences; invalid UTF-8; and format
+// characters, because a bidirectional override can make a line look like another. It ends text that
+// it cuts with an ellipsis.
 func Line[T ~string | ~[]byte](text T, limit int) string {
 	var out strings.Builder
 	fits := 0 // bytes of out that leave room for the ellipsis
 	space := false
-	for _, r := range string(text) { // an invalid byte reads as utf8.RuneError
+	for _, r := range string(text) { // an invalid byte yields utf8.RuneError
 		if unicode.IsSpace(r) {
 			space = out.Len() > 0
 			continue
@@ -48,7 +46,7 @@ func Line[T ~string | ~[]byte](text T, limit int) string {
 	return out.String()
 }
 
-// Quote quotes a text from outside for an error: one line, of bounded length.
+// Quote returns untrusted text quoted for an error: on one line, and of bounded length.
 func Quote(text string) string {
 	const most = 120
 	if len(text) > most {
@@ -60,8 +58,8 @@ func Quote(text string) string {
 // IsControl reports whether r is an ASCII control character.
 func IsControl(r rune) bool { return r < ' ' || r == 0x7f }
 
-// Text is Line for text of several lines, such as the output of a command of
-// ours: line ends, tabs and blanks stay, and nothing is cut.
+// Text is like Line for text of several lines, such as the output of the agent's own commands. It
+// keeps line ends, tabs and blanks, and cuts nothing.
 func Text(text string) string {
 	return strings.Map(func(r rune) rune { // an invalid byte is utf8.RuneError here
 		if r == '\n' || r == '\t' || unicode.IsPrint(r) {
@@ -71,8 +69,9 @@ func Text(text string) string {
 	}, text)
 }
 
-// Writer passes on what Text makes of each write. A write ends at the end of a
-// character, as those of package fmt do. Escapes of our own go to Out itself.
+// Writer applies Text to each write and passes the result to Out. A write must not split a
+// character; those of package fmt do not. The program's own escape sequences must be written to Out
+// directly.
 type Writer struct{ Out io.Writer }
 
 func (w Writer) Write(data []byte) (int, error) {

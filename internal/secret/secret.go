@@ -8,19 +8,18 @@ import (
 
 const redacted = "[redacted]"
 
-// String is a secret that redacts itself wherever it is formatted, logged or
-// marshalled. Only Reveal gives the value out, so that a reader can find every
-// use of it by that name.
+// String is a secret that redacts itself wherever it is formatted, logged or marshalled. Only
+// Reveal returns the value, so that every use of it can be found by that name.
 //
-// It points to the value, since fmt calls no methods on what is in an
-// unexported field, and prints it as it is; of a pointer it prints the address.
-// So two are compared with Equal, never with ==.
+// The value is behind a pointer, because fmt calls no methods on unexported fields of other types
+// and prints a plain string there as it is; of a pointer it prints the address. So compare Strings
+// with Equal, not with ==.
 type String struct{ value *string }
 
 // New wraps value.
 func New(value string) String { return String{&value} }
 
-// Reveal returns the secret itself.
+// Reveal returns the value of the secret.
 func (s String) Reveal() string {
 	if s.value == nil {
 		return ""
@@ -28,16 +27,16 @@ func (s String) Reveal() string {
 	return *s.value
 }
 
-// IsZero reports whether there is no secret.
+// IsZero reports whether the secret is empty.
 func (s String) IsZero() bool { return s.Reveal() == "" }
 
-// Equal compares two secrets in time that does not depend on where they differ.
+// Equal reports whether two secrets are equal, in a time that does not depend on where they differ.
 func (s String) Equal(other String) bool {
 	return subtle.ConstantTimeCompare([]byte(s.Reveal()), []byte(other.Reveal())) == 1
 }
 
-// String returns a placeholder, or "" when there is no secret: whether one is
-// set is no secret, and the first thing an operator asks.
+// String returns a placeholder, or "" if the secret is empty. Whether it is set is not
+// confidential, and the first thing that an operator asks.
 func (s String) String() string {
 	if s.IsZero() {
 		return ""
@@ -45,14 +44,14 @@ func (s String) String() string {
 	return redacted
 }
 
-// GoString is String, for %#v.
+// GoString returns the placeholder, for %#v.
 func (s String) GoString() string { return s.String() }
 
-// LogValue is String, for log/slog.
+// LogValue returns the placeholder, for log/slog.
 func (s String) LogValue() slog.Value { return slog.StringValue(s.String()) }
 
-// MarshalJSON is String, quoted.
+// MarshalJSON returns the placeholder, quoted.
 func (s String) MarshalJSON() ([]byte, error) { return []byte(`"` + s.String() + `"`), nil }
 
-// MarshalText is String, for encoders that prefer text.
+// MarshalText returns the placeholder, for encoders that prefer text.
 func (s String) MarshalText() ([]byte, error) { return []byte(s.String()), nil }

@@ -1,5 +1,5 @@
-// Package statedir opens the directory in which one agent keeps its state, and
-// makes sure that it is the only one there and on the machine that it was.
+// Package statedir opens the directory in which an agent keeps its state. It makes sure that no
+// other agent uses the directory, and detects when it has been copied from another machine.
 package statedir
 
 import (
@@ -20,7 +20,7 @@ const (
 	lockFile    = "lock"
 	machineFile = "machine"
 
-	// maxMachine bounds what is read of the latter: a hash.
+	// maxMachine bounds the size of machineFile, in bytes. It holds a hash.
 	maxMachine = 1 << 10
 )
 
@@ -29,20 +29,18 @@ type Dir struct {
 	Path string
 	Root *os.Root
 
-	// Cloned tells that the state was written on another machine: this one is
-	// probably a copy of that one, and both now act as the same agent.
+	// Cloned means that the state was written on another machine. This machine is probably a copy
+	// of that one, and both act as the same agent.
 	Cloned bool
 
 	lock *filelock.Lock
 }
 
-// Open makes path and everything above it that is missing, 0700 and durably,
-// locks it, and removes what a crash left half written. The lock ends with the
-// process, however that ends.
+// Open creates path and its missing parents durably, with mode 0700. It locks the directory and
+// removes files that a crash left half-written. The kernel releases the lock when the process ends.
 //
-// machineID identifies this machine, such as the content of /etc/machine-id;
-// it is kept only as a hash together with agentID. Empty: not known, and the
-// state is not tied to a machine.
+// machineID identifies this machine, for example the content of /etc/machine-id. It is stored only
+// as a hash, together with agentID. If it is empty, the state is not tied to a machine.
 func Open(path, agentID, machineID string) (*Dir, error) {
 	if err := atomicfile.MkdirAll(path); err != nil {
 		return nil, fmt.Errorf("make the state directory: %w", err)
@@ -57,7 +55,7 @@ func Open(path, agentID, machineID string) (*Dir, error) {
 	d := &Dir{Path: path, Root: root}
 	err = d.acquire()
 	if err == nil {
-		err = atomicfile.Sweep(root) // under the lock nobody else writes here
+		err = atomicfile.Sweep(root) // safe: the lock keeps other writers out
 	}
 	if err == nil {
 		err = d.identify(agentID, machineID)
@@ -69,7 +67,7 @@ func Open(path, agentID, machineID string) (*Dir, error) {
 	return d, nil
 }
 
-// tighten takes access from everybody else: backups hold private keys.
+// tighten removes the access of other users, because backups hold private keys.
 func tighten(path string) error {
 	info, err := os.Stat(path)
 	if err != nil {
@@ -87,7 +85,7 @@ func tighten(path string) error {
 func (d *Dir) acquire() (err error) {
 	d.lock, err = filelock.Take(d.Root, lockFile, "")
 	if _, held := errors.AsType[*filelock.HeldError](err); held {
-		return fmt.Errorf("another agent is running with this state directory: %s; stop it first, or give this one a state directory of its own (CERTCTL_STATE_DIR)", d.Path)
+		return fmt.Errorf("another agent is running with this state directory: %s; stop it first, or give this one its own state directory (CERTCTL_STATE_DIR)", d.Path)
 	}
 	if err != nil {
 		return fmt.Errorf("lock the state directory %s: %w", d.Path, err)
@@ -95,7 +93,8 @@ func (d *Dir) acquire() (err error) {
 	return nil
 }
 
-// identify compares the machine with the one that wrote the state.
+// identify sets Cloned if another machine wrote the state. It records the machine if none is
+// recorded.
 func (d *Dir) identify(agentID, machineID string) error {
 	machineID = strings.TrimSpace(machineID)
 	if machineID == "" {
@@ -107,22 +106,22 @@ func (d *Dir) identify(agentID, machineID string) error {
 	case errors.Is(err, fs.ErrNotExist), err == nil && len(was) == 0:
 		return atomicfile.WriteFile(d.Root, machineFile, []byte(want+"\n"), 0o600)
 	case err != nil:
-		return fmt.Errorf("read whose state this is: %w", err)
+		return fmt.Errorf("read which machine wrote this state: %w", err)
 	}
 	d.Cloned = strings.TrimSpace(string(was)) != want
 	return nil
 }
 
-// maxSiblings bounds the directories that Abandoned looks at.
+// maxSiblings bounds the number of directories that Abandoned checks.
 const maxSiblings = 100
 
-// Abandoned lists the state directories beside path with which no agent runs: of
-// an agent id or a control plane that this host had before. It changes nothing.
+// Abandoned lists the state directories beside path that no running agent uses: this host once had
+// another agent id or control plane. It changes nothing.
 func Abandoned(path string) []string {
 	base, own := filepath.Split(path)
 	entries, err := os.ReadDir(base)
 	if err != nil {
-		return nil // there is none yet
+		return nil // not created yet
 	}
 	var left []string
 	for _, entry := range entries[:min(len(entries), maxSiblings)] {
@@ -134,6 +133,7 @@ func Abandoned(path string) []string {
 	return left
 }
 
+// Close releases the lock and the directory.
 func (d *Dir) Close() {
 	d.lock.Close()
 	d.Root.Close()

@@ -18,7 +18,7 @@ func TestTrustOfACL(t *testing.T) {
 	}
 	dir := t.TempDir()
 	must(t, os.WriteFile(filepath.Join(dir, "file"), []byte("x"), 0o600))
-	for acl, want := range map[string]string{"user:4242:rwx": "which others can write (mode 0775)", "user:4242:r-x": ""} {
+	for acl, want := range map[string]string{"user:4242:rwx": "which others can write to (mode 0775)", "user:4242:r-x": ""} {
 		must(t, os.Chmod(dir, 0o755))
 		if out, err := exec.Command(needs.Need(t, "setfacl"), "--modify", acl, dir).CombinedOutput(); err != nil {
 			t.Skipf("no access control lists in %s: %v, %s", dir, err, out)

@@ -2,5 +2,5 @@
 
 package trustedfile
 
-// hasACL reports false: elsewhere a list does not show in the bits of the mode.
+// hasACL returns false: on other systems an access control list does not change the mode bits.
 func hasACL(string) bool { return false }

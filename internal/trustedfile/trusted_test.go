@@ -41,7 +41,7 @@ func TestTrust(t *testing.T) {
 		{"readable by the agent's group", fileInfo{0o640, 0, own}, "", ""},
 		{"readable by another group", fileInfo{0o640, 0, 54321}, "can be read by others", ""},
 	} {
-		warning, err := trust(test.info, euid)
+		warning, err := checkFile(test.info, euid)
 		if !strings.Contains(warning, test.wantWarn) || test.wantWarn == "" && warning != "" {
 			t.Errorf("%s: warning %q, want %q", test.name, warning, test.wantWarn)
 		}
@@ -82,8 +82,8 @@ func TestTrustOfDirectories(t *testing.T) {
 	must(t, os.WriteFile(filepath.Join(open, "below", "file"), []byte("x"), 0o600))
 	tests := []struct{ name, path, want string }{
 		{"closed", closed + "/file", ""},
-		{"open to all", open + "/file", "is in the directory " + open + ", which others can write (mode 0777)"},
-		{"above", open + "/below/file", "is in the directory " + open + ", which others can write"},
+		{"open to all", open + "/file", "is in the directory " + open + ", which others can write to (mode 0777)"},
+		{"above", open + "/below/file", "is in the directory " + open + ", which others can write to"},
 		{"sticky", sticky + "/file", ""},
 		{"by a link into an open one", link(closed, "to-open", open+"/file"), "is in the directory " + open},
 		{"by a link out of an open one", link(open, "to-closed", "../closed/file"), "is in the directory " + open},
@@ -105,11 +105,11 @@ func TestTrustOfDirectories(t *testing.T) {
 		must(t, os.WriteFile(theirs, []byte("x"), 0o600))
 		must(t, os.Chown(theirs, 4242, 0))
 		tests = append(tests, []struct{ name, path, want string }{
-			{"open to a group", group + "/file", "is in the directory " + group + ", which others can write (mode 0775)"},
+			{"open to a group", group + "/file", "is in the directory " + group + ", which others can write to (mode 0775)"},
 			{"open to root's group", roots + "/file", ""},
 			{"another user's directory", foreign + "/file", "is in the directory " + foreign + " of user 4242"},
-			{"another user's link in a sticky one", strange, "is reached by the link " + strange + " of user 4242"},
-			{"another user's file", theirs, "belongs to user 4242, neither root nor the agent's own (0): chown it (a file that is mounted into a container keeps its owner on the host)"},
+			{"another user's link in a sticky one", strange, "is reached through the symlink " + strange + " of user 4242"},
+			{"another user's file", theirs, "belongs to user 4242, who is neither root nor the agent's user (0): chown it (a file that is mounted into a container keeps the owner that it has on the host)"},
 		}...)
 	}
 	for _, test := range tests {

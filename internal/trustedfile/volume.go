@@ -7,21 +7,20 @@ import (
 	"certctl-agent/internal/hostfile"
 )
 
-// maxMounts bounds what is read of the table of mounts, in bytes. A node of
-// Kubernetes with hundreds of pods has 1 MiB.
+// maxMounts bounds the size of the mount table, in bytes. On a Kubernetes node with hundreds of
+// pods it has 1 MiB.
 const maxMounts = 8 << 20
 
-// isConfigMap reports whether dir is a Kubernetes ConfigMap that is mounted into
-// this container. Kubernetes makes such a directory with mode 0777 and without
-// the sticky bit, but mounts it read-only, and keeps it where only root of the
-// node can enter.
+// isConfigMap reports whether dir is a Kubernetes ConfigMap mounted into this container. Kubernetes
+// creates such a directory with mode 0777 and without the sticky bit, but mounts it read-only, and
+// keeps it where only root of the node has access.
 func isConfigMap(dir string) bool {
 	table, _, err := hostfile.Read("/proc/self/mountinfo", maxMounts) // only Linux has it
 	return err == nil && mountsConfigMap(string(table), dir)
 }
 
-// mountsConfigMap looks dir up in a table of mounts (proc_pid_mountinfo(5)). The
-// last mount at a place hides earlier ones.
+// mountsConfigMap looks dir up in a mount table (proc_pid_mountinfo(5)). The last mount at a path
+// hides the earlier ones.
 func mountsConfigMap(table, dir string) bool {
 	const (
 		rootField  = 3 // the directory of the mounted file system

@@ -24,7 +24,7 @@ func TestConfigMap(t *testing.T) {
 	}
 	t.Cleanup(func() { syscall.Unmount(place, syscall.MNT_DETACH) })
 	file := filepath.Join(place, "ca.pem")
-	if _, _, _, err := Read(file, 100); err == nil || !strings.Contains(err.Error(), "which others can write") {
+	if _, _, _, err := Read(file, 100); err == nil || !strings.Contains(err.Error(), "which others can write to") {
 		t.Errorf("writable: got error %v", err)
 	}
 	must(t, syscall.Mount("", place, "", syscall.MS_BIND|syscall.MS_REMOUNT|syscall.MS_RDONLY, ""))

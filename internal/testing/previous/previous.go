@@ -1,11 +1,10 @@
-// Package previous puts hosts into a test's directory as the version before left
-// them, so that tests can take them over.
+// Package previous recreates hosts as the previous version of the agent left them, so that tests
+// can upgrade them.
 //
-// A file of testdata holds one host. It has sections, each with a header of what
-// it is, and of the mode and the path of the file: "before" is one of the host as
-// it was left, "after" one of what the version before made of it when it was
-// started there, and "recovery" what it said of that. The newline at the end of
-// each section belongs to the format.
+// Each file in testdata holds one host, in sections. The header of a section has its kind, and the
+// mode and the path of a file. "before" is a file of the host as it was left. "after" is a file as
+// the previous version left it when it was started there, and "recovery" is what that version
+// reported. The newline at the end of each section belongs to the format.
 package previous
 
 import (
@@ -25,7 +24,7 @@ import (
 	"certctl-agent/internal/hostfile"
 )
 
-// base is where every host was. All its files belonged to user and group 0.
+// base is the path of every host's files, all of which belonged to user and group 0.
 const base = "/srv/previous"
 
 // File is one file of a host.
@@ -34,16 +33,16 @@ type File struct {
 	Data string
 }
 
-// Files are a host, by paths relative to its base.
+// Files are the files of a host, by their paths relative to base.
 type Files map[string]File
 
-// Host is what one file of testdata holds.
+// Host is a host from testdata.
 type Host struct {
 	Recovery      string // JSON
 	Before, After Files
 }
 
-// Read reads a host.
+// Read reads a host from the file name.
 func Read(t *testing.T, name string) Host {
 	t.Helper()
 	text, err := os.ReadFile(name)
@@ -75,9 +74,8 @@ func Read(t *testing.T, name string) Host {
 	return h
 }
 
-// Moved are the files as they would be if the host had been at dir and had
-// belonged to dir's owner. A record in an envelope gets the checksum of its new
-// bytes, after that of the old ones has been checked.
+// Moved returns the files as if the host had been at dir and had belonged to dir's owner. It checks
+// the checksum of each record in an envelope, and replaces it by that of the new bytes.
 func (f Files) Moved(t *testing.T, dir string) Files {
 	t.Helper()
 	info, err := os.Stat(dir)
@@ -89,7 +87,7 @@ func (f Files) Moved(t *testing.T, dir string) Files {
 		data := strings.ReplaceAll(file.Data, base, dir)
 		if strings.HasPrefix(file.Data, `{"version":1,"sha256":`) {
 			if sum, record := open(t, file.Data); sum != digest(record) {
-				t.Fatalf("%s is not as it was written", name)
+				t.Fatalf("%s has a wrong checksum", name)
 			}
 			_, record := open(t, data)
 			record = bytes.ReplaceAll(record, []byte(`"uid":0,"gid":0`), owner)
@@ -100,7 +98,7 @@ func (f Files) Moved(t *testing.T, dir string) Files {
 	return moved
 }
 
-// open takes a record of the journal or the ledger out of its envelope.
+// open returns the checksum and the record in an envelope of the journal or the ledger.
 func open(t *testing.T, data string) (sum string, record []byte) {
 	t.Helper()
 	var envelope struct {
@@ -116,8 +114,7 @@ func digest(data []byte) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// Write puts the files into dir. Directories that are missing are made for the
-// owner alone.
+// Write writes the files into dir. It creates missing directories with mode 0700.
 func (f Files) Write(t *testing.T, dir string) {
 	t.Helper()
 	for name, file := range f {
@@ -128,7 +125,7 @@ func (f Files) Write(t *testing.T, dir string) {
 	}
 }
 
-// In are the files in dir.
+// In returns the files in dir.
 func In(t *testing.T, dir string) Files {
 	t.Helper()
 	files := make(Files)
@@ -151,7 +148,7 @@ func In(t *testing.T, dir string) Files {
 	return files
 }
 
-// Temporaries are the names of those files that the agent makes to rename them.
+// Temporaries returns the names of the agent's temporary files.
 func (f Files) Temporaries() (names []string) {
 	for name := range f {
 		if strings.HasPrefix(filepath.Base(name), ".certctl-") {
