@@ -20,7 +20,7 @@ import (
 	"certctl-agent/internal/policy"
 )
 
-// locked holds the lock of a directory as another program would.
+// locked locks a directory as another program would.
 func locked(t *testing.T, path string) (unlock func()) {
 	t.Helper()
 	f, err := os.Open(path)
@@ -29,8 +29,8 @@ func locked(t *testing.T, path string) (unlock func()) {
 	return func() { f.Close() }
 }
 
-// torn leaves a world as a crash between two renames does: its key is new, its
-// certificate old.
+// torn leaves the world as a crash between two renames would: with a new key and an old
+// certificate.
 func (w world) torn(t *testing.T) {
 	t.Helper()
 	w.crash(t, func(s Step) bool { return s.Op == "rename" && s.to == w.path("site/cert.pem") })
@@ -39,9 +39,8 @@ func (w world) torn(t *testing.T) {
 	}
 }
 
-// TestRecoverUntilSettled: a directory is locked while the agent starts. Until
-// its target is settled jobs for it wait, and it is settled without another
-// start or job.
+// TestRecoverUntilSettled starts the agent while a directory is locked. Jobs of the target wait
+// until it is recovered, and that takes neither a restart nor a job.
 func TestRecoverUntilSettled(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
@@ -62,11 +61,11 @@ func TestRecoverUntilSettled(t *testing.T) {
 		for range 2 {
 			_, err = s.deploy(t.Context(), w.renewal())
 			if _, busy := errors.AsType[*BusyError](err); !busy {
-				t.Errorf("a deployment on top of it: %v, want one that can be tried again", err)
+				t.Errorf("a deployment on top of it: %v, want a BusyError", err)
 			}
 			err = s.Settle(t.Context(), "t1", "")
 			if _, busy := errors.AsType[*BusyError](err); !busy || !strings.Contains(err.Error(), "site") {
-				t.Errorf("before a deployment: %v, want one that can be tried again", err)
+				t.Errorf("before a deployment: %v, want a BusyError", err)
 			}
 			if err := s.Repair(t.Context(), t.Context()); err == nil || !strings.Contains(err.Error(), "another deployment or another program holds it") {
 				t.Errorf("while the lock is held: %v", err)
@@ -82,8 +81,8 @@ func TestRecoverUntilSettled(t *testing.T) {
 	})
 }
 
-// TestSettleDuringReload: the files are in place again, and the server's command
-// takes its time. That is no dead mount.
+// TestSettleDuringReload checks that a slow reload command, after the files are back in place, is
+// not taken for a dead mount.
 func TestSettleDuringReload(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
@@ -107,7 +106,7 @@ func TestSettleDuringReload(t *testing.T) {
 	})
 }
 
-// TestRepairAfterInputError: so does a disk that failed once.
+// TestRepairAfterInputError checks that recovery is retried after a disk has failed once.
 func TestRepairAfterInputError(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
@@ -145,8 +144,8 @@ func TestTransient(t *testing.T) {
 	}
 }
 
-// TestDeadMount: one target's file system does not answer. The start goes on,
-// other targets too, its own waits, and all is well when it answers again.
+// TestDeadMount has one target on a file system that does not answer. The agent starts, other
+// targets are deployed, that one waits, and it is recovered once the file system answers again.
 func TestDeadMount(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
@@ -181,7 +180,7 @@ func TestDeadMount(t *testing.T) {
 		}
 		err = s.Settle(t.Context(), "t2", w.path("keys/c1.key"))
 		if _, busy := errors.AsType[*BusyError](err); !busy {
-			t.Errorf("a job with the key that it put in place: %v", err)
+			t.Errorf("a job with the key that it promoted: %v", err)
 		}
 		check(t, s.Settle(t.Context(), "t2", w.path("keys/c2.key")))
 		check(t, os.Mkdir(w.path("other"), 0o755))
@@ -192,7 +191,7 @@ func TestDeadMount(t *testing.T) {
 			t.Errorf("another target: %v", err)
 		}
 
-		// The agent stops, and does not wait for it.
+		// The agent stops without waiting for it.
 		stopped, stop := context.WithCancel(t.Context())
 		time.AfterFunc(time.Second, stop)
 		began = time.Now()
@@ -210,7 +209,7 @@ func TestDeadMount(t *testing.T) {
 	})
 }
 
-// TestInterrupted: it tells of another agent's transaction, and leaves it alone.
+// TestInterrupted checks that Interrupted lists another agent's deployment and changes nothing.
 func TestInterrupted(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
@@ -234,8 +233,8 @@ func TestInterrupted(t *testing.T) {
 	}
 }
 
-// TestContested: a file that the recovery of another target has yet to put back
-// is not replaced: recovery would take it for somebody's own.
+// TestContested checks that a file that the recovery of another target has yet to restore is not
+// replaced: that recovery would take it for the work of a person.
 func TestContested(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
@@ -245,7 +244,7 @@ func TestContested(t *testing.T) {
 	tx.Target, tx.Promotion = "t2", nil
 	_, err := s.deploy(t.Context(), tx)
 	if _, busy := errors.AsType[*BusyError](err); !busy || !strings.Contains(err.Error(), "target t1 was interrupted") {
-		t.Errorf("got %v, want one that can be tried again", err)
+		t.Errorf("got %v, want a BusyError", err)
 	}
 	check(t, s.Repair(t.Context(), t.Context()))
 	w.want(t, false, "old")
@@ -254,7 +253,7 @@ func TestContested(t *testing.T) {
 	}
 }
 
-// TestRepairPanics: a bug costs one try, not the agent.
+// TestRepairPanics checks that a panic fails one try and does not end the agent.
 func TestRepairPanics(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
@@ -268,8 +267,8 @@ func TestRepairPanics(t *testing.T) {
 	w.want(t, false, "old")
 }
 
-// TestYield: a transaction that waits for a directory gives its place away, and
-// ends its wait with what it is given for that.
+// TestYield checks that a deployment that waits for a directory yields its job slot, and waits with
+// the context that it gets for that.
 func TestYield(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
@@ -282,7 +281,7 @@ func TestYield(t *testing.T) {
 			return wait(t.Context())
 		}
 
-		// In the line of this process nobody fails.
+		// Nobody fails who waits for a deployment of the same process.
 		d, err := resolveDir(w.path("site"))
 		check(t, err)
 		defer d.Close()
@@ -291,11 +290,11 @@ func TestYield(t *testing.T) {
 		began := time.Now()
 		_, err = s.deploy(t.Context(), tx)
 		if _, busy := errors.AsType[*BusyError](err); !busy || yields != 1 || time.Since(began) != stuckAfter {
-			t.Errorf("got %v after %v, gave its place away %d times", err, time.Since(began), yields)
+			t.Errorf("got %v after %v, yielded %d times", err, time.Since(began), yields)
 		}
 		began = time.Now()
 		if _, err := s.deploy(t.Context(), tx); err == nil || yields != 2 || time.Since(began) != 0 {
-			t.Errorf("the second: got %v after %v, gave its place away %d times", err, time.Since(began), yields)
+			t.Errorf("the second: got %v after %v, yielded %d times", err, time.Since(began), yields)
 		}
 		h.release()
 		h, err = s.lock(t.Context(), []*dir{d}, nil)
@@ -304,17 +303,17 @@ func TestYield(t *testing.T) {
 		time.AfterFunc(stuckAfter/2, h.release)
 		began = time.Now()
 		if _, err := s.deploy(t.Context(), tx); err != nil || yields != 2 || time.Since(began) != stuckAfter/2 {
-			t.Errorf("got %v after %v, gave its place away %d times", err, time.Since(began), yields)
+			t.Errorf("got %v after %v, yielded %d times", err, time.Since(began), yields)
 		}
 
-		// Somebody else may never end.
+		// Another program may hold the lock forever.
 		unlock := locked(t, w.path("site"))
 		defer unlock()
-		tx.Files[0].Data = []byte("another") // or nothing is to be done
+		tx.Files[0].Data = []byte("another") // otherwise everything would be up to date
 		began = time.Now()
 		_, err = s.deploy(t.Context(), tx)
 		if _, busy := errors.AsType[*BusyError](err); busy || err == nil || yields != 3 || time.Since(began) != lockWait {
-			t.Errorf("got %v after %v, gave its place away %d times", err, time.Since(began), yields)
+			t.Errorf("got %v after %v, yielded %d times", err, time.Since(began), yields)
 		}
 
 		tx.Yield = func(wait func(context.Context) error) error {
@@ -325,7 +324,7 @@ func TestYield(t *testing.T) {
 		began = time.Now()
 		_, err = s.deploy(t.Context(), tx)
 		if _, busy := errors.AsType[*BusyError](err); !busy || time.Since(began) != time.Second {
-			t.Errorf("the agent stops: got %v after %v", err, time.Since(began))
+			t.Errorf("when the agent stops: got %v after %v", err, time.Since(began))
 		}
 
 		tx.Yield = func(wait func(context.Context) error) error {
@@ -335,13 +334,13 @@ func TestYield(t *testing.T) {
 		}
 		_, err = s.deploy(t.Context(), tx)
 		if _, busy := errors.AsType[*BusyError](err); !busy || !errors.Is(err, context.Canceled) {
-			t.Errorf("the agent stops before the transaction has its place again: got %v", err)
+			t.Errorf("when the agent stops before the deployment has a slot again: got %v", err)
 		}
 	})
 }
 
-// holding has another process lock a directory until the test ends. With PASS
-// the process that took the lock is gone when it returns.
+// holding makes another process lock a directory until the test ends. With PASS, the process that
+// took the lock has exited when holding returns.
 func holding(t *testing.T, environment ...string) {
 	t.Helper()
 	in, end, err := os.Pipe()
@@ -356,7 +355,7 @@ func holding(t *testing.T, environment ...string) {
 	out.Close()
 	t.Cleanup(func() {
 		end.Close()
-		io.Copy(io.Discard, answer) // until all have ended
+		io.Copy(io.Discard, answer) // until all of them have exited
 		answer.Close()
 	})
 	if line, err := bufio.NewReader(answer).ReadString('\n'); line != "locked\n" {

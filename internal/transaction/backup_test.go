@@ -35,14 +35,14 @@ func TestRetention(t *testing.T) {
 	}
 }
 
-// version is a certificate's file, one of many.
+// version returns the i-th version of a certificate's file.
 func version(i int) []byte {
 	before, _ := pairs()
 	return fmt.Appendf(bytes.Clone(before.cert), "# %d\n", i)
 }
 
-// TestBackupModes: from the state directory down nobody else can look in, also
-// where a directory was there before, with another mode.
+// TestBackupModes checks that only the agent has access below the state directory, even if a
+// directory existed before with another mode.
 func TestBackupModes(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
@@ -60,11 +60,11 @@ func TestBackupModes(t *testing.T) {
 		return nil
 	}))
 	if seen < 8 {
-		t.Errorf("looked at %d files only", seen)
+		t.Errorf("checked only %d files", seen)
 	}
 }
 
-// TestPruneIncomplete: a set without a manifest was cut off, and is not counted.
+// TestPruneIncomplete checks that a set without a manifest, which is incomplete, does not count.
 func TestPruneIncomplete(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	for _, name := range []string{"00000007-20260101T000000Z", "00000008-20260101T000000Z"} {

@@ -16,7 +16,7 @@ import (
 	"certctl-agent/internal/testing/needs"
 )
 
-// elsewhere is a target that is not a file of this host: values by name.
+// elsewhere is a target that is not a file of this host. It has values by name.
 type elsewhere struct {
 	values map[string]string
 	calls  []string
@@ -29,8 +29,7 @@ func (s *elsewhere) call(name string) error {
 	return s.fail[name]
 }
 
-// remote replaces one value. It is made anew for each deployment, as connectors
-// make theirs.
+// remote replaces one value. Each deployment gets a new one, as from a connector.
 type remote struct {
 	at        *elsewhere
 	name, new string
@@ -48,7 +47,7 @@ func (r *remote) Read(context.Context) ([]byte, bool, error) {
 
 func (r *remote) Write(context.Context) error {
 	err := r.at.call("write " + r.name)
-	r.at.values[r.name] = r.new // the answer to a request that was carried out may be lost
+	r.at.values[r.name] = r.new // even if it fails: the answer to a successful request may be lost
 	return err
 }
 
@@ -64,7 +63,7 @@ func (r *remote) Restore(_ context.Context, was []byte) error {
 
 func (r *remote) Finish(context.Context) error { return r.at.call("finish " + r.name) }
 
-// remoteRenewal is the renewal of a world with two changes behind its files.
+// remoteRenewal returns the renewal with two changes after its files.
 func (w world) remoteRenewal(at *elsewhere, value string) Transaction {
 	tx := w.renewal()
 	tx.Changes = []connector.Change{&remote{at, "/a/one", value}, &remote{at, "two", value}}
@@ -165,8 +164,8 @@ func TestChangeRollBack(t *testing.T) {
 	}
 }
 
-// TestUndoIsSaved: what undoes a change is on disk, for the agent alone, before
-// the change is made.
+// TestUndoIsSaved checks that the old value of a change is on disk, readable by the agent alone,
+// before the change is made.
 func TestUndoIsSaved(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
@@ -194,7 +193,7 @@ func TestUndoIsSaved(t *testing.T) {
 	s := w.mustStore(t, func(s Step) error {
 		if s.Op == "change" && s.Path == "/a/one" {
 			if looked = true; saved() == "" {
-				t.Error("the change is made, and what undoes it is not saved")
+				t.Error("the change is made before its old value is saved")
 			}
 			journal, err := os.ReadFile(w.path("state/journal/t1.json"))
 			if err != nil || !strings.Contains(string(journal), "/a/one") || strings.Contains(string(journal), "a secret") {
@@ -208,10 +207,10 @@ func TestUndoIsSaved(t *testing.T) {
 	}
 }
 
-// errKilled stands for a process that has ended: nothing happens any more.
+// errKilled stands for the end of the process: no later step happens.
 var errKilled = errors.New("killed")
 
-// killAt makes a hook with which nothing happens from the n-th step on.
+// killAt returns a hook that lets nothing happen from the n-th step on.
 func killAt(n int) func(Step) error {
 	return func(Step) error {
 		if n--; n < 0 {
@@ -221,8 +220,8 @@ func killAt(n int) func(Step) error {
 	}
 }
 
-// TestChangesKilled kills a deployment with changes at every step. The next one
-// either succeeds, or fails and then everything is as it was before the first.
+// TestChangesKilled kills a deployment with changes at every step. The next deployment either
+// succeeds, or fails and restores everything as it was before the first.
 func TestChangesKilled(t *testing.T) {
 	killed, owed := 0, 0
 	for n := 0; ; n++ {
@@ -294,11 +293,11 @@ func TestChangesKilled(t *testing.T) {
 	}
 	t.Logf("killed %d deployments, %d of them with a change made", killed, owed)
 	if owed == 0 {
-		t.Error("no deployment was killed behind a change")
+		t.Error("no deployment was killed after a change")
 	}
 }
 
-// inPart is a change of two calls, of which Read sees the first alone.
+// inPart is a Change that takes two calls. Read sees only the first.
 type inPart struct {
 	remote
 	between func() error
@@ -313,8 +312,8 @@ func (c *inPart) Write(context.Context) error {
 	return nil
 }
 
-// TestChangeInPart: a change that was killed in the middle is made again,
-// although Read finds nothing to do.
+// TestChangeInPart checks that a Change that was killed half-way is made again, although Read finds
+// nothing to do.
 func TestChangeInPart(t *testing.T) {
 	for _, was := range []map[string]string{{"one": "old"}, {}} {
 		w := newWorld(t, t.TempDir())
@@ -347,8 +346,8 @@ func TestChangeInPart(t *testing.T) {
 	}
 }
 
-// TestStale: a plan that was made from what is no longer there is made again,
-// and not for ever.
+// TestStale checks that a plan is made again if the file that it was made from has changed, but not
+// forever.
 func TestStale(t *testing.T) {
 	for _, times := range []int{1, maxPlans} {
 		w := newWorld(t, t.TempDir())
@@ -375,8 +374,7 @@ func TestStale(t *testing.T) {
 	}
 }
 
-// TestOneStore: many targets have entries in one file, and all are deployed at
-// once.
+// TestOneStore deploys many targets at once that have entries in the same file.
 func TestOneStore(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.write(t, "site/store", []byte("store:"), 0o644)
@@ -400,12 +398,11 @@ func TestOneStore(t *testing.T) {
 	}
 }
 
-// TestOneChange: several targets replace the same thing elsewhere, and all are
-// deployed at once.
+// TestOneChange deploys several targets at once that replace the same remote value.
 func TestOneChange(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	e := w.mustStore(t, nil)
-	at := &elsewhere{values: make(map[string]string)} // which nothing guards
+	at := &elsewhere{values: make(map[string]string)} // without a lock of its own
 	const targets = 8
 	errs := make(chan error, targets)
 	for i := range targets {
@@ -424,7 +421,7 @@ func TestOneChange(t *testing.T) {
 	}
 	for i, want := range slices.Repeat([]string{"write two", "write one", "finish two", "finish one"}, targets) {
 		if at.calls[i] != want {
-			t.Fatalf("calls %q: two deployments were at it at once", at.calls)
+			t.Fatalf("calls %q: two deployments overlap", at.calls)
 		}
 	}
 	if at.values["one"] != at.values["two"] {

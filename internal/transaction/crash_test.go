@@ -16,14 +16,14 @@ import (
 	"certctl-agent/internal/testing/needs"
 )
 
-// A scenario is one way through a transaction. Each is crashed at every step.
+// A scenario is one course of a deployment. Tests crash it at every step.
 type scenario struct {
 	name  string
 	kill  bool // for TestKilled too
-	first bool // nothing is in place before
+	first bool // nothing was in place before
 	tx    func(w world) Transaction
 	fault func(w world) func(Step) error // nil: none
-	want  string                         // condition at its end
+	want  string                         // condition at the end
 }
 
 var scenarios = []scenario{
@@ -57,7 +57,7 @@ func (sc scenario) prepare(t testing.TB, w world) {
 	}
 }
 
-// run runs the scenario to its end or to an error from before.
+// run runs the scenario to its end, or until before returns an error.
 func (sc scenario) run(w world, before func(Step) error) error {
 	s, err := w.store(sc.hook(w, before))
 	if err != nil {
@@ -69,7 +69,7 @@ func (sc scenario) run(w world, before func(Step) error) error {
 	return err
 }
 
-// hook calls before for each step that the scenario's own fault lets happen.
+// hook calls before for each step that the scenario's own fault permits.
 func (sc scenario) hook(w world, before func(Step) error) func(Step) error {
 	return func(s Step) error {
 		if sc.fault != nil {
@@ -81,8 +81,8 @@ func (sc scenario) hook(w world, before func(Step) error) func(Step) error {
 	}
 }
 
-// recovered recovers a crashed world and checks it, and deploys once more if
-// it is asked to.
+// recovered recovers a crashed world and checks the result. If again is set, it also checks the
+// next deployment.
 func (sc scenario) recovered(w world, again bool) error {
 	s, err := w.store(sc.hook(w, func(Step) error { return nil }))
 	if err != nil {
@@ -131,7 +131,7 @@ func TestKilled(t *testing.T) {
 	t.Run("at", func(t *testing.T) {
 		for i, sc := range scenarios {
 			if !sc.kill {
-				continue // the power cuts cover what is different in it
+				continue // TestPowerCut covers what is different in it
 			}
 			steps := 0
 			w := newWorld(t, needs.MemoryDir(t))
@@ -163,7 +163,7 @@ func TestKilled(t *testing.T) {
 	t.Logf("killed a process at %d steps", states.Load())
 }
 
-// pemOf hands a pair to a child, which must not make its own.
+// pemOf passes a pair to a child, which must not make its own.
 func pemOf(which int) string {
 	before, after := pairs()
 	m := []material{before, after}[which]

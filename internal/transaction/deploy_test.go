@@ -16,7 +16,7 @@ import (
 	"certctl-agent/internal/testing/needs"
 )
 
-// deploy runs one transaction in a new Engine.
+// deploy carries out one deployment.
 func (w world) deploy(t *testing.T, tx Transaction) (Result, error) {
 	t.Helper()
 	return w.mustStore(t, nil).deploy(t.Context(), tx)
@@ -62,7 +62,7 @@ func TestDeploy(t *testing.T) {
 			t.Errorf("journal still holds %v", got)
 		}
 
-		// Again: nothing is written and nothing runs but the verification.
+		// The second time, nothing is written and only the verification runs.
 		ran = nil
 		wrote := 0
 		s.disk.before = func(s Step) error {
@@ -79,8 +79,8 @@ func TestDeploy(t *testing.T) {
 	}
 }
 
-// TestUnchangedButNotServed: files that are right and not in use are a reason
-// to reload, not to fail for ever.
+// TestUnchangedButNotServed checks that files that are up to date but not in use lead to a reload,
+// and not to endless failures.
 func TestUnchangedButNotServed(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	s := w.mustStore(t, nil)
@@ -157,14 +157,14 @@ func TestRollBack(t *testing.T) {
 				t.Errorf("ran %q, want %q", got, test.runs)
 			}
 			if got := w.backups(t); len(got) > 0 {
-				t.Errorf("backups left of what is in place: %v", got)
+				t.Errorf("backups left after the rollback: %v", got)
 			}
 		})
 	}
 }
 
-// TestReloadOwed: a reload that a rollback could not do is remembered, and
-// keeps the target from counting as clean.
+// TestReloadOwed checks that a reload that failed after a rollback is remembered, and that the
+// target is not clean until it is done.
 func TestReloadOwed(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
@@ -182,10 +182,10 @@ func TestReloadOwed(t *testing.T) {
 		t.Fatalf("got error %v after %d reloads", err, reloads)
 	}
 	if err := s.Repair(t.Context(), t.Context()); err == nil {
-		t.Error("a reload that failed is no error")
+		t.Error("no error for a failed reload")
 	}
 
-	// A transaction that fails before it changes anything does not lose it.
+	// A deployment that fails before it changes anything keeps the reload owed.
 	s.disk.before = func(s Step) error {
 		if s.Op == "create" && strings.HasPrefix(s.Path, w.path("site")) {
 			return errors.New("disk is gone")
@@ -208,8 +208,8 @@ func TestReloadOwed(t *testing.T) {
 	w.want(t, false, "old")
 }
 
-// TestCancelled cancels the context at each step. Whatever the moment, what is
-// in place is all old, or all new and reported so.
+// TestCancelled cancels the context at each step. Afterwards either everything is old, or
+// everything is new and Deploy has reported success.
 func TestCancelled(t *testing.T) {
 	cause := errors.New("the agent is stopping")
 	for at := 1; ; at++ {
@@ -242,8 +242,8 @@ func TestCancelled(t *testing.T) {
 	}
 }
 
-// TestFailingStep lets each step fail by itself, and also everything from it
-// on: then nothing can be put back, and the error says where the backups are.
+// TestFailingStep makes each step fail, alone and together with all later ones. In the second case
+// the rollback fails too, and the error names the backups.
 func TestFailingStep(t *testing.T) {
 	for _, forever := range []bool{false, true} {
 		for at := 1; ; at++ {
@@ -269,7 +269,7 @@ func TestFailingStep(t *testing.T) {
 			case err == nil && got != "new" || err != nil && !isBroken && got != "old":
 				t.Errorf("step %d, forever %t: error %v, in place: %s", at, forever, err, got)
 			case isBroken && !forever:
-				t.Errorf("step %d: one failure was too much: %v", at, err)
+				t.Errorf("step %d: a single failure broke the rollback: %v", at, err)
 			case isBroken:
 				for _, name := range []string{"1-c1.key", "2-key.pem", "3-cert.pem", "manifest.json"} {
 					if _, err := os.Stat(broken.Backups + "/" + name); err != nil {
@@ -277,7 +277,7 @@ func TestFailingStep(t *testing.T) {
 					}
 				}
 			}
-			// Either way the next start finds its way back.
+			// In both cases the next start recovers.
 			if err := (scenario{}).recovered(w, true); err != nil {
 				t.Errorf("step %d, forever %t: %v", at, forever, err)
 			}
@@ -335,8 +335,8 @@ func TestRefusedBeforeAnythingIsTouched(t *testing.T) {
 	}
 }
 
-// TestFirstWithKey: the key store had a key and the server nothing. A rollback
-// leaves no backup of that key either.
+// TestFirstWithKey deploys to a server that has nothing, while the key store has a key. A rollback
+// leaves no backup of that key.
 func TestFirstWithKey(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	before, _ := pairs()
@@ -348,15 +348,15 @@ func TestFirstWithKey(t *testing.T) {
 		t.Errorf("got error %v", err)
 	}
 	if got, _ := os.ReadFile(w.path("keys/c1.key")); !bytes.Equal(got, before.key) {
-		t.Error("the current key is another one")
+		t.Error("the current key has changed")
 	}
 	if sets, left := w.backups(t), w.leftovers(); len(sets)+len(left) > 0 {
 		t.Errorf("left behind: %v %v", sets, left)
 	}
 }
 
-// TestKeepOthers: what a renewal does not replace is taken from the file that is
-// read under the lock, and never through a link that others made.
+// TestKeepOthers checks that the blocks that a renewal keeps come from the file as it is under the
+// lock, and never through a link that others have made.
 func TestKeepOthers(t *testing.T) {
 	const others = "-----BEGIN DH PARAMETERS-----\nMAA=\n-----END DH PARAMETERS-----\n"
 	before, after := pairs()
@@ -375,7 +375,7 @@ func TestKeepOthers(t *testing.T) {
 		}
 	}
 
-	// Somebody puts another file in place while the transaction waits.
+	// Another program replaces the file while the deployment waits.
 	w.write(t, "site/cert.pem", before.cert, 0o644)
 	s := w.mustStore(t, nil)
 	release, err := acquire(t.Context(), &s.targets, "t1", lockWait, nil)
@@ -392,7 +392,7 @@ func TestKeepOthers(t *testing.T) {
 	}
 }
 
-// TestKeep: a file that a server watches is replaced by itself.
+// TestKeep checks that a file that a server only watches is replaced by a copy of itself.
 func TestKeep(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.write(t, "site/watched", []byte("an operator's own"), 0o604)
@@ -415,7 +415,7 @@ func TestKeep(t *testing.T) {
 	for _, data := range []string{"ours", "ours too"} {
 		tx.Files[len(tx.Files)-1].Data = []byte(data)
 		if _, err := w.deploy(t, tx); err != nil {
-			t.Errorf("without a file of the operator's: %v", err)
+			t.Errorf("without a file of the operator: %v", err)
 		}
 		if got, _ := os.ReadFile(w.path("site/watched")); string(got) != data {
 			t.Errorf("holds %q, want %q", got, data)
@@ -423,7 +423,7 @@ func TestKeep(t *testing.T) {
 	}
 }
 
-// TestWarnings: what a transaction that succeeds has to say is not lost.
+// TestWarnings checks that the warnings of a successful deployment are returned.
 func TestWarnings(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	s := w.mustStore(t, func(s Step) error {
@@ -438,8 +438,8 @@ func TestWarnings(t *testing.T) {
 	}
 }
 
-// TestWarningsOfUnchanged: what a plan warns of is as true of a target that has
-// everything already, but for caveats of the change.
+// TestWarningsOfUnchanged checks that a plan's warnings are returned even if nothing changes, but
+// not its caveats, which concern the change.
 func TestWarningsOfUnchanged(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	tx := w.renewal()
@@ -456,8 +456,8 @@ func TestWarningsOfUnchanged(t *testing.T) {
 	}
 }
 
-// TestChangedMeanwhile: what someone else writes between the look and the
-// rename is not lost.
+// TestChangedMeanwhile checks that a file that another program writes between inspect and swap is
+// not lost.
 func TestChangedMeanwhile(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
@@ -478,8 +478,8 @@ func TestChangedMeanwhile(t *testing.T) {
 	}
 }
 
-// TestOneAtATime: the second transaction of a target waits, and gives up with
-// its context.
+// TestOneAtATime checks that a second deployment to a target waits, and gives up when its context
+// ends.
 func TestOneAtATime(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	s := w.mustStore(t, nil)

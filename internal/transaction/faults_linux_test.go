@@ -19,15 +19,15 @@ import (
 	"certctl-agent/internal/policy"
 )
 
-// inNamespace runs the calling test once more in a child with mounts of its
-// own, and reports false in the parent, which is then done.
+// inNamespace runs the calling test again in a child with its own mount namespace. It returns false
+// in the parent, where the test is then done.
 func inNamespace(t *testing.T) bool {
 	t.Helper()
 	if !root() {
 		t.Skip("needs to mount: run as root")
 	}
 	if os.Getenv("FILESET_MOUNTS") != "" {
-		// Without this the mounts would show in the parent's namespace too.
+		// Otherwise the mounts would appear in the parent's namespace too.
 		check(t, syscall.Mount("", "/", "", syscall.MS_REC|syscall.MS_PRIVATE, ""))
 		return true
 	}
@@ -36,7 +36,7 @@ func inNamespace(t *testing.T) bool {
 	child.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
 	out, err := child.CombinedOutput()
 	if errors.Is(err, syscall.EPERM) {
-		t.Skipf("this host lets nobody make a mount namespace: %v", err)
+		t.Skipf("this host does not permit mount namespaces: %v", err)
 	}
 	if err != nil || !bytes.Contains(out, []byte("--- PASS")) {
 		t.Errorf("in the child: %v\n%s", err, out)
@@ -44,7 +44,7 @@ func inNamespace(t *testing.T) bool {
 	return false
 }
 
-// TestMountedFile: a real file mounted onto a destination, as containers do.
+// TestMountedFile mounts a file onto a destination, as containers do.
 func TestMountedFile(t *testing.T) {
 	if !inNamespace(t) {
 		return
@@ -73,8 +73,8 @@ func TestMountedFile(t *testing.T) {
 			t.Errorf("in place: %s", got)
 		}
 
-		// In a directory of someone else the same is refused: there it could
-		// be a link to any file.
+		// In another user's directory the deployment is refused, because the file could be a link
+		// to any other file.
 		check(t, os.Chown(w.path("private"), uidKeep, gidKeep))
 		tx.Files[0].Data = append(bytes.Clone(want), '\n')
 		_, err := w.deploy(t, tx)
@@ -131,8 +131,8 @@ func TestDiskFull(t *testing.T) {
 		w.want(t, false, "old")
 	})
 	t.Run("rollback", func(t *testing.T) {
-		// Full everywhere when the old files are to be put back: the new ones
-		// are overwritten in place.
+		// If the disk is full everywhere during the rollback, the new files are overwritten in
+		// place.
 		w := newWorld(t, t.TempDir())
 		small(t, w, "site", 64)
 		small(t, w, "state", 256)
@@ -155,8 +155,8 @@ func TestDiskFull(t *testing.T) {
 	})
 }
 
-// TestReadOnly: a file system that is read-only from the start, and one that
-// becomes so when the old files are to be put back.
+// TestReadOnly deploys to a file system that is read-only from the start, and to one that becomes
+// read-only before the rollback.
 func TestReadOnly(t *testing.T) {
 	if !inNamespace(t) {
 		return
@@ -198,21 +198,20 @@ func TestReadOnly(t *testing.T) {
 	check(t, syscall.Unmount(w.path("site"), syscall.MNT_DETACH))
 }
 
-// asUser returns a command that runs a part of this test as an ordinary user.
+// asUser returns a command that runs a part of the test as an ordinary user.
 func asUser(t *testing.T, part string, env ...string) *exec.Cmd {
 	t.Helper()
 	if !root() {
 		t.Skip("needs two users: run as root")
 	}
-	// By this name even a user who may not enter the directory of the test
-	// binary can run it.
+	// Through this path even a user without access to the directory of the test binary can run it.
 	child := exec.Command("/proc/self/exe")
 	child.Env = append(env, "TRANSACTION_CHILD="+part, "OLD="+pemOf(0), "NEW="+pemOf(1))
 	child.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}, Pdeathsig: syscall.SIGKILL}
 	return child
 }
 
-// publicDir is a temporary directory that every user can enter.
+// publicDir returns a temporary directory that every user can enter.
 func publicDir(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -220,8 +219,8 @@ func publicDir(t *testing.T) string {
 	return dir
 }
 
-// TestOrdinaryUser: an agent without privileges works in its own directories,
-// and says what it lacks in others.
+// TestOrdinaryUser checks that an unprivileged agent works in its own directories, and reports
+// which permissions it lacks in others.
 func TestOrdinaryUser(t *testing.T) {
 	own := func(t *testing.T, w world) {
 		check(t, filepath.WalkDir(w.base, func(path string, _ fs.DirEntry, err error) error {
@@ -231,7 +230,7 @@ func TestOrdinaryUser(t *testing.T) {
 	tests := []struct {
 		name    string
 		prepare func(t *testing.T, w world)
-		want    string // in the error; empty: none
+		want    string // in the error; "": no error
 	}{
 		{"own", func(t *testing.T, w world) {}, ""},
 		{"read-only directory", func(t *testing.T, w world) { check(t, os.Chown(w.path("site"), 0, 0)) }, "site/cert.pem: permission denied; nothing was changed"},
@@ -295,9 +294,8 @@ func childDeploy() int {
 	return 0
 }
 
-// TestHostileOwner deploys as root, again and again, into directories whose
-// owner keeps replacing them and what is in them by links to the outside.
-// Nothing outside is ever written.
+// TestHostileOwner deploys as root, again and again, into directories whose owner keeps replacing
+// them and their files by links to the outside. Nothing outside may ever be written.
 func TestHostileOwner(t *testing.T) {
 	w := newWorld(t, publicDir(t))
 	victim := map[string][]byte{"victim/cert.pem": []byte("precious"), "victim/key.pem": []byte("precious too")}
@@ -305,8 +303,7 @@ func TestHostileOwner(t *testing.T) {
 	for name, data := range victim {
 		w.write(t, name, data, 0o644)
 	}
-	// The hostile user owns what is around the directories too, so that it can
-	// rename them.
+	// The hostile user owns the parent directory too, and so can rename the directories.
 	check(t, os.MkdirAll(w.path("theirs/site"), 0o755))
 	s := w.mustStore(t, nil)
 	s.opts.Policy.Paths = []string{w.path("theirs")}
@@ -360,12 +357,12 @@ func TestHostileOwner(t *testing.T) {
 		}
 	}
 	if len(refused) < 2 {
-		t.Errorf("the attack hit nothing: %v", refused)
+		t.Errorf("the attack never had an effect: %v", refused)
 	}
 }
 
-// childHostile replaces things as fast as it can. Each turn does one attack
-// and puts things back half of the time.
+// childHostile replaces files and directories as fast as it can. Each round makes one attack, and
+// undoes it half of the time.
 func childHostile() int {
 	base := os.Getenv("BASE")
 	site, aside := base+"/theirs/site", base+"/theirs/aside"

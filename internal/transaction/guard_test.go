@@ -19,7 +19,7 @@ import (
 	"certctl-agent/internal/pemutil"
 )
 
-// refused runs a transaction that must not change anything.
+// refused runs a deployment that must fail without changing anything.
 func (w world) refused(t *testing.T, tx Transaction, want ...string) {
 	t.Helper()
 	s := w.mustStore(t, func(s Step) error {
@@ -31,13 +31,13 @@ func (w world) refused(t *testing.T, tx Transaction, want ...string) {
 	_, err := s.deploy(t.Context(), tx)
 	for _, want := range want {
 		if err == nil || !strings.Contains(err.Error(), want) {
-			t.Errorf("got error %v, want one that says %q", err, want)
+			t.Errorf("got error %v, want %q in it", err, want)
 		}
 	}
 }
 
-// TestForeignKeyFile: whoever can put a file in place of a key's, by writing to
-// its directory or to one above, does not get the next key.
+// TestForeignKeyFile checks that a user who can plant a file in place of a key, because the
+// directory or one above it is writable, does not get the next key.
 func TestForeignKeyFile(t *testing.T) {
 	if !root() {
 		t.Skip("needs two users: run as root")
@@ -53,7 +53,7 @@ func TestForeignKeyFile(t *testing.T) {
 		"directory of all, sticky":  func(w world) { check(t, os.Chmod(w.path("private"), 0o777|fs.ModeSticky)) },
 		"group's directory, sticky": func(w world) { check(t, os.Chmod(w.path("private"), 0o775|fs.ModeSticky)) },
 		"behind their directory": func(w world) {
-			// Root's link in root's directory, which lies in theirs.
+			// Root's link in root's directory, inside the other user's directory.
 			check(t, os.Rename(w.path("private"), w.path("real")))
 			check(t, os.MkdirAll(w.path("private/inner"), 0o755))
 			check(t, os.Symlink(w.path("real"), w.path("private/inner/link")))
@@ -95,7 +95,7 @@ func TestForeignKeyFile(t *testing.T) {
 					}
 				}
 
-				// With all of it configured, the file has no say.
+				// If all attributes are configured, those of the file do not matter.
 				tx.Files[0].Owner, tx.Files[0].Group, tx.Files[0].Mode = "0", "4003", new(fs.FileMode(0o640))
 				_, err = s.deploy(t.Context(), tx)
 				check(t, err)
@@ -109,8 +109,8 @@ func TestForeignKeyFile(t *testing.T) {
 	}
 }
 
-// TestForeignKeyFileKeepsWorking: a server's user that has the key already, in
-// a directory of its own, gets the next one.
+// TestForeignKeyFileKeepsWorking checks that a server's user who already has the key, in the user's
+// own directory, gets the next one.
 func TestForeignKeyFileKeepsWorking(t *testing.T) {
 	if !root() {
 		t.Skip("needs two users: run as root")
@@ -151,7 +151,7 @@ func TestForeignKeyFileKeepsWorking(t *testing.T) {
 		}
 	}
 
-	// That a key store could have been put there by others proves nothing.
+	// A key store that others could have put there does not prove that the user has the key.
 	w := newWorld(t, t.TempDir())
 	w.old(t)
 	tx := w.renewal()
@@ -161,11 +161,11 @@ func TestForeignKeyFileKeepsWorking(t *testing.T) {
 	w.refused(t, tx, "not given to its owner")
 }
 
-// TestForeignMode: a file of root's that others can put in place, such as the
-// certificate, does not open the key to the group that is configured for it.
+// TestForeignMode checks that a file of root's that others could have moved there, such as the
+// certificate, does not open the key to the configured group.
 func TestForeignMode(t *testing.T) {
 	if !root() {
-		t.Skip("only root gives files away")
+		t.Skip("only root can change the owner of files")
 	}
 	before, _ := pairs()
 	w := newWorld(t, t.TempDir())
@@ -185,9 +185,9 @@ func TestForeignMode(t *testing.T) {
 	}
 }
 
-// TestForgedKey: a file that only looks like a key of the certificate's is no
-// proof that whoever put it there has had that. crypto/x509 takes an RSA key
-// with three primes for the one whose modulus it names.
+// TestForgedKey checks that a file that only looks like the certificate's key does not prove that
+// its owner has had the key. crypto/x509 accepts an RSA key with three primes and the modulus of
+// another key.
 func TestForgedKey(t *testing.T) {
 	if !root() {
 		t.Skip("needs two users: run as root")
@@ -222,8 +222,8 @@ func TestForgedKey(t *testing.T) {
 	}
 }
 
-// TestOpenDirectoryKeepsWorking: where the file that is there lets in nobody
-// but the agent's own user, who can write its directory does not matter.
+// TestOpenDirectoryKeepsWorking checks that it does not matter who can write to the directory if
+// only the agent's own user has access to the present file.
 func TestOpenDirectoryKeepsWorking(t *testing.T) {
 	_, after := pairs()
 	for _, mode := range []fs.FileMode{0o400, 0o600, 0o640} {
@@ -241,11 +241,11 @@ func TestOpenDirectoryKeepsWorking(t *testing.T) {
 	}
 }
 
-// TestGroupOfForeignDirectory: a directory that hands its group on to new files
-// does not choose who reads a key.
+// TestGroupOfForeignDirectory checks that a set-group-ID directory does not decide who can read a
+// key.
 func TestGroupOfForeignDirectory(t *testing.T) {
 	if !root() {
-		t.Skip("only root gives files away")
+		t.Skip("only root can change the owner of files")
 	}
 	for _, open := range []bool{true, false} {
 		w := newWorld(t, t.TempDir())
@@ -269,8 +269,8 @@ func TestGroupOfForeignDirectory(t *testing.T) {
 	}
 }
 
-// TestForeignKeyStore: a key directory that could be put in place by others
-// does not make the current key theirs.
+// TestForeignKeyStore checks that users who could have planted the key directory do not get the
+// current key.
 func TestForeignKeyStore(t *testing.T) {
 	if !root() {
 		t.Skip("needs two users: run as root")
@@ -289,7 +289,7 @@ func TestForeignKeyStore(t *testing.T) {
 	}
 }
 
-// TestMayReplace: what a file holds decides whether it may be replaced.
+// TestMayReplace checks that the content of a file decides whether it may be replaced.
 func TestMayReplace(t *testing.T) {
 	before, after := pairs()
 	both := func(m material) []byte { return slices.Concat(m.cert, m.chain, m.key) }
@@ -346,8 +346,8 @@ func TestMayReplace(t *testing.T) {
 	}
 }
 
-// TestMayReplaceOwn: a connector knows its own configuration files, and one
-// that is only put in place again stays what it is.
+// TestMayReplaceOwn checks that a connector's own configuration files may be replaced, and that a
+// file that is only renewed keeps its content.
 func TestMayReplaceOwn(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	written := func(old []byte) bool { return bytes.HasPrefix(old, []byte("ours")) }
@@ -367,8 +367,8 @@ func TestMayReplaceOwn(t *testing.T) {
 	}
 }
 
-// TestMissingDirectoryRefused: where nothing may be written, the advice to make
-// a directory would be of no use.
+// TestMissingDirectoryRefused checks that an error does not advise to create a directory in which
+// the policy would permit nothing.
 func TestMissingDirectoryRefused(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	check(t, os.Symlink(w.path("state"), w.path("site/link")))

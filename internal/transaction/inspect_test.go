@@ -10,8 +10,8 @@ import (
 	"certctl-agent/internal/hostfile"
 )
 
-// TestModeAndOwner: configured, else that of the existing file, else the
-// default.
+// TestModeAndOwner checks that a new file gets the configured mode and owner, or else those of the
+// existing file, or else the default.
 func TestModeAndOwner(t *testing.T) {
 	mode := func(m fs.FileMode) *fs.FileMode { return &m }
 	tests := []struct {
@@ -61,10 +61,10 @@ func TestModeAndOwner(t *testing.T) {
 	}
 }
 
-// TestConfiguredOwner: owner and group are independent, names or numbers.
+// TestConfiguredOwner checks that owner and group are independent, and can be names or numbers.
 func TestConfiguredOwner(t *testing.T) {
 	if !root() {
-		t.Skip("only root gives files away")
+		t.Skip("only root can change the owner of files")
 	}
 	tests := []struct {
 		owner, group     string
@@ -94,7 +94,7 @@ func TestConfiguredOwner(t *testing.T) {
 	}
 }
 
-// TestUmask: neither a wide nor a narrow one decides.
+// TestUmask checks that the umask has no influence.
 func TestUmask(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	for _, mask := range []int{0, 0o777} {

@@ -35,8 +35,7 @@ func TestRecordRoundTrip(t *testing.T) {
 	}
 }
 
-// TestDamagedRecord flips each bit of a record: none goes unnoticed, and none
-// that does is followed.
+// TestDamagedRecord flips each bit of a record, and checks that no altered record is accepted.
 func TestDamagedRecord(t *testing.T) {
 	want := someRecord()
 	data, err := encode(want)
@@ -46,7 +45,7 @@ func TestDamagedRecord(t *testing.T) {
 			broken := bytes.Clone(data)
 			broken[i] ^= 1 << bit
 			got, err := decode(broken)
-			// A change of the envelope's own spelling may mean the same.
+			// The envelope may still mean the same, in another spelling.
 			if err == nil && !reflect.DeepEqual(got, want) {
 				t.Fatalf("bit %d of byte %d: decoded to %+v", bit, i, got)
 			}
@@ -85,7 +84,7 @@ func TestBadNamesInRecord(t *testing.T) {
 	}
 }
 
-// TestJournalHoldsNoKey looks at everything that is written to the journal.
+// TestJournalHoldsNoKey checks everything that is written to the journal.
 func TestJournalHoldsNoKey(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)

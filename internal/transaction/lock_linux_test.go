@@ -12,8 +12,8 @@ import (
 	"time"
 )
 
-// TestForeignLock: the lock of a user who runs no agent does not count, whoever
-// of that user's processes has it now; root's does. Each is named.
+// TestForeignLock checks that the lock of a user who runs no agent is ignored, whichever of the
+// user's processes holds it now, and that root's lock is not. Messages name the holder.
 func TestForeignLock(t *testing.T) {
 	if !root() {
 		t.Skip("only root can become another user")
@@ -64,7 +64,7 @@ func TestForeignLock(t *testing.T) {
 			}
 			for _, want := range []string{test.user, "transaction.tes", w.path("site")} {
 				if !strings.Contains(said, want) {
-					t.Errorf("nothing says %q: %s", want, said)
+					t.Errorf("%q is missing in: %s", want, said)
 				}
 			}
 		})

@@ -17,8 +17,8 @@ import (
 	"time"
 )
 
-// TestTwoProcesses: a transaction waits for that of another process in the same
-// directory, and no longer than it lives.
+// TestTwoProcesses checks that a deployment waits for a process that has locked the directory,
+// until that process ends.
 func TestTwoProcesses(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
@@ -36,7 +36,7 @@ func TestTwoProcesses(t *testing.T) {
 	}
 
 	s := w.mustStore(t, nil)
-	ctx, cancel := context.WithTimeout(t.Context(), time.Second) // enough to get as far as the lock
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second) // long enough to reach the lock
 	defer cancel()
 	if _, err := s.deploy(ctx, w.renewal()); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "another deployment or another program holds it") {
 		t.Errorf("while another process holds the lock: %v", err)
@@ -53,8 +53,8 @@ func TestTwoProcesses(t *testing.T) {
 	w.want(t, false, "new")
 }
 
-// childLock holds a lock until its standard input ends; with PASS in a child
-// that outlives it, with RUNS_AS as that user.
+// childLock holds a lock until its standard input ends. With PASS, a child that outlives it holds
+// the lock; with RUNS_AS, it runs as that user.
 func childLock() int {
 	err := func() error {
 		if os.Getenv("HELD") == "" {
@@ -89,8 +89,8 @@ func childLock() int {
 	return 0
 }
 
-// TestLockOrder: two transactions with directories in common, named in
-// opposite order, do not wait for each other for ever.
+// TestLockOrder checks that two deployments to the same directories, in opposite order, do not
+// deadlock.
 func TestLockOrder(t *testing.T) {
 	base := t.TempDir()
 	var dirs [2][]*dir
@@ -104,7 +104,7 @@ func TestLockOrder(t *testing.T) {
 		}
 	}
 	dirs[1][0], dirs[1][2] = dirs[1][2], dirs[1][0]
-	// Two of them, since one has a table of its own beside the files' locks.
+	// Two engines, because one has an additional table of locks.
 	var stores [2]Engine
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()

@@ -18,8 +18,8 @@ import (
 	"certctl-agent/internal/testing/needs"
 )
 
-// interrupted is a world whose deployment was killed at the first step op, and
-// whose files were recovered since.
+// interrupted returns a world whose deployment was killed at the first step op, and whose files
+// have been recovered since.
 func interrupted(t *testing.T, op string) (world, *elsewhere) {
 	t.Helper()
 	w := newWorld(t, needs.MemoryDir(t))
@@ -29,7 +29,7 @@ func interrupted(t *testing.T, op string) (world, *elsewhere) {
 	return w, at
 }
 
-// killed kills a deployment at its first step op, and restarts.
+// killed kills a deployment at its first step op, and restarts the agent.
 func (w world) killed(t *testing.T, tx Transaction, op string) {
 	t.Helper()
 	s, dead := w.mustStore(t, nil), false
@@ -59,9 +59,8 @@ func isBroken(err error) bool {
 	return broken
 }
 
-// TestOwedAndNotPlanned: the configuration changed between a crash and the next
-// deployment, so that nobody can undo what was changed elsewhere. That is said,
-// and it is undone when it can be.
+// TestOwedAndNotPlanned changes the configuration between a crash and the next deployment, so that
+// nobody can undo the change. The error says so, and the change is undone once that is possible.
 func TestOwedAndNotPlanned(t *testing.T) {
 	t.Run("fails", func(t *testing.T) {
 		w, at := interrupted(t, "run")
@@ -139,7 +138,7 @@ func TestOwedAndNotPlanned(t *testing.T) {
 		saved, err := filepath.Glob(last + "/*_a_one")
 		check(t, err)
 		if len(saved) != 1 {
-			t.Errorf("what undoes it is not in the set: %q", saved)
+			t.Errorf("its old value is not in the set: %q", saved)
 		}
 		if result, err := w.mustStore(t, nil).deploy(t.Context(), w.renewal()); err != nil || !result.Unchanged {
 			t.Errorf("once more: %+v, %v", result, err)
@@ -153,8 +152,7 @@ func (e planError) Plan(context.Context, *connector.Material) (*connector.Plan, 
 	return nil, e.error
 }
 
-// TestOwedAndLost: somebody damaged what would undo a change. A rollback does
-// not claim to be one.
+// TestOwedAndLost damages the backup of a change. The rollback then reports that it has failed.
 func TestOwedAndLost(t *testing.T) {
 	for name, damage := range map[string]func(path string) error{
 		"removed": os.Remove,
@@ -185,8 +183,7 @@ func TestOwedAndLost(t *testing.T) {
 	}
 }
 
-// TestOwedAndStale: the last of the plans that were made from what is no longer
-// there ends the deployment like any other refusal.
+// TestOwedAndStale checks that the last stale plan ends the deployment like any other refusal.
 func TestOwedAndStale(t *testing.T) {
 	w, at := interrupted(t, "run")
 	tx := w.remoteRenewal(at, "newer")
@@ -196,8 +193,8 @@ func TestOwedAndStale(t *testing.T) {
 	}
 }
 
-// TestOwedIsSaid: each start says what is still changed elsewhere, until it is
-// undone. The control plane may never send the job again.
+// TestOwedIsSaid checks that each start logs the changes that are still owed, because the control
+// plane may never send the job again.
 func TestOwedIsSaid(t *testing.T) {
 	w, at := interrupted(t, "run")
 	for range 2 {
@@ -207,7 +204,7 @@ func TestOwedIsSaid(t *testing.T) {
 		_, err := s.Recover(t.Context())
 		check(t, err)
 		if !strings.Contains(log.String(), "level=WARN") || !strings.Contains(log.String(), "/a/one") || !strings.Contains(log.String(), w.path("state/backups/t1/")) {
-			t.Errorf("the start says %q", log)
+			t.Errorf("the start logs %q", log)
 		}
 		check(t, s.Repair(t.Context(), t.Context())) // the reload; the change stays owed
 	}
@@ -219,8 +216,8 @@ func TestOwedIsSaid(t *testing.T) {
 	}
 }
 
-// TestNoSetStays: what undid an interrupted deployment holds old keys, and is
-// removed with it.
+// TestNoSetStays checks that the backup set of an interrupted deployment, which holds old keys, is
+// removed after the rollback.
 func TestNoSetStays(t *testing.T) {
 	for name, alter := range map[string]func(*Transaction){
 		"fails":      func(tx *Transaction) { *tx = refuse(*tx) },
@@ -240,7 +237,8 @@ func TestNoSetStays(t *testing.T) {
 	}
 }
 
-// TestUndoIsBounded: what cannot be read back is not a way back.
+// TestUndoIsBounded checks that an old value that is too large to be read back from its backup is
+// refused.
 func TestUndoIsBounded(t *testing.T) {
 	w := newWorld(t, needs.MemoryDir(t))
 	w.old(t)
@@ -252,8 +250,8 @@ func TestUndoIsBounded(t *testing.T) {
 	w.want(t, false, "old")
 }
 
-// TestChangeIDs refuses a plan whose changes the journal could not tell apart, or
-// not hold.
+// TestChangeIDs checks that a plan is refused if the journal could not store the IDs of its changes
+// or tell them apart.
 func TestChangeIDs(t *testing.T) {
 	for name, ids := range map[string][]string{
 		"equal": {"two", "two"}, "empty": {""}, "of two lines": {"a\nb"}, "with a zero": {"a\x00b"},
@@ -273,8 +271,8 @@ func TestChangeIDs(t *testing.T) {
 	}
 }
 
-// TestReloadAfterChange: a server that reads what was changed elsewhere has to be
-// told of the way back, where there were no files too.
+// TestReloadAfterChange checks that a server is reloaded after the undo of a change, even if there
+// were no files before.
 func TestReloadAfterChange(t *testing.T) {
 	w := newWorld(t, needs.MemoryDir(t))
 	at := &elsewhere{values: map[string]string{"/a/one": "old"}}
@@ -304,8 +302,8 @@ func TestReloadAfterChange(t *testing.T) {
 	}
 }
 
-// TestOlderAgentAndChanges: a version of the agent that knows no changes would
-// drop them, and what undoes them.
+// TestOlderAgentAndChanges checks that an older agent, which does not know changes and would drop
+// their backups, cannot read a record that has some.
 func TestOlderAgentAndChanges(t *testing.T) {
 	for _, op := range []string{"run", "create"} {
 		w, at := interrupted(t, "run")
@@ -323,9 +321,9 @@ func TestOlderAgentAndChanges(t *testing.T) {
 	}
 }
 
-// TestChangesKilledTwice kills a deployment behind a change, and the next one at
-// every step. The third fails: then everything is as it was before the first,
-// or as the second one left it.
+// TestChangesKilledTwice kills a deployment after a change, and the next one at every step. The
+// third one fails, and restores everything as it was before the first or as the second had
+// committed it.
 func TestChangesKilledTwice(t *testing.T) {
 	for i, value := range []string{"new", "newer"} {
 		for j, alter := range []func(Transaction) Transaction{refuse, func(tx Transaction) Transaction { return tx }} {
@@ -364,10 +362,9 @@ func TestChangesKilledTwice(t *testing.T) {
 	}
 }
 
-// TestFinish: what only an undo needed is removed behind the commit, also when
-// the agent is killed in between, and whatever the connector does then.
+// TestFinish checks that Finish runs after the commit, even if the agent is killed in between.
 func TestFinish(t *testing.T) {
-	for _, op := range []string{"remove", "finish"} { // the first step behind the commit, and the last
+	for _, op := range []string{"remove", "finish"} { // the first step after the commit, and the last
 		w := newWorld(t, needs.MemoryDir(t))
 		w.old(t)
 		at := &elsewhere{values: map[string]string{"/a/one": "old"}}
@@ -397,8 +394,8 @@ func TestFinish(t *testing.T) {
 	}
 }
 
-// TestChangePanics: a connector that panics fails its deployment, and a Finish
-// that does is a warning.
+// TestChangePanics checks that a panic of a connector fails its deployment, and that a panic of
+// Finish is a warning.
 func TestChangePanics(t *testing.T) {
 	for op, value := range map[string]string{"read": "old", "write": "old", "finish": "new"} {
 		w := newWorld(t, needs.MemoryDir(t))
@@ -442,9 +439,9 @@ func (p *panicking) Finish(ctx context.Context) error {
 	return p.remote.Finish(ctx)
 }
 
-// TestIrrevocableIsLast: what cannot be undone is written when all else is, and a
-// failure behind it is for a person, who is told what the connector says. All
-// else is undone.
+// TestIrrevocableIsLast checks that an irrevocable change is written after all others. If a later
+// step fails, everything else is undone, and the error has what the connector says to the person
+// who must do the rest.
 func TestIrrevocableIsLast(t *testing.T) {
 	w := newWorld(t, needs.MemoryDir(t))
 	w.old(t)
@@ -466,8 +463,8 @@ func TestIrrevocableIsLast(t *testing.T) {
 	}
 }
 
-// TestOwedAndCancelled: a deployment that ends with the agent comes again. What
-// is owed is left to it, and nobody is called for.
+// TestOwedAndCancelled checks that a deployment that is cancelled because the agent stops leaves
+// the owed work to its retry, and does not ask for a person.
 func TestOwedAndCancelled(t *testing.T) {
 	for name, begin := range map[string]func(ctx context.Context, s *Engine, tx Transaction) error{
 		"plan": func(ctx context.Context, s *Engine, tx Transaction) error {
@@ -500,8 +497,8 @@ func TestOwedAndCancelled(t *testing.T) {
 	}
 }
 
-// TestOwedAndNoSet: nothing but the damaged backup was there, so that the next
-// deployment has no set of its own.
+// TestOwedAndNoSet has nothing but a damaged backup, so that the next deployment makes no backup
+// set.
 func TestOwedAndNoSet(t *testing.T) {
 	w := newWorld(t, needs.MemoryDir(t))
 	at := &elsewhere{values: map[string]string{"one": "old"}}

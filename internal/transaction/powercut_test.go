@@ -21,15 +21,14 @@ import (
 	"certctl-agent/internal/testing/needs"
 )
 
-// This file models what a power cut leaves on a file system with a journal of
-// its metadata: what was synced is there. Of what was not,
+// This file models what a power cut leaves on a file system that journals metadata. It keeps what
+// was synced. For the rest,
 //
-//   - each change of a directory's names is there or is not, in any subset,
-//     applied in order (real file systems lose a suffix only);
-//   - the bytes of a file are there, are not, or are there in part, and its
-//     mode and owner likewise, each by itself.
+//   - any subset of the changes of a directory's names is kept, applied in order (real file systems lose
+//     only a suffix);
+//   - the bytes of a file are old, new or torn, and its mode and owner old or new, independently.
 
-// disks is a model of a disk: what is on it for sure, and what may be.
+// disks models a disk: what is certainly on it, and what may be.
 type disks struct {
 	base  string
 	dirs  map[string]*modelDir
@@ -43,7 +42,7 @@ type modelDir struct {
 	now     map[string]int
 }
 
-// change is one change of a directory's names.
+// diskChange is one change of a directory's names.
 type diskChange struct {
 	op       string // create, remove, rename, mkdir
 	from, to string
@@ -57,7 +56,7 @@ type content struct {
 	attributes
 }
 
-// load reads a world into a model in which everything is durable.
+// load reads a world into the model. Everything in it is durable.
 func load(t testing.TB, base string) *disks {
 	t.Helper()
 	m := &disks{base: base, dirs: make(map[string]*modelDir)}
@@ -85,8 +84,8 @@ func load(t testing.TB, base string) *disks {
 	return m
 }
 
-// note applies one step to the model. It is called before the step happens, so
-// what the step does is computed here.
+// note applies one step to the model. It is called before the step happens, so it computes the
+// effect itself.
 func (m *disks) note(s Step) {
 	d := m.dirs[path.Dir(s.Path)]
 	name := path.Base(s.Path)
@@ -123,7 +122,7 @@ func (m *disks) note(s Step) {
 		alter(diskChange{op: "rename", from: name, to: path.Base(s.to), file: d.now[name]})
 	case "remove":
 		if _, isDir := m.dirs[s.Path]; isDir {
-			// Its files are gone before, so its name decides nothing.
+			// Its files are removed first, so it does not matter whether its name is still there.
 			return
 		}
 		alter(diskChange{op: "remove", from: name})
@@ -151,17 +150,16 @@ func (c diskChange) apply(names map[string]int) {
 	}
 }
 
-// image is one state of the disk after a power cut: a file's content, or that
-// of a directory, by path.
+// image is one state of the disk after a power cut: files and directories, by path.
 type image map[string]content
 
 const isDir = "directory\x00"
 
-// maxStates bounds the states after one step. Of more, a sample is taken, the
-// same in each run.
+// maxStates bounds the states tested after one step. If there are more, the test takes a sample,
+// the same in each run.
 var maxStates = flag.Int("states", 20, "power-cut states to try after one step")
 
-// images calls use for each state that a power cut right now can leave.
+// images calls use for each state that a power cut at this moment can leave.
 func (m *disks) images(use func(image)) {
 	var choices []int // how many states each undecided thing has
 	paths := slices.Sorted(maps.Keys(m.dirs))
@@ -205,8 +203,8 @@ func (m *disks) images(use func(image)) {
 	}
 }
 
-// maxSubsets bounds how many unsynced changes of a directory are lost in any
-// subset; of more than that only a suffix is.
+// maxSubsets bounds how many unsynced changes of a directory are lost in all subsets. If there are
+// more, only suffixes are lost.
 const maxSubsets = 5
 
 func (d *modelDir) choices() int {
@@ -216,7 +214,7 @@ func (d *modelDir) choices() int {
 	return 1 << len(d.pending)
 }
 
-// happened reports whether a change is on the disk under one of the choices.
+// happened reports whether a change is on the disk for a given choice.
 func (d *modelDir) happened(choice, i int) bool {
 	if len(d.pending) > maxSubsets {
 		return i < choice
@@ -258,8 +256,8 @@ func (m *disks) image(paths []string, loose, pick []int, use func(image)) {
 	use(img)
 }
 
-// torn is one of six states of a file that was not synced: its bytes old, torn
-// or new, its attributes old or new.
+// torn returns one of the six states of an unsynced file: its bytes are old, torn or new, its
+// attributes old or new.
 func (f *modelFile) torn(choice int) content {
 	c := f.durable
 	if choice%2 == 1 {
@@ -274,7 +272,7 @@ func (f *modelFile) torn(choice int) content {
 	return c
 }
 
-// key identifies an image, whatever random names are in it.
+// key identifies an image, regardless of the random names in it.
 func (img image) key(base string) string {
 	hash := sha256.New()
 	for _, p := range slices.Sorted(maps.Keys(img)) {
@@ -289,7 +287,7 @@ func (img image) key(base string) string {
 	return string(hash.Sum(nil))
 }
 
-// write makes the image real.
+// write writes the image to the disk.
 func (img image) write(t testing.TB) {
 	t.Helper()
 	for _, p := range slices.Sorted(maps.Keys(img)) {
@@ -313,11 +311,11 @@ type powerCuts struct {
 	base  string
 	seen  map[string]bool
 	tried int
-	todo  []image // states in which a recovery itself will be cut off
+	todo  []image // states whose recovery will be interrupted too
 }
 
-// explore runs something on the world in base and, after each of its steps,
-// cuts the power in every way.
+// explore runs a function on the world in base and, after each of its steps, tests every state that
+// a power cut can leave.
 func (x *powerCuts) explore(t *testing.T, run func(w world, before func(Step) error) error) {
 	m := load(t, x.base)
 	var found []image
@@ -351,7 +349,7 @@ func (x *powerCuts) explore(t *testing.T, run func(w world, before func(Step) er
 	x.todo = append(x.todo, found...)
 }
 
-// reset makes the world what the image says.
+// reset makes the world equal to the image.
 func (x *powerCuts) reset(t *testing.T, img image) {
 	t.Helper()
 	entries, err := os.ReadDir(x.base)
@@ -372,8 +370,8 @@ func (img image) list(base string) string {
 	return b.String()
 }
 
-// TestPowerCut cuts the power after each step of each scenario, and during the
-// recoveries from that, in every way that the model above allows.
+// TestPowerCut cuts the power after each step of each scenario, and during the recoveries from
+// that, in every way that the model allows.
 func TestPowerCut(t *testing.T) {
 	var total, again atomic.Int64
 	t.Run("in", func(t *testing.T) {
@@ -389,12 +387,12 @@ func TestPowerCut(t *testing.T) {
 	})
 	t.Logf("recovered from %d states, %d of them from a power cut during recovery", total.Load(), again.Load())
 	if total.Load() < 1000/stride {
-		t.Errorf("only %d states: the model has lost its grip on the code", total.Load())
+		t.Errorf("only %d states: the model no longer sees the steps of the code", total.Load())
 	}
 }
 
-// recoveries is how many recoveries of each scenario are cut off themselves.
-// They take the same few ways from most of the states.
+// recoveries is how many recoveries of each scenario are interrupted too. A sample is enough,
+// because from most states they take the same few steps.
 const recoveries = 6
 
 func cutScenario(t *testing.T, sc scenario) (first, more int) {

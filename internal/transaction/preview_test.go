@@ -12,7 +12,7 @@ import (
 	"certctl-agent/internal/connector"
 )
 
-// TestPreview: it says what a deployment would do, and does nothing.
+// TestPreview checks that a preview shows what a deployment would do, and changes nothing.
 func TestPreview(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
@@ -23,7 +23,7 @@ func TestPreview(t *testing.T) {
 	before := w.tree(t)
 	got := NewPreview(context.Background(), tx.Deployment, &tx.proposal, w.policy())
 	if after := w.tree(t); !slices.Equal(before, after) || len(at.calls) > 0 {
-		t.Errorf("it did something: %v, then %v; calls %v", before, after, at.calls)
+		t.Errorf("it changed something: %v, then %v; calls %v", before, after, at.calls)
 	}
 	if len(got.Problems) > 0 {
 		t.Errorf("problems %q", got.Problems)
@@ -49,7 +49,7 @@ func TestPreview(t *testing.T) {
 	}
 }
 
-// TestPreviewProblems: all of them at once.
+// TestPreviewProblems checks that a preview reports all problems at once.
 func TestPreviewProblems(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.write(t, "site/motd", []byte("hello\n"), 0o644)
@@ -70,7 +70,7 @@ func TestPreviewProblems(t *testing.T) {
 	}
 }
 
-// tree lists the world's files with their times.
+// tree lists the world's files with their modification times.
 func (w world) tree(t *testing.T) []string {
 	t.Helper()
 	var all []string

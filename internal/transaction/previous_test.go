@@ -23,8 +23,7 @@ const (
 	previousNewChain = "-----BEGIN CERTIFICATE-----\nY2hhaW4=\n-----END CERTIFICATE-----\n"
 )
 
-// previousAgent is an agent on such a host. Everything that this test needs of
-// the engine is here.
+// previousAgent is an agent on such a host. Only its methods use the engine.
 type previousAgent struct{ *Engine }
 
 func startPrevious(t *testing.T, w world, mounts bool) previousAgent {
@@ -56,9 +55,8 @@ func (a previousAgent) deploy(t *testing.T, w world) (unchanged bool) {
 	return result.Unchanged
 }
 
-// TestPreviousRelease takes over hosts on which the version before was stopped at
-// some step: they become what that version would have made of them, and the next
-// deployment goes on from there.
+// TestPreviousRelease upgrades hosts on which the previous version was stopped at some step.
+// Recovery must leave them as that version would have, and the next deployment must succeed.
 func TestPreviousRelease(t *testing.T) {
 	names, err := filepath.Glob("testdata/previous/*.txt")
 	check(t, err)
@@ -110,7 +108,7 @@ func TestPreviousRelease(t *testing.T) {
 	}
 }
 
-// TestPreviousReload does the reload that the version before left owing.
+// TestPreviousReload checks that Repair does the reload that the previous version still owed.
 func TestPreviousReload(t *testing.T) {
 	names, err := filepath.Glob("testdata/previous/*.txt")
 	check(t, err)
@@ -135,7 +133,7 @@ func TestPreviousReload(t *testing.T) {
 	}
 }
 
-// differ reports an error for each file that is not as it should be.
+// differ reports an error for each file that differs.
 func differ(t *testing.T, got, want previous.Files) {
 	t.Helper()
 	all := maps.Clone(got)

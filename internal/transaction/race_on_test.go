@@ -6,6 +6,6 @@ import ()
 
 import ()
 
-// stride thins out the enumerations: they run one thing at a time, so the race
-// detector only makes them slow.
+// stride makes the enumerations skip cases: they are not concurrent, so the race detector only
+// slows them down.
 const stride = 8

@@ -15,8 +15,7 @@ import (
 
 var errCrash = errors.New("crash")
 
-// crash leaves the world as a crash before the given step would: that step and
-// all after it fail.
+// crash leaves the world as a crash before the given step would: that step and all later ones fail.
 func (w world) crash(t *testing.T, at func(Step) bool) {
 	t.Helper()
 	crashed := false
@@ -32,7 +31,7 @@ func (w world) crash(t *testing.T, at func(Step) bool) {
 	}
 }
 
-// afterSwap is the moment at which every file is new and nothing is proven.
+// afterSwap is the moment at which every file is new and nothing has been validated.
 func afterSwap(s Step) bool { return s.Op == "run" }
 
 func TestRecover(t *testing.T) {
@@ -61,7 +60,8 @@ func TestRecover(t *testing.T) {
 	}
 }
 
-// TestRecoveredReloadIsRefused: the command was narrowed down since.
+// TestRecoveredReloadIsRefused checks that a reload is refused if the policy has been tightened
+// since.
 func TestRecoveredReloadIsRefused(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
@@ -76,7 +76,7 @@ func TestRecoveredReloadIsRefused(t *testing.T) {
 	}
 }
 
-// TestDeployRecovers: a deployment does not wait for the next start.
+// TestDeployRecovers checks that a deployment recovers its target, without a restart of the agent.
 func TestDeployRecovers(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
@@ -88,8 +88,8 @@ func TestDeployRecovers(t *testing.T) {
 		}
 		return nil
 	})
-	// Also when it is the old certificate that is deployed: its files are in
-	// place then, and the server has to be told.
+	// This is so even if the old certificate is deployed: its files are in place, but the server
+	// must reload.
 	before, _ := pairs()
 	tx := w.renewal()
 	tx.Promotion = nil
@@ -151,7 +151,7 @@ func TestSetAside(t *testing.T) {
 				}
 			}
 
-			// The next deployment replaces everything, and settles it.
+			// The next deployment replaces everything and removes the record.
 			if test.name == "directory" {
 				check(t, os.Mkdir(w.path("private"), 0o755))
 			}
@@ -172,7 +172,8 @@ func TestSetAside(t *testing.T) {
 	}
 }
 
-// TestDirectoryGone: the temporaries in the other directories hold keys too.
+// TestDirectoryGone checks that the temporaries in the other directories, which hold keys too, are
+// removed if one directory is gone.
 func TestDirectoryGone(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
@@ -187,8 +188,7 @@ func TestDirectoryGone(t *testing.T) {
 	}
 }
 
-// TestOrphans: when the record is lost, its temporaries go with the next
-// deployment.
+// TestOrphans checks that the next deployment removes the temporaries of a lost record.
 func TestOrphans(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
@@ -205,7 +205,7 @@ func TestOrphans(t *testing.T) {
 	w.want(t, false, "new")
 }
 
-// TestRecoverAgain: what cannot be undone yet is tried again.
+// TestRecoverAgain checks that a rollback that is not possible yet is retried.
 func TestRecoverAgain(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
@@ -232,8 +232,7 @@ func TestRecoverAgain(t *testing.T) {
 	w.want(t, false, "old")
 }
 
-// TestStrayJournalFiles: whatever else is in the journal directory is no end
-// of the agent.
+// TestStrayJournalFiles checks that the agent tolerates other files in the journal directory.
 func TestStrayJournalFiles(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	s := w.mustStore(t, nil)
@@ -249,6 +248,6 @@ func TestStrayJournalFiles(t *testing.T) {
 		t.Errorf("left behind: %v", left)
 	}
 	if err := s.Repair(t.Context(), t.Context()); err == nil {
-		t.Error("a record that cannot be read is no error")
+		t.Error("no error for an unreadable record")
 	}
 }

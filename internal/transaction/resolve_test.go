@@ -90,8 +90,8 @@ func TestResolve(t *testing.T) {
 	}
 }
 
-// TestLinkOfAnotherUser: a link that belongs to someone else, or lies in a
-// directory that does, may lead to their choice of file.
+// TestLinkOfAnotherUser checks that a link is refused if it or its directory belongs to another
+// user, who could choose where it leads.
 func TestLinkOfAnotherUser(t *testing.T) {
 	if !root() {
 		t.Skip("needs two users: run as root")
@@ -110,8 +110,8 @@ func TestLinkOfAnotherUser(t *testing.T) {
 	}
 }
 
-// TestLinkedDestinations: a symlink stays one, the file that it leads to is
-// replaced; a hard link is replaced, and its other names keep the old file.
+// TestLinkedDestinations checks that a symlink stays and the file that it leads to is replaced, and
+// that a hard link is replaced and its other names keep the old file.
 func TestLinkedDestinations(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
@@ -131,7 +131,7 @@ func TestLinkedDestinations(t *testing.T) {
 	}
 	for _, name := range []string{"site/cert.pem", "site/chain.pem"} {
 		if info, err := os.Lstat(w.path(name)); err != nil || info.Mode().Type() != fs.ModeSymlink {
-			t.Errorf("%s is no symlink any more: %v, %v", name, info, err)
+			t.Errorf("%s is no longer a symlink: %v, %v", name, info, err)
 		}
 	}
 	if info, err := os.Stat(w.path("private/cert.real")); err != nil || info.Mode() != 0o640 {
@@ -139,8 +139,8 @@ func TestLinkedDestinations(t *testing.T) {
 	}
 }
 
-// TestNotRegular: nothing but a regular file is opened, least of all a FIFO,
-// which would block.
+// TestNotRegular checks that only a regular file is opened, and above all not a FIFO, which would
+// block.
 func TestNotRegular(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	check(t, syscall.Mkfifo(w.path("site/cert.pem"), 0o644))
@@ -149,8 +149,8 @@ func TestNotRegular(t *testing.T) {
 	}
 }
 
-// TestEveryonesDirectory: in /tmp and its like, an existing file may have been
-// put there to get at what replaces it.
+// TestEveryonesDirectory checks that a file of another user in a directory like /tmp is not
+// replaced: it may have been put there to get the new one.
 func TestEveryonesDirectory(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	check(t, os.Chmod(w.path("site"), 0o777))

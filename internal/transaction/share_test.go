@@ -19,15 +19,15 @@ import (
 	"certctl-agent/internal/policy"
 )
 
-// crowd is deployments into one directory that are ready at the same time: the
-// first is in its validation until all others wait for their turn. It lives in a
-// synctest bubble.
+// crowd is a number of deployments into one directory that are ready at the same time: the
+// validation of the first one lasts until all others wait for their turn. It runs in a synctest
+// bubble.
 type crowd struct {
 	world
 	t      *testing.T
 	engine *Engine
 
-	// command runs beside the counting; nil: it succeeds.
+	// command, if not nil, runs after the command has been counted, and returns its error.
 	command func(ctx context.Context, name string) error
 
 	mu  sync.Mutex
@@ -56,7 +56,7 @@ func (c *crowd) count(name string) int {
 	return c.ran[name]
 }
 
-// deployment is one of the crowd, with a file of its own.
+// deployment returns one of the crowd, with its own file.
 func (c *crowd) deployment(i int) Transaction {
 	before, _ := pairs()
 	name := fmt.Sprintf("site/%d.pem", i)
@@ -83,7 +83,7 @@ func (c *crowd) deploy(all []Transaction) []error {
 	return c.deployWith(all, func(int) context.Context { return c.t.Context() })
 }
 
-// deployWith is deploy with a context for each.
+// deployWith is deploy with a context for each deployment.
 func (c *crowd) deployWith(all []Transaction, ctx func(i int) context.Context) []error {
 	c.t.Helper()
 	errs := make([]error, len(all))
@@ -111,7 +111,7 @@ func (c *crowd) deployWith(all []Transaction, ctx func(i int) context.Context) [
 	return errs
 }
 
-// holds reports which certificate a deployment's file is.
+// holds returns which certificate a deployment's file holds.
 func (c *crowd) holds(i int) string {
 	c.t.Helper()
 	before, after := pairs()
@@ -126,7 +126,7 @@ func (c *crowd) holds(i int) string {
 	return "strange"
 }
 
-// settled checks that nothing is left of any deployment.
+// settled checks that no deployment has left anything behind.
 func (c *crowd) settled() {
 	c.t.Helper()
 	if left := c.leftovers(); len(left) > 0 {
@@ -156,14 +156,15 @@ func testSharedReload(t *testing.T) {
 			t.Errorf("deployment %d: %v, its file is %s", i, err, c.holds(i))
 		}
 	}
-	// One for the ten, one that has nothing to be validated by.
+	// One reload for the ten, and one for the deployment without a validation.
 	if c.count("reload") != 2 || c.count("reload-other") != 1 || c.count("validate") != n-1 {
 		t.Errorf("ran %v", c.ran)
 	}
 	c.settled()
 }
 
-// What fails is rolled back alone, whoever ran the command that shows it.
+// TestSharedReloadFails checks that only a deployment at fault is rolled back, whichever of them
+// ran the command that failed.
 func TestSharedReloadFails(t *testing.T) {
 	const n, bad = 8, 3
 	for _, step := range []string{"validate", "reload", "verify"} {
@@ -198,8 +199,8 @@ func TestSharedReloadFails(t *testing.T) {
 	}
 }
 
-// A deployment that is slow to undo what failed for all is no reason for another
-// to fail again, or for one that comes later.
+// TestSharedReloadFailsSlowly checks that a slow rollback after a shared reload has failed does not
+// make others fail again, nor deployments that come later.
 func TestSharedReloadFailsSlowly(t *testing.T) { synctest.Test(t, testSharedReloadFailsSlowly) }
 
 func testSharedReloadFailsSlowly(t *testing.T) {
@@ -211,7 +212,7 @@ func testSharedReloadFailsSlowly(t *testing.T) {
 	}
 	all[bad].Yield = func(wait func(context.Context) error) error {
 		err := wait(t.Context())
-		time.Sleep(time.Second) // for its place
+		time.Sleep(time.Second) // until it has its turn
 		return err
 	}
 	late := c.deployment(n)
@@ -242,7 +243,8 @@ func testSharedReloadFailsSlowly(t *testing.T) {
 	c.settled()
 }
 
-// What is ready waits for as long as the one before it takes.
+// TestSharedReloadBehindASlowOne checks that ready deployments wait for as long as a slow one
+// takes.
 func TestSharedReloadBehindASlowOne(t *testing.T) {
 	synctest.Test(t, testSharedReloadBehindASlowOne)
 }
@@ -254,14 +256,14 @@ func testSharedReloadBehindASlowOne(t *testing.T) {
 	for i := range n {
 		all = append(all, c.deployment(i))
 	}
-	all[slow].Validate = nil // so that it shares nothing
+	all[slow].Validate = nil // so that it does not share
 	all[slow].Verify = func(context.Context) error {
 		time.Sleep(2 * stuckAfter)
 		return nil
 	}
 	for i, err := range c.deploy(all) {
 		if busy, ok := errors.AsType[*BusyError](err); ok && i > 0 && busy.Place != "" {
-			continue // it had not begun, and comes back
+			continue // it had not begun, and will be retried
 		}
 		if err != nil || c.holds(i) != "new" {
 			t.Errorf("deployment %d: %v, its file is %s", i, err, c.holds(i))
@@ -270,8 +272,8 @@ func testSharedReloadBehindASlowOne(t *testing.T) {
 	c.settled()
 }
 
-// A deployment that is cancelled while another reloads for it is undone, and no
-// other.
+// TestSharedReloadCancelled checks that a deployment that is cancelled while another reloads for it
+// is rolled back, and no other.
 func TestSharedReloadCancelled(t *testing.T) {
 	const n, gone = 6, 4
 	for _, by := range []string{"leader", "follower"} {
@@ -306,7 +308,7 @@ func TestSharedReloadCancelled(t *testing.T) {
 						t.Errorf("deployment %d: %v, its file is %s", i, err, c.holds(i))
 					}
 				}
-				// Of the deployments, and to undo the one.
+				// One for the deployments, and one for the rollback.
 				if want := map[string]int{"leader": 3, "follower": 2}[by]; c.count("reload") != want {
 					t.Errorf("%d reloads, want %d", c.count("reload"), want)
 				}
@@ -316,7 +318,8 @@ func TestSharedReloadCancelled(t *testing.T) {
 	}
 }
 
-// Two deployments with a file in common are carried out one after the other.
+// TestSharedFile checks that two deployments with a file in common are carried out one after the
+// other.
 func TestSharedFile(t *testing.T) {
 	for _, fails := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) { testSharedFile(t, fails) })
@@ -347,7 +350,7 @@ func testSharedFile(t *testing.T, fails bool) {
 		t.Errorf("got %v", errs)
 	}
 	if !strings.Contains(inPlace, "of 0") {
-		t.Error("the second deployment replaced a file of the first before that was done")
+		t.Error("the second deployment replaced a file of the first one before that had ended")
 	}
 	if data, _ := os.ReadFile(c.path("site/common.pem")); !strings.Contains(string(data), "of 1") {
 		t.Errorf("the second deployment's file is not in place: %q", data)
@@ -355,7 +358,8 @@ func testSharedFile(t *testing.T, fails bool) {
 	c.settled()
 }
 
-// A crash during a shared reload is recovered for each of the deployments.
+// TestSharedReloadCrashes checks that each deployment is recovered after a crash during a shared
+// reload.
 func TestSharedReloadCrashes(t *testing.T) { synctest.Test(t, testSharedReloadCrashes) }
 
 func testSharedReloadCrashes(t *testing.T) {

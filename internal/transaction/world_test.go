@@ -33,7 +33,7 @@ func TestMain(m *testing.M) {
 // material is a certificate and its key, as PEM.
 type material struct{ cert, chain, key []byte }
 
-// pairs are an old and a new certificate. Making them once is enough.
+// pairs returns an old and a new certificate, which it makes only once.
 var pairs = sync.OnceValues(func() (material, material) {
 	ca, err := testca.New()
 	if err != nil {
@@ -49,8 +49,7 @@ var pairs = sync.OnceValues(func() (material, material) {
 	return make("old"), make("new")
 })
 
-// world is a host in a directory: state and keys of the agent, site and
-// private of the server.
+// world is a host in a directory: state and keys are the agent's, site and private the server's.
 type world struct{ base string }
 
 const (
@@ -78,7 +77,7 @@ func (w world) policy() *policy.Policy {
 	return &policy.Policy{Paths: []string{w.path("site"), w.path("private")}}
 }
 
-// store opens the world's Engine. Commands that start with "fail" fail.
+// store opens the world's Engine. Commands that begin with "fail" fail.
 func (w world) store(before func(Step) error) (*Engine, error) {
 	state, err := os.OpenRoot(w.path("state"))
 	if err != nil {
@@ -104,7 +103,7 @@ func (w world) mustStore(t testing.TB, before func(Step) error) *Engine {
 	return s
 }
 
-// old puts the old certificate in place, as an operator left it.
+// old installs the old certificate, as an operator would have.
 func (w world) old(t testing.TB) {
 	t.Helper()
 	before, _ := pairs()
@@ -122,7 +121,7 @@ func (w world) write(t testing.TB, name string, data []byte, mode fs.FileMode) {
 	check(t, os.Chmod(w.path(name), mode))
 }
 
-// Transaction is a Deployment with what its connector proposes.
+// Transaction is a Deployment together with the plan of its connector.
 type Transaction struct {
 	Deployment
 	proposal
@@ -144,8 +143,7 @@ func (e *Engine) deploy(ctx context.Context, tx Transaction) (Result, error) {
 	return e.Deploy(ctx, tx.Deployment)
 }
 
-// renewal is the transaction that replaces old by new, and makes the new key
-// the current one.
+// renewal returns the deployment that replaces old by new and promotes the new key.
 func (w world) renewal() Transaction {
 	before, after := pairs()
 	return Transaction{
@@ -168,7 +166,7 @@ func (w world) renewal() Transaction {
 	}
 }
 
-// condition says what is in place: "old", "new", or how it is neither.
+// condition returns "old" or "new", or describes what else is in place.
 func (w world) condition(first bool) string {
 	before, after := pairs()
 	type file struct {
@@ -176,7 +174,7 @@ func (w world) condition(first bool) string {
 		old, new []byte
 		oldMode  fs.FileMode
 		newMode  fs.FileMode
-		kept     bool // owner of the old file
+		kept     bool // the old file's owner must be kept
 	}
 	files := []file{
 		{"keys/c1.previous", nil, before.key, 0, 0o600, false},
@@ -232,7 +230,7 @@ func (w world) condition(first bool) string {
 	return strings.Join(details, ", ")
 }
 
-// matches reports an error unless certificate and key in place belong together.
+// matches returns an error unless the certificate and the key in place belong together.
 func (w world) matches(first bool) error {
 	if _, err := os.Stat(w.path("site/cert.pem")); first && err != nil {
 		return nil
@@ -241,8 +239,8 @@ func (w world) matches(first bool) error {
 	return err
 }
 
-// leftovers lists files that should not be there: temporaries, and copies of a
-// key outside of the backups.
+// leftovers lists files that should not exist: temporaries, and copies of a key outside the
+// backups.
 func (w world) leftovers() (strange []string) {
 	allowed := map[string]bool{"private/key.pem": true, "keys/c1.key": true, "keys/c1.previous": true}
 	err := filepath.WalkDir(w.base, func(path string, e fs.DirEntry, err error) error {
@@ -268,7 +266,7 @@ func (w world) leftovers() (strange []string) {
 	return strange
 }
 
-// backups lists the sets of target t1.
+// backups lists the backup sets of target t1.
 func (w world) backups(t testing.TB) []string {
 	t.Helper()
 	entries, err := os.ReadDir(w.path("state/backups/t1"))
@@ -282,7 +280,7 @@ func (w world) backups(t testing.TB) []string {
 	return names
 }
 
-// journal lists what is in the journal.
+// journal lists the files in the journal.
 func (w world) journal(t testing.TB) []string {
 	t.Helper()
 	entries, err := os.ReadDir(w.path("state/journal"))
@@ -301,7 +299,7 @@ func check(t testing.TB, err error) {
 	}
 }
 
-// mounted makes renames onto one file fail, as if it were mounted there.
+// mounted makes renames onto one file fail, as if it were a mount point.
 func mounted(path string) func(Step) error {
 	return func(s Step) error {
 		if s.Op == "rename" && s.to == path {

@@ -14,8 +14,8 @@ import (
 	"certctl-agent/internal/testing/needs"
 )
 
-// acl is an access ACL as the kernel has it: owner rw, one more user with
-// permission, the group, a mask, and others with none.
+// acl returns an access ACL in the kernel's encoding: owner rw, another user with the given
+// permissions, the group, a mask, and others with none.
 func acl(uid uint32, permission, mask uint16) []byte {
 	data := []byte{2, 0, 0, 0} // POSIX_ACL_XATTR_VERSION
 	for _, e := range []struct {
@@ -39,7 +39,7 @@ func attributesOf(t *testing.T, path string) map[string][]byte {
 	return got
 }
 
-// set sets an attribute, and skips the test where the file system has none.
+// set sets an attribute. It skips the test if the file system does not support that.
 func set(t *testing.T, path, name string, value []byte) {
 	t.Helper()
 	f, err := os.Open(path)
@@ -52,7 +52,8 @@ func set(t *testing.T, path, name string, value []byte) {
 	}
 }
 
-// TestAttributesAreKept: on the new file, and on the old one after a rollback.
+// TestAttributesAreKept checks that extended attributes are kept on the new file, and on the old
+// one after a rollback.
 func TestAttributesAreKept(t *testing.T) {
 	label := []byte("system_u:object_r:cert_t:s0\x00")
 	tests := []struct {
@@ -96,7 +97,8 @@ func TestAttributesAreKept(t *testing.T) {
 	}
 }
 
-// TestConfiguredModeDropsACL: the configuration says who may read the file.
+// TestConfiguredModeDropsACL checks that a configured mode removes the ACL: the configuration
+// decides who may read the file.
 func TestConfiguredModeDropsACL(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
@@ -115,8 +117,8 @@ func TestConfiguredModeDropsACL(t *testing.T) {
 	w.want(t, false, "new")
 }
 
-// TestInheritedACL: the default ACL of a directory does not decide who can
-// read a new key.
+// TestInheritedACL checks that the default ACL of a directory does not decide who can read a new
+// key.
 func TestInheritedACL(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	set(t, w.path("private"), "system.posix_acl_default", acl(65534, 7, 7))
@@ -129,7 +131,7 @@ func TestInheritedACL(t *testing.T) {
 	}
 }
 
-// TestTooManyAttributes: their owner chooses them, so there is a bound.
+// TestTooManyAttributes checks that extended attributes, which other users may choose, are bounded.
 func TestTooManyAttributes(t *testing.T) {
 	w := newWorld(t, needs.MemoryDir(t))
 	w.old(t)
@@ -142,8 +144,8 @@ func TestTooManyAttributes(t *testing.T) {
 	}
 }
 
-// TestForeignACL: an access control list that anybody can have set does not go
-// over to a key, unless the mode is configured.
+// TestForeignACL checks that an ACL that others could have set is not copied to a new key, and that
+// a configured mode makes the deployment possible.
 func TestForeignACL(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.write(t, "private/key.pem", nil, 0o600)

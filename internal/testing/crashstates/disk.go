@@ -11,14 +11,14 @@ import (
 	"syscall"
 )
 
-// A Disk is a model of a directory and everything below it on a file system
-// with a journal of its metadata. What was synced is there. Of what was not,
+// A Disk models a directory and everything below it, on a file system that journals metadata. A
+// power cut keeps what was synced. For the rest,
 //
-//   - each change of a directory's names is there or is not, each by itself;
-//   - a file has old bytes or new ones, or its new length and zeroes, or a part of
-//     the new ones, and its old or its new mode.
+//   - each change of a directory's names is kept or lost, independently of the others;
+//   - a file has its old bytes, its new bytes, a part of the new ones, or its new length with zeroes,
+//     and its old or its new mode.
 //
-// Owners and extended attributes are not in the model.
+// The model has no owners and no extended attributes.
 type Disk struct {
 	base    string
 	nodes   []*node
@@ -33,26 +33,27 @@ const root = 0 // the node of base
 type node struct {
 	dir     bool
 	durable content
-	later   []content // what it was after each change that is not durable
+	later   []content // after each unsynced change, oldest first
 
-	synced  map[string]int // directory: node by name, durable
-	changes []change       // those that may be lost
+	// Of a directory. Both maps give nodes by name.
+	synced  map[string]int // durable
+	changes []change       // unsynced, oldest first
 	names   map[string]int // now
 }
 
 // content is a file's bytes and mode.
 type content struct {
-	at   int // the call that made it so
+	at   int // number of the call that made it so
 	data string
 	mode fs.FileMode
 }
 
-// change gives a name to a node, or takes it: node -1. A rename is one change.
+// change gives a name to a node, or removes the name if node is -1. A rename is one change.
 type change struct {
 	at   int
 	name string
 	node int
-	from string // rename: this name goes
+	from string // the old name, in a rename
 }
 
 func (c change) apply(names map[string]int) {
@@ -66,7 +67,7 @@ func (c change) apply(names map[string]int) {
 	}
 }
 
-// Load takes what is below base as durable.
+// Load returns a Disk with everything that is now in base, all of it durable.
 func Load(base string) (*Disk, error) {
 	d := &Disk{base: base}
 	at := make(map[string]int)
@@ -105,10 +106,10 @@ func Load(base string) (*Disk, error) {
 	return d, err
 }
 
-// Run begins another run of the program, whose calls come next.
+// Run starts another run of the program. Its calls are applied next, and counted from 0.
 func (d *Disk) Run() {
 	d.offsets, d.open, d.now = make(map[int]int), make(map[int]int), 0
-	for _, n := range d.nodes { // calls are counted anew
+	for _, n := range d.nodes {
 		for i := range n.later {
 			n.later[i].at = -1
 		}
@@ -118,7 +119,7 @@ func (d *Disk) Run() {
 	}
 }
 
-// latest is what the file is now.
+// latest returns the present content of a file.
 func (n *node) latest() content {
 	if len(n.later) > 0 {
 		return n.later[len(n.later)-1]
@@ -126,7 +127,7 @@ func (n *node) latest() content {
 	return n.durable
 }
 
-// find returns the node at path, -1 if there is none or it is not below base.
+// find returns the node at path, or -1 if there is none or path is outside base.
 func (d *Disk) find(path string) int {
 	rel, err := filepath.Rel(d.base, path)
 	if err != nil || rel == ".." || strings.HasPrefix(rel, "../") {
@@ -146,7 +147,7 @@ func (d *Disk) find(path string) int {
 	return at
 }
 
-// parent returns the directory of path and the last name, nil outside base.
+// parent returns the directory of path and the last element. The directory is nil outside base.
 func (d *Disk) parent(path string) (*node, string) {
 	at := d.find(filepath.Dir(path))
 	if at < 0 || !d.nodes[at].dir {
@@ -155,13 +156,14 @@ func (d *Disk) parent(path string) (*node, string) {
 	return d.nodes[at], filepath.Base(path)
 }
 
+// alter changes the names of a directory.
 func (d *Disk) alter(n *node, c change) {
 	c.at = d.now
 	n.changes = append(n.changes, c)
 	c.apply(n.names)
 }
 
-// create makes a file or a directory.
+// create creates a file or a directory.
 func (d *Disk) create(path string, dir bool, mode fs.FileMode) {
 	parent, name := d.parent(path)
 	if parent == nil {
@@ -175,7 +177,7 @@ func (d *Disk) create(path string, dir bool, mode fs.FileMode) {
 	d.alter(parent, change{name: name, node: len(d.nodes) - 1})
 }
 
-// at is the path that a descriptor of a directory and a name make.
+// at returns the path in arguments i and i+1: the descriptor of a directory, and a name.
 func (c *Call) at(i int) (string, error) {
 	_, dir, err := descriptor(c.arg(i))
 	if err != nil {
@@ -202,12 +204,13 @@ func (d *Disk) write(at, offset int, data string) {
 	d.become(n, c)
 }
 
+// become changes the content of a file.
 func (d *Disk) become(n *node, c content) {
 	c.at = d.now
 	n.later = append(n.later, c)
 }
 
-// sync makes durable what was there when the call was entered.
+// sync makes durable what was there when the sync call was entered.
 func (d *Disk) sync(n *node, entered int) {
 	for len(n.later) > 0 && n.later[0].at < entered {
 		n.durable, n.later = n.later[0], n.later[1:]
@@ -218,8 +221,7 @@ func (d *Disk) sync(n *node, entered int) {
 	}
 }
 
-// Apply applies the next call. It reports whether that was one of the program
-// itself that changes the disk or starts a command.
+// Apply applies the next call. It reports whether the call changes the disk or starts a command.
 func (d *Disk) Apply(c *Call) (matters bool, err error) {
 	defer func() { d.now++ }()
 	if c.foreign {
@@ -291,8 +293,7 @@ func (d *Disk) apply(c *Call) (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("the model does not know this call: %w", err)
 	}
-	// Closing is not looked at: the number may be another file's before the call
-	// has returned.
+	// close is not traced: another file may get the descriptor before the call has returned.
 	at := d.find(path)
 	if at < 0 {
 		return false, nil // elsewhere, or without a name
@@ -414,7 +415,7 @@ func (d *Disk) rename(c *Call) (bool, error) {
 	return true, nil
 }
 
-// attributes are changed by name. Owners are not in the model.
+// attributes applies a call that changes attributes by name. It ignores owners.
 func (d *Disk) attributes(c *Call) (bool, error) {
 	if c.Name == "fchown" || c.Name == "fchownat" {
 		return false, nil
@@ -437,17 +438,18 @@ func (d *Disk) attributes(c *Call) (bool, error) {
 	return true, nil
 }
 
-// State is the disk after a power cut: a file or directory by path below base.
+// State is a disk after a power cut: its files and directories, by their paths below base.
 type State map[string]Entry
 
+// Entry is a file or a directory.
 type Entry struct {
 	Dir  bool
 	Data string
 	Mode fs.FileMode
 }
 
-// Diff names a file that is not below base as the state has it, or "". Sockets
-// are passed over.
+// Diff returns the name of a file that is different in base and in the state, or "" if there is
+// none. It ignores sockets.
 func (s State) Diff(base string) (name string, err error) {
 	disk, err := Load(base)
 	if err != nil {
@@ -467,7 +469,7 @@ func (s State) Diff(base string) (name string, err error) {
 	return "", nil
 }
 
-// Write makes base what the state says.
+// Write replaces everything in base by the state.
 func (s State) Write(base string) error {
 	entries, err := os.ReadDir(base)
 	if err != nil {

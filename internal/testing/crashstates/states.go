@@ -8,20 +8,19 @@ import (
 	"strings"
 )
 
-// choice says what of the undecided is on the disk.
+// choice decides what of the unsynced changes is on the disk after a power cut.
 type choice struct {
-	kept func(node, index int, c change) bool // a change of names
-	file func(node int, n *node) content
+	kept func(node, index int, c change) bool // whether a change of names is
+	file func(node int, n *node) content      // what a file holds
 }
 
-// pending is one undecided change.
+// pending is one unsynced change of a directory's names.
 type pending struct{ node, index, at int }
 
-// States calls use for states that a power cut right now can leave: everything
-// lost, everything there, each kind of torn file, what a journal that keeps the
-// order leaves (a prefix of all changes), each change lost or kept alone, and
-// some of the other combinations. The lower its rank, the more a state is worth
-// to be tried: 0 is that of everything lost.
+// States calls use for states that a power cut at this moment can leave: everything lost,
+// everything kept, each kind of torn file, what an ordered journal leaves (a prefix of all
+// changes), each change lost or kept alone, and a number of random combinations. States with a
+// lower rank are more worth testing. Rank 0 is for the states in which everything is lost.
 func (d *Disk) States(random *rand.Rand, combinations int, use func(s State, rank int)) {
 	var all []pending
 	loose := false
@@ -77,12 +76,12 @@ func (d *Disk) States(random *rand.Rand, combinations int, use func(s State, ran
 	}
 }
 
-// Now is the disk as everybody sees it while the power is on.
+// Now returns the state that programs see while the power is on.
 func (d *Disk) Now() State {
 	return d.state(choice{func(int, int, change) bool { return true }, func(_ int, n *node) content { return n.latest() }})
 }
 
-// reachable lists the directories and files that have, had or may have a name.
+// reachable lists the directories and files that have a name, now or after a power cut.
 func (d *Disk) reachable() []int {
 	seen := map[int]bool{root: true}
 	todo := []int{root}
@@ -103,18 +102,19 @@ func (d *Disk) reachable() []int {
 	return todo
 }
 
-// What may be there of a file that was not synced.
+// The kinds of content that an unsynced file may have after a power cut.
 const (
-	whole    = iota // all of it
-	old             // nothing of it: a new file is empty
-	half            // the first half of the new bytes, and no more
-	zeroes          // the new length, and nothing in it
-	halfZero        // the first half, and zeroes
+	whole    = iota // all new bytes
+	old             // no new bytes: a new file is empty
+	half            // only the first half of the new bytes
+	zeroes          // the new length, but only zeroes
+	halfZero        // the first half of the new bytes, then zeroes
 	newMode         // the old bytes with the new mode
 	oldMode         // the new bytes with the old mode
 	kinds
 )
 
+// torn returns what a file holds after a power cut of the given kind.
 func (n *node) torn(kind int) content {
 	now, was := n.latest(), n.durable
 	if len(n.later) == 0 {

@@ -1,9 +1,9 @@
-// Package crashstates tells from the system calls that a program made which
-// states of its directories a power cut can leave, at each moment. The calls are
-// recorded by strace(1), so a sync counts only if the kernel was asked for it.
+// Package crashstates derives from the system calls of a program the states in which a power cut
+// could have left its directories, at each moment of the run. strace(1) records the calls, so a
+// sync counts only if the program has really asked the kernel for it.
 //
-// The method is that of ALICE: Pillai et al., "All File Systems Are Not Created
-// Equal", OSDI 2014, https://www.usenix.org/conference/osdi14/technical-sessions/presentation/pillai
+// The method is that of ALICE: Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014,
+// https://www.usenix.org/conference/osdi14/technical-sessions/presentation/pillai
 package crashstates
 
 import (
@@ -20,26 +20,25 @@ import (
 	"time"
 )
 
-// calls are the system calls that are recorded: all that change a file, a
-// directory's names or what is durable of them, and the commands that are
-// started. A "?" stands before what not every architecture has. Those that the
-// model does not know, it refuses.
+// calls are the system calls that are recorded: those that change a file, the names in a directory
+// or what of them is durable, and those that start commands. A "?" marks calls that not every
+// architecture has. The model rejects those that it does not know.
 const calls = "?open,openat,?openat2,?creat,write,pwrite64,writev,pwritev,?pwritev2,?sendfile,?copy_file_range,splice," +
 	"?rename,renameat,?renameat2,?link,linkat,?symlink,symlinkat,?unlink,unlinkat,?rmdir,?mkdir,mkdirat,?mknod,mknodat," +
 	"fsync,fdatasync,sync,syncfs,sync_file_range,truncate,ftruncate,fallocate," +
 	"?chmod,fchmod,fchmodat,?chown,fchown,?lchown,fchownat,setxattr,lsetxattr,fsetxattr,removexattr,lremovexattr,fremovexattr," +
 	"?fork,?vfork,clone,?clone3,execve"
 
-// maxString is how much of a string strace prints, in bytes: more than any file
-// that is written here.
+// maxString is how much of a string strace prints, in bytes. No file that the program writes is
+// longer.
 const maxString = 1 << 20
 
-// Command is a program under strace, which writes its calls to output. Whoever
-// runs it closes output when it has started; strace may end after it.
+// Command returns a command that runs a program under strace, which writes the calls to output. The
+// caller closes output once the command has started. strace may exit after the program.
 func Command(ctx context.Context, strace string, output *os.File, program string, args ...string) *exec.Cmd {
-	// Of all threads into one file, in order; every string in hex, so that
-	// nothing in one looks like syntax; descriptors with their paths. With -D the
-	// process that is started is the program, and strace its child.
+	// -f: all threads, in order, in one file. -y: descriptors with their paths. -xx: all strings in
+	// hex, so that nothing in them looks like syntax. -D: the started process is the program, and
+	// strace is its child.
 	flags := []string{"-f", "--seccomp-bpf", "-qq", "-D", "-y", "-xx", "-ttt", "-s", strconv.Itoa(maxString),
 		"-e", "trace=" + calls, "-e", "signal=none", "-o", "/dev/fd/3", "--", program}
 	cmd := exec.CommandContext(ctx, strace, append(flags, args...)...)
@@ -53,13 +52,13 @@ type Call struct {
 	Name string
 
 	thread  int
-	foreign bool // of a command that the program started, or of what becomes one
+	foreign bool // made by a command that the program has started, or by a child before its exec
 	args    []string
 	result  string
 	entered int // how many calls had returned when it was entered
 }
 
-// Parse reads what strace wrote, in the order in which the calls returned.
+// Parse parses the output of strace. It returns the calls in the order in which they returned.
 func Parse(r io.Reader) ([]Call, error) {
 	type begun struct {
 		text    string
@@ -82,7 +81,7 @@ func Parse(r io.Reader) ([]Call, error) {
 		if err != nil {
 			return nil, fmt.Errorf("%w: %.600q", err, line)
 		}
-		// What has no result has not returned when the process ended.
+		// A call without a result had not returned when the process ended.
 		if strings.HasPrefix(text, "+++") || strings.HasPrefix(text, "---") || strings.HasSuffix(text, "<detached ...>") {
 			continue
 		}
@@ -112,8 +111,8 @@ func Parse(r io.Reader) ([]Call, error) {
 	return all, scanner.Err()
 }
 
-// markForeign finds the calls of other processes. A child may come before the
-// return of the call that made it.
+// markForeign marks the calls of other processes. The calls of a child may precede the return of
+// the call that created it, so it repeats until it finds no more.
 func markForeign(all []Call) {
 	foreign := make(map[int]bool)
 	for again := true; again; {
@@ -142,9 +141,10 @@ func parseTime(stamp string) (time.Time, error) {
 	return time.Unix(s, us*1000), nil
 }
 
-// parseCall reads name(args) = result. A call that failed is none.
+// parseCall parses name(args) = result. ok is false if the call failed.
 func parseCall(text string) (c Call, ok bool, err error) {
-	// Short calls are padded before the equals sign. A result may be 3<path>, in hex.
+	// strace pads short calls before the equals sign. A result may be 3<path>, with the path in
+	// hex.
 	head, result, ok := cutLast(text, " = ")
 	head, isCall := strings.CutSuffix(strings.TrimRight(head, " "), ")")
 	name, args, found := strings.Cut(head, "(")
@@ -165,7 +165,7 @@ func cutLast(s, separator string) (before, after string, found bool) {
 	return s[:i], s[i+len(separator):], true
 }
 
-// split splits arguments at the commas that stand in no brackets.
+// split splits arguments at the commas outside brackets.
 func split(text string) (args []string) {
 	depth, start := 0, 0
 	for i := range len(text) {
@@ -184,7 +184,7 @@ func split(text string) (args []string) {
 	return append(args, strings.TrimSpace(text[start:]))
 }
 
-// arg is an argument, "" where there is none.
+// arg returns argument i, or "" if there is none.
 func (c *Call) arg(i int) string {
 	if i >= len(c.args) {
 		return ""
@@ -192,7 +192,7 @@ func (c *Call) arg(i int) string {
 	return c.args[i]
 }
 
-// text is a string argument.
+// text returns argument i, a string.
 func (c *Call) text(i int) (string, error) {
 	s, ok := strings.CutPrefix(c.arg(i), `"`)
 	s, whole := strings.CutSuffix(s, `"`)
@@ -218,7 +218,7 @@ func unhex(s string) (string, error) {
 	return b.String(), nil
 }
 
-// descriptor reads 7<path>; AT_FDCWD is -1.
+// descriptor parses 7<path>. It returns -1 for AT_FDCWD.
 func descriptor(s string) (fd int, path string, err error) {
 	number, rest, found := strings.Cut(s, "<")
 	if number == "AT_FDCWD" {
@@ -231,15 +231,15 @@ func descriptor(s string) (fd int, path string, err error) {
 	}
 	text, _, _ := strings.Cut(rest, ">")
 	if path, err = unhex(text); err != nil {
-		return fd, text, nil // "socket:[1]" and its like
+		return fd, text, nil // such as "socket:[1]"
 	}
 	return fd, path, nil
 }
 
-// number reads an argument in whichever base.
+// number returns argument i, a number in any base.
 func (c *Call) number(i int) (int64, error) { return strconv.ParseInt(c.arg(i), 0, 64) }
 
-// Output is what the call wrote to standard output or standard error.
+// Output returns what the call wrote to standard output or standard error.
 func (c *Call) Output() (text string, ok bool) {
 	if fd, _, err := descriptor(c.arg(0)); c.Name != "write" || err != nil || fd != 1 && fd != 2 {
 		return "", false
@@ -248,7 +248,7 @@ func (c *Call) Output() (text string, ok bool) {
 	return text, err == nil
 }
 
-// String shows a call with its strings as they are.
+// String returns the call with its strings decoded.
 func (c Call) String() string {
 	var words []string
 	for _, arg := range c.args {
