@@ -64,9 +64,8 @@ func TestWriteFile(t *testing.T) {
 	}
 }
 
-// TestMode: the mode is exact under any umask, and another one that the old
-// file had does not stay. The umask belongs to the process, so this test is
-// not parallel to others.
+// TestMode checks that the mode is exact under any umask, and replaces that of the old file. The
+// umask belongs to the process, so the test does not run in parallel with others.
 func TestMode(t *testing.T) {
 	for _, umask := range []int{0, 0o022, 0o777} {
 		for _, mode := range []fs.FileMode{0o600, 0o640, 0o644, 0o400} {
@@ -138,8 +137,7 @@ func TestFailureLeavesNoTemporary(t *testing.T) {
 	}
 }
 
-// limitFileSize makes writes beyond size bytes fail for the rest of the test,
-// as on a disk that is full.
+// limitFileSize makes writes beyond size bytes fail for the rest of the test, as on a full disk.
 func limitFileSize(t *testing.T, size uint64) {
 	signal.Ignore(syscall.SIGXFSZ)
 	var old syscall.Rlimit
@@ -171,7 +169,7 @@ func TestReadOnlyDirectory(t *testing.T) {
 	}
 }
 
-// TestReadersSeeOneVersion: a reader finds all of one write, whenever it looks.
+// TestReadersSeeOneVersion checks that a reader always finds the whole content of one write.
 func TestReadersSeeOneVersion(t *testing.T) {
 	dir := t.TempDir()
 	root := openRoot(t, dir)
@@ -204,7 +202,7 @@ func TestReadersSeeOneVersion(t *testing.T) {
 	readers.Wait()
 }
 
-// TestSymlinkIsReplaced: the name itself is replaced, not what it points to.
+// TestSymlinkIsReplaced checks that a symlink is replaced, and not the file that it points to.
 func TestSymlinkIsReplaced(t *testing.T) {
 	root := openRoot(t, t.TempDir())
 	if err := root.WriteFile("real", []byte("old"), 0o600); err != nil {
@@ -270,7 +268,8 @@ func TestRemove(t *testing.T) {
 	}
 }
 
-// TestCreate has many make the same file: one does, and the others learn it.
+// TestCreate creates the same file many times concurrently: one call succeeds, the others get
+// fs.ErrExist.
 func TestCreate(t *testing.T) {
 	root := openRoot(t, t.TempDir())
 	var group sync.WaitGroup
@@ -288,7 +287,7 @@ func TestCreate(t *testing.T) {
 	}
 	group.Wait()
 	if len(made) != 1 {
-		t.Fatalf("%d made the file, want one", len(made))
+		t.Fatalf("%d calls created the file, want one", len(made))
 	}
 	want := <-made
 	if got, err := root.ReadFile("a"); err != nil || string(got) != want {
@@ -302,7 +301,7 @@ func TestCreate(t *testing.T) {
 	}
 }
 
-// TestRewrite: mode and owner are those of the file before.
+// TestRewrite checks that the new file has the mode and owner of the old one.
 func TestRewrite(t *testing.T) {
 	dir := t.TempDir()
 	root := openRoot(t, dir)
@@ -329,7 +328,7 @@ func TestRewrite(t *testing.T) {
 	}
 	gotUID, gotGID := hostfile.Owner(is)
 	if gotUID != uid || gotGID != gid || is.Mode() != 0o664 || os.SameFile(was, is) {
-		t.Errorf("the file is of %d:%d, mode %v, want another one of %d:%d, mode 0664", gotUID, gotGID, is.Mode(), uid, gid)
+		t.Errorf("the file has owner %d:%d and mode %v, want a new file with owner %d:%d and mode 0664", gotUID, gotGID, is.Mode(), uid, gid)
 	}
 	if got, err := root.ReadFile("f"); err != nil || string(got) != "new" {
 		t.Errorf("content %q, %v", got, err)

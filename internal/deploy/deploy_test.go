@@ -32,7 +32,7 @@ import (
 	"certctl-agent/internal/transaction"
 )
 
-// world is everything that a Deployer meets, faked but for the key store.
+// world fakes everything that a Deployer uses, except the key store.
 type world struct {
 	t       *testing.T
 	options Options
@@ -78,7 +78,7 @@ func newWorld(t *testing.T) *world {
 	return w
 }
 
-// Certificate is the control plane's.
+// Certificate implements Plane.
 func (w *world) Certificate(ctx context.Context, certID api.ID) ([]byte, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -88,7 +88,7 @@ func (w *world) Certificate(ctx context.Context, certID api.ID) ([]byte, error) 
 	return w.certs[certID], w.fetchErr
 }
 
-// ReportStatus is the control plane's.
+// ReportStatus implements Plane.
 func (w *world) ReportStatus(ctx context.Context, job api.ID, s api.JobStatus) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -103,7 +103,7 @@ func (w *world) connector(c *targetconf.Config, _ connector.Host) (connector.Con
 	return &fakeConnector{endpoint: c.Common.Endpoint()}, c.Decode(&config)
 }
 
-// fakeConnector proposes nothing.
+// fakeConnector proposes an empty plan.
 type fakeConnector struct{ endpoint *tlsprobe.Endpoint }
 
 // Plan implements connector.Connector.
@@ -111,7 +111,7 @@ func (c *fakeConnector) Plan(context.Context, *connector.Material) (*connector.P
 	return &connector.Plan{Serves: c.endpoint}, nil
 }
 
-// Settle is the engine's.
+// Settle implements Engine.
 func (w *world) Settle(ctx context.Context, targetID api.ID, keyPath string) error {
 	if w.settle == nil {
 		return nil
@@ -119,8 +119,7 @@ func (w *world) Settle(ctx context.Context, targetID api.ID, keyPath string) err
 	return w.settle(ctx, string(targetID), keyPath)
 }
 
-// Deploy is the engine's: it puts the key in place, and leaves the rest to
-// world.deploy.
+// Deploy implements Engine. It installs the key, and leaves the rest to world.deploy.
 func (w *world) Deploy(ctx context.Context, d transaction.Deployment) (transaction.Result, error) {
 	w.mu.Lock()
 	w.material, w.promotion = d.Material, d.Promotion
@@ -142,7 +141,7 @@ func (w *world) Deploy(ctx context.Context, d transaction.Deployment) (transacti
 
 func newKey() (crypto.Signer, error) { return csr.GenerateKey("ecdsa-p256") }
 
-// renew makes a new key and a certificate for it.
+// renew makes a new key and issues a certificate for it.
 func (w *world) renew(certID api.ID, template testca.Template) *testca.Issued {
 	w.t.Helper()
 	w.renewals++
@@ -180,7 +179,7 @@ func (w *world) run(j api.Job) Outcome {
 	return outcome
 }
 
-// role is that of the certificate's key now.
+// role returns the present role of the certificate's key.
 func (w *world) role(leaf *x509.Certificate) keystore.Role {
 	key, _ := w.keys.Find("cert-1", leaf.PublicKey)
 	return key.Role
@@ -218,7 +217,7 @@ func TestCompleted(t *testing.T) {
 		}
 	}
 
-	// The next round keeps the key before as the previous one.
+	// The next renewal keeps the replaced key as the previous one.
 	second := w.renew("cert-1", testca.Template{})
 	w.run(job(`{}`))
 	if len(w.promotion) != 2 {
@@ -232,13 +231,11 @@ func TestCompleted(t *testing.T) {
 		return transaction.Result{Unchanged: true}, nil
 	}
 	if got := w.run(job(`{}`)); !got.Unchanged || got.Status != api.StatusCompleted || len(w.promotion) != 0 {
-		t.Errorf("the same once more: %+v, key files %v", got, w.promotion)
+		t.Errorf("a second time: %+v, key files %v", got, w.promotion)
 	}
 }
 
-// TestRefusedBeforeTouching lists what ends a job without any change.
-// What is remembered of each target must not be as long as a certificate can
-// be.
+// TestLongCommonName checks that the common name that is remembered of a target is bounded.
 func TestLongCommonName(t *testing.T) {
 	w := newWorld(t)
 	w.renew("cert-1", testca.Template{CommonName: strings.Repeat("x", 100_000)})
@@ -247,6 +244,7 @@ func TestLongCommonName(t *testing.T) {
 	}
 }
 
+// TestRefusedBeforeTouching lists what fails a job without any change.
 func TestRefusedBeforeTouching(t *testing.T) {
 	tests := []struct {
 		name   string
@@ -308,7 +306,7 @@ func TestRefusedBeforeTouching(t *testing.T) {
 				t.Errorf("outcome %+v, want an error with %q", got, test.want)
 			}
 			if len(got.Error) > maxError || strings.ContainsRune(got.Error, 0x1b) || strings.Contains(got.Error, "BEGIN") {
-				t.Errorf("the error is not fit to be sent: %q", got.Error)
+				t.Errorf("the error is too long or not printable: %q", got.Error)
 			}
 			if len(w.installed) > 0 || !slices.Equal(files(t, w), before) {
 				t.Errorf("touched: targets %v, keys %v, before %v", w.installed, files(t, w), before)
@@ -343,7 +341,7 @@ func TestTemporary(t *testing.T) {
 		"server":  &api.StatusError{Status: 503},
 		"limit":   &api.StatusError{Status: 429, RetryAfter: time.Second},
 		"gone":    &api.StatusError{Status: 410},
-		// For how long, the agent decides.
+		// The agent decides for how long to retry.
 		"gateway":   &api.StatusError{Status: 404, Body: "default backend"},
 		"too large": api.ErrTooLarge,
 	} {
@@ -371,9 +369,9 @@ func TestStopping(t *testing.T) {
 		t.Errorf("got %v, want cancelled", err)
 	}
 	if len(w.installed) > 0 {
-		t.Error("a transaction was begun by an agent that stops")
+		t.Error("a transaction was begun while the agent was stopping")
 	}
-	// Once begun, the transaction does not end with the calls.
+	// Once begun, the transaction does not end with calls.
 	ctx, cancel = context.WithCancel(t.Context())
 	w.deploy = func(work context.Context, m *connector.Material) (transaction.Result, error) {
 		cancel()
@@ -384,8 +382,7 @@ func TestStopping(t *testing.T) {
 	}
 }
 
-// TestNotYetValid waits for a certificate that a clock slightly ahead of this
-// one has stamped.
+// TestNotYetValid waits for a certificate from a CA whose clock is slightly ahead.
 func TestNotYetValid(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -404,7 +401,7 @@ func TestNotYetValid(t *testing.T) {
 			t.Errorf("took %v, want %v", got, want)
 		}
 
-		// Others have its place meanwhile.
+		// Other jobs use its slot in the meantime.
 		w.renew("cert-1", testca.Template{NotBefore: time.Now().Add(time.Minute)})
 		var waited time.Duration
 		yield := func(_ int, wait func(context.Context) error) error {
@@ -414,7 +411,7 @@ func TestNotYetValid(t *testing.T) {
 			return err
 		}
 		if got, err := New(w.options).Deploy(t.Context(), t.Context(), job(`{}`), Turn{Yield: yield}); err != nil || got.Status != api.StatusCompleted || waited != time.Minute {
-			t.Errorf("got %+v, %v, %v without a place", got, err, waited)
+			t.Errorf("got %+v, %v, %v without a slot", got, err, waited)
 		}
 	})
 }
@@ -436,8 +433,8 @@ func TestChain(t *testing.T) {
 	}
 }
 
-// TestStrayCertificate: one more certificate in the chain is no reason to let a
-// server's certificate expire.
+// TestStrayCertificate checks that an unrelated certificate in the chain does not prevent a
+// renewal.
 func TestStrayCertificate(t *testing.T) {
 	w := newWorld(t)
 	chain := w.renew("cert-1", testca.Template{Intermediates: 1}).Chain
@@ -498,7 +495,7 @@ func TestConnectorFails(t *testing.T) {
 			issued := w.renew("cert-1", testca.Template{})
 			w.deploy = test.deploy
 			d := New(w.options)
-			for range 2 { // the second shows that the locks are free
+			for range 2 { // the second time shows that the locks are free
 				got, err := d.Deploy(t.Context(), t.Context(), job(`{}`), Turn{})
 				if err != nil || got.Status != api.StatusFailed || got.Broken != test.broken || !strings.Contains(got.Error, test.want) {
 					t.Errorf("outcome %+v, %v", got, err)
@@ -514,8 +511,8 @@ func TestConnectorFails(t *testing.T) {
 	}
 }
 
-// TestTargetsOfOneCertificate deploys to three at once, as the agent does: one
-// promotes the key alone, the others then run beside each other.
+// TestTargetsOfOneCertificate deploys to three targets at once, as the agent does: the first
+// promotes the key alone, then the others run concurrently.
 func TestTargetsOfOneCertificate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -562,8 +559,8 @@ func TestTargetsOfOneCertificate(t *testing.T) {
 	})
 }
 
-// TestSettledFirst: what an interrupted transaction may still undo is undone
-// before the key is looked for, and nothing is said of a job that waits for it.
+// TestSettledFirst checks that interrupted deployments are recovered before the key is looked up,
+// and that nothing is reported while a job waits for that.
 func TestSettledFirst(t *testing.T) {
 	w := newWorld(t)
 	w.renew("cert-1", testca.Template{})
@@ -600,7 +597,7 @@ func TestSettledFirst(t *testing.T) {
 	}
 }
 
-// TestBusyTarget: a connector that could not begin leaves the job as it was.
+// TestBusyTarget checks that a busy target is a temporary error.
 func TestBusyTarget(t *testing.T) {
 	w := newWorld(t)
 	w.renew("cert-1", testca.Template{})
@@ -622,7 +619,7 @@ func TestRunningIsRefused(t *testing.T) {
 	}
 }
 
-// TestRunningIsNotAnswered: it may arrive after the verdict.
+// TestRunningIsNotAnswered checks RunningUnanswered: such a report may arrive after the final one.
 func TestRunningIsNotAnswered(t *testing.T) {
 	tests := []struct {
 		name string
@@ -657,7 +654,7 @@ func TestVerification(t *testing.T) {
 		name   string
 		config string
 		off    bool
-		// serves answers for the moment after the deployment; "new" stands for
+		// serves returns what the server serves at some time after the deployment; "new" stands for
 		// the deployed certificate.
 		serves func(after time.Duration) (string, error)
 		took   time.Duration
@@ -736,8 +733,8 @@ func TestVerification(t *testing.T) {
 	}
 }
 
-// TestVerificationAsks says what is looked for. Whether host is the listener or
-// the proxy in front of it is found out.
+// TestVerificationAsks checks what is probed, and that it does not matter whether the host is the
+// listener or the proxy in front of it.
 func TestVerificationAsks(t *testing.T) {
 	for _, behind := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
@@ -770,8 +767,8 @@ func TestVerificationAsks(t *testing.T) {
 	}
 }
 
-// TestVerificationIsCut ends a look that hangs, and has nothing to say when the
-// agent stops meanwhile.
+// TestVerificationIsCut checks that a probe that hangs is cut short, and that nothing is reported
+// if the agent stops in the meantime.
 func TestVerificationIsCut(t *testing.T) {
 	for _, stops := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {

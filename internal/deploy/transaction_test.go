@@ -30,8 +30,8 @@ import (
 // crashDir makes this binary the child of TestKilled.
 var crashDir = flag.String("crash-dir", "", "internal to TestKilled")
 
-// host is a directory with all that an agent has on disk: keys, state, and
-// a server's certificate and key. Its commands are faked.
+// host is a directory with everything that an agent has on disk: keys, state, and a server's
+// certificate and key. Its commands are fakes.
 type host struct {
 	t     *testing.T
 	dir   string
@@ -75,15 +75,15 @@ func (h *host) path(elements ...string) string {
 	return filepath.Join(append([]string{h.dir}, elements...)...)
 }
 
-// Certificate is the control plane's.
+// Certificate implements Plane.
 func (h *host) Certificate(context.Context, api.ID) ([]byte, error) {
 	return os.ReadFile(h.path("latest.pem"))
 }
 
-// ReportStatus is the control plane's.
+// ReportStatus implements Plane.
 func (h *host) ReportStatus(context.Context, api.ID, api.JobStatus) error { return nil }
 
-// renew makes a new certificate the latest.
+// renew issues a new certificate.
 func (h *host) renew(ca *testca.CA, jobID api.ID) *x509.Certificate {
 	h.t.Helper()
 	key, err := h.keys.Pending("cert-1", jobID, newKey)
@@ -100,8 +100,8 @@ func (h *host) renew(ca *testca.CA, jobID api.ID) *x509.Certificate {
 	return issued.Leaf
 }
 
-// deploy deploys the latest certificate; ownKey has the server read the key
-// from the key directory itself.
+// deploy deploys the latest certificate. With ownKey, the server reads the key from the key
+// directory.
 func (h *host) deploy(ownKey bool) Outcome {
 	h.t.Helper()
 	config, err := json.Marshal(map[string]any{"cert_path": h.path("www", "cert.pem"), "key_path": h.keyPath(ownKey),
@@ -123,7 +123,7 @@ func (h *host) keyPath(ownKey bool) string {
 	return h.path("www", "key.pem")
 }
 
-// served loads the pair as a server would and checks the key directory too.
+// served loads the pair as a server would, and checks the key directory too.
 func (h *host) served(ownKey bool) *x509.Certificate {
 	h.t.Helper()
 	pair, err := tls.LoadX509KeyPair(h.path("www", "cert.pem"), h.keyPath(ownKey))
@@ -168,7 +168,7 @@ func TestTransaction(t *testing.T) {
 				t.Errorf("a reload that fails: %+v", got)
 			}
 			if reloads != 2 || !h.served(ownKey).Equal(first) {
-				t.Errorf("after the roll-back and %d reloads another certificate is served", reloads)
+				t.Errorf("after the rollback and %d reloads another certificate is served", reloads)
 			}
 			if got := h.deploy(ownKey); got.Status != api.StatusCompleted {
 				t.Errorf("after that: %+v", got)
@@ -177,14 +177,14 @@ func TestTransaction(t *testing.T) {
 				t.Error("another certificate is served")
 			}
 			if key, err := h.keys.Find("cert-1", first.PublicKey); err != nil || key.Role != keystore.Previous {
-				t.Errorf("the key before is %q (%v), want previous", key.Role, err)
+				t.Errorf("the replaced key is %q (%v), want previous", key.Role, err)
 			}
 		})
 	}
 }
 
-// TestKilled kills the agent in the middle of deployments. After recovery the
-// server has a matching pair, and the key directory agrees.
+// TestKilled kills the agent during deployments. After recovery the server has a matching pair, and
+// the key directory agrees.
 func TestKilled(t *testing.T) {
 	if *crashDir != "" {
 		h := openHost(t, *crashDir)

@@ -22,7 +22,7 @@ import (
 	"certctl-agent/internal/pemutil"
 )
 
-// plane answers CSRs with what answer says and remembers their keys.
+// plane answers CSRs as answer says, and remembers their keys.
 type plane struct {
 	mu     sync.Mutex
 	keys   []crypto.PublicKey
@@ -121,7 +121,7 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
-// noKeys fails a test in which a key is made.
+// noKeys fails the test if a key is made.
 type noKeys struct{ t *testing.T }
 
 func (k noKeys) Pending(certID, jobID api.ID, _ func() (crypto.Signer, error)) (keystore.Key, error) {
@@ -145,7 +145,7 @@ func TestChecksComeBeforeTheKey(t *testing.T) {
 				t.Fatalf("got %v, want a RefusedError", refused)
 			}
 			if len(refused.Reason) > maxReason || !utf8.ValidString(refused.Reason) || strings.ContainsAny(refused.Reason, "\x00\x1b") {
-				t.Errorf("the reason is not fit to be sent: %q", refused.Reason)
+				t.Errorf("the reason is too long or not printable: %q", refused.Reason)
 			}
 		})
 	}
@@ -174,7 +174,7 @@ func TestDiskError(t *testing.T) {
 func TestPanicIsTheJobsFailure(t *testing.T) {
 	var text bytes.Buffer
 	e := New(Options{Keys: brokenKeys{}, Plane: &plane{}, Log: slog.New(slog.NewTextHandler(&text, nil))})
-	for range 2 { // the second shows that the first holds nothing
+	for range 2 { // the second time shows that the first left nothing locked
 		refused, ok := errors.AsType[*RefusedError](e.Enroll(t.Context(), t.Context(), job))
 		if !ok || !strings.Contains(refused.Reason, "internal error") {
 			t.Errorf("got %v, want a refusal", refused)
@@ -185,7 +185,7 @@ func TestPanicIsTheJobsFailure(t *testing.T) {
 	}
 }
 
-// slowKeys counts the keys that are made at once: each takes a second.
+// slowKeys counts the keys that are made at the same time. Each takes a second.
 type slowKeys struct {
 	mu        sync.Mutex
 	now, most int
@@ -232,9 +232,9 @@ func TestFewRSAKeysAtOnce(t *testing.T) {
 	}
 }
 
-// TestRSAPlacesAreForNewKeys: while all places are taken, a CSR whose key is on
-// the disk is sent, and one that waits for a place ends when the agent stops.
-func TestRSAPlacesAreForNewKeys(t *testing.T) {
+// TestRSALimitIsForNewKeys checks that, at the limit, a CSR whose key is on disk is still sent, and
+// that a CSR that waits for a new key ends when the agent stops.
+func TestRSALimitIsForNewKeys(t *testing.T) {
 	store := newKeys(t)
 	synctest.Test(t, func(t *testing.T) {
 		keys, p := new(slowKeys), &plane{answer: answers(errors.New("connection reset"), nil)}
@@ -248,7 +248,7 @@ func TestRSAPlacesAreForNewKeys(t *testing.T) {
 		}
 		calls, stop := context.WithCancelCause(t.Context())
 		if err := e.Enroll(calls, t.Context(), job); err != nil || len(p.keys) != 2 {
-			t.Errorf("a key that is there: got %v, %d CSRs, want 2", err, len(p.keys))
+			t.Errorf("with an existing key: got %v, %d CSRs, want 2", err, len(p.keys))
 		}
 		stopped := errors.New("the agent stops")
 		time.AfterFunc(time.Second, func() { stop(stopped) })

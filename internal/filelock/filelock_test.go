@@ -26,12 +26,12 @@ func open(t *testing.T) *os.Root {
 	return root
 }
 
-// TestTake: one at a time, and the other one learns who that is.
+// TestTake checks that a lock has one holder at a time, and that the error of others names it.
 func TestTake(t *testing.T) {
 	root := open(t)
 	path := filepath.Join(root.Name(), "lock")
 	if Free(path) {
-		t.Error("a lock that is not there is free")
+		t.Error("a lock file that does not exist counts as free")
 	}
 	for _, test := range []struct{ owner, by, says string }{
 		{"", "", "in use by an unknown process"},
@@ -43,7 +43,7 @@ func TestTake(t *testing.T) {
 		lock, err := Take(root, "lock", test.owner)
 		must(t, err)
 		if Free(path) {
-			t.Error("a lock that is held is free")
+			t.Error("a held lock counts as free")
 		}
 		_, err = Take(root, "lock", "another")
 		held, ok := errors.AsType[*HeldError](err)
@@ -52,7 +52,7 @@ func TestTake(t *testing.T) {
 		}
 		lock.Close()
 		if !Free(path) {
-			t.Error("a lock that was given up is not free")
+			t.Error("a released lock does not count as free")
 		}
 	}
 	info, err := root.Stat("lock")
@@ -62,8 +62,7 @@ func TestTake(t *testing.T) {
 	}
 }
 
-// TestTakeWaitsForALook: a process that asks whether a lock is free must not keep
-// one that starts from taking it.
+// TestTakeWaitsForALook checks that Free in one process does not make Take in another one fail.
 func TestTakeWaitsForALook(t *testing.T) {
 	root := open(t)
 	look, err := root.Create("lock")
@@ -82,7 +81,7 @@ func TestTakeFails(t *testing.T) {
 	if _, ok := errors.AsType[*fs.PathError](err); !ok || Unsupported(err) {
 		t.Errorf("a directory in its place: got %v", err)
 	}
-	lock.Close() // nothing, but callers need not ask
+	lock.Close() // nil: no effect
 }
 
 func TestUnsupported(t *testing.T) {
@@ -99,7 +98,7 @@ func TestUnsupported(t *testing.T) {
 	}
 }
 
-// TestFree: only a file of ours is asked.
+// TestFree checks that Free opens only regular files.
 func TestFree(t *testing.T) {
 	dir := t.TempDir()
 	file, pipe, link := filepath.Join(dir, "file"), filepath.Join(dir, "pipe"), filepath.Join(dir, "link")
@@ -111,5 +110,5 @@ func TestFree(t *testing.T) {
 			t.Errorf("%s: got %v", path, got)
 		}
 	}
-	Free(pipe) // does not wait for a writer
+	Free(pipe) // must not wait for a writer
 }

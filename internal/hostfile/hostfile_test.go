@@ -48,7 +48,7 @@ func TestRead(t *testing.T) {
 	}
 }
 
-// TestReadOfAPipe has a pipe take the place of a file between the two looks.
+// TestReadOfAPipe replaces a file by a FIFO between the check and the open.
 func TestReadOfAPipe(t *testing.T) {
 	dir := t.TempDir()
 	file, pipe := filepath.Join(dir, "file"), filepath.Join(dir, "pipe")
@@ -126,7 +126,7 @@ func TestResolve(t *testing.T) {
 	}
 	for path, want := range map[string]string{
 		"l/c/f": "a/b/c/f", "abs/b": "a/b", "dangling": "nowhere/x", "chain/f": "a/b/c/f", "not/there": "not/there",
-		"d/up": "a/x", // the parent of where l leads, as the kernel has it
+		"d/up": "a/x", // the parent of where l leads, as in the kernel
 		"":     "",
 	} {
 		got, err := Resolve(filepath.Join(base, path))

@@ -11,9 +11,8 @@ import (
 	"testing"
 )
 
-// others are the packages that open files for reading by themselves, and what
-// they mean to do otherwise. All others read by Read or ReadIn, or have no
-// files to read.
+// others are the packages that open files for reading on their own, and what they do differently.
+// All other packages use Read or ReadIn, or read no files.
 var others = map[string]string{
 	"cmd/certctl-agent":          "scan only tries to open what it was told to scan; /etc/machine-id is root's",
 	"internal/atomicfile":        "opens directories, to sync them",
@@ -35,7 +34,7 @@ func TestOthers(t *testing.T) {
 	found := 0
 	err := filepath.WalkDir(root, func(name string, entry fs.DirEntry, err error) error {
 		if err == nil && entry.IsDir() && name != root && strings.HasPrefix(entry.Name(), ".") {
-			return filepath.SkipDir // no package of the module
+			return filepath.SkipDir // not a package of the module
 		}
 		if err != nil || entry.IsDir() || !strings.HasSuffix(name, ".go") || strings.HasSuffix(name, "_test.go") {
 			return err
@@ -46,7 +45,7 @@ func TestOthers(t *testing.T) {
 		}
 		dir := filepath.ToSlash(filepath.Dir(rel))
 		if dir == "internal/hostfile" || dir == "cmd/certctl-demo" || strings.HasPrefix(dir, "internal/testing/") || dir == "internal/connector/conformance" {
-			return nil // the demo and what tests use read their own files
+			return nil // the demo and the tests read only their own files
 		}
 		file, err := parser.ParseFile(set, name, nil, parser.SkipObjectResolution)
 		if err != nil {
@@ -95,7 +94,7 @@ func reads(file *ast.File) []token.Pos {
 	return all
 }
 
-// writes reports whether a call opens a file to write it only.
+// writes reports whether a call opens a file only for writing.
 func writes(call *ast.CallExpr) bool {
 	found := false
 	for _, argument := range call.Args {

@@ -11,15 +11,15 @@ import (
 	"testing"
 )
 
-// privateKeyInfo is that of RFC 5958, section 2.
+// privateKeyInfo is PrivateKeyInfo of RFC 5958, section 2.
 type privateKeyInfo struct {
 	Version    int
 	Algorithm  pkix.AlgorithmIdentifier
 	PrivateKey []byte
 }
 
-// withoutPublic is key as Java writes it: an ECPrivateKey (RFC 5915, section 3) with nothing but
-// the private number in it.
+// withoutPublic returns key as Java encodes it: an ECPrivateKey (RFC 5915, section 3) without the
+// optional parameters and public key.
 func withoutPublic(t *testing.T, key []byte) []byte {
 	t.Helper()
 	var info privateKeyInfo

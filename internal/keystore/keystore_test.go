@@ -70,7 +70,7 @@ func find(t *testing.T, s *Store, certID api.ID, key Key) Key {
 	return found
 }
 
-// deploy does what a transaction does with the key of a certificate.
+// deploy promotes a key as a transaction does.
 func deploy(t *testing.T, s *Store, certID api.ID, key Key) {
 	t.Helper()
 	found := find(t, s, certID, key)
@@ -113,7 +113,7 @@ func TestPending(t *testing.T) {
 		t.Error("a job did not get its key again")
 	}
 	if !bytes.Equal(first.PEM, restarted.PEM) {
-		t.Errorf("the key changed its form from\n%s to\n%s", first.PEM, restarted.PEM)
+		t.Errorf("the encoding of the key changed from\n%s to\n%s", first.PEM, restarted.PEM)
 	}
 	if same(first, other) {
 		t.Error("two jobs share a key")
@@ -147,7 +147,7 @@ func TestDiscard(t *testing.T) {
 	}
 }
 
-// TestFormsOfFleets finds keys as other agents have left them.
+// TestFormsOfFleets finds keys in the encodings of existing fleets.
 func TestFormsOfFleets(t *testing.T) {
 	dir := t.TempDir()
 	ec, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -201,7 +201,7 @@ func TestRounds(t *testing.T) {
 		}
 		if i > 0 {
 			if got := find(t, s, "cert-1", keys[i-1]); got.Role != Previous {
-				t.Errorf("round %d: the key before is %v", i, got.Role)
+				t.Errorf("round %d: the replaced key is %v", i, got.Role)
 			}
 		}
 	}
@@ -215,8 +215,8 @@ func TestRounds(t *testing.T) {
 
 func sorted(names ...string) []string { return slices.Sorted(slices.Values(names)) }
 
-// TestPrune keeps each key whose CSR may have been signed after that of the
-// deployed certificate, and the others for one round more: a CSR can arrive late.
+// TestPrune checks that keys whose CSRs may have been signed after that of the deployed certificate
+// are kept, and the others for one more round, because a CSR can arrive late.
 func TestPrune(t *testing.T) {
 	tests := []struct {
 		name   string
@@ -257,7 +257,7 @@ func TestPrune(t *testing.T) {
 	}
 }
 
-// TestPruneAfterCrash begins where a crash came between promotion and pruning.
+// TestPruneAfterCrash prunes after a crash between promotion and pruning.
 func TestPruneAfterCrash(t *testing.T) {
 	dir := t.TempDir()
 	s := open(t, dir)
@@ -307,7 +307,7 @@ func TestPromotePrevious(t *testing.T) {
 	}
 }
 
-// TestDamagedCurrent must not push a whole previous key out.
+// TestDamagedCurrent checks that a damaged current key does not replace a good previous key.
 func TestDamagedCurrent(t *testing.T) {
 	dir := t.TempDir()
 	s := open(t, dir)
@@ -482,8 +482,8 @@ func TestOpen(t *testing.T) {
 	}
 }
 
-// TestUndone has an interrupted transaction undone after another target of the
-// same certificate promoted the key for good.
+// TestUndone rolls an interrupted deployment back after another target of the same certificate has
+// promoted the key.
 func TestUndone(t *testing.T) {
 	s := open(t, t.TempDir())
 	old, key := pending(t, s, "cert-1", "a"), pending(t, s, "cert-1", "b")
@@ -498,8 +498,8 @@ func TestUndone(t *testing.T) {
 // crashDir makes this binary the child of TestKilled.
 var crashDir = flag.String("crash-dir", "", "internal to TestKilled")
 
-// TestKilled kills a process at random moments while it makes keys: each that
-// it was given is there, and the job's again.
+// TestKilled kills a process at random moments while it makes keys. Each key that Pending has
+// returned must be on disk, and be returned to its job again.
 func TestKilled(t *testing.T) {
 	if *crashDir != "" {
 		s := open(t, *crashDir)

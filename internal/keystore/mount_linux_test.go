@@ -11,7 +11,7 @@ import (
 	"certctl-agent/internal/api"
 )
 
-// mount puts a small file system at dir.
+// mount mounts a small file system at dir.
 func mount(t *testing.T, dir, options string) {
 	t.Helper()
 	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, options); err != nil {
@@ -67,8 +67,8 @@ func TestDiskFull(t *testing.T) {
 	}
 }
 
-// TestLockWithoutRoom: an agent starts on a full disk, on which it cannot make
-// its lock, and says so.
+// TestLockWithoutRoom checks that an agent starts on a full disk, on which it cannot create its
+// lock, and logs that.
 func TestLockWithoutRoom(t *testing.T) {
 	dir := t.TempDir()
 	mount(t, dir, "size=64k,nr_inodes=1,mode=0700")

@@ -20,8 +20,8 @@ func locked(err error) bool {
 	return held && strings.Contains(err.Error(), "another agent uses this key directory")
 }
 
-// TestOneOwner: a key directory has one agent at a time, and the other one says
-// which has it.
+// TestOneOwner checks that only one agent at a time has a key directory, and that the error of
+// another names it.
 func TestOneOwner(t *testing.T) {
 	dir := t.TempDir()
 	log := slog.New(slog.DiscardHandler)
@@ -45,8 +45,8 @@ func TestOneOwner(t *testing.T) {
 	}
 }
 
-// TestCrashedOwner: the lock of a killed process ends with it, whatever it has
-// started.
+// TestCrashedOwner checks that the lock of a killed process ends with it, even if its children live
+// on.
 func TestCrashedOwner(t *testing.T) {
 	dir := t.TempDir()
 	cmd := exec.Command(os.Args[0], "-test.run=^TestKilled$", "-crash-dir="+dir)
@@ -56,15 +56,15 @@ func TestCrashedOwner(t *testing.T) {
 	_, err = out.Read(make([]byte, 1)) // it has made a key
 	do(t, err)
 	if _, err := Open(Owner{}, dir, slog.New(slog.DiscardHandler)); !locked(err) {
-		t.Errorf("beside it: %v, want that it is in use", err)
+		t.Errorf("while it runs: %v, want that the directory is in use", err)
 	}
 	do(t, cmd.Process.Kill())
 	cmd.Wait()
 	open(t, dir)
 }
 
-// TestWithoutLocks has two agents on a file system without locks: the second
-// one gets the key that the first one made for the same job.
+// TestWithoutLocks runs two agents on a file system without locks. The second one gets the key that
+// the first one made for the same job.
 func TestWithoutLocks(t *testing.T) {
 	dir := t.TempDir()
 	first := open(t, dir)
@@ -73,7 +73,7 @@ func TestWithoutLocks(t *testing.T) {
 	second := &Store{dir: dir, root: root, log: slog.New(slog.DiscardHandler), busy: make(chan struct{}, 1), totalLimit: maxPendingTotal}
 	defer second.Close()
 	key := pending(t, first, "cert-1", "job-1")
-	// As if it had looked for the job's key before that was made.
+	// This is as if it had looked for the job's key before the first one made it.
 	if _, err := second.store("cert-1", "job-1", key.Signer); !errors.Is(err, fs.ErrExist) {
 		t.Fatalf("a pending key was replaced: %v", err)
 	}
@@ -85,8 +85,7 @@ func TestWithoutLocks(t *testing.T) {
 	}
 }
 
-// TestSharedDirectory opens directories that others use, and some that only
-// look like it.
+// TestSharedDirectory opens directories that others use, and some that only look as if they did.
 func TestSharedDirectory(t *testing.T) {
 	type file struct {
 		name string

@@ -33,7 +33,7 @@ func TestDiskFull(t *testing.T) {
 		if !strings.Contains(r.Err.Error(), "no space left") {
 			t.Errorf("refused for another reason: %v", r.Err)
 		}
-		// What cannot be written can still be reported by this process.
+		// This process can still report what cannot be written.
 		if err := l.Report(r.Job.ID, api.JobStatus{Status: api.StatusFailed}); err == nil {
 			t.Errorf("the report on %s was recorded on a full disk", r.Job.ID)
 		}

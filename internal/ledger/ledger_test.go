@@ -156,8 +156,9 @@ func TestConfigIsForgottenWithTheJob(t *testing.T) {
 	}
 }
 
-// TestNamesAreNotLoaded: records of earlier versions have names that deployments
-// do not use, a hostile control plane's hundreds of megabytes of them.
+// TestNamesAreNotLoaded checks that the names in records of earlier versions are not loaded.
+// Deployments do not use them, and from a hostile control plane they may take hundreds of
+// megabytes.
 func TestNamesAreNotLoaded(t *testing.T) {
 	dir := t.TempDir()
 	job := deployment("job-1")
@@ -224,7 +225,7 @@ func TestReportOnJobNeverBegun(t *testing.T) {
 	failed := api.JobStatus{Status: api.StatusFailed, Error: "no"}
 	do(t, l.Report("job-csr", failed))
 	claim(t, l, deployment("job-1"))
-	do(t, l.Report("job-1", failed)) // in hand: it ends by itself
+	do(t, l.Report("job-1", failed)) // ignored: it will end with its own report
 	all := open(t, dir).Undelivered()
 	if len(all) != 1 || all[0].Job != "job-csr" || *all[0].Report.Status != failed {
 		t.Errorf("undelivered %+v, want the refusal of job-csr", all)
@@ -247,7 +248,7 @@ func TestSteps(t *testing.T) {
 		}
 	}
 	if _, ok := l.Job("job-1"); ok {
-		t.Error("a finished job is still to be carried out")
+		t.Error("a finished job is still unfinished")
 	}
 	do(t, l.Delivered(Delivery{Job: "job-9"}))
 }
@@ -300,8 +301,7 @@ func TestBounds(t *testing.T) {
 	})
 }
 
-// TestDamaged opens a directory with everything in it that a ledger could not
-// have written.
+// TestDamaged opens a directory with all kinds of files that a ledger cannot have written.
 func TestDamaged(t *testing.T) {
 	dir := t.TempDir()
 	l := open(t, dir)
@@ -340,7 +340,7 @@ func TestDamaged(t *testing.T) {
 	}
 	slices.Sort(failed)
 	if want := []string{"job-bit", "job-cut", "job-new"}; !slices.Equal(failed, want) {
-		t.Errorf("reported as failed: %v, want those whose id can be told: %v", failed, want)
+		t.Errorf("reported as failed: %v, want those whose id can be salvaged: %v", failed, want)
 	}
 	for _, id := range []string{"job-cut", "job-bit", "job-new", "job-empty", "job-garbage", "job-huge", "job-copied"} {
 		if _, err := os.Stat(file(api.ID(id)) + damagedExt); err != nil {
@@ -352,18 +352,18 @@ func TestDamaged(t *testing.T) {
 	}
 	for _, name := range []string{filepath.Join(jobs, "notes.txt"), file("job-dir"), file("job-link")} {
 		if _, err := os.Lstat(name); err != nil {
-			t.Errorf("what was not ours is gone: %v", err)
+			t.Errorf("a foreign file was removed: %v", err)
 		}
 	}
 	text.Reset()
 	openLogged(t, dir, slog.New(slog.NewTextHandler(&text, nil)))
 	if strings.Contains(text.String(), "damaged") {
-		t.Errorf("a second start complains again: %s", &text)
+		t.Errorf("the second start logs it again: %s", &text)
 	}
 }
 
-// TestOlderRecords: an older version recorded a job before it looked at the ids
-// of its certificate and its target.
+// TestOlderRecords opens records of an older version, which recorded a job before it checked the
+// ids of its certificate and target.
 func TestOlderRecords(t *testing.T) {
 	dir := t.TempDir()
 	l := open(t, dir)
@@ -406,13 +406,13 @@ func TestDamagedAreBounded(t *testing.T) {
 	for i := range maxDamaged + 5 {
 		_, err := os.Stat(filepath.Join(dir, "jobs", fileName(api.ID(fmt.Sprint(i)))+damagedExt))
 		if got, want := err == nil, i >= 5; got != want {
-			t.Errorf("damaged record %d is there: %v, want %v", i, got, want)
+			t.Errorf("damaged record %d exists: %v, want %v", i, got, want)
 		}
 	}
 }
 
-// TestDiskRefuses takes the directory away: what the disk refuses still holds
-// for this process, and a claim is refused.
+// TestDiskRefuses removes the directory. Steps then still hold in this process, and claims are
+// refused.
 func TestDiskRefuses(t *testing.T) {
 	dir := t.TempDir()
 	l := open(t, dir)
@@ -468,8 +468,8 @@ func TestConcurrent(t *testing.T) {
 	}
 }
 
-// TestKilled kills a process at random moments while it writes. What it said it
-// had recorded must be there, and at most one step more.
+// TestKilled kills a process at random moments while it writes. Every step that it has reported as
+// recorded must be there, and at most one more.
 func TestKilled(t *testing.T) {
 	if *crashDir != "" {
 		crash(t)
@@ -521,7 +521,7 @@ func TestKilled(t *testing.T) {
 				got = 4
 			}
 			if got < step || got > step+1 {
-				t.Errorf("round %d: %s was %s, and is at step %d", round, id, crashSteps[step], got)
+				t.Errorf("round %d: %s was %s, and is now at step %d", round, id, crashSteps[step], got)
 			}
 		}
 		for _, file := range must(os.ReadDir(filepath.Join(dir, "jobs"))) {

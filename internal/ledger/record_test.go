@@ -39,14 +39,14 @@ func FuzzDecode(f *testing.F) {
 		}
 		decodeTwice(t, data)
 
-		// The same bytes under a checksum that matches, to get behind it.
+		// Try the same bytes with a correct checksum, too, to get past that check.
 		if wrapped, err := json.Marshal(envelope{Version: version, SHA256: digest(data), Record: data}); err == nil {
 			decodeTwice(t, wrapped)
 		}
 	})
 }
 
-// decodeTwice checks that what was read can be used and written again.
+// decodeTwice checks that a decoded record can be used and encoded again.
 func decodeTwice(t *testing.T, data []byte) {
 	r, err := decode(data)
 	if err != nil {

@@ -87,8 +87,7 @@ func FuzzLine(f *testing.F) {
 	})
 }
 
-// No error repeats more of a foreign text than fits on a line, nor anything
-// that a terminal would obey.
+// TestQuote checks that quoted text is short and has nothing that a terminal would act on.
 func TestQuote(t *testing.T) {
 	got := printable.Quote("\x1b[31m\u202e" + strings.Repeat("é", 200))
 	if len(got) > 900 || strings.ContainsAny(got, "\x1b\u202e") || !strings.Contains(got, "...") {

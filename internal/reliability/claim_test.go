@@ -9,10 +9,10 @@ import (
 	"certctl-agent/internal/testing/devplane"
 )
 
-// TestLostClaim shows what the wire leaves open. The answer to a poll is the
-// claim; when it is lost, the jobs in it are Running at the control plane and
-// unknown here, and no call asks for them. They stay so for as long as this
-// agent sends heartbeats, until somebody hands them out again under their id.
+// TestLostClaim shows a gap in the protocol. The answer to a poll is the claim. If it is lost, the
+// jobs in it are Running for the control plane and unknown to the agent, and no call asks for them.
+// They stay so for as long as the agent sends heartbeats, unless the control plane hands them out
+// again under the same id.
 func TestLostClaim(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, 1, []server{{id: "web", cert: "cert"}})
@@ -31,7 +31,7 @@ func TestLostClaim(t *testing.T) {
 		if n, m := len(w.life.app.Ledger.Unfinished()), len(w.life.app.Ledger.Undelivered()); n+m != 0 {
 			t.Errorf("the ledger has %d jobs and %d reports", n, m)
 		}
-		// An answer that arrives is a claim that holds, whatever comes next.
+		// Once an answer has arrived, the claim holds, whatever comes next.
 		w.plane.Requeue(job)
 		if err := w.plane.Wait(t.Context(), func() bool { j, _ := w.plane.Job(job); return j.Handed == 2 }); err != nil {
 			t.Fatal(err)

@@ -16,7 +16,7 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-// TestNotYetValid: a signer stamps the present, and this host's clock is late.
+// TestNotYetValid deploys a certificate from a CA whose clock is ahead of this host's.
 func TestNotYetValid(t *testing.T) {
 	tests := []struct {
 		name  string
@@ -59,7 +59,8 @@ func TestNotYetValid(t *testing.T) {
 	}
 }
 
-// TestSkewIsSaidOnce: by the real client, from the Date of every answer.
+// TestSkewIsSaidOnce checks that the real client, which reads the Date of every answer, logs the
+// skew once.
 func TestSkewIsSaidOnce(t *testing.T) {
 	for _, skew := range []time.Duration{0, 4 * time.Minute, 10 * time.Minute, -24 * time.Hour} {
 		t.Run(skew.String(), func(t *testing.T) {
@@ -80,7 +81,7 @@ func TestSkewIsSaidOnce(t *testing.T) {
 				if snapshot, err := w.life.app.Agent.Snapshot(t.Context()); err != nil || (snapshot.ClockSkewSeconds-skew.Seconds()) > 2 {
 					t.Errorf("the status says a skew of %v s (%v)", snapshot.ClockSkewSeconds, err)
 				}
-				// Nothing else depends on it.
+				// Nothing else depends on the clock.
 				if got := w.plane.Count(devplane.CallHeartbeat); got < 54 || got > 67 {
 					t.Errorf("%d heartbeats in an hour", got)
 				}
@@ -91,9 +92,9 @@ func TestSkewIsSaidOnce(t *testing.T) {
 	}
 }
 
-// TestClockWentBack: the state was written by a clock that was ahead by years,
-// since a bubble begins in the year 2000. What was claimed is carried out, what
-// was to be reported is reported, and nothing waits for the old time to come.
+// TestClockWentBack starts with state that was written by a clock years ahead, because a bubble
+// begins in the year 2000. Claimed jobs are carried out, reports are delivered, and nothing waits
+// for the old time.
 func TestClockWentBack(t *testing.T) {
 	dir := needs.MemoryDir(t)
 	state, err := statedir.Open(dir, "agent-1", "machine")

@@ -29,7 +29,7 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// seeds lists the seeds to run: the one that was asked for, or the first few.
+// seeds lists the seeds to run: the one given by flag, or the first few.
 func seeds(usual int) []uint64 {
 	if *seedFlag != 0 {
 		return []uint64{*seedFlag}
@@ -47,7 +47,7 @@ func seeds(usual int) []uint64 {
 	return all
 }
 
-// again is how to run one seed again.
+// again returns how to run one seed again.
 func again(test string, seed uint64) string {
 	return fmt.Sprintf("seed %d; run it again: go test ./internal/reliability -run '^%s$' -seed %d", seed, test, seed)
 }

@@ -2,8 +2,8 @@
 
 package reliability_test
 
-// virtualRuns is how many seeds CI runs.
+// virtualRuns is the number of seeds that CI runs.
 const virtualRuns = 1000
 
-// traceStates is how many states of a power cut are recovered from.
+// traceStates is the number of states after a power cut that are recovered.
 const traceStates = 1500

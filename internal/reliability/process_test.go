@@ -28,7 +28,7 @@ import (
 	"certctl-agent/internal/testing/netfault"
 )
 
-// agentBinary builds the real program, once.
+// agentBinary builds the real program once.
 var agentBinary = sync.OnceValues(func() (string, error) {
 	dir, err := os.MkdirTemp("", "reliability")
 	if err != nil {
@@ -54,8 +54,7 @@ func removeBuild() {
 	}
 }
 
-// host is a real agent on a host of its own, with a bad network between it and
-// its control plane.
+// host is a real agent on its own host, with a bad network between it and its control plane.
 type host struct {
 	seed   uint64
 	rand   *rand.Rand
@@ -68,7 +67,7 @@ type host struct {
 	output *locked
 
 	mu      sync.Mutex // guards what follows
-	process *process   // nil: none runs
+	process *process   // nil: not running
 	starts  int
 }
 
@@ -92,7 +91,7 @@ func (b *locked) Write(p []byte) (int, error) {
 	return b.data.Write(p)
 }
 
-// since is what was written after the first n bytes.
+// since returns what was written after the first n bytes.
 func (b *locked) since(n int) []byte {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -105,7 +104,7 @@ func (b *locked) len() int {
 	return b.data.Len()
 }
 
-// newHost prepares everything and starts nothing. Choose is the network.
+// newHost prepares everything and starts nothing. choose decides the faults of the network.
 func newHost(base string, seed uint64, servers []server, choose func(n int) netfault.Fault) (*host, error) {
 	h := &host{seed: seed, rand: rand.New(rand.NewPCG(seed, 1)), base: base, output: new(locked)}
 	var err error
@@ -141,7 +140,7 @@ func newHost(base string, seed uint64, servers []server, choose func(n int) netf
 		case x.picky:
 			validate = "false"
 		case i%3 == 1:
-			validate = "sleep 0.2" // time to be killed in
+			validate = "sleep 0.2" // leaves time for a kill
 		}
 		reload := "true"
 		if i%2 == 0 {
@@ -157,9 +156,9 @@ func newHost(base string, seed uint64, servers []server, choose func(n int) netf
 	return h, nil
 }
 
-// loadPair is the reload command of a server: it loads a certificate and its
-// key, and notes when it could not. An orphan of a killed agent may look while
-// the next one puts the old files back, so it looks more than once.
+// loadPair is the reload command of a server. It loads a certificate and its key, and records a
+// failure. An orphan of a killed agent may run while the next agent restores the old files, so it
+// tries more than once.
 func loadPair(certPath, keyPath, problems string) error {
 	var err error
 	for range 20 {
@@ -177,7 +176,7 @@ func loadPair(certPath, keyPath, problems string) error {
 	return err
 }
 
-// start starts the binary, with a umask that protects nothing.
+// start starts the binary, with umask 0.
 func (h *host) start() error {
 	cmd := exec.Command("/bin/sh", "-c", `umask 0; exec "$0"`, h.binary)
 	cmd.Dir = h.base
@@ -223,7 +222,7 @@ func (h *host) current() *process {
 // isReady reports whether the running agent has finished its recovery.
 func (h *host) isReady() bool { return h.said(`"msg":"ready"`) }
 
-// said reports whether the running agent's log holds a text.
+// said reports whether the running agent's log contains a text.
 func (h *host) said(text string) bool {
 	p := h.current()
 	return p != nil && bytes.Contains(h.output.since(p.begun), []byte(text))
@@ -233,22 +232,22 @@ func (h *host) said(text string) bool {
 func (h *host) wait(text string) error {
 	for deadline := time.Now().Add(30 * time.Second); !h.said(text); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			return fmt.Errorf("the agent has not said %s within 30 s", text)
+			return fmt.Errorf("the agent has not logged %s within 30 s", text)
 		}
 	}
 	return nil
 }
 
-// end sends a signal and waits for the end.
+// end sends a signal to the agent and waits until it has exited.
 func (h *host) end(signal syscall.Signal) error {
 	p := h.current()
 	select {
 	case <-p.ended:
-		return fmt.Errorf("the agent ended by itself: %v: %s", p.err, tail(h.output.since(p.begun)))
+		return fmt.Errorf("the agent exited on its own: %v: %s", p.err, tail(h.output.since(p.begun)))
 	default:
 	}
 	if signal == syscall.SIGTERM {
-		// Before its first line the agent has no handler, and ends by the signal.
+		// Before its first line the agent has no handler, so the signal ends it.
 		if err := h.wait(`"msg":"certctl-agent starting"`); err != nil {
 			return err
 		}
@@ -264,10 +263,10 @@ func (h *host) end(signal syscall.Signal) error {
 	case <-time.After(2 * time.Minute):
 		_ = p.cmd.Process.Kill()
 		<-p.ended
-		return fmt.Errorf("the agent did not end within two minutes of signal %d", signal)
+		return fmt.Errorf("the agent did not exit within two minutes of signal %d", signal)
 	}
 	if signal == syscall.SIGTERM && p.err != nil {
-		return fmt.Errorf("asked to stop, the agent ended with %w: %s", p.err, tail(h.output.since(p.begun)))
+		return fmt.Errorf("after the signal to stop, the agent exited with %w: %s", p.err, tail(h.output.since(p.begun)))
 	}
 	return nil
 }
@@ -302,7 +301,7 @@ func (h *host) checkKeys() error {
 	return nil
 }
 
-// stateDir is the agent's, "" before it was made.
+// stateDir returns the agent's state directory, or "" before it exists.
 func (h *host) stateDir() string {
 	found, err := filepath.Glob(h.site.path("keys", ".state", "*"))
 	if err != nil || len(found) != 1 {
@@ -311,15 +310,15 @@ func (h *host) stateDir() string {
 	return found[0]
 }
 
-// records lists the jobs in the ledger; true means that all that is left of one
-// is to repeat its verdict.
+// records lists the jobs in the ledger. The value is true if only the repetition of a final report
+// is left.
 func (h *host) records() map[string]bool {
 	all := make(map[string]bool)
 	files, _ := filepath.Glob(filepath.Join(h.stateDir(), "jobs", "*.json"))
 	for _, name := range files {
 		data, err := os.ReadFile(name)
 		if err != nil {
-			continue // taken off the ledger meanwhile
+			continue // removed in the meantime
 		}
 		var file struct {
 			Record struct {
@@ -335,18 +334,17 @@ func (h *host) records() map[string]bool {
 	return all
 }
 
-// watcher looks at a host again and again until it is stopped.
+// watcher keeps checking a host until it is stopped.
 type watcher struct {
 	stop    context.CancelFunc
 	done    sync.WaitGroup
 	looks   int
-	longest time.Duration // that a pair did not match while the agent was ready
+	longest time.Duration // for which a pair did not match while the agent was ready
 	errs    []error       // valid after finish
 }
 
-// maxMismatch is how long a certificate and its key may not match under a
-// running agent: two renames of one transaction follow each other at once, but
-// a busy machine can come between them.
+// maxMismatch is how long a certificate and its key may mismatch while the agent runs. The two
+// renames of a transaction follow each other immediately, but a busy machine may delay the second.
 const maxMismatch = 5 * time.Second
 
 func watch(h *host) *watcher {
@@ -379,7 +377,7 @@ func watch(h *host) *watcher {
 				}
 				switch begun, already := since[x.id]; {
 				case err == nil || !h.isReady():
-					delete(since, x.id) // dead and recovering agents get no blame
+					delete(since, x.id) // do not count the time while the agent is dead or recovering
 				case !already:
 					since[x.id] = time.Now()
 				default:
@@ -409,8 +407,8 @@ func (w *watcher) finish() error {
 	return errors.Join(w.errs...)
 }
 
-// badNetwork draws what happens to each connection. Some seeds have one that
-// only pings find out about, which takes half a minute.
+// badNetwork draws the fate of each connection. Some seeds have a fault that only pings detect,
+// which takes half a minute.
 func badNetwork(seed uint64) func(n int) netfault.Fault {
 	r := rand.New(rand.NewPCG(seed, 4))
 	slow := seed%8 == 0
@@ -445,7 +443,7 @@ func badNetwork(seed uint64) func(n int) netfault.Fault {
 	}
 }
 
-// figures is what a run counted.
+// figures are the counts of a run.
 type figures struct {
 	jobs, starts, kills, connections, lost int
 	looks                                  int
@@ -453,7 +451,7 @@ type figures struct {
 	descriptors, goroutines                int
 }
 
-// run is one seed from the first start of the agent to its last end.
+// run runs one seed, from the first start of the agent to its last exit.
 func (h *host) run(quiet bool) (f figures, err error) {
 	watcher := watch(h)
 	defer func() {
@@ -477,7 +475,7 @@ func (h *host) run(quiet bool) (f figures, err error) {
 			h.plane.Redeploy(h.site.servers[0].cert)
 		case n == 1 || n == 2:
 			for id := range certs {
-				// Control planes have one such job for a certificate at a time.
+				// A control plane has only one such job for a certificate at a time.
 				if !awaiting(h.plane, id) {
 					h.plane.StartRenewal(id)
 				}
@@ -509,8 +507,8 @@ func (h *host) run(quiet bool) (f figures, err error) {
 	return f, errors.Join(err, h.verdict())
 }
 
-// waitUntilDone waits until every job has ended. What a poll's answer took with it is
-// handed out again, as control planes do for an agent that was silent.
+// waitUntilDone waits until every job has ended. It hands out again the jobs that were lost with
+// the answer to a poll, as control planes do for an agent that was silent.
 func (h *host) waitUntilDone() (lost int, err error) {
 	deadline := time.Now().Add(5 * time.Minute)
 	orphans := make(map[string]time.Time)
@@ -527,8 +525,8 @@ func (h *host) waitUntilDone() (lost int, err error) {
 				delete(orphans, job.ID)
 				continue
 			}
-			// Handed out, and neither recorded nor heard of: for longer than an
-			// agent takes from an answer to its ledger.
+			// The job was handed out, but has been neither recorded nor reported for longer than an
+			// agent needs to record it.
 			if since, seen := orphans[job.ID]; !seen {
 				orphans[job.ID] = time.Now()
 			} else if time.Since(since) > 3*time.Second {
@@ -536,7 +534,7 @@ func (h *host) waitUntilDone() (lost int, err error) {
 					if time.Since(since) < time.Minute {
 						continue // the ledger's disk may be slow
 					}
-					return lost, fmt.Errorf("job %s was claimed %d times and has gone: %s", job.ID, n, history(job))
+					return lost, fmt.Errorf("job %s was claimed %d times and is lost: %s", job.ID, n, history(job))
 				}
 				lost++
 				delete(orphans, job.ID)
@@ -564,8 +562,8 @@ func mapValues(m map[string]bool) []bool {
 	return all
 }
 
-// ended reports whether a job has its verdict, or will have it again because a
-// late "Running" came after it.
+// ended reports whether a job has its final status, or will get it again because a late "Running"
+// came after it.
 func ended(job devplane.Job, records map[string]bool) bool {
 	if job.Status == api.StatusCompleted || job.Status == api.StatusFailed {
 		return true
@@ -581,7 +579,7 @@ func ended(job devplane.Job, records map[string]bool) bool {
 	return false
 }
 
-// dump counts the descriptors and the goroutines of the idle agent, and ends it.
+// dump counts the descriptors and goroutines of the idle agent, and ends it.
 func (h *host) dump() (descriptors, goroutines int, err error) {
 	if err := h.wait(`"msg":"first heartbeat accepted"`); err != nil {
 		return 0, 0, err
@@ -602,12 +600,12 @@ func (h *host) dump() (descriptors, goroutines int, err error) {
 			return descriptors, goroutines, fmt.Errorf("%s is left running", job)
 		}
 	}
-	// What an idle agent has: the runtime's, the loop, the status socket, signals,
-	// one connection, and perhaps a heartbeat and a poll under way.
+	// An idle agent has the runtime's goroutines, the loop, the status socket, signals, one
+	// connection, and perhaps a heartbeat and a poll in progress.
 	if descriptors > 24 || goroutines > 32 || goroutines == 0 {
 		err = fmt.Errorf("the idle agent has %d descriptors and %d goroutines", descriptors, goroutines)
 	}
-	// Ended so, it leaves what a crash leaves. A start and an end clean up.
+	// This leaves the host as after a crash. One more start and stop cleans up.
 	if err := errors.Join(err, h.start()); err != nil {
 		return descriptors, goroutines, err
 	}
@@ -619,7 +617,7 @@ func (h *host) dump() (descriptors, goroutines int, err error) {
 
 var goroutineHead = regexp.MustCompile(`(?m)^goroutine \d+ `)
 
-// verdict looks at what a stopped agent has left.
+// verdict checks what a stopped agent has left.
 func (h *host) verdict() error {
 	var errs []error
 	fail := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
@@ -649,7 +647,7 @@ func (h *host) verdict() error {
 	state := h.stateDir()
 	for _, name := range h.site.leftOver(state) {
 		if filepath.Dir(name) == filepath.Join(state, "jobs") && strings.HasSuffix(name, ".json") {
-			continue // a verdict that is to be repeated: waitUntilDone has looked
+			continue // its final report will be repeated: waitUntilDone has checked it
 		}
 		fail("left over: %s", name)
 	}
@@ -675,11 +673,10 @@ func (h *host) verdict() error {
 	return errors.Join(errs...)
 }
 
-// lateReport is a problem for which the network is to blame: it delivered
-// reports in another order.
+// lateReport is a problem caused by the network, which delivered reports out of order.
 var lateReport = regexp.MustCompile(`(Running|Completed|Failed) after (Completed|Failed)$`)
 
-// hostServers draws what a host serves.
+// hostServers draws the servers of a host.
 func hostServers(r *rand.Rand) []server {
 	all := layout(r)
 	if len(all) > 1 && r.IntN(3) == 0 {
@@ -688,15 +685,15 @@ func hostServers(r *rand.Rand) []server {
 	return all
 }
 
-// processRuns is how many seeds CI runs, processWorkers how many at a time:
-// they mostly wait.
+// processRuns is the number of seeds that CI runs, processWorkers how many of them run at the same
+// time. They mostly wait.
 const (
 	processRuns    = 24
 	processWorkers = 8
 )
 
-// TestNetworkFaults runs the real binary through a bad network, with kill -9 in
-// the middle.
+// TestNetworkFaults runs the real binary through a bad network, and kills it with SIGKILL now and
+// then.
 func TestNetworkFaults(t *testing.T) {
 	t.Parallel()
 	begun := time.Now()

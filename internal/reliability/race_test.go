@@ -2,9 +2,9 @@
 
 package reliability_test
 
-// virtualRuns is how many seeds run with the race detector, which makes each
-// take four times as long. make test runs more without it.
+// virtualRuns is the number of seeds that run with the race detector, which makes each four times
+// slower. "make test" runs more without it.
 const virtualRuns = 150
 
-// traceStates is how many states of a power cut are recovered from.
+// traceStates is the number of states after a power cut that are recovered.
 const traceStates = 500

@@ -19,11 +19,10 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-// TestKeyMaterialStays runs the real binary with a umask that protects nothing
-// and a log that says everything, through issuance, renewals and deployments.
-// All the time the disk is searched for key material in its usual forms, and
-// afterwards the log and every request. (TestNetworkFaults does the same with
-// crashes in between.)
+// TestKeyMaterialStays runs the real binary with umask 0 and the debug log through issuance,
+// renewals and deployments. Throughout, it searches the disk for key material in its usual
+// encodings; afterwards it searches the log and every request. TestNetworkFaults does the same with
+// crashes.
 func TestKeyMaterialStays(t *testing.T) {
 	t.Parallel()
 	base := filepath.Join(needs.MemoryDir(t), "host")
@@ -50,7 +49,7 @@ func TestKeyMaterialStays(t *testing.T) {
 	t.Logf("looked for %d keys on disk, in %d requests and in %d bytes of log", keys, h.plane.Count(""), h.output.len())
 }
 
-// TestSearchFinds: the search of the other tests finds what it is to find.
+// TestSearchFinds checks that the search of the other tests finds key material.
 func TestSearchFinds(t *testing.T) {
 	issued, err := testca.Must(t).Issue(testca.Template{})
 	if err != nil {
@@ -106,14 +105,13 @@ func TestSearchFinds(t *testing.T) {
 	}
 }
 
-// TestFilesBeginPrivate reads the source: whatever the agent creates, it
-// creates 0600, so that no umask and no moment between creation and chmod lets
-// anybody at a key.
+// TestFilesBeginPrivate checks in the source that the agent creates all files with mode 0600, so
+// that neither the umask nor the time between creation and chmod exposes a key.
 func TestFilesBeginPrivate(t *testing.T) {
-	// Only for tests and the demo, which have no keys of anybody.
+	// These are for tests and the demo, which have no real keys.
 	others := []string{"testing", "conformance"}
-	// The directories of the status socket and of a connection through ssh live no
-	// longer than their process.
+	// The directories of the status socket and of an ssh connection exist only while their process
+	// runs.
 	makesDirs := map[string]bool{"atomicfile": true, "status": true, "ssh": true}
 	created := 0
 	root := filepath.Join("..", "..")

@@ -1,7 +1,6 @@
-// Package reliability_test holds the agent to docs/reliability.md: whatever
-// happens to the network, the host and the process, a claimed job has one
-// outcome, a server has a matching pair, and no key is lost or left where it
-// should not be.
+// Package reliability_test checks the promises of docs/reliability.md: whatever happens to the
+// network, the host and the process, a claimed job has one outcome, a server has a matching pair,
+// and no key is lost or left in the wrong place.
 package reliability_test
 
 import (
@@ -26,7 +25,7 @@ import (
 	"certctl-agent/internal/pemutil"
 )
 
-// site is what one agent has on its host's disk.
+// site is the part of a host's disk that concerns the agent.
 type site struct {
 	dir     string
 	servers []server
@@ -35,18 +34,18 @@ type site struct {
 	secrets map[string]secretKey // by DER
 }
 
-// secretKey is a key that may be anywhere, in the forms in which it may be.
+// secretKey is a private key, with the encodings to search for.
 type secretKey struct {
 	file  string
 	forms [][]byte
 }
 
-// server reads a certificate and a key: a target.
+// server is a target: a server that reads a certificate and a key.
 type server struct {
 	id, cert string
 	chain    bool // in a file of its own
 	shared   bool // the key is read from the agent's key directory
-	picky    bool // its validate command takes nothing
+	picky    bool // its validate command accepts nothing
 }
 
 func newSite(dir string, servers []server) (*site, error) {
@@ -73,7 +72,7 @@ func (s *site) keyPath(x server) string {
 	return s.path("www", x.id, "key.pem")
 }
 
-// config is the configuration of a server at the control plane.
+// config returns the target configuration of a server at the control plane.
 func (s *site) config(x server, validate, reload string) map[string]any {
 	config := map[string]any{"cert_path": s.certPath(x), "validate_command": validate, "reload_command": reload}
 	if !x.shared {
@@ -85,14 +84,14 @@ func (s *site) config(x server, validate, reload string) map[string]any {
 	return config
 }
 
-// pair is what the server of a target would load: nil where nothing was
-// installed yet. The error says what is wrong with it.
+// pair returns the certificate that a server would load, or nil if none is installed yet. It
+// returns an error if the server could not load it.
 func (s *site) pair(x server) (*x509.Certificate, error) {
 	return load(s.certPath(x), s.keyPath(x), x.shared)
 }
 
-// load loads a certificate and a key as a server does. Without a certificate
-// there may be a key in the agent's key directory.
+// load loads a certificate and a key as a server does. Without a certificate, there may still be a
+// key in the agent's key directory.
 func load(certPath, keyPath string, shared bool) (*x509.Certificate, error) {
 	certPEM, certErr := os.ReadFile(certPath)
 	keyPEM, keyErr := os.ReadFile(keyPath)
@@ -105,7 +104,7 @@ func load(certPath, keyPath string, shared bool) (*x509.Certificate, error) {
 	return match(certPEM, keyPEM)
 }
 
-// match is the leaf of a certificate file whose key is in the key file.
+// match returns the leaf of a certificate file, or an error if its key is not in the key file.
 func match(certPEM, keyPEM []byte) (*x509.Certificate, error) {
 	certs, err := pemutil.ParseCertificates(certPEM)
 	if err != nil {
@@ -125,7 +124,7 @@ func match(certPEM, keyPEM []byte) (*x509.Certificate, error) {
 
 var errMismatch = errors.New("the key is not that of the certificate")
 
-// checkPairs looks at every target.
+// checkPairs checks the pair of every target.
 func (s *site) checkPairs() error {
 	var errs []error
 	for _, x := range s.servers {
@@ -148,12 +147,12 @@ func (s *site) checkKeys(keys *keystore.Store, cert string, leaves ...*x509.Cert
 	return nil
 }
 
-// learn remembers the key material of the key directory, so that leaks can be
-// looked for after a key is gone.
+// learn remembers the key material in the key directory, so that leaks can be found after a key has
+// been removed.
 func (s *site) learn() error {
 	entries, err := os.ReadDir(s.keyDir())
 	if err != nil {
-		return nil // not made yet
+		return nil // not created yet
 	}
 	for _, entry := range entries {
 		if entry.IsDir() {
@@ -161,7 +160,7 @@ func (s *site) learn() error {
 		}
 		data, err := os.ReadFile(s.path("keys", entry.Name()))
 		if errors.Is(err, fs.ErrNotExist) {
-			continue // renamed meanwhile
+			continue // renamed in the meantime
 		}
 		if err != nil {
 			return err
@@ -179,13 +178,13 @@ func (s *site) learn() error {
 	return nil
 }
 
-// secretsIn names the keys whose material is in data, in whatever form.
+// secretsIn returns the names of the keys whose material is in data, in any encoding.
 func (s *site) secretsIn(data []byte) []string {
 	var found []string
 	if bytes.Contains(data, []byte("PRIVATE KEY")) {
 		found = append(found, "a PRIVATE KEY block")
 	}
-	// Without line ends, as PEM and JSON have them, so that base64 is one word.
+	// Remove the line ends of PEM and JSON, so that base64 is in one piece.
 	flat := data
 	for _, end := range []string{"\n", "\r", `\n`} {
 		flat = bytes.ReplaceAll(flat, []byte(end), nil)
@@ -200,19 +199,19 @@ func (s *site) secretsIn(data []byte) []string {
 	return found
 }
 
-// formsOf are the whole SEC 1 key and its secret part, as they are, in hex and
-// in base64. What ends a base64 text depends on what follows, so it is left out.
+// formsOf returns the whole SEC 1 key and its secret part, raw, in hex and in base64. It leaves out
+// the end of a base64 text, which depends on the bytes that follow.
 func formsOf(der []byte) [][]byte {
 	scalar := der[7:39] // after SEQUENCE, version and the head of the octet string
 	return [][]byte{scalar, []byte(hex.EncodeToString(scalar)), []byte(base64.StdEncoding.EncodeToString(scalar)[:42]),
 		[]byte(base64.StdEncoding.EncodeToString(der)[:56])}
 }
 
-// keyFiles are the places where key material belongs.
+// keyFiles are the files in which key material belongs.
 var keyFiles = regexp.MustCompile(`^(keys/[^/]+|www/[^/]+/key\.pem|www/[^/]+/\.certctl-[a-z2-7]{20}|(keys/\.)?state/([0-9a-f]+/)?backups/[^/]+/[^/]+/[0-9]+-.*)$`)
 
-// checkSecrets walks the whole site for key material: only where it belongs,
-// and nobody else may read it. It tolerates files that vanish meanwhile.
+// checkSecrets searches the whole site for key material. It must be only in keyFiles, which nobody
+// else may read. checkSecrets tolerates files that vanish in the meantime.
 func (s *site) checkSecrets() error {
 	if err := s.learn(); err != nil {
 		return err
@@ -255,15 +254,15 @@ func (s *site) checkSecrets() error {
 	return errors.Join(append(errs, err)...)
 }
 
-// What may be in the directories of an agent that has nothing to do.
+// The files that may be in the directories of an idle agent.
 var (
 	idleKeys  = regexp.MustCompile(`^(\.state|\.lock|[A-Za-z0-9_-]+\.(key|previous|[0-9a-f]{16}\.pending))$`)
 	idleWWW   = regexp.MustCompile(`^(cert|key|chain)\.pem$`)
 	idleState = regexp.MustCompile(`^(lock|machine|served\.json|discovery\.index|agent\.sock|jobs|journal|backups|backups/[^/]+|backups/[^/]+/[0-9]{8}-[0-9TZ]+|backups/[^/]+/[0-9]{8}-[0-9TZ]+/([0-9]+-.*|manifest\.json))$`)
 )
 
-// leftOver lists what an agent that has nothing to do should not have on disk.
-// State is its state directory.
+// leftOver lists the files that an idle agent should not have on disk. state is its state
+// directory.
 func (s *site) leftOver(state string) []string {
 	var left []string
 	look := func(dir string, allowed *regexp.Regexp, deep bool) {

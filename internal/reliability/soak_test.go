@@ -14,11 +14,11 @@ import (
 	"certctl-agent/internal/testing/devplane"
 )
 
-// usage is what the process and the disk of an agent hold.
+// usage is what an agent uses in its process and on disk.
 type usage struct {
 	heap        uint64 // bytes, after a collection
 	goroutines  int
-	descriptors int // 0 where the system does not say
+	descriptors int // 0 if the system does not tell
 	files       int
 	bytes       int64 // on disk
 }
@@ -28,14 +28,14 @@ func (u usage) String() string {
 		u.heap>>10, u.goroutines, u.descriptors, u.files, u.bytes>>10)
 }
 
-// measure is called when nothing runs.
+// measure measures the usage. Nothing may be running.
 func measure(w *world) usage {
 	w.plane.Forget()
 	w.forget()
 	synctest.Wait()
 	var u usage
 	runtime.GC()
-	runtime.GC() // what finalizers and pools let go
+	runtime.GC() // for what finalizers and pools release
 	var memory runtime.MemStats
 	runtime.ReadMemStats(&memory)
 	u.heap = memory.HeapAlloc
@@ -58,9 +58,9 @@ func measure(w *world) usage {
 	return u
 }
 
-// TestSoak lets one agent live for a day (with -soak; else for a short while)
-// with renewals, redeployments, scans, refused commands and network errors all
-// the time. What it holds stays what it was after its second hour.
+// TestSoak runs one agent for a day (with -soak, otherwise for a short time) with constant
+// renewals, redeployments, scans, refused commands and network errors. Its usage must not grow
+// after the second hour.
 func TestSoak(t *testing.T) {
 	hours := 4
 	if *soakFlag {
@@ -84,7 +84,7 @@ func TestSoak(t *testing.T) {
 		hour := func() {
 			for minute := range 60 {
 				switch cert := fmt.Sprint("cert", work.IntN(4)); {
-				case minute > 48: // the last minutes are for what is left
+				case minute > 48: // the last minutes are for finishing
 				case minute%2 == 0 && !awaiting(w.plane, cert):
 					w.plane.StartRenewal(cert)
 					jobs += 3
@@ -102,7 +102,7 @@ func TestSoak(t *testing.T) {
 			}
 			w.waitUntilDone()
 		}
-		// In the second hour every target has all the backups that it keeps.
+		// By the second hour every target has all the backups that it keeps.
 		hour()
 		hour()
 		first := measure(w)
@@ -114,8 +114,7 @@ func TestSoak(t *testing.T) {
 				t.Logf("after %d hours: %v", h, last)
 			}
 		}
-		// A tenth is what one measurement differs from the next by, not what a
-		// day of leaks would make.
+		// Two measurements may differ by a tenth. The leaks of a day would be more.
 		for _, check := range []struct {
 			what        string
 			first, last float64

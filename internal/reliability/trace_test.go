@@ -46,8 +46,8 @@ type traced struct {
 	t       *testing.T
 	strace  string
 	binary  string
-	dir     string // what the agent does not write is in it
-	site    *site  // what a power cut is about
+	dir     string // files that the agent does not write
+	site    *site  // files that the agent writes, to which power cuts apply
 	disk    *crashstates.Disk
 	plane   *devplane.Plane
 	agent   string   // id
@@ -59,7 +59,7 @@ type traced struct {
 	sets    map[string][]fileSet // by target: nothing, then what each completed deployment left
 }
 
-// fileSet is what a server reads: certificate, key and chain, byte for byte.
+// fileSet is the content of a server's files: certificate, key and chain.
 type fileSet [3]string
 
 // newTraced prepares a host with two servers that share a certificate.
@@ -109,8 +109,8 @@ func newTraced(t *testing.T) *traced {
 	return h
 }
 
-// startCaddy starts Caddy with nothing but its admin API, and a proxy that notes
-// when a change is asked for.
+// startCaddy starts Caddy with only its admin API, and a proxy that records the times of change
+// requests.
 func (h *traced) startCaddy() {
 	address := net.JoinHostPort("127.0.0.1", fmt.Sprint(needs.FreePort(h.t)))
 	conf := filepath.Join(h.dir, "caddy.json")
@@ -164,8 +164,7 @@ func (h *traced) files(x server) (set fileSet) {
 	return set
 }
 
-// run runs the agent under strace to its end, which during brings about by a
-// signal if it is the daemon.
+// run runs the agent under strace until it exits. For the daemon, during makes it exit by a signal.
 func (h *traced) run(during func(stop func(syscall.Signal)), args ...string) {
 	h.t.Helper()
 	ctx, cancel := context.WithTimeout(h.t.Context(), 3*time.Minute)
@@ -189,7 +188,7 @@ func (h *traced) run(during func(stop func(syscall.Signal)), args ...string) {
 	var parsing sync.WaitGroup
 	parsing.Go(func() {
 		calls, parsed = crashstates.Parse(trace)
-		_, _ = io.Copy(io.Discard, trace) // after an error strace must not be held up
+		_, _ = io.Copy(io.Discard, trace) // do not block strace after an error
 	})
 	killed := false
 	if during != nil {
@@ -209,8 +208,8 @@ func (h *traced) run(during func(stop func(syscall.Signal)), args ...string) {
 	h.runs = append(h.runs, calls)
 }
 
-// deployed waits until n rounds of deployments have ended, those to files as
-// wanted, and keeps what a completed one has left.
+// deployed waits until n rounds of deployments have ended, those to files with the wanted status,
+// and keeps the files that completed ones have left.
 func (h *traced) deployed(n int, want string) {
 	ctx, cancel := context.WithTimeout(h.t.Context(), time.Minute)
 	defer cancel()
@@ -236,7 +235,7 @@ func (h *traced) deployed(n int, want string) {
 	}
 }
 
-// live has the agent do everything that it does to a disk.
+// live makes the agent do everything that it ever does to a disk.
 func (h *traced) live() {
 	h.run(nil, "register", "-name", "web", "-write", h.configFile())
 	h.agent = h.plane.Agents()[0].ID
@@ -265,7 +264,7 @@ func (h *traced) live() {
 				break
 			}
 		}
-		stop(syscall.SIGKILL) // new files are in place, the server has not taken them
+		stop(syscall.SIGKILL) // new files are in place, but not validated yet
 		h.remove("hold")      // the command outlives the agent
 	})
 	h.run(func(stop func(syscall.Signal)) {
@@ -280,13 +279,13 @@ func (h *traced) live() {
 
 func (h *traced) validate() string { return filepath.Join(h.dir, "validate.sh") }
 
-// validateScript refuses the new files, or does not end, where the test says so.
+// validateScript refuses the new files, or does not exit, if the test says so.
 const validateScript = `cd "${0%/*}" || exit 1
 if [ -e refuse ]; then exit 1; fi
 while [ -e hold ]; do : >held; sleep 0.02; done
 `
 
-// place makes an empty file beside the validate script.
+// place creates an empty file beside the validate script.
 func (h *traced) place(name string) {
 	if err := os.WriteFile(filepath.Join(h.dir, name), nil, 0o600); err != nil {
 		h.t.Error(err)
@@ -301,17 +300,17 @@ func (h *traced) remove(name string) {
 
 // promises are what must hold after a power cut at some moment.
 type promises struct {
-	jobs       []string       // they are claimed and have no verdict
-	keys       []int          // versions whose CSR was sent, which may arrive yet
-	least      map[string]int // by target: how many deployments are completed
-	registered bool           // the id is in the configuration, the agent said
-	changing   int            // version that Caddy was last asked to hold, 0 if that deployment is completed
+	jobs       []string       // claimed, without a final status
+	keys       []int          // versions whose CSR was sent and may still arrive
+	least      map[string]int // by target: number of completed deployments
+	registered bool           // the agent said that the id is in the configuration
+	changing   int            // version that Caddy was last asked to load; 0 if that deployment is completed
 }
 
-// statusOf finds the job in the path of a report.
+// statusOf returns the job in the path of a report.
 var statusOf = regexp.MustCompile(`/jobs/([^/]+)/status$`)
 
-// at adds what the control plane had seen at a time.
+// at adds the promises from what the control plane had seen by a given time.
 func (h *traced) at(requests []devplane.Request, now time.Time, claimed map[string]bool, registered bool) promises {
 	p := promises{least: make(map[string]int), registered: registered}
 	claimed, completed := maps.Clone(claimed), make(map[string]bool)
@@ -329,13 +328,13 @@ func (h *traced) at(requests []devplane.Request, now time.Time, claimed map[stri
 		}
 		id := statusOf.FindStringSubmatch(r.Path)[1]
 		delete(claimed, id)
-		// A verdict may be said twice.
+		// A final status may be reported twice.
 		if job, _ := h.plane.Job(id); status.Status == api.StatusCompleted && !completed[id] {
 			completed[id] = true
 			p.least[job.TargetID]++
 		}
 	}
-	asked := 0 // a deployment asks Caddy once
+	asked := 0 // change requests so far; each deployment makes one
 	for _, t := range h.changes {
 		if t.Before(now) {
 			asked++
@@ -351,17 +350,17 @@ func (h *traced) at(requests []devplane.Request, now time.Time, claimed map[stri
 	return p
 }
 
-// moment is a state with what must hold in it.
+// moment is a state of the disk, with the promises that must hold in it.
 type moment struct {
 	state crashstates.State
 	promises
 	rank int
-	call string // the last one before
+	call string // the last call before
 }
 
 var claimedLine = regexp.MustCompile(`"msg":"deployment claimed","job":"([^"]+)"`)
 
-// moments are the different states that a power cut can leave.
+// moments returns the distinct states that a power cut can leave.
 func (h *traced) moments(random *rand.Rand) (found []moment, points int) {
 	seen := make(map[[32]byte]bool)
 	claimed := make(map[string]bool)
@@ -404,13 +403,12 @@ func (h *traced) moments(random *rand.Rand) (found []moment, points int) {
 		}
 	}
 	if name, err := h.disk.Now().Diff(h.site.dir); name != "" || err != nil {
-		h.t.Fatalf("the model has lost its grip on the trace: %s is not as on the disk (%v)", name, err)
+		h.t.Fatalf("the model does not agree with the disk: %s differs (%v)", name, err)
 	}
 	return found, points
 }
 
-// recover starts the agent on a state, the real binary or what it is made of,
-// and looks at what that left.
+// recover starts the agent on a state, as the real binary or from its parts, and checks the result.
 func (h *traced) recover(m moment, real bool) error {
 	if err := m.state.Write(h.site.dir); err != nil {
 		h.t.Fatal(err)
@@ -447,7 +445,7 @@ func (h *traced) recover(m moment, real bool) error {
 	errs = append(errs, h.site.checkSecrets())
 	for _, name := range h.site.leftOver(cfg.InstanceStateDir()) {
 		switch dir := filepath.Base(filepath.Dir(name)); {
-		case filepath.Base(name) == ".socket": // made again, and removed, by what serves the status
+		case filepath.Base(name) == ".socket": // the status server replaces and removes it
 		case filepath.Ext(name) == ".json" && (dir == "jobs" || dir == "journal" && (a.Recovered.Reloads > 0 || filepath.Base(name) == "caddy.json")):
 		default:
 			errs = append(errs, fmt.Errorf("left over: %s", name))
@@ -473,12 +471,12 @@ func (h *traced) restart() error {
 	}
 	_ = cmd.Process.Signal(syscall.SIGTERM)
 	if err := cmd.Wait(); err != nil {
-		return fmt.Errorf("the agent ended with %w: %s", err, output.since(0))
+		return fmt.Errorf("the agent exited with %w: %s", err, output.since(0))
 	}
 	return nil
 }
 
-// kept looks whether an agent that has recovered kept what was promised.
+// kept checks that a recovered agent has kept the promises.
 func (h *traced) kept(a *app.App, m moment) error {
 	var errs []error
 	fail := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
@@ -512,7 +510,7 @@ func (h *traced) kept(a *app.App, m moment) error {
 		}
 	}
 	if m.changing > 0 {
-		// The element that was there, without the line ends of PEM.
+		// Compare with the element that was there, without the line ends of PEM.
 		was := base64.StdEncoding.EncodeToString(h.plane.Versions("cert")[m.changing-1].Leaf.Raw)[:64]
 		if !holds(h.site.path("keys"), was, "/backups/caddy/") {
 			fail("Caddy may hold version %d, and what it held before is not on disk", m.changing+1)
@@ -526,7 +524,7 @@ func (h *traced) kept(a *app.App, m moment) error {
 	return errors.Join(errs...)
 }
 
-// holds looks for text in files below dir whose path has a part.
+// holds reports whether a file below dir, with part in its path, contains text.
 func holds(dir, text, part string) (found bool) {
 	_ = filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
 		if err == nil && entry.Type().IsRegular() && strings.Contains(path, part) {
@@ -538,12 +536,12 @@ func holds(dir, text, part string) (found bool) {
 	return found
 }
 
-// realEach is how many states there are to one that the real binary is started
-// on, which takes longer.
+// realEach is how many states are recovered for each one that the real binary recovers, because
+// that takes longer.
 const realEach = 100
 
-// TestTrace cuts the power after each system call of the real agent, in the ways
-// that crashstates knows, and starts it again.
+// TestTrace cuts the power after each system call of the real agent, in all the ways of package
+// crashstates, and starts the agent again.
 func TestTrace(t *testing.T) {
 	h := newTraced(t)
 	h.live()
@@ -559,7 +557,7 @@ func TestTrace(t *testing.T) {
 	begun := time.Now()
 	failed := 0
 	tried := all[:min(len(all), *statesFlag)]
-	// An overloaded control plane gives the agent nothing else to do.
+	// With an overloaded control plane, the agent only recovers.
 	defer h.plane.Inject(devplane.Fault{Status: http.StatusServiceUnavailable})()
 	for i, m := range tried {
 		if err := h.recover(m, i%realEach == 0); err != nil {

@@ -32,8 +32,8 @@ import (
 	"certctl-agent/internal/tlsprobe"
 )
 
-// world is a control plane, a host, and the agents that lived on it one after
-// the other, in a synctest bubble.
+// world is a control plane, a host, and the agents that live on it one after the other, in a
+// synctest bubble.
 type world struct {
 	t     *testing.T
 	rand  *rand.Rand // of the test's own goroutine
@@ -42,20 +42,20 @@ type world struct {
 	agent string // id
 	site  *site
 	lives int
-	life  *life // nil: no agent runs
+	life  *life // nil: no agent is running
 
 	config *config.Config
 
-	healing []func()      // each takes a fault back
+	healing []func()      // each ends a fault
 	over    chan struct{} // closed at the end of the run
 
 	mu       sync.Mutex // guards what follows
 	draws    *rand.Rand // of everything else
 	failing  bool       // commands fail now and then
 	loaded   map[string]string
-	claims   map[string]int // answers of a poll that had this deployment in them and reached the agent
+	claims   map[string]int // by deployment: poll answers with it that reached the agent
 	outcomes map[outcomeKey][]string
-	lostWork int // polls of which the agent never learned how they ended
+	lostWork int // polls whose answers never reached the agent
 	problems []error
 }
 
@@ -65,8 +65,8 @@ type outcomeKey struct {
 	claim int
 }
 
-// life is one agent from start to end, and the control plane as it sees it, with
-// a note of what that was told and what it said.
+// life is one agent from start to end. It is also the control plane that the agent sees, and
+// records calls and answers.
 type life struct {
 	app.Plane
 	world *world
@@ -77,7 +77,7 @@ type life struct {
 	mu    sync.Mutex // guards what follows
 	dead  bool
 	conns []net.Conn
-	polls int // under way
+	polls int // in progress
 }
 
 func newWorld(t *testing.T, seed uint64, servers []server) *world {
@@ -128,14 +128,14 @@ func (w *world) fail(format string, args ...any) {
 	}
 }
 
-// draw is for goroutines whose order is not the test's.
+// draw draws for goroutines whose order the test does not determine.
 func (w *world) draw(n int) int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.draws.IntN(n)
 }
 
-// configure is what the operator of the host has set.
+// configure sets the configuration, as the operator of the host would.
 func (w *world) configure(more ...string) {
 	set := slices.Concat([]string{
 		"CERTCTL_SERVER_URL=" + w.plane.URL,
@@ -163,7 +163,7 @@ func (w *world) configure(more ...string) {
 	}
 }
 
-// stateDir is the agent's.
+// stateDir returns the agent's state directory.
 func (w *world) stateDir() string { return w.config.InstanceStateDir() }
 
 // start starts an agent as the daemon does.
@@ -207,7 +207,7 @@ type silent struct{}
 func (silent) Status(string) bool { return true }
 func (silent) Watchdog()          {}
 
-// dial connects unless this life has ended.
+// dial connects, unless this life has ended.
 func (l *life) dial(ctx context.Context, network, address string) (net.Conn, error) {
 	conn, err := l.world.plane.Dial(ctx, network, address)
 	l.mu.Lock()
@@ -229,9 +229,9 @@ func (l *life) isDead() bool {
 	return l.dead
 }
 
-// crash ends an agent as kill -9 does, at a moment at which all of it waits for
-// the network, a command or a timer. What it does from here on happens to a
-// disk that nobody looks at: the real one goes on as it was.
+// crash ends an agent as SIGKILL does, at a moment when all its goroutines wait for the network, a
+// command or a timer. Whatever it does from now on happens on an abandoned disk. The next agent
+// continues with a copy of the present one.
 func (w *world) crash() {
 	synctest.Wait()
 	l := w.life
@@ -243,7 +243,7 @@ func (w *world) crash() {
 	w.mu.Lock()
 	w.lostWork += polls
 	w.mu.Unlock()
-	// Nothing of it runs before its connections end: the copy is of one moment.
+	// The agent does not run before its connections are closed, so the copy is consistent.
 	grave := w.site.dir + ".dead"
 	if err := os.Rename(w.site.dir, grave); err != nil {
 		w.t.Fatal(err)
@@ -285,7 +285,7 @@ func (w *world) terminate() {
 	}
 }
 
-// copyTree keeps modes, which os.CopyFS does not.
+// copyTree copies files with their modes, unlike os.CopyFS.
 func copyTree(to, from string) error {
 	return filepath.WalkDir(from, func(name string, entry os.DirEntry, err error) error {
 		if err != nil {
@@ -357,7 +357,7 @@ func (l *life) ReportStatus(ctx context.Context, id api.ID, s api.JobStatus) err
 	return l.Plane.ReportStatus(ctx, id, s)
 }
 
-// run is a server's command: it loads the pair that is in place.
+// run executes a server's command, which loads the pair in place.
 func (l *life) run(ctx context.Context, c policy.Command) error {
 	w := l.world
 	took := time.Duration(w.draw(2000)) * time.Millisecond
@@ -389,20 +389,21 @@ func (l *life) run(ctx context.Context, c policy.Command) error {
 	return nil
 }
 
-// query would ask a server: these name no program that could be asked.
+// query stands for asking a server for its configuration. These servers have no program that could
+// be asked.
 func (l *life) query(_ context.Context, c policy.Command) ([]byte, error) {
 	l.world.fail("the agent ran %q", c.Argv)
 	return nil, errors.ErrUnsupported
 }
 
-// probe looks at what a server has loaded.
+// probe returns what a server has loaded.
 func (w *world) probe(_ context.Context, e tlsprobe.Endpoint) (tlsprobe.Result, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return tlsprobe.Result{Fingerprint: w.loaded[e.Address]}, nil
 }
 
-// disturb orders some trouble for requests to come.
+// disturb adds a fault for later requests.
 func (w *world) disturb() {
 	calls := []string{"", "", devplane.CallHeartbeat, devplane.CallWork, devplane.CallWork, devplane.CallCSR,
 		devplane.CallCertificate, devplane.CallStatus, devplane.CallStatus, devplane.CallVerify}
@@ -436,7 +437,7 @@ func (w *world) disturb() {
 	w.healing = append(w.healing, w.plane.Inject(fault))
 }
 
-// heal makes everything good.
+// heal ends all faults.
 func (w *world) heal() {
 	for _, remove := range w.healing {
 		remove()
@@ -445,16 +446,16 @@ func (w *world) heal() {
 	w.setFailing(false)
 }
 
-// setFailing has commands fail now and then.
+// setFailing sets whether commands fail now and then.
 func (w *world) setFailing(failing bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.failing = failing
 }
 
-// late carries a request out long after it was sent, whether or not somebody
-// still waits for the answer: a queue in front of the control plane, or a
-// kernel that retransmits what a process sent before it went.
+// late processes a request long after it was sent, even if nobody waits for the answer any more.
+// The cause may be a queue in front of the control plane, or a kernel that retransmits what a
+// process sent before it exited.
 func (w *world) late(wait time.Duration) http.Handler {
 	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		select {
@@ -469,7 +470,7 @@ func (w *world) late(wait time.Duration) http.Handler {
 	})
 }
 
-// chaos is the part of a run in which things go wrong.
+// chaos is the part of a run with faults.
 func (w *world) chaos() {
 	certs := make(map[string]bool)
 	for _, x := range w.site.servers {
@@ -522,7 +523,7 @@ func awaiting(p *devplane.Plane, cert string) bool {
 	})
 }
 
-// afterCrash looks at the disk as a crash left it.
+// afterCrash checks the disk as a crash left it.
 func (w *world) afterCrash() {
 	if err := w.site.checkPairs(); err != nil {
 		w.fail("after a crash: %v", err)
@@ -532,9 +533,9 @@ func (w *world) afterCrash() {
 	}
 }
 
-// waitUntilDone waits, in a world that is well again, until every job has ended.
+// waitUntilDone waits, without faults, until every job has ended.
 func (w *world) waitUntilDone() {
-	time.Sleep(5 * time.Minute) // what is late has arrived
+	time.Sleep(5 * time.Minute) // until late requests have arrived
 	deadline := time.Now().Add(3 * time.Hour)
 	for {
 		time.Sleep(time.Minute)
@@ -554,7 +555,7 @@ func (w *world) waitUntilDone() {
 			}
 		}
 		unfinished, undelivered := len(w.life.app.Ledger.Unfinished()), len(w.life.app.Ledger.Undelivered())
-		journal, _ := os.ReadDir(filepath.Join(w.stateDir(), "journal")) // reloads that are owed
+		journal, _ := os.ReadDir(filepath.Join(w.stateDir(), "journal")) // owed reloads
 		if open+unfinished+undelivered+len(journal) == 0 {
 			return
 		}
@@ -565,9 +566,8 @@ func (w *world) waitUntilDone() {
 	}
 }
 
-// lost is a deployment that a poll's answer took with it. Nothing can be asked
-// about it; the control plane hands it out again, as deployed ones do for an
-// agent that was silent.
+// lost handles a deployment that was lost with the answer to a poll. No call can ask for it. The test
+// hands it out again, as control planes do for an agent that was silent.
 func (w *world) lost(job devplane.Job) {
 	w.mu.Lock()
 	missing := job.Handed - w.claims[job.ID]
@@ -589,7 +589,7 @@ func history(job devplane.Job) string {
 	return strings.Join(all, ", ")
 }
 
-// verdict looks at the end of a run.
+// verdict checks the end of a run.
 func (w *world) verdict() {
 	keys := w.life.app.Keys
 	for _, x := range w.site.servers {
@@ -598,7 +598,7 @@ func (w *world) verdict() {
 			w.fail("certificate %s was never issued", x.cert)
 			continue
 		}
-		// Whatever the control plane would hand out can be deployed.
+		// Everything that the control plane would hand out can be deployed.
 		leaves := []*x509.Certificate{versions[len(versions)-1].Leaf}
 		leaf, err := w.site.pair(x)
 		if err != nil {
@@ -635,7 +635,7 @@ func (w *world) verdict() {
 		}
 	}
 	for _, p := range w.plane.Problems() {
-		// Of a control plane that acts late and in another order.
+		// Caused by a control plane that acts late and out of order.
 		if !strings.HasSuffix(p, "Running after Completed") && !strings.HasSuffix(p, "Running after Failed") &&
 			!strings.HasSuffix(p, "Failed after Completed") && !strings.HasSuffix(p, "Completed after Failed") {
 			w.fail("request against the protocol: %s", p)
@@ -643,7 +643,7 @@ func (w *world) verdict() {
 	}
 }
 
-// story is what happened to a certificate at the control plane.
+// story returns the history of a certificate at the control plane.
 func (w *world) story(cert string) string {
 	var all []string
 	for _, v := range w.plane.Versions(cert) {
@@ -662,9 +662,8 @@ func completed(jobs []devplane.Job, x server) bool {
 	return slices.ContainsFunc(jobs, func(j devplane.Job) bool { return j.TargetID == x.id && j.Status == api.StatusCompleted })
 }
 
-// alone reports whether a target is the only one of its certificate: then the
-// agent holds the key of what is installed there, however many newer ones were
-// signed.
+// alone reports whether a target is the only one of its certificate. If so, the agent holds the key
+// of the certificate installed there, however many newer ones have been signed.
 func (w *world) alone(x server) bool {
 	n := 0
 	for _, other := range w.site.servers {
@@ -675,7 +674,7 @@ func (w *world) alone(x server) bool {
 	return n == 1
 }
 
-// layout draws what a host serves.
+// layout draws the servers of a host.
 func layout(r *rand.Rand) []server {
 	if r.IntN(4) == 0 {
 		return []server{{id: "solo", cert: "solo", shared: true}}
@@ -689,14 +688,14 @@ func layout(r *rand.Rand) []server {
 	return all
 }
 
-// close ends the control plane, and whatever is on its way to it.
+// close ends the control plane and all requests on their way to it.
 func (w *world) close() {
 	close(w.over)
 	w.plane.Close()
 	synctest.Wait()
 }
 
-// forget drops what the test remembers of jobs that have ended.
+// forget drops the test's records of jobs that have ended.
 func (w *world) forget() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -707,7 +706,7 @@ func (w *world) forget() {
 	w.life.conns = nil
 }
 
-// report fails the test for what was found.
+// report fails the test if there were problems.
 func (w *world) report(t *testing.T) {
 	t.Helper()
 	for _, problem := range w.problems {
@@ -715,13 +714,13 @@ func (w *world) report(t *testing.T) {
 	}
 }
 
-// Counted over all runs.
+// Totals of all runs.
 var claimsLost, livesLived, jobsEnded, deployed atomic.Int64
 
-// TestVirtualNetwork runs seeded worlds in virtual time: the agent's real parts
-// on a real disk, a control plane that is slow, wrong, out of order or gone,
-// and crashes, until all is well again. It is not parallel to tests that start
-// processes: between fork and exec a child holds the locks of this one.
+// TestVirtualNetwork runs seeded worlds in virtual time: the agent's real parts on a real disk, a
+// control plane that is slow, wrong, out of order or gone, and crashes. In the end everything must
+// have recovered. The test does not run in parallel with tests that start processes, because
+// between fork and exec a child holds the locks of this process.
 func TestVirtualNetwork(t *testing.T) {
 	begun := time.Now()
 	all := seeds(virtualRuns)
@@ -738,7 +737,7 @@ func TestVirtualNetwork(t *testing.T) {
 	})
 	took := time.Since(begun)
 	if *seedFlag == 0 && deployed.Load() < jobsEnded.Load()/3 {
-		t.Errorf("of %d jobs only %d deployed a certificate: the runs show little", jobsEnded.Load(), deployed.Load())
+		t.Errorf("only %[2]d of %[1]d jobs deployed a certificate: the runs prove too little", jobsEnded.Load(), deployed.Load())
 	}
 	t.Logf("%d runs with %d agents and %d jobs, %d of them completed deployments, %d claims lost with the answer to a poll, in %v: %.0f runs a second",
 		len(all), livesLived.Load(), jobsEnded.Load(), deployed.Load(), claimsLost.Load(), took.Round(time.Millisecond), float64(len(all))/took.Seconds())

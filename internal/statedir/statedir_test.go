@@ -28,7 +28,7 @@ func TestOneAgentAtATime(t *testing.T) {
 	again.Close()
 }
 
-// TestSwept: nothing else would ever remove what a crash has left half written.
+// TestSwept checks that Open removes half-written files. Nothing else would.
 func TestSwept(t *testing.T) {
 	path := t.TempDir()
 	left := filepath.Join(path, ".served.json.ABCDEFGHIJKLMNOPQRSTUVWXYZ.tmp")

@@ -10,11 +10,11 @@ import (
 	"certctl-agent/internal/testing/needs"
 )
 
-// TestTrustOfACL: what lets a user write a directory of root's and its group
-// shows in the mode as if it were for the group.
+// TestTrustOfACL checks an ACL that lets another user write to a directory of root's. In the mode
+// it looks as if only root's group could write.
 func TestTrustOfACL(t *testing.T) {
 	if os.Geteuid() != 0 {
-		t.Skip("only root makes directories of root's group")
+		t.Skip("only root can create directories of root's group")
 	}
 	dir := t.TempDir()
 	must(t, os.WriteFile(filepath.Join(dir, "file"), []byte("x"), 0o600))

@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// fileInfo is a file of any owner, which only root could make.
+// fileInfo describes a file of any owner, which only root could create.
 type fileInfo struct {
 	mode     fs.FileMode
 	uid, gid uint32
@@ -54,15 +54,14 @@ func TestTrust(t *testing.T) {
 func TestReadDoesNotWaitForAPipe(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "pipe")
 	if err := syscall.Mkfifo(path, 0o600); err != nil {
-		t.Skip("no named pipes here: ", err)
+		t.Skip("this system has no FIFOs: ", err)
 	}
 	if _, _, _, err := Read(path, 100); err == nil || !strings.Contains(err.Error(), "is not a regular file") {
 		t.Errorf("error %v, want one about a regular file", err)
 	}
 }
 
-// TestTrustOfDirectories moves a file into directories that others could have
-// put it in.
+// TestTrustOfDirectories checks files in directories to which others could have moved them.
 func TestTrustOfDirectories(t *testing.T) {
 	base := t.TempDir()
 	dir := func(name string, mode fs.FileMode) string {
@@ -143,10 +142,10 @@ func TestWithin(t *testing.T) {
 	never := make(chan struct{})
 	defer close(never)
 	if within(time.Millisecond, func() func() { <-never; return func() { t.Error("finished") } }) {
-		t.Error("what never ends was in time")
+		t.Error("work that never ends was in time")
 	}
 	done := false
 	if !within(time.Minute, func() func() { return func() { done = true } }) || !done {
-		t.Error("what ends at once was not in time")
+		t.Error("work that ends at once was not in time")
 	}
 }

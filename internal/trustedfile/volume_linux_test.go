@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// TestConfigMap reads a file from a directory that is made and mounted as
-// Kubernetes does it with a ConfigMap.
+// TestConfigMap reads a file from a directory that is created and mounted like a Kubernetes
+// ConfigMap.
 func TestConfigMap(t *testing.T) {
 	base := t.TempDir()
 	volume, place := filepath.Join(base, "pods/3f2a/volumes/kubernetes.io~configmap/nodes"), filepath.Join(base, "etc")

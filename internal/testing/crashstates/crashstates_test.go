@@ -11,7 +11,7 @@ import (
 	"testing"
 )
 
-// hex is how strace prints a string with -xx.
+// hex returns a string as strace prints it with -xx.
 func hex(s string) string {
 	var b strings.Builder
 	for i := range len(s) {
@@ -20,7 +20,7 @@ func hex(s string) string {
 	return b.String()
 }
 
-// script writes calls as strace does: {x} stands for a string, in hex.
+// script formats calls as strace does. {x} stands for a string, in hex.
 func script(base string, lines ...string) string {
 	var b strings.Builder
 	for i, line := range lines {
@@ -61,7 +61,7 @@ func replay(t *testing.T, lines ...string) *Disk {
 	return disk
 }
 
-// left lists what a power cut can leave, in words.
+// left lists the states that a power cut can leave, as text.
 func left(d *Disk) []string {
 	all := make(map[string]bool)
 	d.States(rand.New(rand.NewPCG(1, 1)), 50, func(s State, _ int) {
@@ -76,7 +76,7 @@ func left(d *Disk) []string {
 	return slices.Sorted(maps.Keys(all))
 }
 
-// TestReplace replaces a file as it should be done, with syncs left out.
+// TestReplace replaces a file in the correct way, and with syncs left out.
 func TestReplace(t *testing.T) {
 	const (
 		create   = `1 openat(5<{BASE}>, "{t}", O_WRONLY|O_CREAT|O_EXCL|O_CLOEXEC, 0600) = 6<{BASE/t}>`
@@ -115,7 +115,7 @@ func TestReplace(t *testing.T) {
 	}
 }
 
-// TestDirectories: what is in a directory goes with its name.
+// TestDirectories checks that the content of a directory is lost together with its name.
 func TestDirectories(t *testing.T) {
 	mkdir := []string{`1 mkdirat(5<{BASE}>, "{d}", 0700) = 0`,
 		`1 openat(5<{BASE/d}>, "{x}", O_WRONLY|O_CREAT, 0600) = 6<{BASE/d/x}>`, `1 write(6<{BASE/d/x}>, "{1}", 1) = 1`, `1 fsync(6<{BASE/d/x}>) = 0`,
@@ -131,7 +131,7 @@ func TestDirectories(t *testing.T) {
 	}
 }
 
-// TestUnknown: a change that the model does not know is never passed over.
+// TestUnknown checks that a change that the model does not know is an error.
 func TestUnknown(t *testing.T) {
 	for _, line := range []string{
 		`1 fallocate(6<{BASE/f}>, 0, 0, 10) = 0`,
@@ -158,7 +158,7 @@ func TestUnknown(t *testing.T) {
 			t.Fatal(err)
 		}
 		if _, err = disk.Apply(&calls[1]); err == nil {
-			t.Errorf("%v was taken", calls[1])
+			t.Errorf("%v was accepted", calls[1])
 		}
 	}
 }
