@@ -46,7 +46,7 @@ func TestRecoverUntilSettled(t *testing.T) {
 	w.old(t)
 	w.torn(t)
 	synctest.Test(t, func(t *testing.T) {
-		s := w.mustStore(t, nil)
+		s := w.mustEngine(t, nil)
 		var ran []string
 		s.opts.Run = func(_ context.Context, c policy.Command) error {
 			ran = append(ran, c.Argv[0])
@@ -88,7 +88,7 @@ func TestSettleDuringReload(t *testing.T) {
 	w.old(t)
 	w.torn(t)
 	synctest.Test(t, func(t *testing.T) {
-		s := w.mustStore(t, nil)
+		s := w.mustEngine(t, nil)
 		s.opts.Run = func(context.Context, policy.Command) error {
 			time.Sleep(time.Minute)
 			return nil
@@ -111,7 +111,7 @@ func TestRepairAfterInputError(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
 	w.torn(t)
-	s := w.mustStore(t, nil)
+	s := w.mustEngine(t, nil)
 	s.disk.before = func(s Step) error {
 		if s.Op == "rename" {
 			return syscall.EIO
@@ -153,7 +153,7 @@ func TestDeadMount(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		answer := make(chan struct{})
 		var hangs atomic.Int64
-		s := w.mustStore(t, func(st Step) error {
+		s := w.mustEngine(t, func(st Step) error {
 			if strings.HasPrefix(st.Path, w.path("site")) && st.Op != "run" {
 				hangs.Add(1)
 				<-answer
@@ -223,7 +223,7 @@ func TestInterrupted(t *testing.T) {
 			t.Errorf("got %v, %v", got, err)
 		}
 	}
-	s := w.mustStore(t, nil)
+	s := w.mustEngine(t, nil)
 	s.opts.Run = func(context.Context, policy.Command) error { return errors.New("not now") }
 	if err := s.Repair(t.Context(), t.Context()); err == nil {
 		t.Fatal("the reload did not fail")
@@ -239,7 +239,7 @@ func TestContested(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
 	w.torn(t)
-	s := w.mustStore(t, nil)
+	s := w.mustEngine(t, nil)
 	tx := w.renewal()
 	tx.Target, tx.Promotion = "t2", nil
 	_, err := s.deploy(t.Context(), tx)
@@ -258,7 +258,7 @@ func TestRepairPanics(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
 	w.torn(t)
-	s := w.mustStore(t, func(Step) error { panic("bug") })
+	s := w.mustEngine(t, func(Step) error { panic("bug") })
 	if err := s.Repair(t.Context(), t.Context()); err == nil || !strings.Contains(err.Error(), "panic: bug") {
 		t.Errorf("got %v", err)
 	}
@@ -273,7 +273,7 @@ func TestYield(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
 	synctest.Test(t, func(t *testing.T) {
-		s := w.mustStore(t, nil)
+		s := w.mustEngine(t, nil)
 		yields := 0
 		tx := w.renewal()
 		tx.Yield = func(wait func(context.Context) error) error {

@@ -16,7 +16,7 @@ func TestRetention(t *testing.T) {
 	tests := []struct{ keep, want int }{{0, 3}, {1, 1}, {5, 5}, {-1, 0}}
 	for _, test := range tests {
 		w := newWorld(t, t.TempDir())
-		s := w.mustStore(t, nil)
+		s := w.mustEngine(t, nil)
 		for i := range 8 {
 			_, err := s.deploy(t.Context(), Transaction{Deployment{Target: "t1", Backups: test.keep},
 				proposal{Files: []connector.File{{Path: w.path("site/file"), Data: version(i)}}}})

@@ -74,7 +74,7 @@ func TestChanges(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
 	at := &elsewhere{values: map[string]string{"/a/one": "old"}}
-	s := w.mustStore(t, nil)
+	s := w.mustEngine(t, nil)
 	if _, err := s.deploy(t.Context(), w.remoteRenewal(at, "new")); err != nil {
 		t.Fatal(err)
 	}
@@ -190,7 +190,7 @@ func TestUndoIsSaved(t *testing.T) {
 		return ""
 	}
 	looked := false
-	s := w.mustStore(t, func(s Step) error {
+	s := w.mustEngine(t, func(s Step) error {
 		if s.Op == "change" && s.Path == "/a/one" {
 			if looked = true; saved() == "" {
 				t.Error("the change is made before its old value is saved")
@@ -230,7 +230,7 @@ func TestChangesKilled(t *testing.T) {
 			base := newWorld(t, needs.MemoryDir(t))
 			base.old(t)
 			at := &elsewhere{values: map[string]string{"/a/one": "old"}}
-			s := base.mustStore(t, nil)
+			s := base.mustEngine(t, nil)
 			s.disk.before = killAt(n)
 			_, err := s.deploy(t.Context(), base.remoteRenewal(at, "new"))
 			if err == nil {
@@ -240,7 +240,7 @@ func TestChangesKilled(t *testing.T) {
 			killed++
 			at.calls, at.fail = nil, nil
 
-			s = base.mustStore(t, nil)
+			s = base.mustEngine(t, nil)
 			if _, err := s.Recover(t.Context()); err != nil {
 				t.Fatal(err)
 			}
@@ -321,7 +321,7 @@ func TestChangeInPart(t *testing.T) {
 		at := &elsewhere{values: maps.Clone(was)}
 		killed := false
 		deploy := func(between func() error) (Result, error) {
-			s := w.mustStore(t, nil)
+			s := w.mustEngine(t, nil)
 			s.disk.before = func(Step) error {
 				if killed {
 					return errKilled
@@ -363,7 +363,7 @@ func TestStale(t *testing.T) {
 			return &connector.Plan{Files: []connector.File{{Path: w.path("site/store"), Data: append(was, " and ours"...), From: was}}}
 		})
 		tx.ReplaceAny = true
-		_, err := w.mustStore(t, nil).Deploy(t.Context(), tx.Deployment)
+		_, err := w.mustEngine(t, nil).Deploy(t.Context(), tx.Deployment)
 		got, _ := os.ReadFile(w.path("site/store"))
 		if times < maxPlans && (err != nil || string(got) != "1 and ours") {
 			t.Errorf("changed once: %v, %s", err, got)
@@ -378,7 +378,7 @@ func TestStale(t *testing.T) {
 func TestOneStore(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.write(t, "site/store", []byte("store:"), 0o644)
-	e := w.mustStore(t, nil)
+	e := w.mustEngine(t, nil)
 	const targets = 8
 	errs := make(chan error, targets)
 	for i := range targets {
@@ -401,7 +401,7 @@ func TestOneStore(t *testing.T) {
 // TestOneChange deploys several targets at once that replace the same remote value.
 func TestOneChange(t *testing.T) {
 	w := newWorld(t, t.TempDir())
-	e := w.mustStore(t, nil)
+	e := w.mustEngine(t, nil)
 	at := &elsewhere{values: make(map[string]string)} // without a lock of its own
 	const targets = 8
 	errs := make(chan error, targets)

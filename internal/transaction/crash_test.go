@@ -59,7 +59,7 @@ func (sc scenario) prepare(t testing.TB, w world) {
 
 // run runs the scenario to its end, or until before returns an error.
 func (sc scenario) run(w world, before func(Step) error) error {
-	s, err := w.store(sc.hook(w, before))
+	s, err := w.engine(sc.hook(w, before))
 	if err != nil {
 		return err
 	}
@@ -84,7 +84,7 @@ func (sc scenario) hook(w world, before func(Step) error) func(Step) error {
 // recovered recovers a crashed world and checks the result. If again is set, it also checks the
 // next deployment.
 func (sc scenario) recovered(w world, again bool) error {
-	s, err := w.store(sc.hook(w, func(Step) error { return nil }))
+	s, err := w.engine(sc.hook(w, func(Step) error { return nil }))
 	if err != nil {
 		return err
 	}

@@ -192,7 +192,7 @@ func (r *record) shares(files []*dest) bool {
 // unsettledError returns the error of a deployment that must wait until an interrupted deployment
 // of target id is settled.
 func unsettledError(id string, err error) error {
-	return &BusyError{Err: fmt.Errorf("an earlier deployment of target %s was interrupted and is not undone yet: %w", id, err)}
+	return &BusyError{Err: fmt.Errorf("an earlier deployment of target %s was interrupted and has not been recovered yet: %w", id, err)}
 }
 
 func (a *attempt) resolve() error {

@@ -19,7 +19,7 @@ import (
 // deploy carries out one deployment.
 func (w world) deploy(t *testing.T, tx Transaction) (Result, error) {
 	t.Helper()
-	return w.mustStore(t, nil).deploy(t.Context(), tx)
+	return w.mustEngine(t, nil).deploy(t.Context(), tx)
 }
 
 func (w world) want(t *testing.T, first bool, want string) {
@@ -42,7 +42,7 @@ func TestDeploy(t *testing.T) {
 			w.old(t)
 		}
 		var ran []string
-		s := w.mustStore(t, func(s Step) error {
+		s := w.mustEngine(t, func(s Step) error {
 			if s.Op == "run" {
 				ran = append(ran, s.Path+" sees "+w.condition(first))
 			}
@@ -83,7 +83,7 @@ func TestDeploy(t *testing.T) {
 // and not to endless failures.
 func TestUnchangedButNotServed(t *testing.T) {
 	w := newWorld(t, t.TempDir())
-	s := w.mustStore(t, nil)
+	s := w.mustEngine(t, nil)
 	if _, err := s.deploy(t.Context(), w.renewal()); err != nil {
 		t.Fatal(err)
 	}
@@ -140,7 +140,7 @@ func TestRollBack(t *testing.T) {
 				w.old(t)
 			}
 			var runs []string
-			s := w.mustStore(t, func(s Step) error {
+			s := w.mustEngine(t, func(s Step) error {
 				if s.Op == "run" {
 					runs = append(runs, s.Path)
 				}
@@ -168,7 +168,7 @@ func TestRollBack(t *testing.T) {
 func TestReloadOwed(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
-	s := w.mustStore(t, nil)
+	s := w.mustEngine(t, nil)
 	reloads := 0
 	s.opts.Run = func(_ context.Context, c policy.Command) error {
 		if reloads++; c.Argv[0] == "reload" && reloads < 5 {
@@ -217,7 +217,7 @@ func TestCancelled(t *testing.T) {
 		w.old(t)
 		ctx, cancel := context.WithCancelCause(t.Context())
 		n := 0
-		s := w.mustStore(t, func(Step) error {
+		s := w.mustEngine(t, func(Step) error {
 			if n++; n == at {
 				cancel(cause)
 			}
@@ -250,7 +250,7 @@ func TestFailingStep(t *testing.T) {
 			w := newWorld(t, needs.MemoryDir(t))
 			w.old(t)
 			n := 0
-			s := w.mustStore(t, nil)
+			s := w.mustEngine(t, nil)
 			s.disk.before = func(s Step) error {
 				if n++; n == at || forever && n > at && s.Op != "run" {
 					return errors.New("input/output error")
@@ -326,7 +326,7 @@ func TestRefusedBeforeAnythingIsTouched(t *testing.T) {
 			w.old(t)
 			tx := w.renewal()
 			test.change(t, w, &tx)
-			s := w.mustStore(t, nil)
+			s := w.mustEngine(t, nil)
 			s.disk.before = func(s Step) error { t.Errorf("%s %s", s.Op, s.Path); return nil }
 			if _, err := s.deploy(t.Context(), tx); err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("got error %v, want %q", err, test.want)
@@ -377,7 +377,7 @@ func TestKeepOthers(t *testing.T) {
 
 	// Another program replaces the file while the deployment waits.
 	w.write(t, "site/cert.pem", before.cert, 0o644)
-	s := w.mustStore(t, nil)
+	s := w.mustEngine(t, nil)
 	release, err := acquire(t.Context(), &s.targets, "t1", lockWait, nil)
 	check(t, err)
 	tx.Yield = func(wait func(context.Context) error) error {
@@ -426,7 +426,7 @@ func TestKeep(t *testing.T) {
 // TestWarnings checks that the warnings of a successful deployment are returned.
 func TestWarnings(t *testing.T) {
 	w := newWorld(t, t.TempDir())
-	s := w.mustStore(t, func(s Step) error {
+	s := w.mustEngine(t, func(s Step) error {
 		if s.Op == "remove" && strings.HasSuffix(s.Path, ".json") {
 			return errors.New("input/output error")
 		}
@@ -462,7 +462,7 @@ func TestChangedMeanwhile(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
 	mine := []byte("what a person wrote meanwhile")
-	s := w.mustStore(t, nil)
+	s := w.mustEngine(t, nil)
 	s.disk.before = func(s Step) error {
 		if s.Op == "mkdir" { // of the backup set
 			w.write(t, "site/cert.pem", mine, 0o640)
@@ -482,7 +482,7 @@ func TestChangedMeanwhile(t *testing.T) {
 // ends.
 func TestOneAtATime(t *testing.T) {
 	w := newWorld(t, t.TempDir())
-	s := w.mustStore(t, nil)
+	s := w.mustEngine(t, nil)
 	tx := w.renewal()
 	tx.Verify = func(context.Context) error {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
@@ -502,7 +502,7 @@ func BenchmarkDeploy(b *testing.B) {
 	for _, unchanged := range []bool{true, false} {
 		b.Run(map[bool]string{true: "unchanged", false: "renewal"}[unchanged], func(b *testing.B) {
 			w := newWorld(b, b.TempDir())
-			s := w.mustStore(b, nil)
+			s := w.mustEngine(b, nil)
 			tx := w.renewal()
 			tx.ReplaceAny = true // the chain holds a number
 			for i := 0; b.Loop(); i++ {

@@ -122,7 +122,7 @@ func TestDiskFull(t *testing.T) {
 		w := newWorld(t, t.TempDir())
 		small(t, w, "state", 24)
 		w.old(t)
-		s := w.mustStore(t, nil)
+		s := w.mustEngine(t, nil)
 		fill(t, w.path("state"))
 		_, err := s.deploy(t.Context(), w.renewal())
 		if !errors.Is(err, syscall.ENOSPC) || !strings.HasSuffix(err.Error(), "nothing was changed") {
@@ -181,7 +181,7 @@ func TestReadOnly(t *testing.T) {
 	remount(0)
 	tx = w.renewal()
 	tx.Verify = func(context.Context) error { remount(syscall.MS_RDONLY); return errors.New("is broken") }
-	s := w.mustStore(t, nil)
+	s := w.mustEngine(t, nil)
 	_, err = s.deploy(t.Context(), tx)
 	broken, ok := errors.AsType[*BrokenError](err)
 	if !ok || !errors.Is(err, syscall.EROFS) || !strings.Contains(err.Error(), "needs a person") || !strings.Contains(err.Error(), w.path("site/cert.pem")) {
@@ -280,7 +280,7 @@ func TestOrdinaryUser(t *testing.T) {
 
 func childDeploy() int {
 	w := world{os.Getenv("BASE")}
-	s, err := w.store(nil)
+	s, err := w.engine(nil)
 	if err == nil {
 		tx := w.renewal()
 		look := NewPreview(context.Background(), tx.Deployment, &tx.proposal, w.policy())
@@ -305,7 +305,7 @@ func TestHostileOwner(t *testing.T) {
 	}
 	// The hostile user owns the parent directory too, and so can rename the directories.
 	check(t, os.MkdirAll(w.path("theirs/site"), 0o755))
-	s := w.mustStore(t, nil)
+	s := w.mustEngine(t, nil)
 	s.opts.Policy.Paths = []string{w.path("theirs")}
 	child := asUser(t, "hostile", "BASE="+w.base)
 	out, err := child.StdoutPipe()

@@ -22,7 +22,7 @@ import (
 // refused runs a deployment that must fail without changing anything.
 func (w world) refused(t *testing.T, tx Transaction, want ...string) {
 	t.Helper()
-	s := w.mustStore(t, func(s Step) error {
+	s := w.mustEngine(t, func(s Step) error {
 		if s.Op != "mkdir" && s.Op != "syncdir" {
 			t.Errorf("%s %s", s.Op, s.Path)
 		}
@@ -76,7 +76,7 @@ func TestForeignKeyFile(t *testing.T) {
 				if how == "behind their directory" {
 					tx.Files[0].Path = w.path("private/inner/link/key.pem")
 				}
-				s := w.mustStore(t, nil)
+				s := w.mustEngine(t, nil)
 				s.opts.Policy.Paths = append(s.opts.Policy.Paths, w.path("real"))
 				_, err := s.deploy(t.Context(), tx)
 				if err == nil || !strings.Contains(err.Error(), "not given to its "+what) &&

@@ -89,7 +89,7 @@ func TestJournalHoldsNoKey(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
 	records := 0
-	s := w.mustStore(t, func(s Step) error {
+	s := w.mustEngine(t, func(s Step) error {
 		if s.Op == "write" && strings.HasPrefix(s.Path, w.path("state/journal")) {
 			if records++; bytes.Contains(s.data, []byte("PRIVATE")) {
 				t.Errorf("a key in the journal: %s", s.data)

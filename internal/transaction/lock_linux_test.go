@@ -35,7 +35,7 @@ func TestForeignLock(t *testing.T) {
 			w.old(t)
 			holding(t, append(test.environment, "DIR="+w.path("site"))...)
 			var log bytes.Buffer
-			s := w.mustStore(t, nil)
+			s := w.mustEngine(t, nil)
 			s.opts.Log = slog.New(slog.NewTextHandler(&log, nil))
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()

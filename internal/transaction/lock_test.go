@@ -35,7 +35,7 @@ func TestTwoProcesses(t *testing.T) {
 		t.Fatalf("child said %q, %v", line, err)
 	}
 
-	s := w.mustStore(t, nil)
+	s := w.mustEngine(t, nil)
 	ctx, cancel := context.WithTimeout(t.Context(), time.Second) // long enough to reach the lock
 	defer cancel()
 	if _, err := s.deploy(ctx, w.renewal()); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "another deployment or another program holds it") {

@@ -32,7 +32,7 @@ func interrupted(t *testing.T, op string) (world, *elsewhere) {
 // killed kills a deployment at its first step op, and restarts the agent.
 func (w world) killed(t *testing.T, tx Transaction, op string) {
 	t.Helper()
-	s, dead := w.mustStore(t, nil), false
+	s, dead := w.mustEngine(t, nil), false
 	s.disk.before = func(s Step) error {
 		if dead = dead || s.Op == op; dead {
 			return errKilled
@@ -42,7 +42,7 @@ func (w world) killed(t *testing.T, tx Transaction, op string) {
 	if _, err := s.deploy(t.Context(), tx); !dead {
 		t.Fatalf("not killed: %v", err)
 	}
-	_, err := w.mustStore(t, nil).Recover(t.Context())
+	_, err := w.mustEngine(t, nil).Recover(t.Context())
 	check(t, err)
 	w.want(t, false, "old")
 }
@@ -64,7 +64,7 @@ func isBroken(err error) bool {
 func TestOwedAndNotPlanned(t *testing.T) {
 	t.Run("fails", func(t *testing.T) {
 		w, at := interrupted(t, "run")
-		s := w.mustStore(t, nil)
+		s := w.mustEngine(t, nil)
 		for range 2 {
 			_, err := s.deploy(t.Context(), refuse(w.renewal()))
 			if !isBroken(err) || !errors.Is(err, errRefused) || !strings.Contains(err.Error(), "/a/one: ") || !strings.Contains(err.Error(), w.path("state/backups/t1/")) {
@@ -85,10 +85,10 @@ func TestOwedAndNotPlanned(t *testing.T) {
 		w, at := interrupted(t, "run")
 		tx := w.renewal()
 		tx.Changes = []connector.Change{&remote{at, "two", "newer"}}
-		if _, err := w.mustStore(t, nil).deploy(t.Context(), refuse(tx)); !isBroken(err) || !maps.Equal(at.values, map[string]string{"/a/one": "new"}) {
+		if _, err := w.mustEngine(t, nil).deploy(t.Context(), refuse(tx)); !isBroken(err) || !maps.Equal(at.values, map[string]string{"/a/one": "new"}) {
 			t.Errorf("got %v, %v", err, at.values)
 		}
-		if _, err := w.mustStore(t, nil).deploy(t.Context(), refuse(w.remoteRenewal(at, "newer"))); err == nil || at.values["/a/one"] != "old" {
+		if _, err := w.mustEngine(t, nil).deploy(t.Context(), refuse(w.remoteRenewal(at, "newer"))); err == nil || at.values["/a/one"] != "old" {
 			t.Errorf("planned again: %v, %v", err, at.values)
 		}
 	})
@@ -96,21 +96,21 @@ func TestOwedAndNotPlanned(t *testing.T) {
 		w, at := interrupted(t, "run")
 		tx := w.renewal()
 		tx.Files[0].Path = "/etc/passwd"
-		if _, err := w.mustStore(t, nil).deploy(t.Context(), tx); !isBroken(err) || !strings.Contains(err.Error(), "/a/one: ") {
+		if _, err := w.mustEngine(t, nil).deploy(t.Context(), tx); !isBroken(err) || !strings.Contains(err.Error(), "/a/one: ") {
 			t.Errorf("got %v, want an error that names what is still changed", err)
 		}
-		if _, err := w.mustStore(t, nil).deploy(t.Context(), refuse(w.remoteRenewal(at, "newer"))); err == nil || at.values["/a/one"] != "old" {
+		if _, err := w.mustEngine(t, nil).deploy(t.Context(), refuse(w.remoteRenewal(at, "newer"))); err == nil || at.values["/a/one"] != "old" {
 			t.Errorf("planned again: %v, %v", err, at.values)
 		}
 	})
 	t.Run("cannot plan", func(t *testing.T) {
 		w, at := interrupted(t, "run")
 		broken := errors.New("no answer")
-		_, err := w.mustStore(t, nil).Deploy(t.Context(), Deployment{Target: "t1", Connector: planError{broken}})
+		_, err := w.mustEngine(t, nil).Deploy(t.Context(), Deployment{Target: "t1", Connector: planError{broken}})
 		if !isBroken(err) || !errors.Is(err, broken) || !strings.Contains(err.Error(), "/a/one: ") {
 			t.Errorf("got %v, want an error that names what is still changed", err)
 		}
-		if _, err := w.mustStore(t, nil).deploy(t.Context(), refuse(w.remoteRenewal(at, "newer"))); err == nil || at.values["/a/one"] != "old" {
+		if _, err := w.mustEngine(t, nil).deploy(t.Context(), refuse(w.remoteRenewal(at, "newer"))); err == nil || at.values["/a/one"] != "old" {
 			t.Errorf("planned again: %v, %v", err, at.values)
 		}
 	})
@@ -120,14 +120,14 @@ func TestOwedAndNotPlanned(t *testing.T) {
 			tx := w.renewal()
 			tx.Verify = func(context.Context) error { return errRefused }
 			w.killed(t, tx, op)
-			if _, err := w.mustStore(t, nil).deploy(t.Context(), refuse(w.remoteRenewal(at, "newer"))); err == nil || at.values["/a/one"] != "old" {
+			if _, err := w.mustEngine(t, nil).deploy(t.Context(), refuse(w.remoteRenewal(at, "newer"))); err == nil || at.values["/a/one"] != "old" {
 				t.Errorf("killed at %s, planned again: %v, %v", op, err, at.values)
 			}
 		}
 	})
 	t.Run("succeeds", func(t *testing.T) {
 		w, _ := interrupted(t, "run")
-		result, err := w.mustStore(t, nil).deploy(t.Context(), w.renewal())
+		result, err := w.mustEngine(t, nil).deploy(t.Context(), w.renewal())
 		check(t, err)
 		w.want(t, false, "new")
 		sets := w.backups(t)
@@ -140,7 +140,7 @@ func TestOwedAndNotPlanned(t *testing.T) {
 		if len(saved) != 1 {
 			t.Errorf("its old value is not in the set: %q", saved)
 		}
-		if result, err := w.mustStore(t, nil).deploy(t.Context(), w.renewal()); err != nil || !result.Unchanged {
+		if result, err := w.mustEngine(t, nil).deploy(t.Context(), w.renewal()); err != nil || !result.Unchanged {
 			t.Errorf("once more: %+v, %v", result, err)
 		}
 	})
@@ -165,7 +165,7 @@ func TestOwedAndLost(t *testing.T) {
 			check(t, err)
 			check(t, damage(saved[0]))
 			for range 2 {
-				s := w.mustStore(t, nil)
+				s := w.mustEngine(t, nil)
 				_, err := s.deploy(t.Context(), refuse(w.remoteRenewal(at, "newer")))
 				if !isBroken(err) || !strings.Contains(err.Error(), "/a/one: ") || strings.Contains(err.Error(), "back in place") {
 					t.Errorf("got %v, want a failed rollback", err)
@@ -173,7 +173,7 @@ func TestOwedAndLost(t *testing.T) {
 				check(t, s.Repair(t.Context(), t.Context()))
 				w.want(t, false, "old")
 			}
-			if _, err := w.mustStore(t, nil).deploy(t.Context(), w.remoteRenewal(at, "newer")); err != nil || at.values["/a/one"] != "newer" {
+			if _, err := w.mustEngine(t, nil).deploy(t.Context(), w.remoteRenewal(at, "newer")); err != nil || at.values["/a/one"] != "newer" {
 				t.Errorf("the next one: %v, %v", err, at.values)
 			}
 			if left := w.journal(t); len(left) > 0 {
@@ -188,7 +188,7 @@ func TestOwedAndStale(t *testing.T) {
 	w, at := interrupted(t, "run")
 	tx := w.remoteRenewal(at, "newer")
 	tx.Files[1].From = []byte("what is not there")
-	if _, err := w.mustStore(t, nil).deploy(t.Context(), tx); !errors.Is(err, errStale) || at.values["/a/one"] != "old" {
+	if _, err := w.mustEngine(t, nil).deploy(t.Context(), tx); !errors.Is(err, errStale) || at.values["/a/one"] != "old" {
 		t.Errorf("got %v, %v", err, at.values)
 	}
 }
@@ -199,7 +199,7 @@ func TestOwedIsSaid(t *testing.T) {
 	w, at := interrupted(t, "run")
 	for range 2 {
 		log := new(bytes.Buffer)
-		s := w.mustStore(t, nil)
+		s := w.mustEngine(t, nil)
 		s.opts.Log = slog.New(slog.NewTextHandler(log, nil))
 		_, err := s.Recover(t.Context())
 		check(t, err)
@@ -211,7 +211,7 @@ func TestOwedIsSaid(t *testing.T) {
 	if ids, err := Interrupted(w.path("state")); err != nil || !slices.Equal(ids, []string{"t1"}) {
 		t.Errorf("interrupted: %q, %v", ids, err)
 	}
-	if _, err := w.mustStore(t, nil).deploy(t.Context(), refuse(w.remoteRenewal(at, "newer"))); err == nil || at.values["/a/one"] != "old" {
+	if _, err := w.mustEngine(t, nil).deploy(t.Context(), refuse(w.remoteRenewal(at, "newer"))); err == nil || at.values["/a/one"] != "old" {
 		t.Errorf("got %v, %v", err, at.values)
 	}
 }
@@ -226,7 +226,7 @@ func TestNoSetStays(t *testing.T) {
 		w, at := interrupted(t, "run")
 		tx := w.remoteRenewal(at, "newer")
 		alter(&tx)
-		s := w.mustStore(t, nil)
+		s := w.mustEngine(t, nil)
 		if _, err := s.deploy(t.Context(), tx); err == nil || at.values["/a/one"] != "old" {
 			t.Errorf("%s: %v, %v", name, err, at.values)
 		}
@@ -243,7 +243,7 @@ func TestUndoIsBounded(t *testing.T) {
 	w := newWorld(t, needs.MemoryDir(t))
 	w.old(t)
 	at := &elsewhere{values: map[string]string{"/a/one": strings.Repeat("x", maxFile+1)}}
-	_, err := w.mustStore(t, nil).deploy(t.Context(), w.remoteRenewal(at, "new"))
+	_, err := w.mustEngine(t, nil).deploy(t.Context(), w.remoteRenewal(at, "new"))
 	if err == nil || !strings.Contains(err.Error(), "/a/one") || !strings.Contains(err.Error(), "4 MiB") || len(at.calls) > 0 {
 		t.Errorf("got %v after %q", err, at.calls)
 	}
@@ -263,7 +263,7 @@ func TestChangeIDs(t *testing.T) {
 		for _, id := range ids {
 			tx.Changes = append(tx.Changes, &remote{at, id, "newer"})
 		}
-		_, err := w.mustStore(t, nil).deploy(t.Context(), tx)
+		_, err := w.mustEngine(t, nil).deploy(t.Context(), tx)
 		if err == nil || isBroken(err) || !slices.Equal(at.calls, []string{"restore two", "restore /a/one"}) {
 			t.Errorf("%s: %v after %q", name, err, at.calls)
 		}
@@ -279,7 +279,7 @@ func TestReloadAfterChange(t *testing.T) {
 	tx := Transaction{Deployment: Deployment{Target: "t1"}}
 	tx.Changes = []connector.Change{&remote{at, "/a/one", "new"}}
 	tx.Reload.Command = &policy.Command{Argv: []string{"reload"}}
-	s, restored, reloads := w.mustStore(t, nil), false, 0
+	s, restored, reloads := w.mustEngine(t, nil), false, 0
 	s.disk.before = func(s Step) error {
 		restored = restored || s.Op == "restore"
 		if restored && s.Op == "run" {
@@ -290,7 +290,7 @@ func TestReloadAfterChange(t *testing.T) {
 	if _, err := s.deploy(t.Context(), refuse(tx)); err == nil || at.values["/a/one"] != "old" {
 		t.Errorf("got %v, %v", err, at.values)
 	}
-	s = w.mustStore(t, func(s Step) error {
+	s = w.mustEngine(t, func(s Step) error {
 		if s.Op == "run" {
 			reloads++
 		}
@@ -329,7 +329,7 @@ func TestChangesKilledTwice(t *testing.T) {
 		for j, alter := range []func(Transaction) Transaction{refuse, func(tx Transaction) Transaction { return tx }} {
 			for n := 2*i + j; ; n += 4 {
 				w, at := interrupted(t, "run")
-				s, kill, dead := w.mustStore(t, nil), killAt(n), false
+				s, kill, dead := w.mustEngine(t, nil), killAt(n), false
 				s.disk.before = func(s Step) error {
 					err := kill(s)
 					dead = err != nil
@@ -339,10 +339,10 @@ func TestChangesKilledTwice(t *testing.T) {
 				if !dead {
 					break
 				}
-				s = w.mustStore(t, nil)
+				s = w.mustEngine(t, nil)
 				s.disk.before = killAt(n % 7)
 				_, _ = s.Recover(t.Context())
-				s = w.mustStore(t, nil)
+				s = w.mustEngine(t, nil)
 				_, err := s.Recover(t.Context())
 				check(t, err)
 				want := map[string]string{"/a/one": "old"}
@@ -368,7 +368,7 @@ func TestFinish(t *testing.T) {
 		w := newWorld(t, needs.MemoryDir(t))
 		w.old(t)
 		at := &elsewhere{values: map[string]string{"/a/one": "old"}}
-		s, changed, dead := w.mustStore(t, nil), false, false
+		s, changed, dead := w.mustEngine(t, nil), false, false
 		s.disk.before = func(s Step) error {
 			changed = changed || s.Op == "change"
 			if dead = dead || changed && s.Op == op && w.condition(false) == "new"; dead {
@@ -381,7 +381,7 @@ func TestFinish(t *testing.T) {
 		if finished := slices.ContainsFunc(at.calls, func(c string) bool { return strings.HasPrefix(c, "finish") }); !dead || finished {
 			t.Errorf("killed at %s: %v after %q", op, dead, at.calls)
 		}
-		s = w.mustStore(t, nil)
+		s = w.mustEngine(t, nil)
 		_, err = s.Recover(t.Context())
 		check(t, err)
 		at.calls = nil
@@ -403,7 +403,7 @@ func TestChangePanics(t *testing.T) {
 		at := &elsewhere{values: map[string]string{"/a/one": "old"}}
 		tx := w.remoteRenewal(at, "new")
 		tx.Changes = append(tx.Changes, &panicking{remote{at, "three", "new"}, op})
-		result, err := w.mustStore(t, nil).deploy(t.Context(), tx)
+		result, err := w.mustEngine(t, nil).deploy(t.Context(), tx)
 		if said := fmt.Sprint(err, result.Warnings); isBroken(err) || (err == nil) != (value == "new") || !strings.Contains(said, "three: panic: a bug") {
 			t.Errorf("%s: %s", op, said)
 		}
@@ -447,7 +447,7 @@ func TestIrrevocableIsLast(t *testing.T) {
 	w.old(t)
 	at := &elsewhere{values: map[string]string{"/a/one": "old"},
 		fail: map[string]error{"restore two": fmt.Errorf("%w: remove version 7 by hand", connector.ErrIrrevocable)}}
-	s := w.mustStore(t, nil)
+	s := w.mustEngine(t, nil)
 	for range 2 {
 		_, err := s.deploy(t.Context(), refuse(w.remoteRenewal(at, "new")))
 		if !isBroken(err) || !errors.Is(err, connector.ErrIrrevocable) || !errors.Is(err, errRefused) || !strings.Contains(err.Error(), "remove version 7 by hand") {
@@ -483,7 +483,7 @@ func TestOwedAndCancelled(t *testing.T) {
 		},
 	} {
 		w, at := interrupted(t, "run")
-		s := w.mustStore(t, nil)
+		s := w.mustEngine(t, nil)
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
 		at.calls = nil
@@ -504,7 +504,7 @@ func TestOwedAndNoSet(t *testing.T) {
 	at := &elsewhere{values: map[string]string{"one": "old"}}
 	tx := Transaction{Deployment: Deployment{Target: "t1"}}
 	tx.Changes = []connector.Change{&remote{at, "one", "new"}}
-	s, changed := w.mustStore(t, nil), false
+	s, changed := w.mustEngine(t, nil), false
 	s.disk.before = func(s Step) error {
 		if changed {
 			return errKilled
@@ -517,14 +517,14 @@ func TestOwedAndNoSet(t *testing.T) {
 	}
 	check(t, errors.Join(os.RemoveAll(w.path("state/backups/t1")), os.Mkdir(w.path("state/backups/t1"), 0o700)))
 	for range 3 {
-		s := w.mustStore(t, nil)
+		s := w.mustEngine(t, nil)
 		_, err := s.Recover(t.Context())
 		check(t, err)
 		if _, err := s.deploy(t.Context(), refuse(tx)); !isBroken(err) {
 			t.Errorf("got %v, want a failed rollback", err)
 		}
 	}
-	if _, err := w.mustStore(t, nil).deploy(t.Context(), tx); err != nil || len(w.journal(t)) > 0 {
+	if _, err := w.mustEngine(t, nil).deploy(t.Context(), tx); err != nil || len(w.journal(t)) > 0 {
 		t.Errorf("the next one: %v, %q", err, w.journal(t))
 	}
 }

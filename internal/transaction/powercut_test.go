@@ -404,7 +404,7 @@ func cutScenario(t *testing.T, sc scenario) (first, more int) {
 	for apart := max(1, len(todo)/recoveries*stride); len(todo) > 0; todo = todo[min(apart, len(todo)):] {
 		x.reset(t, todo[0])
 		x.explore(t, func(w world, before func(Step) error) error {
-			s, err := w.store(sc.hook(w, before))
+			s, err := w.engine(sc.hook(w, before))
 			if err != nil {
 				return err
 			}

@@ -29,9 +29,9 @@ type previousAgent struct{ *Engine }
 func startPrevious(t *testing.T, w world, mounts bool) previousAgent {
 	t.Helper()
 	if mounts {
-		return previousAgent{w.mustStore(t, mounted(w.path("private/key.pem")))}
+		return previousAgent{w.mustEngine(t, mounted(w.path("private/key.pem")))}
 	}
-	return previousAgent{w.mustStore(t, nil)}
+	return previousAgent{w.mustEngine(t, nil)}
 }
 
 func (a previousAgent) deploy(t *testing.T, w world) (unchanged bool) {

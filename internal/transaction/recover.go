@@ -209,7 +209,7 @@ func (e *Engine) recoverTarget(calls, work context.Context, name string, run *re
 		log.Warn("rolled back an interrupted deployment: the old files are back in place")
 	}
 	if r != nil && r.Phase == restored && len(r.Changes) > 0 && !(wasRestored && run.reload) {
-		log.Warn("an interrupted deployment may have changed what only another deployment of the target can undo: deploy to it again",
+		log.Warn("an interrupted deployment may have left changes that only another deployment of the target can undo: deploy to it again",
 			"changes", names(r.Changes), "backups", e.setPath(r))
 	}
 	if r, err = e.load(name); err != nil || r == nil || r.Phase != restored || r.Reload == nil {

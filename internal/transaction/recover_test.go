@@ -19,7 +19,7 @@ var errCrash = errors.New("crash")
 func (w world) crash(t *testing.T, at func(Step) bool) {
 	t.Helper()
 	crashed := false
-	s := w.mustStore(t, nil)
+	s := w.mustEngine(t, nil)
 	s.disk.before = func(s Step) error {
 		if crashed = crashed || at(s); crashed {
 			return errCrash
@@ -40,7 +40,7 @@ func TestRecover(t *testing.T) {
 	w.crash(t, afterSwap)
 	w.want(t, false, "new")
 
-	s := w.mustStore(t, nil)
+	s := w.mustEngine(t, nil)
 	var ran []string
 	s.opts.Run = func(_ context.Context, c policy.Command) error {
 		ran = append(ran, strings.Join(c.Argv, " "))
@@ -66,7 +66,7 @@ func TestRecoveredReloadIsRefused(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
 	w.crash(t, afterSwap)
-	s := w.mustStore(t, nil)
+	s := w.mustEngine(t, nil)
 	s.opts.Policy.Commands = [][]string{{"true"}}
 	s.opts.Run = func(context.Context, policy.Command) error { t.Error("it ran"); return nil }
 	_, err := s.Recover(t.Context())
@@ -82,7 +82,7 @@ func TestDeployRecovers(t *testing.T) {
 	w.old(t)
 	w.crash(t, afterSwap)
 	reloads := 0
-	s := w.mustStore(t, func(s Step) error {
+	s := w.mustEngine(t, func(s Step) error {
 		if s.Op == "run" && s.Path == "reload" {
 			reloads++
 		}
@@ -134,7 +134,7 @@ func TestSetAside(t *testing.T) {
 				kept, _ = os.ReadFile(w.path(test.keep))
 			}
 			var log bytes.Buffer
-			s := w.mustStore(t, nil)
+			s := w.mustEngine(t, nil)
 			s.opts.Log = slog.New(slog.NewTextHandler(&log, nil))
 			found, err := s.Recover(t.Context())
 			if err != nil || !slices.Equal(found.SetAside, []string{"t1"}) {
@@ -179,7 +179,7 @@ func TestDirectoryGone(t *testing.T) {
 	w.old(t)
 	w.crash(t, func(s Step) bool { return s.Op == "rename" && strings.HasPrefix(s.Path, w.path("private")) })
 	check(t, os.RemoveAll(w.path("site")))
-	found, err := w.mustStore(t, nil).Recover(t.Context())
+	found, err := w.mustEngine(t, nil).Recover(t.Context())
 	if err != nil || !slices.Equal(found.SetAside, []string{"t1"}) {
 		t.Errorf("found %+v, %v", found, err)
 	}
@@ -197,7 +197,7 @@ func TestOrphans(t *testing.T) {
 		t.Fatal("the crash left nothing")
 	}
 	w.write(t, "state/journal/t1.json", []byte("rotten"), 0o600)
-	s := w.mustStore(t, nil)
+	s := w.mustEngine(t, nil)
 	_, err := s.Recover(t.Context())
 	check(t, err)
 	_, err = s.deploy(t.Context(), w.renewal())
@@ -210,7 +210,7 @@ func TestRecoverAgain(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
 	w.crash(t, afterSwap)
-	s := w.mustStore(t, nil)
+	s := w.mustEngine(t, nil)
 	s.disk.before = func(s Step) error {
 		if s.Op == "rename" {
 			return errors.New("input/output error")
@@ -235,7 +235,7 @@ func TestRecoverAgain(t *testing.T) {
 // TestStrayJournalFiles checks that the agent tolerates other files in the journal directory.
 func TestStrayJournalFiles(t *testing.T) {
 	w := newWorld(t, t.TempDir())
-	s := w.mustStore(t, nil)
+	s := w.mustEngine(t, nil)
 	w.write(t, "state/journal/no id.json", []byte("x"), 0o600)
 	w.write(t, "state/journal/README", []byte("x"), 0o600)
 	w.write(t, "state/journal/"+temporaryName(), []byte("x"), 0o600)

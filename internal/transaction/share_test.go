@@ -37,7 +37,7 @@ type crowd struct {
 func newCrowd(t *testing.T, before func(Step) error) *crowd {
 	t.Helper()
 	c := &crowd{world: newWorld(t, t.TempDir()), t: t, ran: make(map[string]int)}
-	c.engine = c.mustStore(t, before)
+	c.engine = c.mustEngine(t, before)
 	c.engine.opts.Run = func(ctx context.Context, command policy.Command) error {
 		c.mu.Lock()
 		c.ran[command.Argv[0]]++
@@ -388,7 +388,7 @@ func testSharedReloadCrashes(t *testing.T) {
 			t.Errorf("deployment %d was not in place at the reload", i)
 		}
 	}
-	again := c.mustStore(t, nil)
+	again := c.mustEngine(t, nil)
 	found, err := again.Recover(t.Context())
 	check(t, err)
 	if len(found.RolledBack) != n || found.Reloads != n {

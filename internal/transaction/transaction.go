@@ -8,7 +8,7 @@
 // that phase alone:
 //
 //	                                                        after a failure
-//	recover   settle an earlier, interrupted deployment     or a crash here
+//	settle    recover an earlier, interrupted deployment    or a crash here
 //	plan      ask the connector
 //	resolve   walk to each destination, trusting no link
 //	lock      the directories and the changes               nothing was

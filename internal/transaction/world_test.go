@@ -77,8 +77,8 @@ func (w world) policy() *policy.Policy {
 	return &policy.Policy{Paths: []string{w.path("site"), w.path("private")}}
 }
 
-// store opens the world's Engine. Commands that begin with "fail" fail.
-func (w world) store(before func(Step) error) (*Engine, error) {
+// engine opens the world's Engine. Commands that begin with "fail" fail.
+func (w world) engine(before func(Step) error) (*Engine, error) {
 	state, err := os.OpenRoot(w.path("state"))
 	if err != nil {
 		return nil, err
@@ -95,9 +95,9 @@ func (w world) store(before func(Step) error) (*Engine, error) {
 	return s, s.openDirs()
 }
 
-func (w world) mustStore(t testing.TB, before func(Step) error) *Engine {
+func (w world) mustEngine(t testing.TB, before func(Step) error) *Engine {
 	t.Helper()
-	s, err := w.store(before)
+	s, err := w.engine(before)
 	check(t, err)
 	t.Cleanup(func() { s.Close(); s.opts.State.Close() })
 	return s
@@ -193,7 +193,7 @@ func (w world) condition(first bool) string {
 	var details []string
 	for _, f := range files {
 		data, err := os.ReadFile(w.path(f.name))
-		kind := "strange"
+		kind := "stray"
 		wantMode := f.newMode
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
@@ -241,7 +241,7 @@ func (w world) matches(first bool) error {
 
 // leftovers lists files that should not exist: temporaries, and copies of a key outside the
 // backups.
-func (w world) leftovers() (strange []string) {
+func (w world) leftovers() (stray []string) {
 	allowed := map[string]bool{"private/key.pem": true, "keys/c1.key": true, "keys/c1.previous": true}
 	err := filepath.WalkDir(w.base, func(path string, e fs.DirEntry, err error) error {
 		if err != nil || e.IsDir() {
@@ -249,21 +249,21 @@ func (w world) leftovers() (strange []string) {
 		}
 		name, _ := filepath.Rel(w.base, path)
 		if strings.HasPrefix(e.Name(), ".certctl-") {
-			strange = append(strange, name)
+			stray = append(stray, name)
 		}
 		if strings.HasPrefix(name, "state/backups/") || allowed[name] || !e.Type().IsRegular() {
 			return nil
 		}
 		data, err := os.ReadFile(path)
 		if bytes.Contains(data, []byte("PRIVATE KEY")) {
-			strange = append(strange, name+" (a key)")
+			stray = append(stray, name+" (a key)")
 		}
 		return err
 	})
 	if err != nil {
-		strange = append(strange, err.Error())
+		stray = append(stray, err.Error())
 	}
-	return strange
+	return stray
 }
 
 // backups lists the backup sets of target t1.
