@@ -17,14 +17,14 @@ var others = map[string]string{
 	"cmd/certctl-agent":          "scan only tries to open what it was told to scan; /etc/machine-id is root's",
 	"internal/atomicfile":        "opens directories, to sync them",
 	"internal/connector/windows": "reads scripts that are part of the program",
-	"internal/discovery":         "reads the beginning only of most files, without changing their times of access, and judges them by what was found in the directory",
-	"internal/filelock":          "opens a lock that may be another agent's and reads nothing; the lock it takes holds a name that it cuts",
-	"internal/installed":         "follows no link: one in the place of its file is damage",
+	"internal/discovery":         "reads only the beginning of most files, without changing their access times, and checks them against the directory entry",
+	"internal/filelock":          "opens a lock that may be another agent's without reading it; bounds the owner's name in a lock that it takes",
+	"internal/installed":         "follows no symlink: one in place of its file is damage",
 	"internal/keystore":          "opens its own directory, to list the names in it",
-	"internal/ledger":            "a record that is too long is damage: its beginning is searched for the job's id",
-	"internal/peer":              "reads tables of /proc, line by line",
-	"internal/status":            "opens a directory, to name a socket in it by a short path",
-	"internal/transaction":       "follows no link, reads no other file than the one it has looked at, and its attributes too; finds the holders of locks in /proc",
+	"internal/ledger":            "a record that is too long is damaged, and its beginning is searched for the job's id",
+	"internal/peer":              "reads tables in /proc, line by line",
+	"internal/status":            "opens a directory, to get a short path for a socket in it",
+	"internal/transaction":       "follows no symlink, reads only the file that it has inspected, together with its attributes, and finds the holders of locks in /proc",
 }
 
 // TestOthers finds the places that open files for reading.
@@ -54,7 +54,7 @@ func TestOthers(t *testing.T) {
 		for _, at := range reads(file) {
 			found++
 			if others[dir] == "" && others[path.Dir(dir)] == "" {
-				t.Errorf("%s: %s opens a file by itself: use hostfile, or say in this test what is meant to differ", set.Position(at), dir)
+				t.Errorf("%s: %s opens a file on its own: use package hostfile, or list it in this test with the reason", set.Position(at), dir)
 			}
 		}
 		return nil

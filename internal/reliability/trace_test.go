@@ -505,7 +505,7 @@ func (h *traced) kept(a *app.App, m moment) error {
 			fail("target %s: %w", x.id, err)
 		}
 		if set := h.files(x); !slices.Contains(h.sets[x.id][m.least[x.id]:], set) {
-			fail("target %s has files of %d, %d and %d bytes, which are none that it ever had after %d completed deployments",
+			fail("target %s has files of %d, %d and %d bytes, which it never had after %d completed deployments",
 				x.id, len(set[0]), len(set[1]), len(set[2]), m.least[x.id])
 		}
 	}

@@ -19,7 +19,7 @@ const (
 	repairWait = 30 * time.Second
 
 	// settleWait is how long a deployment waits for the recovery of an earlier one. It occupies a
-	// job slot meanwhile.
+	// job slot in the meantime.
 	settleWait = time.Second
 
 	// closeWait is how long Close waits for recovery.
