@@ -19,11 +19,11 @@ const maxID = 512
 // change is one Change of a deployment in progress. Its changeRecord goes to the journal.
 type change struct {
 	changeRecord
-	connector.Change        // nil: an interrupted deployment may have made it, and it is not planned any more
-	was              []byte // what undoes it; nil: there was nothing
-	noUndo           error  // why it cannot be undone; nil: it can
-	same             bool   // there is nothing to write
-	written          bool   // it may have been made, by this deployment or an interrupted one
+	connector.Change        // nil: an interrupted deployment may have made it, but it is no longer planned
+	was              []byte // old value; nil: there was none
+	noUndo           error  // why it cannot be undone, or nil
+	same             bool   // the value is up to date
+	written          bool   // this or an interrupted deployment may have written it
 }
 
 // errOrphan is why a Change that is no longer planned cannot be undone. Its undo data is copied
@@ -38,7 +38,7 @@ func (a *attempt) collectChanges() error {
 		id := planned.ID()
 		switch {
 		case id == "" || len(id) > maxID || !utf8.ValidString(id) || strings.ContainsFunc(id, func(r rune) bool { return !unicode.IsPrint(r) }):
-			refused = fmt.Errorf("a planned change has the unusable id %.100q", id)
+			refused = fmt.Errorf("a planned change has the invalid id %.100q", id)
 		case a.planned(id) != nil:
 			refused = fmt.Errorf("two planned changes have the id %q", id)
 		default:
@@ -75,7 +75,7 @@ func (a *attempt) lockChanges(ctx context.Context) (release func(), err error) {
 	for _, c := range a.changes {
 		ids = append(ids, c.Name)
 	}
-	slices.Sort(ids) // two deployments cannot each hold what the other wants
+	slices.Sort(ids) // so that two deployments cannot deadlock
 	var releases []func()
 	release = func() {
 		for _, release := range slices.Backward(releases) {
