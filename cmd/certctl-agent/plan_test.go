@@ -78,7 +78,7 @@ func TestPlan(t *testing.T) {
 	}
 	for _, says := range []string{
 		"target t-web, type NGINX", "cert_path", dir + "/tls/link.pem → " + dir + "/tls/cert.pem", overlay, "default", "unknown to this type, ignored",
-		"was 0640", "content changes", "the new key", "true -t", "allowed", "web.example:443", "nobody has compared key_path",
+		"was 0640", "content changes", "the new key", "true -t", "allowed", "web.example:443", "reads its key from key_path",
 	} {
 		if !strings.Contains(out, says) {
 			t.Errorf("%q is missing", says)

@@ -4,8 +4,8 @@ import (
 	"certctl-agent/internal/targetconf"
 )
 
-// DirPair is the configuration of the targets that read a certificate, with its
-// chain after it, and its key from two files of one directory.
+// DirPair is the configuration of targets that read a certificate, followed by its chain, and its
+// key from two files in one directory.
 type DirPair struct {
 	CertDir  targetconf.Path     `json:"cert_dir" config:"required"`
 	CertName targetconf.FileName `json:"cert_file" default:"cert.pem"`
@@ -15,7 +15,7 @@ type DirPair struct {
 	KeyFile  targetconf.FileOptions `json:"key_file_*" config:"secret"`
 }
 
-// Pair is the same as paths.
+// Pair returns the Pair with full paths.
 func (d *DirPair) Pair() (Pair, error) {
 	p := Pair{
 		CertPath: d.CertDir.Join(d.CertName),

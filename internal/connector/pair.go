@@ -12,13 +12,13 @@ import (
 	"certctl-agent/internal/targetconf"
 )
 
-// Pair is the configuration of the targets that read a certificate and its key
-// from two files, with the chain in a third or after the certificate; or all of
-// it from one file, which key_path and cert_path both name.
+// Pair is the configuration of targets that read a certificate and its key from two files, with the
+// chain in a third file or after the certificate; or everything from one file, if key_path and
+// cert_path are equal.
 type Pair struct {
 	CertPath  targetconf.Path `json:"cert_path"`
-	KeyPath   targetconf.Path `json:"key_path"`   // none: the key is not installed, the server reads the key store
-	ChainPath targetconf.Path `json:"chain_path"` // none: the chain follows the leaf in CertPath
+	KeyPath   targetconf.Path `json:"key_path"`   // "": no key file is written, the server reads the key store
+	ChainPath targetconf.Path `json:"chain_path"` // "": the chain follows the leaf in CertPath
 
 	CertFile  targetconf.FileOptions `json:"cert_file_*"`
 	KeyFile   targetconf.FileOptions `json:"key_file_*" config:"secret"`
@@ -28,11 +28,11 @@ type Pair struct {
 	ReloadCommand   string `json:"reload_command"`
 }
 
-// oneFile reports whether key and certificates go to one file.
+// oneFile reports whether the key and the certificates share one file.
 func (p *Pair) oneFile() bool { return p.KeyPath != "" && p.KeyPath == p.CertPath }
 
-// Check refuses a chain in a file of something else, and the absence of what is
-// required.
+// Check returns an error if a required key is missing, or if the chain shares a file with the
+// certificate or the key.
 func (p *Pair) Check(required ...string) error {
 	given := map[string]bool{
 		"cert_path":        p.CertPath != "",
@@ -59,13 +59,11 @@ func (p *Pair) Check(required ...string) error {
 	return nil
 }
 
-// Match compares the pair with what server answered when it was asked for the
-// key of CertPath: found, or err. A masked key_path becomes the server's. A pair
-// that the server would read with another key is refused, and so is one of which
-// it says that it uses it, but not clearly with which key: most servers find the
-// mismatch not when they test their configuration but when they load it, and end
-// or turn TLS off. Only an overlay, the word of this host's owner, goes before
-// an answer that is not clear. A server that gives none is in warnings.
+// Match compares the pair with the server's own configuration: found, its key for CertPath, or err.
+// It replaces a masked key_path by the server's. It refuses a pair if the server reads another key
+// for the certificate, or if it is unclear which key: most servers notice a mismatch only when they
+// load the files, and then exit or turn off TLS. An overlay, which the owner of this host wrote,
+// overrides an unclear answer. No answer is a warning.
 func (p *Pair) Match(config *targetconf.Config, host Host, m *Material, server string, found serverconf.Pair, err error) (warnings []string, _ error) {
 	if config.Masked("key_path") {
 		if err != nil {
@@ -83,7 +81,7 @@ func (p *Pair) Match(config *targetconf.Config, host Host, m *Material, server s
 	case isUnclear && !config.Local("key_path"):
 		return nil, targetconf.Invalid("key_path", "it is not certain that %s would read the new certificate with the new key, and with another one TLS would fail: %v; or put key_path into an overlay", server, err)
 	case err != nil:
-		return []string{fmt.Sprintf("nobody has compared key_path with the key that %s reads: %v", server, err)}, nil
+		return []string{fmt.Sprintf("cannot check that %s reads its key from key_path: %v", server, err)}, nil
 	case p.matches(found, m):
 		return nil, nil
 	case found.Key == string(p.CertPath):
@@ -94,19 +92,18 @@ func (p *Pair) Match(config *targetconf.Config, host Host, m *Material, server s
 		server, p.CertPath, found.Key, found.Where)
 }
 
-// matches reports whether the server reads the key of m once m is installed.
+// matches reports whether the server reads m's key after m is installed.
 func (p *Pair) matches(found serverconf.Pair, m *Material) bool {
 	return p.KeyPath != "" && found.Reads(p.KeyPath) || m.InKeyStore(targetconf.Path(found.Key))
 }
 
-// Plan is the plan to put m into these files.
+// Plan returns the plan to write m to these files.
 func (p *Pair) Plan(m *Material) *Plan {
 	plan := new(Plan)
 	cert := pemutil.EncodeCertificates(m.Leaf)
 	chain := pemutil.EncodeCertificates(m.Chain...)
 	if p.oneFile() {
-		// The key first, as Postfix's smtpd_tls_chain_files wants it; the others
-		// take any order.
+		// Postfix's smtpd_tls_chain_files needs the key first. Other servers accept any order.
 		plan.Files = []File{NewFile(p.KeyPath, KeyFile, slices.Concat(m.Key(), cert, chain), p.KeyFile)}
 		return plan
 	}
@@ -127,9 +124,9 @@ func (p *Pair) Plan(m *Material) *Plan {
 	return plan
 }
 
-// AskedPair is a target with a Pair whose server can be asked which key it reads
-// with a certificate.
-type AskedPair struct {
+// QueriedPair is a target with a Pair whose server can be asked which key it reads for a
+// certificate.
+type QueriedPair struct {
 	Pair
 	Config   *targetconf.Config
 	Host     Host
@@ -137,27 +134,25 @@ type AskedPair struct {
 	Reload   *policy.Command // nil: not configured
 }
 
-// Decode takes the Pair from the configuration. A masked key_path is no error:
-// the server's answer supplies it.
-func (a *AskedPair) Decode() error { return a.Config.Decode(&a.Pair, "key_path") }
+// Decode decodes the Pair. A masked key_path is not an error: Match replaces it.
+func (a *QueriedPair) Decode() error { return a.Config.Decode(&a.Pair, "key_path") }
 
-// CheckAll checks the pair, of which these keys are required, and its commands.
-func (a *AskedPair) CheckAll(required ...string) error {
+// CheckAll checks the pair and its commands.
+func (a *QueriedPair) CheckAll(required ...string) error {
 	var err error
 	a.Validate, a.Reload, err = a.Host.Commands(a.Config, a.ValidateCommand, a.ReloadCommand)
 	return targetconf.Join(a.Check(required...), err)
 }
 
-// Propose is the plan to install m, once server has been asked: its answer is
-// found, or err.
-func (a *AskedPair) Propose(m *Material, server string, found serverconf.Pair, err error) (*Plan, error) {
+// Propose returns the plan to install m. Found and err are the server's answer, as for Match.
+func (a *QueriedPair) Propose(m *Material, server string, found serverconf.Pair, err error) (*Plan, error) {
 	pair := a.Pair
-	asked, err := pair.Match(a.Config, a.Host, m, server, found, err)
+	warnings, err := pair.Match(a.Config, a.Host, m, server, found, err)
 	if err != nil {
 		return nil, err
 	}
 	plan := pair.Plan(m)
 	plan.Validate, plan.Reload.Command, plan.Serves = a.Validate, a.Reload, a.Config.Common.Endpoint()
-	plan.Warnings = append(asked, plan.Warnings...)
+	plan.Warnings = append(warnings, plan.Warnings...)
 	return plan, nil
 }

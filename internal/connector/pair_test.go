@@ -101,10 +101,10 @@ func TestMatch(t *testing.T) {
 		{"no key that is certain", `{"key_path": "/k"}`, "", at(""), nil, "", "name its key file there", true},
 		{"a variable", `{"key_path": "/k"}`, "", at("/$x"), nil, "", "write the path in full", true},
 		{"unclear, no key", `{}`, "", at(""), nil, "", "overlay", true},
-		{"unclear, but the host's owner knows", `{}`, `{"key_path": "/k"}`, at("/$x"), nil, "/k", "nobody has compared", false},
+		{"unclear, but the host's owner knows", `{}`, `{"key_path": "/k"}`, at("/$x"), nil, "/k", "cannot check that", false},
 
 		{"certificate not used", `{"key_path": "/k"}`, "", nil, nil, "/k", "will not load", false},
-		{"no answer", `{"key_path": "/k"}`, "", nil, broken, "/k", "nobody has compared key_path with the key that httpd reads: exit status 1", false},
+		{"no answer", `{"key_path": "/k"}`, "", nil, broken, "/k", "cannot check that httpd reads its key from key_path: exit status 1", false},
 
 		{"masked", `{"key_path": "********"}`, "", at("/k"), nil, "/k", "", false},
 		{"masked, one file", `{"key_path": "********"}`, "", at(cert), nil, cert, "", false},

@@ -17,25 +17,23 @@ import (
 
 // Peer is the host and port of a remote target, to which private keys are sent.
 type Peer struct {
-	policy *policy.Policy // an empty one if the owner of this host chose the peer
+	policy *policy.Policy // allows every host if the owner of this host chose the peer
 	host   string
 	port   uint16
 }
 
-// hostName is what may become part of a URL, or a word of a command line.
+// hostName matches names that are safe in a URL and as a word of a command line.
 var hostName = lazyregexp.New(`^[A-Za-z0-9_]([A-Za-z0-9._-]{0,252}[A-Za-z0-9_.])?$`)
 
-// IsHost reports whether text is the name of a host, or an address without
-// brackets and zone.
+// IsHost reports whether text is a host name, or an address without brackets and zone.
 func IsHost(text string) bool {
 	addr, err := netip.ParseAddr(text)
 	return hostName().MatchString(text) || err == nil && addr.Zone() == ""
 }
 
-// Peer returns the peer at host, a name or an address (IPv6 with brackets or
-// without), if CERTCTL_ALLOWED_HOSTS lets keys go there. Named says that the
-// owner of this host chose it, in an overlay or a file that only root can write,
-// which counts as permission.
+// Peer returns the peer at host, a name or an address (IPv6 with or without brackets), if
+// CERTCTL_ALLOWED_HOSTS allows sending keys there. Named says that the owner of this host chose the
+// peer, in an overlay or in a file that only root can write, which counts as permission.
 func (h Host) Peer(host string, port int, named bool) (*Peer, error) {
 	if port < 1 || port > 65535 {
 		return nil, fmt.Errorf("expected a port from 1 to 65535, got %d", port)
@@ -50,8 +48,7 @@ func (h Host) Peer(host string, port int, named bool) (*Peer, error) {
 	return peer, peer.policy.CheckHost(host, peer.port)
 }
 
-// ProxyFor is the proxy that the owner of this host has named for u. It returns nil
-// if there is none.
+// ProxyFor returns the proxy for u, or nil to connect directly.
 func (h Host) ProxyFor(u *url.URL) *url.URL {
 	if h.Proxy == nil {
 		return nil
@@ -59,8 +56,8 @@ func (h Host) ProxyFor(u *url.URL) *url.URL {
 	return h.Proxy(u)
 }
 
-// Route asks the policy whether keys may go to the host of an https URL, as Peer
-// does. It returns what connects to it, or else the proxy that does.
+// Route returns how to connect to the host of an https URL, by dial or else by proxy, if the policy
+// allows sending keys there as in Peer.
 func (h Host) Route(u *url.URL, named bool) (dial func(ctx context.Context, address string) (net.Conn, error), proxy *url.URL, err error) {
 	port := 443
 	if text := u.Port(); text != "" {
@@ -73,22 +70,22 @@ func (h Host) Route(u *url.URL, named bool) (dial func(ctx context.Context, addr
 		return nil, nil, err
 	}
 	if proxy = h.ProxyFor(u); proxy != nil {
-		return nil, proxy, peer.CheckRelayed() // it looks the name up
+		return nil, proxy, peer.CheckRelayed()
 	}
 	return func(ctx context.Context, _ string) (net.Conn, error) { return peer.Dial(ctx) }, nil, nil
 }
 
-// CheckRelayed reports whether keys may go there by way of a proxy, which looks
-// the name up by itself.
+// CheckRelayed returns an error unless keys may be sent to the peer through a proxy, which resolves
+// the name itself.
 func (p *Peer) CheckRelayed() error { return p.policy.CheckRelayed(p.host, p.port) }
 
-// Address returns host:port as configured.
+// Address returns the configured host and port.
 func (p *Peer) Address() string {
 	return net.JoinHostPort(p.host, strconv.Itoa(int(p.port)))
 }
 
-// Dial connects to the peer over TCP. It asks the policy about each address that
-// the name resolves to before it tries that.
+// Dial connects to the peer over TCP. It checks each address that the name resolves to with the
+// policy before it connects.
 func (p *Peer) Dial(ctx context.Context) (net.Conn, error) {
 	dialer := net.Dialer{Control: func(_, address string, _ syscall.RawConn) error {
 		at, err := netip.ParseAddrPort(address)
@@ -100,8 +97,8 @@ func (p *Peer) Dial(ctx context.Context) (net.Conn, error) {
 	return dialer.DialContext(ctx, "tcp", p.Address())
 }
 
-// Resolve looks the name up for a program that connects by itself. It returns the
-// addresses that the policy allows, or an error if there are none.
+// Resolve resolves the name for a program that makes its own connections. It returns the addresses
+// that the policy allows, or an error if there are none.
 func (p *Peer) Resolve(ctx context.Context) ([]netip.AddrPort, error) {
 	found, err := net.DefaultResolver.LookupNetIP(ctx, "ip", p.host)
 	if err != nil {

@@ -19,7 +19,7 @@ import (
 	"certctl-agent/internal/connector/windows"
 )
 
-// Types are the kinds of target that control planes have.
+// Types returns the target types that control planes know.
 func Types() []connector.Type {
 	return []connector.Type{
 		nginx.Type(),

@@ -23,7 +23,7 @@ import (
 	"certctl-agent/internal/vendorapi"
 )
 
-// Type is the kind of target.
+// Type returns the target type AWSACM.
 func Type() connector.Type { return typeOf(patience{}) }
 
 // patience is what tests cut short.
@@ -39,7 +39,7 @@ func typeOf(p patience) connector.Type {
 	}}
 }
 
-// config is what can be set.
+// config is the target's configuration.
 type config struct {
 	Region         string          `json:"region" config:"required"`
 	CertificateARN string          `json:"certificate_arn"` // "": found by its tags, or imported

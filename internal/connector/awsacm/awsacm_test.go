@@ -85,20 +85,20 @@ func TestAllowedHosts(t *testing.T) {
 		_, err := f.Connector(f.typ, config)
 		return err
 	}
-	conformance.Says(t, try(nil), "CERTCTL_ALLOWED_HOSTS", "acm.eu-central-1.amazonaws.com, port 443")
-	conformance.Says(t, try(map[string]any{"region": "cn-north-1"}), "acm.cn-north-1.amazonaws.com.cn, port 443")
-	conformance.Says(t, try(map[string]any{"endpoint": "https://203.0.113.9:8443"}), "203.0.113.9:8443")
+	conformance.WantError(t, try(nil), "CERTCTL_ALLOWED_HOSTS", "acm.eu-central-1.amazonaws.com, port 443")
+	conformance.WantError(t, try(map[string]any{"region": "cn-north-1"}), "acm.cn-north-1.amazonaws.com.cn, port 443")
+	conformance.WantError(t, try(map[string]any{"endpoint": "https://203.0.113.9:8443"}), "203.0.113.9:8443")
 	rule, err := policy.ParseHostRule("acm.eu-central-1.amazonaws.com:443")
 	must(t, err)
 	f.Policy.Hosts = []policy.HostRule{rule}
 	must(t, try(nil))
-	conformance.Says(t, try(map[string]any{"region": "us-gov-west-1"}), "acm.us-gov-west-1.amazonaws.com")
+	conformance.WantError(t, try(map[string]any{"region": "us-gov-west-1"}), "acm.us-gov-west-1.amazonaws.com")
 	f.overlay(`{"endpoint": "https://vpce.example.org", "role_arn": "arn:aws:iam::123456789012:role/acm", "external_id": "x"}`)
 	must(t, try(map[string]any{"endpoint": "https://203.0.113.9", "role_arn": "arn:aws:iam::210987654321:role/theirs"}))
 	f.overlay(`{"role_arn": "acm"}`)
-	conformance.Says(t, try(nil), "role_arn")
+	conformance.WantError(t, try(nil), "role_arn")
 	f.overlay(`{"external_id": "x"}`)
-	conformance.Says(t, try(nil), "set role_arn too")
+	conformance.WantError(t, try(nil), "set role_arn too")
 }
 
 // Algorithms and sizes that ACM does not take are refused before any call.
@@ -162,7 +162,7 @@ func TestRefusedBefore(t *testing.T) {
 		}(),
 	} {
 		_, err := f.deploy(m)
-		conformance.Says(t, err, name)
+		conformance.WantError(t, err, name)
 	}
 	if calls := f.Calls(); len(calls) > 0 {
 		t.Errorf("called %q", calls)
@@ -177,12 +177,12 @@ func TestMayNotReplace(t *testing.T) {
 	old := f.material()
 	arn := f.put(old)
 	_, err = f.deploy(f.issue(testca.Template{Key: p384}), "certificate_arn", arn)
-	conformance.Says(t, err, "holds an ECDSA key on P-256", "has an ECDSA key on P-384", "set certificate_arn to another")
+	conformance.WantError(t, err, "holds an ECDSA key on P-256", "has an ECDSA key on P-384", "set certificate_arn to another")
 	f.SetKind(arn, "AMAZON_ISSUED")
 	_, err = f.deploy(f.material(), "certificate_arn", arn)
-	conformance.Says(t, err, "issued by Amazon", arn)
+	conformance.WantError(t, err, "issued by Amazon", arn)
 	_, err = f.deploy(f.material(), "certificate_arn", arn[:len(arn)-1]+"x")
-	conformance.Says(t, err, "does not exist in this account", "leave certificate_arn out")
+	conformance.WantError(t, err, "does not exist in this account", "leave certificate_arn out")
 	if f.SetKind(arn, "IMPORTED"); strings.Contains(strings.Join(f.Calls(), " "), "ImportCertificate") {
 		t.Errorf("called %q", f.Calls())
 	}
@@ -242,7 +242,7 @@ func TestPreview(t *testing.T) {
 	}
 	f.Deny("ListCertificates")
 	_, _, err := c.Read(t.Context())
-	conformance.Says(t, err, "acm:ListCertificates")
+	conformance.WantError(t, err, "acm:ListCertificates")
 }
 
 // TestPolicies: the policies of the page allow exactly what is called.
@@ -272,7 +272,7 @@ func TestPolicies(t *testing.T) {
 			arn := []any{"certificate_arn", f.put(f.material())}
 			f.mustDeploy(f.material(), append(arn, tags...)...)
 			_, err := f.deploy(f.material(), append(arn, unverified()...)...)
-			conformance.Says(t, err, "the previous certificate is back in place")
+			conformance.WantError(t, err, "the previous certificate is back in place")
 		},
 		func(f *fixture) {
 			m := f.material()
@@ -281,7 +281,7 @@ func TestPolicies(t *testing.T) {
 			f.Before = nil
 			f.Restart(t)
 			_, err := f.deploy(m, unverified()...)
-			conformance.Says(t, err, "the new one was removed")
+			conformance.WantError(t, err, "the new one was removed")
 			f.mustDeploy(m)
 			f.mustDeploy(f.material(), tags...)
 		},

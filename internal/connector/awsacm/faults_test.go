@@ -72,7 +72,7 @@ func TestFound(t *testing.T) {
 	forget()
 	f.put(f.material(), ours()...)
 	_, err := f.deploy(f.material())
-	conformance.Says(t, err, "several certificates", certificateTag+"=cert-1", others[0][:30], "set certificate_arn")
+	conformance.WantError(t, err, "several certificates", certificateTag+"=cert-1", others[0][:30], "set certificate_arn")
 	if f.Imports() != 2 {
 		t.Errorf("%d imports", f.Imports())
 	}
@@ -157,7 +157,7 @@ func TestOneImport(t *testing.T) {
 			return awsfake.None
 		})
 		_, err := f.deploy(f.issue(testca.Template{Names: []string{"192.0.2.7"}}))
-		conformance.Says(t, err, "The next deployment looks again")
+		conformance.WantError(t, err, "The next deployment looks again")
 		asked := slices.DeleteFunc(f.Calls(), func(call string) bool { return call != "ListTagsForCertificate" })
 		if len(asked) != 1 {
 			t.Errorf("%d certificates were asked for their tags, want the other one once", len(asked))
@@ -176,7 +176,7 @@ func TestOneImport(t *testing.T) {
 			return awsfake.None
 		})
 		_, err := f.deploy(m)
-		conformance.Says(t, err, "somebody else imported another certificate for it just now")
+		conformance.WantError(t, err, "somebody else imported another certificate for it just now")
 		if f.holds(theirs); conformance.Broken(err) {
 			t.Errorf("got %v", err)
 		}
@@ -207,7 +207,7 @@ func TestOneImport(t *testing.T) {
 			})
 			m := f.material()
 			_, err := f.deploy(m)
-			conformance.Says(t, err, "it may have been carried out", "The next deployment looks again")
+			conformance.WantError(t, err, "it may have been carried out", "The next deployment looks again")
 			f.typ = typeOf(patience{call: time.Minute, list: test.list})
 			f.mustDeploy(m)
 			if f.holds(m); f.Imports() != 1 {
@@ -257,7 +257,7 @@ func TestFaults(t *testing.T) {
 		})
 		f.typ = typeOf(patience{call: time.Second, list: time.Second, try: 3 * time.Second})
 		_, err := f.deploy(f.material())
-		conformance.Says(t, err, "no answer within 3s", "it may have been carried out")
+		conformance.WantError(t, err, "no answer within 3s", "it may have been carried out")
 		f.OnCall(nil)
 		f.typ = typeOf(short)
 		last := f.material()
@@ -274,7 +274,7 @@ func TestQuota(t *testing.T) {
 	f := newFixture(t)
 	f.Quota = 0
 	_, err := f.deploy(f.material())
-	conformance.Says(t, err, "LimitExceededException", "certificate_arn")
+	conformance.WantError(t, err, "LimitExceededException", "certificate_arn")
 	c := f.change(f.material())
 	if _, _, err := c.Read(t.Context()); err != nil || c.note.Importing != "" || conformance.Broken(err) {
 		t.Errorf("noted: %+v, %v", c.note, err)
@@ -296,7 +296,7 @@ func TestDenied(t *testing.T) {
 	} {
 		f.Deny(test.operation)
 		_, err := f.deploy(f.material())
-		conformance.Says(t, err, "the credentials of the environment need the permission "+test.says)
+		conformance.WantError(t, err, "the credentials of the environment need the permission "+test.says)
 	}
 	if f.Deny(); f.only().Body != string(leafPEM(m.Leaf)) {
 		t.Error("it was changed")
@@ -304,7 +304,7 @@ func TestDenied(t *testing.T) {
 	f.mustDeploy(f.material())
 	f.Deny("GetCertificate")
 	_, err := f.deploy(f.material())
-	conformance.Says(t, err, "acm:GetCertificate on "+arn, "the ARN is noted in "+filepath.Join(f.StateDir, noteDir))
+	conformance.WantError(t, err, "acm:GetCertificate on "+arn, "the ARN is noted in "+filepath.Join(f.StateDir, noteDir))
 }
 
 // TestUndo: what a failed deployment replaced comes back if its key is there, and else the error
@@ -320,7 +320,7 @@ func TestUndo(t *testing.T) {
 	t.Run("key in the key store", func(t *testing.T) {
 		f, old := start(t)
 		_, err := f.deploy(f.material(), unverified()...)
-		conformance.Says(t, err, "the previous certificate is back in place")
+		conformance.WantError(t, err, "the previous certificate is back in place")
 		f.holds(old)
 		if f.Imports() != 1 {
 			t.Errorf("%d imports", f.Imports())
@@ -331,7 +331,7 @@ func TestUndo(t *testing.T) {
 		old, m := f.material(), f.material()
 		arn := f.put(old)
 		_, err := f.deploy(m, append(unverified(), "certificate_arn", arn)...)
-		conformance.Says(t, err, "it cannot be undone", "the private key of the former certificate", "is not in this agent's key store",
+		conformance.WantError(t, err, "it cannot be undone", "the private key of the former certificate", "is not in this agent's key store",
 			"aws acm import-certificate --region eu-central-1 --certificate-arn "+arn, "or deploy another")
 		if f.holds(m); !conformance.Broken(err) {
 			t.Errorf("got %v, want one that needs a person", err)
@@ -348,14 +348,14 @@ func TestUndo(t *testing.T) {
 		expired, err := f.CA.Issue(testca.Template{NotBefore: time.Now().AddDate(0, 0, -9), NotAfter: time.Now().AddDate(0, 0, -1)})
 		must(t, err)
 		was := []byte(`{"arn": "` + f.only().ARN + `", "certificate": "` + strings.ReplaceAll(string(expired.LeafPEM()), "\n", `\n`) + `"}`)
-		conformance.Says(t, f.change(m).Restore(t.Context(), was), "it cannot be undone", "has expired")
-		conformance.Says(t, f.change(m).Restore(t.Context(), []byte("{")), "cannot be read")
+		conformance.WantError(t, f.change(m).Restore(t.Context(), was), "it cannot be undone", "has expired")
+		conformance.WantError(t, f.change(m).Restore(t.Context(), []byte("{")), "cannot be read")
 	})
 	t.Run("old one lacks a usage", func(t *testing.T) {
 		f, old := start(t)
 		m := f.issue(testca.Template{ExtKeyUsage: append(old.Leaf.ExtKeyUsage, x509.ExtKeyUsageCodeSigning)})
 		_, err := f.deploy(m, unverified()...)
-		conformance.Says(t, err, "it cannot be undone", "lacks Extended Key Usage", "the new one stays: deploy another")
+		conformance.WantError(t, err, "it cannot be undone", "lacks Extended Key Usage", "the new one stays: deploy another")
 		if f.holds(m); !conformance.Broken(err) {
 			t.Errorf("got %v, want one that needs a person", err)
 		}
@@ -372,10 +372,10 @@ func TestUndo(t *testing.T) {
 			t.Fatal(err)
 		}
 		must(t, other.Write(t.Context()))
-		conformance.Says(t, c.Restore(t.Context(), was), "somebody else has changed it since")
+		conformance.WantError(t, c.Restore(t.Context(), was), "somebody else has changed it since")
 		f.holds(theirs)
 		must(t, c.client.remove(t.Context(), f.only().ARN))
-		conformance.Says(t, c.Restore(t.Context(), was), "somebody else has deleted it since")
+		conformance.WantError(t, c.Restore(t.Context(), was), "somebody else has deleted it since")
 	})
 	t.Run("interrupted, and then another certificate", func(t *testing.T) {
 		for _, renewal := range []bool{true, false} {
@@ -410,7 +410,7 @@ func TestUndo(t *testing.T) {
 	t.Run("first one", func(t *testing.T) {
 		f := newFixture(t)
 		_, err := f.deploy(f.material(), unverified()...)
-		conformance.Says(t, err, "ACM does not have this certificate yet", "turn the verification on then")
+		conformance.WantError(t, err, "ACM does not have this certificate yet", "turn the verification on then")
 		if len(f.Certificates()) > 0 || f.Imports() > 0 {
 			t.Errorf("%d imports", f.Imports())
 		}
@@ -424,7 +424,7 @@ func TestUndo(t *testing.T) {
 		}
 		c := first()
 		f.Use(f.only().ARN, "arn:aws:elasticloadbalancing:eu-central-1:123456789012:loadbalancer/app/www/1")
-		conformance.Says(t, c.Restore(t.Context(), nil), "ResourceInUseException", "was imported by this deployment and stays")
+		conformance.WantError(t, c.Restore(t.Context(), nil), "ResourceInUseException", "was imported by this deployment and stays")
 		f.Use(f.only().ARN)
 		f.OnCall(func(operation string, n int) awsfake.Fault {
 			if operation == "DeleteCertificate" && n == 1 {
@@ -558,7 +558,7 @@ func TestAnswers(t *testing.T) {
 		answers[test.operation] = test.answer
 		must(t, os.RemoveAll(filepath.Join(f.StateDir, noteDir)))
 		_, err := f.deploy(f.material(), "endpoint", server)
-		conformance.Says(t, err, test.says)
+		conformance.WantError(t, err, test.says)
 		if err != nil && strings.Contains(err.Error(), "hunter2") {
 			t.Errorf("the error quotes the answer: %v", err)
 		}

@@ -21,11 +21,11 @@ import (
 )
 
 const (
-	// maxConfig bounds a configuration that Caddy hands out, in bytes. With
-	// thousands of pairs in it, it is some ten MiB.
+	// maxConfig bounds the configuration that Caddy returns, in bytes. Thousands of pairs take some
+	// ten MiB.
 	maxConfig = 64 << 20
 
-	// maxMessage bounds what is kept of an error that Caddy reports, in bytes.
+	// maxMessage bounds the part of Caddy's error messages that is kept, in bytes.
 	maxMessage = 1 << 10
 )
 
@@ -33,7 +33,7 @@ const (
 type admin struct {
 	address string // as configured
 	base    string // URL
-	host    string // Host header; "": that of base
+	host    string // Host header; "": from base
 	client  *http.Client
 	timeout time.Duration
 	origin  bool // send an Origin header
@@ -42,14 +42,13 @@ type admin struct {
 // caddyUser is the user that Caddy's own packages and units run it as.
 const caddyUser = "caddy"
 
-// newAdmin checks an address. What is sent there holds private keys, so it must
-// be on this host, and Caddy's, unless anywhere says that this host's owner
-// named it.
-func newAdmin(address string, timeout time.Duration, anywhere bool) (*admin, error) {
-	dialer := &peer.Dialer{Users: []string{caddyUser}, Anyone: anywhere}
+// newAdmin returns a client for address. Since the agent sends private keys there, the address must
+// be on this host and belong to Caddy, unless trusted says that the owner of this host chose it.
+func newAdmin(address string, timeout time.Duration, trusted bool) (*admin, error) {
+	dialer := &peer.Dialer{Users: []string{caddyUser}, Anyone: trusted}
 	transport := &http.Transport{
-		DialContext:       dialer.DialContext, // and no proxy
-		DisableKeepAlives: true,               // each change starts another admin server
+		DialContext:       dialer.DialContext, // never through a proxy
+		DisableKeepAlives: true,               // each change restarts the admin server
 	}
 	a := &admin{address: address, timeout: timeout, client: &http.Client{
 		Transport:     transport,
@@ -64,8 +63,7 @@ func newAdmin(address string, timeout time.Duration, anywhere bool) (*admin, err
 			return dialer.DialContext(ctx, "unix", string(path))
 		}
 		a.base = "http://unix"
-		// Caddy wants an empty Host there. net/http sends one in place of a
-		// name that cannot be one.
+		// Caddy requires an empty Host here. net/http sends an empty one for an invalid name.
 		a.host = "/"
 		return a, nil
 	}
@@ -75,25 +73,25 @@ func newAdmin(address string, timeout time.Duration, anywhere bool) (*admin, err
 		return nil, errors.New("expected http://host:port or unix//path")
 	}
 	a.base = u.Scheme + "://" + u.Host
-	if ip, err := netip.ParseAddr(u.Hostname()); err == nil && !anywhere && !ip.Unmap().IsLoopback() {
-		return nil, errNotOurs
+	if ip, err := netip.ParseAddr(u.Hostname()); err == nil && !trusted && !ip.Unmap().IsLoopback() {
+		return nil, errNotLocal
 	}
 	return a, nil
 }
 
-var errNotOurs = errors.New("private keys are sent to loopback addresses and unix sockets only, and only where root, " +
-	"the agent's own user or " + caddyUser + " listens, unless the target's overlay on this host names admin_api")
+var errNotLocal = errors.New("private keys are sent only to loopback addresses and unix sockets where root, " +
+	"the agent's user or " + caddyUser + " listens, unless the target's overlay on this host sets admin_api")
 
-// reload makes Caddy load the running configuration once more, and with it the
-// files that it names. Without must-revalidate it would see that nothing
-// changed (https://caddyserver.com/docs/api#post-load).
+// reload makes Caddy load its running configuration again, including the files that it names.
+// Without must-revalidate Caddy would ignore an unchanged configuration
+// (https://caddyserver.com/docs/api#post-load).
 func (a *admin) reload(ctx context.Context) error {
 	running, err := a.call(ctx, http.MethodGet, "/config/", nil)
 	if err != nil {
 		return err
 	}
 	if string(bytes.TrimSpace(running.body)) == "null" {
-		return errors.New("the admin API says that Caddy runs without a configuration")
+		return errors.New("admin API of Caddy: there is no running configuration to load again")
 	}
 	_, err = a.call(ctx, http.MethodPost, "/load", running.body, "Cache-Control", "must-revalidate")
 	return err
@@ -105,7 +103,7 @@ type reply struct {
 	etag string
 }
 
-// statusError is an answer that is not success.
+// statusError is an answer with a status other than 2xx.
 type statusError struct {
 	status  int
 	message string
@@ -115,7 +113,7 @@ func (e *statusError) Error() string {
 	return strings.TrimSpace(fmt.Sprintf("%d %s: %s", e.status, http.StatusText(e.status), e.message))
 }
 
-// status is the status of a statusError, else 0.
+// status returns the status of a statusError, or 0 for other errors.
 func status(err error) int {
 	if e, ok := errors.AsType[*statusError](err); ok {
 		return e.status
@@ -123,17 +121,17 @@ func status(err error) int {
 	return 0
 }
 
-// conflict reports whether somebody else changed the configuration first.
+// conflict reports whether another client changed the configuration first.
 func conflict(err error) bool {
 	return status(err) == http.StatusPreconditionFailed || status(err) == http.StatusConflict
 }
 
-// call does one request; headers are names and values in turn.
+// call sends one request. Headers are alternate names and values.
 func (a *admin) call(ctx context.Context, method, path string, body []byte, headers ...string) (*reply, error) {
 	r, err := a.send(ctx, method, path, body, headers)
 	if status(err) == http.StatusForbidden && !a.origin {
-		// With enforce_origin Caddy wants to see an Origin; without, one that
-		// it does not know is what it refuses.
+		// Caddy requires an Origin with enforce_origin. Without, it refuses an unknown Origin, so the
+		// first request has none.
 		a.origin = true
 		r, err = a.send(ctx, method, path, body, headers)
 	}
@@ -166,7 +164,7 @@ func (a *admin) send(ctx context.Context, method, path string, body []byte, head
 			err = e.Err // the caller names the request
 		}
 		if errors.Is(err, peer.ErrUntrusted) {
-			err = fmt.Errorf("%w: %w", err, errNotOurs)
+			err = fmt.Errorf("%w: %w", err, errNotLocal)
 		}
 		return nil, err
 	}
@@ -180,20 +178,20 @@ func (a *admin) send(ctx context.Context, method, path string, body []byte, head
 	case len(answer) > maxConfig:
 		return nil, fmt.Errorf("the answer is longer than %d MiB", maxConfig>>20)
 	}
-	// Caddy knows the entity tag when it has written the body.
+	// Caddy sends the entity tag after the body, as a trailer.
 	return &reply{answer, cmp.Or(response.Trailer.Get("Etag"), response.Header.Get("Etag"))}, nil
 }
 
-// withoutKeys leaves out what could be key material: PEM to the end, and what
-// looks like a line of it.
+// withoutKeys removes possible key material: everything from the first PEM header, and long runs of
+// base64.
 func withoutKeys(text string) string {
 	const base64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
-	const suspicious = 40 // characters; PEM lines have 64
+	const maxRun = 40 // characters; PEM lines have 64
 	text, _, cut := strings.Cut(text, "-----BEGIN")
 	var kept strings.Builder
 	for text != "" {
 		rest := strings.TrimLeft(text, base64)
-		if run := len(text) - len(rest); run < suspicious {
+		if run := len(text) - len(rest); run < maxRun {
 			kept.WriteString(text[:run])
 		} else {
 			kept.WriteString("[...]")
@@ -211,14 +209,13 @@ func withoutKeys(text string) string {
 	return kept.String()
 }
 
-// message is what Caddy says in an error, without anything of the request that
-// it may quote.
+// message returns Caddy's error message without the keys of the request, which it may quote.
 func message(answer []byte) string {
-	var said struct {
+	var body struct {
 		Error string `json:"error"`
 	}
-	if json.Unmarshal(answer, &said) != nil {
-		said.Error = string(answer[:min(len(answer), 8*maxMessage)])
+	if json.Unmarshal(answer, &body) != nil {
+		body.Error = string(answer[:min(len(answer), 8*maxMessage)])
 	}
-	return printable.Line(withoutKeys(said.Error), maxMessage)
+	return printable.Line(withoutKeys(body.Error), maxMessage)
 }

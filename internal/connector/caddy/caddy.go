@@ -1,6 +1,5 @@
-// Package caddy installs certificates for Caddy: through its admin API, as a
-// pair that the running configuration holds, or as two files that Caddy is
-// then made to load again.
+// Package caddy installs certificates for Caddy: as a pair in the running configuration, through the
+// admin API, or as two files that Caddy then loads again.
 package caddy
 
 import (
@@ -12,21 +11,21 @@ import (
 	"certctl-agent/internal/targetconf"
 )
 
-// Type is the kind of target.
+// Type returns the target type Caddy.
 func Type() connector.Type {
 	return connector.Type{Name: "Caddy", Aliases: map[string]string{"watch_dir": "cert_dir", "admin_url": "admin_api"}, New: newConnector}
 }
 
-// config is what can be set.
+// config is the target's configuration.
 type config struct {
 	Mode     string `json:"mode" default:"api"`                        // api, file
 	AdminAPI string `json:"admin_api" default:"http://localhost:2019"` // http://host:port or unix//path; localhost is 127.0.0.1
 }
 
-// fileConfig is what more can be set when the mode is file.
+// fileConfig is the additional configuration of mode file.
 type fileConfig struct {
 	connector.DirPair
-	ReloadCommand string `json:"reload_command"` // none: the running configuration is loaded again through the admin API
+	ReloadCommand string `json:"reload_command"` // "": the admin API loads the running configuration again
 }
 
 const (
@@ -91,7 +90,7 @@ func (s *caddy) Plan(_ context.Context, m *connector.Material) (*connector.Plan,
 	return plan, nil
 }
 
-// planByAPI writes no file.
+// planByAPI returns the plan of mode api, which writes no files.
 func (s *caddy) planByAPI(m *connector.Material) *connector.Plan {
 	return &connector.Plan{
 		Changes: []connector.Change{&pairChange{
@@ -101,7 +100,7 @@ func (s *caddy) planByAPI(m *connector.Material) *connector.Plan {
 		}},
 		Serves: s.target.Common.Endpoint(),
 		Caveats: []string{
-			`Caddy holds the certificate in its running configuration only: unless it runs with --resume, a restart loses it (mode "file" does not)`,
+			`Caddy loses the certificate when it restarts, unless it runs with --resume: the certificate is only in its running configuration (mode "file" avoids this)`,
 		},
 	}
 }

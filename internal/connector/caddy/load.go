@@ -12,16 +12,14 @@ import (
 )
 
 const (
-	// loadPEM is where Caddy's configuration holds pairs as PEM
+	// loadPEM is the list of PEM pairs in Caddy's configuration
 	// (https://caddyserver.com/docs/json/apps/tls/certificates/load_pem/).
 	loadPEM = "/config/apps/tls/certificates/load_pem"
 
-	// tagPrefix, with the target's id behind it, is the tag by which a renewal
-	// finds the pair that it replaces.
+	// tagPrefix followed by the target's id is the tag of its pair, by which a renewal finds it.
 	tagPrefix = "certctl:"
 
-	// maxTries is how often a change is tried that meets the change of
-	// somebody else.
+	// maxTries bounds how often a change is tried if other clients change the list meanwhile.
 	maxTries = 10
 )
 
@@ -32,20 +30,18 @@ type loadedPair struct {
 	Tags        []string `json:"tags"`
 }
 
-// pairChange puts one pair into the running configuration, in place of the one
-// with the same tag.
+// pairChange sets the pair with a tag in the running configuration.
 type pairChange struct {
 	admin *admin
 	tag   string
 	pair  loadedPair
 }
 
-// ID implements connector.Change. It says where the pair is: what undoes the
-// change holds a key of that Caddy, and is for no other.
+// ID implements connector.Change. It has the address, since the saved state holds a private key that
+// must not be sent to another Caddy.
 func (c *pairChange) ID() string { return "load_pem " + c.tag + " of " + c.admin.address }
 
-// Read implements connector.Change. What an undo needs is the element of
-// load_pem as it is.
+// Read implements connector.Change. The state is the element of load_pem.
 func (c *pairChange) Read(ctx context.Context) (was []byte, same bool, err error) {
 	list, err := c.admin.list(ctx)
 	if err != nil {
@@ -64,7 +60,7 @@ func (c *pairChange) Write(ctx context.Context) error {
 		next := c.pair
 		next.Tags = []string{c.tag}
 		if was != nil {
-			next.Tags = was.Tags // an operator may have added one, to select the pair by
+			next.Tags = was.Tags // an operator may have added tags to select the pair
 		}
 		return json.Marshal(next)
 	})
@@ -78,9 +74,9 @@ func (c *pairChange) Restore(ctx context.Context, was []byte) error {
 // Finish implements connector.Change.
 func (c *pairChange) Finish(context.Context) error { return nil }
 
-// set replaces this target's element by what next makes of it; nil stands for
-// no element. The entity tag of the list guards the index against changes that
-// others make (https://caddyserver.com/docs/api#concurrent-config-changes).
+// set replaces this target's element by the result of next, where nil means no element. The list's
+// entity tag protects the index from concurrent changes
+// (https://caddyserver.com/docs/api#concurrent-config-changes).
 func (c *pairChange) set(ctx context.Context, next func(*loadedPair) (json.RawMessage, error)) error {
 	for try := 1; ; try++ {
 		list, err := c.admin.list(ctx)
@@ -102,38 +98,38 @@ func (c *pairChange) set(ctx context.Context, next func(*loadedPair) (json.RawMe
 	}
 }
 
-// pemList is load_pem as it was read.
+// pemList is a copy of load_pem.
 type pemList struct {
-	missing  bool // it, or what it is in, does not exist
+	missing  bool // load_pem or one of its parents does not exist
 	elements []json.RawMessage
 	etag     string
 }
 
-// list reads load_pem.
+// list returns load_pem.
 func (a *admin) list(ctx context.Context) (*pemList, error) {
 	reply, err := a.call(ctx, http.MethodGet, loadPEM, nil)
 	if status(err) == http.StatusBadRequest || status(err) == http.StatusNotFound {
-		return &pemList{missing: true}, nil // how Caddy says that a path leads nowhere
+		return &pemList{missing: true}, nil // Caddy's answers to an unknown path
 	}
 	if err != nil {
 		return nil, err
 	}
 	list := &pemList{etag: reply.etag}
 	if json.Unmarshal(reply.body, &list.elements) != nil {
-		return nil, fmt.Errorf("%s holds no list", loadPEM)
+		return nil, fmt.Errorf("admin API of Caddy: %s is not a list", loadPEM)
 	}
 	if list.etag == "" {
-		return nil, errors.New("admin API of Caddy: it gives no ETag, which keeps changes apart: Caddy 2.6 or newer is needed")
+		return nil, errors.New("admin API of Caddy: the answer has no ETag, which protects concurrent changes: update Caddy to 2.6 or newer")
 	}
 	return list, nil
 }
 
-// find returns the element with tag; without one the index of the next.
+// find returns the element with tag. If there is none, pair is nil and index the end of the list.
 func (l *pemList) find(tag string) (index int, pair *loadedPair, err error) {
 	for i, element := range l.elements {
 		var p loadedPair
 		if json.Unmarshal(element, &p) != nil {
-			return 0, nil, fmt.Errorf("element %d of %s is no pair", i, loadPEM)
+			return 0, nil, fmt.Errorf("admin API of Caddy: element %d of %s is not a certificate pair", i, loadPEM)
 		}
 		if slices.Contains(p.Tags, tag) {
 			return i, &p, nil
@@ -142,26 +138,25 @@ func (l *pemList) find(tag string) (index int, pair *loadedPair, err error) {
 	return len(l.elements), nil, nil
 }
 
-// replace makes element the one at index, appends it, or, when it is nil,
-// removes the one that is there.
+// replace sets the element at index or appends it. If element is nil, it removes the one at index.
 func (a *admin) replace(ctx context.Context, list *pemList, index int, element json.RawMessage) error {
 	exists := index < len(list.elements)
 	if !exists && element == nil || exists && bytes.Equal(element, list.elements[index]) {
 		return nil
 	}
 	at := loadPEM + "/" + strconv.Itoa(index)
-	// A change that was sent is waited for: to undo it, one must know whether
-	// it happened. call has a deadline.
+	// Wait for the answer even if ctx is cancelled: Restore needs to know whether the change
+	// happened. call has its own deadline.
 	ctx = context.WithoutCancel(ctx)
 	var err error
 	switch {
-	case list.missing: // PUT makes the objects on the way to it too, and never replaces anything
+	case list.missing: // PUT creates the parents too, and never replaces anything
 		_, err = a.call(ctx, http.MethodPut, loadPEM, fmt.Appendf(nil, "[%s]", element))
 	case element == nil:
 		_, err = a.call(ctx, http.MethodDelete, at, nil, "If-Match", list.etag)
 	case exists:
 		_, err = a.call(ctx, http.MethodPatch, at, element, "If-Match", list.etag)
-	case list.elements == nil: // null: POST sets what it cannot append to
+	case list.elements == nil: // null: POST cannot append, so it sets the list
 		_, err = a.call(ctx, http.MethodPost, loadPEM, fmt.Appendf(nil, "[%s]", element), "If-Match", list.etag)
 	default:
 		_, err = a.call(ctx, http.MethodPost, loadPEM, element, "If-Match", list.etag)

@@ -199,7 +199,7 @@ func TestUndoAfterCrashElsewhere(t *testing.T) {
 
 func TestStrangeLists(t *testing.T) {
 	for config, says := range map[string]string{
-		`{"apps":{"tls":{"certificates":{"load_pem":{}}}}}`:   "no list",
+		`{"apps":{"tls":{"certificates":{"load_pem":{}}}}}`:   "is not a list",
 		`{"apps":{"tls":{"certificates":{"load_pem":[[]]}}}}`: "element 0",
 	} {
 		f := newFixture(t, config)

@@ -10,7 +10,7 @@ import (
 	"certctl-agent/internal/transaction"
 )
 
-// With is a copy of config with more keys and values, in turns.
+// With returns a copy of config with more keys and values, given alternately.
 func With(config map[string]any, more ...any) map[string]any {
 	config = maps.Clone(config)
 	for i := 0; i < len(more); i += 2 {
@@ -19,8 +19,8 @@ func With(config map[string]any, more ...any) map[string]any {
 	return config
 }
 
-// Try makes a connector of config with one key set, none if key is "". It fails the
-// test unless the error, which it returns, says that; "": unless there is none.
+// Try makes a connector with config and, unless key is "", with key set to value. It fails the test
+// unless the error contains says or, if says is "", unless there is no error. It returns the error.
 func (h *Host) Try(t testing.TB, typ connector.Type, config map[string]any, key string, value any, says string) error {
 	t.Helper()
 	if key != "" {
@@ -33,8 +33,8 @@ func (h *Host) Try(t testing.TB, typ connector.Type, config map[string]any, key 
 	return err
 }
 
-// Says fails the test unless an error says all of that.
-func Says(t testing.TB, err error, words ...string) {
+// WantError fails the test unless err contains all of the words.
+func WantError(t testing.TB, err error, words ...string) {
 	t.Helper()
 	for _, word := range words {
 		if err == nil || !strings.Contains(err.Error(), word) {
@@ -43,7 +43,7 @@ func Says(t testing.TB, err error, words ...string) {
 	}
 }
 
-// Broken reports whether an error says that the target needs a person.
+// Broken reports whether err is a BrokenError: the rollback failed, and a person must act.
 func Broken(err error) bool {
 	_, ok := errors.AsType[*transaction.BrokenError](err)
 	return ok

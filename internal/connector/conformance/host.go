@@ -1,5 +1,5 @@
-// Package conformance is the suite that every connector passes, and the
-// harness that rotates certificates on a live server while clients connect.
+// Package conformance has the test suite for all connectors, and a harness that rotates the
+// certificates of a live server while clients connect.
 package conformance
 
 import (
@@ -21,18 +21,18 @@ import (
 	"certctl-agent/internal/transaction"
 )
 
-// TargetID is the id of the target that a Host deploys to.
+// TargetID is the id of every target that a Host deploys to.
 const TargetID = "target-1"
 
-// Host is what a connector needs of the agent, in temporary directories.
+// Host is the part of the agent that a connector needs, in temporary directories.
 type Host struct {
-	connector.Host // lent to connectors; its log is read by Log
+	connector.Host // given to connectors; Log returns what it logs
 
 	Dir      string // for the destinations
 	KeyDir   string // the agent's key store
-	Overlays string // directory of overlays; empty at first
+	Overlays string // directory of overlays; initially empty
 
-	// Before is asked before each step of the engine. Nil: nobody is.
+	// Before is called before each step of the engine, which fails with its error. It may be nil.
 	Before func(transaction.Step) error
 
 	state  *os.Root
@@ -41,14 +41,14 @@ type Host struct {
 	log    *output
 }
 
-// NewHost makes a Host whose commands are run by run.
+// NewHost returns a Host that runs commands with run.
 func NewHost(t testing.TB, run func(ctx context.Context, c policy.Command) error) *Host {
 	t.Helper()
 	return newHost(t, t.TempDir(), run)
 }
 
-// NewMemoryHost is NewHost without the price of a disk, for tests with many
-// deployments. What is for memory is in /dev, where nothing else is installed.
+// NewMemoryHost is NewHost in a memory file system, for tests with many deployments. Such a
+// directory is in /dev, which the policy would refuse.
 func NewMemoryHost(t testing.TB, run func(ctx context.Context, c policy.Command) error) *Host {
 	t.Helper()
 	h := newHost(t, needs.MemoryDir(t), run)
@@ -67,13 +67,14 @@ func newHost(t testing.TB, base string, run func(ctx context.Context, c policy.C
 		*path = filepath.Join(base, name)
 		mode := os.FileMode(0o700)
 		if path == &h.Dir {
-			mode = 0o755 // servers that change their user read here
+			mode = 0o755 // servers that drop root read here
 		}
 		if err := os.Mkdir(*path, mode); err != nil {
 			t.Fatal(err)
 		}
 	}
-	// The same servers must get here. A directory for everybody's temporary files stays as it is.
+	// Those servers must also be able to enter the parents. A sticky directory is shared, like
+	// /tmp, and stays as it is.
 	for _, dir := range []string{base, filepath.Dir(base)} {
 		if info, err := os.Stat(dir); err == nil && info.Mode()&os.ModeSticky == 0 {
 			_ = os.Chmod(dir, 0o755)
@@ -90,8 +91,7 @@ func newHost(t testing.TB, base string, run func(ctx context.Context, c policy.C
 	return h
 }
 
-// Restart opens the engine as the start of the agent does, and recovers what was
-// interrupted.
+// Restart opens the engine as the agent does when it starts, and recovers interrupted transactions.
 func (h *Host) Restart(t testing.TB) {
 	t.Helper()
 	if h.engine != nil {
@@ -118,15 +118,15 @@ func (h *Host) Restart(t testing.TB) {
 	}
 }
 
-// Logger logs to where Log reads, from debug on.
+// Logger returns a logger whose output Log returns. It logs at all levels.
 func (h *Host) Logger() *slog.Logger {
 	return slog.New(slog.NewTextHandler(h.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 }
 
-// Log is everything logged so far.
+// Log returns everything logged so far.
 func (h *Host) Log() string { return h.log.String() }
 
-// Connector makes a connector the way that a deployment does.
+// Connector makes a connector as a deployment does.
 func (h *Host) Connector(typ connector.Type, config map[string]any) (connector.Connector, error) {
 	_, c, err := h.connector(typ, config)
 	return c, err
@@ -145,8 +145,8 @@ func (h *Host) connector(typ connector.Type, config map[string]any) (*targetconf
 	return merged, c, err
 }
 
-// Deploy makes a connector and has the engine deploy m with it. Promoted says
-// that the key of m becomes the current one with it.
+// Deploy makes a connector and deploys m with it. The engine makes the promoted changes to the key
+// store in the same transaction.
 func (h *Host) Deploy(ctx context.Context, typ connector.Type, config map[string]any, m *connector.Material, promoted ...keystore.Change) (transaction.Result, error) {
 	merged, c, err := h.connector(typ, config)
 	if err != nil {
@@ -158,13 +158,12 @@ func (h *Host) Deploy(ctx context.Context, typ connector.Type, config map[string
 	})
 }
 
-// Promotion makes the key of m the current one.
+// Promotion returns the change that makes m's key the current one.
 func Promotion(m *connector.Material) keystore.Change {
 	return keystore.Change{Path: m.KeyPath, Data: m.KeyPEM}
 }
 
-// Material is a new certificate for localhost and 127.0.0.1, with an
-// intermediate, whose key is in h's key store already.
+// Material returns a new certificate for localhost and 127.0.0.1, with an intermediate.
 func (h *Host) Material(t testing.TB, ca *testca.CA) *connector.Material {
 	t.Helper()
 	issued, err := ca.Issue(testca.Template{Names: []string{"localhost", "127.0.0.1"}, Intermediates: 1, OmitRoot: true})
@@ -180,12 +179,12 @@ func (h *Host) Material(t testing.TB, ca *testca.CA) *connector.Material {
 	}
 }
 
-// Dir is the Dir of the Host that made m, for files that name others.
+// Dir returns the Dir of the Host that made m, for files that name other files.
 func Dir(m *connector.Material) string {
 	return filepath.Join(filepath.Dir(filepath.Dir(m.KeyPath)), "target")
 }
 
-// output is a log that may be written and read at once.
+// output is a log for concurrent writers and readers.
 type output struct {
 	mu  sync.Mutex
 	buf bytes.Buffer // guarded by mu

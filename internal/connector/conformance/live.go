@@ -20,20 +20,20 @@ import (
 	"certctl-agent/internal/transaction"
 )
 
-// Live is a real server, and a host that deploys to it.
+// Live is a real server with a Host that deploys to it.
 type Live struct {
 	*Host
 	Type     connector.Type
 	CA       *testca.CA
 	Endpoint tlsprobe.Endpoint
-	Others   []tlsprobe.Endpoint // that serve the same certificate
-	Settle   time.Duration       // what the server needs after the reload before, until it notices another
-	Config   map[string]any      // complete; Verified is part of it
+	Others   []tlsprobe.Endpoint // other endpoints with the same certificate
+	Settle   time.Duration       // time between two reloads that the server needs to notice both
+	Config   map[string]any      // complete, including Verified
 	Watched  string              // the directory of the destinations
 }
 
-// Start starts a real server, whose certificate is then taken away: the state
-// in which a first deployment finds it.
+// Start starts a real server and then removes its certificate files, as if nothing had been
+// deployed yet.
 func Start(t *testing.T, start liveserver.Starter, typ connector.Type) *Live {
 	t.Helper()
 	l := &Live{Host: NewHost(t, RunCommand), Type: typ, CA: testca.Must(t)}
@@ -50,7 +50,7 @@ func Start(t *testing.T, start liveserver.Starter, typ connector.Type) *Live {
 	t.Cleanup(func() {
 		server.Stop()
 		if t.Failed() {
-			t.Logf("%s said:\n%s", server.Name, server.Log())
+			t.Logf("output of %s:\n%s", server.Name, server.Log())
 		}
 	})
 	l.Config, l.Watched = server.Config, filepath.Dir(server.CertPath)
@@ -66,7 +66,7 @@ func Start(t *testing.T, start liveserver.Starter, typ connector.Type) *Live {
 	return l
 }
 
-// Deploy deploys m with changes to Config, key and value in turn.
+// Deploy deploys m with changes to Config, given as alternate keys and values.
 func (l *Live) Deploy(ctx context.Context, m *connector.Material, changes ...any) (transaction.Result, error) {
 	config := maps.Clone(l.Config)
 	for i := 0; i < len(changes); i += 2 {
@@ -75,13 +75,13 @@ func (l *Live) Deploy(ctx context.Context, m *connector.Material, changes ...any
 	return l.Host.Deploy(ctx, l.Type, config, m)
 }
 
-// NewMaterial is Material of the host, by l's CA.
+// NewMaterial returns a new certificate of l's CA.
 func (l *Live) NewMaterial(t testing.TB) *connector.Material {
 	t.Helper()
 	return l.Material(t, l.CA)
 }
 
-// MustDeploy deploys m and waits until it is served.
+// MustDeploy deploys m and waits until the server serves it.
 func (l *Live) MustDeploy(t testing.TB, m *connector.Material, changes ...any) {
 	t.Helper()
 	time.Sleep(l.Settle)
@@ -91,8 +91,8 @@ func (l *Live) MustDeploy(t testing.TB, m *connector.Material, changes ...any) {
 	Serves(t, l.Endpoint, pemutil.Fingerprint(m.Leaf))
 }
 
-// Refuses fails the test unless the deployment of m fails, for a reason that
-// has says in it, and leaves everything as it was.
+// Refuses fails the test unless the deployment of m fails with an error that contains says and
+// changes nothing.
 func (l *Live) Refuses(t testing.TB, m *connector.Material, says string, changes ...any) {
 	t.Helper()
 	before := l.files(t)
@@ -113,7 +113,7 @@ func (l *Live) Refuses(t testing.TB, m *connector.Material, says string, changes
 	Serves(t, l.Endpoint, served.Fingerprint)
 }
 
-// files is what is in Watched.
+// files returns the types and contents of the files in Watched.
 func (l *Live) files(t testing.TB) map[string]string {
 	t.Helper()
 	entries, err := os.ReadDir(l.Watched)
@@ -141,13 +141,13 @@ func (l *Live) KeyPathFromOverlay(t *testing.T, key string) {
 	l.MustDeploy(t, l.NewMaterial(t), "key_path", "********")
 }
 
-// NoKeyPath has a masked key_path of a certificate that the server does not know.
+// NoKeyPath deploys with a masked key_path and a certificate file that the server does not use.
 func (l *Live) NoKeyPath(t *testing.T) {
 	other := filepath.Join(l.Watched, "other.pem")
 	l.Refuses(t, l.NewMaterial(t), "names no key for "+other, "key_path", "********", "cert_path", other)
 }
 
-// ReloadFails has the reload fail once, and then succeed on the old files.
+// ReloadFails deploys with a reload that fails once and then succeeds with the old files.
 func (l *Live) ReloadFails(t *testing.T) {
 	script, marker := filepath.Join(l.Dir, "reload"), filepath.Join(l.Dir, "fail")
 	text := fmt.Sprintf("#!/bin/sh\nrm %s 2>/dev/null && { echo no reload today; exit 3; }\nexec %s\n", marker, l.Config["reload_command"])
@@ -157,21 +157,21 @@ func (l *Live) ReloadFails(t *testing.T) {
 	l.Refuses(t, l.NewMaterial(t), "no reload today", "reload_command", script)
 }
 
-// VerificationFails has nobody to verify with.
+// VerificationFails verifies on a port where nothing listens.
 func (l *Live) VerificationFails(t *testing.T) {
 	l.Refuses(t, l.NewMaterial(t), "verify",
 		"post_deploy_verify", map[string]any{"enabled": true, "endpoint": "127.0.0.1:1"}, "post_deploy_verify_attempts", 1)
 }
 
-// WrongKey installs a key that does not belong to the certificate, which the
-// server's own validation must notice.
+// WrongKey deploys a key that does not match the certificate. The server's validate_command must
+// notice.
 func (l *Live) WrongKey(t *testing.T) {
 	m := l.NewMaterial(t)
 	m.KeyPEM = l.NewMaterial(t).KeyPEM
 	l.Refuses(t, m, "validate")
 }
 
-// KeepsMode gives path another mode and owner, which a renewal must keep.
+// KeepsMode changes the mode and owner of path, which a renewal must keep.
 func (l *Live) KeepsMode(t *testing.T, path string) {
 	if err := os.Chmod(path, 0o440); err != nil {
 		t.Fatal(err)
@@ -195,7 +195,7 @@ func (l *Live) KeepsMode(t *testing.T, path string) {
 	}
 }
 
-// KeepsSymlink makes a symlink of path, which a renewal must follow.
+// KeepsSymlink replaces path by a symlink, which a renewal must follow.
 func (l *Live) KeepsSymlink(t *testing.T, path string) {
 	real := filepath.Join(l.Dir, "archive")
 	link := filepath.Join("..", "archive", filepath.Base(path))
@@ -209,8 +209,8 @@ func (l *Live) KeepsSymlink(t *testing.T, path string) {
 	}
 }
 
-// Rotate rotates certificates under load. Old workers usually answer for up to
-// drain after a verification.
+// Rotate rotates certificates under load. Drain is how long old workers usually answer after a
+// verification.
 func (l *Live) Rotate(t *testing.T, drain time.Duration) {
 	Rotate(t, Rotation{
 		Endpoint: l.Endpoint,

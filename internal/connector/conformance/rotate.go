@@ -13,40 +13,40 @@ import (
 	"certctl-agent/internal/tlsprobe"
 )
 
-// Rotation is a live server that gets one certificate after another while
-// clients connect to it as fast as they can.
+// Rotation describes a live server that gets one certificate after another while clients connect to
+// it as fast as they can.
 type Rotation struct {
 	Endpoint tlsprobe.Endpoint
-	Others   []tlsprobe.Endpoint // that clients connect to as well, in turn
+	Others   []tlsprobe.Endpoint // clients connect to Endpoint and these in turn
 	Rounds   int                 // certificates after the first; 0: 50
 	Clients  int                 // 0: 1
 
 	// Material makes the next certificate.
 	Material func() *connector.Material
 
-	// Deploy installs it. It returns once a verification has met it.
+	// Deploy installs and verifies m.
 	Deploy func(ctx context.Context, m *connector.Material) error
 
-	// Drain is how long the server's old workers usually go on answering after
-	// that. The rotation has ended when none has for so long.
+	// Drain is how long old workers usually answer after Deploy returned. The rotation ends when
+	// none has answered for that long.
 	Drain time.Duration
 
 	maxDrain time.Duration // 0: the constant
 }
 
-// maxDrain is how long an old worker may answer at all. It goes when the
-// scheduler lets the server tell it to, which on a busy machine takes seconds.
+// maxDrain is the longest time that an old worker may answer. On a busy machine it can take seconds
+// until the server is scheduled and stops the worker.
 const maxDrain = 30 * time.Second
 
-// Figures is what a Rotation came to.
+// Figures are the results of a Rotation.
 type Figures struct {
 	Rotations  int
-	Handshakes int           // completed by the clients
-	Failed     int           // not completed, for any other reason than being turned away
-	TurnedAway int           // told before TLS to connect again, see farewell
-	Mismatched int           // of these: the key did not belong to the certificate
-	Stale      int           // answered with an old certificate, begun after maxDrain
-	Drained    time.Duration // the longest after a verification that an old one was met
+	Handshakes int           // completed
+	Failed     int           // not completed and not TurnedAway
+	TurnedAway int           // told before TLS to connect again, see closingGreeting
+	Mismatched int           // of Failed: the key did not match the certificate
+	Stale      int           // got an old certificate and started after maxDrain
+	Drained    time.Duration // the longest time after a verification until the last old certificate
 	Elapsed    time.Duration
 }
 
@@ -55,17 +55,16 @@ func (f Figures) String() string {
 		f.Rotations, f.Elapsed.Round(time.Millisecond), f.Handshakes, f.Failed, f.TurnedAway, f.Mismatched, f.Stale, f.Drained.Round(time.Millisecond))
 }
 
-// noticed reports whether clients noticed the rotations. To be turned away is rare: in
-// 50 reloads of Dovecot it happens to one client or to none. One in ten is too many.
+// noticed reports whether clients noticed the rotations. Clients are rarely turned away: in 50
+// reloads of Dovecot at most one is. One in ten is too many.
 func (f Figures) noticed(rounds, clients int) bool {
 	return f.Failed > 0 || f.Stale > 0 || f.Rotations != rounds || f.TurnedAway > max(1, rounds*clients/10)
 }
 
-// farewell is how a greeting begins with which a server that is shutting down or
-// overloaded ends the session: the client is to connect again. No bytes of TLS have been
-// exchanged, so no certificate can have to do with it. Protocols that begin with TLS have
-// no such word.
-func farewell(protocol string) string {
+// closingGreeting returns the start of the greeting by which a server that is shutting down or
+// overloaded closes the session and asks the client to connect again. Since TLS has not started, the
+// certificate cannot be the cause. It returns "" for protocols that start with TLS.
+func closingGreeting(protocol string) string {
 	switch protocol {
 	case tlsprobe.SMTP:
 		return "421" // RFC 5321, section 3.8
@@ -78,26 +77,25 @@ func farewell(protocol string) string {
 }
 
 func turnedAway(protocol string, err error) bool {
-	word := farewell(protocol)
-	return word != "" && strings.Contains(err.Error(), "the server answered the connection with: "+word)
+	greeting := closingGreeting(protocol)
+	return greeting != "" && strings.Contains(err.Error(), "the server answered the connection with: "+greeting)
 }
 
-// rotation is the state that clients and the deployer share.
+// rotation is the shared state of the clients and the deployer.
 type rotation struct {
 	Rotation
 
 	mu       sync.Mutex
-	round    map[string]int // of each certificate's fingerprint; guarded by mu
-	verified []time.Time    // when the certificate of each round was; guarded by mu
-	old      time.Time      // when an old certificate was met last; guarded by mu
-	since    int            // handshakes with the newest since then; guarded by mu
+	round    map[string]int // by the certificate's fingerprint; guarded by mu
+	verified []time.Time    // by round; guarded by mu
+	old      time.Time      // of the last handshake with an old certificate; guarded by mu
+	since    int            // handshakes with the newest one since then; guarded by mu
 	figures  Figures        // guarded by mu
 	errs     []string       // guarded by mu
 }
 
-// Rotate runs r and fails the test unless every handshake got a certificate of
-// its time, with the key that belongs to it. A client that is turned away before TLS
-// connects again, as mail clients do.
+// Rotate runs r and fails the test unless every handshake got a current certificate with its own
+// key. A client that is turned away before TLS connects again, as mail clients do.
 func Rotate(t testing.TB, r Rotation) Figures {
 	t.Helper()
 	if r.Rounds == 0 {
@@ -128,14 +126,14 @@ func Rotate(t testing.TB, r Rotation) Figures {
 	for round := range r.Rounds {
 		err := run.next(t.Context())
 		if err == nil {
-			err = run.seen(t.Context())
+			err = run.waitSeen(t.Context())
 		}
 		if err != nil {
 			t.Errorf("rotation %d: %v", round+1, err)
 			break
 		}
 	}
-	// An old worker that stays gets the chance to be caught.
+	// Keep the clients connecting long enough to notice an old worker that stays.
 	for last := time.Now(); !run.drained() && time.Since(last) < r.maxDrain+time.Second; {
 		time.Sleep(20 * time.Millisecond)
 	}
@@ -148,7 +146,7 @@ func Rotate(t testing.TB, r Rotation) Figures {
 	figures.Rotations, figures.Elapsed = len(run.verified)-1, time.Since(start)
 	t.Log(figures)
 	if figures.noticed(r.Rounds, r.Clients) {
-		t.Errorf("a rotation was noticed: %v\n%s", figures, strings.Join(run.errs, "\n"))
+		t.Errorf("clients noticed a rotation: %v\n%s", figures, strings.Join(run.errs, "\n"))
 	}
 	return figures
 }
@@ -167,9 +165,9 @@ func (r *rotation) next(ctx context.Context) error {
 	return nil
 }
 
-// seen waits until a client has met the newest certificate. Without that, a
-// busy machine could rotate past clients that see nothing of it.
-func (r *rotation) seen(ctx context.Context) error {
+// waitSeen waits until a client got the newest certificate. Otherwise a busy machine could finish
+// all rotations before any client connects.
+func (r *rotation) waitSeen(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, r.maxDrain)
 	defer cancel()
 	for {
@@ -181,15 +179,15 @@ func (r *rotation) seen(ctx context.Context) error {
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("no client met the new certificate within %v", r.maxDrain)
+			return fmt.Errorf("no client got the new certificate within %v", r.maxDrain)
 		case <-time.After(time.Millisecond):
 		}
 	}
 }
 
-// enough handshakes in a row with the newest certificate: an old worker would
-// have had one of them.
-const enough = 20
+// drainedAfter is how many handshakes in a row must get the newest certificate. An old worker would
+// have answered one of them.
+const drainedAfter = 20
 
 // drained reports whether no old worker has answered for a while.
 func (r *rotation) drained() bool {
@@ -199,7 +197,7 @@ func (r *rotation) drained() bool {
 	if last.Before(r.old) {
 		last = r.old
 	}
-	return r.since >= enough && time.Since(last) > r.Drain+100*time.Millisecond
+	return r.since >= drainedAfter && time.Since(last) > r.Drain+100*time.Millisecond
 }
 
 func (r *rotation) connect(ctx context.Context, endpoint tlsprobe.Endpoint) {
@@ -228,11 +226,11 @@ func (r *rotation) connect(ctx context.Context, endpoint tlsprobe.Endpoint) {
 	r.figures.Handshakes++
 	round, known := r.round[result.Fingerprint]
 	if !known {
-		round = -1 // the server had it before
+		round = -1 // from before the rotation
 	}
 	if round+1 >= len(r.verified) {
 		r.since++
-		return // no newer one has been verified
+		return // the newest that was verified, or newer
 	}
 	r.old, r.since = time.Now(), 0
 	late := start.Sub(r.verified[round+1])
@@ -243,9 +241,9 @@ func (r *rotation) connect(ctx context.Context, endpoint tlsprobe.Endpoint) {
 	}
 }
 
-// note keeps the first few mistakes for the test's output.
-func (r *rotation) note(mistake string) {
+// note keeps the first few errors for the test's output.
+func (r *rotation) note(text string) {
 	if len(r.errs) < 10 {
-		r.errs = append(r.errs, mistake)
+		r.errs = append(r.errs, text)
 	}
 }

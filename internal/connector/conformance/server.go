@@ -15,13 +15,13 @@ import (
 	"certctl-agent/internal/tlsprobe"
 )
 
-// RunCommand runs commands for real.
+// RunCommand runs a command.
 func RunCommand(ctx context.Context, c policy.Command) error {
 	_, err := command.Run(ctx, c.Argv, c.Timeout)
 	return err
 }
 
-// QueryCommand asks servers for real.
+// QueryCommand runs a command and returns its output.
 func QueryCommand(ctx context.Context, c policy.Command) ([]byte, error) {
 	return command.Query(ctx, c.Argv, c.Timeout, c.Env...)
 }
@@ -29,13 +29,13 @@ func QueryCommand(ctx context.Context, c policy.Command) ([]byte, error) {
 // startWait bounds how long a server may take to start and to stop.
 const startWait = 15 * time.Second
 
-// Serve starts a real server, which must stay in the foreground, waits until
-// it listens on address, and stops it (SIGTERM, then SIGKILL) after the test.
+// Serve starts a real server, which must stay in the foreground, waits until it listens on address,
+// and stops it (SIGTERM, then SIGKILL) after the test.
 func Serve(t testing.TB, address string, argv ...string) *os.Process {
 	t.Helper()
-	var said bytes.Buffer
+	var output bytes.Buffer
 	cmd := exec.Command(argv[0], argv[1:]...)
-	cmd.Stdout, cmd.Stderr = &said, &said
+	cmd.Stdout, cmd.Stderr = &output, &output
 	cmd.WaitDelay = time.Second
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -53,8 +53,8 @@ func Serve(t testing.TB, address string, argv ...string) *os.Process {
 			_ = cmd.Process.Kill()
 			<-ended
 		}
-		if t.Failed() && said.Len() > 0 {
-			t.Logf("%s said:\n%s", argv[0], said.String())
+		if t.Failed() && output.Len() > 0 {
+			t.Logf("output of %s:\n%s", argv[0], output.String())
 		}
 	})
 	for deadline := time.Now().Add(startWait); ; time.Sleep(10 * time.Millisecond) {
@@ -65,7 +65,7 @@ func Serve(t testing.TB, address string, argv ...string) *os.Process {
 		}
 		select {
 		case <-ended:
-			t.Fatalf("%q ended at once:\n%s", argv, said.String())
+			t.Fatalf("%q exited at once:\n%s", argv, output.String())
 		default:
 		}
 		if time.Now().After(deadline) {
@@ -74,8 +74,8 @@ func Serve(t testing.TB, address string, argv ...string) *os.Process {
 	}
 }
 
-// Verified is the configuration of a verification at address, which gives a
-// server on a busy machine half a minute.
+// Verified returns a configuration that verifies at address. It allows half a minute for a server on
+// a busy machine.
 func Verified(address string) map[string]any {
 	return map[string]any{
 		"post_deploy_verify":             map[string]any{"enabled": true, "endpoint": address, "server_name": "localhost", "timeout": "5s"},
@@ -85,8 +85,8 @@ func Verified(address string) map[string]any {
 	}
 }
 
-// Serves fails the test unless endpoint soon serves the certificate with this
-// fingerprint, or still does.
+// Serves fails the test unless endpoint serves the certificate with this fingerprint before
+// startWait is over.
 func Serves(t testing.TB, endpoint tlsprobe.Endpoint, fingerprint string) {
 	t.Helper()
 	var got tlsprobe.Result

@@ -31,43 +31,39 @@ import (
 type Harness struct {
 	Type connector.Type
 
-	// Config is a complete configuration whose destinations are below dir, which
-	// is another one for each target. Its commands are not run: the suite fakes
-	// them.
+	// Config returns a complete configuration with all destinations below dir. Each target has its
+	// own dir. The suite fakes the commands.
 	Config func(dir string) map[string]any
 
-	// State is everything of the target that a deployment may change, by name,
-	// wherever that is. What a name that ends in written holds may change without
-	// the target having changed, and does whenever the target is written to. Nil:
-	// the files below dir.
+	// State returns everything of the target that a deployment may change, by name, wherever it
+	// is. An entry with the suffix Written changes with each write, even if the content does not.
+	// If State is nil, it is the files below dir.
 	State func(dir string) map[string]string
 
-	// Want is what State holds, but for attributes, once m is installed.
+	// Want returns the State, without attributes, after m is installed.
 	Want func(m *connector.Material) map[string][]byte
 
-	// Spare reports whether a name of State is what an undo needs, which stays
-	// there until Finish has removed it. Nil: nothing is.
-	Spare func(name string) bool
+	// UndoOnly reports whether an entry of State is only there to undo a change, until Finish
+	// removes it. If it is nil, there are no such entries.
+	UndoOnly func(name string) bool
 
-	// Required are the keys without which the configuration is refused.
+	// Required are the keys that the configuration must have.
 	Required []string
 
-	// Occupied says that the target serves another certificate before the first
-	// deployment.
+	// Occupied says that the target serves another certificate before the first deployment.
 	Occupied bool
 
-	// Secrets are values in Config that must never be seen.
+	// Secrets are values in Config that must never appear in any output.
 	Secrets []string
 }
 
-// What the names of State end in that are not content.
+// Suffixes of the entries of State that are not content.
 const (
-	Written    = " (written)"    // when it was
+	Written    = " (written)"    // time of the last write
 	attributes = " (attributes)" // mode and owner
 )
 
-// Run puts a connector through the suite. Nothing in it knows what kind of
-// target that is.
+// Run runs the suite on a connector. It does not depend on the type of target.
 func Run(t *testing.T, h Harness) {
 	s := &suite{Harness: h, ca: testca.Must(t)}
 	if s.State == nil {
@@ -98,7 +94,7 @@ type rig struct {
 	*Host
 	t        *testing.T
 	commands *commands
-	extra    map[string]any // laid over Config
+	extra    map[string]any // overrides Config
 }
 
 func (s *suite) rig(t *testing.T) *rig {
@@ -108,7 +104,7 @@ func (s *suite) rig(t *testing.T) *rig {
 	return r
 }
 
-// deploy deploys m, whose key is not the current one before.
+// deploy deploys m and promotes its key.
 func (r *rig) deploy(ctx context.Context, m *connector.Material) (transaction.Result, error) {
 	r.t.Helper()
 	config := r.Config(r.Dir)
@@ -137,21 +133,21 @@ func (r *rig) isCurrent(m *connector.Material) bool {
 	return err == nil && bytes.Equal(data, m.KeyPEM)
 }
 
-// checkSecrets looks for key material and secrets of the configuration in
-// everything that was said, and in the journal.
+// checkSecrets fails the test if the key or a secret of the configuration is in the log, in err or
+// in the journal.
 func (r *rig) checkSecrets(m *connector.Material, err error) {
 	r.t.Helper()
-	var said strings.Builder
-	said.WriteString(r.Log())
+	var output strings.Builder
+	output.WriteString(r.Log())
 	if err != nil {
-		said.WriteString(err.Error())
+		output.WriteString(err.Error())
 	}
 	for _, name := range r.glob("journal", "*") {
 		record, err := os.ReadFile(name)
 		if err != nil {
 			r.t.Fatal(err)
 		}
-		said.WriteString(string(record))
+		output.Write(record)
 	}
 	secrets := slices.Clone(r.Secrets)
 	for line := range strings.Lines(string(m.KeyPEM)) {
@@ -160,21 +156,21 @@ func (r *rig) checkSecrets(m *connector.Material, err error) {
 		}
 	}
 	for _, secret := range secrets {
-		if secret != "" && strings.Contains(said.String(), secret) {
-			r.t.Errorf("a secret shows in the log, in the journal or in the error:\n%s", said.String())
+		if secret != "" && strings.Contains(output.String(), secret) {
+			r.t.Errorf("the log, the journal or the error contains a secret:\n%s", output.String())
 		}
 	}
 }
 
-// state is what must survive a failed deployment.
+// state returns the state that must survive a failed deployment.
 func (r *rig) state() map[string]string {
 	state := r.State(r.Dir)
 	maps.DeleteFunc(state, func(name, _ string) bool { return strings.HasSuffix(name, Written) })
 	return state
 }
 
-// checkInstalled compares the target with what it should hold, and finds what
-// should not be there: a server may load a whole directory.
+// checkInstalled fails the test unless the target holds m and nothing else: a server may load a
+// whole directory.
 func (r *rig) checkInstalled(m *connector.Material) {
 	r.t.Helper()
 	r.check(m, r.state())
@@ -184,8 +180,8 @@ func (r *rig) checkInstalled(m *connector.Material) {
 func (r *rig) checkUnfinished(m *connector.Material) {
 	r.t.Helper()
 	got := r.state()
-	if r.Spare != nil {
-		maps.DeleteFunc(got, func(name, _ string) bool { return r.Spare(name) })
+	if r.UndoOnly != nil {
+		maps.DeleteFunc(got, func(name, _ string) bool { return r.UndoOnly(name) })
 	}
 	r.check(m, got)
 }
@@ -205,7 +201,7 @@ func (r *rig) check(m *connector.Material, got map[string]string) {
 	}
 }
 
-// Files is the state of a target that is files below dir.
+// Files returns the State of a target that consists of the files below dir.
 func Files(dir string) map[string]string {
 	state := make(map[string]string)
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
@@ -232,7 +228,7 @@ func Files(dir string) map[string]string {
 	return state
 }
 
-// owner is a file's user and group, as far as the platform has them.
+// owner returns a file's user and group, or "" if the platform has none.
 func owner(info fs.FileInfo) string {
 	stat := reflect.Indirect(reflect.ValueOf(info.Sys()))
 	if stat.Kind() != reflect.Struct || !stat.FieldByName("Uid").IsValid() {
@@ -244,7 +240,7 @@ func owner(info fs.FileInfo) string {
 func (s *suite) installs(t *testing.T) {
 	r := s.rig(t)
 	m := r.Material(t, s.ca)
-	r.commands.each = func(int) { r.checkInstalled(m) } // a command sees the new certificate, all of it
+	r.commands.each = func(int) { r.checkInstalled(m) } // commands see the complete new certificate
 	if result := r.mustDeploy(m); result.Unchanged {
 		t.Error("the first deployment reports that nothing changed")
 	}
@@ -275,13 +271,13 @@ func (s *suite) unchanged(t *testing.T) {
 		t.Errorf("it ran %d commands, want none", got-ran)
 	}
 	if after := r.State(r.Dir); !maps.Equal(before, after) {
-		t.Errorf("it wrote: changed from %v to %v", before, after)
+		t.Errorf("the target was written: from %v to %v", before, after)
 	}
 }
 
-// giveAway gives the installed files another mode and, as root, another owner,
-// so that keeping them can be told from making them anew.
-func (r *rig) giveAway() {
+// changeModes gives the installed files another mode and, as root, another owner, to tell whether a
+// renewal keeps them.
+func (r *rig) changeModes() {
 	r.t.Helper()
 	err := filepath.WalkDir(r.Dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
@@ -305,7 +301,7 @@ func (r *rig) giveAway() {
 func (s *suite) renews(t *testing.T) {
 	r := s.rig(t)
 	r.mustDeploy(r.Material(t, s.ca))
-	r.giveAway()
+	r.changeModes()
 	before := r.state()
 	m := r.Material(t, s.ca)
 	ids := r.changes(m)
@@ -314,11 +310,11 @@ func (s *suite) renews(t *testing.T) {
 		case "change":
 			r.checkSaved(step.Path)
 			if !slices.Contains(ids, step.Path) {
-				r.t.Errorf("the change %q is called %q by another connector of the same configuration", step.Path, ids)
+				r.t.Errorf("another connector with the same configuration calls the change %q %q", step.Path, ids)
 			}
 		case "finish":
 			if open := r.glob("journal", "*"); len(open) > 0 {
-				r.t.Errorf("%s is finished and not committed", step.Path)
+				r.t.Errorf("%s is finished before the commit", step.Path)
 			}
 		}
 		return nil
@@ -333,7 +329,7 @@ func (s *suite) renews(t *testing.T) {
 	}
 }
 
-// changes are the IDs of what a connector plans to change elsewhere.
+// changes returns the IDs of the changes that a new connector plans.
 func (r *rig) changes(m *connector.Material) (ids []string) {
 	r.t.Helper()
 	c, err := r.Connector(r.Type, r.Config(r.Dir))
@@ -350,16 +346,16 @@ func (r *rig) changes(m *connector.Material) (ids []string) {
 	return ids
 }
 
-// checkSaved fails the test unless what undoes a change that is about to be made
-// is in a backup set, for the agent alone.
+// checkSaved fails the test unless the old state of a change is in a backup set that only the agent
+// can read.
 func (r *rig) checkSaved(change string) {
 	r.t.Helper()
 	if sets := r.glob("backups", "*", "*", "manifest.json"); len(sets) == 0 {
-		r.t.Errorf("%s is changed, and nothing is saved", change)
+		r.t.Errorf("no backup before the change of %s", change)
 	}
 	for _, name := range r.glob("backups", "*", "*", "*") {
 		if info, err := os.Lstat(name); err != nil || info.Mode() != 0o600 {
-			r.t.Errorf("%s is changed, and %s can be read by others: %v, %v", change, name, info.Mode(), err)
+			r.t.Errorf("before the change of %s: others can read the backup %s: %v, %v", change, name, info.Mode(), err)
 		}
 	}
 }
@@ -374,19 +370,18 @@ func (r *rig) glob(pattern ...string) []string {
 	return names
 }
 
-// prepared is a rig before a deployment of m.
+// prepared returns a rig that is ready for a first deployment or a renewal, and its material.
 func (s *suite) prepared(t *testing.T, renewal bool) (*rig, *connector.Material) {
 	r := s.rig(t)
 	if renewal {
 		r.mustDeploy(r.Material(t, s.ca))
-		r.giveAway()
+		r.changeModes()
 		r.commands.reset()
 	}
 	return r, r.Material(t, s.ca)
 }
 
-// fails has a deployment fail for each reason that a target can give, and be
-// cancelled there.
+// fails makes a deployment fail or be cancelled at each command and in the verification.
 func (s *suite) fails(t *testing.T, renewal bool) {
 	probe := s.rig(t)
 	probe.mustDeploy(probe.Material(t, s.ca))
@@ -422,7 +417,7 @@ func (s *suite) fails(t *testing.T, renewal bool) {
 		_, err := r.deploy(r.t.Context(), m)
 		return err
 	})
-	add("cancelled before it begins", func(r *rig, m *connector.Material) error {
+	add("cancelled before it starts", func(r *rig, m *connector.Material) error {
 		ctx, cancel := context.WithCancel(r.t.Context())
 		cancel()
 		_, err := r.deploy(ctx, m)
@@ -441,38 +436,37 @@ func (s *suite) fails(t *testing.T, renewal bool) {
 				t.Fatalf("the rollback failed: %v", broken)
 			}
 			if untrue := map[bool]string{true: "there was no certificate before", false: "the previous certificate"}[renewal]; strings.Contains(err.Error(), untrue) && (renewal || !s.Occupied) {
-				t.Errorf("the error says what is not so: %v", err)
+				t.Errorf("the error is wrong about the old certificate: %v", err)
 			}
 			r.checkAsBefore(before, m, err)
 		})
 	}
 }
 
-// checkAsBefore fails the test unless the target is as it was, and the key of m
-// is not the current one.
+// checkAsBefore fails the test unless the target is unchanged and m's key is not the current one.
 func (r *rig) checkAsBefore(before map[string]string, m *connector.Material, err error) {
 	r.t.Helper()
 	if after := r.state(); !maps.Equal(before, after) {
 		r.t.Errorf("%v\nthe target changed: from %v to %v", err, slices.Sorted(maps.Keys(before)), slices.Sorted(maps.Keys(after)))
 	}
 	if r.isCurrent(m) {
-		r.t.Errorf("%v\nthe pending key became the current one all the same", err)
+		r.t.Errorf("%v\nthe pending key was promoted", err)
 	}
 }
 
-// A way to disturb a deployment at one of its steps.
-type way int
+// disturbance is what happens to a deployment at one of its steps.
+type disturbance int
 
 const (
-	failing    way = iota // that step fails
-	cancelling            // the deployment is cancelled there
-	killing               // nothing happens any more, and the agent starts again
+	failing    disturbance = iota // the step fails
+	cancelling                    // the deployment is cancelled
+	killing                       // the agent is killed and starts again
 )
 
 var errDisturbed = errors.New("made to fail")
 
 // atEachStep disturbs a deployment at each step of the engine in turn.
-func (s *suite) atEachStep(t *testing.T, renewal bool, how way) {
+func (s *suite) atEachStep(t *testing.T, renewal bool, how disturbance) {
 	var steps []transaction.Step
 	probe, m := s.prepared(t, renewal)
 	probe.Before = func(step transaction.Step) error { steps = append(steps, step); return nil }
@@ -482,7 +476,7 @@ func (s *suite) atEachStep(t *testing.T, renewal bool, how way) {
 	}
 	for n, step := range steps {
 		if !step.Touches() && n%4 != int(how) {
-			continue // the engine's own tests stop it at each of these
+			continue // the engine's own tests cover all of these
 		}
 		t.Run(fmt.Sprint(n), func(t *testing.T) {
 			if how != killing {
@@ -495,9 +489,9 @@ func (s *suite) atEachStep(t *testing.T, renewal bool, how way) {
 	}
 }
 
-// disturb fails or cancels a deployment at its n-th step. It either succeeds all
-// the same, as behind the commit, or leaves everything as it was.
-func (s *suite) disturb(t *testing.T, renewal bool, how way, n int) {
+// disturb fails or cancels a deployment at its n-th step. The deployment must still succeed, as
+// after the commit, or change nothing.
+func (s *suite) disturb(t *testing.T, renewal bool, how disturbance, n int) {
 	r, m := s.prepared(t, renewal)
 	before := r.state()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -532,8 +526,8 @@ func (s *suite) disturb(t *testing.T, renewal bool, how way, n int) {
 	r.checkInstalled(m)
 }
 
-// kill kills the agent at the n-th step of a deployment and starts it again. The
-// job runs once more, and then succeeds or fails.
+// kill kills the agent at the n-th step of a deployment and starts it again. The job then runs
+// again and succeeds or fails.
 func (s *suite) kill(t *testing.T, renewal bool, n int, succeeds bool) {
 	r, m := s.prepared(t, renewal)
 	before := r.state()
@@ -547,7 +541,7 @@ func (s *suite) kill(t *testing.T, renewal bool, n int, succeeds bool) {
 		}
 		return nil
 	}
-	_, _ = r.deploy(t.Context(), m) // nobody is there any more to hear of its error
+	_, _ = r.deploy(t.Context(), m) // a killed agent reports no error
 	r.Before = nil
 	r.Restart(t)
 
@@ -571,8 +565,7 @@ func (s *suite) kill(t *testing.T, renewal bool, n int, succeeds bool) {
 	r.checkInstalled(m)
 }
 
-// verifyElsewhere is a configuration whose verification meets another
-// certificate.
+// verifyElsewhere returns a configuration whose verification finds another certificate.
 func (s *suite) verifyElsewhere(t *testing.T) map[string]any {
 	certificate, err := s.ca.TLSCertificate("localhost")
 	if err != nil {
@@ -658,7 +651,7 @@ func (s *suite) policy(t *testing.T) {
 	}
 }
 
-// commands stands in for the commands of a target.
+// commands fakes the commands of a target.
 type commands struct {
 	ran  []policy.Command
 	fail map[int]error // by position; consumed
@@ -679,7 +672,7 @@ func (c *commands) run(ctx context.Context, command policy.Command) error {
 	return ctx.Err()
 }
 
-// PEM encodes certificates as every target of files holds them.
+// PEM encodes certificates as connectors write them to files.
 func PEM(certificates ...*x509.Certificate) []byte {
 	return pemutil.EncodeCertificates(certificates...)
 }

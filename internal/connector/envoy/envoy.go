@@ -1,7 +1,6 @@
-// Package envoy installs certificates for Envoy: a certificate file, a key file
-// and perhaps a chain file, and the file of a secret discovery service that
-// names them. Envoy reads such a file again when something is renamed over it
-// or into its watched directory
+// Package envoy installs certificates for Envoy: a certificate file, a key file and optionally a
+// chain file, and a secret discovery service (SDS) file that names them. Envoy reads the SDS file
+// again when something is renamed over it or into its watched directory
 // (https://www.envoyproxy.io/docs/envoy/latest/configuration/security/secret).
 package envoy
 
@@ -15,19 +14,19 @@ import (
 	"certctl-agent/internal/targetconf"
 )
 
-// Type is the kind of target.
+// Type returns the target type Envoy.
 func Type() connector.Type {
 	return connector.Type{Name: "Envoy", Aliases: map[string]string{"watch_dir": "cert_dir"}, New: newConnector}
 }
 
-// config is what can be set.
+// config is the target's configuration.
 type config struct {
 	CertDir   targetconf.Path     `json:"cert_dir" config:"required"`
 	CertName  targetconf.FileName `json:"cert_filename" default:"cert.pem"`
 	KeyName   targetconf.FileName `json:"key_filename" default:"key.pem"`
-	ChainName targetconf.FileName `json:"chain_filename"` // none: the chain follows the leaf in the certificate's file
+	ChainName targetconf.FileName `json:"chain_filename"` // "": the chain follows the leaf in the certificate file
 
-	SDSConfig  bool   `json:"sds_config"` // write sds.json beside them
+	SDSConfig  bool   `json:"sds_config"` // write sds.json to CertDir
 	SecretName string `json:"sds_secret_name" default:"server_cert"`
 }
 
@@ -47,7 +46,7 @@ func newConnector(c *targetconf.Config, _ connector.Host) (connector.Connector, 
 	return e, e.resolve()
 }
 
-// resolve makes paths of the names.
+// resolve joins the file names with CertDir.
 func (e *envoy) resolve() error {
 	names := map[targetconf.FileName]string{}
 	for _, file := range []struct {
@@ -79,27 +78,27 @@ func (e *envoy) Plan(_ context.Context, m *connector.Material) (*connector.Plan,
 	plan := e.pair.Plan(m)
 	plan.Serves = e.common.Endpoint()
 	if !e.config.SDSConfig {
-		plan.Caveats = append(plan.Caveats, "Envoy reads a certificate that its static configuration names only when it starts, and goes on with the old one: "+
-			"set sds_config, unless a secret of your own with watched_directory names the files")
+		plan.Caveats = append(plan.Caveats, "Envoy keeps using the old certificate until it restarts if its static configuration names the files: "+
+			"set sds_config, unless a secret of your own with watched_directory names them")
 		return plan, nil
 	}
 	sds, err := e.sds(pemutil.Fingerprint(m.Leaf))
 	if err != nil {
 		return nil, err
 	}
-	// The last one: at its event the pair is complete.
+	// sds.json is last: when Envoy sees it change, the pair is complete.
 	file := connector.NewFile(e.config.CertDir.Join(sdsName), connector.ConfigFile, sds, targetconf.FileOptions{})
 	file.Written = isSDS
 	plan.Files = append(plan.Files, file)
 	if e.pair.ChainPath != "" && len(m.Chain) > 0 {
-		plan.Warnings = append(plan.Warnings, "Envoy serves the certificate without its chain, since a secret names a single certificate file: leave chain_filename out")
+		plan.Warnings = append(plan.Warnings, "Envoy serves the certificate without its chain, since a secret names a single certificate file: remove chain_filename")
 	}
 	return plan, nil
 }
 
-// The parts of a DiscoveryResponse
+// A DiscoveryResponse
 // (https://www.envoyproxy.io/docs/envoy/latest/api-v3/service/discovery/v3/discovery.proto)
-// that holds one Secret with one TlsCertificate
+// with one Secret, which holds one TlsCertificate
 // (https://www.envoyproxy.io/docs/envoy/latest/api-v3/extensions/transport_sockets/tls/v3/common.proto).
 type (
 	discoveryResponse struct {
@@ -126,14 +125,15 @@ type (
 
 const secretType = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
 
-// isSDS reports whether data is a file such as sds makes.
+// isSDS reports whether data looks like the output of sds.
 func isSDS(data []byte) bool {
 	var r discoveryResponse
 	return json.Unmarshal(data, &r) == nil && len(r.Resources) > 0 &&
 		!slices.ContainsFunc(r.Resources, func(s secret) bool { return s.Type != secretType })
 }
 
-// sds is sds.json. The fingerprint as its version makes each one another.
+// sds returns the content of sds.json. Its version is the fingerprint, so it differs for each
+// certificate.
 func (e *envoy) sds(fingerprint string) ([]byte, error) {
 	data, err := json.MarshalIndent(discoveryResponse{
 		VersionInfo: fingerprint,

@@ -48,7 +48,7 @@ func TestConformance(t *testing.T) {
 				clientSSL + " " + profileName: wantProfile(leaf, chain),
 			}
 		},
-		Spare: func(name string) bool {
+		UndoOnly: func(name string) bool {
 			return strings.HasPrefix(name, "ssl-") && strings.HasSuffix(name, unused) || strings.HasPrefix(name, "upload ")
 		},
 	})

@@ -23,7 +23,7 @@ import (
 	"certctl-agent/internal/vendorapi"
 )
 
-// Type is the kind of target.
+// Type returns the target type F5.
 func Type() connector.Type { return typeOf(0) }
 
 // typeOf is Type with calls that are tried again for as long as patience; 0 stands
@@ -34,7 +34,7 @@ func typeOf(patience time.Duration) connector.Type {
 	}}
 }
 
-// config is what can be set.
+// config is the target's configuration.
 type config struct {
 	Host          string             `json:"host" config:"required"`
 	Port          int                `json:"port" default:"443"`

@@ -110,10 +110,10 @@ func TestTrust(t *testing.T) {
 	m := f.material()
 	overlay(t, f.Overlays, map[string]any{})
 	_, err := f.deploy(m)
-	conformance.Says(t, err, "x509: ", "put ca_bundle or server_fingerprint into the target's overlay")
+	conformance.WantError(t, err, "x509: ", "put ca_bundle or server_fingerprint into the target's overlay")
 	overlay(t, f.Overlays, map[string]any{"server_fingerprint": strings.Repeat("ab", 32)})
 	_, err = f.deploy(m)
-	conformance.Says(t, err, "the server's certificate has the SHA-256 fingerprint")
+	conformance.WantError(t, err, "the server's certificate has the SHA-256 fingerprint")
 	if n := len(f.Calls()); n != 0 {
 		t.Errorf("a device that is not believed got %d calls", n)
 	}
@@ -157,7 +157,7 @@ func TestEntries(t *testing.T) {
 	before := f.running()[clientSSL+" "+profileName]
 	m := f.material()
 	_, err = f.deploy(m, unverified()...)
-	conformance.Says(t, err, "the previous certificate is back in place")
+	conformance.WantError(t, err, "the previous certificate is back in place")
 	if after := f.running()[clientSSL+" "+profileName]; after != before {
 		t.Errorf("undone: %s, was %s", after, before)
 	}
@@ -203,7 +203,7 @@ func TestPassphrase(t *testing.T) {
 	m := f.material()
 	m.Leaf, m.Chain, m.KeyPEM = pair.Leaf, nil, pair.KeyPEM()
 	_, err = f.deploy(m, unverified()...)
-	conformance.Says(t, err, "back in place")
+	conformance.WantError(t, err, "back in place")
 	if got := profile(); got != before {
 		t.Errorf("undone: %s, was %s", got, before)
 	}
@@ -222,7 +222,7 @@ func TestInherits(t *testing.T) {
 		t.Fatal("it does not inherit")
 	}
 	_, err := f.deploy(f.material(), unverified()...)
-	conformance.Says(t, err, "back in place")
+	conformance.WantError(t, err, "back in place")
 	if after := f.running(); !maps.Equal(before, after) {
 		t.Errorf("undone: %v", after)
 	}
@@ -237,7 +237,7 @@ func TestServerSSL(t *testing.T) {
 	before := f.running()
 	m := f.material()
 	_, err := f.deploy(m, unverified()...)
-	conformance.Says(t, err, "there was no certificate before")
+	conformance.WantError(t, err, "there was no certificate before")
 	if after := f.running(); !maps.Equal(before, after) {
 		t.Errorf("undone: %v", after)
 	}
@@ -254,7 +254,7 @@ func TestServerSSL(t *testing.T) {
 	}
 	before = f.running()
 	_, err = f.deploy(m, unverified()...)
-	conformance.Says(t, err, "the previous certificate is back in place")
+	conformance.WantError(t, err, "the previous certificate is back in place")
 	if after := f.running(); !maps.Equal(before, after) {
 		t.Errorf("undone: %v", after)
 	}
@@ -270,7 +270,7 @@ func TestServerSSL(t *testing.T) {
 		return bigip.None
 	})
 	_, err = f.deploy(m, unverified()...)
-	conformance.Says(t, err, "somebody else has changed the profile since, and that stays")
+	conformance.WantError(t, err, "somebody else has changed the profile since, and that stays")
 	if got := f.running()[serverSSL+" "+profileName]; !strings.Contains(got, "/Common/other.crt") {
 		t.Errorf("what somebody else did is lost: %s", got)
 	}
@@ -289,7 +289,7 @@ func TestPartitions(t *testing.T) {
 		t.Errorf("got %v", state)
 	}
 	_, err := f.deploy(m, "ssl_profile", "/Common/none")
-	conformance.Says(t, err, "client-ssl profile /Common/none does not exist: make it on the device")
+	conformance.WantError(t, err, "client-ssl profile /Common/none does not exist: make it on the device")
 }
 
 // TestRetention: older files of this target that nothing uses are removed but for
@@ -377,7 +377,7 @@ func TestSave(t *testing.T) {
 				m := f.material()
 				result, err := f.deploy(m)
 				if must {
-					conformance.Says(t, err, word)
+					conformance.WantError(t, err, word)
 					if conformance.Broken(err) != (what == "sync") { // the other unit may have the new certificate
 						t.Errorf("%s: %v", what, err)
 					}
@@ -442,7 +442,7 @@ func TestRestart(t *testing.T) {
 		return bigip.None
 	})
 	_, err := f.deploy(m)
-	conformance.Says(t, err, "the profile does not hold the new certificate any more: the device may have restarted just then", "deploy again")
+	conformance.WantError(t, err, "the profile does not hold the new certificate any more: the device may have restarted just then", "deploy again")
 	f.OnCall(nil)
 	f.mustDeploy(m)
 	f.holds(m)
@@ -483,7 +483,7 @@ func TestOthers(t *testing.T) {
 			return bigip.None
 		})
 		_, err = f.deploy(f.material())
-		conformance.Says(t, err, "somebody else changed the profile just now")
+		conformance.WantError(t, err, "somebody else changed the profile just now")
 		if got := f.running()[clientSSL+" "+profileName]; !strings.Contains(got, "/Common/other.crt") {
 			t.Errorf("%s: what somebody else did is lost: %s", moment, got)
 		}
@@ -519,7 +519,7 @@ func TestLeastRole(t *testing.T) {
 	}
 	before := f.running()
 	_, err = f.deploy(f.material(), unverified()...)
-	conformance.Says(t, err, "back in place")
+	conformance.WantError(t, err, "back in place")
 	after := f.running()
 	// It may not run rm: the uploads hold one byte each.
 	for name, data := range after {
@@ -540,7 +540,7 @@ func TestLeastRole(t *testing.T) {
 	})
 	m := f.material()
 	_, err = f.deploy(m)
-	conformance.Says(t, err, "change the profile: 500")
+	conformance.WantError(t, err, "change the profile: 500")
 	f.mustDeploy(m)
 	pair, err := f.ca.Issue(testca.Template{})
 	must(t, err)
@@ -564,7 +564,7 @@ func TestLeastRole(t *testing.T) {
 	}
 	f.Trust("certctl", "pass-of-certctl", rules[1:]...)
 	_, err = f.deploy(f.material())
-	conformance.Says(t, err, "the account may not "+rules[0].Method)
+	conformance.WantError(t, err, "the account may not "+rules[0].Method)
 }
 
 // TestSecrets looks for the password, the token and the keys in everything that the
@@ -690,7 +690,7 @@ func TestEndless(t *testing.T) {
 	plan, err := c.Plan(t.Context(), f.material())
 	must(t, err)
 	_, _, err = plan.Changes[0].Read(t.Context())
-	conformance.Says(t, err, "10001 entries")
+	conformance.WantError(t, err, "10001 entries")
 	if calls > 3 {
 		t.Errorf("%d calls", calls)
 	}
@@ -716,7 +716,7 @@ func TestTwoTargets(t *testing.T) {
 	})
 	m := f.material()
 	_, err = f.deploy(m, unverified()...)
-	conformance.Says(t, err, "back in place")
+	conformance.WantError(t, err, "back in place")
 	if got := f.running()[clientSSL+" "+profileName]; !strings.Contains(got, "/Common/rsa.crt") || strings.Contains(got, leafPath(m)) {
 		t.Errorf("the profile is %s", got)
 	}

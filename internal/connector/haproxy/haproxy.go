@@ -1,5 +1,5 @@
-// Package haproxy installs certificates for HAProxy: leaf, chain and key in
-// one file, which a `bind ... crt` line names or finds in its directory.
+// Package haproxy installs certificates for HAProxy: leaf, chain and key in one file, which a
+// `bind ... crt` line names directly or by its directory.
 package haproxy
 
 import (
@@ -10,12 +10,12 @@ import (
 	"certctl-agent/internal/targetconf"
 )
 
-// Type is the kind of target.
+// Type returns the target type HAProxy.
 func Type() connector.Type {
 	return connector.Type{Name: "HAProxy", Aliases: map[string]string{"combined_pem_path": "pem_path"}, New: newConnector}
 }
 
-// config is what can be set.
+// config is the target's configuration.
 type config struct {
 	PEMPath targetconf.Path        `json:"pem_path" config:"required"`
 	PEMFile targetconf.FileOptions `json:"pem_file_*" config:"secret"`
@@ -44,7 +44,7 @@ func newConnector(c *targetconf.Config, host connector.Host) (connector.Connecto
 // Plan implements connector.Connector.
 func (h *haproxy) Plan(_ context.Context, m *connector.Material) (*connector.Plan, error) {
 	file := connector.NewFile(h.config.PEMPath, connector.KeyFile, append(m.FullChain(), m.Key()...), h.config.PEMFile)
-	// HAProxy finds each kind of block wherever it stands
+	// HAProxy accepts PEM blocks in any order
 	// (https://docs.haproxy.org/2.6/configuration.html#5.1-crt).
 	file.KeepOthers = true
 	return &connector.Plan{

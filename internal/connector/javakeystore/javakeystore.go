@@ -1,6 +1,6 @@
-// Package javakeystore installs certificates for servers that run on Java: a private key with its
-// chain under an alias of a key store file, in PKCS#12 or in JKS. Whatever else the store holds stays
-// as it is.
+// Package javakeystore installs certificates for Java servers: a private key with its chain under an
+// alias of a key store file, in PKCS#12 or JKS format. The other entries of the store stay as they
+// are.
 package javakeystore
 
 import (
@@ -22,40 +22,40 @@ import (
 	"certctl-agent/internal/targetconf"
 )
 
-// Type is the kind of target.
+// Type returns the target type JavaKeystore.
 func Type() connector.Type { return connector.Type{Name: "JavaKeystore", New: newConnector} }
 
 const (
-	// maxStore bounds a key store, in bytes. The engine replaces no larger file.
+	// maxStore bounds a key store, in bytes. It is the engine's limit for files.
 	maxStore = 4 << 20
 
 	// maxAlias bounds an alias, in bytes.
 	maxAlias = 255
 )
 
-// config is what can be set. Control planes mask every key with key or password in its name.
+// config is the target's configuration. Control planes mask every key with key or password in its name.
 type config struct {
 	Path     targetconf.Path        `json:"keystore_path" config:"required"`
 	File     targetconf.FileOptions `json:"keystore_*" config:"secret"`
 	Password secret.String          `json:"keystore_password"`
-	Type     string                 `json:"keystore_type"` // none: that of the store that is there, else PKCS12
+	Type     string                 `json:"keystore_type"` // "": that of the existing store, else PKCS12
 	Create   *bool                  `json:"create_keystore" default:"true"`
 
 	Alias       string        `json:"alias" default:"server"`
-	KeyPassword secret.String `json:"key_password"` // none: the store's
+	KeyPassword secret.String `json:"key_password"` // "": that of the store
 
-	// LegacyCiphers is for Java 8 before 8u301.
+	// LegacyCiphers is needed for Java 8 before 8u301.
 	LegacyCiphers bool `json:"legacy_ciphers"`
 
 	ValidateCommand string `json:"validate_command"`
 	ReloadCommand   string `json:"reload_command"`
 
-	// Agents that run keytool have these.
+	// Settings of agents that run keytool.
 	Keytool   ignored `json:"keytool_path"`
 	BackupDir ignored `json:"backup_dir"`
 }
 
-// ignored is a setting that is accepted and has no meaning here.
+// ignored is a setting that is accepted and ignored.
 type ignored struct{}
 
 func (*ignored) UnmarshalJSON([]byte) error { return nil }
@@ -63,7 +63,7 @@ func (*ignored) UnmarshalJSON([]byte) error { return nil }
 type javaKeystore struct {
 	config   config
 	format   format // of a new store
-	masked   error  // why the format of a new store is unknown; nil: it is not
+	masked   error  // why the format of a new store is unknown; nil if it is known
 	common   targetconf.Common
 	policy   *policy.Policy
 	validate *policy.Command
@@ -89,7 +89,7 @@ func (k *javaKeystore) check(c *targetconf.Config) error {
 		errs = append(errs, targetconf.Invalid("keystore_password", "is required"))
 	}
 	if alias := k.config.Alias; len(alias) > maxAlias || strings.ContainsFunc(alias, printable.IsControl) {
-		errs = append(errs, targetconf.Invalid("alias", "expected at most %d bytes that print, got %s", maxAlias, printable.Quote(alias)))
+		errs = append(errs, targetconf.Invalid("alias", "expected at most %d printable bytes, got %s", maxAlias, printable.Quote(alias)))
 	}
 	switch strings.ToUpper(k.config.Type) {
 	case "":
@@ -129,16 +129,16 @@ func (k *javaKeystore) Plan(_ context.Context, m *connector.Material) (*connecto
 		Serves:   k.common.Endpoint(),
 	}
 	if k.reload == nil {
-		plan.Caveats = append(plan.Caveats, fmt.Sprintf("reload_command is not set: a server that does not watch %s serves the certificate from before until it starts again", k.config.Path))
+		plan.Caveats = append(plan.Caveats, fmt.Sprintf("reload_command is not set: a server that does not watch %s serves the old certificate until it restarts", k.config.Path))
 	}
 	return plan, nil
 }
 
-// read reads the store that is there, and reports whether every user can; without one it returns no
-// bytes, which are not nil.
+// read returns the existing store, and whether every user can read it. If there is none, data is empty
+// but not nil.
 func (k *javaKeystore) read() (data []byte, open bool, err error) {
 	path := string(k.config.Path)
-	// What may not be written is not read either: the path comes from elsewhere.
+	// The path comes from the control plane: check it before reading, not only before writing.
 	if err := k.policy.CheckPath(hostfile.Real(path)); err != nil {
 		return nil, false, err
 	}
@@ -152,18 +152,18 @@ func (k *javaKeystore) read() (data []byte, open bool, err error) {
 	return append([]byte{}, data...), info.Mode().Perm()&0o004 != 0, nil
 }
 
-// errASCII: of anything else Java says that the password is wrong.
-var errASCII = errors.New("a PKCS12 store opens in Java only with passwords of printable ASCII characters: take others for keystore_password and key_password")
+// errASCII is returned for passwords that Java would reject as wrong.
+var errASCII = errors.New("Java opens a PKCS12 store only with a password of printable ASCII characters: change keystore_password and key_password")
 
 func notASCII(r rune) bool { return r < ' ' || r > '~' }
 
-// errTrustStore refuses what would take the trust store, such as the JDK's cacerts, from other programs:
-// no file with a key in it stays readable for every user.
-var errTrustStore = errors.New("it holds certificates and no private key, and every user can read it, as other programs read a trust store; they could not any more: " +
-	"configure another path, or if only this server needs it, chmod o-r it first")
+// errTrustStore protects trust stores such as the JDK's cacerts. A file with a private key does not
+// stay readable for every user, so other programs would lose their trust store.
+var errTrustStore = errors.New("it looks like a trust store: it holds certificates but no private key, and every user can read it. With a private key other users could not read it any more: " +
+	"configure another path or, if only this server needs the file, run chmod o-r on it first")
 
-// replace returns the store with m under the alias, which is the old one if that has it already. Had
-// is the private key under the alias before, if it can be read. Open says that every user can read was.
+// replace returns the store with m under the alias, or was itself if m is already there. Had is the
+// old private key under the alias, if it can be read. Open says that every user can read was.
 func (k *javaKeystore) replace(was []byte, open bool, m *connector.Material) (data, had []byte, err error) {
 	password := k.config.Password.Reveal()
 	entry, err := newEntry(m, k.config.Alias, cmp.Or(k.config.KeyPassword.Reveal(), password))
@@ -197,7 +197,7 @@ func (k *javaKeystore) replace(was []byte, open bool, m *connector.Material) (da
 	return data, had, err
 }
 
-// open opens the store that is there, which keeps its format, or else makes one.
+// open opens the existing store, which keeps its format, or makes a new one if data is empty.
 func (k *javaKeystore) open(data []byte, password string) (store, error) {
 	if len(data) == 0 {
 		return k.create(password)

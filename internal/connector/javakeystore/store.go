@@ -14,11 +14,11 @@ import (
 	"certctl-agent/internal/pkcs12"
 )
 
-// maxWork bounds what reading and writing a PKCS#12 store costs, in bytes that are hashed: about five
-// seconds. NSS and GnuTLS ask for a quarter of it.
+// maxWork bounds the key derivation of a PKCS#12 store, in hashed bytes: about five seconds. Stores
+// of NSS and GnuTLS need a quarter of it.
 const maxWork = 1 << 30
 
-// newEntry is what a deployment puts into a store.
+// newEntry returns the store entry for m.
 func newEntry(m *connector.Material, alias, password string) (keyentry.PrivateKey, error) {
 	key, err := pemutil.ParseKey(m.KeyPEM)
 	if err != nil {
@@ -29,21 +29,21 @@ func newEntry(m *connector.Material, alias, password string) (keyentry.PrivateKe
 	return keyentry.PrivateKey{Alias: alias, PKCS8: der, Chain: chain, Created: time.Now(), Password: password}, err
 }
 
-// store is a key store in one of the formats.
+// store is a key store of any format.
 type store interface {
-	// Find returns the private key under an alias, nil if there is none.
+	// Find returns the private key under alias, or nil if there is none.
 	Find(alias, password string) (*keyentry.PrivateKey, error)
 
-	// Put puts a private key in place of the one with its alias, and reports whether the store changed.
+	// Put sets the private key under its alias, and reports whether the store changed.
 	Put(keyentry.PrivateKey) (changed bool, err error)
 
 	Encode() ([]byte, error)
 
-	// IsTrustStore reports whether there are entries, and none that is a private key.
+	// IsTrustStore reports whether the store has entries but no private keys.
 	IsTrustStore() bool
 }
 
-// format is a type of store, by Java's name.
+// format is a store type by its Java name.
 type format string
 
 const (
@@ -51,9 +51,9 @@ const (
 	jksFormat    format = "JKS"
 )
 
-var errFormat = errors.New("it is neither PKCS12 nor JKS, or damaged: correct the path, or have it converted (keytool -importkeystore -deststoretype PKCS12), or remove it")
+var errFormat = errors.New("it is neither PKCS12 nor JKS, or it is damaged: correct the path, convert the file (keytool -importkeystore -deststoretype PKCS12), or remove it")
 
-// formatOf recognises a store.
+// formatOf returns the format of a store.
 func formatOf(data []byte) (format, error) {
 	switch {
 	case pkcs12.Is(data):
@@ -80,26 +80,26 @@ func (f format) open(data []byte, password string, legacy bool) (store, error) {
 	return pkcs12Store{s, legacy}, err
 }
 
-// explain says what to do about an error.
+// explain adds to an error what to do about it.
 func explain(err error) error {
 	switch {
 	case errors.Is(err, pkcs12.ErrPassword), errors.Is(err, jks.ErrPassword):
-		return errors.New("keystore_password does not open it, or it is damaged: compare with keytool -list")
+		return errors.New("keystore_password does not open it, or it is damaged: try keytool -list")
 	case errors.Is(err, pkcs12.ErrWork):
-		return errors.New("opening it takes too much work: have it written anew with fewer iterations (keytool -importkeystore)")
+		return errors.New("opening it takes too much work: write it again with fewer iterations (keytool -importkeystore)")
 	case errors.Is(err, jks.ErrJCEKS):
-		return errors.New("it is of type JCEKS, which is not written: have it converted (keytool -importkeystore -deststoretype PKCS12)")
+		return errors.New("its type JCEKS is not supported: convert it (keytool -importkeystore -deststoretype PKCS12)")
 	case errors.Is(err, pkcs12.ErrAlias), errors.Is(err, jks.ErrAlias):
-		return fmt.Errorf("%w, which is not replaced: configure another alias", err)
+		return fmt.Errorf("%w and is not replaced: configure another alias", err)
 	case errors.Is(err, pkcs12.ErrNameless):
-		return fmt.Errorf("%w: have the store written anew (keytool -importkeystore), or use the alias of that key", err)
+		return fmt.Errorf("%w: write the store again (keytool -importkeystore), or use the alias of that key", err)
 	}
 	return err
 }
 
-// errKeyPassword: a server that knows the key under its own password would not find the new one under
-// the store's.
-var errKeyPassword = errors.New("the private key there is under another password than the store: set key_password to what the server has for it, " +
+// errKeyPassword is returned because a server that has a separate password for the key could not open
+// a new key under the store's password.
+var errKeyPassword = errors.New("the existing private key has another password than the store: set key_password to the one that the server uses, " +
 	"or delete the entry (keytool -delete)")
 
 type pkcs12Store struct {

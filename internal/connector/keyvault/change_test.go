@@ -86,13 +86,13 @@ func TestDeleted(t *testing.T) {
 	s.Forget()
 	words := []string{"can be recovered until 20", "az keyvault certificate recover --vault-name", "az keyvault certificate purge --vault-name", "certificate_name"}
 	_, err := f.deploy(f.material())
-	conformance.Says(t, err, words...)
+	conformance.WantError(t, err, words...)
 	if s.made("import www") > 0 || conformance.Broken(err) {
 		t.Errorf("it was imported: %v", err)
 	}
 	f.vault.Deny("deleted") // then the import says it
 	_, err = f.deploy(f.material())
-	conformance.Says(t, err, "import", "can be recovered,", "az keyvault certificate recover --vault-name")
+	conformance.WantError(t, err, "import", "can be recovered,", "az keyvault certificate recover --vault-name")
 	if conformance.Broken(err) {
 		t.Errorf("nothing was changed, and the target needs a person: %v", err)
 	}
@@ -108,7 +108,7 @@ func TestDeleted(t *testing.T) {
 	}
 	_, err = f.deploy(f.material())
 	f.Before = nil
-	conformance.Says(t, err, errChanged.Error())
+	conformance.WantError(t, err, errChanged.Error())
 }
 
 // A version that waits for its certificate is in the way, and one whose creation was given
@@ -118,14 +118,14 @@ func TestPending(t *testing.T) {
 	f := s.fixture(t, environment())
 	f.vault.Create("www")
 	_, err := f.deploy(f.material())
-	conformance.Says(t, err, "import: 409 Conflict", "status is inProgress", "az keyvault certificate pending delete --vault-name")
+	conformance.WantError(t, err, "import: 409 Conflict", "status is inProgress", "az keyvault certificate pending delete --vault-name")
 	if n := len(f.vault.Versions("www")); conformance.Broken(err) || n != 1 {
 		t.Errorf("%v leaves %d versions", err, n)
 	}
 	f.vault.GiveUp("www")
 	m := f.material()
 	_, err = f.deploy(m, unverified()...)
-	conformance.Says(t, err, "verification failed")
+	conformance.WantError(t, err, "verification failed")
 	if at := current(f.vault); conformance.Broken(err) || at.Enabled || !at.Certificate.Equal(m.Leaf) {
 		t.Errorf("%v leaves %+v", err, at)
 	}
@@ -142,7 +142,7 @@ func TestUndo(t *testing.T) {
 			f.theirs(func(v *azure.Version) { v.Policy.Secret.ContentType = form })
 			before := current(f.vault)
 			_, err := f.deploy(f.material(), unverified()...)
-			conformance.Says(t, err, "verification failed")
+			conformance.WantError(t, err, "verification failed")
 			after := current(f.vault)
 			if conformance.Broken(err) || !after.Certificate.Equal(before.Certificate) || string(after.Key) != string(before.Key) || !maps.Equal(after.Tags, before.Tags) ||
 				after.Policy.Secret.ContentType != form || !*after.Policy.Key.Exportable || after.ID == before.ID {
@@ -155,7 +155,7 @@ func TestUndo(t *testing.T) {
 		f.theirs(func(v *azure.Version) { v.Policy.Key.Exportable = new(false) })
 		before, m := current(f.vault), f.material()
 		_, err := f.deploy(m, unverified()...)
-		conformance.Says(t, err, "this target needs a person", "certificate www of "+f.vault.Host+": it cannot be undone: the new version "+current(f.vault).ID+" stays the current one",
+		conformance.WantError(t, err, "this target needs a person", "certificate www of "+f.vault.Host+": it cannot be undone: the new version "+current(f.vault).ID+" stays the current one",
 			"the former version "+before.ID+" cannot be imported again (its key cannot be exported)", "az keyvault certificate import --vault-name")
 		if !conformance.Broken(err) || s.made("secret www") > 2 {
 			t.Errorf("got %v", err)
@@ -170,7 +170,7 @@ func TestUndo(t *testing.T) {
 		f.vault.Deny("secret")
 		m := f.material()
 		_, err := f.deploy(m, unverified()...)
-		conformance.Says(t, err, "it cannot be undone", "Microsoft.KeyVault/vaults/secrets/getSecret/action")
+		conformance.WantError(t, err, "it cannot be undone", "Microsoft.KeyVault/vaults/secrets/getSecret/action")
 		f.holds(m)
 		f.mustDeploy(f.material())
 	})
@@ -178,7 +178,7 @@ func TestUndo(t *testing.T) {
 		f := s.fixture(t, environment())
 		m := f.material()
 		_, err := f.deploy(m, unverified()...)
-		conformance.Says(t, err, "verification failed")
+		conformance.WantError(t, err, "verification failed")
 		if at := current(f.vault); conformance.Broken(err) || at == nil || at.Enabled {
 			t.Errorf("%v leaves %+v", err, at)
 		}
@@ -189,7 +189,7 @@ func TestUndo(t *testing.T) {
 		f := s.fixture(t, environment())
 		f.vault.Deny("update")
 		_, err := f.deploy(f.material(), unverified()...)
-		conformance.Says(t, err, "this target needs a person", "could not be disabled (az keyvault certificate set-attributes --vault-name", "--enabled false)", "certificates/update/action")
+		conformance.WantError(t, err, "this target needs a person", "could not be disabled (az keyvault certificate set-attributes --vault-name", "--enabled false)", "certificates/update/action")
 	})
 	t.Run("a first that failed, then another", func(t *testing.T) {
 		f := s.fixture(t, environment())
@@ -212,7 +212,7 @@ func TestUndo(t *testing.T) {
 			return nil
 		}
 		_, err := f.deploy(f.material(), unverified()...)
-		conformance.Says(t, err, "this target needs a person", "could not be imported again", "certificates/import/action")
+		conformance.WantError(t, err, "this target needs a person", "could not be imported again", "certificates/import/action")
 	})
 }
 
@@ -231,7 +231,7 @@ func TestOthers(t *testing.T) {
 			return nil
 		}
 		_, err := f.deploy(f.material(), unverified()...)
-		conformance.Says(t, err, want)
+		conformance.WantError(t, err, want)
 		if conformance.Broken(err) != (op == "restore") {
 			t.Errorf("%s: got %v", op, err)
 		}
@@ -344,7 +344,7 @@ func TestRights(t *testing.T) {
 		f.vault.Deny(operation)
 		before := current(f.vault)
 		_, err := f.deploy(f.material())
-		conformance.Says(t, err, words...)
+		conformance.WantError(t, err, words...)
 		if at := current(f.vault); conformance.Broken(err) || at.ID != before.ID {
 			t.Errorf("%s: %v leaves another version", operation, err)
 		}
@@ -352,10 +352,10 @@ func TestRights(t *testing.T) {
 	f := s.fixture(t, environment())
 	s.Next("get", azure.Fault{Status: 403, Body: `{"error":{"code":"Forbidden","message":"Client address is not authorized","innererror":{"code":"ForbiddenByFirewall"}}}`})
 	_, err := f.deploy(f.material())
-	conformance.Says(t, err, "Client address is not authorized", "the vault's firewall does not let this host in")
+	conformance.WantError(t, err, "Client address is not authorized", "the vault's firewall does not let this host in")
 	s.Next("import", azure.Fault{Status: 400, Body: `{"error":{"code":"BadParameter","message":"Unsupported key operation(s): \"wrapKey\", \"unwrapKey\". Supported values are \"sign\", \"verify\"."}}`})
 	_, err = f.deploy(f.material())
-	conformance.Says(t, err, "import: 400 Bad Request", "have the certificate issued with the key usage digitalSignature alone")
+	conformance.WantError(t, err, "import: 400 Bad Request", "have the certificate issued with the key usage digitalSignature alone")
 }
 
 // Tags that do not fit are refused before anything is done.
@@ -368,7 +368,7 @@ func TestTags(t *testing.T) {
 		}
 	})
 	_, err := f.deploy(f.material())
-	conformance.Says(t, err, "there would be 16, and Key Vault allows 15")
+	conformance.WantError(t, err, "there would be 16, and Key Vault allows 15")
 	if slices.Contains(s.Calls(), "import www") {
 		t.Error("it was imported")
 	}
@@ -392,12 +392,12 @@ func TestAnswers(t *testing.T) {
 		f := s.fixture(t, environment())
 		s.Next("get", azure.Fault{Status: 200, Body: body})
 		_, err := f.deploy(f.material())
-		conformance.Says(t, err, want)
+		conformance.WantError(t, err, want)
 	}
 	f := s.fixture(t, environment())
 	s.Next("get", azure.Fault{Status: 403, Body: "<html>\x1b[31mno" + strings.Repeat("x", 100_000)})
 	_, err := f.deploy(f.material())
-	conformance.Says(t, err, "something before the vault gave that answer")
+	conformance.WantError(t, err, "something before the vault gave that answer")
 	if err != nil && (len(err.Error()) > 2000 || strings.Contains(err.Error(), "\x1b")) {
 		t.Errorf("got %d bytes: %.300q", len(err.Error()), err)
 	}

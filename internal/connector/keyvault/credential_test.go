@@ -131,7 +131,7 @@ func TestCredentials(t *testing.T) {
 			m := f.material()
 			_, err := f.deploy(m, append(slices.Clone(test.more), "credential_mode", test.mode)...)
 			if test.says != "" {
-				conformance.Says(t, err, test.says)
+				conformance.WantError(t, err, test.says)
 				if err != nil && strings.Contains(err.Error(), "before the vault") {
 					t.Errorf("%s: the error takes what gives tokens for the vault: %v", test.name, err)
 				}
@@ -192,18 +192,18 @@ func TestCLI(t *testing.T) {
 	f.mustDeploy(f.material())
 	printed = `{"accessToken": "hunter2 hunter2"}`
 	_, err := f.deploy(f.material())
-	conformance.Says(t, err, "az account get-access-token: az printed no token")
+	conformance.WantError(t, err, "az account get-access-token: az printed no token")
 	if strings.Contains(err.Error(), "hunter2") {
 		t.Errorf("the error shows what az printed: %v", err)
 	}
 	failed = errors.New("az: exit status 1: Please run 'az login' to setup account.")
 	_, err = f.deploy(f.material())
-	conformance.Says(t, err, "there are no credentials for the vault on this host", "client_secret: not available: set AZURE_CLIENT_ID", "workload_identity: not available: AZURE_FEDERATED_TOKEN_FILE",
+	conformance.WantError(t, err, "there are no credentials for the vault on this host", "client_secret: not available: set AZURE_CLIENT_ID", "workload_identity: not available: AZURE_FEDERATED_TOKEN_FILE",
 		"managed_identity: not available: nothing answers at 127.0.0.1:1", "az account get-access-token: not available: az: exit status 1: Please run 'az login'")
 	f.Policy.Commands = [][]string{{"/bin/true"}}
 	asked = policy.Command{}
 	_, err = f.deploy(f.material())
-	conformance.Says(t, err, "CERTCTL_ALLOWED_COMMANDS")
+	conformance.WantError(t, err, "CERTCTL_ALLOWED_COMMANDS")
 	if asked.Argv != nil {
 		t.Errorf("it ran %q", asked.Argv)
 	}
@@ -249,7 +249,7 @@ func TestTokens(t *testing.T) {
 	s.Refuse(true)
 	f = s.fixture(t, environment())
 	_, err := f.deploy(f.material())
-	conformance.Says(t, err, "the vault does not accept the token of client_secret")
+	conformance.WantError(t, err, "the vault does not accept the token of client_secret")
 	if tokens() != 2 {
 		t.Errorf("%d tokens that are refused", tokens())
 	}
@@ -271,7 +271,7 @@ func TestChallenge(t *testing.T) {
 		f := s.fixture(t, environment())
 		f.vault.Challenge(header)
 		_, err := f.deploy(f.material())
-		conformance.Says(t, err, want)
+		conformance.WantError(t, err, want)
 		if calls := s.Calls(); !slices.Equal(calls, []string{"challenge www"}) {
 			t.Errorf("%s: made %q", header, calls)
 		}
@@ -287,7 +287,7 @@ func TestChallenge(t *testing.T) {
 	s.Next("challenge", azure.Fault{Status: 200, Body: "{}"})
 	f = s.fixture(t, environment())
 	_, err := f.deploy(f.material())
-	conformance.Says(t, err, "that is not a vault")
+	conformance.WantError(t, err, "that is not a vault")
 }
 
 // The metadata service of Azure is not there while it is updated, in several ways.
@@ -316,7 +316,7 @@ func TestForeignMetadata(t *testing.T) {
 		f := s.fixture(t, env)
 		f.typ = s.typ(env, waits{patience: time.Nanosecond})
 		_, err := f.deploy(f.material(), "credential_mode", "managed_identity")
-		conformance.Says(t, err, "a token for the vault by managed_identity: ", want)
+		conformance.WantError(t, err, "a token for the vault by managed_identity: ", want)
 		if strings.Contains(err.Error(), "\x1b") {
 			t.Errorf("got %q", err)
 		}

@@ -82,7 +82,7 @@ func TestFaults(t *testing.T) {
 				f.holds(m)
 				return
 			}
-			conformance.Says(t, err, test.says)
+			conformance.WantError(t, err, test.says)
 			if at := current(f.vault); conformance.Broken(err) || !at.Certificate.Equal(before.Certificate) || string(at.Key) != string(before.Key) {
 				t.Errorf("%v leaves another version", err)
 			}
@@ -126,7 +126,7 @@ func TestUndoFails(t *testing.T) {
 		}
 		_, err := f.deploy(f.material(), unverified()...)
 		f.Before = nil
-		conformance.Says(t, err, "this target needs a person", "could not be imported again")
+		conformance.WantError(t, err, "this target needs a person", "could not be imported again")
 		if _, err = f.deploy(f.material(), unverified()...); conformance.Broken(err) {
 			t.Errorf("%s: the next deployment: %v", name, err)
 		}

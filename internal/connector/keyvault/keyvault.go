@@ -23,7 +23,7 @@ import (
 	"certctl-agent/internal/vendorapi"
 )
 
-// Type is the kind of target.
+// Type returns the target type AzureKeyVault.
 func Type() connector.Type { return typeOf(waits{}) }
 
 // waits are how long something is waited for; zero values are the defaults.
@@ -42,7 +42,7 @@ func typeOf(w waits) connector.Type {
 	}}
 }
 
-// config is what can be set.
+// config is the target's configuration.
 type config struct {
 	VaultURL        string          `json:"vault_url" config:"required"`
 	CertificateName string          `json:"certificate_name" config:"required"`

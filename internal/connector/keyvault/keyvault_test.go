@@ -115,7 +115,7 @@ func TestAuthority(t *testing.T) {
 		}
 		c, err := host.Connector(Type(), map[string]any{"vault_url": "https://example." + test.vault, "certificate_name": "www", "authority_host": test.job})
 		if test.says != "" {
-			conformance.Says(t, err, test.says, "authority_host")
+			conformance.WantError(t, err, test.says, "authority_host")
 			continue
 		}
 		must(t, err)
@@ -133,12 +133,12 @@ func TestAllowedHosts(t *testing.T) {
 	f := s.fixture(t, environment())
 	f.Policy.Hosts = []policy.HostRule{}
 	_, err := f.deploy(f.material())
-	conformance.Says(t, err, "CERTCTL_ALLOWED_HOSTS", f.vault.Host)
+	conformance.WantError(t, err, "CERTCTL_ALLOWED_HOSTS", f.vault.Host)
 	block, err := policy.ParseHostRule("127.0.0.0/8")
 	must(t, err)
 	f.Policy.Hosts = []policy.HostRule{block}
 	_, err = f.deploy(f.material())
-	conformance.Says(t, err, "CERTCTL_ALLOWED_HOSTS", "which a proxy connects to")
+	conformance.WantError(t, err, "CERTCTL_ALLOWED_HOSTS", "which a proxy connects to")
 	if calls := s.Connected(); len(calls) > 0 {
 		t.Errorf("connected to %q", calls)
 	}
@@ -174,7 +174,7 @@ func TestKeys(t *testing.T) {
 		c, err := f.Connector(f.typ, f.config)
 		must(t, err)
 		_, err = c.Plan(t.Context(), m)
-		conformance.Says(t, err, want, "have the key made anew")
+		conformance.WantError(t, err, want, "have the key made anew")
 	}
 	if calls := s.Connected(); len(calls) > 0 {
 		t.Errorf("connected to %q", calls)

@@ -23,7 +23,7 @@ import (
 	"certctl-agent/internal/trustedfile"
 )
 
-// Type is the kind of target.
+// Type returns the target type KubernetesSecrets.
 func Type() connector.Type { return typeOf(serviceAccount, retryFor) }
 
 // serviceAccount is where a pod finds the credentials of its service account,
@@ -43,7 +43,7 @@ func typeOf(podDir string, patience time.Duration) connector.Type {
 	}}
 }
 
-// config is what can be set.
+// config is the target's configuration.
 type config struct {
 	Namespace  string          `json:"namespace" config:"required"`
 	SecretName string          `json:"secret_name" config:"required"`

@@ -88,7 +88,7 @@ func TestNew(t *testing.T) {
 		}
 	}
 	_, err := host.Connector(Type(), map[string]any{"namespace": "web", "secret_name": "www", "context": "a"})
-	conformance.Says(t, err, "context", "kubeconfig_path")
+	conformance.WantError(t, err, "context", "kubeconfig_path")
 }
 
 // Where keys may go is asked before anything is sent.
@@ -99,7 +99,7 @@ func TestAllowedHosts(t *testing.T) {
 	writeKubeconfig(t, path, "https://203.0.113.1:6443")
 	config := map[string]any{"namespace": "web", "secret_name": "www", "kubeconfig_path": path}
 	_, err := host.Connector(Type(), config)
-	conformance.Says(t, err, "CERTCTL_ALLOWED_HOSTS", "203.0.113.1:6443", path)
+	conformance.WantError(t, err, "CERTCTL_ALLOWED_HOSTS", "203.0.113.1:6443", path)
 	writeKubeconfig(t, path, "https://127.0.0.1:6443")
 	if _, err := host.Connector(Type(), config); err != nil {
 		t.Errorf("loopback: %v", err)
@@ -107,7 +107,7 @@ func TestAllowedHosts(t *testing.T) {
 	for _, port := range []string{"0", "65536", "99999999999999999999"} {
 		writeKubeconfig(t, path, "https://127.0.0.1:"+port)
 		_, err = host.Connector(Type(), config)
-		conformance.Says(t, err, path, "expected a port from 1 to 65535")
+		conformance.WantError(t, err, path, "expected a port from 1 to 65535")
 	}
 	block, err := policy.ParseHostRule("203.0.113.0/31")
 	must(t, err)
@@ -119,14 +119,14 @@ func TestAllowedHosts(t *testing.T) {
 	} {
 		writeKubeconfig(t, path, test[0]+"\n    proxy-url: "+test[1])
 		_, err = host.Connector(Type(), config)
-		conformance.Says(t, err, "CERTCTL_ALLOWED_HOSTS", test[2])
+		conformance.WantError(t, err, "CERTCTL_ALLOWED_HOSTS", test[2])
 	}
 	host.Policy.Hosts = []policy.HostRule{}
 	host.Getenv = func(name string) string {
 		return map[string]string{"KUBERNETES_SERVICE_HOST": "fd00::1", "KUBERNETES_SERVICE_PORT": "443"}[name]
 	}
 	_, err = host.Connector(Type(), map[string]any{"namespace": "web", "secret_name": "www"})
-	conformance.Says(t, err, "CERTCTL_ALLOWED_HOSTS", "[fd00::1]:443", "service account")
+	conformance.WantError(t, err, "CERTCTL_ALLOWED_HOSTS", "[fd00::1]:443", "service account")
 
 	writeKubeconfig(t, path, "https://203.0.113.1:6443")
 	must(t, os.WriteFile(filepath.Join(host.Overlays, "default.json"), fmt.Appendf(nil, `{"kubeconfig_path": %q}`, path), 0o600))
@@ -135,7 +135,7 @@ func TestAllowedHosts(t *testing.T) {
 	}
 	config["context"] = "a" // the file may have others, which the overlay does not name
 	_, err = host.Connector(Type(), config)
-	conformance.Says(t, err, "CERTCTL_ALLOWED_HOSTS", "203.0.113.1:6443")
+	conformance.WantError(t, err, "CERTCTL_ALLOWED_HOSTS", "203.0.113.1:6443")
 	must(t, os.WriteFile(filepath.Join(host.Overlays, "default.json"), fmt.Appendf(nil, `{"kubeconfig_path": %q, "context": "a"}`, path), 0o600))
 	if _, err := host.Connector(Type(), config); err != nil {
 		t.Errorf("a context that an overlay names: %v", err)
@@ -172,7 +172,7 @@ func TestMessagesShowNoKey(t *testing.T) {
 		t.Fatal(err)
 	}
 	err = plan.Changes[0].Write(t.Context())
-	conformance.Says(t, err, "denied: [redacted] is not wanted")
+	conformance.WantError(t, err, "denied: [redacted] is not wanted")
 }
 
 // What a proxy says is shown in one line of bounded length.
@@ -194,7 +194,7 @@ func TestProxyRefuses(t *testing.T) {
 	writeKubeconfig(t, path, "https://127.0.0.1:6443\n    proxy-url: http://user:hunter2@"+listener.Addr().String())
 	config := map[string]any{"namespace": "web", "secret_name": "www", "kubeconfig_path": path}
 	_, err = host.Deploy(t.Context(), Type(), config, host.Material(t, testca.Must(t)))
-	conformance.Says(t, err, "the proxy "+listener.Addr().String()+" answers 403")
+	conformance.WantError(t, err, "the proxy "+listener.Addr().String()+" answers 403")
 	if err != nil && (len(err.Error()) > 1000 || strings.Contains(err.Error(), "\x1b") || strings.Contains(err.Error(), "hunter2")) {
 		t.Errorf("got %d bytes: %.300q", len(err.Error()), err)
 	}
@@ -224,7 +224,7 @@ func TestAnswers(t *testing.T) {
 	} {
 		say = answer
 		_, err := host.Deploy(t.Context(), Type(), map[string]any{"namespace": "web", "secret_name": "www"}, m)
-		conformance.Says(t, err, want)
+		conformance.WantError(t, err, want)
 	}
 }
 

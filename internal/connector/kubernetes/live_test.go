@@ -82,7 +82,7 @@ func installs(t *testing.T, c *cluster) {
 		}
 	}
 	_, err := f.deploy(f.material(), "secret_name", "elsewhere", "create", "false", "kubeconfig_path", f.file("admin", c.Kubeconfig(apiserver.Admin)))
-	conformance.Says(t, err, "does not exist", `"create": false`)
+	conformance.WantError(t, err, "does not exist", `"create": false`)
 }
 
 // A pair that is in the secret already is not written again, whoever put it
@@ -156,7 +156,7 @@ func withCA(t *testing.T, c *cluster) {
 	m = f.material()
 	m.Chain = nil
 	_, err = f.deploy(m, "ca_crt", true)
-	conformance.Says(t, err, "ca_crt", "without a chain")
+	conformance.WantError(t, err, "ca_crt", "without a chain")
 }
 
 // Each verb that a user lacks is named, and nothing is broken by it.
@@ -192,7 +192,7 @@ func permissions(t *testing.T, c *cluster) {
 				f.holds(m)
 				return
 			}
-			conformance.Says(t, err, "403 Forbidden", "verb "+test.verb, "www", f.in, `User "`+test.user+`" cannot `+test.verb)
+			conformance.WantError(t, err, "403 Forbidden", "verb "+test.verb, "www", f.in, `User "`+test.user+`" cannot `+test.verb)
 			if conformance.Broken(err) {
 				t.Errorf("it needs a person: %v", err)
 			}
@@ -204,12 +204,12 @@ func permissions(t *testing.T, c *cluster) {
 	t.Run("first deployment is undone without delete", func(t *testing.T) {
 		f := c.fixture(t, "agent")
 		_, err := f.deploy(f.material(), unverified()...)
-		conformance.Says(t, err, "this target needs a person", "verb delete")
+		conformance.WantError(t, err, "this target needs a person", "verb delete")
 	})
 	t.Run("no such namespace", func(t *testing.T) {
 		f := c.fixture(t, apiserver.Admin)
 		_, err := f.deploy(f.material(), "namespace", "nowhere")
-		conformance.Says(t, err, "the namespace nowhere does not exist")
+		conformance.WantError(t, err, "the namespace nowhere does not exist")
 		if conformance.Broken(err) {
 			t.Errorf("it needs a person: %v", err)
 		}
@@ -217,7 +217,7 @@ func permissions(t *testing.T, c *cluster) {
 	t.Run("no such user", func(t *testing.T) {
 		f := c.fixture(t, "stranger")
 		_, err := f.deploy(f.material())
-		conformance.Says(t, err, "401 Unauthorized", "credentials of "+f.config["kubeconfig_path"].(string))
+		conformance.WantError(t, err, "401 Unauthorized", "credentials of "+f.config["kubeconfig_path"].(string))
 	})
 }
 
@@ -235,7 +235,7 @@ func refusedSecrets(t *testing.T, c *cluster) {
 		f.make(&test.secret)
 		before := f.secret()
 		_, err := f.deploy(f.material())
-		conformance.Says(t, err, append(test.says, "secret "+f.in+"/www of 127.0.0.1:")...)
+		conformance.WantError(t, err, append(test.says, "secret "+f.in+"/www of 127.0.0.1:")...)
 		if after := f.secret(); conformance.Broken(err) || after.Metadata.ResourceVersion != before.Metadata.ResourceVersion {
 			t.Errorf("%s: %v, changed to %+v", test.name, err, after)
 		}
@@ -254,7 +254,7 @@ func refusedSecrets(t *testing.T, c *cluster) {
 	_, err := f.Do(t.Context(), http.MethodDelete, "/api/v1/namespaces/"+f.in+"/secrets/www", nil)
 	must(t, err)
 	_, err = f.deploy(f.material())
-	conformance.Says(t, err, "is being deleted")
+	conformance.WantError(t, err, "is being deleted")
 	f.patch(map[string]any{"metadata": map[string]any{"finalizers": nil}})
 }
 
@@ -278,7 +278,7 @@ func changedBetween(t *testing.T, c *cluster) {
 		f.mustDeploy(f.material())
 		f.at("change", func() { f.patch(theirs) })
 		_, err := f.deploy(f.material())
-		conformance.Says(t, err, "somebody else changed")
+		conformance.WantError(t, err, "somebody else changed")
 		if s := f.secret(); conformance.Broken(err) || string(s.Data["tls.crt"]) != "theirs" {
 			t.Errorf("got %v, and the secret has %q", err, s.Data["tls.crt"])
 		}
@@ -293,7 +293,7 @@ func changedBetween(t *testing.T, c *cluster) {
 			f.make(&secret{Type: "kubernetes.io/tls", Data: map[string][]byte{"tls.crt": []byte("theirs"), "tls.key": nil}})
 		})
 		_, err := f.deploy(f.material())
-		conformance.Says(t, err, "somebody else changed")
+		conformance.WantError(t, err, "somebody else changed")
 		if s := f.secret(); conformance.Broken(err) || string(s.Data["tls.crt"]) != "theirs" {
 			t.Errorf("got %v, and the secret has %q", err, s.Data["tls.crt"])
 		}
@@ -336,7 +336,7 @@ func conflicts(t *testing.T, c *cluster) {
 	puts.Store(0)
 	most = 1000
 	_, err := f.deploy(f.material())
-	conformance.Says(t, err, "409 Conflict", "tried 10 times", "keeps changing it")
+	conformance.WantError(t, err, "409 Conflict", "tried 10 times", "keeps changing it")
 	if conformance.Broken(err) || puts.Load() != maxTries {
 		t.Errorf("%d tries: %v", puts.Load(), err)
 	}
@@ -346,7 +346,7 @@ func conflicts(t *testing.T, c *cluster) {
 func undoes(t *testing.T, c *cluster) {
 	f := c.fixture(t, "remover")
 	_, err := f.deploy(f.material(), unverified()...)
-	conformance.Says(t, err, "verify", "so the new one was removed")
+	conformance.WantError(t, err, "verify", "so the new one was removed")
 	if f.secret() != nil || conformance.Broken(err) {
 		t.Errorf("a secret that was not there is: %v", err)
 	}
@@ -354,7 +354,7 @@ func undoes(t *testing.T, c *cluster) {
 	f.mustDeploy(m, "labels", map[string]any{"team": "web"})
 	before := f.secret()
 	_, err = f.deploy(f.material(), append(unverified(), "labels", map[string]any{"team": "ops", "more": "x"})...)
-	conformance.Says(t, err, "verify", "the previous certificate is back in place")
+	conformance.WantError(t, err, "verify", "the previous certificate is back in place")
 	f.holds(m)
 	if after := f.secret(); conformance.Broken(err) || fmt.Sprint(after.Metadata.Labels, after.Metadata.Annotations) != fmt.Sprint(before.Metadata.Labels, before.Metadata.Annotations) {
 		t.Errorf("%v: from %+v to %+v", err, before.Metadata, after.Metadata)
@@ -370,7 +370,7 @@ func undoLeavesNewer(t *testing.T, c *cluster) {
 		}
 		f.at("restore", func() { f.patch(theirs) })
 		_, err := f.deploy(f.material(), unverified()...)
-		conformance.Says(t, err, "this target needs a person", "somebody else has changed it since")
+		conformance.WantError(t, err, "this target needs a person", "somebody else has changed it since")
 		if s := f.secret(); s == nil || string(s.Data["tls.crt"]) != "theirs" {
 			t.Errorf("first %t: theirs is gone", first)
 		}
@@ -378,7 +378,7 @@ func undoLeavesNewer(t *testing.T, c *cluster) {
 	f := c.fixture(t, "remover")
 	f.at("restore", func() { f.patch(map[string]any{"data": map[string]any{"more": "eA=="}}) })
 	_, err := f.deploy(f.material(), unverified()...)
-	conformance.Says(t, err, "this target needs a person", `somebody else has put "more" into it`)
+	conformance.WantError(t, err, "this target needs a person", `somebody else has put "more" into it`)
 	if f.secret() == nil {
 		t.Error("a secret with somebody else's data was removed")
 	}
@@ -394,7 +394,7 @@ func undoLeavesNewer(t *testing.T, c *cluster) {
 		return false
 	})
 	_, err = f.deploy(f.material(), unverified()...)
-	conformance.Says(t, err, "this target needs a person", "somebody else has changed it since")
+	conformance.WantError(t, err, "this target needs a person", "somebody else has changed it since")
 	if f.secret() == nil {
 		t.Error("a secret that somebody else had just changed was removed")
 	}
@@ -539,7 +539,7 @@ func credentialForms(t *testing.T, c *cluster) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := f.deploy(f.material(), "kubeconfig_path", write(t, test.user, test.cluster))
-			conformance.Says(t, err, test.says...)
+			conformance.WantError(t, err, test.says...)
 			if err != nil && strings.Contains(err.Error(), "token-of") {
 				t.Errorf("the error shows a token: %v", err)
 			}
@@ -561,7 +561,7 @@ func credentialForms(t *testing.T, c *cluster) {
 		f.Policy.Commands = [][]string{{"/bin/true"}}
 		defer func() { f.Policy.Commands = nil }()
 		_, err := f.deploy(f.material(), "kubeconfig_path", write(t, execOf("token-of-"), nil))
-		conformance.Says(t, err, "CERTCTL_ALLOWED_COMMANDS", plugin)
+		conformance.WantError(t, err, "CERTCTL_ALLOWED_COMMANDS", plugin)
 		f.Policy.Commands = [][]string{{plugin, "*"}}
 		f.mustDeploy(f.material(), "kubeconfig_path", write(t, execOf("token-of-"), nil))
 	})
@@ -621,16 +621,16 @@ func tokenRotates(t *testing.T, c *cluster) {
 	// The cluster's authority changes too.
 	must(t, os.WriteFile(filepath.Join(pod, "ca.crt"), f.cluster.ca.PEM(), 0o644))
 	_, err = f.deploy(f.material())
-	conformance.Says(t, err, "x509")
+	conformance.WantError(t, err, "x509")
 	must(t, os.WriteFile(filepath.Join(pod, "ca.crt"), append(f.cluster.ca.PEM(), c.CA.PEM()...), 0o644))
 	f.mustDeploy(f.material())
 
 	rotate("stranger")
 	_, err = f.deploy(f.material())
-	conformance.Says(t, err, "401 Unauthorized", "the service account of this pod")
+	conformance.WantError(t, err, "401 Unauthorized", "the service account of this pod")
 	f.Getenv = nil
 	_, err = f.deploy(f.material())
-	conformance.Says(t, err, "kubeconfig_path", "KUBERNETES_SERVICE_HOST")
+	conformance.WantError(t, err, "kubeconfig_path", "KUBERNETES_SERVICE_HOST")
 }
 
 // An API server that is busy is asked again, when it says so.
@@ -668,7 +668,7 @@ func busy(t *testing.T, c *cluster) {
 		return true
 	})
 	_, err := f.deploy(f.material())
-	conformance.Says(t, err, "429 Too Many Requests", "given up after")
+	conformance.WantError(t, err, "429 Too Many Requests", "given up after")
 }
 
 // An API server that does not answer is not waited for.
@@ -686,13 +686,13 @@ func hangs(t *testing.T, c *cluster) {
 	}
 	p.onRequest(hung)
 	_, err := f.deploy(f.material(), "command_timeout", "1s")
-	conformance.Says(t, err, "no answer within 1s", "get:")
+	conformance.WantError(t, err, "no answer within 1s", "get:")
 	if conformance.Broken(err) {
 		t.Error(err)
 	}
 	p.onRequest(func(w http.ResponseWriter, r *http.Request) bool { return r.Method == http.MethodPut && hung(w, r) })
 	_, err = f.deploy(f.material(), "command_timeout", "10s")
-	conformance.Says(t, err, "no answer within 10s", "update:")
+	conformance.WantError(t, err, "no answer within 10s", "update:")
 	if conformance.Broken(err) {
 		t.Error(err)
 	}
@@ -730,7 +730,7 @@ func notAnAPIServer(t *testing.T, c *cluster) {
 		requests := 0
 		p.onRequest(func(w http.ResponseWriter, _ *http.Request) bool { requests++; test.answer(w); return true })
 		_, err := f.deploy(f.material())
-		conformance.Says(t, err, test.says...)
+		conformance.WantError(t, err, test.says...)
 		if err != nil && (len(err.Error()) > 2048 || strings.Contains(err.Error(), "\x1b") || requests != 1) {
 			t.Errorf("after %d requests %d bytes: %.300q", requests, len(err.Error()), err)
 		}
@@ -822,7 +822,7 @@ func restarts(t *testing.T, c *cluster) {
 	c.StopAPI()
 	f.typ = typeOf("", time.Millisecond)
 	_, err := f.deploy(m)
-	conformance.Says(t, err, "connection refused")
+	conformance.WantError(t, err, "connection refused")
 	f.typ = typeOf("", patience)
 	deployed := make(chan error, 1)
 	go func() {

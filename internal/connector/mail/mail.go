@@ -1,6 +1,6 @@
-// Package mail installs certificates for the mail servers Postfix and Dovecot:
-// a certificate file, a key file and perhaps a chain file, put in place
-// together and taken up by a reload. One file can hold it all.
+// Package mail installs certificates for the mail servers Postfix and Dovecot: a certificate file, a
+// key file and optionally a chain file, or one file with all of it, replaced together and loaded by
+// a reload.
 package mail
 
 import (
@@ -11,9 +11,9 @@ import (
 	"certctl-agent/internal/targetconf"
 )
 
-// mail needs no setting: there are defaults for each mode.
+// mail requires no configuration: every key has a default for each mode.
 type mail struct {
-	connector.AskedPair
+	connector.QueriedPair
 	mode string
 }
 
@@ -23,17 +23,17 @@ const (
 	dovecot = "dovecot"
 )
 
-// Postfix is the kind of target.
+// Postfix returns the target type Postfix.
 func Postfix() connector.Type { return connector.Type{Name: "Postfix", New: newConnector(postfix)} }
 
-// Dovecot is the kind of target.
+// Dovecot returns the target type Dovecot.
 func Dovecot() connector.Type { return connector.Type{Name: "Dovecot", New: newConnector(dovecot)} }
 
 func newConnector(mode string) func(*targetconf.Config, connector.Host) (connector.Connector, error) {
 	return func(c *targetconf.Config, host connector.Host) (connector.Connector, error) {
-		s := &mail{AskedPair: connector.AskedPair{Config: c, Host: host}}
+		s := &mail{QueriedPair: connector.QueriedPair{Config: c, Host: host}}
 		var more struct {
-			Mode string `json:"mode"` // postfix or dovecot; "": the one of the type
+			Mode string `json:"mode"` // postfix or dovecot; "": that of the type
 		}
 		if err := targetconf.Join(s.Decode(), c.Decode(&more)); err != nil {
 			return nil, err
@@ -57,7 +57,7 @@ func newConnector(mode string) func(*targetconf.Config, connector.Host) (connect
 	}
 }
 
-// askServer finds the key of cert_path in the mail server's own configuration.
+// askServer returns the key for CertPath in the mail server's own configuration.
 func (s *mail) askServer(ctx context.Context) (serverconf.Pair, error) {
 	if s.mode == postfix {
 		return serverconf.Postfix(ctx, s.Host.Query, s.CertPath, s.KeyPath, *s.Validate, *s.Reload)
@@ -67,7 +67,7 @@ func (s *mail) askServer(ctx context.Context) (serverconf.Pair, error) {
 
 // Plan implements connector.Connector.
 func (s *mail) Plan(ctx context.Context, m *connector.Material) (*connector.Plan, error) {
-	// Neither server's own check compares a certificate with its key.
+	// Neither server's configuration check compares a certificate with its key.
 	found, err := s.askServer(ctx)
 	return s.Propose(m, s.mode, found, err)
 }

@@ -1,6 +1,5 @@
-// Package nginx installs certificates for nginx: a certificate file, a key
-// file and perhaps a chain file, put in place together, tested with `nginx -t`
-// and taken up by a graceful reload.
+// Package nginx installs certificates for nginx: a certificate file, a key file and optionally a
+// chain file, replaced together, tested with `nginx -t` and loaded by a graceful reload.
 package nginx
 
 import (
@@ -11,13 +10,13 @@ import (
 	"certctl-agent/internal/targetconf"
 )
 
-// Type is the kind of target.
+// Type returns the target type NGINX.
 func Type() connector.Type { return connector.Type{Name: "NGINX", New: newConnector} }
 
-type nginx struct{ connector.AskedPair }
+type nginx struct{ connector.QueriedPair }
 
 func newConnector(c *targetconf.Config, host connector.Host) (connector.Connector, error) {
-	n := &nginx{connector.AskedPair{Config: c, Host: host}}
+	n := &nginx{connector.QueriedPair{Config: c, Host: host}}
 	if err := n.Decode(); err != nil {
 		return nil, err
 	}

@@ -175,7 +175,7 @@ func TestConformance(t *testing.T) {
 		Want: func(m *connector.Material) map[string][]byte {
 			return map[string][]byte{"cert.pem": conformance.PEM(m.Leaf), "chain.pem": conformance.PEM(m.Chain...), "key.pem": m.KeyPEM}
 		},
-		Spare: func(name string) bool { return strings.HasPrefix(name, markPrefix) },
+		UndoOnly: func(name string) bool { return strings.HasPrefix(name, markPrefix) },
 	})
 }
 

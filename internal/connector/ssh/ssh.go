@@ -17,10 +17,10 @@ import (
 	"certctl-agent/internal/targetconf"
 )
 
-// Type is the kind of target.
+// Type returns the target type localhost.
 func Type() connector.Type { return connector.Type{Name: "SSH", New: newConnector} }
 
-// config is what can be set.
+// config is the target's configuration.
 type config struct {
 	Host string `json:"host" config:"required"`
 	Port int    `json:"port" default:"22"`

@@ -1,7 +1,6 @@
-// Package traefik installs certificates for Traefik's file provider: a
-// certificate file and a key file, and then the dynamic configuration that
-// names them. Traefik watches that one, not the pair
-// (https://doc.traefik.io/traefik/providers/file/), so it is replaced last.
+// Package traefik installs certificates for Traefik's file provider: a certificate file, a key file,
+// and then the dynamic configuration that names them. Traefik watches the dynamic configuration,
+// not the pair (https://doc.traefik.io/traefik/providers/file/), so it is replaced last.
 package traefik
 
 import (
@@ -17,16 +16,16 @@ import (
 	"certctl-agent/internal/targetconf"
 )
 
-// Type is the kind of target.
+// Type returns the target type Traefik.
 func Type() connector.Type {
 	return connector.Type{Name: "Traefik", Aliases: map[string]string{"watch_dir": "cert_dir"}, New: newConnector}
 }
 
-// config is what can be set.
+// config is the target's configuration.
 type config struct {
 	connector.DirPair
-	DynamicConfig targetconf.Path `json:"dynamic_config"` // none: somebody else tells Traefik
-	ReloadCommand string          `json:"reload_command"` // none: Traefik needs none
+	DynamicConfig targetconf.Path `json:"dynamic_config"` // "": none is written
+	ReloadCommand string          `json:"reload_command"`
 }
 
 type traefik struct {
@@ -63,7 +62,7 @@ func (t *traefik) checkDynamic() error {
 	default:
 		return targetconf.Invalid("dynamic_config", "expected a .yml, .yaml or .toml file: Traefik loads no others")
 	}
-	// Traefik runs these files through text/template.
+	// Traefik executes its dynamic configuration as a text/template.
 	if strings.Contains(string(t.pair.CertPath+t.pair.KeyPath), "{{") {
 		return targetconf.Invalid("cert_dir", "holds {{, which Traefik would take for a template")
 	}
@@ -77,18 +76,17 @@ func (t *traefik) Plan(_ context.Context, m *connector.Material) (*connector.Pla
 	if t.config.DynamicConfig != "" {
 		plan.Files = append(plan.Files, t.dynamic(pemutil.Fingerprint(m.Leaf)))
 	} else if t.reload == nil {
-		plan.Caveats = append(plan.Caveats, "Traefik is not told of the new certificate and goes on with the old one until something else changes "+
-			"its dynamic configuration: set dynamic_config to a file that Traefik watches")
+		plan.Caveats = append(plan.Caveats, "Traefik keeps using the old certificate until its dynamic configuration changes: "+
+			"set dynamic_config to a file that Traefik watches")
 	}
 	return plan, nil
 }
 
-// marker begins a dynamic configuration that is ours to replace.
+// marker is the start of every dynamic configuration that the agent wrote.
 const marker = "# Written by certctl-agent"
 
-// dynamic is the file that Traefik watches. One that an operator wrote keeps
-// its bytes: being replaced is all that it takes for Traefik to read the pair
-// again.
+// dynamic returns the file that Traefik watches. An operator's file keeps its content: replacing it
+// with a copy is enough to make Traefik read the pair again.
 func (t *traefik) dynamic(fingerprint string) connector.File {
 	file := connector.NewFile(t.config.DynamicConfig, connector.ConfigFile, t.content(fingerprint), targetconf.FileOptions{})
 	file.Keep, file.Written = true, isOurs
@@ -97,8 +95,8 @@ func (t *traefik) dynamic(fingerprint string) connector.File {
 
 func isOurs(data []byte) bool { return bytes.HasPrefix(data, []byte(marker)) }
 
-// content names the pair. The fingerprint makes every version of the file
-// another one, for whoever compares.
+// content returns a configuration that names the pair. The fingerprint in it makes each version
+// different.
 func (t *traefik) content(fingerprint string) []byte {
 	lines := []string{
 		marker + " for the certificate " + fingerprint + ".",
@@ -113,8 +111,8 @@ func (t *traefik) content(fingerprint string) []byte {
 	return []byte(strings.Join(lines, "\n") + "\n")
 }
 
-// quote makes a string that TOML and YAML read as JSON does.
+// quote returns path as a JSON string, which is also valid TOML and YAML.
 func quote(path targetconf.Path) string {
-	quoted, _ := json.Marshal(path) // a string always can be
+	quoted, _ := json.Marshal(path) // cannot fail for a string
 	return string(quoted)
 }

@@ -208,7 +208,7 @@ func TestNotTold(t *testing.T) {
 			if err != nil || result.Unchanged != unchanged {
 				t.Fatalf("%v: got %+v, %v, want it unchanged: %v", config, result, err, unchanged)
 			}
-			if warned := strings.Contains(fmt.Sprint(result.Warnings), "goes on with the old one"); warned != (!test.told && !unchanged) {
+			if warned := strings.Contains(fmt.Sprint(result.Warnings), "keeps using the old certificate"); warned != (!test.told && !unchanged) {
 				t.Errorf("%v, unchanged: %v: warnings %q", config, unchanged, result.Warnings)
 			}
 		}

@@ -88,7 +88,7 @@ func TestConformanceIIS(t *testing.T) {
 			want["Default Web Site/https/*:443:www.example.org"] = []byte(thumbprint(m.Leaf) + "|WebHosting|1")
 			return want
 		},
-		Spare: isSpare,
+		UndoOnly: isSpare,
 	})
 }
 
@@ -114,6 +114,6 @@ func TestConformanceWinCertStore(t *testing.T) {
 		Want: func(m *connector.Material) map[string][]byte {
 			return installed(t, m, `LocalMachine\My`, "www", "IIS APPPOOL\\www")
 		},
-		Spare: isSpare,
+		UndoOnly: isSpare,
 	})
 }

@@ -91,7 +91,7 @@ func (refusing) Run(context.Context, []string, []byte) (*winrm.Result, error) {
 func TestRefused(t *testing.T) {
 	r := &remote{runner: refusing{}, deadline: time.Minute}
 	_, err := r.call(t.Context(), &request{Operation: opRead})
-	conformance.Says(t, err, "connection refused: the host is down or restarting")
+	conformance.WantError(t, err, "connection refused: the host is down or restarting")
 }
 
 // answering has the same answer to everything.
@@ -116,7 +116,7 @@ func TestHostileAnswer(t *testing.T) {
 		place := newPlace(request{Site: "www", Store: "My"}, m)
 		r := &remote{at: &connector.Peer{}, runner: answering{stdout: string(stdout)}, deadline: time.Minute}
 		err = (&change{remote: r, place: place, material: m, seen: new(state)}).Write(t.Context())
-		conformance.Says(t, err, "[31m")
+		conformance.WantError(t, err, "[31m")
 		if err != nil && strings.Contains(err.Error(), "\x1b") {
 			t.Errorf("%s: %q", member, err)
 		}
@@ -139,7 +139,7 @@ func TestDeadline(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		for _, operation := range []string{opRead, opWrite} {
 			_, err := r.call(t.Context(), &request{Operation: operation})
-			conformance.Says(t, err, "no answer within 1m0s", "exec_deadline")
+			conformance.WantError(t, err, "no answer within 1m0s", "exec_deadline")
 		}
 		go cancel()
 		_, err := r.call(ctx, &request{Operation: opRead})

@@ -135,7 +135,7 @@ func (f *fixture) refuses(m *connector.Material, words []string, more ...any) er
 	f.t.Helper()
 	before := f.windows.State()
 	_, err := f.deploy(m, more...)
-	conformance.Says(f.t, err, words...)
+	conformance.WantError(f.t, err, words...)
 	if after := f.windows.State(); !maps.Equal(before, after) {
 		f.t.Errorf("%v: the host changed from %v to %v", err, before, after)
 	}

@@ -95,14 +95,14 @@ func TestSelfTestOld(t *testing.T) {
 func TestSelfTestLogon(t *testing.T) {
 	f := newFixture(t, "WinCertStore")
 	_, err := f.selfTest("win2.example.org")
-	conformance.Says(t, err, "the overlay's password is for win1.example.org, and not sent to win2.example.org")
+	conformance.WantError(t, err, "the overlay's password is for win1.example.org, and not sent to win2.example.org")
 	f.overlay(map[string]any{"winrm_username": "u", "winrm_password": password})
 	if _, err := f.selfTest("win2.example.org"); err != nil {
 		t.Errorf("a host that the caller names: %v", err)
 	}
 	f.overlay(map[string]any{"winrm_username": "u"})
 	_, err = f.selfTest("win2.example.org")
-	conformance.Says(t, err, "winrm_password: is required")
+	conformance.WantError(t, err, "winrm_password: is required")
 	if n := len(f.network.options); n != 1 {
 		t.Errorf("%d connections were prepared, want one", n)
 	}

@@ -24,10 +24,10 @@ import (
 // Types are the kinds of target on Windows hosts.
 func Types() []connector.Type { return []connector.Type{WinCertStore(), IIS()} }
 
-// IIS is the kind of target that is a binding of a site.
+// IIS returns the target type IIS: a binding of a site.
 func IIS() connector.Type { return iis(connect) }
 
-// WinCertStore is the kind of target that is a certificate store.
+// WinCertStore returns the target type WinCertStore: a certificate store.
 func WinCertStore() connector.Type { return certStore(connect) }
 
 // connects makes the client of a host.

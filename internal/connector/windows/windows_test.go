@@ -195,7 +195,7 @@ func TestAllowedHosts(t *testing.T) {
 	f.overlay(map[string]any{})
 	config := map[string]any{"mode": "winrm", "winrm_host": "203.0.113.1", "winrm_username": "u", "winrm_password": password}
 	_, err := f.Connector(f.typ, config)
-	conformance.Says(t, err, "winrm_host", "203.0.113.1:5986", "CERTCTL_ALLOWED_HOSTS")
+	conformance.WantError(t, err, "winrm_host", "203.0.113.1:5986", "CERTCTL_ALLOWED_HOSTS")
 	rule, err := policy.ParseHostRule("203.0.113.0/30:5986")
 	must(t, err)
 	f.Policy.Hosts = []policy.HostRule{rule}
@@ -204,7 +204,7 @@ func TestAllowedHosts(t *testing.T) {
 	}
 	dial := f.network.options[len(f.network.options)-1].Dial
 	_, err = dial(t.Context(), "203.0.113.1:5985")
-	conformance.Says(t, err, "is not the host of the target")
+	conformance.WantError(t, err, "is not the host of the target")
 }
 
 // A client certificate is read where an overlay says so.
@@ -217,7 +217,7 @@ func TestClientCertificate(t *testing.T) {
 	must(t, os.WriteFile(key, m.Key(), 0o644))
 	f.overlay(map[string]any{"winrm_host": "win1.example.org", "winrm_auth": "certificate", "winrm_cert_path": cert, "winrm_key_path": key})
 	_, err := f.Connector(f.typ, f.config)
-	conformance.Says(t, err, "winrm_cert_path", key)
+	conformance.WantError(t, err, "winrm_cert_path", key)
 	must(t, os.Chmod(key, 0o600))
 	_, err = f.Connector(f.typ, f.config)
 	must(t, err)
