@@ -55,7 +55,7 @@ func TestNew(t *testing.T) {
 		{"tags", map[string]any{"a": "b;c"}, "not a valid tag"},
 		{"tags", map[string]any{strings.Repeat("x", 129): ""}, "not a valid tag"},
 		{"tags", map[string]any{"AWS:cost": "x"}, "reserved"},
-		{"tags", map[string]any{"certctl-certificate-id": "x"}, "the agent itself sets"},
+		{"tags", map[string]any{"certctl-certificate-id": "x"}, "sets the tag"},
 		{"tags", many, "49 tags"},
 		{"endpoint", "https://acm-fips.us-east-1.amazonaws.com", ""},
 		{"endpoint", "https://vpce-1.acm.eu-central-1.vpce.amazonaws.com:8443/", ""},
@@ -74,7 +74,7 @@ func TestNew(t *testing.T) {
 	}
 }
 
-// What a job says cannot send a key, or the means to get one, to where this host does not want it.
+// TestAllowedHosts: a job cannot send keys or credentials to a host that is not allowed.
 func TestAllowedHosts(t *testing.T) {
 	f := newFixture(t)
 	f.Policy.Hosts = []policy.HostRule{}
@@ -98,10 +98,10 @@ func TestAllowedHosts(t *testing.T) {
 	f.overlay(`{"role_arn": "acm"}`)
 	conformance.WantError(t, try(nil), "role_arn")
 	f.overlay(`{"external_id": "x"}`)
-	conformance.WantError(t, try(nil), "set role_arn too")
+	conformance.WantError(t, try(nil), "needs role_arn")
 }
 
-// Algorithms and sizes that ACM does not take are refused before any call.
+// Keys that ACM does not accept are refused before any call.
 func TestRefusedBefore(t *testing.T) {
 	f := newFixture(t)
 	rsaKey := func(bits int) *rsa.PublicKey {
@@ -169,7 +169,7 @@ func TestRefusedBefore(t *testing.T) {
 	}
 }
 
-// The kind of a key stays under an ARN, and a certificate that was not imported is Amazon's.
+// The key type of an ARN cannot change, and only imported certificates can be replaced.
 func TestMayNotReplace(t *testing.T) {
 	f := newFixture(t)
 	p384, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
@@ -177,19 +177,19 @@ func TestMayNotReplace(t *testing.T) {
 	old := f.material()
 	arn := f.put(old)
 	_, err = f.deploy(f.issue(testca.Template{Key: p384}), "certificate_arn", arn)
-	conformance.WantError(t, err, "holds an ECDSA key on P-256", "has an ECDSA key on P-384", "set certificate_arn to another")
+	conformance.WantError(t, err, "has an ECDSA key on P-256", "has an ECDSA key on P-384", "set certificate_arn to another")
 	f.SetKind(arn, "AMAZON_ISSUED")
 	_, err = f.deploy(f.material(), "certificate_arn", arn)
 	conformance.WantError(t, err, "issued by Amazon", arn)
 	_, err = f.deploy(f.material(), "certificate_arn", arn[:len(arn)-1]+"x")
-	conformance.WantError(t, err, "does not exist in this account", "leave certificate_arn out")
+	conformance.WantError(t, err, "does not exist in this account", "remove certificate_arn")
 	if f.SetKind(arn, "IMPORTED"); strings.Contains(strings.Join(f.Calls(), " "), "ImportCertificate") {
 		t.Errorf("called %q", f.Calls())
 	}
 	f.holds(old)
 }
 
-// TestARN: a certificate that the configuration names is replaced in place, keeps the tags of others,
+// TestARN: a certificate with a configured ARN is replaced in place, keeps the tags of others,
 // and gets ours.
 func TestARN(t *testing.T) {
 	f := newFixture(t)
@@ -223,7 +223,7 @@ func TestARN(t *testing.T) {
 	}
 }
 
-// TestPreview: what plan shows where neither the agent nor the certificate is known yet.
+// TestPreview: plan works before the agent's first start and before the first import.
 func TestPreview(t *testing.T) {
 	f := newFixture(t)
 	f.put(f.material(), awsfake.Tag{Key: managedByTag, Value: managedBy})
@@ -245,7 +245,7 @@ func TestPreview(t *testing.T) {
 	conformance.WantError(t, err, "acm:ListCertificates")
 }
 
-// TestPolicies: the policies of the page allow exactly what is called.
+// TestPolicies: the policies on the page allow exactly the calls that the agent makes.
 func TestPolicies(t *testing.T) {
 	page, err := os.ReadFile("../../../docs/targets/awsacm.md")
 	must(t, err)

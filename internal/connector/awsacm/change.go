@@ -24,38 +24,38 @@ import (
 )
 
 const (
-	// listFor is how long a certificate whose import may have happened is looked for before it counts
-	// as missing: lists are not up to date at once, and an import too many cannot be had back. A rollback
-	// has a minute for everything.
+	// listFor is how long to look for a certificate that may have been imported. ACM's lists lag
+	// behind, and an extra import still counts against the quota after it is deleted. A rollback has
+	// one minute in total.
 	listFor = 30 * time.Second
 
-	// callFor bounds how long a first import is tried again while AWS throttles it.
+	// callFor bounds how long a first import is retried while AWS throttles it.
 	callFor = time.Minute
 
-	firstPause = 500 * time.Millisecond // doubles from there to maxPause
+	firstPause = 500 * time.Millisecond // doubles up to maxPause
 	maxPause   = 5 * time.Second
 
-	// maxTries bounds how often a change is sent that may be repeated and whose answer is lost.
+	// maxTries bounds how often an idempotent change is sent if its answer is lost.
 	maxTries = 2
 )
 
-// change puts a key and its certificates under one ARN.
+// change imports a key and its certificates under one ARN.
 type change struct {
 	*acm
 	material *connector.Material
 
 	note    note
-	arn     string            // where the certificate is; "": nowhere yet
-	current installed         // what is there
-	tags    map[string]string // its tags
+	arn     string            // of the certificate; "": it is not in ACM yet
+	current installed         // the certificate in ACM
+	tags    map[string]string // of the certificate in ACM
 	looked  bool              // Read has been called
-	was     []byte            // what it returned
-	found   *x509.Certificate // what it found, perhaps written by an interrupted deployment; nil: nothing
+	was     []byte            // returned by Read
+	found   *x509.Certificate // found by Read, possibly from an interrupted deployment; nil: none
 	sent    bool              // a request of this process may have changed something
-	oldKeys []secret.String   // keys that the deployment may push out of the key store
+	oldKeys []secret.String   // keys that the key store may drop during the deployment
 }
 
-// installed is what ACM tells of a certificate: all but its key.
+// installed is a certificate in ACM without its key, which ACM never returns.
 type installed struct {
 	leaf  *x509.Certificate
 	chain []*x509.Certificate
@@ -65,15 +65,15 @@ func (i installed) equal(leaf *x509.Certificate, chain []*x509.Certificate) bool
 	return i.leaf != nil && i.leaf.Equal(leaf) && slices.EqualFunc(i.chain, chain, (*x509.Certificate).Equal)
 }
 
-// undo is what a change replaces. The key is not in it: ACM does not tell it, and the key store
-// keeps the one before the current one.
+// undo is the state that Restore needs. The key is not in it: ACM does not return it, and the key
+// store keeps the previous one.
 type undo struct {
 	ARN         string `json:"arn"`
 	Certificate string `json:"certificate"` // PEM
 	Chain       string `json:"chain"`       // PEM
 }
 
-// ID implements connector.Change. Targets of the same certificate in the same place share it.
+// ID implements connector.Change. Targets with the same certificate in the same place share it.
 func (c *change) ID() string {
 	id := c.config.CertificateARN
 	if id == "" {
@@ -96,7 +96,7 @@ func (c *change) Read(ctx context.Context) (was []byte, same bool, err error) {
 	if c.arn == "" {
 		if c.target.Common.VerifiedAt() != nil && c.material.CertificateID != "" {
 			return nil, false, errors.New("ACM does not have this certificate yet, so nothing can serve it and post_deploy_verify would fail: " +
-				"deploy it once without, give its ARN to what is to serve it, and turn the verification on then")
+				"deploy it once without post_deploy_verify, configure its ARN in the load balancer, and then turn verification on")
 		}
 		c.looked = true
 		return nil, false, nil
@@ -118,13 +118,13 @@ func (c *change) Read(ctx context.Context) (was []byte, same bool, err error) {
 
 func (c *change) holds() bool { return c.current.equal(c.material.Leaf, c.material.Chain) }
 
-// find looks for the certificate: where the configuration says, where this agent has noted it, and
-// by its tags. Renamed says that it may have other names than the new one.
+// find finds the certificate by the configured ARN, by this agent's note or by its tags. Renamed says
+// that its names may differ from those of the new certificate.
 func (c *change) find(ctx context.Context, renamed bool) error {
 	if c.arn = c.config.CertificateARN; c.arn != "" {
 		err := c.load(ctx)
 		if err == nil && c.arn == "" {
-			err = fmt.Errorf("%s does not exist in this account: ACM chooses the ARN of a new certificate by itself, so leave certificate_arn out to have one imported", c.config.CertificateARN)
+			err = fmt.Errorf("%s does not exist in this account: ACM chooses the ARN of a new certificate, so remove certificate_arn to import one", c.config.CertificateARN)
 		}
 		return err
 	}
@@ -135,7 +135,7 @@ func (c *change) find(ctx context.Context, renamed bool) error {
 	if c.arn = c.note.ARN; c.client.isOurs(c.arn) {
 		err := c.load(ctx)
 		if code := codeOf(err); code == "AccessDeniedException" || code == "AccessDenied" {
-			err = fmt.Errorf("%w; the ARN is noted in %s, which may go if the certificate is in another account now", err, filepath.Join(c.host.StateDir, c.note.path()))
+			err = fmt.Errorf("%w; the ARN is noted in %s: delete that file if the certificate is in another account now", err, filepath.Join(c.host.StateDir, c.note.path()))
 		}
 		if err != nil || c.arn != "" {
 			return err
@@ -143,7 +143,7 @@ func (c *change) find(ctx context.Context, renamed bool) error {
 	}
 	c.arn = ""
 	var wait time.Duration
-	if c.note.Importing != "" || c.note.ARN != "" { // it may not show yet
+	if c.note.Importing != "" || c.note.ARN != "" { // lists may not have it yet
 		wait = c.list
 	}
 	found, err := c.findTagged(ctx, wait, renamed)
@@ -151,14 +151,14 @@ func (c *change) find(ctx context.Context, renamed bool) error {
 		return err
 	}
 	if len(found) > 1 {
-		return fmt.Errorf("ACM has several certificates with the tag %s=%s (%s): set certificate_arn to the one that is served, and delete the others or take that tag from them",
+		return fmt.Errorf("ACM has several certificates with the tag %s=%s (%s): set certificate_arn to the one in use, and delete the others or remove their tag",
 			certificateTag, c.material.CertificateID, strings.Join(found[:min(len(found), 5)], ", "))
 	}
 	c.arn = found[0]
 	return c.load(ctx)
 }
 
-// findTagged looks for the certificate by its tags, for as long as wait until there is one.
+// findTagged finds the certificate by its tags. It tries again for as long as wait if there is none.
 func (c *change) findTagged(ctx context.Context, wait time.Duration, renamed bool) ([]string, error) {
 	for begun, pause := time.Now(), firstPause; ; pause = min(2*pause, maxPause) {
 		found, err := c.client.tagged(ctx, string(c.material.CertificateID), c.names(), renamed)
@@ -184,7 +184,7 @@ func (c *change) names() []string {
 	return all
 }
 
-// load reads what is under the ARN, which it clears if there is nothing.
+// load reads the certificate with c.arn into c.current. It clears c.arn if it does not exist.
 func (c *change) load(ctx context.Context) error {
 	leaf, chain, err := c.client.get(ctx, c.arn)
 	if err != nil {
@@ -200,29 +200,29 @@ func (c *change) load(ctx context.Context) error {
 		c.current.chain, err = pemutil.ParseCertificates([]byte(chain))
 	}
 	if err != nil {
-		return fmt.Errorf("GetCertificate: what %s holds cannot be read: %w", c.arn, err)
+		return fmt.Errorf("GetCertificate: cannot parse the certificate of %s: %w", c.arn, err)
 	}
 	c.current.leaf = parsed[0]
 	return nil
 }
 
-// mayReplace reports why ACM would not take the new certificate in the place of the one that is
-// there (https://docs.aws.amazon.com/acm/latest/userguide/import-reimport.html).
+// mayReplace returns an error if ACM would not accept the new certificate under the existing ARN
+// (https://docs.aws.amazon.com/acm/latest/userguide/import-reimport.html).
 func (c *change) mayReplace(ctx context.Context) error {
 	kind, err := c.client.kind(ctx, c.arn)
 	switch {
 	case err != nil:
 		return err
 	case kind != "IMPORTED":
-		return fmt.Errorf("%s was not imported but issued by Amazon (%.20q), which renews it by itself: set certificate_arn to an imported one, or leave it out", c.arn, kind)
+		return fmt.Errorf("%s was not imported but issued by Amazon (%.20q), which renews it: set certificate_arn to an imported certificate, or remove it", c.arn, kind)
 	case keyAlgorithm(c.current.leaf) != keyAlgorithm(c.material.Leaf):
-		return fmt.Errorf("%s holds %s and the new certificate has %s, and ACM keeps type and size of a key: issue the certificate with the former kind of key, or set certificate_arn to another certificate",
+		return fmt.Errorf("%s has %s but the new certificate has %s, and ACM does not allow changing the type or size of a key: issue the certificate with the same kind of key, or set certificate_arn to another certificate",
 			c.arn, describeKey(c.current.leaf), describeKey(c.material.Leaf))
 	}
 	return nil
 }
 
-// wantTags are the configured ones and our own.
+// wantTags returns the configured tags and the agent's own.
 func (c *change) wantTags() (want []tag) {
 	all := tags{managedByTag: managedBy, certificateTag: string(c.material.CertificateID)}
 	maps.Copy(all, c.config.Tags)
@@ -239,20 +239,20 @@ func (c *change) missingTags() []tag {
 	})
 }
 
-// Write implements connector.Change. Tags come with a first import, and with Finish otherwise: ACM
-// takes none in a re-import, and a certificate is not rolled back for want of a tag.
+// Write implements connector.Change. It sets the tags of a first import. Otherwise Finish does: ACM
+// accepts no tags in a re-import, and a missing tag is no reason to roll back.
 func (c *change) Write(ctx context.Context) error {
 	switch {
 	case c.arn == "":
 		return c.first(ctx)
 	case c.holds():
-		return nil // an earlier try, or only tags are missing
+		return nil // done by an earlier try, or only tags are missing
 	}
-	return c.again(ctx, c.arn, installed{c.material.Leaf, c.material.Chain}, c.material.Key())
+	return c.reimport(ctx, c.arn, installed{c.material.Leaf, c.material.Chain}, c.material.Key())
 }
 
-// first imports the certificate under a new ARN. Each such import counts against a yearly quota, so
-// that it is noted before, and not sent a second time unless the first has certainly not happened.
+// first imports the certificate under a new ARN. Each such import counts against a yearly quota, so it
+// is noted first, and sent again only if the earlier request certainly had no effect.
 func (c *change) first(ctx context.Context) error {
 	c.note.ARN, c.note.Importing = "", pemutil.Fingerprint(c.material.Leaf)
 	if err := c.note.write(c.host.StateDir); err != nil {
@@ -263,55 +263,54 @@ func (c *change) first(ctx context.Context) error {
 		found, findErr := c.findTagged(ctx, c.list, false)
 		switch {
 		case findErr != nil:
-			return fmt.Errorf("%w; and whether it did cannot be found out: %w", err, findErr)
+			return fmt.Errorf("%w; cannot find out whether it was imported: %w", err, findErr)
 		case len(found) == 0:
-			return fmt.Errorf("%w; within %v, no certificate with the tag %s=%s appeared. The next deployment looks again before it imports", err, c.list, certificateTag, c.material.CertificateID)
+			return fmt.Errorf("%w; no certificate with the tag %s=%s appeared within %v: the next deployment looks again before it imports", err, certificateTag, c.material.CertificateID, c.list)
 		}
 		c.arn = found[0]
 		if loadErr := c.load(ctx); loadErr != nil {
-			return fmt.Errorf("%w; and whether it did cannot be found out: %w", err, loadErr)
+			return fmt.Errorf("%w; cannot find out whether it was imported: %w", err, loadErr)
 		}
 		if !c.holds() {
-			err = fmt.Errorf("%w; somebody else imported another certificate for it just now (%s), which the next deployment replaces", err, found[0])
+			err = fmt.Errorf("%w; meanwhile someone else imported another certificate for it (%s), which the next deployment replaces", err, found[0])
 			return errors.Join(err, c.forget())
 		}
 		arn, err = found[0], nil
 	}
 	if err != nil {
-		return errors.Join(err, c.forget()) // nothing has been done
+		return errors.Join(err, c.forget()) // nothing was imported
 	}
 	c.arn, c.current = arn, installed{c.material.Leaf, c.material.Chain}
 	c.tags = make(map[string]string)
 	for _, t := range c.wantTags() {
 		c.tags[t.Key] = t.Value
 	}
-	c.host.Log.Info("imported a certificate into ACM: give its ARN to what is to serve it", "arn", arn, "certificate", c.material.CertificateID)
+	c.host.Log.Info("imported a new certificate into ACM: configure its ARN where it is to be served", "arn", arn, "certificate", c.material.CertificateID)
 	if err := c.remember(); err != nil {
-		c.host.Log.Warn("the next deployment has to find the certificate by its tags", "arn", arn, "error", err)
+		c.host.Log.Warn("cannot note the ARN: the next deployment must find the certificate by its tags", "arn", arn, "error", err)
 	}
 	return nil
 }
 
-// isUncertain reports whether a change may have been made although it failed.
+// isUncertain reports whether a failed request may have taken effect.
 func isUncertain(err error) bool {
 	_, isLost := errors.AsType[*vendorapi.LostError](err)
-	_, isStrange := errors.AsType[*strangeError](err)
-	return isLost || isStrange || vendorapi.StatusOf(err) >= 500
+	_, isInvalid := errors.AsType[*answerFormatError](err)
+	return isLost || isInvalid || vendorapi.StatusOf(err) >= 500
 }
 
-// importOnce sends the first import, and sends it again only after answers that say that nothing has
-// been done.
+// importOnce sends the first import. It sends it again only if AWS answered that it did nothing.
 func (c *change) importOnce(ctx context.Context) (arn string, err error) {
-	for begun, pause := time.Now(), firstPause; ; pause = min(2*pause, maxPause) {
+	for start, pause := time.Now(), firstPause; ; pause = min(2*pause, maxPause) {
 		c.sent = true
 		arn, err = c.client.importCertificate(ctx, c.client.once, "", leafPEM(c.material.Leaf), c.material.Key(), chainPEM(c.material.Chain), c.wantTags())
 		status, _ := errors.AsType[*vendorapi.StatusError](err)
-		again := status != nil && isThrottled(status) || errors.Is(err, syscall.ECONNREFUSED)
-		if !again {
+		retry := status != nil && isThrottled(status) || errors.Is(err, syscall.ECONNREFUSED)
+		if !retry {
 			return arn, err
 		}
-		wait := pause + rand.N(pause/2) // so that agents that were refused together do not come back together
-		if tried := time.Since(begun); tried+wait > callFor {
+		wait := pause + rand.N(pause/2) // agents that were throttled together must not retry together
+		if tried := time.Since(start); tried+wait > callFor {
 			return "", fmt.Errorf("%w (given up after %v)", err, tried.Round(time.Second))
 		}
 		select {
@@ -322,9 +321,9 @@ func (c *change) importOnce(ctx context.Context) (arn string, err error) {
 	}
 }
 
-// again imports a certificate under an ARN that there is. That may be repeated: it does not count
-// against the quota.
-func (c *change) again(ctx context.Context, arn string, what installed, key []byte) (err error) {
+// reimport imports a certificate under an existing ARN. It is idempotent and does not count against
+// the quota.
+func (c *change) reimport(ctx context.Context, arn string, what installed, key []byte) (err error) {
 	for range maxTries {
 		c.sent = true
 		_, err = c.client.importCertificate(ctx, c.client.changes, arn, leafPEM(what.leaf), key, chainPEM(what.chain), nil)
@@ -346,22 +345,21 @@ func (c *change) remember() error {
 	return c.note.write(c.host.StateDir)
 }
 
-// Restore implements connector.Change. It takes back what this target wrote, and nothing that came
-// after.
+// Restore implements connector.Change. It undoes only this target's changes, not later ones.
 func (c *change) Restore(ctx context.Context, saved []byte) error {
 	if c.looked && !c.sent && bytes.Equal(saved, c.was) {
-		return nil // nothing was sent, by this process or the one before it
+		return nil // neither this process nor an earlier one sent anything
 	}
 	if saved == nil {
 		return c.removeFirst(ctx)
 	}
 	var was undo
 	if err := json.Unmarshal(saved, &was); err != nil {
-		return fmt.Errorf("what would undo it cannot be read: %w", err)
+		return fmt.Errorf("cannot read the saved state: %w", err)
 	}
 	old, err := parseUndo(was)
 	if err != nil {
-		return fmt.Errorf("what would undo it cannot be read: %w", err)
+		return fmt.Errorf("cannot read the saved state: %w", err)
 	}
 	c.arn = was.ARN
 	if err := c.load(ctx); err != nil {
@@ -369,23 +367,23 @@ func (c *change) Restore(ctx context.Context, saved []byte) error {
 	}
 	switch {
 	case c.arn == "":
-		return errors.New("somebody else has deleted it since")
+		return errors.New("someone else has deleted it since")
 	case c.current.equal(old.leaf, old.chain):
 		return nil
 	case !c.isMine():
 		return errTheirs
 	case time.Now().After(old.leaf.NotAfter):
-		return fmt.Errorf("%w: the former certificate has expired (%s), and ACM takes none that has; the new one stays: deploy another",
+		return fmt.Errorf("%w: the old certificate expired (%s), and ACM does not accept expired certificates; the new one stays: deploy another",
 			connector.ErrIrrevocable, old.leaf.NotAfter.UTC().Format(time.RFC3339))
 	}
 	key, err := c.keyOf(old.leaf)
 	if err != nil {
-		return fmt.Errorf("%w: the private key of the former certificate (serial number %x, until %s) is not in this agent's key store (%w), and ACM does not give it back; the new one stays. "+
-			"To go back, import the former one there by hand (aws acm import-certificate --region %s --certificate-arn %s …), or deploy another",
+		return fmt.Errorf("%w: the private key of the old certificate (serial number %x, valid until %s) is not in this agent's key store (%w), and ACM does not return it; the new one stays. "+
+			"To go back, import the old one by hand (aws acm import-certificate --region %s --certificate-arn %s …), or deploy another",
 			connector.ErrIrrevocable, old.leaf.SerialNumber, old.leaf.NotAfter.UTC().Format(time.RFC3339), err, c.config.Region, was.ARN)
 	}
-	if err := c.again(ctx, was.ARN, old, key); codeOf(err) == "ValidationException" {
-		return fmt.Errorf("%w: ACM does not take the former certificate any more (%w), perhaps since the new one has usages that it lacks; the new one stays: deploy another",
+	if err := c.reimport(ctx, was.ARN, old, key); codeOf(err) == "ValidationException" {
+		return fmt.Errorf("%w: ACM does not accept the old certificate any more (%w), perhaps because the new one has key usages that it lacks; the new one stays: deploy another",
 			connector.ErrIrrevocable, err)
 	} else if err != nil {
 		return err
@@ -393,12 +391,12 @@ func (c *change) Restore(ctx context.Context, saved []byte) error {
 	return nil
 }
 
-// isMine reports whether what is in ACM is there to be undone.
+// isMine reports whether this target wrote the certificate in ACM, so Restore may replace it.
 func (c *change) isMine() bool {
 	return c.current.leaf.Equal(c.material.Leaf) || c.current.leaf.Equal(c.found)
 }
 
-var errTheirs = errors.New("somebody else has changed it since, and that was left alone")
+var errTheirs = errors.New("someone else has changed it since, so it was left alone")
 
 func parseUndo(was undo) (old installed, err error) {
 	leaves, err := pemutil.ParseCertificates([]byte(was.Certificate))
@@ -411,8 +409,8 @@ func parseUndo(was undo) (old installed, err error) {
 	return old, err
 }
 
-// removeFirst deletes the certificate that this target imported, which was not there before. What
-// this agent has no note of, it did not import.
+// removeFirst undoes a first import: it deletes the certificate. Without a note, this agent did not
+// import it.
 func (c *change) removeFirst(ctx context.Context) error {
 	if c.arn == "" || c.note.Certificate == "" {
 		if err := c.find(ctx, false); err != nil {
@@ -420,18 +418,18 @@ func (c *change) removeFirst(ctx context.Context) error {
 		}
 	}
 	if c.note.ARN == "" && c.note.Importing == "" || c.arn == "" {
-		return nil // an import that shows only later stays noted, and the next deployment finds it
+		return nil // the note stays, so the next deployment finds an import that appears later
 	}
 	if !c.isMine() {
 		return errTheirs
 	}
 	if err := c.remove(ctx); err != nil {
-		return fmt.Errorf("%w; %s was imported by this deployment and stays: delete it, or leave it for the next one, which uses it", err, c.arn)
+		return fmt.Errorf("%w; this deployment imported %s, which stays: delete it, or leave it for the next deployment to use", err, c.arn)
 	}
 	return c.forget()
 }
 
-// remove deletes the certificate. That may be repeated.
+// remove deletes the certificate. It is idempotent.
 func (c *change) remove(ctx context.Context) (err error) {
 	for range maxTries {
 		if err = c.client.remove(ctx, c.arn); !isUncertain(err) || ctx.Err() != nil {
@@ -450,9 +448,8 @@ func (c *change) forget() error {
 	return c.note.write(c.host.StateDir)
 }
 
-// keepKeys remembers, in memory, the key of the certificate in ACM and the current one of the key store,
-// where there are such. After a crash the certificate in ACM may be the new one already, and the current key
-// that of the former.
+// keepKeys keeps the key of the certificate in ACM and the key store's current key in memory, if they
+// exist. After a crash ACM may already have the new certificate while the current key is the old one.
 func (c *change) keepKeys() {
 	c.oldKeys = nil
 	if key, err := c.storedKey(c.current.leaf); err == nil {
@@ -464,7 +461,7 @@ func (c *change) keepKeys() {
 	}
 }
 
-// keyOf is the key of a certificate that was there before.
+// keyOf returns the key of an old certificate.
 func (c *change) keyOf(leaf *x509.Certificate) ([]byte, error) {
 	for _, kept := range c.oldKeys {
 		key, err := pemutil.ParseKey([]byte(kept.Reveal()))
@@ -476,8 +473,8 @@ func (c *change) keyOf(leaf *x509.Certificate) ([]byte, error) {
 	return []byte(key.Reveal()), err
 }
 
-// storedKey looks in the key store for the key of a certificate. In a rollback it is the previous
-// one; after a crash it is the current one again.
+// storedKey returns the key of a certificate from the key store. In a rollback the old certificate's
+// key is the previous one; after a crash it is the current one again.
 func (c *change) storedKey(leaf *x509.Certificate) (secret.String, error) {
 	if c.material.KeyPath == "" {
 		return secret.String{}, keystore.ErrNoKey
@@ -501,14 +498,14 @@ func (c *change) Finish(ctx context.Context) error {
 	if missing := c.missingTags(); c.arn != "" && len(missing) > 0 {
 		tagErr := c.client.addTags(ctx, c.arn, missing)
 		if tagErr != nil {
-			tagErr = fmt.Errorf("the certificate is in place, and its tags are not: %w", tagErr)
+			tagErr = fmt.Errorf("the certificate is in place, but setting its tags failed: %w", tagErr)
 		}
 		err = errors.Join(err, tagErr)
 	}
 	return err
 }
 
-// leafPEM and chainPEM are what ACM takes, apart.
+// leafPEM and chainPEM encode a certificate in the two parts that ACM expects.
 func leafPEM(leaf *x509.Certificate) []byte { return pemutil.EncodeCertificates(leaf) }
 
 func chainPEM(chain []*x509.Certificate) []byte {

@@ -21,9 +21,9 @@ type client struct {
 	url, region string
 	source      *source
 
-	reads   *vendorapi.Client // tries again after each 5xx
-	changes *vendorapi.Client // after those that say that nothing has been done
-	once    *vendorapi.Client // never
+	reads   *vendorapi.Client // retries after every 5xx
+	changes *vendorapi.Client // retries only if AWS did nothing
+	once    *vendorapi.Client // never retries
 }
 
 func newClient(url, region string, s *source, o vendorapi.Options) *client {
@@ -44,7 +44,7 @@ func newClient(url, region string, s *source, o vendorapi.Options) *client {
 	return c
 }
 
-// answerError is what AWS says went wrong, in JSON or, from STS, in XML.
+// answerError is an error answer of AWS, in JSON or, from STS, in XML.
 type answerError struct {
 	Type    string `json:"__type" xml:"-"`
 	Code    string `json:"code" xml:"Error>Code"`
@@ -61,7 +61,7 @@ func parseAnswer(body []byte) (a answerError) {
 	return a
 }
 
-// message is that of vendorapi.Options.
+// message returns the error message of an answer, for vendorapi.Options.
 func message(body []byte) string {
 	a := parseAnswer(body)
 	if a.Code == "" {
@@ -70,7 +70,7 @@ func message(body []byte) string {
 	return strings.TrimSuffix(a.Code+": "+a.Message, ": ")
 }
 
-// codeOf is the code of an error that AWS answered, else "".
+// codeOf returns the error code that AWS answered, or "" for other errors.
 func codeOf(err error) string {
 	if e, ok := errors.AsType[*vendorapi.StatusError](err); ok {
 		return parseAnswer(e.Body).Code
@@ -78,20 +78,19 @@ func codeOf(err error) string {
 	return ""
 }
 
-// isThrottled reports whether AWS has refused a call because there are too many
+// isThrottled reports whether AWS refused a call because there were too many
 // (https://docs.aws.amazon.com/sdkref/latest/guide/feature-retry-behavior.html).
 func isThrottled(e *vendorapi.StatusError) bool {
 	return e.Status == http.StatusTooManyRequests || slices.Contains([]string{"ThrottlingException", "Throttling", "TooManyRequestsException", "RequestLimitExceeded", "RequestThrottled", "SlowDown"}, parseAnswer(e.Body).Code)
 }
 
-// isUnproven reports whether AWS has refused the credentials themselves, which may have been replaced
-// by now.
-func isUnproven(err error) bool {
+// isRejected reports whether AWS refused the credentials. Newer ones may be available.
+func isRejected(err error) bool {
 	return slices.Contains([]string{"ExpiredTokenException", "ExpiredToken", "UnrecognizedClientException", "InvalidClientTokenId"}, codeOf(err))
 }
 
-// call makes a call. If AWS refuses the credentials, it has done nothing, and the call is made once more
-// with new ones.
+// call makes a call. If AWS refuses the credentials, it did nothing, so call tries once more with new
+// ones.
 func (c *client) call(ctx context.Context, via *vendorapi.Client, operation, arn string, request, answer any) error {
 	body, err := json.Marshal(request)
 	if err != nil {
@@ -100,25 +99,25 @@ func (c *client) call(ctx context.Context, via *vendorapi.Client, operation, arn
 	r := &vendorapi.Request{Method: http.MethodPost, URL: c.url, Body: body, Reads: via == c.reads, Header: http.Header{
 		"Content-Type": {"application/x-amz-json-1.1"}, "X-Amz-Target": {"CertificateManager." + operation}, "User-Agent": {managedBy},
 	}}
-	// Before a change is begun, which nothing cancels.
+	// Get the credentials before a change starts, since nothing cancels it then.
 	if _, err := c.source.get(ctx); err != nil {
 		return err
 	}
-	said, err := via.Do(ctx, r)
-	if isUnproven(err) {
+	received, err := via.Do(ctx, r)
+	if isRejected(err) {
 		c.source.forget()
-		said, err = via.Do(ctx, r)
+		received, err = via.Do(ctx, r)
 	}
 	if err != nil {
 		return c.explain(operation, arn, err)
 	}
-	if answer != nil && json.Unmarshal(said.Body, answer) != nil {
-		return &strangeError{operation + ": the answer is not one of ACM: look at endpoint, and at what is before it"}
+	if answer != nil && json.Unmarshal(received.Body, answer) != nil {
+		return &answerFormatError{operation + ": the answer is not from ACM: check endpoint and any proxy before it"}
 	}
 	return nil
 }
 
-// explain says what an answer means, and what to do.
+// explain adds to an error what to do about it.
 func (c *client) explain(operation, arn string, err error) error {
 	if arn == "" {
 		arn = "*"
@@ -127,9 +126,9 @@ func (c *client) explain(operation, arn string, err error) error {
 	hint := hintAbout(err, from)
 	switch codeOf(err) {
 	case "AccessDeniedException", "AccessDenied":
-		hint = fmt.Sprintf("the credentials of %s need the permission acm:%s on %s, unless the message says something else", from, operation, arn)
+		hint = fmt.Sprintf("unless the message says otherwise, the credentials of %s need the permission acm:%s on %s", from, operation, arn)
 	case "LimitExceededException":
-		hint = "a quota of the account in this region is used up, of imports in a year or of certificates: ask AWS to raise it, or set certificate_arn to a certificate that is to be replaced"
+		hint = "the account's quota of yearly imports or of certificates in this region is used up: ask AWS to raise it, or set certificate_arn to a certificate to replace"
 	}
 	if hint != "" {
 		return fmt.Errorf("%s: %w: %s", operation, err, hint)
@@ -137,24 +136,24 @@ func (c *client) explain(operation, arn string, err error) error {
 	return fmt.Errorf("%s: %w", operation, err)
 }
 
-// hintAbout says what is wrong with credentials. It returns "" if something else is.
+// hintAbout explains an error that is about credentials. It returns "" for other errors.
 func hintAbout(err error, from string) string {
 	switch codeOf(err) {
 	case "ExpiredTokenException", "ExpiredToken", "UnrecognizedClientException", "InvalidClientTokenId":
-		return fmt.Sprintf("AWS does not accept the credentials of %s: they have expired, were withdrawn, or are of another partition", from)
+		return fmt.Sprintf("AWS does not accept the credentials of %s: they have expired, were revoked, or belong to another partition", from)
 	case "InvalidSignatureException", "SignatureDoesNotMatch", "RequestExpired":
-		return fmt.Sprintf("the secret key of %s is not the right one, or this host's clock is wrong", from)
+		return fmt.Sprintf("the secret key of %s is wrong, or this host's clock is", from)
 	}
 	return ""
 }
 
-// tag is one of a certificate.
+// tag is a tag of a certificate.
 type tag struct {
 	Key   string
 	Value string `json:",omitempty"`
 }
 
-// byARN is the request of calls that are about one certificate.
+// byARN is the request of calls for one certificate.
 type byARN struct{ CertificateArn string }
 
 func (c *client) importCertificate(ctx context.Context, via *vendorapi.Client, arn string, leaf, key, chain []byte, tags []tag) (string, error) {
@@ -169,24 +168,24 @@ func (c *client) importCertificate(ctx context.Context, via *vendorapi.Client, a
 		return "", err
 	}
 	if !c.isOurs(answer.CertificateArn) {
-		return "", &strangeError{"ImportCertificate: the answer has " + printable.Quote(answer.CertificateArn) + ", which is not the ARN of a certificate in this region"}
+		return "", &answerFormatError{"ImportCertificate: the answer has " + printable.Quote(answer.CertificateArn) + ", which is not the ARN of a certificate in this region"}
 	}
 	return answer.CertificateArn, nil
 }
 
-// strangeError is an answer of success that ACM would not give.
-type strangeError struct{ problem string }
+// answerFormatError is a successful answer that ACM would not give.
+type answerFormatError struct{ problem string }
 
-func (e *strangeError) Error() string { return e.problem }
+func (e *answerFormatError) Error() string { return e.problem }
 
-// isOurs reports whether an ARN that came from outside is one of this region.
+// isOurs reports whether arn is valid and in this region.
 func (c *client) isOurs(arn string) bool {
 	name, _ := partition(c.region)
 	parts := arnForm().FindStringSubmatch(arn)
 	return parts != nil && parts[1] == name && parts[2] == c.region
 }
 
-// get returns the PEM of a certificate and its chain. It returns "" if there is no such certificate.
+// get returns a certificate and its chain as PEM, or "" if it does not exist.
 func (c *client) get(ctx context.Context, arn string) (leaf, chain string, err error) {
 	var answer struct{ Certificate, CertificateChain string }
 	err = c.call(ctx, c.reads, "GetCertificate", arn, byARN{arn}, &answer)
@@ -199,7 +198,7 @@ func (c *client) get(ctx context.Context, arn string) (leaf, chain string, err e
 	return answer.Certificate, answer.CertificateChain, err
 }
 
-// kind is IMPORTED, AMAZON_ISSUED or PRIVATE.
+// kind returns IMPORTED, AMAZON_ISSUED or PRIVATE.
 func (c *client) kind(ctx context.Context, arn string) (string, error) {
 	var answer struct{ Certificate struct{ Type string } }
 	err := c.call(ctx, c.reads, "DescribeCertificate", arn, byARN{arn}, &answer)
@@ -226,7 +225,7 @@ func (c *client) addTags(ctx context.Context, arn string, tags []tag) error {
 	return c.call(ctx, c.changes, "AddTagsToCertificate", arn, request, nil)
 }
 
-// remove deletes a certificate. It succeeds if that is gone already.
+// remove deletes a certificate. It is not an error if it does not exist.
 func (c *client) remove(ctx context.Context, arn string) error {
 	err := c.call(ctx, c.changes, "DeleteCertificate", arn, byARN{arn}, nil)
 	if codeOf(err) == "ResourceNotFoundException" {
@@ -236,18 +235,16 @@ func (c *client) remove(ctx context.Context, arn string) error {
 }
 
 const (
-	// pageSize is the most that ACM lists at once. An account has 2,500 certificates unless it asked
-	// for more.
+	// pageSize is ACM's largest page. The default quota is 2,500 certificates per account.
 	pageSize = 1000
-	maxPages = 100 // which bounds what is remembered of a list, too
+	maxPages = 100 // also bounds the memory for a list
 
-	// searchFor is how long the tags of all certificates may take to read: ACM tells those of about
-	// ten in a second.
+	// searchFor bounds reading the tags of all certificates. ACM allows about ten calls a second.
 	searchFor = 10 * time.Minute
 )
 
-// imported lists the certificates that were imported: those with one of names, and the others. Without
-// key types, ACM lists those with RSA keys alone.
+// imported lists the imported certificates: those that have one of names, and the others. The request
+// has all key types, since ACM lists only RSA certificates by default.
 func (c *client) imported(ctx context.Context, names []string) (likely, others []string, err error) {
 	request := struct {
 		Includes  map[string][]string
@@ -270,7 +267,7 @@ func (c *client) imported(ctx context.Context, names []string) (likely, others [
 			return nil, nil, fmt.Errorf("ListCertificates: a page has more than %d certificates", pageSize)
 		}
 		for _, one := range answer.CertificateSummaryList {
-			switch arn := strings.Clone(one.ARN); { // without the answer that it is a part of
+			switch arn := strings.Clone(one.ARN); { // do not keep the whole answer in memory
 			case one.Type != "IMPORTED" || !c.isOurs(arn):
 			case slices.ContainsFunc(one.Names, func(name string) bool { return slices.Contains(names, strings.ToLower(name)) }):
 				likely = append(likely, arn)
@@ -286,12 +283,12 @@ func (c *client) imported(ctx context.Context, names []string) (likely, others [
 	return nil, nil, fmt.Errorf("ListCertificates: the list does not end after %d pages", maxPages)
 }
 
-// tagged finds the imported certificates that have the tags of a certificate of ours. Those with one
-// of names are asked for their tags first, and the others only if none of these has them and if they
-// are to be looked at: ACM tells the tags of one certificate at a time. A preview that is of no
-// certificate in particular ("") finds none, and sees whether they may be listed.
+// tagged returns the imported certificates that have the tags of certificateID. Since reading tags
+// takes a call per certificate, it first reads those of certificates with one of names, and the others
+// only if that finds nothing and renamed is set. In a preview without a certificate ("") it only checks
+// that listing is allowed.
 func (c *client) tagged(ctx context.Context, certificateID string, names []string, renamed bool) (arns []string, err error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, searchFor, fmt.Errorf("the tags of all imported certificates could not be read within %v: set certificate_arn", searchFor))
+	ctx, cancel := context.WithTimeoutCause(ctx, searchFor, fmt.Errorf("reading the tags of all imported certificates took longer than %v: set certificate_arn", searchFor))
 	defer cancel()
 	likely, others, err := c.imported(ctx, names)
 	if err != nil || certificateID == "" {
@@ -301,7 +298,7 @@ func (c *client) tagged(ctx context.Context, certificateID string, names []strin
 		for _, arn := range round {
 			have, err := c.tags(ctx, arn)
 			if codeOf(err) == "ResourceNotFoundException" {
-				continue // deleted just now
+				continue // deleted meanwhile
 			}
 			if err != nil {
 				return nil, err

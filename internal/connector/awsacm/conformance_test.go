@@ -12,7 +12,7 @@ import (
 	"certctl-agent/internal/testing/awsfake"
 )
 
-// suite has an ACM for each host of the conformance suite.
+// suite runs an ACM for each host of the conformance suite.
 type suite struct {
 	t *testing.T
 
@@ -25,7 +25,7 @@ type acmOfHost struct {
 	env   map[string]string
 }
 
-// of is the ACM of the host whose directory for name is there.
+// of returns the ACM of the host with that directory.
 func (s *suite) of(dir string) *acmOfHost {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -37,7 +37,7 @@ func (s *suite) of(dir string) *acmOfHost {
 	return s.each[dir]
 }
 
-// state is what is in ACM, but for the ARNs, which it chooses at random.
+// state returns the content of ACM without the ARNs, which are random.
 func (s *suite) state(dir string) map[string]string {
 	state := make(map[string]string)
 	for i, c := range s.of(dir).cloud.Certificates() {

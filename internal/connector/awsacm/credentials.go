@@ -21,29 +21,29 @@ import (
 )
 
 const (
-	// margin is before the end of credentials at which they are replaced: a call may take as long.
+	// margin is how long before they expire credentials are replaced: the longest time of a call.
 	margin = time.Minute
 
-	// maxFile bounds a file of AWS's configuration, or of a token, in bytes.
+	// maxFile bounds a configuration or token file, in bytes.
 	maxFile = 256 << 10
 
 	// maxMetadata bounds an answer of a metadata service, in bytes.
 	maxMetadata = 64 << 10
 
-	// metadataTimeout is for one try. On a host that is not in AWS nobody answers.
+	// metadataTimeout bounds one try. Outside AWS nothing answers.
 	metadataTimeout  = 2 * time.Second
 	metadataPatience = 10 * time.Second
 )
 
-// source has the credentials that calls are signed with. They come from the first place that has any,
-// in the order of AWS's SDKs (https://docs.aws.amazon.com/sdkref/latest/guide/standardized-credentials.html).
+// source provides the credentials that sign calls. It uses the first place that has any, in the order
+// of AWS's SDKs (https://docs.aws.amazon.com/sdkref/latest/guide/standardized-credentials.html).
 type source struct {
 	getenv func(string) string
 	host   connector.Host
 	target *targetconf.Config
 	region string
 
-	roleARN, externalID string // to assume on top; "": none
+	roleARN, externalID string // role to assume with them; "": none
 
 	sts      *vendorapi.Client
 	stsURL   string
@@ -52,14 +52,14 @@ type source struct {
 	issued *issued // nil: none yet
 }
 
-// issued are credentials with their origin.
+// issued is a set of credentials and its origin.
 type issued struct {
 	sigv4.Credentials
-	expires time.Time // zero: never, as far as is known
+	expires time.Time // zero: never, or unknown
 	from    string    // for errors
 }
 
-func newSource(c *config, host connector.Host, getenv func(string) string, target *targetconf.Config, trust vendorapi.Trust, p patience) (*source, error) {
+func newSource(c *config, host connector.Host, getenv func(string) string, target *targetconf.Config, trust vendorapi.Trust, w waits) (*source, error) {
 	s := &source{getenv: getenv, host: host, target: target, region: c.Region, roleARN: c.RoleARN, externalID: c.ExternalID}
 	_, domain := partition(c.Region)
 	s.stsURL = cmp.Or(getenv("AWS_ENDPOINT_URL_STS"), "https://sts."+c.Region+"."+domain)
@@ -68,17 +68,17 @@ func newSource(c *config, host connector.Host, getenv func(string) string, targe
 		return nil, errors.New("AWS_ENDPOINT_URL_STS: expected an https URL")
 	}
 	s.stsURL = strings.TrimSuffix(s.stsURL, "/") + "/"
-	// STS gets no key, and a job has no say in where it is.
-	options := vendorapi.Options{TLS: trust.Config, Message: message, Timeout: p.try, Patience: p.call,
+	// STS gets no key, and a job cannot choose its address, so the policy is not asked.
+	options := vendorapi.Options{TLS: trust.Config, Message: message, Timeout: w.try, Patience: w.call,
 		Busy: func(e *vendorapi.StatusError) bool { return isThrottled(e) || e.Status >= 500 }}
 	options.Proxy = host.ProxyFor(u)
 	s.sts = vendorapi.New(options)
-	// What the metadata services say is for this host alone, and goes through no proxy.
-	s.metadata = vendorapi.New(vendorapi.Options{Timeout: metadataTimeout, Patience: min(cmp.Or(p.call, metadataPatience), metadataPatience)})
+	// Metadata services answer for the host that asks, so never through a proxy.
+	s.metadata = vendorapi.New(vendorapi.Options{Timeout: metadataTimeout, Patience: min(cmp.Or(w.call, metadataPatience), metadataPatience)})
 	return s, nil
 }
 
-// get returns credentials that are good for one more call.
+// get returns credentials that are valid for at least one more call.
 func (s *source) get(ctx context.Context) (*issued, error) {
 	if s.issued != nil && (s.issued.expires.IsZero() || time.Until(s.issued.expires) > margin) {
 		return s.issued, nil
@@ -91,10 +91,10 @@ func (s *source) get(ctx context.Context) (*issued, error) {
 	return got, nil
 }
 
-// forget makes the next call look for credentials again.
+// forget makes the next get look for new credentials.
 func (s *source) forget() { s.issued = nil }
 
-// from says where the credentials are from.
+// from names the origin of the credentials.
 func (s *source) from() string {
 	if s.issued == nil {
 		return "this host"
@@ -110,7 +110,7 @@ func (s *source) resolve(ctx context.Context) (*issued, error) {
 	return s.assumeRole(ctx, got, s.roleARN, s.externalID, managedBy)
 }
 
-// base are the credentials of this host.
+// base returns the credentials of this host.
 func (s *source) base(ctx context.Context) (*issued, error) {
 	got, err := s.fromEnvironment()
 	if got != nil || err != nil {
@@ -125,7 +125,7 @@ func (s *source) base(ctx context.Context) (*issued, error) {
 		return got, err
 	}
 	if name != "" && profiles[name] == nil {
-		return nil, fmt.Errorf("AWS_PROFILE is %.100q, and there is no such profile in %s", name, s.files())
+		return nil, fmt.Errorf("AWS_PROFILE is %.100q, but %s has no such profile", name, s.files())
 	}
 	if file := s.getenv("AWS_WEB_IDENTITY_TOKEN_FILE"); file != "" {
 		return s.assumeWithToken(ctx, file, s.getenv("AWS_ROLE_ARN"), s.getenv("AWS_ROLE_SESSION_NAME"))
@@ -136,7 +136,7 @@ func (s *source) base(ctx context.Context) (*issued, error) {
 	return s.fromInstance(ctx)
 }
 
-// fromEnvironment returns nil if there are none.
+// fromEnvironment returns the credentials in the environment, or nil if there are none.
 func (s *source) fromEnvironment() (*issued, error) {
 	id, key := s.getenv("AWS_ACCESS_KEY_ID"), s.getenv("AWS_SECRET_ACCESS_KEY")
 	if id == "" && key == "" {
@@ -145,39 +145,39 @@ func (s *source) fromEnvironment() (*issued, error) {
 	return newIssued("the environment", id, key, s.getenv("AWS_SESSION_TOKEN"), "")
 }
 
-// newIssued checks credentials that came from outside. Expires is as in RFC 3339; "": never.
+// newIssued checks and returns credentials. Expires has the format of RFC 3339; "" means never.
 func newIssued(from, id, key, token, expires string) (*issued, error) {
 	got := &issued{sigv4.Credentials{AccessKeyID: id, SecretAccessKey: secret.New(key), SessionToken: secret.New(token)}, time.Time{}, from}
-	unfit := func(text string) bool {
+	isInvalid := func(text string) bool {
 		return strings.ContainsFunc(text, func(r rune) bool { return r <= ' ' || r > '~' })
 	}
 	switch {
 	case id == "" || key == "":
-		return nil, fmt.Errorf("%s has only one of access key and secret key", from)
-	case unfit(id), unfit(key), unfit(token), strings.ContainsAny(id, "/,="):
-		return nil, fmt.Errorf("%s has an invalid access key: there is a character in it that no key has", from)
+		return nil, fmt.Errorf("%s has only one of access key id and secret key", from)
+	case isInvalid(id), isInvalid(key), isInvalid(token), strings.ContainsAny(id, "/,="):
+		return nil, fmt.Errorf("%s has an invalid access key: it contains a character that is not allowed", from)
 	}
 	if expires != "" {
 		var err error
 		if got.expires, err = time.Parse(time.RFC3339, expires); err != nil {
-			return nil, fmt.Errorf("%s does not say when the credentials end", from)
+			return nil, fmt.Errorf("%s has no valid expiry time for the credentials", from)
 		}
 	}
 	return got, nil
 }
 
-// said is the answer of a metadata service or a credential_process.
-type said struct {
+// credentialDocument is the output of a metadata service or a credential_process.
+type credentialDocument struct {
 	Version         int
 	Code, Message   string
 	AccessKeyID     string `json:"AccessKeyId"`
 	SecretAccessKey string
-	Token           string // of the former
-	SessionToken    string // of the latter
+	Token           string // of a metadata service
+	SessionToken    string // of a credential_process
 	Expiration      string
 }
 
-// fromContainer asks the agent of ECS or EKS. It returns nil if this is not one of its containers
+// fromContainer gets the credentials of an ECS or EKS container. It returns nil if this is not one
 // (https://docs.aws.amazon.com/sdkref/latest/guide/feature-container-credentials.html).
 func (s *source) fromContainer(ctx context.Context) (*issued, error) {
 	const from = "the role of this container"
@@ -206,10 +206,10 @@ func (s *source) fromContainer(ctx context.Context) (*issued, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", from, err)
 	}
-	return parseSaid(from, answer.Body)
+	return parseDocument(from, answer.Body)
 }
 
-// isContainerHost reports whether credentials may come from there without TLS.
+// isContainerHost reports whether host may provide credentials without TLS.
 func isContainerHost(host string) bool {
 	if strings.EqualFold(host, "localhost") {
 		return true
@@ -218,7 +218,7 @@ func isContainerHost(host string) bool {
 	return err == nil && (at.IsLoopback() || at == netip.MustParseAddr("169.254.170.2") || at == netip.MustParseAddr("169.254.170.23") || at == netip.MustParseAddr("fd00:ec2::23"))
 }
 
-// readToken reads a token, which rotates.
+// readToken reads a token file. The token rotates, so it is read each time.
 func readToken(file string) (string, error) {
 	data, _, _, err := trustedfile.Read(file, maxFile)
 	if err != nil {
@@ -226,15 +226,15 @@ func readToken(file string) (string, error) {
 	}
 	token := strings.TrimSpace(string(data))
 	if token == "" || strings.ContainsFunc(token, func(r rune) bool { return r < ' ' || r > '~' }) {
-		return "", fmt.Errorf("%s holds no token", file)
+		return "", fmt.Errorf("%s does not contain a token", file)
 	}
 	return token, nil
 }
 
-func parseSaid(from string, data []byte) (*issued, error) {
-	var got said
+func parseDocument(from string, data []byte) (*issued, error) {
+	var got credentialDocument
 	if json.Unmarshal(data, &got) != nil {
-		return nil, fmt.Errorf("%s: the answer is not one of AWS", from)
+		return nil, fmt.Errorf("%s: the answer is not from AWS", from)
 	}
 	if got.Code != "" && got.Code != "Success" {
 		return nil, fmt.Errorf("%s: %.100q", from, got.Code)
@@ -242,7 +242,7 @@ func parseSaid(from string, data []byte) (*issued, error) {
 	return newIssued(from, got.AccessKeyID, got.SecretAccessKey, cmp.Or(got.Token, got.SessionToken), got.Expiration)
 }
 
-// Where an instance finds its credentials, in version 2 of the metadata service alone
+// The instance metadata service. Only its version 2 is used
 // (https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instancedata-data-retrieval.html).
 const (
 	instanceURL   = "http://169.254.169.254"
@@ -251,12 +251,12 @@ const (
 	instanceRoles = "/latest/meta-data/iam/security-credentials/"
 )
 
-// fromInstance asks the metadata service of the instance, which is the last place.
+// fromInstance gets the credentials of an EC2 instance. It is the last place to look.
 func (s *source) fromInstance(ctx context.Context) (*issued, error) {
 	const from = "the role of this instance"
-	const nowhere = "there are none: neither in the environment (AWS_ACCESS_KEY_ID, AWS_WEB_IDENTITY_TOKEN_FILE, AWS_CONTAINER_CREDENTIALS_*) nor in %s, and this host is not an EC2 instance with a role (%w)"
+	const nowhere = "found none in the environment (AWS_ACCESS_KEY_ID, AWS_WEB_IDENTITY_TOKEN_FILE, AWS_CONTAINER_CREDENTIALS_*) or in %s, and this host is not an EC2 instance with a role (%w)"
 	if strings.EqualFold(s.getenv("AWS_EC2_METADATA_DISABLED"), "true") {
-		return nil, fmt.Errorf(nowhere, s.files(), errors.New("AWS_EC2_METADATA_DISABLED says not to ask"))
+		return nil, fmt.Errorf(nowhere, s.files(), errors.New("AWS_EC2_METADATA_DISABLED is set"))
 	}
 	base := s.getenv("AWS_EC2_METADATA_SERVICE_ENDPOINT")
 	if base == "" {
@@ -290,5 +290,5 @@ func (s *source) fromInstance(ctx context.Context) (*issued, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", from, err)
 	}
-	return parseSaid(from, []byte(text))
+	return parseDocument(from, []byte(text))
 }

@@ -18,7 +18,7 @@ import (
 	"certctl-agent/internal/testing/netfault"
 )
 
-// bare is a fixture without credentials.
+// bare returns a fixture without credentials.
 func bare(t *testing.T) *fixture {
 	t.Helper()
 	f := newFixture(t)
@@ -39,15 +39,15 @@ func (f *fixture) setInstance() {
 	f.env["AWS_EC2_METADATA_SERVICE_ENDPOINT"] = f.MetadataURL + "/"
 }
 
-// TestCredentials: each place that the SDKs of AWS look at is good for a deployment and, where its
-// credentials end, for one in whose middle they do.
+// TestCredentials: credentials from each place that AWS's SDKs use work for a deployment, even if
+// they expire in the middle of it.
 func TestCredentials(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
 		name  string
 		set   func(f *fixture)
-		uses  string // a call
-		fresh int    // how often, when the credentials end in the middle; 0: they do not
+		uses  string // a call that must be made
+		fresh int    // how often it is made if the credentials expire in the middle; 0: they do not
 	}{
 		{"environment", func(f *fixture) {
 			f.env["AWS_ACCESS_KEY_ID"], f.env["AWS_SECRET_ACCESS_KEY"] = f.AddUser("e")
@@ -146,7 +146,7 @@ func TestCredentials(t *testing.T) {
 	}
 }
 
-// What is wrong with credentials is said, without a secret.
+// TestBadCredentials: errors explain the problem and contain no secret.
 func TestBadCredentials(t *testing.T) {
 	t.Parallel()
 	const role = "arn:aws:iam::123456789012:role/x"
@@ -155,7 +155,7 @@ func TestBadCredentials(t *testing.T) {
 		set  func(f *fixture)
 		says []string
 	}{
-		{"none", func(f *fixture) {}, []string{"there are none", "AWS_EC2_METADATA_DISABLED", ".aws/config and ", ".aws/credentials"}},
+		{"none", func(f *fixture) {}, []string{"found none", "AWS_EC2_METADATA_DISABLED", ".aws/config and ", ".aws/credentials"}},
 		{"no HOME", func(f *fixture) { delete(f.env, "HOME") }, []string{"HOME is not set"}},
 		{"half", func(f *fixture) { f.env["AWS_SECRET_ACCESS_KEY"] = "hunter2" }, []string{"the environment has only one of"}},
 		{"unknown", func(f *fixture) {
@@ -164,23 +164,23 @@ func TestBadCredentials(t *testing.T) {
 		{"wrong", func(f *fixture) {
 			f.env["AWS_ACCESS_KEY_ID"], _ = f.AddUser("e")
 			f.env["AWS_SECRET_ACCESS_KEY"] = "hunter2"
-		}, []string{"InvalidSignatureException", "the secret key of the environment is not the right one", "clock"}},
+		}, []string{"InvalidSignatureException", "the secret key of the environment is wrong", "clock"}},
 		{"line break", func(f *fixture) {
 			f.env["AWS_ACCESS_KEY_ID"], f.env["AWS_SECRET_ACCESS_KEY"] = "AKIA1", "hunter2\nX-Evil: 1"
-		}, []string{"a character in it that no key has"}},
+		}, []string{"a character that is not allowed"}},
 		{"no such profile", func(f *fixture) { f.env["AWS_PROFILE"] = "p" }, []string{`AWS_PROFILE is "p"`}},
 		{"SSO", func(f *fixture) {
 			f.profile("[default]\nsso_session = corp\nsso_account_id = 1\n[sso-session corp]\nsso_region = x\n")
 		},
-			[]string{`the profile "default": it signs in by SSO`, "credential_process"}},
-		{"login", func(f *fixture) { f.profile("[default]\nlogin_session = x\n") }, []string{"a person has to use a browser"}},
+			[]string{`the profile "default": it uses SSO`, "credential_process"}},
+		{"login", func(f *fixture) { f.profile("[default]\nlogin_session = x\n") }, []string{"requires a browser"}},
 		{"MFA", func(f *fixture) {
 			f.profile("[default]\nrole_arn = " + role + "\nsource_profile = b\nmfa_serial = x\n")
-		}, []string{"nobody is here to type one"}},
+		}, []string{"which the agent cannot enter"}},
 		{"circle", func(f *fixture) {
 			f.profile("[default]\nrole_arn = " + role + "\nsource_profile = b\n[profile b]\nrole_arn = " + role + "\nsource_profile = default\n")
-		}, []string{"leads in a circle"}},
-		{"no source", func(f *fixture) { f.profile("[default]\nrole_arn = " + role + "\nsource_profile = 100%d\n") }, []string{"there is none in", `"100%d"`}},
+		}, []string{"form a loop"}},
+		{"no source", func(f *fixture) { f.profile("[default]\nrole_arn = " + role + "\nsource_profile = 100%d\n") }, []string{"it is not in", `"100%d"`}},
 		{"empty source", func(f *fixture) {
 			f.profile("[default]\nrole_arn = " + role + "\nsource_profile = b\n[profile b]\nregion = x\n")
 		}, []string{`the profile "b" has no credentials`}},
@@ -213,7 +213,7 @@ func TestBadCredentials(t *testing.T) {
 			f.env["AWS_ACCESS_KEY_ID"], _ = f.AddUser("e")
 			f.env["AWS_SECRET_ACCESS_KEY"] = "hunter2"
 			f.overlay(`{"role_arn": "` + f.AddRole("acm", "", f.UserARN("e")) + `"}`)
-		}, []string{"AssumeRole of", "the secret key of the environment is not the right one"}},
+		}, []string{"AssumeRole of", "the secret key of the environment is wrong"}},
 		{"role, and nobody answers", func(f *fixture) {
 			f.env["AWS_ACCESS_KEY_ID"], f.env["AWS_SECRET_ACCESS_KEY"] = f.AddUser("e")
 			f.overlay(`{"role_arn": "` + f.AddRole("acm", "", f.UserARN("e")) + `"}`)
@@ -225,7 +225,7 @@ func TestBadCredentials(t *testing.T) {
 		{"token without a role", func(f *fixture) { f.env["AWS_WEB_IDENTITY_TOKEN_FILE"] = f.file("token", "hunter2") }, []string{"AWS_ROLE_ARN"}},
 		{"empty token", func(f *fixture) {
 			f.env["AWS_WEB_IDENTITY_TOKEN_FILE"], f.env["AWS_ROLE_ARN"] = f.file("token", "\n"), role
-		}, []string{"holds no token"}},
+		}, []string{"does not contain a token"}},
 		{"container elsewhere", func(f *fixture) { f.env["AWS_CONTAINER_CREDENTIALS_FULL_URI"] = "http://203.0.113.9/hunter2" }, []string{"expected https, or http to loopback"}},
 		{"container refuses", func(f *fixture) {
 			f.SetContainer(role, "hunter2")
@@ -247,8 +247,8 @@ func TestBadCredentials(t *testing.T) {
 			if err != nil && strings.Contains(err.Error(), "hunter2") {
 				t.Errorf("the error shows a secret: %v", err)
 			}
-			if err != nil && strings.Contains(err.Error(), "has to trust them") != strings.Contains(err.Error(), "AccessDenied") {
-				t.Errorf("the advice is wrong: %v", err)
+			if err != nil && strings.Contains(err.Error(), "must trust them") != strings.Contains(err.Error(), "AccessDenied") {
+				t.Errorf("the hint is wrong: %v", err)
 			}
 			if f.Imports() > 0 {
 				t.Error("imported")
@@ -257,7 +257,7 @@ func TestBadCredentials(t *testing.T) {
 	}
 }
 
-// tunnel is an HTTP proxy all of whose ways lead to one server.
+// tunnel starts an HTTP proxy that connects everything to one server.
 func tunnel(t *testing.T, to string) (url string, asked func() []string) {
 	t.Helper()
 	var mu sync.Mutex
@@ -278,8 +278,8 @@ func tunnel(t *testing.T, to string) (url string, asked func() []string) {
 	}
 }
 
-// TestRegions: ACM and STS of each partition are reached under their own names, by way of the proxy
-// that this host has, and the metadata service without it.
+// TestRegions: ACM and STS of each partition are reached by their names through the host's proxy,
+// and the metadata service directly.
 func TestRegions(t *testing.T) {
 	t.Parallel()
 	for region, domain := range map[string]string{"eu-central-1": "amazonaws.com", "cn-north-1": "amazonaws.com.cn", "us-gov-west-1": "amazonaws.com"} {
@@ -304,7 +304,7 @@ func TestRegions(t *testing.T) {
 		if want := []string{"CONNECT " + acm + ":443", "CONNECT sts." + region + "." + domain + ":443"}; !slices.Equal(asked(), want) {
 			t.Errorf("the proxy was asked for %q, want %q", asked(), want)
 		}
-		// Where a proxy connects to, only a name that is listed can be allowed.
+		// Through a proxy only listed names are allowed.
 		block, err := policy.ParseHostRule("0.0.0.0/0")
 		must(t, err)
 		f.Policy.Hosts = []policy.HostRule{block}

@@ -23,7 +23,7 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-// TestFound: the certificate is imported once, and found again: by the note, or by its tags among
+// TestFound: the certificate is imported once and found again, by the note or by its tags among
 // those of others.
 func TestFound(t *testing.T) {
 	t.Parallel()
@@ -60,7 +60,7 @@ func TestFound(t *testing.T) {
 		t.Error("those of others have changed")
 	}
 
-	// Somebody else has deleted it.
+	// Someone else deleted it.
 	must(t, f.change(f.material()).client.remove(t.Context(), arn))
 	last := f.material()
 	f.mustDeploy(last)
@@ -68,7 +68,7 @@ func TestFound(t *testing.T) {
 		t.Errorf("deleted: there are %d", len(now))
 	}
 
-	// Somebody has given its tags to another one.
+	// Someone gave its tags to another certificate.
 	forget()
 	f.put(f.material(), ours()...)
 	_, err := f.deploy(f.material())
@@ -78,7 +78,7 @@ func TestFound(t *testing.T) {
 	}
 }
 
-// TestOneImport: whatever happens to the answer of a first import, there is no second one.
+// TestOneImport: whatever happens to the answer of a first import, it is not repeated.
 func TestOneImport(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
@@ -94,7 +94,7 @@ func TestOneImport(t *testing.T) {
 			t.Parallel()
 			f := newFixture(t)
 			f.Lag = test.lag
-			f.typ = typeOf(patience{call: time.Minute, list: time.Minute, try: 3 * time.Second})
+			f.typ = typeOf(waits{call: time.Minute, list: time.Minute, try: 3 * time.Second})
 			f.OnCall(func(operation string, n int) awsfake.Fault {
 				if operation == "ImportCertificate" && n == 1 {
 					return test.fault
@@ -114,13 +114,13 @@ func TestOneImport(t *testing.T) {
 		t.Parallel()
 		for _, list := range []time.Duration{time.Minute, 50 * time.Millisecond} {
 			f := newFixture(t)
-			f.typ = typeOf(patience{call: time.Minute, list: list})
+			f.typ = typeOf(waits{call: time.Minute, list: list})
 			m := f.material()
 			c := f.change(m)
 			if _, _, err := c.Read(t.Context()); err != nil || c.arn != "" {
 				t.Fatalf("read: %v, %q", err, c.arn)
 			}
-			c.host.StateDir = filepath.Join(f.StateDir, "gone") // from the answer on
+			c.host.StateDir = filepath.Join(f.StateDir, "gone") // before the answer arrives
 			c.note.Importing = "of this one"
 			must(t, c.note.write(f.StateDir))
 			_, err := c.importOnce(t.Context())
@@ -135,7 +135,7 @@ func TestOneImport(t *testing.T) {
 	t.Run("it is noted, and ACM does not show it yet", func(t *testing.T) {
 		t.Parallel()
 		f := newFixture(t)
-		f.typ = typeOf(patience{call: time.Minute, list: time.Minute})
+		f.typ = typeOf(waits{call: time.Minute, list: time.Minute})
 		f.Lag = 2
 		f.mustDeploy(f.material())
 		m := f.material()
@@ -157,7 +157,7 @@ func TestOneImport(t *testing.T) {
 			return awsfake.None
 		})
 		_, err := f.deploy(f.issue(testca.Template{Names: []string{"192.0.2.7"}}))
-		conformance.WantError(t, err, "The next deployment looks again")
+		conformance.WantError(t, err, "the next deployment looks again")
 		asked := slices.DeleteFunc(f.Calls(), func(call string) bool { return call != "ListTagsForCertificate" })
 		if len(asked) != 1 {
 			t.Errorf("%d certificates were asked for their tags, want the other one once", len(asked))
@@ -176,7 +176,7 @@ func TestOneImport(t *testing.T) {
 			return awsfake.None
 		})
 		_, err := f.deploy(m)
-		conformance.WantError(t, err, "somebody else imported another certificate for it just now")
+		conformance.WantError(t, err, "someone else imported another certificate for it")
 		if f.holds(theirs); conformance.Broken(err) {
 			t.Errorf("got %v", err)
 		}
@@ -186,7 +186,7 @@ func TestOneImport(t *testing.T) {
 		}
 	})
 
-	// It is not known, and does not appear: the job fails, and the next one finds it or imports.
+	// The import is uncertain and does not appear: the job fails, and the next one finds or imports it.
 	for _, test := range []struct {
 		name  string
 		fault awsfake.Fault
@@ -207,8 +207,8 @@ func TestOneImport(t *testing.T) {
 			})
 			m := f.material()
 			_, err := f.deploy(m)
-			conformance.WantError(t, err, "it may have been carried out", "The next deployment looks again")
-			f.typ = typeOf(patience{call: time.Minute, list: test.list})
+			conformance.WantError(t, err, "it may have been carried out", "the next deployment looks again")
+			f.typ = typeOf(waits{call: time.Minute, list: test.list})
 			f.mustDeploy(m)
 			if f.holds(m); f.Imports() != 1 {
 				t.Errorf("%d imports", f.Imports())
@@ -217,15 +217,15 @@ func TestOneImport(t *testing.T) {
 	}
 }
 
-// TestFaults: a busy ACM is asked again, and a certificate whose re-import is not known to have
-// happened is imported again.
+// TestFaults: calls to a busy ACM are retried, and a re-import is repeated if its outcome is
+// unknown.
 func TestFaults(t *testing.T) {
 	t.Parallel()
 	for name, fault := range map[string]awsfake.Fault{"throttled": awsfake.Throttled, "too many": awsfake.TooMany, "broken": awsfake.Broken, "busy": awsfake.Busy, "dropped": awsfake.Dropped, "lost": awsfake.Lost} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			f := newFixture(t)
-			f.typ = typeOf(patience{call: time.Minute, list: time.Minute})
+			f.typ = typeOf(waits{call: time.Minute, list: time.Minute})
 			first, second := f.material(), f.material()
 			each := func(_ string, n int) awsfake.Fault { // of the operations
 				if n == 1 {
@@ -255,20 +255,20 @@ func TestFaults(t *testing.T) {
 			}
 			return awsfake.None
 		})
-		f.typ = typeOf(patience{call: time.Second, list: time.Second, try: 3 * time.Second})
+		f.typ = typeOf(waits{call: time.Second, list: time.Second, try: 3 * time.Second})
 		_, err := f.deploy(f.material())
 		conformance.WantError(t, err, "no answer within 3s", "it may have been carried out")
 		f.OnCall(nil)
 		f.typ = typeOf(short)
 		last := f.material()
-		f.mustDeploy(last) // goes on from what was saved
+		f.mustDeploy(last) // resumes from the saved state
 		if f.holds(last); f.Imports() != 1 || f.only().ARN != before.ARN {
 			t.Errorf("%d imports, %s", f.Imports(), f.only().ARN)
 		}
 	})
 }
 
-// TestQuota: a refusal leaves nothing that the next deployment would wait for.
+// TestQuota: after a refusal the next deployment does not wait for an import.
 func TestQuota(t *testing.T) {
 	t.Parallel()
 	f := newFixture(t)
@@ -281,7 +281,7 @@ func TestQuota(t *testing.T) {
 	}
 }
 
-// TestDenied: each permission that is missing is named.
+// TestDenied: errors name the missing permission.
 func TestDenied(t *testing.T) {
 	t.Parallel()
 	f := newFixture(t)
@@ -307,8 +307,8 @@ func TestDenied(t *testing.T) {
 	conformance.WantError(t, err, "acm:GetCertificate on "+arn, "the ARN is noted in "+filepath.Join(f.StateDir, noteDir))
 }
 
-// TestUndo: what a failed deployment replaced comes back if its key is there, and else the error
-// says what a person has to do.
+// TestUndo: a failed deployment restores the old certificate if its key is available. Otherwise the
+// error says what a person must do.
 func TestUndo(t *testing.T) {
 	t.Parallel()
 	start := func(t *testing.T) (*fixture, *connector.Material) {
@@ -331,12 +331,12 @@ func TestUndo(t *testing.T) {
 		old, m := f.material(), f.material()
 		arn := f.put(old)
 		_, err := f.deploy(m, append(unverified(), "certificate_arn", arn)...)
-		conformance.WantError(t, err, "it cannot be undone", "the private key of the former certificate", "is not in this agent's key store",
+		conformance.WantError(t, err, "it cannot be undone", "the private key of the old certificate", "is not in this agent's key store",
 			"aws acm import-certificate --region eu-central-1 --certificate-arn "+arn, "or deploy another")
 		if f.holds(m); !conformance.Broken(err) {
 			t.Errorf("got %v, want one that needs a person", err)
 		}
-		f.mustDeploy(f.material(), "certificate_arn", arn) // and that is no obstacle for the next one
+		f.mustDeploy(f.material(), "certificate_arn", arn) // the next deployment works
 	})
 	t.Run("old one has expired", func(t *testing.T) {
 		f, _ := start(t)
@@ -348,8 +348,8 @@ func TestUndo(t *testing.T) {
 		expired, err := f.CA.Issue(testca.Template{NotBefore: time.Now().AddDate(0, 0, -9), NotAfter: time.Now().AddDate(0, 0, -1)})
 		must(t, err)
 		was := []byte(`{"arn": "` + f.only().ARN + `", "certificate": "` + strings.ReplaceAll(string(expired.LeafPEM()), "\n", `\n`) + `"}`)
-		conformance.WantError(t, f.change(m).Restore(t.Context(), was), "it cannot be undone", "has expired")
-		conformance.WantError(t, f.change(m).Restore(t.Context(), []byte("{")), "cannot be read")
+		conformance.WantError(t, f.change(m).Restore(t.Context(), was), "it cannot be undone", "the old certificate expired")
+		conformance.WantError(t, f.change(m).Restore(t.Context(), []byte("{")), "cannot read the saved state")
 	})
 	t.Run("old one lacks a usage", func(t *testing.T) {
 		f, old := start(t)
@@ -372,10 +372,10 @@ func TestUndo(t *testing.T) {
 			t.Fatal(err)
 		}
 		must(t, other.Write(t.Context()))
-		conformance.WantError(t, c.Restore(t.Context(), was), "somebody else has changed it since")
+		conformance.WantError(t, c.Restore(t.Context(), was), "someone else has changed it since")
 		f.holds(theirs)
 		must(t, c.client.remove(t.Context(), f.only().ARN))
-		conformance.WantError(t, c.Restore(t.Context(), was), "somebody else has deleted it since")
+		conformance.WantError(t, c.Restore(t.Context(), was), "someone else has deleted it since")
 	})
 	t.Run("interrupted, and then another certificate", func(t *testing.T) {
 		for _, renewal := range []bool{true, false} {
@@ -410,7 +410,7 @@ func TestUndo(t *testing.T) {
 	t.Run("first one", func(t *testing.T) {
 		f := newFixture(t)
 		_, err := f.deploy(f.material(), unverified()...)
-		conformance.WantError(t, err, "ACM does not have this certificate yet", "turn the verification on then")
+		conformance.WantError(t, err, "ACM does not have this certificate yet", "turn verification on")
 		if len(f.Certificates()) > 0 || f.Imports() > 0 {
 			t.Errorf("%d imports", f.Imports())
 		}
@@ -424,7 +424,7 @@ func TestUndo(t *testing.T) {
 		}
 		c := first()
 		f.Use(f.only().ARN, "arn:aws:elasticloadbalancing:eu-central-1:123456789012:loadbalancer/app/www/1")
-		conformance.WantError(t, c.Restore(t.Context(), nil), "ResourceInUseException", "was imported by this deployment and stays")
+		conformance.WantError(t, c.Restore(t.Context(), nil), "ResourceInUseException", "this deployment imported", "which stays")
 		f.Use(f.only().ARN)
 		f.OnCall(func(operation string, n int) awsfake.Fault {
 			if operation == "DeleteCertificate" && n == 1 {
@@ -437,14 +437,14 @@ func TestUndo(t *testing.T) {
 		if len(f.Certificates()) > 0 {
 			t.Error("it is still there")
 		}
-		// One that another agent has imported is not this one's to remove.
+		// A certificate that another agent imported is not removed.
 		f.put(m, ours()...)
 		must(t, f.change(m).Restore(t.Context(), nil))
 		f.holds(m)
 	})
 }
 
-// TestSecrets: no key, secret key or token is in what is logged, said or kept, but for the key store.
+// TestSecrets: no key, secret key or token is in the log, in errors or in files outside the key store.
 func TestSecrets(t *testing.T) {
 	t.Parallel()
 	f := newFixture(t)
@@ -469,7 +469,7 @@ func TestSecrets(t *testing.T) {
 		for i := 0; i < len(more); i += 2 {
 			config[more[i].(string)] = more[i+1]
 		}
-		// Without the promotion of the key: the engine keeps the files of the key store, too.
+		// No promotion of the key, since the engine backs up the key store's files too.
 		if _, err := f.Deploy(t.Context(), f.typ, config, m); err != nil {
 			said.WriteString(err.Error())
 		}
@@ -496,7 +496,7 @@ func TestSecrets(t *testing.T) {
 			w.WriteHeader(http.StatusForbidden)
 			_, _ = w.Write(body[bytes.Index(body, []byte("PrivateKey")):])
 		default:
-			// AWS shows what it expected to be signed
+			// AWS quotes the string that it expected to be signed
 			// (https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-troubleshooting.html).
 			w.WriteHeader(http.StatusForbidden)
 			fmt.Fprintf(w, `{"__type": "InvalidSignatureException", "message": "The canonical request should have been 'POST x-amz-security-token:%s'"}`, r.Header.Get("X-Amz-Security-Token"))
@@ -531,7 +531,7 @@ func TestSecrets(t *testing.T) {
 	}
 }
 
-// What did not come from ACM is not believed.
+// Answers that are not from ACM are refused.
 func TestAnswers(t *testing.T) {
 	t.Parallel()
 	f := newFixture(t)
@@ -542,14 +542,14 @@ func TestAnswers(t *testing.T) {
 	})
 	const mine = `{"CertificateSummaryList": [{"CertificateArn": "arn:aws:acm:eu-central-1:123456789012:certificate/1", "Type": "IMPORTED"}]}`
 	for _, test := range []struct{ operation, answer, says string }{
-		{"ListCertificates", "<html>please log in</html>", "not one of ACM"},
+		{"ListCertificates", "<html>please log in</html>", "not from ACM"},
 		{"ListCertificates", `{"CertificateSummaryList": [], "NextToken": "x"}`, "does not end after"},
 		{"ListCertificates", `{"CertificateSummaryList": [` + strings.Repeat("{}, ", pageSize) + `{}]}`, "more than 1000 certificates"},
-		{"ImportCertificate", "<html>please log in</html>", "not one of ACM: look at endpoint, and at what is before it; within 50ms, no certificate"},
+		{"ImportCertificate", "<html>please log in</html>", "not from ACM: check endpoint and any proxy before it; no certificate"},
 		{"ImportCertificate", "{}", "not the ARN of a certificate in this region"},
 		{"ImportCertificate", `{"CertificateArn": "arn:aws:acm:us-east-1:123456789012:certificate/1"}`, "not the ARN of a certificate in this region"},
 		{"GetCertificate", "{}", "no certificate"},
-		{"GetCertificate", `{"Certificate": "hunter2"}`, "cannot be read"},
+		{"GetCertificate", `{"Certificate": "hunter2"}`, "cannot parse"},
 	} {
 		answers = map[string]string{"ListCertificates": "{}", "ListTagsForCertificate": `{"Tags": [{"Key": "` + certificateTag + `", "Value": "cert-1"}, {"Key": "` + managedByTag + `"}]}`}
 		if test.operation == "GetCertificate" {
@@ -565,7 +565,7 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
-// A deployment that is cancelled begins no change, and takes back one whose answer is lost.
+// A cancelled deployment starts no change, and undoes one whose answer is lost.
 func TestCancelled(t *testing.T) {
 	t.Parallel()
 	f := newFixture(t)
@@ -582,7 +582,7 @@ func TestCancelled(t *testing.T) {
 		t.Errorf("got %v, %d imports", err, f.Imports())
 	}
 	again, stop := context.WithCancel(t.Context())
-	f.typ = typeOf(patience{call: time.Minute, list: time.Minute})
+	f.typ = typeOf(waits{call: time.Minute, list: time.Minute})
 	f.Set(func(c *awsfake.Cloud) { c.Lag = 1 })
 	f.OnCall(func(operation string, n int) awsfake.Fault {
 		if operation == "ImportCertificate" {

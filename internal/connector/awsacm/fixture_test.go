@@ -17,9 +17,9 @@ import (
 	"certctl-agent/internal/transaction"
 )
 
-// short is a patience for tests that do not wait for anything. A call has a minute all the same: the
+// short are waits for tests that do not test waiting. The limit of a call is unchanged, since the
 // machine may be busy.
-var short = patience{call: 5 * time.Second, list: 50 * time.Millisecond}
+var short = waits{call: 5 * time.Second, list: 50 * time.Millisecond}
 
 // fixture is a host and the ACM that it deploys to.
 type fixture struct {
@@ -27,7 +27,7 @@ type fixture struct {
 	*awsfake.Cloud
 	t      *testing.T
 	typ    connector.Type
-	dir    string // for files that the environment names
+	dir    string // for files named in the environment
 	env    map[string]string
 	config map[string]any
 }
@@ -41,7 +41,7 @@ func newFixture(t *testing.T) *fixture {
 	return f
 }
 
-// environment is that of an agent with an access key.
+// environment returns the environment of an agent with an access key.
 func environment(t *testing.T, c *awsfake.Cloud, dir string) map[string]string {
 	t.Helper()
 	id, key := c.AddUser("agent")
@@ -63,7 +63,7 @@ func (f *fixture) overlay(text string) {
 	must(f.t, os.WriteFile(filepath.Join(f.Overlays, "default.json"), []byte(text), 0o600))
 }
 
-// deploy deploys m, whose key becomes the current one.
+// deploy deploys m and promotes its key.
 func (f *fixture) deploy(m *connector.Material, more ...any) (transaction.Result, error) {
 	f.t.Helper()
 	return f.Deploy(f.t.Context(), f.typ, conformance.With(f.config, more...), m, conformance.Promotion(m))
@@ -83,7 +83,7 @@ func (f *fixture) material() *connector.Material {
 	return f.Material(f.t, f.CA)
 }
 
-// change is the change of a connector that is made anew, as after a crash.
+// change returns the change of a new connector, as after a crash.
 func (f *fixture) change(m *connector.Material, more ...any) *change {
 	f.t.Helper()
 	c, err := f.Connector(f.typ, conformance.With(f.config, more...))
@@ -93,7 +93,7 @@ func (f *fixture) change(m *connector.Material, more ...any) *change {
 	return plan.Changes[0].(*change)
 }
 
-// only is the one certificate that there is.
+// only returns the only certificate in ACM.
 func (f *fixture) only() awsfake.Certificate {
 	f.t.Helper()
 	all := f.Certificates()
@@ -103,7 +103,7 @@ func (f *fixture) only() awsfake.Certificate {
 	return all[0]
 }
 
-// holds fails the test unless the one certificate is m.
+// holds fails the test unless the only certificate is m.
 func (f *fixture) holds(m *connector.Material) {
 	f.t.Helper()
 	if got := f.only(); got.Body != string(leafPEM(m.Leaf)) || got.Chain != string(chainPEM(m.Chain)) || got.Key != string(m.Key()) {
@@ -111,7 +111,7 @@ func (f *fixture) holds(m *connector.Material) {
 	}
 }
 
-// put makes a certificate as somebody else's import does.
+// put imports a certificate as someone else.
 func (f *fixture) put(m *connector.Material, tags ...awsfake.Tag) string {
 	f.t.Helper()
 	arn, err := f.Put(leafPEM(m.Leaf), m.Key(), chainPEM(m.Chain), tags...)
@@ -119,12 +119,12 @@ func (f *fixture) put(m *connector.Material, tags ...awsfake.Tag) string {
 	return arn
 }
 
-// ours are the tags that the agent sets.
+// ours returns the tags that the agent sets.
 func ours() []awsfake.Tag {
 	return []awsfake.Tag{{Key: certificateTag, Value: "cert-1"}, {Key: managedByTag, Value: managedBy}}
 }
 
-// unverified is a configuration whose verification fails.
+// unverified returns a configuration whose verification fails.
 func unverified() []any {
 	return []any{"post_deploy_verify", map[string]any{"enabled": true, "endpoint": "127.0.0.1:1", "timeout": "1s"}, "post_deploy_verify_attempts", 1}
 }
@@ -144,7 +144,7 @@ func tagged(tags []awsfake.Tag) map[string]string {
 	return all
 }
 
-// issue is a certificate with a key of a test's own.
+// issue returns a certificate for the given key.
 func (f *fixture) issue(template testca.Template) *connector.Material {
 	f.t.Helper()
 	template.Intermediates, template.OmitRoot = 1, true
@@ -158,7 +158,7 @@ func (f *fixture) issue(template testca.Template) *connector.Material {
 	return m
 }
 
-// server starts an endpoint that is not ACM, and returns its URL.
+// server starts a server that is not ACM and returns its URL.
 func (f *fixture) server(handler http.HandlerFunc) string {
 	f.t.Helper()
 	certificate, err := f.CA.TLSCertificate("127.0.0.1")
@@ -170,7 +170,7 @@ func (f *fixture) server(handler http.HandlerFunc) string {
 	return server.URL
 }
 
-// killAfter kills the agent behind a step of the engine.
+// killAfter kills the agent after a step of the engine.
 func killAfter(op string) func(transaction.Step) error {
 	passed := false
 	return func(step transaction.Step) error {

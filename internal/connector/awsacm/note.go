@@ -13,18 +13,18 @@ import (
 	"certctl-agent/internal/hostfile"
 )
 
-// A note says where a certificate is in ACM, across deployments. ACM has no such name for it: an
-// import that nobody remembers could only be found by its tags, which a list may have late.
+// A note keeps the ARN of a certificate for the next deployment. Without it the certificate could only
+// be found by its tags, and ACM's lists lag behind.
 type note struct {
 	Certificate string `json:"certificate"`
 	Region      string `json:"region"`
 	Endpoint    string `json:"endpoint"`
-	Role        string `json:"role,omitempty"` // in whose account it is; "": in this host's
+	Role        string `json:"role,omitempty"` // determines the account; "": this host's credentials
 
 	ARN string `json:"arn,omitempty"`
 
-	// Importing is the fingerprint of a certificate whose first import was begun, and may have
-	// happened.
+	// Importing is the fingerprint of a certificate whose first import was started and may have
+	// succeeded.
 	Importing string `json:"importing,omitempty"`
 }
 
@@ -39,7 +39,8 @@ func (n *note) path() string {
 	return path.Join(noteDir, fmt.Sprintf("%x.json", sum[:16]))
 }
 
-// read fills in what is noted. One that is damaged counts as an import that may have happened.
+// read reads ARN and Importing from the note's file. A damaged file counts as an import that may have
+// succeeded.
 func (n *note) read(stateDir string) error {
 	if stateDir == "" {
 		return nil
@@ -57,7 +58,7 @@ func (n *note) read(stateDir string) error {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("what was noted of the certificate in ACM: %w", err)
+		return fmt.Errorf("read the note of the certificate in ACM: %w", err)
 	}
 	var read note
 	if json.Unmarshal(data, &read) != nil {
@@ -67,7 +68,7 @@ func (n *note) read(stateDir string) error {
 	return nil
 }
 
-// write replaces what is noted. It is on disk when write returns.
+// write replaces the note's file and syncs it to disk.
 func (n *note) write(stateDir string) error {
 	if stateDir == "" {
 		return nil
@@ -88,7 +89,7 @@ func (n *note) write(stateDir string) error {
 		err = atomicfile.SyncDir(root, ".")
 	}
 	if err != nil {
-		return fmt.Errorf("note of the certificate in ACM: %w", err)
+		return fmt.Errorf("write the note of the certificate in ACM: %w", err)
 	}
 	return nil
 }

@@ -17,14 +17,14 @@ import (
 	"certctl-agent/internal/trustedfile"
 )
 
-// A profile is a section of the shared files
+// A profile is a section of the shared configuration files
 // (https://docs.aws.amazon.com/sdkref/latest/guide/file-format.html).
 type profile struct {
 	values map[string]string
-	open   map[string]string // for keys in a file that others can read, what is wrong with that
+	open   map[string]string // warnings for keys from a file that other users can read
 }
 
-// sharedFiles are where the two are; "" if that cannot be known.
+// sharedFiles returns the paths of both shared files, or "" if HOME is not set.
 func (s *source) sharedFiles() (config, credentials string) {
 	config, credentials = s.getenv("AWS_CONFIG_FILE"), s.getenv("AWS_SHARED_CREDENTIALS_FILE")
 	if home := s.getenv("HOME"); home != "" {
@@ -34,7 +34,7 @@ func (s *source) sharedFiles() (config, credentials string) {
 	return config, credentials
 }
 
-// files names them.
+// files names the shared files, for errors.
 func (s *source) files() string {
 	config, credentials := s.sharedFiles()
 	if config == "" && credentials == "" {
@@ -43,7 +43,7 @@ func (s *source) files() string {
 	return strings.TrimPrefix(config+" and "+credentials, " and ")
 }
 
-// readProfiles reads both files. What is in the file of credentials counts.
+// readProfiles reads both files. The credentials file overrides the config file.
 func (s *source) readProfiles() (map[string]*profile, error) {
 	all := make(map[string]*profile)
 	config, credentials := s.sharedFiles()
@@ -66,7 +66,7 @@ func (s *source) readProfiles() (map[string]*profile, error) {
 			name, isProfile := strings.CutPrefix(section, "profile ")
 			name = strings.TrimSpace(name)
 			if file == config && !isProfile && name != "default" {
-				continue // a session of SSO, or services
+				continue // an sso-session or services section
 			}
 			p := all[name]
 			if p == nil {
@@ -85,8 +85,8 @@ func (s *source) readProfiles() (map[string]*profile, error) {
 	return all, nil
 }
 
-// parseSections reads an INI file. Lines that are indented belong to the key before, and none of
-// those is needed.
+// parseSections parses an INI file. It skips indented lines: they belong to nested keys, which are not
+// needed.
 func parseSections(text string) (map[string]map[string]string, error) {
 	all := make(map[string]map[string]string)
 	var current map[string]string
@@ -117,11 +117,11 @@ func parseSections(text string) (map[string]map[string]string, error) {
 	return all, nil
 }
 
-// maxProfiles bounds how many profiles lead from one to the next.
+// maxProfiles bounds a chain of source_profile settings.
 const maxProfiles = 5
 
-// fromProfile returns nil if the profile says nothing of credentials, or is not there. Below are the
-// profiles that led here.
+// fromProfile returns the credentials of a profile, or nil if it has none or does not exist. Below are
+// the profiles that refer to it.
 func (s *source) fromProfile(ctx context.Context, all map[string]*profile, name string, below []string) (*issued, error) {
 	p := all[name]
 	if p == nil && len(below) == 0 {
@@ -132,14 +132,14 @@ func (s *source) fromProfile(ctx context.Context, all map[string]*profile, name 
 		return nil, fmt.Errorf("%s: "+format, append([]any{from}, args...)...)
 	}
 	if p == nil {
-		return fail("there is none in %s, and the profile %.100q leads there", s.files(), below[len(below)-1])
+		return fail("it is not in %s, but the profile %.100q refers to it", s.files(), below[len(below)-1])
 	}
 	v := p.values
 	isSSO := slices.ContainsFunc(slices.Collect(maps.Keys(v)), func(key string) bool { return strings.HasPrefix(key, "sso_") || key == "login_session" })
 	loops := slices.Contains(below, name) || len(below) >= maxProfiles
 	switch {
 	case v["mfa_serial"] != "":
-		return fail("it asks for a code (mfa_serial), and nobody is here to type one")
+		return fail("it requires a code (mfa_serial), which the agent cannot enter")
 	case v["role_arn"] != "" && v["source_profile"] == name && v["aws_access_key_id"] != "":
 		return s.fromRole(ctx, v, from, func() (*issued, error) { return p.keys(from) })
 	case v["role_arn"] != "" && v["source_profile"] != "" && !loops:
@@ -151,7 +151,7 @@ func (s *source) fromProfile(ctx context.Context, all map[string]*profile, name 
 			return base, err
 		})
 	case loops && v["source_profile"] != "":
-		return fail("its source_profile leads in a circle")
+		return fail("its source_profile settings form a loop or a chain that is too long")
 	case v["role_arn"] != "" && v["credential_source"] != "":
 		return s.fromRole(ctx, v, from, func() (*issued, error) { return s.named(ctx, v["credential_source"]) })
 	case v["role_arn"] != "" && v["web_identity_token_file"] != "":
@@ -159,7 +159,7 @@ func (s *source) fromProfile(ctx context.Context, all map[string]*profile, name 
 	case v["aws_access_key_id"] != "" || v["aws_secret_access_key"] != "":
 		return p.keys(from)
 	case isSSO:
-		return fail("it signs in by SSO, for which a person has to use a browser: give the agent a role (of the instance or container), a credential_process or an access key")
+		return fail("it uses SSO, which requires a browser: give the agent a role (of the instance or container), a credential_process or an access key")
 	case v["credential_process"] != "":
 		return s.fromProcess(ctx, v["credential_process"], from)
 	case v["role_arn"] != "":
@@ -168,7 +168,7 @@ func (s *source) fromProfile(ctx context.Context, all map[string]*profile, name 
 	return nil, nil
 }
 
-// keys are those that a profile holds itself.
+// keys returns the access key in the profile itself.
 func (p *profile) keys(from string) (*issued, error) {
 	if open := p.open["aws_secret_access_key"]; open != "" {
 		return nil, errors.New(open)
@@ -187,7 +187,7 @@ func (s *source) fromRole(ctx context.Context, v map[string]string, from string,
 	return s.assumeRole(ctx, got, v["role_arn"], v["external_id"], v["role_session_name"])
 }
 
-// named are the credentials of a credential_source.
+// named returns the credentials of a credential_source.
 func (s *source) named(ctx context.Context, name string) (got *issued, err error) {
 	switch name {
 	case "Environment":
@@ -200,17 +200,17 @@ func (s *source) named(ctx context.Context, name string) (got *issued, err error
 		return nil, fmt.Errorf("credential_source is %.100q: expected Environment, EcsContainer or Ec2InstanceMetadata", name)
 	}
 	if got == nil && err == nil {
-		err = fmt.Errorf("credential_source is %s, and there are no credentials", name)
+		err = fmt.Errorf("credential_source is %s, but it has no credentials", name)
 	}
 	return got, err
 }
 
-// fromProcess runs the command of a profile. Its output holds credentials, and goes into no error
+// fromProcess runs a profile's command. Errors must not contain its output, which holds credentials
 // (https://docs.aws.amazon.com/sdkref/latest/guide/feature-process-credentials.html).
 func (s *source) fromProcess(ctx context.Context, line, from string) (*issued, error) {
 	from = "credential_process of " + from
 	if s.host.Query == nil {
-		return nil, fmt.Errorf("%s: no command can be run here", from)
+		return nil, fmt.Errorf("%s: commands cannot run here", from)
 	}
 	command, err := s.host.Policy.Command(line, time.Duration(s.target.Common.CommandTimeout))
 	if err != nil {
@@ -220,7 +220,7 @@ func (s *source) fromProcess(ctx context.Context, line, from string) (*issued, e
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", from, err)
 	}
-	var got said
+	var got credentialDocument
 	if json.Unmarshal(out, &got) != nil || got.Version != 1 {
 		return nil, fmt.Errorf("%s: the command did not print credentials, version 1", from)
 	}

@@ -27,7 +27,7 @@ func (s *source) assumeRole(ctx context.Context, base *issued, role, externalID,
 	}
 	hint := hintAbout(err, base.from)
 	if codeOf(err) == "AccessDenied" {
-		hint = "that role has to trust them, they need the permission sts:AssumeRole, and external_id has to be the one that the role asks for"
+		hint = "the role must trust them, they need the permission sts:AssumeRole, and external_id must be the one that the role requires"
 	}
 	if hint != "" {
 		hint = ": " + hint
@@ -35,7 +35,8 @@ func (s *source) assumeRole(ctx context.Context, base *issued, role, externalID,
 	return nil, fmt.Errorf("AssumeRole of %s with the credentials of %s: %w%s", role, base.from, err, hint)
 }
 
-// assumeWithToken exchanges a token that somebody else vouches for, such as a Kubernetes cluster
+// assumeWithToken exchanges a token of an identity provider, such as a Kubernetes cluster, for
+// credentials of a role
 // (https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRoleWithWebIdentity.html).
 func (s *source) assumeWithToken(ctx context.Context, file, role, session string) (*issued, error) {
 	if !roleForm().MatchString(role) {
@@ -53,8 +54,8 @@ func (s *source) assumeWithToken(ctx context.Context, file, role, session string
 	return got, nil
 }
 
-// assume calls STS, signed with base unless that is nil. The roles that it returns end by themselves,
-// so that it may be called again.
+// assume calls STS, signed with base unless base is nil. The call may be repeated, since unused
+// credentials expire.
 func (s *source) assume(ctx context.Context, form url.Values, base *issued) (*issued, error) {
 	form.Set("Version", "2011-06-15")
 	body := []byte(form.Encode())
@@ -83,7 +84,7 @@ func (s *source) assume(ctx context.Context, form url.Values, base *issued) (*is
 		Identity credentials `xml:"AssumeRoleWithWebIdentityResult>Credentials"`
 	}
 	if xml.Unmarshal(answer.Body, &read) != nil {
-		return nil, errors.New("the answer is not one of STS")
+		return nil, errors.New("the answer is not from STS")
 	}
 	got := cmp.Or(read.Role, read.Identity)
 	return newIssued("the role "+form.Get("RoleArn"), got.AccessKeyID, got.SecretAccessKey, got.SessionToken, got.Expiration)

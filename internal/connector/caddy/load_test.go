@@ -18,7 +18,7 @@ func listConfig(elements ...string) string {
 	return `{"apps":{"tls":{"certificates":{"load_pem":[` + strings.Join(elements, ",") + `]}}}}`
 }
 
-// Somebody else changes the list between our look and our change: the index
+// Someone else changes the list between our look and our change: the index
 // means another pair then.
 func TestConcurrentChange(t *testing.T) {
 	other := `{"certificate":"C","key":"K"}`

@@ -140,7 +140,7 @@ func (c *change) install(ctx context.Context) error {
 		return err
 	}
 	if !now.equal(p) || c.seen != nil && !now.equal(c.seen) {
-		return errors.New("somebody else changed the profile just now: look what it holds, and deploy again")
+		return errors.New("someone else changed the profile just now: look what it holds, and deploy again")
 	}
 	next := c.with(p, index)
 	commands = append(commands, command{http.MethodPatch, c.profileURL(), c.set(next)})
@@ -157,7 +157,7 @@ func (c *change) install(ctx context.Context) error {
 	case readErr != nil:
 		return readErr
 	}
-	return errors.New("the device has taken the change and shows another certificate in the profile: it may have restarted just then, or somebody else changed it")
+	return errors.New("the device has taken the change and shows another certificate in the profile: it may have restarted just then, or someone else changed it")
 }
 
 // send uploads what the device does not have, and returns the commands that
@@ -228,7 +228,7 @@ func (c *change) discard(ctx context.Context) error {
 
 // errGone means that the device does not do what it was told. It may have restarted
 // before its configuration was saved.
-var errGone = errors.New("the profile does not hold the new certificate any more: the device may have restarted just then, or somebody else changed it: deploy again")
+var errGone = errors.New("the profile does not hold the new certificate any more: the device may have restarted just then, or someone else changed it: deploy again")
 
 // finish does what comes after the profile: it removes the uploads, saves and syncs.
 // It looks at the profile last, since a unit that has taken over just then has the
@@ -325,7 +325,7 @@ func (c *change) putBack(ctx context.Context, u *undo) error {
 	if c.noted() != begun {
 		return errors.Join(c.save(ctx), c.sync(ctx))
 	}
-	if changed { // somebody else may have saved or synced it meanwhile
+	if changed { // someone else may have saved or synced it meanwhile
 		_, _ = c.save(ctx), c.sync(ctx)
 	}
 	return nil
@@ -336,7 +336,7 @@ func (c *change) putBack(ctx context.Context, u *undo) error {
 func (c *change) without(ctx context.Context, p, was *profile) (*profile, error) {
 	if c.ProfileType == serverSSL {
 		if _, ours := c.isOurs(p.Cert); !ours && !p.equal(was) {
-			return nil, errors.New("somebody else has changed the profile since, and that stays: look what it holds")
+			return nil, errors.New("someone else has changed the profile since, and that stays: look what it holds")
 		}
 		next := was.clone()
 		if p.Passphrase != "" && was.Passphrase == "" {
@@ -353,7 +353,7 @@ func (c *change) without(ctx context.Context, p, was *profile) (*profile, error)
 	if len(next.Entries) == len(p.Entries) {
 		return p, nil // it is not there
 	}
-	// A pair that somebody else has put in meanwhile stays in place of one with the
+	// A pair that someone else has put in meanwhile stays in place of one with the
 	// same type of key.
 	taken := make(map[string]bool)
 	for _, e := range next.Entries {

@@ -168,7 +168,7 @@ func TestEntries(t *testing.T) {
 		t.Errorf("the profile is %s", got)
 	}
 	if state["ssl-key /Common/old.key"] == "" {
-		t.Error("a file of somebody else was removed")
+		t.Error("a file of someone else was removed")
 	}
 	// The same without a chain: it is cleared.
 	m.Chain = nil
@@ -270,9 +270,9 @@ func TestServerSSL(t *testing.T) {
 		return bigip.None
 	})
 	_, err = f.deploy(m, unverified()...)
-	conformance.WantError(t, err, "somebody else has changed the profile since, and that stays")
+	conformance.WantError(t, err, "someone else has changed the profile since, and that stays")
 	if got := f.running()[serverSSL+" "+profileName]; !strings.Contains(got, "/Common/other.crt") {
-		t.Errorf("what somebody else did is lost: %s", got)
+		t.Errorf("what someone else did is lost: %s", got)
 	}
 }
 
@@ -468,7 +468,7 @@ func TestChunks(t *testing.T) {
 	}
 }
 
-// TestOthers: somebody else changes the profile after Read's last call, or while
+// TestOthers: someone else changes the profile after Read's last call, or while
 // files are sent.
 func TestOthers(t *testing.T) {
 	for _, moment := range []string{"GET /mgmt/tm/sys/file/ssl-key", "POST /mgmt/shared/file-transfer/uploads/certctl-target-1.key"} {
@@ -483,9 +483,9 @@ func TestOthers(t *testing.T) {
 			return bigip.None
 		})
 		_, err = f.deploy(f.material())
-		conformance.WantError(t, err, "somebody else changed the profile just now")
+		conformance.WantError(t, err, "someone else changed the profile just now")
 		if got := f.running()[clientSSL+" "+profileName]; !strings.Contains(got, "/Common/other.crt") {
-			t.Errorf("%s: what somebody else did is lost: %s", moment, got)
+			t.Errorf("%s: what someone else did is lost: %s", moment, got)
 		}
 		f.clean()
 	}

@@ -137,7 +137,7 @@ func (w *world) store(t *testing.T, format string, aliases ...string) []byte {
 	t.Helper()
 	p, j := pkcs12.New(password, false), jks.New(password)
 	for _, alias := range aliases {
-		e, err := newEntry(w.Material(t, w.ca), alias, "somebody else's")
+		e, err := newEntry(w.Material(t, w.ca), alias, "someone else's")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -166,8 +166,8 @@ func TestOthers(t *testing.T) {
 		before := w.store(t, format, "first", "last")
 		w.write(t, before)
 		others := [][]byte{
-			found(t, before, "first", password, "somebody else's"),
-			found(t, before, "last", password, "somebody else's"),
+			found(t, before, "first", password, "someone else's"),
+			found(t, before, "last", password, "someone else's"),
 		}
 		config := configIn(w.Dir, "")
 		config["legacy_ciphers"] = format == "legacy"
@@ -187,7 +187,7 @@ func TestOthers(t *testing.T) {
 					t.Errorf("%s: got\n%swant\n%s", format, got, want(m))
 				}
 				for i, alias := range []string{"first", "last"} {
-					if got := found(t, data, alias, password, "somebody else's"); !bytes.Equal(got, others[i]) {
+					if got := found(t, data, alias, password, "someone else's"); !bytes.Equal(got, others[i]) {
 						t.Errorf("%s: %s changed", format, alias)
 					}
 				}
@@ -355,7 +355,7 @@ func TestOwnKey(t *testing.T) {
 	w.write(t, w.store(t, "PKCS12", "server"))
 	config["key_password"] = keyPassword
 	if _, err := w.Deploy(t.Context(), Type(), config, w.Material(t, w.ca)); err == nil || !strings.Contains(err.Error(), "is not given to") {
-		t.Errorf("a store that somebody else has put there: got %v", err)
+		t.Errorf("a store that someone else has put there: got %v", err)
 	}
 }
 

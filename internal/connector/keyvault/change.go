@@ -172,8 +172,8 @@ func (c *change) wantTags(theirs map[string]string) (map[string]string, error) {
 }
 
 var (
-	errChanged = errors.New("somebody else imported another version just now; that was left alone")
-	errTheirs  = errors.New("somebody else has imported another version since, and that was left alone")
+	errChanged = errors.New("someone else imported another version just now; that was left alone")
+	errTheirs  = errors.New("someone else has imported another version since, and that was left alone")
 )
 
 // Write implements connector.Change. An interrupted deployment may have imported the
@@ -259,7 +259,7 @@ func (c *change) check(ctx context.Context, der []byte) error {
 		return fmt.Errorf("read it back: %w", err)
 	}
 	if now == nil || !bytes.Equal(now.DER, der) || !now.Attributes.Enabled {
-		return errors.New("read it back: the current version is another one than was imported: somebody else changes this certificate too")
+		return errors.New("read it back: the current version is another one than was imported: someone else changes this certificate too")
 	}
 	return nil
 }
@@ -330,7 +330,7 @@ func (c *change) Restore(ctx context.Context, saved []byte) error {
 	case now == nil && was == nil:
 		return nil
 	case now == nil:
-		return errors.New("somebody else has deleted it since")
+		return errors.New("someone else has deleted it since")
 	case was != nil && now.version() == was.Version:
 		return c.restoreTags(ctx, now, was)
 	case was != nil && was.Enabled && now.Attributes.Enabled && bytes.Equal(now.DER, was.DER):

@@ -216,7 +216,7 @@ func TestUndo(t *testing.T) {
 	})
 }
 
-// What somebody else does meanwhile is left alone.
+// What someone else does meanwhile is left alone.
 func TestOthers(t *testing.T) {
 	s := newSite(t)
 	for op, want := range map[string]string{"change": errChanged.Error(), "restore": errTheirs.Error()} {
@@ -236,7 +236,7 @@ func TestOthers(t *testing.T) {
 			t.Errorf("%s: got %v", op, err)
 		}
 		if at := current(f.vault); theirs == nil || at.ID != theirs.ID || !at.Enabled || !maps.Equal(at.Tags, theirs.Tags) {
-			t.Errorf("%s: the version of somebody else is not the current one any more: %+v", op, at)
+			t.Errorf("%s: the version of someone else is not the current one any more: %+v", op, at)
 		}
 	}
 }

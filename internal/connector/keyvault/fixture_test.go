@@ -148,7 +148,7 @@ func (f *fixture) materialOf(key crypto.Signer) *connector.Material {
 	return m
 }
 
-// theirs is a version that somebody else has imported.
+// theirs is a version that someone else has imported.
 func (f *fixture) theirs(change func(*azure.Version)) {
 	f.t.Helper()
 	m := f.material()

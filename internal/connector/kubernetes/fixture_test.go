@@ -167,7 +167,7 @@ func (f *fixture) make(s *secret) {
 	must(f.t, err)
 }
 
-// patch changes the secret, as somebody else.
+// patch changes the secret, as someone else.
 func (f *fixture) patch(merge map[string]any) {
 	f.t.Helper()
 	_, err := f.Do(context.Background(), http.MethodPatch, "/api/v1/namespaces/"+f.in+"/secrets/www", merge)

@@ -269,7 +269,7 @@ func (f *fixture) at(op string, do func()) {
 	}
 }
 
-// What somebody else writes after we have looked is not overwritten, and neither
+// What someone else writes after we have looked is not overwritten, and neither
 // is it by an undo.
 func changedBetween(t *testing.T, c *cluster) {
 	theirs := map[string]any{"data": map[string]any{"tls.crt": "dGhlaXJz", "tls.key": "a2V5"}}
@@ -278,7 +278,7 @@ func changedBetween(t *testing.T, c *cluster) {
 		f.mustDeploy(f.material())
 		f.at("change", func() { f.patch(theirs) })
 		_, err := f.deploy(f.material())
-		conformance.WantError(t, err, "somebody else changed")
+		conformance.WantError(t, err, "someone else changed")
 		if s := f.secret(); conformance.Broken(err) || string(s.Data["tls.crt"]) != "theirs" {
 			t.Errorf("got %v, and the secret has %q", err, s.Data["tls.crt"])
 		}
@@ -293,7 +293,7 @@ func changedBetween(t *testing.T, c *cluster) {
 			f.make(&secret{Type: "kubernetes.io/tls", Data: map[string][]byte{"tls.crt": []byte("theirs"), "tls.key": nil}})
 		})
 		_, err := f.deploy(f.material())
-		conformance.WantError(t, err, "somebody else changed")
+		conformance.WantError(t, err, "someone else changed")
 		if s := f.secret(); conformance.Broken(err) || string(s.Data["tls.crt"]) != "theirs" {
 			t.Errorf("got %v, and the secret has %q", err, s.Data["tls.crt"])
 		}
@@ -313,7 +313,7 @@ func changedBetween(t *testing.T, c *cluster) {
 	})
 }
 
-// Somebody else is faster between our GET and our PUT.
+// Someone else is faster between our GET and our PUT.
 func conflicts(t *testing.T, c *cluster) {
 	f := c.fixture(t, "agent")
 	was := f.material()
@@ -370,7 +370,7 @@ func undoLeavesNewer(t *testing.T, c *cluster) {
 		}
 		f.at("restore", func() { f.patch(theirs) })
 		_, err := f.deploy(f.material(), unverified()...)
-		conformance.WantError(t, err, "this target needs a person", "somebody else has changed it since")
+		conformance.WantError(t, err, "this target needs a person", "someone else has changed it since")
 		if s := f.secret(); s == nil || string(s.Data["tls.crt"]) != "theirs" {
 			t.Errorf("first %t: theirs is gone", first)
 		}
@@ -378,9 +378,9 @@ func undoLeavesNewer(t *testing.T, c *cluster) {
 	f := c.fixture(t, "remover")
 	f.at("restore", func() { f.patch(map[string]any{"data": map[string]any{"more": "eA=="}}) })
 	_, err := f.deploy(f.material(), unverified()...)
-	conformance.WantError(t, err, "this target needs a person", `somebody else has put "more" into it`)
+	conformance.WantError(t, err, "this target needs a person", `someone else has put "more" into it`)
 	if f.secret() == nil {
-		t.Error("a secret with somebody else's data was removed")
+		t.Error("a secret with someone else's data was removed")
 	}
 
 	// Between the look of the undo and its request.
@@ -394,9 +394,9 @@ func undoLeavesNewer(t *testing.T, c *cluster) {
 		return false
 	})
 	_, err = f.deploy(f.material(), unverified()...)
-	conformance.WantError(t, err, "this target needs a person", "somebody else has changed it since")
+	conformance.WantError(t, err, "this target needs a person", "someone else has changed it since")
 	if f.secret() == nil {
-		t.Error("a secret that somebody else had just changed was removed")
+		t.Error("a secret that someone else had just changed was removed")
 	}
 
 	// Other parts of it may change.

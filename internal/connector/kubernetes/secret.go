@@ -198,8 +198,8 @@ func (c *secretChange) Write(ctx context.Context) error {
 }
 
 var (
-	errChanged = errors.New("somebody else changed the certificate or the key in it just now; that was left alone")
-	errTheirs  = errors.New("somebody else has changed it since, and that was left alone")
+	errChanged = errors.New("someone else changed the certificate or the key in it just now; that was left alone")
+	errTheirs  = errors.New("someone else has changed it since, and that was left alone")
 )
 
 // saw reports whether the pair in the secret is the one that Read saw.
@@ -227,7 +227,7 @@ func (c *secretChange) Restore(ctx context.Context, saved []byte) error {
 		case isBack, untouched:
 			return request{}, nil
 		case o == nil:
-			return request{}, errors.New("somebody else has deleted it since")
+			return request{}, errors.New("someone else has deleted it since")
 		case !c.isOurs(o):
 			return request{}, errTheirs
 		case saved != nil:
@@ -236,7 +236,7 @@ func (c *secretChange) Restore(ctx context.Context, saved []byte) error {
 		}
 		for key := range o.data {
 			if !slices.Contains([]string{certKey, keyKey, caKey}, key) {
-				return request{}, fmt.Errorf("it was not there before, and somebody else has put %.100q into it since, so that it was not removed", key)
+				return request{}, fmt.Errorf("it was not there before, and someone else has put %.100q into it since, so that it was not removed", key)
 			}
 		}
 		return request{"delete", o}, nil
@@ -351,7 +351,7 @@ func (c *secretChange) explain(verb string, err error) error {
 	case answer.Status == http.StatusNotFound && status.Details.Kind == "namespaces":
 		return fmt.Errorf("%s: %w: the namespace %s does not exist", verb, err, c.namespace)
 	case answer.Status == http.StatusConflict:
-		return fmt.Errorf("%s, tried %d times: %w: somebody else keeps changing it", verb, maxTries, err)
+		return fmt.Errorf("%s, tried %d times: %w: someone else keeps changing it", verb, maxTries, err)
 	}
 	return fmt.Errorf("%s: %w", verb, err)
 }

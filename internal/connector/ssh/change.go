@@ -592,14 +592,14 @@ func (c *change) restore(ctx context.Context, s *session, m manifest, fresh bool
 	if err := c.sweep(ctx, s, ats, isNew); err != nil {
 		return err
 	}
-	// The files belong together: beside a certificate of somebody else's, the old
+	// The files belong together: beside a certificate of someone else's, the old
 	// key is as wrong as the new one.
 	now := make([]*looks, len(m.Files))
 	var errs []error
 	for i, old := range m.Files {
 		var err error
 		if now[i], err = c.looksNow(ctx, s, old.At, old.Role == roleKey); err == nil && c.isForeign(old, now[i], fresh) {
-			err = errors.New("somebody else has changed it since, so it stays as it is, and what belongs to it")
+			err = errors.New("someone else has changed it since, so it stays as it is, and what belongs to it")
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s on %s: %w", old.At, c.Host, err))

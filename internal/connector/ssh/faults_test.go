@@ -226,8 +226,8 @@ func TestSomebodyElse(t *testing.T) {
 	theirs := h.Material(t, h.ca)
 	must(t, os.WriteFile(filepath.Join(h.dir, "cert.pem"), conformance.PEM(theirs.Leaf), 0o644))
 	must(t, os.WriteFile(filepath.Join(h.dir, "key.pem"), theirs.KeyPEM, 0o600))
-	if err := plan.Changes[0].Restore(t.Context(), was); err == nil || !strings.Contains(err.Error(), "somebody else") {
-		t.Errorf("got %v, want an error with %q", err, "somebody else")
+	if err := plan.Changes[0].Restore(t.Context(), was); err == nil || !strings.Contains(err.Error(), "someone else") {
+		t.Errorf("got %v, want an error with %q", err, "someone else")
 	}
 	if readFile(t, filepath.Join(h.dir, "cert.pem")) != string(conformance.PEM(theirs.Leaf)) || readFile(t, filepath.Join(h.dir, "key.pem")) != string(theirs.KeyPEM) {
 		t.Error("their pair is not whole any more")

@@ -51,7 +51,7 @@ func TestSweep(t *testing.T) {
 	checkFiles(t, base)
 }
 
-// TestEndedIsNotKilled: the group of an ssh that has ended may be somebody else's by now.
+// TestEndedIsNotKilled: the group of an ssh that has ended may be someone else's by now.
 func TestEndedIsNotKilled(t *testing.T) {
 	other := exec.CommandContext(t.Context(), needs.Need(t, "cat"))
 	other.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}

@@ -141,7 +141,7 @@ const (
 )
 
 // Write implements connector.Change. It is told which certificate Read has seen
-// on the binding: another one somebody else has put there since.
+// on the binding: another one someone else has put there since.
 func (c *change) Write(ctx context.Context) error {
 	if c.seen == nil {
 		if _, _, err := c.Read(ctx); err != nil {

@@ -154,7 +154,7 @@ func TestDeadline(t *testing.T) {
 }
 
 // TestAnotherJob: what a job that was killed has begun, with a certificate that was
-// somebody else's, another job with another certificate takes back.
+// someone else's, another job with another certificate takes back.
 func TestAnotherJob(t *testing.T) {
 	for _, kind := range []string{"IIS", "WinCertStore"} {
 		f := newFixture(t, kind)

@@ -83,7 +83,7 @@ func TestUndo(t *testing.T) {
 			t.Errorf("%s: the binding has flags %d and store %s", test.name, test.binding.Flags, test.binding.Store)
 		}
 		if !f.holds(`LocalMachine\WebHosting`, thumbprint(their.Certificate)) {
-			t.Errorf("%s: the certificate of somebody else is gone", test.name)
+			t.Errorf("%s: the certificate of someone else is gone", test.name)
 		}
 	}
 }
@@ -287,7 +287,7 @@ func TestTheirs(t *testing.T) {
 	}
 }
 
-// TestChangedMeanwhile: what somebody else puts on the binding between the look
+// TestChangedMeanwhile: what someone else puts on the binding between the look
 // and the change stays there, and so does what comes before an undo.
 func TestChangedMeanwhile(t *testing.T) {
 	for _, when := range []string{opWrite, opRestore} {
@@ -307,7 +307,7 @@ func TestChangedMeanwhile(t *testing.T) {
 			})
 		})
 		_, err := f.deploy(f.material(), unverified()...)
-		conformance.WantError(t, err, "somebody else has changed the binding since", name)
+		conformance.WantError(t, err, "someone else has changed the binding since", name)
 		if got := f.bound(site, binding); got != name {
 			t.Errorf("%s: the binding has %s, want %s", when, got, name)
 		}

@@ -274,7 +274,7 @@ func (q *request) explain(a *answer) error {
 	case "sharing":
 		return sharedError(q.Binding, detail)
 	case "changed":
-		return fmt.Errorf("somebody else has changed the binding since, and that was left alone: it has the certificate %s", orNone(detail))
+		return fmt.Errorf("someone else has changed the binding since, and that was left alone: it has the certificate %s", orNone(detail))
 	case "former-missing":
 		return fmt.Errorf("the certificate %s, which the binding had, is not in its store any more", detail)
 	case "busy":

@@ -10,7 +10,7 @@ import (
 )
 
 // TestStore: name, location, friendly name and readers, and what an undo makes of
-// a certificate that somebody else had there.
+// a certificate that someone else had there.
 func TestStore(t *testing.T) {
 	f := newFixture(t, "WinCertStore")
 	f.windows.Change(func(c *windowshost.Console) { c.Account(`CORP\sql$`, "S-1-5-20") })

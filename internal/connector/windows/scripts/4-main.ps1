@@ -155,7 +155,7 @@ try {
     try {
         $lock = New-Object System.Threading.Mutex $false, $name
     } catch {
-        Fail 'busy' $name # somebody else's, who shares it with nobody
+        Fail 'busy' $name # someone else's, who shares it with nobody
     }
     try {
         $locked = $lock.WaitOne(30000)
