@@ -13,15 +13,15 @@ import (
 	"certctl-agent/internal/vendorapi"
 )
 
-// change has the profile use the new files.
+// change makes the profile use new files.
 type change struct {
 	*target
-	keyType string // as the device calls it
-	leaf    string // path of the new files, as far as they have it in common
+	keyType string // the device's name of it
+	leaf    string // common prefix of the paths of the new files
 
 	cert, key, chain *file // chain: nil if there is none
 
-	seen *profile // by Read; nil: it was not called
+	seen *profile // by Read; nil if it was not called
 }
 
 // ID implements connector.Change.
@@ -29,8 +29,7 @@ func (c *change) ID() string {
 	return c.ProfileType + " " + c.profile + " of " + c.device.address
 }
 
-// undo is what Restore needs. It holds no key: those that the profile used stay on
-// the device.
+// undo is the state that Restore needs. It holds no key: the old files stay on the device.
 type undo struct {
 	Profile *profile `json:"profile"`
 	Had     []string `json:"had"` // this target's files
@@ -47,7 +46,7 @@ func (c *change) Read(ctx context.Context) (was []byte, same bool, err error) {
 		return nil, false, err
 	}
 	if _, must := c.saves(); must && c.noted() != nothing {
-		in = false // what is in use was not saved
+		in = false // the profile may not be saved
 	}
 	all, err := c.ours(ctx)
 	if err != nil {
@@ -65,8 +64,8 @@ func (c *change) Read(ctx context.Context) (was []byte, same bool, err error) {
 	return was, in, err
 }
 
-// find looks for the entry of the key type of the new certificate, -1 if there is
-// none, and compares it with that.
+// find returns the index of the entry with the new certificate's key type, or -1 if there is none, and
+// whether it already uses the new files.
 func (c *change) find(ctx context.Context, p *profile) (in bool, index int, err error) {
 	for i, e := range c.pairs(p) {
 		if !e.serves() || e.text("key") == "" {
@@ -91,8 +90,7 @@ func (c *change) find(ctx context.Context, p *profile) (in bool, index int, err 
 	return false, -1, nil
 }
 
-// holds reports whether the file at path is as it should be; no path stands for no
-// file.
+// holds reports whether the file at path has the content of want. An empty path means no file.
 func (c *change) holds(ctx context.Context, path string, want *file) (bool, error) {
 	if path == "" || want == nil {
 		return path == "" && want == nil, nil
@@ -101,9 +99,8 @@ func (c *change) holds(ctx context.Context, path string, want *file) (bool, erro
 	return s != nil && s.Checksum == want.checksum(), err
 }
 
-// Write implements connector.Change. When the device cannot be saved or synced, that
-// is a warning, unless the configuration asks for it in so many words: Finish tries
-// again.
+// Write implements connector.Change. A failed save or sync is only a warning, since Finish tries again,
+// unless save_config is explicitly set.
 func (c *change) Write(ctx context.Context) error {
 	if c.noted() == nothing {
 		if err := c.note(begun); err != nil {
@@ -120,8 +117,7 @@ func (c *change) Write(ctx context.Context) error {
 	return nil
 }
 
-// install brings the files to the device and into the profile, and looks whether
-// they are there.
+// install uploads the files, makes the profile use them, and reads it back.
 func (c *change) install(ctx context.Context) error {
 	p, err := c.read(ctx)
 	if err != nil {
@@ -135,12 +131,12 @@ func (c *change) install(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	now, err := c.read(ctx) // to send takes seconds
+	now, err := c.read(ctx) // sending takes seconds
 	if err != nil {
 		return err
 	}
 	if !now.equal(p) || c.seen != nil && !now.equal(c.seen) {
-		return errors.New("someone else changed the profile just now: look what it holds, and deploy again")
+		return errors.New("someone else changed the profile meanwhile: check what it uses, and deploy again")
 	}
 	next := c.with(p, index)
 	commands = append(commands, command{http.MethodPatch, c.profileURL(), c.set(next)})
@@ -157,11 +153,10 @@ func (c *change) install(ctx context.Context) error {
 	case readErr != nil:
 		return readErr
 	}
-	return errors.New("the device has taken the change and shows another certificate in the profile: it may have restarted just then, or someone else changed it")
+	return errors.New("the device accepted the change but the profile has another certificate: it may have just restarted, or someone else changed it")
 }
 
-// send uploads what the device does not have, and returns the commands that
-// install it.
+// send uploads the files that the device does not have, and returns the commands that install them.
 func (c *change) send(ctx context.Context) (commands []command, err error) {
 	for _, f := range []*file{c.cert, c.key, c.chain} {
 		if f == nil {
@@ -188,8 +183,7 @@ func (c *change) send(ctx context.Context) (commands []command, err error) {
 	return commands, nil
 }
 
-// with is the profile with the new files in place of the entry at index, or behind
-// the others.
+// with returns p with the new files in place of the entry at index, or in a new entry if index is -1.
 func (c *change) with(p *profile, index int) *profile {
 	chain := ""
 	if c.chain != nil {
@@ -198,7 +192,7 @@ func (c *change) with(p *profile, index int) *profile {
 	if c.ProfileType == serverSSL {
 		next := &profile{Cert: c.cert.path, Key: c.key.path, Chain: chain}
 		if p.Passphrase != "" {
-			next.Passphrase = none // it was of the other key
+			next.Passphrase = none // it is for the old key
 		}
 		return next
 	}
@@ -226,13 +220,12 @@ func (c *change) discard(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// errGone means that the device does not do what it was told. It may have restarted
-// before its configuration was saved.
-var errGone = errors.New("the profile does not hold the new certificate any more: the device may have restarted just then, or someone else changed it: deploy again")
+// errGone means that the profile lost the change. The device may have restarted before it saved its
+// configuration.
+var errGone = errors.New("the profile lost the new certificate: the device may have just restarted, or someone else changed the profile: deploy again")
 
-// finish does what comes after the profile: it removes the uploads, saves and syncs.
-// It looks at the profile last, since a unit that has taken over just then has the
-// old certificate, and syncs that.
+// finish completes the change of the profile: it removes the uploads, saves and syncs. It checks the
+// profile last, since a unit that takes over at this moment has the old certificate and syncs it.
 func (c *change) finish(ctx context.Context) error {
 	unclean, unsaved := c.discard(ctx), c.save(ctx)
 	var unsynced error
@@ -249,8 +242,8 @@ func (c *change) finish(ctx context.Context) error {
 	return c.note(nothing)
 }
 
-// save saves the configuration, if that is wanted. Whatever becomes of it, an undo
-// has to do it again, unless the device has refused it.
+// save saves the configuration if configured. An undo must save again, unless the device refused to
+// save.
 func (c *change) save(ctx context.Context) error {
 	if saves, _ := c.saves(); !saves {
 		return nil
@@ -266,7 +259,7 @@ func (c *change) save(ctx context.Context) error {
 	return err
 }
 
-// sync hands the configuration to the device group, if one is named.
+// sync syncs the configuration to the device group, if there is one.
 func (c *change) sync(ctx context.Context) error {
 	if c.DeviceGroup == "" {
 		return nil
@@ -277,7 +270,7 @@ func (c *change) sync(ctx context.Context) error {
 	return c.device.sync(ctx, c.DeviceGroup)
 }
 
-// isIn reports whether the profile holds the new certificate.
+// isIn reports whether the profile uses the new files.
 func (c *change) isIn(ctx context.Context) (bool, error) {
 	p, err := c.read(ctx)
 	if err != nil {
@@ -292,7 +285,7 @@ func (c *change) Restore(ctx context.Context, was []byte) error {
 	u := undo{Profile: new(profile)}
 	if was != nil {
 		if err := json.Unmarshal(was, &u); err != nil || u.Profile == nil {
-			return errors.New("what was saved of the profile cannot be read")
+			return errors.New("cannot read the saved state of the profile")
 		}
 	}
 	if err := errors.Join(c.putBack(ctx, &u), c.discard(ctx)); err != nil {
@@ -316,7 +309,7 @@ func (c *change) putBack(ctx context.Context, u *undo) error {
 			return c.device.do(ctx, request{method: http.MethodPatch, path: c.profileURL(), sent: c.set(next)}, nil)
 		})
 		if err != nil {
-			return fmt.Errorf("put the former certificate back into the profile: %w", err)
+			return fmt.Errorf("restore the old certificate in the profile: %w", err)
 		}
 	}
 	if err := c.removeNew(ctx, u.Had); err != nil {
@@ -325,18 +318,17 @@ func (c *change) putBack(ctx context.Context, u *undo) error {
 	if c.noted() != begun {
 		return errors.Join(c.save(ctx), c.sync(ctx))
 	}
-	if changed { // someone else may have saved or synced it meanwhile
+	if changed { // someone else may have saved or synced the change meanwhile
 		_, _ = c.save(ctx), c.sync(ctx)
 	}
 	return nil
 }
 
-// without is the profile with what it was in place of this target's entries. What
-// others have changed meanwhile stays.
+// without returns p with the old entries in place of this target's. Changes by others stay.
 func (c *change) without(ctx context.Context, p, was *profile) (*profile, error) {
 	if c.ProfileType == serverSSL {
 		if _, ours := c.isOurs(p.Cert); !ours && !p.equal(was) {
-			return nil, errors.New("someone else has changed the profile since, and that stays: look what it holds")
+			return nil, errors.New("someone else has changed the profile since, so it was left alone: check what it uses")
 		}
 		next := was.clone()
 		if p.Passphrase != "" && was.Passphrase == "" {
@@ -351,10 +343,9 @@ func (c *change) without(ctx context.Context, p, was *profile) (*profile, error)
 		return ours && !isIn(was.Entries, e)
 	})
 	if len(next.Entries) == len(p.Entries) {
-		return p, nil // it is not there
+		return p, nil // it has no entry of this target
 	}
-	// A pair that someone else has put in meanwhile stays in place of one with the
-	// same type of key.
+	// An entry that someone else has added meanwhile replaces an old one with the same type of key.
 	taken := make(map[string]bool)
 	for _, e := range next.Entries {
 		kind, err := c.keyTypeOf(ctx, e)
@@ -378,7 +369,7 @@ func (c *change) without(ctx context.Context, p, was *profile) (*profile, error)
 	return next, nil
 }
 
-// keyTypeOf is the type of key of an entry, and its use.
+// keyTypeOf returns the usage and key type of an entry.
 func (c *change) keyTypeOf(ctx context.Context, e entry) (string, error) {
 	if e.text("key") == "" {
 		return "", nil
@@ -390,7 +381,7 @@ func (c *change) keyTypeOf(ctx context.Context, e entry) (string, error) {
 	return e.text("usage") + " " + key.KeyType, nil
 }
 
-// removeNew removes this target's files but those that it had.
+// removeNew removes this target's files except those in had.
 func (c *change) removeNew(ctx context.Context, had []string) error {
 	all, err := c.ours(ctx)
 	if err != nil {
@@ -416,8 +407,8 @@ func (c *change) Finish(ctx context.Context) error {
 	return err
 }
 
-// sweep removes this target's files of older certificates but for the newest and
-// those in use. It goes on after an error.
+// sweep removes this target's files of older certificates, except the newest ones and those in use. It
+// continues after an error.
 func (c *change) sweep(ctx context.Context) error {
 	all, err := c.ours(ctx)
 	if err != nil {
@@ -435,7 +426,7 @@ func (c *change) sweep(ctx context.Context) error {
 	}
 	var order []string
 	for leaf := range sets {
-		if leaf != c.leaf { // a former chain of this certificate goes in any case
+		if leaf != c.leaf { // old chains of this certificate are always removed
 			order = append(order, leaf)
 		}
 	}

@@ -18,8 +18,8 @@ import (
 
 func fingerprint(m *connector.Material) string { return pemutil.Fingerprint(m.Leaf) }
 
-// TestConformance kills, fails and cancels deployments at each step. Beside the
-// profile and the files, uploads and tokens are looked for after each.
+// TestConformance runs the suite. The state of a target includes the uploads and tokens on the
+// device, besides the profile and the files.
 func TestConformance(t *testing.T) {
 	all := &devices{t: t, made: make(map[string]*bigip.Device)}
 	factory := stateOf(newDeviceFor(t, "13.1.0"))
@@ -61,10 +61,10 @@ func TestConformance(t *testing.T) {
 
 func isFactory(name string) bool { return strings.Contains(name, "/Common/default.") }
 
-// unused ends the names of files that no profile uses.
+// unused is the suffix of the names of files that no profile uses.
 const unused = " (unused)"
 
-// stateOf is the state of a device, with what is saved as the suite knows it.
+// stateOf returns the state of a device in the form that the suite expects.
 func stateOf(d *bigip.Device) map[string]string {
 	state, all := make(map[string]string), d.State()
 	profiles := all[clientSSL+" "+profileName] + all[serverSSL+" "+profileName]
@@ -81,14 +81,14 @@ func stateOf(d *bigip.Device) map[string]string {
 	return state
 }
 
-// chainPath is where the chain of m is.
+// chainPath returns the path of m's chain.
 func chainPath(m *connector.Material) string {
 	sum := sha256.Sum256(pemutil.EncodeCertificates(m.Chain...))
 	return leafPath(m) + "-" + hex.EncodeToString(sum[:chainDigits/2]) + ".crt"
 }
 
-// wantProfile is what State shows of a profile that serves it. The RSA pair of the
-// factory stays beside the new one.
+// wantProfile returns the State of a profile that serves the certificate. The RSA pair of the
+// default profile stays beside it.
 func wantProfile(leaf, chain string) []byte {
 	pair := fmt.Sprintf(`"Cert":"%s.crt","Key":"%[1]s.key","CA":%q,"Passphrase":""`, leaf, chain)
 	return fmt.Appendf(nil, `{"Kind":"client-ssl","Path":%q,"Parent":"/Common/clientssl","Inherit":false,"Chain":[`+

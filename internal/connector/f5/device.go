@@ -22,31 +22,29 @@ import (
 )
 
 const (
-	// maxChunk is the most that one request of an upload has, in bytes: what every
-	// version takes. See
+	// maxChunk is the size of one request of an upload, in bytes, that every version accepts. See
 	// https://community.f5.com/kb/technicalarticles/demystifying-icontrol-rest-part-5-transferring-files/286689.
 	maxChunk = 512 << 10
 
-	// downloads is where the device keeps what is uploaded.
+	// downloads is the device's directory of uploads.
 	downloads = "/var/config/rest/downloads/"
 
-	// maxList bounds a list of the files of a partition, in bytes. One has about a
-	// kilobyte, and a large device some thousands.
+	// maxList bounds a list of the files of a partition, in bytes. A file takes about a kilobyte, and
+	// a large device has some thousands.
 	maxList = 16 << 20
 
-	// maxRestarts bounds how often a request is made again whose answer was lost, and
-	// that does the same each time.
+	// maxRestarts bounds how often an idempotent request is made if its answer is lost.
 	maxRestarts = 3
 
-	// syncWait is how long the other devices of a group may take, and syncPause
-	// between two looks at them.
+	// syncWait is how long the other devices of a group may take to sync. syncPause is the pause
+	// between two checks.
 	syncWait  = 40 * time.Second
 	syncPause = time.Second
 
-	// logoutWait bounds the end of a deployment, when the device may be gone.
+	// logoutWait bounds logging out at the end of a deployment, when the device may be unreachable.
 	logoutWait = 10 * time.Second
 
-	// transactionHeader has the id of the transaction that a request is put into.
+	// transactionHeader makes a request part of a transaction.
 	transactionHeader = "X-F5-REST-Coordination-Id"
 )
 
@@ -75,26 +73,26 @@ func newDevice(c *config, address string, dial func(context.Context) (net.Conn, 
 	return d
 }
 
-// isStarting reports whether the REST framework has not loaded everything yet. Its
-// 404 is not about the object.
+// isStarting reports whether the REST framework has not loaded everything yet, so its 404 is not about
+// the object.
 func isStarting(e *vendorapi.StatusError) bool {
 	return e.Status == http.StatusNotFound && strings.Contains(e.Message, "not registered")
 }
 
-// isMissing reports whether the device says that there is no such object. Others
-// answer 404 too: a proxy, a device that is starting.
+// isMissing reports whether the device says that an object does not exist. A proxy, or a device that
+// is starting, answers 404 without that code.
 func isMissing(err error) bool {
 	return vendorapi.StatusOf(err) == http.StatusNotFound && strings.Contains(err.Error(), "01020036")
 }
 
-// message is the device's own, without what it quotes of the request: the password
-// was in one.
+// message returns the device's error message without secrets: some messages quote the request with the
+// password.
 func (d *device) message(body []byte) string {
 	var answer struct {
 		Message string `json:"message"`
 	}
 	if json.Unmarshal(body, &answer) != nil {
-		return "an answer that is not of iControl REST: " + printable.Line(d.scrub(string(body)), 300)
+		return "the answer is not from iControl REST: " + printable.Line(d.scrub(string(body)), 300)
 	}
 	if answer.Message == "" {
 		return "no message"
@@ -102,8 +100,7 @@ func (d *device) message(body []byte) string {
 	return d.scrub(answer.Message)
 }
 
-// scrub takes the secrets of this deployment out of a text: the password also as
-// the request had it, in JSON.
+// scrub removes the secrets of this deployment from a text, also as they appear in JSON.
 func (d *device) scrub(text string) string {
 	for _, s := range []secret.String{d.password, d.token} {
 		if s.IsZero() {
@@ -121,26 +118,26 @@ func (d *device) scrub(text string) string {
 type request struct {
 	method, path string
 	query        string
-	sent         any         // as JSON; nil: nothing
-	raw          []byte      // instead
-	header       http.Header // besides
-	max          int64       // of the answer, in bytes; 0: the default
+	sent         any         // body, encoded as JSON; nil: raw
+	raw          []byte      // body
+	header       http.Header // additional headers
+	max          int64       // limit of the answer, in bytes; 0: the default
 }
 
-// deniedError is the refusal of a call that the account may not make.
+// deniedError is a refusal because the account lacks permission.
 type deniedError struct {
 	request
 	err error
 }
 
 func (e *deniedError) Error() string {
-	return fmt.Sprintf("%v: the account may not %s %s: look at its role (docs/targets/f5.md has the least one)", e.err, e.method, printable.Line(e.path, 2*maxPath))
+	return fmt.Sprintf("%v: the account may not %s %s: check its role (docs/targets/f5.md has the minimal one)", e.err, e.method, printable.Line(e.path, 2*maxPath))
 }
 
 func (e *deniedError) Unwrap() error { return e.err }
 
-// do makes a call and decodes the answer. It logs in first, and once more when the
-// token has expired or the device has restarted.
+// do makes a call and decodes the answer. It logs in first if necessary, and again if the token has
+// expired or the device has restarted.
 func (d *device) do(ctx context.Context, r request, into any) error {
 	call := &vendorapi.Request{Method: r.method, URL: d.base + r.path, Body: r.raw, MaxAnswer: r.max}
 	if r.query != "" {
@@ -175,8 +172,8 @@ func (d *device) do(ctx context.Context, r request, into any) error {
 	}
 }
 
-// isDenied tells a call that the account may not make from a token that is not
-// valid any more: the REST framework answers 401 to both.
+// isDenied reports whether a 401 means that the account lacks permission. The REST framework also
+// answers 401 to an invalid token.
 func isDenied(err error) bool {
 	return strings.Contains(err.Error(), "Authorization failed: user=")
 }
@@ -186,36 +183,36 @@ func decode(body []byte, into any) error {
 		into = new(map[string]any)
 	}
 	if len(bytes.TrimSpace(body)) == 0 {
-		return nil // of a DELETE
+		return nil // answer to a DELETE
 	}
 	if err := json.Unmarshal(body, into); err != nil {
-		return fmt.Errorf("the answer is not of iControl REST: %v", err)
+		return fmt.Errorf("the answer is not from iControl REST: %v", err)
 	}
 	return nil
 }
 
-// explain says what to do about some answers.
+// explain adds to some errors what to do about them.
 func explain(err error) error {
 	text := err.Error()
-	for _, hint := range []struct{ in, says string }{
-		{"x509: ", "if the device has a certificate of its own making, put ca_bundle or server_fingerprint into the target's overlay"},
-		{"has the SHA-256 fingerprint", "look whether it was renewed, or something else answers, before you change server_fingerprint"},
-		{"010717e3", "this version wants an RSA pair in each client-ssl profile: install one beside this certificate"},
+	for _, hint := range []struct{ in, text string }{
+		{"x509: ", "if the device has a self-signed certificate, put ca_bundle or server_fingerprint into the target's overlay"},
+		{"has the SHA-256 fingerprint", "check whether the certificate was renewed or another server answers before you change server_fingerprint"},
+		{"010717e3", "this version requires an RSA pair in each client-ssl profile: install one beside this certificate"},
 	} {
 		if strings.Contains(text, hint.in) {
-			return fmt.Errorf("%w: %s", err, hint.says)
+			return fmt.Errorf("%w: %s", err, hint.text)
 		}
 	}
 	return err
 }
 
-// isLost reports whether it is not known if a call was carried out.
+// isLost reports whether it is unknown if a call took effect.
 func isLost(err error) bool {
 	_, lost := errors.AsType[*vendorapi.LostError](err)
 	return lost
 }
 
-// repeat makes a call again that does the same each time.
+// repeat makes an idempotent call, and makes it again if the answer is lost.
 func repeat(ctx context.Context, call func() error) (err error) {
 	for range maxRestarts {
 		if err = call(); !isLost(err) || ctx.Err() != nil {
@@ -225,8 +222,7 @@ func repeat(ctx context.Context, call func() error) (err error) {
 	return err
 }
 
-// login gets a token. It is not tried again when it is refused: the device may
-// lock the account.
+// login gets a token. It is not retried if it is refused, since the device may lock the account.
 func (d *device) login(ctx context.Context) error {
 	body, err := json.Marshal(map[string]string{"username": d.username, "password": d.password.Reveal(), "loginProviderName": d.provider})
 	if err != nil {
@@ -235,7 +231,7 @@ func (d *device) login(ctx context.Context) error {
 	answer, err := d.api.Do(ctx, &vendorapi.Request{Method: http.MethodPost, URL: d.base + "/mgmt/shared/authn/login", Body: body,
 		Header: http.Header{"Content-Type": {"application/json"}}})
 	if vendorapi.StatusOf(err) == http.StatusUnauthorized {
-		return fmt.Errorf("log in as %s: %w: look at username, password and token_provider", printable.Quote(d.username), err)
+		return fmt.Errorf("log in as %s: %w: check username, password and token_provider", printable.Quote(d.username), err)
 	}
 	if err != nil {
 		return fmt.Errorf("log in: %w", explain(err))
@@ -248,15 +244,15 @@ func (d *device) login(ctx context.Context) error {
 	if err := decode(answer.Body, &got); err != nil {
 		return fmt.Errorf("log in: %w", err)
 	}
-	// It becomes a header, and part of a URL.
+	// The token becomes a header and part of a URL.
 	if !objectName().MatchString(got.Token.Token) {
-		return errors.New("log in: the answer has no token: something before the BIG-IP gave it")
+		return errors.New("log in: the answer has no token: check whether a proxy before the BIG-IP answered")
 	}
 	d.token = secret.New(got.Token.Token)
 	return nil
 }
 
-// logout withdraws the token.
+// logout revokes the token.
 func (d *device) logout() error {
 	if d.token.IsZero() {
 		return nil
@@ -273,20 +269,20 @@ func (d *device) logout() error {
 		if answer, err = d.api.Do(ctx, call); err == nil {
 			err = decode(answer.Body, nil)
 		}
-		// A token that is not valid is none; an earlier answer may be lost.
+		// The token is already invalid: an earlier answer may have been lost.
 		if status := vendorapi.StatusOf(err); err == nil || status == http.StatusUnauthorized || status == http.StatusNotFound && !strings.Contains(err.Error(), "not registered") {
 			return nil
 		}
 	}
-	return fmt.Errorf("withdraw the token, which expires by itself: %s", strings.ReplaceAll(err.Error(), token.Reveal(), "[redacted]"))
+	return fmt.Errorf("revoke the token, which will expire anyway: %s", strings.ReplaceAll(err.Error(), token.Reveal(), "[redacted]"))
 }
 
-// objectURL is where an object is, by its path.
+// objectURL returns the URL path of an object.
 func objectURL(collection, path string) string {
 	return collection + "/" + url.PathEscape(strings.ReplaceAll(path, "/", "~"))
 }
 
-// upload sends a file in chunks, and from the start again when an answer is lost.
+// upload sends a file in chunks. It starts again if an answer is lost.
 func (d *device) upload(ctx context.Context, name string, data []byte) error {
 	return repeat(ctx, func() error {
 		for start := 0; start < len(data); start += maxChunk {
@@ -301,18 +297,17 @@ func (d *device) upload(ctx context.Context, name string, data []byte) error {
 	})
 }
 
-// discard removes an upload. Where rm is not allowed, or fails, one byte takes its
-// place.
+// discard removes an upload. If rm is not allowed or fails, it overwrites the upload with one byte.
 func (d *device) discard(ctx context.Context, name string) error {
-	var said struct {
-		Result string `json:"commandResult"` // of an rm that failed; the status is 200 all the same
+	var answer struct {
+		Result string `json:"commandResult"` // error of rm; the status is 200 anyway
 	}
 	err := repeat(ctx, func() error {
 		return d.do(ctx, request{method: http.MethodPost, path: "/mgmt/tm/util/unix-rm",
-			sent: map[string]string{"command": "run", "utilCmdArgs": downloads + name}}, &said)
+			sent: map[string]string{"command": "run", "utilCmdArgs": downloads + name}}, &answer)
 	})
 	_, denied := errors.AsType[*deniedError](err)
-	if denied || said.Result != "" && !strings.Contains(said.Result, "No such file") {
+	if denied || answer.Result != "" && !strings.Contains(answer.Result, "No such file") {
 		err = d.upload(ctx, name, []byte("\n"))
 	}
 	if err != nil {
@@ -321,14 +316,14 @@ func (d *device) discard(ctx context.Context, name string) error {
 	return nil
 }
 
-// command is one of a transaction.
+// command is a request in a transaction.
 type command struct {
 	method, path string
 	sent         any
 }
 
-// transact carries out commands, all or none. When the answer to the end of it is
-// lost, they may have been.
+// transact carries out all commands or none. If the answer to the commit is lost, the outcome is
+// unknown.
 func (d *device) transact(ctx context.Context, commands []command) error {
 	var made struct {
 		ID json.Number `json:"transId"`
@@ -358,37 +353,36 @@ func (d *device) transact(ctx context.Context, commands []command) error {
 		return err
 	}()
 	if err != nil {
-		// So that it cannot begin later. If it ended, there is none.
+		// Make sure that it cannot be committed later. If it already ended, this fails.
 		_ = d.do(context.WithoutCancel(ctx), request{method: http.MethodDelete, path: at}, nil)
 	}
 	return err
 }
 
-// save writes the running configuration to the disk of the device.
+// save saves the device's running configuration to its disk.
 func (d *device) save(ctx context.Context) error {
 	err := repeat(ctx, func() error {
 		return d.do(ctx, request{method: http.MethodPost, path: "/mgmt/tm/sys/config", sent: map[string]string{"command": "save"}}, nil)
 	})
 	if err != nil {
-		return fmt.Errorf("save the configuration, without which a restart brings the old certificate back (tmsh save sys config): %w", err)
+		return fmt.Errorf("save the configuration, without which the device has the old certificate again after a restart (tmsh save sys config): %w", err)
 	}
 	return nil
 }
 
-// sync hands the configuration to the other devices of a group, and waits until
-// they have it.
+// sync syncs the configuration to the other devices of a group, and waits until they have it.
 func (d *device) sync(ctx context.Context, group string) error {
 	err := repeat(ctx, func() error {
 		return d.do(ctx, request{method: http.MethodPost, path: "/mgmt/tm/cm",
 			sent: map[string]string{"command": "run", "utilCmdArgs": "config-sync to-group " + group}}, nil)
 	})
-	for begun := time.Now(); err == nil; {
+	for start := time.Now(); err == nil; {
 		var status syncStatus
 		if status, err = d.syncStatus(ctx); err != nil || status.inSync(group) {
 			break
 		}
-		if status.word == "Disconnected" || status.word == "Sync Failure" || time.Since(begun) > syncWait {
-			err = fmt.Errorf("the status is %s", printable.Line(d.scrub(status.String()), 500))
+		if status.word == "Disconnected" || status.word == "Sync Failure" || time.Since(start) > syncWait {
+			err = fmt.Errorf("the sync status is %s", printable.Line(d.scrub(status.String()), 500))
 			break
 		}
 		select {
@@ -403,25 +397,25 @@ func (d *device) sync(ctx context.Context, group string) error {
 	return nil
 }
 
-// syncStatus is the state of all groups in one word, and what there is to say of
-// each group and device: "pair (In Sync): …", "Recommended action: …".
+// syncStatus is the status of all groups together, with details of each group and device: "pair (In
+// Sync): …", "Recommended action: …".
 type syncStatus struct {
 	word    string
 	details []string
 }
 
-// inSync reports whether a group is. Others may wait for a person.
+// inSync reports whether group is in sync, even if other groups are not.
 func (s *syncStatus) inSync(group string) bool {
 	mine := strings.TrimPrefix(group, "/Common/") + " (In Sync)"
 	return s.word == "In Sync" || slices.ContainsFunc(s.details, func(detail string) bool { return strings.HasPrefix(detail, mine) })
 }
 
 func (s *syncStatus) String() string {
-	slices.Sort(s.details) // they came as an object
+	slices.Sort(s.details) // they come from a map
 	return strings.Join(append([]string{cmp.Or(s.word, "unknown")}, s.details...), "; ")
 }
 
-// statistics are a tree of values.
+// statistics is a node in a tree of values.
 type statistics struct {
 	Description string `json:"description"`
 	NestedStats struct {

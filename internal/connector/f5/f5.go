@@ -1,6 +1,5 @@
-// Package f5 installs certificates on a BIG-IP of F5 through iControl REST: key,
-// certificate and chain as files of a partition, and in a client-ssl or server-ssl
-// profile that uses them.
+// Package f5 installs certificates on an F5 BIG-IP through iControl REST: key, certificate and chain
+// as files of a partition, and a client-ssl or server-ssl profile that uses them.
 package f5
 
 import (
@@ -26,8 +25,7 @@ import (
 // Type returns the target type F5.
 func Type() connector.Type { return typeOf(0) }
 
-// typeOf is Type with calls that are tried again for as long as patience; 0 stands
-// for a minute.
+// typeOf is Type with calls that are retried for as long as patience; 0 means a minute.
 func typeOf(patience time.Duration) connector.Type {
 	return connector.Type{Name: "F5", New: func(c *targetconf.Config, host connector.Host) (connector.Connector, error) {
 		return newConnector(c, host, patience)
@@ -46,10 +44,10 @@ type config struct {
 	SSLProfile  string `json:"ssl_profile" config:"required"`
 	ProfileType string `json:"profile_type" default:"client-ssl"`
 	Partition   string `json:"partition" default:"Common"`
-	DeviceGroup string `json:"device_group"` // "": nothing is synced
-	SaveConfig  *bool  `json:"save_config"`  // nil: yes, and a failure is a warning
+	DeviceGroup string `json:"device_group"` // "": no sync
+	SaveConfig  *bool  `json:"save_config"`  // nil: save, but a failure is only a warning
 
-	// How the device proves that it is the one. They are this host's to say.
+	// How to authenticate the device. Only an overlay may set these.
 	CABundle    targetconf.Path `json:"ca_bundle"`
 	Fingerprint string          `json:"server_fingerprint"`
 	Insecure    bool            `json:"insecure"`
@@ -66,13 +64,13 @@ type target struct {
 	config
 	id      string // of the target
 	keep    int    // how many older certificates stay on the device
-	noteDir string // for notes to the next process; "": there is none
+	noteDir string // for notes to the next process; "": none are written
 	profile string // path of the profile: /Common/site/www
 	common  *targetconf.Common
 	device  *device
 
-	progress progress // see noted
-	known    bool     // progress was read
+	progress progress // valid if known
+	known    bool
 }
 
 func newConnector(c *targetconf.Config, host connector.Host, patience time.Duration) (connector.Connector, error) {
@@ -83,7 +81,7 @@ func newConnector(c *targetconf.Config, host connector.Host, patience time.Durat
 	if err := targetconf.Join(t.checkTrust(c, host), t.checkNames()); err != nil {
 		return nil, err
 	}
-	t.Host = strings.ToLower(strings.Trim(t.Host, "[]")) // of a literal IPv6 address
+	t.Host = strings.ToLower(strings.Trim(t.Host, "[]")) // brackets of an IPv6 address
 	if !connector.IsHost(t.Host) {
 		return nil, targetconf.Invalid("host", "expected a host name or an address without a zone, got %s", printable.Quote(t.Host))
 	}
@@ -91,7 +89,7 @@ func newConnector(c *targetconf.Config, host connector.Host, patience time.Durat
 	if err != nil {
 		return nil, targetconf.Invalid("host", "%v", err)
 	}
-	// As many as the agent keeps backup sets of by default.
+	// backup_retention; the default is the agent's default for backup sets.
 	switch t.keep = c.Common.Retention; t.keep {
 	case 0:
 		t.keep = 3
@@ -102,12 +100,12 @@ func newConnector(c *targetconf.Config, host connector.Host, patience time.Durat
 	return t, nil
 }
 
-// objectName is what partitions, folders, profiles and device groups are called. It
-// becomes part of URLs and of a command of tmsh.
+// objectName matches names of partitions, folders, profiles and device groups that are safe in URLs
+// and in a tmsh command.
 var objectName = lazyregexp.New(`^[A-Za-z0-9_][A-Za-z0-9_.:-]{0,200}$`)
 
-// checkTrust refuses from a job what would let a control plane choose who gets the
-// private key, and the password.
+// checkTrust refuses settings by which a control plane could choose who gets the private key and the
+// password.
 func (t *target) checkTrust(c *targetconf.Config, host connector.Host) error {
 	var errs []error
 	for _, trust := range []struct {
@@ -115,15 +113,15 @@ func (t *target) checkTrust(c *targetconf.Config, host connector.Host) error {
 		set bool
 	}{{"ca_bundle", t.CABundle != ""}, {"server_fingerprint", t.Fingerprint != ""}, {"insecure", t.Insecure}} {
 		if trust.set && !c.Local(trust.key) {
-			errs = append(errs, targetconf.Invalid(trust.key, "it decides which device is believed and gets the private key, so only the target's overlay may say it: %s.json in CERTCTL_TARGETS_DIR", t.id))
+			errs = append(errs, targetconf.Invalid(trust.key, "it decides which device is trusted with the private key, so only the target's overlay may set it: %s.json in CERTCTL_TARGETS_DIR", t.id))
 		}
 	}
 	pinned := c.Local("host") || c.Local("ca_bundle") || c.Local("server_fingerprint")
 	if (c.Local("password") || c.Local("password_file")) && !pinned && host.Policy.Hosts == nil {
-		errs = append(errs, targetconf.Invalid("password", "it is in the target's overlay, and the job says where it is sent: put host, ca_bundle or server_fingerprint there too, or set CERTCTL_ALLOWED_HOSTS"))
+		errs = append(errs, targetconf.Invalid("password", "it is in the target's overlay, but the job says where to send it: put host, ca_bundle or server_fingerprint into the overlay too, or set CERTCTL_ALLOWED_HOSTS"))
 	}
 	if t.Fingerprint != "" && (t.CABundle != "" || t.Insecure) || t.CABundle != "" && t.Insecure {
-		errs = append(errs, targetconf.Invalid("server_fingerprint", "take one of ca_bundle, server_fingerprint and insecure"))
+		errs = append(errs, targetconf.Invalid("server_fingerprint", "set only one of ca_bundle, server_fingerprint and insecure"))
 	}
 	if err := (vendorapi.Trust{Fingerprint: t.Fingerprint}).Check(); err != nil {
 		errs = append(errs, targetconf.Invalid("server_fingerprint", "%v", err))
@@ -154,16 +152,16 @@ func (t *target) checkNames() error {
 		refuse("device_group", "the name of a device group", t.DeviceGroup)
 	}
 	if in := elements[0]; t.Partition != "Common" && t.Partition != in {
-		errs = append(errs, targetconf.Invalid("partition", "a profile of the partition %s can use files of that one and of Common alone", printable.Quote(in)))
+		errs = append(errs, targetconf.Invalid("partition", "a profile in the partition %s can only use files of that partition and of Common", printable.Quote(in)))
 	}
 	return targetconf.Join(errs...)
 }
 
-// maxPath is the longest path of a profile, in bytes: it is part of an ID.
+// maxPath is the longest path of a profile, in bytes. It is part of the change's ID.
 const maxPath = 300
 
-// saves reports whether the configuration of the device is saved, and whether a
-// failure of that fails the deployment.
+// saves reports whether to save the device's configuration, and whether a failure to save fails the
+// deployment.
 func (t *target) saves() (saves, must bool) {
 	return t.SaveConfig == nil || *t.SaveConfig, t.SaveConfig != nil && *t.SaveConfig
 }
@@ -177,7 +175,7 @@ func (t *target) Plan(_ context.Context, m *connector.Material) (*connector.Plan
 	case *ecdsa.PublicKey:
 		c.keyType = "ec-private"
 	default:
-		return nil, fmt.Errorf("a BIG-IP takes RSA and ECDSA keys, and the certificate has one of type %v", m.Leaf.PublicKeyAlgorithm)
+		return nil, fmt.Errorf("BIG-IP accepts RSA and ECDSA keys, but the certificate has a key of type %v", m.Leaf.PublicKeyAlgorithm)
 	}
 	leaf := t.mark() + pemutil.Fingerprint(m.Leaf)[:markDigits]
 	c.leaf = t.inPartition(leaf)
@@ -185,34 +183,33 @@ func (t *target) Plan(_ context.Context, m *connector.Material) (*connector.Plan
 	c.key = &file{kind: sslKey, path: c.leaf + ".key", data: m.Key(), upload: t.upload("key")}
 	if len(m.Chain) > 0 {
 		chain := pemutil.EncodeCertificates(m.Chain...)
-		sum := sha256.Sum256(chain) // the same certificate may come with another chain
+		sum := sha256.Sum256(chain) // the chain of a certificate may change
 		c.chain = &file{kind: sslCert, path: c.leaf + "-" + hex.EncodeToString(sum[:chainDigits/2]) + ".crt", data: chain, upload: t.upload("chain")}
 	}
 	plan := &connector.Plan{Changes: []connector.Change{c}, Serves: t.common.Endpoint()}
 	if t.Insecure {
-		plan.Warnings = append(plan.Warnings, "whoever is on the way to "+t.Host+" can take the key and the password: insecure is set")
+		plan.Warnings = append(plan.Warnings, "insecure is set: anyone on the network path to "+t.Host+" can steal the key and the password")
 	}
 	if saves, _ := t.saves(); !saves {
-		plan.Caveats = append(plan.Caveats, "the configuration of the BIG-IP is not saved (save_config): when it restarts, the old certificate is back")
+		plan.Caveats = append(plan.Caveats, "the configuration of the BIG-IP is not saved (save_config): after a restart it has the old certificate again")
 	}
 	return plan, nil
 }
 
-// How much of a SHA-256 is in a name, in hexadecimal digits: of the leaf, and of
-// the chain. They differ, so that no chain is called as the leaf of a target whose
-// id ends in such digits.
+// How many hexadecimal digits of a SHA-256 are in file names: of the leaf and of the chain. They differ
+// so that a chain never has the name of a leaf of a target whose id ends in such digits.
 const (
 	markDigits  = 16
 	chainDigits = 12
 )
 
-// mark begins the names of this target's files on the device.
+// mark returns the prefix of the names of this target's files on the device.
 func (t *target) mark() string { return "certctl-" + t.id + "-" }
 
 func (t *target) inPartition(name string) string { return "/" + t.Partition + "/" + name }
 
-// isOurs takes the path of a file apart: has this target made it, and for which
-// certificate?
+// isOurs reports whether this target created the file at path, and returns the part of the path that
+// all files of its certificate share.
 func (t *target) isOurs(path string) (leaf string, ours bool) {
 	rest, ours := strings.CutPrefix(path, t.inPartition(t.mark()))
 	if !ours || !ourName().MatchString(rest) {
@@ -223,9 +220,9 @@ func (t *target) isOurs(path string) (leaf string, ours bool) {
 
 var ourName = lazyregexp.New(fmt.Sprintf(`^[0-9a-f]{%d}(\.crt|\.key|-[0-9a-f]{%d}\.crt)$`, markDigits, chainDigits))
 
-// upload is the name under which a file is sent. It is the same for every
-// certificate, so that what a killed run left there is found.
+// upload returns the name of an upload. It does not depend on the certificate, so the next run
+// overwrites the leftovers of a killed one.
 func (t *target) upload(what string) string { return "certctl-" + t.id + "." + what }
 
-// Close withdraws the token of the deployment.
+// Close revokes the token of the deployment.
 func (t *target) Close() error { return t.device.logout() }

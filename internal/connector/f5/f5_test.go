@@ -46,7 +46,7 @@ func TestNew(t *testing.T) {
 		{"ssl_profile", "/Common/w w", "ssl_profile"},
 		{"ssl_profile", "www?expandSubcollections=true", "ssl_profile"},
 		{"ssl_profile", "/Common/" + strings.Repeat("x/", 200) + "y", "ssl_profile"},
-		{"partition", "Tenant", "Common alone"}, // the profile is of another
+		{"partition", "Tenant", "files of that partition and of Common"}, // the profile is in another one
 		{"partition", "a/b", "partition"},
 		{"profile_type", "server-ssl", ""},
 		{"profile_type", "http", "client-ssl or server-ssl"},
@@ -59,8 +59,8 @@ func TestNew(t *testing.T) {
 		{"save_config", "no", ""},
 		{"post_deploy_verify", map[string]any{"enabled": true}, "post_deploy_verify.endpoint"},
 
-		// A control plane could choose who is believed.
-		{"insecure", true, "insecure: it decides which device is believed and gets the private key, so only the target's overlay may say it"},
+		// With these a control plane could choose which device is trusted.
+		{"insecure", true, "insecure: it decides which device is trusted with the private key, so only the target's overlay may set it"},
 		{"ca_bundle", "/tmp/evil.pem", "ca_bundle: it decides which device"},
 		{"server_fingerprint", strings.Repeat("ab", 32), "server_fingerprint: it decides which device"},
 		{"password_file", "/etc/shadow", "password_file"},
@@ -73,8 +73,8 @@ func TestNew(t *testing.T) {
 	}
 }
 
-// TestOverlay: what this host says counts, and its password goes where this host
-// says.
+// TestOverlay: the overlay overrides the job, and its password is only sent where this host
+// allows.
 func TestOverlay(t *testing.T) {
 	rule, err := policy.ParseHostRule("bigip.example.org")
 	must(t, err)
@@ -86,8 +86,8 @@ func TestOverlay(t *testing.T) {
 		{map[string]any{"insecure": true}, nil, ""},
 		{map[string]any{"server_fingerprint": strings.Repeat("AB:", 31) + "AB"}, nil, ""},
 		{map[string]any{"server_fingerprint": "AB"}, nil, "64 hexadecimal digits"},
-		{map[string]any{"insecure": true, "ca_bundle": "/etc/ca.pem"}, nil, "take one of"},
-		{map[string]any{"password": "hunter2"}, nil, "put host, ca_bundle or server_fingerprint there too"},
+		{map[string]any{"insecure": true, "ca_bundle": "/etc/ca.pem"}, nil, "set only one of"},
+		{map[string]any{"password": "hunter2"}, nil, "put host, ca_bundle or server_fingerprint into the overlay too"},
 		{map[string]any{"password": "hunter2", "host": "bigip.example.org"}, nil, ""},
 		{map[string]any{"password": "hunter2", "ca_bundle": "/etc/ca.pem"}, nil, ""},
 		{map[string]any{"password": "hunter2"}, []policy.HostRule{rule}, ""},
@@ -104,7 +104,7 @@ func TestOverlay(t *testing.T) {
 	}
 }
 
-// TestTrust: over TLS, with each proof that an overlay can ask for.
+// TestTrust: TLS with each way to authenticate the device.
 func TestTrust(t *testing.T) {
 	f := newFixture(t, "17.1.1")
 	m := f.material()
@@ -124,7 +124,7 @@ func TestTrust(t *testing.T) {
 	f.holds(m)
 }
 
-// TestVersions: what the versions show and refuse differs.
+// TestVersions: the versions of BIG-IP answer and refuse differently.
 func TestVersions(t *testing.T) {
 	for _, version := range []string{"13.1.0", "14.1.5", "15.1.10", "16.1.4", "17.1.1"} {
 		f := remote(t, version)
@@ -137,7 +137,7 @@ func TestVersions(t *testing.T) {
 			}
 		}
 	}
-	// 13.1 wants an RSA pair beside one with ECDSA.
+	// 13.1 requires an RSA pair beside an ECDSA one.
 	f := remote(t, "13.1.0")
 	pair, err := f.ca.Issue(testca.Template{})
 	must(t, err)
@@ -170,7 +170,7 @@ func TestEntries(t *testing.T) {
 	if state["ssl-key /Common/old.key"] == "" {
 		t.Error("a file of someone else was removed")
 	}
-	// The same without a chain: it is cleared.
+	// Without a chain, the old one is cleared.
 	m.Chain = nil
 	if result := f.mustDeploy(m); result.Unchanged {
 		t.Error("another chain was not installed")
@@ -184,8 +184,8 @@ func TestEntries(t *testing.T) {
 	}
 }
 
-// TestPassphrase: a passphrase stays with its key, comes back with it, and goes with
-// it.
+// TestPassphrase: a passphrase is kept, restored and removed together with its
+// key.
 func TestPassphrase(t *testing.T) {
 	f := remote(t, "15.1.10")
 	f.Passphrase(profileName, "default", "of-the-rsa-key")
@@ -214,7 +214,7 @@ func TestPassphrase(t *testing.T) {
 	}
 }
 
-// TestInherits: an undo has a profile inherit again.
+// TestInherits: an undo makes the profile inherit again.
 func TestInherits(t *testing.T) {
 	f := remote(t, "17.1.1")
 	before := f.running()
@@ -270,13 +270,13 @@ func TestServerSSL(t *testing.T) {
 		return bigip.None
 	})
 	_, err = f.deploy(m, unverified()...)
-	conformance.WantError(t, err, "someone else has changed the profile since, and that stays")
+	conformance.WantError(t, err, "someone else has changed the profile since, so it was left alone")
 	if got := f.running()[serverSSL+" "+profileName]; !strings.Contains(got, "/Common/other.crt") {
 		t.Errorf("what someone else did is lost: %s", got)
 	}
 }
 
-// TestPartitions: files are in the partition of the target, also for a profile in a
+// TestPartitions: files are in the target's partition, also for a profile in a
 // folder.
 func TestPartitions(t *testing.T) {
 	f := remote(t, "17.1.1")
@@ -289,11 +289,11 @@ func TestPartitions(t *testing.T) {
 		t.Errorf("got %v", state)
 	}
 	_, err := f.deploy(m, "ssl_profile", "/Common/none")
-	conformance.WantError(t, err, "client-ssl profile /Common/none does not exist: make it on the device")
+	conformance.WantError(t, err, "client-ssl profile /Common/none does not exist: create it on the device")
 }
 
-// TestRetention: older files of this target that nothing uses are removed but for
-// the newest. Nobody else's are touched.
+// TestRetention: unused older files of this target are removed, except
+// the newest. Files of others are not touched.
 func TestRetention(t *testing.T) {
 	f := remote(t, "17.1.1")
 	pair, err := f.ca.Issue(testca.Template{})
@@ -320,7 +320,7 @@ func TestRetention(t *testing.T) {
 	if got := kept(); !slices.Equal(got, []bool{false, false, true, true, true}) {
 		t.Errorf("kept %v, want the newest two beside the current one", got)
 	}
-	// One that is in use elsewhere stays.
+	// A file in use elsewhere stays.
 	f.Profile(clientSSL, "/Common/other", "")
 	state := f.running()
 	must(t, f.Install(leafPath(all[2]), []byte(state["ssl-cert "+leafPath(all[2])+".crt"]), []byte(state["ssl-key "+leafPath(all[2])+".key"]), clientSSL+" /Common/other"))
@@ -336,8 +336,8 @@ func TestRetention(t *testing.T) {
 	}
 }
 
-// TestUnchanged: a pair that is there, whoever installed it, is left alone, and
-// nothing is sent that changes anything.
+// TestUnchanged: an installed pair, whoever installed it, is left alone, and the
+// agent sends no changes.
 func TestUnchanged(t *testing.T) {
 	f := remote(t, "17.1.1")
 	m := f.material()
@@ -354,8 +354,8 @@ func TestUnchanged(t *testing.T) {
 	f.clean()
 }
 
-// TestSave: a configuration that cannot be saved, or synced, is a warning, which the
-// next deployment takes up, or a failure where that is asked for.
+// TestSave: a failed save or sync is a warning and the next deployment tries again,
+// or a failure if that is configured.
 func TestSave(t *testing.T) {
 	for _, must := range []bool{false, true} {
 		for _, what := range []string{"save", "sync"} {
@@ -403,13 +403,13 @@ func TestSave(t *testing.T) {
 	f := remote(t, "17.1.1")
 	m := f.material()
 	result := f.mustDeploy(m, "save_config", false)
-	if saved, _ := f.InSync(); saved || !strings.Contains(strings.Join(result.Warnings, " "), "when it restarts, the old certificate is back") {
+	if saved, _ := f.InSync(); saved || !strings.Contains(strings.Join(result.Warnings, " "), "after a restart it has the old certificate again") {
 		t.Errorf("saved %v, %q", saved, result.Warnings)
 	}
 }
 
-// TestSync: only the group of the target counts, and what the device recommends is
-// in the warning.
+// TestSync: only the target's group counts, and the warning has the device's
+// recommendation.
 func TestSync(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := remote(t, "17.1.1")
@@ -418,20 +418,20 @@ func TestSync(t *testing.T) {
 		if result := f.mustDeploy(f.material()); len(result.Warnings) > 0 {
 			t.Errorf("warnings %q", result.Warnings)
 		}
-		f.OnCall(func(c bigip.Call) bigip.Fault { // somebody goes on changing it
+		f.OnCall(func(c bigip.Call) bigip.Fault { // someone keeps changing it
 			if c.Is("GET", "/mgmt/tm/cm/sync-status") {
 				f.Unsynced()
 			}
 			return bigip.None
 		})
 		result := f.mustDeploy(f.material())
-		if said := strings.Join(result.Warnings, " "); !strings.Contains(said, "the status is Changes Pending; Recommended action: Synchronize bigip1.example.org to group pair") {
+		if said := strings.Join(result.Warnings, " "); !strings.Contains(said, "the sync status is Changes Pending; Recommended action: Synchronize bigip1.example.org to group pair") {
 			t.Errorf("warnings %q", said)
 		}
 	})
 }
 
-// TestRestart: a device that loses what was not saved is noticed.
+// TestRestart: the agent notices that a device lost an unsaved change.
 func TestRestart(t *testing.T) {
 	f := remote(t, "17.1.1")
 	m := f.material()
@@ -442,13 +442,13 @@ func TestRestart(t *testing.T) {
 		return bigip.None
 	})
 	_, err := f.deploy(m)
-	conformance.WantError(t, err, "the profile does not hold the new certificate any more: the device may have restarted just then", "deploy again")
+	conformance.WantError(t, err, "the profile lost the new certificate: the device may have just restarted", "deploy again")
 	f.OnCall(nil)
 	f.mustDeploy(m)
 	f.holds(m)
 }
 
-// TestChunks: a chain that is longer than a request may be.
+// TestChunks: a chain that is larger than one request.
 func TestChunks(t *testing.T) {
 	f := remote(t, "17.1.1")
 	m := f.material()
@@ -483,7 +483,7 @@ func TestOthers(t *testing.T) {
 			return bigip.None
 		})
 		_, err = f.deploy(f.material())
-		conformance.WantError(t, err, "someone else changed the profile just now")
+		conformance.WantError(t, err, "someone else changed the profile meanwhile")
 		if got := f.running()[clientSSL+" "+profileName]; !strings.Contains(got, "/Common/other.crt") {
 			t.Errorf("%s: what someone else did is lost: %s", moment, got)
 		}
@@ -491,8 +491,7 @@ func TestOthers(t *testing.T) {
 	}
 }
 
-// TestLeastRole: the resource group of the page is enough, and lets the account do
-// nothing else.
+// TestLeastRole: the resource group on the page is sufficient and minimal.
 func TestLeastRole(t *testing.T) {
 	page, err := os.ReadFile("../../../docs/targets/f5.md")
 	must(t, err)
@@ -521,7 +520,7 @@ func TestLeastRole(t *testing.T) {
 	_, err = f.deploy(f.material(), unverified()...)
 	conformance.WantError(t, err, "back in place")
 	after := f.running()
-	// It may not run rm: the uploads hold one byte each.
+	// It may not run rm, so each upload is overwritten with one byte.
 	for name, data := range after {
 		if strings.HasPrefix(name, "upload ") && data != "\n" {
 			t.Errorf("%s holds %q", name, data)
@@ -530,7 +529,7 @@ func TestLeastRole(t *testing.T) {
 	if !maps.Equal(before, after) {
 		t.Errorf("undone: %v", slices.Sorted(maps.Keys(after)))
 	}
-	// A transaction that fails, and files that somebody has replaced.
+	// A failed transaction, and files that someone replaced.
 	f.OnCall(func(c bigip.Call) bigip.Fault {
 		if c.Is("PATCH", "/mgmt/tm/transaction/") {
 			f.OnCall(nil)
@@ -567,8 +566,8 @@ func TestLeastRole(t *testing.T) {
 	conformance.WantError(t, err, "the account may not "+rules[0].Method)
 }
 
-// TestSecrets looks for the password, the token and the keys in everything that the
-// agent keeps or says, after deployments that succeed, fail and are undone.
+// TestSecrets looks for the password, the token and the keys in all that the
+// agent stores or prints, after deployments that succeed, fail and are undone.
 func TestSecrets(t *testing.T) {
 	f := remote(t, "17.1.1")
 	var said []string
@@ -614,8 +613,8 @@ func TestSecrets(t *testing.T) {
 	}
 }
 
-// TestScrub: a device that quotes the request, in whichever way, does not have the
-// password in the error.
+// TestScrub: the password is not in the error, however the device quotes
+// the request.
 func TestScrub(t *testing.T) {
 	d := newDevice(&config{Password: secret.New(`p"s\<&>w`)}, "", nil, 0)
 	for _, body := range []string{
@@ -629,8 +628,8 @@ func TestScrub(t *testing.T) {
 	}
 }
 
-// TestHostile: what a device calls its files is shown within bounds, and what it
-// lists is not tried for ever.
+// TestHostile: names of files in errors are bounded, and so are attempts to
+// remove files.
 func TestHostile(t *testing.T) {
 	f := newFixture(t, "17.1.1")
 	deletes := 0
@@ -670,7 +669,7 @@ func TestHostile(t *testing.T) {
 	}
 }
 
-// TestEndless: a profile without end does not hold up the agent.
+// TestEndless: an endless profile does not block the agent.
 func TestEndless(t *testing.T) {
 	f := newFixture(t, "17.1.1")
 	calls := 0

@@ -17,7 +17,7 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-// remote is a fixture without TCP and TLS, so that it can be in virtual time.
+// remote returns a fixture without TCP and TLS, for tests in virtual time.
 func remote(t *testing.T, version string) *fixture {
 	t.Helper()
 	f := &fixture{Host: conformance.NewHost(t, conformance.RunCommand), Device: newDeviceFor(t, version), t: t, ca: testca.Must(t)}
@@ -29,11 +29,11 @@ func remote(t *testing.T, version string) *fixture {
 
 var faults = []bigip.Fault{bigip.Fail, bigip.Busy, bigip.Drop, bigip.Lose, bigip.Hang, bigip.Expire, bigip.Reboot, bigip.RebootAfter, bigip.Garbage}
 
-// TestFaults has each call of a renewal go wrong, those too that remove what is
-// older, each in every other way. The deployment succeeds all the same, or
-// everything is as before; and the next one succeeds.
+// TestFaults makes each call of a renewal fail in every way, including those that
+// remove older files. The deployment either succeeds or changes nothing,
+// and the next one succeeds.
 func TestFaults(t *testing.T) {
-	t.Setenv("TMPDIR", needs.MemoryDir(t)) // what is on the disk is the engine's, which syncs it
+	t.Setenv("TMPDIR", needs.MemoryDir(t)) // the engine syncs its files
 	succeeded, failed := 0, 0
 	for k, fault := range faults {
 		synctest.Test(t, func(t *testing.T) {
@@ -44,7 +44,7 @@ func TestFaults(t *testing.T) {
 			f.mustDeploy(f.material())
 			for i, call := range f.Calls() {
 				n := i + 1
-				// Neighbours are alike, and reads are made again.
+				// Adjacent calls are similar, and reads are retried.
 				if (n+k)%2 > 0 || call.Method == "GET" && (n+k)%6 > 0 {
 					continue
 				}
@@ -62,10 +62,10 @@ func TestFaults(t *testing.T) {
 	}
 }
 
-// disturbed has the n-th call of a renewal go wrong. It reports whether that
+// disturbed makes the n-th call of a renewal fail. It reports whether the renewal
 // succeeded.
 func disturbed(t *testing.T, f *fixture, fault bigip.Fault, n int) bool {
-	f.Reboot() // tokens that were leaked are gone
+	f.Reboot() // drop leaked tokens
 	before := f.running()
 	f.Forget()
 	f.OnCall(func(c bigip.Call) bigip.Fault {
@@ -119,8 +119,8 @@ func disturbed(t *testing.T, f *fixture, fault bigip.Fault, n int) bool {
 	return err == nil
 }
 
-// TestGone: the device is gone from the n-th call on. When it is back, the next
-// deployment brings everything in order.
+// TestGone: the device is unreachable from the n-th call on. When it is back, the
+// next deployment repairs everything.
 func TestGone(t *testing.T) {
 	t.Setenv("TMPDIR", needs.MemoryDir(t))
 	for n := 1; ; n += 3 {
@@ -156,8 +156,8 @@ func TestGone(t *testing.T) {
 	}
 }
 
-// TestFailOver: the other unit of the pair answers from the n-th call on, and what
-// was not synced is not there. A deployment that succeeds is on both.
+// TestFailOver: the other unit of the pair answers from the n-th call on, without
+// unsynced changes. A successful deployment is on both.
 func TestFailOver(t *testing.T) {
 	t.Setenv("TMPDIR", needs.MemoryDir(t))
 	synctest.Test(t, func(t *testing.T) {
@@ -165,7 +165,7 @@ func TestFailOver(t *testing.T) {
 		f.config["device_group"] = bigip.Group
 		f.mustDeploy(f.material())
 		for n, ended := 1, false; !ended; n++ {
-			f.Reboot() // tokens that were leaked are gone
+			f.Reboot() // drop leaked tokens
 			f.Forget()
 			f.OnCall(func(c bigip.Call) bigip.Fault {
 				if c.N == n {
@@ -190,7 +190,7 @@ func TestFailOver(t *testing.T) {
 	})
 }
 
-// TestNotRemoved: rm fails on the device, which answers with success.
+// TestNotRemoved: rm fails on the device, but the answer is a success.
 func TestNotRemoved(t *testing.T) {
 	f := remote(t, "17.1.1")
 	f.RemoveFails("Permission denied")
@@ -200,8 +200,8 @@ func TestNotRemoved(t *testing.T) {
 	}
 }
 
-// TestSavedByOthers: somebody saves and syncs the device while a deployment is under
-// way. That it is undone is saved and synced too.
+// TestSavedByOthers: someone saves and syncs the device during a deployment. If the
+// deployment is undone, that is saved and synced too.
 func TestSavedByOthers(t *testing.T) {
 	f := remote(t, "17.1.1")
 	f.config["device_group"], f.config["save_config"] = bigip.Group, true
@@ -225,7 +225,7 @@ func TestSavedByOthers(t *testing.T) {
 }
 
 // TestCancelled: a deployment ends with its context, whatever the device does, and
-// what has begun is undone.
+// started changes are undone.
 func TestCancelled(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := remote(t, "17.1.1")
@@ -246,12 +246,12 @@ func TestCancelled(t *testing.T) {
 	})
 }
 
-// TestLogin: a refused login is not tried again, since the device may lock the
+// TestLogin: a refused login is not retried, since the device may lock the
 // account.
 func TestLogin(t *testing.T) {
 	f := newFixture(t, "17.1.1")
 	_, err := f.deploy(f.material(), "password", "another-s3cret")
-	conformance.WantError(t, err, "log in as \"admin\"", "401", "Authentication failed.", "look at username, password and token_provider")
+	conformance.WantError(t, err, "log in as \"admin\"", "401", "Authentication failed.", "check username, password and token_provider")
 	if n := len(f.Calls()); n != 1 || strings.Contains(err.Error(), "another-s3cret") {
 		t.Errorf("%d calls: %v", n, err)
 	}
@@ -259,7 +259,7 @@ func TestLogin(t *testing.T) {
 	conformance.WantError(t, err, "no provider radius")
 }
 
-// TestSlow: other deployments do not wait for a device that hangs for ever.
+// TestSlow: other deployments do not wait for a device that hangs.
 func TestSlow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := remote(t, "17.1.1")

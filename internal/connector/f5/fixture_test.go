@@ -22,7 +22,7 @@ import (
 
 const profileName = "/Common/site/www"
 
-// quick is how long tests let a call be tried again.
+// quick is how long tests retry a call.
 const quick = 1500 * time.Millisecond
 
 func newDeviceFor(t testing.TB, version string) *bigip.Device {
@@ -34,7 +34,7 @@ func newDeviceFor(t testing.TB, version string) *bigip.Device {
 	return d
 }
 
-// settings are of a target on a device. The authority that is believed is in an
+// settings returns the configuration of a target on a device. The trusted CA is in an
 // overlay.
 func settings(t testing.TB, d *bigip.Device, overlays string) map[string]any {
 	t.Helper()
@@ -93,7 +93,7 @@ func (f *fixture) mustDeploy(m *connector.Material, more ...any) transaction.Res
 
 func (f *fixture) material() *connector.Material { f.t.Helper(); return f.Material(f.t, f.ca) }
 
-// running is the state of the device that runs.
+// running returns the device's running state.
 func (f *fixture) running() map[string]string {
 	state := f.State()
 	maps.DeleteFunc(state, func(name, _ string) bool {
@@ -102,7 +102,7 @@ func (f *fixture) running() map[string]string {
 	return state
 }
 
-// holds fails the test unless the profile serves m, everything is saved, and
+// holds fails the test unless the profile uses m, everything is saved, and
 // nothing is left over.
 func (f *fixture) holds(m *connector.Material) {
 	f.t.Helper()
@@ -117,7 +117,7 @@ func (f *fixture) holds(m *connector.Material) {
 	f.clean()
 }
 
-// clean fails the test if uploads or tokens are left.
+// clean fails the test if uploads or tokens remain.
 func (f *fixture) clean() {
 	f.t.Helper()
 	for name, value := range f.running() {
@@ -131,7 +131,7 @@ func leafPath(m *connector.Material) string {
 	return "/Common/certctl-" + conformance.TargetID + "-" + fingerprint(m)[:markDigits]
 }
 
-// unverified is a configuration whose verification fails.
+// unverified returns a configuration whose verification fails.
 func unverified() []any {
 	return []any{"post_deploy_verify", map[string]any{"enabled": true, "endpoint": "127.0.0.1:1"}, "post_deploy_verify_attempts", 1}
 }
@@ -158,7 +158,7 @@ func must(t testing.TB, err error) {
 	}
 }
 
-// devices are those of the targets of the conformance suite, by directory.
+// devices are the devices of the conformance suite's targets, by directory.
 type devices struct {
 	t    *testing.T
 	mu   sync.Mutex

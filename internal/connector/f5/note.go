@@ -10,20 +10,20 @@ import (
 	"certctl-agent/internal/hostfile"
 )
 
-// progress is how far a deployment got that is not finished. It is in a file of this
-// host, for the next process.
+// progress is the progress of an unfinished deployment. A file on this host keeps it for the next
+// process.
 type progress string
 
 const (
-	nothing progress = ""       // all is finished
-	begun   progress = "begun"  // the profile may be changed, and uploads be there
-	spread  progress = "spread" // that may be saved, or on another device of the group
+	nothing progress = ""       // nothing is unfinished
+	begun   progress = "begun"  // the profile may be changed, and uploads may exist
+	spread  progress = "spread" // the change may also be saved, or synced to another device
 )
 
-// maxNote bounds the file, in bytes: it has one word.
+// maxNote bounds the file, in bytes. It has one word.
 const maxNote = 64
 
-// note writes down how far it is.
+// note records p.
 func (t *target) note(p progress) error {
 	if p == t.progress && t.known {
 		return nil
@@ -46,7 +46,7 @@ func (t *target) note(p progress) error {
 	return nil
 }
 
-// noted is how far it is.
+// noted returns the recorded progress.
 func (t *target) noted() progress {
 	if !t.known && t.noteDir != "" {
 		t.progress = t.readNote()
@@ -55,7 +55,7 @@ func (t *target) noted() progress {
 	return t.progress
 }
 
-// readNote takes what it cannot read for the worst.
+// readNote reads the progress. It returns spread if the file is unreadable.
 func (t *target) readNote() progress {
 	data, _, err := hostfile.Read(filepath.Join(t.noteDir, t.noteName()), maxNote)
 	switch {

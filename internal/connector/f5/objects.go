@@ -20,30 +20,29 @@ const (
 	sslKey  = "ssl-key"
 	none    = "none"
 
-	// maxEntries bounds certKeyChain: there are three types of keys, and a few
-	// uses.
+	// maxEntries bounds certKeyChain. There are three key types, and a few usages.
 	maxEntries = 32
 
-	// maxSwept bounds how many files are removed after one deployment. One leaves
-	// three, so there are more only after a change of backup_retention.
+	// maxSwept bounds how many files are removed after one deployment. A deployment adds three, so
+	// there are more only after backup_retention was lowered.
 	maxSwept = 100
 )
 
-// file is one to be on the device.
+// file is a file to install on the device.
 type file struct {
 	kind, path string
 	data       []byte
-	upload     string // the name under which it is sent
+	upload     string // name of the upload
 }
 
-// checksum is what the device shows of a file that holds data.
+// checksum returns the checksum that the device shows for the file.
 func (f *file) checksum() string { return fmt.Sprintf("SHA1:%d:%x", len(f.data), sha1.Sum(f.data)) }
 
 func (f *file) url() string { return objectURL(collectionOf(f.kind), f.path) }
 
 func collectionOf(kind string) string { return "/mgmt/tm/sys/file/" + kind }
 
-// stored is a file that is on the device.
+// stored is an existing file on the device.
 type stored struct {
 	Path     string `json:"fullPath"`
 	Checksum string `json:"checksum"`
@@ -52,7 +51,7 @@ type stored struct {
 	kind     string
 }
 
-// get reads what the device shows of a file; nil if there is none.
+// get returns the properties of a file, or nil if it does not exist.
 func (d *device) get(ctx context.Context, kind, path string) (*stored, error) {
 	s := &stored{kind: kind}
 	err := d.do(ctx, request{method: http.MethodGet, path: objectURL(collectionOf(kind), path)}, s)
@@ -60,7 +59,7 @@ func (d *device) get(ctx context.Context, kind, path string) (*stored, error) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("look at the %s %s: %w", kind, printable.Line(path, maxPath), err)
+		return nil, fmt.Errorf("read the %s %s: %w", kind, printable.Line(path, maxPath), err)
 	}
 	return s, nil
 }
@@ -72,7 +71,7 @@ func (t *target) ours(ctx context.Context) (all []*stored, err error) {
 		var list struct {
 			Items []*stored `json:"items"`
 		}
-		// A plus is not a blank to every part of the device.
+		// Some parts of the device do not decode a plus as a space.
 		r := request{method: http.MethodGet, path: collectionOf(kind), query: strings.ReplaceAll(query.Encode(), "+", "%20"), max: maxList}
 		if err := t.device.do(ctx, r, &list); err != nil {
 			return nil, fmt.Errorf("list the %ss of the partition %s: %w", kind, t.Partition, err)
@@ -87,7 +86,7 @@ func (t *target) ours(ctx context.Context) (all []*stored, err error) {
 	return all, nil
 }
 
-// remove deletes a file, unless something uses it.
+// remove deletes a file unless it is in use.
 func (t *target) remove(ctx context.Context, s *stored) (removed bool, err error) {
 	err = repeat(ctx, func() error {
 		return t.device.do(ctx, request{method: http.MethodDelete, path: objectURL(collectionOf(s.kind), s.Path)}, nil)
@@ -101,7 +100,7 @@ func (t *target) remove(ctx context.Context, s *stored) (removed bool, err error
 	return false, fmt.Errorf("remove the %s %s: %w", s.kind, s.Path, err)
 }
 
-// entry is one of certKeyChain. All that it holds is given back as it came.
+// entry is an entry of certKeyChain. Unknown values are preserved.
 type entry map[string]any
 
 func (e entry) text(name string) string {
@@ -117,16 +116,15 @@ func (e entry) same(other entry) bool {
 	return e.text("cert") == other.text("cert") && e.text("key") == other.text("key") && e.text("chain") == other.text("chain")
 }
 
-// serves reports whether the entry is one for a TLS server. Others sign what a
-// forward proxy makes.
+// serves reports whether the entry is for a TLS server. Others sign certificates of a forward proxy.
 func (e entry) serves() bool { return e.text("usage") == "" || e.text("usage") == "SERVER" }
 
-// profile is the part of a profile that says what it serves.
+// profile is the part of a profile that selects its certificates.
 type profile struct {
-	Inherit string  `json:"inheritCertkeychain,omitempty"` // client-ssl: "true": the list is the parent's
+	Inherit string  `json:"inheritCertkeychain,omitempty"` // client-ssl; "true": the parent's entries
 	Entries []entry `json:"certKeyChain,omitempty"`        // client-ssl
 
-	// Of server-ssl. What a client-ssl profile shows there is the first entry.
+	// For server-ssl. In a client-ssl profile these repeat the first entry.
 	Cert       string `json:"cert,omitempty"`
 	Key        string `json:"key,omitempty"`
 	Chain      string `json:"chain,omitempty"`
@@ -145,7 +143,7 @@ func (p *profile) equal(other *profile) bool {
 	return errA == nil && errB == nil && string(a) == string(b)
 }
 
-// pairs are the entries, whichever type the profile is of.
+// pairs returns the entries of a profile of either type.
 func (t *target) pairs(p *profile) []entry {
 	if t.ProfileType == clientSSL {
 		return p.Entries
@@ -165,10 +163,10 @@ func (t *target) read(ctx context.Context) (*profile, error) {
 	p := new(profile)
 	err := t.device.do(ctx, request{method: http.MethodGet, path: t.profileURL()}, p)
 	if isMissing(err) {
-		return nil, fmt.Errorf("the %s profile %s does not exist: make it on the device, and use it in a virtual server: %w", t.ProfileType, t.profile, err)
+		return nil, fmt.Errorf("the %s profile %s does not exist: create it on the device, and use it in a virtual server: %w", t.ProfileType, t.profile, err)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("look at the profile: %w", err)
+		return nil, fmt.Errorf("read the profile: %w", err)
 	}
 	if t.ProfileType == clientSSL {
 		p.Cert, p.Key, p.Chain, p.Passphrase = "", "", "", ""
@@ -183,13 +181,13 @@ func (t *target) read(ctx context.Context) (*profile, error) {
 	}
 	for _, e := range p.Entries {
 		maps.DeleteFunc(e, func(name string, value any) bool {
-			return strings.HasSuffix(name, "Reference") || name == "appService" && value == none // which are shown and not set
+			return strings.HasSuffix(name, "Reference") || name == "appService" && value == none // read-only values
 		})
 	}
 	return p, nil
 }
 
-// orNone is how an absent file is written.
+// orNone returns path, or the device's word for no file.
 func orNone(path string) string {
 	if path == "" {
 		return none
@@ -197,7 +195,7 @@ func orNone(path string) string {
 	return path
 }
 
-// set is what makes the profile what p is.
+// set returns the request body that sets the profile to p.
 func (t *target) set(p *profile) map[string]any {
 	if t.ProfileType == serverSSL {
 		sent := map[string]any{"cert": orNone(p.Cert), "key": orNone(p.Key), "chain": orNone(p.Chain)}
