@@ -20,18 +20,17 @@ import (
 )
 
 const (
-	// assertionLife is how long an assertion is valid: as the page that signer names
-	// recommends.
+	// assertionLife is how long an assertion is valid, as recommended on the page about signer.
 	assertionLife = 10 * time.Minute
 
 	// maxSigner bounds the file of a certificate and its key, in bytes.
 	maxSigner = 256 << 10
 
-	// openWork bounds what opening a key store may cost, see pkcs12.Open.
+	// openWork bounds the cost of opening a PKCS#12 file, see pkcs12.Open.
 	openWork = 256 << 20
 )
 
-// signer signs who an application is, see
+// signer authenticates an application by its certificate, see
 // https://learn.microsoft.com/entra/identity-platform/certificate-credentials.
 type signer struct {
 	certificate *x509.Certificate
@@ -56,11 +55,11 @@ func readSigner(path, password string) (*signer, error) {
 	}
 	key, ok := found.(*rsa.PrivateKey)
 	if !ok {
-		return nil, fmt.Errorf("%s: Entra ID takes only RSA keys there", path)
+		return nil, fmt.Errorf("%s: Entra ID accepts only RSA keys here", path)
 	}
 	i := slices.IndexFunc(certificates, func(c *x509.Certificate) bool { return pemutil.SamePublicKey(c.PublicKey, key.Public()) })
 	if i < 0 {
-		return nil, fmt.Errorf("%s: there is no certificate of its key in it", path)
+		return nil, fmt.Errorf("%s: it has no certificate for its key", path)
 	}
 	return &signer{certificates[i], key}, nil
 }
@@ -78,12 +77,12 @@ func fromStore(data []byte, password string) (crypto.Signer, []*x509.Certificate
 		return nil, nil, err
 	}
 	if len(keys) != 1 {
-		return nil, nil, fmt.Errorf("it holds %d private keys, and one is expected", len(keys))
+		return nil, nil, fmt.Errorf("it has %d private keys, but must have one", len(keys))
 	}
 	parsed, err := x509.ParsePKCS8PrivateKey(keys[0].PKCS8)
 	key, ok := parsed.(crypto.Signer)
 	if err != nil || !ok {
-		return nil, nil, errors.New("its private key cannot be read")
+		return nil, nil, errors.New("cannot parse its private key")
 	}
 	return key, keys[0].Chain, nil
 }
@@ -107,7 +106,7 @@ func fromPEM(data []byte) (crypto.Signer, []*x509.Certificate, error) {
 	return key, certificates, nil
 }
 
-// assertion is a JWT (RFC 7519), signed with PS256 (RFC 7518, section 3.5).
+// assertion returns a JWT (RFC 7519), signed with PS256 (RFC 7518, section 3.5).
 func (s *signer) assertion(client, endpoint string, now time.Time) (string, error) {
 	sum := sha256.Sum256(s.certificate.Raw)
 	header := map[string]any{"alg": "PS256", "typ": "JWT", "x5t#S256": base64.RawURLEncoding.EncodeToString(sum[:])}

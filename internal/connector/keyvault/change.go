@@ -25,8 +25,8 @@ import (
 	"certctl-agent/internal/vendorapi"
 )
 
-// Tags by which the agent knows its versions again. The target and the fingerprint
-// tell the versions of this target from those of others.
+// Tags of the versions that the agent imported. The target and the fingerprint identify the versions of
+// this target.
 const (
 	managedTag     = ourTags + "managed-by"
 	certificateTag = ourTags + "certificate-id"
@@ -39,13 +39,13 @@ const (
 var marks = []string{managedTag, certificateTag, targetTag, fingerprintTag}
 
 const (
-	// settleFor is how long an import is looked for that may have been carried out,
-	// and settlePause is between two looks.
+	// settleFor is how long to wait for an import whose outcome is unknown. settlePause is the pause
+	// between two checks.
 	settleFor   = 10 * time.Second
 	settlePause = time.Second
 )
 
-// change makes a certificate and its key the current version.
+// change imports a certificate and its key as the current version.
 type change struct {
 	vault    *vault
 	material *connector.Material
@@ -55,9 +55,9 @@ type change struct {
 	settle   time.Duration
 	log      *slog.Logger
 
-	looked bool    // Read has been called
-	was    *former // what it saw; nil: there was no certificate
-	sent   bool    // a request of this process may have changed something
+	looked bool        // Read has been called
+	was    *oldVersion // found by Read; nil if there was no certificate
+	sent   bool        // a request of this process may have changed something
 }
 
 // ID implements connector.Change.
@@ -65,22 +65,22 @@ func (c *change) ID() string {
 	return "certificate " + strings.ToLower(c.vault.name) + " of " + c.vault.host()
 }
 
-// former is the version that a change replaces.
-type former struct {
+// oldVersion is the version that a change replaces.
+type oldVersion struct {
 	Version string            `json:"version"`
 	DER     []byte            `json:"certificate"`
 	Enabled bool              `json:"enabled"`
 	Tags    map[string]string `json:"tags"`
 	Policy  certificatePolicy `json:"policy"`
 
-	// Secret is what the version was imported from, with its private key. "": it
-	// cannot be had, for the reason in Lost.
+	// Secret is the version as it was imported, with its private key. It is empty if the agent cannot
+	// read it, for the reason in Lost.
 	Secret string `json:"secret,omitempty"`
 	Lost   string `json:"lost,omitempty"`
 }
 
-// Read implements connector.Change. It saves the former private key only where that
-// may be read, and only if the version is about to be replaced.
+// Read implements connector.Change. It saves the old private key only if the agent may read it, and
+// only if the version is about to be replaced.
 func (c *change) Read(ctx context.Context) (was []byte, same bool, err error) {
 	now, err := c.vault.get(ctx)
 	if err == nil && now == nil {
@@ -93,7 +93,7 @@ func (c *change) Read(ctx context.Context) (was []byte, same bool, err error) {
 	if now == nil {
 		return nil, false, nil
 	}
-	c.was = &former{Version: now.version(), DER: now.DER, Enabled: now.Attributes.Enabled, Tags: now.Tags, Policy: now.Policy}
+	c.was = &oldVersion{Version: now.version(), DER: now.DER, Enabled: now.Attributes.Enabled, Tags: now.Tags, Policy: now.Policy}
 	if same = c.isIn(now); !same {
 		if _, err := c.wantTags(now.Tags); err != nil {
 			return nil, false, err
@@ -104,14 +104,14 @@ func (c *change) Read(ctx context.Context) (was []byte, same bool, err error) {
 			return nil, false, err
 		}
 		if c.was.Lost != "" {
-			c.log.Info("if this deployment fails after the import, it cannot go back to the former version", "reason", c.was.Lost)
+			c.log.Info("if this deployment fails after the import, the old version cannot be restored", "reason", c.was.Lost)
 		}
 	}
 	was, err = json.Marshal(c.was)
 	return was, same, err
 }
 
-// readSecret adds what the former version was imported from.
+// readSecret adds the secret of the old version to c.was.
 func (c *change) readSecret(ctx context.Context) error {
 	if !c.was.Policy.Key.Exportable {
 		c.was.Lost = "its key cannot be exported"
@@ -119,7 +119,7 @@ func (c *change) readSecret(ctx context.Context) error {
 	}
 	value, contentType, err := c.vault.secret(ctx, c.was.Version)
 	switch {
-	case vendorapi.StatusOf(err) == http.StatusForbidden: // least privilege: the agent may not read keys
+	case vendorapi.StatusOf(err) == http.StatusForbidden: // the agent's role does not allow reading keys
 		c.was.Lost = err.Error()
 		return nil
 	case err != nil:
@@ -132,7 +132,7 @@ func (c *change) readSecret(ctx context.Context) error {
 	return nil
 }
 
-// holds reports whether a version is of our certificate.
+// holds reports whether a version has the new certificate.
 func (c *change) holds(b *bundle) bool { return bytes.Equal(b.DER, c.material.Leaf.Raw) }
 
 // isIn reports whether a version is as Write would make it.
@@ -148,13 +148,13 @@ func (c *change) isIn(b *bundle) bool {
 	return true
 }
 
-// isOurs reports whether this target has imported a version.
+// isOurs reports whether this target imported a version.
 func (c *change) isOurs(b *bundle) bool {
 	sum := sha256.Sum256(b.DER)
 	return b.Tags[targetTag] == c.target && b.Tags[fingerprintTag] == hex.EncodeToString(sum[:])
 }
 
-// wantTags are those of a new version: those of the former one stay.
+// wantTags returns the tags of a new version, which include those of the old one.
 func (c *change) wantTags(theirs map[string]string) (map[string]string, error) {
 	want := maps.Clone(theirs)
 	if want == nil {
@@ -166,19 +166,18 @@ func (c *change) wantTags(theirs map[string]string) (map[string]string, error) {
 	want[targetTag] = c.target
 	want[fingerprintTag] = pemutil.Fingerprint(c.material.Leaf)
 	if len(want) > maxTags {
-		return nil, fmt.Errorf("with the %d tags that it has there would be %d, and Key Vault allows %d: take some away", len(theirs), len(want), maxTags)
+		return nil, fmt.Errorf("together with its %d existing tags there would be %d, but Key Vault allows %d: remove some", len(theirs), len(want), maxTags)
 	}
 	return want, nil
 }
 
 var (
-	errChanged = errors.New("someone else imported another version just now; that was left alone")
-	errTheirs  = errors.New("someone else has imported another version since, and that was left alone")
+	errChanged = errors.New("someone else imported another version meanwhile; it was left alone")
+	errTheirs  = errors.New("someone else has imported another version since; it was left alone")
 )
 
-// Write implements connector.Change. An interrupted deployment may have imported the
-// certificate already: then it is not imported once more, since versions stay for
-// ever.
+// Write implements connector.Change. It does not import the certificate again if an interrupted
+// deployment did, since versions cannot be deleted.
 func (c *change) Write(ctx context.Context) error {
 	now, err := c.vault.get(ctx)
 	if err != nil || c.isIn(now) {
@@ -219,29 +218,29 @@ func (c *change) saw(now *bundle) bool {
 	return now.version() == c.was.Version
 }
 
-// importAs imports a version and sees to it that it is the current one. An import
-// that may have been carried out, whatever the answer, is looked for and not made again.
-func (c *change) importAs(ctx context.Context, body *importing, der []byte) error {
+// importAs imports a version and checks that it is the current one. If the outcome of the import is
+// unknown, it waits for the version instead of importing it again.
+func (c *change) importAs(ctx context.Context, body *importRequest, der []byte) error {
 	err := c.vault.importVersion(ctx, body)
 	if err == nil {
 		return c.check(ctx, der)
 	}
 	_, lost := errors.AsType[*vendorapi.LostError](err)
 	if status := vendorapi.StatusOf(err); lost || status >= 500 && status != http.StatusServiceUnavailable {
-		return c.lookFor(ctx, der, err)
+		return c.waitForImport(ctx, der, err)
 	}
 	return err
 }
 
-func (c *change) lookFor(ctx context.Context, der []byte, lost error) error {
-	for begun := time.Now(); ; {
+func (c *change) waitForImport(ctx context.Context, der []byte, lost error) error {
+	for start := time.Now(); ; {
 		now, err := c.vault.get(ctx)
 		switch {
 		case err != nil:
-			return fmt.Errorf("%w; what came of it is not known: %w", lost, err)
+			return fmt.Errorf("%w; cannot find out whether it was imported: %w", lost, err)
 		case now != nil && bytes.Equal(now.DER, der):
 			return nil
-		case time.Since(begun) >= c.settle:
+		case time.Since(start) >= c.settle:
 			return lost
 		}
 		select {
@@ -252,23 +251,23 @@ func (c *change) lookFor(ctx context.Context, der []byte, lost error) error {
 	}
 }
 
-// check reads the current version back: it has to be the certificate.
+// check reads the current version back and compares it with the certificate.
 func (c *change) check(ctx context.Context, der []byte) error {
 	now, err := c.vault.get(ctx)
 	if err != nil {
 		return fmt.Errorf("read it back: %w", err)
 	}
 	if now == nil || !bytes.Equal(now.DER, der) || !now.Attributes.Enabled {
-		return errors.New("read it back: the current version is another one than was imported: someone else changes this certificate too")
+		return errors.New("read it back: the current version is not the imported one: someone else changes this certificate too")
 	}
 	return nil
 }
 
-// newImport is the import of the certificate in the form that the current version
-// has, since those who read the secret rely on that.
-func (c *change) newImport(now *bundle) (*importing, error) {
-	i := &importing{Policy: certificatePolicy{Key: c.key, Secret: secretProps{typePFX}}}
-	i.Policy.Key.Exportable = true // as the service itself does
+// newImport returns the import of the certificate. It keeps the format of the current version, since
+// clients that read the secret rely on it.
+func (c *change) newImport(now *bundle) (*importRequest, error) {
+	i := &importRequest{Policy: certificatePolicy{Key: c.key, Secret: secretProps{typePFX}}}
+	i.Policy.Key.Exportable = true // the service's default
 	if now != nil {
 		i.Policy.Key.Exportable = now.Policy.Key.Exportable
 		if strings.HasSuffix(now.Policy.Key.Type, "-HSM") {
@@ -296,10 +295,10 @@ func (c *change) newImport(now *bundle) (*importing, error) {
 	return i, err
 }
 
-// encodePFX makes the PKCS#12 that is imported, with SHA-1 and 3DES: Key Vault has
-// refused AES, see https://github.com/MicrosoftDocs/azure-docs/issues/39861 and
-// https://github.com/hashicorp/packer-plugin-azure/pull/571. The password goes beside
-// it in the same request, so what protects both is TLS.
+// encodePFX encodes the PKCS#12 to import, with SHA-1 and 3DES: Key Vault has refused AES, see
+// https://github.com/MicrosoftDocs/azure-docs/issues/39861 and
+// https://github.com/hashicorp/packer-plugin-azure/pull/571. The same request has the password, so TLS
+// protects both.
 func encodePFX(pkcs8 []byte, chain []*x509.Certificate, password string) (string, error) {
 	store := pkcs12.NewOnce(password, true)
 	if _, err := store.Put(keyentry.PrivateKey{Alias: "certificate", PKCS8: pkcs8, Chain: chain, Created: time.Now(), Password: password}, true); err != nil {
@@ -309,15 +308,14 @@ func encodePFX(pkcs8 []byte, chain []*x509.Certificate, password string) (string
 	return base64.StdEncoding.EncodeToString(data), err
 }
 
-// Restore implements connector.Change. No version can be taken away, so the former
-// one is imported once more. Where there was none, ours is disabled: to delete it
-// would take the name away from the next deployment.
+// Restore implements connector.Change. Versions cannot be deleted, so it imports the old one again. A
+// first version is disabled: deleting the certificate would block its name for the next deployment.
 func (c *change) Restore(ctx context.Context, saved []byte) error {
-	var was *former
+	var was *oldVersion
 	if saved != nil {
-		was = new(former)
+		was = new(oldVersion)
 		if err := json.Unmarshal(saved, was); err != nil {
-			return fmt.Errorf("what would undo it cannot be read: %w", err)
+			return fmt.Errorf("cannot read the saved state: %w", err)
 		}
 	}
 	if c.untouched(was) {
@@ -342,26 +340,25 @@ func (c *change) Restore(ctx context.Context, saved []byte) error {
 	case was.Secret == "":
 		return c.irrevocable(now, was)
 	}
-	key := was.Policy.Key // of the former key: type and size are what they were
-	body := &importing{Value: was.Secret, Policy: certificatePolicy{Key: key, Secret: was.Policy.Secret}, Tags: was.Tags}
+	key := was.Policy.Key
+	body := &importRequest{Value: was.Secret, Policy: certificatePolicy{Key: key, Secret: was.Policy.Secret}, Tags: was.Tags}
 	c.sent = true
 	if err := c.importAs(ctx, body, was.DER); err != nil {
-		return fmt.Errorf("the former version %s could not be imported again: %w", was.Version, err)
+		return fmt.Errorf("importing the old version %s again failed: %w", was.Version, err)
 	}
 	return nil
 }
 
-// untouched reports whether neither this process nor the one before it can have
-// changed anything.
-func (c *change) untouched(was *former) bool {
+// untouched reports whether neither this process nor an earlier one can have changed anything.
+func (c *change) untouched(was *oldVersion) bool {
 	if !c.looked || c.sent {
 		return false
 	}
 	return was == nil && c.was == nil || was != nil && c.was != nil && was.Version == c.was.Version && was.Enabled == c.was.Enabled && maps.Equal(was.Tags, c.was.Tags)
 }
 
-// restoreTags undoes an update of a version that held the certificate before.
-func (c *change) restoreTags(ctx context.Context, now *bundle, was *former) error {
+// restoreTags undoes an update of an existing version.
+func (c *change) restoreTags(ctx context.Context, now *bundle, was *oldVersion) error {
 	if now.Attributes.Enabled == was.Enabled && maps.Equal(now.Tags, was.Tags) {
 		return nil
 	}
@@ -372,22 +369,22 @@ func (c *change) restoreTags(ctx context.Context, now *bundle, was *former) erro
 	return c.vault.update(ctx, was.Version, was.Enabled, was.Tags)
 }
 
-// disable takes back the first version of a certificate.
+// disable undoes the import of a first version.
 func (c *change) disable(ctx context.Context, now *bundle) error {
 	if !now.Attributes.Enabled {
 		return nil
 	}
 	c.sent = true
 	if err := c.vault.update(ctx, now.version(), false, now.Tags); err != nil {
-		return fmt.Errorf("the version %s could not be disabled (%s --version %s --enabled false): %w", now.version(), c.vault.cli("set-attributes"), now.version(), err)
+		return fmt.Errorf("disabling the version %s failed (%s --version %s --enabled false): %w", now.version(), c.vault.cli("set-attributes"), now.version(), err)
 	}
 	return nil
 }
 
-func (c *change) irrevocable(now *bundle, was *former) error {
-	return fmt.Errorf("%w: the new version %s stays the current one, since the former version %s cannot be imported again (%s): if it must come back, import its certificate and key by hand (%s); "+
-		"clients that name the former version still get it", connector.ErrIrrevocable, now.version(), was.Version, was.Lost, c.vault.cli("import")+" --file FILE")
+func (c *change) irrevocable(now *bundle, was *oldVersion) error {
+	return fmt.Errorf("%w: the new version %s stays the current one, since the old version %s cannot be imported again (%s): to go back, import its certificate and key by hand (%s); "+
+		"clients that name the old version still get it", connector.ErrIrrevocable, now.version(), was.Version, was.Lost, c.vault.cli("import")+" --file FILE")
 }
 
-// Finish implements connector.Change. Former versions stay, for clients that name them.
+// Finish implements connector.Change. Old versions stay, for clients that name them.
 func (c *change) Finish(context.Context) error { return nil }

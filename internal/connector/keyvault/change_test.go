@@ -11,7 +11,7 @@ import (
 	"certctl-agent/internal/transaction"
 )
 
-// What is not ours stays as it is: tags, the form of the secret, whether the key can
+// Settings of others are kept: tags, the format of the secret, whether the key can
 // be exported.
 func TestRenewal(t *testing.T) {
 	s := newSite(t)
@@ -45,7 +45,7 @@ func TestRenewal(t *testing.T) {
 	}
 }
 
-// A version of the same certificate, whoever imported it, is not imported again.
+// A version with the same certificate, whoever imported it, is not imported again.
 func TestSameCertificate(t *testing.T) {
 	s := newSite(t)
 	f := s.fixture(t, environment())
@@ -76,7 +76,7 @@ func TestSameCertificate(t *testing.T) {
 	f.holds(m)
 }
 
-// A name that a deleted certificate has is left alone, before anything is done.
+// If a deleted certificate blocks the name, the deployment fails before any change.
 func TestDeleted(t *testing.T) {
 	s := newSite(t)
 	f := s.fixture(t, environment())
@@ -90,13 +90,13 @@ func TestDeleted(t *testing.T) {
 	if s.made("import www") > 0 || conformance.Broken(err) {
 		t.Errorf("it was imported: %v", err)
 	}
-	f.vault.Deny("deleted") // then the import says it
+	f.vault.Deny("deleted") // now the import reports it
 	_, err = f.deploy(f.material())
 	conformance.WantError(t, err, "import", "can be recovered,", "az keyvault certificate recover --vault-name")
 	if conformance.Broken(err) {
 		t.Errorf("nothing was changed, and the target needs a person: %v", err)
 	}
-	// Deleted between the look and the change.
+	// Deleted between Read and Write.
 	f.vault.Deny()
 	f = s.fixture(t, environment())
 	f.mustDeploy(m)
@@ -111,8 +111,8 @@ func TestDeleted(t *testing.T) {
 	conformance.WantError(t, err, errChanged.Error())
 }
 
-// A version that waits for its certificate is in the way, and one whose creation was given
-// up is not.
+// A pending version blocks the import, one whose creation was cancelled
+// does not.
 func TestPending(t *testing.T) {
 	s := newSite(t)
 	f := s.fixture(t, environment())
@@ -133,7 +133,7 @@ func TestPending(t *testing.T) {
 	f.holds(m)
 }
 
-// What can be taken back is, and of what cannot the error says so.
+// A failed deployment is undone, or the error says that it cannot be.
 func TestUndo(t *testing.T) {
 	s := newSite(t)
 	t.Run("exportable", func(t *testing.T) {
@@ -156,12 +156,12 @@ func TestUndo(t *testing.T) {
 		before, m := current(f.vault), f.material()
 		_, err := f.deploy(m, unverified()...)
 		conformance.WantError(t, err, "this target needs a person", "certificate www of "+f.vault.Host+": it cannot be undone: the new version "+current(f.vault).ID+" stays the current one",
-			"the former version "+before.ID+" cannot be imported again (its key cannot be exported)", "az keyvault certificate import --vault-name")
+			"the old version "+before.ID+" cannot be imported again (its key cannot be exported)", "az keyvault certificate import --vault-name")
 		if !conformance.Broken(err) || s.made("secret www") > 2 {
 			t.Errorf("got %v", err)
 		}
 		f.holds(m)
-		f.mustDeploy(m) // what stays is what the next deployment wants
+		f.mustDeploy(m) // the next deployment keeps it
 		f.holds(m)
 	})
 	t.Run("key may not be read", func(t *testing.T) {
@@ -189,7 +189,7 @@ func TestUndo(t *testing.T) {
 		f := s.fixture(t, environment())
 		f.vault.Deny("update")
 		_, err := f.deploy(f.material(), unverified()...)
-		conformance.WantError(t, err, "this target needs a person", "could not be disabled (az keyvault certificate set-attributes --vault-name", "--enabled false)", "certificates/update/action")
+		conformance.WantError(t, err, "this target needs a person", "failed (az keyvault certificate set-attributes --vault-name", "--enabled false)", "certificates/update/action")
 	})
 	t.Run("a first that failed, then another", func(t *testing.T) {
 		f := s.fixture(t, environment())
@@ -212,11 +212,11 @@ func TestUndo(t *testing.T) {
 			return nil
 		}
 		_, err := f.deploy(f.material(), unverified()...)
-		conformance.WantError(t, err, "this target needs a person", "could not be imported again", "certificates/import/action")
+		conformance.WantError(t, err, "this target needs a person", "importing the old version", "certificates/import/action")
 	})
 }
 
-// What someone else does meanwhile is left alone.
+// Concurrent changes by someone else are left alone.
 func TestOthers(t *testing.T) {
 	s := newSite(t)
 	for op, want := range map[string]string{"change": errChanged.Error(), "restore": errTheirs.Error()} {
@@ -241,7 +241,7 @@ func TestOthers(t *testing.T) {
 	}
 }
 
-// Killed at any step from the import on, the agent imports the certificate once.
+// If the agent is killed at any step after the import, it does not import again.
 func TestKilledOnce(t *testing.T) {
 	s := newSite(t)
 	for _, renewal := range []bool{false, true} {
@@ -251,7 +251,7 @@ func TestKilledOnce(t *testing.T) {
 				f.mustDeploy(f.material())
 			}
 			m := f.material()
-			behind := false // the change
+			behind := false // after the change
 			steps = 0
 			f.Before = func(step transaction.Step) error {
 				if behind {
@@ -276,8 +276,8 @@ func TestKilledOnce(t *testing.T) {
 	}
 }
 
-// Killed between an import that was undone in part and its note, the next deployment
-// of another certificate goes back to the first.
+// If the agent is killed while it undoes an import, the next deployment
+// of another certificate restores the first one.
 func TestKilledInUndo(t *testing.T) {
 	s := newSite(t)
 	f := s.fixture(t, environment())
@@ -302,8 +302,8 @@ func TestKilledInUndo(t *testing.T) {
 	f.holds(m)
 }
 
-// Killed between an undo and its note, the next deployment that is not carried out
-// either does not undo it again.
+// If the agent is killed after an undo, the next deployment that also fails
+// does not undo it again.
 func TestKilledBehindUndo(t *testing.T) {
 	s := newSite(t)
 	f := s.fixture(t, environment())
@@ -332,11 +332,11 @@ func TestKilledBehindUndo(t *testing.T) {
 	}
 }
 
-// Rights that are missing are named.
+// Errors name missing permissions.
 func TestRights(t *testing.T) {
 	s := newSite(t)
 	for operation, words := range map[string][]string{
-		"get":    {"get: 403", "DeniedWithNoValidRBAC", "Microsoft.KeyVault/vaults/certificates/read on this vault for the identity of client_secret"},
+		"get":    {"get: 403", "DeniedWithNoValidRBAC", "the identity of client_secret needs a role with Microsoft.KeyVault/vaults/certificates/read on this vault"},
 		"import": {"import: 403", "Microsoft.KeyVault/vaults/certificates/import/action"},
 	} {
 		f := s.fixture(t, environment())
@@ -352,13 +352,13 @@ func TestRights(t *testing.T) {
 	f := s.fixture(t, environment())
 	s.Next("get", azure.Fault{Status: 403, Body: `{"error":{"code":"Forbidden","message":"Client address is not authorized","innererror":{"code":"ForbiddenByFirewall"}}}`})
 	_, err := f.deploy(f.material())
-	conformance.WantError(t, err, "Client address is not authorized", "the vault's firewall does not let this host in")
+	conformance.WantError(t, err, "Client address is not authorized", "the vault's firewall blocks this host")
 	s.Next("import", azure.Fault{Status: 400, Body: `{"error":{"code":"BadParameter","message":"Unsupported key operation(s): \"wrapKey\", \"unwrapKey\". Supported values are \"sign\", \"verify\"."}}`})
 	_, err = f.deploy(f.material())
-	conformance.WantError(t, err, "import: 400 Bad Request", "have the certificate issued with the key usage digitalSignature alone")
+	conformance.WantError(t, err, "import: 400 Bad Request", "issue the certificate with only the key usage digitalSignature")
 }
 
-// Tags that do not fit are refused before anything is done.
+// Invalid tags are refused before any change.
 func TestTags(t *testing.T) {
 	s := newSite(t)
 	f := s.fixture(t, environment())
@@ -368,11 +368,11 @@ func TestTags(t *testing.T) {
 		}
 	})
 	_, err := f.deploy(f.material())
-	conformance.WantError(t, err, "there would be 16, and Key Vault allows 15")
+	conformance.WantError(t, err, "there would be 16, but Key Vault allows 15")
 	if slices.Contains(s.Calls(), "import www") {
 		t.Error("it was imported")
 	}
-	// Where nothing is to be done, they need not fit.
+	// If nothing changes, they are not checked.
 	m := f.material()
 	f.theirs(func(v *azure.Version) { v.Certificate, v.Key, v.Tags = m.Leaf, pkcs8Of(t, m), current(f.vault).Tags })
 	if result := f.mustDeploy(m); !result.Unchanged {
@@ -380,13 +380,13 @@ func TestTags(t *testing.T) {
 	}
 }
 
-// The answer has to be about the certificate that was asked for, and what was
-// imported has to be the current version.
+// The answer must be about the requested certificate, and the imported version
+// must be the current one.
 func TestAnswers(t *testing.T) {
 	s := newSite(t)
 	for body, want := range map[string]string{
-		"<html>please log in</html>":        "not a certificate of a vault",
-		"{}":                                "not a certificate of a vault",
+		"<html>please log in</html>":        "not a certificate from a vault",
+		"{}":                                "not a certificate from a vault",
 		`{"id":"https://x/y","cer":"AAAA"}`: "about another certificate",
 	} {
 		f := s.fixture(t, environment())
@@ -397,7 +397,7 @@ func TestAnswers(t *testing.T) {
 	f := s.fixture(t, environment())
 	s.Next("get", azure.Fault{Status: 403, Body: "<html>\x1b[31mno" + strings.Repeat("x", 100_000)})
 	_, err := f.deploy(f.material())
-	conformance.WantError(t, err, "something before the vault gave that answer")
+	conformance.WantError(t, err, "not from the vault but perhaps from a proxy")
 	if err != nil && (len(err.Error()) > 2000 || strings.Contains(err.Error(), "\x1b")) {
 		t.Errorf("got %d bytes: %.300q", len(err.Error()), err)
 	}

@@ -16,22 +16,22 @@ import (
 	"certctl-agent/internal/vendorapi"
 )
 
-// apiVersion is that of https://learn.microsoft.com/rest/api/keyvault/certificates/operation-groups?view=rest-keyvault-certificates-7.4.
+// apiVersion is the version described in https://learn.microsoft.com/rest/api/keyvault/certificates/operation-groups?view=rest-keyvault-certificates-7.4.
 const apiVersion = "7.4"
 
-// vault calls one vault about one certificate.
+// vault makes calls about one certificate in one vault.
 type vault struct {
 	address
 	name        string // of the certificate
-	tenant      string // of the credentials; "": not known
+	tenant      string // of the credentials; "": unknown
 	credentials *credentials
 	api         *vendorapi.Client
 
-	asked  bool     // the vault has said what it wants a token for, and that was right
-	hidden []string // secrets of the call under way, which the vault may repeat
+	asked  bool     // the vault asked for a valid kind of token
+	hidden []string // secrets of the current call, to remove from messages
 }
 
-// newAPI asks the policy whether keys may be sent to the vault.
+// newAPI returns a client for the vault if the policy allows sending keys there.
 func newAPI(v *vault, c *targetconf.Config, host connector.Host, trust vendorapi.Trust, patience time.Duration) (*vendorapi.Client, error) {
 	at, err := url.Parse(v.url())
 	if err != nil {
@@ -57,7 +57,7 @@ type problem struct{ code, inner, message string }
 // parseProblem reads an error, see
 // https://learn.microsoft.com/azure/key-vault/general/authentication-requests-and-responses#error-responses.
 func parseProblem(body []byte) problem {
-	var said struct {
+	var answer struct {
 		Error struct {
 			Code    string `json:"code"`
 			Message string `json:"message"`
@@ -66,10 +66,10 @@ func parseProblem(body []byte) problem {
 			} `json:"innererror"`
 		} `json:"error"`
 	}
-	if json.Unmarshal(body, &said) != nil || said.Error.Code == "" {
-		return problem{message: "the answer is not that of a vault"}
+	if json.Unmarshal(body, &answer) != nil || answer.Error.Code == "" {
+		return problem{message: "the answer is not from a vault"}
 	}
-	e := said.Error
+	e := answer.Error
 	p := problem{e.Code, e.Inner.Code, e.Code + ": " + e.Message}
 	if p.inner != "" {
 		p.message = e.Code + " (" + e.Inner.Code + "): " + e.Message
@@ -77,7 +77,7 @@ func parseProblem(body []byte) problem {
 	return p
 }
 
-// problemOf is the problem that an error is about; zero if it is not one of a vault.
+// problemOf returns the problem that a vault answered, or a zero one for other errors.
 func problemOf(err error) problem {
 	if e, ok := errors.AsType[*vendorapi.StatusError](err); ok {
 		return parseProblem(e.Body)
@@ -85,7 +85,7 @@ func problemOf(err error) problem {
 	return problem{}
 }
 
-// call makes a call to the vault. Hidden are secrets of its body.
+// call makes a call to the vault. Hidden are the secrets in its body.
 func (v *vault) call(ctx context.Context, method, path string, body any, hidden ...string) ([]byte, error) {
 	r := &vendorapi.Request{Method: method, URL: v.url() + path + "?api-version=" + apiVersion, Header: http.Header{"Accept": {"application/json"}}}
 	if body != nil {
@@ -100,7 +100,7 @@ func (v *vault) call(ctx context.Context, method, path string, body any, hidden 
 			return nil, err
 		}
 	}
-	for again := true; ; again = false {
+	for retry := true; ; retry = false {
 		token, err := v.credentials.token(ctx)
 		if err != nil {
 			return nil, err
@@ -112,10 +112,10 @@ func (v *vault) call(ctx context.Context, method, path string, body any, hidden 
 			return answer.Body, nil
 		}
 		status, _ := errors.AsType[*vendorapi.StatusError](err)
-		if status == nil || status.Status != http.StatusUnauthorized || !again {
+		if status == nil || status.Status != http.StatusUnauthorized || !retry {
 			return nil, err
 		}
-		// The token has expired or was withdrawn, and nothing has been done.
+		// The token has expired or was revoked. The vault did nothing.
 		if err := v.checkChallenge(status); err != nil {
 			return nil, err
 		}
@@ -123,13 +123,13 @@ func (v *vault) call(ctx context.Context, method, path string, body any, hidden 
 	}
 }
 
-// ask has the vault say what it wants a token for, by a request that shows none.
+// ask makes a request without a token, to learn which kind of token the vault requires.
 func (v *vault) ask(ctx context.Context) error {
 	_, err := v.api.Do(ctx, &vendorapi.Request{Method: http.MethodGet, URL: v.url() + v.certificate() + "?api-version=" + apiVersion})
 	status, _ := errors.AsType[*vendorapi.StatusError](err)
 	switch {
 	case err == nil:
-		return errors.New("it answers requests without a token: that is not a vault")
+		return errors.New("it answers requests without a token, so it is not a vault")
 	case status == nil || status.Status != http.StatusUnauthorized:
 		return err
 	}
@@ -149,14 +149,14 @@ func (v *vault) checkChallenge(status *vendorapi.StatusError) error {
 		return err
 	}
 	if c.problem == "insufficient_claims" {
-		return errors.New("it wants a token with further claims (continuous access evaluation), which this version cannot ask for")
+		return errors.New("it requires a token with more claims (continuous access evaluation), which this version cannot get")
 	}
 	return nil
 }
 
 func (v *vault) certificate() string { return "/certificates/" + v.name }
 
-// cli is a command of the Azure CLI about the certificate, for people.
+// cli returns a command of the Azure CLI for the certificate, for error messages.
 func (v *vault) cli(command string) string {
 	return fmt.Sprintf("az keyvault certificate %s --vault-name %s --name %s", command, v.vault, v.name)
 }
@@ -165,7 +165,7 @@ func (v *vault) cli(command string) string {
 // https://learn.microsoft.com/rest/api/keyvault/certificates/get-certificate/get-certificate?view=rest-keyvault-certificates-7.4#certificatebundle.
 type bundle struct {
 	ID         string            `json:"id"`
-	DER        []byte            `json:"cer"` // empty: its creation in the vault is pending, or was given up
+	DER        []byte            `json:"cer"` // empty: its creation in the vault is pending or was cancelled
 	Tags       map[string]string `json:"tags"`
 	Attributes struct {
 		Enabled bool `json:"enabled"`
@@ -196,13 +196,13 @@ const (
 	typePEM = "application/x-pem-file"
 )
 
-// version is the name of the version.
+// version returns the name of the version.
 func (b *bundle) version() string { return b.ID[strings.LastIndexByte(b.ID, '/')+1:] }
 
 func (v *vault) parseBundle(answer []byte) (*bundle, error) {
 	b := new(bundle)
 	if json.Unmarshal(answer, b) != nil || b.ID == "" || len(b.DER) == 0 && b.Attributes.Enabled {
-		return nil, errors.New("the answer is not a certificate of a vault")
+		return nil, errors.New("the answer is not a certificate from a vault")
 	}
 	path := strings.ToLower(v.url() + v.certificate() + "/")
 	if !strings.HasPrefix(strings.ToLower(b.ID), path) || !nameForm().MatchString(b.version()) || len(b.ID) != len(path)+len(b.version()) {
@@ -211,8 +211,7 @@ func (v *vault) parseBundle(answer []byte) (*bundle, error) {
 	return b, nil
 }
 
-// get reads the current version. It returns nil if there is no certificate of that
-// name.
+// get returns the current version, or nil if the certificate does not exist.
 func (v *vault) get(ctx context.Context) (*bundle, error) {
 	answer, err := v.call(ctx, http.MethodGet, v.certificate(), nil)
 	if vendorapi.StatusOf(err) == http.StatusNotFound && problemOf(err).code == "CertificateNotFound" {
@@ -228,9 +227,8 @@ func (v *vault) get(ctx context.Context) (*bundle, error) {
 	return b, nil
 }
 
-// checkName reports whether the name is that of a deleted certificate, which can be
-// recovered and keeps it until then. Some vaults do not say so: those without
-// soft-delete, and those where the agent may not ask.
+// checkName returns an error if a deleted certificate that can be recovered blocks the name. It returns
+// nil for vaults without soft-delete, or if the agent may not ask.
 func (v *vault) checkName(ctx context.Context) error {
 	answer, err := v.call(ctx, http.MethodGet, "/deletedcertificates/"+v.name, nil)
 	if status := vendorapi.StatusOf(err); status >= 400 && status < 500 {
@@ -239,52 +237,52 @@ func (v *vault) checkName(ctx context.Context) error {
 	if err != nil {
 		return v.explain("get deleted", err)
 	}
-	var said struct {
+	var deleted struct {
 		PurgedOn int64 `json:"scheduledPurgeDate"`
 	}
-	if json.Unmarshal(answer, &said) != nil || said.PurgedOn == 0 {
+	if json.Unmarshal(answer, &deleted) != nil || deleted.PurgedOn == 0 {
 		return v.deleted("")
 	}
-	return v.deleted(" until " + time.Unix(said.PurgedOn, 0).UTC().Format(time.DateOnly))
+	return v.deleted(" until " + time.Unix(deleted.PurgedOn, 0).UTC().Format(time.DateOnly))
 }
 
 func (v *vault) deleted(until string) error {
-	return fmt.Errorf("a certificate of this name was deleted and can be recovered%s, so that the name cannot be used: recover it, to have it renewed (%s), "+
-		"or purge it, which nobody can take back (%s), or give the target another certificate_name", until, v.cli("recover"), v.cli("purge"))
+	return fmt.Errorf("a certificate of this name was deleted and can be recovered%s, so the name is blocked: recover it to renew it (%s), "+
+		"purge it permanently (%s), or give the target another certificate_name", until, v.cli("recover"), v.cli("purge"))
 }
 
-// secret is the value behind a version, as it was imported.
+// secret returns the certificate and key of a version, as they were imported.
 func (v *vault) secret(ctx context.Context, version string) (value, contentType string, err error) {
 	answer, err := v.call(ctx, http.MethodGet, "/secrets/"+v.name+"/"+version, nil)
 	if err != nil {
 		return "", "", v.explain("get the secret", err)
 	}
-	var said struct {
+	var secret struct {
 		Value       string `json:"value"`
 		ContentType string `json:"contentType"`
 	}
-	if json.Unmarshal(answer, &said) != nil || said.Value == "" {
-		return "", "", errors.New("get the secret: the answer is not a secret of a vault")
+	if json.Unmarshal(answer, &secret) != nil || secret.Value == "" {
+		return "", "", errors.New("get the secret: the answer is not a secret from a vault")
 	}
-	return said.Value, said.ContentType, nil
+	return secret.Value, secret.ContentType, nil
 }
 
-// importing is the body of an import, see
+// importRequest is the body of an import, see
 // https://learn.microsoft.com/rest/api/keyvault/certificates/import-certificate/import-certificate?view=rest-keyvault-certificates-7.4#request-body.
-type importing struct {
+type importRequest struct {
 	Value    string            `json:"value"`
 	Password string            `json:"pwd,omitempty"`
 	Policy   certificatePolicy `json:"policy"`
 	Tags     map[string]string `json:"tags"`
 }
 
-func (v *vault) importVersion(ctx context.Context, i *importing) error {
+func (v *vault) importVersion(ctx context.Context, i *importRequest) error {
 	_, err := v.call(ctx, http.MethodPost, v.certificate()+"/import", i, i.Value, i.Password)
 	return v.explain("import", err)
 }
 
-// updating is the body of an update of a version; tags are replaced as a whole.
-type updating struct {
+// updateRequest is the body of an update of a version. It replaces all tags.
+type updateRequest struct {
 	Attributes struct {
 		Enabled bool `json:"enabled"`
 	} `json:"attributes"`
@@ -292,19 +290,19 @@ type updating struct {
 }
 
 func (v *vault) update(ctx context.Context, version string, enabled bool, tags map[string]string) error {
-	u := &updating{Tags: tags}
+	u := &updateRequest{Tags: tags}
 	u.Attributes.Enabled = enabled
 	if u.Tags == nil {
 		u.Tags = map[string]string{}
 	}
 	_, err := v.call(ctx, http.MethodPatch, v.certificate()+"/"+version, u)
-	if _, lost := errors.AsType[*vendorapi.LostError](err); lost { // it may be made twice
+	if _, lost := errors.AsType[*vendorapi.LostError](err); lost { // an update is idempotent
 		_, err = v.call(ctx, http.MethodPatch, v.certificate()+"/"+version, u)
 	}
 	return v.explain("update", err)
 }
 
-// action is what RBAC calls a call, see
+// action returns the RBAC action of a call, see
 // https://learn.microsoft.com/azure/role-based-access-control/permissions/security#microsoftkeyvault.
 func action(call string) string {
 	switch call {
@@ -318,7 +316,7 @@ func action(call string) string {
 	return "certificates/read"
 }
 
-// explain says what an answer means, and what to do.
+// explain adds to an error what it means and what to do.
 func (v *vault) explain(call string, err error) error {
 	if err == nil {
 		return nil
@@ -329,19 +327,19 @@ func (v *vault) explain(call string, err error) error {
 		return fmt.Errorf("%s: %w", call, v.deleted(""))
 	case call == "import" && status == http.StatusConflict && p.code == "Forbidden":
 		// https://learn.microsoft.com/azure/key-vault/certificates/create-certificate-scenarios#create-or-import-when-pending-request-exists---status-is-inprogress
-		return fmt.Errorf("%s: %w: the vault itself is having a certificate of this name issued: let it finish, or give that up (%s)", call, err, v.cli("pending delete"))
+		return fmt.Errorf("%s: %w: the vault is creating a certificate of this name itself: let it finish, or cancel it (%s)", call, err, v.cli("pending delete"))
 	case call == "import" && strings.Contains(p.message, "Unsupported key operation"):
-		// https://github.com/Azure/AzureKeyVault/issues/22: an ECDSA key does not encrypt
-		return fmt.Errorf("%s: %w: have the certificate issued with the key usage digitalSignature alone", call, err)
+		// https://github.com/Azure/AzureKeyVault/issues/22: an ECDSA key cannot encrypt
+		return fmt.Errorf("%s: %w: issue the certificate with only the key usage digitalSignature", call, err)
 	case status >= 300 && status < 500 && p.code == "" && status != http.StatusTooManyRequests:
-		return fmt.Errorf("%s: %w: something before the vault gave that answer, such as a proxy", call, err)
+		return fmt.Errorf("%s: %w: the answer is not from the vault but perhaps from a proxy", call, err)
 	case status == http.StatusUnauthorized:
-		return fmt.Errorf("%s: %w: the vault does not accept the token of %s: it is of another tenant or was withdrawn", call, err, v.credentials.from())
+		return fmt.Errorf("%s: %w: the vault does not accept the token of %s: it belongs to another tenant or was revoked", call, err, v.credentials.from())
 	case status == http.StatusForbidden && (p.inner == "ForbiddenByFirewall" || p.inner == "ForbiddenByConnection"):
-		return fmt.Errorf("%s: %w: the vault's firewall does not let this host in: allow its address, or use a private endpoint", call, err)
+		return fmt.Errorf("%s: %w: the vault's firewall blocks this host: allow its address, or use a private endpoint", call, err)
 	case status == http.StatusForbidden:
-		return fmt.Errorf("%s: %w: it takes a role with Microsoft.KeyVault/vaults/%s on this vault for the identity of %s (or the access policy that is the same), unless the message says something else",
-			call, err, action(call), v.credentials.from())
+		return fmt.Errorf("%s: %w: unless the message says otherwise, the identity of %s needs a role with Microsoft.KeyVault/vaults/%s on this vault (or the equivalent access policy)",
+			call, err, v.credentials.from(), action(call))
 	}
 	return fmt.Errorf("%s: %w", call, err)
 }

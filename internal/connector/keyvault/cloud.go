@@ -18,8 +18,8 @@ import (
 // https://learn.microsoft.com/azure/key-vault/general/about-keys-secrets-certificates#dns-suffixes-for-object-identifiers
 // and https://learn.microsoft.com/entra/identity-platform/authentication-national-cloud.
 type cloud struct {
-	vaults      string   // the names of its vaults end in it
-	authorities []string // hosts of its token endpoint, the usual one first
+	vaults      string   // domain of its vaults
+	authorities []string // hosts of its token endpoint, the default first
 }
 
 func clouds() []cloud {
@@ -30,19 +30,19 @@ func clouds() []cloud {
 	}
 }
 
-// resource is what tokens for the cloud's vaults are for.
+// resource returns the resource for tokens of the cloud's vaults.
 func (c cloud) resource() string { return "https://" + c.vaults }
 
-// address is where a vault is.
+// address is the address of a vault.
 type address struct {
 	cloud cloud
-	vault string // its name
+	vault string // name of the vault
 }
 
 func (a address) host() string { return a.vault + "." + a.cloud.vaults }
 func (a address) url() string  { return "https://" + a.host() }
 
-// vaultForm is the name of a vault, see
+// vaultForm matches names of vaults, see
 // https://learn.microsoft.com/azure/azure-resource-manager/management/resource-name-rules#microsoftkeyvault.
 var vaultForm = lazyregexp.New(`^[a-z][a-z0-9-]{1,22}[a-z0-9]$`)
 
@@ -64,9 +64,9 @@ func parseVault(text string) (*address, error) {
 	}
 	switch {
 	case strings.Contains(host, ".managedhsm."):
-		return nil, fmt.Errorf("%s is a managed HSM, which holds keys and no certificates: name a vault", printable.Quote(host))
+		return nil, fmt.Errorf("%s is a managed HSM, which has no certificates: use a vault", printable.Quote(host))
 	case strings.Contains(host, "vaultcore."):
-		return nil, fmt.Errorf("%s is how DNS leads to a private endpoint: give the vault's own name, such as https://example.vault.azure.net, which leads there too", printable.Quote(host))
+		return nil, fmt.Errorf("%s is the DNS alias of a private endpoint: use the vault's own name, such as https://example.vault.azure.net, which resolves to it", printable.Quote(host))
 	}
 	var known []string
 	for _, c := range clouds() {
@@ -75,9 +75,8 @@ func parseVault(text string) (*address, error) {
 	return nil, fmt.Errorf("%s is not a vault: expected %s", printable.Quote(host), strings.Join(known, ", "))
 }
 
-// authority is the host that gives tokens, and the only one that is shown
-// credentials. A job may choose among the names that Microsoft gave it, and only this
-// host may name another.
+// authority returns the host that issues tokens, the only one that gets credentials. A job can only
+// choose among Microsoft's names for it. This host's overlay can choose any.
 func (k *keyVault) authority(c cloud, host connector.Host) (string, error) {
 	named, key, trusted := k.config.AuthorityHost, "authority_host", k.target.Local("authority_host")
 	if named == "" {
@@ -97,16 +96,16 @@ func (k *keyVault) authority(c cloud, host connector.Host) (string, error) {
 	if at := strings.ToLower(u.Host); trusted || slices.Contains(c.authorities, at) {
 		return at, nil
 	}
-	return "", targetconf.Invalid(key, "%s is none of the hosts that give tokens for this vault (%s): credentials go to another only if an overlay of this host names it",
+	return "", targetconf.Invalid(key, "%s is not a host that issues tokens for this vault (%s): credentials are sent to another one only if an overlay on this host sets it",
 		printable.Quote(named), strings.Join(c.authorities, ", "))
 }
 
-// challenge is how a vault asks for a token, see
+// challenge is a vault's request for a token, see
 // https://learn.microsoft.com/azure/key-vault/general/authentication-requests-and-responses#authentication.
 type challenge struct {
-	resource string // what the token has to be for
-	tenant   string // the directory that the vault is in
-	problem  string // why a token was not accepted; "": it does not say
+	resource string // that the token must be for
+	tenant   string // of the vault
+	problem  string // why a token was not accepted; "": unknown
 }
 
 var parameterForm = lazyregexp.New(`([a-zA-Z_-]+)\s*=\s*"([^"]*)"`)
@@ -114,28 +113,28 @@ var parameterForm = lazyregexp.New(`([a-zA-Z_-]+)\s*=\s*"([^"]*)"`)
 func parseChallenge(header string) (*challenge, error) {
 	scheme, rest, _ := strings.Cut(strings.TrimSpace(header), " ")
 	if !strings.EqualFold(scheme, "Bearer") {
-		return nil, errors.New("it does not ask for a token as a vault does")
+		return nil, errors.New("it does not request a token like a vault")
 	}
-	said := make(map[string]string)
+	parameters := make(map[string]string)
 	for _, match := range parameterForm().FindAllStringSubmatch(rest, -1) {
-		said[strings.ToLower(match[1])] = match[2]
+		parameters[strings.ToLower(match[1])] = match[2]
 	}
-	c := &challenge{resource: strings.TrimSuffix(cmp.Or(said["resource"], strings.TrimSuffix(said["scope"], "/.default")), "/"), problem: said["error"]}
-	at, err := url.Parse(cmp.Or(said["authorization"], said["authorization_uri"]))
+	c := &challenge{resource: strings.TrimSuffix(cmp.Or(parameters["resource"], strings.TrimSuffix(parameters["scope"], "/.default")), "/"), problem: parameters["error"]}
+	at, err := url.Parse(cmp.Or(parameters["authorization"], parameters["authorization_uri"]))
 	if err != nil || c.resource == "" {
-		return nil, errors.New("it does not ask for a token as a vault does")
+		return nil, errors.New("it does not request a token like a vault")
 	}
 	c.tenant, _, _ = strings.Cut(strings.TrimPrefix(at.Path, "/"), "/")
 	return c, nil
 }
 
-// check reports why no token is shown to whoever asks like that.
+// check returns an error if no token must be sent in answer to this challenge.
 func (c *challenge) check(want cloud, tenant string) error {
 	if !strings.EqualFold(c.resource, want.resource()) {
-		return fmt.Errorf("it asks for a token for %s, and that of a vault here is for %s: no token was sent", printable.Quote(c.resource), want.resource())
+		return fmt.Errorf("it requests a token for %s, but a vault of this cloud needs one for %s: no token was sent", printable.Quote(c.resource), want.resource())
 	}
 	if isUUID(tenant) && isUUID(c.tenant) && !strings.EqualFold(tenant, c.tenant) {
-		return fmt.Errorf("the vault is in the tenant %s, and the credentials are for the tenant %s: no token was asked for", c.tenant, tenant)
+		return fmt.Errorf("the vault is in the tenant %s, but the credentials are for the tenant %s: no token was requested", c.tenant, tenant)
 	}
 	return nil
 }

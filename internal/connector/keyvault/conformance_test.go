@@ -33,7 +33,7 @@ func TestConformance(t *testing.T) {
 		},
 		State: func(dir string) map[string]string {
 			state := make(map[string]string)
-			// What a reader gets; the versions before stay anyway.
+			// The version that clients get. Older versions stay anyway.
 			if v := current(at(dir)); v != nil && v.Enabled {
 				state["certificate"] = string(conformance.PEM(append(slices.Clone(v.Chain), v.Certificate)...))
 				state["key"], state["content type"], state["certificate id"] = string(v.Key), v.Policy.Secret.ContentType, v.Tags[certificateTag]

@@ -30,54 +30,52 @@ const (
 )
 
 const (
-	// margin is how long before it expires a token is replaced.
+	// margin is how long before its expiry a token is replaced.
 	margin = 5 * time.Minute
 
-	// maxToken bounds an answer with a token and a file that holds one, in bytes.
+	// maxToken bounds an answer with a token and a token file, in bytes.
 	maxToken = 64 << 10
 
-	// metadataURL is the metadata service of a virtual machine, which is on a
-	// link-local address, see
+	// metadataURL is the metadata service of a virtual machine, on a link-local address, see
 	// https://learn.microsoft.com/azure/virtual-machines/instance-metadata-service.
 	metadataURL = "http://169.254.169.254"
 
-	// metadataDial is how long connecting to it may take. Elsewhere than in Azure
-	// nobody may answer, and then there are other ways to a token.
+	// metadataDial bounds connecting to it. Outside Azure nothing answers, and other sources follow.
 	metadataDial = 2 * time.Second
 )
 
-// token is an access token. It is kept in memory alone.
+// token is an access token. It is kept only in memory.
 type token struct {
 	value   secret.String
 	expires time.Time
 }
 
-// source is one way to tokens.
+// source is one source of tokens.
 type source struct {
 	name string // for errors
 	get  func(ctx context.Context, resource string) (*token, error)
 }
 
-// errAbsent says that this host does not have that way.
+// errAbsent means that a source is not available on this host.
 var errAbsent = errors.New("not available")
 
-// tokenError says why there is no token. Answers in it are not the vault's, so nobody is to
-// find them there.
+// tokenError is a failure to get a token. It hides the status errors in it from errors.As, since they
+// are not the vault's.
 type tokenError struct{ err error }
 
 func (e *tokenError) Error() string        { return e.err.Error() }
 func (e *tokenError) Is(target error) bool { return errors.Is(e.err, target) }
 
-// credentials give tokens for a resource.
+// credentials provides tokens for a resource.
 type credentials struct {
 	sources  []source // in the order in which they are tried
 	resource string
 
-	chosen *source // the one that the last token came from
+	chosen *source // of the last token
 	last   *token
 }
 
-// token returns one that is still valid for a while.
+// token returns a token that is valid for longer than margin, if the source allows.
 func (c *credentials) token(ctx context.Context) (secret.String, error) {
 	if c.last != nil && time.Until(c.last.expires) > margin {
 		return c.last.value, nil
@@ -94,17 +92,17 @@ func (c *credentials) token(ctx context.Context) (secret.String, error) {
 			return got.value, nil
 		}
 		if !errors.Is(err, errAbsent) || len(c.sources) == 1 {
-			return secret.String{}, &tokenError{fmt.Errorf("a token for the vault by %s: %w", s.name, err)}
+			return secret.String{}, &tokenError{fmt.Errorf("get a token for the vault by %s: %w", s.name, err)}
 		}
 		absent = append(absent, s.name+": "+err.Error())
 	}
-	return secret.String{}, fmt.Errorf("there are no credentials for the vault on this host: %s", strings.Join(absent, "; "))
+	return secret.String{}, fmt.Errorf("this host has no credentials for the vault: %s", strings.Join(absent, "; "))
 }
 
-// forget has the next token be a new one.
+// forget makes the next call of token get a new one.
 func (c *credentials) forget() { c.last = nil }
 
-// from is where the last token came from, for people.
+// from names the source of the last token, for errors.
 func (c *credentials) from() string {
 	if c.chosen == nil {
 		return "no credentials"
@@ -112,8 +110,8 @@ func (c *credentials) from() string {
 	return c.chosen.name
 }
 
-// ways knows how this host comes by tokens.
-type ways struct {
+// tokenMethods implements the sources of tokens on this host.
+type tokenMethods struct {
 	config    *config
 	host      connector.Host
 	authority string
@@ -122,21 +120,23 @@ type ways struct {
 	patience  time.Duration
 }
 
-func (w *ways) getenv(name string) string { return getenv(w.host, name) }
-func (w *ways) tenant() string            { return cmp.Or(w.config.TenantID, w.getenv("AZURE_TENANT_ID")) }
-func (w *ways) clientID() string          { return cmp.Or(w.config.ClientID, w.getenv("AZURE_CLIENT_ID")) }
+func (w *tokenMethods) getenv(name string) string { return getenv(w.host, name) }
+func (w *tokenMethods) tenant() string            { return cmp.Or(w.config.TenantID, w.getenv("AZURE_TENANT_ID")) }
+func (w *tokenMethods) clientID() string {
+	return cmp.Or(w.config.ClientID, w.getenv("AZURE_CLIENT_ID"))
+}
 
-// sources are those of the mode. Of a mode that names one, everything has to be set.
-func (w *ways) sources() ([]source, error) {
-	secretWay := source{"client_secret", w.byEnvironment}
-	workload := source{"workload_identity", w.byWorkload}
-	managed := source{"managed_identity", w.byIdentity}
+// sources returns the sources of the mode. If the mode names one, its settings must be complete.
+func (w *tokenMethods) sources() ([]source, error) {
+	bySecret := source{"client_secret", w.fromEnvironment}
+	workload := source{"workload_identity", w.fromWorkload}
+	managed := source{"managed_identity", w.fromManagedIdentity}
 	switch w.config.CredentialMode {
 	case modeSecret:
 		if missing := w.missing(); missing != "" {
 			return nil, targetconf.Invalid("credential_mode", "client_secret needs %s", missing)
 		}
-		return []source{secretWay}, nil
+		return []source{bySecret}, nil
 	case modeWorkload:
 		if w.clientID() == "" || w.tenant() == "" || w.getenv("AZURE_FEDERATED_TOKEN_FILE") == "" {
 			return nil, targetconf.Invalid("credential_mode", "workload_identity needs AZURE_FEDERATED_TOKEN_FILE, AZURE_CLIENT_ID and AZURE_TENANT_ID, which the webhook of Azure sets in a pod")
@@ -145,11 +145,11 @@ func (w *ways) sources() ([]source, error) {
 	case modeManaged:
 		return []source{managed}, nil
 	}
-	return []source{secretWay, workload, managed, {"az account get-access-token", w.byCLI}}, nil
+	return []source{bySecret, workload, managed, {"az account get-access-token", w.fromCLI}}, nil
 }
 
-// missing says what an application would need to show who it is; "" if nothing.
-func (w *ways) missing() string {
+// missing returns the setting that the application's credentials lack, or "" if they are complete.
+func (w *tokenMethods) missing() string {
 	switch {
 	case w.tenant() == "":
 		return "AZURE_TENANT_ID, or tenant_id in an overlay"
@@ -161,15 +161,15 @@ func (w *ways) missing() string {
 	return ""
 }
 
-func (w *ways) secret() secret.String {
+func (w *tokenMethods) secret() secret.String {
 	if !w.config.ClientSecret.IsZero() {
 		return w.config.ClientSecret
 	}
 	return secret.New(w.getenv("AZURE_CLIENT_SECRET"))
 }
 
-// byEnvironment shows the secret of an application, or what its certificate signs.
-func (w *ways) byEnvironment(ctx context.Context, resource string) (*token, error) {
+// fromEnvironment authenticates an application by its secret or its certificate.
+func (w *tokenMethods) fromEnvironment(ctx context.Context, resource string) (*token, error) {
 	if missing := w.missing(); missing != "" {
 		return nil, fmt.Errorf("%w: set %s", errAbsent, missing)
 	}
@@ -187,9 +187,9 @@ func (w *ways) byEnvironment(ctx context.Context, resource string) (*token, erro
 	return w.ask(ctx, resource, asserted(signed))
 }
 
-// byWorkload shows the token that Kubernetes gave the pod, see
+// fromWorkload authenticates a pod by its token from Kubernetes, see
 // https://learn.microsoft.com/entra/workload-id/workload-identity-federation.
-func (w *ways) byWorkload(ctx context.Context, resource string) (*token, error) {
+func (w *tokenMethods) fromWorkload(ctx context.Context, resource string) (*token, error) {
 	path := w.getenv("AZURE_FEDERATED_TOKEN_FILE")
 	if path == "" || w.clientID() == "" || w.tenant() == "" {
 		return nil, fmt.Errorf("%w: AZURE_FEDERATED_TOKEN_FILE, AZURE_CLIENT_ID and AZURE_TENANT_ID are not all set", errAbsent)
@@ -200,7 +200,7 @@ func (w *ways) byWorkload(ctx context.Context, resource string) (*token, error) 
 	}
 	text := strings.TrimSpace(string(data))
 	if !isToken(text) {
-		return nil, fmt.Errorf("AZURE_FEDERATED_TOKEN_FILE: %s holds no token", path)
+		return nil, fmt.Errorf("AZURE_FEDERATED_TOKEN_FILE: %s does not contain a token", path)
 	}
 	return w.ask(ctx, resource, asserted(text))
 }
@@ -209,18 +209,18 @@ func asserted(jwt string) url.Values {
 	return url.Values{"client_assertion_type": {"urn:ietf:params:oauth:client-assertion-type:jwt-bearer"}, "client_assertion": {jwt}}
 }
 
-// isToken reports whether text can stand in a header field.
+// isToken reports whether text is a valid token for a header field.
 func isToken(text string) bool {
 	return text != "" && !strings.ContainsFunc(text, func(r rune) bool { return r <= ' ' || r > '~' })
 }
 
-func (w *ways) endpoint() string {
+func (w *tokenMethods) endpoint() string {
 	return "https://" + w.authority + "/" + w.tenant() + "/oauth2/v2.0/token"
 }
 
 // ask asks the authority for a token, see
 // https://learn.microsoft.com/entra/identity-platform/v2-oauth2-client-creds-grant-flow.
-func (w *ways) ask(ctx context.Context, resource string, proof url.Values) (*token, error) {
+func (w *tokenMethods) ask(ctx context.Context, resource string, proof url.Values) (*token, error) {
 	if !idForm().MatchString(w.tenant()) {
 		return nil, fmt.Errorf("AZURE_TENANT_ID: %s is not a tenant", printable.Quote(w.tenant()))
 	}
@@ -252,38 +252,37 @@ func (w *ways) ask(ctx context.Context, resource string, proof url.Values) (*tok
 	return t, nil
 }
 
-// entraMessage is the message in an error of the token endpoint or of a metadata
-// service.
+// entraMessage returns the error message of the token endpoint or a metadata service.
 func entraMessage(body []byte) string {
-	return cmp.Or(readEntraError(body), "the answer is not that of an authority of Azure")
+	return cmp.Or(readEntraError(body), "the answer is not from Azure")
 }
 
-// readEntraError is the error in a body; "" if there is none.
+// readEntraError returns the error in body, or "" if there is none.
 func readEntraError(body []byte) string {
-	var said struct {
+	var answer struct {
 		Error       string `json:"error"`
 		Description string `json:"error_description"`
 	}
-	if json.Unmarshal(body, &said) != nil || said.Error == "" {
+	if json.Unmarshal(body, &answer) != nil || answer.Error == "" {
 		return ""
 	}
-	return strings.TrimSuffix(said.Error+": "+said.Description, ": ")
+	return strings.TrimSuffix(answer.Error+": "+answer.Description, ": ")
 }
 
-// parseToken reads a token. Some services send numbers as strings.
+// parseToken parses an answer with a token. Some services send numbers as strings.
 func parseToken(body []byte, now time.Time) (*token, error) {
-	var said struct {
+	var answer struct {
 		Token     string          `json:"access_token"`
 		ExpiresIn json.RawMessage `json:"expires_in"`
 		ExpiresOn json.RawMessage `json:"expires_on"`
 	}
-	if json.Unmarshal(body, &said) != nil || !isToken(said.Token) {
-		return nil, errors.New("the answer has no token in it")
+	if json.Unmarshal(body, &answer) != nil || !isToken(answer.Token) {
+		return nil, errors.New("the answer has no token")
 	}
-	t := &token{value: secret.New(said.Token)}
-	if seconds, ok := number(said.ExpiresIn); ok {
+	t := &token{value: secret.New(answer.Token)}
+	if seconds, ok := number(answer.ExpiresIn); ok {
 		t.expires = now.Add(time.Duration(seconds) * time.Second)
-	} else if at, ok := number(said.ExpiresOn); ok {
+	} else if at, ok := number(answer.ExpiresOn); ok {
 		t.expires = time.Unix(at, 0)
 	} else {
 		return nil, errors.New("the answer does not say how long the token is valid")
@@ -291,20 +290,18 @@ func parseToken(body []byte, now time.Time) (*token, error) {
 	return t, nil
 }
 
-// number reads a whole number, also in quotes. One that is out of all bounds is
-// none.
+// number parses a positive integer, with or without quotes. It refuses implausibly large ones.
 func number(raw json.RawMessage) (int64, bool) {
 	n, err := strconv.ParseInt(strings.Trim(string(raw), `"`), 10, 64)
 	return n, err == nil && n > 0 && n < 1<<33
 }
 
-// byIdentity asks the service beside this host for a token of its managed identity:
-// that of App Service, see
+// fromManagedIdentity gets a token for this host's managed identity from App Service, see
 // https://learn.microsoft.com/azure/app-service/overview-managed-identity#rest-endpoint-reference,
-// or that of a virtual machine, see
+// or from the metadata service of a virtual machine, see
 // https://learn.microsoft.com/entra/identity/managed-identities-azure-resources/how-to-use-vm-token.
-// These calls never go through a proxy, which would get a token of its own host.
-func (w *ways) byIdentity(ctx context.Context, resource string) (*token, error) {
+// These calls never use a proxy, which would get a token for the proxy's host.
+func (w *tokenMethods) fromManagedIdentity(ctx context.Context, resource string) (*token, error) {
 	query := url.Values{"resource": {resource}}
 	client := w.config.ClientID
 	if client == "" && w.config.CredentialMode == modeDefault {
@@ -320,7 +317,7 @@ func (w *ways) byIdentity(ctx context.Context, resource string) (*token, error) 
 		query.Set("api-version", "2019-08-01")
 		header.Set("X-IDENTITY-HEADER", key)
 	case endpoint != "":
-		return nil, errors.New("IDENTITY_ENDPOINT is that of Azure Arc or Service Fabric, which this version does not know: use client_secret or workload_identity")
+		return nil, errors.New("IDENTITY_ENDPOINT belongs to Azure Arc or Service Fabric, which this version does not support: use client_secret or workload_identity")
 	default:
 		endpoint = strings.TrimSuffix(cmp.Or(w.getenv("AZURE_POD_IDENTITY_AUTHORITY_HOST"), metadataURL), "/") + "/metadata/identity/oauth2/token"
 		query.Set("api-version", "2018-02-01")
@@ -339,7 +336,7 @@ func (w *ways) byIdentity(ctx context.Context, resource string) (*token, error) 
 		Dial: func(ctx context.Context, address string) (net.Conn, error) {
 			conn, err := (&net.Dialer{Timeout: metadataDial}).DialContext(ctx, "tcp", address)
 			if err != nil && ctx.Err() == nil {
-				// Not wrapped: where there is no such service, it need not be waited for.
+				// The error is not wrapped, so that the call is not retried where the service does not exist.
 				err = fmt.Errorf("%w: nothing answers at %s (%v)", errAbsent, address, err)
 			}
 			return conn, err
@@ -348,7 +345,7 @@ func (w *ways) byIdentity(ctx context.Context, resource string) (*token, error) 
 	answer, err := api.Do(ctx, &vendorapi.Request{Method: http.MethodGet, URL: endpoint + "?" + query.Encode(), Header: header, MaxAnswer: maxToken})
 	status, _ := errors.AsType[*vendorapi.StatusError](err)
 	switch {
-	case status != nil && (status.Status == http.StatusBadRequest || status.Status < 500 && readEntraError(status.Body) == ""): // other clouds have a service there too
+	case status != nil && (status.Status == http.StatusBadRequest || status.Status < 500 && readEntraError(status.Body) == ""): // other clouds have a service at this address too
 		who := "no identity"
 		if client != "" {
 			who = "no identity with the client id " + client
@@ -360,9 +357,9 @@ func (w *ways) byIdentity(ctx context.Context, resource string) (*token, error) 
 	return parseToken(answer.Body, time.Now())
 }
 
-// byCLI asks the Azure CLI, which somebody has logged in. What it prints is a token
-// and goes into no error.
-func (w *ways) byCLI(ctx context.Context, resource string) (*token, error) {
+// fromCLI gets a token from the Azure CLI, in which a person has logged in. Errors must not contain its
+// output, which has the token.
+func (w *tokenMethods) fromCLI(ctx context.Context, resource string) (*token, error) {
 	line := "az account get-access-token --output json --resource " + resource
 	if w.config.TenantID != "" {
 		line += " --tenant " + w.config.TenantID
@@ -372,7 +369,7 @@ func (w *ways) byCLI(ctx context.Context, resource string) (*token, error) {
 		return nil, fmt.Errorf("%w: %w", errAbsent, err)
 	}
 	if w.host.Query == nil {
-		return nil, fmt.Errorf("%w: no command can be run here", errAbsent)
+		return nil, fmt.Errorf("%w: commands cannot run here", errAbsent)
 	}
 	if dir := w.getenv("AZURE_CONFIG_DIR"); dir != "" {
 		command.Env = append(command.Env, "AZURE_CONFIG_DIR="+dir)
@@ -388,22 +385,21 @@ func (w *ways) byCLI(ctx context.Context, resource string) (*token, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errAbsent, err)
 	}
-	var said struct {
+	var printed struct {
 		Token     string          `json:"accessToken"`
 		ExpiresOn json.RawMessage `json:"expires_on"` // since version 2.54; expiresOn is local time
 	}
-	if json.Unmarshal(out, &said) != nil || !isToken(said.Token) {
+	if json.Unmarshal(out, &printed) != nil || !isToken(printed.Token) {
 		return nil, errors.New("az printed no token")
 	}
-	t := &token{value: secret.New(said.Token), expires: time.Now()} // used at once, if it is not known for how long it is valid
-	if at, ok := number(said.ExpiresOn); ok {
+	t := &token{value: secret.New(printed.Token), expires: time.Now()} // used only once if its expiry is unknown
+	if at, ok := number(printed.ExpiresOn); ok {
 		t.expires = time.Unix(at, 0)
 	}
 	return t, nil
 }
 
-// redact takes secrets out of a message, for whoever is called may repeat what it
-// was told.
+// redact removes secrets from a message, since servers may repeat the request.
 func redact(text string, secrets ...string) string {
 	for _, secret := range secrets {
 		if secret != "" {

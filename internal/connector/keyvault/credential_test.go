@@ -29,7 +29,7 @@ import (
 	"certctl-agent/internal/transaction"
 )
 
-// file writes one that only this user can have written.
+// file writes a file that only this user can write.
 func file(t *testing.T, data ...[]byte) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "file")
@@ -37,8 +37,8 @@ func file(t *testing.T, data ...[]byte) string {
 	return path
 }
 
-// signers are the certificate of an application as files: PEM, and PKCS#12 as openssl
-// makes it, whose password is hunter2.
+// signers returns files with an application's certificate: PEM, and PKCS#12 as openssl
+// encodes it, with the password hunter2.
 func (s *site) signers(t *testing.T) (certificate *x509.Certificate, pemFile, pfxFile string) {
 	t.Helper()
 	issued, err := s.ca.Issue(testca.Template{Names: []string{"app.example.org"}, Key: rsaKey(), OmitRoot: true})
@@ -53,7 +53,7 @@ func (s *site) signers(t *testing.T) (certificate *x509.Certificate, pemFile, pf
 	return issued.Leaf, pemFile, pfxFile
 }
 
-// podToken is a token as Kubernetes gives it to a pod.
+// podToken returns a token as Kubernetes issues it to a pod.
 func podToken(t *testing.T, audience string) []byte {
 	t.Helper()
 	encode := base64.RawURLEncoding.EncodeToString
@@ -64,7 +64,7 @@ func podToken(t *testing.T, audience string) []byte {
 	return []byte(signed + "." + encode(signature) + "\n")
 }
 
-// Each mode, in each cloud, gets a token from where it should, and from nowhere else.
+// Each mode, in each cloud, gets tokens only from the right source.
 func TestCredentials(t *testing.T) {
 	s := newSite(t)
 	certificate, pemFile, pfxFile := s.signers(t)
@@ -83,13 +83,13 @@ func TestCredentials(t *testing.T) {
 	machine := map[string]string{"AZURE_POD_IDENTITY_AUTHORITY_HOST": s.MetadataURL}
 	appService := map[string]string{"IDENTITY_ENDPOINT": s.AppURL, "IDENTITY_HEADER": s.AppHeader}
 	federated := with(tenant, "AZURE_FEDERATED_TOKEN_FILE", file(t, podToken(t, "api://AzureADTokenExchange")))
-	inEach := map[string]bool{"secret": true, "certificate, PEM": true, "virtual machine": true} // of the clouds
+	inEach := map[string]bool{"secret": true, "certificate, PEM": true, "virtual machine": true} // modes to test in each cloud
 	for _, test := range []struct {
 		name  string
 		mode  string
 		env   map[string]string
 		more  []any
-		calls string // how the token is come by
+		calls string // that get the token
 		says  string // "": no error
 	}{
 		{"secret", "client_secret", environment(), nil, "token " + client, ""},
@@ -106,7 +106,7 @@ func TestCredentials(t *testing.T) {
 		{"workload identity", "workload_identity", federated, nil, "token " + app, ""},
 		{"workload identity, default", "default", federated, nil, "token " + app, ""},
 		{"another's token", "workload_identity", with(tenant, "AZURE_FEDERATED_TOKEN_FILE", file(t, podToken(t, "api://other"))), nil, "", "AADSTS700212"},
-		{"no token in the file", "workload_identity", with(tenant, "AZURE_FEDERATED_TOKEN_FILE", file(t, []byte("a b"))), nil, "", "holds no token"},
+		{"no token in the file", "workload_identity", with(tenant, "AZURE_FEDERATED_TOKEN_FILE", file(t, []byte("a b"))), nil, "", "does not contain a token"},
 		{"virtual machine", "managed_identity", machine, nil, "imds", ""},
 		{"virtual machine, default", "default", machine, nil, "imds", ""},
 		{"virtual machine, its own identity", "managed_identity", with(machine, "AZURE_CLIENT_ID", app), nil, "imds", ""},
@@ -163,8 +163,8 @@ func TestCredentials(t *testing.T) {
 	}
 }
 
-// default asks the Azure CLI last, under the rules for commands, and says of each
-// way why it is none.
+// Mode default uses the Azure CLI last, under the rules for commands. The error says for each
+// source why it is not available.
 func TestCLI(t *testing.T) {
 	s := newSite(t)
 	nowhere := map[string]string{"AZURE_POD_IDENTITY_AUTHORITY_HOST": "http://127.0.0.1:1", "AZURE_CONFIG_DIR": "/etc/certctl/azure"}
@@ -198,7 +198,7 @@ func TestCLI(t *testing.T) {
 	}
 	failed = errors.New("az: exit status 1: Please run 'az login' to setup account.")
 	_, err = f.deploy(f.material())
-	conformance.WantError(t, err, "there are no credentials for the vault on this host", "client_secret: not available: set AZURE_CLIENT_ID", "workload_identity: not available: AZURE_FEDERATED_TOKEN_FILE",
+	conformance.WantError(t, err, "this host has no credentials for the vault", "client_secret: not available: set AZURE_CLIENT_ID", "workload_identity: not available: AZURE_FEDERATED_TOKEN_FILE",
 		"managed_identity: not available: nothing answers at 127.0.0.1:1", "az account get-access-token: not available: az: exit status 1: Please run 'az login'")
 	f.Policy.Commands = [][]string{{"/bin/true"}}
 	asked = policy.Command{}
@@ -209,8 +209,8 @@ func TestCLI(t *testing.T) {
 	}
 }
 
-// Tokens are used again until shortly before they expire, and a new one is asked for
-// once if the vault does not accept one any more.
+// Tokens are reused until shortly before they expire, and replaced
+// once if the vault does not accept one.
 func TestTokens(t *testing.T) {
 	s := newSite(t)
 	tokens := func() int { return s.made("token " + client) }
@@ -255,16 +255,16 @@ func TestTokens(t *testing.T) {
 	}
 }
 
-// Whoever asks for a token for something else, or of another tenant, gets none.
+// A vault that requests a token for another resource or tenant gets none.
 func TestChallenge(t *testing.T) {
 	s := newSite(t)
 	tenant := "https://login.microsoftonline.com/" + azure.Tenant
 	for header, want := range map[string]string{
-		`Bearer authorization="` + tenant + `", resource="https://management.azure.com"`:                                                    "it asks for a token for \"https://management.azure.com\", and that of a vault here is for https://vault.azure.net",
-		`Bearer authorization="` + tenant + `", resource="https://vault.azure.net.evil.example"`:                                            "it asks for a token for",
-		`Bearer authorization="` + tenant + `", resource="https://vault.usgovcloudapi.net"`:                                                 "it asks for a token for",
+		`Bearer authorization="` + tenant + `", resource="https://management.azure.com"`:                                                    "it requests a token for \"https://management.azure.com\", but a vault of this cloud needs one for https://vault.azure.net",
+		`Bearer authorization="` + tenant + `", resource="https://vault.azure.net.evil.example"`:                                            "it requests a token for",
+		`Bearer authorization="` + tenant + `", resource="https://vault.usgovcloudapi.net"`:                                                 "it requests a token for",
 		`Bearer authorization="https://login.microsoftonline.com/00000000-0000-4000-8000-000000000000", resource="https://vault.azure.net"`: "the vault is in the tenant 00000000-0000-4000-8000-000000000000",
-		`Basic realm="vault"`: "it does not ask for a token as a vault does",
+		`Basic realm="vault"`: "it does not request a token like a vault",
 		`Bearer authorization="` + tenant + `", resource="https://vault.azure.net", error="insufficient_claims", claims="eyJ9"`: "continuous access evaluation",
 	} {
 		s.Forget()
@@ -276,7 +276,7 @@ func TestChallenge(t *testing.T) {
 			t.Errorf("%s: made %q", header, calls)
 		}
 	}
-	// The authority in it is not where credentials go.
+	// Credentials are not sent to the authority in the challenge.
 	s.Forget()
 	f := s.fixture(t, environment())
 	f.vault.Challenge(`Bearer authorization="https://login.evil.example/` + azure.Tenant + `", resource="https://vault.azure.net"`)
@@ -287,10 +287,10 @@ func TestChallenge(t *testing.T) {
 	s.Next("challenge", azure.Fault{Status: 200, Body: "{}"})
 	f = s.fixture(t, environment())
 	_, err := f.deploy(f.material())
-	conformance.WantError(t, err, "that is not a vault")
+	conformance.WantError(t, err, "so it is not a vault")
 }
 
-// The metadata service of Azure is not there while it is updated, in several ways.
+// While Azure updates its metadata service, it is unavailable in several ways.
 func TestMetadataIsUpdated(t *testing.T) {
 	s := newSite(t)
 	s.Assign("")
@@ -303,11 +303,11 @@ func TestMetadataIsUpdated(t *testing.T) {
 	f.holds(m)
 }
 
-// What answers instead of Azure is told nothing, and its words are not shown as they
-// come.
+// A server other than Azure gets no secrets, and its answers are not shown
+// unchanged.
 func TestForeignMetadata(t *testing.T) {
 	s := newSite(t)
-	for status, want := range map[int]string{404: "it is not in Azure", 200: "the answer has no token in it", 401: "it is not in Azure", 403: "not that of an authority of Azure"} {
+	for status, want := range map[int]string{404: "it is not in Azure", 200: "the answer has no token", 401: "it is not in Azure", 403: "the answer is not from Azure"} {
 		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			w.WriteHeader(status)
 			fmt.Fprint(w, "<html>\x1b[31m", r.Header)

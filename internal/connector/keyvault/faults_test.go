@@ -15,7 +15,7 @@ import (
 	"certctl-agent/internal/transaction"
 )
 
-// Whatever goes wrong with whichever call, the vault has the new pair once or the
+// Whichever call fails in whatever way, the vault has the new pair once or the
 // old one, and the next deployment succeeds.
 func TestFaults(t *testing.T) {
 	var (
@@ -64,7 +64,7 @@ func TestFaults(t *testing.T) {
 		{"reading back hangs", "get", third(hang), "read it back: get: no answer within"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			t.Parallel() // some wait for a time limit
+			t.Parallel() // some wait for a timeout
 			s := newSite(t)
 			f := s.fixture(t, environment())
 			f.theirs(nil)
@@ -72,7 +72,7 @@ func TestFaults(t *testing.T) {
 			s.Next(test.call, test.faults...)
 			var more []any
 			if test.faults[len(test.faults)-1].Hang {
-				more = []any{"command_timeout", "3s"} // for any machine to answer everything else
+				more = []any{"command_timeout", "3s"} // enough for all other calls on any machine
 			}
 			_, err := f.deploy(m, more...)
 			if test.says == "" {
@@ -95,7 +95,7 @@ func TestFaults(t *testing.T) {
 	}
 }
 
-// An update is made again when its answer is lost.
+// An update is repeated if its answer is lost.
 func TestUpdateIsLost(t *testing.T) {
 	s := newSite(t)
 	for _, fault := range []azure.Fault{{Drop: true}, {Lose: true}} {
@@ -111,7 +111,7 @@ func TestUpdateIsLost(t *testing.T) {
 	}
 }
 
-// A vault whose undo fails for a while is put right by the next deployment.
+// If an undo fails temporarily, the next deployment repairs the vault.
 func TestUndoFails(t *testing.T) {
 	s := newSite(t)
 	for name, fault := range map[string]azure.Fault{"fails": {Status: 500}, "is lost": {Drop: true}} {
@@ -126,7 +126,7 @@ func TestUndoFails(t *testing.T) {
 		}
 		_, err := f.deploy(f.material(), unverified()...)
 		f.Before = nil
-		conformance.WantError(t, err, "this target needs a person", "could not be imported again")
+		conformance.WantError(t, err, "this target needs a person", "importing the old version")
 		if _, err = f.deploy(f.material(), unverified()...); conformance.Broken(err) {
 			t.Errorf("%s: the next deployment: %v", name, err)
 		}
@@ -150,7 +150,7 @@ func TestUndoFails(t *testing.T) {
 	}
 }
 
-// No secret is anywhere but where it has to be: the former key in the backups, as
+// Secrets are only where they must be: the old key is in the backups as
 // long as they are kept.
 func TestSecrets(t *testing.T) {
 	s := newSite(t)
@@ -172,7 +172,7 @@ func TestSecrets(t *testing.T) {
 			}
 		}
 	}
-	// Journals are there only in the middle.
+	// Journals exist only during a deployment.
 	f.Before = func(transaction.Step) error {
 		for _, name := range files(t, filepath.Join(f.StateDir, "journal")) {
 			data, err := os.ReadFile(name)
@@ -187,7 +187,7 @@ func TestSecrets(t *testing.T) {
 	deploy(f.material())
 	f.theirs(nil)
 	deploy(f.material(), unverified()...)
-	// The vault, and then the authority, repeats what it was told.
+	// The vault, and then the authority, repeats the request.
 	echo := f.material()
 	s.Next("import", azure.Fault{Status: 400, Echo: true})
 	deploy(echo)
@@ -214,7 +214,7 @@ func TestSecrets(t *testing.T) {
 			t.Errorf("a secret of %d bytes shows in the log, in the journal or in an error:\n%s", len(secret), said.String())
 		}
 	}
-	// In the state directory there is the former key of the vault, for the agent alone.
+	// The state directory has the vault's old key, readable only by the agent.
 	kept := false
 	for _, name := range files(t, f.StateDir) {
 		data, err := os.ReadFile(name)
@@ -233,7 +233,7 @@ func TestSecrets(t *testing.T) {
 		}
 	}
 	if !kept {
-		t.Error("the former key was not kept for an undo")
+		t.Error("the old key was not saved for an undo")
 	}
 }
 
@@ -248,7 +248,7 @@ func files(t *testing.T, dir string) (names []string) {
 	return names
 }
 
-// An import that is under way when the job is cancelled, and whose answer is lost, is taken back.
+// An import whose answer is lost because the job is cancelled is undone.
 func TestCancelledImport(t *testing.T) {
 	s := newSite(t)
 	f := s.fixture(t, environment())

@@ -31,15 +31,15 @@ const (
 	clientSecret = "hunter2~client.secret"
 )
 
-// brief are waits for tests: long enough for any machine where something happens
-// in the end, and short where nothing does.
+// brief are waits for tests: long enough on any machine for events that happen,
+// and short if nothing happens.
 var brief = waits{patience: time.Minute, settle: 50 * time.Millisecond}
 
-// site is Azure with what the tests need of a host there.
+// site is a fake Azure with the environment of a host.
 type site struct {
 	*azure.Server
 	ca     *testca.CA
-	bundle string // file with the authority of the fake
+	bundle string // CA file of the fake
 	count  atomic.Int32
 }
 
@@ -55,12 +55,12 @@ func newSite(t *testing.T) *site {
 	return s
 }
 
-// environment is that of a host with the secret of an application.
+// environment returns the environment of a host with the secret of an application.
 func environment() map[string]string {
 	return map[string]string{"AZURE_TENANT_ID": azure.Tenant, "AZURE_CLIENT_ID": client, "AZURE_CLIENT_SECRET": clientSecret}
 }
 
-// proxy leads everything but loopback to the fake.
+// proxy sends everything except loopback to the fake.
 func (s *site) proxy(u *url.URL) *url.URL {
 	at, err := url.Parse(s.ProxyURL)
 	if err != nil {
@@ -69,7 +69,7 @@ func (s *site) proxy(u *url.URL) *url.URL {
 	return at
 }
 
-// typ is the type on a host with that environment, behind the proxy.
+// typ returns the type on a host with that environment, behind the proxy.
 func (s *site) typ(env map[string]string, w waits) connector.Type {
 	typ := typeOf(w)
 	made := typ.New
@@ -81,7 +81,7 @@ func (s *site) typ(env map[string]string, w waits) connector.Type {
 	return typ
 }
 
-// vault makes one that nobody else uses.
+// vault creates a vault for one test.
 func (s *site) vault() *azure.Vault {
 	return s.vaultIn(azure.Public())
 }
@@ -109,7 +109,7 @@ func (s *site) fixture(t *testing.T, env map[string]string) *fixture {
 	return f
 }
 
-// overlay writes one, in which the authority of the fake is trusted.
+// overlay writes an overlay that trusts the fake's CA.
 func (f *fixture) overlay(more map[string]any) {
 	f.t.Helper()
 	overlay := map[string]any{"ca_bundle": f.bundle}
@@ -138,7 +138,7 @@ func (f *fixture) material() *connector.Material {
 	return f.Material(f.t, f.ca)
 }
 
-// materialOf is a certificate with that key.
+// materialOf returns a certificate with that key.
 func (f *fixture) materialOf(key crypto.Signer) *connector.Material {
 	f.t.Helper()
 	issued, err := f.ca.Issue(testca.Template{Names: []string{"localhost"}, Key: key, Intermediates: 1, OmitRoot: true})
@@ -148,7 +148,7 @@ func (f *fixture) materialOf(key crypto.Signer) *connector.Material {
 	return m
 }
 
-// theirs is a version that someone else has imported.
+// theirs returns a version that someone else imported.
 func (f *fixture) theirs(change func(*azure.Version)) {
 	f.t.Helper()
 	m := f.material()
@@ -170,7 +170,7 @@ func pkcs8Of(t *testing.T, m *connector.Material) []byte {
 	return der
 }
 
-// current is the current version; nil if there is none.
+// current returns the current version, or nil if there is none.
 func current(v *azure.Vault) *azure.Version {
 	all := v.Versions("www")
 	if len(all) == 0 {
@@ -180,7 +180,7 @@ func current(v *azure.Vault) *azure.Version {
 }
 
 // holds fails the test unless the current version is m, with its key and chain, and
-// there is no other version of it.
+// no other version has m.
 func (f *fixture) holds(m *connector.Material) {
 	f.t.Helper()
 	at := current(f.vault)
@@ -192,7 +192,7 @@ func (f *fixture) holds(m *connector.Material) {
 	}
 }
 
-// count is how many versions of m there are.
+// count returns the number of versions of m.
 func (f *fixture) count(m *connector.Material) (n int) {
 	for _, at := range f.vault.Versions("www") {
 		if at.Certificate.Equal(m.Leaf) {
@@ -202,7 +202,7 @@ func (f *fixture) count(m *connector.Material) (n int) {
 	return n
 }
 
-// made is how often a call was made.
+// made returns how often a call was made.
 func (s *site) made(call string) (n int) {
 	for _, c := range s.Calls() {
 		if c == call {
@@ -212,7 +212,7 @@ func (s *site) made(call string) (n int) {
 	return n
 }
 
-// unverified is a configuration whose verification fails.
+// unverified returns a configuration whose verification fails.
 func unverified() []any {
 	return []any{"post_deploy_verify", map[string]any{"enabled": true, "endpoint": "127.0.0.1:1"}, "post_deploy_verify_attempts", 1}
 }
@@ -224,7 +224,7 @@ func must(t testing.TB, err error) {
 	}
 }
 
-// rsaKey is made once, since that is slow.
+// rsaKey generates the key only once, since that is slow.
 var rsaKey = sync.OnceValue(func() *rsa.PrivateKey {
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {

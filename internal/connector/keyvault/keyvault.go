@@ -1,5 +1,5 @@
-// Package keyvault installs certificates in Azure Key Vault, as versions of a
-// certificate that applications, gateways and other services of Azure read.
+// Package keyvault installs certificates in Azure Key Vault, as versions of a certificate that
+// applications, gateways and other Azure services read.
 package keyvault
 
 import (
@@ -26,10 +26,10 @@ import (
 // Type returns the target type AzureKeyVault.
 func Type() connector.Type { return typeOf(waits{}) }
 
-// waits are how long something is waited for; zero values are the defaults.
+// waits are times that tests shorten. Zero values are the defaults.
 type waits struct {
-	patience time.Duration // how long a call is tried again
-	settle   time.Duration // how long an import is looked for that may have been carried out
+	patience time.Duration // how long a call is retried
+	settle   time.Duration // how long to wait for an import whose outcome is unknown
 }
 
 func typeOf(w waits) connector.Type {
@@ -83,21 +83,21 @@ func newConnector(c *targetconf.Config, host connector.Host, w waits) (*keyVault
 		return nil, err
 	}
 	trust := vendorapi.Trust{CAFile: string(k.config.CABundle)}
-	ways := &ways{config: &k.config, host: host, authority: authority, trust: trust, timeout: time.Duration(c.Common.CommandTimeout), patience: w.patience}
-	sources, err := ways.sources()
+	methods := &tokenMethods{config: &k.config, host: host, authority: authority, trust: trust, timeout: time.Duration(c.Common.CommandTimeout), patience: w.patience}
+	sources, err := methods.sources()
 	if err != nil {
 		return nil, err
 	}
-	k.vault = &vault{address: *at, name: k.config.CertificateName, tenant: ways.tenant(), credentials: &credentials{sources: sources, resource: at.cloud.resource()}}
+	k.vault = &vault{address: *at, name: k.config.CertificateName, tenant: methods.tenant(), credentials: &credentials{sources: sources, resource: at.cloud.resource()}}
 	k.vault.api, err = newAPI(k.vault, c, host, trust, w.patience)
 	return k, err
 }
 
-// names of certificates, see
+// nameForm matches names of certificates, see
 // https://learn.microsoft.com/rest/api/keyvault/certificates/import-certificate/import-certificate?view=rest-keyvault-certificates-7.4#uri-parameters.
 var nameForm = lazyregexp.New(`^[0-9a-zA-Z-]{1,127}$`)
 
-// idForm is what client and tenant ids are: a UUID, or a tenant's domain.
+// idForm matches client and tenant ids: a UUID, or a tenant's domain.
 var idForm = lazyregexp.New(`^[0-9a-zA-Z][0-9a-zA-Z.-]{0,252}$`)
 
 func (c *config) check(given *targetconf.Config) error {
@@ -114,17 +114,17 @@ func (c *config) check(given *targetconf.Config) error {
 			bad(key, "%s is not a valid id", printable.Quote(value))
 		}
 	}
-	// They decide who gets credentials, and who is believed to be the vault.
+	// These decide who gets credentials, and which server is trusted as the vault.
 	for key, set := range map[string]bool{"tenant_id": c.TenantID != "", "ca_bundle": c.CABundle != ""} {
 		if set && !given.Local(key) {
-			bad(key, "is accepted only from an overlay of this host")
+			bad(key, "is accepted only from an overlay on this host")
 		}
 	}
 	slices.SortFunc(errs, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
 	return targetconf.Join(errs...)
 }
 
-// tags are a JSON object, or a string that holds one.
+// tags is a JSON object, or a string that contains one.
 type tags map[string]string
 
 // Limits of tags, see
@@ -133,7 +133,7 @@ const (
 	maxTags = 15
 	maxTag  = 256 // characters of a name or a value
 
-	// ourTags begin the names of those that the agent itself sets.
+	// ourTags is the prefix of the agent's own tags.
 	ourTags = "certctl-"
 )
 
@@ -145,13 +145,13 @@ func (t *tags) UnmarshalJSON(raw []byte) error {
 	for key, value := range read {
 		switch {
 		case key == "" || utf8.RuneCountInString(key) > maxTag || utf8.RuneCountInString(value) > maxTag:
-			return fmt.Errorf("%s: names of tags have 1 to %d characters, values at most that many", printable.Quote(key), maxTag)
+			return fmt.Errorf("%s: names of tags must have 1 to %d characters, and values at most that many", printable.Quote(key), maxTag)
 		case strings.HasPrefix(strings.ToLower(key), ourTags):
-			return fmt.Errorf("%s: tags that begin with %s are the agent's own", printable.Quote(key), ourTags)
+			return fmt.Errorf("%s: tags that start with %s are reserved for the agent", printable.Quote(key), ourTags)
 		}
 	}
 	if most := maxTags - len(marks); len(read) > most {
-		return fmt.Errorf("there are %d tags: Key Vault allows %d, and %d are the agent's own", len(read), maxTags, len(marks))
+		return fmt.Errorf("there are %d tags: Key Vault allows %d, and the agent needs %d of them", len(read), maxTags, len(marks))
 	}
 	*t = read
 	return nil
@@ -171,20 +171,20 @@ func (k *keyVault) Plan(_ context.Context, m *connector.Material) (*connector.Pl
 	}, nil
 }
 
-// keyProperties describe the key of a certificate, if Key Vault takes such a one,
-// see https://learn.microsoft.com/azure/key-vault/keys/about-keys-details.
+// keyProperties returns the properties of a certificate's key, or an error if Key Vault does not accept
+// it, see https://learn.microsoft.com/azure/key-vault/keys/about-keys-details.
 func keyProperties(leaf *x509.Certificate) (*keyProps, error) {
 	switch public := leaf.PublicKey.(type) {
 	case *rsa.PublicKey:
 		if size := public.N.BitLen(); slices.Contains([]int{2048, 3072, 4096}, size) {
 			return &keyProps{Type: "RSA", Size: size}, nil
 		}
-		return nil, fmt.Errorf("the certificate has an RSA key of %d bits, and Key Vault takes 2048, 3072 and 4096: have the key made anew with one of these sizes", public.N.BitLen())
+		return nil, fmt.Errorf("the certificate has an RSA key of %d bits, but Key Vault accepts only 2048, 3072 and 4096: issue the certificate with a key of one of these sizes", public.N.BitLen())
 	case *ecdsa.PublicKey:
 		if slices.Contains([]elliptic.Curve{elliptic.P256(), elliptic.P384(), elliptic.P521()}, public.Curve) {
 			return &keyProps{Type: "EC", Curve: public.Curve.Params().Name}, nil
 		}
-		return nil, fmt.Errorf("the certificate has an ECDSA key on %s, and Key Vault takes P-256, P-384 and P-521: have the key made anew on one of these curves", public.Curve.Params().Name)
+		return nil, fmt.Errorf("the certificate has an ECDSA key on %s, but Key Vault accepts only P-256, P-384 and P-521: issue the certificate with a key on one of these curves", public.Curve.Params().Name)
 	}
-	return nil, fmt.Errorf("the certificate has a key of type %v, and Key Vault takes RSA and ECDSA: have the key made anew with one of these", leaf.PublicKeyAlgorithm)
+	return nil, fmt.Errorf("the certificate has a key of type %v, but Key Vault accepts only RSA and ECDSA: issue the certificate with a key of one of these types", leaf.PublicKeyAlgorithm)
 }
