@@ -25,31 +25,31 @@ import (
 )
 
 const (
-	// maxAnswer bounds an answer of the API server, in bytes. A secret is 1 MiB at
-	// most, in base64, and has metadata.
+	// maxAnswer bounds an answer of the API server, in bytes. A secret is at most 1 MiB, and comes in
+	// base64 with metadata.
 	maxAnswer = 4 << 20
 
-	// maxCredential bounds the files of tokens and certificates, in bytes.
+	// maxCredential bounds files with tokens and certificates, in bytes.
 	maxCredential = 256 << 10
 
-	// retryFor is how long a call is tried again, in all.
+	// retryFor bounds all tries of a call.
 	retryFor = time.Minute
 )
 
 // client calls one API server.
 type client struct {
 	*access
-	peers   map[string]*connector.Peer // by host:port: the API server or the proxy before it
+	peers   map[string]*connector.Peer // by host:port: the API server and its proxy
 	plugin  *policy.Command            // nil: the kubeconfig has none
 	query   serverconf.Query
 	timeout time.Duration // of one try
 
-	patience time.Duration // for how long a call is tried again
+	patience time.Duration // how long a call is retried
 
-	issued *credentials // what the plugin printed; nil: nothing yet
+	issued *credentials // by the plugin; nil: none yet
 }
 
-// newClient asks the policy whether the API server and its proxy may be reached.
+// newClient returns a client if the policy allows the API server and its proxy.
 func newClient(a *access, c *targetconf.Config, host connector.Host) (*client, error) {
 	k := &client{access: a, peers: make(map[string]*connector.Peer), query: host.Query, timeout: time.Duration(c.Common.CommandTimeout)}
 	for _, at := range []*url.URL{a.Cluster.Server, a.Cluster.Proxy} {
@@ -72,7 +72,8 @@ func newClient(a *access, c *targetconf.Config, host connector.Host) (*client, e
 	return k, err
 }
 
-// portOf is the port of a URL, or that of its scheme. Peer refuses what is none.
+// portOf returns the port of a URL, or the default of its scheme. It returns 0, which Peer refuses, if
+// the port is invalid.
 func portOf(u *url.URL) int {
 	standard := map[string]string{"https": "443", "http": "80", "socks5": "1080"}
 	n, _ := strconv.Atoi(cmp.Or(u.Port(), standard[u.Scheme]))
@@ -83,11 +84,11 @@ func portOf(u *url.URL) int {
 type credentials struct {
 	token       string
 	certificate *tls.Certificate
-	expires     time.Time // zero: not known
+	expires     time.Time // zero: unknown
 }
 
-// credentials reads the files again each time, since tokens and certificates
-// rotate. Those of a plugin are kept until they expire.
+// credentials returns the current credentials. It reads files each time, since tokens and certificates
+// rotate. It keeps those of a plugin until they expire.
 func (c *client) credentials(ctx context.Context) (*credentials, error) {
 	user := &c.User
 	if c.plugin != nil {
@@ -108,7 +109,7 @@ func (c *client) credentials(ctx context.Context) (*credentials, error) {
 		}
 		shown.token = strings.TrimSpace(string(data))
 		if !isToken(shown.token) {
-			return nil, fmt.Errorf("token of %s: %s holds no token", c.from, user.TokenFile)
+			return nil, fmt.Errorf("token of %s: %s does not contain a token", c.from, user.TokenFile)
 		}
 	}
 	certificate, err := orFile(user.Certificate, user.CertificateFile)
@@ -124,7 +125,7 @@ func (c *client) credentials(ctx context.Context) (*credentials, error) {
 	return shown, nil
 }
 
-// isToken reports whether text can be a token: it goes into the header of a request.
+// isToken reports whether text is a valid token for a header field.
 func isToken(text string) bool {
 	return text != "" && !strings.ContainsFunc(text, func(r rune) bool { return r <= ' ' || r > '~' })
 }
@@ -137,13 +138,14 @@ func keyPair(certificate, key []byte) (*tls.Certificate, error) {
 	return &pair, nil
 }
 
-// readFile reads a file that decides where a key goes, or under whose name.
+// readFile reads a file that affects who gets the key, so it must be trusted.
 func readFile(path string) ([]byte, error) {
 	data, _, _, err := trustedfile.Read(path, maxCredential)
 	return data, err
 }
 
-// orFile is data, or else what is in the file at path; nil without both.
+// orFile returns data, or the content of the file at path if data is empty. It returns nil if both are
+// empty.
 func orFile(data []byte, path string) ([]byte, error) {
 	if len(data) > 0 || path == "" {
 		return data, nil
@@ -151,7 +153,8 @@ func orFile(data []byte, path string) ([]byte, error) {
 	return readFile(path)
 }
 
-// tls is asked for each request: by the next, certificate and authority may have rotated.
+// tls returns the TLS configuration of one request. Certificate and authority may rotate between
+// requests.
 func (c *client) tls(shown *credentials) (*tls.Config, error) {
 	config := &tls.Config{ServerName: c.Cluster.ServerName, InsecureSkipVerify: c.Cluster.Insecure}
 	ca, err := orFile(c.Cluster.CA, c.Cluster.CAFile)
@@ -161,7 +164,7 @@ func (c *client) tls(shown *credentials) (*tls.Config, error) {
 	if ca != nil {
 		config.RootCAs = x509.NewCertPool()
 		if !config.RootCAs.AppendCertsFromPEM(ca) {
-			return nil, fmt.Errorf("certificate authority of %s: there is no certificate in it", c.from)
+			return nil, fmt.Errorf("certificate authority of %s: it contains no certificate", c.from)
 		}
 	}
 	if shown.certificate != nil {
@@ -181,8 +184,8 @@ type status struct {
 	} `json:"details"`
 }
 
-// parseStatus returns the Status in an answer. It returns an empty one if
-// something else than an API server gave the answer.
+// parseStatus returns the Status in an answer, or an empty one if the answer is not from an API
+// server.
 func parseStatus(body []byte) (s status) {
 	if json.Unmarshal(body, &s) != nil || s.Kind != "Status" {
 		return status{}
@@ -190,7 +193,7 @@ func parseStatus(body []byte) (s status) {
 	return s
 }
 
-// codeOf is the status code of an answer that the API server itself gave, else 0.
+// codeOf returns the status code of an error answered by the API server itself, or 0.
 func codeOf(err error) int {
 	if e, ok := errors.AsType[*vendorapi.StatusError](err); ok && parseStatus(e.Body).Kind != "" {
 		return e.Status
@@ -198,7 +201,7 @@ func codeOf(err error) int {
 	return 0
 }
 
-// call makes a request, with the credentials of the moment.
+// call makes a request with the current credentials.
 func (c *client) call(ctx context.Context, method, path string, body []byte) ([]byte, error) {
 	var shown *credentials
 	refreshed, away := false, false
@@ -226,11 +229,11 @@ func (c *client) call(ctx context.Context, method, path string, body []byte) ([]
 			case e.Status == http.StatusTooManyRequests || e.Status == http.StatusServiceUnavailable:
 				away = true
 			case e.Status == http.StatusUnauthorized && !refreshed && (c.plugin != nil || c.User.TokenFile != ""):
-				c.issued, refreshed = nil, true // it may have rotated just now
+				c.issued, refreshed = nil, true // the token may have just rotated
 				return true
 			}
-			// An API server that has just started knows neither service accounts nor
-			// roles until it has read them.
+			// An API server that is starting refuses requests until it has loaded service accounts and
+			// roles.
 			return away && (e.Status == http.StatusUnauthorized || e.Status == http.StatusForbidden)
 		},
 		Message:  func(body []byte) string { return parseStatus(body).Message },

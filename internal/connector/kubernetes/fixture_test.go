@@ -26,10 +26,10 @@ import (
 	"certctl-agent/internal/transaction"
 )
 
-// patience is how long tests let a call be tried again, on whatever machine.
+// patience is how long tests retry a call, even on a slow machine.
 const patience = 5 * time.Minute
 
-// The users of the API server, by what they may do with the secret www.
+// Users of the API server, by their permissions for the secret www.
 var users = map[string][]string{
 	"nobody":   nil,
 	"reader":   {"get"},
@@ -63,7 +63,7 @@ func startCluster(t *testing.T) *cluster {
 	return &cluster{Server: server, ca: testca.Must(t)}
 }
 
-// namespace makes a new one, in which the users may do what they may.
+// namespace creates a namespace and grants the users their permissions there.
 func (c *cluster) namespace(t *testing.T) string {
 	t.Helper()
 	name := "test-" + string('a'+rune(c.count.Load()/26)) + string('a'+rune(c.count.Add(1)%26))
@@ -94,7 +94,7 @@ func (c *cluster) fixture(t *testing.T, user string) *fixture {
 	return f
 }
 
-// file writes one that only root can have written.
+// file writes a file that only root can write.
 func (f *fixture) file(name string, data []byte) string {
 	f.t.Helper()
 	path := filepath.Join(f.directory, name)
@@ -121,12 +121,12 @@ func (f *fixture) material() *connector.Material {
 	return f.Material(f.t, f.ca)
 }
 
-// unverified is a configuration whose verification fails.
+// unverified returns a configuration whose verification fails.
 func unverified() []any {
 	return []any{"post_deploy_verify", map[string]any{"enabled": true, "endpoint": "127.0.0.1:1"}, "post_deploy_verify_attempts", 1}
 }
 
-// secret is the part of a Secret that tests look at.
+// secret is the part of a Secret that tests check.
 type secret struct {
 	Type     string            `json:"type,omitempty"`
 	Data     map[string][]byte `json:"data,omitempty"`
@@ -144,7 +144,7 @@ type secret struct {
 	Immutable bool `json:"immutable,omitempty"`
 }
 
-// get reads a secret; nil if there is none.
+// get returns a secret, or nil if it does not exist.
 func (c *cluster) get(t *testing.T, namespace, name string) *secret {
 	t.Helper()
 	answer, err := c.Do(context.Background(), http.MethodGet, "/api/v1/namespaces/"+namespace+"/secrets/"+name, nil)
@@ -159,7 +159,7 @@ func (c *cluster) get(t *testing.T, namespace, name string) *secret {
 
 func (f *fixture) secret() *secret { f.t.Helper(); return f.get(f.t, f.in, "www") }
 
-// make makes the secret.
+// make creates the secret.
 func (f *fixture) make(s *secret) {
 	f.t.Helper()
 	s.Metadata.Name = "www"
@@ -183,13 +183,13 @@ func (f *fixture) holds(m *connector.Material) {
 	}
 }
 
-// front is something before the API server.
+// front is a proxy before the API server.
 type front struct {
 	*httptest.Server
 
-	mu     sync.Mutex                                        // guards what follows
-	before func(w http.ResponseWriter, r *http.Request) bool // sees each request first; when it reports true, it has answered
-	after  func(r *http.Request)                             // once the API server has answered
+	mu     sync.Mutex                                        // guards the fields below
+	before func(w http.ResponseWriter, r *http.Request) bool // called for each request; it returns true if it answered
+	after  func(r *http.Request)                             // called after the API server's answer
 }
 
 func (p *front) onRequest(do func(w http.ResponseWriter, r *http.Request) bool) {
@@ -204,14 +204,14 @@ func (p *front) onAnswer(do func(r *http.Request)) {
 	p.after = do
 }
 
-// front has the fixture's requests go through it.
+// front sends the fixture's requests through a front.
 func (f *fixture) front(user string) *front {
 	f.t.Helper()
 	back, err := url.Parse(f.URL)
 	must(f.t, err)
 	pass := httputil.NewSingleHostReverseProxy(back)
 	pass.Transport = &http.Transport{TLSClientConfig: &tls.Config{RootCAs: f.CA.Pool()}, DisableKeepAlives: true}
-	pass.ErrorLog = log.New(io.Discard, "", 0) // of clients that have gone
+	pass.ErrorLog = log.New(io.Discard, "", 0) // errors of clients that disconnected
 	p := new(front)
 	p.Server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p.mu.Lock()

@@ -1,5 +1,5 @@
-// Package kubernetes installs certificates as a Secret of type kubernetes.io/tls,
-// which ingress controllers, gateways and pods of a Kubernetes cluster serve.
+// Package kubernetes installs certificates as a Secret of type kubernetes.io/tls, for ingress
+// controllers, gateways and pods of a Kubernetes cluster.
 package kubernetes
 
 import (
@@ -26,12 +26,12 @@ import (
 // Type returns the target type KubernetesSecrets.
 func Type() connector.Type { return typeOf(serviceAccount, retryFor) }
 
-// serviceAccount is where a pod finds the credentials of its service account,
-// see https://kubernetes.io/docs/tasks/run-application/access-api-from-pod/.
+// serviceAccount is the directory of a pod's service account credentials, see
+// https://kubernetes.io/docs/tasks/run-application/access-api-from-pod/.
 const serviceAccount = "/var/run/secrets/kubernetes.io/serviceaccount"
 
-// typeOf is Type with the credentials of the pod in podDir, and calls that are
-// tried again for as long as patience.
+// typeOf is Type with the pod's credentials in podDir, and calls that are retried for as long as
+// patience.
 func typeOf(podDir string, patience time.Duration) connector.Type {
 	return connector.Type{Name: "KubernetesSecrets", New: func(c *targetconf.Config, host connector.Host) (connector.Connector, error) {
 		k, err := newConnector(c, host, podDir)
@@ -48,10 +48,10 @@ type config struct {
 	Namespace  string          `json:"namespace" config:"required"`
 	SecretName string          `json:"secret_name" config:"required"`
 	Labels     labels          `json:"labels"`
-	Kubeconfig targetconf.Path `json:"kubeconfig_path"` // "": the service account of the pod that the agent is in
-	Context    string          `json:"context"`         // "": the file's current one
-	CACert     bool            `json:"ca_crt"`          // also ca.crt, the last certificate of the chain
-	NoCreate   refusal         `json:"create"`          // a secret that is missing is an error
+	Kubeconfig targetconf.Path `json:"kubeconfig_path"` // "": the service account of the agent's pod
+	Context    string          `json:"context"`         // "": the file's current context
+	CACert     bool            `json:"ca_crt"`          // also write ca.crt, the last certificate of the chain
+	NoCreate   negated         `json:"create"`          // a missing secret is an error
 }
 
 type kubernetes struct {
@@ -99,15 +99,15 @@ func (c *config) check() error {
 		errs = append(errs, targetconf.Invalid("secret_name", "%s is not a valid name: lower-case letters, digits, dashes and dots", printable.Quote(c.SecretName)))
 	}
 	if c.Context != "" && c.Kubeconfig == "" {
-		errs = append(errs, targetconf.Invalid("context", "is one of a kubeconfig: set kubeconfig_path too"))
+		errs = append(errs, targetconf.Invalid("context", "names a context of a kubeconfig: set kubeconfig_path too"))
 	}
 	return targetconf.Join(errs...)
 }
 
-// refusal is true where the setting, which defaults to true, is false.
-type refusal bool
+// negated is the negation of a setting that defaults to true.
+type negated bool
 
-func (r *refusal) UnmarshalJSON(raw []byte) error {
+func (r *negated) UnmarshalJSON(raw []byte) error {
 	allowed, err := strconv.ParseBool(strings.Trim(string(raw), `"`))
 	if string(raw) == `""` {
 		return nil
@@ -115,14 +115,14 @@ func (r *refusal) UnmarshalJSON(raw []byte) error {
 	if err != nil {
 		return errors.New("expected true or false")
 	}
-	*r = refusal(!allowed)
+	*r = negated(!allowed)
 	return nil
 }
 
-// labels are a JSON object, or a string that holds one.
+// labels is a JSON object, or a string that contains one.
 type labels map[string]string
 
-// maxLabels bounds how many there are.
+// maxLabels bounds the number of labels.
 const maxLabels = 64
 
 func (l *labels) UnmarshalJSON(raw []byte) error {
@@ -131,7 +131,7 @@ func (l *labels) UnmarshalJSON(raw []byte) error {
 		return err
 	}
 	if len(read) > maxLabels {
-		return fmt.Errorf("%d labels are more than %d", len(read), maxLabels)
+		return fmt.Errorf("%d labels, but only %d are allowed", len(read), maxLabels)
 	}
 	for key, value := range read {
 		if !labelKeyForm().MatchString(key) || !labelValueForm().MatchString(value) {
@@ -142,7 +142,7 @@ func (l *labels) UnmarshalJSON(raw []byte) error {
 	return nil
 }
 
-// access is a cluster, and the credentials for it.
+// access is a cluster and the credentials for it.
 type access struct {
 	*kubeconfig.Context
 	from  string // for errors: the file, or the pod
@@ -165,27 +165,27 @@ func (k *kubernetes) access(host connector.Host, podDir string) (*access, error)
 	if err != nil {
 		return nil, targetconf.Invalid("kubeconfig_path", "%s, %v", path, err)
 	}
-	// A file may hold contexts that its owner did not mean for the agent.
+	// The file may have contexts that its owner did not mean for the agent.
 	named := k.target.Local("kubeconfig_path") && (k.config.Context == "" || k.target.Local("context"))
 	a := &access{Context: found, from: path, named: named}
 	if found.Cluster.Insecure {
 		if !a.named {
-			return nil, targetconf.Invalid("kubeconfig_path", "%s, context %s: insecure-skip-tls-verify is accepted only of a file and context that an overlay of this host names: "+
-				"put kubeconfig_path there (context too, if it is set), or give the cluster its certificate authority", path, printable.Quote(found.Name))
+			return nil, targetconf.Invalid("kubeconfig_path", "%s, context %s: insecure-skip-tls-verify is accepted only if an overlay on this host names the file and context: "+
+				"set kubeconfig_path there (and context, if used), or configure the cluster's certificate authority", path, printable.Quote(found.Name))
 		}
-		k.warnings = append(k.warnings, "whoever is on the way to the API server can take the key: "+path+" has insecure-skip-tls-verify")
+		k.warnings = append(k.warnings, path+" has insecure-skip-tls-verify: anyone on the network path to the API server can steal the key")
 	}
 	return a, nil
 }
 
-// inCluster is the access of a pod to its own cluster.
+// inCluster returns the access of a pod to its own cluster.
 func inCluster(host connector.Host, podDir string) (*access, error) {
 	var service, port string
 	if host.Getenv != nil {
 		service, port = host.Getenv("KUBERNETES_SERVICE_HOST"), host.Getenv("KUBERNETES_SERVICE_PORT")
 	}
 	if service == "" || port == "" {
-		return nil, targetconf.Invalid("kubeconfig_path", "is required where the agent does not run in a pod (KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set)")
+		return nil, targetconf.Invalid("kubeconfig_path", "is required outside a pod (KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set)")
 	}
 	server := &url.URL{Scheme: "https", Host: net.JoinHostPort(service, port)}
 	if _, err := url.Parse(server.String()); err != nil {
@@ -205,7 +205,7 @@ func (k *kubernetes) Plan(_ context.Context, m *connector.Material) (*connector.
 	}
 	if k.config.CACert {
 		if len(m.Chain) == 0 {
-			return nil, targetconf.Invalid("ca_crt", "the certificate came without a chain, whose last certificate ca.crt would hold")
+			return nil, targetconf.Invalid("ca_crt", "the certificate came without a chain, from which ca.crt would get the last certificate")
 		}
 		change.ca = m.Chain[len(m.Chain)-1]
 	}
@@ -216,16 +216,15 @@ func (k *kubernetes) Plan(_ context.Context, m *connector.Material) (*connector.
 	}, nil
 }
 
-// pluginCommand checks the command of a kubeconfig that prints credentials
-// against the policy for commands.
+// pluginCommand checks the exec command of a kubeconfig, which prints credentials, with the policy.
 func pluginCommand(a *access, c *targetconf.Config, host connector.Host) (*policy.Command, error) {
 	exec := a.User.Exec
 	argv := append([]string{exec.Command}, exec.Args...)
 	line := strings.Join(argv, " ")
-	c.Learn("exec_command", line, a.from) // where a preview looks for commands
+	c.Learn("exec_command", line, a.from) // a preview finds commands by this
 	command, err := host.Policy.Command(line, time.Duration(c.Common.CommandTimeout))
 	if err == nil && !slices.Equal(command.Argv, argv) {
-		err = errors.New("an argument is empty or has a blank in it, and commands here have none: put the command into a script")
+		err = errors.New("an argument is empty or contains a space, which is not supported here: put the command into a script")
 	}
 	if err != nil {
 		return nil, targetconf.Invalid("kubeconfig_path", "exec of %s: %v", a.from, err)

@@ -18,7 +18,7 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-// writeKubeconfig writes a file for a server that need not be there.
+// writeKubeconfig writes a kubeconfig for a server that need not exist.
 func writeKubeconfig(t *testing.T, path, server string) {
 	t.Helper()
 	must(t, os.WriteFile(path, fmt.Appendf(nil, `current-context: a
@@ -91,7 +91,7 @@ func TestNew(t *testing.T) {
 	conformance.WantError(t, err, "context", "kubeconfig_path")
 }
 
-// Where keys may go is asked before anything is sent.
+// The policy is checked before anything is sent.
 func TestAllowedHosts(t *testing.T) {
 	host := conformance.NewHost(t, nil)
 	host.Policy.Hosts = []policy.HostRule{}
@@ -133,7 +133,7 @@ func TestAllowedHosts(t *testing.T) {
 	if _, err := host.Connector(Type(), config); err != nil {
 		t.Errorf("one that an overlay names: %v", err)
 	}
-	config["context"] = "a" // the file may have others, which the overlay does not name
+	config["context"] = "a" // the file may have other contexts, which the overlay does not name
 	_, err = host.Connector(Type(), config)
 	conformance.WantError(t, err, "CERTCTL_ALLOWED_HOSTS", "203.0.113.1:6443")
 	must(t, os.WriteFile(filepath.Join(host.Overlays, "default.json"), fmt.Appendf(nil, `{"kubeconfig_path": %q, "context": "a"}`, path), 0o600))
@@ -142,7 +142,7 @@ func TestAllowedHosts(t *testing.T) {
 	}
 }
 
-// A message that an admission webhook made of our request has no key in it.
+// The error does not contain the key, even if an admission webhook quotes the request.
 func TestMessagesShowNoKey(t *testing.T) {
 	host := conformance.NewHost(t, nil)
 	path := filepath.Join(t.TempDir(), "kubeconfig")
@@ -175,7 +175,7 @@ func TestMessagesShowNoKey(t *testing.T) {
 	conformance.WantError(t, err, "denied: [redacted] is not wanted")
 }
 
-// What a proxy says is shown in one line of bounded length.
+// The answer of a proxy is shown in one line of bounded length.
 func TestProxyRefuses(t *testing.T) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
@@ -200,7 +200,7 @@ func TestProxyRefuses(t *testing.T) {
 	}
 }
 
-// What was not answered with the secret as it was sent was not done.
+// A change fails unless the answer has the secret as it was sent.
 func TestAnswers(t *testing.T) {
 	host := conformance.NewHost(t, nil)
 	var say string
@@ -243,7 +243,7 @@ func TestReadCredential(t *testing.T) {
 	}
 }
 
-// An object goes back as it came, but for what is put into it.
+// An object is sent back unchanged except for the agent's parts.
 func TestObject(t *testing.T) {
 	const sent = `{"kind":"Secret","apiVersion":"v1","future":{"n":1.0000000000000000001,"s":"<&>\u2028"},"metadata":{"name":"www","generation":12345678901234567890,"labels":{"a":"b"}},` +
 		`"data":{"x":"AA=="},"type":"kubernetes.io/tls"}`
@@ -259,7 +259,7 @@ func TestObject(t *testing.T) {
 	}
 }
 
-// connectProxy starts a proxy that connects to whatever it is asked for.
+// connectProxy starts a proxy that connects to any address.
 func connectProxy(t *testing.T) string {
 	server := httptest.NewServer(netfault.Tunnel(func(address string) string { return address }))
 	t.Cleanup(server.Close)

@@ -24,8 +24,8 @@ import (
 	"certctl-agent/internal/transaction"
 )
 
-// TestLive is everything against a real API server, which takes a while to
-// start, so that there is one.
+// TestLive runs all tests with a real API server. They share one, since it is slow to
+// start.
 func TestLive(t *testing.T) {
 	c := startCluster(t)
 	for _, test := range []struct {
@@ -51,7 +51,7 @@ func TestLive(t *testing.T) {
 		{"not an API server", notAnAPIServer},
 		{"kubectl", byKubectl},
 		{"conformance", conforms},
-		{"restarts", restarts}, // the last: others would wait for it
+		{"restarts", restarts}, // last, since others would wait for it
 	} {
 		t.Run(test.name, func(t *testing.T) { test.run(t, c) })
 	}
@@ -85,8 +85,8 @@ func installs(t *testing.T, c *cluster) {
 	conformance.WantError(t, err, "does not exist", `"create": false`)
 }
 
-// A pair that is in the secret already is not written again, whoever put it
-// there and however its PEM is wrapped.
+// A pair that is already in the secret is not written again, whoever wrote it
+// and however its PEM is wrapped.
 func othersSurvive(t *testing.T, c *cluster) {
 	f := c.fixture(t, "agent")
 	m := f.material()
@@ -128,7 +128,7 @@ func withLabels(t *testing.T, c *cluster) {
 	f := c.fixture(t, "agent")
 	m := f.material()
 	f.mustDeploy(m, "labels", map[string]any{"team": "web"})
-	f.mustDeploy(m, "labels", `{"team": "ops", "example.org/tier": ""}`) // a string, as the control plane's pages send it
+	f.mustDeploy(m, "labels", `{"team": "ops", "example.org/tier": ""}`) // a string, as the control plane's forms send it
 	if got, want := fmt.Sprint(f.secret().Metadata.Labels), "map[app.kubernetes.io/managed-by:certctl example.org/tier: team:ops]"; got != want {
 		t.Errorf("labels %s, want %s", got, want)
 	}
@@ -159,12 +159,12 @@ func withCA(t *testing.T, c *cluster) {
 	conformance.WantError(t, err, "ca_crt", "without a chain")
 }
 
-// Each verb that a user lacks is named, and nothing is broken by it.
+// Errors name each missing verb, and leave the target intact.
 func permissions(t *testing.T, c *cluster) {
 	for _, test := range []struct {
 		user   string
 		exists bool
-		verb   string // that is missing; "": none
+		verb   string // missing permission; "": none
 	}{
 		{"nobody", true, "get"},
 		{"writer", true, "get"},
@@ -258,7 +258,7 @@ func refusedSecrets(t *testing.T, c *cluster) {
 	f.patch(map[string]any{"metadata": map[string]any{"finalizers": nil}})
 }
 
-// at calls do before the first step of that kind.
+// at returns a hook that calls do before the first step of that kind.
 func (f *fixture) at(op string, do func()) {
 	var once sync.Once
 	f.Before = func(s transaction.Step) error {
@@ -269,8 +269,8 @@ func (f *fixture) at(op string, do func()) {
 	}
 }
 
-// What someone else writes after we have looked is not overwritten, and neither
-// is it by an undo.
+// Concurrent changes by someone else are not overwritten, neither by a deployment nor
+// by its undo.
 func changedBetween(t *testing.T, c *cluster) {
 	theirs := map[string]any{"data": map[string]any{"tls.crt": "dGhlaXJz", "tls.key": "a2V5"}}
 	t.Run("replaced", func(t *testing.T) {
@@ -284,7 +284,7 @@ func changedBetween(t *testing.T, c *cluster) {
 		}
 		f.Before = nil
 		m := f.material()
-		f.mustDeploy(m) // the next one replaces what it sees
+		f.mustDeploy(m) // the next one replaces it
 		f.holds(m)
 	})
 	t.Run("created", func(t *testing.T) {
@@ -378,12 +378,12 @@ func undoLeavesNewer(t *testing.T, c *cluster) {
 	f := c.fixture(t, "remover")
 	f.at("restore", func() { f.patch(map[string]any{"data": map[string]any{"more": "eA=="}}) })
 	_, err := f.deploy(f.material(), unverified()...)
-	conformance.WantError(t, err, "this target needs a person", `someone else has put "more" into it`)
+	conformance.WantError(t, err, "this target needs a person", `someone else has added "more" since`)
 	if f.secret() == nil {
 		t.Error("a secret with someone else's data was removed")
 	}
 
-	// Between the look of the undo and its request.
+	// Between the undo's GET and its request.
 	f = c.fixture(t, "remover")
 	p := f.front("remover")
 	var once sync.Once
@@ -399,7 +399,7 @@ func undoLeavesNewer(t *testing.T, c *cluster) {
 		t.Error("a secret that someone else had just changed was removed")
 	}
 
-	// Other parts of it may change.
+	// Other parts of the secret may change.
 	f = c.fixture(t, "remover")
 	m := f.material()
 	f.mustDeploy(m)
@@ -413,7 +413,7 @@ func undoLeavesNewer(t *testing.T, c *cluster) {
 	}
 }
 
-// kill ends the agent after the first step of that kind, and starts it again.
+// kill kills the agent after the first step of that kind, and starts it again.
 func (f *fixture) kill(op string, m *connector.Material) {
 	f.t.Helper()
 	seen := false
@@ -432,7 +432,7 @@ func (f *fixture) kill(op string, m *connector.Material) {
 }
 
 // Two deployments of different certificates are killed after their change, and
-// the third fails: what was there before the first comes back.
+// the third fails: the state before the first is restored.
 func undoAfterCrashes(t *testing.T, c *cluster) {
 	for _, first := range []bool{true, false} {
 		f := c.fixture(t, "remover")
@@ -457,7 +457,7 @@ func undoAfterCrashes(t *testing.T, c *cluster) {
 	}
 }
 
-// The API server makes the change, and its answer is lost.
+// The API server makes the change, but its answer is lost.
 func undoOfLostAnswer(t *testing.T, c *cluster) {
 	f := c.fixture(t, "remover")
 	p := f.front("remover")
@@ -533,7 +533,7 @@ func credentialForms(t *testing.T, c *cluster) {
 		"another authority":        {map[string]any{"token": "x"}, map[string]any{"certificate-authority-data": f.cluster.ca.PEM()}, []string{"x509", "unknown authority"}},
 		"system's roots":           {map[string]any{"token": "x"}, map[string]any{"certificate-authority-data": nil}, []string{"x509"}},
 		"wrong token":              {execOf("wrong-"), nil, []string{"401 Unauthorized"}},
-		"an argument with a blank": {execOf("a b"), nil, []string{"exec of", "blank"}},
+		"an argument with a space": {execOf("a b"), nil, []string{"exec of", "space"}},
 		"a missing token file":     {map[string]any{"tokenFile": "none"}, nil, []string{"token of", "no such file"}},
 		"insecure":                 {map[string]any{"token": apiserver.Token("agent")}, map[string]any{"certificate-authority-data": nil, "insecure-skip-tls-verify": true}, []string{"insecure-skip-tls-verify", "overlay"}},
 	} {
@@ -567,8 +567,8 @@ func credentialForms(t *testing.T, c *cluster) {
 	})
 }
 
-// A pod's token is read anew for each request: it changes between the look and
-// the change, and once more before the undo.
+// A pod's token is read for each request: it changes between Read and
+// Write, and again before the undo.
 func tokenRotates(t *testing.T, c *cluster) {
 	f := c.fixture(t, "agent")
 	pod := t.TempDir()
@@ -633,7 +633,7 @@ func tokenRotates(t *testing.T, c *cluster) {
 	conformance.WantError(t, err, "kubeconfig_path", "KUBERNETES_SERVICE_HOST")
 }
 
-// An API server that is busy is asked again, when it says so.
+// Requests to a busy API server are retried when it says so.
 func busy(t *testing.T, c *cluster) {
 	f := c.fixture(t, "agent")
 	p := f.front("agent")
@@ -671,7 +671,7 @@ func busy(t *testing.T, c *cluster) {
 	conformance.WantError(t, err, "429 Too Many Requests", "given up after")
 }
 
-// An API server that does not answer is not waited for.
+// The agent does not wait for an API server that does not answer.
 func hangs(t *testing.T, c *cluster) {
 	f := c.fixture(t, "agent")
 	p := f.front("agent")
@@ -698,7 +698,7 @@ func hangs(t *testing.T, c *cluster) {
 	}
 	f.holds(was)
 
-	// A look is given up at once when the deployment is cancelled.
+	// Reading stops at once when the deployment is cancelled.
 	ctx, cancel := context.WithCancel(t.Context())
 	p.onRequest(func(w http.ResponseWriter, r *http.Request) bool { cancel(); return hung(w, r) })
 	begun := time.Now()
@@ -707,7 +707,7 @@ func hangs(t *testing.T, c *cluster) {
 	}
 }
 
-// What answers in place of the API server is not taken for it.
+// Answers that are not from the API server are refused.
 func notAnAPIServer(t *testing.T, c *cluster) {
 	f := c.fixture(t, "agent")
 	p := f.front("agent")
@@ -715,13 +715,13 @@ func notAnAPIServer(t *testing.T, c *cluster) {
 		answer func(w http.ResponseWriter)
 		says   []string
 	}{
-		{func(w http.ResponseWriter) { http.Error(w, "<h1>not found</h1>", http.StatusNotFound) }, []string{"404", "not the answer of a Kubernetes API server"}},
+		{func(w http.ResponseWriter) { http.Error(w, "<h1>not found</h1>", http.StatusNotFound) }, []string{"404", "not from a Kubernetes API server"}},
 		{func(w http.ResponseWriter) { w.Header().Set("Location", "https://evil.example/"); w.WriteHeader(307) }, []string{"307", "https://evil.example/", "not followed"}},
 		{func(w http.ResponseWriter) { fmt.Fprint(w, "<html>") }, []string{"not a secret"}},
 		{func(w http.ResponseWriter) {
 			fmt.Fprint(w, `{"kind":"Secret","metadata":{"name":"other","namespace":"x"}}`)
-		}, []string{"another object"}},
-		{func(w http.ResponseWriter) { fmt.Fprint(w, `{"kind":"Secret","metadata":5}`) }, []string{"not an object"}},
+		}, []string{"a different object"}},
+		{func(w http.ResponseWriter) { fmt.Fprint(w, `{"kind":"Secret","metadata":5}`) }, []string{"not a JSON object"}},
 		{func(w http.ResponseWriter) { fmt.Fprint(w, strings.Repeat("x", maxAnswer+1)) }, []string{"longer than 4096 KiB"}},
 		{func(w http.ResponseWriter) {
 			http.Error(w, "\x1b[31m"+strings.Repeat("long ", 9999), http.StatusForbidden)
@@ -737,7 +737,7 @@ func notAnAPIServer(t *testing.T, c *cluster) {
 	}
 }
 
-// The vendor's own client reads what we write, and we replace what it writes.
+// kubectl reads secrets written by the agent, and the agent replaces secrets written by kubectl.
 func byKubectl(t *testing.T, c *cluster) {
 	kubectl := needs.Need(t, "kubectl")
 	f := c.fixture(t, "agent")
@@ -775,7 +775,7 @@ func conforms(t *testing.T, c *cluster) {
 	directory := t.TempDir()
 	config := filepath.Join(directory, "kubeconfig")
 	must(t, os.WriteFile(config, c.Kubeconfig(apiserver.Admin), 0o600))
-	var names sync.Map // of a secret for each directory
+	var names sync.Map // of the secret, by directory
 	var count atomic.Int32
 	nameOf := func(dir string) string {
 		name, _ := names.LoadOrStore(dir, fmt.Sprint("secret-", count.Add(1)))
@@ -814,7 +814,7 @@ func conforms(t *testing.T, c *cluster) {
 	})
 }
 
-// The API server is gone when the deployment begins, and comes back.
+// The API server is down when the deployment starts, and comes back.
 func restarts(t *testing.T, c *cluster) {
 	f := c.fixture(t, "agent")
 	f.mustDeploy(f.material())

@@ -10,8 +10,7 @@ import (
 	"certctl-agent/internal/printable"
 )
 
-// object is a secret as the API server has it. Values stay as they were sent, so
-// that what we do not know of comes back unchanged.
+// object is a secret as the API server sent it. Values are raw JSON, so unknown fields stay unchanged.
 type object struct {
 	fields, metadata          map[string]json.RawMessage
 	data, labels, annotations map[string]json.RawMessage
@@ -44,7 +43,7 @@ func parseObject(data []byte) (*object, error) {
 // unmarshal decodes an object; a missing one is empty.
 func unmarshal(raw json.RawMessage, to *map[string]json.RawMessage) error {
 	if len(raw) > 0 && json.Unmarshal(raw, to) != nil {
-		return errors.New("a part of it is not an object")
+		return errors.New("part of it is not a JSON object")
 	}
 	if *to == nil {
 		*to = make(map[string]json.RawMessage)
@@ -70,7 +69,7 @@ func (o *object) encode() ([]byte, error) {
 	return marshal(o.fields)
 }
 
-// marshal is json.Marshal without its escapes of HTML.
+// marshal is json.Marshal without HTML escapes.
 func marshal(v any) ([]byte, error) {
 	var out bytes.Buffer
 	encoder := json.NewEncoder(&out)
@@ -79,7 +78,7 @@ func marshal(v any) ([]byte, error) {
 	return bytes.TrimSpace(out.Bytes()), err
 }
 
-// holds reports whether our parts of the secret are those of was.
+// holds reports whether the agent's parts of the secret equal was.
 func (o *object) holds(was *undo) bool {
 	return holds(o.data, was.Data) && holds(o.labels, was.Labels) && holds(o.annotations, was.Annotations)
 }
@@ -93,7 +92,7 @@ func holds(now, was map[string]json.RawMessage) bool {
 	return true
 }
 
-// put puts the parts of was back.
+// put sets the agent's parts of the secret to was.
 func (o *object) put(was *undo) {
 	put(o.data, was.Data)
 	put(o.labels, was.Labels)
@@ -108,30 +107,30 @@ func put(now, was map[string]json.RawMessage) {
 	}
 }
 
-// mayChange says why the pair cannot be put into this secret, if it cannot.
+// mayChange returns an error if the pair cannot be written to this secret.
 func (o *object) mayChange() error {
 	switch typ := o.text("type"); {
 	case typ != secretType:
-		return fmt.Errorf("it is of type %s, not %s, and Kubernetes lets nobody change a secret's type: delete it once nothing uses it, or give the target another secret_name",
+		return fmt.Errorf("its type is %s, not %s, and Kubernetes does not allow changing it: delete the secret when it is unused, or give the target another secret_name",
 			printable.Quote(typ), secretType)
 	case string(o.fields["immutable"]) == "true":
-		return errors.New("it is immutable: delete it, so that it is created anew, or give the target another secret_name")
+		return errors.New("it is immutable: delete it, so the agent creates a new one, or give the target another secret_name")
 	case len(o.metadata["deletionTimestamp"]) > 0:
-		return errors.New("it is being deleted, and a finalizer holds that up")
+		return errors.New("it is being deleted, which a finalizer delays")
 	}
 	return nil
 }
 
 func (o *object) text(key string) string { return text(o.fields[key]) }
 
-// text decodes a JSON string; "" if raw is something else.
+// text decodes a JSON string. It returns "" if raw is not one.
 func text(raw json.RawMessage) string {
 	var s string
 	_ = json.Unmarshal(raw, &s)
 	return s
 }
 
-// decoded decodes a value of data; nil if it is not base64.
+// decoded decodes a value of data. It returns nil if it is not base64.
 func decoded(raw json.RawMessage) []byte {
 	data, err := base64.StdEncoding.DecodeString(text(raw))
 	if err != nil {
@@ -143,11 +142,11 @@ func decoded(raw json.RawMessage) []byte {
 func encoded(data []byte) json.RawMessage { return quoted(base64.StdEncoding.EncodeToString(data)) }
 
 func quoted(s string) json.RawMessage {
-	raw, _ := json.Marshal(s) // it cannot fail on a string
+	raw, _ := json.Marshal(s) // cannot fail for a string
 	return raw
 }
 
 func isNull(raw json.RawMessage) bool { return len(raw) == 0 || string(raw) == "null" }
 
-// sameRaw compares values. A missing one is null.
+// sameRaw compares values. A missing value equals null.
 func sameRaw(a, b json.RawMessage) bool { return isNull(a) && isNull(b) || bytes.Equal(a, b) }

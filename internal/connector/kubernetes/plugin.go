@@ -10,7 +10,7 @@ import (
 	"certctl-agent/internal/printable"
 )
 
-// execCredential is what a plugin is told, in KUBERNETES_EXEC_INFO, and prints
+// execCredential is the input of a plugin, in KUBERNETES_EXEC_INFO, and its output
 // (https://kubernetes.io/docs/reference/config-api/client-authentication.v1/).
 type execCredential struct {
 	APIVersion string `json:"apiVersion"`
@@ -39,26 +39,26 @@ type execStatus struct {
 
 const execKind = "ExecCredential"
 
-// askPlugin runs the command of the kubeconfig. Its standard output holds
-// credentials, and goes into no error.
+// askPlugin runs the command of the kubeconfig. Errors must not contain its output, which has
+// credentials.
 func (c *client) askPlugin(ctx context.Context) (*credentials, error) {
 	exec := c.User.Exec
 	if c.query == nil {
-		return nil, errors.New("no command can be run here")
+		return nil, errors.New("commands cannot run here")
 	}
-	told := execCredential{APIVersion: exec.APIVersion, Kind: execKind}
+	input := execCredential{APIVersion: exec.APIVersion, Kind: execKind}
 	if exec.ProvideClusterInfo {
 		ca, err := orFile(c.Cluster.CA, c.Cluster.CAFile)
 		if err != nil {
 			return nil, err
 		}
-		told.Spec.Cluster = &execCluster{Server: c.Cluster.Server.String(), TLSServerName: c.Cluster.ServerName,
+		input.Spec.Cluster = &execCluster{Server: c.Cluster.Server.String(), TLSServerName: c.Cluster.ServerName,
 			InsecureSkipTLSVerify: c.Cluster.Insecure, CertificateAuthorityData: ca}
 		if c.Cluster.Proxy != nil {
-			told.Spec.Cluster.ProxyURL = c.Cluster.Proxy.String()
+			input.Spec.Cluster.ProxyURL = c.Cluster.Proxy.String()
 		}
 	}
-	info, err := json.Marshal(told)
+	info, err := json.Marshal(input)
 	if err != nil {
 		return nil, err
 	}
@@ -74,25 +74,25 @@ func (c *client) askPlugin(ctx context.Context) (*credentials, error) {
 	return readCredential(out, exec.APIVersion)
 }
 
-// readCredential reads what a plugin printed.
+// readCredential parses the output of a plugin.
 func readCredential(out []byte, version string) (*credentials, error) {
-	var said execCredential
-	if json.Unmarshal(out, &said) != nil || said.Kind != execKind {
+	var printed execCredential
+	if json.Unmarshal(out, &printed) != nil || printed.Kind != execKind {
 		return nil, errors.New("the command printed no " + execKind)
 	}
-	if said.APIVersion != version {
-		return nil, fmt.Errorf("the command speaks %s, and the kubeconfig says %s", printable.Quote(said.APIVersion), version)
+	if printed.APIVersion != version {
+		return nil, fmt.Errorf("the command printed version %s, but the kubeconfig says %s", printable.Quote(printed.APIVersion), version)
 	}
-	if said.Status == nil || said.Status.Token == "" && said.Status.ClientCertificateData == "" {
+	if printed.Status == nil || printed.Status.Token == "" && printed.Status.ClientCertificateData == "" {
 		return nil, errors.New("the command printed neither a token nor a client certificate")
 	}
-	if said.Status.Token != "" && !isToken(said.Status.Token) {
-		return nil, errors.New("the command printed a token with white space, or something else than ASCII, in it")
+	if printed.Status.Token != "" && !isToken(printed.Status.Token) {
+		return nil, errors.New("the command printed a token that contains white space or non-ASCII characters")
 	}
-	issued := &credentials{token: said.Status.Token, expires: said.Status.ExpirationTimestamp}
-	if said.Status.ClientCertificateData != "" {
+	issued := &credentials{token: printed.Status.Token, expires: printed.Status.ExpirationTimestamp}
+	if printed.Status.ClientCertificateData != "" {
 		var err error
-		if issued.certificate, err = keyPair([]byte(said.Status.ClientCertificateData), []byte(said.Status.ClientKeyData)); err != nil {
+		if issued.certificate, err = keyPair([]byte(printed.Status.ClientCertificateData), []byte(printed.Status.ClientKeyData)); err != nil {
 			return nil, fmt.Errorf("the client certificate that the command printed: %w", err)
 		}
 	}

@@ -19,70 +19,67 @@ import (
 )
 
 const (
-	// secretType is the type of secrets that hold a pair, and certKey, keyKey and
-	// caKey what they hold it under
+	// secretType is the type of secrets with a pair. certKey, keyKey and caKey are their keys
 	// (https://kubernetes.io/docs/concepts/configuration/secret/#tls-secrets).
 	secretType = "kubernetes.io/tls"
 	certKey    = "tls.crt"
 	keyKey     = "tls.key"
 	caKey      = "ca.crt"
 
-	// manager is who changes a secret, in its managedFields.
+	// manager is the agent's name in the managedFields of a secret.
 	manager = "certctl-agent"
 
 	managedByLabel = "app.kubernetes.io/managed-by"
 	managedBy      = "certctl"
 
-	// What the annotations say of the pair that is installed. The target tells
-	// the writes of this target from those of others.
+	// Annotations about the installed pair. The target id identifies writes by this target.
 	certificateAnnotation = "certctl.io/certificate-id"
 	deployedAnnotation    = "certctl.io/deployed-at"
 	fingerprintAnnotation = "certctl.io/fingerprint"
 	targetAnnotation      = "certctl.io/target-id"
 
-	// maxTries bounds how often a change is tried that conflicts with others'.
+	// maxTries bounds how often a change is tried if it conflicts with others.
 	maxTries = 10
 )
 
-// secretChange puts a key and its certificates into a secret.
+// secretChange writes a key and its certificates to a secret.
 type secretChange struct {
 	client          *client
 	namespace, name string
-	create          bool // a secret that is missing
+	create          bool // create a missing secret
 	target          string
 	labels          labels
 	material        *connector.Material
-	ca              *x509.Certificate // of ca.crt; nil: not written
+	ca              *x509.Certificate // for ca.crt; nil: it is not written
 
 	looked bool   // Read has been called
-	was    []byte // what it returned
+	was    []byte // returned by Read
 	sent   bool   // a request of this process may have changed the secret
 }
 
-// ID implements connector.Change. It says in which cluster the secret is: what
-// undoes the change holds a key, and is for no other.
+// ID implements connector.Change. It names the cluster, since the saved state holds a private key that
+// must not be sent to another one.
 func (c *secretChange) ID() string {
 	server := c.client.Cluster.Server
 	return fmt.Sprintf("secret %s/%s of %s", c.namespace, c.name, server.Host+server.EscapedPath())
 }
 
-// undo is what a change of a secret replaces: our parts of it, with null for
-// those that were not there.
+// undo is the state that Restore needs: the agent's parts of the secret, with null for missing ones.
 type undo struct {
 	Data        map[string]json.RawMessage `json:"data"`
 	Labels      map[string]json.RawMessage `json:"labels"`
 	Annotations map[string]json.RawMessage `json:"annotations"`
 }
 
-// Read implements connector.Change. It saves our parts of the secret alone, so that an
-// undo leaves those of others as they are by then.
+// Read implements connector.Change. It saves only the agent's parts of the secret, so an undo does not
+// affect other parts.
 func (c *secretChange) Read(ctx context.Context) (was []byte, same bool, err error) {
 	o, err := c.get(ctx)
 	switch {
 	case err != nil:
 		return nil, false, err
 	case o == nil && !c.create:
-		return nil, false, errors.New(`it does not exist, and the target says "create": false`)
+		return nil, false, errors.New(`it does not exist, and the target has "create": false`)
 	case o != nil:
 		if same = c.isIn(o); !same {
 			err = o.mayChange()
@@ -95,7 +92,7 @@ func (c *secretChange) Read(ctx context.Context) (was []byte, same bool, err err
 	return was, same, err
 }
 
-// parts are our parts of a secret.
+// parts returns the agent's parts of a secret.
 func (c *secretChange) parts(o *object) *undo {
 	return &undo{
 		Data:        pick(o.data, certKey, keyKey, caKey),
@@ -112,8 +109,8 @@ func pick(from map[string]json.RawMessage, keys ...string) map[string]json.RawMe
 	return picked
 }
 
-// wantLabels are the configured labels, and who manages the secret unless it
-// says that already: Helm refuses to upgrade what is marked as another's.
+// wantLabels returns the configured labels, and the managed-by label unless the secret already has one:
+// Helm refuses to upgrade secrets that are marked as managed by others.
 func (c *secretChange) wantLabels(o *object) labels {
 	want := labels{}
 	if o == nil || len(o.labels[managedByLabel]) == 0 {
@@ -123,8 +120,7 @@ func (c *secretChange) wantLabels(o *object) labels {
 	return want
 }
 
-// isIn reports whether the secret holds the pair, and has the labels that are
-// configured.
+// isIn reports whether the secret has the pair and the configured labels.
 func (c *secretChange) isIn(o *object) bool {
 	if o.text("type") != secretType || !sameCertificates(decoded(o.data[certKey]), append([]*x509.Certificate{c.material.Leaf}, c.material.Chain...)) ||
 		!sameKey(decoded(o.data[keyKey]), c.material.KeyPEM) || c.ca != nil && !sameCertificates(decoded(o.data[caKey]), []*x509.Certificate{c.ca}) {
@@ -152,8 +148,7 @@ func sameKey(data, want []byte) bool {
 	return err == nil && pemutil.SamePrivateKey(a, b)
 }
 
-// isOurs reports whether the pair in the secret is the last one that this target
-// put there.
+// isOurs reports whether this target wrote the pair in the secret.
 func (c *secretChange) isOurs(o *object) bool {
 	if text(o.annotations[targetAnnotation]) != c.target {
 		return false
@@ -168,9 +163,9 @@ func (c *secretChange) isOurs(o *object) bool {
 
 // Write implements connector.Change.
 func (c *secretChange) Write(ctx context.Context) error {
-	return c.again(ctx, func(o *object) (request, error) {
+	return c.retryConflicts(ctx, func(o *object) (request, error) {
 		if o != nil && c.isIn(o) {
-			return request{}, nil // an earlier try, whose answer was lost
+			return request{}, nil // done by an earlier try whose answer was lost
 		}
 		if !c.saw(o) {
 			return request{}, errChanged
@@ -198,8 +193,8 @@ func (c *secretChange) Write(ctx context.Context) error {
 }
 
 var (
-	errChanged = errors.New("someone else changed the certificate or the key in it just now; that was left alone")
-	errTheirs  = errors.New("someone else has changed it since, and that was left alone")
+	errChanged = errors.New("someone else changed its certificate or key meanwhile; it was left alone")
+	errTheirs  = errors.New("someone else has changed it since; it was left alone")
 )
 
 // saw reports whether the pair in the secret is the one that Read saw.
@@ -211,17 +206,16 @@ func (c *secretChange) saw(o *object) bool {
 	return json.Unmarshal(c.was, &was) == nil && holds(o.data, was.Data)
 }
 
-// Restore implements connector.Change. It takes back what this target wrote,
-// and nothing that came after.
+// Restore implements connector.Change. It undoes only this target's changes, not later ones.
 func (c *secretChange) Restore(ctx context.Context, saved []byte) error {
 	var was undo
 	if saved != nil {
 		if err := json.Unmarshal(saved, &was); err != nil {
-			return fmt.Errorf("what would undo it cannot be read: %w", err)
+			return fmt.Errorf("cannot read the saved state: %w", err)
 		}
 	}
-	untouched := c.looked && !c.sent && bytes.Equal(saved, c.was) // by this process, or the one before it
-	return c.again(ctx, func(o *object) (request, error) {
+	untouched := c.looked && !c.sent && bytes.Equal(saved, c.was) // by this process and earlier ones
+	return c.retryConflicts(ctx, func(o *object) (request, error) {
 		isBack := saved == nil && o == nil || saved != nil && o != nil && o.holds(&was)
 		switch {
 		case isBack, untouched:
@@ -236,7 +230,7 @@ func (c *secretChange) Restore(ctx context.Context, saved []byte) error {
 		}
 		for key := range o.data {
 			if !slices.Contains([]string{certKey, keyKey, caKey}, key) {
-				return request{}, fmt.Errorf("it was not there before, and someone else has put %.100q into it since, so that it was not removed", key)
+				return request{}, fmt.Errorf("it did not exist before this deployment, but someone else has added %.100q since, so it was not deleted", key)
 			}
 		}
 		return request{"delete", o}, nil
@@ -246,17 +240,16 @@ func (c *secretChange) Restore(ctx context.Context, saved []byte) error {
 // Finish implements connector.Change.
 func (c *secretChange) Finish(context.Context) error { return nil }
 
-// request is a change of a secret; without a verb, nothing is to change.
+// request is a change of a secret. Without a verb, nothing changes.
 type request struct {
-	verb string // as RBAC has it
+	verb string // RBAC's name
 	*object
 }
 
-// again reads the secret, nil if there is none, and makes the request that next
-// returns for it, until it does not conflict. The resource version detects the
-// changes of others
+// retryConflicts reads the secret and makes the request that next returns for it, nil if the secret
+// does not exist, until there is no conflict. The resource version detects changes by others
 // (https://kubernetes.io/docs/reference/using-api/api-concepts/#resource-versions).
-func (c *secretChange) again(ctx context.Context, next func(*object) (request, error)) error {
+func (c *secretChange) retryConflicts(ctx context.Context, next func(*object) (request, error)) error {
 	for try := 1; ; try++ {
 		o, err := c.get(ctx)
 		if err != nil {
@@ -273,8 +266,7 @@ func (c *secretChange) again(ctx context.Context, next func(*object) (request, e
 	}
 }
 
-// do sends a request. Unless the API server refused it, the secret may have
-// changed.
+// do sends a request. It sets c.sent unless the API server refused it.
 func (c *secretChange) do(ctx context.Context, r request) error {
 	query := url.Values{"fieldManager": {manager}}.Encode()
 	method, path := http.MethodPut, c.path()
@@ -297,14 +289,13 @@ func (c *secretChange) do(ctx context.Context, r request) error {
 	if err != nil || r.verb == "delete" {
 		return err
 	}
-	// Something before the API server may have answered, and admission may have
-	// changed what it got.
+	// A proxy may have answered, or an admission webhook may have changed the secret.
 	made, err := parseObject(answer)
 	if err != nil {
 		return fmt.Errorf("the answer of the API server: %w", err)
 	}
 	if !sameRaw(made.data[certKey], r.data[certKey]) || !sameRaw(made.data[keyKey], r.data[keyKey]) {
-		return errors.New("the API server took another certificate or key than was sent: look for an admission webhook that changes secrets")
+		return errors.New("the API server stored another certificate or key than was sent: check for an admission webhook that changes secrets")
 	}
 	return nil
 }
@@ -312,7 +303,7 @@ func (c *secretChange) do(ctx context.Context, r request) error {
 func (c *secretChange) collection() string { return "/api/v1/namespaces/" + c.namespace + "/secrets" }
 func (c *secretChange) path() string       { return c.collection() + "/" + c.name }
 
-// get reads the secret. It returns nil if there is none.
+// get returns the secret, or nil if it does not exist.
 func (c *secretChange) get(ctx context.Context) (*object, error) {
 	answer, err := c.client.call(ctx, http.MethodGet, c.path(), nil)
 	if codeOf(err) == http.StatusNotFound {
@@ -326,12 +317,12 @@ func (c *secretChange) get(ctx context.Context) (*object, error) {
 		return nil, fmt.Errorf("the answer of the API server: %w", err)
 	}
 	if text(o.metadata["name"]) != c.name || text(o.metadata["namespace"]) != c.namespace {
-		return nil, errors.New("the API server answered with another object")
+		return nil, errors.New("the API server answered with a different object")
 	}
 	return o, nil
 }
 
-// explain says what an answer means, and what to do.
+// explain adds to an error what it means and what to do.
 func (c *secretChange) explain(verb string, err error) error {
 	answer, ok := errors.AsType[*vendorapi.StatusError](err)
 	if !ok {
@@ -343,11 +334,11 @@ func (c *secretChange) explain(verb string, err error) error {
 	status := parseStatus(answer.Body)
 	switch {
 	case status.Kind == "" && answer.Status != http.StatusTooManyRequests && answer.Status < 500:
-		return fmt.Errorf("%s: %w: that is not the answer of a Kubernetes API server, so something before it gave it", verb, err)
+		return fmt.Errorf("%s: %w: the answer is not from a Kubernetes API server but perhaps from a proxy", verb, err)
 	case answer.Status == http.StatusUnauthorized:
-		return fmt.Errorf("%s: %w: the API server does not accept the credentials of %s: they have expired, were withdrawn, or are of another cluster", verb, err, c.client.from)
+		return fmt.Errorf("%s: %w: the API server does not accept the credentials of %s: they have expired, were revoked, or belong to another cluster", verb, err, c.client.from)
 	case answer.Status == http.StatusForbidden:
-		return fmt.Errorf("%s: %w: it takes a Role with the verb %s for the secret %s in the namespace %s, unless the message says something else", verb, err, verb, c.name, c.namespace)
+		return fmt.Errorf("%s: %w: unless the message says otherwise, grant a Role with the verb %s for the secret %s in the namespace %s", verb, err, verb, c.name, c.namespace)
 	case answer.Status == http.StatusNotFound && status.Details.Kind == "namespaces":
 		return fmt.Errorf("%s: %w: the namespace %s does not exist", verb, err, c.namespace)
 	case answer.Status == http.StatusConflict:
