@@ -25,7 +25,7 @@ import (
 	"certctl-agent/internal/targetconf"
 )
 
-// What a file is. The role is part of the names of its temporary and its copy.
+// Roles of files. The role is part of the names of a file's temporary and its copy.
 const (
 	roleCert  = "cert"
 	roleChain = "chain"
@@ -33,57 +33,57 @@ const (
 )
 
 const (
-	// maxFile bounds a public file that is looked at, in bytes.
+	// maxFile bounds a public file on the server, in bytes.
 	maxFile = 1 << 20
 
-	// keyStep is how many bytes of a key are compared at once, and keySteps
-	// bytes how many so: see sameKey.
+	// keyStep is how many bytes of a key are compared at a time in its first keySteps bytes, see
+	// compareKey.
 	keyStep  = 4
 	keySteps = 192
 
-	// maxPath bounds a path that the server makes of ours, in bytes.
+	// maxPath bounds a path that the server resolves, in bytes.
 	maxPath = 4 << 10
 
-	// maxOurs is how many files of ours are removed at once.
+	// maxOurs bounds how many of our files are removed at once.
 	maxOurs = 1000
 
-	// maxErrors is how many of them may fail.
+	// maxErrors is how many removals may fail before sweep stops.
 	maxErrors = 5
 
-	// maxSlow is how many times the timeout of one request all requests of Read,
-	// or of Write, may take together.
+	// maxSlow times the timeout of one request bounds all requests of Read, or of Write.
 	maxSlow = 10
 
 	// maxID bounds the ID of the change, in bytes.
 	maxID = 500
 
-	// patience bounds the tries of an undo whose connection is lost.
+	// patience bounds the retries of an undo that loses its connection.
 	patience = 45 * time.Second
 )
 
 // file is one destination.
 type file struct {
 	role string
-	path string // as it is configured
+	path string // as configured
 	data []byte
 	opts targetconf.FileOptions
 
 	at    string      // path without symlinks
-	now   *sftp.Attrs // of the file that is there; nil: none is
-	sum   string      // of a public one, SHA-256
-	mode  fs.FileMode // as it has to be
-	owner *account    // as it has to be; nil: whoever makes it
-	same  bool        // it is as it has to be
+	now   *sftp.Attrs // of the existing file; nil: none
+	sum   string      // SHA-256 of the existing file, if public
+	mode  fs.FileMode // wanted
+	owner *account    // wanted
+	same  bool        // the existing file is as wanted
 }
 
+// account is a user and group. Nil means any.
 type account struct{ uid, gid *uint32 }
 
 func (f *file) secret() bool { return f.role == roleKey }
 
-// change replaces the files. Each is written beside its destination under a name
-// of ours, gets its mode and its owner, and is renamed. The files before stay
-// there too, as second names of what they are (hard links), until the deployment
-// is decided: so mode, owner, labels and the old key stay where they were.
+// change replaces the files. It writes each file to its destination's directory under a temporary name,
+// sets its mode and owner, and renames it. It keeps the old files there too, as hard links, until the
+// deployment succeeded or is undone. So the old key never leaves the server, and an undo also restores
+// mode, owner and labels.
 type change struct {
 	*target
 	leaf  string // fingerprint of the certificate
@@ -107,21 +107,20 @@ func (c *change) ID() string {
 	return strings.ToValidUTF8(id, "�")
 }
 
-// manifest is what an undo needs. Of the old key it has what the file looks like
-// from outside, and nothing of its content.
+// manifest is the state that Restore needs. It has the old key file's attributes but not its content.
 type manifest struct {
 	Files []saved `json:"files"`
 }
 
-// saved is one file as it was.
+// saved is the old state of one file.
 type saved struct {
 	Role string `json:"role"`
 	At   string `json:"at"`
-	Old  *looks `json:"old"`        // nil: there was none
-	New  string `json:"new_sha256"` // of what the deployment puts there
+	Old  *looks `json:"old"`        // nil: there was no file
+	New  string `json:"new_sha256"` // of the new content
 }
 
-// looks is what a file is recognized by.
+// looks identifies a version of a file.
 type looks struct {
 	Size     uint64      `json:"size"`
 	Modified uint32      `json:"modified"`
@@ -155,7 +154,7 @@ func (c *change) Read(ctx context.Context) (was []byte, same bool, err error) {
 			return nil, false, fmt.Errorf("%s on %s: %w", f.path, c.Host, err)
 		}
 		if other := slices.IndexFunc(c.files, func(o *file) bool { return o != f && o.at == f.at }); other >= 0 {
-			return nil, false, fmt.Errorf("%s and %s lead to the same file on %s, %s", c.files[other].path, f.path, c.Host, f.at)
+			return nil, false, fmt.Errorf("%s and %s are the same file on %s, %s", c.files[other].path, f.path, c.Host, f.at)
 		}
 		entry := saved{Role: f.role, At: f.at, New: digest(f.data)}
 		if f.now != nil {
@@ -172,31 +171,30 @@ func (c *change) Read(ctx context.Context) (was []byte, same bool, err error) {
 	return was, same, err
 }
 
-// within bounds what a server that answers just in time, without an end, can make
-// of one step.
+// within bounds one step, in case a server answers every request just before its timeout.
 func (c *change) within(ctx context.Context) (context.Context, context.CancelFunc) {
 	limit := maxSlow * c.timeout()
 	return context.WithTimeoutCause(ctx, limit, fmt.Errorf("%s is too slow: not done after %v", c.Host, limit))
 }
 
-// look finds out what is at the destination, and what has to be there.
+// look sets the current state of the destination in f, and the wanted mode and owner.
 func (c *change) look(ctx context.Context, s *session, f *file) (err error) {
 	f.now, f.sum, f.owner, f.same = nil, "", nil, false
 	if err := c.resolvePath(ctx, s, f); err != nil {
 		return err
 	}
 	if why := policy.Fatal(f.at); why != "" && !c.local[f.path] {
-		return fmt.Errorf("%s is refused because it is in, or is, %s: to allow it all the same, name the path in the target's overlay", f.at, why)
+		return fmt.Errorf("%s is refused because it is, or is in, %s: to allow it anyway, set the path in the target's overlay", f.at, why)
 	}
 	dir, err := s.Lstat(ctx, path.Dir(f.at))
 	if errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("there is no directory %s", path.Dir(f.at))
+		return fmt.Errorf("the directory %s does not exist", path.Dir(f.at))
 	}
 	if err != nil {
 		return fmt.Errorf("directory %s: %w", path.Dir(f.at), err)
 	}
 	if dir.Mode.Perm()&0o002 != 0 && dir.Mode&fs.ModeSticky == 0 {
-		return fmt.Errorf("every user there can write directory %s: chmod o-w", path.Dir(f.at))
+		return fmt.Errorf("every user on the server can write to directory %s: chmod o-w", path.Dir(f.at))
 	}
 	now, err := s.Lstat(ctx, f.at)
 	switch {
@@ -208,9 +206,9 @@ func (c *change) look(ctx context.Context, s *session, f *file) (err error) {
 	default:
 		f.now = &now
 	}
-	// What others could have put there says nothing on who may have the key.
-	ours := !f.secret() || dir.UID == 0 && dir.Mode.Perm()&0o022 == 0 || dir.Mode.Perm()&0o077 == 0
-	if err := c.want(ctx, s, f, ours); err != nil {
+	// Keep the mode and owner of a key file only if no other user can have put it there.
+	trusted := !f.secret() || dir.UID == 0 && dir.Mode.Perm()&0o022 == 0 || dir.Mode.Perm()&0o077 == 0
+	if err := c.want(ctx, s, f, trusted); err != nil {
 		return err
 	}
 	if f.now == nil {
@@ -221,29 +219,29 @@ func (c *change) look(ctx context.Context, s *session, f *file) (err error) {
 	return err
 }
 
-// resolvePath finds out where the destination is: a symlink is followed.
+// resolvePath sets f.at. It follows symlinks.
 func (c *change) resolvePath(ctx context.Context, s *session, f *file) (err error) {
-	if f.at, err = s.RealPath(ctx, f.path); errors.Is(err, fs.ErrNotExist) { // older servers want the file to be there
+	if f.at, err = s.RealPath(ctx, f.path); errors.Is(err, fs.ErrNotExist) { // older servers require that the file exists
 		if f.at, err = s.RealPath(ctx, path.Dir(f.path)); errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("there is no directory %s", path.Dir(f.path))
+			return fmt.Errorf("the directory %s does not exist", path.Dir(f.path))
 		} else if err != nil {
 			return err
 		}
 		f.at = path.Join(f.at, path.Base(f.path))
 	}
 	if err == nil && (!path.IsAbs(f.at) || path.Clean(f.at) != f.at || printable.Line(f.at, maxPath) != f.at) {
-		err = fmt.Errorf("the server says that it leads to %.200q, which is no path", f.at)
+		err = fmt.Errorf("the server resolves it to %.200q, which is not a valid path", f.at)
 	}
 	return err
 }
 
-// has reports whether a file of this user and group is as it has to be.
+// has reports whether the account includes this user and group.
 func (a *account) has(uid, gid uint32) bool {
 	return (a.uid == nil || *a.uid == uid) && (a.gid == nil || *a.gid == gid)
 }
 
-// want decides on mode and owner: as configured, else as the file there has
-// them, if keep says so, else the default.
+// want sets the wanted mode and owner: the configured ones, else those of the existing file if keep is
+// set, else the default.
 func (c *change) want(ctx context.Context, s *session, f *file, keep bool) (err error) {
 	f.mode, f.owner = 0o644, new(account)
 	if f.secret() {
@@ -272,14 +270,14 @@ func (c *change) want(ctx context.Context, s *session, f *file, keep bool) (err 
 	return nil
 }
 
-// number is that of an account, by one of the databases there.
+// number returns the number of a user or group from the server's database.
 func number(ctx context.Context, s *session, database, name string) (*uint32, error) {
 	if n, err := strconv.ParseUint(name, 10, 31); err == nil {
 		return new(uint32(n)), nil
 	}
 	data, err := read(ctx, s, database)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w: give its number", database, err)
+		return nil, fmt.Errorf("%s: %w: configure its number", database, err)
 	}
 	for line := range strings.Lines(string(data)) {
 		fields := strings.Split(strings.TrimSpace(line), ":")
@@ -290,7 +288,7 @@ func number(ctx context.Context, s *session, database, name string) (*uint32, er
 			return new(uint32(n)), nil
 		}
 	}
-	return nil, fmt.Errorf("%q is not in %s there: give its number", name, database)
+	return nil, fmt.Errorf("%q is not in %s on the server: configure its number", name, database)
 }
 
 // read reads a public file.
@@ -306,8 +304,8 @@ func read(ctx context.Context, s *session, path string) (data []byte, err error)
 	return data, cmp.Or(err, file.Close(ctx))
 }
 
-// compare reports whether the file there has the content that it should have. A
-// file of something else is refused: it is not this target's to replace.
+// compare reports whether the existing file already has the new content. It returns an error if the
+// file is of another kind, which must not be replaced.
 func (c *change) compare(ctx context.Context, s *session, f *file) (equal bool, err error) {
 	if f.secret() {
 		return c.compareKey(ctx, s, f)
@@ -321,7 +319,7 @@ func (c *change) compare(ctx context.Context, s *session, f *file) (equal bool, 
 	case bytes.Equal(data, f.data):
 		return true, nil
 	case pemutil.HoldsPrivateKey(data):
-		return false, errors.New("the file that is there holds a private key, and the new one would not: configure a file of its own for the certificate")
+		return false, errors.New("the existing file holds a private key, but the new one would not: configure a separate file for the certificate")
 	case !content.Certificates && len(bytes.TrimSpace(data)) > 0 && !c.common.ReplaceAny:
 		return false, c.foreign("no certificate")
 	}
@@ -329,28 +327,27 @@ func (c *change) compare(ctx context.Context, s *session, f *file) (equal bool, 
 }
 
 func (c *change) foreign(what string) error {
-	return fmt.Errorf(`the file that is there holds %s, so it is not replaced: correct the path, or remove the file, or put {"replace_any_file": true} into %s.json of CERTCTL_TARGETS_DIR`, what, c.id)
+	return fmt.Errorf(`the existing file holds %s, so it is not replaced: correct the path, remove the file, or put {"replace_any_file": true} into %s.json in CERTCTL_TARGETS_DIR`, what, c.id)
 }
 
-// compareKey compares a key without taking it from its host: of one that is not
-// ours, nothing is read behind the first bytes that differ. Keys in the same form
-// begin alike, up to bytes that are random.
+// compareKey compares a key without copying another key from the server: it stops reading at the first
+// bytes that differ. Keys in the same format differ where their random bytes start.
 func (c *change) compareKey(ctx context.Context, s *session, f *file) (equal bool, err error) {
 	file, err := s.OpenToRead(ctx, f.at)
 	if errors.Is(err, fs.ErrPermission) {
-		return false, nil // replacing it takes no right to read it
+		return false, nil // replacing it does not need permission to read it
 	}
 	if err != nil {
 		return false, err
 	}
 	defer func() { err = cmp.Or(err, file.Close(ctx)) }()
 	const certificate, armour = "-----BEGIN CERTIFICATE-----", "-----BEGIN "
-	head, err := file.Read(ctx, 0, len(certificate)) // not longer than the first line of any key
+	head, err := file.Read(ctx, 0, len(certificate)) // at most as long as the first line of any key
 	switch {
 	case err != nil:
 		return false, err
 	case string(head) == certificate:
-		return false, errors.New("the file that is there begins with a certificate, and the new one would hold the key alone: configure a file of its own for the key")
+		return false, errors.New("the existing file starts with a certificate, but the new one would hold only the key: configure a separate file for the key")
 	case len(bytes.TrimSpace(head)) > 0 && !bytes.HasPrefix(head, []byte(armour)) && !bytes.HasPrefix(head, []byte("Bag Attributes")) && !c.common.ReplaceAny:
 		return false, c.foreign("no key as PEM")
 	case f.now.Size != uint64(len(f.data)) || !bytes.HasPrefix(f.data, head):
@@ -359,7 +356,7 @@ func (c *change) compareKey(ctx context.Context, s *session, f *file) (equal boo
 	for at := len(head); at < len(f.data); {
 		size := keyStep
 		if at > keySteps {
-			size = len(f.data) - at // a key that is alike so far is this one
+			size = len(f.data) - at // it is the same key
 		}
 		got, err := file.Read(ctx, int64(at), min(size, len(f.data)-at))
 		if err != nil || len(got) == 0 || !bytes.HasPrefix(f.data[at:], got) {
@@ -370,16 +367,16 @@ func (c *change) compareKey(ctx context.Context, s *session, f *file) (equal boo
 	return true, nil
 }
 
-// Names of ours begin with the mark of the target. Behind it is the leaf's
-// fingerprint, the role, and something random: a request that a dead connection
-// still delivers must not meet a file of the next.
+// Names of temporary files and copies start with the mark of the target, followed by the leaf's
+// fingerprint, the role and random characters. They are random because the server may still process a
+// request of a lost connection, which must not affect files of the next one.
 const (
 	markPrefix = ".certctl-"
 	newSuffix  = ".new"
 	oldSuffix  = ".old"
 )
 
-// ourName is what a name of ours is made of.
+// ourName matches names of temporary files and copies.
 var ourName = lazyregexp.New(`^\.certctl-[A-Za-z0-9.-]{1,80}$`)
 
 func (c *change) mark() string { return markPrefix + digest([]byte(c.id))[:12] + "-" }
@@ -388,7 +385,7 @@ func (c *change) name(f *file, suffix string) string {
 	return path.Join(path.Dir(f.at), c.mark()+c.leaf[:12]+"-"+f.role+"-"+rand.Text()[:8]+suffix)
 }
 
-// ours lists the files with our mark in the directories of ats, by path.
+// ours returns the paths of the files with our mark in the directories of ats.
 func (c *change) ours(ctx context.Context, s *session, ats []string, keep func(name string) bool) (paths []string, err error) {
 	var dirs []string
 	for _, at := range ats {
@@ -415,9 +412,9 @@ func (c *change) ours(ctx context.Context, s *session, ats []string, keep func(n
 	return paths, nil
 }
 
-// sweep removes the files with our mark for which which says true.
-func (c *change) sweep(ctx context.Context, s *session, ats []string, which func(name string) bool) error {
-	paths, err := c.ours(ctx, s, ats, which)
+// sweep removes the files with our mark whose name matches.
+func (c *change) sweep(ctx context.Context, s *session, ats []string, match func(name string) bool) error {
+	paths, err := c.ours(ctx, s, ats, match)
 	if err != nil {
 		return err
 	}
@@ -458,7 +455,7 @@ func (c *change) Write(ctx context.Context) error {
 func (c *change) replace(ctx context.Context, s *session) error {
 	ctx, cancel := c.within(ctx)
 	defer cancel()
-	// What a killed run staged holds a key.
+	// Files that a killed run staged may hold a key.
 	if err := c.sweep(ctx, s, c.ats(), isNew); err != nil {
 		return err
 	}
@@ -486,8 +483,8 @@ func (c *change) replace(ctx context.Context, s *session) error {
 			continue
 		}
 		if f.now != nil && !linked[f] {
-			// The file system has no hard links, or the file is another user's
-			// (protected_hardlinks): for a moment there is no file.
+			// The file system has no hard links, or another user owns the file
+			// (protected_hardlinks). With a rename, the file is missing for a moment.
 			if err := s.Rename(ctx, f.at, c.name(f, oldSuffix)); err != nil {
 				return fmt.Errorf("keep %s on %s: %w", f.at, c.Host, err)
 			}
@@ -499,7 +496,7 @@ func (c *change) replace(ctx context.Context, s *session) error {
 	return nil
 }
 
-// stage writes a file under a name of ours.
+// stage writes the new content of f to a temporary file.
 func (c *change) stage(ctx context.Context, s *session, f *file, name string) (err error) {
 	file, err := s.Create(ctx, name, 0o600)
 	if err != nil {
@@ -519,7 +516,7 @@ func (c *change) stage(ctx context.Context, s *session, f *file, name string) (e
 			gid = *f.owner.gid
 		}
 		if err := file.Chown(ctx, uid, gid); err != nil {
-			return fmt.Errorf("give it to user %d and group %d, as %s has it or the configuration says: %w: only root can give files away; set %s_owner and %s_group to what %s can give",
+			return fmt.Errorf("chown it to user %d and group %d, like %s or as configured: %w: only root can do this; set %s_owner and %s_group to values that %s may set",
 				uid, gid, f.at, err, f.role, f.role, c.User)
 		}
 	}
@@ -530,7 +527,7 @@ func (c *change) stage(ctx context.Context, s *session, f *file, name string) (e
 		return err
 	}
 	if f.now != nil && made.Modified <= f.now.Modified {
-		// By its time the new key can be told from the old one.
+		// Restore tells the new key file from the old one by its time.
 		if err := file.SetModified(ctx, f.now.Modified+1); err != nil {
 			return err
 		}
@@ -546,14 +543,14 @@ func (c *change) Restore(ctx context.Context, was []byte) error {
 	var m manifest
 	if was != nil {
 		if err := json.Unmarshal(was, &m); err != nil {
-			return fmt.Errorf("what was saved is damaged: %w", err)
+			return fmt.Errorf("cannot read the saved state: %w", err)
 		}
 	}
 	return c.persist(ctx, func(ctx context.Context, s *session) error { return c.restore(ctx, s, m, was == nil) })
 }
 
-// persist does what must not be left half done. A connection that is lost is made
-// again: the server may be restarting.
+// persist calls do until it succeeds or fails permanently. It reconnects if the connection is lost,
+// since the server may be restarting.
 func (c *change) persist(ctx context.Context, do func(context.Context, *session) error) error {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
@@ -575,7 +572,7 @@ func (c *change) persist(ctx context.Context, do func(context.Context, *session)
 
 func (c *change) restore(ctx context.Context, s *session, m manifest, fresh bool) error {
 	if fresh {
-		m.Files = nil // of a try before
+		m.Files = nil // from an earlier try
 		for _, f := range c.files {
 			if err := c.resolvePath(ctx, s, f); err != nil {
 				return fmt.Errorf("%s on %s: %w", f.path, c.Host, err)
@@ -587,19 +584,17 @@ func (c *change) restore(ctx context.Context, s *session, m manifest, fresh bool
 	for _, old := range m.Files {
 		ats = append(ats, old.At)
 	}
-	// First of all: a rename that a dead connection still delivers finds nothing
-	// to rename.
+	// Do this first, so that a pending rename of a lost connection finds no file.
 	if err := c.sweep(ctx, s, ats, isNew); err != nil {
 		return err
 	}
-	// The files belong together: beside a certificate of someone else's, the old
-	// key is as wrong as the new one.
+	// The files belong together: neither the old nor the new key matches someone else's certificate.
 	now := make([]*looks, len(m.Files))
 	var errs []error
 	for i, old := range m.Files {
 		var err error
 		if now[i], err = c.looksNow(ctx, s, old.At, old.Role == roleKey); err == nil && c.isForeign(old, now[i], fresh) {
-			err = errors.New("someone else has changed it since, so it stays as it is, and what belongs to it")
+			err = errors.New("someone else has changed it since, so it and the files that belong to it were left alone")
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s on %s: %w", old.At, c.Host, err))
@@ -614,13 +609,12 @@ func (c *change) restore(ctx context.Context, s *session, m manifest, fresh bool
 		}
 	}
 	if len(errs) > 0 {
-		return errors.Join(errs...) // and the copies stay
+		return errors.Join(errs...) // keep the copies
 	}
 	return c.sweep(ctx, s, ats, isAny)
 }
 
-// isForeign reports whether a public file is neither what was there nor what a
-// deployment put there.
+// isForeign reports whether a public file is neither the old one nor written by a deployment.
 func (c *change) isForeign(old saved, now *looks, fresh bool) bool {
 	return now != nil && now.SHA256 != "" && !fresh && now.SHA256 != old.New && !c.wants(now.SHA256) && (old.Old == nil || *now != *old.Old)
 }
@@ -647,16 +641,15 @@ func (c *change) restoreFile(ctx context.Context, s *session, old saved, now *lo
 			return s.Rename(ctx, copy, old.At)
 		}
 	}
-	return fmt.Errorf("the copy of it that was kept there, %s…%s, is gone", c.mark(), oldSuffix)
+	return fmt.Errorf("its copy on the server, %s…%s, is missing", c.mark(), oldSuffix)
 }
 
-// wants reports whether a public file with this digest is what this deployment
-// would put there.
+// wants reports whether this deployment writes a file with this digest.
 func (c *change) wants(sum string) bool {
 	return slices.ContainsFunc(c.files, func(f *file) bool { return digest(f.data) == sum })
 }
 
-// looksNow describes a file, nil if there is none.
+// looksNow returns the current version of a file, or nil if it does not exist.
 func (c *change) looksNow(ctx context.Context, s *session, path string, secret bool) (*looks, error) {
 	attrs, err := s.Lstat(ctx, path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -666,7 +659,7 @@ func (c *change) looksNow(ctx context.Context, s *session, path string, secret b
 		return nil, err
 	}
 	if !attrs.Mode.IsRegular() {
-		return nil, errors.New("somebody has put something else in its place")
+		return nil, errors.New("it is not a regular file any more")
 	}
 	sum := ""
 	if !secret {

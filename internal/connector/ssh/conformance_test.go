@@ -35,7 +35,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// sftpServer finds OpenSSH's.
+// sftpServer returns the path of OpenSSH's sftp-server.
 func sftpServer(t testing.TB) string {
 	t.Helper()
 	for _, path := range []string{"/usr/lib/openssh/sftp-server", "/usr/libexec/openssh/sftp-server", "/usr/libexec/sftp-server", "/usr/lib/ssh/sftp-server"} {
@@ -47,7 +47,7 @@ func sftpServer(t testing.TB) string {
 	return ""
 }
 
-// pipe is a process by its streams.
+// pipe is a process with its streams.
 type pipe struct {
 	io.Reader
 	io.WriteCloser
@@ -63,8 +63,8 @@ func (p *pipe) Close() error {
 	return nil
 }
 
-// local is the type, with OpenSSH's real SFTP server on this host and no ssh in
-// between. Wrap may stand in between.
+// local returns the type with OpenSSH's real SFTP server on this host, without ssh in
+// between. Wrap can wrap the connection.
 func local(t testing.TB, wrap func(io.ReadWriteCloser) io.ReadWriteCloser) connector.Type {
 	server := sftpServer(t)
 	typ := Type()
@@ -108,7 +108,7 @@ func local(t testing.TB, wrap func(io.ReadWriteCloser) io.ReadWriteCloser) conne
 	return typ
 }
 
-// elsewhere is the directory of the other host for each directory of the suite.
+// elsewhere maps each directory of the suite to a directory of the other host.
 type elsewhere struct {
 	t    *testing.T
 	base string
@@ -136,7 +136,7 @@ func (e *elsewhere) of(dir string) string {
 	return actual.(string)
 }
 
-// stateOf is what is in a directory: content, and mode and owner.
+// stateOf returns the files of a directory with mode and owner.
 func stateOf(dir string) map[string]string {
 	state := make(map[string]string)
 	entries, err := os.ReadDir(dir)
@@ -179,7 +179,7 @@ func TestConformance(t *testing.T) {
 	})
 }
 
-// attributed names attributes as the suite does.
+// attributed names attributes like the suite.
 func attributed(state map[string]string) map[string]string {
 	named := make(map[string]string)
 	for name, value := range state {

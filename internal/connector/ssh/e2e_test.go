@@ -17,7 +17,7 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-// login is a host, and configurations of it that log in or do not.
+// login is a server with configurations that can or cannot log in.
 type login struct {
 	*conformance.Host
 	t      *testing.T
@@ -26,12 +26,12 @@ type login struct {
 }
 
 func newLogin(t *testing.T, s *server) *login {
-	shortTemp(t) // where what a connection leaves is looked for
+	shortTemp(t) // leftovers of connections are checked there
 	return &login{Host: conformance.NewHost(t, conformance.RunCommand), t: t, ca: testca.Must(t), server: s}
 }
 
-// deploy deploys with changes to the configuration, key and value in turn; nil
-// takes a key away. The path of the private key comes from the overlay.
+// deploy deploys with changes to the configuration, alternately keys and values; nil
+// removes a key. The path of the private key is in the overlay.
 func (l *login) deploy(changes ...any) error {
 	l.t.Helper()
 	config := l.server.config()
@@ -52,7 +52,7 @@ func (l *login) deploy(changes ...any) error {
 	return err
 }
 
-// overlay sets a key in the target's overlay; nil takes it away.
+// overlay sets a key in the target's overlay; nil removes it.
 func (l *login) overlay(key string, value any) {
 	l.t.Helper()
 	path := filepath.Join(l.Overlays, conformance.TargetID+".json")
@@ -93,8 +93,8 @@ func find(changes []any, key string) (any, bool) {
 	return nil, false
 }
 
-// refuses fails the test unless the deployment fails for a reason with says in
-// it, and leaves everything as it was.
+// refuses fails the test unless the deployment fails with an error that contains
+// says, and changes nothing.
 func (l *login) refuses(says string, changes ...any) {
 	l.t.Helper()
 	before := stateOf(l.server.certs)
@@ -117,7 +117,7 @@ func TestOpenSSH(t *testing.T) {
 	})
 }
 
-// TestHangs: the network falls silent in the middle of a deployment, and only
+// TestHangs: the network stops in the middle of a deployment, but only
 // that connection is lost.
 func TestHangs(t *testing.T) {
 	l := newLogin(t, openssh(t))
@@ -147,26 +147,26 @@ func TestHangs(t *testing.T) {
 	}
 }
 
-// TestSaysWhy: what is wrong with a server is said in words.
+// TestSaysWhy: errors explain problems of the server.
 func TestSaysWhy(t *testing.T) {
 	l := newLogin(t, openssh(t))
 	l.refuses("only letters, digits", "reload_command", "sh -c $HOME")
 	l.refuses("refuses the private key", "private_key_path", keygen(t, filepath.Join(l.server.dir, "other"), "-t", "ed25519"))
 	l.refuses("no such file", "private_key_path", filepath.Join(l.server.dir, "none"))
 	l.refuses("refused", "port", needs.FreePort(t))
-	l.refuses("there is no directory", "cert_path", filepath.Join(l.server.dir, "none", "cert.pem"))
+	l.refuses("does not exist", "cert_path", filepath.Join(l.server.dir, "none", "cert.pem"))
 	l.Policy.Hosts = []policy.HostRule{}
 	l.refuses("CERTCTL_ALLOWED_HOSTS", "host", "192.0.2.9")
 	forced := newServer(t)
 	forced.start(t, "ForceCommand "+sftpServer(t))
 	l = newLogin(t, forced)
 	l.works("reload_command", nil)
-	l.refuses("runs no commands", "reload_command", "true")
-	l.refuses("runs no commands", "validate_command", "true", "reload_command", nil)
+	l.refuses("cannot run commands", "reload_command", "true")
+	l.refuses("cannot run commands", "validate_command", "true", "reload_command", nil)
 	bare := newServer(t)
 	bare.start(t, "Subsystem none /bin/false")
 	newLogin(t, bare).refuses("has no SFTP")
 	noisy := newServer(t)
 	noisy.start(t, "ForceCommand echo Welcome to the machine")
-	newLogin(t, noisy).refuses("start-up files must print nothing")
+	newLogin(t, noisy).refuses("startup files must not print anything")
 }

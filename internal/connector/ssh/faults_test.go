@@ -18,21 +18,21 @@ import (
 	"certctl-agent/internal/transaction"
 )
 
-// dying is a connection that is lost at a request: each is one Write.
+// dying is a connection that is lost at a request. Each request is one Write.
 type dying struct {
 	io.ReadWriteCloser
 	left      *atomic.Int32 // requests until then
-	delivered bool          // the last one arrives, and its answer does not
+	delivered bool          // the last request arrives, but its answer does not
 }
 
 func (d *dying) Write(data []byte) (int, error) {
-	const reads, readsDir = 5, 12 // of which there are many, all alike
+	const reads, readsDir = 5, 12 // packet types of reads, which are frequent and similar
 	if kind := data[4]; kind != reads && kind != readsDir && d.left.Add(-1) == 0 {
 		if d.delivered {
 			if _, err := d.ReadWriteCloser.Write(data); err != nil {
 				return 0, err
 			}
-			// The answer shows that it has been served.
+			// The answer shows that the request was processed.
 			if _, err := io.ReadFull(d.ReadWriteCloser, make([]byte, 5)); err != nil {
 				return 0, err
 			}
@@ -43,7 +43,7 @@ func (d *dying) Write(data []byte) (int, error) {
 	return d.ReadWriteCloser.Write(data)
 }
 
-// there is a host whose other host is a directory.
+// there is a host whose remote host is a directory.
 type there struct {
 	*conformance.Host
 	t   *testing.T
@@ -70,14 +70,14 @@ func (h *there) deploy(typ connector.Type, m *connector.Material) error {
 	return err
 }
 
-// state is what is there, but for times.
+// state returns the remote files without times.
 func (h *there) state() map[string]string {
 	state := stateOf(h.dir)
 	maps.DeleteFunc(state, func(name, _ string) bool { return strings.HasSuffix(name, conformance.Written) })
 	return state
 }
 
-// holds fails the test unless exactly m is there.
+// holds fails the test unless the remote files are exactly m.
 func (h *there) holds(m *connector.Material) {
 	h.t.Helper()
 	checkFiles(h.t, h.dir, "cert.pem", "chain.pem", "key.pem")
@@ -88,7 +88,7 @@ func (h *there) holds(m *connector.Material) {
 
 var errDown = errors.New("the server is down")
 
-// gone has connections fail for as long as down says so.
+// gone makes connections fail while down returns true.
 func gone(typ connector.Type, down *atomic.Bool) connector.Type {
 	made := typ.New
 	typ.New = func(c *targetconf.Config, host connector.Host) (connector.Connector, error) {
@@ -107,9 +107,9 @@ func gone(typ connector.Type, down *atomic.Bool) connector.Type {
 	return typ
 }
 
-// TestServerDies: a server dies at each request of a deployment in turn, before
-// it has served it or after. If it comes back, everything is as it was when the
-// job has ended, or all new. If it does not, the next job makes it so.
+// TestServerDies: the server dies at each request of a deployment in turn, before
+// or after processing it. If it comes back, everything is old or new when the
+// job ends. If it does not, the next job repairs it.
 func TestServerDies(t *testing.T) {
 	for _, renewal := range []bool{false, true} {
 		for _, delivered := range []bool{false, true} {
@@ -129,7 +129,7 @@ func TestServerDies(t *testing.T) {
 	}
 }
 
-// dieAt has the server die at the nth request. It reports whether the deployment
+// dieAt makes the server die at the nth request. It reports whether the deployment
 // has fewer.
 func dieAt(t *testing.T, n int, renewal, delivered, returns bool) (last bool) {
 	h := newThere(t)
@@ -162,7 +162,7 @@ func dieAt(t *testing.T, n int, renewal, delivered, returns bool) (last bool) {
 	died := left.Load() <= 0
 	_, broken := errors.AsType[*transaction.BrokenError](err)
 	switch {
-	case err == nil && returns: // nothing happened, or in the very end
+	case err == nil && returns: // the server did not die, or only at the end
 		h.holds(m)
 	case err == nil && !died:
 		h.holds(m)
@@ -180,7 +180,7 @@ func dieAt(t *testing.T, n int, renewal, delivered, returns bool) (last bool) {
 	return !died
 }
 
-// TestForeignFiles: what is not this target's is not replaced.
+// TestForeignFiles: other kinds of files are not replaced.
 func TestForeignFiles(t *testing.T) {
 	typ := local(t, nil)
 	for _, test := range []struct {
@@ -190,7 +190,7 @@ func TestForeignFiles(t *testing.T) {
 		{"no certificate", "cert.pem", "root:x:0:0:root:/root:/bin/bash\n", "holds no certificate"},
 		{"a key in place of the certificate", "cert.pem", "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIJ+DYvh6SEqVTm50DFtMDoQikTmiCqirVv9mWG9qfSnF\n-----END PRIVATE KEY-----\n", "holds a private key"},
 		{"no key", "key.pem", "[client]\npassword=x\n", "holds no key"},
-		{"a certificate in place of the key", "key.pem", "-----BEGIN CERTIFICATE-----\n", "begins with a certificate"},
+		{"a certificate in place of the key", "key.pem", "-----BEGIN CERTIFICATE-----\n", "starts with a certificate"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			h := newThere(t)
@@ -210,8 +210,8 @@ func TestForeignFiles(t *testing.T) {
 	}
 }
 
-// TestSomebodyElse: who has put a pair of their own there meanwhile keeps all of
-// it.
+// TestSomebodyElse: if someone else installs a pair meanwhile, all of it
+// stays.
 func TestSomebodyElse(t *testing.T) {
 	h := newThere(t)
 	must(t, h.deploy(local(t, nil), h.Material(t, h.ca)))
@@ -242,7 +242,7 @@ func TestWhereFilesGo(t *testing.T) {
 		for _, name := range []string{"cert.pem", "key.pem", "chain.pem"} {
 			must(t, os.Symlink(filepath.Join(archive, name), filepath.Join(h.dir, name)))
 		}
-		for range 2 { // the first makes the files
+		for range 2 { // the first one creates the files
 			m := h.Material(t, h.ca)
 			must(t, h.deploy(typ, m))
 			h.holds(m)
@@ -258,11 +258,11 @@ func TestWhereFilesGo(t *testing.T) {
 		says   string
 	}{
 		{"a directory", func(t *testing.T, h *there) { must(t, os.Mkdir(filepath.Join(h.dir, "key.pem"), 0o700)) }, "is not a regular file"},
-		{"no directory", func(t *testing.T, h *there) { must(t, os.Remove(h.dir)) }, "there is no directory"},
+		{"no directory", func(t *testing.T, h *there) { must(t, os.Remove(h.dir)) }, "does not exist"},
 		{"a directory of everybody", func(t *testing.T, h *there) { must(t, os.Chmod(h.dir, 0o777)) }, "chmod o-w"},
 		{"two names of one file", func(t *testing.T, h *there) {
 			must(t, os.Symlink("key.pem", filepath.Join(h.dir, "cert.pem")))
-		}, "lead to the same file"},
+		}, "are the same file"},
 		{"a vital place", func(t *testing.T, h *there) {
 			must(t, os.Symlink("/etc/cron.d/www", filepath.Join(h.dir, "cert.pem")))
 		}, "/etc/cron.d/www is refused"},

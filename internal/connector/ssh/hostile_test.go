@@ -15,7 +15,7 @@ import (
 	"certctl-agent/internal/targetconf"
 )
 
-// A hostile server answers each kind of request as it likes.
+// A hostile server returns arbitrary answers to each kind of request.
 type hostile map[byte]func(body []byte) (kind byte, answer string)
 
 // Types of packets.
@@ -35,7 +35,7 @@ func status(code int, message string) (byte, string) {
 	return isStatus, number32(code) + field(message) + field("")
 }
 
-// typ is the type, with the hostile server in the place of ssh.
+// typ returns the type with the hostile server instead of ssh.
 func (h hostile) typ(t *testing.T) connector.Type {
 	typ := Type()
 	typ.New = func(c *targetconf.Config, host connector.Host) (connector.Connector, error) {
@@ -84,8 +84,8 @@ func (h hostile) serve(conn net.Conn) {
 	}
 }
 
-// says fails the test unless a deployment ends with an error that has says in it,
-// and that can be shown.
+// says fails the test unless a deployment fails with a printable error that contains
+// says.
 func (h hostile) says(t *testing.T, says string) {
 	t.Helper()
 	there := newThere(t)
@@ -106,8 +106,8 @@ func resolves(path string) func([]byte) (byte, string) {
 	}
 }
 
-// TestHostile: a server's answers cost neither memory nor time without a bound,
-// and do not reach a terminal as they are.
+// TestHostile: the memory and time for a server's answers are bounded, and
+// control characters are not printed.
 func TestHostile(t *testing.T) {
 	describes := func(body []byte) (byte, string) {
 		if strings.HasSuffix(string(body), ".pem") {
@@ -118,10 +118,10 @@ func TestHostile(t *testing.T) {
 	opens := func([]byte) (byte, string) { return isHandle, field("h") }
 	done := func([]byte) (byte, string) { return status(0, "") }
 	t.Run("a path with escapes", func(t *testing.T) {
-		hostile{isRealPath: resolves("/x\x1b[2J\n/cert.pem")}.says(t, "which is no path")
+		hostile{isRealPath: resolves("/x\x1b[2J\n/cert.pem")}.says(t, "which is not a valid path")
 	})
 	t.Run("a long path", func(t *testing.T) {
-		hostile{isRealPath: resolves("/" + strings.Repeat("x", 100_000))}.says(t, "which is no path")
+		hostile{isRealPath: resolves("/" + strings.Repeat("x", 100_000))}.says(t, "which is not a valid path")
 	})
 	t.Run("a message with escapes", func(t *testing.T) {
 		hostile{isRealPath: func([]byte) (byte, string) { return status(4, strings.Repeat("\x1b[2J\n", 10_000)) }}.says(t, "�[2J")

@@ -25,7 +25,7 @@ type hostKey struct {
 	data string // base64
 }
 
-// fingerprint is the form in which ssh shows a key.
+// fingerprint returns the key's fingerprint in ssh's format.
 func (k hostKey) fingerprint() string {
 	blob, err := base64.StdEncoding.DecodeString(k.data)
 	if err != nil {
@@ -35,11 +35,10 @@ func (k hostKey) fingerprint() string {
 	return "SHA256:" + base64.RawStdEncoding.EncodeToString(sum[:])
 }
 
-// line is the key in a file of known hosts (sshd(8), SSH_KNOWN_HOSTS FILE
-// FORMAT).
+// line returns the key as a line of a known_hosts file (sshd(8), SSH_KNOWN_HOSTS FILE FORMAT).
 func (k hostKey) line(alias string) string { return alias + " " + k.kind + " " + k.data }
 
-// parseHostKeys takes lines of a .pub file, of ssh-keyscan or of known_hosts.
+// parseHostKeys parses lines of a .pub file, of ssh-keyscan or of a known_hosts file.
 func parseHostKeys(text string) (keys []hostKey, err error) {
 	for line := range strings.Lines(text) {
 		fields := strings.Fields(line)
@@ -48,17 +47,17 @@ func parseHostKeys(text string) (keys []hostKey, err error) {
 		}
 		i := slices.IndexFunc(fields, func(field string) bool { return keyType(field) != "" })
 		if i != 1 && i != 2 || keyType(fields[i]) != fields[i-1] {
-			return nil, errors.New("expected the server's public key as one line, such as /etc/ssh/ssh_host_ed25519_key.pub there holds: ssh-ed25519 AAAA…")
+			return nil, errors.New("expected the server's public key on one line, as in its /etc/ssh/ssh_host_ed25519_key.pub: ssh-ed25519 AAAA…")
 		}
 		keys = append(keys, hostKey{fields[i-1], fields[i]})
 	}
 	if len(keys) == 0 {
-		return nil, errors.New("there is no public key in it")
+		return nil, errors.New("it contains no public key")
 	}
 	return keys, nil
 }
 
-// keyType is the type that a key says to be of, "" if it is none.
+// keyType returns the type in an encoded public key, or "" if text is not one.
 func keyType(text string) string {
 	blob, err := base64.StdEncoding.DecodeString(text)
 	if err != nil || len(blob) < 4 {
@@ -71,7 +70,7 @@ func keyType(text string) string {
 	return string(blob[4 : 4+size])
 }
 
-// What is wrong with a server's key.
+// hostKeyProblem is a problem with a server's key.
 type hostKeyProblem int
 
 const (
@@ -90,7 +89,7 @@ func hostKeyProblemOf(text string) hostKeyProblem {
 	return hostKeyFine
 }
 
-// remembered is the file of the keys that this agent accepted by itself.
+// remembered is the file of the keys that this agent trusted on first use.
 const remembered = "ssh_known_hosts"
 
 func (t *target) rememberedPath() string {
@@ -100,8 +99,8 @@ func (t *target) rememberedPath() string {
 	return filepath.Join(t.host.StateDir, remembered)
 }
 
-// writeKnownHosts writes the keys that count into the private directory. Those
-// of the agent's user ssh finds itself.
+// writeKnownHosts writes the trusted keys to the private directory. ssh itself finds those of the
+// agent's user.
 func (d *directory) writeKnownHosts(root *os.Root) error {
 	var known bytes.Buffer
 	switch {
@@ -125,7 +124,7 @@ func (d *directory) writeKnownHosts(root *os.Root) error {
 	return root.WriteFile(knownFile, known.Bytes(), 0o600)
 }
 
-// pinned reports whether the configuration says which keys count.
+// pinned reports whether the configuration determines the trusted keys.
 func (d *directory) pinned() bool { return d.KnownHosts != "" || len(d.keys) > 0 }
 
 func (d *directory) knownHostsOptions() []string {
@@ -138,30 +137,29 @@ func (d *directory) knownHostsOptions() []string {
 	}
 }
 
-// unknown is asked when the server's key is not known, or another one is. It
-// remembers a key where this host allows that; else the error has what a person
-// needs to decide.
+// unknown handles a server key that is unknown or has changed. It remembers an unknown key if this host
+// allows that. Otherwise the error has all that a person needs to decide.
 func (d *directory) unknown(ctx context.Context, program string, address netip.Addr, login *loginError) error {
 	key, alias, err := d.offered(ctx, program, address)
 	if err != nil {
-		return fmt.Errorf("%s; and its key could not be had: %w", login.said, err)
+		return fmt.Errorf("%s; getting its key failed too: %w", login.output, err)
 	}
-	e := &loginError{said: login.said, hostKey: login.hostKey}
+	e := &loginError{output: login.output, hostKey: login.hostKey}
 	switch {
 	case login.hostKey == hostKeyChanged:
-		e.problem = fmt.Sprintf("the server offers another host key than the one that is known, %s %s: somebody may be in between. If it was replaced, put this line in place of the old ones: %s",
+		e.problem = fmt.Sprintf("the server's host key has changed to %s %s: the connection may be intercepted. If the key was replaced, replace the old lines by this one: %s",
 			key.kind, key.fingerprint(), key.line(alias))
 		return e
 	case !d.pinned() && d.host.AcceptNewHostKeys && d.rememberedPath() != "":
-		// A key of another kind than those that are known, ssh calls a changed one.
+		// ssh reports a known host's key of a new type as changed, so this key is the first one.
 		return d.remember(key, alias)
 	}
-	e.problem = fmt.Sprintf("the server's host key is not known. It offers %s %s: compare that with the server's own (ssh-keygen -lf /etc/ssh/ssh_host_*_key.pub), then add this line to %s: %s",
+	e.problem = fmt.Sprintf("the server's host key %s %s is not known. Compare it on the server (ssh-keygen -lf /etc/ssh/ssh_host_*_key.pub), then add this line to %s: %s",
 		key.kind, key.fingerprint(), d.where(), key.line(alias))
 	return e
 }
 
-// where is where a line has to be added.
+// where names the place to add a known_hosts line.
 func (d *directory) where() string {
 	switch {
 	case d.KnownHosts != "":
@@ -172,8 +170,7 @@ func (d *directory) where() string {
 	return "~/.ssh/known_hosts of the agent's user, or set host_key"
 }
 
-// offered asks the server for its key, and goes no further. The key comes with
-// the name under which ssh looks for it.
+// offered returns the server's key, without logging in, and the name under which ssh looks for it.
 func (d *directory) offered(ctx context.Context, program string, address netip.Addr) (key hostKey, alias string, err error) {
 	arguments := slices.Concat([]string{program}, d.arguments(address, "no"), []string{
 		"-o", "UserKnownHostsFile=" + offeredFile, "-o", "GlobalKnownHostsFile=none", "-o", "HashKnownHosts=no",
@@ -192,9 +189,9 @@ func (d *directory) offered(ctx context.Context, program string, address netip.A
 	return keys[0], strings.Fields(string(data))[0], nil
 }
 
-// remember adds a key to those that this agent accepted by itself.
+// remember adds a key to the remembered ones.
 func (d *directory) remember(key hostKey, alias string) error {
-	// An empty line ends what a power cut left of the last one.
+	// The leading newline ends a partial line that a power cut may have left.
 	line := "\n" + key.line(alias) + "\n"
 	file, err := os.OpenFile(d.rememberedPath(), os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
 	if err != nil {
@@ -204,7 +201,7 @@ func (d *directory) remember(key hostKey, alias string) error {
 	if err := errors.Join(err, file.Sync(), file.Close()); err != nil {
 		return fmt.Errorf("remember the server's host key: %w", err)
 	}
-	d.host.Log.Warn("a host key that was not known is accepted from now on, since CERTCTL_SSH_ACCEPT_NEW_HOST_KEYS says so",
+	d.host.Log.Warn("accepted an unknown host key permanently, since CERTCTL_SSH_ACCEPT_NEW_HOST_KEYS is set",
 		"host", alias, "fingerprint", key.fingerprint(), "file", d.rememberedPath())
 	root, err := os.OpenRoot(d.path)
 	if err != nil {

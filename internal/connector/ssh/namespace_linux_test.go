@@ -24,15 +24,15 @@ import (
 
 var inNamespace = flag.Bool("in-namespace", false, "this process has a network and mounts of its own")
 
-// An account that exists in the namespace alone.
+// An account that exists only in the namespace.
 const (
 	deployUser = "certctl-deploy"
 	accountID  = 4242
 	password   = "correct horse, battery"
 )
 
-// TestNamespace runs what takes accounts, mounts and networks of its own in a
-// child that has them: nothing of this host is changed.
+// TestNamespace runs tests that need their own accounts, mounts and networks in a
+// child process that has them. Nothing on this host changes.
 func TestNamespace(t *testing.T) {
 	if os.Geteuid() != 0 && !*inNamespace {
 		needs.Missing(t, "accounts for sshd take root")
@@ -70,13 +70,13 @@ func output(t testing.TB, argv ...string) string {
 	return string(out)
 }
 
-// enter makes the namespace: an account with a password, and a shell of root that
+// enter sets up the namespace: an account with a password, and a login shell of root that
 // starts at once. It returns the account's home.
 func enter(t *testing.T) string {
 	must(t, syscall.Mount("none", "/", "", syscall.MS_REC|syscall.MS_PRIVATE, ""))
 	output(t, "ip", "link", "set", "lo", "up")
-	// As for loopback, or a rotation that takes more than a minute runs out of ports. Some containers
-	// cannot write this.
+	// As on loopback. Otherwise a rotation of more than a minute runs out of ports. Some containers
+	// do not allow this.
 	_ = os.WriteFile("/proc/sys/net/ipv4/tcp_tw_reuse", []byte("1"), 0)
 	base := t.TempDir()
 	must(t, os.Chmod(filepath.Dir(base), 0o755))
@@ -118,7 +118,7 @@ func passwords(t *testing.T, home string) {
 			if got := info.Mode().String() + " " + ownerOf(info); got != "-rw------- 4242:4242" {
 				t.Errorf("the key is %s", got)
 			}
-			l.refuses("only root can give files away", append(login, password, "key_owner", "root")...)
+			l.refuses("only root can do this", append(login, password, "key_owner", "root")...)
 		})
 	}
 }
@@ -151,7 +151,7 @@ func hostKeys(t *testing.T) {
 	for _, says := range []string{"not known", fingerprint, line, known} {
 		l.refuses(says, byFile...)
 	}
-	l.refuses("host key is not known", "host_key", nil) // nor to the user
+	l.refuses("is not known. Compare it on the server", "host_key", nil) // nor is it to the user
 	must(t, os.WriteFile(known, []byte("# mine\n"+line+"\n"), 0o600))
 	l.works(byFile...)
 
@@ -176,13 +176,13 @@ func hostKeys(t *testing.T) {
 	waitFree(t, s.address())
 	other.start(t)
 	for _, changes := range [][]any{nil, byFile, {"host_key", nil}} {
-		l.refuses("somebody may be in between", changes...)
+		l.refuses("the connection may be intercepted", changes...)
 		l.refuses(strings.Fields(other.hostKey)[1], changes...)
 	}
-	// A key of another kind is another key.
+	// A key of another type is another key.
 	must(t, os.WriteFile(filepath.Join(l.StateDir, remembered), []byte(strings.Replace(readFile(t, keygen(t, filepath.Join(s.dir, "ecdsa"), "-t", "ecdsa")+".pub"),
 		"ecdsa-sha2", fmt.Sprintf("[127.0.0.1]:%d ecdsa-sha2", s.port), 1)), 0o600))
-	l.refuses("somebody may be in between", "host_key", nil)
+	l.refuses("the connection may be intercepted", "host_key", nil)
 }
 
 // chrooted: internal-sftp in a directory, without a shell.
@@ -245,7 +245,7 @@ Host jump
 	l.refuses("Host key verification failed", "host", "inner")
 }
 
-// fullDisk: nothing is replaced, and nothing left.
+// fullDisk: nothing is replaced, and no files are left.
 func fullDisk(t *testing.T) {
 	l := newLogin(t, openssh(t))
 	must(t, syscall.Mount("tmpfs", l.server.certs, "tmpfs", 0, "size=32k,mode=755"))
@@ -260,7 +260,7 @@ func fullDisk(t *testing.T) {
 	l.refuses("is the disk full?")
 }
 
-// otherHost has an address, a network and a file system of its own.
+// otherHost has its own address, network and file system.
 type otherHost struct {
 	*server
 	pid     string
@@ -275,7 +275,7 @@ func newOtherHost(t *testing.T) *otherHost {
 	o := &otherHost{server: newServer(t), pid: strconv.Itoa(holder.Process.Pid), address: "192.0.2.2"}
 	ours, err := os.Readlink("/proc/self/ns/net")
 	must(t, err)
-	for { // unshare is at it
+	for { // wait for unshare
 		if theirs, err := os.Readlink("/proc/" + o.pid + "/ns/net"); err == nil && theirs != ours && strings.Contains(readFile(t, "/proc/"+o.pid+"/comm"), "sleep") {
 			break
 		}
@@ -359,7 +359,7 @@ func rotation(t *testing.T) {
 	if got := strings.Fields(o.run(t, "ls", "-A", "/mnt/tls")); fmt.Sprint(got) != "[cert.pem key.pem]" {
 		t.Errorf("the other host holds %v", got)
 	}
-	// The old certificate comes back when the new one does not pass.
+	// The old certificate is restored if the new one does not pass.
 	was := o.run(t, "sha256sum", "/mnt/tls/cert.pem", "/mnt/tls/key.pem")
 	config["post_deploy_verify"] = map[string]any{"enabled": true, "endpoint": o.address + ":1"}
 	config["post_deploy_verify_attempts"] = 1
@@ -371,7 +371,7 @@ func rotation(t *testing.T) {
 	}
 }
 
-// waitFree waits until nobody listens.
+// waitFree waits until nothing listens.
 func waitFree(t testing.TB, address string) {
 	t.Helper()
 	for {

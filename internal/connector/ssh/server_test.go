@@ -22,7 +22,7 @@ func must(t testing.TB, err error) {
 	}
 }
 
-// server is a real one on loopback, where the user of this process can log in as
+// server is a real server on loopback, where the user of this process can log in as
 // itself.
 type server struct {
 	dir      string // its own
@@ -53,12 +53,12 @@ func readFile(t testing.TB, path string) string {
 	return string(data)
 }
 
-// newServer prepares what a server needs.
+// newServer prepares the files of a server.
 func newServer(t testing.TB) *server {
 	t.Helper()
 	me, err := user.Current()
 	must(t, err)
-	dir, err := os.MkdirTemp("/var/tmp", "certctl-test") // sshd does not trust what is below /tmp
+	dir, err := os.MkdirTemp("/var/tmp", "certctl-test") // sshd does not trust files below /tmp
 	must(t, err)
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	must(t, os.Chmod(dir, 0o755))
@@ -87,7 +87,7 @@ func (s *server) start(t testing.TB, more ...string) *os.Process {
 		"ListenAddress 127.0.0.1", "Port " + strconv.Itoa(s.port), "HostKey " + filepath.Join(s.dir, "host"), "PidFile none", "UsePAM no",
 		"StrictModes no", "AuthorizedKeysFile " + filepath.Join(s.dir, "authorized_keys"), "PermitRootLogin yes", "MaxStartups 100", "LogLevel VERBOSE",
 	}
-	lines = append(more, lines...) // the first value counts
+	lines = append(more, lines...) // sshd uses the first value
 	if !strings.Contains(strings.Join(more, "\n"), "Subsystem") {
 		lines = append(lines, "Subsystem sftp internal-sftp")
 	}
@@ -99,7 +99,7 @@ func (s *server) start(t testing.TB, more ...string) *os.Process {
 	return conformance.Serve(t, s.address(), sshd, "-D", "-e", "-f", config)
 }
 
-// config is a configuration that logs in.
+// config returns a configuration that can log in.
 func (s *server) config() map[string]any {
 	return map[string]any{
 		"host": "127.0.0.1", "port": s.port, "user": s.user, "private_key_path": s.identity, "host_key": s.hostKey,

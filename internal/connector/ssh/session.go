@@ -26,9 +26,8 @@ import (
 	"certctl-agent/internal/sftp"
 )
 
-// Names in the private directory of a connection, which is ssh's working
-// directory: as plain names they need no quoting in ssh's configuration, and the
-// path of a socket cannot be too long.
+// Names in the private directory of a connection, which is ssh's working directory. Plain names need no
+// quoting in ssh's configuration, and a socket's path cannot be too long.
 const (
 	lockFile     = "lock"
 	identityFile = "identity"
@@ -43,19 +42,19 @@ const (
 	// maxKnownHosts bounds a file of host keys, in bytes.
 	maxKnownHosts = 16 << 20
 
-	// maxStderr bounds what is kept of what ssh says, and maxReason what an error
-	// quotes of it, in bytes.
+	// maxStderr bounds the part of ssh's error output that is kept, and maxReason the part that an
+	// error quotes, in bytes.
 	maxStderr = 16 << 10
 	maxReason = 1 << 10
 
-	// maxAddresses is how many addresses of a name are tried.
+	// maxAddresses bounds how many addresses of a name are tried.
 	maxAddresses = 8
 
-	// parting is how long ssh may take to end by itself.
-	parting = 2 * time.Second
+	// exitWait is how long ssh may take to exit.
+	exitWait = 2 * time.Second
 )
 
-// A session is one connection: ssh, and SFTP through it.
+// A session is one connection: an ssh process and SFTP through it.
 type session struct {
 	*sftp.Client
 	run func(ctx context.Context, line string, timeout time.Duration) error // in the account's shell
@@ -64,29 +63,28 @@ type session struct {
 
 func (s *session) close() { s.end() }
 
-// A loginError is the failure of ssh to connect and log in.
+// A loginError is a failure of ssh to connect or log in.
 type loginError struct {
-	said    string // by ssh, printable
+	output  string // of ssh, printable
 	problem string
 	hostKey hostKeyProblem
-	again   bool // another try may succeed
+	retry   bool // another try may succeed
 }
 
 func (e *loginError) Error() string { return e.problem }
 
-// transient reports whether another try may succeed: the connection was lost, or
-// could not be made.
+// transient reports whether another try may succeed: the connection was lost or failed.
 func transient(err error) bool {
 	login, ok := errors.AsType[*loginError](err)
 	_, lost := errors.AsType[*sftp.LostError](err)
-	return lost || ok && login.again
+	return lost || ok && login.retry
 }
 
-// pauses are before the second try and those after it.
+// pauses returns the pauses before the second and each later try.
 func pauses() []time.Duration { return []time.Duration{time.Second, 3 * time.Second} }
 
-// dial connects and logs in. A server that is starting, or has too many
-// connections (MaxStartups of sshd_config(5)), is tried again.
+// dial connects and logs in. It retries, since the server may be starting or have too many connections
+// (MaxStartups in sshd_config(5)).
 func (t *target) dial(ctx context.Context) (*session, error) {
 	for try := 0; ; try++ {
 		s, err := t.dialOnce(ctx)
@@ -104,7 +102,7 @@ func (t *target) dial(ctx context.Context) (*session, error) {
 func (t *target) dialOnce(ctx context.Context) (*session, error) {
 	program, err := command.Find("ssh")
 	if err != nil {
-		return nil, fmt.Errorf("OpenSSH's client is needed (Debian: openssh-client): ssh: %w", err)
+		return nil, fmt.Errorf("OpenSSH's client is not installed (Debian: openssh-client): ssh: %w", err)
 	}
 	addresses, err := t.resolve(ctx)
 	if err != nil {
@@ -119,7 +117,7 @@ func (t *target) dialOnce(ctx context.Context) (*session, error) {
 		s, err = d.login(ctx, program, address)
 		login, ok := errors.AsType[*loginError](err)
 		if ok && login.hostKey != hostKeyFine {
-			if err = d.unknown(ctx, program, address, login); err == nil { // it is known now
+			if err = d.unknown(ctx, program, address, login); err == nil { // the key is known now
 				s, err = d.login(ctx, program, address)
 			}
 		}
@@ -134,9 +132,8 @@ func (t *target) dialOnce(ctx context.Context) (*session, error) {
 	return nil, fmt.Errorf("log in to %s: %w", t.peer(), err)
 }
 
-// resolve returns the addresses to connect to, of those that the policy allows.
-// With a configuration of ssh, that says where to connect, and how: the answer is
-// one address that is not valid.
+// resolve returns the addresses to connect to that the policy allows. If ssh_config is set, it
+// determines the connection, and resolve returns one invalid address.
 func (t *target) resolve(ctx context.Context) ([]netip.Addr, error) {
 	if t.SSHConfig != "" {
 		return []netip.Addr{{}}, nil
@@ -154,19 +151,19 @@ func (t *target) resolve(ctx context.Context) ([]netip.Addr, error) {
 	return addresses, nil
 }
 
-// directory is private to one connection. It holds what ssh is told in files.
+// directory is the private directory of one connection. It holds ssh's input files.
 type directory struct {
 	*target
-	path  string
-	lock  *filelock.Lock
-	asked *askpass.Server // nil: ssh may ask nothing
+	path    string
+	lock    *filelock.Lock
+	askpass *askpass.Server // nil: ssh may not ask for anything
 }
 
-// newDirectory makes one, and removes those that killed agents left.
+// newDirectory creates a directory, and removes those of killed agents.
 func newDirectory(t *target) (*directory, error) {
 	base := os.TempDir()
 	if len(base) > 40 {
-		base = "/tmp" // the socket of askpass has a full path
+		base = "/tmp" // the path of askpass's socket is limited
 	}
 	sweep(base)
 	path, err := os.MkdirTemp(base, dirPrefix)
@@ -181,9 +178,8 @@ func newDirectory(t *target) (*directory, error) {
 	return d, nil
 }
 
-// sweep removes directories of connections whose agent has been killed: they may
-// hold a key. The kernel has let go of their locks. A lock without an owner in it
-// is about to be taken.
+// sweep removes the directories of killed agents, which may hold a key. The kernel has released their
+// locks. A lock file without an owner in it is about to be locked.
 func sweep(base string) {
 	old, err := filepath.Glob(filepath.Join(base, dirPrefix+"*"))
 	if err != nil {
@@ -214,61 +210,60 @@ func (d *directory) fill() error {
 	}
 	switch {
 	case d.AuthMethod == byPassword:
-		d.asked, err = askpass.Serve(d.path, d.answer)
+		d.askpass, err = askpass.Serve(d.path, d.answer)
 		return err
 	case !d.PrivateKey.IsZero():
-		// In a form, line ends become those of Windows, and the last one is lost.
+		// Web forms convert line ends to CRLF and drop the last one.
 		text := strings.ReplaceAll(strings.TrimSpace(d.PrivateKey.Reveal()), "\r\n", "\n") + "\n"
 		err = root.WriteFile(identityFile, []byte(text), 0o600)
 	case d.PrivateKeyPath != "":
 		if _, err := os.Stat(string(d.PrivateKeyPath)); err != nil {
 			return err
 		}
-		// OpenSSH's certificates are found by the name of the key.
+		// ssh finds an OpenSSH certificate by the name of its key.
 		for _, suffix := range []string{"", "-cert.pub"} {
 			err = errors.Join(err, root.Symlink(string(d.PrivateKeyPath)+suffix, identityFile+suffix))
 		}
 	}
 	if err == nil && !d.Passphrase.IsZero() {
-		d.asked, err = askpass.Serve(d.path, d.answer)
+		d.askpass, err = askpass.Serve(d.path, d.answer)
 	}
 	return err
 }
 
-// answer answers what ssh asks for, and nothing else: with a configuration of
-// ssh a jump host may ask too, and must not get what is the target's.
+// answer answers ssh's prompts for the target. With ssh_config a jump host may ask too, which must not
+// get the target's password.
 func (d *directory) answer(prompt string) (secret.String, bool) {
 	if d.AuthMethod == byKey {
 		return d.Passphrase, strings.HasPrefix(prompt, "Enter passphrase for") && strings.Contains(prompt, "'"+identityFile+"'")
 	}
-	// Since 8.5 ssh says whose question it passes on. Before, the server's own
-	// words are all.
+	// Since 8.5, ssh adds the account to a server's prompt. Older versions show only the server's text.
 	whose := fmt.Sprintf("%.30s@%.128s", d.User, d.alias())
 	ours := strings.HasPrefix(prompt, whose+"'s password") || strings.HasPrefix(prompt, "("+whose+") ") ||
 		d.SSHConfig == "" && !strings.HasPrefix(prompt, "(")
 	return d.Password, ours && strings.Contains(strings.ToLower(prompt), "password")
 }
 
-// named reports whether ssh knows the host by our name. With a configuration of
-// its own, it may know the keys of another name.
+// named reports whether ssh looks up the host's keys by alias. With ssh_config it may use another
+// name.
 func (d *directory) named() bool { return d.SSHConfig == "" || len(d.keys) > 0 }
 
-// secrets removes what is only needed to log in.
-func (d *directory) secrets() {
-	if d.asked != nil {
-		d.asked.Close()
+// removeSecrets removes the secrets that are only needed to log in.
+func (d *directory) removeSecrets() {
+	if d.askpass != nil {
+		d.askpass.Close()
 	}
 	os.Remove(filepath.Join(d.path, identityFile))
 }
 
 func (d *directory) remove() {
-	d.secrets()
+	d.removeSecrets()
 	os.RemoveAll(d.path)
 	d.lock.Close()
 }
 
-// arguments are what every call of ssh begins with: nothing of it is left to the
-// configuration of a user. The address may be none.
+// arguments returns the first arguments of every call of ssh. They do not depend on a user's
+// configuration. The address may be invalid, see resolve.
 func (d *directory) arguments(address netip.Addr, strict string) []string {
 	arguments := []string{"-F", "none"}
 	if d.SSHConfig != "" {
@@ -276,7 +271,7 @@ func (d *directory) arguments(address netip.Addr, strict string) []string {
 	}
 	option := func(name, value string) { arguments = append(arguments, "-o", name+"="+value) }
 	if address.IsValid() {
-		option("HostName", strings.ReplaceAll(address.Unmap().String(), "%", "%%")) // of a zone
+		option("HostName", strings.ReplaceAll(address.Unmap().String(), "%", "%%")) // before a zone
 		option("ProxyCommand", "none")
 		option("CanonicalizeHostname", "no")
 	}
@@ -304,21 +299,21 @@ func (d *directory) arguments(address netip.Addr, strict string) []string {
 	return append(arguments, "-l", d.User, "-p", strconv.Itoa(d.Port))
 }
 
-// authentication is how to log in.
+// authentication returns the arguments for logging in.
 func (d *directory) authentication() []string {
 	arguments := []string{"-o", "NumberOfPasswordPrompts=1", "-o", "GSSAPIAuthentication=no", "-o", "HostbasedAuthentication=no",
-		"-o", "BatchMode=" + map[bool]string{true: "no", false: "yes"}[d.asked != nil]}
+		"-o", "BatchMode=" + map[bool]string{true: "no", false: "yes"}[d.askpass != nil]}
 	if d.AuthMethod == byPassword {
 		return append(arguments, "-o", "PubkeyAuthentication=no", "-o", "PreferredAuthentications=password,keyboard-interactive")
 	}
 	arguments = append(arguments, "-o", "PreferredAuthentications=publickey", "-o", "PasswordAuthentication=no")
 	if d.PrivateKeyPath == "" && d.PrivateKey.IsZero() {
-		return arguments // ssh's configuration says with which key
+		return arguments // ssh_config selects the key
 	}
 	return append(arguments, "-o", "IdentitiesOnly=yes", "-o", "IdentityAgent=none", "-o", "AddKeysToAgent=no", "-i", identityFile)
 }
 
-// login starts ssh with SFTP in it. The commands go through the same connection.
+// login starts ssh with the SFTP subsystem. Commands use the same connection.
 func (d *directory) login(ctx context.Context, program string, address netip.Addr) (*session, error) {
 	arguments := slices.Concat(d.arguments(address, "yes"), d.knownHostsOptions(), d.authentication())
 	if d.ValidateCommand != "" || d.ReloadCommand != "" {
@@ -334,32 +329,31 @@ func (d *directory) login(ctx context.Context, program string, address netip.Add
 	if err != nil {
 		return nil, d.explain(ctx, p, err)
 	}
-	// Whatever is needed to log in is not needed any more.
-	d.secrets()
+	d.removeSecrets()
 	if !client.Has(sftp.PosixRename) {
 		p.Close()
-		return nil, fmt.Errorf("its SFTP server does not have the extension %s, without which files cannot be replaced in one step: OpenSSH's sftp-server has it", sftp.PosixRename)
+		return nil, fmt.Errorf("its SFTP server does not support the extension %s, which is needed to replace files atomically: use OpenSSH's sftp-server", sftp.PosixRename)
 	}
-	// Without the connection that is there, it fails.
-	again := slices.Concat(d.arguments(address, "yes"), []string{
+	// ProxyCommand makes ssh fail instead of opening a new connection.
+	shared := slices.Concat(d.arguments(address, "yes"), []string{
 		"-o", "BatchMode=yes", "-o", "ControlMaster=no", "-o", "ControlPath=" + controlFile, "-o", "ProxyCommand=false", "-T"})
-	asked := false
+	checked := false
 	return &session{
 		Client: client,
 		run: func(ctx context.Context, line string, timeout time.Duration) error {
-			if !asked && d.onlySFTP(ctx, program, again) {
-				return errors.New("the account runs no commands: a forced command (ForceCommand, or command= in authorized_keys) answers each with SFTP")
+			if !checked && d.onlySFTP(ctx, program, shared) {
+				return errors.New("the account cannot run commands: a forced command (ForceCommand, or command= in authorized_keys) starts SFTP instead")
 			}
-			asked = true
-			_, err := command.RunIn(ctx, d.path, slices.Concat([]string{"ssh"}, again, []string{"-n", "--", d.Host, line}), timeout)
+			checked = true
+			_, err := command.RunIn(ctx, d.path, slices.Concat([]string{"ssh"}, shared, []string{"-n", "--", d.Host, line}), timeout)
 			return err
 		},
 		end: func() { p.end(); d.remove() },
 	}, nil
 }
 
-// onlySFTP reports whether the account has sftp-server in place of any command:
-// that ends without an error when nobody speaks to it, as if the command had run.
+// onlySFTP reports whether the account starts sftp-server instead of any command. Since sftp-server
+// exits without an error if it gets no input, the command would seem to have succeeded.
 func (d *directory) onlySFTP(ctx context.Context, program string, arguments []string) bool {
 	p, err := d.start(program, slices.Concat(arguments, []string{"--", d.Host, "true"}))
 	if err != nil {
@@ -370,12 +364,12 @@ func (d *directory) onlySFTP(ctx context.Context, program string, arguments []st
 	return err == nil
 }
 
-// process is ssh, and the stream of what it runs at the other end.
+// process is an ssh process, and the stream to the remote program.
 type process struct {
 	command *exec.Cmd
 	stdin   io.WriteCloser
 	stdout  io.ReadCloser
-	stderr  said
+	stderr  head
 	ended   chan struct{}
 }
 
@@ -383,17 +377,17 @@ func (d *directory) start(program string, arguments []string) (*process, error) 
 	p := &process{command: exec.Command(program, arguments...), ended: make(chan struct{})}
 	p.command.Dir = d.path
 	p.command.Env = command.Environment()
-	if d.asked != nil {
-		p.command.Env = append(p.command.Env, d.asked.Environment()...)
+	if d.askpass != nil {
+		p.command.Env = append(p.command.Env, d.askpass.Environment()...)
 	}
-	p.command.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // no terminal to ask on; and a group
+	p.command.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // no terminal for prompts, and an own process group
 	p.command.Stderr = &p.stderr
-	p.command.WaitDelay = parting
+	p.command.WaitDelay = exitWait
 	var err error
 	if p.stdin, err = p.command.StdinPipe(); err != nil {
 		return nil, err
 	}
-	// Not StdoutPipe: Wait would close it under a reader.
+	// StdoutPipe would not do: Wait closes it while it may still be read.
 	read, write, err := os.Pipe()
 	if err != nil {
 		return nil, err
@@ -407,20 +401,20 @@ func (d *directory) start(program string, arguments []string) (*process, error) 
 	}
 	go func() {
 		_ = p.command.Wait()
-		p.kill() // what it has started
+		p.kill() // its child processes
 		close(p.ended)
 	}()
 	return p, nil
 }
 
-// kill kills ssh, with whatever it has started. Long after the end of ssh, the
-// number of its group may be another's.
+// kill kills ssh and its child processes. It must not be called long after ssh exited, when its group
+// id may be reused.
 func (p *process) kill() { _ = syscall.Kill(-p.command.Process.Pid, syscall.SIGKILL) }
 
 func (p *process) Read(data []byte) (int, error)  { return p.stdout.Read(data) }
 func (p *process) Write(data []byte) (int, error) { return p.stdin.Write(data) }
 
-// Close kills ssh, unless it has ended, and waits for it.
+// Close kills ssh unless it has exited, and waits for it.
 func (p *process) Close() error {
 	select {
 	case <-p.ended:
@@ -431,70 +425,69 @@ func (p *process) Close() error {
 	return p.stdout.Close()
 }
 
-// end lets ssh end by itself: the server hears of it.
+// end lets ssh exit, so that it closes the connection properly.
 func (p *process) end() {
 	p.stdin.Close()
 	p.wait()
 	p.Close()
 }
 
-// wait waits a little for the end of ssh.
+// wait waits up to exitWait until ssh exits.
 func (p *process) wait() {
 	select {
 	case <-p.ended:
-	case <-time.After(parting):
+	case <-time.After(exitWait):
 	}
 }
 
-// said keeps the beginning of what is written.
-type said struct {
+// head keeps the first maxStderr bytes written to it.
+type head struct {
 	mu   sync.Mutex
 	data bytes.Buffer // guarded by mu
 }
 
-func (s *said) Write(data []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.data.Write(data[:min(len(data), maxStderr-s.data.Len())])
+func (h *head) Write(data []byte) (int, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.data.Write(data[:min(len(data), maxStderr-h.data.Len())])
 	return len(data), nil
 }
 
-func (s *said) String() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.data.String()
+func (h *head) String() string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.data.String()
 }
 
-// explain makes an error for people of what ssh said when it ended, after which
-// err was seen.
+// explain turns ssh's error output, after err, into an error that says what to do.
 func (d *directory) explain(ctx context.Context, p *process, err error) error {
 	<-p.ended
 	text := p.stderr.String()
-	// The server's own words come with it.
-	e := &loginError{said: printable.Line(command.Redact(text), maxReason), hostKey: hostKeyProblemOf(text)}
-	says := func(words string) bool { return strings.Contains(text, words) }
+	// The text may contain messages of the server.
+	e := &loginError{output: printable.Line(command.Redact(text), maxReason), hostKey: hostKeyProblemOf(text)}
+	has := func(words string) bool { return strings.Contains(text, words) }
 	lost, wasLost := errors.AsType[*sftp.LostError](err)
 	switch {
 	case ctx.Err() != nil:
 		return err
-	case says("UNPROTECTED PRIVATE KEY FILE"):
-		e.problem = fmt.Sprintf("others than the agent's user can read the private key %s, so ssh does not use it: chmod 600", d.PrivateKeyPath)
-	case says("incorrect passphrase"):
+	case has("UNPROTECTED PRIVATE KEY FILE"):
+		e.problem = fmt.Sprintf("other users can read the private key %s, so ssh does not use it: chmod 600", d.PrivateKeyPath)
+	case has("incorrect passphrase"):
 		e.problem = "the passphrase does not open the private key"
-	case says("Permission denied") && d.AuthMethod == byPassword:
-		e.problem = fmt.Sprintf("the server refuses the password of %s (it may also take none: PasswordAuthentication and PermitRootLogin of its sshd_config): %s", d.User, e.said)
-	case says("Permission denied"):
-		e.problem = fmt.Sprintf("the server refuses the private key for %s: is its public key in authorized_keys there, and does the key need a passphrase? %s", d.User, e.said)
-	case says("subsystem request failed"):
-		e.problem = "the server has no SFTP: its sshd_config needs a Subsystem sftp (Debian: openssh-sftp-server)"
-	case e.said != "":
-		e.problem, e.again = "ssh: "+e.said, connects(text)
+	case has("Permission denied") && d.AuthMethod == byPassword:
+		e.problem = fmt.Sprintf("the server refuses the password of %s (or all passwords: check PasswordAuthentication and PermitRootLogin in its sshd_config): %s", d.User, e.output)
+	case has("Permission denied"):
+		e.problem = fmt.Sprintf("the server refuses the private key for %s: check that its public key is in authorized_keys there, and whether the key needs a passphrase: %s", d.User, e.output)
+	case has("subsystem request failed"):
+		e.problem = "the server has no SFTP: add a Subsystem sftp to its sshd_config (Debian: openssh-sftp-server)"
+	case e.output != "":
+		e.problem, e.retry = "ssh: "+e.output, isConnectionError(text)
 	case wasLost:
 		noise, isNoise := errors.AsType[*sftp.NoiseError](lost.Err)
 		if isNoise {
-			e.problem = fmt.Sprintf("the account of %s sends %v: its shell's start-up files must print nothing when no terminal is there, and it needs a shell or ForceCommand internal-sftp", d.User, noise)
+			e.problem = fmt.Sprintf("the account of %s sends %v: its shell's startup files must not print anything without a terminal, and it needs a shell or ForceCommand internal-sftp", d.User, noise)
 		} else {
-			e.problem, e.again = lost.Err.Error(), true
+			e.problem, e.retry = lost.Err.Error(), true
 		}
 	default:
 		return err
@@ -502,9 +495,9 @@ func (d *directory) explain(ctx context.Context, p *process, err error) error {
 	return e
 }
 
-// connects reports whether ssh says that there was no connection, or that it was
-// cut before anybody had logged in.
-func connects(text string) bool {
+// isConnectionError reports whether ssh's error output says that the connection failed, or was lost
+// before the login.
+func isConnectionError(text string) bool {
 	return slices.ContainsFunc([]string{"connect to host", "Connection refused", "Connection timed out", "Connection reset", "Connection closed by",
 		"kex_exchange_identification", "banner exchange", "Broken pipe", "not responding"},
 		func(words string) bool { return strings.Contains(text, words) })

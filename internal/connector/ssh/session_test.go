@@ -15,7 +15,7 @@ import (
 	"certctl-agent/internal/testing/needs"
 )
 
-// shortTemp has connections make their directories in one of the test's own,
+// shortTemp makes connections create their directories in a directory of the test,
 // whose path is short enough for a socket.
 func shortTemp(t *testing.T) string {
 	t.Helper()
@@ -26,8 +26,8 @@ func shortTemp(t *testing.T) string {
 	return dir
 }
 
-// TestSweep: the directory of a killed agent's connection is removed by the next,
-// and none that others are making at that moment.
+// TestSweep: the next connection removes the directory of a killed agent's connection,
+// but not one that another agent is creating at that moment.
 func TestSweep(t *testing.T) {
 	base := shortTemp(t)
 	dead := filepath.Join(base, dirPrefix+"dead")
@@ -51,7 +51,7 @@ func TestSweep(t *testing.T) {
 	checkFiles(t, base)
 }
 
-// TestEndedIsNotKilled: the group of an ssh that has ended may be someone else's by now.
+// TestEndedIsNotKilled: the group id of an ssh that has exited may be reused.
 func TestEndedIsNotKilled(t *testing.T) {
 	other := exec.CommandContext(t.Context(), needs.Need(t, "cat"))
 	other.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
@@ -73,8 +73,8 @@ func TestEndedIsNotKilled(t *testing.T) {
 	}
 }
 
-// TestSaid: what a server has ssh say reaches an error without escapes, without
-// what looks like a key, and not all of it.
+// TestSaid: the server's text in an error has no escapes, nothing that
+// looks like a key, and is bounded.
 func TestSaid(t *testing.T) {
 	p := &process{ended: make(chan struct{})}
 	close(p.ended)

@@ -1,6 +1,5 @@
-// Package ssh installs certificates on another host, through OpenSSH's own
-// client: a certificate file, a key file and perhaps a chain file, replaced over
-// SFTP, and commands in the shell of the account there.
+// Package ssh installs certificates on a remote host with OpenSSH's client: it replaces a certificate
+// file, a key file and optionally a chain file over SFTP, and runs commands in the account's shell.
 package ssh
 
 import (
@@ -33,12 +32,12 @@ type config struct {
 	Password       secret.String   `json:"password"`
 
 	HostKey    string          `json:"host_key"`    // public key lines
-	KnownHosts targetconf.Path `json:"known_hosts"` // a file of such lines; neither: those of the agent's user
-	SSHConfig  targetconf.Path `json:"ssh_config"`  // of ssh, which may run programs: overlays only
+	KnownHosts targetconf.Path `json:"known_hosts"` // known_hosts file; if both are empty, those of the agent's user
+	SSHConfig  targetconf.Path `json:"ssh_config"`  // can make ssh run programs: overlays only
 
 	CertPath  targetconf.Path        `json:"cert_path" config:"required"`
 	KeyPath   targetconf.Path        `json:"key_path" config:"required"`
-	ChainPath targetconf.Path        `json:"chain_path"` // none: the chain follows the leaf in CertPath
+	ChainPath targetconf.Path        `json:"chain_path"` // "": the chain follows the leaf in CertPath
 	Cert      targetconf.FileOptions `json:"cert_*"`
 	Key       targetconf.FileOptions `json:"key_*" config:"secret"`
 	Chain     targetconf.FileOptions `json:"chain_*"`
@@ -46,7 +45,7 @@ type config struct {
 	ValidateCommand string             `json:"validate_command"`
 	ReloadCommand   string             `json:"reload_command"`
 	Sudo            bool               `json:"sudo"`                 // run the commands as sudo -n
-	Timeout         targetconf.Seconds `json:"timeout" default:"30"` // of logging in, and of each request
+	Timeout         targetconf.Seconds `json:"timeout" default:"30"` // of the login and of each request
 }
 
 const (
@@ -54,14 +53,14 @@ const (
 	byPassword = "password"
 )
 
-// target is the connector, and its connection. It is used by one goroutine.
+// target is the connector with its connection. It is used by one goroutine.
 type target struct {
 	config
 	host    connector.Host
 	at      *connector.Peer
 	common  *targetconf.Common
 	id      string          // of the target
-	local   map[string]bool // paths that an overlay names
+	local   map[string]bool // paths that an overlay sets
 	keys    []hostKey       // from HostKey
 	connect func(context.Context) (*session, error)
 	session *session // nil: none
@@ -81,12 +80,12 @@ func newConnector(c *targetconf.Config, host connector.Host) (connector.Connecto
 	return t, targetconf.Join(t.checkPeer(c), t.checkLogin(c), t.checkHostKey(), t.checkFiles(), t.checkCommands(c))
 }
 
-// userName is what becomes a word of a line of ssh's configuration.
+// userName matches names that are safe as a word in ssh's configuration.
 var userName = lazyregexp.New(`^[A-Za-z0-9_][A-Za-z0-9._@+-]{0,63}$`)
 
 func (t *target) checkPeer(c *targetconf.Config) (err error) {
-	t.Host = strings.ToLower(strings.Trim(t.Host, "[]")) // of a literal IPv6 address
-	// A zone may be anything, and goes wherever the host does.
+	t.Host = strings.ToLower(strings.Trim(t.Host, "[]")) // brackets of an IPv6 address
+	// Check the zone like the host, since it is used in the same places.
 	literal, zone, hasZone := strings.Cut(t.Host, "%")
 	if !connector.IsHost(literal) || hasZone && !(strings.Contains(literal, ":") && connector.IsHost(zone)) {
 		return targetconf.Invalid("host", "expected a host name or an address, got %s", printable.Quote(t.Host))
@@ -102,18 +101,18 @@ func (t *target) checkPeer(c *targetconf.Config) (err error) {
 
 func (t *target) checkLogin(c *targetconf.Config) error {
 	if t.SSHConfig != "" && !c.Local("ssh_config") {
-		return targetconf.Invalid("ssh_config", "it can have ssh run programs on this host, so only the target's overlay may name it")
+		return targetconf.Invalid("ssh_config", "it can make ssh run programs on this host, so only the target's overlay may set it")
 	}
-	// Other hosts may trust root's own key, or this host's: which of the keys here
-	// opens which door is not for a control plane to say.
+	// Other hosts may trust root's key or this host's key, so a control plane must not choose among the
+	// keys of this host.
 	if t.PrivateKeyPath != "" && !c.Local("private_key_path") {
-		return targetconf.Invalid("private_key_path", "it has the agent log in with a key of this host, so only the target's overlay may name it: %s.json in CERTCTL_TARGETS_DIR", t.id)
+		return targetconf.Invalid("private_key_path", "it makes the agent log in with a key of this host, so only the target's overlay may set it: %s.json in CERTCTL_TARGETS_DIR", t.id)
 	}
 	switch t.AuthMethod {
 	case byPassword:
 		if (c.Local("password") || c.Local("password_file")) && (t.HostKey != "" && !c.Local("host_key") || t.KnownHosts != "" && !c.Local("known_hosts")) {
-			// A control plane could have it sent to a host of its own.
-			return targetconf.Invalid("password", "it is in the target's overlay, so host_key or known_hosts, which say who gets it, have to be there too")
+			// A control plane could send the password to its own host.
+			return targetconf.Invalid("password", "it is in the target's overlay, so host_key or known_hosts, which decide who gets it, must be there too")
 		}
 		if t.Password.IsZero() {
 			return targetconf.Invalid("password", "is required when auth_method is password")
@@ -131,7 +130,7 @@ func (t *target) checkLogin(c *targetconf.Config) error {
 	}
 	switch {
 	case t.PrivateKeyPath != "" && !t.PrivateKey.IsZero():
-		return targetconf.Invalid("private_key", "private_key_path is set too: take one of the two away")
+		return targetconf.Invalid("private_key", "private_key_path is set too: remove one of them")
 	case t.PrivateKeyPath == "" && t.PrivateKey.IsZero() && t.SSHConfig == "":
 		return targetconf.Invalid("private_key_path", "is required when auth_method is key: the file of the private key to log in with")
 	case !t.PrivateKey.IsZero() && !strings.Contains(t.PrivateKey.Reveal(), "-----BEGIN "):
@@ -147,7 +146,7 @@ func (t *target) checkHostKey() (err error) {
 		return nil
 	}
 	if t.KnownHosts != "" {
-		return targetconf.Invalid("host_key", "known_hosts is set too: take one of the two away")
+		return targetconf.Invalid("host_key", "known_hosts is set too: remove one of them")
 	}
 	if t.keys, err = parseHostKeys(t.HostKey); err != nil {
 		return targetconf.Invalid("host_key", "%v", err)
@@ -160,20 +159,20 @@ func (t *target) checkFiles() error {
 	case t.KeyPath == t.CertPath && t.KeyPath != "":
 		return targetconf.Invalid("key_path", "is the same file as cert_path")
 	case t.ChainPath != "" && (t.ChainPath == t.CertPath || t.ChainPath == t.KeyPath):
-		return targetconf.Invalid("chain_path", "is the same file as another: leave it out, and the chain follows the certificate in cert_path")
+		return targetconf.Invalid("chain_path", "is the same file as cert_path or key_path: remove it, and the chain follows the certificate in cert_path")
 	}
 	return nil
 }
 
-// strange is what a command may not have in it: it goes through the shell of the
-// account, whichever that is.
-var strange = lazyregexp.New(`[^A-Za-z0-9 ._/@:=,+-]`)
+// unsafeCharacter matches characters that are not allowed in a command, since the account may have any
+// shell.
+var unsafeCharacter = lazyregexp.New(`[^A-Za-z0-9 ._/@:=,+-]`)
 
 func (t *target) checkCommands(c *targetconf.Config) error {
 	var errs []error
 	for _, command := range []struct{ key, line string }{{"validate_command", t.ValidateCommand}, {"reload_command", t.ReloadCommand}} {
-		if at := strange().FindString(command.line); at != "" {
-			errs = append(errs, targetconf.Invalid(command.key, "it goes through the shell of %s, so only letters, digits, blanks and ._/@:=,+- are allowed, and not %q: put the rest into a script there", t.Host, at))
+		if at := unsafeCharacter().FindString(command.line); at != "" {
+			errs = append(errs, targetconf.Invalid(command.key, "a shell on %s runs it, so only letters, digits, spaces and ._/@:=,+- are allowed, but not %q: put the command into a script there", t.Host, at))
 			continue
 		}
 		_, err := t.host.Command(c, command.key, command.line)
@@ -182,7 +181,7 @@ func (t *target) checkCommands(c *targetconf.Config) error {
 	return targetconf.Join(errs...)
 }
 
-// peer is where the files are, for people.
+// peer returns user, host and port of the target, for messages.
 func (t *target) peer() string {
 	return t.User + "@" + t.at.Address()
 }
@@ -200,7 +199,7 @@ func (t *target) Plan(_ context.Context, m *connector.Material) (*connector.Plan
 	case t.ChainPath != "" && len(chain) > 0:
 		c.add(roleChain, t.ChainPath, chain, t.Chain)
 	case t.ChainPath != "":
-		plan.Warnings = append(plan.Warnings, fmt.Sprintf("the certificate came without a chain, and %s on %s is left as it is", t.ChainPath, t.Host))
+		plan.Warnings = append(plan.Warnings, fmt.Sprintf("the certificate came without a chain, so %s on %s stays as it is", t.ChainPath, t.Host))
 	}
 	c.add(roleKey, t.KeyPath, m.Key(), t.Key)
 	if t.ReloadCommand != "" {
@@ -221,7 +220,7 @@ func (t *target) validate(ctx context.Context) error {
 	return nil
 }
 
-// reload runs the reload command, after a crash behind the validate command.
+// reload runs the reload command. After a crash it runs the validate command first.
 func (t *target) reload(ctx context.Context) error {
 	if !t.tested {
 		if err := t.validate(ctx); err != nil {
@@ -245,8 +244,7 @@ func (t *target) run(ctx context.Context, line string) error {
 	return nil
 }
 
-// open returns the connection of the deployment, a new one if there is none or
-// the last was lost.
+// open returns the connection of the deployment. It connects if there is none, or if it was lost.
 func (t *target) open(ctx context.Context) (*session, error) {
 	if t.session != nil && t.session.Err() == nil {
 		return t.session, nil
@@ -257,7 +255,7 @@ func (t *target) open(ctx context.Context) (*session, error) {
 	return t.session, err
 }
 
-// Close ends the connection.
+// Close closes the connection.
 func (t *target) Close() error {
 	if t.session != nil {
 		t.session.close()
@@ -266,8 +264,7 @@ func (t *target) Close() error {
 	return nil
 }
 
-// alias is the name under which the host is known to ssh: that of the
-// configuration, whatever address it has.
+// alias returns the host's name in known_hosts files: the configured one, regardless of its address.
 func (t *target) alias() string {
 	if t.Port == 22 {
 		return t.Host
@@ -275,5 +272,5 @@ func (t *target) alias() string {
 	return fmt.Sprintf("[%s]:%d", t.Host, t.Port)
 }
 
-// timeout is of logging in, and of each request.
+// timeout returns the limit of the login and of each request.
 func (t *target) timeout() time.Duration { return time.Duration(t.Timeout) }

@@ -41,7 +41,7 @@ func TestNew(t *testing.T) {
 		{map[string]any{"auth_method": "password", "password": "a\nb"}, "password"},
 		{map[string]any{"private_key": ""}, "private_key_path: is required"},
 		{map[string]any{"private_key": "/id"}, "as PEM"},
-		{map[string]any{"private_key_path": "/root/.ssh/id_ed25519"}, "private_key_path: it has the agent log in with a key of this host"},
+		{map[string]any{"private_key_path": "/root/.ssh/id_ed25519"}, "private_key_path: it makes the agent log in with a key of this host"},
 		{map[string]any{"private_key_path": "********"}, "private_key_path"},
 		{map[string]any{"host_key": "********"}, "host_key"},
 		{map[string]any{"host_key": "ssh-ed25519 AAAA"}, "host_key"},
@@ -67,7 +67,7 @@ func TestNew(t *testing.T) {
 	}
 }
 
-// TestOverlay: what is this host's, its owner says.
+// TestOverlay: only the overlay may use files of this host.
 func TestOverlay(t *testing.T) {
 	const overlayKey = `{"private_key_path": "/id"`
 	const overlayPassword = `{"auth_method": "password", "password": "x"`
@@ -80,10 +80,10 @@ func TestOverlay(t *testing.T) {
 		{overlayKey + `}`, map[string]any{"private_key_path": "/root/.ssh/id_ed25519", "host_key": aKey}, ""}, // the overlay wins
 		{overlayKey + `}`, map[string]any{"private_key": aPrivateKey}, "private_key: private_key_path is set too"},
 		{overlayPassword + `}`, nil, ""},
-		{overlayPassword + `}`, map[string]any{"host_key": aKey}, "have to be there too"},
-		{overlayPassword + `}`, map[string]any{"known_hosts": "/tmp/mine"}, "have to be there too"},
+		{overlayPassword + `}`, map[string]any{"host_key": aKey}, "must be there too"},
+		{overlayPassword + `}`, map[string]any{"known_hosts": "/tmp/mine"}, "must be there too"},
 		{overlayPassword + `, "host_key": "` + aKey + `"}`, map[string]any{"host_key": "ssh-rsa AAAA"}, ""},
-		{overlayPassword + `, "host_key": "` + aKey + `"}`, map[string]any{"known_hosts": "/tmp/mine"}, "have to be there too"},
+		{overlayPassword + `, "host_key": "` + aKey + `"}`, map[string]any{"known_hosts": "/tmp/mine"}, "must be there too"},
 	} {
 		host := conformance.NewHost(t, nil)
 		must(t, os.WriteFile(filepath.Join(host.Overlays, conformance.TargetID+".json"), []byte(test.overlay), 0o600))
@@ -96,7 +96,7 @@ func TestOverlay(t *testing.T) {
 	}
 }
 
-// TestKeyStaysThere: of a key that is another's, nothing is read behind the first
+// TestKeyStaysThere: the agent reads another key only up to the first
 // bytes that differ.
 func TestKeyStaysThere(t *testing.T) {
 	h := newThere(t)
@@ -104,8 +104,8 @@ func TestKeyStaysThere(t *testing.T) {
 	old := readFile(t, filepath.Join(h.dir, "key.pem"))
 	read := new(recorder)
 	must(t, h.deploy(local(t, read.wrap), h.Material(t, h.ca)))
-	// Behind the first line, and what keys of a kind have in common, are the 32
-	// bytes of the private number (RFC 5915), and then what is public.
+	// After the first line, and the common start of keys of one type, come the 32
+	// bytes of the private number (RFC 5915), and then the public part.
 	secret := old[len("-----BEGIN EC PRIVATE KEY-----\nMHcCAQEEI"):][:42]
 	for at := 0; at+8 <= len(secret); at++ {
 		if strings.Contains(read.String(), secret[at:at+8]) {
