@@ -59,7 +59,7 @@ func TestWinRMSelfTest(t *testing.T) {
 		}
 	}
 	windows.Change(func(c *windowshost.Console) { c.Uninstall() })
-	if code, out = selfTest("127.0.0.1"); code != exitFailure || !strings.Contains(out, "failure IIS IIS is not installed there") {
+	if code, out = selfTest("127.0.0.1"); code != exitFailure || !strings.Contains(out, "failure IIS IIS is not installed on the host") {
 		t.Errorf("exit code %d, got %q", code, out)
 	}
 	code, out = selfTest("-json", "-type", "IIS", "127.0.0.1")

@@ -18,28 +18,27 @@ import (
 	"certctl-agent/internal/printable"
 )
 
-// thumbprint is how Windows names a certificate: SHA-1 of its DER.
+// thumbprint returns Windows' name of a certificate: the SHA-1 of its DER.
 func thumbprint(c *x509.Certificate) string { return fmt.Sprintf("%X", sha1.Sum(c.Raw)) }
 
-// change puts a certificate into a store of a Windows host, and has a binding
-// use it.
+// change imports a certificate into a store of a Windows host and, for IIS, sets it in a binding.
 type change struct {
 	*remote
-	place    request // what is the same in every request
+	place    request // common part of every request
 	legacy   bool
 	export   bool
-	sni      bool // the binding has to have it
+	sni      bool // the binding must have SNI
 	material *connector.Material
 
-	seen *state // what Read has found; nil: it was not called
+	seen *state // found by Read; nil if it was not called
 }
 
-// newPlace fills in what comes from the certificate.
+// newPlace adds the certificate's values to place.
 func newPlace(place request, m *connector.Material) request {
 	place.Thumbprint = thumbprint(m.Leaf)
 	place.Chain = [][]byte{}
 	for _, c := range m.Chain {
-		if !bytes.Equal(c.RawSubject, c.RawIssuer) { // whom the host trusts is not for a deployment to say
+		if !bytes.Equal(c.RawSubject, c.RawIssuer) { // a deployment must not change which roots the host trusts
 			place.Chain = append(place.Chain, c.Raw)
 		}
 	}
@@ -64,18 +63,18 @@ func (c *change) ask(ctx context.Context, operation string, with func(*request))
 		return nil, err
 	}
 	if a.State == nil {
-		return nil, errors.New("the script answered without saying what is there")
+		return nil, errors.New("the script's answer has no state")
 	}
 	return a.State, a.State.check()
 }
 
 var thumbprintForm = lazyregexp.New(`^[0-9A-F]{40}$`)
 
-// check refuses names that are not thumbprints: they end up in errors.
+// check refuses names that are not thumbprints, since they become part of errors.
 func (s *state) check() error {
 	for _, name := range slices.Concat(s.Ours, s.ChainMissing, []string{s.Bound}) {
 		if name != "" && !thumbprintForm().MatchString(name) {
-			return fmt.Errorf("the script answered with a certificate called %s", printable.Quote(name))
+			return fmt.Errorf("the script's answer has an invalid thumbprint %s", printable.Quote(name))
 		}
 	}
 	return nil
@@ -101,13 +100,13 @@ func (c *change) Read(ctx context.Context) (was []byte, same bool, err error) {
 	return was, same, err
 }
 
-// isIn reports what is missing, nil if the host is as it should be.
+// isIn returns an error that says what is missing, or nil if the host is as wanted.
 func (c *change) isIn(s *state) error {
 	switch {
 	case !s.Present || !s.HasKey:
-		return errors.New("the certificate with its key is not in the store")
+		return errors.New("the certificate or its key is not in the store")
 	case !strings.EqualFold(s.SHA256, pemutil.Fingerprint(c.material.Leaf)):
-		return errors.New("the store has another certificate of the same SHA-1")
+		return errors.New("the store has another certificate with the same SHA-1")
 	case len(s.ChainMissing) > 0:
 		return errors.New("its intermediate certificates are not in the store CA")
 	case c.place.FriendlyName != "" && s.FriendlyName != c.place.FriendlyName:
@@ -120,13 +119,13 @@ func (c *change) isIn(s *state) error {
 	return nil
 }
 
-// mayChange refuses what would change more than this target's own.
+// mayChange refuses a change that would affect more than this target.
 func (c *change) mayChange(s *state) error {
 	switch {
 	case s.BoundFlags&flagCentral != 0:
 		return errCentral
 	case s.Binding != "" && c.sni && s.BoundFlags&flagSNI == 0:
-		return fmt.Errorf("the binding %s has no SNI, and the target says sni: only certificates are changed, so set it in IIS, or take sni away", c.place.Binding)
+		return fmt.Errorf("the binding %s has no SNI, but the target has sni: the agent only changes certificates, so set SNI in IIS, or remove sni", c.place.Binding)
 	case len(s.Sharing) > 0:
 		return sharedError(c.place.Binding, strings.Join(s.Sharing, ", "))
 	}
@@ -140,8 +139,8 @@ const (
 	flagCentral = 2
 )
 
-// Write implements connector.Change. It is told which certificate Read has seen
-// on the binding: another one someone else has put there since.
+// Write implements connector.Change. The request has the certificate that Read found in the binding, so
+// the script notices if someone else has changed it since.
 func (c *change) Write(ctx context.Context) error {
 	if c.seen == nil {
 		if _, _, err := c.Read(ctx); err != nil {
@@ -165,8 +164,8 @@ func (c *change) Write(ctx context.Context) error {
 	return nil
 }
 
-// nothing is the state of a host that has nothing of ours, and no binding: what
-// the script looks at of it.
+// nothing is the state of a host without certificates of this target and without the binding, as far as
+// the script uses it.
 const nothing = `{"thumbprint": "", "present": false, "friendly_name": "", "unread": [], "ours": [], "binding": "", "bound": "", "bound_store": ""}`
 
 // Restore implements connector.Change.
@@ -176,14 +175,14 @@ func (c *change) Restore(ctx context.Context, saved []byte) error {
 	}
 	var was state
 	if err := json.Unmarshal(saved, &was); err != nil {
-		return fmt.Errorf("what would undo it cannot be read: %w", err)
+		return fmt.Errorf("cannot read the saved state: %w", err)
 	}
 	s, err := c.ask(ctx, opRestore, func(q *request) { q.Was = saved })
 	if err != nil {
 		return err
 	}
 	if s.Bound != was.Bound || s.Binding != was.Binding {
-		return fmt.Errorf("read back: the binding has the certificate %s, and had %s", orNone(s.Bound), orNone(was.Bound))
+		return fmt.Errorf("read back: the binding has the certificate %s, but had %s before", orNone(s.Bound), orNone(was.Bound))
 	}
 	return nil
 }

@@ -12,7 +12,7 @@ import (
 	"certctl-agent/internal/testing/windowshost"
 )
 
-// names are the names of the hosts for the directories of the suite.
+// names are the host names for the directories of the suite.
 type names struct {
 	mu    sync.Mutex
 	byDir map[string]string
@@ -30,8 +30,8 @@ func (n *names) of(dir string) string {
 	return n.byDir[dir]
 }
 
-// stateOf is what is on a host. The names of what Finish removes begin with
-// spare: all of ours but the newest, and what issued nothing else.
+// stateOf returns the state of a host. Entries that Finish removes start with
+// spare: our certificates except the newest, and issuers of no others.
 func stateOf(host *windowshost.Host, store string) map[string]string {
 	state := host.State()
 	state["the host"+conformance.Written] = fmt.Sprint(host.Writes())
@@ -40,7 +40,7 @@ func stateOf(host *windowshost.Host, store string) map[string]string {
 		for i, name := range c.Marked(store, conformance.TargetID) {
 			older[name] = i > 0
 		}
-		issuers := make(map[string]bool) // of what is not older
+		issuers := make(map[string]bool) // of the certificates that stay
 		for name, certificate := range c.Certificates(store) {
 			if !older[name] {
 				issuers[certificate.Issuer.String()] = true
@@ -101,7 +101,7 @@ func TestConformanceWinCertStore(t *testing.T) {
 		Config: func(dir string) map[string]any {
 			hosts.host(called.of(dir)).Change(func(c *windowshost.Console) {
 				c.Account("IIS APPPOOL\\www")
-				c.Clock(func() time.Time { return time.Now().AddDate(50, 0, 0) }) // all has expired
+				c.Clock(func() time.Time { return time.Now().AddDate(50, 0, 0) }) // all certificates have expired
 			})
 			return map[string]any{
 				"friendly_name": "www", "remove_expired": true, "key_readers": []string{"IIS APPPOOL\\www"}, "mode": "winrm",

@@ -24,9 +24,9 @@ import (
 	"certctl-agent/internal/winrm"
 )
 
-// TestReboot: a host that goes away before or behind any operation, answers or
-// no answers, is repaired by the next deployment, and the one that it happened to
-// says what is so.
+// TestReboot: a host that reboots before or after any operation, with or without an
+// answer, is repaired by the next deployment, and the failed one
+// reports the truth.
 func TestReboot(t *testing.T) {
 	for _, kind := range []string{"IIS", "WinCertStore"} {
 		for _, operation := range []string{opRead, opWrite, opFinish} {
@@ -57,7 +57,7 @@ func TestReboot(t *testing.T) {
 					f.windows.Change(func(c *windowshost.Console) { c.Fault(nil) })
 					switch {
 					case operation == opFinish:
-						must(t, err) // it is behind the commit, and a warning
+						must(t, err) // after the commit a failure is a warning
 					case !errors.Is(err, windowshost.ErrDropped):
 						t.Errorf("%s, %s, done %v: got %v", kind, operation, done, err)
 					case operation == opWrite && !back:
@@ -87,14 +87,14 @@ func (refusing) Run(context.Context, []string, []byte) (*winrm.Result, error) {
 	return nil, fmt.Errorf("WinRM of a: %w", syscall.ECONNREFUSED)
 }
 
-// TestRefused: a host that nobody listens on is named for what it may be.
+// TestRefused: the error for a refused connection names the possible causes.
 func TestRefused(t *testing.T) {
 	r := &remote{runner: refusing{}, deadline: time.Minute}
 	_, err := r.call(t.Context(), &request{Operation: opRead})
 	conformance.WantError(t, err, "connection refused: the host is down or restarting")
 }
 
-// answering has the same answer to everything.
+// answering always gives the same answer.
 type answering struct {
 	runner
 	stdout string
@@ -104,7 +104,7 @@ func (a answering) Run(context.Context, []string, []byte) (*winrm.Result, error)
 	return &winrm.Result{Stdout: []byte(a.stdout)}, nil
 }
 
-// TestHostileAnswer: what a host says in place of names does not get into errors.
+// TestHostileAnswer: invalid names in an answer do not get into errors.
 func TestHostileAnswer(t *testing.T) {
 	m := newFixture(t, "IIS").material()
 	name, sha256 := thumbprint(m.Leaf), pemutil.Fingerprint(m.Leaf)
@@ -123,7 +123,7 @@ func TestHostileAnswer(t *testing.T) {
 	}
 }
 
-// hanging answers when its context is over.
+// hanging answers when its context ends.
 type hanging struct{ runner }
 
 func (h hanging) Run(ctx context.Context, _ []string, _ []byte) (*winrm.Result, error) {
@@ -131,8 +131,8 @@ func (h hanging) Run(ctx context.Context, _ []string, _ []byte) (*winrm.Result, 
 	return nil, ctx.Err()
 }
 
-// TestDeadline: a script that does not end is given up. What changes something is
-// not given up sooner when the deployment is cancelled.
+// TestDeadline: the agent gives up a script that does not end. Cancelling the deployment does
+// not shorten a change.
 func TestDeadline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := &remote{runner: hanging{}, deadline: time.Minute}
@@ -153,8 +153,8 @@ func TestDeadline(t *testing.T) {
 	})
 }
 
-// TestAnotherJob: what a job that was killed has begun, with a certificate that was
-// someone else's, another job with another certificate takes back.
+// TestAnotherJob: a later job with another certificate undoes what a killed job started with
+// someone else's certificate.
 func TestAnotherJob(t *testing.T) {
 	for _, kind := range []string{"IIS", "WinCertStore"} {
 		f := newFixture(t, kind)
@@ -208,8 +208,8 @@ func (c *cancelling) Run(ctx context.Context, command []string, stdin []byte) (*
 	return c.runner.Run(ctx, command, stdin)
 }
 
-// TestCancelledMeanwhile: a change that has begun is not given up, since nobody
-// would know what came of it; a look is.
+// TestCancelledMeanwhile: cancelling does not stop a started change, since its
+// outcome would be unknown, but it stops reading.
 func TestCancelledMeanwhile(t *testing.T) {
 	host := windowshost.New()
 	for operation, want := range map[string]error{opRead: context.Canceled, opFinish: nil} {
@@ -222,8 +222,8 @@ func TestCancelledMeanwhile(t *testing.T) {
 	}
 }
 
-// TestSecrets: the key, the PKCS #12 and its password, and that of the account are
-// on standard input, and nowhere else.
+// TestSecrets: the key, the PKCS #12, its password and the account's password are
+// only on standard input.
 func TestSecrets(t *testing.T) {
 	f := newFixture(t, "WinCertStore")
 	steps := 0

@@ -25,16 +25,16 @@ import (
 // password logs on to every host of the tests.
 const password = "Pa55-\"wörd"
 
-// network is the hosts of a test, by the name that their targets have for them.
+// network holds the hosts of a test, by the name that targets use.
 type network struct {
 	mu      sync.Mutex
 	hosts   map[string]*windowshost.Host
-	options []winrm.Options // of each client that was made
+	options []winrm.Options // of each client
 }
 
 func newNetwork() *network { return &network{hosts: make(map[string]*windowshost.Host)} }
 
-// host returns the host called name, a new one at first.
+// host returns the host called name. It creates the host on the first call.
 func (n *network) host(name string) *windowshost.Host {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -54,7 +54,7 @@ func (n *network) connect(o winrm.Options) (runner, error) {
 	return &direct{host: func() *windowshost.Host { return n.host(o.Host) }}, nil
 }
 
-// direct is a runner without WinRM in between.
+// direct is a runner without WinRM.
 type direct struct {
 	host func() *windowshost.Host
 }
@@ -83,7 +83,7 @@ type fixture struct {
 	config  map[string]any
 }
 
-// newFixture has an overlay that names the host and has the password.
+// newFixture returns a fixture with an overlay that has the host and the password.
 func newFixture(t *testing.T, kind string) *fixture {
 	t.Helper()
 	f := &fixture{Host: conformance.NewHost(t, nil), t: t, ca: testca.Must(t), network: newNetwork()}
@@ -129,7 +129,7 @@ func (f *fixture) mustDeploy(m *connector.Material, more ...any) transaction.Res
 	return result
 }
 
-// refuses fails the test unless a deployment fails, saying all of words, and
+// refuses fails the test unless a deployment fails with all of words and
 // changes nothing.
 func (f *fixture) refuses(m *connector.Material, words []string, more ...any) error {
 	f.t.Helper()
@@ -142,12 +142,12 @@ func (f *fixture) refuses(m *connector.Material, words []string, more ...any) er
 	return err
 }
 
-// unverified is a configuration whose verification fails.
+// unverified returns a configuration whose verification fails.
 func unverified() []any {
 	return []any{"post_deploy_verify", map[string]any{"enabled": true, "endpoint": "127.0.0.1:1"}, "post_deploy_verify_attempts", 1}
 }
 
-// certificate is one that somebody has, with its key.
+// certificate returns someone else's certificate with its key.
 func (f *fixture) certificate() *windowshost.Certificate {
 	f.t.Helper()
 	m := f.material()
@@ -163,7 +163,7 @@ func pkcs8(t testing.TB, m *connector.Material) []byte {
 	return der
 }
 
-// bound is the thumbprint of the binding of a site.
+// bound returns the thumbprint of a site's binding.
 func (f *fixture) bound(site, information string) (thumbprint string) {
 	f.windows.Change(func(c *windowshost.Console) {
 		for _, b := range c.Bindings(site) {
@@ -181,7 +181,7 @@ func (f *fixture) holds(store, thumbprint string) (holds bool) {
 	return holds
 }
 
-// installed is what State of a host has of m in a store, and of its chain.
+// installed returns the State of m and its chain in a store of a host.
 func installed(t testing.TB, m *connector.Material, store, friendly string, readers ...string) map[string][]byte {
 	want := map[string][]byte{
 		store + `\` + thumbprint(m.Leaf): fmt.Appendf(nil, "%s|%x|false|%s|%v|%s", m.Leaf.Subject, sha256.Sum256(pkcs8(t, m)), friendly, readers, conformance.TargetID),

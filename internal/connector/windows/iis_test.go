@@ -15,7 +15,7 @@ const (
 	binding = "*:443:www.example.org"
 )
 
-// others are bindings that have nothing to do with the target.
+// others are bindings that do not belong to the target.
 func (f *fixture) others() (before map[string]string) {
 	f.t.Helper()
 	their := f.certificate()
@@ -32,7 +32,7 @@ func (f *fixture) others() (before map[string]string) {
 }
 
 // TestOtherBindings: only the binding of the address, port and host changes, in
-// deployments that succeed and in those that do not.
+// successful and in failed deployments.
 func TestOtherBindings(t *testing.T) {
 	f := newFixture(t, "IIS")
 	before := f.others()
@@ -55,7 +55,7 @@ func TestOtherBindings(t *testing.T) {
 	}
 }
 
-// TestUndo: the former certificate comes back, whoever put it there.
+// TestUndo: the old certificate is restored, whoever installed it.
 func TestUndo(t *testing.T) {
 	for _, test := range []struct {
 		name    string
@@ -88,7 +88,7 @@ func TestUndo(t *testing.T) {
 	}
 }
 
-// A binding without a certificate has none again.
+// A binding without a certificate has none after an undo.
 func TestUndoBare(t *testing.T) {
 	f := newFixture(t, "IIS")
 	f.windows.Change(func(c *windowshost.Console) {
@@ -103,8 +103,8 @@ func TestUndoBare(t *testing.T) {
 	}
 }
 
-// TestHalfway: a binding that a failed change has left without a certificate, the
-// former one or that which was made, is undone.
+// TestHalfway: an existing or new binding that a failed change left without a certificate
+// is restored.
 func TestHalfway(t *testing.T) {
 	for _, kind := range []string{"new", "bare", "theirs"} {
 		f := newFixture(t, "IIS")
@@ -125,7 +125,7 @@ func TestHalfway(t *testing.T) {
 	}
 }
 
-// TestFormerIsGone: what cannot be undone says so, and what to look for.
+// TestFormerIsGone: if an undo is impossible, the error says so and what to check.
 func TestFormerIsGone(t *testing.T) {
 	f := newFixture(t, "IIS")
 	first := f.material()
@@ -146,24 +146,24 @@ func TestFormerIsGone(t *testing.T) {
 	}
 }
 
-// TestSharing: without SNI http.sys has one certificate for an address and port.
+// TestSharing: without SNI http.sys has one certificate per address and port.
 func TestSharing(t *testing.T) {
 	f := newFixture(t, "IIS")
 	f.others()
 	m := f.material()
-	f.refuses(m, []string{"one certificate for an address and port", `"*:443:www.example.org"`, "Other *:443:"}, "sni", false)
+	f.refuses(m, []string{"one certificate per address and port", `"*:443:www.example.org"`, "Other *:443:"}, "sni", false)
 
 	f.windows.Change(func(c *windowshost.Console) {
 		c.Site(site, &windowshost.Binding{Protocol: "https", Information: binding})
 	})
-	f.refuses(m, []string{"has no SNI, and the target says sni"})
+	f.refuses(m, []string{"has no SNI, but the target has sni"})
 	f.refuses(m, []string{"Other *:443:"}, "sni", false)
 	f.wroteNothing()
 }
 
-// TestSharedName: with SNI http.sys has one certificate for a host name and port,
-// whatever the address. Those of the site change, and come back, with it; one that
-// is made, or another site's, would take what is not the target's.
+// TestSharedName: with SNI http.sys has one certificate per host name and port,
+// whatever the address. Bindings of the same site change, and are restored, together. A new
+// binding, or another site's, would affect bindings that are not the target's.
 func TestSharedName(t *testing.T) {
 	const second = "[2001:db8::1]:443:www.example.org"
 	f := newFixture(t, "IIS")
@@ -172,7 +172,7 @@ func TestSharedName(t *testing.T) {
 		name := c.Put(`LocalMachine\My`, their)
 		c.Site(site, &windowshost.Binding{Protocol: "https", Information: second, Thumbprint: name, Store: "My", Flags: 1})
 	})
-	f.refuses(f.material(), []string{"with SNI, for a host name and port", site + " " + second})
+	f.refuses(f.material(), []string{"with SNI, per host name and port", site + " " + second})
 	f.wroteNothing()
 	f.windows.Change(func(c *windowshost.Console) {
 		c.Site(site, &windowshost.Binding{Protocol: "https", Information: binding, Thumbprint: thumbprint(their.Certificate), Store: "My", Flags: 1})
@@ -193,7 +193,7 @@ func TestSharedName(t *testing.T) {
 	f.refuses(f.material(), []string{"Other 192.0.2.1:443:www.example.org"})
 }
 
-// wroteNothing fails the test if a change was begun.
+// wroteNothing fails the test if a change was started.
 func (f *fixture) wroteNothing() {
 	f.t.Helper()
 	for _, run := range f.windows.Runs() {
@@ -212,21 +212,21 @@ func TestCentralStore(t *testing.T) {
 	f.wroteNothing()
 }
 
-// TestMissing: what is not there is named, in whichever language Windows speaks,
-// and nothing is made.
+// TestMissing: errors name what is missing, in whatever language Windows runs,
+// and nothing is created.
 func TestMissing(t *testing.T) {
 	f := newFixture(t, "IIS")
-	f.refuses(f.material(), []string{`the site "It's \"mine\"" does not exist there`, site}, "site_name", `It's "mine"`)
+	f.refuses(f.material(), []string{`the site "It's \"mine\"" does not exist on the host`, site}, "site_name", `It's "mine"`)
 	f.refuses(f.material(), []string{`the certificate store LocalMachine\Mine does not exist`}, "cert_store", "Mine")
 	f.windows.Change(func(c *windowshost.Console) { c.German(); c.Demote() })
 	f.refuses(f.material(), []string{"Administrators", "Zugriff verweigert – Schlüssel", "0x80070005"})
 	f.windows.Change(func(c *windowshost.Console) { c.Uninstall() })
-	f.refuses(f.material(), []string{"IIS is not installed there", "Install-WindowsFeature Web-Server"})
+	f.refuses(f.material(), []string{"IIS is not installed on the host", "Install-WindowsFeature Web-Server"})
 	f.wroteNothing()
 }
 
-// TestOlder: our older certificates go when nothing serves them any more, and
-// those of others and of other targets never.
+// TestOlder: our older certificates are removed when they are unused. Those
+// of others and of other targets never are.
 func TestOlder(t *testing.T) {
 	f := newFixture(t, "IIS")
 	f.others()
@@ -261,8 +261,8 @@ func TestOlder(t *testing.T) {
 	}
 }
 
-// TestTheirs: a certificate that is there already, and an intermediate one, are
-// used, and stay whose they are.
+// TestTheirs: existing certificates and intermediates of others are used, and
+// stay theirs.
 func TestTheirs(t *testing.T) {
 	f := newFixture(t, "IIS")
 	m := f.material()
@@ -287,8 +287,8 @@ func TestTheirs(t *testing.T) {
 	}
 }
 
-// TestChangedMeanwhile: what someone else puts on the binding between the look
-// and the change stays there, and so does what comes before an undo.
+// TestChangedMeanwhile: a certificate that someone else sets in the binding between Read
+// and Write, or before an undo, stays there.
 func TestChangedMeanwhile(t *testing.T) {
 	for _, when := range []string{opWrite, opRestore} {
 		f := newFixture(t, "IIS")
@@ -314,7 +314,7 @@ func TestChangedMeanwhile(t *testing.T) {
 	}
 }
 
-// TestRoots: a root that comes with the chain is not put where the host would
+// TestRoots: a root in the chain is not installed where the host would
 // trust it.
 func TestRoots(t *testing.T) {
 	f := newFixture(t, "IIS")
@@ -328,7 +328,7 @@ func TestRoots(t *testing.T) {
 	}
 }
 
-// TestNotExportable: the key cannot be taken off the host again, unless the
+// TestNotExportable: the key cannot be exported from the host unless the
 // configuration says so.
 func TestNotExportable(t *testing.T) {
 	f := newFixture(t, "IIS")

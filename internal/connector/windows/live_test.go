@@ -15,13 +15,13 @@ import (
 	"certctl-agent/internal/transaction"
 )
 
-// live is a fixture whose host is reached by WinRM.
+// live is a fixture whose host is reached over WinRM.
 type live struct {
 	*fixture
 	server *winrmhost.Host
 }
 
-// newLive has the model behind a WinRM service, over HTTPS or without.
+// newLive runs the model behind a WinRM service, with or without HTTPS.
 func newLive(t *testing.T, kind string, https bool, o winrmhost.Options) *live {
 	t.Helper()
 	l := &live{fixture: newFixture(t, kind)}
@@ -58,7 +58,7 @@ func newLive(t *testing.T, kind string, https bool, o winrmhost.Options) *live {
 	return l
 }
 
-// TestLive: both kinds, over HTTPS and over plain HTTP, with output in UTF-16.
+// TestLive: both types, over HTTPS and plain HTTP, with output in UTF-16.
 func TestLive(t *testing.T) {
 	for _, kind := range []string{"IIS", "WinCertStore"} {
 		for _, https := range []bool{true, false} {
@@ -90,7 +90,7 @@ func TestLive(t *testing.T) {
 	}
 }
 
-// TestWrongPassword: it is tried once in a deployment, since the next try could
+// TestWrongPassword: a wrong password is only tried once in a deployment, since more tries could
 // lock the account.
 func TestWrongPassword(t *testing.T) {
 	l := newLive(t, "WinCertStore", true, winrmhost.Options{LockAfter: 2})
@@ -103,8 +103,8 @@ func TestWrongPassword(t *testing.T) {
 	}
 }
 
-// TestDroppedShell: whatever is lost at whichever call, the deployment ends with
-// all of the old or all of the new, or says that a person is needed, and the next
+// TestDroppedShell: whatever is lost in whichever call, the deployment ends with
+// the complete old or new state, or says that the target needs a person, and the next
 // one converges.
 func TestDroppedShell(t *testing.T) {
 	for _, test := range []struct {
@@ -151,18 +151,18 @@ func TestDroppedShell(t *testing.T) {
 	}
 }
 
-// TestClock: a clock that is wrong by more than NTLM bears is named.
+// TestClock: the error names a clock that is too wrong for NTLM.
 func TestClock(t *testing.T) {
 	l := newLive(t, "WinCertStore", true, winrmhost.Options{Clock: time.Hour, HideClock: true})
 	l.refuses(l.material(), []string{"clock", "1h0m0s ahead"})
 }
 
-// logon is an overlay that asks for no proof of who the host is.
+// logon is an overlay that does not authenticate the host.
 func (l *live) logon() map[string]any {
 	return map[string]any{"winrm_host": "127.0.0.1", "winrm_port": l.server.Port, "winrm_username": `WIN1\certctl`, "winrm_password": password, "winrm_insecure": true}
 }
 
-// TestTrust: a host that nothing vouches for is sent nothing.
+// TestTrust: nothing is sent to a host that is not trusted.
 func TestTrust(t *testing.T) {
 	l := newLive(t, "WinCertStore", true, winrmhost.Options{})
 	logon := l.logon()

@@ -12,9 +12,8 @@ import (
 	"certctl-agent/internal/pkcs12"
 )
 
-// newPFX is a PKCS#12 with the key and its certificate, under the name that
-// Windows takes for the friendly one, and the password of it, which is good for
-// this once.
+// newPFX returns a PKCS#12 with the key and its certificate, and its one-time password. Windows uses
+// name as the friendly name.
 func newPFX(m *connector.Material, name string, legacy bool) (pfx []byte, password string, err error) {
 	key, err := pemutil.ParseKey(m.KeyPEM)
 	if err != nil {

@@ -19,7 +19,7 @@ import (
 )
 
 // TestPFX: OpenSSL reads the key, the certificate and the friendly name, with the
-// ciphers that each Windows knows.
+// ciphers that each Windows supports.
 func TestPFX(t *testing.T) {
 	openssl := needs.Need(t, "openssl")
 	host, ca := conformance.NewHost(t, nil), testca.Must(t)

@@ -17,7 +17,7 @@ import (
 	"certctl-agent/internal/winrm"
 )
 
-// settings say where to log on, and as whom.
+// settings are the host and account to log on with.
 type settings struct {
 	Host     string             `json:"winrm_host"`
 	Port     int                `json:"winrm_port"`
@@ -28,10 +28,10 @@ type settings struct {
 	CertPath targetconf.Path    `json:"winrm_cert_path"` // of auth certificate
 	KeyPath  targetconf.Path    `json:"winrm_key_path"`
 	Insecure bool               `json:"winrm_insecure"`
-	Timeout  targetconf.Seconds `json:"winrm_timeout" default:"60"` // of each call
+	Timeout  targetconf.Seconds `json:"winrm_timeout" default:"60"` // limit of each call
 }
 
-// trust says by what the host is known.
+// trust is how to authenticate the host.
 type trust struct {
 	CAFile      targetconf.Path `json:"ca_bundle"`
 	Fingerprint string          `json:"server_fingerprint"`
@@ -43,8 +43,8 @@ const (
 	portHTTPS = 5986
 )
 
-// https reports whether TLS is spoken: unless the configuration says otherwise,
-// or names the port of plain HTTP.
+// https reports whether to use TLS: always, unless the configuration turns it off or has the port of
+// plain HTTP.
 func (s *settings) https() bool {
 	if s.HTTPS != nil {
 		return *s.HTTPS
@@ -59,17 +59,17 @@ func (s *settings) port() int {
 	return cmp.Or(s.Port, portHTTP)
 }
 
-// inObject and atTop are where the settings stand in a configuration.
+// inObject and atTop are the places of the settings in a configuration.
 const (
 	inObject = "winrm"
 	atTop    = ""
 )
 
-// owner knows which settings the owner of this host has chosen, in overlays.
+// owner knows which settings the owner of this host chose in overlays.
 type owner struct {
 	*targetconf.Config
 	in    string
-	named bool // a person has named the host just now
+	named bool // a person named the host on the command line
 }
 
 func (o owner) name(key string) string {
@@ -94,11 +94,11 @@ func (o owner) invalid(key, format string, args ...any) error {
 type remote struct {
 	at       *connector.Peer
 	runner   runner
-	deadline time.Duration // of the script
+	deadline time.Duration // limit of the script
 	warnings []string
 }
 
-// open checks everything that can be checked without a connection.
+// open returns the host after all checks that need no connection.
 func open(c *targetconf.Config, host connector.Host, s *settings, common *common, in string, connect connects) (*remote, error) {
 	o := owner{Config: c, in: in}
 	if err := targetconf.Join(s.checkLogon(o), s.checkTrust(o, &common.trust)); err != nil {
@@ -123,7 +123,7 @@ func (s *settings) checkLogon(o owner) error {
 		case password == "":
 			errs = append(errs, o.invalid("winrm_password", "is required"))
 		case len(password) >= 8 && strings.Trim(password, "*") == "":
-			errs = append(errs, o.invalid("winrm_password", "the control plane sent it masked, so this host has to supply it: put it into the target's overlay in CERTCTL_TARGETS_DIR"))
+			errs = append(errs, o.invalid("winrm_password", "the control plane sent it masked, so this host must supply it: put it into the target's overlay in CERTCTL_TARGETS_DIR"))
 		}
 	case winrm.Certificate:
 		for key, path := range map[string]targetconf.Path{"winrm_cert_path": s.CertPath, "winrm_key_path": s.KeyPath} {
@@ -131,7 +131,7 @@ func (s *settings) checkLogon(o owner) error {
 			case path == "":
 				errs = append(errs, o.invalid(key, "is required when winrm_auth is certificate"))
 			case !o.chose(key):
-				errs = append(errs, o.invalid(key, "it has the agent log on with a key of this host, so only an overlay may name it"))
+				errs = append(errs, o.invalid(key, "it makes the agent log on with a key of this host, so only an overlay may set it"))
 			}
 		}
 	default:
@@ -140,12 +140,12 @@ func (s *settings) checkLogon(o owner) error {
 	return targetconf.Join(errs...)
 }
 
-// checkTrust refuses what would let a control plane that is taken over have the
-// key, or the password that an overlay has, sent to a host of its own.
+// checkTrust refuses settings by which a compromised control plane could send the key, or an overlay's
+// password, to its own host.
 func (s *settings) checkTrust(o owner, t *trust) error {
 	var errs []error
 	only := func(key, why string) {
-		errs = append(errs, o.invalid(key, "%s: only an overlay in CERTCTL_TARGETS_DIR may say that", why))
+		errs = append(errs, o.invalid(key, "%s: only an overlay in CERTCTL_TARGETS_DIR may set this", why))
 	}
 	plain := "winrm_port"
 	if s.HTTPS != nil {
@@ -154,29 +154,29 @@ func (s *settings) checkTrust(o owner, t *trust) error {
 	switch {
 	case s.https():
 	case s.Auth != winrm.NTLM:
-		errs = append(errs, o.invalid(plain, "without HTTPS there is only winrm_auth ntlm, which encrypts by itself"))
+		errs = append(errs, o.invalid(plain, "without HTTPS only winrm_auth ntlm is allowed, which has its own encryption"))
 	case !o.chose(plain):
-		only(plain, "without HTTPS nothing but the password protects the key on its way")
+		only(plain, "without HTTPS only the password protects the key in transit")
 	}
 	if s.Insecure && !o.chose("winrm_insecure") {
-		only("winrm_insecure", "whoever is on the way to the host could take the key")
+		only("winrm_insecure", "anyone on the network path to the host could steal the key")
 	}
 	hasPassword := o.chose("winrm_password")
 	if (hasPassword || o.chose("winrm_key_path")) && s.Host != "" && !o.chose("winrm_host") && !o.named {
-		errs = append(errs, o.invalid("winrm_host", "an overlay has the password, or the key to log on with, so it has to say too who gets it"))
+		errs = append(errs, o.invalid("winrm_host", "an overlay has the password or key for the logon, so it must also set the host that gets it"))
 	}
-	if hasPassword && s.Username != "" && !o.chose("winrm_username") { // or it locks the accounts of others
-		errs = append(errs, o.invalid("winrm_username", "an overlay has the password, so it has to say too whose it is"))
+	if hasPassword && s.Username != "" && !o.chose("winrm_username") { // a job could lock other accounts with it
+		errs = append(errs, o.invalid("winrm_username", "an overlay has the password, so it must also set the account"))
 	}
 	if hasPassword && s.Auth == winrm.Basic && !o.chose("winrm_auth") {
-		errs = append(errs, o.invalid("winrm_auth", "an overlay has the password, and basic sends it as it is, so it has to say that too"))
+		errs = append(errs, o.invalid("winrm_auth", "an overlay has the password, which basic sends unencrypted, so it must also set this"))
 	}
 	if o.chose("winrm_host") {
 		if t.CAFile != "" && !o.Local("ca_bundle") {
-			errs = append(errs, targetconf.Invalid("ca_bundle", "an overlay names the host, so it has to say too by what that is known"))
+			errs = append(errs, targetconf.Invalid("ca_bundle", "an overlay sets the host, so it must also set how to authenticate it"))
 		}
 		if t.Fingerprint != "" && !o.Local("server_fingerprint") {
-			errs = append(errs, targetconf.Invalid("server_fingerprint", "an overlay names the host, so it has to say too by what that is known"))
+			errs = append(errs, targetconf.Invalid("server_fingerprint", "an overlay sets the host, so it must also set how to authenticate it"))
 		}
 	}
 	return targetconf.Join(errs...)
@@ -204,10 +204,10 @@ func (s *settings) connect(o owner, host connector.Host, common *common, connect
 		}
 	}
 	if s.Insecure {
-		r.warnings = append(r.warnings, "whoever is on the way to the host can take the key, and log on elsewhere as the account: winrm_insecure is set")
+		r.warnings = append(r.warnings, "winrm_insecure is set: anyone on the network path to the host can steal the key, and log on elsewhere as the account")
 	}
 	if !s.https() {
-		r.warnings = append(r.warnings, "WinRM without HTTPS: whoever listens and guesses the password has the key too, and whoever is on the way can log on elsewhere as the account")
+		r.warnings = append(r.warnings, "WinRM without HTTPS: anyone who records the traffic and guesses the password gets the key, and anyone on the network path can log on elsewhere as the account")
 	}
 	if r.runner, err = connect(options); err != nil {
 		return nil, fmt.Errorf("WinRM: %w", err)
@@ -215,7 +215,7 @@ func (s *settings) connect(o owner, host connector.Host, common *common, connect
 	return r, nil
 }
 
-// maxCertificate bounds the files of a certificate to log on with, in bytes.
+// maxCertificate bounds the certificate and key files for the logon, in bytes.
 const maxCertificate = 64 << 10
 
 func (s *settings) certificate() (*tls.Certificate, error) {

@@ -18,17 +18,17 @@ import (
 	"certctl-agent/internal/winrm"
 )
 
-// scripts are what runs on a Windows host: the parts of one text in the order of
-// their names, and what starts it. Nothing is ever put into them.
+// scripts are the parts of the script that runs on a Windows host, in the order of their names, and the
+// script that starts it. Nothing is ever inserted into them.
 //
 //go:embed scripts
 var scripts embed.FS
 
-// contract is the version of the documents that the script is given and answers.
+// contract is the version of the script's input and output.
 const contract = 1
 
-// request is what the script is told. Its members, and those of the answer, are
-// explained in scripts/1-contract.ps1.
+// request is the input of the script. scripts/1-contract.ps1 documents its members and those of the
+// answer.
 type request struct {
 	Contract      int             `json:"contract"`
 	Operation     string          `json:"operation"`
@@ -51,7 +51,7 @@ type request struct {
 	RemoveExpired bool            `json:"remove_expired"`
 }
 
-// What can be asked for.
+// The operations of the script.
 const (
 	opRead     = "read"
 	opWrite    = "write"
@@ -71,7 +71,7 @@ type answer struct {
 	Host     *hostState `json:"host"`
 }
 
-// state is what the host has of the certificate, and of the binding.
+// state is the state of the certificate and the binding on the host.
 type state struct {
 	Thumbprint   string   `json:"thumbprint"`
 	Present      bool     `json:"present"`
@@ -100,7 +100,7 @@ type hostState struct {
 	Sites         []string `json:"sites"`
 }
 
-// script is the text that runs.
+// script returns the complete script.
 func script() ([]byte, error) {
 	names, err := fs.Glob(scripts, "scripts/[0-9]-*.ps1")
 	if err != nil {
@@ -117,11 +117,10 @@ func script() ([]byte, error) {
 	return text, nil
 }
 
-// commandLine starts PowerShell with a text that reads the script from standard
-// input: the script is longer than the 8,191 characters that cmd.exe takes.
-// -EncodedCommand is base64 of UTF-16, see
+// commandLine returns a command that starts PowerShell with a short script, which reads the real one
+// from standard input: cmd.exe accepts only 8,191 characters. -EncodedCommand is base64 of UTF-16, see
 // https://learn.microsoft.com/en-us/powershell/module/microsoft.powershell.core/about/about_powershell_exe.
-// Since that text does not name $input, PowerShell itself reads nothing there.
+// PowerShell itself does not read standard input, since the short script does not use $input.
 func commandLine() ([]string, error) {
 	text, err := scripts.ReadFile("scripts/bootstrap.ps1")
 	if err != nil {
@@ -134,8 +133,8 @@ func commandLine() ([]string, error) {
 	return []string{"powershell.exe", "-NoLogo", "-NoProfile", "-NonInteractive", "-EncodedCommand", base64.StdEncoding.EncodeToString(wide)}, nil
 }
 
-// input is what the script reads: itself and the request, a line each, in ASCII
-// alone, so that no code page changes it.
+// input returns the standard input: the script and the request, one line each. It is pure ASCII, so no
+// code page changes it.
 func input(r *request) ([]byte, error) {
 	text, err := script()
 	if err != nil {
@@ -160,17 +159,17 @@ func input(r *request) ([]byte, error) {
 	return append(in, '\n'), nil
 }
 
-// runner runs a command on a Windows host. It is a winrm.Client but in tests.
+// runner runs commands on a Windows host. Outside tests it is a winrm.Client.
 type runner interface {
 	Run(ctx context.Context, commandLine []string, stdin []byte) (*winrm.Result, error)
 	Close() error
 }
 
-// maxMessage bounds what is kept of what Windows says, in bytes.
+// maxMessage bounds the messages of Windows that are kept, in bytes.
 const maxMessage = 1 << 10
 
-// call has the script carry out a request. A request that changes something,
-// once begun, runs to its own deadline: an undo has to know what came of it.
+// call makes the script carry out a request. Cancelling ctx does not stop a request that changes
+// something, since an undo must know its outcome; it ends at its own deadline.
 func (r *remote) call(ctx context.Context, q *request) (*answer, error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
@@ -207,95 +206,93 @@ func (r *remote) call(ctx context.Context, q *request) (*answer, error) {
 	return a, err
 }
 
-// parseAnswer reads the last line that is not empty. What is before it others
-// have written: a module that is loaded, for one.
+// parseAnswer parses the last line that is not empty. Loaded modules may have written lines before it.
 func parseAnswer(result *winrm.Result) (*answer, error) {
 	lines := strings.Split(strings.TrimSpace(string(result.Stdout)), "\n")
 	a := new(answer)
 	if err := json.Unmarshal([]byte(lines[len(lines)-1]), a); err == nil && a.Contract == contract {
 		return a, nil
 	}
-	said := spoken(result.Stderr)
+	output := errorText(result.Stderr)
 	switch {
-	// The identifiers of errors are in no language.
-	case strings.Contains(said, "InConstrainedLanguage"):
-		return nil, fmt.Errorf("PowerShell there is in constrained language mode (AppLocker or App Control): allow the account full language: %s", printable.Line(said, maxMessage))
-	case said == "":
-		said = string(result.Stdout)
+	// Error identifiers are not translated.
+	case strings.Contains(output, "InConstrainedLanguage"):
+		return nil, fmt.Errorf("PowerShell on the host is in constrained language mode (AppLocker or App Control): allow the account full language mode: %s", printable.Line(output, maxMessage))
+	case output == "":
+		output = string(result.Stdout)
 	}
-	return nil, fmt.Errorf("PowerShell ended with exit code %d and without an answer: %s", result.ExitCode, printable.Line(said, maxMessage))
+	return nil, fmt.Errorf("PowerShell exited with code %d and without an answer: %s", result.ExitCode, printable.Line(output, maxMessage))
 }
 
-// spoken is the text in what PowerShell writes to standard error: CLIXML, with
-// control characters written as _x000D_.
-// (https://learn.microsoft.com/en-us/openspecs/windows_protocols/ms-psrp/)
-func spoken(stderr []byte) string {
+// errorText returns the text in PowerShell's standard error: CLIXML, with control characters encoded
+// like _x000D_ (https://learn.microsoft.com/en-us/openspecs/windows_protocols/ms-psrp/).
+func errorText(stderr []byte) string {
 	text, isXML := strings.CutPrefix(strings.TrimSpace(string(stderr)), "#< CLIXML")
 	if !isXML {
 		return text
 	}
-	var said strings.Builder
+	var plain strings.Builder
 	for _, part := range strings.Split(text, `<S S="Error">`)[1:] {
 		part, _, _ = strings.Cut(part, "</S>")
-		said.WriteString(strings.NewReplacer("_x000D_", "", "_x000A_", "\n", "&lt;", "<", "&gt;", ">", "&quot;", `"`, "&apos;", "'", "&amp;", "&").Replace(part))
+		plain.WriteString(strings.NewReplacer("_x000D_", "", "_x000A_", "\n", "&lt;", "<", "&gt;", ">", "&quot;", `"`, "&apos;", "'", "&amp;", "&").Replace(part))
 	}
-	return said.String()
+	return plain.String()
 }
 
-// Results of Windows (https://learn.microsoft.com/en-us/openspecs/windows_protocols/ms-erref/).
+// Result codes of Windows (https://learn.microsoft.com/en-us/openspecs/windows_protocols/ms-erref/).
 const (
-	badPassword = -0x7ff8ffaa // 0x80070056: what a PFX with a cipher that is not known gives
-	noSession   = -0x7ff8fae0 // 0x80070520: what http.sys says of a key that it cannot use
+	badPassword = -0x7ff8ffaa // 0x80070056: a PFX with an unknown cipher
+	noSession   = -0x7ff8fae0 // 0x80070520: http.sys cannot use a key
 )
 
-// explain says what an answer that is not success means, and what to do.
+// explain turns a failure into an error that says what to do.
 func (q *request) explain(a *answer) error {
 	detail := printable.Line(a.Detail, maxMessage)
-	said := fmt.Sprintf("%s (0x%08X, line %d of the script)", printable.Line(a.Message, maxMessage), uint32(a.HResult), a.Line)
+	message := fmt.Sprintf("%s (0x%08X, line %d of the script)", printable.Line(a.Message, maxMessage), uint32(a.HResult), a.Line)
 	switch a.Code {
 	case "store-missing":
-		return fmt.Errorf("the certificate store %s\\%s does not exist there", q.Location, detail)
+		return fmt.Errorf("the certificate store %s\\%s does not exist on the host", q.Location, detail)
 	case "access-denied":
-		return fmt.Errorf("access is denied there: the account has to be one of the host's Administrators, with its full rights over the network: %s", said)
+		return fmt.Errorf("access denied: the account must be one of the host's Administrators, with full rights over the network: %s", message)
 	case "account-missing":
-		return fmt.Errorf("key_readers: the host knows no account \"%s\": write DOMAIN\\name, or its SID", detail)
+		return fmt.Errorf("key_readers: the host does not know the account \"%s\": write DOMAIN\\name, or its SID", detail)
 	case "account-broad":
-		return fmt.Errorf("key_readers: \"%s\" is a group that Windows fills by itself, and no configuration gives such a group a key", detail)
+		return fmt.Errorf("key_readers: Windows manages the members of the group \"%s\", and such groups cannot get access to a key", detail)
 	case "key-file":
-		return fmt.Errorf("the file of the private key of %s was not found, so nobody can be given access to it: a key in hardware has none", detail)
+		return fmt.Errorf("cannot grant access to the private key of %s, since its file was not found: a key in hardware has no file", detail)
 	case "key-missing":
-		return fmt.Errorf("the certificate %s was imported and has no private key there", detail)
+		return fmt.Errorf("the certificate %s was imported but has no private key on the host", detail)
 	case "iis-missing":
-		return fmt.Errorf("IIS is not installed there: %s does not exist (Install-WindowsFeature Web-Server -IncludeManagementTools)", detail)
+		return fmt.Errorf("IIS is not installed on the host: %s does not exist (Install-WindowsFeature Web-Server -IncludeManagementTools)", detail)
 	case "site-missing":
-		return fmt.Errorf("the site %s does not exist there; there are: %s", printable.Quote(q.Site), detail)
+		return fmt.Errorf("the site %s does not exist on the host; its sites are: %s", printable.Quote(q.Site), detail)
 	case "central-store":
 		return errCentral
 	case "sharing":
 		return sharedError(q.Binding, detail)
 	case "changed":
-		return fmt.Errorf("someone else has changed the binding since, and that was left alone: it has the certificate %s", orNone(detail))
+		return fmt.Errorf("someone else has changed the binding since; it was left alone and has the certificate %s", orNone(detail))
 	case "former-missing":
-		return fmt.Errorf("the certificate %s, which the binding had, is not in its store any more", detail)
+		return fmt.Errorf("the old certificate %s of the binding is not in its store any more", detail)
 	case "busy":
-		return fmt.Errorf("another run on that host has not ended for 30 s, or another program holds the mutex %s there: the next deployment tries again", detail)
+		return fmt.Errorf("another run on the host has not finished within 30 s, or another program holds the mutex %s there: the next deployment tries again", detail)
 	case "request":
-		return errors.New("the script did not understand what it was told: something between the agent and the host changed it")
+		return errors.New("the script cannot read its input: something between the agent and the host changed it")
 	}
 	switch a.HResult {
 	case badPassword:
-		return fmt.Errorf("the host cannot read the PKCS#12: Windows before Server 2019 takes legacy_ciphers: %s", said)
+		return fmt.Errorf("the host cannot read the PKCS#12: set legacy_ciphers for Windows before Server 2019: %s", message)
 	case noSession:
-		return fmt.Errorf("http.sys cannot use the certificate's key (certutil -store %s %s there says what of it): %s", q.Store, q.Thumbprint, said)
+		return fmt.Errorf("http.sys cannot use the certificate's key (run certutil -store %s %s on the host to see why): %s", q.Store, q.Thumbprint, message)
 	}
-	return errors.New(said)
+	return errors.New(message)
 }
 
-var errCentral = errors.New("the binding takes its certificate from the Central Certificate Store of IIS, where this agent cannot put it: take that off the binding")
+var errCentral = errors.New("the binding uses the Central Certificate Store of IIS, which this agent does not support: turn that off in the binding")
 
 func sharedError(binding, others string) error {
-	return fmt.Errorf("http.sys has one certificate for an address and port or, with SNI, for a host name and port, and %s shares it with others: %s: "+
-		"give those \"Require Server Name Indication\" or another host name first", strconv.Quote(binding), printable.Line(others, maxMessage))
+	return fmt.Errorf("http.sys has only one certificate per address and port or, with SNI, per host name and port, and %s shares it with other bindings: %s: "+
+		"set \"Require Server Name Indication\" or another host name for those first", strconv.Quote(binding), printable.Line(others, maxMessage))
 }
 
 func orNone(thumbprint string) string {

@@ -14,8 +14,8 @@ import (
 	"certctl-agent/internal/winrm"
 )
 
-// documents are the members that the comment of the script describes, with the
-// kind of value that stands there, by document.
+// documents returns the members that the script's comment describes, by document,
+// with the kind of the example value.
 func documents(t *testing.T) map[string]map[string]reflect.Kind {
 	t.Helper()
 	text, err := scripts.ReadFile("scripts/1-contract.ps1")
@@ -52,7 +52,7 @@ func kindOf(value any) reflect.Kind {
 	return reflect.Pointer // null
 }
 
-// members are those of a struct, with the kind that encoding/json gives them.
+// members returns the members of a struct, with their kind in JSON.
 func members(v any) map[string]reflect.Kind {
 	found := make(map[string]reflect.Kind)
 	for field := range reflect.TypeOf(v).Fields() {
@@ -70,8 +70,8 @@ func members(v any) map[string]reflect.Kind {
 	return found
 }
 
-// TestContract: what the script's comment says, what the connectors send and
-// read, what the model of the tests knows, and what the script uses are the same.
+// TestContract: the script's comment, the connectors' structs, the model of the
+// tests and the script itself have the same members.
 func TestContract(t *testing.T) {
 	described := documents(t)
 	for name, sides := range map[string][]any{
@@ -144,14 +144,14 @@ func TestCodes(t *testing.T) {
 	}
 }
 
-// token is one of PowerShell, as far as the tests look.
+// token is a token of PowerShell, as far as the tests need it.
 type token struct {
 	kind string // word, variable, string, type, punctuation, newline
 	text string
 }
 
-// tokens splits a script. It knows what ours consist of and fails at anything
-// else: strings in double quotes, in which variables are put, here-strings,
+// tokens splits a script. It knows the syntax that our scripts use and fails on anything
+// else: double-quoted strings, which expand variables, here-strings,
 // back-ticks, block comments.
 func tokens(t *testing.T, text string) (all []token) {
 	t.Helper()
@@ -190,11 +190,11 @@ next:
 // cmdlets are the commands that the script runs. None of them evaluates text.
 var cmdlets = []string{"Add-Type", "New-Object", "Remove-Item", "Where-Object", "Sort-Object", "ConvertTo-Json", "netsh.exe"}
 
-// keywords are the words of PowerShell's own that begin a statement.
+// keywords are PowerShell's keywords that start a statement.
 var keywords = []string{"function", "if", "else", "elseif", "foreach", "try", "catch", "finally", "switch", "return", "throw", "continue", "param", "default", "in"}
 
-// TestScript: the script is balanced, is ASCII, and has nothing in it that makes
-// a command or code of a value.
+// TestScript: the script is balanced and ASCII, and never turns a value into
+// a command or code.
 func TestScript(t *testing.T) {
 	whole, err := script()
 	must(t, err)
@@ -228,7 +228,7 @@ func TestScript(t *testing.T) {
 		if tok.text == "&" || tok.text == "." && (before.kind == "newline" || before.text == "{" || before.text == ";") {
 			t.Errorf("%q runs a value as a command, before %q", tok.text, lexed[i+1].text)
 		}
-		// Where a statement or a pipeline's element begins, a word is a command.
+		// At the start of a statement or of a pipeline's element, a word is a command.
 		starts := before.kind == "newline" || slices.Contains([]string{"{", "(", ";", "|", "=", "}"}, before.text)
 		if starts && tok.kind == "word" && tok.text[0] != '-' && !isName(lexed, i) && !slices.Contains(cmdlets, tok.text) && !slices.Contains(functions, tok.text) && !slices.Contains(keywords, tok.text) {
 			t.Errorf("%q is not a command that the script may run", tok.text)
@@ -268,8 +268,8 @@ func balanced(t *testing.T, all []token) {
 	}
 }
 
-// TestSecretsAreNoArguments: module logging writes down what cmdlets are given,
-// so that what is secret is only ever given to methods.
+// TestSecretsAreNoArguments: module logging records the arguments of cmdlets,
+// so secrets are only passed to methods.
 func TestSecretsAreNoArguments(t *testing.T) {
 	text, err := script()
 	must(t, err)
@@ -291,7 +291,7 @@ func TestSecretsAreNoArguments(t *testing.T) {
 	}
 }
 
-// TestPitfalls: what reads well, and does something else on Windows.
+// TestPitfalls: code that looks right but behaves differently on Windows.
 func TestPitfalls(t *testing.T) {
 	text, err := script()
 	must(t, err)
@@ -305,7 +305,7 @@ func TestPitfalls(t *testing.T) {
 	}
 }
 
-// TestReaders: no configuration gives a key to a group that everybody is in.
+// TestReaders: a key is never accessible to a group that includes everyone.
 func TestReaders(t *testing.T) {
 	text, err := script()
 	must(t, err)
@@ -327,7 +327,7 @@ func TestReaders(t *testing.T) {
 	}
 }
 
-// TestCommandLine: cmd.exe takes it, and it is the same for everyone.
+// TestCommandLine: the command line fits cmd.exe, and is always the same.
 func TestCommandLine(t *testing.T) {
 	words, err := commandLine()
 	must(t, err)
@@ -350,7 +350,7 @@ func TestParseAnswer(t *testing.T) {
 		{"alone", fine + "\r\n", "", nil},
 		{"behind what others say", "WARNING: x\r\n\r\n" + fine + "\r\n\r\n", "#< CLIXML\r\n<Objs></Objs>", nil},
 		{"of another version", strings.Replace(fine, "1", "2", 1), "", []string{"without an answer"}},
-		{"cut off", fine[:40], "", []string{"without an answer", "exit code 1"}},
+		{"cut off", fine[:40], "", []string{"without an answer", "exited with code 1"}},
 		{"nothing", "", "", []string{"without an answer"}},
 		{"error", "", "#< CLIXML\r\n<Objs Version=\"1.1.0.1\"><Obj S=\"progress\"></Obj><S S=\"Error\">Die Ausf\u00fchrung_x000D__x000A_</S><S S=\"Error\">ist &lt;aus&gt;</S></Objs>", []string{"Die Ausf\u00fchrung ist <aus>"}},
 		{"constrained", "", "#< CLIXML\r\n<Objs><S S=\"Error\">    + FullyQualifiedErrorId : MethodInvocationNotSupportedInConstrainedLanguage_x000D__x000A_</S></Objs>", []string{"constrained language mode", "AppLocker"}},
@@ -367,7 +367,7 @@ func TestParseAnswer(t *testing.T) {
 	}
 }
 
-// TestInput: names in any script arrive, and the lines are ASCII.
+// TestInput: names in any alphabet arrive, and the lines are ASCII.
 func TestInput(t *testing.T) {
 	want := &request{Contract: 1, Site: "Größe \"x\" 'y' \u2028 \U0001F600", Chain: [][]byte{}, KeyReaders: []string{}}
 	in, err := input(want)

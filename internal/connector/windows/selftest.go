@@ -3,6 +3,7 @@ package windows
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 
@@ -10,15 +11,14 @@ import (
 	"certctl-agent/internal/targetconf"
 )
 
-// Finding is one thing that a self-test has looked at.
+// Finding is the result of one check of a self-test.
 type Finding struct {
 	What string `json:"what"`
 	OK   bool   `json:"ok"`
-	Says string `json:"says"` // what was found, or what to do
+	Says string `json:"says"` // the result, or what to do
 }
 
-// selfTestConfig is the configuration of a target of either kind. Where it is to
-// be logged on is said by whoever tests.
+// selfTestConfig is the configuration of a target of either type. The host comes from the command line.
 type selfTestConfig struct {
 	Object settings `json:"winrm"`
 	settings
@@ -29,17 +29,16 @@ type selfTestConfig struct {
 	Location  string `json:"store_location"`
 }
 
-// oldest are the versions that the script is written for: Windows PowerShell 5.1,
-// and .NET Framework 4.6.2 by its release number
+// The oldest versions that the script supports: Windows PowerShell 5.1, and .NET Framework 4.6.2 by its
+// release number
 // (https://learn.microsoft.com/en-us/dotnet/framework/install/how-to-determine-which-versions-are-installed).
 const (
 	oldestPowerShell = "5.1"
 	oldestDotNet     = 394802
 )
 
-// SelfTest logs on to the host called name with the settings of a target, looks
-// at what a deployment needs there, and changes nothing. The error says that
-// nothing could be looked at.
+// SelfTest logs on to the host called name with the settings of a target, checks what a deployment
+// needs there, and changes nothing. It returns an error if it could not check anything.
 func SelfTest(ctx context.Context, c *targetconf.Config, host connector.Host, name string) ([]Finding, error) {
 	return selfTest(ctx, c, host, name, connect)
 }
@@ -55,7 +54,7 @@ func selfTest(ctx context.Context, c *targetconf.Config, host connector.Host, na
 	}
 	o := owner{Config: c, in: in, named: true}
 	if s.Host != "" && !strings.EqualFold(s.Host, name) && o.chose("winrm_password") {
-		return nil, o.invalid("winrm_host", "the overlay's password is for %s, and not sent to %s", s.Host, name)
+		return nil, o.invalid("winrm_host", "the overlay's password is for %s, so it is not sent to %s", s.Host, name)
 	}
 	s.Host = name
 	if err := targetconf.Join(s.checkLogon(o), s.checkTrust(o, &config.trust)); err != nil {
@@ -75,19 +74,19 @@ func selfTest(ctx context.Context, c *targetconf.Config, host connector.Host, na
 		return nil, err
 	}
 	if a.Host == nil {
-		return nil, fmt.Errorf("the script answered without saying what the host is like")
+		return nil, errors.New("the script's answer has no state of the host")
 	}
 	return a.Host.findings(q, s, in == inObject), nil
 }
 
-// findings judges what the host is like. Only targets of type IIS need IIS.
+// findings checks the state of the host. Only targets of type IIS need IIS.
 func (h *hostState) findings(q *request, s *settings, needsIIS bool) []Finding {
 	var found []Finding
-	see := func(what string, ok bool, is, otherwise string) {
+	add := func(what string, ok bool, result, problem string) {
 		if !ok {
-			is = otherwise
+			result = problem
 		}
-		found = append(found, Finding{what, ok, is})
+		found = append(found, Finding{what, ok, result})
 	}
 	explain := func(code, detail string) string { return q.explain(&answer{Code: code, Detail: detail}).Error() }
 
@@ -95,25 +94,25 @@ func (h *hostState) findings(q *request, s *settings, needsIIS bool) []Finding {
 	if !s.https() {
 		logon += ", without HTTPS"
 	}
-	see("logon", true, logon, "")
-	see("Windows", true, h.Windows+h.hint(), "")
-	see("PowerShell", h.PowerShell == oldestPowerShell || strings.HasPrefix(h.PowerShell, oldestPowerShell+"."), h.PowerShell, h.PowerShell+": install Windows Management Framework 5.1")
-	see("language mode", h.LanguageMode == "FullLanguage", h.LanguageMode, h.LanguageMode+": allow the account FullLanguage (AppLocker, App Control)")
-	see(".NET Framework", h.DotNet >= oldestDotNet, fmt.Sprint("release ", h.DotNet), fmt.Sprintf("release %d: install 4.6.2, which is %d, or newer", h.DotNet, oldestDotNet))
-	see("administrator", h.Administrator || q.Location == "CurrentUser", "yes", "the account has to be one of Administrators, with its full rights over the network")
-	see(fmt.Sprintf("store %s\\%s", q.Location, q.Store), h.Store == "", "can be written", explain(h.Store, q.Store))
+	add("logon", true, logon, "")
+	add("Windows", true, h.Windows+h.hint(), "")
+	add("PowerShell", h.PowerShell == oldestPowerShell || strings.HasPrefix(h.PowerShell, oldestPowerShell+"."), h.PowerShell, h.PowerShell+": install Windows Management Framework 5.1")
+	add("language mode", h.LanguageMode == "FullLanguage", h.LanguageMode, h.LanguageMode+": allow the account FullLanguage (AppLocker, App Control)")
+	add(".NET Framework", h.DotNet >= oldestDotNet, fmt.Sprint("release ", h.DotNet), fmt.Sprintf("release %d: install 4.6.2, which is %d, or newer", h.DotNet, oldestDotNet))
+	add("administrator", h.Administrator || q.Location == "CurrentUser", "yes", "the account must be one of Administrators, with full rights over the network")
+	add(fmt.Sprintf("store %s\\%s", q.Location, q.Store), h.Store == "", "can be written", explain(h.Store, q.Store))
 	sites := "sites: " + strings.Join(h.Sites, ", ")
 	if h.IIS != "" {
-		sites = "cannot be managed, and this target does not need it"
+		sites = "cannot be managed, but this target does not need it"
 	}
-	see("IIS", h.IIS == "" || !needsIIS, sites, explain(h.IIS, "Microsoft.Web.Administration.dll"))
+	add("IIS", h.IIS == "" || !needsIIS, sites, explain(h.IIS, "Microsoft.Web.Administration.dll"))
 	return found
 }
 
 // firstWithAES is the build of Server 2019 and Windows 10 1809.
 const firstWithAES = 17763
 
-// hint says what a target has to have for an older Windows.
+// hint returns what a target needs on an older Windows, or "".
 func (h *hostState) hint() string {
 	var major, minor, build int
 	if n, _ := fmt.Sscanf(h.Windows, "%d.%d.%d", &major, &minor, &build); n == 3 && build < firstWithAES {

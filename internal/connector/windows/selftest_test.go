@@ -11,7 +11,7 @@ import (
 	"certctl-agent/internal/testing/windowshost"
 )
 
-// selfTest runs it with the fixture's overlay.
+// selfTest runs the self-test with the fixture's overlay.
 func (f *fixture) selfTest(name string) ([]Finding, error) {
 	f.t.Helper()
 	merged, err := targetconf.Merge(nil, f.typ.Name, f.typ.Aliases, conformance.TargetID, targetconf.Overlays{Dir: f.Overlays})
@@ -19,7 +19,7 @@ func (f *fixture) selfTest(name string) ([]Finding, error) {
 	return selfTest(f.t.Context(), merged, connector.Host{Policy: &policy.Policy{Hosts: []policy.HostRule{}}, Log: f.Logger()}, name, f.network.connect)
 }
 
-// missing are the things that a self-test has not found.
+// missing returns the findings that are not OK.
 func missing(found []Finding) (what []string) {
 	for _, f := range found {
 		if !f.OK {
@@ -33,12 +33,12 @@ func TestSelfTest(t *testing.T) {
 	for _, test := range []struct {
 		name   string
 		breaks func(*windowshost.Console)
-		says   [][]string // of each thing that is missing
+		says   [][]string // of each finding that is not OK
 	}{
 		{"fine", func(*windowshost.Console) {}, nil},
 		{"no IIS", func(c *windowshost.Console) { c.Uninstall() }, [][]string{{"IIS", "Install-WindowsFeature"}}},
 		{"no administrator", func(c *windowshost.Console) { c.Demote() },
-			[][]string{{"administrator", "Administrators"}, {`store LocalMachine\My`, "access is denied there"}, {"IIS", "access is denied there"}}},
+			[][]string{{"administrator", "Administrators"}, {`store LocalMachine\My`, "access denied"}, {"IIS", "access denied"}}},
 		{"older", func(c *windowshost.Console) {
 			c.Become(func(s *windowshost.Standing) {
 				s.PowerShell, s.LanguageMode, s.DotNet = "4.0", "ConstrainedLanguage", 378758
@@ -56,7 +56,7 @@ func TestSelfTest(t *testing.T) {
 			}
 			got := missing(found)
 			if n := len(test.says); kind == "WinCertStore" && n > 0 && test.says[n-1][0] == "IIS" {
-				test.says = test.says[:n-1] // it needs none
+				test.says = test.says[:n-1] // it does not need IIS
 			}
 			if len(got) != len(test.says) || len(found) < 8 {
 				t.Errorf("%s, %s: %q is missing", test.name, kind, got)
@@ -81,7 +81,7 @@ func TestSelfTest(t *testing.T) {
 	}
 }
 
-// TestSelfTestOld: what targets on an older Windows need is said beforehand.
+// TestSelfTestOld: the self-test says what targets on an older Windows need.
 func TestSelfTestOld(t *testing.T) {
 	for version, want := range map[string]bool{"6.3.9600.0": true, "10.0.14393.0": true, "10.0.17763.0": false, "10.0.26100.0": false, "": false} {
 		if got := strings.Contains((&hostState{Windows: version}).hint(), "legacy_ciphers"); got != want {
@@ -90,12 +90,12 @@ func TestSelfTestOld(t *testing.T) {
 	}
 }
 
-// TestSelfTestLogon: what is wrong with the settings is said before a connection
-// is made, and the overlay's password goes to no other host.
+// TestSelfTestLogon: wrong settings are reported before a connection
+// is made, and the overlay's password is never sent to another host.
 func TestSelfTestLogon(t *testing.T) {
 	f := newFixture(t, "WinCertStore")
 	_, err := f.selfTest("win2.example.org")
-	conformance.WantError(t, err, "the overlay's password is for win1.example.org, and not sent to win2.example.org")
+	conformance.WantError(t, err, "the overlay's password is for win1.example.org, so it is not sent to win2.example.org")
 	f.overlay(map[string]any{"winrm_username": "u", "winrm_password": password})
 	if _, err := f.selfTest("win2.example.org"); err != nil {
 		t.Errorf("a host that the caller names: %v", err)

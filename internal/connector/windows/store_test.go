@@ -9,8 +9,8 @@ import (
 	"certctl-agent/internal/testing/windowshost"
 )
 
-// TestStore: name, location, friendly name and readers, and what an undo makes of
-// a certificate that someone else had there.
+// TestStore: name, location, friendly name and readers, and the undo for
+// an existing certificate of someone else.
 func TestStore(t *testing.T) {
 	f := newFixture(t, "WinCertStore")
 	f.windows.Change(func(c *windowshost.Console) { c.Account(`CORP\sql$`, "S-1-5-20") })
@@ -38,7 +38,7 @@ func TestStore(t *testing.T) {
 		t.Error("the second deployment changes something")
 	}
 	f.refuses(f.material(), []string{"key_readers", `CORP\nobody`}, "key_readers", `CORP\nobody`)
-	f.refuses(f.material(), []string{"key_readers", "Everyone", "no configuration gives such a group a key"}, "key_readers", "S-1-5-20,Everyone")
+	f.refuses(f.material(), []string{"key_readers", "Everyone", "such groups cannot get access to a key"}, "key_readers", "S-1-5-20,Everyone")
 }
 
 func TestCurrentUser(t *testing.T) {
@@ -52,7 +52,7 @@ func TestCurrentUser(t *testing.T) {
 	}
 }
 
-// TestRemoveExpired: only ours, of the same subject, that have expired, and only
+// TestRemoveExpired: only our expired certificates of the same subject are removed, and only
 // if the configuration says so.
 func TestRemoveExpired(t *testing.T) {
 	f := newFixture(t, "WinCertStore")
@@ -80,7 +80,7 @@ func TestRemoveExpired(t *testing.T) {
 	}
 }
 
-// TestServed: one that something serves stays, though it is ours and has expired.
+// TestServed: a certificate in use stays, even if it is ours and expired.
 func TestServed(t *testing.T) {
 	f := newFixture(t, "WinCertStore")
 	first := f.material()

@@ -1,8 +1,8 @@
-// Package windows installs certificates on Windows hosts, which it reaches by
-// WinRM: in a certificate store, and on a binding of IIS.
+// Package windows installs certificates on Windows hosts over WinRM: in a certificate store, and in a
+// binding of IIS.
 //
-// A script of the package's own does the work there. The engine's promises hold
-// because each of its operations looks first, and because it marks what it made.
+// The package's PowerShell script does the work on the host. Its operations can be repeated and undone,
+// since each one checks the state first and marks the certificates that it imports.
 package windows
 
 import (
@@ -21,7 +21,7 @@ import (
 	"certctl-agent/internal/winrm"
 )
 
-// Types are the kinds of target on Windows hosts.
+// Types returns the target types for Windows hosts.
 func Types() []connector.Type { return []connector.Type{WinCertStore(), IIS()} }
 
 // IIS returns the target type IIS: a binding of a site.
@@ -30,21 +30,21 @@ func IIS() connector.Type { return iis(connect) }
 // WinCertStore returns the target type WinCertStore: a certificate store.
 func WinCertStore() connector.Type { return certStore(connect) }
 
-// connects makes the client of a host.
+// connects returns the client of a host.
 type connects func(winrm.Options) (runner, error)
 
 func connect(o winrm.Options) (runner, error) { return winrm.New(o) }
 
-// common is what both kinds have.
+// common is the configuration that both types share.
 type common struct {
 	Mode     string              `json:"mode" default:"local"`
-	Deadline targetconf.Duration `json:"exec_deadline" default:"2m"` // of the script
+	Deadline targetconf.Duration `json:"exec_deadline" default:"2m"` // limit of the script
 	Legacy   bool                `json:"legacy_ciphers"`             // for Server 2016 and older
 	Export   bool                `json:"exportable"`
 	trust
 }
 
-// modeRemote is the only mode there is here.
+// modeRemote is the only supported mode.
 const modeRemote = "winrm"
 
 func (c *common) check() error {
@@ -52,25 +52,25 @@ func (c *common) check() error {
 	case modeRemote:
 		return nil
 	case "local":
-		return targetconf.Invalid("mode", "local is for an agent that runs on Windows, and this one does not: set mode to %s, and where and as whom to log on", modeRemote)
+		return targetconf.Invalid("mode", "local needs an agent that runs on Windows, but this one does not: set mode to %s, and the host and account to log on with", modeRemote)
 	}
 	return targetconf.Invalid("mode", "expected %s, got %s", modeRemote, printable.Quote(c.Mode))
 }
 
-// storeForm is what names of stores look like. They become elements of paths.
+// storeForm matches names of stores. They become elements of paths.
 var storeForm = lazyregexp.New(`^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$`)
 
-// trustForm is what the names of stores look like whose content is what the host
-// trusts, or does not. Windows has more of them with each version.
+// trustForm matches names of stores that determine what the host trusts. Windows adds more of them with
+// each version.
 var trustForm = lazyregexp.New(`(?i)root|trust|issuer|authorit|^(ca|disallowed|addressbook)$`)
 
-// checkStore refuses what is not the name of a store, and stores of trust.
+// checkStore refuses invalid names and stores that determine trust.
 func checkStore(key, name string) error {
 	if !storeForm().MatchString(name) {
 		return targetconf.Invalid(key, "expected the name of a certificate store, such as My or WebHosting, got %s", printable.Quote(name))
 	}
 	if trustForm().MatchString(name) {
-		return targetconf.Invalid(key, "the store %s says whom the host trusts, and is no place for a server's certificate: My and WebHosting are", name)
+		return targetconf.Invalid(key, "the store %s determines what the host trusts and is not for server certificates: use My or WebHosting", name)
 	}
 	return nil
 }
@@ -78,7 +78,7 @@ func checkStore(key, name string) error {
 type iisConfig struct {
 	SiteName  string   `json:"site_name" config:"required"`
 	CertStore string   `json:"cert_store" config:"required"`
-	Hostname  string   `json:"hostname"` // of the binding; "": it has none
+	Hostname  string   `json:"hostname"` // of the binding; "": none
 	Port      int      `json:"port" default:"443"`
 	SNI       bool     `json:"sni"`
 	IPAddress string   `json:"ip_address" default:"*"`
@@ -86,12 +86,10 @@ type iisConfig struct {
 	common
 }
 
-// hostForm is what host names of bindings look like: IIS takes a wildcard as the
-// first label.
+// hostForm matches host names of bindings. IIS accepts a wildcard as the first label.
 var hostForm = lazyregexp.New(`^(\*\.)?[A-Za-z0-9_]([A-Za-z0-9._-]{0,250}[A-Za-z0-9])?$`)
 
-// maxSite is the longest name of a site, and maxID that of a Change with all of
-// its names, in bytes.
+// maxSite bounds the name of a site, and maxID the ID of a Change, in bytes.
 const (
 	maxSite = 128
 	maxID   = 512
@@ -103,10 +101,10 @@ func (c *iisConfig) check() error {
 		errs = append(errs, targetconf.Invalid("site_name", "expected the name of a site in at most %d bytes, got %s", maxSite, printable.Quote(c.SiteName)))
 	}
 	if c.Hostname != "" && !hostForm().MatchString(c.Hostname) {
-		errs = append(errs, targetconf.Invalid("hostname", "expected the host name of a binding alone, such as www.example.org, got %s", printable.Quote(c.Hostname)))
+		errs = append(errs, targetconf.Invalid("hostname", "expected only the host name of a binding, such as www.example.org, got %s", printable.Quote(c.Hostname)))
 	}
 	if c.SNI && c.Hostname == "" {
-		errs = append(errs, targetconf.Invalid("sni", "needs hostname, the name that clients ask for"))
+		errs = append(errs, targetconf.Invalid("sni", "needs hostname, the name that clients request"))
 	}
 	if c.Port < 1 || c.Port > 65535 {
 		errs = append(errs, targetconf.Invalid("port", "expected a port from 1 to 65535, got %d", c.Port))
@@ -122,7 +120,7 @@ func (c *iisConfig) check() error {
 	return targetconf.Join(errs...)
 }
 
-// bindingAddress is an address as IIS writes it.
+// bindingAddress returns an address in the format of IIS.
 func bindingAddress(text string) (string, error) {
 	if text == "" || text == "*" || text == "0.0.0.0" {
 		return "*", nil
@@ -137,7 +135,7 @@ func bindingAddress(text string) (string, error) {
 	return addr.String(), nil
 }
 
-// binding is what IIS calls bindingInformation.
+// binding returns the bindingInformation of IIS.
 func (c *iisConfig) binding() string {
 	return fmt.Sprintf("%s:%d:%s", c.IPAddress, c.Port, strings.ToLower(c.Hostname))
 }
@@ -161,7 +159,7 @@ func iis(connect connects) connector.Type {
 			t.place.Flags = flagSNI
 		}
 		if id := (&change{remote: remote, place: t.place}).ID(); len(id) > maxID {
-			return nil, targetconf.Invalid("hostname", "with the names of the site and of the host it has %d bytes, and %d are the most", len(id), maxID)
+			return nil, targetconf.Invalid("hostname", "together with the names of the site and of the host it has %d bytes, but at most %d are allowed", len(id), maxID)
 		}
 		return t, nil
 	}}
@@ -178,7 +176,7 @@ type storeConfig struct {
 	common
 }
 
-// list is a list of names: in JSON that, or one string with commas between them.
+// list is a list of names: a JSON array, or one string with commas.
 type list []string
 
 func (l *list) UnmarshalJSON(raw []byte) error {
@@ -198,7 +196,7 @@ func (l *list) UnmarshalJSON(raw []byte) error {
 	return l.check()
 }
 
-// maxReaders bounds how many accounts get access to a key.
+// maxReaders bounds the accounts that get access to a key.
 const maxReaders = 64
 
 func (l *list) check() error {
@@ -217,13 +215,13 @@ func (c *storeConfig) check() error {
 	case c.StoreLocation != "LocalMachine" && c.StoreLocation != "CurrentUser":
 		errs = append(errs, targetconf.Invalid("store_location", "expected LocalMachine or CurrentUser, got %s", printable.Quote(c.StoreLocation)))
 	case c.StoreLocation == "CurrentUser" && len(c.KeyReaders) > 0:
-		errs = append(errs, targetconf.Invalid("key_readers", "keys of CurrentUser are that user's alone: take store_location LocalMachine"))
+		errs = append(errs, targetconf.Invalid("key_readers", "only that user has access to keys of CurrentUser: set store_location to LocalMachine"))
 	}
 	if len(c.FriendlyName) > maxName || printable.Line(c.FriendlyName, 2*maxName) != c.FriendlyName {
-		errs = append(errs, targetconf.Invalid("friendly_name", "expected a name that prints, in at most %d bytes", maxName))
+		errs = append(errs, targetconf.Invalid("friendly_name", "expected a printable name of at most %d bytes", maxName))
 	}
 	if c.PostScript != "" {
-		errs = append(errs, targetconf.Invalid("post_script", "this agent runs no script of a configuration on a Windows host: have a scheduled task there look for a new certificate"))
+		errs = append(errs, targetconf.Invalid("post_script", "this agent does not run scripts from the configuration on a Windows host: use a scheduled task there that checks for a new certificate"))
 	}
 	return targetconf.Join(errs...)
 }
@@ -249,12 +247,12 @@ func certStore(connect connects) connector.Type {
 	}}
 }
 
-// target is the connector of both kinds.
+// target is the connector of both types.
 type target struct {
 	*remote
 	common common
 	conf   *targetconf.Config
-	place  request // without what the certificate says
+	place  request // without the certificate's values
 	sni    bool
 }
 
@@ -271,7 +269,7 @@ func (t *target) Plan(_ context.Context, m *connector.Material) (*connector.Plan
 		Warnings: t.warnings,
 	}
 	if place.Site == "" {
-		plan.Caveats = append(plan.Caveats, "programs name a certificate by its thumbprint, which is another one now: nothing tells them")
+		plan.Caveats = append(plan.Caveats, "the thumbprint has changed: programs that select the certificate by its thumbprint must be reconfigured")
 	}
 	return plan, nil
 }

@@ -16,7 +16,7 @@ import (
 
 const masked = "********"
 
-// set is one change of a configuration, and of the overlay.
+// set is a change of the configuration and of the overlay.
 type set struct {
 	job, overlay map[string]any
 	says         string // "": no error
@@ -52,18 +52,18 @@ func TestConfigIIS(t *testing.T) {
 	config := map[string]any{"site_name": "O'Brien \"& Söhne\" $(x)", "cert_store": "WebHosting", "mode": "winrm"}
 	for _, s := range []set{
 		{},
-		{job: map[string]any{"mode": nil}, says: "mode: local is for an agent that runs on Windows"},
+		{job: map[string]any{"mode": nil}, says: "mode: local needs an agent that runs on Windows"},
 		{job: map[string]any{"mode": "local"}, says: "set mode to winrm"},
 		{job: map[string]any{"mode": "ssh"}, says: "expected winrm"},
 		{job: map[string]any{"site_name": "a\nb"}, says: "site_name"},
 		{job: map[string]any{"site_name": strings.Repeat("x", maxSite+1)}, says: "site_name"},
-		{job: map[string]any{"cert_store": "Root"}, says: "whom the host trusts"},
-		{job: map[string]any{"cert_store": "CA"}, says: "whom the host trusts"},
+		{job: map[string]any{"cert_store": "Root"}, says: "what the host trusts"},
+		{job: map[string]any{"cert_store": "CA"}, says: "what the host trusts"},
 		{job: map[string]any{"cert_store": `..\My`}, says: "expected the name of a certificate store"},
 		{job: map[string]any{"cert_store": "M*"}, says: "expected the name of a certificate store"},
 		{job: map[string]any{"hostname": "a:443"}, says: "hostname"},
 		{job: map[string]any{"hostname": strings.Repeat("x", 250)}},
-		{job: map[string]any{"hostname": strings.Repeat("x", 250), "site_name": strings.Repeat("\"", 120)}, says: "hostname: with the names"},
+		{job: map[string]any{"hostname": strings.Repeat("x", 250), "site_name": strings.Repeat("\"", 120)}, says: "hostname: together with the names"},
 		{job: map[string]any{"binding_info": "a b"}, says: "host name of a binding"},
 		{job: map[string]any{"binding_info": "*.example.org", "sni": true}},
 		{job: map[string]any{"sni": true}, says: "sni: needs hostname"},
@@ -94,8 +94,8 @@ func TestConfigIIS(t *testing.T) {
 		{overlay: logon("winrm_host", "[2001:db8::1]")},
 		{overlay: logon("winrm_host", ""), says: "winrm.winrm_host: is required"},
 		{overlay: logon("winrm_port", 99999), says: "port"},
-		{job: map[string]any{"ca_bundle": "/etc/ssl/other.pem"}, says: "ca_bundle: an overlay names the host"},
-		{job: map[string]any{"server_fingerprint": strings.Repeat("ab", 32)}, says: "server_fingerprint: an overlay names the host"},
+		{job: map[string]any{"ca_bundle": "/etc/ssl/other.pem"}, says: "ca_bundle: an overlay sets the host"},
+		{job: map[string]any{"server_fingerprint": strings.Repeat("ab", 32)}, says: "server_fingerprint: an overlay sets the host"},
 		{overlay: map[string]any{"server_fingerprint": strings.Repeat("ab", 32)}},
 		{overlay: map[string]any{"server_fingerprint": "ab"}, says: "ingerprint"},
 	} {
@@ -123,11 +123,11 @@ func TestConfigWinCertStore(t *testing.T) {
 		{job: map[string]any{"winrm_port": 5985}, says: "winrm_port"},
 		{job: map[string]any{"winrm_insecure": true}, says: "winrm_insecure"},
 		{overlay: map[string]any{"winrm_port": 5985}},
-		{job: map[string]any{"winrm_auth": "certificate", "winrm_cert_path": "/a", "winrm_key_path": "/b"}, says: "only an overlay may name it"},
+		{job: map[string]any{"winrm_auth": "certificate", "winrm_cert_path": "/a", "winrm_key_path": "/b"}, says: "only an overlay may set it"},
 		{job: map[string]any{"store_location": "Everywhere"}, says: "store_location"},
 		{job: map[string]any{"store_name": "Disallowed"}, says: "store_name"},
-		{job: map[string]any{"store_name": "TrustedAppRoot"}, says: "whom the host trusts"},
-		{job: map[string]any{"store_name": "Windows Live ID Token Issuer"}, says: "whom the host trusts"},
+		{job: map[string]any{"store_name": "TrustedAppRoot"}, says: "what the host trusts"},
+		{job: map[string]any{"store_name": "Windows Live ID Token Issuer"}, says: "what the host trusts"},
 		{job: map[string]any{"store_name": "Remote Desktop"}},
 		{job: map[string]any{"store_name": ""}},
 		{job: map[string]any{"key_readers": "IIS APPPOOL\\www, S-1-5-20"}},
@@ -141,7 +141,7 @@ func TestConfigWinCertStore(t *testing.T) {
 	}
 }
 
-// What a configuration comes to.
+// TestOptions: the request that a configuration results in.
 func TestOptions(t *testing.T) {
 	f := newFixture(t, "WinCertStore")
 	for _, test := range []struct {
@@ -184,8 +184,8 @@ func TestBindings(t *testing.T) {
 	}
 }
 
-// Where keys may go is asked before anything is sent, and an overlay that names
-// the host allows it.
+// The policy is checked before anything is sent, and an overlay that sets
+// the host allows that host.
 func TestAllowedHosts(t *testing.T) {
 	f := newFixture(t, "WinCertStore")
 	f.Policy.Hosts = []policy.HostRule{}
@@ -207,7 +207,7 @@ func TestAllowedHosts(t *testing.T) {
 	conformance.WantError(t, err, "is not the host of the target")
 }
 
-// A client certificate is read where an overlay says so.
+// A client certificate is read if an overlay names it.
 func TestClientCertificate(t *testing.T) {
 	f := newFixture(t, "WinCertStore")
 	m := f.material()

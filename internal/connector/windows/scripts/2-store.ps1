@@ -18,7 +18,7 @@ function Read-Request {
         $reader.MaxJsonLength = 16777216
         $parsed = $reader.DeserializeObject($line)
     } catch {
-        Fail 'request' '' # the exception quotes what it could not read
+        Fail 'request' '' # the exception would quote the request
     }
     if ($parsed['contract'] -ne 1) { Fail 'request' '' }
     return $parsed
@@ -51,15 +51,15 @@ function Find-Certificate($store, [string] $thumbprint) {
     return $null
 }
 
-# A mark says that a certificate is ours, and whose: a key of the registry named after its thumbprint.
-# The friendly name is not the place for it, which operators choose.
+# A mark records that the agent imported a certificate, and for which target: a registry key named after
+# its thumbprint. The friendly name cannot be the mark, since operators choose it.
 function Open-Marks($request, [string] $store) {
     $hive = [Microsoft.Win32.Registry]::LocalMachine
     if ($request['location'] -eq 'CurrentUser') { $hive = [Microsoft.Win32.Registry]::CurrentUser }
     return $hive.CreateSubKey('SOFTWARE\certctl-agent').CreateSubKey($store)
 }
 
-# Looking makes no key of the registry.
+# Reading the marks creates no registry keys.
 function Get-Marked($request, [string] $store, [string] $target) {
     $hive = [Microsoft.Win32.Registry]::LocalMachine
     if ($request['location'] -eq 'CurrentUser') { $hive = [Microsoft.Win32.Registry]::CurrentUser }
@@ -72,7 +72,7 @@ function Get-Marked($request, [string] $store, [string] $target) {
     }
 }
 
-# The mark comes before the certificate: what is in a store without one is not ours.
+# The mark is set before the certificate is imported, so a certificate without a mark is never ours.
 function Set-Mark($request, [string] $store, [string] $thumbprint, [string] $target) {
     $mark = (Open-Marks $request $store).CreateSubKey($thumbprint)
     $mark.SetValue('target', $target)
@@ -90,7 +90,7 @@ function Get-Ours($request) {
     }
 }
 
-# Removes a certificate that is marked, its private key, and then the mark.
+# Removes a marked certificate, its private key, and then the mark.
 function Remove-Marked($request, [string] $name, [string] $thumbprint) {
     $store = Open-Store $name $request['location'] 'OpenExistingOnly, ReadWrite'
     $certificate = Find-Certificate $store $thumbprint
@@ -121,7 +121,7 @@ function Add-Chain($request) {
     }
 }
 
-# Removes intermediate certificates of ours that issued nothing that is still in a store.
+# Removes our intermediate certificates that issued none of the certificates in the stores.
 function Remove-UnusedChain($request) {
     $marked = @(Get-Marked $request 'CA' 'chain')
     if ($marked.Count -eq 0) { return }
@@ -164,7 +164,7 @@ function Import-Certificate($request) {
     }
 }
 
-# The file of a private key, whichever of the two kinds of provider keeps it.
+# Returns the file of a private key of either kind of provider.
 function Get-KeyFile($certificate) {
     $key = [Security.Cryptography.X509Certificates.RSACertificateExtensions]::GetRSAPrivateKey($certificate)
     if ($null -eq $key) { $key = [Security.Cryptography.X509Certificates.ECDsaCertificateExtensions]::GetECDsaPrivateKey($certificate) }
@@ -182,9 +182,10 @@ function Get-KeyFile($certificate) {
     Fail 'key-file' $certificate.Thumbprint
 }
 
-# Who may be given a key: services, application pools and virtual machines, one by one; Administrators
-# and IIS_IUSRS; users and groups that somebody has made. Not the groups that Windows fills by itself
-# with everybody (https://learn.microsoft.com/en-us/windows-server/identity/ad-ds/manage/understand-security-identifiers).
+# Accounts that may get access to a key: single services, application pools and virtual machines;
+# Administrators and IIS_IUSRS; users and groups that an administrator created. Groups whose members
+# Windows manages are not allowed, since some include everyone
+# (https://learn.microsoft.com/en-us/windows-server/identity/ad-ds/manage/understand-security-identifiers).
 $readers = '^S-1-5-(18|19|20|32-544|32-568|8[0-3](-\d+){2,}|21-.*-(500|512|\d{4,}))$'
 
 function Get-Sid([string] $account) {
@@ -216,7 +217,7 @@ function Get-Unread($request, $certificate) {
     }
 }
 
-# Gives accounts read access to the key of a certificate, or takes away what was given.
+# Grants accounts read access to the key of a certificate, or revokes it.
 function Set-Readers($certificate, $accounts, [bool] $readable) {
     foreach ($account in $accounts) {
         $file = Get-KeyFile $certificate

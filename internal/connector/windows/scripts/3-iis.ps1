@@ -21,15 +21,15 @@ function Find-Binding($site, [string] $information) {
     return $null
 }
 
-# What http.sys has one certificate for: an address and port or, with SNI, a port and host name.
+# Returns the entry of http.sys that a binding uses: address and port or, with SNI, port and host name.
 function Get-Entry([string] $information, [int] $flags) {
     if (($flags -band 1) -eq 0) { return $information.Substring(0, $information.LastIndexOf(':')) }
     $parts = $information.Split(':')
     return [string]::Join(':', $parts, $parts.Length - 2, 2)
 }
 
-# Bindings that share the entry are not ours to change, but for those of the site that have the same
-# name at another address.
+# Returns the other bindings that share the entry, except those of the same site that have the same name
+# at another address.
 function Get-Sharing($manager, $request, $existing, [int] $flags) {
     $entry = Get-Entry $request['binding'] $flags
     $named = $null -ne $existing -and ($flags -band 1) -ne 0
@@ -43,8 +43,8 @@ function Get-Sharing($manager, $request, $existing, [int] $flags) {
     }
 }
 
-# What serves a certificate: bindings of IIS, and whatever else has http.sys serve one (WinRM itself,
-# for one). Of what netsh prints only the thumbprints are looked at, which no language changes.
+# Returns the thumbprints in use: by bindings of IIS and by other users of http.sys, such as WinRM
+# itself. It only parses the thumbprints in netsh's output, since the text depends on the language.
 function Get-Used($request) {
     if ($request['site'] -ne '') {
         foreach ($site in (Open-Iis).Sites) {
@@ -68,16 +68,16 @@ function Set-Binding($request, [string] $thumbprint, [string] $name, [int] $flag
         $manager.CommitChanges()
         return
     }
-    # Not by assignment to its properties: that does nothing to a binding without a certificate, and one
-    # to CertificateHash alone deletes the entry of http.sys and looks for the new one in the old store
-    # (https://github.com/win-acme/win-acme/issues/371).
+    # Setting the binding's properties would not do: it has no effect on a binding without a certificate,
+    # and setting only CertificateHash deletes the entry of http.sys and looks for the new certificate in
+    # the old store (https://github.com/win-acme/win-acme/issues/371).
     $method = $binding.Methods['AddSslCertificate'].CreateInstance()
     $method.Input.SetAttributeValue('certificateHash', $thumbprint)
     $method.Input.SetAttributeValue('certificateStoreName', $name)
     $null = $method.Execute()
 }
 
-# Takes the certificate away from a binding that had none, or the binding if there was none.
+# Removes the certificate from a binding that had none, or the binding if it did not exist.
 function Clear-Binding($request, [bool] $existed) {
     $manager = Open-Iis
     $site = Find-Site $manager $request['site']
@@ -112,7 +112,7 @@ function Restore-Binding($request) {
     $was = $request['was']
     $now = Get-State $request
     if ($now.binding -eq $was['binding'] -and $now.bound -eq $was['bound'] -and ($now.bound -eq '' -or $now.bound_store -eq $was['bound_store'])) { return }
-    # A binding that lost its certificate is what a change that failed half-way leaves.
+    # A change that failed in the middle can leave a binding without a certificate.
     $ours = $now.bound -eq '' -or $now.bound -eq $request['thumbprint'] -or $now.bound -eq $was['thumbprint'] -or $now.ours -contains $now.bound
     if (-not $ours -or ($was['binding'] -ne '' -and $now.binding -eq '')) { Fail 'changed' $now.bound }
     if ($was['bound'] -eq '') {

@@ -68,7 +68,8 @@ function Restore-State($request) {
     Remove-UnusedChain $request
 }
 
-# Removes our older certificates that nothing serves: with a site all, else those that expired.
+# Removes our older certificates that are not in use: with a site all but those to keep, else the expired
+# ones.
 function Finish-State($request) {
     $name = $request['store']
     $store = Open-Store $name $request['location'] 'OpenExistingOnly, ReadOnly'
@@ -148,14 +149,15 @@ $lock = $null
 $locked = $false
 try {
     $request = Read-Request
-    # One at a time: what a lost connection left running ends before an undo looks. A mutex is open to
-    # the account that made it and, if that is one, to Administrators: users get one each.
+    # Only one run at a time, so an undo waits for a run that a lost connection left behind. A mutex is
+    # accessible to the account that created it and, if that is an administrator, to Administrators, so
+    # each user has its own.
     $name = 'Global\certctl-agent'
     if ($request['location'] -eq 'CurrentUser') { $name = [string]::Concat($name, '-', [Security.Principal.WindowsIdentity]::GetCurrent().User.Value) }
     try {
         $lock = New-Object System.Threading.Mutex $false, $name
     } catch {
-        Fail 'busy' $name # someone else's, who shares it with nobody
+        Fail 'busy' $name # another account created it and does not share it
     }
     try {
         $locked = $lock.WaitOne(30000)
@@ -175,7 +177,7 @@ try {
     if ($locked) { $lock.ReleaseMutex() }
 }
 
-# What is not ASCII is escaped, so that no code page changes it.
+# Non-ASCII characters are escaped, so that no code page changes them.
 $json = ConvertTo-Json -InputObject $answer -Compress -Depth 4
 $escape = { param($match) [string]::Concat('\u', ([int] [char] $match.Value).ToString('x4')) }
 [Console]::Out.WriteLine([regex]::Replace($json, '[^\x20-\x7e]', $escape))
