@@ -277,8 +277,8 @@ func TestPlanShowsDefaults(t *testing.T) {
 	for _, typ := range all.Types() {
 		shown := make(map[string]string)
 		for _, mode := range []string{"", `, "mode": "file"`} { // Caddy's second one
-			// With a bad port plan fails before it asks a server.
-			_, out := planned(t, settings, `{"cert_dir": "`+dir+`", "port": "x"`+mode+`}`, "-type", typ.Name, "-json")
+			// With an invalid value plan fails before it asks a server.
+			_, out := planned(t, settings, `{"cert_dir": "`+dir+`", "post_deploy_verify_attempts": "x"`+mode+`}`, "-type", typ.Name, "-json")
 			var document app.Preview
 			if err := json.Unmarshal([]byte(out), &document); err != nil {
 				t.Fatal(err)
