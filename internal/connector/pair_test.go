@@ -60,19 +60,19 @@ func TestPairFiles(t *testing.T) {
 		t.Errorf("without a chain, over an old one: got %+v, %q", plan.Files, plan.Warnings)
 	}
 
-	// The server reads the key store's own file, by a link that leads nowhere
+	// The server reads the key store's own file through a link, which is dangling
 	// before the first deployment.
 	link := filepath.Join(t.TempDir(), "key.pem")
 	must(t, os.Symlink(m.KeyPath, link))
 	for _, path := range []string{m.KeyPath, link} {
 		p = Pair{CertPath: "/c", KeyPath: targetconf.Path(path)}
 		if files = p.Plan(m).Files; len(files) != 1 {
-			t.Errorf("%s: the key store's own file is a destination", path)
+			t.Errorf("%s: the key store's own file must not be a destination", path)
 		}
 	}
 }
 
-// What the server says decides what becomes of key_path.
+// TestMatch: the server's answer decides about key_path.
 func TestMatch(t *testing.T) {
 	const cert = "/tls/site.pem"
 	at := func(key string) []serverconf.Pair { return []serverconf.Pair{{Cert: cert, Key: key, Where: "conf:7"}} }
@@ -142,8 +142,8 @@ func TestMatch(t *testing.T) {
 	}
 }
 
-// With one file under both keys, it holds the key first and then the chain, and
-// is as secret as a key file.
+// TestOneFile: if both keys name one file, it holds the key first and then the chain, and
+// is treated as a key file.
 func TestOneFile(t *testing.T) {
 	m := material(t)
 	p := Pair{CertPath: "/all.pem", KeyPath: "/all.pem", CertFile: targetconf.FileOptions{Mode: 0o644}, KeyFile: targetconf.FileOptions{Mode: 0o640}}

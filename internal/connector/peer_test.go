@@ -52,8 +52,8 @@ func listenPort(l net.Listener) string {
 	return port
 }
 
-// TestPeerAddress: the address counts that is connected to, not the one that the
-// name stood for when it was looked at.
+// TestPeerAddress: the policy applies to the address of the connection, not to an earlier
+// resolution of the name.
 func TestPeerAddress(t *testing.T) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -68,10 +68,10 @@ func TestPeerAddress(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	peer.host = "0.0.0.0" // which the kernel takes for loopback, and no rule names
+	peer.host = "0.0.0.0" // loopback to the kernel, but in no rule
 	if conn, err := peer.Dial(t.Context()); err == nil {
 		conn.Close()
-		t.Error("connected to an address that was not asked for")
+		t.Error("connected to an address that is not allowed")
 	}
 	if all, err := peer.Resolve(t.Context()); err == nil {
 		t.Errorf("resolved to %v", all)

@@ -12,12 +12,12 @@ import (
 	"certctl-agent/internal/targetconf"
 )
 
-// Each type has its page, and refuses a configuration that is none.
+// TestTypes: each type has a page, and refuses an invalid configuration.
 func TestTypes(t *testing.T) {
 	names := make(map[string]bool)
 	for _, typ := range Types() {
 		if names[typ.Name] {
-			t.Errorf("%s is there twice", typ.Name)
+			t.Errorf("%s is listed twice", typ.Name)
 		}
 		names[typ.Name] = true
 		if _, err := os.Stat(filepath.Join("../../../docs/targets", strings.ToLower(typ.Name)+".md")); err != nil {
@@ -31,7 +31,7 @@ func TestTypes(t *testing.T) {
 			t.Errorf("%s: got no error", typ.Name)
 		}
 	}
-	if len(names) != 16 { // as many as control planes have
+	if len(names) != 16 { // as many as control planes know
 		t.Errorf("there are %d types", len(names))
 	}
 }

@@ -10,8 +10,8 @@ import (
 	"testing"
 )
 
-// TestExample: the connector that docs/architecture.md writes as an example
-// builds, installs, and is put through the suite by the test that stands there.
+// TestExample: the example connector in docs/architecture.md
+// builds and installs in the suite, with the test on that page.
 func TestExample(t *testing.T) {
 	page, err := os.ReadFile(filepath.Join(root, "docs/architecture.md"))
 	if err != nil {

@@ -16,17 +16,17 @@ import (
 
 const root = "../../.."
 
-// mentions are the files of the product that name a type, an alias or a key of a
-// single type all the same, and why.
+// mentions are the product's files that may name a type, an alias or a key of a
+// single type, and why.
 var mentions = map[string]string{
 	"cmd/certctl-agent/plan.go":  "examples in the help and in an error",
 	"cmd/certctl-agent/winrm.go": "what it looks at on a Windows host",
 	"internal/api/api.go":        "the address of a heartbeat, which has the name of a binding's",
 }
 
-// TestNamesStandInOneFolder: adding a connector touches its own folder, one line
-// of this package's and one page. So nothing outside internal/connector knows a
-// type by its name, nor an alias, nor a key that only one type has.
+// TestNamesStandInOneFolder: adding a connector changes only its own folder, one line
+// of this package and one page. So nothing outside internal/connector knows a
+// type's name, an alias, or a key that only one type has.
 func TestNamesStandInOneFolder(t *testing.T) {
 	names := make(map[string]string) // to what each is
 	for _, typ := range Types() {
@@ -50,7 +50,7 @@ func TestNamesStandInOneFolder(t *testing.T) {
 	}
 	for _, name := range []string{"NGINX", "combined_pem_path", "sds_secret_name", "pem_file_"} {
 		if names[name] == "" {
-			t.Errorf("%s is not looked for", name)
+			t.Errorf("%s is not in the list of names", name)
 		}
 	}
 	word := regexp.MustCompile(`[A-Za-z0-9]+(_[A-Za-z0-9]*)*`)
@@ -63,19 +63,19 @@ func TestNamesStandInOneFolder(t *testing.T) {
 					continue
 				}
 				if found[file] = true; mentions[file] == "" {
-					t.Errorf("%s has %q in %.80q, which is %s: only its own folder may know it", file, name, text, what)
+					t.Errorf("%s has %q in %.80q, which is %s: only its own folder may name it", file, name, text, what)
 				}
 			}
 		})
 	}
 	for file := range mentions {
 		if !found[file] {
-			t.Errorf("%s names none any more: take it off the list", file)
+			t.Errorf("%s does not name one any more: remove it from the list", file)
 		}
 	}
 }
 
-// isOutside reports whether a file is no part of the agent, or is a connector's.
+// isOutside reports whether a file is not part of the agent, or belongs to a connector.
 func isOutside(file string) bool {
 	for _, dir := range []string{"internal/connector/", "internal/testing/", "cmd/certctl-demo/"} {
 		if strings.HasPrefix(file, dir) {
@@ -85,7 +85,7 @@ func isOutside(file string) bool {
 	return false
 }
 
-// eachLiteral calls visit with each string in the Go files below dir, but for
+// eachLiteral calls visit with each string in the Go files below dir, except
 // tests and imports.
 func eachLiteral(t *testing.T, dir string, visit func(file string, tag bool, text string)) {
 	t.Helper()

@@ -16,7 +16,7 @@ import (
 )
 
 func TestConformance(t *testing.T) {
-	// The httpd of this suite reads no files, so nobody needs to wait for it.
+	// The suite's httpd is fake, so do not wait until it has read its files.
 	hasty := Type()
 	hasty.New = func(c *targetconf.Config, host connector.Host) (connector.Connector, error) {
 		made, err := newConnector(c, host)
@@ -38,7 +38,7 @@ func TestConformance(t *testing.T) {
 	})
 }
 
-// impatient is a connector to an httpd that is not waited for.
+// impatient is a connector that does not wait for httpd.
 type impatient struct{ connector.Connector }
 
 func (i impatient) Plan(ctx context.Context, m *connector.Material) (*connector.Plan, error) {

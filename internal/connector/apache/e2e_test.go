@@ -26,7 +26,7 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// A key in the certificate's file survives only if the target knows that it is there.
+// A key in the certificate's file is kept only if the target's configuration has it.
 func TestOneFile(t *testing.T) {
 	l := conformance.Start(t, liveserver.StartApacheInOneFile, Type())
 	all, started := l.Config["cert_path"].(string), readPID(l.Dir)
@@ -39,7 +39,7 @@ func TestOneFile(t *testing.T) {
 	}
 }
 
-// httpd says what it reads however its configuration is written. The host deploys to
+// httpd reports what it reads, however its configuration is written. The host deploys to
 // files that no running server reads.
 func TestWrittenInOtherWays(t *testing.T) {
 	l := conformance.Start(t, liveserver.StartApache, Type()) // for its modules
@@ -114,7 +114,7 @@ func TestLive(t *testing.T) {
 	t.Run("symlinked destination", func(t *testing.T) { l.KeepsSymlink(t, cert) })
 	t.Run("rotation under load", func(t *testing.T) { l.Rotate(t, 3*time.Second) })
 
-	// An httpd that ended is started again by the next -k graceful, so nothing
+	// The next -k graceful starts an httpd that exited, so nothing
 	// else would notice.
 	if got := readPID(l.Dir); got != started {
 		log, _ := os.ReadFile(filepath.Join(l.Dir, "error.log"))

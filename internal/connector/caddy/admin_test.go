@@ -70,8 +70,8 @@ func TestUnixSocket(t *testing.T) {
 	}
 }
 
-// With enforce_origin an Origin is wanted; without, one that Caddy does not
-// know is refused.
+// Caddy requires an Origin with enforce_origin. Without, it refuses an unknown
+// Origin.
 func TestOrigin(t *testing.T) {
 	for _, enforced := range []bool{false, true} {
 		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -91,7 +91,7 @@ func TestNew(t *testing.T) {
 		{map[string]any{"admin_api": "http://192.0.2.1:2019"}, "overlay"},
 		{map[string]any{"admin_url": "ftp://localhost"}, "admin_api"},
 		{map[string]any{"mode": "file", "cert_dir": "/tls", "admin_api": "http://192.0.2.1"}, "overlay"},
-		{map[string]any{"mode": "file", "cert_dir": "/tls", "admin_api": "http://192.0.2.1", "reload_command": "caddy reload"}, ""}, // nothing is sent there
+		{map[string]any{"mode": "file", "cert_dir": "/tls", "admin_api": "http://192.0.2.1", "reload_command": "caddy reload"}, ""}, // the address is not used
 		{map[string]any{"mode": "file", "cert_dir": "/tls", "key_file": "********"}, "key_file"},
 	}
 	host := conformance.NewHost(t, nil)
@@ -128,7 +128,7 @@ func (f *fixture) deploy(ctx context.Context, m *connector.Material) (transactio
 	return f.Deploy(ctx, Type(), f.config, m)
 }
 
-// element is what m is in load_pem.
+// element returns m as an element of load_pem.
 func element(m *connector.Material, tags ...string) string {
 	data, _ := json.Marshal(loadedPair{string(fullChain(m)), string(m.KeyPEM), tags})
 	return string(data)
@@ -187,7 +187,7 @@ func TestDeployByAPI(t *testing.T) {
 	}
 }
 
-// A pending key becomes the current one with its certificate, and only then.
+// A pending key is promoted together with its certificate, and not before.
 func TestKeyPromotion(t *testing.T) {
 	f := newFixture(t, running)
 	m := f.Material(t, f.ca)
@@ -214,7 +214,7 @@ func TestKeyPromotion(t *testing.T) {
 	if _, err := promoted(); err != nil {
 		t.Fatal(err)
 	}
-	// The same pair with a key that is not promoted yet is something to do.
+	// The same pair with a key that is not promoted yet is a change.
 	if err := os.Remove(m.KeyPath); err != nil {
 		t.Fatal(err)
 	}

@@ -19,8 +19,8 @@ import (
 	"certctl-agent/internal/tlsprobe"
 )
 
-// start starts Caddy with this host's admin listener and certificates, and
-// nothing of the user who runs the test.
+// start starts Caddy with this host's admin listener and certificates, but
+// without files of the user who runs the test.
 func start(t *testing.T, listen string, certificates map[string]any) *conformance.Live {
 	program := needs.Need(t, "caddy")
 	host := conformance.NewHost(t, conformance.RunCommand)
@@ -70,7 +70,7 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// tags are those of the pairs that Caddy holds, in order.
+// tags returns the tags of Caddy's pairs, in order.
 func tags(t *testing.T, l *conformance.Live) string {
 	t.Helper()
 	a, err := newAdmin(l.Config["admin_api"].(string), time.Minute, false)
@@ -88,7 +88,7 @@ func tags(t *testing.T, l *conformance.Live) string {
 
 func startAPI(t *testing.T) *conformance.Live { return start(t, loopback(t), nil) }
 
-// startFile starts Caddy on a pair that is there already: it does not start
+// startFile starts Caddy with an existing pair, since it does not start
 // without.
 func startFile(t *testing.T) *conformance.Live {
 	l := start(t, loopback(t), map[string]any{"load_files": []any{

@@ -19,17 +19,17 @@ type fake struct {
 	*httptest.Server
 	t *testing.T
 
-	// before, if it is set, sees each request first; when it reports true, it
-	// has answered.
+	// before, if set, is called for each request. It returns true if it
+	// answered.
 	before func(w http.ResponseWriter, r *http.Request) bool
-	after  func(r *http.Request) // once a request is carried out, before its answer
+	after  func(r *http.Request) // after a request took effect, before its answer
 
 	mu      sync.Mutex
 	config  any      // guarded by mu
 	changes []string // methods and paths of all but GET; guarded by mu
 }
 
-// newFake serves a configuration, on a listener of its own unless server has
+// newFake serves a configuration, on a new listener unless server has
 // one.
 func newFake(t *testing.T, config string) *fake {
 	f := &fake{t: t}
@@ -47,7 +47,7 @@ func (f *fake) set(config string) {
 	}
 }
 
-// get is the value at path below /config/, as JSON.
+// get returns the value at path below /config/, as JSON.
 func (f *fake) get(path string) string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -56,7 +56,7 @@ func (f *fake) get(path string) string {
 	return string(data)
 }
 
-// made are the changes so far.
+// made returns the changes so far.
 func (f *fake) made() []string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -151,7 +151,7 @@ func (f *fake) serve(w http.ResponseWriter, r *http.Request) (int, error) {
 }
 
 func (f *fake) change(method string, path []string, value any) error {
-	if method == http.MethodPut { // makes what is missing on the way
+	if method == http.MethodPut { // creates missing parents
 		if f.config == nil {
 			f.config = map[string]any{}
 		}

@@ -18,8 +18,8 @@ func listConfig(elements ...string) string {
 	return `{"apps":{"tls":{"certificates":{"load_pem":[` + strings.Join(elements, ",") + `]}}}}`
 }
 
-// Someone else changes the list between our look and our change: the index
-// means another pair then.
+// Someone else changes the list between Read and Write, so the index
+// belongs to another pair.
 func TestConcurrentChange(t *testing.T) {
 	other := `{"certificate":"C","key":"K"}`
 	ours := `{"certificate":"C","key":"K","tags":["` + ourTag + `"]}`
@@ -92,7 +92,7 @@ func TestUndo(t *testing.T) {
 	}
 }
 
-// Caddy makes the change, and its answer is lost: whether it did is found out.
+// Caddy makes the change but its answer is lost: the agent finds out.
 func TestUndoOfLostAnswer(t *testing.T) {
 	for _, before := range []string{listConfig(), listConfig(`{"certificate":"C","key":"K","tags":["` + ourTag + `"]}`)} {
 		f := newFixture(t, before)
@@ -112,7 +112,7 @@ func TestUndoOfLostAnswer(t *testing.T) {
 	}
 }
 
-// A deployment that is cancelled while Caddy is at it waits for the outcome,
+// A deployment that is cancelled during a change waits for the outcome,
 // and undoes it.
 func TestUndoOfCancelled(t *testing.T) {
 	f := newFixture(t, listConfig())
@@ -151,8 +151,8 @@ func killed(t *testing.T, h *conformance.Host, deploy func() error) {
 	h.Restart(t)
 }
 
-// The agent is killed between Caddy's new pair and the commit, and the next try
-// fails: Caddy has the old pair back, which only the backup still held.
+// The agent is killed after Caddy has the new pair but before the commit, and the next try
+// fails: the agent restores Caddy's old pair from the backup.
 func TestUndoAfterCrash(t *testing.T) {
 	other := `{"certificate":"C","key":"K"}`
 	ours := `{"certificate":"C","key":"K","tags":["` + ourTag + `"]}`
@@ -163,7 +163,7 @@ func TestUndoAfterCrash(t *testing.T) {
 		if got := f.api.get(""); !strings.Contains(got, element(m, ourTag)) {
 			t.Fatalf("after the crash Caddy has %s", got)
 		}
-		for range 2 { // the same certificate, and the same again
+		for range 2 { // the same certificate, twice
 			err := failing(t, f, m)
 			if got := f.api.get(""); got != before || strings.Contains(err.Error(), "person") {
 				t.Errorf("got %s, %v\nwant %s", got, err, before)
@@ -172,8 +172,8 @@ func TestUndoAfterCrash(t *testing.T) {
 	}
 }
 
-// Between the crash and the next try the control plane names another admin API,
-// or files: that Caddy gets nothing of the first one's, above all not its key.
+// Between the crash and the next try the control plane sets another admin API,
+// or files: the other Caddy must not get the state of the first, which has its key.
 func TestUndoAfterCrashElsewhere(t *testing.T) {
 	ours := `{"certificate":"C","key":"K","tags":["` + ourTag + `"]}`
 	for _, mode := range []string{"api", "file"} {
@@ -212,7 +212,7 @@ func TestStrangeLists(t *testing.T) {
 	}
 }
 
-// An API without entity tags cannot keep changes apart.
+// An API without entity tags is refused, since it cannot detect conflicts.
 func TestNoETag(t *testing.T) {
 	f := newFixture(t, listConfig())
 	f.api.before = func(w http.ResponseWriter, _ *http.Request) bool {

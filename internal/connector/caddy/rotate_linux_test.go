@@ -14,14 +14,14 @@ import (
 
 var inNamespace = flag.Bool("in-namespace", false, "this process has a network of its own")
 
-// tcpMigrateReq has the kernel hand the connections that wait at a listener
-// which is being closed to another one of the same port
+// tcpMigrateReq makes the kernel move queued connections from a listener
+// that is being closed to another one on the same port
 // (https://docs.kernel.org/networking/ip-sysctl.html). Caddy closes one at
 // each reload; without the setting, those few are reset.
 const tcpMigrateReq = "/proc/sys/net/ipv4/tcp_migrate_req"
 
-// TestRotation runs in a child with a network of its own, since the setting is
-// not for a test to change on a host.
+// TestRotation runs in a child process with its own network, since a test must not
+// change this setting on a host.
 func TestRotation(t *testing.T) {
 	needs.Need(t, "caddy")
 	if !*inNamespace {

@@ -15,8 +15,8 @@ import (
 	"certctl-agent/internal/connector/conformance"
 )
 
-// strangersListener is a listener of a user who is neither root nor Caddy. Who
-// accepts is who has the connection, so it accepts in a thread of that user's.
+// strangersListener is a listener of a user who is neither root nor Caddy. The user
+// who accepts owns the connection, so it accepts in a thread of that user.
 type strangersListener struct {
 	net.Listener
 	accepted chan net.Conn
@@ -37,7 +37,7 @@ func listenAsStranger(t *testing.T) net.Listener {
 	listening := make(chan error, 1)
 	go func() {
 		defer close(l.accepted)
-		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
 		keep := ^uintptr(0)
 		if _, _, errno := syscall.RawSyscall(syscall.SYS_SETRESUID, keep, stranger, keep); errno != 0 {
 			listening <- errno
@@ -83,7 +83,7 @@ func TestStranger(t *testing.T) {
 	if n := requests.Load(); n > 0 {
 		t.Errorf("the stranger was sent %d requests", n)
 	}
-	// The host's owner may know better.
+	// An overlay may allow it.
 	f.config = map[string]any{}
 	must(t, os.WriteFile(filepath.Join(f.Overlays, conformance.TargetID+".json"), []byte(`{"admin_api": "`+theirs.URL+`"}`), 0o600))
 	if _, err := f.deploy(t.Context(), f.Material(t, f.ca)); err != nil || requests.Load() == 0 {

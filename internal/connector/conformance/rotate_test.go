@@ -14,7 +14,7 @@ import (
 	"certctl-agent/internal/tlsprobe"
 )
 
-// verdict is a testing.TB whose failure is looked at.
+// verdict is a testing.TB that records failures.
 type verdict struct {
 	testing.TB
 	failed bool
@@ -24,8 +24,8 @@ func (v *verdict) Helper()               {}
 func (v *verdict) Log(...any)            {}
 func (v *verdict) Errorf(string, ...any) { v.failed = true }
 
-// TestRotate: the server's scheduler may let an old worker answer for a while,
-// with the certificate from before the rotation too, but not for good.
+// TestRotate: an old worker may answer for a while,
+// even with the certificate from before the rotation, but not permanently.
 func TestRotate(t *testing.T) {
 	for _, test := range []struct {
 		name   string
@@ -90,7 +90,7 @@ func TestRotate(t *testing.T) {
 	}
 }
 
-// TestTurnedAway: a server that says goodbye before TLS has failed no handshake.
+// TestTurnedAway: a server that closes the session before TLS has not failed a handshake.
 func TestTurnedAway(t *testing.T) {
 	for _, test := range []struct {
 		protocol, greeting string

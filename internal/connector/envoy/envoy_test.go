@@ -90,7 +90,7 @@ func TestChainApartWarns(t *testing.T) {
 	}
 }
 
-// A deployment that Envoy does not notice says so, and no other does.
+// Only a deployment that Envoy does not notice logs a warning.
 func TestNotTold(t *testing.T) {
 	for _, test := range []struct {
 		told   bool

@@ -19,8 +19,8 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-// watcher sees a directory as Envoy does, by inotify(7). Envoy acts on
-// IN_MOVED_TO; what it must never see is somebody writing to a file in place.
+// watcher watches a directory like Envoy, with inotify(7). Envoy reacts to
+// IN_MOVED_TO. It must never see a write to a file in place.
 type watcher struct {
 	fd int
 }
@@ -42,7 +42,7 @@ func watch(t *testing.T, dir string) *watcher {
 	return &watcher{fd}
 }
 
-// events are those since the last call, without those of temporaries.
+// events returns the events since the last call, without those of temporary files.
 func (w *watcher) events(t *testing.T) (events []event) {
 	t.Helper()
 	buf := make([]byte, 64<<10)
@@ -66,7 +66,7 @@ func (w *watcher) events(t *testing.T) (events []event) {
 	}
 }
 
-// moves are the names in events, which must all be of files moved in.
+// moves returns the names in events, which must all be of files moved in.
 func moves(t *testing.T, events []event) (names []string) {
 	t.Helper()
 	for _, e := range events {
@@ -78,7 +78,7 @@ func moves(t *testing.T, events []event) (names []string) {
 	return names
 }
 
-// A pair is complete when sds.json comes, in a rotation and when one is undone.
+// The pair is complete when sds.json changes, in a rotation and in an undo.
 func TestWatch(t *testing.T) {
 	host, ca := conformance.NewHost(t, nil), testca.Must(t)
 	config := map[string]any{"cert_dir": host.Dir, "sds_config": true}
@@ -108,7 +108,7 @@ func TestWatch(t *testing.T) {
 	check("rolled back", m)
 }
 
-// served fails the test unless sds.json in dir leads to m.
+// served fails the test unless sds.json in dir names m.
 func served(t *testing.T, dir string, m *connector.Material) {
 	t.Helper()
 	data, err := os.ReadFile(filepath.Join(dir, sdsName))
@@ -129,8 +129,8 @@ func served(t *testing.T, dir string, m *connector.Material) {
 	}
 }
 
-// While a watcher reads the pair at each event of sds.json, as fast as it can,
-// it meets no pair that does not match.
+// A watcher that reads the pair at each event of sds.json, as fast as it can,
+// never reads a pair that does not match.
 func TestWatchWhileRotating(t *testing.T) {
 	host, ca := conformance.NewHost(t, nil), testca.Must(t)
 	config := map[string]any{"cert_dir": host.Dir, "sds_config": true}
@@ -144,7 +144,7 @@ func TestWatchWhileRotating(t *testing.T) {
 				if _, err := host.Deploy(t.Context(), Type(), config, host.Material(t, ca)); err != nil {
 					return err
 				}
-				<-read // the next one would be another pair
+				<-read // otherwise the next deployment would replace the pair
 			}
 			return nil
 		}()

@@ -42,7 +42,7 @@ func TestLive(t *testing.T) {
 	t.Run("verification fails", func(t *testing.T) { l.VerificationFails(t) })
 	t.Run("mode and owner kept", func(t *testing.T) { l.KeepsMode(t, pem) })
 	t.Run("started in the middle of a transaction", func(t *testing.T) {
-		// A temporary file as the transaction makes them, half written.
+		// A half-written temporary file like those of a transaction.
 		temporary := filepath.Join(l.Watched, ".site.pem.1a2b3c.tmp")
 		must(t, os.WriteFile(temporary, []byte("-----BEGIN CERTIFICATE-----\n"), 0o600))
 		defer os.Remove(temporary)
@@ -59,7 +59,7 @@ func TestLive(t *testing.T) {
 	t.Run("symlinked destination", func(t *testing.T) { l.KeepsSymlink(t, pem) })
 }
 
-// onRSA is material with an RSA key.
+// onRSA returns material with an RSA key.
 func onRSA(t *testing.T, host *conformance.Host, ca *testca.CA) *connector.Material {
 	t.Helper()
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
@@ -71,7 +71,7 @@ func onRSA(t *testing.T, host *conformance.Host, ca *testca.CA) *connector.Mater
 	return m
 }
 
-// HAProxy uses the parameters that stand behind the key after a renewal too.
+// HAProxy still uses the parameters after the key after a renewal.
 func TestLiveParameters(t *testing.T) {
 	openssl := needs.Need(t, "openssl")
 	l := conformance.Start(t, liveserver.StartHAProxy, Type())
@@ -104,8 +104,8 @@ func TestLiveTwoKeysBehindProxy(t *testing.T) {
 	}
 }
 
-// onlyHidden keeps looking whether dir ever holds a file that HAProxy would
-// load, beside the one that it should.
+// onlyHidden fails the test if dir ever has another file that HAProxy would
+// load.
 func onlyHidden(t *testing.T, dir, name string, stop <-chan struct{}) {
 	looks := 0
 	for {

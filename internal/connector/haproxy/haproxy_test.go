@@ -46,7 +46,7 @@ func TestConformanceOfAlias(t *testing.T) {
 	})
 }
 
-// What a renewal does not replace stays in the file.
+// A renewal keeps other PEM blocks in the file.
 func TestOtherBlocks(t *testing.T) {
 	const parameters = "-----BEGIN DH PARAMETERS-----\nMAA=\n-----END DH PARAMETERS-----\n"
 	host, ca := conformance.NewHost(t, func(context.Context, policy.Command) error { return nil }), testca.Must(t)
@@ -70,7 +70,7 @@ func TestOtherBlocks(t *testing.T) {
 	}
 }
 
-// The file holds the key, so its mode is a key file's.
+// The file holds the key, so it must have the mode of a key file.
 func TestMode(t *testing.T) {
 	host := conformance.NewHost(t, nil)
 	c := configIn(host.Dir)

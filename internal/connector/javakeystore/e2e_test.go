@@ -13,7 +13,7 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-// TestLive: a server in Java serves what is in the store, in each of its forms.
+// TestLive: a Java server serves the certificate in the store, in each format.
 func TestLive(t *testing.T) {
 	if testing.Short() {
 		t.Skip("Java takes seconds to start")
@@ -80,7 +80,7 @@ func TestLive(t *testing.T) {
 	t.Run("symlinked destination", func(t *testing.T) { l.KeepsSymlink(t, store) })
 }
 
-// TestLiveTomcat: Tomcat reads the store again when its manager says so.
+// TestLiveTomcat: Tomcat's manager makes it read the store again.
 func TestLiveTomcat(t *testing.T) {
 	if testing.Short() {
 		t.Skip("Tomcat takes seconds to start")

@@ -35,7 +35,7 @@ func configIn(dir, format string) map[string]any {
 	}
 }
 
-// found is what a store holds under an alias, as PEM.
+// found returns the entry of an alias as PEM.
 func found(t testing.TB, data []byte, alias, password, keyPassword string) []byte {
 	t.Helper()
 	format, err := formatOf(data)
@@ -53,7 +53,7 @@ func found(t testing.TB, data []byte, alias, password, keyPassword string) []byt
 	return append(conformance.PEM(k.Chain...), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: k.PKCS8})...)
 }
 
-// want is what found returns of m.
+// want returns the result of found for m.
 func want(m *connector.Material) []byte {
 	e, err := newEntry(m, "", "")
 	if err != nil {
@@ -75,7 +75,7 @@ func TestConformance(t *testing.T) {
 			if set["alias"] != nil {
 				alias = "web"
 			}
-			var opened sync.Map // what is in each store that was there: opening one takes its time
+			var opened sync.Map // content of the stores, since opening one is slow
 			conformance.Run(t, conformance.Harness{
 				Type: Type(), Required: []string{"keystore_path", "keystore_password"}, Secrets: []string{password, keyPassword},
 				Config: func(dir string) map[string]any {
@@ -132,7 +132,7 @@ func (w *world) read(t *testing.T) []byte {
 	return data
 }
 
-// store is one with other keys than the agent's.
+// store returns a store with other keys than the agent's.
 func (w *world) store(t *testing.T, format string, aliases ...string) []byte {
 	t.Helper()
 	p, j := pkcs12.New(password, false), jks.New(password)
@@ -159,7 +159,7 @@ func (w *world) store(t *testing.T, format string, aliases ...string) []byte {
 	return data
 }
 
-// TestOthers: other entries stay, also those under passwords that the agent does not know.
+// TestOthers: other entries stay, even those with passwords that the agent does not know.
 func TestOthers(t *testing.T) {
 	for _, format := range []string{"PKCS12", "legacy", "JKS"} {
 		w := newWorld(t)
@@ -196,7 +196,7 @@ func TestOthers(t *testing.T) {
 	}
 }
 
-// TestRefused: nothing is touched, and the error says what to do.
+// TestRefused: nothing is changed, and the error says what to do.
 func TestRefused(t *testing.T) {
 	w := newWorld(t)
 	jceks, err := os.ReadFile("../../jks/testdata/java.jceks")
@@ -250,7 +250,7 @@ func TestRefused(t *testing.T) {
 	}
 }
 
-// TestTrustStore: one that other programs read stays theirs.
+// TestTrustStore: the trust store of other programs is not changed.
 func TestTrustStore(t *testing.T) {
 	w := newWorld(t)
 	for _, name := range []string{"testdata/trusted.jks", "testdata/trusted.p12"} {
@@ -273,8 +273,8 @@ func TestTrustStore(t *testing.T) {
 	}
 }
 
-// TestMasked: what control planes mask comes from an overlay; the type of a store that is there needs
-// none, and the path of keytool is not needed at all.
+// TestMasked: masked settings come from an overlay. The type of an existing store needs
+// none, and the path of keytool is never needed.
 func TestMasked(t *testing.T) {
 	w := newWorld(t)
 	w.write(t, w.store(t, "JKS", "other"))
@@ -298,7 +298,7 @@ func TestMasked(t *testing.T) {
 	}
 }
 
-// TestCaveat: a deployment that no server learns of says so, once it has changed something.
+// TestCaveat: a deployment without a reload logs a warning if it changed something.
 func TestCaveat(t *testing.T) {
 	w := newWorld(t)
 	config := configIn(w.Dir, "PKCS12")
@@ -312,7 +312,7 @@ func TestCaveat(t *testing.T) {
 	}
 }
 
-// TestChangedMeanwhile: a store that another program writes while the deployment is prepared is read
+// TestChangedMeanwhile: if another program writes the store while the deployment is prepared, it is read
 // again.
 func TestChangedMeanwhile(t *testing.T) {
 	w := newWorld(t)
@@ -332,7 +332,7 @@ func TestChangedMeanwhile(t *testing.T) {
 	}
 }
 
-// TestOwnKey: a store that is another user's, as Tomcat's is, keeps its owner in a renewal.
+// TestOwnKey: a store of another user, like Tomcat's, keeps its owner in a renewal.
 func TestOwnKey(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can give files away")
@@ -359,7 +359,7 @@ func TestOwnKey(t *testing.T) {
 	}
 }
 
-// TestHuge: what others put in place of the store costs no more than a bounded time.
+// TestHuge: the time for a hostile store is bounded.
 func TestHuge(t *testing.T) {
 	w := newWorld(t)
 	w.write(t, make([]byte, maxStore+1))
@@ -376,7 +376,7 @@ func TestHuge(t *testing.T) {
 	}
 }
 
-// TestNotRead: the control plane learns nothing of files that it may not have written.
+// TestNotRead: the control plane learns nothing about files that it may not write.
 func TestNotRead(t *testing.T) {
 	w := newWorld(t)
 	w.Policy.Paths = []string{filepath.Join(w.Dir, "elsewhere")}

@@ -12,8 +12,8 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-// Whatever keeps the server from being asked is in the error, which names the
-// overlay that helps.
+// The error says why the server could not be asked, and names the
+// overlay to use.
 func TestMaskedAndNotToBeHad(t *testing.T) {
 	tests := []struct {
 		name  string

@@ -23,7 +23,7 @@ func TestPostfix(t *testing.T) {
 	live(t, l, "where=\"main.cf, smtpd_tls_key_file\"")
 }
 
-// Rotated under load is what Postfix can take without a failed handshake: it starts
+// Only one file is rotated under load. Two would fail some handshakes: Postfix starts
 // processes that read the pair at any time, and two files cannot be replaced at once.
 func TestPostfixInOneFile(t *testing.T) {
 	if os.Geteuid() != 0 {
@@ -34,8 +34,8 @@ func TestPostfixInOneFile(t *testing.T) {
 	l.Rotate(t, time.Second)
 }
 
-// Postfix reads the key from the certificate's file unless it is told another, and
-// postconf expands whatever main.cf and master.cf write it in.
+// Postfix reads the key from the certificate's file by default, and
+// postconf expands the settings in main.cf and master.cf.
 func TestPostfixParameters(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can start Postfix")
@@ -72,8 +72,8 @@ func TestPostfixParameters(t *testing.T) {
 	}
 }
 
-// The table of tls_server_sni_maps holds the keys themselves: postmap -F makes it anew,
-// smtpd notices, and nothing else has to be reloaded.
+// The table of tls_server_sni_maps contains the keys: postmap -F creates it again,
+// smtpd notices, and no reload is needed.
 func TestPostfixServerNames(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can start Postfix")
@@ -107,8 +107,8 @@ func TestDovecotInOneFile(t *testing.T) {
 	oneFile(t, conformance.Start(t, liveserver.StartDovecotInOneFile, Dovecot()))
 }
 
-// oneFile deploys to a server that reads key and certificate from one file. A target
-// that has the key in another one would take it from there.
+// oneFile deploys to a server that reads key and certificate from one file. A target with a
+// separate key file would remove the key from it.
 func oneFile(t *testing.T, l *conformance.Live) {
 	all := l.Config["cert_path"].(string)
 	l.MustDeploy(t, l.NewMaterial(t), "key_path", "********")
@@ -122,7 +122,7 @@ func TestDovecot(t *testing.T) {
 	t.Run("rotation under load", func(t *testing.T) { l.Rotate(t, time.Second) })
 }
 
-// live deploys to a server that runs without its certificate at first.
+// live deploys to a server that starts without its certificate.
 func live(t *testing.T, l *conformance.Live, where string) {
 	cert, key := l.Config["cert_path"].(string), l.Config["key_path"].(string)
 	validate := l.Config["validate_command"].(string)
@@ -145,7 +145,7 @@ func live(t *testing.T, l *conformance.Live, where string) {
 	t.Run("validation fails", func(t *testing.T) {
 		l.Refuses(t, l.NewMaterial(t), "validate", "validate_command", strings.Replace(validate, l.Dir, l.Dir+"/missing", 1))
 	})
-	// Neither server's own check compares the two: only the verification does.
+	// Neither server's configuration check compares the two: only the verification does.
 	t.Run("wrong key", func(t *testing.T) {
 		m := l.NewMaterial(t)
 		m.KeyPEM = l.NewMaterial(t).KeyPEM

@@ -10,7 +10,7 @@ import (
 	"certctl-agent/internal/connector/conformance"
 )
 
-// harness is a configuration that leaves the commands to their defaults.
+// harness has a configuration with default commands.
 func harness(typ connector.Type) conformance.Harness {
 	return conformance.Harness{
 		Type: typ,

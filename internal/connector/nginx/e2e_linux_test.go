@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// tmpfs mounts a file system of its own at dir.
+// tmpfs mounts a separate file system at dir.
 func tmpfs(t *testing.T, dir, size string) {
 	t.Helper()
 	if os.Geteuid() != 0 {
@@ -16,12 +16,12 @@ func tmpfs(t *testing.T, dir, size string) {
 	}
 	must(t, os.Mkdir(dir, 0o755))
 	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size="+size); err != nil {
-		t.Skipf("this machine lets nobody mount a small file system: %v", err)
+		t.Skipf("cannot mount a small file system here: %v", err)
 	}
 	t.Cleanup(func() { must(t, syscall.Unmount(dir, syscall.MNT_DETACH)) })
 }
 
-// The disk of the second file is full: the first one is not installed either.
+// If the disk of the second file is full, the first file is not installed either.
 func TestDiskFull(t *testing.T) {
 	l, _ := start(t)
 	small := filepath.Join(l.Dir, "small")
@@ -43,7 +43,7 @@ func TestReadOnlyDirectory(t *testing.T) {
 	l.Refuses(t, l.NewMaterial(t), "read-only file system", "chain_path", filepath.Join(fixed, "chain.pem"))
 }
 
-// Not even root's deployment may leave the allowed directories through a
+// Even root's deployment must not leave the allowed directories through a
 // symlink.
 func TestLinkOutOfAllowed(t *testing.T) {
 	l, _ := start(t)

@@ -17,7 +17,7 @@ import (
 	"certctl-agent/internal/testing/testca"
 )
 
-// start starts nginx and returns the command line that it was started by.
+// start starts nginx and returns its command line.
 func start(t *testing.T) (l *conformance.Live, command string) {
 	l = conformance.Start(t, liveserver.StartNGINX, Type())
 	return l, strings.TrimSuffix(l.Config["reload_command"].(string), " -s reload")
@@ -39,7 +39,7 @@ func TestLive(t *testing.T) {
 		if !strings.Contains(l.Log(), "where="+filepath.Join(l.Dir, "nginx.conf:")) || !strings.Contains(l.Log(), "key_path="+key) {
 			t.Errorf("the log does not say where the key path came from:\n%s", l.Log())
 		}
-		l.MustDeploy(t, l.NewMaterial(t), "key_path", "********") // this time nginx -T succeeds
+		l.MustDeploy(t, l.NewMaterial(t), "key_path", "********") // now nginx -T succeeds
 	})
 	t.Run("key path from the overlay", func(t *testing.T) { l.KeyPathFromOverlay(t, key) })
 	t.Run("key path masked and not to be had", func(t *testing.T) {
@@ -74,8 +74,8 @@ func TestLive(t *testing.T) {
 	t.Run("rotation under load", func(t *testing.T) { l.Rotate(t, 2*time.Second) })
 }
 
-// nginx accepts keys and certificates of two types in any order. With the EC key in
-// the place of the RSA key it passes its own test, and RSA clients are turned away.
+// nginx accepts keys and certificates of two types in any order. With an EC key in
+// place of the RSA key its configuration test passes, but RSA clients fail.
 func TestKeysOfTwoTypes(t *testing.T) {
 	l, _ := start(t)
 	cert, key := l.Config["cert_path"].(string), l.Config["key_path"].(string)
@@ -95,7 +95,7 @@ func TestKeysOfTwoTypes(t *testing.T) {
 	).Replace(string(text))
 	must(t, os.WriteFile(conf, []byte(changed), 0o644))
 
-	// Which of the two certificates a probe meets is up to the server.
+	// The server decides which of the two certificates a probe gets.
 	unverified := []any{"post_deploy_verify", map[string]any{"enabled": false}}
 	for _, given := range []string{key, "********"} {
 		m := l.NewMaterial(t)
@@ -110,8 +110,8 @@ func TestKeysOfTwoTypes(t *testing.T) {
 	}
 }
 
-// offers fails the test unless the server at address soon answers to a client of one
-// cipher suite with a certificate that is the wanted one.
+// offers fails the test unless the server at address soon sends a client with only one
+// cipher suite the wanted certificate.
 func offers(t *testing.T, address string, suite uint16, wanted func(*x509.Certificate) bool) {
 	t.Helper()
 	var conn *tls.Conn
@@ -129,7 +129,7 @@ func offers(t *testing.T, address string, suite uint16, wanted func(*x509.Certif
 	t.Errorf("no such certificate with %s: %v", tls.CipherSuiteName(suite), err)
 }
 
-// One file that both settings name holds both.
+// One file, which both settings name, holds certificate and key.
 func TestOneFile(t *testing.T) {
 	l, _ := start(t)
 	all := filepath.Join(l.Watched, "all.pem")

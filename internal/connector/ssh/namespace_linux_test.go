@@ -162,7 +162,7 @@ func hostKeys(t *testing.T) {
 		t.Errorf("remembered %q, want %q", got, line)
 	}
 	if !strings.Contains(l.Log(), fingerprint) {
-		t.Error("nobody was told of the new key")
+		t.Error("the new key was not logged")
 	}
 	l.AcceptNewHostKeys = false
 	l.works("host_key", nil) // it is remembered

@@ -52,7 +52,7 @@ tls:
 }
 
 // fixture is a host with a Traefik whose dynamic configuration is in a
-// directory of its own.
+// separate directory.
 type fixture struct {
 	*conformance.Host
 	ca      *testca.CA
@@ -80,8 +80,8 @@ func (f *fixture) deploy(t *testing.T, m *connector.Material) transaction.Result
 	return result
 }
 
-// stat describes the dynamic file, and keeps it: a file that is gone gives its
-// number to the next one.
+// stat describes the dynamic file, and keeps it open: otherwise the next file could
+// reuse its inode number.
 func (f *fixture) stat(t *testing.T) os.FileInfo {
 	t.Helper()
 	file, err := os.Open(f.dynamic)
@@ -100,7 +100,7 @@ func TestTOML(t *testing.T) {
 	f := newFixture(t, "certctl.toml")
 	f.deploy(t, f.Material(t, f.ca))
 	m := f.Material(t, f.ca)
-	f.deploy(t, m) // replaces what the first one wrote
+	f.deploy(t, m) // replaces the file of the first deployment
 	want := fmt.Sprintf(`# Written by certctl-agent for the certificate %s.
 # Changes are lost with the next one, unless this first comment goes.
 [[tls.certificates]]
@@ -115,7 +115,7 @@ func TestTOML(t *testing.T) {
 	}
 }
 
-// The operator's own file is replaced by itself, once for each new pair.
+// The operator's file is replaced by a copy of itself, once for each new pair.
 func TestOperatorsOwn(t *testing.T) {
 	f := newFixture(t, "site.yml")
 	own := []byte("# ours\ntls: {certificates: [{certFile: a, keyFile: b}]}\n")
@@ -175,7 +175,7 @@ func TestNew(t *testing.T) {
 	}
 }
 
-// What is not a readable regular file cannot be told from the operator's own.
+// A file that is not readable or not regular might be the operator's.
 func TestUnreadableDynamic(t *testing.T) {
 	f := newFixture(t, "site.yml")
 	if err := os.Mkdir(f.dynamic, 0o755); err != nil {
@@ -186,7 +186,7 @@ func TestUnreadableDynamic(t *testing.T) {
 	}
 }
 
-// A deployment that Traefik does not notice says so, and no other does.
+// Only a deployment that Traefik does not notice logs a warning.
 func TestNotTold(t *testing.T) {
 	for _, test := range []struct {
 		told   bool

@@ -70,7 +70,7 @@ func TestRemoveExpired(t *testing.T) {
 	third := f.material()
 	f.mustDeploy(third)
 	if !f.holds(`LocalMachine\My`, thumbprint(first.Leaf)) {
-		t.Error("one that has expired is gone, and nobody wanted that")
+		t.Error("an expired certificate was removed although remove_expired is not set")
 	}
 	f.mustDeploy(third, "remove_expired", true)
 	for name, want := range map[string]bool{thumbprint(first.Leaf): false, thumbprint(second.Leaf): false, thumbprint(third.Leaf): true, thumbprint(their.Certificate): true} {
