@@ -115,8 +115,8 @@ func settingsOf(t *testing.T, dir, name string, all map[string]setting) {
 	}
 }
 
-// TestPagesHaveSettings: the table of each page has exactly the keys of the configuration, with their
-// defaults. Defaults that the code computes are checked by TestPlanShowsDefaults.
+// TestPagesHaveSettings: the table of each page has exactly the keys of the configuration, with
+// their defaults. Defaults that the code computes are checked by TestPlanShowsDefaults.
 func TestPagesHaveSettings(t *testing.T) {
 	common := make(map[string]setting)
 	file, err := parser.ParseFile(token.NewFileSet(), filepath.Join(root, "internal/targetconf/common.go"), nil, parser.SkipObjectResolution)

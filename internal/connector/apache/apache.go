@@ -25,8 +25,8 @@ func newConnector(c *targetconf.Config, host connector.Host) (connector.Connecto
 }
 
 // loadTime is how long httpd may take to read its files after the restart command returned. It
-// needs a few milliseconds. If the next deployment or a rollback replaced the files meanwhile, httpd
-// would find a certificate with the wrong key and exit.
+// needs a few milliseconds. If the next deployment or a rollback replaced the files meanwhile,
+// httpd would find a certificate with the wrong key and exit.
 const loadTime = 500 * time.Millisecond
 
 // Plan implements connector.Connector.

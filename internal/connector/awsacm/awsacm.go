@@ -1,5 +1,5 @@
-// Package awsacm installs certificates in AWS Certificate Manager (ACM), which provides them to load
-// balancers, CloudFront and API Gateway.
+// Package awsacm installs certificates in AWS Certificate Manager (ACM), which provides them to
+// load balancers, CloudFront and API Gateway.
 package awsacm
 
 import (
@@ -254,7 +254,8 @@ func keyTypes() []string {
 	return []string{"RSA_1024", "RSA_2048", "RSA_3072", "RSA_4096", "EC_prime256v1", "EC_secp384r1", "EC_secp521r1"}
 }
 
-// keyAlgorithm returns ACM's name for the key type of a certificate, or "" if ACM does not accept it.
+// keyAlgorithm returns ACM's name for the key type of a certificate, or "" if ACM does not accept
+// it.
 func keyAlgorithm(c *x509.Certificate) string {
 	name := ""
 	switch public := c.PublicKey.(type) {

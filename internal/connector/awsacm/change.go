@@ -25,8 +25,8 @@ import (
 
 const (
 	// listFor is how long to look for a certificate that may have been imported. ACM's lists lag
-	// behind, and an extra import still counts against the quota after it is deleted. A rollback has
-	// one minute in total.
+	// behind, and an extra import still counts against the quota after it is deleted. A rollback
+	// has one minute in total.
 	listFor = 30 * time.Second
 
 	// callFor bounds how long a first import is retried while AWS throttles it.
@@ -118,8 +118,8 @@ func (c *change) Read(ctx context.Context) (was []byte, same bool, err error) {
 
 func (c *change) holds() bool { return c.current.equal(c.material.Leaf, c.material.Chain) }
 
-// find finds the certificate by the configured ARN, by this agent's note or by its tags. Renamed says
-// that its names may differ from those of the new certificate.
+// find finds the certificate by the configured ARN, by this agent's note or by its tags. Renamed
+// says that its names may differ from those of the new certificate.
 func (c *change) find(ctx context.Context, renamed bool) error {
 	if c.arn = c.config.CertificateARN; c.arn != "" {
 		err := c.load(ctx)
@@ -158,7 +158,8 @@ func (c *change) find(ctx context.Context, renamed bool) error {
 	return c.load(ctx)
 }
 
-// findTagged finds the certificate by its tags. It tries again for as long as wait if there is none.
+// findTagged finds the certificate by its tags. It tries again for as long as wait if there is
+// none.
 func (c *change) findTagged(ctx context.Context, wait time.Duration, renamed bool) ([]string, error) {
 	for begun, pause := time.Now(), firstPause; ; pause = min(2*pause, maxPause) {
 		found, err := c.client.tagged(ctx, string(c.material.CertificateID), c.names(), renamed)
@@ -251,8 +252,8 @@ func (c *change) Write(ctx context.Context) error {
 	return c.reimport(ctx, c.arn, installed{c.material.Leaf, c.material.Chain}, c.material.Key())
 }
 
-// first imports the certificate under a new ARN. Each such import counts against a yearly quota, so it
-// is noted first, and sent again only if the earlier request certainly had no effect.
+// first imports the certificate under a new ARN. Each such import counts against a yearly quota, so
+// it is noted first, and sent again only if the earlier request certainly had no effect.
 func (c *change) first(ctx context.Context) error {
 	c.note.ARN, c.note.Importing = "", pemutil.Fingerprint(c.material.Leaf)
 	if err := c.note.write(c.host.StateDir); err != nil {
@@ -448,8 +449,9 @@ func (c *change) forget() error {
 	return c.note.write(c.host.StateDir)
 }
 
-// keepKeys keeps the key of the certificate in ACM and the key store's current key in memory, if they
-// exist. After a crash ACM may already have the new certificate while the current key is the old one.
+// keepKeys keeps the key of the certificate in ACM and the key store's current key in memory, if
+// they exist. After a crash ACM may already have the new certificate while the current key is the
+// old one.
 func (c *change) keepKeys() {
 	c.oldKeys = nil
 	if key, err := c.storedKey(c.current.leaf); err == nil {
@@ -473,8 +475,8 @@ func (c *change) keyOf(leaf *x509.Certificate) ([]byte, error) {
 	return []byte(key.Reveal()), err
 }
 
-// storedKey returns the key of a certificate from the key store. In a rollback the old certificate's
-// key is the previous one; after a crash it is the current one again.
+// storedKey returns the key of a certificate from the key store. In a rollback the old
+// certificate's key is the previous one; after a crash it is the current one again.
 func (c *change) storedKey(leaf *x509.Certificate) (secret.String, error) {
 	if c.material.KeyPath == "" {
 		return secret.String{}, keystore.ErrNoKey

@@ -89,8 +89,8 @@ func isRejected(err error) bool {
 	return slices.Contains([]string{"ExpiredTokenException", "ExpiredToken", "UnrecognizedClientException", "InvalidClientTokenId"}, codeOf(err))
 }
 
-// call makes a call. If AWS refuses the credentials, it did nothing, so call tries once more with new
-// ones.
+// call makes a call. If AWS refuses the credentials, it did nothing, so call tries once more with
+// new ones.
 func (c *client) call(ctx context.Context, via *vendorapi.Client, operation, arn string, request, answer any) error {
 	body, err := json.Marshal(request)
 	if err != nil {
@@ -243,8 +243,8 @@ const (
 	searchFor = 10 * time.Minute
 )
 
-// imported lists the imported certificates: those that have one of names, and the others. The request
-// has all key types, since ACM lists only RSA certificates by default.
+// imported lists the imported certificates: those that have one of names, and the others. The
+// request has all key types, since ACM lists only RSA certificates by default.
 func (c *client) imported(ctx context.Context, names []string) (likely, others []string, err error) {
 	request := struct {
 		Includes  map[string][]string
@@ -284,9 +284,9 @@ func (c *client) imported(ctx context.Context, names []string) (likely, others [
 }
 
 // tagged returns the imported certificates that have the tags of certificateID. Since reading tags
-// takes a call per certificate, it first reads those of certificates with one of names, and the others
-// only if that finds nothing and renamed is set. In a preview without a certificate ("") it only checks
-// that listing is allowed.
+// takes a call per certificate, it first reads those of certificates with one of names, and the
+// others only if that finds nothing and renamed is set. In a preview without a certificate ("") it
+// only checks that listing is allowed.
 func (c *client) tagged(ctx context.Context, certificateID string, names []string, renamed bool) (arns []string, err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, searchFor, fmt.Errorf("reading the tags of all imported certificates took longer than %v: set certificate_arn", searchFor))
 	defer cancel()

@@ -35,8 +35,9 @@ const (
 	metadataPatience = 10 * time.Second
 )
 
-// source provides the credentials that sign calls. It uses the first place that has any, in the order
-// of AWS's SDKs (https://docs.aws.amazon.com/sdkref/latest/guide/standardized-credentials.html).
+// source provides the credentials that sign calls. It uses the first place that has any, in the
+// order of AWS's SDKs
+// (https://docs.aws.amazon.com/sdkref/latest/guide/standardized-credentials.html).
 type source struct {
 	getenv func(string) string
 	host   connector.Host

@@ -186,7 +186,8 @@ func TestOneImport(t *testing.T) {
 		}
 	})
 
-	// The import is uncertain and does not appear: the job fails, and the next one finds or imports it.
+	// The import is uncertain and does not appear: the job fails, and the next one finds or imports
+	// it.
 	for _, test := range []struct {
 		name  string
 		fault awsfake.Fault
@@ -444,7 +445,8 @@ func TestUndo(t *testing.T) {
 	})
 }
 
-// TestSecrets: no key, secret key or token is in the log, in errors or in files outside the key store.
+// TestSecrets: no key, secret key or token is in the log, in errors or in files outside the key
+// store.
 func TestSecrets(t *testing.T) {
 	t.Parallel()
 	f := newFixture(t)

@@ -13,8 +13,8 @@ import (
 	"certctl-agent/internal/hostfile"
 )
 
-// A note keeps the ARN of a certificate for the next deployment. Without it the certificate could only
-// be found by its tags, and ACM's lists lag behind.
+// A note keeps the ARN of a certificate for the next deployment. Without it the certificate could
+// only be found by its tags, and ACM's lists lag behind.
 type note struct {
 	Certificate string `json:"certificate"`
 	Region      string `json:"region"`
@@ -39,8 +39,8 @@ func (n *note) path() string {
 	return path.Join(noteDir, fmt.Sprintf("%x.json", sum[:16]))
 }
 
-// read reads ARN and Importing from the note's file. A damaged file counts as an import that may have
-// succeeded.
+// read reads ARN and Importing from the note's file. A damaged file counts as an import that may
+// have succeeded.
 func (n *note) read(stateDir string) error {
 	if stateDir == "" {
 		return nil

@@ -85,8 +85,8 @@ func (s *source) readProfiles() (map[string]*profile, error) {
 	return all, nil
 }
 
-// parseSections parses an INI file. It skips indented lines: they belong to nested keys, which are not
-// needed.
+// parseSections parses an INI file. It skips indented lines: they belong to nested keys, which are
+// not needed.
 func parseSections(text string) (map[string]map[string]string, error) {
 	all := make(map[string]map[string]string)
 	var current map[string]string
@@ -120,8 +120,8 @@ func parseSections(text string) (map[string]map[string]string, error) {
 // maxProfiles bounds a chain of source_profile settings.
 const maxProfiles = 5
 
-// fromProfile returns the credentials of a profile, or nil if it has none or does not exist. Below are
-// the profiles that refer to it.
+// fromProfile returns the credentials of a profile, or nil if it has none or does not exist. Below
+// are the profiles that refer to it.
 func (s *source) fromProfile(ctx context.Context, all map[string]*profile, name string, below []string) (*issued, error) {
 	p := all[name]
 	if p == nil && len(below) == 0 {

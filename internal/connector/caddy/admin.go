@@ -130,8 +130,8 @@ func conflict(err error) bool {
 func (a *admin) call(ctx context.Context, method, path string, body []byte, headers ...string) (*reply, error) {
 	r, err := a.send(ctx, method, path, body, headers)
 	if status(err) == http.StatusForbidden && !a.origin {
-		// Caddy requires an Origin with enforce_origin. Without, it refuses an unknown Origin, so the
-		// first request has none.
+		// Caddy requires an Origin with enforce_origin. Without, it refuses an unknown Origin, so
+		// the first request has none.
 		a.origin = true
 		r, err = a.send(ctx, method, path, body, headers)
 	}

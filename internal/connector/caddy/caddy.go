@@ -1,5 +1,5 @@
-// Package caddy installs certificates for Caddy: as a pair in the running configuration, through the
-// admin API, or as two files that Caddy then loads again.
+// Package caddy installs certificates for Caddy: as a pair in the running configuration, through
+// the admin API, or as two files that Caddy then loads again.
 package caddy
 
 import (

@@ -37,8 +37,8 @@ type pairChange struct {
 	pair  loadedPair
 }
 
-// ID implements connector.Change. It has the address, since the saved state holds a private key that
-// must not be sent to another Caddy.
+// ID implements connector.Change. It has the address, since the saved state holds a private key
+// that must not be sent to another Caddy.
 func (c *pairChange) ID() string { return "load_pem " + c.tag + " of " + c.admin.address }
 
 // Read implements connector.Change. The state is the element of load_pem.

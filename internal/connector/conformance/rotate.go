@@ -62,8 +62,8 @@ func (f Figures) noticed(rounds, clients int) bool {
 }
 
 // closingGreeting returns the start of the greeting by which a server that is shutting down or
-// overloaded closes the session and asks the client to connect again. Since TLS has not started, the
-// certificate cannot be the cause. It returns "" for protocols that start with TLS.
+// overloaded closes the session and asks the client to connect again. Since TLS has not started,
+// the certificate cannot be the cause. It returns "" for protocols that start with TLS.
 func closingGreeting(protocol string) string {
 	switch protocol {
 	case tlsprobe.SMTP:

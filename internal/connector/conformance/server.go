@@ -74,8 +74,8 @@ func Serve(t testing.TB, address string, argv ...string) *os.Process {
 	}
 }
 
-// Verified returns a configuration that verifies at address. It allows half a minute for a server on
-// a busy machine.
+// Verified returns a configuration that verifies at address. It allows half a minute for a server
+// on a busy machine.
 func Verified(address string) map[string]any {
 	return map[string]any{
 		"post_deploy_verify":             map[string]any{"enabled": true, "endpoint": address, "server_name": "localhost", "timeout": "5s"},

@@ -64,8 +64,8 @@ func (c *change) Read(ctx context.Context) (was []byte, same bool, err error) {
 	return was, in, err
 }
 
-// find returns the index of the entry with the new certificate's key type, or -1 if there is none, and
-// whether it already uses the new files.
+// find returns the index of the entry with the new certificate's key type, or -1 if there is none,
+// and whether it already uses the new files.
 func (c *change) find(ctx context.Context, p *profile) (in bool, index int, err error) {
 	for i, e := range c.pairs(p) {
 		if !e.serves() || e.text("key") == "" {
@@ -99,8 +99,8 @@ func (c *change) holds(ctx context.Context, path string, want *file) (bool, erro
 	return s != nil && s.Checksum == want.checksum(), err
 }
 
-// Write implements connector.Change. A failed save or sync is only a warning, since Finish tries again,
-// unless save_config is explicitly set.
+// Write implements connector.Change. A failed save or sync is only a warning, since Finish tries
+// again, unless save_config is explicitly set.
 func (c *change) Write(ctx context.Context) error {
 	if c.noted() == nothing {
 		if err := c.note(begun); err != nil {
@@ -183,7 +183,8 @@ func (c *change) send(ctx context.Context) (commands []command, err error) {
 	return commands, nil
 }
 
-// with returns p with the new files in place of the entry at index, or in a new entry if index is -1.
+// with returns p with the new files in place of the entry at index, or in a new entry if index is
+// -1.
 func (c *change) with(p *profile, index int) *profile {
 	chain := ""
 	if c.chain != nil {
@@ -224,8 +225,9 @@ func (c *change) discard(ctx context.Context) error {
 // configuration.
 var errGone = errors.New("the profile lost the new certificate: the device may have just restarted, or someone else changed the profile: deploy again")
 
-// finish completes the change of the profile: it removes the uploads, saves and syncs. It checks the
-// profile last, since a unit that takes over at this moment has the old certificate and syncs it.
+// finish completes the change of the profile: it removes the uploads, saves and syncs. It checks
+// the profile last, since a unit that takes over at this moment has the old certificate and syncs
+// it.
 func (c *change) finish(ctx context.Context) error {
 	unclean, unsaved := c.discard(ctx), c.save(ctx)
 	var unsynced error
@@ -407,8 +409,8 @@ func (c *change) Finish(ctx context.Context) error {
 	return err
 }
 
-// sweep removes this target's files of older certificates, except the newest ones and those in use. It
-// continues after an error.
+// sweep removes this target's files of older certificates, except the newest ones and those in use.
+// It continues after an error.
 func (c *change) sweep(ctx context.Context) error {
 	all, err := c.ours(ctx)
 	if err != nil {

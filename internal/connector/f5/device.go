@@ -29,8 +29,8 @@ const (
 	// downloads is the device's directory of uploads.
 	downloads = "/var/config/rest/downloads/"
 
-	// maxList bounds a list of the files of a partition, in bytes. A file takes about a kilobyte, and
-	// a large device has some thousands.
+	// maxList bounds a list of the files of a partition, in bytes. A file takes about a kilobyte,
+	// and a large device has some thousands.
 	maxList = 16 << 20
 
 	// maxRestarts bounds how often an idempotent request is made if its answer is lost.
@@ -73,20 +73,20 @@ func newDevice(c *config, address string, dial func(context.Context) (net.Conn, 
 	return d
 }
 
-// isStarting reports whether the REST framework has not loaded everything yet, so its 404 is not about
-// the object.
+// isStarting reports whether the REST framework has not loaded everything yet, so its 404 is not
+// about the object.
 func isStarting(e *vendorapi.StatusError) bool {
 	return e.Status == http.StatusNotFound && strings.Contains(e.Message, "not registered")
 }
 
-// isMissing reports whether the device says that an object does not exist. A proxy, or a device that
-// is starting, answers 404 without that code.
+// isMissing reports whether the device says that an object does not exist. A proxy, or a device
+// that is starting, answers 404 without that code.
 func isMissing(err error) bool {
 	return vendorapi.StatusOf(err) == http.StatusNotFound && strings.Contains(err.Error(), "01020036")
 }
 
-// message returns the device's error message without secrets: some messages quote the request with the
-// password.
+// message returns the device's error message without secrets: some messages quote the request with
+// the password.
 func (d *device) message(body []byte) string {
 	var answer struct {
 		Message string `json:"message"`

@@ -1,5 +1,5 @@
-// Package f5 installs certificates on an F5 BIG-IP through iControl REST: key, certificate and chain
-// as files of a partition, and a client-ssl or server-ssl profile that uses them.
+// Package f5 installs certificates on an F5 BIG-IP through iControl REST: key, certificate and
+// chain as files of a partition, and a client-ssl or server-ssl profile that uses them.
 package f5
 
 import (
@@ -104,8 +104,8 @@ func newConnector(c *targetconf.Config, host connector.Host, patience time.Durat
 // and in a tmsh command.
 var objectName = lazyregexp.New(`^[A-Za-z0-9_][A-Za-z0-9_.:-]{0,200}$`)
 
-// checkTrust refuses settings by which a control plane could choose who gets the private key and the
-// password.
+// checkTrust refuses settings by which a control plane could choose who gets the private key and
+// the password.
 func (t *target) checkTrust(c *targetconf.Config, host connector.Host) error {
 	var errs []error
 	for _, trust := range []struct {
@@ -196,8 +196,8 @@ func (t *target) Plan(_ context.Context, m *connector.Material) (*connector.Plan
 	return plan, nil
 }
 
-// How many hexadecimal digits of a SHA-256 are in file names: of the leaf and of the chain. They differ
-// so that a chain never has the name of a leaf of a target whose id ends in such digits.
+// How many hexadecimal digits of a SHA-256 are in file names: of the leaf and of the chain. They
+// differ so that a chain never has the name of a leaf of a target whose id ends in such digits.
 const (
 	markDigits  = 16
 	chainDigits = 12
@@ -208,8 +208,8 @@ func (t *target) mark() string { return "certctl-" + t.id + "-" }
 
 func (t *target) inPartition(name string) string { return "/" + t.Partition + "/" + name }
 
-// isOurs reports whether this target created the file at path, and returns the part of the path that
-// all files of its certificate share.
+// isOurs reports whether this target created the file at path, and returns the part of the path
+// that all files of its certificate share.
 func (t *target) isOurs(path string) (leaf string, ours bool) {
 	rest, ours := strings.CutPrefix(path, t.inPartition(t.mark()))
 	if !ours || !ourName().MatchString(rest) {

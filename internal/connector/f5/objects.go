@@ -116,7 +116,8 @@ func (e entry) same(other entry) bool {
 	return e.text("cert") == other.text("cert") && e.text("key") == other.text("key") && e.text("chain") == other.text("chain")
 }
 
-// serves reports whether the entry is for a TLS server. Others sign certificates of a forward proxy.
+// serves reports whether the entry is for a TLS server. Others sign certificates of a forward
+// proxy.
 func (e entry) serves() bool { return e.text("usage") == "" || e.text("usage") == "SERVER" }
 
 // profile is the part of a profile that selects its certificates.

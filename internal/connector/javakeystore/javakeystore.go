@@ -1,6 +1,6 @@
-// Package javakeystore installs certificates for Java servers: a private key with its chain under an
-// alias of a key store file, in PKCS#12 or JKS format. The other entries of the store stay as they
-// are.
+// Package javakeystore installs certificates for Java servers: a private key with its chain under
+// an alias of a key store file, in PKCS#12 or JKS format. The other entries of the store stay as
+// they are.
 package javakeystore
 
 import (
@@ -33,7 +33,8 @@ const (
 	maxAlias = 255
 )
 
-// config is the target's configuration. Control planes mask every key with key or password in its name.
+// config is the target's configuration. Control planes mask every key with key or password in its
+// name.
 type config struct {
 	Path     targetconf.Path        `json:"keystore_path" config:"required"`
 	File     targetconf.FileOptions `json:"keystore_*" config:"secret"`
@@ -134,8 +135,8 @@ func (k *javaKeystore) Plan(_ context.Context, m *connector.Material) (*connecto
 	return plan, nil
 }
 
-// read returns the existing store, and whether every user can read it. If there is none, data is empty
-// but not nil.
+// read returns the existing store, and whether every user can read it. If there is none, data is
+// empty but not nil.
 func (k *javaKeystore) read() (data []byte, open bool, err error) {
 	path := string(k.config.Path)
 	// The path comes from the control plane: check it before reading, not only before writing.

@@ -312,8 +312,8 @@ func TestCaveat(t *testing.T) {
 	}
 }
 
-// TestChangedMeanwhile: if another program writes the store while the deployment is prepared, it is read
-// again.
+// TestChangedMeanwhile: if another program writes the store while the deployment is prepared, it is
+// read again.
 func TestChangedMeanwhile(t *testing.T) {
 	w := newWorld(t)
 	w.write(t, w.store(t, "PKCS12", "first"))

@@ -97,8 +97,8 @@ func explain(err error) error {
 	return err
 }
 
-// errKeyPassword is returned because a server that has a separate password for the key could not open
-// a new key under the store's password.
+// errKeyPassword is returned because a server that has a separate password for the key could not
+// open a new key under the store's password.
 var errKeyPassword = errors.New("the existing private key has another password than the store: set key_password to the one that the server uses, " +
 	"or delete the entry (keytool -delete)")
 

@@ -25,8 +25,8 @@ import (
 	"certctl-agent/internal/vendorapi"
 )
 
-// Tags of the versions that the agent imported. The target and the fingerprint identify the versions of
-// this target.
+// Tags of the versions that the agent imported. The target and the fingerprint identify the
+// versions of this target.
 const (
 	managedTag     = ourTags + "managed-by"
 	certificateTag = ourTags + "certificate-id"
@@ -39,8 +39,8 @@ const (
 var marks = []string{managedTag, certificateTag, targetTag, fingerprintTag}
 
 const (
-	// settleFor is how long to wait for an import whose outcome is unknown. settlePause is the pause
-	// between two checks.
+	// settleFor is how long to wait for an import whose outcome is unknown. settlePause is the
+	// pause between two checks.
 	settleFor   = 10 * time.Second
 	settlePause = time.Second
 )
@@ -73,8 +73,8 @@ type oldVersion struct {
 	Tags    map[string]string `json:"tags"`
 	Policy  certificatePolicy `json:"policy"`
 
-	// Secret is the version as it was imported, with its private key. It is empty if the agent cannot
-	// read it, for the reason in Lost.
+	// Secret is the version as it was imported, with its private key. It is empty if the agent
+	// cannot read it, for the reason in Lost.
 	Secret string `json:"secret,omitempty"`
 	Lost   string `json:"lost,omitempty"`
 }
@@ -263,8 +263,8 @@ func (c *change) check(ctx context.Context, der []byte) error {
 	return nil
 }
 
-// newImport returns the import of the certificate. It keeps the format of the current version, since
-// clients that read the secret rely on it.
+// newImport returns the import of the certificate. It keeps the format of the current version,
+// since clients that read the secret rely on it.
 func (c *change) newImport(now *bundle) (*importRequest, error) {
 	i := &importRequest{Policy: certificatePolicy{Key: c.key, Secret: secretProps{typePFX}}}
 	i.Policy.Key.Exportable = true // the service's default
@@ -308,8 +308,9 @@ func encodePFX(pkcs8 []byte, chain []*x509.Certificate, password string) (string
 	return base64.StdEncoding.EncodeToString(data), err
 }
 
-// Restore implements connector.Change. Versions cannot be deleted, so it imports the old one again. A
-// first version is disabled: deleting the certificate would block its name for the next deployment.
+// Restore implements connector.Change. Versions cannot be deleted, so it imports the old one again.
+// A first version is disabled: deleting the certificate would block its name for the next
+// deployment.
 func (c *change) Restore(ctx context.Context, saved []byte) error {
 	var was *oldVersion
 	if saved != nil {

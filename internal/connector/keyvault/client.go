@@ -227,8 +227,8 @@ func (v *vault) get(ctx context.Context) (*bundle, error) {
 	return b, nil
 }
 
-// checkName returns an error if a deleted certificate that can be recovered blocks the name. It returns
-// nil for vaults without soft-delete, or if the agent may not ask.
+// checkName returns an error if a deleted certificate that can be recovered blocks the name. It
+// returns nil for vaults without soft-delete, or if the agent may not ask.
 func (v *vault) checkName(ctx context.Context) error {
 	answer, err := v.call(ctx, http.MethodGet, "/deletedcertificates/"+v.name, nil)
 	if status := vendorapi.StatusOf(err); status >= 400 && status < 500 {

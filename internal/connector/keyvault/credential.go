@@ -40,7 +40,8 @@ const (
 	// https://learn.microsoft.com/azure/virtual-machines/instance-metadata-service.
 	metadataURL = "http://169.254.169.254"
 
-	// metadataDial bounds connecting to it. Outside Azure nothing answers, and other sources follow.
+	// metadataDial bounds connecting to it. Outside Azure nothing answers, and other sources
+	// follow.
 	metadataDial = 2 * time.Second
 )
 
@@ -59,8 +60,8 @@ type source struct {
 // errAbsent means that a source is not available on this host.
 var errAbsent = errors.New("not available")
 
-// tokenError is a failure to get a token. It hides the status errors in it from errors.As, since they
-// are not the vault's.
+// tokenError is a failure to get a token. It hides the status errors in it from errors.As, since
+// they are not the vault's.
 type tokenError struct{ err error }
 
 func (e *tokenError) Error() string        { return e.err.Error() }
@@ -336,7 +337,8 @@ func (w *tokenMethods) fromManagedIdentity(ctx context.Context, resource string)
 		Dial: func(ctx context.Context, address string) (net.Conn, error) {
 			conn, err := (&net.Dialer{Timeout: metadataDial}).DialContext(ctx, "tcp", address)
 			if err != nil && ctx.Err() == nil {
-				// The error is not wrapped, so that the call is not retried where the service does not exist.
+				// The error is not wrapped, so that the call is not retried where the service does
+				// not exist.
 				err = fmt.Errorf("%w: nothing answers at %s (%v)", errAbsent, address, err)
 			}
 			return conn, err
@@ -357,8 +359,8 @@ func (w *tokenMethods) fromManagedIdentity(ctx context.Context, resource string)
 	return parseToken(answer.Body, time.Now())
 }
 
-// fromCLI gets a token from the Azure CLI, in which a person has logged in. Errors must not contain its
-// output, which has the token.
+// fromCLI gets a token from the Azure CLI, in which a person has logged in. Errors must not contain
+// its output, which has the token.
 func (w *tokenMethods) fromCLI(ctx context.Context, resource string) (*token, error) {
 	line := "az account get-access-token --output json --resource " + resource
 	if w.config.TenantID != "" {

@@ -171,8 +171,8 @@ func (k *keyVault) Plan(_ context.Context, m *connector.Material) (*connector.Pl
 	}, nil
 }
 
-// keyProperties returns the properties of a certificate's key, or an error if Key Vault does not accept
-// it, see https://learn.microsoft.com/azure/key-vault/keys/about-keys-details.
+// keyProperties returns the properties of a certificate's key, or an error if Key Vault does not
+// accept it, see https://learn.microsoft.com/azure/key-vault/keys/about-keys-details.
 func keyProperties(leaf *x509.Certificate) (*keyProps, error) {
 	switch public := leaf.PublicKey.(type) {
 	case *rsa.PublicKey:

@@ -25,8 +25,8 @@ import (
 )
 
 const (
-	// maxAnswer bounds an answer of the API server, in bytes. A secret is at most 1 MiB, and comes in
-	// base64 with metadata.
+	// maxAnswer bounds an answer of the API server, in bytes. A secret is at most 1 MiB, and comes
+	// in base64 with metadata.
 	maxAnswer = 4 << 20
 
 	// maxCredential bounds files with tokens and certificates, in bytes.
@@ -72,8 +72,8 @@ func newClient(a *access, c *targetconf.Config, host connector.Host) (*client, e
 	return k, err
 }
 
-// portOf returns the port of a URL, or the default of its scheme. It returns 0, which Peer refuses, if
-// the port is invalid.
+// portOf returns the port of a URL, or the default of its scheme. It returns 0, which Peer refuses,
+// if the port is invalid.
 func portOf(u *url.URL) int {
 	standard := map[string]string{"https": "443", "http": "80", "socks5": "1080"}
 	n, _ := strconv.Atoi(cmp.Or(u.Port(), standard[u.Scheme]))
@@ -87,8 +87,8 @@ type credentials struct {
 	expires     time.Time // zero: unknown
 }
 
-// credentials returns the current credentials. It reads files each time, since tokens and certificates
-// rotate. It keeps those of a plugin until they expire.
+// credentials returns the current credentials. It reads files each time, since tokens and
+// certificates rotate. It keeps those of a plugin until they expire.
 func (c *client) credentials(ctx context.Context) (*credentials, error) {
 	user := &c.User
 	if c.plugin != nil {
@@ -144,8 +144,8 @@ func readFile(path string) ([]byte, error) {
 	return data, err
 }
 
-// orFile returns data, or the content of the file at path if data is empty. It returns nil if both are
-// empty.
+// orFile returns data, or the content of the file at path if data is empty. It returns nil if both
+// are empty.
 func orFile(data []byte, path string) ([]byte, error) {
 	if len(data) > 0 || path == "" {
 		return data, nil
@@ -232,8 +232,8 @@ func (c *client) call(ctx context.Context, method, path string, body []byte) ([]
 				c.issued, refreshed = nil, true // the token may have just rotated
 				return true
 			}
-			// An API server that is starting refuses requests until it has loaded service accounts and
-			// roles.
+			// An API server that is starting refuses requests until it has loaded service accounts
+			// and roles.
 			return away && (e.Status == http.StatusUnauthorized || e.Status == http.StatusForbidden)
 		},
 		Message:  func(body []byte) string { return parseStatus(body).Message },

@@ -10,7 +10,8 @@ import (
 	"certctl-agent/internal/printable"
 )
 
-// object is a secret as the API server sent it. Values are raw JSON, so unknown fields stay unchanged.
+// object is a secret as the API server sent it. Values are raw JSON, so unknown fields stay
+// unchanged.
 type object struct {
 	fields, metadata          map[string]json.RawMessage
 	data, labels, annotations map[string]json.RawMessage

@@ -57,22 +57,23 @@ type secretChange struct {
 	sent   bool   // a request of this process may have changed the secret
 }
 
-// ID implements connector.Change. It names the cluster, since the saved state holds a private key that
-// must not be sent to another one.
+// ID implements connector.Change. It names the cluster, since the saved state holds a private key
+// that must not be sent to another one.
 func (c *secretChange) ID() string {
 	server := c.client.Cluster.Server
 	return fmt.Sprintf("secret %s/%s of %s", c.namespace, c.name, server.Host+server.EscapedPath())
 }
 
-// undo is the state that Restore needs: the agent's parts of the secret, with null for missing ones.
+// undo is the state that Restore needs: the agent's parts of the secret, with null for missing
+// ones.
 type undo struct {
 	Data        map[string]json.RawMessage `json:"data"`
 	Labels      map[string]json.RawMessage `json:"labels"`
 	Annotations map[string]json.RawMessage `json:"annotations"`
 }
 
-// Read implements connector.Change. It saves only the agent's parts of the secret, so an undo does not
-// affect other parts.
+// Read implements connector.Change. It saves only the agent's parts of the secret, so an undo does
+// not affect other parts.
 func (c *secretChange) Read(ctx context.Context) (was []byte, same bool, err error) {
 	o, err := c.get(ctx)
 	switch {
@@ -109,8 +110,8 @@ func pick(from map[string]json.RawMessage, keys ...string) map[string]json.RawMe
 	return picked
 }
 
-// wantLabels returns the configured labels, and the managed-by label unless the secret already has one:
-// Helm refuses to upgrade secrets that are marked as managed by others.
+// wantLabels returns the configured labels, and the managed-by label unless the secret already has
+// one: Helm refuses to upgrade secrets that are marked as managed by others.
 func (c *secretChange) wantLabels(o *object) labels {
 	want := labels{}
 	if o == nil || len(o.labels[managedByLabel]) == 0 {

@@ -1,6 +1,6 @@
-// Package mail installs certificates for the mail servers Postfix and Dovecot: a certificate file, a
-// key file and optionally a chain file, or one file with all of it, replaced together and loaded by
-// a reload.
+// Package mail installs certificates for the mail servers Postfix and Dovecot: a certificate file,
+// a key file and optionally a chain file, or one file with all of it, replaced together and loaded
+// by a reload.
 package mail
 
 import (

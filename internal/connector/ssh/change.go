@@ -80,10 +80,10 @@ type account struct{ uid, gid *uint32 }
 
 func (f *file) secret() bool { return f.role == roleKey }
 
-// change replaces the files. It writes each file to its destination's directory under a temporary name,
-// sets its mode and owner, and renames it. It keeps the old files there too, as hard links, until the
-// deployment succeeded or is undone. So the old key never leaves the server, and an undo also restores
-// mode, owner and labels.
+// change replaces the files. It writes each file to its destination's directory under a temporary
+// name, sets its mode and owner, and renames it. It keeps the old files there too, as hard links,
+// until the deployment succeeded or is undone. So the old key never leaves the server, and an undo
+// also restores mode, owner and labels.
 type change struct {
 	*target
 	leaf  string // fingerprint of the certificate
@@ -107,7 +107,8 @@ func (c *change) ID() string {
 	return strings.ToValidUTF8(id, "�")
 }
 
-// manifest is the state that Restore needs. It has the old key file's attributes but not its content.
+// manifest is the state that Restore needs. It has the old key file's attributes but not its
+// content.
 type manifest struct {
 	Files []saved `json:"files"`
 }
@@ -240,8 +241,8 @@ func (a *account) has(uid, gid uint32) bool {
 	return (a.uid == nil || *a.uid == uid) && (a.gid == nil || *a.gid == gid)
 }
 
-// want sets the wanted mode and owner: the configured ones, else those of the existing file if keep is
-// set, else the default.
+// want sets the wanted mode and owner: the configured ones, else those of the existing file if keep
+// is set, else the default.
 func (c *change) want(ctx context.Context, s *session, f *file, keep bool) (err error) {
 	f.mode, f.owner = 0o644, new(account)
 	if f.secret() {
@@ -330,8 +331,8 @@ func (c *change) foreign(what string) error {
 	return fmt.Errorf(`the existing file holds %s, so it is not replaced: correct the path, remove the file, or put {"replace_any_file": true} into %s.json in CERTCTL_TARGETS_DIR`, what, c.id)
 }
 
-// compareKey compares a key without copying another key from the server: it stops reading at the first
-// bytes that differ. Keys in the same format differ where their random bytes start.
+// compareKey compares a key without copying another key from the server: it stops reading at the
+// first bytes that differ. Keys in the same format differ where their random bytes start.
 func (c *change) compareKey(ctx context.Context, s *session, f *file) (equal bool, err error) {
 	file, err := s.OpenToRead(ctx, f.at)
 	if errors.Is(err, fs.ErrPermission) {
@@ -368,8 +369,8 @@ func (c *change) compareKey(ctx context.Context, s *session, f *file) (equal boo
 }
 
 // Names of temporary files and copies start with the mark of the target, followed by the leaf's
-// fingerprint, the role and random characters. They are random because the server may still process a
-// request of a lost connection, which must not affect files of the next one.
+// fingerprint, the role and random characters. They are random because the server may still process
+// a request of a lost connection, which must not affect files of the next one.
 const (
 	markPrefix = ".certctl-"
 	newSuffix  = ".new"
@@ -588,7 +589,8 @@ func (c *change) restore(ctx context.Context, s *session, m manifest, fresh bool
 	if err := c.sweep(ctx, s, ats, isNew); err != nil {
 		return err
 	}
-	// The files belong together: neither the old nor the new key matches someone else's certificate.
+	// The files belong together: neither the old nor the new key matches someone else's
+	// certificate.
 	now := make([]*looks, len(m.Files))
 	var errs []error
 	for i, old := range m.Files {

@@ -26,8 +26,8 @@ import (
 	"certctl-agent/internal/sftp"
 )
 
-// Names in the private directory of a connection, which is ssh's working directory. Plain names need no
-// quoting in ssh's configuration, and a socket's path cannot be too long.
+// Names in the private directory of a connection, which is ssh's working directory. Plain names
+// need no quoting in ssh's configuration, and a socket's path cannot be too long.
 const (
 	lockFile     = "lock"
 	identityFile = "identity"
@@ -83,8 +83,8 @@ func transient(err error) bool {
 // pauses returns the pauses before the second and each later try.
 func pauses() []time.Duration { return []time.Duration{time.Second, 3 * time.Second} }
 
-// dial connects and logs in. It retries, since the server may be starting or have too many connections
-// (MaxStartups in sshd_config(5)).
+// dial connects and logs in. It retries, since the server may be starting or have too many
+// connections (MaxStartups in sshd_config(5)).
 func (t *target) dial(ctx context.Context) (*session, error) {
 	for try := 0; ; try++ {
 		s, err := t.dialOnce(ctx)
@@ -178,8 +178,8 @@ func newDirectory(t *target) (*directory, error) {
 	return d, nil
 }
 
-// sweep removes the directories of killed agents, which may hold a key. The kernel has released their
-// locks. A lock file without an owner in it is about to be locked.
+// sweep removes the directories of killed agents, which may hold a key. The kernel has released
+// their locks. A lock file without an owner in it is about to be locked.
 func sweep(base string) {
 	old, err := filepath.Glob(filepath.Join(base, dirPrefix+"*"))
 	if err != nil {
@@ -231,13 +231,14 @@ func (d *directory) fill() error {
 	return err
 }
 
-// answer answers ssh's prompts for the target. With ssh_config a jump host may ask too, which must not
-// get the target's password.
+// answer answers ssh's prompts for the target. With ssh_config a jump host may ask too, which must
+// not get the target's password.
 func (d *directory) answer(prompt string) (secret.String, bool) {
 	if d.AuthMethod == byKey {
 		return d.Passphrase, strings.HasPrefix(prompt, "Enter passphrase for") && strings.Contains(prompt, "'"+identityFile+"'")
 	}
-	// Since 8.5, ssh adds the account to a server's prompt. Older versions show only the server's text.
+	// Since 8.5, ssh adds the account to a server's prompt. Older versions show only the server's
+	// text.
 	whose := fmt.Sprintf("%.30s@%.128s", d.User, d.alias())
 	ours := strings.HasPrefix(prompt, whose+"'s password") || strings.HasPrefix(prompt, "("+whose+") ") ||
 		d.SSHConfig == "" && !strings.HasPrefix(prompt, "(")
@@ -407,8 +408,8 @@ func (d *directory) start(program string, arguments []string) (*process, error) 
 	return p, nil
 }
 
-// kill kills ssh and its child processes. It must not be called long after ssh exited, when its group
-// id may be reused.
+// kill kills ssh and its child processes. It must not be called long after ssh exited, when its
+// group id may be reused.
 func (p *process) kill() { _ = syscall.Kill(-p.command.Process.Pid, syscall.SIGKILL) }
 
 func (p *process) Read(data []byte) (int, error)  { return p.stdout.Read(data) }

@@ -1,5 +1,6 @@
-// Package ssh installs certificates on a remote host with OpenSSH's client: it replaces a certificate
-// file, a key file and optionally a chain file over SFTP, and runs commands in the account's shell.
+// Package ssh installs certificates on a remote host with OpenSSH's client: it replaces a
+// certificate file, a key file and optionally a chain file over SFTP, and runs commands in the
+// account's shell.
 package ssh
 
 import (
@@ -103,8 +104,8 @@ func (t *target) checkLogin(c *targetconf.Config) error {
 	if t.SSHConfig != "" && !c.Local("ssh_config") {
 		return targetconf.Invalid("ssh_config", "it can make ssh run programs on this host, so only the target's overlay may set it")
 	}
-	// Other hosts may trust root's key or this host's key, so a control plane must not choose among the
-	// keys of this host.
+	// Other hosts may trust root's key or this host's key, so a control plane must not choose among
+	// the keys of this host.
 	if t.PrivateKeyPath != "" && !c.Local("private_key_path") {
 		return targetconf.Invalid("private_key_path", "it makes the agent log in with a key of this host, so only the target's overlay may set it: %s.json in CERTCTL_TARGETS_DIR", t.id)
 	}
@@ -164,8 +165,8 @@ func (t *target) checkFiles() error {
 	return nil
 }
 
-// unsafeCharacter matches characters that are not allowed in a command, since the account may have any
-// shell.
+// unsafeCharacter matches characters that are not allowed in a command, since the account may have
+// any shell.
 var unsafeCharacter = lazyregexp.New(`[^A-Za-z0-9 ._/@:=,+-]`)
 
 func (t *target) checkCommands(c *targetconf.Config) error {
@@ -264,7 +265,8 @@ func (t *target) Close() error {
 	return nil
 }
 
-// alias returns the host's name in known_hosts files: the configured one, regardless of its address.
+// alias returns the host's name in known_hosts files: the configured one, regardless of its
+// address.
 func (t *target) alias() string {
 	if t.Port == 22 {
 		return t.Host

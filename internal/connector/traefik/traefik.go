@@ -1,6 +1,7 @@
-// Package traefik installs certificates for Traefik's file provider: a certificate file, a key file,
-// and then the dynamic configuration that names them. Traefik watches the dynamic configuration,
-// not the pair (https://doc.traefik.io/traefik/providers/file/), so it is replaced last.
+// Package traefik installs certificates for Traefik's file provider: a certificate file, a key
+// file, and then the dynamic configuration that names them. Traefik watches the dynamic
+// configuration, not the pair (https://doc.traefik.io/traefik/providers/file/), so it is replaced
+// last.
 package traefik
 
 import (

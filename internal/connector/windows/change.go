@@ -139,8 +139,8 @@ const (
 	flagCentral = 2
 )
 
-// Write implements connector.Change. The request has the certificate that Read found in the binding, so
-// the script notices if someone else has changed it since.
+// Write implements connector.Change. The request has the certificate that Read found in the
+// binding, so the script notices if someone else has changed it since.
 func (c *change) Write(ctx context.Context) error {
 	if c.seen == nil {
 		if _, _, err := c.Read(ctx); err != nil {
@@ -164,8 +164,8 @@ func (c *change) Write(ctx context.Context) error {
 	return nil
 }
 
-// nothing is the state of a host without certificates of this target and without the binding, as far as
-// the script uses it.
+// nothing is the state of a host without certificates of this target and without the binding, as
+// far as the script uses it.
 const nothing = `{"thumbprint": "", "present": false, "friendly_name": "", "unread": [], "ours": [], "binding": "", "bound": "", "bound_store": ""}`
 
 // Restore implements connector.Change.

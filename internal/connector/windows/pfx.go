@@ -12,8 +12,8 @@ import (
 	"certctl-agent/internal/pkcs12"
 )
 
-// newPFX returns a PKCS#12 with the key and its certificate, and its one-time password. Windows uses
-// name as the friendly name.
+// newPFX returns a PKCS#12 with the key and its certificate, and its one-time password. Windows
+// uses name as the friendly name.
 func newPFX(m *connector.Material, name string, legacy bool) (pfx []byte, password string, err error) {
 	key, err := pemutil.ParseKey(m.KeyPEM)
 	if err != nil {

@@ -43,8 +43,8 @@ const (
 	portHTTPS = 5986
 )
 
-// https reports whether to use TLS: always, unless the configuration turns it off or has the port of
-// plain HTTP.
+// https reports whether to use TLS: always, unless the configuration turns it off or has the port
+// of plain HTTP.
 func (s *settings) https() bool {
 	if s.HTTPS != nil {
 		return *s.HTTPS
@@ -140,8 +140,8 @@ func (s *settings) checkLogon(o owner) error {
 	return targetconf.Join(errs...)
 }
 
-// checkTrust refuses settings by which a compromised control plane could send the key, or an overlay's
-// password, to its own host.
+// checkTrust refuses settings by which a compromised control plane could send the key, or an
+// overlay's password, to its own host.
 func (s *settings) checkTrust(o owner, t *trust) error {
 	var errs []error
 	only := func(key, why string) {

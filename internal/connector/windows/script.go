@@ -18,8 +18,8 @@ import (
 	"certctl-agent/internal/winrm"
 )
 
-// scripts are the parts of the script that runs on a Windows host, in the order of their names, and the
-// script that starts it. Nothing is ever inserted into them.
+// scripts are the parts of the script that runs on a Windows host, in the order of their names, and
+// the script that starts it. Nothing is ever inserted into them.
 //
 //go:embed scripts
 var scripts embed.FS
@@ -117,8 +117,9 @@ func script() ([]byte, error) {
 	return text, nil
 }
 
-// commandLine returns a command that starts PowerShell with a short script, which reads the real one
-// from standard input: cmd.exe accepts only 8,191 characters. -EncodedCommand is base64 of UTF-16, see
+// commandLine returns a command that starts PowerShell with a short script, which reads the real
+// one from standard input: cmd.exe accepts only 8,191 characters. -EncodedCommand is base64 of
+// UTF-16, see
 // https://learn.microsoft.com/en-us/powershell/module/microsoft.powershell.core/about/about_powershell_exe.
 // PowerShell itself does not read standard input, since the short script does not use $input.
 func commandLine() ([]string, error) {
@@ -133,8 +134,8 @@ func commandLine() ([]string, error) {
 	return []string{"powershell.exe", "-NoLogo", "-NoProfile", "-NonInteractive", "-EncodedCommand", base64.StdEncoding.EncodeToString(wide)}, nil
 }
 
-// input returns the standard input: the script and the request, one line each. It is pure ASCII, so no
-// code page changes it.
+// input returns the standard input: the script and the request, one line each. It is pure ASCII, so
+// no code page changes it.
 func input(r *request) ([]byte, error) {
 	text, err := script()
 	if err != nil {
@@ -206,7 +207,8 @@ func (r *remote) call(ctx context.Context, q *request) (*answer, error) {
 	return a, err
 }
 
-// parseAnswer parses the last line that is not empty. Loaded modules may have written lines before it.
+// parseAnswer parses the last line that is not empty. Loaded modules may have written lines before
+// it.
 func parseAnswer(result *winrm.Result) (*answer, error) {
 	lines := strings.Split(strings.TrimSpace(string(result.Stdout)), "\n")
 	a := new(answer)
@@ -224,8 +226,8 @@ func parseAnswer(result *winrm.Result) (*answer, error) {
 	return nil, fmt.Errorf("PowerShell exited with code %d and without an answer: %s", result.ExitCode, printable.Line(output, maxMessage))
 }
 
-// errorText returns the text in PowerShell's standard error: CLIXML, with control characters encoded
-// like _x000D_ (https://learn.microsoft.com/en-us/openspecs/windows_protocols/ms-psrp/).
+// errorText returns the text in PowerShell's standard error: CLIXML, with control characters
+// encoded like _x000D_ (https://learn.microsoft.com/en-us/openspecs/windows_protocols/ms-psrp/).
 func errorText(stderr []byte) string {
 	text, isXML := strings.CutPrefix(strings.TrimSpace(string(stderr)), "#< CLIXML")
 	if !isXML {

@@ -18,7 +18,8 @@ type Finding struct {
 	Says string `json:"says"` // the result, or what to do
 }
 
-// selfTestConfig is the configuration of a target of either type. The host comes from the command line.
+// selfTestConfig is the configuration of a target of either type. The host comes from the command
+// line.
 type selfTestConfig struct {
 	Object settings `json:"winrm"`
 	settings
@@ -29,8 +30,8 @@ type selfTestConfig struct {
 	Location  string `json:"store_location"`
 }
 
-// The oldest versions that the script supports: Windows PowerShell 5.1, and .NET Framework 4.6.2 by its
-// release number
+// The oldest versions that the script supports: Windows PowerShell 5.1, and .NET Framework 4.6.2 by
+// its release number
 // (https://learn.microsoft.com/en-us/dotnet/framework/install/how-to-determine-which-versions-are-installed).
 const (
 	oldestPowerShell = "5.1"

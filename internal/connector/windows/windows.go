@@ -1,8 +1,8 @@
-// Package windows installs certificates on Windows hosts over WinRM: in a certificate store, and in a
-// binding of IIS.
+// Package windows installs certificates on Windows hosts over WinRM: in a certificate store, and in
+// a binding of IIS.
 //
-// The package's PowerShell script does the work on the host. Its operations can be repeated and undone,
-// since each one checks the state first and marks the certificates that it imports.
+// The package's PowerShell script does the work on the host. Its operations can be repeated and
+// undone, since each one checks the state first and marks the certificates that it imports.
 package windows
 
 import (
@@ -60,8 +60,8 @@ func (c *common) check() error {
 // storeForm matches names of stores. They become elements of paths.
 var storeForm = lazyregexp.New(`^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$`)
 
-// trustForm matches names of stores that determine what the host trusts. Windows adds more of them with
-// each version.
+// trustForm matches names of stores that determine what the host trusts. Windows adds more of them
+// with each version.
 var trustForm = lazyregexp.New(`(?i)root|trust|issuer|authorit|^(ca|disallowed|addressbook)$`)
 
 // checkStore refuses invalid names and stores that determine trust.

@@ -27,7 +27,7 @@
 #   "exportable": false,        write
 #   "was": null,                restore: the state that read returned before the first write
 #   "keep": 0,                  finish: how many of the target's older certificates to keep
-#   "remove_expired": false     finish, without a site: remove the target's expired ones of the same subject
+#   "remove_expired": false     finish, without a site: remove expired ones of the same subject
 # }
 #
 # answer: {

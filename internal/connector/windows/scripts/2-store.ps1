@@ -1,8 +1,9 @@
 $ErrorActionPreference = 'Stop'
 $WarningPreference = 'SilentlyContinue'
 
-# Codes of Fail: request, busy, store-missing, access-denied, key-missing, account-missing, account-broad, key-file,
-# iis-missing, site-missing, central-store, sharing, changed, former-missing, read-back.
+# Codes of Fail: request, busy, store-missing, access-denied, key-missing, account-missing,
+# account-broad, key-file, iis-missing, site-missing, central-store, sharing, changed, former-missing,
+# read-back.
 function Fail([string] $code, [string] $detail) {
     $failure = New-Object System.Exception $code
     $failure.Data['code'] = $code

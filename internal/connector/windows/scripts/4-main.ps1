@@ -68,8 +68,8 @@ function Restore-State($request) {
     Remove-UnusedChain $request
 }
 
-# Removes our older certificates that are not in use: with a site all but those to keep, else the expired
-# ones.
+# Removes our older certificates that are not in use: with a site all except those to keep, else the
+# expired ones.
 function Finish-State($request) {
     $name = $request['store']
     $store = Open-Store $name $request['location'] 'OpenExistingOnly, ReadOnly'
