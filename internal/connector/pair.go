@@ -50,9 +50,9 @@ func (p *Pair) Check(required ...string) error {
 	}
 	switch {
 	case p.oneFile() && p.ChainPath != "":
-		return targetconf.Invalid("chain_path", "has no place where key_path and cert_path are one file: that holds the chain too")
+		return targetconf.Invalid("chain_path", "is not allowed if key_path and cert_path are the same file, which also holds the chain")
 	case p.ChainPath != "" && p.ChainPath == p.CertPath:
-		return targetconf.Invalid("chain_path", "is the same file as cert_path: leave it out, and the chain follows the certificate there")
+		return targetconf.Invalid("chain_path", "is the same file as cert_path: remove it, and the chain follows the certificate there")
 	case p.ChainPath != "" && p.ChainPath == p.KeyPath:
 		return targetconf.Invalid("chain_path", "is the same file as key_path")
 	}
@@ -77,9 +77,9 @@ func (p *Pair) Match(config *targetconf.Config, host Host, m *Material, server s
 	_, isUnclear := errors.AsType[*serverconf.UnclearError](err)
 	switch {
 	case errors.Is(err, serverconf.ErrUnnamed):
-		return []string{fmt.Sprintf("%s will not load the certificate: its configuration does not name %s, or only by a variable or a table", server, p.CertPath)}, nil
+		return []string{fmt.Sprintf("%s will not load the certificate: its configuration does not use %s, or only through a variable or a table", server, p.CertPath)}, nil
 	case isUnclear && !config.Local("key_path"):
-		return nil, targetconf.Invalid("key_path", "it is not certain that %s would read the new certificate with the new key, and with another one TLS would fail: %v; or put key_path into an overlay", server, err)
+		return nil, targetconf.Invalid("key_path", "it is not certain that %s would use the new key with the new certificate, and with another key TLS would fail: %v; or put key_path into an overlay", server, err)
 	case err != nil:
 		return []string{fmt.Sprintf("cannot check that %s reads its key from key_path: %v", server, err)}, nil
 	case p.matches(found, m):
@@ -88,7 +88,7 @@ func (p *Pair) Match(config *targetconf.Config, host Host, m *Material, server s
 		return nil, targetconf.Invalid("key_path", "%s reads the key of %s from that same file (%s), so TLS would fail: set key_path to %s as well, and the file will hold both; or name a key file in the configuration of %s",
 			server, p.CertPath, found.Where, p.CertPath, server)
 	}
-	return nil, targetconf.Invalid("key_path", "%s reads the key of %s from %s (%s), so the new certificate would meet another key there, and TLS would fail: name that file",
+	return nil, targetconf.Invalid("key_path", "%s reads the key of %s from %s (%s), so it would use the new certificate with a wrong key, and TLS would fail: set key_path to that file",
 		server, p.CertPath, found.Key, found.Where)
 }
 
@@ -115,7 +115,7 @@ func (p *Pair) Plan(m *Material) *Plan {
 		if len(m.Chain) > 0 {
 			plan.Files = append(plan.Files, NewFile(p.ChainPath, CertificateFile, chain, p.ChainFile))
 		} else if _, err := os.Lstat(string(p.ChainPath)); err == nil {
-			plan.Warnings = append(plan.Warnings, fmt.Sprintf("the certificate came without a chain, and %s is left as it is", p.ChainPath))
+			plan.Warnings = append(plan.Warnings, fmt.Sprintf("the certificate came without a chain, so %s stays as it is", p.ChainPath))
 		}
 	}
 	if p.KeyPath != "" && !m.InKeyStore(p.KeyPath) {

@@ -108,7 +108,7 @@ func TestMatch(t *testing.T) {
 
 		{"masked", `{"key_path": "********"}`, "", at("/k"), nil, "/k", "", false},
 		{"masked, one file", `{"key_path": "********"}`, "", at(cert), nil, cert, "", false},
-		{"masked, one file and a chain", `{"key_path": "********", "chain_path": "/n"}`, "", at(cert), nil, "", "chain_path: has no place", true},
+		{"masked, one file and a chain", `{"key_path": "********", "chain_path": "/n"}`, "", at(cert), nil, "", "chain_path: is not allowed", true},
 		{"masked, unclear", `{"key_path": "********"}`, "", at(""), nil, "", "sent it masked", true},
 		{"masked, not used", `{"key_path": "********"}`, "", nil, nil, "", "sent it masked", true},
 		{"masked, no answer", `{"key_path": "********"}`, "", nil, broken, "", "exit status 1", true},
@@ -159,12 +159,12 @@ func TestPairCheck(t *testing.T) {
 	ok := Pair{CertPath: "/c", KeyPath: "/k", ChainPath: "/n", ReloadCommand: "r"}
 	must(t, ok.Check("cert_path", "reload_command"))
 	for key, p := range map[string]Pair{
-		"cert_path":        {ReloadCommand: "r", ValidateCommand: "v"},
-		"reload_command":   {CertPath: "/c", ValidateCommand: "v"},
-		"validate_command": {CertPath: "/c", ReloadCommand: "r"},
-		"chain_path: has":  {CertPath: "/c", KeyPath: "/c", ChainPath: "/n", ReloadCommand: "r", ValidateCommand: "v"},
-		"chain_path":       {CertPath: "/c", ChainPath: "/c", ReloadCommand: "r", ValidateCommand: "v"},
-		"chain_path: ":     {CertPath: "/c", ChainPath: "/k", KeyPath: "/k", ReloadCommand: "r", ValidateCommand: "v"},
+		"cert_path":          {ReloadCommand: "r", ValidateCommand: "v"},
+		"reload_command":     {CertPath: "/c", ValidateCommand: "v"},
+		"validate_command":   {CertPath: "/c", ReloadCommand: "r"},
+		"chain_path: is not": {CertPath: "/c", KeyPath: "/c", ChainPath: "/n", ReloadCommand: "r", ValidateCommand: "v"},
+		"chain_path":         {CertPath: "/c", ChainPath: "/c", ReloadCommand: "r", ValidateCommand: "v"},
+		"chain_path: ":       {CertPath: "/c", ChainPath: "/k", KeyPath: "/k", ReloadCommand: "r", ValidateCommand: "v"},
 	} {
 		if err := p.Check("cert_path", "reload_command", "validate_command"); err == nil || !strings.Contains(err.Error(), key) {
 			t.Errorf("%+v: got %v, want an error that names %s", p, err, key)

@@ -57,7 +57,7 @@ func TestConformanceInOneFile(t *testing.T) {
 
 func TestOneFileRefused(t *testing.T) {
 	config := map[string]any{"cert_path": "/all.pem", "key_path": "/all.pem", "chain_path": "/chain.pem"}
-	if _, err := conformance.NewHost(t, nil).Connector(Postfix(), config); err == nil || !strings.Contains(err.Error(), "chain_path: has no place") {
+	if _, err := conformance.NewHost(t, nil).Connector(Postfix(), config); err == nil || !strings.Contains(err.Error(), "chain_path: is not allowed") {
 		t.Errorf("one file and a chain: got %v", err)
 	}
 }
