@@ -222,9 +222,6 @@ func TestDocsChangedMessages(t *testing.T) {
 func TestDocsWidth(t *testing.T) {
 	const most = 100
 	for _, p := range docPages(t) {
-		if strings.HasPrefix(p.name, "docs/targets/") {
-			continue // not wrapped yet
-		}
 		for number, line := range p.prose() {
 			text := strings.TrimSpace(line)
 			if strings.HasPrefix(text, "|") || !strings.Contains(text, " ") {
