@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"net"
 	"os"
 	"slices"
@@ -12,6 +13,8 @@ import (
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/testing/devplane"
+	"certctl-agent/internal/testing/liveserver"
+	"certctl-agent/internal/testing/needs"
 	"certctl-agent/internal/testing/testca"
 )
 
@@ -145,6 +148,99 @@ func TestSignals(t *testing.T) {
 	}
 }
 
+// TestServiceManager: systemd learns of start, reload and end, and that the agent
+// is alive.
+func TestServiceManager(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, devplane.Options{})
+	manager, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: h.path("notify"), Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer manager.Close()
+	manager.SetReadDeadline(time.Now().Add(patience))
+	agent := h.startWith(map[string]string{"NOTIFY_SOCKET": h.path("notify"), "WATCHDOG_USEC": "200000"})
+	wait := func(notice string) {
+		t.Helper()
+		for got := make([]byte, 1<<10); ; {
+			n, err := manager.Read(got)
+			if err != nil {
+				t.Fatalf("the agent never says %s: %v", notice, err)
+			}
+			if strings.HasPrefix(string(got[:n]), notice) {
+				return
+			}
+		}
+	}
+	wait("READY=1")
+	wait("STATUS=in contact")
+	wait("WATCHDOG=1")
+	agent.signal(syscall.SIGHUP)
+	wait("RELOADING=1")
+	wait("READY=1")
+	agent.signal(syscall.SIGTERM)
+	wait("STOPPING=1")
+	agent.wantExit(exitOK)
+}
+
+// TestCommandTimeouts: neither a command of the target that hangs nor a server
+// that is asked for its configuration holds a job up.
+func TestCommandTimeouts(t *testing.T) {
+	t.Parallel()
+	for held, want := range map[string]string{"reload": api.StatusFailed, "nginx": api.StatusCompleted} {
+		t.Run(held, func(t *testing.T) {
+			t.Parallel()
+			h := newHost(t, devplane.Options{})
+			h.write("nginx", "#!/bin/sh\n[ \"$1\" = -t ] && exit\n"+h.script("nginx"), 0o755)
+			h.env["CERTCTL_ALLOWED_COMMANDS"] += ";" + h.path("nginx") + " *"
+			defer h.hold(held)()
+			settings := h.nginx("")
+			settings["command_timeout"], settings["validate_command"] = "300ms", h.path("nginx")+" -t"
+			certificate := h.plane.AddCertificate(devplane.Certificate{CommonName: "www.example.org",
+				Targets: []string{h.plane.AddTarget(devplane.Target{Agent: h.agentID, Type: "NGINX", Config: settings})}})
+			h.plane.StartIssuance(certificate)
+			agent := h.start()
+			agent.waitLog("not done after 300ms")
+			h.waitDeployment(certificate, 1, want)
+			agent.stop()
+		})
+	}
+}
+
+// TestAcceptNewHostKeys: a host behind ssh whose key is not known is believed only
+// if that is configured, and remembered.
+func TestAcceptNewHostKeys(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, devplane.Options{})
+	issued, err := testca.Must(t).Issue(testca.Template{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	server, err := liveserver.StartSSH(t.Context(), t.TempDir(), liveserver.Pair{Certificate: issued.PEM(), Key: issued.KeyPEM()})
+	if errors.Is(err, liveserver.ErrMissing) {
+		needs.Missing(t, err.Error())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Stop()
+	delete(server.Config, "host_key")
+	h.env["CERTCTL_ALLOWED_COMMANDS"] = "" // any, there
+	certificate := h.plane.AddCertificate(devplane.Certificate{CommonName: "localhost", SANs: []string{"localhost"},
+		Targets: []string{h.plane.AddTarget(devplane.Target{Agent: h.agentID, Type: server.Type, Config: server.Config})}})
+	agent := h.start()
+	h.plane.StartIssuance(certificate)
+	if job := h.waitDeployment(certificate, 1, api.StatusFailed); !strings.Contains(job.Error, "the server's host key is not known") {
+		t.Errorf("the job failed: %s", job.Error)
+	}
+	agent.stop()
+	agent = h.startWith(map[string]string{"CERTCTL_SSH_ACCEPT_NEW_HOST_KEYS": "true"})
+	h.plane.Redeploy(certificate)
+	h.waitDeployment(certificate, 2, api.StatusCompleted)
+	agent.waitLog("a host key that was not known is accepted from now on", h.path("keys", ".state"))
+	agent.stop()
+}
+
 // TestStopDuringDeployment stops an agent during a deployment: the deployment ends within the grace
 // or is rolled back, and its outcome is not lost.
 func TestStopDuringDeployment(t *testing.T) {
@@ -261,11 +357,18 @@ func TestReload(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.write("disk/found.pem", string(issued.LeafPEM()), 0o644)
+	h.write("agent.env", "CERTCTL_API_KEY="+h.plane.APIKey+"\nCERTCTL_LOG_LEVEL=verbose\n", 0o600)
 	agent.signal(syscall.SIGHUP)
+	agent.waitLog(`"WARN"`, "CERTCTL_LOG_LEVEL", "verbose")
 	h.wait("the discovery report", func() bool { return len(h.plane.Discoveries()) > 0 })
 	if got := h.plane.Discoveries()[0].SourcePath; got != h.path("disk", "found.pem") {
 		t.Errorf("discovered %s", got)
 	}
+
+	// From here on nothing less than an error is logged.
+	h.write("agent.env", "CERTCTL_API_KEY="+h.plane.APIKey+"\nCERTCTL_LOG_LEVEL=error\n", 0o600)
+	agent.signal(syscall.SIGHUP)
+	h.waitMore(devplane.CallHeartbeat, 2)
 
 	// A changed overlay applies to the next deployment.
 	h.write("targets.d/default.json", `{"cert_path": "`+h.path("tls", "by-overlay.pem")+`"}`, 0o600)
@@ -275,6 +378,9 @@ func TestReload(t *testing.T) {
 		t.Error(err)
 	}
 	agent.stop()
+	if agent.logged("deployment completed") != "" {
+		t.Error("the log level of before the reload is in use")
+	}
 }
 
 // TestKeyFileRotation: a new API key needs no signal.

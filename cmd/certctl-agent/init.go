@@ -23,7 +23,7 @@ func runAsInit(ctx context.Context, p process) error {
 	// is not needed: reap has yet to run for the one in it.
 	children, signals := make(chan os.Signal, 1), make(chan os.Signal, 16)
 	signal.Notify(children, syscall.SIGCHLD)
-	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT)
 	path, err := os.Executable()
 	pid := 0
 	if err == nil {

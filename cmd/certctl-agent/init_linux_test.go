@@ -63,6 +63,19 @@ func parentOf(pid int) (parent int, state string) {
 	return parent, fields[0]
 }
 
+// childOf finds a process by its parent.
+func childOf(parent int) (pid int) {
+	found, _ := filepath.Glob("/proc/[0-9]*")
+	for _, path := range found {
+		if of, err := strconv.Atoi(filepath.Base(path)); err == nil {
+			if its, _ := parentOf(of); its == parent {
+				pid = of
+			}
+		}
+	}
+	return pid
+}
+
 // TestFirstProcess: in a container, orphans of commands do not stay zombies, commands keep their
 // exit status, and signals reach the daemon.
 func TestFirstProcess(t *testing.T) {
@@ -97,6 +110,25 @@ func TestFirstProcess(t *testing.T) {
 	agent.waitLog("reloaded: API key")
 	agent.stop()
 	agent.waitLog("stopped", "asked to")
+
+	// Each signal that ends the daemon reaches it, and its end is the exit status.
+	h.env["GOTRACEBACK"] = "none"
+	for signal, want := range map[syscall.Signal]int{syscall.SIGINT: exitOK, syscall.SIGQUIT: 2, syscall.SIGKILL: 128 + 9} {
+		agent := h.startAsInit()
+		agent.waitLog("first heartbeat accepted")
+		if signal == syscall.SIGKILL {
+			pid := childOf(agent.cmd.Process.Pid)
+			if pid == 0 {
+				t.Fatal("the first process has no child")
+			}
+			syscall.Kill(pid, signal)
+		} else {
+			agent.signal(signal)
+		}
+		if got := agent.wait(); got != want {
+			t.Errorf("%v: exit code %d, want %d", signal, got, want)
+		}
+	}
 
 	// The exit status is the daemon's.
 	h.env["CERTCTL_AGENT_ID"] = ""

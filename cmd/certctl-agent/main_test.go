@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -131,5 +132,11 @@ func TestVersion(t *testing.T) {
 		runtime.Version(), runtime.GOOS, runtime.GOARCH)
 	if code != exitOK || stdout != want || stderr != "" {
 		t.Errorf("exit code %d, stdout %q, stderr %q; want 0 and %q", code, stdout, stderr, want)
+	}
+	code, stdout, _ = inProcess(t, nil, "version", "-json")
+	var document map[string]string
+	if err := json.Unmarshal([]byte(stdout), &document); err != nil || code != exitOK || document["version"] != buildinfo.Version() ||
+		document["commit"] != buildinfo.Commit() || document["go"] != runtime.Version() || document["platform"] != runtime.GOOS+"/"+runtime.GOARCH {
+		t.Errorf("-json: exit code %d, %v, %s", code, err, stdout)
 	}
 }

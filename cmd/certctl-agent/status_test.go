@@ -84,6 +84,10 @@ func TestStatus(t *testing.T) {
 	if info, err := os.Stat(sockets[0]); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("the socket has mode %v, %v; want 0600", info.Mode(), err)
 	}
+	// A copy of this machine would be told from it.
+	if _, err := os.Stat(filepath.Join(filepath.Dir(sockets[0]), "machine")); err != nil && machineID() != "" {
+		t.Errorf("the state does not say whose it is: %v", err)
+	}
 	agent.stop()
 	if _, err := os.Stat(sockets[0]); err == nil {
 		t.Error("the socket is left behind")

@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -69,6 +70,18 @@ func TestWinRMSelfTest(t *testing.T) {
 	}
 	if err := json.Unmarshal([]byte(out), &found); err != nil || code != exitFailure || len(found) < 8 || found[7].OK {
 		t.Errorf("exit code %d, %v, got %v", code, err, found)
+	}
+	// The overlay of a target counts, and its configuration.
+	config := filepath.Join(dir, "config")
+	const strange = `{"winrm": {"winrm_username": "x", "winrm_password": "y", "winrm_auth": "by-%s"}}`
+	if err := errors.Join(os.WriteFile(filepath.Join(dir, "t-1.json"), fmt.Appendf(nil, strange, "overlay"), 0o600),
+		os.WriteFile(config, fmt.Appendf(nil, strange, "config"), 0o600), os.Remove(filepath.Join(dir, "default.json"))); err != nil {
+		t.Fatal(err)
+	}
+	for by, args := range map[string][]string{"by-overlay": {"-target", "t-1"}, "by-config": {"-config", config}} {
+		if code, out = selfTest(append(args, "127.0.0.1")...); code != exitFailure || !strings.Contains(out, by) {
+			t.Errorf("%q: exit code %d, got %q", args, code, out)
+		}
 	}
 	overlay("wrong")
 	if code, out = selfTest("127.0.0.1"); code != exitFailure || !strings.Contains(out, "the host refuses the logon") || server.Counts().Failed != 1 {

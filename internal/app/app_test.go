@@ -49,6 +49,7 @@ func TestOpenReleases(t *testing.T) {
 	}
 
 	// Each of the parts that are opened late fails once, after the others have been opened.
+	before := descriptors()
 	for _, name := range []string{"jobs", "journal"} {
 		path := filepath.Join(cfg.InstanceStateDir(), name)
 		if err := os.RemoveAll(path); err != nil {
@@ -71,4 +72,13 @@ func TestOpenReleases(t *testing.T) {
 			t.Errorf("close: %v", err)
 		}
 	}
+	if after := descriptors(); after > before {
+		t.Errorf("%d files are open, and %d were before", after, before)
+	}
+}
+
+// descriptors counts the open files, where the system says that.
+func descriptors() int {
+	open, _ := os.ReadDir("/proc/self/fd")
+	return len(open)
 }
