@@ -37,9 +37,10 @@ func hostile(t *testing.T, handler http.HandlerFunc) *controlplane.Client {
 }
 
 func TestBounds(t *testing.T) {
-	var size int
+	var size, header int
 	c := hostile(t, func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
+		w.Header().Set("X", strings.Repeat("a", header))
 		field := "status"
 		switch path.Base(path.Dir(r.URL.Path)) + path.Base(r.URL.Path) {
 		case "agent-1work":
@@ -69,6 +70,10 @@ func TestBounds(t *testing.T) {
 				t.Errorf("%s of %d bytes: %v, want api.ErrTooLarge", name, size, err)
 			}
 		}
+	}
+	size, header = 100, 128<<10
+	if err := c.Heartbeat(t.Context(), api.Heartbeat{}); err == nil {
+		t.Errorf("a header of %d bytes was read", header)
 	}
 }
 

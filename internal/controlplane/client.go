@@ -310,6 +310,8 @@ func (c *Client) request(ctx context.Context, call call, key secret.String) (*ht
 	}
 	req.Header.Set("Content-Type", "application/json")
 	req.Header.Set("Accept", "application/json")
+	// The bounds of an answer are bounds of what it unpacks to: the transport unpacks
+	// only what it has asked for by itself.
 	req.Header.Set("Accept-Encoding", "identity")
 	req.Header.Set("User-Agent", c.opts.UserAgent)
 	return req, nil

@@ -1,6 +1,7 @@
 package controlplane_test
 
 import (
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -12,6 +13,7 @@ import (
 	"errors"
 	"io"
 	"log"
+	"net"
 	"net/http"
 	"slices"
 	"strings"
@@ -180,6 +182,84 @@ func TestOneConnection(t *testing.T) {
 	if got := p.Connections(); got != 1 {
 		t.Errorf("%d connections, want 1", got)
 	}
+}
+
+// countedConn tells that it was closed.
+type countedConn struct {
+	net.Conn
+	open *atomic.Int64
+	once sync.Once
+}
+
+func (c *countedConn) Close() error {
+	c.once.Do(func() { c.open.Add(-1) })
+	return c.Conn.Close()
+}
+
+// TestConnectionsEnd: a connection that is not in use ends when the roots by which it
+// was trusted do, and with the client.
+func TestConnectionsEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p, err := devplane.New(devplane.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.Close()
+		var open atomic.Int64
+		opts := options(p, p.RegisterAgent("web1"))
+		opts.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+			conn, err := p.Dial(ctx, network, address)
+			if err == nil {
+				open.Add(1)
+				conn = &countedConn{Conn: conn, open: &open}
+			}
+			return conn, err
+		}
+		c := controlplane.New(opts)
+		for what, end := range map[string]func(){"Reload": func() { c.Reload(x509.NewCertPool()); c.Reload(opts.Roots) }, "Close": c.Close} {
+			if _, err := c.Work(t.Context()); err != nil || open.Load() != 1 {
+				t.Errorf("before %s: %d connections, %v", what, open.Load(), err)
+			}
+			end()
+			synctest.Wait()
+			if open.Load() != 0 {
+				t.Errorf("after %s %d connections are open", what, open.Load())
+			}
+		}
+	})
+}
+
+// TestIdleConnections: one is kept, for five minutes.
+func TestIdleConnections(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p, err := devplane.New(devplane.Options{HTTP1: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.Close()
+		p.Inject(devplane.Fault{Call: devplane.CallWork, Delay: time.Second})
+		c := controlplane.New(options(p, p.RegisterAgent("web1")))
+		defer c.Close()
+		for _, step := range []struct {
+			after time.Duration
+			calls int
+			want  int // connections in all
+		}{{0, 2, 2}, {time.Minute, 2, 3}, {4 * time.Minute, 1, 3}, {6 * time.Minute, 1, 4}} {
+			time.Sleep(step.after)
+			var calls sync.WaitGroup
+			for range step.calls {
+				calls.Go(func() {
+					if _, err := c.Work(t.Context()); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+			calls.Wait()
+			if got := p.Connections(); got != step.want {
+				t.Errorf("%d calls at once after %v: %d connections, want %d", step.calls, step.after, got, step.want)
+			}
+		}
+	})
 }
 
 func TestIdentifiersStayOneSegment(t *testing.T) {

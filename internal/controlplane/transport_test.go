@@ -1,9 +1,11 @@
 package controlplane_test
 
 import (
+	"bufio"
 	"context"
 	"crypto/tls"
 	"errors"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -117,6 +119,24 @@ func TestSilentServer(t *testing.T) {
 		_, err = newClient(t, opts).Work(t.Context())
 		if got := time.Since(start); got != 10*time.Second || api.Kind(err) != "timeout" || !strings.Contains(err.Error(), "TLS handshake") {
 			t.Errorf("after %v: %v, want the end of the handshake after 10s", got, err)
+		}
+
+		// Behind a proxy.
+		opts.Proxy = func(*url.URL) *url.URL { return &url.URL{Scheme: "http", Host: "proxy.test"} }
+		opts.Dial = func(context.Context, string, string) (net.Conn, error) {
+			conn, proxy := net.Pipe()
+			go func() {
+				if _, err := http.ReadRequest(bufio.NewReader(proxy)); err == nil {
+					io.WriteString(proxy, "HTTP/1.1 200 OK\r\n\r\n")
+					io.Copy(io.Discard, proxy)
+				}
+			}()
+			return conn, nil
+		}
+		start = time.Now()
+		_, err = newClient(t, opts).Work(t.Context())
+		if got := time.Since(start); got != 10*time.Second || err == nil || !strings.Contains(err.Error(), "TLS handshake") {
+			t.Errorf("behind a proxy, after %v: %v, want the end of the handshake after 10s", got, err)
 		}
 	})
 }

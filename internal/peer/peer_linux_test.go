@@ -191,7 +191,7 @@ func TestAccepter(t *testing.T) {
 	})
 	t.Run("never accepted", func(t *testing.T) {
 		s := listen(t, os.Geteuid(), "tcp", "127.0.0.1:0")
-		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		conn, err := new(Dialer).DialContext(ctx, "tcp", s.Addr().String())
 		if err == nil {
@@ -302,6 +302,23 @@ func TestUnixListener(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.want(t, send(t, new(Dialer), "unix", path), false)
+}
+
+// TestUnixPath: where others can replace the socket, it is not asked who listens.
+func TestUnixPath(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, "s")
+	listener, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	if err := send(t, new(Dialer), "unix", path); err == nil || !strings.Contains(err.Error(), "can be written by every user") {
+		t.Errorf("got %v, want a refusal", err)
+	}
 }
 
 func TestCheckPath(t *testing.T) {

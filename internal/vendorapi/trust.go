@@ -42,7 +42,7 @@ func (t Trust) fingerprint() ([]byte, error) {
 
 // Config reads CAFile and returns a TLS configuration.
 func (t Trust) Config() (*tls.Config, error) {
-	config := &tls.Config{MinVersion: tls.VersionTLS12}
+	config := new(tls.Config) // crypto/tls offers TLS 1.2 and later
 	switch {
 	case t.Fingerprint != "":
 		want, err := t.fingerprint()

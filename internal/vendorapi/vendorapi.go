@@ -251,7 +251,6 @@ func (c *Client) transport() (*http.Transport, error) {
 			return nil, err
 		}
 	}
-	config.MinVersion = max(config.MinVersion, tls.VersionTLS12)
 	proxy, dial := c.options.Proxy, c.options.Dial
 	if dial == nil {
 		dial = func(ctx context.Context, address string) (net.Conn, error) {

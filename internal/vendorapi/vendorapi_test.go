@@ -101,6 +101,7 @@ func TestRetries(t *testing.T) {
 		{"a read that hangs", "GET", false, []http.HandlerFunc{hang}, 1, defaultTimeout, "no answer within 30s", false},
 		{"a change that hangs", "PUT", false, []http.HandlerFunc{hang}, 1, defaultTimeout, "no answer within 30s (it may have been carried out)", true},
 		{"a long answer", "GET", false, []http.HandlerFunc{func(w http.ResponseWriter, _ *http.Request) { w.Write(make([]byte, 1<<10+1)) }}, 1, 0, "longer than 1 KiB", false},
+		{"a long header", "GET", false, []http.HandlerFunc{status(200, "X", strings.Repeat("x", 128<<10))}, 1, 0, "exceeded 65536 bytes", false},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -146,11 +147,42 @@ func TestRefused(t *testing.T) {
 		}
 		denied := errors.New("not allowed")
 		c := New(Options{Dial: func(context.Context, string) (net.Conn, error) { return nil, denied }})
-		_, err := c.Do(t.Context(), &Request{Method: "POST", URL: "http://api.example/"})
-		if _, lost := errors.AsType[*LostError](err); !errors.Is(err, denied) || lost {
+		// The URL may hold a secret.
+		_, err := c.Do(t.Context(), &Request{Method: "POST", URL: "http://api.example/?token=secret"})
+		if _, lost := errors.AsType[*LostError](err); err != denied || lost {
 			t.Errorf("got %v (lost %v), want %v", err, lost, denied)
 		}
 	})
+}
+
+// An answer that does not end is not read to its end.
+func TestLongAnswer(t *testing.T) {
+	const piece, pieces = 64 << 10, 1 << 10
+	var sent atomic.Int64
+	n := &network{handlers: []http.HandlerFunc{func(w http.ResponseWriter, _ *http.Request) {
+		for range pieces {
+			if _, err := w.Write(make([]byte, piece)); err != nil {
+				return
+			}
+			sent.Add(piece)
+		}
+	}}}
+	_, err := New(Options{Dial: n.dial}).Do(t.Context(), &Request{Method: "GET", URL: "http://api.example/", MaxAnswer: piece})
+	if err == nil || sent.Load() > 4*piece {
+		t.Errorf("after %d bytes of an answer that may have %d: %v", sent.Load(), piece, err)
+	}
+}
+
+// Nobody is left alone for more than an hour.
+func TestRetryAfter(t *testing.T) {
+	for value, want := range map[string]time.Duration{
+		"": 0, "soon": 0, "-1": 0, "7": 7 * time.Second, "3601": time.Hour, "9223372036854775807": time.Hour,
+		"Mon, 01 Jan 2001 00:00:00 GMT": 0, "Fri, 01 Jan 2100 00:00:00 GMT": time.Hour,
+	} {
+		if got := retryAfter(value); got != want {
+			t.Errorf("%q: got %v, want %v", value, got, want)
+		}
+	}
 }
 
 // Clients that were rejected together do not return together.
@@ -226,6 +258,19 @@ func TestMessage(t *testing.T) {
 	}
 }
 
+// TestOldTLSIsRefused, whatever else is not looked at.
+func TestOldTLSIsRefused(t *testing.T) {
+	server := httptest.NewUnstartedServer(status(200))
+	server.TLS = &tls.Config{MinVersion: tls.VersionTLS10, MaxVersion: tls.VersionTLS11}
+	server.Config.ErrorLog = log.New(io.Discard, "", 0)
+	server.StartTLS()
+	defer server.Close()
+	_, err := New(Options{TLS: Trust{Insecure: true}.Config}).Do(t.Context(), &Request{Method: "GET", URL: server.URL})
+	if err == nil || !strings.Contains(err.Error(), "protocol version") {
+		t.Errorf("got %v, want that TLS 1.1 is refused", err)
+	}
+}
+
 func TestTrust(t *testing.T) {
 	ca := testca.Must(t)
 	pair, err := ca.TLSCertificate("127.0.0.1")
@@ -271,7 +316,10 @@ func TestProxy(t *testing.T) {
 	var asked atomic.Value
 	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		asked.Store(r.Method + " " + r.Host)
-		http.Error(w, "no", http.StatusProxyAuthRequired)
+		if conn, _, err := http.NewResponseController(w).Hijack(); err == nil {
+			fmt.Fprintf(conn, "HTTP/1.1 407 \x1b[2J%s\r\n\r\n", strings.Repeat("x", 4<<10))
+			conn.Close()
+		}
 	}))
 	defer proxy.Close()
 	at, err := url.Parse(proxy.URL)
@@ -280,7 +328,8 @@ func TestProxy(t *testing.T) {
 	}
 	c := New(Options{Proxy: at})
 	_, err = c.Do(t.Context(), &Request{Method: "POST", URL: "https://api.example/"})
-	if err == nil || !strings.Contains(err.Error(), "answers 407") || asked.Load() != "CONNECT api.example:443" {
+	if err == nil || !strings.Contains(err.Error(), "answers 407") || strings.Contains(err.Error(), "\x1b") || len(err.Error()) > 1<<10 ||
+		asked.Load() != "CONNECT api.example:443" {
 		t.Errorf("got %v; the proxy was asked %v", err, asked.Load())
 	}
 }

@@ -1,11 +1,14 @@
 package caddy
 
 import (
+	"context"
+	"errors"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -132,6 +135,42 @@ func TestCallErrors(t *testing.T) {
 				t.Errorf("got %v, want an error with %q and no key", err, test.says)
 			}
 		})
+	}
+}
+
+// TestConnections: each change starts another admin server, so none is kept. One that
+// hangs is not waited for.
+func TestConnections(t *testing.T) {
+	var made atomic.Int64
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/hang" {
+			<-r.Context().Done()
+		}
+	}))
+	server.Config.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateNew {
+			made.Add(1)
+		}
+	}
+	server.Start()
+	defer server.Close()
+	a, err := newAdmin(server.URL, time.Minute, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if _, err := a.call(t.Context(), http.MethodGet, "/config/", nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if made.Load() != 2 {
+		t.Errorf("%d connections for two calls, want 2", made.Load())
+	}
+	a.timeout = 100 * time.Millisecond
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if _, err := a.call(ctx, http.MethodGet, "/hang", nil); !errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil {
+		t.Errorf("got %v, want the end of its time", err)
 	}
 }
 
