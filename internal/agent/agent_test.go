@@ -717,6 +717,35 @@ func TestWorkThatComesAfterRetirementIsNotTouched(t *testing.T) {
 	})
 }
 
+// TestRetirementEndsClaims: a poll and a CSR under way when the agent is retired are
+// cut at once, not after the grace of transactions.
+func TestRetirementEndsClaims(t *testing.T) {
+	for _, name := range []string{"poll", "enroll"} {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(t)
+			w.heartbeat = func(_ context.Context, n int) error {
+				if n == 2 {
+					return gone("heartbeat", true)
+				}
+				return nil
+			}
+			w.work = once(1, csrJob("j1"))
+			if name == "poll" {
+				w.work = func(ctx context.Context, _ int) (api.Work, error) { return api.Work{}, sleep(ctx, time.Hour) }
+			}
+			w.enroll = func(ctx context.Context, _ api.Job) error { return sleep(ctx, time.Hour) }
+			w.start()
+			begun := time.Now()
+			if err := <-w.result; !errors.Is(err, api.ErrRetired) {
+				t.Errorf("Run: %v, want ErrRetired", err)
+			}
+			if took := time.Since(begun); took != heartbeatEvery || w.count(name) == 0 {
+				t.Errorf("with a %s under way it ended after %v, want %v; begun: %s", name, took, heartbeatEvery, w.done("poll", "enroll"))
+			}
+		})
+	}
+}
+
 func TestRescanAndRefusedJobs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)

@@ -265,3 +265,24 @@ func TestCSRThatAGatewayRefuses(t *testing.T) {
 		}
 	})
 }
+
+// TestWaitingCSRsAreBounded: the bound holds seven jobs of a MiB. The others wait at
+// the control plane, for a poll that follows.
+func TestWaitingCSRsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		jobs := csrJobs(20)
+		for i := range jobs {
+			jobs[i].CommonName = strings.Repeat("x", 1<<20)
+		}
+		w.work = once(1, jobs...)
+		w.start()
+		time.Sleep(pollEvery / 2)
+		if sent, polls := w.count("enroll"), w.count("poll"); sent != 7 || polls != 2 {
+			t.Errorf("%d CSRs were sent and %d polls, want 7 and one that follows the first", sent, polls)
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}

@@ -162,6 +162,10 @@ func TestPathThatIsReplaced(t *testing.T) {
 	if err := r.readDirectory(w, n); err != nil || len(n.files) > 0 || n.skipped[skipOwn] != 1 {
 		t.Errorf("a directory of the agent: error %v, %d files, skipped %v", err, len(n.files), n.skipped)
 	}
+	n = &node{path: filepath.Join(dir, "b"), shown: filepath.Join(dir, "b"), real: filepath.Join(dir, "b"), dev: statusOf(&inB).dev}
+	if err := r.readDirectory(w, n); err == nil || len(n.files) > 0 {
+		t.Errorf("a directory that became a link: error %v, %d files", err, len(n.files))
+	}
 }
 
 // TestReplacedName covers files that are replaced between stat and open, by another file or

@@ -67,6 +67,28 @@ func TestDiskFull(t *testing.T) {
 	}
 }
 
+// TestPromotePreviousHalfway: a previous key that comes back has its file taken by
+// the current one before it gets that one's. An older agent left no pending copy of it.
+func TestPromotePreviousHalfway(t *testing.T) {
+	s := open(t, t.TempDir())
+	old := pending(t, s, "cert-1", "a")
+	deploy(t, s, "cert-1", old)
+	do(t, s.Discard("cert-1", "a"))
+	key := pending(t, s, "cert-1", "b")
+	deploy(t, s, "cert-1", key)
+	// A file that something is mounted on cannot be replaced.
+	current := s.Path("cert-1")
+	if err := syscall.Mount(current, current, "", syscall.MS_BIND, ""); err != nil {
+		t.Skipf("needs the right to mount: %v", err)
+	}
+	t.Cleanup(func() { syscall.Unmount(current, syscall.MNT_DETACH) })
+	if err := s.Promote("cert-1", find(t, s, "cert-1", old)); !errors.Is(err, syscall.EBUSY) {
+		t.Errorf("got %v, want that the current key cannot be replaced", err)
+	}
+	find(t, s, "cert-1", old)
+	find(t, s, "cert-1", key)
+}
+
 // TestLockWithoutRoom checks that an agent starts on a full disk, on which it cannot create its
 // lock, and logs that.
 func TestLockWithoutRoom(t *testing.T) {

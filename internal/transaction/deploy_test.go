@@ -476,6 +476,59 @@ func TestChangedMeanwhile(t *testing.T) {
 	if got, _ := os.ReadFile(w.path("site/cert.pem")); !bytes.Equal(got, mine) {
 		t.Errorf("in place is %q", got)
 	}
+
+	// After the rename it is not the deployment's file that the server would load.
+	w = newWorld(t, t.TempDir())
+	w.old(t)
+	s = w.mustEngine(t, nil)
+	_, after := pairs()
+	s.disk.before = func(s Step) error {
+		if now, _ := os.ReadFile(w.path("site/cert.pem")); s.Op == "syncdir" && s.Path == w.path("site") && bytes.Equal(now, after.cert) {
+			w.write(t, "site/mine", mine, 0o640)
+			return os.Rename(w.path("site/mine"), w.path("site/cert.pem"))
+		}
+		return nil
+	}
+	if _, err := s.deploy(t.Context(), w.renewal()); !errors.Is(err, errReplaced) {
+		t.Errorf("replaced after the rename: got error %v", err)
+	}
+}
+
+// TestUncertainCommit: the disk does not say whether the record of the commit would
+// outlive a power cut.
+func TestUncertainCommit(t *testing.T) {
+	const commits = 3 // which sync of the journal
+	for _, crash := range []bool{false, true} {
+		w := newWorld(t, needs.MemoryDir(t))
+		w.old(t)
+		syncs, replaced := 0, 0
+		s := w.mustEngine(t, nil)
+		s.disk.before = func(s Step) error {
+			if s.Op == "syncdir" && s.Path == w.path("state/journal") {
+				syncs++
+			}
+			if syncs >= commits && s.Op == "rename" && !strings.HasPrefix(s.Path, w.path("state")) {
+				replaced++
+			}
+			if s.Op == "syncdir" && s.Path == w.path("state/journal") && (syncs == commits || !crash && syncs > commits) || replaced > 1 {
+				return errors.New("input/output error")
+			}
+			return nil
+		}
+		_, err := s.deploy(t.Context(), w.renewal())
+		s.disk.before = nil
+		if _, broken := errors.AsType[*BrokenError](err); !broken || syncs < commits {
+			t.Errorf("crash %t: got error %v after %d syncs of the journal", crash, err, syncs)
+		}
+		// Where nothing else can be recorded, nothing may be undone.
+		if got := w.condition(false); !crash && got != "new" {
+			t.Errorf("in place: %s", got)
+		}
+		// A crash in the middle of the rollback.
+		if err := (scenario{}).recovered(w, true); err != nil {
+			t.Errorf("crash %t: %v", crash, err)
+		}
+	}
 }
 
 // TestOneAtATime checks that a second deployment to a target waits, and gives up when its context
