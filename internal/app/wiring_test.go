@@ -562,7 +562,7 @@ func TestProtected(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			refused := slices.ContainsFunc(preview.Problems, func(problem string) bool { return strings.Contains(problem, "the agent's own") })
+			refused := slices.ContainsFunc(preview.Problems, func(problem string) bool { return strings.Contains(problem, "which belongs to the agent") })
 			if refused != own {
 				t.Errorf("%s: the agent's own: %v, want %v; problems %q", path, refused, own, preview.Problems)
 			}

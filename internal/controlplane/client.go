@@ -310,8 +310,8 @@ func (c *Client) request(ctx context.Context, call call, key secret.String) (*ht
 	}
 	req.Header.Set("Content-Type", "application/json")
 	req.Header.Set("Accept", "application/json")
-	// The bounds of an answer are bounds of what it unpacks to: the transport unpacks
-	// only what it has asked for by itself.
+	// Set explicitly, so that net/http neither asks for gzip nor decompresses: the limits then hold
+	// for the uncompressed answer.
 	req.Header.Set("Accept-Encoding", "identity")
 	req.Header.Set("User-Agent", c.opts.UserAgent)
 	return req, nil
