@@ -570,6 +570,23 @@ func TestProtected(t *testing.T) {
 	})
 }
 
+// TestAllowedHosts: private keys go to no other host than the allowed ones.
+func TestAllowedHosts(t *testing.T) {
+	inBubble(t, func(t *testing.T, h *host) {
+		h.settings["CERTCTL_ALLOWED_HOSTS"] = "f5.example.org"
+		for name, refused := range map[string]bool{"f5.example.org": false, "other.example.org": true} {
+			target := app.Target{Type: "F5", ID: "f5", Config: fmt.Appendf(nil, `{"host": %q, "username": "x", "password": "y", "ssl_profile": "z"}`, name)}
+			preview, err := app.NewPreview(t.Context(), h.config(), target)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := strings.Contains(fmt.Sprint(preview.Problems), "CERTCTL_ALLOWED_HOSTS allows"); got != refused {
+				t.Errorf("%s: refused %v, want %v: %q", name, got, refused, preview.Problems)
+			}
+		}
+	})
+}
+
 // TestOverlaysAreRequired: a job does not run without the overlays that this host's
 // owner has named.
 func TestOverlaysAreRequired(t *testing.T) {
