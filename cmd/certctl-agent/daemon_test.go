@@ -230,14 +230,14 @@ func TestAcceptNewHostKeys(t *testing.T) {
 		Targets: []string{h.plane.AddTarget(devplane.Target{Agent: h.agentID, Type: server.Type, Config: server.Config})}})
 	agent := h.start()
 	h.plane.StartIssuance(certificate)
-	if job := h.waitDeployment(certificate, 1, api.StatusFailed); !strings.Contains(job.Error, "the server's host key is not known") {
+	if job := h.waitDeployment(certificate, 1, api.StatusFailed); !strings.Contains(job.Error, "is not known. Compare it on the server") {
 		t.Errorf("the job failed: %s", job.Error)
 	}
 	agent.stop()
 	agent = h.startWith(map[string]string{"CERTCTL_SSH_ACCEPT_NEW_HOST_KEYS": "true"})
 	h.plane.Redeploy(certificate)
 	h.waitDeployment(certificate, 2, api.StatusCompleted)
-	agent.waitLog("a host key that was not known is accepted from now on", h.path("keys", ".state"))
+	agent.waitLog("accepted an unknown host key permanently", h.path("keys", ".state"))
 	agent.stop()
 }
 

@@ -446,7 +446,12 @@ func (a *attempt) rollBack(ctx context.Context, cause error) error {
 		return cause
 	}
 	a.retakeTurn(ctx)
-	err := errors.Join(a.restoreChanges(ctx), a.restoreFiles(&a.record, a.files))
+	err := a.restoreChanges(ctx)
+	if foreign := replacedFiles(a.files); foreign != nil {
+		err = errors.Join(err, foreign, a.removeTemporaries(a.files))
+	} else {
+		err = errors.Join(err, a.restoreFiles(&a.record, a.files))
+	}
 	if err != nil {
 		return &BrokenError{Cause: cause, Rollback: err, Backups: a.setPath(&a.record)}
 	}

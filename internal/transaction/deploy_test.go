@@ -489,8 +489,12 @@ func TestChangedMeanwhile(t *testing.T) {
 		}
 		return nil
 	}
-	if _, err := s.deploy(t.Context(), w.renewal()); !errors.Is(err, errReplaced) {
+	_, err = s.deploy(t.Context(), w.renewal())
+	if _, broken := errors.AsType[*BrokenError](err); !broken || !errors.Is(err, errReplaced) {
 		t.Errorf("replaced after the rename: got error %v", err)
+	}
+	if got, _ := os.ReadFile(w.path("site/cert.pem")); !bytes.Equal(got, mine) {
+		t.Errorf("replaced after the rename: in place is %q", got)
 	}
 }
 

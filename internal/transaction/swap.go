@@ -218,6 +218,24 @@ func (f *dest) checkInPlace() error {
 	return err
 }
 
+// replacedFiles returns an error that names the new files which another program has replaced since
+// by a file that is neither the old nor the new one. As recovery does (compare), a rollback leaves
+// its work alone.
+func replacedFiles(files []*dest) error {
+	var errs []error
+	for _, f := range files {
+		if !f.placed || !errors.Is(f.checkInPlace(), errReplaced) {
+			continue
+		}
+		data, _, _, err := read(f.at, f.Name)
+		found := digestOf(data)
+		if err != nil || found != f.New && (f.Old == nil || found != f.Old.Digest) {
+			errs = append(errs, fmt.Errorf("%s: %w; no file was restored", f.Path, errReplaced))
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // restoreFiles puts the old files back in place durably. The order is that of the swap, so that the
 // file that a server watches comes last again. After an error it goes on with the others, to
 // restore as much as possible.
