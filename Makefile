@@ -63,6 +63,13 @@ fuzz: ## run each fuzz target briefly (FUZZ=30s for longer)
 		$(GO) test -run '^$$' -fuzz "^$${name#func }$$" -fuzztime $(FUZZ) -fuzzminimizetime 100x "./$$(dirname "$$file")" </dev/null || exit 1; \
 	done
 
+# How long to hunt.
+FOR ?= 60m
+
+.PHONY: hunt
+hunt: ## look for faults with fresh seeds: network, crashes, power cuts, fuzzing (FOR=60m)
+	$(GO) test -count=1 -timeout 0 ./internal/reliability -run '^TestHunt$$' -hunt $(FOR) -v
+
 .PHONY: soak
 soak: ## run for 24 hours of virtual time: memory, goroutines, descriptors and disk must stay flat
 	$(GO) test -timeout 10m -count=1 ./internal/reliability -run TestSoak -soak -v

@@ -1,22 +1,33 @@
 package reliability_test
 
 import (
+	"context"
 	"flag"
 	"fmt"
 	"os"
+	"os/signal"
 	"strings"
 	"testing"
 )
 
 var (
-	seedFlag = flag.Uint64("seed", 0, "run only this seed of the random tests, and log what the agent says")
+	seedFlag = flag.Uint64("seed", 0, "run only this seed of the random tests, and log what the agent says; with -runs, the first of several")
 	runsFlag = flag.Int("runs", 0, "how many seeds of each random test to run (default: as many as CI does)")
+	turnFlag = flag.Bool("turn", false, "internal: be a turn of TestHunt, which an interrupt ends after what is under way")
 	soakFlag = flag.Bool("soak", false, "soak for 24 hours of virtual time instead of a short while")
 	loadFlag = flag.String("load-pair", "", "internal: be the reload command of a server, of certificate,key,problems")
 )
 
+// interrupted is done when a turn of TestHunt should end.
+var interrupted = context.Background()
+
 func TestMain(m *testing.M) {
 	flag.Parse()
+	if *turnFlag || *huntFlag > 0 {
+		ctx, stop := signal.NotifyContext(interrupted, os.Interrupt)
+		context.AfterFunc(ctx, stop) // the second interrupt kills
+		interrupted = ctx
+	}
 	if parts := strings.Split(*loadFlag, ","); len(parts) == 3 {
 		if err := loadPair(parts[0], parts[1], parts[2]); err != nil {
 			fmt.Fprintln(os.Stderr, err)
@@ -29,20 +40,22 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// seeds lists the seeds to run: the one given by flag, or the first few.
+// oneSeed reports whether one seed is run again, to see all of it.
+func oneSeed() bool { return *seedFlag != 0 && *runsFlag == 0 }
+
+// seeds lists the seeds to run: the one given by flag, or several.
 func seeds(usual int) []uint64 {
-	if *seedFlag != 0 {
-		return []uint64{*seedFlag}
-	}
-	if *runsFlag > 0 {
+	switch {
+	case oneSeed():
+		usual = 1
+	case *runsFlag > 0:
 		usual = *runsFlag
-	}
-	if testing.Short() {
+	case testing.Short():
 		usual = min(usual, 20)
 	}
 	all := make([]uint64, usual)
 	for i := range all {
-		all[i] = uint64(i) + 1
+		all[i] = max(*seedFlag, 1) + uint64(i)
 	}
 	return all
 }

@@ -555,17 +555,24 @@ func TestTrace(t *testing.T) {
 		ranks[m.rank]++
 	}
 	begun := time.Now()
-	failed := 0
+	failed, ran := 0, 0
 	tried := all[:min(len(all), *statesFlag)]
 	// With an overloaded control plane, the agent only recovers.
 	defer h.plane.Inject(devplane.Fault{Status: http.StatusServiceUnavailable})()
 	for i, m := range tried {
+		if interrupted.Err() != nil {
+			break
+		}
+		ran++
 		if err := h.recover(m, i%realEach == 0); err != nil {
 			t.Errorf("after %s: %v\n%s", m.call, err, m.state)
 			if failed++; failed == 5 {
-				t.Fatal(again(t.Name(), seed))
+				break
 			}
 		}
 	}
-	t.Logf("%d points of the trace, %d different states (by rank %v); recovered from %d in %v", points, len(all), ranks, len(tried), time.Since(begun).Round(time.Millisecond))
+	if failed > 0 {
+		t.Log(again(t.Name(), seed), "-states", *statesFlag)
+	}
+	t.Logf("%d points of the trace, %d different states (by rank %v); recovered from %d in %v", points, len(all), ranks, ran, time.Since(begun).Round(time.Millisecond))
 }

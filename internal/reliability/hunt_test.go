@@ -1,0 +1,173 @@
+package reliability_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+var huntFlag = flag.Duration("hunt", 0, "how long TestHunt looks for faults")
+
+// hunted is one thing that the hunt takes turns with.
+type hunted struct {
+	name, unit string
+	counts     *regexp.Regexp // in its output: how many
+	turns, n   int
+}
+
+var (
+	runsCounted   = regexp.MustCompile(`: (\d+) runs (?:in|with) `)
+	statesCounted = regexp.MustCompile(`recovered from (\d+) in `)
+	execsCounted  = regexp.MustCompile(`execs: (\d+)`)
+	fuzzTarget    = regexp.MustCompile(`(?m)^func (Fuzz\w*)`)
+)
+
+// hunt counts what was done and what failed.
+type hunt struct {
+	t        *testing.T
+	self     string // this test binary
+	failures []string
+}
+
+// TestHunt looks for faults with fresh seeds until its time is up or it is
+// interrupted. A failure is shown with the command that repeats it, and the hunt
+// goes on: what runs is in processes of its own, so that a panic ends none but
+// itself.
+func TestHunt(t *testing.T) {
+	if *huntFlag <= 0 {
+		t.Skip("see make hunt")
+	}
+	begun := time.Now()
+	ctx, cancel := context.WithTimeout(interrupted, *huntFlag)
+	defer cancel()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := &hunt{t: t, self: self}
+	virtual := &hunted{name: "TestVirtualNetwork", unit: "runs", counts: runsCounted}
+	network := &hunted{name: "TestNetworkFaults", unit: "runs", counts: runsCounted}
+	trace := &hunted{name: "TestTrace", unit: "states", counts: statesCounted}
+	fuzz := &hunted{name: "fuzz targets", unit: "executions", counts: execsCounted}
+	targets, err := fuzzTargets("../..")
+	if err != nil || len(targets) == 0 {
+		t.Fatalf("no fuzz targets: %v", err)
+	}
+	// A quarter of the time for each to have its turn; the rest of a long hunt is for further turns.
+	slice := min(max(*huntFlag/time.Duration(4*len(targets)), time.Second), 10*time.Second).Round(time.Second)
+	h.say("%d fuzz targets, %v each in a turn", len(targets), slice)
+	rand.Shuffle(len(targets), func(i, j int) { targets[i], targets[j] = targets[j], targets[i] })
+	fuzzed := 0
+	for ctx.Err() == nil {
+		h.test(ctx, virtual, "-runs", virtualRuns)
+		h.test(ctx, network, "-runs", processRuns)
+		h.test(ctx, trace, "-states", traceStates)
+		for range 12 {
+			if i := fuzzed % len(targets); ctx.Err() == nil && h.fuzz(ctx, fuzz, targets[i], slice) {
+				fuzzed++
+			} else if ctx.Err() == nil {
+				targets = append(targets[:i:i], targets[i+1:]...) // it would fail at once again
+			}
+		}
+	}
+	h.say("%v, ended by %v", time.Since(begun).Round(time.Second), context.Cause(ctx))
+	for _, x := range []*hunted{virtual, network, trace, fuzz} {
+		h.say("%-20s %4d turns %12d %s", x.name, x.turns, x.n, x.unit)
+	}
+	h.say("%d failures", len(h.failures))
+	for _, f := range h.failures {
+		t.Error(f)
+	}
+}
+
+func (h *hunt) say(format string, args ...any) {
+	fmt.Fprintf(h.t.Output(), time.Now().UTC().Format("15:04:05 ")+format+"\n", args...)
+}
+
+// test takes a turn of a test of this package.
+func (h *hunt) test(ctx context.Context, x *hunted, flag string, n int) {
+	if ctx.Err() != nil {
+		return
+	}
+	args := []string{"-seed", fmt.Sprint(1 + rand.Uint64N(1<<40)), flag, strconv.Itoa(n)}
+	cmd := exec.CommandContext(ctx, h.self, append([]string{"-turn", "-test.v", "-test.timeout=30m", "-test.run", "^" + x.name + "$"}, args...)...)
+	// Not to the agents that it has started.
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	h.turn(ctx, x, cmd, fmt.Sprintf("go test ./internal/reliability -run '^%s$' %s", x.name, strings.Join(args, " ")))
+}
+
+// fuzz takes a turn of a fuzz target, and reports whether it may have another one.
+func (h *hunt) fuzz(ctx context.Context, x *hunted, target [2]string, slice time.Duration) bool {
+	args := []string{"test", "-run", "^$", "-fuzz", "^" + target[1] + "$", "-fuzztime", slice.String(), "./" + target[0]}
+	cmd := exec.CommandContext(ctx, "go", args...)
+	cmd.Dir = "../.."
+	// The go command relies on the terminal to tell all of its processes.
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGINT) }
+	return h.turn(ctx, x, cmd, "go test ./"+target[0]+" -run '^"+target[1]+"$'")
+}
+
+// turn runs a process to its end, or to the hunt's.
+func (h *hunt) turn(ctx context.Context, x *hunted, cmd *exec.Cmd, again string) bool {
+	var output bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &output, &output
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // an interrupt from the terminal is for the hunt, which passes it on
+	cmd.WaitDelay = 5 * time.Minute
+	begun := time.Now()
+	err := cmd.Run()
+	x.turns++
+	count := 0
+	if all := x.counts.FindAllSubmatch(output.Bytes(), -1); all != nil {
+		count, _ = strconv.Atoi(string(all[len(all)-1][1]))
+	}
+	x.n += count
+	failed := err != nil && !endedByTime(output.Bytes())
+	if ctx.Err() != nil && !bytes.Contains(output.Bytes(), []byte("FAIL")) {
+		failed = false // what an interrupt ended
+	}
+	verdict := "ok"
+	if failed {
+		verdict = "FAILED"
+		h.failures = append(h.failures, again)
+	}
+	h.say("%-6s %s: %d %s in %v", verdict, again, count, x.unit, time.Since(begun).Round(time.Second))
+	if failed {
+		h.say("%v\n%s", err, output.Bytes())
+	}
+	return !failed
+}
+
+// endedByTime reports whether go test failed only since the end of its time came
+// at an awkward moment (go.dev/issue/75804, until Go 1.27).
+func endedByTime(output []byte) bool {
+	return bytes.Contains(output, []byte("\n    context deadline exceeded\nFAIL")) && !bytes.Contains(output, []byte("Failing input"))
+}
+
+// fuzzTargets finds folder and name of each fuzz target.
+func fuzzTargets(root string) (found [][2]string, err error) {
+	for _, dir := range []string{"internal", "cmd"} {
+		err = errors.Join(err, fs.WalkDir(os.DirFS(root), dir, func(name string, _ fs.DirEntry, err error) error {
+			if err != nil || !strings.HasSuffix(name, "_test.go") {
+				return err
+			}
+			data, err := os.ReadFile(filepath.Join(root, name))
+			for _, m := range fuzzTarget.FindAllSubmatch(data, -1) {
+				found = append(found, [2]string{filepath.Dir(name), string(m[1])})
+			}
+			return err
+		}))
+	}
+	return found, err
+}
