@@ -70,16 +70,18 @@ func TestHunt(t *testing.T) {
 	slice := min(max(*huntFlag/time.Duration(4*len(targets)), time.Second), 10*time.Second).Round(time.Second)
 	h.say("%d fuzz targets, %v each in a turn", len(targets), slice)
 	rand.Shuffle(len(targets), func(i, j int) { targets[i], targets[j] = targets[j], targets[i] })
-	fuzzed := 0
 	for ctx.Err() == nil {
 		h.test(ctx, virtual, "-runs", virtualRuns)
 		h.test(ctx, network, "-runs", processRuns)
 		h.test(ctx, trace, "-states", traceStates)
 		for range 12 {
-			if i := fuzzed % len(targets); ctx.Err() == nil && h.fuzz(ctx, fuzz, targets[i], slice) {
-				fuzzed++
-			} else if ctx.Err() == nil {
-				targets = append(targets[:i:i], targets[i+1:]...) // it would fail at once again
+			if ctx.Err() != nil || len(targets) == 0 {
+				break
+			}
+			first := targets[0]
+			targets = targets[1:]
+			if h.fuzz(ctx, fuzz, first, slice) {
+				targets = append(targets, first) // one that has failed would do so again at once
 			}
 		}
 	}
@@ -87,7 +89,7 @@ func TestHunt(t *testing.T) {
 	for _, x := range []*hunted{virtual, network, trace, fuzz} {
 		h.say("%-20s %4d turns %12d %s", x.name, x.turns, x.n, x.unit)
 	}
-	h.say("%d failures", len(h.failures))
+	h.say("failures: %d", len(h.failures))
 	for _, f := range h.failures {
 		t.Error(f)
 	}
