@@ -711,6 +711,40 @@ func TestVerdictAfterAnUnansweredRunning(t *testing.T) {
 	}
 }
 
+// TestSupersededReportIsNotSent: a job is handed out again while the report on
+// its earlier claim waits behind another one. Sent now, it would be taken for a
+// report on the new claim.
+func TestSupersededReportIsNotSent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		for _, job := range []api.ID{"slow", "again"} {
+			w.ledger.Claim([]api.Job{deployment(string(job), "t1")}, time.Now())
+			if err := w.ledger.Finish(job, []ledger.Report{{Status: &api.JobStatus{Status: api.StatusFailed, Error: "refused"}}}); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(time.Second)
+		}
+		w.work = once(1, deployment("again", "t1"))
+		w.deploy = func(_, ctx context.Context, _ api.Job) (deploy.Outcome, error) {
+			return deploy.Outcome{Status: api.StatusCompleted}, sleep(ctx, 2*time.Minute)
+		}
+		w.report = func(job string, _ api.JobStatus) error {
+			if job == "slow" {
+				time.Sleep(time.Minute)
+			}
+			return nil
+		}
+		w.start()
+		time.Sleep(10 * time.Minute)
+		if got, want := w.done("report"), "report slow Failed, report again Completed, report again Completed"; got != want {
+			t.Errorf("reports: %q, want %q, the last one repeated", got, want)
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
 // TestOneRefusedReportDoesNotHoldUpTheOthers: an unknown job id is always answered 500.
 func TestOneRefusedReportDoesNotHoldUpTheOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

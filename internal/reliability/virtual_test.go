@@ -54,6 +54,7 @@ type world struct {
 	failing  bool       // commands fail now and then
 	loaded   map[string]string
 	claims   map[string]int // by deployment: poll answers with it that reached the agent
+	begun    map[string]int // the claim that the agent last said it carries out
 	outcomes map[outcomeKey][]string
 	lostWork int // polls whose answers never reached the agent
 	problems []error
@@ -86,7 +87,7 @@ func newWorld(t *testing.T, seed uint64, servers []server) *world {
 
 func newWorldWith(t *testing.T, seed uint64, servers []server, options devplane.Options) *world {
 	w := &world{t: t, rand: rand.New(rand.NewPCG(seed, 1)), draws: rand.New(rand.NewPCG(seed, 2)),
-		over: make(chan struct{}), loaded: make(map[string]string), claims: make(map[string]int), outcomes: make(map[outcomeKey][]string)}
+		over: make(chan struct{}), loaded: make(map[string]string), claims: make(map[string]int), begun: make(map[string]int), outcomes: make(map[outcomeKey][]string)}
 	out := io.Discard
 	if oneSeed() {
 		out = t.Output()
@@ -344,12 +345,15 @@ func (l *life) Work(ctx context.Context) (api.Work, error) {
 }
 
 func (l *life) ReportStatus(ctx context.Context, id api.ID, s api.JobStatus) error {
-	if s.Status != api.StatusRunning && !l.isDead() {
+	if !l.isDead() {
 		w := l.world
 		w.mu.Lock()
 		job := string(id)
-		key := outcomeKey{job, w.claims[job]}
-		if outcome := s.Status + ": " + s.Error; !slices.Contains(w.outcomes[key], outcome) {
+		// A verdict of the claim before may still leave while a poll's answer is recorded.
+		key := outcomeKey{job, w.begun[job]}
+		if s.Status == api.StatusRunning {
+			w.begun[job] = w.claims[job]
+		} else if outcome := s.Status + ": " + s.Error; !slices.Contains(w.outcomes[key], outcome) {
 			w.outcomes[key] = append(w.outcomes[key], outcome)
 		}
 		w.mu.Unlock()
@@ -700,6 +704,7 @@ func (w *world) forget() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	clear(w.claims)
+	clear(w.begun)
 	clear(w.outcomes)
 	w.life.mu.Lock()
 	defer w.life.mu.Unlock()
