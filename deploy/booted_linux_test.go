@@ -36,9 +36,7 @@ type booted struct {
 // TestBooted installs the package in a Debian booted by systemd and takes it through the life of a
 // service. All steps use one machine: each starts with the state that the previous one left.
 func TestBooted(t *testing.T) {
-	if testing.Short() {
-		t.Skip("boots a Debian")
-	}
+	needs.Long(t, "it makes and boots a Debian")
 	t.Parallel()
 	m := boot(t)
 	b := &booted{machine: m, plane: devplane.Start(t, devplane.Options{}), port: needs.FreePort(t)}

@@ -164,9 +164,7 @@ func TestShippedConfiguration(t *testing.T) {
 }
 
 func TestRelease(t *testing.T) {
-	if testing.Short() {
-		t.Skip("builds with an empty cache")
-	}
+	needs.Long(t, "it builds with an empty cache")
 	t.Parallel()
 	dist := t.TempDir()
 	makeTarget(t, "release", dist, "VERSION=v1.2.3", "COMMIT=0123456789ab", "PLATFORMS=linux/"+runtime.GOARCH)

@@ -15,6 +15,7 @@ import (
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/testing/devplane"
+	"certctl-agent/internal/testing/needs"
 )
 
 // maxImage is the largest size of the image, in bytes: a static linux/amd64 binary (11.3 MB) and
@@ -36,9 +37,7 @@ type container struct {
 // TestDocker builds the image and runs it with the shipped compose file. An override sets the
 // test's network and shorter pauses.
 func TestDocker(t *testing.T) {
-	if testing.Short() {
-		t.Skip("builds an image")
-	}
+	needs.Long(t, "it builds an image")
 	// CI cannot install an engine like a package, so the test may skip even there.
 	docker, err := exec.LookPath("docker")
 	if err != nil {

@@ -107,9 +107,7 @@ func plistValue(decoder *xml.Decoder, start xml.StartElement) (any, error) {
 }
 
 func TestDarwinBuilds(t *testing.T) {
-	if testing.Short() {
-		t.Skip("builds for another platform")
-	}
+	needs.Long(t, "it builds for another platform")
 	t.Parallel()
 	binary := filepath.Join(t.TempDir(), "certctl-agent")
 	cmd := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-o", binary, "../cmd/certctl-agent")

@@ -71,9 +71,9 @@ func TestHunt(t *testing.T) {
 	h.say("%d fuzz targets, %v each in a turn", len(targets), slice)
 	rand.Shuffle(len(targets), func(i, j int) { targets[i], targets[j] = targets[j], targets[i] })
 	for ctx.Err() == nil {
-		h.test(ctx, virtual, "-runs", virtualRuns)
-		h.test(ctx, network, "-runs", processRuns)
-		h.test(ctx, trace, "-states", traceStates)
+		h.test(ctx, virtual, "-runs", 1000)
+		h.test(ctx, network, "-runs", 24)
+		h.test(ctx, trace, "-states", 1500)
 		for range 12 {
 			if ctx.Err() != nil || len(targets) == 0 {
 				break

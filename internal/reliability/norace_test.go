@@ -2,8 +2,9 @@
 
 package reliability_test
 
-// virtualRuns is the number of seeds that CI runs.
-const virtualRuns = 1000
-
-// traceStates is the number of states after a power cut that are recovered.
-const traceStates = 1500
+// How much of each random test runs; make hunt runs more.
+const (
+	virtualRuns = 300
+	processRuns = 12
+	traceStates = 500 // those with most lost come first
+)

@@ -685,12 +685,8 @@ func hostServers(r *rand.Rand) []server {
 	return all
 }
 
-// processRuns is the number of seeds that CI runs, processWorkers how many of them run at the same
-// time. They mostly wait.
-const (
-	processRuns    = 24
-	processWorkers = 8
-)
+// processWorkers is how many seeds run at a time: they mostly wait.
+const processWorkers = 8
 
 // TestNetworkFaults runs the real binary through a bad network, and kills it with SIGKILL now and
 // then.

@@ -2,9 +2,10 @@
 
 package reliability_test
 
-// virtualRuns is the number of seeds that run with the race detector, which makes each four times
-// slower. "make test" runs more without it.
-const virtualRuns = 150
-
-// traceStates is the number of states after a power cut that are recovered.
-const traceStates = 500
+// How much of each random test runs with the race detector, which makes a
+// virtual run take four times as long. CI runs more of those without it.
+const (
+	virtualRuns = 150
+	processRuns = 24
+	traceStates = 500 // those with most lost come first
+)

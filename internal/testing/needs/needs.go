@@ -32,8 +32,18 @@ func Missing(t testing.TB, reason string) {
 	}
 }
 
-// MemoryDir returns a temporary directory, in memory if possible, for tests that need no real disk.
-// It is below /dev, where the policy allows files only if Policy.Paths includes it.
+// Long skips a test that takes minutes on a machine that has not run it before,
+// except under CERTCTL_E2E=1.
+func Long(t testing.TB, reason string) {
+	t.Helper()
+	if os.Getenv("CERTCTL_E2E") != "1" {
+		t.Skip(reason + ", which only CERTCTL_E2E=1 asks for")
+	}
+}
+
+// MemoryDir is a temporary directory, in memory where there is one: for tests of
+// what is on a disk, or in which order, and not of how long that takes. It is
+// below /dev, where the policy allows files only if it is told so.
 func MemoryDir(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("/dev/shm", "certctl-test")

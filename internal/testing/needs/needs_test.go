@@ -53,3 +53,14 @@ func TestFreePort(t *testing.T) {
 	}
 	listener.Close()
 }
+
+func TestLong(t *testing.T) {
+	for e2e, want := range map[string]string{"": "skip", "0": "skip", "1": ""} {
+		t.Setenv("CERTCTL_E2E", e2e)
+		var v verdict
+		needs.Long(&v, "it takes minutes")
+		if v.word != want {
+			t.Errorf("with CERTCTL_E2E=%s the test would %q, want %q", e2e, v.word, want)
+		}
+	}
+}
