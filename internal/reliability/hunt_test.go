@@ -113,7 +113,7 @@ func (h *hunt) test(ctx context.Context, x *hunted, flag string, n int) {
 
 // fuzz takes a turn of a fuzz target, and reports whether it may have another one.
 func (h *hunt) fuzz(ctx context.Context, x *hunted, target [2]string, slice time.Duration) bool {
-	args := []string{"test", "-run", "^$", "-fuzz", "^" + target[1] + "$", "-fuzztime", slice.String(), "./" + target[0]}
+	args := []string{"test", "-run", "^$", "-fuzz", "^" + target[1] + "$", "-fuzztime", slice.String(), "-fuzzminimizetime", "100x", "./" + target[0]}
 	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Dir = "../.."
 	// The go command relies on the terminal to tell all of its processes.
