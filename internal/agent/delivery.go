@@ -209,7 +209,7 @@ func (d *deliveryRound) send(ctx context.Context, a *Agent, reports []report) {
 // sendOne delivers one report and removes it from the ledger. Its error is temporary.
 func (a *Agent) sendOne(ctx context.Context, r report) error {
 	if !slices.Contains(a.opts.Ledger.UndeliveredOf(r.Job), r.Delivery) {
-		return nil // a newer claim has superseded it while others were sent
+		return nil // superseded by a newer claim while other reports were sent
 	}
 	if time.Since(r.Recorded) > reportTTL {
 		return a.giveUp(r, "a week has passed")

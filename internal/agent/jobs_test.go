@@ -711,9 +711,8 @@ func TestVerdictAfterAnUnansweredRunning(t *testing.T) {
 	}
 }
 
-// TestSupersededReportIsNotSent: a job is handed out again while the report on
-// its earlier claim waits behind another one. Sent now, it would be taken for a
-// report on the new claim.
+// TestSupersededReportIsNotSent: a job is handed out again while the report on its earlier claim
+// waits behind another report. The control plane would take it for a report on the new claim.
 func TestSupersededReportIsNotSent(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)

@@ -21,7 +21,7 @@ import (
 
 var huntFlag = flag.Duration("hunt", 0, "how long TestHunt looks for faults")
 
-// hunted is one thing that the hunt takes turns with.
+// hunted is a test, or all fuzz targets, and the result of its turns.
 type hunted struct {
 	name, unit string
 	counts     *regexp.Regexp // in its output: how many
@@ -35,17 +35,16 @@ var (
 	fuzzTarget    = regexp.MustCompile(`(?m)^func (Fuzz\w*)`)
 )
 
-// hunt counts what was done and what failed.
+// hunt runs turns and keeps the commands that repeat the failed ones.
 type hunt struct {
 	t        *testing.T
 	self     string // this test binary
 	failures []string
 }
 
-// TestHunt looks for faults with fresh seeds until its time is up or it is
-// interrupted. A failure is shown with the command that repeats it, and the hunt
-// goes on: what runs is in processes of its own, so that a panic ends none but
-// itself.
+// TestHunt looks for faults with fresh seeds until its time is up or it is interrupted. It shows a
+// failure with the command that repeats it, and goes on. Each turn is a process of its own, so a
+// panic ends only that turn.
 func TestHunt(t *testing.T) {
 	if *huntFlag <= 0 {
 		t.Skip("see make hunt")
@@ -151,8 +150,8 @@ func (h *hunt) turn(ctx context.Context, x *hunted, cmd *exec.Cmd, again string)
 	return !failed
 }
 
-// endedByTime reports whether go test failed only since the end of its time came
-// at an awkward moment (go.dev/issue/75804, until Go 1.27).
+// endedByTime reports whether go test failed only because of a race at the end of its time
+// (go.dev/issue/75804, fixed in Go 1.27).
 func endedByTime(output []byte) bool {
 	return bytes.Contains(output, []byte("\n    context deadline exceeded\nFAIL")) && !bytes.Contains(output, []byte("Failing input"))
 }

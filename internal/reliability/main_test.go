@@ -11,9 +11,9 @@ import (
 )
 
 var (
-	seedFlag = flag.Uint64("seed", 0, "run only this seed of the random tests, and log what the agent says; with -runs, the first of several")
+	seedFlag = flag.Uint64("seed", 0, "run only this seed of the random tests, and log what the agent says; with -runs, start with this seed")
 	runsFlag = flag.Int("runs", 0, "how many seeds of each random test to run (default: as many as CI does)")
-	turnFlag = flag.Bool("turn", false, "internal: be a turn of TestHunt, which an interrupt ends after what is under way")
+	turnFlag = flag.Bool("turn", false, "internal: be a turn of TestHunt: after an interrupt, finish the current runs and end")
 	soakFlag = flag.Bool("soak", false, "soak for 24 hours of virtual time instead of a short while")
 	loadFlag = flag.String("load-pair", "", "internal: be the reload command of a server, of certificate,key,problems")
 )
@@ -25,7 +25,7 @@ func TestMain(m *testing.M) {
 	flag.Parse()
 	if *turnFlag || *huntFlag > 0 {
 		ctx, stop := signal.NotifyContext(interrupted, os.Interrupt)
-		context.AfterFunc(ctx, stop) // the second interrupt kills
+		context.AfterFunc(ctx, stop) // a second interrupt kills
 		interrupted = ctx
 	}
 	if parts := strings.Split(*loadFlag, ","); len(parts) == 3 {
@@ -40,7 +40,7 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// oneSeed reports whether one seed is run again, to see all of it.
+// oneSeed reports whether a single seed is repeated, with its log.
 func oneSeed() bool { return *seedFlag != 0 && *runsFlag == 0 }
 
 // seeds lists the seeds to run: the one given by flag, or several.

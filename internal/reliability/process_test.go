@@ -685,7 +685,7 @@ func hostServers(r *rand.Rand) []server {
 	return all
 }
 
-// processWorkers is how many seeds run at a time: they mostly wait.
+// processWorkers is the number of seeds that run at the same time. They mostly wait.
 const processWorkers = 8
 
 // TestNetworkFaults runs the real binary through a bad network, and kills it with SIGKILL now and

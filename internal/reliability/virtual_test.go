@@ -54,7 +54,7 @@ type world struct {
 	failing  bool       // commands fail now and then
 	loaded   map[string]string
 	claims   map[string]int // by deployment: poll answers with it that reached the agent
-	begun    map[string]int // the claim that the agent last said it carries out
+	begun    map[string]int // by deployment: the claim of the last "Running"
 	outcomes map[outcomeKey][]string
 	lostWork int // polls whose answers never reached the agent
 	problems []error
@@ -349,7 +349,7 @@ func (l *life) ReportStatus(ctx context.Context, id api.ID, s api.JobStatus) err
 		w := l.world
 		w.mu.Lock()
 		job := string(id)
-		// A verdict of the claim before may still leave while a poll's answer is recorded.
+		// While the answer of a poll is being recorded, a verdict on the earlier claim may still leave.
 		key := outcomeKey{job, w.begun[job]}
 		if s.Status == api.StatusRunning {
 			w.begun[job] = w.claims[job]

@@ -32,22 +32,19 @@ func Missing(t testing.TB, reason string) {
 	}
 }
 
-// Everything reports whether CERTCTL_E2E=1 asks for all that there is to test, as
-// CI does, at whatever length.
+// Everything reports whether CERTCTL_E2E=1 asks for every test at full length, as CI does.
 func Everything() bool { return os.Getenv("CERTCTL_E2E") == "1" }
 
-// Long skips a test that takes minutes on a machine that has not run it before,
-// except under CERTCTL_E2E=1.
+// Long skips a test that takes minutes on a fresh machine, unless CERTCTL_E2E=1.
 func Long(t testing.TB, reason string) {
 	t.Helper()
 	if !Everything() {
-		t.Skip(reason + ", which only CERTCTL_E2E=1 asks for")
+		t.Skip(reason + ": set CERTCTL_E2E=1 to run it")
 	}
 }
 
-// MemoryDir is a temporary directory, in memory where there is one: for tests of
-// what is on a disk, or in which order, and not of how long that takes. It is
-// below /dev, where the policy allows files only if it is told so.
+// MemoryDir returns a temporary directory, in memory if possible, for tests that need no real disk.
+// It is below /dev, where the policy allows files only if Policy.Paths includes it.
 func MemoryDir(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("/dev/shm", "certctl-test")
