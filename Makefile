@@ -23,7 +23,7 @@ export PATH := $(PATH):$(KUBE)
 # RACE=-race takes every test through the race detector, as CI does. Otherwise those of the
 # packages do whose goroutines share most. It needs a C compiler.
 RACE ?=
-RACED := agent app controlplane discovery keystore ledger namelock transaction
+RACED := agent app controlplane keystore ledger namelock transaction
 CC_FOUND := $(shell command -v gcc || command -v clang)
 
 .PHONY: help
@@ -55,8 +55,8 @@ test: ## run all tests, those of some packages with the race detector (RACE=-rac
 ifneq ($(RACE),)
 	$(GO) test ./internal/reliability -run TestVirtualNetwork -runs 1000
 else ifneq ($(CC_FOUND),)
-	$(GO) test -race -vet=off $(RACED:%=./internal/%)
-	$(GO) test -race -vet=off ./internal/reliability -run TestVirtualNetwork -runs 50
+	$(GO) test -race -vet=off -timeout 18m $(RACED:%=./internal/%)
+	$(GO) test -race -vet=off -timeout 18m ./internal/reliability -run TestVirtualNetwork -runs 50
 else
 	@echo "no C compiler: nothing ran with the race detector"
 endif
