@@ -54,7 +54,7 @@ type checker struct {
 
 // add makes a result printable, since it may quote untrusted text.
 func (c *checker) add(r result) {
-	r.Detail = printable.Line(r.Detail, maxShown)
+	r.Detail, r.Remedy = printable.Line(r.Detail, maxShown), printable.Line(r.Remedy, maxShown)
 	c.results = append(c.results, r)
 }
 

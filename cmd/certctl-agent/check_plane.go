@@ -16,6 +16,7 @@ import (
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/app"
 	"certctl-agent/internal/buildinfo"
+	"certctl-agent/internal/controlplane"
 	"certctl-agent/internal/proxy"
 )
 
@@ -107,6 +108,9 @@ func tlsRemedy(err error) string {
 	}
 	if _, name := errors.AsType[x509.HostnameError](err); name {
 		return "use a name from the certificate in CERTCTL_SERVER_URL"
+	}
+	if invalid, ok := errors.AsType[x509.CertificateInvalidError](err); ok && invalid.Reason == x509.Expired {
+		return controlplane.Advice(err)
 	}
 	if strings.Contains(err.Error(), "protocol version") {
 		return "TLS 1.3 is the minimum; see docs/upgrade-to-tls.md"

@@ -10,6 +10,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"certctl-agent/internal/testing/devplane"
 	"certctl-agent/internal/testing/testca"
@@ -59,6 +60,17 @@ func TestCheck(t *testing.T) {
 	old.StartTLS()
 	defer old.Close()
 
+	expired := httptest.NewUnstartedServer(http.NotFoundHandler())
+	certificate, err = h.plane.CA().Issue(testca.Template{CommonName: "old.example.org", Names: []string{"127.0.0.1"},
+		NotBefore: time.Date(2020, 1, 2, 0, 0, 0, 0, time.UTC), NotAfter: time.Date(2021, 3, 4, 0, 0, 0, 0, time.UTC)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	expired.TLS = &tls.Config{Certificates: []tls.Certificate{certificate.TLS()}}
+	expired.Config.ErrorLog = log.New(io.Discard, "", 0)
+	expired.StartTLS()
+	defer expired.Close()
+
 	tests := []struct {
 		name  string
 		env   map[string]string
@@ -77,6 +89,7 @@ func TestCheck(t *testing.T) {
 		{"bad CA", map[string]string{"CERTCTL_SERVER_CA_BUNDLE_PATH": foreign}, exitFailure, "tls", []string{"failure: ", "CERTCTL_SERVER_CA_BUNDLE_PATH"}},
 		{"nobody there", map[string]string{"CERTCTL_SERVER_URL": "https://127.0.0.1:1"}, exitFailure, "tcp", []string{"failure: ", "connection refused", "check firewalls"}},
 		{"TLS 1.2", map[string]string{"CERTCTL_SERVER_URL": old.URL}, exitFailure, "tls", []string{"failure: ", "TLS 1.3 is the minimum; see docs/upgrade-to-tls.md"}},
+		{"expired", map[string]string{"CERTCTL_SERVER_URL": expired.URL}, exitFailure, "tls", []string{"failure: ", "the control plane's certificate CN=old.example.org is valid from 2020-01-02 to 2021-03-04", "the clock of this host"}},
 		{"no such name", map[string]string{"CERTCTL_SERVER_URL": "https://no-such-host.invalid"}, exitFailure, "name", []string{"failure: ", "no-such-host.invalid", "check DNS"}},
 		{"not verified", map[string]string{"CERTCTL_SERVER_TLS_INSECURE_SKIP_VERIFY": "true", "CERTCTL_SERVER_CA_BUNDLE_PATH": foreign}, exitOK, "tls", []string{"warning: ", "not verified"}},
 		{"discovery directory", map[string]string{"CERTCTL_DISCOVERY_DIRS": h.path("missing")}, exitOK, "discovery", []string{"warning: ", h.path("missing")}},

@@ -62,7 +62,7 @@ func runRegister(ctx context.Context, p process) error {
 	defer client.Close()
 	agent, err := client.Register(ctx, api.Registration{Name: cfg.Name, Hostname: hostname})
 	if err != nil {
-		return explainRegistration(err, cfg.Name)
+		return explainRegistration(err, cfg.Name, tokenFile, !cfg.APIKey.IsZero())
 	}
 	if _, err := api.ParseID(agent.ID); err != nil {
 		return fmt.Errorf("the control plane registered this host under an unusable id: %q", agent.ID)
@@ -82,14 +82,20 @@ func runRegister(ctx context.Context, p process) error {
 }
 
 // explainRegistration explains answers that have a special meaning for a registration.
-func explainRegistration(err error, name string) error {
+func explainRegistration(err error, name, tokenFile string, sent bool) error {
 	status, ok := errors.AsType[*api.StatusError](err)
 	if !ok {
 		return err
 	}
 	switch status.Status {
 	case http.StatusUnauthorized:
-		return fmt.Errorf("%w; the bootstrap token is wrong: see -bootstrap-token-file", err)
+		switch {
+		case tokenFile != "":
+			return fmt.Errorf("%w; register sent the bootstrap token of %s: check that the control plane has the same one", err, tokenFile)
+		case sent:
+			return fmt.Errorf("%w; register sent the API key: if the control plane has a bootstrap token, use -bootstrap-token-file", err)
+		}
+		return fmt.Errorf("%w; register sent neither: set an API key, or use -bootstrap-token-file", err)
 	case http.StatusConflict:
 		return fmt.Errorf("%w; another agent is registered as %q: choose another -name, or use that agent's id", err, name)
 	}

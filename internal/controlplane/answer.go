@@ -138,19 +138,25 @@ func (c *Client) failure(ctx context.Context, call call, key secret.String, err 
 		err = errTimeout
 	}
 	text := fmt.Sprintf("%s: %s: %v", call.name, c.address, err)
-	if advice := advice(err); advice != "" {
+	if advice := Advice(err); advice != "" {
 		text += ": " + advice
 	}
 	return &callError{text: clip(text, key), err: err}
 }
 
-// advice returns what to check after a TLS failure, or "".
-func advice(err error) string {
+// Advice returns what to check after a TLS failure, or "".
+func Advice(err error) string {
 	if _, ok := errors.AsType[x509.HostnameError](err); ok {
 		return "the certificate is for another host: check CERTCTL_SERVER_URL (-server)"
 	}
 	if invalid, ok := errors.AsType[x509.CertificateInvalidError](err); ok && invalid.Reason == x509.Expired {
-		return "check the clock of this host and the certificate of the control plane"
+		// The error does not say which certificate of the chain it is about.
+		what := "the control plane's certificate"
+		if invalid.Cert.IsCA {
+			what = "the CA certificate"
+		}
+		return fmt.Sprintf("%s %s is valid from %s to %s: renew it, or correct the clock of this host", what,
+			invalid.Cert.Subject, invalid.Cert.NotBefore.UTC().Format(time.DateOnly), invalid.Cert.NotAfter.UTC().Format(time.DateOnly))
 	}
 	if _, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
 		return "check that CERTCTL_SERVER_CA_BUNDLE_PATH (-ca-bundle) names the CA that signed the control plane's certificate"

@@ -71,8 +71,12 @@ func TestExpiredCertificate(t *testing.T) {
 		time.Sleep(20 * 365 * 24 * time.Hour)
 		c := controlplane.New(options(p, "agent"))
 		defer c.Close()
-		if _, err := c.Work(t.Context()); err == nil || !strings.Contains(err.Error(), "check the clock") {
-			t.Errorf("got %v, want a hint at the clock", err)
+		_, err = c.Work(t.Context())
+		if err == nil || !strings.Contains(err.Error(), "the clock of this host") {
+			t.Fatalf("got %v, want a hint at the clock", err)
+		}
+		if want := "the control plane's certificate CN=plane.test is valid from 1999-12-31 to 2010-01-01: "; !strings.Contains(err.Error(), want) {
+			t.Errorf("got %v, want %q", err, want)
 		}
 	})
 }
