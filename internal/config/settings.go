@@ -39,7 +39,7 @@ type setting struct {
 func settings(c *Config) []setting {
 	return []setting{
 		{flag: "config", variable: "CERTCTL_CONFIG", defaults: defaultFile + ", if it exists",
-			doc: "Configuration file: KEY=VALUE lines in the syntax of systemd's EnvironmentFile, with the variables of this table as keys"},
+			doc: "Configuration file: KEY=VALUE lines in the syntax of systemd's EnvironmentFile, with these variables as keys"},
 		{flag: "server", variable: "CERTCTL_SERVER_URL", field: parsed(&c.Server, parseServer), value: "https://localhost:8443",
 			doc: "URL of the control plane. HTTPS only; a path prefix is kept"},
 		{flag: "api-key", variable: "CERTCTL_API_KEY", field: parsed(&c.APIKey, parseKey), defaults: "none, required", secret: true,
