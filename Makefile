@@ -39,6 +39,10 @@ build: ## build bin/certctl-agent: static, stripped, reproducible
 demo: build ## run the agent through its main job on this machine (TARGET=nginx|apache|haproxy|caddy|postfix|dovecot|javakeystore|kubernetes|ssh)
 	$(GO) run ./cmd/certctl-demo -agent bin/certctl-agent $(if $(TARGET),-target $(TARGET))
 
+.PHONY: plane
+plane: ## run the demo's control plane on 127.0.0.1:8443 (TYPE=NGINX CONFIG=target.json: with a certificate for each new agent)
+	$(GO) run ./cmd/certctl-demo -serve 127.0.0.1:8443 $(if $(TYPE),-type $(TYPE) -config $(CONFIG))
+
 .PHONY: kube-apiserver
 kube-apiserver: $(KUBE)/kube-apiserver ## build the API server for the tests of KubernetesSecrets (some minutes, 1 GB of modules)
 

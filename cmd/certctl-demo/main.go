@@ -39,13 +39,30 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	flags := flag.NewFlagSet("certctl-demo", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	agent := flags.String("agent", "bin/certctl-agent", "the agent `binary` to show")
-	target := flags.String("target", "", "live server: nginx, apache, haproxy, caddy, postfix, dovecot, javakeystore or kubernetes (default: nginx if installed, else a built-in one)")
+	target := flags.String("target", "", "live server: nginx, apache, haproxy, caddy, postfix, dovecot, javakeystore, kubernetes or ssh (default: nginx if installed, else a built-in one)")
 	verbose := flags.Bool("v", false, "show the agent's log")
+	var bench workbench
+	flags.StringVar(&bench.listen, "serve", "", "instead of the demo, only run its control plane on this `address`, such as 127.0.0.1:8443, to try the agent's commands by hand")
+	flags.StringVar(&bench.targetType, "type", "", "with -serve: give each new agent a certificate and a target of this `type`, such as NGINX")
+	flags.StringVar(&bench.targetConfig, "config", "", "with -type: `file` with the target's configuration, a JSON object")
 	if err := flags.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
 			return 0
 		}
 		return 2
+	}
+
+	if bench.listen == "" && bench.targetType != "" || (bench.targetType == "") != (bench.targetConfig == "") || flags.NArg() > 0 {
+		fmt.Fprintln(stderr, "certctl-demo: -type and -config need each other and -serve, and there are no arguments")
+		return 2
+	}
+	if bench.listen != "" {
+		bench.out = stdout
+		if err := bench.run(ctx); err != nil {
+			fmt.Fprintf(stderr, "certctl-demo: %v\n", err)
+			return 1
+		}
+		return 0
 	}
 
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("the demo took longer than %v", limit))
