@@ -347,6 +347,8 @@ func TestDocsNameTests(t *testing.T) {
 // othersWords are texts of the runbook's tables that come from other programs.
 var othersWords = map[string]string{
 	"no space left on device":                       "the kernel's",
+	"read-only file system":                         "the kernel's",
+	"permission denied":                             "the kernel's",
 	"connection refused":                            "the kernel's",
 	"key values mismatch":                           "OpenSSL's",
 	"Syntax error on line":                          "httpd's",
