@@ -26,10 +26,9 @@ func makeDeb(t *testing.T, version string) string {
 	return onlyDeb(t, dist)
 }
 
-// packDeb packs an existing binary.
-func packDeb(t *testing.T, binary, version string) string {
+// packDeb packs an existing binary into a directory, where the package must be the only one then.
+func packDeb(t *testing.T, dist, binary, version string) string {
 	t.Helper()
-	dist := t.TempDir()
 	cmd := exec.CommandContext(t.Context(), "deb/build.sh", binary, runtime.GOARCH, version, dist)
 	cmd.Env = append(cmd.Environ(), "SOURCE_DATE_EPOCH="+epoch)
 	if out, err := tryOutput(cmd); err != nil {
@@ -54,7 +53,7 @@ func TestDebPackage(t *testing.T) {
 		t.Errorf("the package is %s, want %s", got, want)
 	}
 	binary := filepath.Join(filepath.Dir(deb), "linux-"+runtime.GOARCH, "certctl-agent")
-	if again := packDeb(t, binary, "v1.2.3-rc1"); readFile(t, again) != readFile(t, deb) {
+	if again := packDeb(t, t.TempDir(), binary, "v1.2.3-rc1"); readFile(t, again) != readFile(t, deb) {
 		t.Error("two packages of the same binary differ")
 	}
 	control := t.TempDir()
@@ -81,6 +80,9 @@ func TestDebPackage(t *testing.T) {
 		"./usr/share/man/man8/certctl-agent.8.gz":                       "-rw-r--r-- root/root",
 		"./usr/share/doc/certctl-agent/copyright":                       "-rw-r--r-- root/root",
 		"./usr/share/doc/certctl-agent/changelog.gz":                    "-rw-r--r-- root/root",
+		"./usr/share/doc/certctl-agent/README.md":                       "-rw-r--r-- root/root",
+		"./usr/share/doc/certctl-agent/docs/operations.md":              "-rw-r--r-- root/root",
+		"./usr/share/doc/certctl-agent/docs/targets/nginx.md":           "-rw-r--r-- root/root",
 		"./usr/share/doc/certctl-agent/examples/50-certctl-agent.rules": "-rw-r--r-- root/root",
 		"./usr/share/doc/certctl-agent/examples/credential.conf":        "-rw-r--r-- root/root",
 	} {
@@ -107,10 +109,10 @@ func TestDebChangelog(t *testing.T) {
 // TestDebVersions checks that Debian sorts the versions of git describe in their order.
 func TestDebVersions(t *testing.T) {
 	dpkg := needs.Need(t, "dpkg")
-	previous := ""
+	previous, dist := "", t.TempDir()
 	for _, version := range []string{"cf697b2-dirty", "v1.2.3-rc1", "v1.2.3", "v1.2.3-4-gcf697b2", "v1.2.4"} {
 		// Any file will do as the binary; this one needs no build.
-		name := filepath.Base(packDeb(t, "deb/copyright", version))
+		name := filepath.Base(packDeb(t, dist, "deb/copyright", version))
 		this := strings.Split(name, "_")[1]
 		if previous != "" {
 			output(t, dpkg, "--compare-versions", previous, "lt", this)
@@ -177,7 +179,7 @@ func TestRelease(t *testing.T) {
 		}
 	}
 	output(t, "tar", "-C", dir, "-xzf", filepath.Join(dir, name+".tar.gz"))
-	for _, file := range []string{"LICENSE", "agent.env", "certctl-agent.8", "systemd/certctl-agent.service", "systemd/examples/credential.conf"} {
+	for _, file := range []string{"LICENSE", "docs/operations.md", "agent.env", "certctl-agent.8", "systemd/certctl-agent.service", "systemd/examples/credential.conf"} {
 		if _, err := os.Stat(filepath.Join(dir, name, file)); err != nil {
 			t.Error(err)
 		}

@@ -63,7 +63,7 @@ for platform; do
 	GOCACHE="$work/cache" build "$work/elsewhere" "$os" "$arch" "$work/again"
 	cmp "$dir/certctl-agent" "$work/again" || { echo "$platform: two builds differ" >&2; exit 1; }
 
-	cp "$repo/LICENSE" "$repo/deploy/deb/agent.env" "$repo/deploy/man/certctl-agent.8" "$dir/"
+	cp -R "$repo/LICENSE" "$repo/README.md" "$repo/docs" "$repo/deploy/deb/agent.env" "$repo/deploy/man/certctl-agent.8" "$dir/"
 	chmod 600 "$dir/agent.env"
 	case $os in
 	linux) cp -R "$repo/deploy/systemd" "$dir/"; cp "$repo/deploy/deb/certctl-agent.sysusers" "$repo/deploy/deb/certctl-agent.tmpfiles" "$dir/systemd/" ;;

@@ -35,6 +35,12 @@ put 644 "$deploy/systemd/50-certctl-agent.rules" $doc/examples/50-certctl-agent.
 for example in "$deploy"/systemd/examples/*.conf; do
 	put 644 "$example" "$doc/examples/$(basename "$example")"
 done
+# Errors and the changelog name docs/….md, and these pages link to each other.
+repo=$(dirname "$deploy")
+put 644 "$repo/README.md" $doc/README.md
+for page in "$repo"/docs/*.md "$repo"/docs/targets/*.md; do
+	put 644 "$page" "$doc/${page#"$repo"/}"
+done
 put 644 "$deploy/man/certctl-agent.8" /usr/share/man/man8/certctl-agent.8
 gzip -9n "$root/usr/share/man/man8/certctl-agent.8"
 printf 'certctl-agent (%s) unstable; urgency=medium\n\n  * See "Replace the agent you run now" in docs/operations.md of this version.\n  * See "Changed messages" in docs/operations.md if you search its log.\n\n -- certctl-agent maintainers <certctl-agent@example.org>  %s\n' \
@@ -49,4 +55,5 @@ install -m 755 "$here/postinst" "$here/prerm" "$here/postrm" "$root/DEBIAN/"
 find "$root" -exec touch -h -d "@$SOURCE_DATE_EPOCH" {} +
 
 mkdir -p "$out"
+rm -f "$out"/certctl-agent_*_"$arch".deb # so that `apt install ./dist/certctl-agent_*.deb` finds one
 dpkg-deb --root-owner-group -Zxz --build "$root" "$out/certctl-agent_${version}_$arch.deb"
