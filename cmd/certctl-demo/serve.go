@@ -52,6 +52,7 @@ func (b *workbench) run(ctx context.Context) (err error) {
 export CERTCTL_SERVER_URL=%s
 export CERTCTL_SERVER_CA_BUNDLE_PATH=%s
 export CERTCTL_API_KEY=%s
+export CERTCTL_KEY_DIR=$(mktemp -d)
 export CERTCTL_AGENT_ID=$(bin/certctl-agent register -name "$(hostname)")
 bin/certctl-agent check
 
