@@ -86,6 +86,13 @@ hunt: ## look for faults with fresh seeds: network, crashes, power cuts, fuzzing
 soak: ## run for 24 hours of virtual time: memory, goroutines, descriptors and disk must stay flat
 	$(GO) test -timeout 10m -count=1 ./internal/reliability -run TestSoak -soak -v
 
+N    ?= 20
+SEED ?= 1
+
+.PHONY: mutants
+mutants: ## break the code in one place at a time and see whether a test notices (N=mutants of each package, SEED=, PACKAGES=ledger,agent, ONLY=survivors)
+	$(GO) run ./internal/testing/mutants -n $(N) -seed $(SEED) $(if $(PACKAGES),-packages $(PACKAGES)) $(if $(ONLY),-only '$(ONLY)')
+
 .PHONY: lint
 lint: ## run gofmt, vet, go fix, staticcheck and the architecture tests
 	@out=$$(gofmt -l .); test -z "$$out" || { echo "gofmt would change: $$out"; exit 1; }

@@ -50,7 +50,7 @@ func testOnly(pkg string) bool {
 }
 
 // mayTouchProcess are the packages that may read the environment or exit the process.
-var mayTouchProcess = []string{"cmd/certctl-agent", "cmd/certctl-demo", "internal/testing/needs"}
+var mayTouchProcess = []string{"cmd/certctl-agent", "cmd/certctl-demo", "internal/testing/mutants", "internal/testing/needs"}
 
 type source struct {
 	dir     string // of the package, relative to the module

@@ -3,6 +3,7 @@
 package needs
 
 import (
+	"cmp"
 	"net"
 	"os"
 	"os/exec"
@@ -45,9 +46,10 @@ func Long(t testing.TB, reason string) {
 
 // MemoryDir returns a temporary directory, in memory if possible, for tests that need no real disk.
 // It is below /dev, where the policy allows files only if Policy.Paths includes it.
+// CERTCTL_TEST_MEMORY names another place.
 func MemoryDir(t testing.TB) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("/dev/shm", "certctl-test")
+	dir, err := os.MkdirTemp(cmp.Or(os.Getenv("CERTCTL_TEST_MEMORY"), "/dev/shm"), "certctl-test")
 	if err != nil {
 		return t.TempDir()
 	}
