@@ -8,6 +8,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"strings"
 	"sync"
@@ -262,4 +263,57 @@ func TestRSALimitIsForNewKeys(t *testing.T) {
 			t.Errorf("after a stop: got %v, %d CSRs", err, len(p.keys))
 		}
 	})
+}
+
+// keptKeys keeps what it returned.
+type keptKeys struct {
+	*keystore.Store
+	pem []byte
+}
+
+func (k *keptKeys) Pending(certID, jobID api.ID, generate func() (crypto.Signer, error)) (keystore.Key, error) {
+	key, err := k.Store.Pending(certID, jobID, generate)
+	k.pem = key.PEM
+	return key, err
+}
+
+func TestEncodedKeyIsCleared(t *testing.T) {
+	keys := &keptKeys{Store: newKeys(t)}
+	if err := newEnroller(keys, &plane{}).Enroll(t.Context(), t.Context(), job); err != nil {
+		t.Fatal(err)
+	}
+	if len(keys.pem) == 0 || len(bytes.Trim(keys.pem, "\x00")) > 0 {
+		t.Error("a copy of the key is left in memory")
+	}
+}
+
+// brokenSigner is a key that cannot sign.
+type brokenSigner struct{ crypto.Signer }
+
+func (brokenSigner) Sign(io.Reader, []byte, crypto.SignerOpts) ([]byte, error) {
+	return nil, errors.New("the key is broken")
+}
+
+// brokenKey has such a key, and notes what is discarded.
+type brokenKey struct{ discarded []api.ID }
+
+func (k *brokenKey) Pending(_, _ api.ID, generate func() (crypto.Signer, error)) (keystore.Key, error) {
+	signer, err := generate()
+	return keystore.Key{Signer: brokenSigner{signer}, Fresh: true}, err
+}
+
+func (k *brokenKey) Discard(_, jobID api.ID) error {
+	k.discarded = append(k.discarded, jobID)
+	return nil
+}
+
+func TestKeyThatCannotSign(t *testing.T) {
+	keys, p := new(brokenKey), &plane{}
+	refused, ok := errors.AsType[*RefusedError](newEnroller(keys, p).Enroll(t.Context(), t.Context(), job))
+	if !ok || !strings.Contains(refused.Reason, "the key is broken") {
+		t.Errorf("got %v, want a refusal", refused)
+	}
+	if len(p.keys) > 0 || len(keys.discarded) != 1 || keys.discarded[0] != job.ID {
+		t.Errorf("%d CSRs were sent and the keys of %v discarded, want no CSR, and the job's key", len(p.keys), keys.discarded)
+	}
 }
