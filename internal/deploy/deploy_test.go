@@ -630,6 +630,7 @@ func TestRunningIsNotAnswered(t *testing.T) {
 		{"refused", &api.StatusError{Status: http.StatusTooManyRequests}, false},
 		{"network", errors.New("connection reset"), true},
 		{"gateway", &api.StatusError{Status: http.StatusGatewayTimeout}, true},
+		{"server", &api.StatusError{Status: http.StatusInternalServerError}, true},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
