@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -158,5 +159,15 @@ func TestForeignACL(t *testing.T) {
 	check(t, err)
 	if got := attributesOf(t, w.path("private/key.pem")); got[accessACL] != nil {
 		t.Errorf("the ACL is still there: %x", got[accessACL])
+	}
+}
+
+// TestUnreadableAttributes: attributes that cannot be listed are not the same as none.
+func TestUnreadableAttributes(t *testing.T) {
+	f, err := os.Create(filepath.Join(t.TempDir(), "file"))
+	check(t, err)
+	check(t, f.Close())
+	if got, err := readXattrs(f); err == nil {
+		t.Errorf("a closed file has %v and no error", got)
 	}
 }
