@@ -236,3 +236,33 @@ func TestReloadOnceWhileChangesWait(t *testing.T) {
 		t.Errorf("%d reloads, want 1", reloads)
 	}
 }
+
+// TestCancelledReloadIsOwed: a reload that the end of the agent prevents is not done.
+func TestCancelledReloadIsOwed(t *testing.T) {
+	w := newWorld(t, t.TempDir())
+	w.old(t)
+	w.torn(t)
+	e := w.mustEngine(t, nil)
+	reloads := 0
+	e.opts.Run = func(_ context.Context, c policy.Command) error {
+		if c.Argv[0] == "reload" {
+			reloads++
+		}
+		return nil
+	}
+	if _, err := e.Recover(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ended, end := context.WithCancel(t.Context())
+	end()
+	if err := e.Repair(t.Context(), ended); err == nil || reloads > 0 {
+		t.Errorf("while the agent ends: %v, %d reloads", err, reloads)
+	}
+	if err := e.command(ended, &policy.Command{Argv: []string{"reload"}}); err == nil || reloads > 0 {
+		t.Errorf("a command after the end: %v, %d reloads", err, reloads)
+	}
+	check(t, e.Repair(t.Context(), t.Context()))
+	if reloads != 1 {
+		t.Errorf("%d reloads, want 1", reloads)
+	}
+}
