@@ -18,7 +18,7 @@ import (
 	"certctl-agent/internal/testing/devplane"
 )
 
-// TestRedirectToNowhere: an error names a place only if there is one.
+// TestRedirectToNowhere: the error says where a redirect points only if it has a location.
 func TestRedirectToNowhere(t *testing.T) {
 	for _, location := range []string{"", "?q=secret", "http://[::1", "#here"} {
 		c := hostile(t, func(w http.ResponseWriter, r *http.Request) {
@@ -34,7 +34,7 @@ func TestRedirectToNowhere(t *testing.T) {
 	}
 }
 
-// TestBadAgentIDIsNeverSent: no call has a path that names another agent, or none.
+// TestBadAgentIDIsNeverSent: a bad id must not change the path of any call.
 func TestBadAgentIDIsNeverSent(t *testing.T) {
 	p := devplane.Start(t, devplane.Options{})
 	before := p.Count("")
@@ -63,7 +63,7 @@ func TestBadAgentIDIsNeverSent(t *testing.T) {
 	}
 }
 
-// TestAnswerWithoutDate: a time in Retry-After is then one of this host's clock.
+// TestAnswerWithoutDate: without a Date, a time in Retry-After is compared with this host's clock.
 func TestAnswerWithoutDate(t *testing.T) {
 	server := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header()["Date"] = nil
@@ -98,7 +98,7 @@ func (c closedConn) Close() error {
 	return c.Conn.Close()
 }
 
-// TestRefusedServerIsLeft: an agent with the wrong CA tries for days.
+// TestRefusedServerIsLeft: an agent with the wrong CA retries for days and must not leak connections.
 func TestRefusedServerIsLeft(t *testing.T) {
 	p := devplane.Start(t, devplane.Options{})
 	opts := options(p, p.RegisterAgent("web1"))

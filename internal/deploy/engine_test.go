@@ -13,7 +13,7 @@ import (
 	"certctl-agent/internal/transaction"
 )
 
-// engine notes what it is asked for, and carries nothing out.
+// engine records the deployment that it is asked for, and changes nothing.
 type engine struct {
 	asked transaction.Deployment
 	yield error // of the turn, as the engine saw it
@@ -29,8 +29,7 @@ func (e *engine) Deploy(ctx context.Context, d transaction.Deployment) (transact
 	return transaction.Result{}, nil
 }
 
-// TestEngineIsAsked: each thing that the target's configuration says of a
-// deployment reaches the engine.
+// TestEngineIsAsked: all settings of the target reach the engine.
 func TestEngineIsAsked(t *testing.T) {
 	w := newWorld(t)
 	issued := w.renew("cert-1", testca.Template{})
@@ -74,7 +73,7 @@ func TestEngineIsAsked(t *testing.T) {
 	}
 }
 
-// stopping ends the agent while it has the certificate on its way.
+// stopping stops the agent while it fetches the certificate.
 type stopping struct {
 	*world
 	stop context.CancelCauseFunc
@@ -87,8 +86,7 @@ func (s stopping) Certificate(ctx context.Context, certID api.ID) ([]byte, error
 	return data, err
 }
 
-// TestStopBeforeTheTransaction: what has not touched anything is not begun by an
-// agent that stops.
+// TestStopBeforeTheTransaction: an agent that stops starts no transaction.
 func TestStopBeforeTheTransaction(t *testing.T) {
 	w := newWorld(t)
 	w.renew("cert-1", testca.Template{})

@@ -13,17 +13,17 @@ import (
 	"testing/fstest"
 )
 
-// TestReadFails: what cannot be read is not an empty file.
+// TestReadFails: a read error is not the end of the file.
 func TestReadFails(t *testing.T) {
 	if runtime.GOOS != "linux" {
-		t.Skip("needs a file that is there and gives nothing")
+		t.Skip("needs a file that exists and cannot be read")
 	}
 	if data, _, err := Read("/proc/self/mem", 10); !errors.Is(err, syscall.EIO) {
 		t.Errorf("got %q, %v, want an input/output error", data, err)
 	}
 }
 
-// TestFollowFails: only a name that does not exist is kept.
+// TestFollowFails: only a missing file is no error.
 func TestFollowFails(t *testing.T) {
 	visit := func(at string, info fs.FileInfo) error {
 		if info == nil {
@@ -36,7 +36,7 @@ func TestFollowFails(t *testing.T) {
 	}
 }
 
-// TestFollowAsFarAsTheKernel: a path with as many links as the kernel follows.
+// TestFollowAsFarAsTheKernel: Resolve follows as many links as the kernel.
 func TestFollowAsFarAsTheKernel(t *testing.T) {
 	base, err := filepath.EvalSymlinks(t.TempDir())
 	must(t, err)

@@ -11,8 +11,8 @@ import (
 	"testing"
 )
 
-// TestUnlistedDirectory takes away the right to list the directory, and to sync
-// it. Its files can still be read and written.
+// TestUnlistedDirectory: the directory can be neither listed nor synced. Its files can be read and
+// written.
 func TestUnlistedDirectory(t *testing.T) {
 	dir := t.TempDir()
 	s := open(t, dir)
@@ -50,7 +50,7 @@ func TestUnlistedDirectory(t *testing.T) {
 	}
 }
 
-// TestKeysThatStay: a key that cannot be removed is not passed over in silence.
+// TestKeysThatStay: if a key cannot be removed, the call fails.
 func TestKeysThatStay(t *testing.T) {
 	dir := t.TempDir()
 	s := open(t, dir)
@@ -74,8 +74,7 @@ func TestKeysThatStay(t *testing.T) {
 	}
 }
 
-// TestDescriptors: the garbage collector would close what is forgotten, and an
-// agent that does little collects little.
+// TestDescriptors: an idle agent must not depend on the garbage collector to close files.
 func TestDescriptors(t *testing.T) {
 	defer debug.SetGCPercent(debug.SetGCPercent(-1))
 	dir := t.TempDir()

@@ -20,8 +20,8 @@ func noKey(t *testing.T) func() (crypto.Signer, error) {
 	}
 }
 
-// TestOneAtATime: pending keys are listed and then changed, or read. A change in
-// between could remove the key that was found.
+// TestOneAtATime: calls list the pending keys and then read or change them. A change in between
+// could remove a key that was just found.
 func TestOneAtATime(t *testing.T) {
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {
@@ -57,8 +57,8 @@ func TestOneAtATime(t *testing.T) {
 	})
 }
 
-// TestAnotherAgentWasFaster has another agent make the job's key while this one
-// makes one too: where there are no locks, its CSR may have been signed.
+// TestAnotherAgentWasFaster: on a file system without locks, another agent may create the job's key
+// first. Its CSR may have been signed, so its key is used.
 func TestAnotherAgentWasFaster(t *testing.T) {
 	s := open(t, t.TempDir())
 	var faster Key
@@ -72,9 +72,8 @@ func TestAnotherAgentWasFaster(t *testing.T) {
 	}
 }
 
-// TestUnreadablePending: a key that the disk does not give right now may be the
-// one that is signed. No other is made for its job, and since its CSR may be the
-// last that was sent, none is numbered as if it were.
+// TestUnreadablePending: a pending key that cannot be read now may have been signed, so its job gets
+// no other key. Its sequence is unknown, so no key of the certificate gets a new one.
 func TestUnreadablePending(t *testing.T) {
 	dir := t.TempDir()
 	s := open(t, dir)
@@ -102,8 +101,7 @@ func TestUnreadablePending(t *testing.T) {
 	}
 }
 
-// TestLastKeyIsNotWrittenAgain: the job whose CSR was sent last is tried for as
-// long as its CA is away.
+// TestLastKeyIsNotWrittenAgain: a job is retried for as long as the CA is down, without writes.
 func TestLastKeyIsNotWrittenAgain(t *testing.T) {
 	dir := t.TempDir()
 	s := open(t, dir)
@@ -149,8 +147,7 @@ func TestOpenBelowAFile(t *testing.T) {
 	}
 }
 
-// TestLimitInAll: at the limit of all certificates, one gets a new key in exchange
-// for its oldest.
+// TestLimitInAll: at the total limit, a new key replaces the oldest of its certificate.
 func TestLimitInAll(t *testing.T) {
 	s := open(t, t.TempDir())
 	first, second := pending(t, s, "cert-1", "a"), pending(t, s, "cert-1", "b")

@@ -12,8 +12,7 @@ import (
 	"certctl-agent/internal/api"
 )
 
-// TestUnsyncedClaim takes away the right to open the directory, and with it the
-// sync that makes a claim durable. Files can still be made in it.
+// TestUnsyncedClaim: the directory cannot be opened, and so not synced. Files can be created in it.
 func TestUnsyncedClaim(t *testing.T) {
 	dir := t.TempDir()
 	l := open(t, dir)
@@ -53,8 +52,7 @@ func TestUnsyncedClaim(t *testing.T) {
 	}
 }
 
-// TestReadOnlyLedger: a ledger that cannot be cleared of what a crash left is not
-// one to work with.
+// TestReadOnlyLedger: Open fails if it cannot remove the temporary files of a crash.
 func TestReadOnlyLedger(t *testing.T) {
 	dir := t.TempDir()
 	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "mode=0700"); err != nil {

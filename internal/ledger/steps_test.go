@@ -12,8 +12,8 @@ import (
 	"certctl-agent/internal/api"
 )
 
-// TestOneChangeAtATime: each step reads records, changes the disk and then the
-// memory. Another step in between would be lost.
+// TestOneChangeAtATime: each step reads records, then changes the disk and the memory. It would undo
+// another step in between.
 func TestOneChangeAtATime(t *testing.T) {
 	failed := api.JobStatus{Status: api.StatusFailed}
 	steps := map[string]func(*Ledger) error{
@@ -60,7 +60,7 @@ func TestOneChangeAtATime(t *testing.T) {
 	}
 }
 
-// TestStartAgain: a job whose first try could not begin is tried for days.
+// TestStartAgain: a job that cannot start is retried for days, without writes.
 func TestStartAgain(t *testing.T) {
 	dir := t.TempDir()
 	l := open(t, dir)
@@ -107,8 +107,8 @@ func TestBoundsAreReached(t *testing.T) {
 	}
 }
 
-// TestDeliveryOnABrokenDisk: a delivery that is not on the disk is repeated after
-// a restart, and the log has to be able to say why.
+// TestDeliveryOnABrokenDisk: if a delivery cannot be recorded, it is repeated after a restart, so the
+// caller must get an error to log.
 func TestDeliveryOnABrokenDisk(t *testing.T) {
 	dir := t.TempDir()
 	l := open(t, dir)

@@ -14,8 +14,7 @@ import (
 	"certctl-agent/internal/ber"
 )
 
-// TestOutcomeKeepsEverything: what the index has of a file is reported as if the
-// file had been read again, or not at all.
+// TestOutcomeKeepsEverything: an outcome from the index reports the same as the file, or is damaged.
 func TestOutcomeKeepsEverything(t *testing.T) {
 	text, der := testCertificate(t)
 	broken := bytes.Replace(text, []byte("MII"), []byte("M=I"), 1)
@@ -81,7 +80,7 @@ func TestEmbeddedBlocks(t *testing.T) {
 	}
 }
 
-// TestWrappedFromTheBeginning: nothing stands before a secret in a file of its own.
+// TestWrappedFromTheBeginning: the value may be the whole file.
 func TestWrappedFromTheBeginning(t *testing.T) {
 	text, _ := testCertificate(t)
 	found := 0

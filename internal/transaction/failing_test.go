@@ -16,10 +16,9 @@ import (
 	"certctl-agent/internal/testing/needs"
 )
 
-// TestFailingStepIsSaid: no step that fails is passed over in silence, be it one
-// that a deployment could do without.
-func TestFailingStepIsSaid(t *testing.T) {
-	for _, inPlace := range []bool{false, true} { // where a file is mounted alone, it is overwritten
+// TestFailingStepIsReported: if any step fails, the deployment fails or has a warning.
+func TestFailingStepIsReported(t *testing.T) {
+	for _, inPlace := range []bool{false, true} { // a mounted file cannot be renamed over: it is overwritten in place
 		for at := 1; ; at++ {
 			w := newWorld(t, needs.MemoryDir(t))
 			w.old(t)
@@ -47,14 +46,13 @@ func TestFailingStepIsSaid(t *testing.T) {
 				break
 			}
 			if err == nil && len(result.Warnings) == 0 {
-				t.Errorf("in place %t, step %d, %s of %s: it failed, and nobody was told", inPlace, at, failed.Op, failed.Path)
+				t.Errorf("in place %t, step %d, %s of %s: it failed, and there is neither an error nor a warning", inPlace, at, failed.Op, failed.Path)
 			}
 		}
 	}
 }
 
-// TestDescriptors: the garbage collector would close what is forgotten, and an
-// agent that does little collects little.
+// TestDescriptors: an idle agent must not depend on the garbage collector to close files.
 func TestDescriptors(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("counts descriptors in /proc")
@@ -91,8 +89,8 @@ func TestDescriptors(t *testing.T) {
 	}
 }
 
-// TestSetThatStays: an old backup set that cannot be removed is named, and tried
-// again.
+// TestSetThatStays: if an old backup set cannot be removed, a warning names it, and the next start
+// tries again.
 func TestSetThatStays(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
@@ -104,7 +102,7 @@ func TestSetThatStays(t *testing.T) {
 		t.Errorf("got %v, %q, want a warning about %s", err, result.Warnings, busy)
 	}
 	if len(w.journal(t)) == 0 {
-		t.Error("the journal says that all is done")
+		t.Error("the journal has no record of the cleanup that is left")
 	}
 	check(t, os.RemoveAll(w.path(busy)))
 	if _, err := e.Recover(t.Context()); err != nil {
@@ -118,8 +116,8 @@ func TestSetThatStays(t *testing.T) {
 	}
 }
 
-// TestFailingStepOfRecovery: a step that fails while an interrupted deployment is
-// undone, or set aside, keeps it from being called settled.
+// TestFailingStepOfRecovery: a recovery of which a step fails is reported as failed, and succeeds
+// when it is tried again.
 func TestFailingStepOfRecovery(t *testing.T) {
 	for _, damaged := range []bool{false, true} {
 		for at := 1; ; at++ {
@@ -151,7 +149,7 @@ func TestFailingStepOfRecovery(t *testing.T) {
 				break
 			}
 			if err == nil && len(found.Failed) == 0 {
-				t.Errorf("damaged %t, step %d, %s of %s: it failed, and the target counts as settled", damaged, at, failed.Op, failed.Path)
+				t.Errorf("damaged %t, step %d, %s of %s: it failed, and the recovery did not", damaged, at, failed.Op, failed.Path)
 			}
 			e.disk.before = nil
 			if err := e.Repair(t.Context(), t.Context()); err != nil {
@@ -161,8 +159,7 @@ func TestFailingStepOfRecovery(t *testing.T) {
 	}
 }
 
-// TestRepairDuringRecovery: a recovery that is under way without the reload is
-// waited for, and the reload follows.
+// TestRepairDuringRecovery: Repair waits for a recovery that does not reload, and reloads then.
 func TestRepairDuringRecovery(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
@@ -191,7 +188,7 @@ func TestRepairDuringRecovery(t *testing.T) {
 	})
 }
 
-// TestConcernsNothing: a record that another deployment has settled meanwhile.
+// TestConcernsNothing: another deployment has settled the record in the meantime.
 func TestConcernsNothing(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	e := w.mustEngine(t, nil)
@@ -204,15 +201,15 @@ func TestConcernsNothing(t *testing.T) {
 
 func TestPatience(t *testing.T) {
 	if got := maxHeld(nil); got != lockWait {
-		t.Errorf("without a place to give away it waits %v, want %v", got, lockWait)
+		t.Errorf("without yield it waits %v, want %v", got, lockWait)
 	}
 	if got := maxHeld(func(func(context.Context) error) error { return nil }); got != stuckAfter {
-		t.Errorf("with one it waits %v, want %v", got, stuckAfter)
+		t.Errorf("with yield it waits %v, want %v", got, stuckAfter)
 	}
 }
 
-// TestReloadOnceWhileChangesWait: what an interrupted deployment changed elsewhere
-// waits for the next one, and the reload that its files needed is done once.
+// TestReloadOnceWhileChangesWait: the record of a change elsewhere stays until the next deployment,
+// but the reload after the rollback of the files runs only once.
 func TestReloadOnceWhileChangesWait(t *testing.T) {
 	w, _ := interrupted(t, "run")
 	reloads := 0
@@ -229,7 +226,7 @@ func TestReloadOnceWhileChangesWait(t *testing.T) {
 		}
 		check(t, e.Repair(t.Context(), t.Context()))
 		if len(w.journal(t)) == 0 {
-			t.Error("nothing knows any more of what was changed elsewhere")
+			t.Error("the record of the change elsewhere is gone")
 		}
 	}
 	if reloads != 1 {
@@ -237,7 +234,7 @@ func TestReloadOnceWhileChangesWait(t *testing.T) {
 	}
 }
 
-// TestCancelledReloadIsOwed: a reload that the end of the agent prevents is not done.
+// TestCancelledReloadIsOwed: if the agent stops before the reload, a later Repair reloads.
 func TestCancelledReloadIsOwed(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
