@@ -48,7 +48,8 @@ func Find(types []Type, name string) (Type, error) {
 	return Type{}, fmt.Errorf("target type %.100q is unknown (case matters); this agent version supports %s", name, strings.Join(supported, ", "))
 }
 
-// Host gives a connector access to this machine.
+// Host gives a connector access to this machine. Methods check what the configuration asks for with
+// the policy: Command a command line, Peer and Route a host that gets a private key.
 type Host struct {
 	Policy *policy.Policy // what may be written, run and reached
 	Log    *slog.Logger
@@ -117,7 +118,7 @@ func Close(c Connector, log *slog.Logger) {
 // key, makes the changes in this order, and undoes them in reverse order after a failure, a
 // cancellation or a crash.
 type Plan struct {
-	Files    []File          // on this host, swapped together
+	Files    []File          // on this host, swapped in this order: one that a server watches comes last
 	Changes  []Change        // elsewhere, after the files; irrevocable ones last
 	Validate *policy.Command // nil: none
 	Reload   Reload
@@ -152,11 +153,14 @@ type Reload struct {
 type Change interface {
 	// ID names the thing and its location ("client-ssl /Common/www of bigip.example.org") in at
 	// most 512 printable bytes. It is unique in the plan and stable: the journal finds the Change
-	// by it, and never passes saved state to a Change with another ID.
+	// by it, and never passes saved state to a Change with another ID. It depends only on the
+	// configuration, not on the certificate. Changes with the same ID take turns, whatever their
+	// targets.
 	ID() string
 
 	// Read returns the state that Restore needs, nil if the thing does not exist, and whether it
-	// is already as Write would make it.
+	// is already as Write would make it. The state goes to disk, so an empty one that exists is
+	// not nil, and 4 MiB are the limit.
 	Read(ctx context.Context) (was []byte, same bool, err error)
 
 	// Write makes the change. The engine has saved the state that Read returned. If an interrupted
@@ -249,7 +253,8 @@ type File struct {
 	HadKey []byte
 }
 
-// NewFile returns the destination at path with its configured mode and owner.
+// NewFile returns the destination at path with its configured mode and owner. DefaultMode is 0600
+// for a key and 0644 otherwise.
 func NewFile(path targetconf.Path, kind Kind, data []byte, o targetconf.FileOptions) File {
 	f := File{Path: string(path), Kind: kind, Data: data, DefaultMode: 0o644, Owner: string(o.Owner), Group: string(o.Group)}
 	if kind.Secret() {

@@ -144,7 +144,7 @@ func TestPagesHaveSettings(t *testing.T) {
 			want[key] = setting{}
 		}
 		if len(want) == 0 {
-			t.Errorf("%s: no settings found", typ.Name)
+			t.Errorf("%s: no settings found: add the struct of its configuration to configs, under %q", typ.Name, name)
 		}
 		cells := make(map[string]string) // the default of each key in the table
 		_, table, _ := strings.Cut(string(page), "| key | meaning | default |\n")
