@@ -31,16 +31,18 @@ import (
 type Harness struct {
 	Type connector.Type
 
-	// Config returns a complete configuration with all destinations below dir. Each target has its
-	// own dir. The suite fakes the commands.
+	// Config returns a new, complete configuration with all destinations below dir. Each target
+	// has its own dir, from which Config derives what is not a file, such as the path of an object
+	// in an API. Targets are deployed to in parallel. The suite fakes the commands.
 	Config func(dir string) map[string]any
 
-	// State returns everything of the target that a deployment may change, by name, wherever it
-	// is. An entry with the suffix Written changes with each write, even if the content does not.
-	// If State is nil, it is the files below dir.
+	// State returns a new map of everything of the target that a deployment may change, by name,
+	// wherever it is. An entry with the suffix Written changes with each write, even if the
+	// content does not. If State is nil, it is the Files below dir; a target that has both adds to
+	// those.
 	State func(dir string) map[string]string
 
-	// Want returns the State, without attributes, after m is installed.
+	// Want returns the content in State, without entries that have a suffix, after m is installed.
 	Want func(m *connector.Material) map[string][]byte
 
 	// UndoOnly reports whether an entry of State is only there to undo a change, until Finish
@@ -59,7 +61,7 @@ type Harness struct {
 
 // Suffixes of the entries of State that are not content.
 const (
-	Written    = " (written)"    // time of the last write
+	Written    = " (written)"    // time of the last write, or number of writes
 	attributes = " (attributes)" // mode and owner
 )
 
@@ -190,8 +192,10 @@ func (r *rig) check(m *connector.Material, got map[string]string) {
 	r.t.Helper()
 	want := r.Want(m)
 	for name, data := range want {
-		if got[name] != string(data) {
-			r.t.Errorf("%s: got %d bytes, want %d", name, len(got[name]), len(data))
+		if has, ok := got[name]; !ok {
+			r.t.Errorf("%s is missing", name)
+		} else if has != string(data) {
+			r.t.Errorf("%s is not that of the new certificate: got %d bytes, want %d, the first difference at byte %d", name, len(has), len(data), difference(has, string(data)))
 		}
 	}
 	for name := range got {
@@ -199,6 +203,34 @@ func (r *rig) check(m *connector.Material, got map[string]string) {
 			r.t.Errorf("%s should not be there", name)
 		}
 	}
+}
+
+// difference returns the index of the first byte that differs.
+func difference(a, b string) int {
+	i := 0
+	for i < min(len(a), len(b)) && a[i] == b[i] {
+		i++
+	}
+	return i
+}
+
+// changed returns the names of the entries that differ between two States, with what happened.
+func changed(before, after map[string]string) []string {
+	var names []string
+	for name, was := range before {
+		if is, ok := after[name]; !ok {
+			names = append(names, name+" is gone")
+		} else if is != was {
+			names = append(names, name+" differs")
+		}
+	}
+	for name := range after {
+		if _, ok := before[name]; !ok {
+			names = append(names, name+" is new")
+		}
+	}
+	slices.Sort(names)
+	return names
 }
 
 // Files returns the State of a target that consists of the files below dir.
@@ -271,7 +303,7 @@ func (s *suite) unchanged(t *testing.T) {
 		t.Errorf("it ran %d commands, want none", got-ran)
 	}
 	if after := r.State(r.Dir); !maps.Equal(before, after) {
-		t.Errorf("the target was written: from %v to %v", before, after)
+		t.Errorf("the target was written: %q", changed(before, after))
 	}
 }
 
@@ -310,7 +342,7 @@ func (s *suite) renews(t *testing.T) {
 		case "change":
 			r.checkSaved(step.Path)
 			if !slices.Contains(ids, step.Path) {
-				r.t.Errorf("another connector with the same configuration calls the change %q %q", step.Path, ids)
+				r.t.Errorf("the change %q has another ID in a new connector with the same configuration, which plans %q", step.Path, ids)
 			}
 		case "finish":
 			if open := r.glob("journal", "*"); len(open) > 0 {
@@ -447,7 +479,7 @@ func (s *suite) fails(t *testing.T, renewal bool) {
 func (r *rig) checkAsBefore(before map[string]string, m *connector.Material, err error) {
 	r.t.Helper()
 	if after := r.state(); !maps.Equal(before, after) {
-		r.t.Errorf("%v\nthe target changed: from %v to %v", err, slices.Sorted(maps.Keys(before)), slices.Sorted(maps.Keys(after)))
+		r.t.Errorf("%v\nthe target changed: %q", err, changed(before, after))
 	}
 	if r.isCurrent(m) {
 		r.t.Errorf("%v\nthe pending key was promoted", err)
@@ -615,7 +647,7 @@ func (s *suite) configErrors(t *testing.T) {
 	try("post_deploy_verify", "no object", func(config map[string]any) { config["post_deploy_verify"] = "on" })
 	try("command_timeout", "next to nothing", func(config map[string]any) { config["command_timeout"] = 60 })
 	if after := r.state(); !maps.Equal(before, after) {
-		t.Errorf("the target changed: from %v to %v", before, after)
+		t.Errorf("the target changed: %q", changed(before, after))
 	}
 	if len(r.commands.ran) > 0 {
 		t.Errorf("commands were run: %v", r.commands.ran)
@@ -647,7 +679,7 @@ func (s *suite) policy(t *testing.T) {
 		t.Errorf("a command that is not allowed: got %v", err)
 	}
 	if after := r.state(); !maps.Equal(before, after) || len(r.commands.ran) > 0 {
-		t.Errorf("the target changed to %v, or commands were run (%d)", after, len(r.commands.ran))
+		t.Errorf("the target changed (%q), or commands were run (%d)", changed(before, after), len(r.commands.ran))
 	}
 }
 
