@@ -135,7 +135,7 @@ func (a *attempt) inspectChanges(ctx context.Context) error {
 }
 
 // writeChanges makes the changes. The old values are in the backup set already. An interrupted
-// Change is written again even if Read says same: its Write may have been killed half-way, and Read
+// Change is written again even if Read says same: its Write may have been killed halfway, and Read
 // may not see the missing half.
 func (a *attempt) writeChanges(ctx context.Context) error {
 	for _, c := range a.changes {

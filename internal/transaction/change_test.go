@@ -312,7 +312,7 @@ func (c *inPart) Write(context.Context) error {
 	return nil
 }
 
-// TestChangeInPart checks that a Change that was killed half-way is made again, although Read finds
+// TestChangeInPart checks that a Change that was killed halfway is made again, although Read finds
 // nothing to do.
 func TestChangeInPart(t *testing.T) {
 	for _, was := range []map[string]string{{"one": "old"}, {}} {
@@ -349,6 +349,7 @@ func TestChangeInPart(t *testing.T) {
 // TestStale checks that a plan is made again if the file that it was made from has changed, but not
 // forever.
 func TestStale(t *testing.T) {
+	const maxPlans = 3 // of one deployment
 	for _, times := range []int{1, maxPlans} {
 		w := newWorld(t, t.TempDir())
 		w.write(t, "site/store", []byte("0"), 0o644)

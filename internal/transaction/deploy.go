@@ -14,22 +14,16 @@ import (
 	"certctl-agent/internal/policy"
 )
 
-const (
-	// lateWait bounds each step of a rollback, and each step after the commit, because cancelling
-	// the deployment does not stop them: Restore, Finish, and the reload on top of the timeout of
-	// its command.
-	lateWait = time.Minute
+// lateWait bounds each step of a rollback, and each step after the commit, because cancelling the
+// deployment does not stop them: Restore, Finish, and the reload on top of the timeout of its
+// command.
+const lateWait = time.Minute
 
-	// maxPlans bounds how many plans one deployment makes, when others keep changing the files
-	// that they are made from.
-	maxPlans = 3
-)
-
-// attempt is one try to carry out a deployment.
+// attempt is one try to carry out a deployment. Its method deploy has the steps in their order.
 type attempt struct {
 	*Engine
 	Deployment
-	last   bool // a stale plan is final: no further attempt follows
+	last   bool // a stale plan is final: it is not made again, and no further attempt follows
 	alone  bool // does not share a reload
 	log    *slog.Logger
 	plan   *connector.Plan
@@ -52,18 +46,21 @@ func (e *Engine) Deploy(ctx context.Context, d Deployment) (Result, error) {
 		return Result{}, &BusyError{Place: "target " + string(d.Target), Err: fmt.Errorf("wait for another deployment of target %s: %w", d.Target, err)}
 	}
 	defer release()
-	for try, alone := 1, false; ; {
-		a := &attempt{Engine: e, Deployment: d, last: try == maxPlans-1, alone: alone, log: e.opts.Log.With("target", d.Target)}
+	for last, alone := false, false; ; {
+		a := &attempt{Engine: e, Deployment: d, last: last, alone: alone, log: e.opts.Log.With("target", d.Target)}
 		err := a.deploy(ctx)
 		together, failedTogether := errors.AsType[*sharedReloadError](err)
 		_, broken := errors.AsType[*BrokenError](err)
 		switch {
 		case errors.Is(err, errConflictOver):
+			// The other deployment may have changed the files, so the plan is made again.
 		case failedTogether && !broken && a.waitForAll(ctx, together) == nil:
 			a.log.Info("a reload shared by several deployments failed: trying each one alone", "error", err)
 			alone = true
 		case errors.Is(err, errStale) && !a.last:
-			try++
+			// This attempt has made the plan twice (see replan). One more bounds the work if others
+			// keep changing the files that it is made from.
+			last = true
 		default:
 			return a.result, err
 		}
@@ -74,16 +71,12 @@ func (a *attempt) deploy(ctx context.Context) error {
 	if err := a.settle(ctx); err != nil {
 		return err
 	}
-	var err error
-	if a.plan, err = a.Connector.Plan(ctx, a.Material); err != nil {
-		a.plan = new(connector.Plan)
-	}
-	a.result = Result{Warnings: slices.Clone(a.plan.Warnings), Serves: a.plan.Serves}
-	if err := cmp.Or(a.collectChanges(), err); err != nil {
+	if err := a.makePlan(ctx); err != nil {
 		return a.abandon(ctx, err)
 	}
 	defer func() { closeAll(a.files) }()
-	if err := a.resolve(); err != nil {
+	err := a.resolve()
+	if err != nil {
 		return a.abandon(ctx, err)
 	}
 	if a.locked, err = a.lock(ctx, directories(a.files), a.Yield); err != nil {
@@ -123,6 +116,23 @@ func (a *attempt) deploy(ctx context.Context) error {
 	return a.run(ctx)
 }
 
+// makePlan asks the connector for the plan. If the connector refuses, the plan is empty, but it
+// still has the changes that an interrupted deployment owes: abandon may have to undo them.
+func (a *attempt) makePlan(ctx context.Context) error {
+	plan, refused := a.Connector.Plan(ctx, a.Material)
+	if refused != nil {
+		plan = new(connector.Plan)
+	}
+	a.setPlan(plan)
+	// The first error decides: with a BusyError the job is retried, and the changes stay owed.
+	return cmp.Or(a.collectChanges(), refused)
+}
+
+func (a *attempt) setPlan(plan *connector.Plan) {
+	a.plan = plan
+	a.result = Result{Warnings: slices.Clone(plan.Warnings), Serves: plan.Serves}
+}
+
 // replan makes the plan again while the directories are locked, so that no other deployment can
 // change the files that it depends on: several targets may share a key store. If the new plan has
 // other files or any changes, it returns stale, and the next attempt starts from the beginning.
@@ -139,8 +149,7 @@ func (a *attempt) replan(ctx context.Context, stale error) error {
 	for i, file := range plan.Files {
 		files[i].file, files[i].data, files[i].New = file, file.Data, digestOf(file.Data)
 	}
-	a.plan = plan
-	a.result = Result{Warnings: slices.Clone(plan.Warnings), Serves: plan.Serves}
+	a.setPlan(plan)
 	return a.inspect(ctx)
 }
 
@@ -274,8 +283,8 @@ func (a *attempt) run(ctx context.Context) error {
 	return nil
 }
 
-// commit makes the new files final. If it fails, it makes sure that the journal does not say so:
-// a rollback follows.
+// commit makes the new files final. If it fails, a rollback follows, so it makes sure that the
+// journal does not say "committed".
 func (a *attempt) commit(context.Context) error {
 	err := a.setPhase(committed)
 	if unsure, ok := errors.AsType[*unsyncedError](err); ok {

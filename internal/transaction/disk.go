@@ -111,7 +111,7 @@ func (d disk) fill(f *os.File, path string, data []byte, a attributes) (fs.FileI
 }
 
 // overwrite replaces the bytes of an existing file, which must still be the one that info
-// describes. A crash half-way leaves a torn file.
+// describes. A crash halfway leaves a torn file.
 func (d disk) overwrite(at *dir, name string, info fs.FileInfo, data []byte, a attributes) error {
 	path := at.join(name)
 	f, err := openSame(at, name, info, os.O_WRONLY)

@@ -132,8 +132,11 @@ func (a *attempt) holdsAgentKey(data []byte) bool {
 		return true
 	}
 	m := a.Material
-	if m == nil || own(m.KeyPEM) {
-		return m != nil
+	if m == nil {
+		return false
+	}
+	if own(m.KeyPEM) {
+		return true
 	}
 	if m.KeyPath == "" {
 		return false

@@ -62,30 +62,30 @@ func NewPreview(ctx context.Context, d Deployment, plan *connector.Plan, rules *
 	}
 	for _, c := range a.changes {
 		err := c.inspect(ctx)
-		look := ChangePreview{Name: c.Name, Changes: !c.same}
+		shown := ChangePreview{Name: c.Name, Changes: !c.same}
 		if err != nil {
-			look.Problem = err.Error()
-			p.Problems = append(p.Problems, "look at "+c.Name+": "+look.Problem)
+			shown.Problem = err.Error()
+			p.Problems = append(p.Problems, "look at "+c.Name+": "+shown.Problem)
 		}
-		p.Changes = append(p.Changes, look)
+		p.Changes = append(p.Changes, shown)
 	}
 	return p
 }
 
 // file previews one file.
 func (p *Preview) file(a *attempt, file connector.File, i int, rules *policy.Look) FilePreview {
-	look := FilePreview{Path: file.Path, Size: len(file.Data), Secret: file.Kind.Secret(), Changes: true}
+	shown := FilePreview{Path: file.Path, Size: len(file.Data), Secret: file.Kind.Secret(), Changes: true}
 	refuse := func(err error) FilePreview {
-		look.Problem = err.Error()
-		p.Problems = append(p.Problems, look.Problem)
-		return look
+		shown.Problem = err.Error()
+		p.Problems = append(p.Problems, shown.Problem)
+		return shown
 	}
 	f, err := openFile(file, rules)
 	if err != nil {
 		return refuse(err)
 	}
 	a.files = append(a.files, f)
-	look.Real = f.at.join(f.Name)
+	shown.Real = f.at.join(f.Name)
 	warning, err := f.inspect(i)
 	if err == nil {
 		err = a.guard(f)
@@ -96,15 +96,15 @@ func (p *Preview) file(a *attempt, file connector.File, i int, rules *policy.Loo
 	if warning != "" {
 		p.Warnings = append(p.Warnings, warning)
 	}
-	look.Size, look.NewMode, look.NewOwner = len(f.data), octal(f.want.Mode), ownerOf(f.want.UID, f.want.GID)
+	shown.Size, shown.NewMode, shown.NewOwner = len(f.data), octal(f.want.Mode), ownerOf(f.want.UID, f.want.GID)
 	if f.Old != nil {
-		look.OldMode, look.OldOwner = octal(f.Old.Mode), ownerOf(f.Old.UID, f.Old.GID)
-		look.Changes = f.Old.Digest != digestOf(f.data)
+		shown.OldMode, shown.OldOwner = octal(f.Old.Mode), ownerOf(f.Old.UID, f.Old.GID)
+		shown.Changes = f.Old.Digest != digestOf(f.data)
 	}
 	if err != nil {
 		return refuse(err)
 	}
-	return look
+	return shown
 }
 
 // mayPlace returns an error if this process may not create the new file in its directory or change

@@ -109,8 +109,8 @@ func (e *Engine) Settle(ctx context.Context, target api.ID, keyPath string) erro
 	if err != nil {
 		return &BusyError{Err: err}
 	}
-	until, enough := deadline(ctx, settleWait+closeWait)
-	defer enough()
+	until, cancelDeadline := deadline(ctx, settleWait+closeWait)
+	defer cancelDeadline()
 	ctx, cancel := context.WithTimeoutCause(ctx, settleWait, fmt.Errorf("gave up after %s", settleWait))
 	defer cancel()
 	for _, other := range ids {
@@ -405,7 +405,7 @@ func (e *Engine) reloadOwed(ctx, work context.Context, r *record, run *recoveryR
 	if err != nil {
 		return err
 	}
-	// Another agent may be half-way through a swap in the same directories.
+	// Another agent may be halfway through a swap in the same directories.
 	locked, err := e.lock(ctx, directories(files), nil)
 	if err != nil {
 		return err
