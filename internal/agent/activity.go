@@ -154,9 +154,6 @@ func (a *Agent) heartbeat() (done func(), err error) {
 	}, err
 }
 
-// maxFruitless keeps the delay of followUp within the range of a time.Duration.
-const maxFruitless = 20
-
 // claim polls once. It records the jobs on disk before it passes them to the loop, since the
 // control plane hands out a deployment only once.
 func (a *Agent) claim() (done func(), err error) {
@@ -183,6 +180,9 @@ func (a *Agent) pollSoon() {
 		a.poll.after(wait)
 	}
 }
+
+// maxFruitless keeps the delay of followUp within the range of a time.Duration.
+const maxFruitless = 20
 
 // followUp returns the delay of a poll that follows work: about a second, which a control plane
 // needs to create deployments. It doubles after each poll that returned none, or that asked for
@@ -225,20 +225,4 @@ func (a *Agent) repairLater() {
 // repairOnce retries unfinished recoveries and rollbacks.
 func (a *Agent) repairOnce() (done func(), err error) {
 	return nil, a.opts.Repair(a.calls, a.work)
-}
-
-// resume resumes the unfinished jobs and reports of an earlier run of the agent. The first poll
-// triggers it.
-func (a *Agent) resume() {
-	if a.resumed {
-		return
-	}
-	a.resumed = true
-	for _, job := range a.jobs.unfinished {
-		a.log.Info("unfinished job resumed", "job", job.ID, "certificate", job.CertificateID, "target", job.TargetID)
-		a.jobs.add(job, true)
-	}
-	a.jobs.unfinished = nil
-	a.startJobs()
-	a.deliver()
 }

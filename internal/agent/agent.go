@@ -37,11 +37,11 @@ type Plane interface {
 	ReportVerification(ctx context.Context, job api.ID, v api.Verification) error
 }
 
-// Enroller makes a key for one job and gets its CSR accepted. Calls ends when the agent stops, work
-// with the shutdown grace. An enroll.RefusedError is final; after any other error the job can be
-// retried.
+// Enroller makes a key for one job and gets its CSR accepted. Calls ends when the agent stops,
+// claims with the shutdown grace or when the agent is retired. An enroll.RefusedError is final;
+// after any other error the job can be retried.
 type Enroller interface {
-	Enroll(calls, work context.Context, job api.Job) error
+	Enroll(calls, claims context.Context, job api.Job) error
 }
 
 // Deployer carries out one Deployment job. Calls ends when the agent stops, work with the shutdown
@@ -97,9 +97,9 @@ type Options struct {
 	// Describe returns the next heartbeat. It may use the network.
 	Describe func(ctx context.Context) api.Heartbeat
 
-	// Repair undoes or finishes interrupted transactions and reloads their servers. The loop calls
-	// it at the start and after a failed deployment, until it succeeds. Calls ends when the agent
-	// stops and bounds waiting; work ends with the shutdown grace. May be nil.
+	// Repair rolls back or finishes interrupted deployments and reloads their servers. The loop
+	// calls it at the start and after a failed deployment, until it succeeds. Calls ends when the
+	// agent stops and bounds waiting; work ends with the shutdown grace. May be nil.
 	Repair func(calls, work context.Context) error
 
 	HeartbeatInterval time.Duration // 60 s by default

@@ -103,9 +103,12 @@ func (t *jobTable) end(w *waitingJob, err error) {
 type claimed struct {
 	csrs        []api.Job
 	deployments []api.Job
-	refused     []api.ID        // jobs that now have a report
-	more        bool            // the control plane had more jobs than MaxJobs
-	again       map[api.ID]bool // deployments that still have reports of an earlier claim
+	refused     []api.ID // jobs that now have a report
+	more        bool     // the control plane had more jobs than MaxJobs
+
+	// again has the deployments that still had reports of an earlier claim. The new claim replaces
+	// them, but a status that was sent without an answer may still arrive.
+	again map[api.ID]bool
 }
 
 // maxYielding bounds the total size of deployments that gave up their slot to wait for a directory,
@@ -167,6 +170,22 @@ func (a *Agent) refuse(job api.ID, reason string) {
 	if err := a.opts.Ledger.Report(job, api.JobStatus{Status: api.StatusFailed, Error: reason}); err != nil {
 		a.log.Error("the refusal of a job could not be recorded and may not reach the control plane", "job", job, "error", err)
 	}
+}
+
+// resume resumes the unfinished jobs and reports of an earlier run of the agent. The first poll
+// triggers it.
+func (a *Agent) resume() {
+	if a.resumed {
+		return
+	}
+	a.resumed = true
+	for _, job := range a.jobs.unfinished {
+		a.log.Info("unfinished job resumed", "job", job.ID, "certificate", job.CertificateID, "target", job.TargetID)
+		a.jobs.add(job, true) // the ledger does not record whether Running was answered
+	}
+	a.jobs.unfinished = nil
+	a.startJobs()
+	a.deliver()
 }
 
 // take starts the jobs of a poll that started at the given time.
