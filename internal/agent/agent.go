@@ -47,7 +47,7 @@ type Enroller interface {
 // Deployer carries out one Deployment job. Calls ends when the agent stops, work with the shutdown
 // grace. An error is temporary: nothing has changed, and the job is retried.
 type Deployer interface {
-	Deploy(calls, work context.Context, job api.Job, turn deploy.Turn) (deploy.Outcome, error)
+	Deploy(calls, work context.Context, job api.Job, holds deploy.Holds) (deploy.Outcome, error)
 }
 
 // Scanner scans the disks once and reports the certificates that it found.

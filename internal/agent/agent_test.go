@@ -51,7 +51,7 @@ type world struct {
 	work      func(ctx context.Context, n int) (api.Work, error)
 	enroll    func(ctx context.Context, job api.Job) error
 	deploy    func(calls, work context.Context, job api.Job) (deploy.Outcome, error)
-	turn      func(ctx context.Context, job api.Job, turn deploy.Turn) (deploy.Outcome, error) // instead of deploy
+	holding   func(ctx context.Context, job api.Job, holds deploy.Holds) (deploy.Outcome, error) // instead of deploy
 	report    func(job string, s api.JobStatus) error
 	verify    func(job string, v api.Verification) error
 	scan      func(ctx context.Context) (discovery.Stats, error)
@@ -260,12 +260,12 @@ func (e enroller) Enroll(_, ctx context.Context, job api.Job) error {
 
 type deployer struct{ w *world }
 
-func (d deployer) Deploy(calls, work context.Context, job api.Job, turn deploy.Turn) (deploy.Outcome, error) {
+func (d deployer) Deploy(calls, work context.Context, job api.Job, holds deploy.Holds) (deploy.Outcome, error) {
 	d.w.note(time.Now(), "deploy", string(job.ID))
-	if d.w.turn != nil {
-		return d.w.turn(work, job, turn)
+	if d.w.holding != nil {
+		return d.w.holding(work, job, holds)
 	}
-	turn.Share()
+	holds.ReleaseCertificate()
 	if d.w.deploy == nil {
 		return deploy.Outcome{Status: api.StatusCompleted}, nil
 	}

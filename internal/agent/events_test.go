@@ -96,9 +96,9 @@ type second struct{}
 
 func (second) Enroll(_, ctx context.Context, job api.Job) error { return sleep(ctx, time.Second) }
 
-func (second) Deploy(_, ctx context.Context, job api.Job, turn deploy.Turn) (deploy.Outcome, error) {
+func (second) Deploy(_, ctx context.Context, job api.Job, holds deploy.Holds) (deploy.Outcome, error) {
 	err := sleep(ctx, time.Second/2)
-	turn.Share()
+	holds.ReleaseCertificate()
 	_ = sleep(ctx, time.Second/2)
 	return deploy.Outcome{Status: api.StatusCompleted}, err
 }

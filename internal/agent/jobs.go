@@ -31,7 +31,8 @@ type jobTable struct {
 }
 
 // waitingJob is a deployment that has not started: there is no slot, its target or certificate is
-// busy, or its last try could not start.
+// busy, or its last try could not start. While a try runs, its goroutine may read it, and the loop
+// does not change it.
 type waitingJob struct {
 	timed
 	job   api.Job
@@ -73,7 +74,7 @@ func (w *waitingJob) needs() []need {
 	return all
 }
 
-// certificate is held by one job until that job shares it.
+// certificate is held by one job until that job releases it.
 func (w *waitingJob) certificate() need { return need{"certificate", string(w.job.CertificateID)} }
 
 // enter makes a job ready, or lets it wait behind the jobs that hold what it needs.
@@ -249,86 +250,86 @@ func (a *Agent) startJobs() {
 	}
 }
 
-// turn is the slot and the certificate of a running job. The job's goroutine owns it, and after its
+// held is the slot and the certificate of a running job. The job's goroutine owns it, and after its
 // end the loop.
-type turn struct {
+type held struct {
 	*Agent
-	w      *waitingJob
-	slot   bool // held
-	shared bool
+	w           *waitingJob
+	slot        bool // false: given up
+	certificate bool // false: released
 }
 
-// share lets other jobs of the certificate start.
-func (t *turn) share() {
-	if t.shared {
+// releaseCertificate lets other jobs of the certificate start.
+func (h *held) releaseCertificate() {
+	if !h.certificate {
 		return
 	}
-	t.shared = true
-	t.events <- func() {
-		t.jobs.release(t.w, t.w.certificate())
-		t.startJobs()
+	h.certificate = false
+	h.events <- func() {
+		h.jobs.release(h.w, h.w.certificate())
+		h.startJobs()
 	}
 }
 
 // yield gives up the slot while the job waits for another one. It gets a slot back before jobs that
 // have not started.
-func (t *turn) yield(size int, wait func(context.Context) error) error {
-	t.releaseSlot()
-	t.events <- func() { t.addYielding(size) }
-	defer func() { t.events <- func() { t.addYielding(-size) } }()
-	if err := wait(t.calls); err != nil {
+func (h *held) yield(size int, wait func(context.Context) error) error {
+	h.releaseSlot()
+	h.events <- func() { h.addYielding(size) }
+	defer func() { h.events <- func() { h.addYielding(-size) } }()
+	if err := wait(h.calls); err != nil {
 		return err
 	}
 	select {
-	case t.jobs.slots <- struct{}{}:
-		t.slot = true
+	case h.jobs.slots <- struct{}{}:
+		h.slot = true
 		return nil
-	case <-t.calls.Done():
-		return context.Cause(t.calls)
+	case <-h.calls.Done():
+		return context.Cause(h.calls)
 	}
 }
 
-func (t *turn) addYielding(size int) {
-	t.jobs.yielding += size
-	t.startJobs()
+func (h *held) addYielding(size int) {
+	h.jobs.yielding += size
+	h.startJobs()
 }
 
-func (t *turn) releaseSlot() {
-	if t.slot {
-		t.slot = false
-		<-t.jobs.slots
+func (h *held) releaseSlot() {
+	if h.slot {
+		h.slot = false
+		<-h.jobs.slots
 	}
 }
 
 // startDeployment starts a job that has a slot and everything it needs.
 func (a *Agent) startDeployment(w *waitingJob) {
-	t := &turn{Agent: a, w: w, slot: true}
+	h := &held{Agent: a, w: w, slot: true, certificate: true}
 	a.spawn(func() func() {
-		outcome, err := a.deploy(t, w.since, w.runningUnanswered, &w.patience)
-		return func() { a.deployed(w, t, outcome, err) }
+		outcome, err := a.deploy(h)
+		return func() { a.deployed(h, outcome, err) }
 	}, func(err error) {
-		a.deployed(w, t, deploy.Outcome{Status: api.StatusFailed, Error: err.Error()}, nil)
+		a.deployed(h, deploy.Outcome{Status: api.StatusFailed, Error: err.Error()}, nil)
 	})
 }
 
 // deploy carries out one deployment and makes its outcome durable.
-func (a *Agent) deploy(t *turn, since time.Time, runningUnanswered bool, patience *pace.Patience) (deploy.Outcome, error) {
-	job := t.w.job
+func (a *Agent) deploy(h *held) (deploy.Outcome, error) {
+	job := h.w.job
 	if err := a.opts.Ledger.Start(job.ID); err != nil {
 		a.log.Warn("the ledger could not record that a job has started", "job", job.ID, "error", err)
 	}
 	var outcome deploy.Outcome
 	var err error
 	panicked := a.contain(func() {
-		outcome, err = a.opts.Deployer.Deploy(a.calls, a.work, job, deploy.Turn{Share: t.share, Yield: t.yield})
+		outcome, err = a.opts.Deployer.Deploy(a.calls, a.work, job, deploy.Holds{ReleaseCertificate: h.releaseCertificate, Yield: h.yield})
 	})
 	if panicked != nil {
 		outcome, err = deploy.Outcome{Status: api.StatusFailed, Error: panicked.Error(), Broken: true}, nil
 	}
-	if err != nil && context.Cause(a.calls) == nil && time.Since(since) > reportTTL {
+	if err != nil && context.Cause(a.calls) == nil && time.Since(h.w.since) > reportTTL {
 		outcome.Status, outcome.Error, err = api.StatusFailed, "gave up after a week: "+err.Error(), nil
 	}
-	if a.exhausted(patience, err) {
+	if a.exhausted(&h.w.patience, err) {
 		outcome.Status, outcome.Error, err = api.StatusFailed, "gave up after several tries: "+err.Error(), nil
 	}
 	if err != nil {
@@ -339,7 +340,7 @@ func (a *Agent) deploy(t *turn, since time.Time, runningUnanswered bool, patienc
 		// resumes it.
 		return outcome, errStopping
 	}
-	if err := a.opts.Ledger.Finish(job.ID, reports(outcome, runningUnanswered)); err != nil {
+	if err := a.opts.Ledger.Finish(job.ID, reports(outcome, h.w.runningUnanswered)); err != nil {
 		a.log.Error("the outcome of a job could not be recorded: after a restart it would run again", "job", job.ID, "error", err)
 	}
 	if outcome.Status == api.StatusCompleted && job.TargetID != "" {
@@ -380,9 +381,9 @@ func entryOf(job api.Job, o deploy.Outcome) installed.Entry {
 
 // deployed records the end of a deployment: its outcome, or err if it did not start and must be
 // retried.
-func (a *Agent) deployed(w *waitingJob, t *turn, o deploy.Outcome, err error) {
-	job := w.job
-	t.releaseSlot()
+func (a *Agent) deployed(h *held, o deploy.Outcome, err error) {
+	w, job := h.w, h.w.job
+	h.releaseSlot()
 	a.jobs.running--
 	a.jobs.end(w, err)
 	switch {

@@ -400,10 +400,10 @@ func TestPanicIsTheJobsFailure(t *testing.T) {
 
 // waitFor makes deployments wait for another one for the given time and then take a second.
 func (w *world) waitFor(waits map[string]time.Duration) {
-	w.turn = func(work context.Context, job api.Job, turn deploy.Turn) (deploy.Outcome, error) {
-		turn.Share()
+	w.holding = func(work context.Context, job api.Job, holds deploy.Holds) (deploy.Outcome, error) {
+		holds.ReleaseCertificate()
 		if wait, ok := waits[string(job.ID)]; ok {
-			if err := turn.Yield(1, func(ctx context.Context) error { return sleep(ctx, wait) }); err != nil {
+			if err := holds.Yield(1, func(ctx context.Context) error { return sleep(ctx, wait) }); err != nil {
 				return deploy.Outcome{}, err
 			}
 		}
@@ -485,12 +485,12 @@ func TestCertificateIsOneJobs(t *testing.T) {
 		other.CertificateID = "cert-2"
 		w.work = once(1, deployment("a", "a"), deployment("b", "b"), deployment("c", "c"), other)
 		promoted := make(chan struct{})
-		w.turn = func(work context.Context, job api.Job, turn deploy.Turn) (deploy.Outcome, error) {
+		w.holding = func(work context.Context, job api.Job, holds deploy.Holds) (deploy.Outcome, error) {
 			if job.ID == "a" {
 				<-promoted
 			}
-			turn.Share()
-			turn.Share()
+			holds.ReleaseCertificate()
+			holds.ReleaseCertificate()
 			err := sleep(work, time.Minute)
 			return deploy.Outcome{Status: api.StatusCompleted}, err
 		}
@@ -829,12 +829,12 @@ func TestHungDirectoryHoldsUpWhatNeedsItOnly(t *testing.T) {
 		w.work = once(1, jobs...)
 		started := time.Now()
 		var free atomic.Bool
-		w.turn = func(work context.Context, job api.Job, turn deploy.Turn) (deploy.Outcome, error) {
+		w.holding = func(work context.Context, job api.Job, holds deploy.Holds) (deploy.Outcome, error) {
 			var n int
 			fmt.Sscanf(string(job.ID), "j%d", &n)
 			if n < hung && !free.Load() {
 				// Like the engine: jobs do not wait for a place that was busy for 15 s.
-				err := turn.Yield(64<<10, func(ctx context.Context) error { return sleep(ctx, 15*time.Second-time.Since(started)) })
+				err := holds.Yield(64<<10, func(ctx context.Context) error { return sleep(ctx, 15*time.Second-time.Since(started)) })
 				return deploy.Outcome{}, errors.Join(err, &transaction.BusyError{Place: "directory 1:2", Err: errTest})
 			}
 			if err := sleep(work, time.Second); err != nil {
@@ -927,7 +927,7 @@ func TestHandedOutAgainWithAnotherTarget(t *testing.T) {
 		}
 		var atTarget atomic.Int64
 		var order []string // appended to in turn
-		w.turn = func(work context.Context, job api.Job, _ deploy.Turn) (deploy.Outcome, error) {
+		w.holding = func(work context.Context, job api.Job, _ deploy.Holds) (deploy.Outcome, error) {
 			if job.TargetID == jobs[0].TargetID {
 				if atTarget.Add(1) > 1 {
 					t.Error("two deployments to the same target at once")

@@ -84,19 +84,19 @@ type Outcome struct {
 }
 
 // Deployer carries out Deployment jobs. It is safe for concurrent use by jobs that differ in target
-// and certificate; see Turn.
+// and certificate; see Holds.
 type Deployer struct{ o Options }
 
-// Turn lets a job give back early what the caller of Deploy holds for it. The zero value is for a
-// caller that runs one job at a time.
-type Turn struct {
-	// Share is called once the key of the job's certificate is current, perhaps more than once.
-	// Until then no other job of the certificate may begin: it could fetch an older version of the
-	// certificate and then promote its key over the newer one.
-	Share func()
+// Holds is what the caller of Deploy holds for a job: its certificate and a slot. Its functions give
+// them back early. The zero value is for a caller that runs one job at a time.
+type Holds struct {
+	// ReleaseCertificate is called once the key of the job's certificate is current, perhaps more
+	// than once. Until then no other job of the certificate may begin: it could fetch an older
+	// version of the certificate and then promote its key over the newer one.
+	ReleaseCertificate func()
 
-	// Yield is called to wait for other jobs; see transaction.Yield. size is the memory that the
-	// job holds during the wait, in bytes.
+	// Yield is called to wait for other jobs, without the slot; see transaction.Yield. size is the
+	// memory that the job needs during the wait, in bytes.
 	Yield func(size int, wait func(context.Context) error) error
 }
 
@@ -121,16 +121,16 @@ func (e *panicError) Error() string { return fmt.Sprintf("internal error of the 
 // Deploy carries out one job. calls ends when the agent stops, and bounds requests and waiting.
 // work bounds the transaction, which is rolled back when work ends. If Deploy returns an error,
 // nothing was touched and the job should be retried. Any other failure is in the Outcome.
-func (d *Deployer) Deploy(calls, work context.Context, job api.Job, turn Turn) (Outcome, error) {
+func (d *Deployer) Deploy(calls, work context.Context, job api.Job, holds Holds) (Outcome, error) {
 	began := time.Now()
-	if turn.Share == nil {
-		turn.Share = func() {}
+	if holds.ReleaseCertificate == nil {
+		holds.ReleaseCertificate = func() {}
 	}
-	if turn.Yield == nil {
-		turn.Yield = func(_ int, wait func(context.Context) error) error { return wait(calls) }
+	if holds.Yield == nil {
+		holds.Yield = func(_ int, wait func(context.Context) error) error { return wait(calls) }
 	}
 	log := d.o.Host.Log.With("job", job.ID, "certificate", job.CertificateID, "target", job.TargetID)
-	a := &attempt{Deployer: d, job: job, turn: turn, log: log}
+	a := &attempt{Deployer: d, job: job, holds: holds, log: log}
 	err := a.run(calls, work)
 	if temporary, ok := errors.AsType[temporaryError](err); ok {
 		return Outcome{RunningUnanswered: a.outcome.RunningUnanswered}, temporary.error
@@ -151,7 +151,7 @@ func (d *Deployer) Deploy(calls, work context.Context, job api.Job, turn Turn) (
 type attempt struct {
 	*Deployer
 	job       api.Job
-	turn      Turn
+	holds     Holds
 	log       *slog.Logger
 	config    *targetconf.Config
 	connector connector.Connector // nil: nothing to install
@@ -166,7 +166,7 @@ const ownSize = 64 << 10
 
 // yield waits for other jobs.
 func (a *attempt) yield(wait func(context.Context) error) error {
-	return a.turn.Yield(ownSize+a.size, wait)
+	return a.holds.Yield(ownSize+a.size, wait)
 }
 
 // run carries out the steps of Deploy in their order. Nothing is touched before install.
@@ -194,7 +194,7 @@ func (a *attempt) run(calls, work context.Context) (err error) {
 	}
 	defer key.Clear()
 	if key.Role == keystore.Current {
-		a.turn.Share()
+		a.holds.ReleaseCertificate()
 	}
 	if err := a.checkValidity(m.Leaf); err != nil {
 		return err
@@ -208,7 +208,7 @@ func (a *attempt) run(calls, work context.Context) (err error) {
 	if err := a.o.Keys.Prune(a.job.CertificateID, key); err != nil {
 		a.log.Warn("keys that are no longer needed could not be removed", "error", err)
 	}
-	a.turn.Share()
+	a.holds.ReleaseCertificate()
 	a.outcome.Verification = a.verify(work, m.Leaf)
 	return nil
 }

@@ -172,7 +172,7 @@ func job(config string) api.Job {
 
 func (w *world) run(j api.Job) Outcome {
 	w.t.Helper()
-	outcome, err := New(w.options).Deploy(w.t.Context(), w.t.Context(), j, Turn{})
+	outcome, err := New(w.options).Deploy(w.t.Context(), w.t.Context(), j, Holds{})
 	if err != nil {
 		w.t.Fatalf("temporary error: %v", err)
 	}
@@ -349,7 +349,7 @@ func TestTemporary(t *testing.T) {
 			w := newWorld(t)
 			w.renew("cert-1", testca.Template{})
 			w.fetchErr = cause
-			outcome, err := New(w.options).Deploy(t.Context(), t.Context(), job(`{}`), Turn{})
+			outcome, err := New(w.options).Deploy(t.Context(), t.Context(), job(`{}`), Holds{})
 			if !errors.Is(err, cause) || outcome.Status != "" {
 				t.Errorf("got %+v, %v, want the error", outcome, err)
 			}
@@ -365,7 +365,7 @@ func TestStopping(t *testing.T) {
 	w.renew("cert-1", testca.Template{})
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := New(w.options).Deploy(ctx, t.Context(), job(`{}`), Turn{}); !errors.Is(err, context.Canceled) {
+	if _, err := New(w.options).Deploy(ctx, t.Context(), job(`{}`), Holds{}); !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v, want cancelled", err)
 	}
 	if len(w.installed) > 0 {
@@ -377,7 +377,7 @@ func TestStopping(t *testing.T) {
 		cancel()
 		return transaction.Result{}, work.Err()
 	}
-	if got, err := New(w.options).Deploy(ctx, t.Context(), job(`{}`), Turn{}); err != nil || got.Status != api.StatusCompleted {
+	if got, err := New(w.options).Deploy(ctx, t.Context(), job(`{}`), Holds{}); err != nil || got.Status != api.StatusCompleted {
 		t.Errorf("got %+v, %v", got, err)
 	}
 }
@@ -391,7 +391,7 @@ func TestNotYetValid(t *testing.T) {
 
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		if _, err := New(w.options).Deploy(ctx, t.Context(), job(`{}`), Turn{}); !errors.Is(err, context.DeadlineExceeded) {
+		if _, err := New(w.options).Deploy(ctx, t.Context(), job(`{}`), Holds{}); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("got %v, want an end of the wait", err)
 		}
 		if got := w.run(job(`{}`)); got.Status != api.StatusCompleted || got.Duration != 2*time.Minute {
@@ -410,7 +410,7 @@ func TestNotYetValid(t *testing.T) {
 			waited = time.Since(began)
 			return err
 		}
-		if got, err := New(w.options).Deploy(t.Context(), t.Context(), job(`{}`), Turn{Yield: yield}); err != nil || got.Status != api.StatusCompleted || waited != time.Minute {
+		if got, err := New(w.options).Deploy(t.Context(), t.Context(), job(`{}`), Holds{Yield: yield}); err != nil || got.Status != api.StatusCompleted || waited != time.Minute {
 			t.Errorf("got %+v, %v, %v without a slot", got, err, waited)
 		}
 	})
@@ -496,7 +496,7 @@ func TestConnectorFails(t *testing.T) {
 			w.deploy = test.deploy
 			d := New(w.options)
 			for range 2 { // the second time shows that the locks are free
-				got, err := d.Deploy(t.Context(), t.Context(), job(`{}`), Turn{})
+				got, err := d.Deploy(t.Context(), t.Context(), job(`{}`), Holds{})
 				if err != nil || got.Status != api.StatusFailed || got.Broken != test.broken || !strings.Contains(got.Error, test.want) {
 					t.Errorf("outcome %+v, %v", got, err)
 				}
@@ -541,7 +541,7 @@ func TestTargetsOfOneCertificate(t *testing.T) {
 				alone <- struct{}{}
 				share := sync.OnceFunc(func() { <-alone })
 				defer share()
-				if got, err := d.Deploy(t.Context(), t.Context(), j, Turn{Share: share}); err != nil || got.Status != api.StatusCompleted {
+				if got, err := d.Deploy(t.Context(), t.Context(), j, Holds{ReleaseCertificate: share}); err != nil || got.Status != api.StatusCompleted {
 					t.Errorf("%s: %+v, %v", j.ID, got, err)
 				}
 			})
@@ -580,7 +580,7 @@ func TestSettledFirst(t *testing.T) {
 		}
 		return os.WriteFile(keyPath, old, 0o600) // takes the promotion back
 	}
-	if got, err := New(w.options).Deploy(t.Context(), t.Context(), job(`{}`), Turn{}); !errors.Is(err, unsettled) || got.RunningUnanswered {
+	if got, err := New(w.options).Deploy(t.Context(), t.Context(), job(`{}`), Holds{}); !errors.Is(err, unsettled) || got.RunningUnanswered {
 		t.Errorf("while it is not settled: %+v, %v", got, err)
 	}
 	if len(w.statuses)+len(w.installed) > 0 {
@@ -605,7 +605,7 @@ func TestBusyTarget(t *testing.T) {
 	w.deploy = func(context.Context, *connector.Material) (transaction.Result, error) {
 		return transaction.Result{}, busy
 	}
-	if got, err := New(w.options).Deploy(t.Context(), t.Context(), job(`{}`), Turn{}); !errors.Is(err, busy) || got.Status != "" {
+	if got, err := New(w.options).Deploy(t.Context(), t.Context(), job(`{}`), Holds{}); !errors.Is(err, busy) || got.Status != "" {
 		t.Errorf("got %+v, %v, want a temporary error", got, err)
 	}
 }
@@ -638,11 +638,11 @@ func TestRunningIsNotAnswered(t *testing.T) {
 			w.statusErr = test.err
 			w.renew("cert-1", testca.Template{})
 			d := New(w.options)
-			if outcome, err := d.Deploy(t.Context(), t.Context(), job(`{}`), Turn{}); err != nil || outcome.RunningUnanswered != test.want {
+			if outcome, err := d.Deploy(t.Context(), t.Context(), job(`{}`), Holds{}); err != nil || outcome.RunningUnanswered != test.want {
 				t.Errorf("unsure %v, error %v, want %v", outcome.RunningUnanswered, err, test.want)
 			}
 			w.fetchErr = errors.New("connection reset")
-			if outcome, err := d.Deploy(t.Context(), t.Context(), job(`{}`), Turn{}); err == nil || outcome.RunningUnanswered != test.want {
+			if outcome, err := d.Deploy(t.Context(), t.Context(), job(`{}`), Holds{}); err == nil || outcome.RunningUnanswered != test.want {
 				t.Errorf("a try that did not begin: unsure %v, error %v, want %v", outcome.RunningUnanswered, err, test.want)
 			}
 		})
@@ -785,7 +785,7 @@ func TestVerificationIsCut(t *testing.T) {
 				<-ctx.Done()
 				return tlsprobe.Result{}, ctx.Err()
 			}
-			got, err := New(w.options).Deploy(t.Context(), work, job(`{"host":"localhost"}`), Turn{})
+			got, err := New(w.options).Deploy(t.Context(), work, job(`{"host":"localhost"}`), Holds{})
 			if err != nil || got.Status != api.StatusCompleted {
 				t.Fatalf("got %+v, %v", got, err)
 			}

@@ -109,7 +109,7 @@ func (h *host) deploy(ownKey bool) Outcome {
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	outcome, err := h.d.Deploy(h.t.Context(), h.t.Context(), job(string(config)), Turn{})
+	outcome, err := h.d.Deploy(h.t.Context(), h.t.Context(), job(string(config)), Holds{})
 	if err != nil {
 		h.t.Fatal(err)
 	}
