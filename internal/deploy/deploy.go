@@ -42,8 +42,8 @@ type Keys interface {
 
 // Engine carries out the plans of connectors; see transaction.Engine.
 type Engine interface {
-	// Settle recovers interrupted deployments that could later undo what this one does to the
-	// target or the key. If it fails, the deployment must be retried later.
+	// Settle recovers interrupted deployments whose rollback could later take back what this one
+	// does to the target or the key. If it fails, the deployment must be retried later.
 	Settle(ctx context.Context, targetID api.ID, keyPath string) error
 
 	Deploy(ctx context.Context, d transaction.Deployment) (transaction.Result, error)

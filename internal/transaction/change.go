@@ -26,9 +26,9 @@ type change struct {
 	written          bool   // this or an interrupted deployment may have written it
 }
 
-// errOrphan is why a Change that is no longer planned cannot be undone. Its undo data is copied
+// errNotPlanned is why a Change that is no longer planned cannot be undone. Its undo data is copied
 // from backup set to backup set until a plan contains the Change again or a deployment succeeds.
-var errOrphan = errors.New("an interrupted deployment changed it, and only a deployment that changes it too can undo that")
+var errNotPlanned = errors.New("an interrupted deployment changed it, and only a deployment that changes it too can undo that")
 
 // collectChanges collects the changes of the plan and those that an interrupted deployment may
 // have made. The value that the interrupted deployment saved wins over the present one.
@@ -39,7 +39,7 @@ func (a *attempt) collectChanges() error {
 		switch {
 		case id == "" || len(id) > maxID || !utf8.ValidString(id) || strings.ContainsFunc(id, func(r rune) bool { return !unicode.IsPrint(r) }):
 			refused = fmt.Errorf("a planned change has the invalid id %.100q", id)
-		case a.planned(id) != nil:
+		case a.changeWithID(id) != nil:
 			refused = fmt.Errorf("two planned changes have the id %q", id)
 		default:
 			a.changes = append(a.changes, &change{Change: planned, changeRecord: changeRecord{Name: id}})
@@ -49,9 +49,9 @@ func (a *attempt) collectChanges() error {
 		return refused
 	}
 	for _, r := range a.record.Owed.Changes {
-		c := a.planned(r.Name)
+		c := a.changeWithID(r.Name)
 		if c == nil {
-			c = &change{noUndo: errOrphan, same: true}
+			c = &change{noUndo: errNotPlanned, same: true}
 			a.changes = append(a.changes, c)
 		}
 		c.changeRecord, c.written = r, true
@@ -83,7 +83,7 @@ func (a *attempt) lockChanges(ctx context.Context) (release func(), err error) {
 		}
 	}
 	for _, id := range ids {
-		unlock, err := acquire(ctx, &a.Engine.changes, id, maxHeld(a.Yield), a.Yield)
+		unlock, err := acquire(ctx, &a.changeLocks, id, maxHeld(a.Yield), a.Yield)
 		if err != nil {
 			return release, &BusyError{Place: "change " + id, Err: fmt.Errorf("wait for another deployment that changes %s: %w", id, err)}
 		}
@@ -92,8 +92,8 @@ func (a *attempt) lockChanges(ctx context.Context) (release func(), err error) {
 	return release, nil
 }
 
-// planned returns the change with the given ID, or nil.
-func (a *attempt) planned(id string) *change {
+// changeWithID returns the change with the given ID, or nil.
+func (a *attempt) changeWithID(id string) *change {
 	i := slices.IndexFunc(a.changes, func(c *change) bool { return c.Name == id })
 	if i < 0 {
 		return nil
@@ -134,7 +134,7 @@ func (a *attempt) inspectChanges(ctx context.Context) error {
 	return nil
 }
 
-// writeChanges makes the changes. The old values are in the backup set already. An interrupted
+// writeChanges writes the changes. The old values are in the backup set already. An interrupted
 // Change is written again even if Read says same: its Write may have been killed halfway, and Read
 // may not see the missing half.
 func (a *attempt) writeChanges(ctx context.Context) error {

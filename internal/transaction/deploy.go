@@ -41,7 +41,7 @@ type attempt struct {
 // Deploy carries out one deployment. If it fails, the target is as it was before, unless the error
 // is a BrokenError. Cancelling ctx before the commit rolls the deployment back.
 func (e *Engine) Deploy(ctx context.Context, d Deployment) (Result, error) {
-	release, err := acquire(ctx, &e.targets, string(d.Target), maxHeld(d.Yield), d.Yield)
+	release, err := acquire(ctx, &e.targetLocks, string(d.Target), maxHeld(d.Yield), d.Yield)
 	if err != nil {
 		return Result{}, &BusyError{Place: "target " + string(d.Target), Err: fmt.Errorf("wait for another deployment of target %s: %w", d.Target, err)}
 	}

@@ -378,7 +378,7 @@ func TestKeepOthers(t *testing.T) {
 	// Another program replaces the file while the deployment waits.
 	w.write(t, "site/cert.pem", before.cert, 0o644)
 	s := w.mustEngine(t, nil)
-	release, err := acquire(t.Context(), &s.targets, "t1", lockWait, nil)
+	release, err := acquire(t.Context(), &s.targetLocks, "t1", lockWait, nil)
 	check(t, err)
 	tx.Yield = func(wait func(context.Context) error) error {
 		w.write(t, "site/cert.pem", []byte(others), 0o644)

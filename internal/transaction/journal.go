@@ -176,8 +176,8 @@ func (r *record) allChanges() []changeRecord {
 	return slices.Concat(r.Changes, r.Owed.Changes)
 }
 
-// names returns the IDs of changes, for messages.
-func names(changes []changeRecord) (ids []string) {
+// idsOf returns the IDs of changes, for messages.
+func idsOf(changes []changeRecord) (ids []string) {
 	for _, c := range changes {
 		ids = append(ids, c.Name)
 	}

@@ -162,7 +162,7 @@ func (l *dirLocks) lockDir(ctx context.Context, d *dir) error {
 
 // takeTurn waits for the deployment's turn in d.
 func (l *dirLocks) takeTurn(ctx context.Context, d *dir, limit time.Duration, yield Yield) error {
-	release, err := acquire(ctx, &l.Engine.dirs, nameOf(d), limit, yield)
+	release, err := acquire(ctx, &l.directoryLocks, nameOf(d), limit, yield)
 	if err == nil {
 		l.turns = append(l.turns, release)
 	}

@@ -101,9 +101,9 @@ func (e *Engine) recoverAll(calls, work context.Context, wait time.Duration, rel
 	return nil
 }
 
-// Settle recovers the interrupted deployments that could later undo what a deployment to target is
-// about to do: those of the target, and those that promoted the key at keyPath. Its error is always
-// a BusyError.
+// Settle recovers the interrupted deployments whose rollback could later take back what a deployment
+// to target is about to do: those of the target, and those that promoted the key at keyPath. Its
+// error is always a BusyError.
 func (e *Engine) Settle(ctx context.Context, target api.ID, keyPath string) error {
 	ids, err := e.recorded()
 	if err != nil {
@@ -185,7 +185,7 @@ func (e *Engine) recoverTarget(calls, work context.Context, name string, run *re
 	if err != nil {
 		return fmt.Errorf("journal record is not usable: %s: target %w", e.journal.join(name+recordSuffix), err)
 	}
-	release, ok := e.targets.Try(name)
+	release, ok := e.targetLocks.Try(name)
 	if !ok {
 		return errInProgress
 	}
@@ -208,9 +208,11 @@ func (e *Engine) recoverTarget(calls, work context.Context, name string, run *re
 	default:
 		log.Warn("rolled back an interrupted deployment: the old files are back in place")
 	}
-	if r != nil && r.Phase == restored && len(r.Changes) > 0 && !(wasRestored && run.reload) {
+	// Recover has logged that at the start, so Repair, which comes back to it, does not.
+	logged := wasRestored && run.reload
+	if r != nil && r.Phase == restored && len(r.Changes) > 0 && !logged {
 		log.Warn("an interrupted deployment may have left changes that only another deployment of the target can undo: deploy to it again",
-			"changes", names(r.Changes), "backups", e.setPath(r))
+			"changes", idsOf(r.Changes), "backups", e.setPath(r))
 	}
 	if r, err = e.load(name); err != nil || r == nil || r.Phase != restored || r.Reload == nil {
 		// Without a reload command only the next deployment can reload the server. The record
@@ -247,21 +249,22 @@ func (e *Engine) recoverRecord(ctx context.Context, id api.ID, r *record, loadEr
 		case committed:
 			return outcomeFinished, e.cleanUp(r)
 		}
-		err = e.undo(ctx, r)
+		err = e.rollBackFiles(ctx, r)
 	}
 	if _, damaged := errors.AsType[*damagedError](err); !damaged {
 		return outcomeRolledBack, err
 	}
 	log := e.opts.Log.With("target", id, "error", err, "record", e.journal.join(asideName(id)), "backups", e.backups.join(string(id)))
 	if r != nil && len(r.allChanges()) > 0 {
-		log = log.With("changes", names(r.allChanges()))
+		log = log.With("changes", idsOf(r.allChanges()))
 	}
 	log.Error("an interrupted deployment needs a person: its journal record was set aside, and nothing else was touched; the next deployment replaces every file")
 	return outcomeSetAside, e.setAside(id)
 }
 
-// undo rolls back the files of an interrupted deployment.
-func (e *Engine) undo(ctx context.Context, r *record) error {
+// rollBackFiles rolls back the files of an interrupted deployment. If that leaves a reload, or
+// changes to undo, r is then in the phase restored.
+func (e *Engine) rollBackFiles(ctx context.Context, r *record) error {
 	files, moved, err := reopen(r)
 	defer closeAll(files)
 	if err != nil {
@@ -412,7 +415,7 @@ func (e *Engine) reloadOwed(ctx, work context.Context, r *record, run *recoveryR
 	}
 	defer locked.release()
 	run.setFilesDone()
-	release, err := e.reloads.Acquire(work, "")
+	release, err := e.reloadLock.Acquire(work, "")
 	if err != nil {
 		return err
 	}

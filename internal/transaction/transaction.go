@@ -95,11 +95,12 @@ type Engine struct {
 	disk    disk
 	journal *dir
 	backups *dir
-	targets namelock.Table // by target id
-	dirs    namelock.Table // by device and inode: directories that deployments put files into
-	changes namelock.Table // by ID of the Change
-	reloads namelock.Table // one name: the reloads after a recovery take turns
-	sharing sharing        // deployments that are ready to share a reload
+
+	targetLocks    namelock.Table // by target id
+	directoryLocks namelock.Table // by device and inode: directories that deployments put files into
+	changeLocks    namelock.Table // by ID of the Change
+	reloadLock     namelock.Table // one name: the reloads after a recovery take turns
+	sharing        sharing        // deployments that are ready to share a reload
 
 	mu         sync.Mutex              // guards recoveries
 	recoveries map[string]*recoveryRun // in progress, by target id
