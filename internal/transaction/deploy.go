@@ -436,6 +436,7 @@ func (a *attempt) abandon(ctx context.Context, cause error) error {
 	if owed.Command == nil && a.plan.Reload.Call == nil {
 		return errors.Join(cause, a.removeRecord(a.Target), a.dropSets(a.Target, r.Set))
 	}
+	// The reload is still owed: Repair or the next deployment runs it.
 	return errors.Join(cause, a.save(r), a.dropSets(a.Target, r.Set))
 }
 

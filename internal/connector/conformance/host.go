@@ -24,7 +24,8 @@ import (
 // TargetID is the id of every target that a Host deploys to.
 const TargetID = "target-1"
 
-// Host is the part of the agent that a connector needs, in temporary directories.
+// Host is the part of the agent that a connector needs, in temporary directories. Run makes its own;
+// a connector's other tests use one for what the suite cannot know about the product.
 type Host struct {
 	connector.Host // given to connectors; Log returns what it logs
 
