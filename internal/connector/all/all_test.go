@@ -1,7 +1,9 @@
 package all
 
 import (
+	"fmt"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -12,10 +14,14 @@ import (
 	"certctl-agent/internal/targetconf"
 )
 
-// TestTypes: each type has a page and each page a type, and each type refuses an invalid
-// configuration.
+// TestTypes: each type has a page, which README.md links to, and each page a type; and each type
+// refuses an invalid configuration.
 func TestTypes(t *testing.T) {
 	pages, err := filepath.Glob("../../../docs/targets/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	readme, err := os.ReadFile("../../../README.md")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -28,6 +34,9 @@ func TestTypes(t *testing.T) {
 		page := filepath.Join("../../../docs/targets", strings.ToLower(typ.Name)+".md")
 		if !slices.Contains(pages, page) {
 			t.Errorf("%s has no page: there is no %s", typ.Name, page)
+		}
+		if link := fmt.Sprintf("[%s](docs/targets/%s)", typ.Name, filepath.Base(page)); !strings.Contains(string(readme), link) {
+			t.Errorf("README.md lacks the link %s", link)
 		}
 		pages = slices.DeleteFunc(pages, func(other string) bool { return other == page })
 		config, err := targetconf.Merge([]byte(`{"cert_path":5,"key_path":5,"pem_path":5,"cert_dir":5,"admin_api":5}`), typ.Name, typ.Aliases, "t-1", targetconf.Overlays{})
