@@ -54,7 +54,7 @@ func TestEngineIsAsked(t *testing.T) {
 		} else {
 			w.options.Overlays = targetconf.Overlays{Dir: filepath.Dir(overlay)}
 		}
-		if got, err := New(w.options).Deploy(t.Context(), t.Context(), job(config), Turn{Yield: yield}); err != nil || got.Status != api.StatusCompleted {
+		if got, err := New(w.options).Deploy(t.Context(), t.Context(), job(config), Holds{Yield: yield}); err != nil || got.Status != api.StatusCompleted {
 			t.Fatalf("%s: %+v, %v", config, got, err)
 		}
 		d := e.asked
@@ -93,7 +93,7 @@ func TestStopBeforeTheTransaction(t *testing.T) {
 	calls, stop := context.WithCancelCause(t.Context())
 	why := errors.New("the agent stops")
 	w.options.Plane = stopping{w, stop, why}
-	if got, err := New(w.options).Deploy(calls, t.Context(), job(`{}`), Turn{}); !errors.Is(err, why) || got.Status != "" {
+	if got, err := New(w.options).Deploy(calls, t.Context(), job(`{}`), Holds{}); !errors.Is(err, why) || got.Status != "" {
 		t.Errorf("got %+v, %v, want the end of the agent", got, err)
 	}
 	if len(w.installed) > 0 {

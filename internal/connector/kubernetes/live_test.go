@@ -553,7 +553,7 @@ func credentialForms(t *testing.T, c *cluster) {
 		m := f.material()
 		result := f.mustDeploy(m)
 		f.holds(m)
-		if !strings.Contains(fmt.Sprint(result.Warnings), "whoever is on the way") && !strings.Contains(f.Log(), "whoever is on the way") {
+		if !strings.Contains(fmt.Sprint(result.Warnings), "anyone on the network path") && !strings.Contains(f.Log(), "anyone on the network path") {
 			t.Errorf("no warning: %q", result.Warnings)
 		}
 	})
