@@ -138,7 +138,7 @@ func TestCheckMissingOverlays(t *testing.T) {
 	}
 }
 
-// TestCheckText runs check as a person does, beside a running daemon.
+// TestCheckText runs check beside a running daemon, with its output as text.
 func TestCheckText(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, devplane.Options{})

@@ -12,7 +12,7 @@ import (
 	"certctl-agent/internal/config"
 )
 
-// daemonFlags stands for the flags of the daemon in what a subcommand takes.
+// daemonFlags in a subcommand's flags means all flags of the daemon.
 const daemonFlags = "flags of the daemon"
 
 // usageFlags returns the flags that the usage lines of a subcommand's help have.

@@ -204,7 +204,7 @@ func ownerOf(numbers string) string {
 	return accountName(uid, userName) + ":" + accountName(gid, groupName)
 }
 
-// accountName returns the name for a uid or gid, or the number if there is no name.
+// accountName returns the name for a uid or gid, or the number if it has no name.
 func accountName(number string, name func(string) (string, error)) string {
 	if found, err := name(number); err == nil {
 		return shown(found)

@@ -234,7 +234,7 @@ func TestPlanOfUnreadableSettings(t *testing.T) {
 	}
 }
 
-// TestPlanOrder: settings that somebody chose come before defaults.
+// TestPlanOrder: configured settings come before defaults.
 func TestPlanOrder(t *testing.T) {
 	_, settings := planHost(t)
 	_, out := planned(t, settings, `{"cert_dir": "/srv/tls"}`, "-type", "Envoy", "-json")

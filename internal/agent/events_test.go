@@ -54,10 +54,10 @@ func TestEventsCostTheSame(t *testing.T) {
 			all, allAsked := costOfEvents(t, jobs(4096))
 			t.Logf("%d jobs: %d bytes, %d questions; 4096: %d, %d", few, fewBytes, fewAsked, all, allAsked)
 			if all > 3*fewBytes {
-				t.Errorf("50 jobs allocate %d bytes where %d are in hand, %d where 4096 are", fewBytes, few, all)
+				t.Errorf("50 jobs allocate %d bytes with %d unfinished jobs, %d with 4096", fewBytes, few, all)
 			}
 			if allAsked != fewAsked {
-				t.Errorf("50 jobs ask the ledger %d times where %d are in hand, %d times where 4096 are", fewAsked, few, allAsked)
+				t.Errorf("50 jobs ask the ledger %d times with %d unfinished jobs, %d times with 4096", fewAsked, few, allAsked)
 			}
 		})
 	}

@@ -522,7 +522,7 @@ func TestRepair(t *testing.T) {
 		w := newWorld(t)
 		w.work = once(20, deployment("j1", "t1"), deployment("j2", "t2"))
 		w.deploy = func(_, _ context.Context, _ api.Job) (deploy.Outcome, error) {
-			return deploy.Outcome{Status: api.StatusFailed, Error: "and the server could not be made to load that"}, nil
+			return deploy.Outcome{Status: api.StatusFailed, Error: "and the server did not load that"}, nil
 		}
 		var failing atomic.Int64
 		failing.Store(2)
@@ -566,7 +566,7 @@ func TestDelivery(t *testing.T) {
 			}
 			return nil
 		}, 10 * time.Minute, 3, 0},
-		{"refused for good", func(int) error { return refused(http.StatusNotFound) }, time.Hour, 1, 0},
+		{"refused permanently", func(int) error { return refused(http.StatusNotFound) }, time.Hour, 1, 0},
 		{"a gateway's 404 passes", func(n int) error {
 			if n < 3 {
 				return gateway

@@ -27,7 +27,7 @@ var (
 	ErrUnreadable = errors.New("the answer cannot be read")
 
 	// ErrNoTurn means that the request waited too long for its turn (see package budget).
-	ErrNoTurn = errors.New("it waited too long for its turn: the control plane accepts fewer requests than this agent has to send")
+	ErrNoTurn = errors.New("it waited too long for its turn: the control plane accepts fewer requests than this agent needs to send")
 
 	// ErrBadID is an identifier that cannot be a path segment. The request was not sent.
 	ErrBadID = errors.New("the identifier cannot be part of a path")

@@ -90,7 +90,7 @@ func NewPreview(ctx context.Context, cfg *config.Config, target Target) (*Previe
 		b.all(ctx, typ, merged, err == nil)
 	}
 	if target.CertificateID == "" && slices.ContainsFunc(p.Problems, func(problem string) bool { return strings.Contains(problem, cfg.KeyDir) }) {
-		p.Warnings = append(p.Warnings, "a problem concerns the key directory, where a server may read only the key of its own certificate: say which certificate it is")
+		p.Warnings = append(p.Warnings, "a problem concerns the key directory, where a server may read only the key of its own certificate: name the certificate")
 	}
 	p.Refused = len(p.Problems) > 0
 	return p, nil

@@ -9,7 +9,7 @@ import (
 	"certctl-agent/internal/secret"
 )
 
-// TestMain stands for the agent when ssh would run it again.
+// TestMain replaces the agent that ssh would run.
 func TestMain(m *testing.M) {
 	if Asked(os.Args) {
 		if Main(os.Args, os.Stdout) != nil {

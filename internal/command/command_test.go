@@ -88,7 +88,7 @@ func TestRun(t *testing.T) {
 	}{
 		{"both streams", sh("echo out; echo err >&2"), "out err", nil},
 		{"no output", sh("true"), "", nil},
-		{"words are no shell's", []string{"echo", "$HOME", "*", "a  b"}, "$HOME * a b", nil},
+		{"no shell expands words", []string{"echo", "$HOME", "*", "a  b"}, "$HOME * a b", nil},
 		{"stdin is empty", []string{"cat"}, "", nil},
 		{"directory", []string{"pwd"}, "/", nil},
 		{"terminal escapes", sh(`printf 'a\033[2Jb\000c\377'`), "a\ufffd[2Jb\ufffdc\ufffd", nil},
@@ -262,7 +262,7 @@ func TestDaemonLeftBehind(t *testing.T) {
 	needs.Need(t, "setsid")
 	for _, test := range []struct{ name, script string }{
 		{"in the group", `sleep 60 & echo $! >"$1"; echo reloaded`},
-		{"in a session of its own", `setsid sleep 60 & echo $! >"$1"; echo reloaded`},
+		{"in a separate session", `setsid sleep 60 & echo $! >"$1"; echo reloaded`},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()

@@ -67,7 +67,7 @@ type Options struct {
 type Outcome struct {
 	Status       string            // api.StatusCompleted or api.StatusFailed
 	Error        string            // what failed, printable and bounded
-	Broken       bool              // the target may not be as it was before: it needs a person
+	Broken       bool              // the target may not be as it was before: it needs attention
 	Unchanged    bool              // everything was up to date
 	Verification *api.Verification // what the live endpoint serves; nil: no report
 

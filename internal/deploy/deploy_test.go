@@ -484,7 +484,7 @@ func TestConnectorFails(t *testing.T) {
 		}, "reload failed", false},
 		{"not rolled back", func(context.Context, *connector.Material) (transaction.Result, error) {
 			return transaction.Result{}, &transaction.BrokenError{Cause: errors.New("reload"), Rollback: errors.New("disk"), Backups: "/b"}
-		}, "needs a person", true},
+		}, "needs attention", true},
 		{"panic", func(context.Context, *connector.Material) (transaction.Result, error) {
 			panic("boom")
 		}, "internal error", true},

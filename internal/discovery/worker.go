@@ -154,8 +154,8 @@ func (r *run) perform(w *worker, t *task) bool {
 	return true
 }
 
-// followLink calls f, which follows a symbolic link. If f hangs, the link is blamed rather than the
-// mount that it is on: the target may be on another file system.
+// followLink calls f, which follows a symbolic link. If f hangs, worker blames the link rather than
+// its mount: the target may be on another file system.
 func (w *worker) followLink(link string, f func() error) error {
 	if w.r.s.isHung(link) {
 		return errHung

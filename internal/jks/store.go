@@ -140,8 +140,8 @@ func (s *Store) Find(alias, password string) (*keyentry.PrivateKey, error) {
 	return k, err
 }
 
-// Put stores k as the private key under its alias, replacing the key that is there. It reports
-// whether the store had to change.
+// Put stores k as the private key under its alias, replacing the existing key. It reports
+// whether that changed the store.
 func (s *Store) Put(k keyentry.PrivateKey) (changed bool, err error) {
 	alias := encodeAlias(k.Alias)
 	i := s.find(alias)

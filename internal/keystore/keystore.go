@@ -153,7 +153,7 @@ func (s *Store) tighten() error {
 	if err != nil {
 		return fmt.Errorf("look at the key directory: %w", err)
 	}
-	// Mode 0700 does not help against the owner. A foreign owner is no reason to fail: the agent
+	// Mode 0700 does not help against the owner. A foreign owner is not an error: the agent
 	// may have run as that user before.
 	if owner, _ := hostfile.Owner(info); !hostfile.Ours(info) {
 		s.log.Warn("the key directory belongs to another user, who can read every key: chown it to the agent's user", "dir", s.dir, "owner", owner)

@@ -63,7 +63,7 @@ func Inspect(dir string, owner Owner) error {
 		return nil // Open reports any other problem
 	}
 	refuse := func(what string) error {
-		return fmt.Errorf("the key directory %s is open to others (mode %04o) and %s, and the agent would close it to everybody else: give the agent its own directory (-key-dir, CERTCTL_KEY_DIR), or, if nobody else uses this one, run chmod 0700 on it",
+		return fmt.Errorf("the key directory %s is open to others (mode %04o) and %s, and the agent would close it to everyone else: give the agent its own directory (-key-dir, CERTCTL_KEY_DIR), or, if nobody else uses this one, run chmod 0700 on it",
 			dir, info.Mode().Perm(), what)
 	}
 	if resolved, err := filepath.EvalSymlinks(dir); err == nil && slices.Contains(systemDirs, resolved) {

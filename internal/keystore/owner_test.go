@@ -104,7 +104,7 @@ func TestSharedDirectory(t *testing.T) {
 		{"the root of a volume", 0o755, []file{{"lost+found", fs.ModeDir | 0o700}, {"..data", fs.ModeSymlink}, {"..2026_11_25", fs.ModeDir | 0o755}, {"cert-1.key", 0o600}}, "", ""},
 		{"a state directory of another name", 0o755, []file{{"mine", fs.ModeDir | 0o700}}, "mine/agent", ""},
 		{"another directory", 0o755, []file{{"mine", fs.ModeDir | 0o700}}, "", `holds "mine", which is not the agent's`},
-		{"a file of somebody", 0o755, []file{{"cert-1.key", 0o600}, {"passwd", 0o644}}, "", `holds "passwd", which is not the agent's`},
+		{"a foreign file", 0o755, []file{{"cert-1.key", 0o600}, {"passwd", 0o644}}, "", `holds "passwd", which is not the agent's`},
 		{"certificates", 0o755, []file{{"cert-1.key", 0o600}, {"cert-1.pem", 0o644}}, "", `holds "cert-1.pem"`},
 		{"a directory with the name of a key", 0o755, []file{{"cert-1.key", fs.ModeDir | 0o700}}, "", `holds "cert-1.key"`},
 		{"keys that others read", 0o755, []file{{"www.key", 0o644}}, "", `others can read the key "www.key"`},

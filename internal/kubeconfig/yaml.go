@@ -211,7 +211,7 @@ func (p *parser) sequence(indent int) *node {
 		nested := line{number: number, indent: indent + len(l.text) - len(rest), text: rest}
 		_, _, isKey := p.splitKey(nested)
 		if !nested.isBlank() && (isKey || nested.isItem()) {
-			*l = nested // the rest of the line begins a block of its own
+			*l = nested // the rest of the line begins a nested block
 			n.items = append(n.items, p.block(nested.indent))
 			continue
 		}

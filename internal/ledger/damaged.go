@@ -13,7 +13,7 @@ import (
 const (
 	damagedExt = ".damaged"
 
-	// maxDamaged bounds the number of damaged records that are kept for a person to look at. The
+	// maxDamaged bounds the number of damaged records that are kept for inspection. The
 	// oldest are removed first.
 	maxDamaged = 16
 )

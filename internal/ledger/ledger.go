@@ -218,8 +218,8 @@ func (l *Ledger) Job(id api.ID) (job api.Job, ok bool) {
 }
 
 // Finish records the outcome of a job: the reports to deliver, in order. If it returns an error,
-// the outcome exists in memory only: the reports are delivered all the same, but after a crash the
-// job is carried out again.
+// the outcome exists in memory only: the reports are still delivered, but after a crash the job
+// runs again.
 func (l *Ledger) Finish(job api.ID, reports []Report) error {
 	if len(reports) == 0 {
 		return fmt.Errorf("finish job %s: an outcome has at least one report", job)

@@ -20,8 +20,8 @@ import (
 	"certctl-agent/internal/hostfile"
 )
 
-// owners returns the users at the other end of conn: the listener of a unix socket, or whoever
-// accepted a TCP connection. There is only one, unless a hostile user binds the same address.
+// owners returns the users at the other end of conn: the listener of a unix socket, or the
+// process that accepted a TCP connection. There is only one, unless a hostile user binds the same address.
 func owners(ctx context.Context, conn net.Conn) ([]int, error) {
 	switch c := conn.(type) {
 	case *net.UnixConn:

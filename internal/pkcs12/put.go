@@ -13,8 +13,8 @@ import (
 	"certctl-agent/internal/printable"
 )
 
-// Put stores k as the private key under its alias, replacing the key that is there. It reports
-// whether the store had to change. It removes the certificates of the former chain, except those
+// Put stores k as the private key under its alias, replacing the existing key. It reports
+// whether that changed the store. It removes the certificates of the former chain, except those
 // that are trusted or belong to the chain of another key. After an error the store must not be
 // written.
 //

@@ -196,7 +196,7 @@ func TestPutParts(t *testing.T) {
 	if checkKey(t, s, k); !bytes.Equal(s.parts[keys].raw, raw) || len(bags(s)) != 2 {
 		t.Errorf("a new certificate caused the key to be encrypted again, or %d entries are not two", len(bags(s)))
 	}
-	k.Password = "of its own"
+	k.Password = "different"
 	s = mustPut(t, s, k, false)
 	checkKey(t, s, k)
 }

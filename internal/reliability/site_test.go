@@ -43,7 +43,7 @@ type secretKey struct {
 // server is a target: a server that reads a certificate and a key.
 type server struct {
 	id, cert string
-	chain    bool // in a file of its own
+	chain    bool // in a separate file
 	shared   bool // the key is read from the agent's key directory
 	picky    bool // its validate command accepts nothing
 }

@@ -64,7 +64,7 @@ func TestPostfixPairs(t *testing.T) {
 		{"main.cf", mainCF, "", nil, "/etc/postfix/cert.pem", "/etc/postfix/key.pem main.cf, smtpd_tls_key_file"},
 		{"not named", mainCF, "", nil, "/other.pem", "does not use that file"},
 		{"no key", mainCF, "", nil, "/ec.pem", "which key belongs to /ec.pem"},
-		{"service with a certificate of its own", mainCF, "submission/inet/smtpd_tls_cert_file = /sub.pem\nsubmission/inet/smtpd_tls_key_file = $mua_key\n",
+		{"service with its own certificate", mainCF, "submission/inet/smtpd_tls_cert_file = /sub.pem\nsubmission/inet/smtpd_tls_key_file = $mua_key\n",
 			map[string]string{"smtpd_tls_cert_file=/sub.pem -o smtpd_tls_key_file=$mua_key": "smtpd_tls_cert_file = /sub.pem\nsmtpd_tls_key_file = /mua.key\n"},
 			"/sub.pem", "/mua.key master.cf, submission/inet, smtpd_tls_key_file"},
 		{"service with another key", mainCF, "127.0.0.1:smtps/inet/smtpd_tls_key_file = /other.key\n",

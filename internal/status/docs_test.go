@@ -56,7 +56,7 @@ func TestDocsNameMetrics(t *testing.T) {
 		}
 	}
 	for name := range labels {
-		// Samples of the histogram have suffixes of their own.
+		// Histogram samples have additional suffixes.
 		if family := regexp.MustCompile(`_(bucket|sum|count)$`).ReplaceAllString(name, ""); !named[family] {
 			t.Errorf("docs/operations.md lacks the metric %s", name)
 		}

@@ -36,7 +36,7 @@ var errReloads = errors.New("its files are in place, and the reload is still run
 // errInProgress means that a deployment of the target is running. It settles everything itself.
 var errInProgress = errors.New("a deployment of it is in progress")
 
-// recoveryRun is the recovery of one target in the background: nobody has to wait for it. A target
+// recoveryRun is the recovery of one target in the background: nothing waits for it. A target
 // has at most one, so a dead mount costs a single goroutine.
 type recoveryRun struct {
 	reload bool // run the reload too

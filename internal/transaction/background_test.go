@@ -234,7 +234,7 @@ func TestInterrupted(t *testing.T) {
 }
 
 // TestContested checks that a file that the recovery of another target has yet to restore is not
-// replaced: that recovery would take it for the work of a person.
+// replaced: that recovery would take it for a manual change.
 func TestContested(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)

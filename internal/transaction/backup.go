@@ -123,7 +123,7 @@ type contents struct {
 	Changes []changeRecord `json:"changes,omitempty"`
 }
 
-// backupName returns the name of an old file or value in its backup set: a person recognises it,
+// backupName returns the name of an old file or value in its backup set: operators recognise it,
 // and the number makes it unique.
 func backupName(i int, name string) string {
 	return fmt.Sprintf("%d-%s", i, strings.ToValidUTF8(name[:min(len(name), 200)], ""))

@@ -98,7 +98,7 @@ func TestChanges(t *testing.T) {
 		t.Errorf("again: calls %q, want %q", at.calls, want)
 	}
 	s.disk.before = nil
-	at.values["two"] = "somebody else's"
+	at.values["two"] = "someone else's"
 	at.calls = nil
 	if result, err := s.deploy(t.Context(), w.remoteRenewal(at, "new")); err != nil || result.Unchanged {
 		t.Errorf("a change only: %+v, %v", result, err)
@@ -125,10 +125,10 @@ func TestChangeRollBack(t *testing.T) {
 			"verification failed: is broken; the previous certificate is back in place",
 			"write /a/one, write two, restore two, restore /a/one", map[string]string{"/a/one": "old"}, false},
 		{"look", map[string]error{"read two": broken}, nil, "look at two: is broken", "", map[string]string{"/a/one": "old"}, false},
-		{"restore", map[string]error{"write two": broken, "restore /a/one": broken}, nil, "needs a person: /a/one: is broken",
+		{"restore", map[string]error{"write two": broken, "restore /a/one": broken}, nil, "needs attention: /a/one: is broken",
 			"write /a/one, write two, restore two, restore /a/one", map[string]string{"/a/one": "new"}, true},
 		{"cannot be undone", map[string]error{"write two": broken, "restore two": fmt.Errorf("%w: remove it", connector.ErrIrrevocable)}, nil,
-			"needs a person: two: it cannot be undone: remove it",
+			"needs attention: two: it cannot be undone: remove it",
 			"write /a/one, write two, restore two, restore /a/one", map[string]string{"/a/one": "old", "two": "new"}, true},
 		{"finish", map[string]error{"finish two": broken}, nil, "", "write /a/one, write two, finish /a/one, finish two",
 			map[string]string{"/a/one": "new", "two": "new"}, false},
@@ -403,7 +403,7 @@ func TestOneStore(t *testing.T) {
 func TestOneChange(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	e := w.mustEngine(t, nil)
-	at := &elsewhere{values: make(map[string]string)} // without a lock of its own
+	at := &elsewhere{values: make(map[string]string)} // without its own lock
 	const targets = 8
 	errs := make(chan error, targets)
 	for i := range targets {

@@ -461,7 +461,7 @@ func TestWarningsOfUnchanged(t *testing.T) {
 func TestChangedMeanwhile(t *testing.T) {
 	w := newWorld(t, t.TempDir())
 	w.old(t)
-	mine := []byte("what a person wrote meanwhile")
+	mine := []byte("edited by hand meanwhile")
 	s := w.mustEngine(t, nil)
 	s.disk.before = func(s Step) error {
 		if s.Op == "mkdir" { // of the backup set

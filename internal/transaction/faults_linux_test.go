@@ -184,7 +184,7 @@ func TestReadOnly(t *testing.T) {
 	s := w.mustEngine(t, nil)
 	_, err = s.deploy(t.Context(), tx)
 	broken, ok := errors.AsType[*BrokenError](err)
-	if !ok || !errors.Is(err, syscall.EROFS) || !strings.Contains(err.Error(), "needs a person") || !strings.Contains(err.Error(), w.path("site/cert.pem")) {
+	if !ok || !errors.Is(err, syscall.EROFS) || !strings.Contains(err.Error(), "needs attention") || !strings.Contains(err.Error(), w.path("site/cert.pem")) {
 		t.Fatalf("got error %v", err)
 	}
 	before, _ := pairs()
@@ -236,7 +236,7 @@ func TestOrdinaryUser(t *testing.T) {
 		{"read-only directory", func(t *testing.T, w world) { check(t, os.Chown(w.path("site"), 0, 0)) }, "site/cert.pem: permission denied; nothing was changed"},
 		{"unreadable file", func(t *testing.T, w world) {
 			check(t, os.Chown(w.path("private/key.pem"), 0, 0))
-		}, "private/key.pem: the agent's user cannot read the present file"},
+		}, "private/key.pem: the agent's user cannot read the existing file"},
 		{"another owner", func(t *testing.T, w world) {
 			check(t, os.Chown(w.path("site/cert.pem"), 0, 0))
 			check(t, os.Chmod(w.path("site/cert.pem"), 0o644))

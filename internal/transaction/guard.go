@@ -37,13 +37,13 @@ func (a *attempt) mayReplace(f *dest) error {
 	case f.file.Written != nil && f.file.Written(f.oldData):
 		return nil
 	case pemutil.HoldsPrivateKey(f.oldData) && !pemutil.HoldsPrivateKey(f.data):
-		return errors.New("the present file holds a private key, and the new one would not, so a server that reads its key from it could not start again: " +
+		return errors.New("the existing file holds a private key, and the new one would not, so a server that reads its key from it could not start again: " +
 			"configure a separate file for the certificate, or one file for both as the server's page of the documentation says; if no server needs the key, remove the file")
 	case was.Keys && was.Certificates && pemutil.ContentOf(f.data) == pemutil.Content{Keys: true}:
-		return errors.New("the present file holds certificates and the private key, and the new one would hold the key alone, so a server that reads both from it could not start again: " +
+		return errors.New("the existing file holds certificates and the private key, and the new one would hold the key alone, so a server that reads both from it could not start again: " +
 			"configure a separate file for the key; if no server needs the certificates, remove them from the file")
 	case was == pemutil.Content{} && !a.ReplaceAny && !a.mayBeTorn(f):
-		return fmt.Errorf(`the present file holds neither a certificate nor a key, and this agent did not write it, so it is not replaced: `+
+		return fmt.Errorf(`the existing file holds neither a certificate nor a key, and this agent did not write it, so it is not replaced: `+
 			`correct the path, or remove the file, or put {"replace_any_file": true} into %s.json of CERTCTL_TARGETS_DIR`, a.Target)
 	}
 	return nil
@@ -67,9 +67,9 @@ func (a *attempt) mayBeTorn(f *dest) bool {
 // white space or zeros.
 func isEmpty(data []byte) bool { return len(bytes.Trim(data, " \t\r\n\x00")) == 0 }
 
-// guardKey refuses to give a new key to the owner or the group of the present file if other users
-// could have planted that file: whoever can write to its directory, or to one above it, can put a
-// file there just before a renewal. It permits users and groups that the configuration names, and
+// guardKey refuses to give a new key to the owner or the group of the existing file if other users
+// could have planted that file: anyone who can write to its directory, or to one above it, can put
+// a file there just before a renewal. It permits users and groups that the configuration names, and
 // those of a file that already holds a key of the same certificate: they have it anyway.
 func (a *attempt) guardKey(f *dest) error {
 	by := f.at.exposedBy()
@@ -112,7 +112,7 @@ func (a *attempt) guardKey(f *dest) error {
 	if a.holdsAgentKey(held) {
 		return nil
 	}
-	return fmt.Errorf("the new key is not given to %s: other users can put files into %s, and the present file does not hold the previous key of the certificate: "+
+	return fmt.Errorf("the new key is not given to %s: other users can put files into %s, and the existing file does not hold the previous key of the certificate: "+
 		"set owner, group and mode of the file in %s.json of CERTCTL_TARGETS_DIR; or check whose the file is, give directory %s to root, and let nobody else write to it",
 		taken, f.at.path, a.Target, by)
 }

@@ -223,7 +223,7 @@ func TestForgedKey(t *testing.T) {
 }
 
 // TestOpenDirectoryKeepsWorking checks that it does not matter who can write to the directory if
-// only the agent's own user has access to the present file.
+// only the agent's own user has access to the existing file.
 func TestOpenDirectoryKeepsWorking(t *testing.T) {
 	_, after := pairs()
 	for _, mode := range []fs.FileMode{0o400, 0o600, 0o640} {
@@ -316,7 +316,7 @@ func TestMayReplace(t *testing.T) {
 		{"accounts", connector.CertificateFile, []byte("root:x:0:0:root:/root:/bin/sh\n"), after.cert, foreign},
 		{"accounts by a key", connector.KeyFile, []byte("root:x:0:0:root:/root:/bin/sh\n"), after.key, foreign},
 		{"library", connector.CertificateFile, []byte("\x7fELF\x02\x01\x01"), after.cert, foreign},
-		{"somebody's configuration", connector.ConfigFile, []byte("x = 1\n"), []byte("x = 2\n"), foreign},
+		{"a foreign configuration", connector.ConfigFile, []byte("x = 1\n"), []byte("x = 2\n"), foreign},
 
 		{"all in one by a certificate", connector.CertificateFile, both(before), after.cert, losesKey},
 		{"key by a chain", connector.CertificateFile, before.key, after.chain, losesKey},

@@ -99,14 +99,14 @@ func checkDistinct(files []*dest) error {
 	return nil
 }
 
-// inspect reads the present file and decides on the content and attributes of the new one. index is
+// inspect reads the existing file and decides on the content and attributes of the new one. index is
 // the file's number in the deployment.
 func (f *dest) inspect(index int) (warning string, err error) {
 	data, info, has, err := read(f.at, f.Name)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 	case errors.Is(err, fs.ErrPermission):
-		return "", fmt.Errorf("%s: the agent's user cannot read the present file, so it could not be restored: %w", f.Path, withoutPath(err))
+		return "", fmt.Errorf("%s: the agent's user cannot read the existing file, so it could not be restored: %w", f.Path, withoutPath(err))
 	case err != nil:
 		return "", fmt.Errorf("%s: %w", f.Path, withoutPath(err))
 	default:
@@ -121,7 +121,7 @@ func (f *dest) inspect(index int) (warning string, err error) {
 	return f.decide()
 }
 
-// found records the present file, and merges the parts of it that are kept into the new one.
+// found records the existing file, and merges the parts of it that are kept into the new one.
 func (f *dest) found(data []byte, info fs.FileInfo, has attributes, index int) {
 	f.oldData, f.now = data, info
 	if f.keepOld = f.file.Keep && !(f.file.Written != nil && f.file.Written(data)); f.keepOld {
@@ -207,7 +207,7 @@ func groupNumber(name string) (string, error) {
 	return g.Gid, nil
 }
 
-// upToDate reports whether the present file already equals the new one.
+// upToDate reports whether the existing file already equals the new one.
 func (f *dest) upToDate() bool {
 	return f.Old != nil && f.Old.attributes.equal(f.want) && bytes.Equal(f.oldData, f.data)
 }

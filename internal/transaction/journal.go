@@ -33,7 +33,7 @@ const (
 
 // A record with changes has changesVersion, any other journalVersion. An older agent, which does
 // not know changes, would drop them and their undo data. So it sets a record of changesVersion
-// aside, for a person.
+// aside for inspection.
 const (
 	journalVersion = 1
 	changesVersion = 2
@@ -269,7 +269,7 @@ func (e *Engine) removeRecord(id api.ID) error {
 	return nil
 }
 
-// setAside renames a record that cannot be followed, for a person to look at. While it exists the
+// setAside renames a record that recovery cannot follow, for inspection. While it exists the
 // target is not clean: the next successful deployment replaces every file and removes the record.
 func (e *Engine) setAside(id api.ID) error {
 	if err := e.disk.rename(e.journal, recordName(id), asideName(id)); err != nil {

@@ -464,7 +464,7 @@ func TestIrrevocableIsLast(t *testing.T) {
 }
 
 // TestOwedAndCancelled checks that a deployment that is cancelled because the agent stops leaves
-// the owed work to its retry, and does not ask for a person.
+// the owed work to its retry, and does not need attention.
 func TestOwedAndCancelled(t *testing.T) {
 	for name, begin := range map[string]func(ctx context.Context, s *Engine, tx Transaction) error{
 		"plan": func(ctx context.Context, s *Engine, tx Transaction) error {

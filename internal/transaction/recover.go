@@ -24,7 +24,7 @@ const recoverWait = 10 * time.Second
 type Recovery struct {
 	RolledBack []string // the old files are back in place
 	Finished   []string // committed already: the new files are in place
-	SetAside   []string // the record cannot be followed: a person should look
+	SetAside   []string // the record cannot be followed: the target needs attention
 	Failed     []string // retried by Repair, and before a deployment to the target
 	Reloads    int      // number of reloads that are left to Repair
 }
@@ -258,7 +258,7 @@ func (e *Engine) recoverRecord(ctx context.Context, id api.ID, r *record, loadEr
 	if r != nil && len(r.allChanges()) > 0 {
 		log = log.With("changes", idsOf(r.allChanges()))
 	}
-	log.Error("an interrupted deployment needs a person: its journal record was set aside, and nothing else was touched; the next deployment replaces every file")
+	log.Error("an interrupted deployment needs attention: its journal record was set aside, and nothing else was touched; the next deployment replaces every file")
 	return outcomeSetAside, e.setAside(id)
 }
 
@@ -350,8 +350,8 @@ func reopen(r *record) (files []*dest, moved, err error) {
 }
 
 // compare finds out which files must be restored and reads their backups. If a file is neither the
-// old nor the new one, somebody has changed it since, and compare returns a damagedError: recovery
-// does not undo the work of a person.
+// old nor the new one, someone has changed it since, and compare returns a damagedError: recovery
+// does not undo manual changes.
 func (e *Engine) compare(r *record, files []*dest) error {
 	var unknown []string
 	for _, f := range files {
@@ -372,7 +372,7 @@ func (e *Engine) compare(r *record, files []*dest) error {
 		}
 	}
 	if len(unknown) > 0 {
-		return &damagedError{fmt.Errorf("changed by another program or a person since: %s", strings.Join(unknown, ", "))}
+		return &damagedError{fmt.Errorf("changed by someone else since: %s", strings.Join(unknown, ", "))}
 	}
 	return e.readOldFiles(r, files)
 }

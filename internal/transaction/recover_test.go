@@ -110,7 +110,7 @@ func TestSetAside(t *testing.T) {
 		keep   string // a file that must be left as it is
 	}{
 		{"record", func(t *testing.T, w world) { w.write(t, "state/journal/t1.json", []byte("{}"), 0o600) }, "version 0", ""},
-		{"person", func(t *testing.T, w world) { w.write(t, "site/cert.pem", []byte("by hand"), 0o644) }, "changed by another program or a person since", "site/cert.pem"},
+		{"person", func(t *testing.T, w world) { w.write(t, "site/cert.pem", []byte("by hand"), 0o644) }, "changed by someone else since", "site/cert.pem"},
 		{"removed", func(t *testing.T, w world) { check(t, os.Remove(w.path("site/cert.pem"))) }, "site/cert.pem", ""},
 		{"backup", func(t *testing.T, w world) {
 			set := "state/backups/t1/" + w.backups(t)[0]

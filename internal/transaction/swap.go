@@ -271,15 +271,15 @@ func (e *Engine) restoreFile(r *record, f *dest) error {
 	if !full && !errors.Is(err, syscall.EBUSY) {
 		return err
 	}
-	// Even on a full disk, the present file has blocks that can be overwritten. That is safe if
+	// Even on a full disk, the existing file has blocks that can be overwritten. That is safe if
 	// this deployment created the file.
 	if f.staged == nil || !os.SameFile(f.now, f.staged) {
 		if mayNot := f.mayOverwrite(); mayNot != nil {
 			return errors.Join(withoutPath(err), mayNot)
 		}
 	}
-	// If the disk is too full for the journal as well, a crash now would make the file look as if a
-	// person had changed it. Giving up would be worse.
+	// If the disk is too full for the journal as well, a crash now would make the file look as if an
+	// operator had changed it. Giving up would be worse.
 	if err := e.journalInPlace(r, f); err != nil && !full {
 		return err
 	}

@@ -20,7 +20,7 @@
 //	   │                                                  │
 //	   ▼ journal: swapping ───────────────────────────────┤
 //	swap      rename the new files into place, sync       │ roll back:
-//	change    write what is not a file of this host       │ restore changes
+//	change    change everything that is not a local file  │ restore changes
 //	validate  ask the server whether it accepts them      │ and files, then
 //	reload    make the server load them                   │ "restored", and
 //	verify    see that the server uses them               │ reload
@@ -44,8 +44,8 @@
 // the other hand, can be undone only with the target's configuration. The journal therefore keeps
 // it as owed work, together with its backup, until the target's next deployment.
 //
-// A record that cannot be followed, because it is damaged or because somebody has changed the
-// files since the crash, is set aside for a person. The target's next deployment then replaces
+// A record that cannot be followed, because it is damaged or because someone has changed the
+// files since the crash, is set aside for inspection. The target's next deployment then replaces
 // every file.
 //
 // # Concurrency
@@ -155,7 +155,7 @@ func (e *BusyError) Error() string { return e.Err.Error() }
 
 func (e *BusyError) Unwrap() error { return e.Err }
 
-// BrokenError is a failed rollback: the target needs a person.
+// BrokenError is a failed rollback: the target needs attention.
 type BrokenError struct {
 	Cause    error  // why the deployment failed
 	Rollback error  // why the rollback failed
@@ -163,7 +163,7 @@ type BrokenError struct {
 }
 
 func (e *BrokenError) Error() string {
-	return e.Cause.Error() + "; undoing it failed as well, so this target needs a person: " +
+	return e.Cause.Error() + "; the rollback failed too, so this target needs attention: " +
 		e.Rollback.Error() + "; what was there before is in " + e.Backups
 }
 

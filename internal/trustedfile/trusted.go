@@ -26,7 +26,7 @@ func Read(path string, limit int64) (data []byte, info fs.FileInfo, warning stri
 		return func() { data, info, warning, err = d, i, w, e }
 	})
 	if !ok {
-		return nil, nil, "", fmt.Errorf("%s could not be read within %v: check the file system that it is on", path, readTimeout)
+		return nil, nil, "", fmt.Errorf("%s could not be read within %v: check its file system", path, readTimeout)
 	}
 	return data, info, warning, err
 }
@@ -92,7 +92,7 @@ func explainDenied(path string, err error) error {
 // inContainers explains an owner that the operator did not choose.
 const inContainers = " (a file that is mounted into a container keeps the owner that it has on the host)"
 
-// checkPath checks the directories and symlinks on the path to a file. Whoever can write to a
+// checkPath checks the directories and symlinks on the path to a file. Anyone who can write to a
 // directory can replace the file by another file of root's, or by a link to one. In a sticky
 // directory, only the owner of the file or link can do that.
 func checkPath(path string, euid int) error {

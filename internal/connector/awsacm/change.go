@@ -241,7 +241,7 @@ func (c *change) missingTags() []tag {
 }
 
 // Write implements connector.Change. It sets the tags of a first import. Otherwise Finish does: ACM
-// accepts no tags in a re-import, and a missing tag is no reason to roll back.
+// accepts no tags in a re-import, and a missing tag does not justify a rollback.
 func (c *change) Write(ctx context.Context) error {
 	switch {
 	case c.arn == "":
@@ -356,11 +356,11 @@ func (c *change) Restore(ctx context.Context, saved []byte) error {
 	}
 	var was undo
 	if err := json.Unmarshal(saved, &was); err != nil {
-		return fmt.Errorf("cannot read the saved state: %w", err)
+		return fmt.Errorf("its backup cannot be read: %w", err)
 	}
 	old, err := parseUndo(was)
 	if err != nil {
-		return fmt.Errorf("cannot read the saved state: %w", err)
+		return fmt.Errorf("its backup cannot be read: %w", err)
 	}
 	c.arn = was.ARN
 	if err := c.load(ctx); err != nil {

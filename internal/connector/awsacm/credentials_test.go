@@ -214,7 +214,7 @@ func TestBadCredentials(t *testing.T) {
 			f.env["AWS_SECRET_ACCESS_KEY"] = "hunter2"
 			f.overlay(`{"role_arn": "` + f.AddRole("acm", "", f.UserARN("e")) + `"}`)
 		}, []string{"AssumeRole of", "the secret key of the environment is wrong"}},
-		{"role, and nobody answers", func(f *fixture) {
+		{"role, and the endpoint is down", func(f *fixture) {
 			f.env["AWS_ACCESS_KEY_ID"], f.env["AWS_SECRET_ACCESS_KEY"] = f.AddUser("e")
 			f.overlay(`{"role_arn": "` + f.AddRole("acm", "", f.UserARN("e")) + `"}`)
 			f.env["AWS_CA_BUNDLE"] = f.dir + "/none.pem"

@@ -309,7 +309,7 @@ func TestDenied(t *testing.T) {
 }
 
 // TestUndo: a failed deployment restores the old certificate if its key is available. Otherwise the
-// error says what a person must do.
+// error says what to do.
 func TestUndo(t *testing.T) {
 	t.Parallel()
 	start := func(t *testing.T) (*fixture, *connector.Material) {
@@ -335,7 +335,7 @@ func TestUndo(t *testing.T) {
 		conformance.WantError(t, err, "it cannot be undone", "the private key of the old certificate", "is not in this agent's key store",
 			"aws acm import-certificate --region eu-central-1 --certificate-arn "+arn, "or deploy another")
 		if f.holds(m); !conformance.Broken(err) {
-			t.Errorf("got %v, want one that needs a person", err)
+			t.Errorf("got %v, want a BrokenError", err)
 		}
 		f.mustDeploy(f.material(), "certificate_arn", arn) // the next deployment works
 	})
@@ -350,7 +350,7 @@ func TestUndo(t *testing.T) {
 		must(t, err)
 		was := []byte(`{"arn": "` + f.only().ARN + `", "certificate": "` + strings.ReplaceAll(string(expired.LeafPEM()), "\n", `\n`) + `"}`)
 		conformance.WantError(t, f.change(m).Restore(t.Context(), was), "it cannot be undone", "the old certificate expired")
-		conformance.WantError(t, f.change(m).Restore(t.Context(), []byte("{")), "cannot read the saved state")
+		conformance.WantError(t, f.change(m).Restore(t.Context(), []byte("{")), "its backup cannot be read")
 	})
 	t.Run("old one lacks a usage", func(t *testing.T) {
 		f, old := start(t)
@@ -358,7 +358,7 @@ func TestUndo(t *testing.T) {
 		_, err := f.deploy(m, unverified()...)
 		conformance.WantError(t, err, "it cannot be undone", "lacks Extended Key Usage", "the new one stays: deploy another")
 		if f.holds(m); !conformance.Broken(err) {
-			t.Errorf("got %v, want one that needs a person", err)
+			t.Errorf("got %v, want a BrokenError", err)
 		}
 	})
 	t.Run("others were there", func(t *testing.T) {

@@ -12,7 +12,7 @@ import (
 	"certctl-agent/internal/testing/needs"
 )
 
-var inNamespace = flag.Bool("in-namespace", false, "this process has a network of its own")
+var inNamespace = flag.Bool("in-namespace", false, "this process has its own network")
 
 // tcpMigrateReq makes the kernel move queued connections from a listener
 // that is being closed to another one on the same port
@@ -48,16 +48,16 @@ func rotateInChild(t *testing.T) {
 		child.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Geteuid(), Size: 1}}
 		child.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getegid(), Size: 1}}
 	}
-	said := new(strings.Builder)
-	child.Stdout, child.Stderr = said, said
+	output := new(strings.Builder)
+	child.Stdout, child.Stderr = output, output
 	if err := child.Start(); err != nil {
-		needs.Missing(t, "this machine gives no process a network of its own: "+err.Error())
+		needs.Missing(t, "cannot create a network namespace: "+err.Error())
 	}
 	err = child.Wait()
-	t.Logf("in a network of its own:\n%s", said)
+	t.Logf("in its own network:\n%s", output)
 	if err != nil {
 		t.Error(err)
-	} else if strings.Contains(said.String(), "--- SKIP") {
+	} else if strings.Contains(output.String(), "--- SKIP") {
 		needs.Missing(t, tcpMigrateReq+" cannot be set: it takes Linux 5.14")
 	}
 }

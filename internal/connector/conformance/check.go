@@ -43,7 +43,7 @@ func WantError(t testing.TB, err error, words ...string) {
 	}
 }
 
-// Broken reports whether err is a BrokenError: the rollback failed, and a person must act.
+// Broken reports whether err is a BrokenError: the rollback failed, and the target needs attention.
 func Broken(err error) bool {
 	_, ok := errors.AsType[*transaction.BrokenError](err)
 	return ok

@@ -34,7 +34,7 @@ func TestRotate(t *testing.T) {
 	}{
 		{"at once", 0, true},
 		{"longer than usual", 300 * time.Millisecond, true},
-		{"for good", time.Hour, false},
+		{"permanently", time.Hour, false},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			host, ca := NewHost(t, nil), testca.Must(t)

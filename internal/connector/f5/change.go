@@ -287,7 +287,7 @@ func (c *change) Restore(ctx context.Context, was []byte) error {
 	u := undo{Profile: new(profile)}
 	if was != nil {
 		if err := json.Unmarshal(was, &u); err != nil || u.Profile == nil {
-			return errors.New("cannot read the saved state of the profile")
+			return errors.New("its backup cannot be read")
 		}
 	}
 	if err := errors.Join(c.putBack(ctx, &u), c.discard(ctx)); err != nil {

@@ -168,7 +168,7 @@ func TestEntries(t *testing.T) {
 		t.Errorf("the profile is %s", got)
 	}
 	if state["ssl-key /Common/old.key"] == "" {
-		t.Error("a file of someone else was removed")
+		t.Error("someone else's file was removed")
 	}
 	// Without a chain, the old one is cleared.
 	m.Chain = nil
@@ -272,7 +272,7 @@ func TestServerSSL(t *testing.T) {
 	_, err = f.deploy(m, unverified()...)
 	conformance.WantError(t, err, "someone else has changed the profile since, so it was left alone")
 	if got := f.running()[serverSSL+" "+profileName]; !strings.Contains(got, "/Common/other.crt") {
-		t.Errorf("what someone else did is lost: %s", got)
+		t.Errorf("someone else's change is lost: %s", got)
 	}
 }
 
@@ -336,7 +336,7 @@ func TestRetention(t *testing.T) {
 	}
 }
 
-// TestUnchanged: an installed pair, whoever installed it, is left alone, and the
+// TestUnchanged: an installed pair is left alone, no matter who installed it, and the
 // agent sends no changes.
 func TestUnchanged(t *testing.T) {
 	f := remote(t, "17.1.1")
@@ -485,7 +485,7 @@ func TestOthers(t *testing.T) {
 		_, err = f.deploy(f.material())
 		conformance.WantError(t, err, "someone else changed the profile meanwhile")
 		if got := f.running()[clientSSL+" "+profileName]; !strings.Contains(got, "/Common/other.crt") {
-			t.Errorf("%s: what someone else did is lost: %s", moment, got)
+			t.Errorf("%s: someone else's change is lost: %s", moment, got)
 		}
 		f.clean()
 	}

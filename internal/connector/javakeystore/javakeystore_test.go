@@ -222,7 +222,7 @@ func TestRefused(t *testing.T) {
 		{"JCEKS", jceks, map[string]any{"keystore_type": "JKS"}, "JCEKS"},
 		{"a trusted certificate", trusted, map[string]any{"keystore_password": "correct horse", "alias": "ROOT"}, "configure another alias"},
 		{"nothing there", nil, map[string]any{"create_keystore": "false"}, "create_keystore is false"},
-		{"a key under a password of its own", w.store(t, "JKS", "server"), map[string]any{"keystore_type": "JKS"}, "set key_password"},
+		{"a key with a different password", w.store(t, "JKS", "server"), map[string]any{"keystore_type": "JKS"}, "set key_password"},
 		{"the same in PKCS12", w.store(t, "PKCS12", "server"), nil, "set key_password"},
 		{"a password that Java does not take", nil, map[string]any{"keystore_password": "wröng-one"}, "printable ASCII"},
 		{"such a one for the key", good, map[string]any{"key_password": "wrong-one\t"}, "printable ASCII"},

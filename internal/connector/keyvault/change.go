@@ -316,7 +316,7 @@ func (c *change) Restore(ctx context.Context, saved []byte) error {
 	if saved != nil {
 		was = new(oldVersion)
 		if err := json.Unmarshal(saved, was); err != nil {
-			return fmt.Errorf("cannot read the saved state: %w", err)
+			return fmt.Errorf("its backup cannot be read: %w", err)
 		}
 	}
 	if c.untouched(was) {

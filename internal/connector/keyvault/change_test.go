@@ -45,7 +45,7 @@ func TestRenewal(t *testing.T) {
 	}
 }
 
-// A version with the same certificate, whoever imported it, is not imported again.
+// A version with the same certificate is not imported again, no matter who imported it.
 func TestSameCertificate(t *testing.T) {
 	s := newSite(t)
 	f := s.fixture(t, environment())
@@ -94,7 +94,7 @@ func TestDeleted(t *testing.T) {
 	_, err = f.deploy(f.material())
 	conformance.WantError(t, err, "import", "can be recovered,", "az keyvault certificate recover --vault-name")
 	if conformance.Broken(err) {
-		t.Errorf("nothing was changed, and the target needs a person: %v", err)
+		t.Errorf("nothing was changed, but the target needs attention: %v", err)
 	}
 	// Deleted between Read and Write.
 	f.vault.Deny()
@@ -155,7 +155,7 @@ func TestUndo(t *testing.T) {
 		f.theirs(func(v *azure.Version) { v.Policy.Key.Exportable = new(false) })
 		before, m := current(f.vault), f.material()
 		_, err := f.deploy(m, unverified()...)
-		conformance.WantError(t, err, "this target needs a person", "certificate www of "+f.vault.Host+": it cannot be undone: the new version "+current(f.vault).ID+" stays the current one",
+		conformance.WantError(t, err, "this target needs attention", "certificate www of "+f.vault.Host+": it cannot be undone: the new version "+current(f.vault).ID+" stays the current one",
 			"the old version "+before.ID+" cannot be imported again (its key cannot be exported)", "az keyvault certificate import --vault-name")
 		if !conformance.Broken(err) || s.made("secret www") > 2 {
 			t.Errorf("got %v", err)
@@ -189,7 +189,7 @@ func TestUndo(t *testing.T) {
 		f := s.fixture(t, environment())
 		f.vault.Deny("update")
 		_, err := f.deploy(f.material(), unverified()...)
-		conformance.WantError(t, err, "this target needs a person", "failed (az keyvault certificate set-attributes --vault-name", "--enabled false)", "certificates/update/action")
+		conformance.WantError(t, err, "this target needs attention", "failed (az keyvault certificate set-attributes --vault-name", "--enabled false)", "certificates/update/action")
 	})
 	t.Run("a first that failed, then another", func(t *testing.T) {
 		f := s.fixture(t, environment())
@@ -212,7 +212,7 @@ func TestUndo(t *testing.T) {
 			return nil
 		}
 		_, err := f.deploy(f.material(), unverified()...)
-		conformance.WantError(t, err, "this target needs a person", "importing the old version", "certificates/import/action")
+		conformance.WantError(t, err, "this target needs attention", "importing the old version", "certificates/import/action")
 	})
 }
 
@@ -236,7 +236,7 @@ func TestOthers(t *testing.T) {
 			t.Errorf("%s: got %v", op, err)
 		}
 		if at := current(f.vault); theirs == nil || at.ID != theirs.ID || !at.Enabled || !maps.Equal(at.Tags, theirs.Tags) {
-			t.Errorf("%s: the version of someone else is not the current one any more: %+v", op, at)
+			t.Errorf("%s: someone else's version is no longer current: %+v", op, at)
 		}
 	}
 }

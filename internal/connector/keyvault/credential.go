@@ -359,7 +359,7 @@ func (w *tokenMethods) fromManagedIdentity(ctx context.Context, resource string)
 	return parseToken(answer.Body, time.Now())
 }
 
-// fromCLI gets a token from the Azure CLI, in which a person has logged in. Errors must not contain
+// fromCLI gets a token from the Azure CLI, after an interactive login. Errors must not contain
 // its output, which has the token.
 func (w *tokenMethods) fromCLI(ctx context.Context, resource string) (*token, error) {
 	line := "az account get-access-token --output json --resource " + resource

@@ -126,7 +126,7 @@ func TestUndoFails(t *testing.T) {
 		}
 		_, err := f.deploy(f.material(), unverified()...)
 		f.Before = nil
-		conformance.WantError(t, err, "this target needs a person", "importing the old version")
+		conformance.WantError(t, err, "this target needs attention", "importing the old version")
 		if _, err = f.deploy(f.material(), unverified()...); conformance.Broken(err) {
 			t.Errorf("%s: the next deployment: %v", name, err)
 		}

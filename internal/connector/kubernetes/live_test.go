@@ -194,7 +194,7 @@ func permissions(t *testing.T, c *cluster) {
 			}
 			conformance.WantError(t, err, "403 Forbidden", "verb "+test.verb, "www", f.in, `User "`+test.user+`" cannot `+test.verb)
 			if conformance.Broken(err) {
-				t.Errorf("it needs a person: %v", err)
+				t.Errorf("the target needs attention: %v", err)
 			}
 			if after := f.secret(); (after == nil) != (before == nil) || after != nil && after.Metadata.ResourceVersion != before.Metadata.ResourceVersion {
 				t.Errorf("the secret changed to %+v", after)
@@ -204,14 +204,14 @@ func permissions(t *testing.T, c *cluster) {
 	t.Run("first deployment is undone without delete", func(t *testing.T) {
 		f := c.fixture(t, "agent")
 		_, err := f.deploy(f.material(), unverified()...)
-		conformance.WantError(t, err, "this target needs a person", "verb delete")
+		conformance.WantError(t, err, "this target needs attention", "verb delete")
 	})
 	t.Run("no such namespace", func(t *testing.T) {
 		f := c.fixture(t, apiserver.Admin)
 		_, err := f.deploy(f.material(), "namespace", "nowhere")
 		conformance.WantError(t, err, "the namespace nowhere does not exist")
 		if conformance.Broken(err) {
-			t.Errorf("it needs a person: %v", err)
+			t.Errorf("the target needs attention: %v", err)
 		}
 	})
 	t.Run("no such user", func(t *testing.T) {
@@ -370,7 +370,7 @@ func undoLeavesNewer(t *testing.T, c *cluster) {
 		}
 		f.at("restore", func() { f.patch(theirs) })
 		_, err := f.deploy(f.material(), unverified()...)
-		conformance.WantError(t, err, "this target needs a person", "someone else has changed it since")
+		conformance.WantError(t, err, "this target needs attention", "someone else has changed it since")
 		if s := f.secret(); s == nil || string(s.Data["tls.crt"]) != "theirs" {
 			t.Errorf("first %t: theirs is gone", first)
 		}
@@ -378,7 +378,7 @@ func undoLeavesNewer(t *testing.T, c *cluster) {
 	f := c.fixture(t, "remover")
 	f.at("restore", func() { f.patch(map[string]any{"data": map[string]any{"more": "eA=="}}) })
 	_, err := f.deploy(f.material(), unverified()...)
-	conformance.WantError(t, err, "this target needs a person", `someone else has added "more" since`)
+	conformance.WantError(t, err, "this target needs attention", `someone else has added "more" since`)
 	if f.secret() == nil {
 		t.Error("a secret with someone else's data was removed")
 	}
@@ -394,7 +394,7 @@ func undoLeavesNewer(t *testing.T, c *cluster) {
 		return false
 	})
 	_, err = f.deploy(f.material(), unverified()...)
-	conformance.WantError(t, err, "this target needs a person", "someone else has changed it since")
+	conformance.WantError(t, err, "this target needs attention", "someone else has changed it since")
 	if f.secret() == nil {
 		t.Error("a secret that someone else had just changed was removed")
 	}

@@ -212,7 +212,7 @@ func (c *secretChange) Restore(ctx context.Context, saved []byte) error {
 	var was undo
 	if saved != nil {
 		if err := json.Unmarshal(saved, &was); err != nil {
-			return fmt.Errorf("cannot read the saved state: %w", err)
+			return fmt.Errorf("its backup cannot be read: %w", err)
 		}
 	}
 	untouched := c.looked && !c.sent && bytes.Equal(saved, c.was) // by this process and earlier ones

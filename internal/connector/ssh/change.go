@@ -544,7 +544,7 @@ func (c *change) Restore(ctx context.Context, was []byte) error {
 	var m manifest
 	if was != nil {
 		if err := json.Unmarshal(was, &m); err != nil {
-			return fmt.Errorf("cannot read the saved state: %w", err)
+			return fmt.Errorf("its backup cannot be read: %w", err)
 		}
 	}
 	return c.persist(ctx, func(ctx context.Context, s *session) error { return c.restore(ctx, s, m, was == nil) })

@@ -210,9 +210,9 @@ func TestForeignFiles(t *testing.T) {
 	}
 }
 
-// TestSomebodyElse: if someone else installs a pair meanwhile, all of it
+// TestSomeoneElse: if someone else installs a pair meanwhile, all of it
 // stays.
-func TestSomebodyElse(t *testing.T) {
+func TestSomeoneElse(t *testing.T) {
 	h := newThere(t)
 	must(t, h.deploy(local(t, nil), h.Material(t, h.ca)))
 	built, err := h.Connector(local(t, nil), h.config())

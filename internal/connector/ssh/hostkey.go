@@ -138,7 +138,7 @@ func (d *directory) knownHostsOptions() []string {
 }
 
 // unknown handles a server key that is unknown or has changed. It remembers an unknown key if this
-// host allows that. Otherwise the error has all that a person needs to decide.
+// host allows that. Otherwise the error has all that the operator needs to decide.
 func (d *directory) unknown(ctx context.Context, program string, address netip.Addr, login *loginError) error {
 	key, alias, err := d.offered(ctx, program, address)
 	if err != nil {

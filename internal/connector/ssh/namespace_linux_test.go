@@ -22,7 +22,7 @@ import (
 	"certctl-agent/internal/tlsprobe"
 )
 
-var inNamespace = flag.Bool("in-namespace", false, "this process has a network and mounts of its own")
+var inNamespace = flag.Bool("in-namespace", false, "this process has its own network and mounts")
 
 // An account that exists only in the namespace.
 const (
@@ -35,7 +35,7 @@ const (
 // child process that has them. Nothing on this host changes.
 func TestNamespace(t *testing.T) {
 	if os.Geteuid() != 0 && !*inNamespace {
-		needs.Missing(t, "accounts for sshd take root")
+		needs.Missing(t, "creating accounts for sshd needs root")
 	}
 	for _, program := range []string{"sshd", "dropbear", "dropbearconvert", "nginx", "ip", "unshare", "nsenter", "openssl"} {
 		needs.Need(t, program)
@@ -44,7 +44,7 @@ func TestNamespace(t *testing.T) {
 		child := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestNamespace$", "-test.v", "-in-namespace")
 		child.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS}
 		out, err := child.CombinedOutput()
-		t.Logf("in namespaces of its own:\n%s", out)
+		t.Logf("in its own namespaces:\n%s", out)
 		if err != nil {
 			t.Error(err)
 		}

@@ -175,7 +175,7 @@ func (c *change) Restore(ctx context.Context, saved []byte) error {
 	}
 	var was state
 	if err := json.Unmarshal(saved, &was); err != nil {
-		return fmt.Errorf("cannot read the saved state: %w", err)
+		return fmt.Errorf("its backup cannot be read: %w", err)
 	}
 	s, err := c.ask(ctx, opRestore, func(q *request) { q.Was = saved })
 	if err != nil {

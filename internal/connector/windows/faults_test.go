@@ -62,7 +62,7 @@ func TestReboot(t *testing.T) {
 						t.Errorf("%s, %s, done %v: got %v", kind, operation, done, err)
 					case operation == opWrite && !back:
 						if !conformance.Broken(err) {
-							t.Errorf("%s: got %v, want an error that a person is needed", kind, err)
+							t.Errorf("%s: got %v, want a BrokenError", kind, err)
 						}
 					case len(before) != len(f.windows.State()) || kind == "IIS" && f.bound(site, binding) != thumbprint(first.Leaf):
 						t.Errorf("%s, %s, done %v: the host has %v, and had %v", kind, operation, done, f.windows.State(), before)

@@ -55,7 +55,7 @@ func TestOtherBindings(t *testing.T) {
 	}
 }
 
-// TestUndo: the old certificate is restored, whoever installed it.
+// TestUndo: the old certificate is restored, no matter who installed it.
 func TestUndo(t *testing.T) {
 	for _, test := range []struct {
 		name    string
@@ -83,7 +83,7 @@ func TestUndo(t *testing.T) {
 			t.Errorf("%s: the binding has flags %d and store %s", test.name, test.binding.Flags, test.binding.Store)
 		}
 		if !f.holds(`LocalMachine\WebHosting`, thumbprint(their.Certificate)) {
-			t.Errorf("%s: the certificate of someone else is gone", test.name)
+			t.Errorf("%s: someone else's certificate is gone", test.name)
 		}
 	}
 }
@@ -142,7 +142,7 @@ func TestFormerIsGone(t *testing.T) {
 	_, err := f.deploy(f.material(), unverified()...)
 	conformance.WantError(t, err, thumbprint(first.Leaf), "is not in its store any more")
 	if !conformance.Broken(err) {
-		t.Errorf("got %v, want an error that a person is needed", err)
+		t.Errorf("got %v, want a BrokenError", err)
 	}
 }
 

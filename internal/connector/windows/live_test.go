@@ -104,7 +104,7 @@ func TestWrongPassword(t *testing.T) {
 }
 
 // TestDroppedShell: whatever is lost in whichever call, the deployment ends with
-// the complete old or new state, or says that the target needs a person, and the next
+// the complete old or new state, or says that the target needs attention, and the next
 // one converges.
 func TestDroppedShell(t *testing.T) {
 	for _, test := range []struct {

@@ -69,7 +69,7 @@ const (
 type owner struct {
 	*targetconf.Config
 	in    string
-	named bool // a person named the host on the command line
+	named bool // the host was named on the command line
 }
 
 func (o owner) name(key string) string {

@@ -83,7 +83,7 @@ func maybeBinary(name string, head []byte) bool {
 }
 
 // IsStore reports whether a file is a key store by its name or content. Parsing it may be slow,
-// because passwords have to be tried.
+// because it tries passwords.
 func IsStore(name string, data []byte) bool {
 	return pkcs12.Is(data) || hintOf(name) == hintStore || bytes.Contains(data, []byte(pemBegin+labelPKCS12))
 }

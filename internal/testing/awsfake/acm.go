@@ -506,7 +506,7 @@ func (c *Cloud) addTags(k *key, body []byte) (any, *problem) {
 	case p != nil:
 		return nil, p
 	case len(request.Tags) == 0:
-		return nil, refuse("ValidationException", "there are no tags")
+		return nil, refuse("ValidationException", "missing tags")
 	}
 	if p := checkTags(have.tags, request.Tags); p != nil {
 		return nil, p

@@ -121,7 +121,7 @@ func startPostfix(ctx context.Context, dir, certPath, keyPath, tlsParameters str
 		logFile:  filepath.Join(dir, "mail.log"),
 	}
 	master := exec.Command(filepath.Join(strings.TrimSpace(string(daemons)), "master"), "-c", conf, "-d")
-	// master kills its whole process group at its end, so it must be the leader of its own.
+	// master kills its whole process group at its end, so it must lead one.
 	master.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := s.start(master); err != nil {
 		return nil, err

@@ -119,7 +119,7 @@ func TestFaults(t *testing.T) {
 		{"silence at once", netfault.Fault{Then: netfault.Silence}, "silence", "", ""},
 		{"silence in the second request", netfault.Fault{Then: netfault.Silence, After: 6, CountUp: true}, "one\n", "silence", "one\n"},
 		{"half open", netfault.Fault{Then: netfault.HalfOpen, After: 4}, "one\n", "silence", "one\n"},
-		{"held back", netfault.Fault{Then: netfault.Hold, After: 4, CountUp: true}, "one\n", "silence", "one\n"},
+		{"delayed", netfault.Fault{Then: netfault.Hold, After: 4, CountUp: true}, "one\n", "silence", "one\n"},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {

@@ -141,7 +141,7 @@ func parse(data []byte) (*request, error) {
 	}
 	for _, name := range []string{addressing + "To", addressing + "ReplyTo", addressing + "Action", wsman + "ResourceURI"} {
 		if _, ok := seen[name]; !ok {
-			return r, invalid("there is no header " + name)
+			return r, invalid("missing header " + name)
 		}
 	}
 	if seen[wsman+"ResourceURI"] != "http://schemas.microsoft.com/wbem/wsman/1/windows/shell/cmd" {

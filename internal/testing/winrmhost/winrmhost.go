@@ -450,7 +450,7 @@ func (c *command) kill() {
 func (h *Host) command(s *shell, r *request) (string, error) {
 	b := r.body.CommandLine
 	if b == nil || b.Command == "" {
-		return "", invalid("there is no command")
+		return "", invalid("missing command")
 	}
 	for name, value := range r.options {
 		if name != "WINRS_CONSOLEMODE_STDIN" && name != "WINRS_SKIP_CMD_SHELL" || value != "TRUE" && value != "FALSE" {
@@ -464,7 +464,7 @@ func (h *Host) command(s *shell, r *request) (string, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.current != nil {
-		return "", invalid("a command is still there: it has to be terminated first")
+		return "", invalid("a command is still running: terminate it first")
 	}
 	c := &command{id: newID(), words: strings.Fields(strings.ReplaceAll(line, `"`, "")), pipe: r.options["WINRS_CONSOLEMODE_STDIN"] == "FALSE", finished: make(chan struct{})}
 	s.current = c
@@ -496,7 +496,7 @@ func (h *Host) start(s *shell, c *command) {
 // find returns the command of a request.
 func (s *shell) find(id string) (*command, error) {
 	if s.current == nil || !strings.EqualFold(s.current.id, id) {
-		return nil, invalid("there is no command " + id)
+		return nil, invalid("unknown command " + id)
 	}
 	return s.current, nil
 }
@@ -573,7 +573,7 @@ func (s *shell) receive(ctx context.Context, r *request) (string, error) {
 func (s *shell) signal(r *request) error {
 	b := r.body.Signal
 	if b == nil {
-		return invalid("there is no signal")
+		return invalid("missing signal")
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
