@@ -372,7 +372,7 @@ func (a *Agent) contain(work func()) (err error) {
 // exhausted reports whether to give up after a refusal that may be a gateway's: it has lasted, and
 // heartbeats are accepted. Some gateways answer 404 to all calls while the control plane is down.
 func (a *Agent) exhausted(p *pace.Patience, err error) bool {
-	return p.Exhausted(err) && a.inContact.Load()
+	return p.Exhausted(api.Doubtful(err)) && a.inContact.Load()
 }
 
 func wake(c chan struct{}) {

@@ -41,9 +41,9 @@ type waitingJob struct {
 	// runningUnanswered: an earlier try may have reported the status Running, but got no answer.
 	runningUnanswered bool
 
-	// place is the place (see transaction.BusyError) that was busy when this job was last tried. Of
+	// lock is the lock (see transaction.BusyError) that was busy when this job was last tried. Of
 	// the jobs that need it only one tries again; the others wait for that job.
-	place string
+	lock string
 
 	pacer    *pace.Pacer
 	patience pace.Patience // for fetching the certificate; a running deployment owns it
@@ -68,8 +68,8 @@ func (w *waitingJob) needs() []need {
 	if w.job.TargetID != "" {
 		all = append(all, need{"target", string(w.job.TargetID)})
 	}
-	if w.place != "" {
-		all = append(all, need{"place", w.place})
+	if w.lock != "" {
+		all = append(all, need{"lock", w.lock})
 	}
 	return all
 }
@@ -89,15 +89,15 @@ func (t *jobTable) release(w *waitingJob, needs ...need) {
 	t.ready = append(t.ready, t.resources.release(w, needs...)...)
 }
 
-// end takes everything away from a job, except a place that is still busy: this job tries again for
+// end takes everything away from a job, except a lock that is still busy: this job tries again for
 // all jobs that need it.
 func (t *jobTable) end(w *waitingJob, err error) {
 	had := w.needs()
-	w.place = ""
+	w.lock = ""
 	if busy, ok := errors.AsType[*transaction.BusyError](err); ok {
-		w.place = busy.Place
+		w.lock = busy.Lock
 	}
-	t.release(w, slices.DeleteFunc(had, func(n need) bool { return n == need{"place", w.place} })...)
+	t.release(w, slices.DeleteFunc(had, func(n need) bool { return n == need{"lock", w.lock} })...)
 }
 
 // claimed is the recorded answer to a poll.

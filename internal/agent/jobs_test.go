@@ -833,9 +833,9 @@ func TestHungDirectoryHoldsUpWhatNeedsItOnly(t *testing.T) {
 			var n int
 			fmt.Sscanf(string(job.ID), "j%d", &n)
 			if n < hung && !free.Load() {
-				// Like the engine: jobs do not wait for a place that was busy for 15 s.
+				// Like the engine: jobs do not wait for a lock that was busy for 15 s.
 				err := holds.Yield(64<<10, func(ctx context.Context) error { return sleep(ctx, 15*time.Second-time.Since(started)) })
-				return deploy.Outcome{}, errors.Join(err, &transaction.BusyError{Place: "directory 1:2", Err: errTest})
+				return deploy.Outcome{}, errors.Join(err, &transaction.BusyError{Lock: "directory 1:2", Err: errTest})
 			}
 			if err := sleep(work, time.Second); err != nil {
 				return deploy.Outcome{}, err

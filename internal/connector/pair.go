@@ -71,7 +71,7 @@ func (p *Pair) Match(config *targetconf.Config, host Host, m *Material, server s
 		}
 		host.Log.Info("key path taken from the server's own configuration", "server", server, "key_path", found.Key, "where", found.Where)
 		p.KeyPath = targetconf.Path(found.Key)
-		config.Learn("key_path", found.Key, fmt.Sprintf("%s (%s)", server, found.Where))
+		config.Record("key_path", found.Key, fmt.Sprintf("%s (%s)", server, found.Where))
 		return nil, p.Check()
 	}
 	_, isUnclear := errors.AsType[*serverconf.UnclearError](err)

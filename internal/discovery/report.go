@@ -312,7 +312,7 @@ func (r *reports) deliver(report api.DiscoveryReport) error {
 	for {
 		err := r.opts.Plane.ReportDiscovery(r.ctx, report)
 		doubtful := api.Doubtful(err) || forbidden(err)
-		r.trustsGateway = r.patience.Lasts(doubtful) || r.trustsGateway
+		r.trustsGateway = r.patience.Exhausted(doubtful) || r.trustsGateway
 		switch {
 		case err == nil:
 			r.pacer.Next(pace.Outcome{})

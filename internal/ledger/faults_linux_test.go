@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/testing/needs"
 )
 
 // TestUnsyncedClaim: the directory cannot be opened, and so not synced. Files can be created in it.
@@ -56,7 +57,7 @@ func TestUnsyncedClaim(t *testing.T) {
 func TestReadOnlyLedger(t *testing.T) {
 	dir := t.TempDir()
 	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "mode=0700"); err != nil {
-		t.Skipf("needs the right to mount a tmpfs: %v", err)
+		needs.Missing(t, "cannot mount a tmpfs: "+err.Error())
 	}
 	defer syscall.Unmount(dir, syscall.MNT_DETACH)
 	open(t, dir)

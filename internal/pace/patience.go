@@ -1,10 +1,6 @@
 package pace
 
-import (
-	"time"
-
-	"certctl-agent/internal/api"
-)
+import "time"
 
 // A doubtful refusal counts as final after this long and this many tries: longer than a gateway
 // answers for a control plane that restarts.
@@ -20,12 +16,9 @@ type Patience struct {
 	tries int
 }
 
-// Exhausted records how a try ended and reports whether to give up. Any outcome but a doubtful
-// refusal starts over.
-func (p *Patience) Exhausted(err error) bool { return p.Lasts(api.Doubtful(err)) }
-
-// Lasts is Exhausted for callers that decide themselves which errors are doubtful.
-func (p *Patience) Lasts(doubtful bool) bool {
+// Exhausted records whether a try ended with a doubtful refusal, and reports whether to give up. Any
+// other outcome starts over.
+func (p *Patience) Exhausted(doubtful bool) bool {
 	if !doubtful {
 		*p = Patience{}
 		return false

@@ -32,8 +32,8 @@ var ErrUntrusted = errors.New("not trusted with a secret")
 type Dialer struct {
 	Users []string // names; unknown ones are ignored
 
-	// Anyone turns all checks off. Set it only if the owner of this host named the address.
-	Anyone bool
+	// Unchecked turns all checks off. Set it only if the owner of this host named the address.
+	Unchecked bool
 }
 
 // DialContext connects to a "tcp" or "unix" address. It takes localhost for 127.0.0.1 only: a
@@ -43,7 +43,7 @@ func (d *Dialer) DialContext(ctx context.Context, network, address string) (net.
 		strings.EqualFold(strings.TrimSuffix(host, "."), "localhost") {
 		address = net.JoinHostPort("127.0.0.1", port)
 	}
-	if d.Anyone {
+	if d.Unchecked {
 		return new(net.Dialer).DialContext(ctx, network, address)
 	}
 	trusted := trustedUsers(d.Users)

@@ -210,7 +210,7 @@ func TestLocalhost(t *testing.T) {
 	_, port, _ := net.SplitHostPort(ours.Addr().String())
 	theirs := listen(t, stranger, "tcp6", net.JoinHostPort("::1", port))
 	theirs.serve(t, stranger)
-	for _, d := range []*Dialer{{}, {Anyone: true}} {
+	for _, d := range []*Dialer{{}, {Unchecked: true}} {
 		ours.want(t, send(t, d, "tcp", net.JoinHostPort("localhost", port)), true)
 	}
 	select {

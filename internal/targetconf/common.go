@@ -36,7 +36,7 @@ type Common struct {
 	// neither certificates nor keys. Only overlays can set it.
 	ReplaceAny bool `json:"replace_any_file"`
 
-	managed bool // see Managed
+	remote bool // see MarkRemote
 }
 
 // VerifyOptions configures the verification at the end of a transaction.
@@ -75,7 +75,7 @@ func (c *Common) check() error {
 		return Invalid("post_deploy_verify.starttls", "expected smtp, imap or pop3, got %s", printable.Quote(c.Verify.StartTLS))
 	case c.Verify.Endpoint == "":
 		return c.needsEndpoint()
-	case !c.Verify.Enabled && !c.managed:
+	case !c.Verify.Enabled && !c.remote:
 		return nil
 	}
 	host, port, err := net.SplitHostPort(c.Verify.Endpoint)
@@ -92,17 +92,17 @@ func (c *Common) needsEndpoint() error {
 	return nil
 }
 
-// Managed declares that host and port are the management address of this target rather than the
-// address that serves the certificate. Then only post_deploy_verify.endpoint gives the latter.
-func (c *Common) Managed() error {
-	c.managed = true
+// MarkRemote declares that the target is remote: host and port are its management address, and only
+// post_deploy_verify.endpoint is the address that serves the certificate.
+func (c *Common) MarkRemote() error {
+	c.remote = true
 	return c.check()
 }
 
 // Endpoint returns the address at which the target serves its certificate, or nil if the
 // configuration does not contain it.
 func (c *Common) Endpoint() *tlsprobe.Endpoint {
-	if c.managed {
+	if c.remote {
 		return c.verifyEndpoint()
 	}
 	host := cmp.Or(c.Host, c.Hostname, c.Target, c.Address)

@@ -203,7 +203,7 @@ func TestManaged(t *testing.T) {
 	merge := func(job string) (*Common, error) {
 		c, err := Merge([]byte(job), "SSH", nil, "t-1", Overlays{})
 		must(t, err)
-		return &c.Common, c.Common.Managed()
+		return &c.Common, c.Common.MarkRemote()
 	}
 	c, err := merge(`{"host":"bigip.example.org","port":22}`)
 	if err != nil || c.Endpoint() != nil || c.VerifiedAt() != nil {

@@ -500,12 +500,12 @@ func (c *Config) recordValue(key string, val *value, dst reflect.Value) {
 func Default[T ~string](c *Config, key string, dst *T, value string) {
 	if *dst == "" {
 		*dst = T(value)
-		c.Learn(key, value, "default")
+		c.Record(key, value, "default")
 	}
 }
 
-// Learn records in Settings that a key got its value from another source.
-func (c *Config) Learn(key, value, source string) {
+// Record adds a value to Settings that came from elsewhere, such as a default or the server.
+func (c *Config) Record(key, value, source string) {
 	raw, _ := json.Marshal(value) // cannot fail for a string
 	c.record(key, raw, source)
 }

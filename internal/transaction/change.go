@@ -85,7 +85,7 @@ func (a *attempt) lockChanges(ctx context.Context) (release func(), err error) {
 	for _, id := range ids {
 		unlock, err := acquire(ctx, &a.changeLocks, id, maxHeld(a.Yield), a.Yield)
 		if err != nil {
-			return release, &BusyError{Place: "change " + id, Err: fmt.Errorf("wait for another deployment that changes %s: %w", id, err)}
+			return release, &BusyError{Lock: "change " + id, Err: fmt.Errorf("wait for another deployment that changes %s: %w", id, err)}
 		}
 		releases = append(releases, unlock)
 	}

@@ -43,7 +43,7 @@ type attempt struct {
 func (e *Engine) Deploy(ctx context.Context, d Deployment) (Result, error) {
 	release, err := acquire(ctx, &e.targetLocks, string(d.Target), maxHeld(d.Yield), d.Yield)
 	if err != nil {
-		return Result{}, &BusyError{Place: "target " + string(d.Target), Err: fmt.Errorf("wait for another deployment of target %s: %w", d.Target, err)}
+		return Result{}, &BusyError{Lock: "target " + string(d.Target), Err: fmt.Errorf("wait for another deployment of target %s: %w", d.Target, err)}
 	}
 	defer release()
 	for last, alone := false, false; ; {

@@ -138,7 +138,7 @@ func nameOf(d *dir) string { return fmt.Sprintf("%d:%d", statOf(d).Dev, statOf(d
 // lockDir locks one directory.
 func (l *dirLocks) lockDir(ctx context.Context, d *dir) error {
 	if err := l.takeTurn(ctx, d, maxHeld(l.yield), l.yield); err != nil {
-		return &BusyError{Place: "directory " + nameOf(d), Err: fmt.Errorf("another deployment of this agent holds it: %w", err)}
+		return &BusyError{Lock: "directory " + nameOf(d), Err: fmt.Errorf("another deployment of this agent holds it: %w", err)}
 	}
 	// Deployments that have passed their turn on still share the flock.
 	if l.joinFlock(d) {

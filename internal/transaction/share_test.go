@@ -262,7 +262,7 @@ func testSharedReloadBehindASlowOne(t *testing.T) {
 		return nil
 	}
 	for i, err := range c.deploy(all) {
-		if busy, ok := errors.AsType[*BusyError](err); ok && i > 0 && busy.Place != "" {
+		if busy, ok := errors.AsType[*BusyError](err); ok && i > 0 && busy.Lock != "" {
 			continue // it had not begun, and will be retried
 		}
 		if err != nil || c.holds(i) != "new" {

@@ -145,10 +145,10 @@ type Result struct {
 // BusyError means that a deployment did not begin, because other deployments have not ended.
 // Nothing was touched, and a retry may succeed.
 type BusyError struct {
-	// Place names the lock that another deployment has held for too long, if that is the reason.
-	// Jobs that wait for the same Place should be retried one at a time.
-	Place string
-	Err   error
+	// Lock names the lock that another deployment has held for too long, if that is the reason.
+	// Jobs that wait for the same Lock should be retried one at a time.
+	Lock string
+	Err  error
 }
 
 func (e *BusyError) Error() string { return e.Err.Error() }

@@ -63,7 +63,7 @@ func newConnector(c *targetconf.Config, host connector.Host, w waits) (*acm, err
 	if a.list == 0 {
 		a.list = listFor
 	}
-	if err := targetconf.Join(c.Decode(&a.config), c.Common.Managed()); err != nil {
+	if err := targetconf.Join(c.Decode(&a.config), c.Common.MarkRemote()); err != nil {
 		return nil, err
 	}
 	if err := a.check(); err != nil {

@@ -48,7 +48,7 @@ type change struct {
 	arn     string            // of the certificate; "": it is not in ACM yet
 	current installed         // the certificate in ACM
 	tags    map[string]string // of the certificate in ACM
-	looked  bool              // Read has been called
+	hasRead bool              // Read has been called
 	was     []byte            // returned by Read
 	found   *x509.Certificate // found by Read, possibly from an interrupted deployment; nil: none
 	sent    bool              // a request of this process may have changed something
@@ -98,7 +98,7 @@ func (c *change) Read(ctx context.Context) (was []byte, same bool, err error) {
 			return nil, false, errors.New("ACM does not have this certificate yet, so nothing can serve it and post_deploy_verify would fail: " +
 				"deploy it once without post_deploy_verify, configure its ARN in the load balancer, and then turn verification on")
 		}
-		c.looked = true
+		c.hasRead = true
 		return nil, false, nil
 	}
 	c.found = c.current.leaf
@@ -112,7 +112,7 @@ func (c *change) Read(ctx context.Context) (was []byte, same bool, err error) {
 	}
 	c.keepKeys()
 	was, err = json.Marshal(undo{c.arn, string(leafPEM(c.current.leaf)), string(chainPEM(c.current.chain))})
-	c.looked, c.was = err == nil, was
+	c.hasRead, c.was = err == nil, was
 	return was, same && len(c.missingTags()) == 0, err
 }
 
@@ -348,7 +348,7 @@ func (c *change) remember() error {
 
 // Restore implements connector.Change. It undoes only this target's changes, not later ones.
 func (c *change) Restore(ctx context.Context, saved []byte) error {
-	if c.looked && !c.sent && bytes.Equal(saved, c.was) {
+	if c.hasRead && !c.sent && bytes.Equal(saved, c.was) {
 		return nil // neither this process nor an earlier one sent anything
 	}
 	if saved == nil {

@@ -45,7 +45,7 @@ const caddyUser = "caddy"
 // newAdmin returns a client for address. Since the agent sends private keys there, the address must
 // be on this host and belong to Caddy, unless trusted says that the owner of this host chose it.
 func newAdmin(address string, timeout time.Duration, trusted bool) (*admin, error) {
-	dialer := &peer.Dialer{Users: []string{caddyUser}, Anyone: trusted}
+	dialer := &peer.Dialer{Users: []string{caddyUser}, Unchecked: trusted}
 	transport := &http.Transport{
 		DialContext:       dialer.DialContext, // never through a proxy
 		DisableKeepAlives: true,               // each change restarts the admin server

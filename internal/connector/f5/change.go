@@ -144,7 +144,7 @@ func (c *change) install(ctx context.Context) error {
 	if err != nil && !isLost(err) {
 		return fmt.Errorf("change the profile: %w", err)
 	}
-	in, readErr := c.isIn(context.WithoutCancel(ctx))
+	in, readErr := c.inUse(context.WithoutCancel(ctx))
 	switch {
 	case in:
 		return nil
@@ -234,7 +234,7 @@ func (c *change) finish(ctx context.Context) error {
 	if _, must := c.saves(); unsaved == nil || !must {
 		unsynced = c.sync(ctx)
 	}
-	in, err := c.isIn(ctx)
+	in, err := c.inUse(ctx)
 	if err == nil && !in {
 		err = errGone
 	}
@@ -272,8 +272,8 @@ func (c *change) sync(ctx context.Context) error {
 	return c.device.sync(ctx, c.DeviceGroup)
 }
 
-// isIn reports whether the profile uses the new files.
-func (c *change) isIn(ctx context.Context) (bool, error) {
+// inUse reports whether the profile uses the new files.
+func (c *change) inUse(ctx context.Context) (bool, error) {
 	p, err := c.read(ctx)
 	if err != nil {
 		return false, err
@@ -338,11 +338,11 @@ func (c *change) without(ctx context.Context, p, was *profile) (*profile, error)
 		}
 		return next, nil
 	}
-	isIn := func(list []entry, e entry) bool { return slices.ContainsFunc(list, e.same) }
+	contains := func(list []entry, e entry) bool { return slices.ContainsFunc(list, e.same) }
 	next := p.clone()
 	next.Entries = slices.DeleteFunc(next.Entries, func(e entry) bool {
 		_, ours := c.isOurs(e.text("cert"))
-		return ours && !isIn(was.Entries, e)
+		return ours && !contains(was.Entries, e)
 	})
 	if len(next.Entries) == len(p.Entries) {
 		return p, nil // it has no entry of this target
@@ -361,7 +361,7 @@ func (c *change) without(ctx context.Context, p, was *profile) (*profile, error)
 		if err != nil {
 			return nil, err
 		}
-		if !isIn(next.Entries, e) && !taken[kind] {
+		if !contains(next.Entries, e) && !taken[kind] {
 			next.Entries = slices.Insert(next.Entries, min(i, len(next.Entries)), e)
 		}
 	}

@@ -75,7 +75,7 @@ type target struct {
 
 func newConnector(c *targetconf.Config, host connector.Host, patience time.Duration) (connector.Connector, error) {
 	t := &target{common: &c.Common, id: string(c.Target()), noteDir: host.StateDir}
-	if err := targetconf.Join(c.Decode(&t.config), c.Common.Managed()); err != nil {
+	if err := targetconf.Join(c.Decode(&t.config), c.Common.MarkRemote()); err != nil {
 		return nil, err
 	}
 	if err := targetconf.Join(t.checkTrust(c, host), t.checkNames()); err != nil {

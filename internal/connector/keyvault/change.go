@@ -55,9 +55,9 @@ type change struct {
 	settle   time.Duration
 	log      *slog.Logger
 
-	looked bool        // Read has been called
-	was    *oldVersion // found by Read; nil if there was no certificate
-	sent   bool        // a request of this process may have changed something
+	hasRead bool        // Read has been called
+	was     *oldVersion // found by Read; nil if there was no certificate
+	sent    bool        // a request of this process may have changed something
 }
 
 // ID implements connector.Change.
@@ -89,12 +89,12 @@ func (c *change) Read(ctx context.Context) (was []byte, same bool, err error) {
 	if err != nil {
 		return nil, false, err
 	}
-	c.looked, c.was = true, nil
+	c.hasRead, c.was = true, nil
 	if now == nil {
 		return nil, false, nil
 	}
 	c.was = &oldVersion{Version: now.version(), DER: now.DER, Enabled: now.Attributes.Enabled, Tags: now.Tags, Policy: now.Policy}
-	if same = c.isIn(now); !same {
+	if same = c.upToDate(now); !same {
 		if _, err := c.wantTags(now.Tags); err != nil {
 			return nil, false, err
 		}
@@ -135,8 +135,8 @@ func (c *change) readSecret(ctx context.Context) error {
 // holds reports whether a version has the new certificate.
 func (c *change) holds(b *bundle) bool { return bytes.Equal(b.DER, c.material.Leaf.Raw) }
 
-// isIn reports whether a version is as Write would make it.
-func (c *change) isIn(b *bundle) bool {
+// upToDate reports whether a version is as Write would make it.
+func (c *change) upToDate(b *bundle) bool {
 	if b == nil || !b.Attributes.Enabled || !c.holds(b) {
 		return false
 	}
@@ -180,10 +180,10 @@ var (
 // deployment did, since versions cannot be deleted.
 func (c *change) Write(ctx context.Context) error {
 	now, err := c.vault.get(ctx)
-	if err != nil || c.isIn(now) {
+	if err != nil || c.upToDate(now) {
 		return err
 	}
-	if !c.saw(now) {
+	if !c.unchanged(now) {
 		return errChanged
 	}
 	var theirs map[string]string
@@ -210,8 +210,8 @@ func (c *change) Write(ctx context.Context) error {
 	return c.importAs(ctx, body, c.material.Leaf.Raw)
 }
 
-// saw reports whether the current version is the one that Read saw.
-func (c *change) saw(now *bundle) bool {
+// unchanged reports whether the current version is still the one that Read found.
+func (c *change) unchanged(now *bundle) bool {
 	if now == nil || c.was == nil {
 		return now == nil && c.was == nil
 	}
@@ -352,7 +352,7 @@ func (c *change) Restore(ctx context.Context, saved []byte) error {
 
 // untouched reports whether neither this process nor an earlier one can have changed anything.
 func (c *change) untouched(was *oldVersion) bool {
-	if !c.looked || c.sent {
+	if !c.hasRead || c.sent {
 		return false
 	}
 	return was == nil && c.was == nil || was != nil && c.was != nil && was.Version == c.was.Version && was.Enabled == c.was.Enabled && maps.Equal(was.Tags, c.was.Tags)

@@ -68,7 +68,7 @@ func newConnector(c *targetconf.Config, host connector.Host, w waits) (*keyVault
 	if k.settle == 0 {
 		k.settle = settleFor
 	}
-	if err := targetconf.Join(c.Decode(&k.config), c.Common.Managed()); err != nil {
+	if err := targetconf.Join(c.Decode(&k.config), c.Common.MarkRemote()); err != nil {
 		return nil, err
 	}
 	at, err := parseVault(k.config.VaultURL)

@@ -63,7 +63,7 @@ type kubernetes struct {
 
 func newConnector(c *targetconf.Config, host connector.Host, podDir string) (*kubernetes, error) {
 	k := &kubernetes{target: c}
-	if err := targetconf.Join(c.Decode(&k.config), c.Common.Managed()); err != nil {
+	if err := targetconf.Join(c.Decode(&k.config), c.Common.MarkRemote()); err != nil {
 		return nil, err
 	}
 	if err := k.config.check(); err != nil {
@@ -221,7 +221,7 @@ func pluginCommand(a *access, c *targetconf.Config, host connector.Host) (*polic
 	exec := a.User.Exec
 	argv := append([]string{exec.Command}, exec.Args...)
 	line := strings.Join(argv, " ")
-	c.Learn("exec_command", line, a.from) // a preview finds commands by this
+	c.Record("exec_command", line, a.from) // a preview finds commands by this
 	command, err := host.Policy.Command(line, time.Duration(c.Common.CommandTimeout))
 	if err == nil && !slices.Equal(command.Argv, argv) {
 		err = errors.New("an argument is empty or contains a space, which is not supported here: put the command into a script")

@@ -52,9 +52,9 @@ type secretChange struct {
 	material        *connector.Material
 	ca              *x509.Certificate // for ca.crt; nil: it is not written
 
-	looked bool   // Read has been called
-	was    []byte // returned by Read
-	sent   bool   // a request of this process may have changed the secret
+	hasRead bool   // Read has been called
+	was     []byte // returned by Read
+	sent    bool   // a request of this process may have changed the secret
 }
 
 // ID implements connector.Change. It names the cluster, since the saved state holds a private key
@@ -82,14 +82,14 @@ func (c *secretChange) Read(ctx context.Context) (was []byte, same bool, err err
 	case o == nil && !c.create:
 		return nil, false, errors.New(`it does not exist, and the target has "create": false`)
 	case o != nil:
-		if same = c.isIn(o); !same {
+		if same = c.upToDate(o); !same {
 			err = o.mayChange()
 		}
 		if err == nil {
 			was, err = json.Marshal(c.parts(o))
 		}
 	}
-	c.looked, c.was = err == nil, was
+	c.hasRead, c.was = err == nil, was
 	return was, same, err
 }
 
@@ -121,8 +121,8 @@ func (c *secretChange) wantLabels(o *object) labels {
 	return want
 }
 
-// isIn reports whether the secret has the pair and the configured labels.
-func (c *secretChange) isIn(o *object) bool {
+// upToDate reports whether the secret has the pair and the configured labels.
+func (c *secretChange) upToDate(o *object) bool {
 	if o.text("type") != secretType || !sameCertificates(decoded(o.data[certKey]), append([]*x509.Certificate{c.material.Leaf}, c.material.Chain...)) ||
 		!sameKey(decoded(o.data[keyKey]), c.material.KeyPEM) || c.ca != nil && !sameCertificates(decoded(o.data[caKey]), []*x509.Certificate{c.ca}) {
 		return false
@@ -165,10 +165,10 @@ func (c *secretChange) isOurs(o *object) bool {
 // Write implements connector.Change.
 func (c *secretChange) Write(ctx context.Context) error {
 	return c.retryConflicts(ctx, func(o *object) (request, error) {
-		if o != nil && c.isIn(o) {
+		if o != nil && c.upToDate(o) {
 			return request{}, nil // done by an earlier try whose answer was lost
 		}
-		if !c.saw(o) {
+		if !c.unchanged(o) {
 			return request{}, errChanged
 		}
 		verb := "update"
@@ -198,8 +198,8 @@ var (
 	errTheirs  = errors.New("someone else has changed it since; it was left alone")
 )
 
-// saw reports whether the pair in the secret is the one that Read saw.
-func (c *secretChange) saw(o *object) bool {
+// unchanged reports whether the pair in the secret is still the one that Read found.
+func (c *secretChange) unchanged(o *object) bool {
 	if o == nil || c.was == nil {
 		return o == nil && c.was == nil
 	}
@@ -215,7 +215,7 @@ func (c *secretChange) Restore(ctx context.Context, saved []byte) error {
 			return fmt.Errorf("its backup cannot be read: %w", err)
 		}
 	}
-	untouched := c.looked && !c.sent && bytes.Equal(saved, c.was) // by this process and earlier ones
+	untouched := c.hasRead && !c.sent && bytes.Equal(saved, c.was) // by this process and earlier ones
 	return c.retryConflicts(ctx, func(o *object) (request, error) {
 		isBack := saved == nil && o == nil || saved != nil && o != nil && o.holds(&was)
 		switch {

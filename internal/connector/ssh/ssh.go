@@ -74,7 +74,7 @@ func newConnector(c *targetconf.Config, host connector.Host) (connector.Connecto
 	if err := c.Decode(&t.config); err != nil {
 		return nil, err
 	}
-	if err := c.Common.Managed(); err != nil {
+	if err := c.Common.MarkRemote(); err != nil {
 		return nil, err
 	}
 	t.local = map[string]bool{string(t.CertPath): c.Local("cert_path"), string(t.KeyPath): c.Local("key_path"), string(t.ChainPath): c.Local("chain_path")}

@@ -86,7 +86,7 @@ func (c *change) Read(ctx context.Context) (was []byte, same bool, err error) {
 	if err != nil {
 		return nil, false, err
 	}
-	if same = c.isIn(s) == nil; !same {
+	if same = c.missing(s) == nil; !same {
 		err = c.mayChange(s)
 	}
 	if err != nil {
@@ -100,8 +100,8 @@ func (c *change) Read(ctx context.Context) (was []byte, same bool, err error) {
 	return was, same, err
 }
 
-// isIn returns an error that says what is missing, or nil if the host is as wanted.
-func (c *change) isIn(s *state) error {
+// missing returns an error that says what is missing, or nil if the host is as wanted.
+func (c *change) missing(s *state) error {
 	switch {
 	case !s.Present || !s.HasKey:
 		return errors.New("the certificate or its key is not in the store")
@@ -158,8 +158,8 @@ func (c *change) Write(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if missing := c.isIn(s); missing != nil {
-		return fmt.Errorf("read back: %w", missing)
+	if err := c.missing(s); err != nil {
+		return fmt.Errorf("read back: %w", err)
 	}
 	return nil
 }

@@ -78,7 +78,7 @@ func TestContract(t *testing.T) {
 		"request": {request{}, windowshost.Request{}},
 		"answer":  {answer{}, windowshost.Answer{}},
 		"state":   {state{}, windowshost.State{}},
-		"host":    {hostState{}, windowshost.Standing{}},
+		"host":    {hostState{}, windowshost.HostState{}},
 	} {
 		if len(described[name]) < 5 {
 			t.Fatalf("the comment describes %d members of %s", len(described[name]), name)

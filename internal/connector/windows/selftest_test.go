@@ -40,7 +40,7 @@ func TestSelfTest(t *testing.T) {
 		{"no administrator", func(c *windowshost.Console) { c.Demote() },
 			[][]string{{"administrator", "Administrators"}, {`store LocalMachine\My`, "access denied"}, {"IIS", "access denied"}}},
 		{"older", func(c *windowshost.Console) {
-			c.Become(func(s *windowshost.Standing) {
+			c.AdjustHostState(func(s *windowshost.HostState) {
 				s.PowerShell, s.LanguageMode, s.DotNet = "4.0", "ConstrainedLanguage", 378758
 			})
 		}, [][]string{{"PowerShell", "4.0", "5.1"}, {"language mode", "FullLanguage"}, {".NET", "4.6.2"}}},

@@ -143,7 +143,7 @@ func (c *iisConfig) binding() string {
 func iis(connect connects) connector.Type {
 	return connector.Type{Name: "IIS", Aliases: map[string]string{"binding_info": "hostname"}, New: func(c *targetconf.Config, host connector.Host) (connector.Connector, error) {
 		var config iisConfig
-		if err := targetconf.Join(c.Decode(&config), c.Common.Managed()); err != nil {
+		if err := targetconf.Join(c.Decode(&config), c.Common.MarkRemote()); err != nil {
 			return nil, err
 		}
 		if err := targetconf.Join(config.common.check(), config.check()); err != nil {
@@ -229,7 +229,7 @@ func (c *storeConfig) check() error {
 func certStore(connect connects) connector.Type {
 	return connector.Type{Name: "WinCertStore", New: func(c *targetconf.Config, host connector.Host) (connector.Connector, error) {
 		var config storeConfig
-		if err := targetconf.Join(c.Decode(&config), c.Common.Managed()); err != nil {
+		if err := targetconf.Join(c.Decode(&config), c.Common.MarkRemote()); err != nil {
 			return nil, err
 		}
 		if err := targetconf.Join(config.common.check(), config.check()); err != nil {

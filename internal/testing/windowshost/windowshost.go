@@ -59,7 +59,7 @@ type Host struct {
 	loses    bool // the next change of a binding's certificate loses both
 	now      func() time.Time
 	fault    func(operation string, done bool) error
-	adjust   func(*Standing) // changes the result of a self-test; may be nil
+	adjust   func(*HostState) // changes the result of a self-test; may be nil
 	seen     []Run
 	writes   int
 }
@@ -96,14 +96,14 @@ type Request struct {
 
 // Answer is the output of the script.
 type Answer struct {
-	Contract int       `json:"contract"`
-	Code     string    `json:"code"`
-	Detail   string    `json:"detail"`
-	Message  string    `json:"message"`
-	HResult  int       `json:"hresult"`
-	Line     int       `json:"line"`
-	State    *State    `json:"state"`
-	Host     *Standing `json:"host"`
+	Contract int        `json:"contract"`
+	Code     string     `json:"code"`
+	Detail   string     `json:"detail"`
+	Message  string     `json:"message"`
+	HResult  int        `json:"hresult"`
+	Line     int        `json:"line"`
+	State    *State     `json:"state"`
+	Host     *HostState `json:"host"`
 }
 
 // State is the state of a certificate and a binding.
@@ -123,8 +123,8 @@ type State struct {
 	Sharing      []string `json:"sharing"`
 }
 
-// Standing is the result of a self-test.
-type Standing struct {
+// HostState is the result of a self-test.
+type HostState struct {
 	PowerShell    string   `json:"powershell"`
 	LanguageMode  string   `json:"language_mode"`
 	DotNet        int      `json:"dotnet"`
@@ -192,8 +192,8 @@ func (c *Console) Uninstall() { c.h.noIIS = true }
 // Demote removes the agent's account from Administrators.
 func (c *Console) Demote() { c.h.plain = true }
 
-// Become changes the result of self-tests.
-func (c *Console) Become(do func(*Standing)) { c.h.adjust = do }
+// AdjustHostState changes the result of self-tests.
+func (c *Console) AdjustHostState(do func(*HostState)) { c.h.adjust = do }
 
 // German sets the language of Windows to German.
 func (c *Console) German() { c.h.german = true }
@@ -404,8 +404,8 @@ func (h *Host) carryOut(q *Request, a *Answer) error {
 	return fail("request", "")
 }
 
-func (h *Host) selfTest(q *Request) *Standing {
-	s := &Standing{PowerShell: "5.1.17763.1", LanguageMode: "FullLanguage", DotNet: 461814, Windows: "10.0.17763.0", User: `WIN1\certctl`, Administrator: !h.plain, Sites: []string{}}
+func (h *Host) selfTest(q *Request) *HostState {
+	s := &HostState{PowerShell: "5.1.17763.1", LanguageMode: "FullLanguage", DotNet: 461814, Windows: "10.0.17763.0", User: `WIN1\certctl`, Administrator: !h.plain, Sites: []string{}}
 	code := func(err error) string {
 		if f, ok := errors.AsType[*failure](err); ok {
 			return f.code
