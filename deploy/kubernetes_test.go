@@ -1,12 +1,13 @@
 package deploy_test
 
 import (
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
+
+	"certctl-agent/internal/testing/needs"
 )
 
 // TestManifests checks the manifests as far as possible without a YAML parser: indentation and
@@ -57,10 +58,7 @@ func TestManifests(t *testing.T) {
 // TestManifestsParse may skip even in CI, because distributions package kubectl under different
 // names.
 func TestManifestsParse(t *testing.T) {
-	kubectl, err := exec.LookPath("kubectl")
-	if err != nil {
-		t.Skip("kubectl is not installed")
-	}
+	kubectl := needs.Need(t, "kubectl")
 	for _, workload := range []string{"deployment.yaml", "daemonset.yaml"} {
 		dir := t.TempDir()
 		for _, file := range []string{"common.yaml", workload} {

@@ -13,6 +13,7 @@ import (
 
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/testing/devplane"
+	"certctl-agent/internal/testing/needs"
 )
 
 // startAsInit starts the daemon as the first process of a PID namespace, as container engines do.
@@ -24,7 +25,7 @@ func (h *host) startAsInit() *child {
 	c.cmd.Stdout, c.cmd.Stderr = c.output, c.output
 	c.cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID}
 	if err := c.cmd.Start(); err != nil {
-		h.t.Skipf("needs the right to make a namespace for processes: %v", err)
+		needs.Missing(h.t, "cannot create a PID namespace: "+err.Error())
 	}
 	go func() {
 		c.cmd.Wait()

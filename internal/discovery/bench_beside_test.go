@@ -60,7 +60,7 @@ func BenchmarkBesideNGINX(b *testing.B) {
 	}
 	server, err := liveserver.StartNGINX(b.Context(), b.TempDir(), liveserver.Pair{Certificate: issued.PEM(), Key: issued.KeyPEM()})
 	if errors.Is(err, liveserver.ErrMissing) {
-		b.Skip(err)
+		needs.Missing(b, err.Error())
 	} else if err != nil {
 		b.Fatal(err)
 	}

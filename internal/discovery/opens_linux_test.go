@@ -4,6 +4,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"certctl-agent/internal/testing/needs"
 )
 
 // watchOpens returns a function that lists the files in dirs that have been opened.
@@ -11,7 +13,7 @@ func watchOpens(t *testing.T, dirs ...string) func() []string {
 	t.Helper()
 	watch, err := syscall.InotifyInit1(syscall.IN_NONBLOCK | syscall.IN_CLOEXEC)
 	if err != nil {
-		t.Skip("no inotify: ", err)
+		needs.Missing(t, "no inotify: "+err.Error())
 	}
 	t.Cleanup(func() { syscall.Close(watch) })
 	for _, dir := range dirs {

@@ -15,23 +15,22 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/testing/needs"
 )
 
 // mountDead mounts a FUSE file system that never answers, like a network file system whose server
 // is gone. Every access hangs until the test revives it; then it fails.
 func mountDead(t *testing.T, point string) (revive func()) {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("mounting needs root")
-	}
+	needs.Root(t, "mounting")
 	fd, err := syscall.Open("/dev/fuse", syscall.O_RDWR|syscall.O_CLOEXEC, 0)
 	if err != nil {
-		t.Skipf("no FUSE here: %v", err)
+		needs.Missing(t, "cannot open FUSE: "+err.Error())
 	}
 	options := fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0", fd)
 	if err := syscall.Mount("dead", point, "fuse", syscall.MS_NOSUID|syscall.MS_NODEV, options); err != nil {
 		syscall.Close(fd)
-		t.Skipf("cannot mount FUSE here: %v", err)
+		needs.Missing(t, "cannot mount FUSE: "+err.Error())
 	}
 	closed := false
 	revive = func() {

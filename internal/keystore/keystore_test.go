@@ -30,6 +30,7 @@ import (
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/csr"
 	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/testing/needs"
 )
 
 func generate() (crypto.Signer, error) { return csr.GenerateKey("ecdsa-p256") }
@@ -441,9 +442,7 @@ func TestNamesDoNotCollide(t *testing.T) {
 }
 
 func TestForeignDirectory(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("only root can give a directory to another user")
-	}
+	needs.Root(t, "giving files away")
 	dir := t.TempDir()
 	do(t, os.Chmod(dir, 0o700))
 	for uid, warns := range map[int]bool{0: false, 1000: true} {

@@ -9,13 +9,14 @@ import (
 	"testing"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/testing/needs"
 )
 
 // mount mounts a small file system at dir.
 func mount(t *testing.T, dir, options string) {
 	t.Helper()
 	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, options); err != nil {
-		t.Skipf("needs the right to mount a tmpfs: %v", err)
+		needs.Missing(t, "cannot mount a tmpfs: "+err.Error())
 	}
 	t.Cleanup(func() { syscall.Unmount(dir, syscall.MNT_DETACH) })
 }

@@ -11,13 +11,14 @@ import (
 	"time"
 
 	"certctl-agent/internal/api"
+	"certctl-agent/internal/testing/needs"
 )
 
 // TestDiskFull fills a file system of 16 pages.
 func TestDiskFull(t *testing.T) {
 	dir := t.TempDir()
 	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=64k,mode=0700"); err != nil {
-		t.Skipf("needs the right to mount a tmpfs: %v", err)
+		needs.Missing(t, "cannot mount a tmpfs: "+err.Error())
 	}
 	defer syscall.Unmount(dir, syscall.MNT_DETACH)
 	l := open(t, dir)

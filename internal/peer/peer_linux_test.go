@@ -15,6 +15,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"certctl-agent/internal/testing/needs"
 )
 
 // stranger is the uid of an untrusted user.
@@ -39,8 +41,8 @@ func as(t *testing.T, uid int, f func()) {
 // canBe skips a test that cannot become another user.
 func canBe(t *testing.T, uid int) {
 	t.Helper()
-	if uid != os.Geteuid() && os.Geteuid() != 0 {
-		t.Skip("needs root to be another user")
+	if uid != os.Geteuid() {
+		needs.Root(t, "becoming another user")
 	}
 }
 
@@ -322,9 +324,7 @@ func TestUnixPath(t *testing.T) {
 }
 
 func TestCheckPath(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root to give files away")
-	}
+	needs.Root(t, "giving files away")
 	dir := t.TempDir()
 	do := func(err error) {
 		t.Helper()

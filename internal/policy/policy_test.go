@@ -6,6 +6,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"certctl-agent/internal/testing/needs"
 )
 
 func TestCommandAllowList(t *testing.T) {
@@ -92,9 +94,7 @@ func TestAllowedPaths(t *testing.T) {
 
 // If the owner of an allowed directory replaces it by a symlink, nothing is allowed behind that.
 func TestAllowedPathsThroughForeignLink(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("only root can make another user's link")
-	}
+	needs.Root(t, "making another user's symlink")
 	base, err := filepath.EvalSymlinks(t.TempDir())
 	must(t, err)
 	home, etc := filepath.Join(base, "home"), filepath.Join(base, "etc")

@@ -6,6 +6,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"certctl-agent/internal/testing/needs"
 )
 
 func TestOverlayTrust(t *testing.T) {
@@ -18,22 +20,16 @@ func TestOverlayTrust(t *testing.T) {
 		{"writable by others", func(t *testing.T, _, file string) { must(t, os.Chmod(file, 0o602)) }, "chmod go-w"},
 		{"directory writable by others", func(t *testing.T, dir, _ string) { must(t, os.Chmod(dir, 0o777)) }, "chmod go-w"},
 		{"another user's", func(t *testing.T, _, file string) {
-			if os.Geteuid() != 0 {
-				t.Skip("needs root to give a file away")
-			}
+			needs.Root(t, "giving files away")
 			must(t, os.Chown(file, 4242, -1))
 		}, "chown root"},
 		{"directory above writable by others", func(t *testing.T, dir, _ string) { must(t, os.Chmod(filepath.Dir(dir), 0o777)) }, "chmod go-w"},
 		{"another user's directory above", func(t *testing.T, dir, _ string) {
-			if os.Geteuid() != 0 {
-				t.Skip("needs root to give a directory away")
-			}
+			needs.Root(t, "giving files away")
 			must(t, os.Chown(filepath.Dir(dir), 4242, -1))
 		}, "chown root"},
 		{"a link in another user's directory", func(t *testing.T, dir, file string) {
-			if os.Geteuid() != 0 {
-				t.Skip("needs root to give a directory away")
-			}
+			needs.Root(t, "giving files away")
 			must(t, os.Mkdir(filepath.Join(dir, "sub"), 0o755))
 			must(t, os.Rename(file, filepath.Join(dir, "sub", "real.json")))
 			must(t, os.Symlink("sub/real.json", file))
@@ -58,9 +54,7 @@ func TestOverlayTrust(t *testing.T) {
 			must(t, os.WriteFile(dir, nil, 0o600))
 		}, "not a directory"},
 		{"another user's directory", func(t *testing.T, dir, _ string) {
-			if os.Geteuid() != 0 {
-				t.Skip("needs root to give a directory away")
-			}
+			needs.Root(t, "giving files away")
 			must(t, os.Chown(dir, 4242, -1))
 		}, "chown root"},
 		{"too large", func(t *testing.T, _, file string) { must(t, os.WriteFile(file, make([]byte, maxOverlay+1), 0o600)) }, "longer than 65536 bytes"},

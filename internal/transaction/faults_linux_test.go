@@ -17,15 +17,14 @@ import (
 
 	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/policy"
+	"certctl-agent/internal/testing/needs"
 )
 
 // inNamespace runs the calling test again in a child with its own mount namespace. It returns false
 // in the parent, where the test is then done.
 func inNamespace(t *testing.T) bool {
 	t.Helper()
-	if !root() {
-		t.Skip("needs to mount: run as root")
-	}
+	needs.Root(t, "mounting")
 	if os.Getenv("FILESET_MOUNTS") != "" {
 		// Otherwise the mounts would appear in the parent's namespace too.
 		check(t, syscall.Mount("", "/", "", syscall.MS_REC|syscall.MS_PRIVATE, ""))
@@ -36,7 +35,7 @@ func inNamespace(t *testing.T) bool {
 	child.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
 	out, err := child.CombinedOutput()
 	if errors.Is(err, syscall.EPERM) {
-		t.Skipf("this host does not permit mount namespaces: %v", err)
+		needs.Missing(t, "cannot create a mount namespace: "+err.Error())
 	}
 	if err != nil || !bytes.Contains(out, []byte("--- PASS")) {
 		t.Errorf("in the child: %v\n%s", err, out)
@@ -201,9 +200,7 @@ func TestReadOnly(t *testing.T) {
 // asUser returns a command that runs a part of the test as an ordinary user.
 func asUser(t *testing.T, part string, env ...string) *exec.Cmd {
 	t.Helper()
-	if !root() {
-		t.Skip("needs two users: run as root")
-	}
+	needs.Root(t, "acting as two users")
 	// Through this path even a user without access to the directory of the test binary can run it.
 	child := exec.Command("/proc/self/exe")
 	child.Env = append(env, "TRANSACTION_CHILD="+part, "OLD="+pemOf(0), "NEW="+pemOf(1))

@@ -17,6 +17,7 @@ import (
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/hostfile"
 	"certctl-agent/internal/pemutil"
+	"certctl-agent/internal/testing/needs"
 )
 
 // refused runs a deployment that must fail without changing anything.
@@ -39,9 +40,7 @@ func (w world) refused(t *testing.T, tx Transaction, want ...string) {
 // TestForeignKeyFile checks that a user who can plant a file in place of a key, because the
 // directory or one above it is writable, does not get the next key.
 func TestForeignKeyFile(t *testing.T) {
-	if !root() {
-		t.Skip("needs two users: run as root")
-	}
+	needs.Root(t, "acting as two users")
 	before, after := pairs()
 	open := map[string]func(w world){
 		"directory of the group": func(w world) {
@@ -112,9 +111,7 @@ func TestForeignKeyFile(t *testing.T) {
 // TestForeignKeyFileKeepsWorking checks that a server's user who already has the key, in the user's
 // own directory, gets the next one.
 func TestForeignKeyFileKeepsWorking(t *testing.T) {
-	if !root() {
-		t.Skip("needs two users: run as root")
-	}
+	needs.Root(t, "acting as two users")
 	before, after := pairs()
 	tests := map[string]func(w world, tx *Transaction){
 		"promoted with it": func(w world, tx *Transaction) {},
@@ -164,9 +161,7 @@ func TestForeignKeyFileKeepsWorking(t *testing.T) {
 // TestForeignMode checks that a file of root's that others could have moved there, such as the
 // certificate, does not open the key to the configured group.
 func TestForeignMode(t *testing.T) {
-	if !root() {
-		t.Skip("only root can change the owner of files")
-	}
+	needs.Root(t, "changing the owner of files")
 	before, _ := pairs()
 	w := newWorld(t, t.TempDir())
 	check(t, os.Chown(w.path("private"), 0, gidKeep))
@@ -189,9 +184,7 @@ func TestForeignMode(t *testing.T) {
 // its owner has had the key. crypto/x509 accepts an RSA key with three primes and the modulus of
 // another key.
 func TestForgedKey(t *testing.T) {
-	if !root() {
-		t.Skip("needs two users: run as root")
-	}
+	needs.Root(t, "acting as two users")
 	mine, err := rsa.GenerateKey(rand.Reader, 2048)
 	check(t, err)
 	type prime struct{ Prime, Exponent, Coefficient int }
@@ -244,9 +237,7 @@ func TestOpenDirectoryKeepsWorking(t *testing.T) {
 // TestGroupOfForeignDirectory checks that a set-group-ID directory does not decide who can read a
 // key.
 func TestGroupOfForeignDirectory(t *testing.T) {
-	if !root() {
-		t.Skip("only root can change the owner of files")
-	}
+	needs.Root(t, "changing the owner of files")
 	for _, open := range []bool{true, false} {
 		w := newWorld(t, t.TempDir())
 		check(t, os.Chown(w.path("private"), 0, gidKeep))
@@ -272,9 +263,7 @@ func TestGroupOfForeignDirectory(t *testing.T) {
 // TestForeignKeyStore checks that users who could have planted the key directory do not get the
 // current key.
 func TestForeignKeyStore(t *testing.T) {
-	if !root() {
-		t.Skip("needs two users: run as root")
-	}
+	needs.Root(t, "acting as two users")
 	w := newWorld(t, t.TempDir())
 	w.old(t)
 	check(t, os.Chown(w.path("keys"), uidKeep, gidKeep))

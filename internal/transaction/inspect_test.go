@@ -8,6 +8,7 @@ import (
 
 	"certctl-agent/internal/connector"
 	"certctl-agent/internal/hostfile"
+	"certctl-agent/internal/testing/needs"
 )
 
 // TestModeAndOwner checks that a new file gets the configured mode and owner, or else those of the
@@ -63,9 +64,7 @@ func TestModeAndOwner(t *testing.T) {
 
 // TestConfiguredOwner checks that owner and group are independent, and can be names or numbers.
 func TestConfiguredOwner(t *testing.T) {
-	if !root() {
-		t.Skip("only root can change the owner of files")
-	}
+	needs.Root(t, "changing the owner of files")
 	tests := []struct {
 		owner, group     string
 		wantUID, wantGID int

@@ -10,14 +10,14 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"certctl-agent/internal/testing/needs"
 )
 
 // TestForeignLock checks that the lock of a user who runs no agent is ignored, whichever of the
 // user's processes holds it now, and that root's lock is not. Messages name the holder.
 func TestForeignLock(t *testing.T) {
-	if !root() {
-		t.Skip("only root can become another user")
-	}
+	needs.Root(t, "becoming another user")
 	tests := []struct {
 		name        string
 		environment []string

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"certctl-agent/internal/testing/needs"
 )
 
 func umask(mask int) (restore func()) {
@@ -93,9 +95,7 @@ func TestResolve(t *testing.T) {
 // TestLinkOfAnotherUser checks that a link is refused if it or its directory belongs to another
 // user, who could choose where it leads.
 func TestLinkOfAnotherUser(t *testing.T) {
-	if !root() {
-		t.Skip("needs two users: run as root")
-	}
+	needs.Root(t, "acting as two users")
 	base := t.TempDir()
 	for _, name := range []string{"mine", "theirs"} {
 		check(t, os.Mkdir(filepath.Join(base, name), 0o755))
@@ -160,9 +160,7 @@ func TestEveryonesDirectory(t *testing.T) {
 	check(t, os.Chmod(w.path("site"), 0o777|fs.ModeSticky))
 	_, err := w.deploy(t, w.renewal())
 	check(t, err)
-	if !root() {
-		t.Skip("the rest needs two users: run as root")
-	}
+	needs.Root(t, "acting as two users")
 	check(t, os.Chown(w.path("site/cert.pem"), uidKeep, gidKeep))
 	if _, err := w.deploy(t, w.renewal()); err == nil || !strings.Contains(err.Error(), "anyone could have put it there") {
 		t.Errorf("got error %v", err)

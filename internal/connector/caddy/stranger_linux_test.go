@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"certctl-agent/internal/connector/conformance"
+	"certctl-agent/internal/testing/needs"
 )
 
 // strangersListener is a listener of a user who is neither root nor Caddy. The user
@@ -59,9 +60,7 @@ func listenAsStranger(t *testing.T) net.Listener {
 
 // Any user may listen where Caddy does not.
 func TestStranger(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root to be another user")
-	}
+	needs.Root(t, "becoming another user")
 	f := newFixture(t, running)
 	var requests atomic.Int32
 	theirs := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

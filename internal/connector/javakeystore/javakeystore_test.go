@@ -17,6 +17,7 @@ import (
 	"certctl-agent/internal/jks"
 	"certctl-agent/internal/pkcs12"
 	"certctl-agent/internal/policy"
+	"certctl-agent/internal/testing/needs"
 	"certctl-agent/internal/testing/testca"
 )
 
@@ -334,9 +335,7 @@ func TestChangedMeanwhile(t *testing.T) {
 
 // TestOwnKey: a store of another user, like Tomcat's, keeps its owner in a renewal.
 func TestOwnKey(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("only root can give files away")
-	}
+	needs.Root(t, "giving files away")
 	w := newWorld(t)
 	config := configIn(w.Dir, "PKCS12")
 	owned := maps.Clone(config)

@@ -13,12 +13,11 @@ import (
 	"certctl-agent/internal/connector/conformance"
 	"certctl-agent/internal/pemutil"
 	"certctl-agent/internal/testing/liveserver"
+	"certctl-agent/internal/testing/needs"
 )
 
 func TestPostfix(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("only root can start Postfix")
-	}
+	needs.Root(t, "starting Postfix")
 	l := conformance.Start(t, liveserver.StartPostfix, Postfix())
 	live(t, l, "where=\"main.cf, smtpd_tls_key_file\"")
 }
@@ -26,9 +25,7 @@ func TestPostfix(t *testing.T) {
 // Only one file is rotated under load. Two would fail some handshakes: Postfix starts
 // processes that read the pair at any time, and two files cannot be replaced at once.
 func TestPostfixInOneFile(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("only root can start Postfix")
-	}
+	needs.Root(t, "starting Postfix")
 	l := conformance.Start(t, liveserver.StartPostfixInOneFile, Postfix())
 	oneFile(t, l)
 	l.Rotate(t, time.Second)
@@ -37,9 +34,7 @@ func TestPostfixInOneFile(t *testing.T) {
 // Postfix reads the key from the certificate's file by default, and
 // postconf expands the settings in main.cf and master.cf.
 func TestPostfixParameters(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("only root can start Postfix")
-	}
+	needs.Root(t, "starting Postfix")
 	l := conformance.Start(t, liveserver.StartPostfix, Postfix())
 	cert, key := l.Config["cert_path"].(string), l.Config["key_path"].(string)
 	l.MustDeploy(t, l.NewMaterial(t))
@@ -75,9 +70,7 @@ func TestPostfixParameters(t *testing.T) {
 // The table of tls_server_sni_maps contains the keys: postmap -F creates it again,
 // smtpd notices, and no reload is needed.
 func TestPostfixServerNames(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("only root can start Postfix")
-	}
+	needs.Root(t, "starting Postfix")
 	l := conformance.Start(t, liveserver.StartPostfix, Postfix())
 	l.MustDeploy(t, l.NewMaterial(t))
 	table := filepath.Join(l.Dir, "postfix", "names")

@@ -6,17 +6,17 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"certctl-agent/internal/testing/needs"
 )
 
 // tmpfs mounts a separate file system at dir.
 func tmpfs(t *testing.T, dir, size string) {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root to mount a small file system")
-	}
+	needs.Root(t, "mounting")
 	must(t, os.Mkdir(dir, 0o755))
 	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size="+size); err != nil {
-		t.Skipf("cannot mount a small file system here: %v", err)
+		needs.Missing(t, "cannot mount a small file system: "+err.Error())
 	}
 	t.Cleanup(func() { must(t, syscall.Unmount(dir, syscall.MNT_DETACH)) })
 }

@@ -25,8 +25,8 @@ func TestStarters(t *testing.T) {
 	pair := liveserver.Pair{Certificate: issued.PEM(), Key: issued.KeyPEM()}
 	for name, start := range liveserver.Starters() {
 		t.Run(name, func(t *testing.T) {
-			if name == "postfix" && os.Geteuid() != 0 {
-				t.Skip("only root can start Postfix")
+			if name == "postfix" {
+				needs.Root(t, "starting Postfix")
 			}
 			dir := t.TempDir()
 			// Unprivileged workers must be able to enter it.

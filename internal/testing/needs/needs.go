@@ -1,5 +1,5 @@
-// Package needs is for tests that need a real program, such as nginx. They skip if it is missing,
-// or fail with CERTCTL_E2E=1.
+// Package needs is for tests that need a real program, such as nginx, or root. They skip if that is
+// missing, or fail with CERTCTL_E2E=1.
 package needs
 
 import (
@@ -41,6 +41,14 @@ func Long(t testing.TB, reason string) {
 	t.Helper()
 	if !Everything() {
 		t.Skip(reason + ": set CERTCTL_E2E=1 to run it")
+	}
+}
+
+// Root calls Missing unless the test runs as root. The purpose completes "… needs root".
+func Root(t testing.TB, purpose string) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		Missing(t, purpose+" needs root")
 	}
 }
 
