@@ -9,95 +9,95 @@ import (
 	"fmt"
 	"go/token"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
 )
 
-// A bench compiles and runs the tests that a package's mutants should fail.
+// A bench compiles and runs the tests that the mutants of one package should fail.
 type bench struct {
+	*target
+	subject subject
 	root    string
 	out     io.Writer
-	scratch string           // directory, removed at the end
-	memory  string           // the same, in memory
+	scratch string           // a temporary directory
 	own     []test           // of the package
 	further map[string]*test // suites, each as one test
 }
 
-// A test is a test that has run while nothing was broken.
+// A test has run once without a mutant.
 type test struct {
-	name    string
-	failed  string // before anything was broken: it says nothing about a mutant
-	took    time.Duration
-	all     []block // of the package that is mutated
-	reached []block // those that the test runs
+	name   string
+	failed string // even then
+	took   time.Duration
+	blocks []block // of the mutated package
 }
 
-// A block is a run of statements, as coverage counts them.
+// A block is a sequence of statements, as coverage counts them.
 type block struct {
 	file       string
 	start, end int // position
+	ran        bool
 }
 
 // position orders the positions of a file.
 func position(line, column int) int { return line<<16 + column }
 
-// reaches reports whether the test runs the code at p. The block that begins last
-// decides, since those of function literals lie within others.
-func (t *test) reaches(file string, p token.Position) bool {
+// reaches reports whether the test may run the code at p. The innermost block decides: blocks of
+// function literals lie within others. Conditions of cases are in no block.
+func (t *test) reaches(p token.Position) bool {
 	at := position(p.Line, p.Column)
-	inner := -1
-	for i, b := range t.all {
-		if b.file == file && b.start <= at && at < b.end && (inner < 0 || b.start > t.all[inner].start) {
-			inner = i
+	inner := block{ran: true}
+	for _, b := range t.blocks {
+		if b.file == p.Filename && b.start <= at && at < b.end && b.start > inner.start {
+			inner = b
 		}
 	}
-	return inner < 0 || slices.Contains(t.reached, t.all[inner])
+	return inner.ran
 }
 
-// quick tests run together before the others.
+// quick tests run before the others.
 const quick = 300 * time.Millisecond
 
-// try runs the tests that should notice m. It returns which did, or an empty
-// string if m survives.
-func (b *bench) try(ctx context.Context, s subject, p *target, m *mutant) (by string, err error) {
+// try runs the tests that should notice m. It returns the test that did, or an empty string if m
+// survives.
+func (b *bench) try(ctx context.Context, m *mutant) (by string, err error) {
 	if b.own == nil {
-		if err := b.profileTests(ctx, p); err != nil {
+		if err := b.profileTests(ctx); err != nil {
 			return "", err
 		}
 	}
 	mutated, overlay := filepath.Join(b.scratch, "mutated.go"), filepath.Join(b.scratch, "overlay.json")
-	replace, err := json.Marshal(map[string]any{"Replace": map[string]string{filepath.Join(b.root, p.dir, m.file): mutated}})
+	replace, err := json.Marshal(map[string]any{"Replace": map[string]string{filepath.Join(b.root, m.start.Filename): mutated}})
 	if err != nil {
 		return "", err
 	}
-	if err := errors.Join(os.WriteFile(mutated, p.mutated(m), 0o600), os.WriteFile(overlay, replace, 0o600)); err != nil {
+	if err := errors.Join(os.WriteFile(mutated, b.mutated(m), 0o600), os.WriteFile(overlay, replace, 0o600)); err != nil {
 		return "", err
 	}
-	binary, err := b.compile(ctx, s.dir, overlay)
+	binary, err := b.compile(ctx, b.dir, overlay)
 	if err != nil {
 		return "", err
 	}
-	inProcesses := regexp.MustCompile(cmp.Or(s.processes, "^$"))
-	batches := make([][]test, 3)
+	inProcesses := regexp.MustCompile(cmp.Or(b.subject.processes, "^$"))
+	var early, late []test
 	for _, t := range b.own {
 		switch {
-		case t.failed != "":
-		case t.reaches(m.file, m.reached) && t.took < quick:
-			batches[0] = append(batches[0], t)
-		case t.reaches(m.file, m.reached):
-			batches[1] = append(batches[1], t)
-		case inProcesses.MatchString(t.name):
-			batches[2] = append(batches[2], t)
+		case t.failed != "" || !t.reaches(m.start) && !inProcesses.MatchString(t.name):
+		case t.took < quick:
+			early = append(early, t)
+		default:
+			late = append(late, t)
 		}
 	}
-	for _, batch := range batches {
+	for _, batch := range [][]test{early, late} {
 		if len(batch) == 0 {
 			continue
 		}
@@ -106,17 +106,17 @@ func (b *bench) try(ctx context.Context, s subject, p *target, m *mutant) (by st
 		for _, t := range batch {
 			names, clean = append(names, t.name), clean+t.took
 		}
-		by, err := b.runTests(ctx, s.dir, binary, overlay, clean, "-test.run=^("+strings.Join(names, "|")+")$")
+		by, err := b.runTests(ctx, b.dir, binary, overlay, clean, "-test.run=^("+strings.Join(names, "|")+")$")
 		if err != nil || by != "" {
 			return by, err
 		}
 	}
-	for _, further := range s.further {
-		whole, err := b.profileSuite(ctx, p, further)
+	for _, further := range b.subject.further {
+		whole, err := b.profileSuite(ctx, further)
 		if err != nil {
 			return "", err
 		}
-		if whole.failed != "" || !further.processes && !whole.reaches(m.file, m.reached) {
+		if whole.failed != "" || !further.processes && !whole.reaches(m.start) {
 			continue
 		}
 		binary, err := b.compile(ctx, further.dir, overlay)
@@ -131,53 +131,53 @@ func (b *bench) try(ctx context.Context, s subject, p *target, m *mutant) (by st
 	return "", nil
 }
 
-// profileTests runs each test of the package alone.
-func (b *bench) profileTests(ctx context.Context, p *target) error {
-	binary, err := b.compile(ctx, p.dir, "", "-cover")
+// profileTests runs each test of the package alone, without a mutant.
+func (b *bench) profileTests(ctx context.Context) error {
+	binary, err := b.compile(ctx, b.dir, "", "-cover")
 	if err != nil {
 		return err
 	}
 	cmd := exec.CommandContext(ctx, binary, "-test.list=^(Test|Fuzz|Example)")
-	cmd.Dir = filepath.Join(b.root, p.dir)
+	cmd.Dir = filepath.Join(b.root, b.dir)
 	names, err := cmd.Output()
 	if err != nil {
 		return err
 	}
 	for name := range strings.FieldsSeq(string(names)) {
-		t, err := b.profile(ctx, p, p.dir, binary, "-test.run=^"+name+"$")
+		t, err := b.profile(ctx, b.dir, binary, "-test.run=^"+name+"$")
 		if err != nil {
 			return err
 		}
 		t.name = name
 		if b.own = append(b.own, *t); t.failed != "" {
-			fmt.Fprintf(b.out, "%s: %s fails before anything is broken and is left out\n", p.dir, name)
+			fmt.Fprintf(b.out, "%s: skipping %s, which fails without a mutant\n", b.dir, name)
 		}
 	}
 	return nil
 }
 
-// profileSuite runs a suite when it is first needed.
-func (b *bench) profileSuite(ctx context.Context, p *target, s suite) (*test, error) {
+// profileSuite runs a suite without a mutant when it is first needed.
+func (b *bench) profileSuite(ctx context.Context, s suite) (*test, error) {
 	key := s.dir + strings.Join(s.args, " ")
 	if t := b.further[key]; t != nil {
 		return t, nil
 	}
-	binary, err := b.compile(ctx, s.dir, "", "-cover", "-coverpkg="+p.importPath)
+	binary, err := b.compile(ctx, s.dir, "", "-cover", "-coverpkg="+b.importPath)
 	if err != nil {
 		return nil, err
 	}
-	t, err := b.profile(ctx, p, s.dir, binary, s.args...)
+	t, err := b.profile(ctx, s.dir, binary, s.args...)
 	if err != nil {
 		return nil, err
 	}
 	if b.further[key] = t; t.failed != "" {
-		fmt.Fprintf(b.out, "%s: %s fails before anything is broken (%s) and is left out\n", p.dir, key, t.failed)
+		fmt.Fprintf(b.out, "%s: skipping %s, which fails without a mutant: %s\n", b.dir, key, t.failed)
 	}
 	return t, nil
 }
 
-// profile runs tests while nothing is broken.
-func (b *bench) profile(ctx context.Context, p *target, dir, binary string, args ...string) (*test, error) {
+// profile runs tests without a mutant and records what they reach.
+func (b *bench) profile(ctx context.Context, dir, binary string, args ...string) (*test, error) {
 	profile := filepath.Join(b.scratch, "cover.out")
 	start := time.Now()
 	failed, err := b.runTests(ctx, dir, binary, "", time.Minute, append(slices.Clone(args), "-test.coverprofile="+profile)...)
@@ -193,22 +193,19 @@ func (b *bench) profile(ctx context.Context, p *target, dir, binary string, args
 	}
 	for line := range strings.Lines(string(text)) { // import/path/file.go:1.2,3.4 statements count
 		name, rest, _ := strings.Cut(line, ":")
-		file, ours := strings.CutPrefix(name, p.importPath+"/")
+		file, ours := strings.CutPrefix(name, b.importPath+"/")
 		var from, fromColumn, to, toColumn, statements, count int
 		if n, _ := fmt.Sscanf(rest, "%d.%d,%d.%d %d %d", &from, &fromColumn, &to, &toColumn, &statements, &count); n != 6 || !ours {
 			continue
 		}
-		found := block{file: file, start: position(from, fromColumn), end: position(to, toColumn)}
-		if t.all = append(t.all, found); count > 0 {
-			t.reached = append(t.reached, found)
-		}
+		t.blocks = append(t.blocks, block{path.Join(b.dir, file), position(from, fromColumn), position(to, toColumn), count > 0})
 	}
 	return t, nil
 }
 
-// compile builds the tests of a package without what only debuggers read.
+// compile builds the tests of a package, without debug information.
 func (b *bench) compile(ctx context.Context, dir, overlay string, args ...string) (binary string, err error) {
-	binary = filepath.Join(b.scratch, filepath.Base(dir)+".test") // as go test calls it: some tests look for that
+	binary = filepath.Join(b.scratch, filepath.Base(dir)+".test") // the name that go test uses: some tests depend on it
 	cmd := exec.CommandContext(ctx, "go", append(append([]string{"test", "-c", "-vet=off", "-ldflags=-s -w", "-o", binary}, args...), "./"+dir)...)
 	cmd.Dir, cmd.Env = b.root, b.environment(overlay)
 	if out, err := cmd.CombinedOutput(); err != nil {
@@ -217,7 +214,7 @@ func (b *bench) compile(ctx context.Context, dir, overlay string, args ...string
 	return binary, nil
 }
 
-// environment has the overlay for the go commands that tests run as well.
+// environment passes the overlay in GOFLAGS, for go commands that the tests run too.
 func (b *bench) environment(overlay string) []string {
 	if overlay == "" {
 		return os.Environ()
@@ -227,21 +224,25 @@ func (b *bench) environment(overlay string) []string {
 
 var failure = regexp.MustCompile(`(?m)^--- FAIL: (\S+)|^(panic: .*|fatal error: .*)`)
 
-// runTests runs a test binary as go test would, for a multiple of what it takes
-// when nothing is broken. It returns what failed, and leaves no process and no
-// temporary file behind.
+// runTests runs a test binary as go test does. The time limit is a multiple of clean, the time
+// without a mutant. It returns what failed, and leaves no process and no temporary file behind.
 func (b *bench) runTests(ctx context.Context, dir, binary, overlay string, clean time.Duration, args ...string) (failed string, err error) {
-	for _, dir := range []string{b.scratch, b.memory} {
-		if err := os.MkdirAll(filepath.Join(dir, "t"), 0o755); err != nil {
+	environment := b.environment(overlay)
+	for variable, parent := range map[string]string{"TMPDIR": "", "CERTCTL_TEST_MEMORY": "/dev/shm"} {
+		temporary, err := temporary(parent)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // no /dev/shm
+		} else if err != nil {
 			return "", err
 		}
-		defer os.RemoveAll(filepath.Join(dir, "t"))
+		defer os.RemoveAll(temporary)
+		environment = append(environment, variable+"="+temporary)
 	}
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second+4*clean)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, binary, append([]string{"-test.failfast", "-test.count=1"}, args...)...)
 	cmd.Dir = filepath.Join(b.root, dir)
-	cmd.Env = append(b.environment(overlay), "TMPDIR="+filepath.Join(b.scratch, "t"), "CERTCTL_TEST_MEMORY="+filepath.Join(b.memory, "t"))
+	cmd.Env = environment
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	cmd.SysProcAttr = isolated()
@@ -260,10 +261,13 @@ func (b *bench) runTests(ctx context.Context, dir, binary, overlay string, clean
 	if match := failure.FindSubmatch(out.Bytes()); match != nil {
 		return cmp.Or(string(match[1]), string(match[2])), nil
 	}
-	return err.Error() + " " + strconv.Quote(lastLine(out.String())), nil
+	return err.Error(), nil
 }
 
-func lastLine(text string) string {
-	text = strings.TrimSpace(text)
-	return text[strings.LastIndexByte(text, '\n')+1:]
+// temporary makes a directory. Tests that drop privileges read it too.
+func temporary(parent string) (dir string, err error) {
+	if dir, err = os.MkdirTemp(parent, "mutants"); err != nil {
+		return "", err
+	}
+	return dir, os.Chmod(dir, 0o755)
 }

@@ -1,10 +1,8 @@
-// Command mutants asks whether the tests would notice a mistake. It breaks one
-// thing at a time in the packages that promise something, such as a condition, a
-// sync or an option that is passed on, and runs the tests that should fail. A
-// mutant that no test notices survives: a test is missing, or the code does
-// nothing.
+// Command mutants asks whether the tests would notice a mistake. It breaks one thing at a time in
+// the packages that matter most, such as a condition, a sync or an option, and runs the tests that
+// should fail. A mutant that no test notices survives: a test is missing, or the code does nothing.
 //
-// The tree stays as it is: the go command sees the change through an overlay.
+// It does not touch the tree: the go command sees the change through an overlay.
 package main
 
 import (
@@ -32,17 +30,17 @@ import (
 // A subject is a package that is mutated.
 type subject struct {
 	dir string
-	// processes matches the tests that run the package's code in processes of
-	// their own, where coverage does not see it.
+	// processes matches the tests that run the package's code in other processes, where coverage
+	// does not see it.
 	processes string
-	further   []suite // that should notice what the package's own tests do not
+	further   []suite // they run if the package's own tests do not notice
 }
 
-// A suite is some tests of another package.
+// A suite is a selection of the tests of another package.
 type suite struct {
 	dir       string
 	args      []string // of the test binary
-	processes bool     // run the code in other processes, where coverage does not see it
+	processes bool     // it runs the code in other processes, where coverage does not see it
 }
 
 var (
@@ -73,12 +71,11 @@ var subjects = []subject{
 	{dir: "internal/discovery/certfile", further: []suite{scan}},
 }
 
-// A result is what came of a mutant: a line of the results file.
+// A result is a line of the results file.
 type result struct {
-	ID      string
-	Package string
-	Sum     string // of the file that was mutated
-	By      string // the test that noticed; empty for a survivor
+	ID  string // of the mutant
+	Sum string // of the file that was mutated
+	By  string // the test that noticed; empty for a survivor
 }
 
 func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
@@ -86,21 +83,19 @@ func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
 func run(args []string, stdout, stderr io.Writer) int {
 	flags := flag.NewFlagSet("mutants", flag.ContinueOnError)
 	flags.SetOutput(stderr)
-	root := flags.String("C", ".", "the `directory` of the module")
-	packages := flags.String("packages", "", "mutate these packages, such as `ledger,discovery/certfile` (default: all that promise something)")
-	n := flags.Int("n", 20, "how many mutants of each package to run")
-	seed := flags.Uint64("seed", 1, "decides which")
-	only := flags.String("only", "", "run the mutants whose line matches this `regexp`, or `survivors`: those that the results file has")
-	results := flags.String("results", "mutants.out", "the `file` that results are added to, and that an interrupted run is resumed from")
-	quick := flags.Bool("quick", false, "run only the package's own tests that reach the line; -only survivors then runs the others too")
-	list := flags.Bool("list", false, "list the mutants and run none")
+	t := &tester{out: stdout}
+	flags.StringVar(&t.root, "C", ".", "the `directory` of the module")
+	flags.StringVar(&t.packages, "packages", "", "mutate these packages, such as `ledger,discovery/certfile` (default: those that matter most)")
+	flags.IntVar(&t.n, "n", 20, "how many mutants of each package to run")
+	flags.Uint64Var(&t.seed, "seed", 1, "selects them")
+	flags.StringVar(&t.only, "only", "", "run again the mutants whose output line matches this `regexp`, or the `survivors` in the results file")
+	flags.StringVar(&t.results, "results", "mutants.out", "append results to this `file`, and resume an interrupted run from it")
 	if err := flags.Parse(args); err != nil {
 		return 2
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	t := &tester{root: *root, n: *n, seed: *seed, only: *only, results: *results, quick: *quick, list: *list, out: stdout}
-	if err := t.run(ctx, *packages); err != nil {
+	if err := t.run(ctx); err != nil {
 		fmt.Fprintln(stderr, "mutants:", err)
 		return 1
 	}
@@ -108,46 +103,33 @@ func run(args []string, stdout, stderr io.Writer) int {
 }
 
 type tester struct {
-	root    string
-	n       int
-	seed    uint64
-	only    string
-	results string
-	quick   bool
-	list    bool
-	out     io.Writer
+	root, packages, only, results string
+	n                             int
+	seed                          uint64
+	out                           io.Writer
 
-	known map[string]result // what the results file has, by ID
+	scratch string            // a temporary directory
+	known   map[string]result // from the results file, by ID
 }
 
-func (t *tester) run(ctx context.Context, packages string) (err error) {
+func (t *tester) run(ctx context.Context) (err error) {
 	if t.root, err = filepath.Abs(t.root); err != nil {
 		return err
 	}
 	if err := adoptOrphans(); err != nil {
 		return err
 	}
-	scratch, err := os.MkdirTemp("", "mutants")
-	if err != nil {
+	if t.scratch, err = temporary(""); err != nil {
 		return err
 	}
-	defer os.RemoveAll(scratch)
-	if err := os.Chmod(scratch, 0o755); err != nil { // some tests drop privileges
-		return err
-	}
-	memory, err := os.MkdirTemp("/dev/shm", "mutants")
-	if err != nil {
-		memory = filepath.Join(scratch, "memory")
-	}
-	defer os.RemoveAll(memory)
-	os.Chmod(memory, 0o755)
-	defer killOrphans() // first: an interrupted go command leaves compilers
+	defer os.RemoveAll(t.scratch)
+	defer killOrphans() // an interrupted go command leaves compilers
 	if err := t.readResults(); err != nil {
 		return err
 	}
 	var summary []string
-	for _, s := range choose(packages) {
-		line, err := t.mutate(ctx, &bench{root: t.root, out: t.out, scratch: scratch, memory: memory, further: make(map[string]*test)}, s)
+	for _, s := range choose(t.packages) {
+		line, err := t.mutate(ctx, s)
 		if err != nil {
 			return fmt.Errorf("%s: %w", s.dir, err)
 		}
@@ -157,8 +139,8 @@ func (t *tester) run(ctx context.Context, packages string) (err error) {
 	return nil
 }
 
-// choose returns the subjects with these names. A package that the table does
-// not have is tested by its own tests alone.
+// choose returns the subjects with these names. A package that is not in the table has only its own
+// tests.
 func choose(packages string) []subject {
 	if packages == "" {
 		return subjects
@@ -176,7 +158,7 @@ func choose(packages string) []subject {
 }
 
 // mutate runs the mutants of one package and returns its line of the summary.
-func (t *tester) mutate(ctx context.Context, b *bench, s subject) (string, error) {
+func (t *tester) mutate(ctx context.Context, s subject) (string, error) {
 	p, err := load(ctx, t.root, s.dir)
 	if err != nil {
 		return "", err
@@ -185,25 +167,18 @@ func (t *tester) mutate(ctx context.Context, b *bench, s subject) (string, error
 	if err != nil {
 		return "", err
 	}
-	if t.list {
-		for _, m := range sample {
-			fmt.Fprintln(t.out, m.id())
-		}
-		return fmt.Sprintf("%-28s %8d", s.dir, len(sample)), nil
-	}
-	if t.quick {
-		s.processes, s.further = "", nil
-	}
+	b := &bench{target: p, subject: s, root: t.root, out: t.out, scratch: t.scratch, further: make(map[string]*test)}
 	var survivors []string
 	for i, m := range sample {
-		r, ok := t.known[m.id()]
-		if !ok || r.Sum != m.sum || t.only != "" {
+		sum := fmt.Sprintf("%x", sha256.Sum256(p.text[m.start.Filename]))[:12]
+		r := t.known[m.id()]
+		if r.Sum != sum || t.only != "" {
 			start := time.Now()
-			by, err := b.try(ctx, s, p, m)
+			by, err := b.try(ctx, m)
 			if err != nil {
 				return "", err
 			}
-			r = result{ID: m.id(), Package: s.dir, Sum: m.sum, By: by}
+			r = result{ID: m.id(), Sum: sum, By: by}
 			if err := t.record(r); err != nil {
 				return "", err
 			}
@@ -217,8 +192,8 @@ func (t *tester) mutate(ctx context.Context, b *bench, s subject) (string, error
 	return strings.Join(append([]string{line}, survivors...), "\n"), nil
 }
 
-// sample returns the mutants of p to run, in the order of the lines. The same
-// seed draws the same ones from the same code.
+// sample returns the mutants of p to run, in the order of the text. The same seed selects the same
+// ones from the same code.
 func (t *tester) sample(p *target) ([]*mutant, error) {
 	all := p.mutants()
 	wanted := func(m *mutant) bool { return true }
@@ -240,12 +215,11 @@ func (t *tester) sample(p *target) ([]*mutant, error) {
 	var sample []*mutant
 	for _, m := range all {
 		if len(sample) < n && wanted(m) && p.compiles(m) {
-			m.sum = fmt.Sprintf("%x", sha256.Sum256(p.text[m.file]))[:12]
 			sample = append(sample, m)
 		}
 	}
 	slices.SortFunc(sample, func(a, b *mutant) int {
-		return cmp.Or(strings.Compare(a.file, b.file), cmp.Compare(a.start, b.start), strings.Compare(a.change, b.change))
+		return cmp.Or(strings.Compare(a.start.Filename, b.start.Filename), cmp.Compare(a.start.Offset, b.start.Offset), strings.Compare(a.change, b.change))
 	})
 	return sample, nil
 }

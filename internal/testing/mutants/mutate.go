@@ -11,6 +11,7 @@ import (
 	"go/token"
 	"go/types"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"path"
@@ -22,21 +23,18 @@ import (
 
 // A mutant is one change of one file.
 type mutant struct {
-	file       string // of the package
-	path       string // file, below the module
-	line       int
-	start, end int            // the bytes that are replaced
-	text       string         // what replaces them
-	change     string         // for people
-	reached    token.Position // coverage tells of this position whether a test comes here
-	sum        string         // of the file
+	start, end token.Position // of the code that text replaces
+	text       string
+	change     string // for people
 }
 
-func (m *mutant) id() string { return fmt.Sprintf("%s:%d: %s", m.path, m.line, m.change) }
+func (m *mutant) id() string {
+	return fmt.Sprintf("%s:%d: %s", m.start.Filename, m.start.Line, m.change)
+}
 
-// A target is a package that is parsed and checked.
+// A target is a package that is parsed and type-checked.
 type target struct {
-	root, dir  string
+	dir        string // below the module, as are the names of its files
 	importPath string
 	set        *token.FileSet
 	files      map[string]*ast.File
@@ -45,18 +43,17 @@ type target struct {
 	info       *types.Info
 }
 
-// load parses and checks the package in dir, against the export data of what it
-// imports.
+// load parses and type-checks the package in dir, against the export data of its imports.
 func load(ctx context.Context, root, dir string) (*target, error) {
-	cmd := exec.CommandContext(ctx, "go", "list", "-export", "-deps", "-json=ImportPath,Dir,GoFiles,Export", "./"+dir)
+	cmd := exec.CommandContext(ctx, "go", "list", "-export", "-deps", "-json=ImportPath,GoFiles,Export", "./"+dir)
 	cmd.Dir, cmd.Stderr = root, os.Stderr
 	out, err := cmd.Output()
 	if err != nil {
 		return nil, fmt.Errorf("go list: %w", err)
 	}
 	var listed struct {
-		ImportPath, Dir, Export string
-		GoFiles                 []string
+		ImportPath, Export string
+		GoFiles            []string
 	}
 	exports := make(map[string]string)
 	for decoder := json.NewDecoder(bytes.NewReader(out)); ; { // the package itself comes last
@@ -67,9 +64,10 @@ func load(ctx context.Context, root, dir string) (*target, error) {
 		}
 		exports[listed.ImportPath] = listed.Export
 	}
-	p := &target{root: root, dir: dir, importPath: listed.ImportPath, set: token.NewFileSet(), files: make(map[string]*ast.File), text: make(map[string][]byte)}
+	p := &target{dir: dir, importPath: listed.ImportPath, set: token.NewFileSet(), files: make(map[string]*ast.File), text: make(map[string][]byte)}
 	for _, name := range listed.GoFiles {
-		if p.text[name], err = os.ReadFile(filepath.Join(listed.Dir, name)); err != nil {
+		name = path.Join(dir, name)
+		if p.text[name], err = os.ReadFile(filepath.Join(root, name)); err != nil {
 			return nil, err
 		}
 		if p.files[name], err = parser.ParseFile(p.set, name, p.text[name], parser.SkipObjectResolution); err != nil {
@@ -78,49 +76,35 @@ func load(ctx context.Context, root, dir string) (*target, error) {
 	}
 	p.config = &types.Config{Importer: importer.ForCompiler(p.set, "gc", func(path string) (io.ReadCloser, error) { return os.Open(exports[path]) })}
 	p.info = &types.Info{Types: make(map[ast.Expr]types.TypeAndValue), Uses: make(map[*ast.Ident]types.Object)}
-	_, err = p.config.Check(p.importPath, p.set, p.sources("", nil), p.info)
+	_, err = p.config.Check(p.importPath, p.set, slices.Collect(maps.Values(p.files)), p.info)
 	return p, err
-}
-
-// sources returns the files of the package, one of them replaced.
-func (p *target) sources(name string, by *ast.File) (files []*ast.File) {
-	for other, file := range p.files {
-		if other == name {
-			file = by
-		}
-		files = append(files, file)
-	}
-	return files
 }
 
 // mutated returns the text of the file that m changes, after the change.
 func (p *target) mutated(m *mutant) []byte {
-	text := p.text[m.file]
-	return slices.Concat(text[:m.start], []byte(m.text), text[m.end:])
+	text := p.text[m.start.Filename]
+	return slices.Concat(text[:m.start.Offset], []byte(m.text), text[m.end.Offset:])
 }
 
 func (p *target) compiles(m *mutant) bool {
-	file, err := parser.ParseFile(p.set, m.file, p.mutated(m), parser.SkipObjectResolution)
+	file, err := parser.ParseFile(p.set, m.start.Filename, p.mutated(m), parser.SkipObjectResolution)
 	if err != nil {
 		return false
 	}
-	_, err = p.config.Check(p.importPath, p.set, p.sources(m.file, file), nil)
+	files := maps.Clone(p.files)
+	files[m.start.Filename] = file
+	_, err = p.config.Check(p.importPath, p.set, slices.Collect(maps.Values(files)), nil)
 	return err == nil
 }
 
-// mutants returns all changes of the package that are worth a run, in the order
-// of the text. Some may not compile.
+// mutants returns all changes of the package that are worth a run, in the order of the text. Some
+// may not compile.
 func (p *target) mutants() []*mutant {
 	var all []*mutant
-	var names []string
-	for name := range p.files {
-		names = append(names, name)
-	}
-	slices.Sort(names)
-	for _, name := range names {
+	for _, name := range slices.Sorted(maps.Keys(p.files)) {
 		f := finder{target: p, file: name}
 		for _, d := range p.files[name].Decls {
-			// What an error says is not a promise.
+			// The wording of errors is not tested.
 			if function, ok := d.(*ast.FuncDecl); ok && function.Body != nil && !slices.Contains([]string{"Error", "String"}, function.Name.Name) {
 				ast.Inspect(function.Body, f.visit)
 			}
@@ -136,11 +120,11 @@ func (p *target) mutants() []*mutant {
 	return all
 }
 
-// A finder walks a file and notes what could be changed.
+// A finder walks a file and collects its mutants.
 type finder struct {
 	*target
 	file  string
-	stack []ast.Node // from the function's body to the parent of what is visited
+	stack []ast.Node // from the function's body to the parent of the visited node
 	found []*mutant
 }
 
@@ -149,13 +133,12 @@ func (f *finder) visit(n ast.Node) bool {
 		f.stack = f.stack[:len(f.stack)-1]
 		return true
 	}
-	if call, ok := n.(*ast.CallExpr); ok && f.talks(call) {
-		return false
-	}
+	expression := n
 	if statement, ok := n.(*ast.ExprStmt); ok {
-		if call, ok := statement.X.(*ast.CallExpr); ok && f.talks(call) {
-			return false
-		}
+		expression = statement.X
+	}
+	if call, ok := expression.(*ast.CallExpr); ok && f.talks(call) {
+		return false
 	}
 	f.mutate(n)
 	f.stack = append(f.stack, n)
@@ -190,8 +173,7 @@ func (f *finder) mutate(n ast.Node) {
 	case *ast.BinaryExpr:
 		f.operator(n)
 	case *ast.CallExpr:
-		// A sync, a close, a check: what the call reports is not looked at
-		// either.
+		// A sync, a close or a check is left out, with its error.
 		if _, statement := f.parent().(*ast.ExprStmt); !statement && f.isError(n) {
 			f.add(n, "skip", "func() error { return nil; return "+f.source(n)+" }()")
 		}
@@ -208,13 +190,13 @@ func (f *finder) mutate(n ast.Node) {
 	}
 }
 
-// remove takes out a statement whose variables and imports stay in use.
+// remove removes a statement, but keeps its variables and imports in use.
 func (f *finder) remove(n ast.Node) {
 	f.add(n, "remove", "_ = func() { "+f.source(n)+" }")
 }
 
-// decide fixes a condition, which is evaluated as before. If an error always
-// counted as one, every test would notice.
+// decide makes a condition, which is still evaluated, never or always true. "Always" is left out for
+// err != nil: every test would notice.
 func (f *finder) decide(condition ast.Expr) {
 	f.add(condition, "never", "("+f.source(condition)+") && false")
 	if comparison, ok := condition.(*ast.BinaryExpr); !ok || comparison.Op != token.NEQ || !f.isError(comparison.X) {
@@ -232,13 +214,13 @@ func (f *finder) operator(n *ast.BinaryExpr) {
 	}
 	if n.Op == token.EQL || n.Op == token.NEQ {
 		if condition, ok := f.parent().(*ast.IfStmt); ok && condition.Cond == n {
-			return // decide has it
+			return // "never" and "always" cover it
 		}
 	}
 	f.add(n, other.String()+" for "+n.Op.String(), "("+f.source(n.X)+" "+other.String()+" "+f.source(n.Y)+")")
 }
 
-// number makes a small number one greater and lets others read a private file.
+// number makes a private file readable for others, and adds one to a small number.
 func (f *finder) number(n *ast.BasicLit) {
 	if n.Kind != token.INT {
 		return
@@ -256,7 +238,7 @@ func (f *finder) number(n *ast.BasicLit) {
 	}
 }
 
-// fields leaves out each field of a struct: an option that is not passed on.
+// fields omits each field of a struct, such as an option.
 func (f *finder) fields(n *ast.CompositeLit) {
 	fields, ok := f.info.Types[n].Type.Underlying().(*types.Struct)
 	if !ok {
@@ -284,27 +266,14 @@ func (f *finder) qualify(pkg *types.Package) string {
 	return pkg.Name()
 }
 
-// add notes that n can be replaced by text.
+// add adds a mutant that has text instead of n.
 func (f *finder) add(n ast.Node, change, text string) {
 	start, end := f.set.Position(n.Pos()), f.set.Position(n.End())
-	m := &mutant{file: f.file, path: path.Join(f.dir, f.file), line: start.Line, start: start.Offset, end: end.Offset, text: text, reached: start}
-	m.change = strings.Join(strings.Fields(change+": "+f.source(n)), " ")
-	if len(m.change) > 100 {
-		m.change = m.change[:100] + "…"
+	change = strings.Join(strings.Fields(change+": "+f.source(n)), " ")
+	if len(change) > 100 {
+		change = change[:100] + "…"
 	}
-	var around token.Position
-	for _, outer := range f.stack {
-		switch outer := outer.(type) {
-		case *ast.SwitchStmt:
-			around = f.set.Position(outer.Pos())
-		case *ast.CaseClause:
-			// Coverage counts what a case does, not its conditions.
-			if m.reached = start; n.Pos() < outer.Colon {
-				m.reached = around
-			}
-		}
-	}
-	f.found = append(f.found, m)
+	f.found = append(f.found, &mutant{start: start, end: end, text: text, change: change})
 }
 
 func (f *finder) parent() ast.Node {
@@ -323,7 +292,7 @@ func (f *finder) isError(e ast.Expr) bool {
 	return ok && !kind.IsNil() && types.Identical(kind.Type, types.Universe.Lookup("error").Type())
 }
 
-// talks reports whether a call writes to the log or makes an error's text.
+// talks reports whether a call writes a log line or makes the text of an error.
 func (f *finder) talks(call *ast.CallExpr) bool {
 	switch called := call.Fun.(type) {
 	case *ast.Ident:

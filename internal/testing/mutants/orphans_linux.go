@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// adoptOrphans makes this process the parent of every process that loses its
-// own further down, such as a daemon that a test has started.
+// adoptOrphans makes this process the parent of all descendants that lose theirs, such as a daemon
+// that a test has started.
 func adoptOrphans() error {
 	const prSetChildSubreaper = 36
 	if _, _, errno := syscall.RawSyscall(syscall.SYS_PRCTL, prSetChildSubreaper, 1, 0); errno != 0 {
@@ -20,8 +20,7 @@ func adoptOrphans() error {
 	return nil
 }
 
-// isolated puts a process in a group of its own, and, where that is allowed, out of
-// sight what it mounts.
+// isolated gives a process its own process group and, if permitted, its own mount namespace.
 func isolated() *syscall.SysProcAttr {
 	attributes := &syscall.SysProcAttr{Setpgid: true}
 	if os.Geteuid() == 0 {
@@ -30,15 +29,14 @@ func isolated() *syscall.SysProcAttr {
 	return attributes
 }
 
-// killOrphans ends all children of this process. It is called while there is
-// none that this process has started and still waits for.
+// killOrphans kills all children of this process. Nobody may be waiting for one.
 func killOrphans() {
 	for range 100 {
 		children := 0
 		stats, _ := filepath.Glob("/proc/[0-9]*/stat")
 		for _, name := range stats {
 			text, _ := os.ReadFile(name)
-			// pid (name) state parent …, where the name may have anything in it
+			// pid (name) state parent …; the name may contain anything
 			_, rest, _ := strings.Cut(string(text[strings.LastIndexByte(string(text), ')')+1:]), " ")
 			fields := strings.Fields(rest)
 			pid, err := strconv.Atoi(filepath.Base(filepath.Dir(name)))
