@@ -42,7 +42,7 @@ func adults(ages []int, log *slog.Logger) (n int, err error) {
 }
 `
 
-// writeToy makes a module with the package toy and tests.
+// writeToy writes a module with the package toy and its tests.
 func writeToy(t *testing.T, tests string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -150,7 +150,7 @@ func TestAdult(t *testing.T) {
 				t.Fatalf("status %d: %s", status, problems.String())
 			}
 			if !strings.Contains(out.String(), test.want) {
-				t.Errorf("said\n%s\nwant\n%s", out.String(), test.want)
+				t.Errorf("printed\n%s\nwant\n%s", out.String(), test.want)
 			}
 			after, err := os.ReadFile(filepath.Join(dir, "toy", "toy.go"))
 			if err != nil || !bytes.Equal(before, after) {
@@ -158,7 +158,7 @@ func TestAdult(t *testing.T) {
 			}
 			if text, err := os.ReadFile(filepath.Join(dir, "toy", "pid")); err == nil && runtime.GOOS == "linux" {
 				if pid, err := strconv.Atoi(string(text)); err != nil || syscall.Kill(pid, 0) != syscall.ESRCH {
-					t.Errorf("process %s is still there (%v)", text, err)
+					t.Errorf("process %s is still running (%v)", text, err)
 				}
 			}
 			out.Reset()
@@ -166,8 +166,33 @@ func TestAdult(t *testing.T) {
 				t.Fatalf("status %d: %s", status, problems.String())
 			}
 			if again := strings.Contains(out.String(), test.want); again != strings.Contains(test.want, "SURVIVED") {
-				t.Errorf("of survivors it said\n%s", out.String())
+				t.Errorf("-only survivors printed\n%s", out.String())
 			}
 		})
+	}
+}
+
+func TestResume(t *testing.T) {
+	dir := writeToy(t, "")
+	args := []string{"-C", dir, "-packages", "toy", "-n", "1", "-results", filepath.Join(t.TempDir(), "results")}
+	runs := func() bool {
+		t.Helper()
+		var out, problems bytes.Buffer
+		if status := run(args, &out, &problems); status != 0 {
+			t.Fatalf("status %d: %s", status, problems.String())
+		}
+		if !strings.Contains(out.String(), "  survived: toy/toy.go:") {
+			t.Errorf("the summary has no survivor:\n%s", out.String())
+		}
+		return strings.Contains(out.String(), "SURVIVED")
+	}
+	if !runs() || runs() {
+		t.Error("a mutant was not run exactly once")
+	}
+	if err := os.WriteFile(filepath.Join(dir, "toy", "toy.go"), []byte(toy+"\n// changed\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if !runs() {
+		t.Error("a mutant of a changed file was not run again")
 	}
 }
