@@ -3,14 +3,13 @@ package reliability_test
 import (
 	"bytes"
 	"context"
-	"errors"
 	"flag"
 	"fmt"
 	"io/fs"
 	"math/rand/v2"
 	"os"
 	"os/exec"
-	"path/filepath"
+	"path"
 	"regexp"
 	"strconv"
 	"strings"
@@ -24,23 +23,18 @@ var huntFlag = flag.Duration("hunt", 0, "how long TestHunt looks for faults")
 // hunted is a test, or all fuzz targets, and the result of its turns.
 type hunted struct {
 	name, unit string
-	counts     *regexp.Regexp // in its output: how many
+	count      string // regexp of its output
 	turns, n   int
 }
-
-var (
-	runsCounted   = regexp.MustCompile(`: (\d+) runs (?:in|with) `)
-	statesCounted = regexp.MustCompile(`recovered from (\d+) in `)
-	execsCounted  = regexp.MustCompile(`execs: (\d+)`)
-	fuzzTarget    = regexp.MustCompile(`(?m)^func (Fuzz\w*)`)
-)
 
 // hunt runs turns and keeps the commands that repeat the failed ones.
 type hunt struct {
 	t        *testing.T
-	self     string // this test binary
 	failures []string
 }
+
+// A fuzzTarget is in dir, below the module.
+type fuzzTarget struct{ dir, name string }
 
 // TestHunt looks for faults with fresh seeds until its time is up or it is interrupted. It shows a
 // failure with the command that repeats it, and goes on. Each turn is a process of its own, so a
@@ -52,20 +46,16 @@ func TestHunt(t *testing.T) {
 	begun := time.Now()
 	ctx, cancel := context.WithTimeout(interrupted, *huntFlag)
 	defer cancel()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	h := &hunt{t: t, self: self}
-	virtual := &hunted{name: "TestVirtualNetwork", unit: "runs", counts: runsCounted}
-	network := &hunted{name: "TestNetworkFaults", unit: "runs", counts: runsCounted}
-	trace := &hunted{name: "TestTrace", unit: "states", counts: statesCounted}
-	fuzz := &hunted{name: "fuzz targets", unit: "executions", counts: execsCounted}
-	targets, err := fuzzTargets("../..")
+	h := &hunt{t: t}
+	virtual := &hunted{name: "TestVirtualNetwork", unit: "runs", count: `: (\d+) runs (?:in|with) `}
+	network := &hunted{name: "TestNetworkFaults", unit: "runs", count: `: (\d+) runs (?:in|with) `}
+	trace := &hunted{name: "TestTrace", unit: "states", count: `recovered from (\d+) in `}
+	fuzz := &hunted{name: "fuzz targets", unit: "executions", count: `execs: (\d+)`}
+	targets, err := fuzzTargets(os.DirFS("../.."))
 	if err != nil || len(targets) == 0 {
 		t.Fatalf("no fuzz targets: %v", err)
 	}
-	// A quarter of the time for each to have its turn; the rest of a long hunt is for further turns.
+	// One turn of all targets should take no more than a quarter of the hunt.
 	slice := min(max(*huntFlag/time.Duration(4*len(targets)), time.Second), 10*time.Second).Round(time.Second)
 	h.say("%d fuzz targets, %v each in a turn", len(targets), slice)
 	rand.Shuffle(len(targets), func(i, j int) { targets[i], targets[j] = targets[j], targets[i] })
@@ -80,7 +70,7 @@ func TestHunt(t *testing.T) {
 			first := targets[0]
 			targets = targets[1:]
 			if h.fuzz(ctx, fuzz, first, slice) {
-				targets = append(targets, first) // one that has failed would do so again at once
+				targets = append(targets, first) // a failed one would fail again at once
 			}
 		}
 	}
@@ -104,40 +94,41 @@ func (h *hunt) test(ctx context.Context, x *hunted, flag string, n int) {
 		return
 	}
 	args := []string{"-seed", fmt.Sprint(1 + rand.Uint64N(1<<40)), flag, strconv.Itoa(n)}
-	cmd := exec.CommandContext(ctx, h.self, append([]string{"-turn", "-test.v", "-test.timeout=30m", "-test.run", "^" + x.name + "$"}, args...)...)
-	// Not to the agents that it has started.
+	self, err := os.Executable()
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	cmd := exec.CommandContext(ctx, self, append([]string{"-turn", "-test.v", "-test.timeout=30m", "-test.run", "^" + x.name + "$"}, args...)...)
+	// Interrupt only the test: it stops its agents itself.
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
 	h.turn(ctx, x, cmd, fmt.Sprintf("go test ./internal/reliability -run '^%s$' %s", x.name, strings.Join(args, " ")))
 }
 
-// fuzz takes a turn of a fuzz target, and reports whether it may have another one.
-func (h *hunt) fuzz(ctx context.Context, x *hunted, target [2]string, slice time.Duration) bool {
-	args := []string{"test", "-run", "^$", "-fuzz", "^" + target[1] + "$", "-fuzztime", slice.String(), "-fuzzminimizetime", "100x", "./" + target[0]}
-	cmd := exec.CommandContext(ctx, "go", args...)
+// fuzz takes a turn of a fuzz target, and reports whether it passed.
+func (h *hunt) fuzz(ctx context.Context, x *hunted, target fuzzTarget, slice time.Duration) bool {
+	cmd := exec.CommandContext(ctx, "go", "test", "-run", "^$", "-fuzz", "^"+target.name+"$", "-fuzztime", slice.String(), "-fuzzminimizetime", "100x", "./"+target.dir)
 	cmd.Dir = "../.."
-	// The go command relies on the terminal to tell all of its processes.
+	// Interrupt the whole group, as a terminal does: the go command does not pass the signal on.
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGINT) }
-	return h.turn(ctx, x, cmd, "go test ./"+target[0]+" -run '^"+target[1]+"$'")
+	return h.turn(ctx, x, cmd, "go test ./"+target.dir+" -run '^"+target.name+"$'")
 }
 
 // turn runs a process to its end, or to the hunt's.
 func (h *hunt) turn(ctx context.Context, x *hunted, cmd *exec.Cmd, again string) bool {
 	var output bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &output, &output
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // an interrupt from the terminal is for the hunt, which passes it on
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C reaches only the hunt, which passes it on
 	cmd.WaitDelay = 5 * time.Minute
 	begun := time.Now()
 	err := cmd.Run()
 	x.turns++
 	count := 0
-	if all := x.counts.FindAllSubmatch(output.Bytes(), -1); all != nil {
+	if all := regexp.MustCompile(x.count).FindAllSubmatch(output.Bytes(), -1); all != nil {
 		count, _ = strconv.Atoi(string(all[len(all)-1][1]))
 	}
 	x.n += count
-	failed := err != nil && !endedByTime(output.Bytes())
-	if ctx.Err() != nil && !bytes.Contains(output.Bytes(), []byte("FAIL")) {
-		failed = false // what an interrupt ended
-	}
+	cutShort := ctx.Err() != nil && !bytes.Contains(output.Bytes(), []byte("FAIL"))
+	failed := err != nil && !cutShort && !endedByTime(output.Bytes())
 	verdict := "ok"
 	if failed {
 		verdict = "FAILED"
@@ -156,19 +147,17 @@ func endedByTime(output []byte) bool {
 	return bytes.Contains(output, []byte("\n    context deadline exceeded\nFAIL")) && !bytes.Contains(output, []byte("Failing input"))
 }
 
-// fuzzTargets finds folder and name of each fuzz target.
-func fuzzTargets(root string) (found [][2]string, err error) {
-	for _, dir := range []string{"internal", "cmd"} {
-		err = errors.Join(err, fs.WalkDir(os.DirFS(root), dir, func(name string, _ fs.DirEntry, err error) error {
-			if err != nil || !strings.HasSuffix(name, "_test.go") {
-				return err
-			}
-			data, err := os.ReadFile(filepath.Join(root, name))
-			for _, m := range fuzzTarget.FindAllSubmatch(data, -1) {
-				found = append(found, [2]string{filepath.Dir(name), string(m[1])})
-			}
+func fuzzTargets(module fs.FS) (found []fuzzTarget, err error) {
+	declaration := regexp.MustCompile(`(?m)^func (Fuzz\w*)`)
+	err = fs.WalkDir(module, ".", func(name string, _ fs.DirEntry, err error) error {
+		if err != nil || !strings.HasSuffix(name, "_test.go") {
 			return err
-		}))
-	}
+		}
+		text, err := fs.ReadFile(module, name)
+		for _, m := range declaration.FindAllSubmatch(text, -1) {
+			found = append(found, fuzzTarget{path.Dir(name), string(m[1])})
+		}
+		return err
+	})
 	return found, err
 }
