@@ -20,8 +20,8 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 KUBE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/certctl-agent/kube-apiserver-$(shell awk '$$1 == "k8s.io/kubernetes" { print $$2 }' .ci/kube-apiserver/go.mod)
 export PATH := $(PATH):$(KUBE)
 
-# RACE=-race takes every test through the race detector, as CI does. Otherwise those of the
-# packages do whose goroutines share most. It needs a C compiler.
+# RACE=-race runs all tests with the race detector, as CI does. The default is only the packages
+# whose goroutines share most. The race detector needs a C compiler.
 RACE ?=
 RACED := agent app controlplane keystore ledger namelock transaction
 CC_FOUND := $(shell command -v gcc || command -v clang)
@@ -54,7 +54,7 @@ $(KUBE)/kube-apiserver:
 	mv $@.new $@
 
 .PHONY: test
-test: ## run all tests, those of some packages with the race detector (RACE=-race: of all)
+test: ## run all tests, and those of some packages with the race detector (RACE=-race: all)
 	$(GO) test $(RACE) -timeout 18m ./...
 ifneq ($(RACE),)
 	$(GO) test ./internal/reliability -run TestVirtualNetwork -runs 1000
@@ -75,7 +75,6 @@ fuzz: ## run each fuzz target briefly (FUZZ=30s for longer)
 		$(GO) test -vet=off -run '^$$' -fuzz "^$${name#func }$$" -fuzztime $(FUZZ) -fuzzminimizetime 100x "./$$(dirname "$$file")" </dev/null || exit 1; \
 	done
 
-# How long to hunt.
 FOR ?= 60m
 
 .PHONY: hunt
@@ -90,7 +89,7 @@ N    ?= 20
 SEED ?= 1
 
 .PHONY: mutants
-mutants: ## break the code in one place at a time and see whether a test notices (N=mutants of each package, SEED=, PACKAGES=ledger,agent, ONLY=survivors)
+mutants: ## break the code in one place at a time and see whether a test notices (N=mutants per package, SEED=, PACKAGES=ledger,agent, ONLY=survivors)
 	$(GO) run ./internal/testing/mutants -n $(N) -seed $(SEED) $(if $(PACKAGES),-packages $(PACKAGES)) $(if $(ONLY),-only '$(ONLY)')
 
 .PHONY: lint

@@ -1,6 +1,6 @@
 // Command certctl-demo demonstrates the agent end to end on one machine, with an embedded control
-// plane, the real agent binary as a child process, and a live TLS server. It checks every step, not
-// only prints it. It listens only on loopback, needs only Go, and removes all its files.
+// plane, the real agent binary as a child process, and a live TLS server. It checks every step. It
+// listens only on loopback, needs only Go, and removes all its files.
 package main
 
 import (
@@ -42,8 +42,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	target := flags.String("target", "", "live server: nginx, apache, haproxy, caddy, postfix, dovecot, javakeystore, kubernetes or ssh (default: nginx if installed, else a built-in one)")
 	verbose := flags.Bool("v", false, "show the agent's log")
 	var bench workbench
-	flags.StringVar(&bench.listen, "serve", "", "instead of the demo, only run its control plane on this `address`, such as 127.0.0.1:8443, to try the agent's commands by hand")
-	flags.StringVar(&bench.targetType, "type", "", "with -serve: give each new agent a certificate and a target of this `type`, such as NGINX")
+	flags.StringVar(&bench.listen, "serve", "", "run only the demo's control plane, on this `address`, such as 127.0.0.1:8443, to try the agent's commands by hand")
+	flags.StringVar(&bench.targetType, "type", "", "with -serve: give each new agent a certificate for a target of this `type`, such as NGINX")
 	flags.StringVar(&bench.targetConfig, "config", "", "with -type: `file` with the target's configuration, a JSON object")
 	if err := flags.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
@@ -53,7 +53,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	}
 
 	if bench.listen == "" && bench.targetType != "" || (bench.targetType == "") != (bench.targetConfig == "") || flags.NArg() > 0 {
-		fmt.Fprintln(stderr, "certctl-demo: -type and -config need each other and -serve, and there are no arguments")
+		fmt.Fprintln(stderr, "certctl-demo: -type and -config need each other and -serve; arguments are not allowed")
 		return 2
 	}
 	if bench.listen != "" {

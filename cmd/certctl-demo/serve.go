@@ -20,9 +20,9 @@ type workbench struct {
 	// for it. Without targetType an agent gets no work.
 	targetType, targetConfig string
 
-	plane    *devplane.Plane
-	agents   map[string]bool
-	statuses map[string]int // per job, how much of its history was shown
+	plane  *devplane.Plane
+	agents map[string]bool // already seen
+	shown  map[string]int  // per job, how many entries of its history
 }
 
 // run serves until ctx ends.
@@ -58,7 +58,7 @@ bin/certctl-agent check
 
 `, b.plane.URL, b.plane.CAFile(), b.plane.APIKey)
 
-	b.agents, b.statuses = make(map[string]bool), make(map[string]int)
+	b.agents, b.shown = make(map[string]bool), make(map[string]int)
 	err = b.plane.Wait(ctx, func() bool {
 		b.look(config)
 		return false
@@ -69,7 +69,7 @@ bin/certctl-agent check
 	return err
 }
 
-// look gives work to new agents, and shows what has changed.
+// look gives work to new agents, and prints what has changed.
 func (b *workbench) look(config json.RawMessage) {
 	for _, agent := range b.plane.Agents() {
 		if b.agents[agent.ID] {
@@ -85,17 +85,17 @@ func (b *workbench) look(config json.RawMessage) {
 		}
 	}
 	for _, job := range b.plane.Jobs() {
-		for _, event := range job.History[b.statuses[job.ID]:] {
-			kind := job.Type + " of " + job.CertificateID
+		for _, event := range job.History[b.shown[job.ID]:] {
+			line := fmt.Sprintf("%s: %s of %s", job.ID, job.Type, job.CertificateID)
 			if job.Type == api.TypeDeployment {
-				kind += " to " + job.TargetID
+				line += " to " + job.TargetID
 			}
-			fmt.Fprintf(b.out, "%s: %s: %s", job.ID, kind, event.Status)
+			line += ": " + event.Status
 			if event.Error != "" {
-				fmt.Fprintf(b.out, ": %s", event.Error)
+				line += ": " + event.Error
 			}
-			fmt.Fprintln(b.out)
+			fmt.Fprintln(b.out, line)
 		}
-		b.statuses[job.ID] = len(job.History)
+		b.shown[job.ID] = len(job.History)
 	}
 }

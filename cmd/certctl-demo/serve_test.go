@@ -18,7 +18,7 @@ import (
 	"certctl-agent/internal/secret"
 )
 
-// output is what run has printed so far.
+// output collects what run prints.
 type output struct {
 	mu   sync.Mutex
 	text bytes.Buffer
@@ -30,7 +30,7 @@ func (o *output) Write(p []byte) (int, error) {
 	return o.text.Write(p)
 }
 
-// wait returns the submatches of a pattern as soon as the output has it.
+// wait waits until the output matches the pattern, and returns the submatches.
 func (o *output) wait(t *testing.T, pattern string) []string {
 	t.Helper()
 	re := regexp.MustCompile(pattern)
@@ -47,7 +47,7 @@ func (o *output) wait(t *testing.T, pattern string) []string {
 	}
 }
 
-// TestServe: an agent can register with the printed settings, and gets work for the given target.
+// TestServe: an agent can register with the printed settings, and gets work for the target.
 func TestServe(t *testing.T) {
 	config := filepath.Join(t.TempDir(), "target.json")
 	if err := os.WriteFile(config, []byte(`{"cert_path": "/etc/nginx/tls/www.pem"}`), 0o644); err != nil {
@@ -97,13 +97,13 @@ func TestServe(t *testing.T) {
 		t.Errorf("exit status %d", code)
 	}
 	if _, err := os.Stat(settings[2]); err == nil {
-		t.Errorf("%s is left", settings[2])
+		t.Errorf("%s was not removed", settings[2])
 	}
 }
 
 func TestServeUsage(t *testing.T) {
 	config := filepath.Join(t.TempDir(), "target.json")
-	if err := os.WriteFile(config, []byte(`["no object"]`), 0o644); err != nil {
+	if err := os.WriteFile(config, []byte(`["not an object"]`), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	for _, test := range []struct {
@@ -113,7 +113,7 @@ func TestServeUsage(t *testing.T) {
 	}{
 		{"-type NGINX -config " + config, 2, "need each other and -serve"},
 		{"-serve 127.0.0.1:0 -type NGINX", 2, "need each other and -serve"},
-		{"-serve 127.0.0.1:0 extra", 2, "there are no arguments"},
+		{"-serve 127.0.0.1:0 extra", 2, "arguments are not allowed"},
 		{"-serve 127.0.0.1:0 -type NGINX -config " + config, 1, "is not a JSON object"},
 		{"-serve 127.0.0.1:0 -type NGINX -config " + config + ".missing", 1, "read the target's configuration"},
 	} {
