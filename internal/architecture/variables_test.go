@@ -92,12 +92,7 @@ func changes(s source) (names []string) {
 			imports[name] = dir
 		}
 	}
-	local := make(map[*ast.Object]bool) // the variables of this package that this file declares
-	for _, spec := range variableSpecs(s.file) {
-		for _, name := range spec.Names {
-			local[name.Obj] = true
-		}
-	}
+	here := variableSpecs(s.file)
 	changed := func(e ast.Expr) {
 		for {
 			switch x := e.(type) {
@@ -123,9 +118,13 @@ func changes(s source) (names []string) {
 			case *ast.Ident:
 				// The parser resolves what the file itself declares; other files' variables have no
 				// object.
-				if x.Obj == nil || local[x.Obj] {
-					names = append(names, s.dir+"."+x.Name)
+				if x.Obj != nil {
+					spec, ok := x.Obj.Decl.(*ast.ValueSpec)
+					if !ok || !slices.Contains(here, spec) {
+						return
+					}
 				}
+				names = append(names, s.dir+"."+x.Name)
 			}
 			return
 		}

@@ -154,7 +154,7 @@ func (k *javaKeystore) read() (data []byte, open bool, err error) {
 }
 
 // errASCII is returned for passwords that Java would reject as wrong.
-var errASCII = errors.New("Java opens a PKCS12 store only with a password of printable ASCII characters: change keystore_password and key_password")
+var errASCII = errors.New("only passwords of printable ASCII characters open a PKCS12 store in Java: change keystore_password and key_password")
 
 func notASCII(r rune) bool { return r < ' ' || r > '~' }
 
