@@ -15,6 +15,7 @@ import (
 
 	"certctl-agent/internal/app"
 	"certctl-agent/internal/connector/all"
+	"certctl-agent/internal/testing/needs"
 	"certctl-agent/internal/testing/testca"
 )
 
@@ -98,6 +99,39 @@ func TestPlan(t *testing.T) {
 	var document app.Preview
 	if err := json.Unmarshal([]byte(out), &document); err != nil || code != exitOK || document.Refused || len(document.Files) != 2 || document.Files[0].Changes || document.Verified != "web.example:443" {
 		t.Errorf("exit code %d, %v: %s", code, err, out)
+	}
+}
+
+// TestPlanOfRefusedConnection: a person waits for a plan, so it does not retry for as long as a
+// deployment would.
+func TestPlanOfRefusedConnection(t *testing.T) {
+	t.Parallel()
+	dir, settings := planHost(t)
+	port := needs.FreePort(t)
+	for name, data := range map[string]string{
+		"kubeconfig": fmt.Sprintf(`{"clusters": [{"name": "c", "cluster": {"server": "https://127.0.0.1:%d"}}], "users": [{"name": "u", "user": {"token": "t"}}],
+			"contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}], "current-context": "x"}`, port),
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(data), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	address := fmt.Sprintf("127.0.0.1:%d", port)
+	settings["CERTCTL_ALLOWED_HOSTS"] = address
+	settings["AWS_ACCESS_KEY_ID"], settings["AWS_SECRET_ACCESS_KEY"] = "AKIAEXAMPLE", "secret"
+	for typ, config := range map[string]string{
+		"F5":                fmt.Sprintf(`{"host": "127.0.0.1", "port": %d, "username": "u", "password": "p", "ssl_profile": "www"}`, port),
+		"KubernetesSecrets": fmt.Sprintf(`{"namespace": "n", "secret_name": "s", "kubeconfig_path": %q}`, filepath.Join(dir, "kubeconfig")),
+		"AWSACM":            fmt.Sprintf(`{"region": "eu-central-1", "endpoint": "https://%s"}`, address),
+	} {
+		t.Run(typ, func(t *testing.T) {
+			t.Parallel()
+			begun := time.Now()
+			code, out := planned(t, settings, config, "-type", typ)
+			if took := time.Since(begun); code != exitFailure || !strings.Contains(out, "connection refused") || took > 20*time.Second {
+				t.Errorf("exit code %d after %v:\n%s", code, took, out)
+			}
+		})
 	}
 }
 

@@ -31,6 +31,9 @@ import (
 	"certctl-agent/internal/transaction"
 )
 
+// previewPatience bounds the retries of a call to a vendor's API: a person waits for the preview.
+const previewPatience = 3 * time.Second
+
 // Target is the target of a preview.
 type Target struct {
 	Type   string
@@ -134,6 +137,7 @@ func (b *previewer) all(ctx context.Context, typ connector.Type, merged *targetc
 			}
 			return query(ctx, c)
 		},
+		Patience: previewPatience,
 		StateDir: b.cfg.InstanceStateDir(), // for reading; new host keys are not accepted
 	})
 	b.problem(err)

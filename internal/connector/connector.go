@@ -72,6 +72,9 @@ type Host struct {
 	// AcceptNewHostKeys trusts an unknown server's key on first use and keeps it in StateDir
 	// (CERTCTL_SSH_ACCEPT_NEW_HOST_KEYS).
 	AcceptNewHostKeys bool
+
+	// Patience bounds the retries of a call to a vendor's API. If it is 0, the connector decides.
+	Patience time.Duration
 }
 
 // Command splits and checks the command line configured under key. It returns nil if line is

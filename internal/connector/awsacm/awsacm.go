@@ -3,6 +3,7 @@
 package awsacm
 
 import (
+	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"crypto/rsa"
@@ -59,6 +60,7 @@ type acm struct {
 }
 
 func newConnector(c *targetconf.Config, host connector.Host, w waits) (*acm, error) {
+	w.call = cmp.Or(w.call, host.Patience)
 	a := &acm{target: c, host: host, list: w.list}
 	if a.list == 0 {
 		a.list = listFor

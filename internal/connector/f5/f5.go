@@ -3,6 +3,7 @@
 package f5
 
 import (
+	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"crypto/rsa"
@@ -96,7 +97,7 @@ func newConnector(c *targetconf.Config, host connector.Host, patience time.Durat
 	case -1:
 		t.keep = 0
 	}
-	t.device = newDevice(&t.config, peer.Address(), peer.Dial, patience)
+	t.device = newDevice(&t.config, peer.Address(), peer.Dial, cmp.Or(patience, host.Patience))
 	return t, nil
 }
 

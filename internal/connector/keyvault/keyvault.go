@@ -3,6 +3,7 @@
 package keyvault
 
 import (
+	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -64,6 +65,7 @@ type keyVault struct {
 }
 
 func newConnector(c *targetconf.Config, host connector.Host, w waits) (*keyVault, error) {
+	w.patience = cmp.Or(w.patience, host.Patience)
 	k := &keyVault{target: c, settle: w.settle, log: host.Log}
 	if k.settle == 0 {
 		k.settle = settleFor

@@ -3,6 +3,7 @@
 package kubernetes
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -38,7 +39,7 @@ func typeOf(podDir string, patience time.Duration) connector.Type {
 		if err != nil {
 			return nil, err
 		}
-		k.client.patience = patience
+		k.client.patience = cmp.Or(host.Patience, patience)
 		return k, nil
 	}}
 }
