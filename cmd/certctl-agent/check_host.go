@@ -38,8 +38,8 @@ func (c *checker) directory(check, path string) {
 	info, err := os.Stat(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		parent := nearest(path)
-		if hostfile.MayWriteIn(parent) != nil {
-			c.fail(check, "create it and make the agent's user its owner", "%s does not exist, and this user cannot write in %s", path, parent)
+		if err := hostfile.MayWriteIn(parent); err != nil {
+			c.notWritable(check, err, "create it and make the agent's user its owner", path+" does not exist, and ", parent)
 			return
 		}
 		c.ok(check, "%s does not exist: the agent will create it", path)
@@ -52,8 +52,9 @@ func (c *checker) directory(check, path string) {
 	case !info.IsDir():
 		c.fail(check, "name a directory", "%s is not a directory", path)
 		return
-	case hostfile.MayWriteIn(path) != nil:
-		c.fail(check, "run check as the agent's user, or make that user the owner", "this user cannot write in %s", path)
+	}
+	if err := hostfile.MayWriteIn(path); err != nil {
+		c.notWritable(check, err, "run check as the agent's user, or make that user the owner", "", path)
 		return
 	}
 	var stat syscall.Statfs_t
@@ -75,6 +76,16 @@ func (c *checker) directory(check, path string) {
 		return
 	}
 	c.ok(check, "%s, mode %#o, writable", path, info.Mode().Perm())
+}
+
+// notWritable reports that dir is not writable. advice is for a user without the rights, and context
+// begins the message.
+func (c *checker) notWritable(check string, err error, advice, context, dir string) {
+	if errors.Is(err, syscall.EROFS) {
+		c.fail(check, "remount it writable; under systemd, add the directory to the unit's ReadWritePaths=", "%s%s is on a read-only file system", context, dir)
+		return
+	}
+	c.fail(check, advice, "%sthis user cannot write in %s", context, dir)
 }
 
 // nearest returns the closest ancestor that exists.

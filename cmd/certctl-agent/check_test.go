@@ -9,6 +9,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -40,6 +41,20 @@ func (h *host) check(changes map[string]string, check string) (code int, found s
 		}
 	}
 	return code, found
+}
+
+// TestCheckReadOnly: another owner does not make a read-only file system writable.
+func TestCheckReadOnly(t *testing.T) {
+	for err, want := range map[error][]string{
+		syscall.EROFS:  {"/var/lib/certctl is on a read-only file system", "ReadWritePaths="},
+		syscall.EACCES: {"this user cannot write in /var/lib/certctl", "make that user the owner"},
+	} {
+		var c checker
+		c.notWritable("key directory", err, "make that user the owner", "", "/var/lib/certctl")
+		if r := c.results[0]; r.Level != levelFailure || r.Detail != want[0] || !strings.Contains(r.Remedy, want[1]) {
+			t.Errorf("%v: got %+v", err, r)
+		}
+	}
 }
 
 func TestCheck(t *testing.T) {
