@@ -99,6 +99,9 @@ func run(ctx context.Context, dir string, argv []string, timeout time.Duration, 
 		return errors.New("no command given")
 	}
 	path, err := Find(argv[0])
+	if errors.Is(err, errNotFound) {
+		return fmt.Errorf("%w: install it, or give its absolute path", err)
+	}
 	if err != nil {
 		return err
 	}
@@ -162,8 +165,10 @@ func Find(name string) (string, error) {
 			return path, nil
 		}
 	}
-	return "", fmt.Errorf("not found in %s: install it, or give its absolute path", searchPath)
+	return "", fmt.Errorf("%w in %s", errNotFound, searchPath)
 }
+
+var errNotFound = errors.New("not found")
 
 // home returns the home directory of the agent's user. It asks the user database, since HOME may be
 // another user's.

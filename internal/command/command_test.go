@@ -130,6 +130,9 @@ func TestFind(t *testing.T) {
 	if again, err := command.Find(path); err != nil || again != path {
 		t.Errorf("Find(%s) = %q, %v, want it unchanged", path, again, err)
 	}
+	if _, err := command.Find("no-such-program"); err == nil || strings.Contains(err.Error(), "absolute path") {
+		t.Errorf("got error %v, want no advice: not every program's path is a setting", err)
+	}
 	for _, name := range []string{"", "no-such-program", "bin/sh", "/no/such/program", "/etc"} {
 		if path, err := command.Find(name); err == nil {
 			t.Errorf("Find(%q) = %q, want an error", name, path)

@@ -102,7 +102,7 @@ func (t *target) dial(ctx context.Context) (*session, error) {
 func (t *target) dialOnce(ctx context.Context) (*session, error) {
 	program, err := command.Find("ssh")
 	if err != nil {
-		return nil, fmt.Errorf("OpenSSH's client is not installed (Debian: openssh-client): ssh: %w", err)
+		return nil, fmt.Errorf("ssh is %w: install OpenSSH's client (Debian: openssh-client)", err)
 	}
 	addresses, err := t.resolve(ctx)
 	if err != nil {
