@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"time"
 
 	"certctl-agent/internal/connector"
@@ -471,7 +472,11 @@ func (a *attempt) rollBack(ctx context.Context, cause error) error {
 		a.log.Warn("cleaning up after a rollback failed", "error", err)
 	}
 	if err := a.reloadOld(ctx); err != nil {
-		return fmt.Errorf("%w, but the server could not be reloaded: %w", cause, err)
+		cause = fmt.Errorf("%w, but the server could not be reloaded", cause)
+		if strings.HasPrefix(cause.Error(), "reload failed: "+err.Error()+";") {
+			return fmt.Errorf("%w, for the same reason", cause) // the reason may be long
+		}
+		return fmt.Errorf("%w: %w", cause, err)
 	}
 	if err := a.removeRecord(a.Target); err != nil {
 		a.log.Warn("cleaning up after a rollback failed", "error", err)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"slices"
@@ -115,7 +116,16 @@ func TestRollBack(t *testing.T) {
 		{"validate", func(w world, tx *Transaction) { tx.Validate = &policy.Command{Argv: []string{"fail-v"}} }, false,
 			"validate failed: exit status 1; the previous certificate is back in place", "fail-v reload"},
 		{"reload", func(w world, tx *Transaction) { tx.Reload.Command = &policy.Command{Argv: []string{"fail-r"}} }, false,
-			"reload failed: exit status 1; the previous certificate is back in place, but the server could not be reloaded: exit status 1", "validate fail-r fail-r"},
+			"reload failed: exit status 1; the previous certificate is back in place, but the server could not be reloaded, for the same reason", "validate fail-r fail-r"},
+		{"reload, then otherwise", func(w world, tx *Transaction) {
+			calls := 0
+			tx.Reload.Command = nil
+			tx.Reload.Call = func(context.Context) error {
+				calls++
+				return fmt.Errorf("failure %d", calls)
+			}
+		}, false,
+			"reload failed: failure 1; the previous certificate is back in place, but the server could not be reloaded: failure 2", "validate connector connector"},
 		{"verify", func(w world, tx *Transaction) { tx.Verify = fail }, false,
 			"verification failed: is broken; the previous certificate is back in place", "validate reload connector reload"},
 		{"reload by call", func(w world, tx *Transaction) {
