@@ -125,6 +125,21 @@ func TestHelp(t *testing.T) {
 	}
 }
 
+// TestHelpOfRegister: its own flags come before those of the daemon.
+func TestHelpOfRegister(t *testing.T) {
+	t.Parallel()
+	_, help, _ := inProcess(t, nil, "register", "-h")
+	own, daemon, found := strings.Cut(help, "Flags of the daemon:")
+	if !found || !strings.Contains(daemon, "-ca-bundle") {
+		t.Errorf("the flags of the daemon are missing in\n%s", help)
+	}
+	for _, flag := range []string{"name", "bootstrap-token-file", "write"} {
+		if !strings.Contains(own, "\n  -"+flag+" ") {
+			t.Errorf("-%s is missing among its own flags in\n%s", flag, own)
+		}
+	}
+}
+
 func TestVersion(t *testing.T) {
 	t.Parallel()
 	code, stdout, stderr := inProcess(t, nil, "version")

@@ -16,17 +16,23 @@ import (
 
 const registerHelp = `Usage: certctl-agent register -name NAME [-bootstrap-token-file FILE] [-write FILE] [flags of the daemon]
 
-Registers this host with the control plane and prints the agent id. -write also
-sets the id in a configuration file and keeps its other lines.
+Registers this host with the control plane and prints the agent id.
 
-The file of -bootstrap-token-file contains the bootstrap token. Without it, register
-sends the API key, which control planes without a bootstrap token accept.
+  -name NAME                  the agent's name, for people; it must be new to the
+                              control plane
+  -bootstrap-token-file FILE  file with the bootstrap token; without it, register
+                              sends the API key, which control planes without a
+                              bootstrap token accept
+  -write FILE                 also set the id in this configuration file (its other
+                              lines stay)
 
 Examples:
   certctl-agent register -server https://certctl.example.org:8443 -name web1 -bootstrap-token-file token
   certctl-agent register -name web1 -write /etc/certctl/agent.env
 
 Exit status: 0 registered, 1 refused or failed, 2 usage.
+
+Flags of the daemon:
 
 `
 
