@@ -458,7 +458,7 @@ func (a *attempt) rollBack(ctx context.Context, cause error) error {
 	}
 	a.retakeTurn(ctx)
 	err := a.restoreChanges(ctx)
-	if foreign := replacedFiles(a.files); foreign != nil {
+	if foreign := foreignFiles(a.files); foreign != nil {
 		err = errors.Join(err, foreign, a.removeTemporaries(a.files))
 	} else {
 		err = errors.Join(err, a.restoreFiles(&a.record, a.files))

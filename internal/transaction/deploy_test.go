@@ -508,6 +508,102 @@ func TestChangedMeanwhile(t *testing.T) {
 	}
 }
 
+// TestForeignFiles checks that a rollback restores nothing if another program has written one of
+// the new files meanwhile, and that the next start and the next deployment go on from there.
+func TestForeignFiles(t *testing.T) {
+	before, after := pairs()
+	mine := []byte("what another program wrote meanwhile")
+	rename := func(name string, data []byte) func(*testing.T, world) {
+		return func(t *testing.T, w world) {
+			w.write(t, "site/mine", data, 0o640)
+			check(t, os.Rename(w.path("site/mine"), w.path(name)))
+		}
+	}
+	tests := map[string]struct {
+		file   string
+		change func(*testing.T, world)
+		broken bool
+	}{
+		"certificate replaced":    {"site/cert.pem", rename("site/cert.pem", mine), true},
+		"key replaced":            {"private/key.pem", rename("private/key.pem", mine), true},
+		"first chain replaced":    {"site/chain.pem", rename("site/chain.pem", mine), true},
+		"certificate overwritten": {"site/cert.pem", func(t *testing.T, w world) { check(t, os.WriteFile(w.path("site/cert.pem"), mine, 0o640)) }, true},
+		"certificate replaced by a link": {"site/cert.pem", func(t *testing.T, w world) {
+			w.write(t, "mine", mine, 0o640)
+			check(t, os.Remove(w.path("site/cert.pem")))
+			check(t, os.Symlink(w.path("mine"), w.path("site/cert.pem")))
+		}, true},
+		"first chain replaced by itself": {"site/chain.pem", rename("site/chain.pem", after.chain), false},
+		"old certificate put back":       {"site/cert.pem", rename("site/cert.pem", before.cert), false},
+		"certificate removed":            {"site/cert.pem", func(t *testing.T, w world) { check(t, os.Remove(w.path("site/cert.pem"))) }, false},
+	}
+	for name, test := range tests {
+		for _, restart := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, restart %t", name, restart), func(t *testing.T) {
+				w := newWorld(t, t.TempDir())
+				w.old(t)
+				s := w.mustEngine(t, nil)
+				tx := w.renewal()
+				tx.Verify = func(context.Context) error {
+					test.change(t, w)
+					return errors.New("serves another certificate")
+				}
+				_, err := s.deploy(t.Context(), tx)
+				_, broken := errors.AsType[*BrokenError](err)
+				if broken != test.broken || broken && (!errors.Is(err, errReplaced) || !strings.Contains(err.Error(), w.path(test.file))) {
+					t.Fatalf("got error %v", err)
+				}
+				if stray := w.leftovers(); len(stray) > 0 {
+					t.Errorf("left: %q", stray)
+				}
+				if !broken {
+					if got := w.condition(false); got != "old" {
+						t.Errorf("after the rollback: %s", got)
+					}
+					return
+				}
+				foreign := func() {
+					t.Helper()
+					if got, _ := os.ReadFile(w.path(test.file)); !bytes.Equal(got, mine) {
+						t.Errorf("%s is %q", test.file, got)
+					}
+					for _, name := range []string{"site/cert.pem", "private/key.pem", "site/chain.pem"} {
+						if got, _ := os.ReadFile(w.path(name)); name != test.file && !bytes.Equal(got, map[string][]byte{
+							"site/cert.pem": after.cert, "private/key.pem": after.key, "site/chain.pem": after.chain}[name]) {
+							t.Errorf("%s is %q", name, got)
+						}
+					}
+				}
+				foreign()
+				if restart {
+					s = w.mustEngine(t, nil)
+					found, err := s.Recover(t.Context())
+					if err != nil || !slices.Equal(found.SetAside, []string{"t1"}) {
+						t.Errorf("Recover: got %+v, %v", found, err)
+					}
+					foreign()
+				}
+				if test.file == "site/cert.pem" {
+					if info, err := os.Lstat(w.path(test.file)); err == nil && !info.Mode().IsRegular() {
+						check(t, os.Remove(w.path(test.file))) // a person must: the policy refuses what it points to
+					}
+				}
+				served := false
+				s.opts.Run = func(_ context.Context, c policy.Command) error { served = served || c.Argv[0] == "reload"; return nil }
+				if result, err := s.deploy(t.Context(), w.renewal()); err != nil || result.Unchanged || !served {
+					t.Errorf("next deployment: got %+v, %v, reloaded %t", result, err, served)
+				}
+				if err := w.matches(false); err != nil {
+					t.Error(err)
+				}
+				if left := w.journal(t); len(left) > 0 {
+					t.Errorf("the journal still has %q", left)
+				}
+			})
+		}
+	}
+}
+
 // TestUncertainCommit: the disk does not say whether the record of the commit would
 // outlive a power cut.
 func TestUncertainCommit(t *testing.T) {

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"slices"
+	"strings"
 	"syscall"
 )
 
@@ -218,22 +219,41 @@ func (f *dest) checkInPlace() error {
 	return err
 }
 
-// replacedFiles returns an error that names the new files which another program has replaced since
-// by a file that is neither the old nor the new one. As recovery does (compare), a rollback leaves
-// its work alone.
-func replacedFiles(files []*dest) error {
-	var errs []error
+// foreignFiles returns an error that names the new files which another program has replaced or
+// overwritten since, with bytes that are neither the old nor the new ones. As recovery does
+// (compare), a rollback leaves its work alone.
+func foreignFiles(files []*dest) error {
+	var foreign []string
 	for _, f := range files {
-		if !f.placed || !errors.Is(f.checkInPlace(), errReplaced) {
-			continue
-		}
-		data, _, _, err := read(f.at, f.Name)
-		found := digestOf(data)
-		if err != nil || found != f.New && (f.Old == nil || found != f.Old.Digest) {
-			errs = append(errs, fmt.Errorf("%s: %w; no file was restored", f.Path, errReplaced))
+		if f.placed && f.foreign() {
+			foreign = append(foreign, f.Path)
 		}
 	}
-	return errors.Join(errs...)
+	if len(foreign) == 0 {
+		return nil
+	}
+	return fmt.Errorf("no file was restored, because of %s: %w; let only the agent write there, and deploy again", strings.Join(foreign, ", "), errReplaced)
+}
+
+// foreign reports whether the bytes in place are those of another program. If the file itself is
+// another one, but has the right bytes, the rollback may replace it.
+func (f *dest) foreign() bool {
+	inPlace := f.checkInPlace()
+	if errors.Is(inPlace, fs.ErrNotExist) || inPlace == nil && f.InPlace { // InPlace: it may be torn
+		return false
+	}
+	data, info, _, err := read(f.at, f.Name)
+	if err != nil {
+		// A link may have the inode number of the new file if that was removed before.
+		return inPlace != nil || errors.Is(err, errNotRegular)
+	}
+	found := digestOf(data)
+	clear(data)
+	if found != f.New && (f.Old == nil || found != f.Old.Digest) {
+		return true
+	}
+	f.now = info
+	return false
 }
 
 // restoreFiles puts the old files back in place durably. The order is that of the swap, so that the
