@@ -211,7 +211,7 @@ func TestPlanOfCertificate(t *testing.T) {
 	}
 	// A server may read its key in the key directory, but plan must know the certificate.
 	config = `{"cert_dir": "` + filepath.Dir(key) + `", "key_file": "c-1.key"}`
-	if code, out := planned(t, settings, config, "-type", "Traefik"); code != exitFailure || !strings.Contains(out, "say which certificate it is") {
+	if code, out := planned(t, settings, config, "-type", "Traefik"); code != exitFailure || !strings.Contains(out, "name the certificate") {
 		t.Errorf("exit code %d:\n%s", code, out)
 	}
 }
