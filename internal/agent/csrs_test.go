@@ -97,6 +97,95 @@ func TestCSRsSpareAnOverloadedPlane(t *testing.T) {
 	}
 }
 
+// TestCSRsAfterAnOverload: the first CSR goes alone. Each answer then allows one more at once, and
+// makes the next overload count as a first one.
+func TestCSRsAfterAnOverload(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		left := csrJobs(40)
+		w.work = func(context.Context, int) (api.Work, error) {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			return api.Work{Jobs: slices.Clone(left)}, nil
+		}
+		healthy := false
+		w.enroll = func(ctx context.Context, job api.Job) error {
+			_ = sleep(ctx, time.Second)
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			if !healthy {
+				return &api.StatusError{Status: 503}
+			}
+			left = slices.DeleteFunc(left, func(j api.Job) bool { return j.ID == job.ID })
+			return nil
+		}
+		set := func(to bool) {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			healthy = to
+		}
+		w.start()
+		time.Sleep(time.Hour)
+		before := w.count("enroll")
+		set(true)
+		for w.count("enroll") < before+31 { // 1, 2, 4, 8, 8 and 8 at once
+			time.Sleep(time.Second / 10)
+		}
+		set(false)
+		time.Sleep(10 * time.Minute)
+		starts := w.times("enroll")[before:]
+		var together []int // how many start at the same time
+		var last time.Duration
+		var pause time.Duration // before the first try after the second overload
+		for _, at := range starts {
+			if len(together) > 0 && at == last {
+				together[len(together)-1]++
+				continue
+			}
+			if len(together) == 6 {
+				pause = at - last
+				break
+			}
+			together = append(together, 1)
+			last = at
+		}
+		if want := []int{1, 2, 4, 8, 8, 8}; !slices.Equal(together, want) {
+			t.Errorf("%v CSRs at once, want %v", together, want)
+		}
+		if pause < pollEvery || pause > 3*pollEvery {
+			t.Errorf("the next try after the second overload came %v later, want at most %v, as after the first", pause, 3*pollEvery)
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
+// TestOverloadEndsTheQueueOfACertificate: what waits behind a CSR that is under way when another
+// one meets an overload waits for the end of the pause, too.
+func TestOverloadEndsTheQueueOfACertificate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		other := csrJob("other")
+		other.CertificateID = "cert-2"
+		w.work = once(1, csrJob("a"), csrJob("b"), other)
+		w.enroll = func(ctx context.Context, job api.Job) error {
+			if job.ID == "other" {
+				return &api.StatusError{Status: 503, RetryAfter: 10 * time.Minute}
+			}
+			return sleep(ctx, time.Second)
+		}
+		w.start()
+		time.Sleep(9 * time.Minute)
+		if got := w.done("enroll"); strings.Contains(got, "enroll b") {
+			t.Errorf("%s: b did not wait", got)
+		}
+		if err := w.stop(); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+}
+
 // TestOneBadCSRDoesNotHoldUpTheOthers: a failure of a single job delays only that job.
 func TestOneBadCSRDoesNotHoldUpTheOthers(t *testing.T) {
 	for name, cause := range map[string]error{

@@ -189,14 +189,23 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 func TestProxy(t *testing.T) {
-	for _, scheme := range []string{"http", "https"} {
-		t.Run(scheme, func(t *testing.T) {
-			p := devplane.Start(t, devplane.Options{})
+	for _, test := range []struct {
+		scheme string
+		http1  bool // the control plane has no HTTP/2
+		want   string
+	}{
+		{"http", false, "HTTP/2.0"},
+		{"http", true, "HTTP/1.1"},
+		{"https", false, "HTTP/2.0"},
+		{"https", true, "HTTP/1.1"},
+	} {
+		t.Run(test.scheme+" "+test.want, func(t *testing.T) {
+			p := devplane.Start(t, devplane.Options{HTTP1: test.http1})
 			agent := p.RegisterAgent("web1")
 			way := new(proxy)
 			server := httptest.NewUnstartedServer(way)
 			server.Config.ErrorLog = discardLog
-			if scheme == "http" {
+			if test.scheme == "http" {
 				server.Start()
 			} else {
 				// The proxy offers HTTP/2, over which it does not support CONNECT.
@@ -227,8 +236,8 @@ func TestProxy(t *testing.T) {
 				t.Errorf("proxy saw %v and refused %d, want one connection to %s", way.connects, way.refused, p.ServerURL().Host)
 			}
 			way.mu.Unlock()
-			if got := p.Requests()[0].Proto; got != "HTTP/2.0" {
-				t.Errorf("through the proxy by %s, want HTTP/2.0", got)
+			if got := p.Requests()[0].Proto; got != test.want {
+				t.Errorf("through the proxy by %s, want %s", got, test.want)
 			}
 			if got := c.LocalAddr(t.Context()); got != "127.0.0.1" {
 				t.Errorf("LocalAddr = %q", got)

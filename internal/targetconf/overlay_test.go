@@ -19,6 +19,7 @@ func TestOverlayTrust(t *testing.T) {
 		{"writable by group", func(t *testing.T, _, file string) { must(t, os.Chmod(file, 0o620)) }, "chmod go-w"},
 		{"writable by others", func(t *testing.T, _, file string) { must(t, os.Chmod(file, 0o602)) }, "chmod go-w"},
 		{"directory writable by others", func(t *testing.T, dir, _ string) { must(t, os.Chmod(dir, 0o777)) }, "chmod go-w"},
+		{"sticky directory", func(t *testing.T, dir, _ string) { must(t, os.Chmod(dir, 0o777|os.ModeSticky)) }, "chmod go-w"},
 		{"another user's", func(t *testing.T, _, file string) {
 			needs.Root(t, "giving files away")
 			must(t, os.Chown(file, 4242, -1))
