@@ -635,3 +635,37 @@ func TestHostOfConnectors(t *testing.T) {
 		})
 	}
 }
+
+// TestStateDirOfConnectors: deployments and previews read what a connector has noted in the state
+// directory, before they ask the network.
+func TestStateDirOfConnectors(t *testing.T) {
+	const want = "read the note of the certificate in ACM"
+	inBubble(t, func(t *testing.T, h *host) {
+		maps.Copy(h.settings, map[string]string{
+			"HTTPS_PROXY": "http://127.0.0.1:1", "NO_PROXY": "plane.test", // where nobody listens
+			"AWS_ACCESS_KEY_ID": "AKIAEXAMPLE", "AWS_SECRET_ACCESS_KEY": "example",
+		})
+		settings := map[string]any{"region": "eu-central-1"}
+		certificate := h.certificate(h.plane.AddTarget(devplane.Target{Agent: h.agent, Type: "AWSACM", Config: settings}))
+		err := h.run(func() {
+			// The notes are in a directory of this name.
+			if err := os.WriteFile(filepath.Join(h.config().InstanceStateDir(), "acm"), nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			h.plane.StartIssuance(certificate)
+			if job := h.deployments(certificate, 1); job.Status != api.StatusFailed || !strings.Contains(job.Error, want) {
+				t.Errorf("the job ended %s: %s", job.Status, job.Error)
+			}
+			preview, err := app.NewPreview(t.Context(), h.config(), app.Target{Type: "AWSACM", ID: "acm", Config: []byte(`{"region": "eu-central-1"}`)})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !strings.Contains(fmt.Sprint(preview.Problems), want) {
+				t.Errorf("preview: %q", preview.Problems)
+			}
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	})
+}
