@@ -7,7 +7,10 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"runtime"
+	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -66,6 +69,52 @@ func TestForeignLock(t *testing.T) {
 				if !strings.Contains(said, want) {
 					t.Errorf("%q is missing in: %s", want, said)
 				}
+			}
+		})
+	}
+}
+
+// TestHoldersWithoutRoot: an agent that is not root cannot read the open files of other users'
+// processes, so it believes what /proc/locks says. A holder that it cannot find may be an agent.
+func TestHoldersWithoutRoot(t *testing.T) {
+	if !root() {
+		t.Skip("only root can become another user")
+	}
+	const agent, other = 65534, 65533
+	tests := []struct {
+		name        string
+		environment []string
+		uids        []int // of the holders
+		foreign     bool
+	}{
+		{"root", nil, []int{0}, false},
+		{"its own user", []string{fmt.Sprint("RUNS_AS=", agent)}, []int{agent}, false},
+		{"another user", []string{fmt.Sprint("RUNS_AS=", other)}, []int{other}, true},
+		{"another user, passed on", []string{fmt.Sprint("RUNS_AS=", other), "PASS=1"}, nil, false},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			path := t.TempDir()
+			holding(t, append(test.environment, "DIR="+path)...)
+			info, err := os.Stat(path)
+			check(t, err)
+			found := make(chan []holder)
+			go func() {
+				// The thread acts as another user, and ends with the goroutine.
+				runtime.LockOSThread()
+				syscall.RawSyscall(syscall.SYS_SETRESUID, ^uintptr(0), agent, ^uintptr(0))
+				found <- lockHolders(t.Context(), &dir{info: info})
+			}()
+			by := <-found
+			var uids []int
+			for _, h := range by {
+				uids = append(uids, h.uid)
+			}
+			if !slices.Equal(uids, test.uids) {
+				t.Fatalf("found %s, want the users %d", describe(by), test.uids)
+			}
+			if got := foreign(by); got != test.foreign {
+				t.Errorf("foreign: %v, want %v: %s", got, test.foreign, describe(by))
 			}
 		})
 	}
