@@ -2,8 +2,12 @@ package discovery
 
 import (
 	"bytes"
+	"context"
+	"log/slog"
 	"runtime"
+	"strings"
 	"testing"
+	"time"
 )
 
 // TestWorkers: a scan adapts to the parallelism of the process, and does not change it.
@@ -18,6 +22,49 @@ func TestWorkers(t *testing.T) {
 		if got := runtime.GOMAXPROCS(0); got != procs {
 			t.Errorf("GOMAXPROCS went from %d to %d", procs, got)
 		}
+	}
+}
+
+// TestHungWorkerReturnsJustThen: a worker that returns while the watch is about to replace it has
+// done its task, and its mount does not count as hung.
+func TestHungWorkerReturnsJustThen(t *testing.T) {
+	var log bytes.Buffer
+	s := newScanner(t, Options{Dirs: []string{t.TempDir()}, Log: slog.New(slog.NewTextHandler(&log, nil))})
+	s.stall = 20 * time.Millisecond
+	ctx, cancel := context.WithCancelCause(t.Context())
+	r := &run{s: s, ctx: ctx, cancel: cancel, began: time.Now(), tasks: make(chan *task, 1)}
+	returns, committed := make(chan bool), false
+	slow := newTask("/mnt", func(*worker) func() {
+		<-returns
+		return func() { committed = true }
+	})
+	w := r.newWorker()
+	r.tasks <- slow
+	watched := make(chan bool)
+	for w.task.Load() == nil {
+		time.Sleep(time.Millisecond)
+	}
+	s.mu.Lock()
+	go func() {
+		r.watch([]*worker{w})
+		close(watched)
+	}()
+	time.Sleep(10 * s.stall) // the watch has found it hung, and waits to count it
+	returns <- true
+	<-slow.done
+	s.mu.Unlock()
+	time.Sleep(10 * s.stall)
+	cancel(nil)
+	<-watched
+	r.workers.Wait()
+	if !committed || slow.err != nil {
+		t.Errorf("committed %v, error %v, want that the task is done", committed, slow.err)
+	}
+	if s.isHung("/mnt") {
+		t.Error("the mount counts as hung")
+	}
+	if strings.Contains(log.String(), "does not answer") {
+		t.Errorf("log: %s", &log)
 	}
 }
 
