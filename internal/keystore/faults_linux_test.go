@@ -2,13 +2,19 @@ package keystore
 
 import (
 	"errors"
+	"flag"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
 	"runtime/debug"
+	"strings"
 	"syscall"
 	"testing"
+
+	"certctl-agent/internal/testing/crashstates"
+	"certctl-agent/internal/testing/needs"
 )
 
 // TestUnlistedDirectory: the directory can be neither listed nor synced. Its files can be read and
@@ -47,6 +53,45 @@ func TestUnlistedDirectory(t *testing.T) {
 		if err := <-failed; !errors.Is(err, fs.ErrPermission) || errors.Is(err, ErrNoKey) {
 			t.Errorf("%s: %v, want permission denied", name, err)
 		}
+	}
+}
+
+// reuseDir makes this binary the child of TestReuseSyncs.
+var reuseDir = flag.String("reuse-dir", "", "internal to TestReuseSyncs")
+
+// TestReuseSyncs: the process that made a key may have been killed before it synced the directory.
+// So the next one does that before the key's CSR is sent: after a power cut the key would be gone.
+func TestReuseSyncs(t *testing.T) {
+	if *reuseDir != "" {
+		s := open(t, *reuseDir)
+		fmt.Println("opened")
+		_, err := s.Pending("cert-1", "a", noKey(t))
+		do(t, err)
+		fmt.Println("reused")
+		return
+	}
+	strace, dir := needs.Need(t, "strace"), t.TempDir()
+	s := open(t, dir)
+	pending(t, s, "cert-1", "a")
+	do(t, s.Close())
+	trace, record, err := os.Pipe()
+	do(t, err)
+	defer trace.Close()
+	child := crashstates.Command(t.Context(), strace, record, os.Args[0], "-test.run=^TestReuseSyncs$", "-reuse-dir="+dir)
+	do(t, child.Start())
+	record.Close()
+	calls, err := crashstates.Parse(trace)
+	do(t, errors.Join(err, child.Wait()))
+	var last, synced string // what the child said last, and what at the sync
+	for _, call := range calls {
+		if text, ok := call.Output(); ok {
+			last = strings.TrimSpace(text)
+		} else if call.Name == "fsync" {
+			synced = last
+		}
+	}
+	if synced != "opened" {
+		t.Errorf("the last sync came after %q, want it between %q and %q: %q", synced, "opened", "reused", calls)
 	}
 }
 
