@@ -1,6 +1,9 @@
 package keystore
 
 import (
+	"bytes"
+	"crypto/rand"
+	"crypto/subtle"
 	"errors"
 	"flag"
 	"fmt"
@@ -92,6 +95,59 @@ func TestReuseSyncs(t *testing.T) {
 	}
 	if synced != "opened" {
 		t.Errorf("the last sync came after %q, want it between %q and %q: %q", synced, "opened", "reused", calls)
+	}
+}
+
+// TestNothingStaysInMemory: what was read from the key files is overwritten after use. A mark behind
+// the keys stands for them: the test has it only inverted, so that it does not find its own.
+func TestNothingStaysInMemory(t *testing.T) {
+	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // or the memory could be used again
+	dir := t.TempDir()
+	s := open(t, dir)
+	deploy(t, s, "cert-1", pending(t, s, "cert-1", "a"))
+	deploy(t, s, "cert-1", pending(t, s, "cert-1", "b"))
+	pending(t, s, "cert-1", "c")
+	stranger, err := generate()
+	do(t, err)
+	inverted := make([]byte, 32)
+	rand.Read(inverted)
+	chunk := make([]byte, 1<<20)
+	ones := bytes.Repeat([]byte{0xff}, len(chunk))
+	for _, name := range files(t, dir) {
+		f, err := os.OpenFile(filepath.Join(dir, name), os.O_WRONLY|os.O_APPEND, 0)
+		do(t, err)
+		mark := make([]byte, len(inverted))
+		subtle.XORBytes(mark, inverted, ones)
+		_, err = f.Write(mark)
+		clear(mark)
+		do(t, errors.Join(err, f.Close()))
+	}
+	pending(t, s, "cert-1", "c")
+	if _, err := s.Find("cert-1", stranger.Public()); !errors.Is(err, ErrNoKey) {
+		t.Errorf("find: %v", err)
+	}
+	maps, err := os.ReadFile("/proc/self/maps")
+	do(t, err)
+	memory, err := os.Open("/proc/self/mem")
+	do(t, err)
+	defer memory.Close()
+	for line := range strings.Lines(string(maps)) {
+		var from, to int64
+		var mode string
+		if _, err := fmt.Sscanf(line, "%x-%x %s", &from, &to, &mode); err != nil || !strings.HasPrefix(mode, "rw") {
+			continue
+		}
+		if to-from > 128<<20 {
+			continue // the race detector's own
+		}
+		for at := from; at < to; at += int64(len(chunk) - len(inverted)) {
+			n, _ := memory.ReadAt(chunk[:min(int64(len(chunk)), to-at)], at)
+			subtle.XORBytes(chunk, chunk[:n], ones)
+			if bytes.Contains(chunk[:n], inverted) {
+				t.Fatal("the content of a key file is still in memory")
+			}
+			clear(chunk) // or it would find what it has read of the inverted mark
+		}
 	}
 }
 
