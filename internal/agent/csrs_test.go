@@ -161,6 +161,54 @@ func TestCSRsAfterAnOverload(t *testing.T) {
 	})
 }
 
+// TestAnswersAfterAnOverload: the refusal of a single job shows, too, that the control plane is not
+// overloaded. A key that cannot be made does not.
+func TestAnswersAfterAnOverload(t *testing.T) {
+	for name, test := range map[string]struct {
+		err  error
+		want []int // CSRs at once
+	}{
+		"profile": {&api.StatusError{Status: 500}, []int{1, 2, 4, 8}},
+		"no key":  {fmt.Errorf("%w: is a directory", enroll.ErrKey), []int{1, 1, 1, 1}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				w.work = func(context.Context, int) (api.Work, error) { return api.Work{Jobs: csrJobs(40)}, nil }
+				overloads := 0
+				w.enroll = func(ctx context.Context, job api.Job) error {
+					_ = sleep(ctx, time.Second)
+					w.mu.Lock()
+					defer w.mu.Unlock()
+					if overloads++; overloads <= 2 { // those that are sent before the first answer
+						return &api.StatusError{Status: 503}
+					}
+					return test.err
+				}
+				w.start()
+				time.Sleep(5 * time.Minute)
+				var together []int
+				var last time.Duration
+				for _, at := range w.times("enroll")[2:] {
+					if len(together) > 0 && at == last {
+						together[len(together)-1]++
+					} else if together = append(together, 1); len(together) > len(test.want) {
+						together = together[:len(test.want)]
+						break
+					}
+					last = at
+				}
+				if !slices.Equal(together, test.want) {
+					t.Errorf("%v CSRs at once, want %v", together, test.want)
+				}
+				if err := w.stop(); err != nil {
+					t.Errorf("Run: %v", err)
+				}
+			})
+		})
+	}
+}
+
 // TestOverloadEndsTheQueueOfACertificate: what waits behind a CSR that is under way when another
 // one meets an overload waits for the end of the pause, too.
 func TestOverloadEndsTheQueueOfACertificate(t *testing.T) {
