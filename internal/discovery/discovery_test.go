@@ -19,6 +19,7 @@ import (
 	"certctl-agent/internal/api"
 	"certctl-agent/internal/secret"
 	"certctl-agent/internal/testing/corpus"
+	"certctl-agent/internal/testing/needs"
 )
 
 // newScanner returns a scanner whose index trusts files at once, so tests do not wait until their
@@ -378,8 +379,8 @@ func TestUnreadable(t *testing.T) {
 	if want := []string{missing + ": no such file or directory"}; !slices.Equal(summary.Errors, want) {
 		t.Errorf("missing root: errors %q, want %q", summary.Errors, want)
 	}
-	if os.Geteuid() == 0 {
-		t.Skip("root can read everything: the rest needs an ordinary user")
+	if !needs.Unprivileged(t) {
+		return
 	}
 	write(t, filepath.Join(dir, "secret.pem"), []byte("x"))
 	if err := os.Chmod(filepath.Join(dir, "secret.pem"), 0); err != nil {

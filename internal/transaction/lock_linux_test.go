@@ -77,9 +77,7 @@ func TestForeignLock(t *testing.T) {
 // TestHoldersWithoutRoot: an agent that is not root cannot read the open files of other users'
 // processes, so it believes what /proc/locks says. A holder that it cannot find may be an agent.
 func TestHoldersWithoutRoot(t *testing.T) {
-	if !root() {
-		t.Skip("only root can become another user")
-	}
+	needs.Root(t, "becoming another user")
 	const agent, other = 65534, 65533
 	tests := []struct {
 		name        string

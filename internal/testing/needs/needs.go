@@ -3,10 +3,15 @@
 package needs
 
 import (
+	"bytes"
 	"cmp"
 	"net"
 	"os"
 	"os/exec"
+	"regexp"
+	"runtime"
+	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -50,6 +55,35 @@ func Root(t testing.TB, purpose string) {
 	if os.Geteuid() != 0 {
 		Missing(t, purpose+" needs root")
 	}
+}
+
+// Unprivileged reports whether the test runs as an ordinary user, for whom permissions count. As
+// root, it runs the test once more in a child process as such a user, fails if that fails, and
+// reports false: the caller returns.
+func Unprivileged(t *testing.T) bool {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		return true
+	}
+	binary, err := os.Executable()
+	if runtime.GOOS == "linux" {
+		binary, err = "/proc/self/exe", nil // its directory is closed to others
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	var pattern []string
+	for _, part := range strings.Split(t.Name(), "/") {
+		pattern = append(pattern, "^"+regexp.QuoteMeta(part)+"$")
+	}
+	const nobody = 65534
+	child := exec.CommandContext(t.Context(), binary, "-test.v", "-test.run="+strings.Join(pattern, "/"))
+	child.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+	out, err := child.CombinedOutput()
+	if err != nil || !bytes.Contains(out, []byte("--- PASS: "+t.Name()+" ")) {
+		t.Errorf("as an ordinary user: %v\n%s", err, out)
+	}
+	return false
 }
 
 // MemoryDir returns a temporary directory, in memory if possible, for tests that need no real disk.

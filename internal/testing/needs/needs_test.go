@@ -64,3 +64,16 @@ func TestLong(t *testing.T) {
 		}
 	}
 }
+
+func TestUnprivileged(t *testing.T) {
+	if !needs.Unprivileged(t) {
+		return
+	}
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o500); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "file"), nil, 0o600); !os.IsPermission(err) {
+		t.Errorf("got %v, want permission denied", err)
+	}
+}
