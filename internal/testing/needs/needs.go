@@ -73,7 +73,7 @@ func Unprivileged(t *testing.T) bool {
 		t.Fatal(err)
 	}
 	var pattern []string
-	for _, part := range strings.Split(t.Name(), "/") {
+	for part := range strings.SplitSeq(t.Name(), "/") {
 		pattern = append(pattern, "^"+regexp.QuoteMeta(part)+"$")
 	}
 	const nobody = 65534
